@@ -1,0 +1,225 @@
+"""The ``hwnas`` command: thin verbs over the stages. Nothing heavy is imported before a verb runs.
+
+Exit codes: 0 done, 1 a check failed, 2 usage or configuration, 3 device unavailable.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hwnas import __version__
+from hwnas.errors import HwnasError, UserError
+
+if TYPE_CHECKING:
+    from hwnas.pipeline import Pipeline
+
+app = typer.Typer(
+    name="hwnas",
+    help="A phone, a data set and a latency budget in; a trained network that meets the budget out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+table_app = typer.Typer(help="Look at latency tables.", no_args_is_help=True)
+app.add_typer(table_app, name="table")
+
+Config = Annotated[Path | None, typer.Argument(help="an experiment (.toml), or the folder of an earlier run; default: built-in settings")]
+Set = Annotated[list[str] | None, typer.Option("-s", metavar="KEY=VALUE", help="set one key of the configuration: -s search.target_ms=3")]
+Out = Annotated[Path | None, typer.Option("--out", help="run folder; default: runs/<name of the experiment>")]
+Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="start anew (earlier results are kept beside), or go on")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Quiet = Annotated[bool, typer.Option("-q", help="errors only")]
+Verbose = Annotated[bool, typer.Option("-v", help="more detail")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+def main() -> None:
+    """Entry point: runs the app; what a person can act on becomes one sentence and an exit code."""
+    try:
+        app()
+    except HwnasError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: run the same command again to go on from here", err=True)
+        sys.exit(130)
+
+
+def _pipeline(config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool) -> Pipeline:
+    """The experiment of a TOML file, of a run folder, or of the defaults, with its run folder."""
+    from hwnas.config import load_experiment
+    from hwnas.pipeline import Pipeline
+    from hwnas.runs import load_config
+    from hwnas.terminal import TerminalProgress
+
+    if config is not None and config.is_dir():
+        if overrides:
+            raise UserError(f"{config} is a run folder with its own configuration: give the .toml file to change {overrides[0]!r}.")
+        return Pipeline(load_config(config), out or config, TerminalProgress(quiet=quiet))
+    experiment = load_experiment(config, overrides)
+    name = config.stem if config is not None and "name" not in experiment.model_fields_set else experiment.name
+    return Pipeline(experiment, out or Path("runs") / name, TerminalProgress(quiet=quiet))
+
+
+def _run_stage(name: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
+    """Run one stage and print its result: the path, or the document."""
+    pipeline.run_stage(name, fresh=fresh)
+    path = pipeline.root / name / pipeline.stage(name).outputs[0]
+    typer.echo(path.read_text() if as_json else str(path), nl=not as_json)
+
+
+def _check_verdict(pipeline: Pipeline) -> None:
+    """Exit code 1 where validation failed."""
+    from hwnas.validate import Verdict
+
+    path = pipeline.root / "validate" / "verdict.json"
+    if path.exists() and not Verdict.load(path).passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, plan: Annotated[bool, typer.Option("--plan", help="print what would be done, and do nothing")] = False,
+) -> None:  # fmt: skip
+    """All stages: profile, search, train, export, validate, report. Current ones are skipped."""
+    pipeline = _pipeline(config, overrides, out, quiet)
+    if plan:
+        typer.echo(pipeline.plan())
+        return
+    pipeline.run(fresh=fresh)
+    path = pipeline.root / "report" / "report.html"
+    typer.echo((pipeline.root / "validate" / "verdict.json").read_text() if as_json else str(path), nl=not as_json)
+    _check_verdict(pipeline)
+
+
+@app.command()
+def profile(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Measure a device: every op of the space, and whole networks, into a calibrated latency table."""
+    _run_stage("profile", _pipeline(config, overrides, out, quiet), fresh, as_json)
+
+
+@app.command()
+def search(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Search the space for the most accurate architecture at the target latency."""
+    _run_stage("search", _pipeline(config, overrides, out, quiet), fresh, as_json)
+
+
+@app.command()
+def train(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Train the searched architecture, or the one that train.arch names."""
+    _run_stage("train", _pipeline(config, overrides, out, quiet), fresh, False)
+
+
+@app.command()
+def export(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write TFLite and ONNX files with labels, preprocessing and parity numbers: a bundle."""
+    _run_stage("export", _pipeline(config, overrides, out, quiet), fresh, as_json)
+
+
+@app.command()
+def validate(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Run the bundle on the device: latency as predicted, accuracy as trained? Exit code 1 where not."""
+    pipeline = _pipeline(config, overrides, out, quiet)
+    _run_stage("validate", pipeline, fresh, as_json)
+    _check_verdict(pipeline)
+
+
+@app.command()
+def report(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Draw what a run folder holds: one self-contained HTML file."""
+    _run_stage("report", _pipeline(config, overrides, out, quiet), fresh, False)
+
+
+@app.command()
+def space(
+    name: Annotated[str, typer.Argument(help="a built-in space, or a space document (.json)")],
+    table: Annotated[Path | None, typer.Argument(help="a latency table, to show its coverage")] = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Show a space: its size, what profiling it would measure, a sample, and what a table covers."""
+    from hwnas.core.describe import describe_space
+    from hwnas.core.spaces import load_space
+    from hwnas.core.table import LatencyTable
+
+    found = load_space(name)
+    typer.echo(found.to_json() if as_json else describe_space(found, LatencyTable.load(table) if table else None), nl=not as_json)
+
+
+@app.command()
+def devices(as_json: Json = False, debug: Debug = False) -> None:
+    """List the devices that can be named in a configuration."""
+    import json
+
+    from hwnas.devices.device import known_devices
+
+    found = known_devices()
+    if as_json:
+        typer.echo(json.dumps({name: device.model_dump(mode="json") for name, device in found.items()}, indent=1))
+        return
+    for name, device in found.items():
+        typer.echo(f"{name:16} {device.connection:10} {device.soc}")
+
+
+@table_app.command("show")
+def table_show(path: Annotated[Path, typer.Argument(help="a latency table (.json)")], as_json: Json = False, debug: Debug = False) -> None:
+    """Show a table: its conditions, how well it adds up, and its entries."""
+    from hwnas.core.describe import describe_table
+    from hwnas.core.table import LatencyTable
+
+    table = LatencyTable.load(path)
+    typer.echo(table.to_json() if as_json else describe_table(table), nl=not as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Check this installation: packages, runtimes, threads, cores, clock. Exit code 1 where something is missing."""
+    import json
+
+    from hwnas.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding.__dict__ for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            typer.echo(f"{'ok     ' if finding.good else 'MISSING'} {finding.subject:18} {finding.text}")
+    if not all(finding.good for finding in findings):
+        raise typer.Exit(1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"hwnas {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+    pass

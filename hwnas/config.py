@@ -1,0 +1,216 @@
+"""The experiment: one TOML file, one table per stage, every key typed.
+
+    seed = 0
+    [space]    name = "mobile32"
+    [device]   name = "host"      # where it is measured and must run
+    [data]     name = "digits"
+    [search]   target_ms = 1.5
+               strategy = {name = "tunas"}
+
+Unknown keys are errors that name the nearest known one. ``-s search.target_ms=1.5`` sets one key from the command line. The
+resolved configuration, defaults included, is written into the run folder. Each field's description is its documentation.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hwnas.core.objective import AbsoluteObjective, Objective
+from hwnas.document import explain, merged
+from hwnas.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of all configuration tables: frozen, typed, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Plugin(BaseModel):
+    """A plug-in by name with options of its own, which the plug-in's ``Config`` checks when it is looked up."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    def options(self, config: type[BaseModel]) -> Any:
+        """The plug-in's own options as its ``config`` model. Raises ConfigError naming the wrong one."""
+        try:
+            return config.model_validate(self.model_extra or {})
+        except ValidationError as error:
+            raise ConfigError(f"options of {self.name!r}: {explain(error, config)}") from error
+
+
+class SpaceConfig(Section):
+    """What is searched."""
+
+    name: str = Field("mobile32", description="a built-in space, or the path of a space document (.json)")
+    act: str | None = Field(None, description="activation, where the space leaves it open")
+
+
+class DeviceConfig(Section):
+    """Where latency is measured."""
+
+    name: str = Field("host", description="a device document (name in configs/devices, or path), or 'host': this computer")
+    runtime: Literal["litert", "onnxruntime"] = "litert"
+    dtype: Literal["fp32", "int8"] = "fp32"
+    threads: int = Field(1, ge=1)
+    cores: tuple[int, ...] | None = Field(None, description="cores to pin to; default: the device's last `threads` cores")
+
+
+class DataConfig(Section):
+    """Images and labels. ``classes``, ``channels`` and ``resolution`` also shape the network."""
+
+    name: str = Field("digits", description="digits, npz, cifar10, folder, or a plug-in")
+    path: str | None = Field(None, description="file or folder of the images; ~ and relative paths are understood")
+    resolution: int = Field(32, ge=8, description="input height = width in pixels")
+    channels: Literal[1, 3] = 3
+    classes: int = Field(10, ge=2)
+    held_out: float = Field(0.2, gt=0, lt=1, description="part of the training images kept for the search's rewards and rankings")
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, images scaled to 0..1")
+    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), description="per channel, images scaled to 0..1")
+    augment: Literal["none", "crop", "crop_flip", "imagenet"] = "crop_flip"
+    workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+
+    @model_validator(mode="after")
+    def _per_channel(self) -> Self:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(f"data.{name} has {len(getattr(self, name))} values for {self.channels} channels; give one per channel")
+        return self
+
+
+class ProfileConfig(Section):
+    """How the device is measured. See devices/profile.py for the procedure."""
+
+    rounds: int = Field(7, ge=1, description="shuffled passes over everything; medians are taken over their medians")
+    max_rounds: int = Field(15, ge=1, description="noisy entries are measured again up to this many rounds, then flagged")
+    max_spread: float = Field(0.10, gt=0, description="spread between rounds (interquartile range / median) above which an entry is noisy")
+    min_ms: float = Field(20.0, gt=0, description="time one model for at least this long per round ...")
+    min_runs: int = Field(5, ge=1, description="... and at least this many runs")
+    fit_networks: int = Field(12, ge=0, description="whole networks that the calibration is fitted on")
+    test_networks: int = Field(8, ge=0, description="whole networks that judge it, never seen in the fit")
+
+
+class OptimizerConfig(Section):
+    """Optimiser of network weights, by timm's name. TuNAS: rmsproptf, lr 0.165 per 256 images, momentum and decay 0.9, eps 1."""
+
+    name: str = "rmsproptf"
+    lr: float = Field(0.165, gt=0, description="per 256 images; scaled linearly with the batch")
+    momentum: float = 0.9
+    weight_decay: float = Field(4e-5, ge=0, description="gradient term wd * w; TuNAS writes the same as l2(wd / 2)")
+    options: dict[str, float] = Field({"alpha": 0.9, "eps": 1.0}, description="further arguments of the optimiser")
+    warmup: float = Field(0.025, ge=0, lt=1, description="part of the steps with linearly rising rate; then cosine to 0")
+    clip_norm: float | None = Field(None, description="clip the gradient's global norm")
+
+
+class SearchConfig(Section):
+    """How the space is searched."""
+
+    strategy: Plugin = Plugin(name="tunas")
+    objective: Objective = Field(AbsoluteObjective(), discriminator="name")
+    target_ms: float | None = Field(None, gt=0, description="latency budget in milliseconds")
+    target_range: float | None = Field(
+        None, ge=0, le=1, description="or: the budget as a position between the space's fastest (0) and slowest (1) architecture"
+    )
+    tolerance: float = Field(0.02, gt=0, description="the searched network's predicted latency is within this part of the target")
+    table: str | None = Field(None, description="a latency table to use instead of profiling")
+    allow_uncalibrated: bool = False
+    epochs: float = Field(20, gt=0)
+    batch_size: int = Field(64, ge=2)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    candidates: int = Field(8, ge=1, description="proposals of the strategy that are ranked by recalibrated held-out accuracy")
+    recalibration_images: int = Field(1024, ge=2, description="training images that re-estimate BN statistics before any ranking")
+    random_samples: int = Field(8, ge=0, description="random architectures scored for the report's comparison")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.target_ms is not None and self.target_range is not None:
+            raise ValueError("search.target_ms and search.target_range are both set; keep one")
+        return self
+
+
+class TrainConfig(Section):
+    """How the winner is trained."""
+
+    arch: str | None = Field(None, description="an architecture document, or a published network's name, instead of searching")
+    weights: Literal["scratch", "supernet"] = "scratch"
+    epochs: float = Field(30, gt=0)
+    batch_size: int = Field(64, ge=2)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier; TuNAS: 0.15 for 360 epochs, 0 below 150")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0: none")
+
+
+class ExportConfig(Section):
+    """Which files are made."""
+
+    formats: tuple[Literal["tflite-fp32", "tflite-int8", "onnx"], ...] = ("tflite-fp32", "tflite-int8", "onnx")
+    calibration_images: int = Field(128, ge=1, description="training images that set the int8 ranges")
+    parity_images: int = Field(64, ge=1, description="test images that each file's outputs are compared on, kept in the bundle")
+
+
+class ValidateConfig(Section):
+    """When an exported file counts as fast and accurate as promised."""
+
+    latency_tolerance: float = Field(
+        0.05, gt=0, description="measured against predicted latency, for files of the table's runtime and dtype"
+    )
+    accuracy_tolerance: float = Field(0.002, ge=0, description="top-1 of float files against PyTorch")
+    int8_accuracy_tolerance: float = Field(0.02, ge=0, description="top-1 of int8 files against PyTorch")
+    images: int | None = Field(None, ge=1, description="test images to use; default all")
+    rounds: int = Field(7, ge=1)
+
+
+class Experiment(Section):
+    """A whole experiment: what ``hwnas run`` needs to know."""
+
+    name: str = "experiment"
+    seed: int = 0
+    space: SpaceConfig = SpaceConfig()
+    device: DeviceConfig = DeviceConfig()
+    data: DataConfig = DataConfig()
+    profile: ProfileConfig = ProfileConfig()
+    search: SearchConfig = SearchConfig()
+    train: TrainConfig = TrainConfig()
+    export: ExportConfig = ExportConfig()
+    validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
+
+
+def load_experiment(path: str | Path | None, overrides: list[str] | None = None) -> Experiment:
+    """Read an experiment from TOML; ``overrides`` are ``key.path=value`` strings. Raises ConfigError in one sentence."""
+    content: dict[str, Any] = {}
+    source = str(path) if path is not None else "the default configuration"
+    if path is not None:
+        try:
+            content = tomllib.loads(Path(path).read_text())
+        except FileNotFoundError as error:
+            raise ConfigError(f"configuration {path} does not exist: check the path, or see 'hwnas run --help'.") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from error
+    for override in overrides or []:
+        content = merged(content, _override(override))
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"-s {text!r} is not KEY=VALUE; write for instance -s search.target_ms=1.5.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    out: Any = parsed
+    for part in reversed(key.strip().split(".")):
+        out = {part: out}
+    return dict(out)

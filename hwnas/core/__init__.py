@@ -1,0 +1,1 @@
+"""The mathematics of hwnas, without torch: ops, architectures, spaces, tables, costs, objectives."""

@@ -1,0 +1,164 @@
+"""The measurable unit: one block of a network with everything that decides its latency, and nothing else.
+
+An op is written as a key, for instance::
+
+    mbconv-h56-i32-o32-m96-k5-s1-relu-id
+
+kind, then fields by their letters: ``h`` input height = width, ``i``/``o`` input/output channels, ``m`` channels of the
+expanded (middle) part, ``k`` kernel, ``s`` stride, ``g`` groups, ``q`` hidden channels of squeeze-and-excitation, the
+activation, and ``id`` where the input is added to the output. Fields at their defaults are left out, so a field added
+later leaves old keys as they are. ``Op.parse(op.key) == op``.
+
+Kinds:
+
+- ``conv``: k x k convolution, BN, activation (stem, 1 x 1 head)
+- ``dsconv``: depthwise k x k, BN, activation, then 1 x 1, BN (MobileNetV2's t=1 block)
+- ``mbconv``: 1 x 1 expansion, BN, act; depthwise k x k, BN, act; [SE]; 1 x 1 projection, BN (inverted bottleneck)
+- ``classifier``: global average pooling and a fully connected layer with bias
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Literal, Self
+
+from hwnas.errors import SpaceError
+
+KINDS = ("conv", "dsconv", "mbconv", "classifier")
+ACTIVATIONS = ("none", "relu", "relu6", "hswish")
+_LETTERS = {"h": "size", "i": "in_ch", "o": "out_ch", "m": "mid_ch", "k": "kernel", "s": "stride", "g": "groups", "q": "se_ch"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or fully connected layer inside an op, the unit of counting and of building.
+
+    ``kind`` is ``conv`` or ``linear``; ``size`` is the input height = width; padding is ``kernel // 2`` on each side.
+    """
+
+    name: str
+    kind: Literal["conv", "linear"]
+    in_ch: int
+    out_ch: int
+    size: int = 1
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    norm: bool = True
+    act: str = "none"
+
+    @property
+    def out_size(self) -> int:
+        """Output height = width."""
+        return out_size(self.size, self.stride)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulate operations for one image."""
+        return self.out_size**2 * self.kernel**2 * (self.in_ch // self.groups) * self.out_ch
+
+    @property
+    def params(self) -> int:
+        """Weights, plus BN scale and shift, or a bias where there is no BN."""
+        return self.kernel**2 * (self.in_ch // self.groups) * self.out_ch + (2 if self.norm else 1) * self.out_ch
+
+
+def out_size(size: int, stride: int) -> int:
+    """Output height of a layer with padding ``kernel // 2``: ceil(size / stride)."""
+    return -(-size // stride)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A block and its shape. See the module for the fields and the key."""
+
+    kind: str
+    size: int
+    in_ch: int
+    out_ch: int
+    mid_ch: int = 0
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    se_ch: int = 0
+    act: str = "none"
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SpaceError(f"op kind {self.kind!r} is unknown; known: {', '.join(KINDS)}.")
+        if self.act not in ACTIVATIONS:
+            raise SpaceError(f"activation {self.act!r} is unknown; known: {', '.join(ACTIVATIONS)}.")
+        if min(self.size, self.in_ch, self.out_ch, self.kernel, self.stride, self.groups) < 1:
+            raise SpaceError(f"op {self.key} has a size, width, kernel, stride or group count below 1.")
+        if (self.kind == "mbconv") != (self.mid_ch > 0):
+            raise SpaceError(f"op {self.key}: expanded channels (m) belong to mbconv, and to it alone.")
+        if self.residual and (self.in_ch != self.out_ch or self.stride != 1):
+            raise SpaceError(f"op {self.key}: a residual needs equal input and output shapes.")
+
+    @cached_property
+    def key(self) -> str:
+        """The op's name in tables and files: ``[a-z0-9-]+``."""
+        parts = [self.kind]
+        parts += [f"{letter}{getattr(self, name)}" for letter, name in _LETTERS.items() if getattr(self, name) != _DEFAULTS.get(name)]
+        parts += [self.act] if self.act != "none" else []
+        parts += ["id"] if self.residual else []
+        return "-".join(parts)
+
+    @classmethod
+    def parse(cls, key: str) -> Self:
+        """The op of a key. Raises SpaceError where the key is not one."""
+        kind, *parts = key.split("-")
+        values: dict[str, int | str | bool] = {}
+        for part in parts:
+            match = re.fullmatch(r"([a-z])([0-9]+)", part)
+            if part in ACTIVATIONS:
+                values["act"] = part
+            elif part == "id":
+                values["residual"] = True
+            elif match and match[1] in _LETTERS:
+                values[_LETTERS[match[1]]] = int(match[2])
+            else:
+                raise SpaceError(f"{key!r} is not an op key: {part!r} is no field of it.")
+        missing = {"size", "in_ch", "out_ch"} - values.keys()
+        if missing:
+            raise SpaceError(f"{key!r} is not an op key: it lacks {', '.join(sorted(missing))}.")
+        return cls(kind, **values)  # type: ignore[arg-type]
+
+    @property
+    def out_size(self) -> int:
+        """Output height = width; 1 after the classifier."""
+        return 1 if self.kind == "classifier" else out_size(self.size, self.stride)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The op's layers in the order they run. Counting, building and writing files all start here."""
+        if self.kind == "classifier":
+            return (Layer("linear", "linear", self.in_ch, self.out_ch, norm=False),)
+        if self.kind == "conv":
+            return (Layer("conv", "conv", self.in_ch, self.out_ch, self.size, self.kernel, self.stride, self.groups, act=self.act),)
+        mid = self.mid_ch or self.in_ch
+        inner = out_size(self.size, self.stride)
+        layers = [Layer("depthwise", "conv", mid, mid, self.size, self.kernel, self.stride, mid, act=self.act)]
+        if self.kind == "mbconv":
+            layers.insert(0, Layer("expand", "conv", self.in_ch, mid, self.size, groups=self.groups, act=self.act))
+        if self.se_ch:
+            layers.append(Layer("se_reduce", "conv", mid, self.se_ch, norm=False, act="relu"))
+            layers.append(Layer("se_expand", "conv", self.se_ch, mid, norm=False))
+        layers.append(Layer("project", "conv", mid, self.out_ch, inner, groups=self.groups))
+        return tuple(layers)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of convolutions and fully connected layers for one image."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def params(self) -> int:
+        """Trainable parameters, BN scales and shifts included."""
+        return sum(layer.params for layer in self.layers)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Op)}

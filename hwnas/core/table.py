@@ -1,0 +1,143 @@
+"""Latency tables: what each op costs on one device, how that was measured, and how well it adds up."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hwnas.core.op import Op
+from hwnas.document import Document
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TableHeader(_Part):
+    """The conditions of the measurement. All are required; what is not known is written ``"unknown"``."""
+
+    device: str
+    cpu: str
+    machine: str
+    runtime: str
+    runtime_version: str
+    dtype: str
+    threads: int | Literal["unknown"]
+    cores: tuple[int, ...] | Literal["unknown"]
+    governor: str
+    layout: str
+    batch: int | Literal["unknown"]
+    date: str
+    space: str
+
+
+class Entry(_Part):
+    """One op's latency in milliseconds.
+
+    ``ms`` is the median over rounds of the median over runs; ``p10_ms`` and ``p90_ms`` are over all runs; ``spread`` is the
+    interquartile range of the rounds' medians divided by ``ms``. ``noisy`` entries stayed above the allowed spread even
+    after re-measurement: they are used, but never silently.
+    """
+
+    ms: float = Field(ge=0)
+    p10_ms: float | Literal["unknown"] = "unknown"
+    p90_ms: float | Literal["unknown"] = "unknown"
+    runs: int | Literal["unknown"] = "unknown"
+    rounds: int | Literal["unknown"] = "unknown"
+    spread: float | Literal["unknown"] = "unknown"
+    noisy: bool = False
+
+
+class HeldOut(_Part):
+    """Calibrated prediction against measurement on networks that the calibration has not seen."""
+
+    networks: int
+    mape: float = Field(description="mean absolute percentage error, as a fraction")
+    max_error: float = Field(description="largest absolute percentage error, as a fraction")
+    spearman: float | None = Field(description="rank correlation; none for fewer than three networks")
+    raw_mape: float = Field(description="the error of the uncalibrated sum of entries")
+    pairs: tuple[tuple[float, float], ...] = Field(description="(predicted, measured) milliseconds per network")
+
+
+class Calibration(_Part):
+    """``network_ms = intercept_ms + slope * sum of entries``, fitted on whole networks."""
+
+    intercept_ms: float
+    slope: float = Field(gt=0)
+    networks: int = Field(description="how many networks it was fitted on")
+    held_out: HeldOut | None = None
+
+
+class LatencyTable(Document):
+    """Latency per op (``entries``), or per slot and option (``slots``), on one device under stated conditions.
+
+    ``slots`` hold models that price positions instead of ops, such as TuNAS's published linear regression, whose
+    coefficients differ between equal blocks at different places; negative coefficients are normal there.
+    """
+
+    SCHEMA: ClassVar[str] = "hwnas.table"
+
+    header: TableHeader
+    entries: dict[str, Entry] = {}
+    slots: dict[str, dict[str, float]] = {}
+    calibration: Calibration | None = None
+    provenance: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _keys(self) -> Self:
+        for key in self.entries:
+            if Op.parse(key).key != key:
+                raise ValueError(f"entry {key!r} is not written canonically; write {Op.parse(key).key!r}")
+        if not self.entries and not self.slots:
+            raise ValueError("a table needs entries or slots")
+        return self
+
+    @property
+    def title(self) -> str:
+        """Short name: device, runtime, dtype, threads."""
+        header = self.header
+        return f"{header.device}/{header.runtime}-{header.dtype}-{header.threads}t"
+
+
+def fit_calibration(sums_ms: list[float], measured_ms: list[float]) -> Calibration:
+    """The affine map from sums of entries to whole networks: least squares of the *relative* error.
+
+    Relative, because a table serves fast and slow networks alike. Two or more networks with different sums are needed;
+    with fewer, or where the fit would have a slope below zero, the slope alone is fitted.
+    """
+    x, y = np.asarray(sums_ms), np.asarray(measured_ms)
+    slope, intercept = float(np.median(y / x)), 0.0
+    if len(x) >= 3 and np.ptp(x) > 0.05 * x.mean():
+        design = np.stack([x / y, 1 / y], axis=1)
+        fitted = np.linalg.lstsq(design, np.ones(len(x)), rcond=None)[0]
+        if fitted[0] > 0:
+            slope, intercept = float(fitted[0]), float(fitted[1])
+    return Calibration(intercept_ms=intercept, slope=slope, networks=len(x))
+
+
+def judge(calibration: Calibration, sums_ms: list[float], measured_ms: list[float]) -> HeldOut:
+    """The calibrated error on held-out networks."""
+    x, y = np.asarray(sums_ms), np.asarray(measured_ms)
+    predicted = calibration.intercept_ms + calibration.slope * x
+    errors = np.abs(predicted / y - 1)
+    return HeldOut(
+        networks=len(x),
+        mape=float(errors.mean()),
+        max_error=float(errors.max()),
+        spearman=spearman(predicted, y) if len(x) > 2 else None,
+        raw_mape=float(np.abs(x / y - 1).mean()),
+        pairs=tuple((float(p), float(m)) for p, m in zip(predicted, y, strict=True)),
+    )
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two samples, ties sharing their mean rank."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    mean_rank: np.ndarray = np.cumsum(counts) - (counts - 1) / 2
+    return mean_rank[inverse]

@@ -1,0 +1,129 @@
+"""Data sets that fit into memory: scikit-learn's digits, ``x``/``y`` arrays in npz files, CIFAR-10 as torchvision keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hwnas.config import DataConfig
+from hwnas.data.images import Batch, Images, Request, split_indices
+from hwnas.errors import DataError
+
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class ArrayImages(Images):
+    """uint8 images [N, H, W, C] in memory, resized once, augmented per batch on the fly."""
+
+    def __init__(self, x_NHWC: np.ndarray, labels: np.ndarray, names: tuple[str, ...], config: DataConfig, augment: bool) -> None:
+        pixels = torch.from_numpy(np.ascontiguousarray(x_NHWC)).permute(0, 3, 1, 2)
+        if pixels.shape[1] == 1 and config.channels == 3:
+            pixels = pixels.expand(-1, 3, -1, -1)
+        if pixels.shape[1] != config.channels:
+            raise DataError(
+                f"data {config.name!r} has {pixels.shape[1]} channels, but data.channels = {config.channels}: set it to {pixels.shape[1]}."
+            )
+        self.pixels_NCHW = _resized(pixels, config.resolution)
+        self.labels = labels.astype(np.int64)
+        self.names = names
+        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.mean, config.std))
+        self.augment = config.augment if augment else "none"
+        if self.augment == "imagenet":
+            raise DataError("data.augment = 'imagenet' needs a folder of images: choose 'crop_flip', 'crop' or 'none' here.")
+
+    def __getitems__(self, requests: Sequence[Request]) -> Batch:
+        indices = torch.tensor([index for index, _ in requests])
+        x_NCHW = self.pixels_NCHW[indices]
+        if self.augment != "none":
+            x_NCHW = _shifted(x_NCHW, self.augment == "crop_flip", np.random.default_rng(requests[0][1]))
+        normalised = (x_NCHW.float() / 255.0 - self.mean) / self.std
+        return normalised.contiguous(), torch.from_numpy(self.labels[indices.numpy()])
+
+
+def _resized(pixels_NCHW: Tensor, resolution: int) -> Tensor:
+    """Bilinear with antialiasing, only where the size differs."""
+    if pixels_NCHW.shape[-2:] == (resolution, resolution):
+        return pixels_NCHW.contiguous()
+    size = (resolution, resolution)
+    resized = F.interpolate(pixels_NCHW.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _shifted(x_NCHW: Tensor, flip: bool, rng: np.random.Generator) -> Tensor:
+    """Random crop after zero padding by an eighth of the size (CIFAR's 4 of 32), and a horizontal flip of every second image."""
+    count, _, size, _ = x_NCHW.shape
+    pad = max(1, size // 8)
+    padded = F.pad(x_NCHW, (pad, pad, pad, pad))
+    tops, lefts = torch.from_numpy(rng.integers(0, 2 * pad + 1, size=(2, count)))
+    flips = torch.from_numpy(rng.random(count) < 0.5) if flip else torch.zeros(count, dtype=torch.bool)
+    steps = torch.arange(size)
+    rows = tops[:, None] + steps
+    columns = lefts[:, None] + torch.where(flips[:, None], size - 1 - steps, steps)
+    return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _part(x_NHWC: np.ndarray, y: np.ndarray, config: DataConfig, split: str, augment: bool, names: tuple[str, ...]) -> ArrayImages:
+    """The images of a split, where ``x`` and ``y`` are the test images or all training images."""
+    if split != "test":
+        chosen = split_indices(len(y), config.held_out, split)
+        x_NHWC, y = x_NHWC[chosen], y[chosen]
+    return ArrayImages(x_NHWC, y, names, config, augment)
+
+
+def digits(config: DataConfig, split: str, augment: bool) -> Images:
+    """The 1,797 real 8 x 8 handwritten digits that ship inside scikit-learn. Every fifth image is a test image."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x_NHWC = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
+    test = np.arange(len(x_NHWC)) % 5 == 4
+    chosen = test if split == "test" else ~test
+    return _part(x_NHWC[chosen], bunch.target[chosen], config, split, augment, tuple("0123456789"))
+
+
+def npz(config: DataConfig, split: str, augment: bool) -> Images:
+    """``train.npz`` and ``test.npz`` in the folder ``data.path``, each with ``x`` uint8 [N, H, W, C] (or [N, H, W]) and ``y`` [N]."""
+    path = data_folder(config) / f"{'test' if split == 'test' else 'train'}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            x_NHWC, y = arrays["x"], arrays["y"]
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: set data.path to the folder that holds train.npz and test.npz.") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path} does not hold arrays 'x' and 'y' ({error}): write it with numpy.savez(path, x=images, y=labels)."
+        ) from error
+    x_NHWC = x_NHWC[..., None] if x_NHWC.ndim == 3 else x_NHWC
+    if x_NHWC.dtype != np.uint8 or x_NHWC.ndim != 4 or y.shape != x_NHWC.shape[:1]:
+        raise DataError(f"{path} has x {x_NHWC.dtype} {list(x_NHWC.shape)} and y {list(y.shape)}: x must be uint8 [N, H, W, C], y [N].")
+    names = CIFAR10_NAMES if config.classes == 10 and x_NHWC.shape[1:] == (32, 32, 3) else tuple(map(str, range(config.classes)))
+    return _part(x_NHWC, y, config, split, augment, names)
+
+
+def cifar10(config: DataConfig, split: str, augment: bool) -> Images:
+    """CIFAR-10 in torchvision's layout (``cifar-10-batches-py`` inside ``data.path``); torchvision checks the files' md5."""
+    from torchvision.datasets import CIFAR10
+
+    folder = data_folder(config)
+    try:
+        dataset = CIFAR10(str(folder), train=split != "test", download=False)
+    except RuntimeError as error:
+        raise DataError(
+            f"{folder} holds no intact cifar-10-batches-py folder: download CIFAR-10 (python version) and unpack it there."
+        ) from error
+    return _part(dataset.data, np.asarray(dataset.targets), config, split, augment, CIFAR10_NAMES)
+
+
+def data_folder(config: DataConfig) -> Path:
+    """``data.path`` as a path. Raises DataError where it is not set or not there."""
+    if config.path is None:
+        raise DataError(f"data.name = {config.name!r} needs data.path: set it to the folder of the images.")
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"data.path {str(folder)!r} is not a folder: check the path, or where the images were unpacked.")
+    return folder

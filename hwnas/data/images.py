@@ -1,0 +1,109 @@
+"""What every data set is here, and the deterministic order in which its batches come.
+
+A batch is a pure function of (seed, step): the images by a permutation per epoch, the augmentation by a generator per step. So
+a run that was killed and resumed sees exactly the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hwnas.config import DataConfig
+from hwnas.data import DATASETS
+from hwnas.errors import DataError
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+"""Normalised images float32 [N, C, H, W] and labels int64 [N]."""
+
+Request: TypeAlias = tuple[int, int]
+"""(image index, seed of the augmentation); the seed is ignored where nothing is augmented."""
+
+
+class Images(Dataset[Batch]):
+    """A split of a data set. Subclasses read and augment; ``labels`` is int64 [N], ``names`` the class names."""
+
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def __getitems__(self, requests: Sequence[Request]) -> Batch:
+        """A whole batch at once."""
+
+
+def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Images:
+    """The images of ``split`` (``train``, ``held_out`` or ``test``), checked against the configuration.
+
+    ``held_out`` is a fixed part of the training images, the same for every seed of the experiment; ``train`` is the rest.
+    """
+    images: Images = DATASETS.get(config.name)(config, split, augment)
+    if len(images) == 0:
+        raise DataError(f"data {config.name!r} has no images in its {split} split: check data.path.")
+    low, high = int(images.labels.min()), int(images.labels.max())
+    if low < 0 or high >= config.classes:
+        raise DataError(
+            f"data {config.name!r} has labels {low} to {high}, but data.classes = {config.classes}: set data.classes to {high + 1}."
+        )
+    return images
+
+
+def split_indices(total: int, held_out: float, split: str) -> np.ndarray:
+    """Which of ``total`` training images belong to ``train`` and which to ``held_out``."""
+    order = np.random.default_rng(0).permutation(total)
+    cut = max(1, round(total * held_out))
+    return np.sort(order[:cut] if split == "held_out" else order[cut:])
+
+
+class _Stream:
+    """Batch sampler: permutation after permutation, cut into batches, from ``first`` to ``last`` step."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, first: int, last: int) -> None:
+        self.size, self.batch_size, self.seed, self.first, self.last = size, batch_size, seed, first, last
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.first, self.last):
+            draw = int(np.random.default_rng([self.seed, step, 1]).integers(2**62))
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.size != epoch:
+                    epoch = position // self.size
+                    order = np.random.default_rng([self.seed, epoch, 0]).permutation(self.size)
+                batch.append((int(order[position % self.size]), draw))
+            yield batch
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def training_batches(images: Images, batch_size: int, *, seed: int, first: int, last: int, workers: int = 0) -> Iterator[Batch]:
+    """The shuffled batches of steps ``first`` to ``last - 1``."""
+    sampler = _Stream(len(images), batch_size, seed, first, last)
+    return iter(DataLoader(images, batch_sampler=sampler, collate_fn=_as_is, num_workers=workers, pin_memory=torch.cuda.is_available()))
+
+
+def ordered_batches(images: Images, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    """All images, or the first ``limit``, in order."""
+    total = len(images) if limit is None else min(limit, len(images))
+    for start in range(0, total, batch_size):
+        yield images.__getitems__([(index, 0) for index in range(start, min(start + batch_size, total))])
+
+
+def sampled_images(images: Images, count: int) -> np.ndarray:
+    """``count`` images spread evenly over a split, channels-last float32 [count, H, W, C], as a deployed model gets them."""
+    indices = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
+    x_NCHW, _ = images.__getitems__([(int(index), 0) for index in indices])
+    return x_NCHW.permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,0 +1,11 @@
+"""Devices: documents that describe them, ways to reach them, and profiling them into latency tables."""
+
+from hwnas.registry import Registry
+
+CONNECTIONS = Registry(
+    "connection",
+    {
+        "host": "hwnas.devices.host:Host",
+        "simulated": "hwnas.devices.simulated:Simulated",
+    },
+)

@@ -1,0 +1,68 @@
+"""What a device is, and what hwnas needs of a connection to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from hwnas.devices import CONNECTIONS
+from hwnas.document import Document, nearest
+from hwnas.errors import ConfigError
+from hwnas.share import share_folder
+
+
+class Device(Document):
+    """A device: its name in tables, its chip, how it is reached and which cores a measurement should use."""
+
+    SCHEMA: ClassVar[str] = "hwnas.device"
+
+    id: str
+    soc: str
+    connection: str
+    options: dict[str, str] = {}
+    cores: tuple[int, ...] | None = None
+    governor: str = "unknown"
+
+
+class Connection(Protocol):
+    """Where measurements and predictions run. ``deploy/runner.py`` documents plan and rows."""
+
+    def cores(self, threads: int) -> tuple[int, ...]:
+        """The cores to pin ``threads`` threads to."""
+
+    def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+        """Run a plan; yield the runner's header, then one row per item as it comes. Raises DeviceError."""
+
+    def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
+        """Outputs float32 [N, ...] of a model file for float32 images. Raises DeviceError."""
+
+
+HOST = Device(id="host", soc="this computer", connection="host")
+
+
+def known_devices() -> dict[str, Device]:
+    """The host, and every device document in ``configs/devices``."""
+    devices = {HOST.id: HOST}
+    for path in sorted((share_folder("configs") / "devices").glob("*.json")):
+        device = Device.load(path)
+        devices[device.id] = device
+    return devices
+
+
+def find_device(name: str) -> Device:
+    """A device by id, or the document at a path ending in .json."""
+    if Path(name).suffix == ".json":
+        return Device.load(name)
+    devices = known_devices()
+    if name not in devices:
+        raise ConfigError(f"unknown device {name!r}; {nearest(name, devices)} A path must end in .json.")
+    return devices[name]
+
+
+def connect(device: Device) -> Connection:
+    """A connection to a device."""
+    connection: Connection = CONNECTIONS.get(device.connection)(device)
+    return connection

@@ -1,0 +1,244 @@
+"""Profiling: from a space and a device to a calibrated latency table.
+
+1. *Plan*: every op of the space, and whole networks sampled over the space's range of sizes, some to fit the calibration and
+   some to judge it.
+2. *Build*: a model file for each, cached by op key.
+3. *Measure* in rounds. A round is one process that goes once through everything in a new random order, so that whatever drifts
+   (clock, temperature, neighbours) hits all entries alike. An entry is the median over rounds of the median over runs.
+4. *Judge the noise*: entries whose rounds spread more than allowed get further rounds; those that still do are flagged.
+5. *Calibrate*: an affine map from sums of entries to networks, fitted on some networks, judged on the others.
+
+Rows are appended to ``samples.jsonl`` as they come, so that a killed profile goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwnas.config import DeviceConfig, ProfileConfig
+from hwnas.core.arch import Architecture
+from hwnas.core.op import Op
+from hwnas.core.space import SearchSpace
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge
+from hwnas.devices.device import Connection, Device
+from hwnas.errors import DeviceError
+from hwnas.progress import Progress
+from hwnas.runs import JsonLines
+
+Build = Callable[[tuple[Op, ...], str, str], Path]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: item id -> its chain of ops. Ops come under their keys, networks under ``net-<n>``."""
+
+    ops: tuple[Op, ...]
+    fit: tuple[Architecture, ...]
+    test: tuple[Architecture, ...]
+
+    @property
+    def items(self) -> dict[str, tuple[Op, ...]]:
+        """All items in order."""
+        networks = {f"net-{i}": arch.ops() for i, arch in enumerate((*self.fit, *self.test))}
+        return {op.key: (op,) for op in self.ops} | networks
+
+
+def make_plan(space: SearchSpace, config: ProfileConfig, seed: int) -> Plan:
+    """Every op of the space and the calibration networks, fit and test networks alternating over the range of sizes."""
+    count = config.fit_networks + config.test_networks
+    networks = spread_networks(space, count, np.random.default_rng([seed, 77]))
+    test = {round((i + 0.5) * count / config.test_networks) for i in range(config.test_networks)} if config.test_networks else set()
+    return Plan(
+        space.ops,
+        tuple(arch for i, arch in enumerate(networks) if i not in test),
+        tuple(arch for i, arch in enumerate(networks) if i in test),
+    )
+
+
+def spread_networks(space: SearchSpace, count: int, rng: np.random.Generator) -> list[Architecture]:
+    """``count`` architectures spread evenly over the space's range of MACs, small to large.
+
+    Uniform picks crowd around the middle, so each candidate draws from its own bias towards small or large options.
+    """
+    candidates = []
+    for _ in range(50 * count):
+        bias = rng.normal(0.0, 2.0)
+        picks = {}
+        for choice in space.choices:
+            cheap_first = np.argsort([_weight(option) for option in choice.options])
+            p = np.exp(bias * np.linspace(-1, 1, len(choice.options)))
+            picks[choice.key] = choice.options[int(cheap_first[rng.choice(len(p), p=p / p.sum())])]
+        candidates.append(space.decode(picks))
+    candidates.sort(key=lambda arch: arch.macs)
+    if not candidates:
+        return []
+    macs = np.array([arch.macs for arch in candidates], dtype=float)
+    wanted = np.linspace(macs[0], macs[-1], count)
+    chosen = dict.fromkeys(int(np.abs(macs - value).argmin()) for value in wanted)
+    spare = (i for i in rng.permutation(len(candidates)) if int(i) not in chosen)
+    indices = sorted([*chosen, *(int(next(spare)) for _ in range(count - len(chosen)))])
+    return [candidates[i] for i in indices]
+
+
+def _weight(option: str | int) -> float:
+    """A rough order of options by cost, only for spreading samples."""
+    if isinstance(option, int):
+        return float(option)
+    numbers = [float(part[1:]) for part in option.split("_") if part[0] in "ke"]
+    return float(np.prod(numbers)) if numbers else 0.0
+
+
+def profile(
+    space: SearchSpace,
+    device: Device,
+    connection: Connection,
+    build: Build,
+    settings: DeviceConfig,
+    config: ProfileConfig,
+    folder: Path,
+    progress: Progress,
+    seed: int = 0,
+) -> LatencyTable:
+    """Measure ``space`` on ``device`` and return its table. ``build(ops, runtime, dtype)`` gives the file of a chain of ops."""
+    plan = make_plan(space, config, seed)
+    files = {}
+    with progress.task(f"building {len(plan.items)} models", len(plan.items)) as task:
+        for name, ops in plan.items.items():
+            files[name] = build(ops, settings.runtime, settings.dtype)
+            task.advance()
+    samples = JsonLines(folder / "samples.jsonl")
+    measure = _Measurement(plan, files, connection, settings, config, samples, folder, seed)
+    with progress.task("measuring", config.rounds * len(files), len(measure.done)) as task:
+        for number in range(config.rounds):
+            measure.round(number, list(files), task.advance)
+    for number in range(config.rounds, config.max_rounds):
+        noisy = [name for name in files if spread_of(measure.rounds(name)) > config.max_spread]
+        if not noisy:
+            break
+        with progress.task(f"measuring {len(noisy)} noisy entries again", len(noisy)) as task:
+            measure.round(number, noisy, task.advance)
+    return _table(space, device, settings, config, plan, measure, progress)
+
+
+class _Measurement:
+    """The rows measured so far, and how to get more."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        files: dict[str, Path],
+        connection: Connection,
+        settings: DeviceConfig,
+        config: ProfileConfig,
+        samples: JsonLines,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self.plan, self.files, self.connection, self.settings = plan, files, connection, settings
+        self.config, self.samples, self.folder, self.seed = config, samples, folder, seed
+        self.header: Row = {}
+        self.done: dict[tuple[str, int], list[float]] = {}
+        for row in samples.read():
+            self._keep(row)
+
+    def _keep(self, row: Row) -> None:
+        if "runner" in row:
+            self.header = row
+        elif row["id"] in self.files:
+            self.done[row["id"], row["round"]] = row["ms"]
+
+    def rounds(self, name: str) -> list[list[float]]:
+        """The runs of each round of an item, in milliseconds."""
+        return [ms for (item, _), ms in sorted(self.done.items()) if item == name]
+
+    def round(self, number: int, names: list[str], advance: Callable[[], None]) -> None:
+        """Measure what is missing of a round, in the round's own random order."""
+        order = np.random.default_rng([self.seed, number]).permutation(len(names))
+        todo = [names[i] for i in order if (names[i], number) not in self.done]
+        if not todo:
+            return
+        items = self.plan.items
+        plan = {
+            "runtime": self.settings.runtime,
+            "threads": self.settings.threads,
+            "cores": list(self.settings.cores or self.connection.cores(self.settings.threads)),
+            "min_ms": self.config.min_ms,
+            "min_runs": self.config.min_runs,
+            "items": [{"id": name, "path": str(self.files[name]), "round": number, "ops": [op.key for op in items[name]]} for name in todo],
+        }
+        with self.samples.appending() as append:
+            for row in self.connection.measure(plan, self.folder):
+                if "error" in row:
+                    raise DeviceError(f"{row['id']} does not run with {self.settings.runtime}: {row['error']}")
+                append(row)
+                self._keep(row)
+                if "id" in row:
+                    advance()
+
+
+def spread_of(rounds: Iterable[list[float]]) -> float:
+    """Interquartile range of the rounds' medians divided by their median."""
+    medians = [float(np.median(runs)) for runs in rounds]
+    low, middle, high = np.percentile(medians, [25, 50, 75])
+    return float((high - low) / middle)
+
+
+def _table(
+    space: SearchSpace, device: Device, settings: DeviceConfig, config: ProfileConfig, plan: Plan, measure: _Measurement, progress: Progress
+) -> LatencyTable:
+    found = {name: _entry(measure.rounds(name), config.max_spread) for name in plan.items}
+    noisy = [name for name, entry in found.items() if entry.noisy]
+    if noisy:
+        progress.warn(f"{len(noisy)} of {len(found)} entries stayed noisy and are flagged: {', '.join(noisy[:3])}.")
+    sums = [sum(found[op.key].ms for op in arch.ops()) for arch in (*plan.fit, *plan.test)]
+    nets = [found[f"net-{i}"].ms for i in range(len(sums))]
+    cut = len(plan.fit)
+    calibration: Calibration | None = None
+    if plan.fit:
+        calibration = fit_calibration(sums[:cut], nets[:cut])
+        if plan.test:
+            calibration = calibration.model_copy(update={"held_out": judge(calibration, sums[cut:], nets[cut:])})
+    header = measure.header
+    runs: dict[str, str] = defaultdict(lambda: "unknown", {key: str(value) for key, value in header.items()})
+    return LatencyTable(
+        header=TableHeader(
+            device=device.id,
+            cpu=runs["cpu"],
+            machine=runs["machine"],
+            runtime=settings.runtime,
+            runtime_version=runs["runtime_version"],
+            dtype=settings.dtype,
+            threads=settings.threads,
+            cores=tuple(header["cores"]) if header.get("cores") else "unknown",
+            governor=runs["governor"],
+            layout="NHWC" if settings.runtime == "litert" else "NCHW",
+            batch=1,
+            date=date.today().isoformat(),
+            space=space.name,
+        ),
+        entries={op.key: found[op.key] for op in plan.ops},
+        calibration=calibration,
+        provenance={"method": f"hwnas profile, {config.rounds} to {config.max_rounds} shuffled rounds", "space_sha256": space.sha256},
+    )
+
+
+def _entry(rounds: list[list[float]], max_spread: float) -> Entry:
+    runs = np.concatenate([np.asarray(ms) for ms in rounds])
+    spread = spread_of(rounds)
+    return Entry(
+        ms=float(np.median([np.median(ms) for ms in rounds])),
+        p10_ms=float(np.percentile(runs, 10)),
+        p90_ms=float(np.percentile(runs, 90)),
+        runs=len(runs),
+        rounds=len(rounds),
+        spread=spread,
+        noisy=spread > max_spread,
+    )

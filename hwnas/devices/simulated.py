@@ -1,0 +1,56 @@
+"""A device whose clock is a formula: for tests of everything that happens around a measurement.
+
+Latency of an op = MACs / rate + bytes moved / bandwidth + a constant; of a network 1.05 times the sum plus 0.02 ms. Each row is
+drawn with 1 % noise from a generator seeded by (item, round), so that a killed and resumed profile measures the same.
+Tables made here say ``simulated`` in their header. Model outputs are real: they are computed on the host.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwnas.core.op import Op
+from hwnas.devices.device import Device
+from hwnas.devices.host import Host
+
+MACS_PER_MS = 2e7
+BYTES_PER_MS = 4e6
+CONSTANT_MS = 0.005
+
+
+def simulated_ms(op: Op) -> float:
+    """The formula's latency of an op, in milliseconds."""
+    values = sum(layer.in_ch * layer.size**2 + layer.out_ch * layer.out_size**2 for layer in op.layers)
+    return op.macs / MACS_PER_MS + 4 * (values + op.params) / BYTES_PER_MS + CONSTANT_MS
+
+
+class Simulated:
+    """Answers plans from the formula, from the op keys that each item carries."""
+
+    def __init__(self, device: Device) -> None:
+        self.host = Host(device)
+
+    def cores(self, threads: int) -> tuple[int, ...]:
+        """Cores 0 to threads - 1."""
+        return tuple(range(threads))
+
+    def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+        """A header and one row per item."""
+        del folder
+        yield {"runner": 1, "runtime": plan["runtime"], "runtime_version": "simulated", "cpu": "simulated", "machine": "simulated",
+               "governor": "simulated", "cores": plan["cores"], "threads": plan["threads"], "python": "simulated"}  # fmt: skip
+        for item in plan["items"]:
+            ops = [Op.parse(key) for key in item["ops"]]
+            ms = sum(simulated_ms(op) for op in ops)
+            ms = 1.05 * ms + 0.02 if len(ops) > 1 else ms
+            rng = np.random.default_rng([zlib.crc32(item["id"].encode()), item["round"]])
+            yield {"id": item["id"], "round": item["round"], "ms": [float(ms * v) for v in rng.normal(1.0, 0.01, size=5)]}
+
+    def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
+        """Real outputs, computed on the host."""
+        return self.host.predict(model, images_NHWC, folder)

@@ -1,0 +1,69 @@
+"""Is this installation fit to work? What ``hwnas doctor`` looks at."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from hwnas.share import share_folder
+
+PACKAGES = {
+    "torch": "search and training",
+    "torchvision": "image folders",
+    "timm": "optimisers",
+    "litert-torch": "TFLite export",
+    "ai-edge-quantizer": "int8 export",
+    "ai-edge-litert": "running TFLite files",
+    "onnx": "ONNX export",
+    "onnxscript": "ONNX export",
+    "onnxruntime": "running ONNX files",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    subject: str
+    good: bool
+    text: str
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order of their importance."""
+    found = [Finding("python", sys.version_info >= (3, 11), f"{sys.version.split()[0]} (3.11 or later is needed)")]
+    found += [_package(name, purpose) for name, purpose in PACKAGES.items()]
+    found += [Finding(f"{name}/", share_folder(name).is_dir(), str(share_folder(name))) for name in ("configs", "deploy", "latency_tables")]
+    if all(finding.good for finding in found):
+        found.append(_torch())
+    found.append(_cores())
+    found.append(Finding("clock", True, f"governor {_governor()} ('performance' measures best; 'unknown' on virtual machines)"))
+    return found
+
+
+def _package(name: str, purpose: str) -> Finding:
+    try:
+        return Finding(name, True, version(name))
+    except PackageNotFoundError:
+        return Finding(name, False, f"needed for {purpose}: pip install {name}")
+
+
+def _torch() -> Finding:
+    import torch
+    import torchvision
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    return Finding("torch works", torchvision.ops is not None, f"{torch.get_num_threads()} threads, {gpu}")
+
+
+def _cores() -> Finding:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return Finding("cores", True, f"{len(cores) or os.cpu_count()} usable, load {os.getloadavg()[0]:.1f} (measure on a quiet machine)")
+
+
+def _governor() -> str:
+    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return path.read_text().strip() if path.exists() else "unknown"

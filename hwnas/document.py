@@ -1,0 +1,172 @@
+"""Documents: the files that stages hand to each other.
+
+A document is a frozen pydantic model that is stored as JSON beginning with its schema id::
+
+    {"schema": "hwnas.space/1", "name": "proxylessnas", ...}
+
+- strict: unknown keys and wrong types are errors that name the place and the nearest known key;
+- canonical: the same value always gives the same bytes (sorted keys), so that its sha256 identifies it;
+- atomic: a file is either the old one or the new one, never half of it;
+- versioned: the integer counts format changes, and ``migrate`` keeps older integers readable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hwnas.errors import DocumentError, StorageError
+
+
+class Document(BaseModel):
+    """Base of all documents. Subclasses set ``SCHEMA`` (``"hwnas.table"``) and ``VERSION``."""
+
+    SCHEMA: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
+        """Turn the content of an older schema ``version`` into the current one. Override when ``VERSION`` grows."""
+        return content
+
+    @classmethod
+    def parse(cls, text: str | bytes, source: str = "document") -> Self:
+        """Read a document from JSON text. Raises DocumentError naming ``source`` and what is wrong with it."""
+        try:
+            content = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DocumentError(f"{source} is not valid JSON ({error}): it is corrupt or was cut off; make it again.") from error
+        if not isinstance(content, dict):
+            raise DocumentError(f"{source} holds a JSON {type(content).__name__}, not a {cls.SCHEMA} document.")
+        schema = content.pop("schema", None)
+        name, _, version = str(schema).partition("/")
+        if name != cls.SCHEMA or not version.isdigit():
+            raise DocumentError(f"{source} has schema {schema!r}, but a {cls.SCHEMA}/{cls.VERSION} document is needed here.")
+        if int(version) > cls.VERSION:
+            raise DocumentError(f"{source} has schema {schema}, newer than this hwnas reads ({cls.VERSION}): upgrade hwnas.")
+        if int(version) < cls.VERSION:
+            content = cls.migrate(int(version), content)
+        try:
+            return cls.model_validate_json(json.dumps(content), strict=True)
+        except ValidationError as error:
+            raise DocumentError(f"{source}: {explain(error, cls)}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a document from a file."""
+        return cls.parse(read_bytes(path), str(path))
+
+    def to_json(self) -> str:
+        """The stored form: sorted keys, one level a line, newline at the end."""
+        content = {"schema": f"{self.SCHEMA}/{self.VERSION}", **self.model_dump(mode="json")}
+        return json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the document atomically."""
+        write_atomic(path, self.to_json().encode())
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the content: sha256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file the user named. Raises DocumentError where there is none."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DocumentError(f"{path} does not exist: check the path.") from error
+    except OSError as error:
+        raise DocumentError(f"{path} cannot be read ({error.strerror}).") from error
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Write ``content`` so that readers, and a crash at any moment, see the old file or the whole new one."""
+    path = Path(path)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        raise StorageError(f"{path} cannot be written ({error.strerror}): free some space or choose another --out folder.") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(value: Any) -> str:
+    """sha256 of any JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: ``did you mean 'x'?``, or the list of known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}."
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of a pydantic error as one sentence with the place, the value and the fix."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(model, first["loc"][:-1])
+        return f"unknown key {place!r}; {nearest(str(first['loc'][-1]), fields)}"
+    if first["type"] == "missing":
+        return f"key {place!r} is missing; add it."
+    message = first["msg"].removeprefix("Value error, ")
+    value = repr(first["input"])
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    return f"{place} = {shown}: {message[0].lower() + message[1:]}{'' if message.endswith('.') else '.'}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The field names of the nested model at ``location``; of the nearest one above where types are unions."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return list(model.model_fields)
+
+
+def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings merged left to right; later values win."""
+    out: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+            out[key] = merged(out[key], value) if both else value
+    return out

@@ -1,0 +1,81 @@
+"""The export stage: a trained network in, a bundle out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from hwnas.data.images import load_images, ordered_batches, sampled_images
+from hwnas.document import write_atomic
+from hwnas.export.bundle import (
+    FILES,
+    Bundle,
+    describe_file,
+    parity,
+    preprocessing,
+    save_parity,
+    tool_versions,
+    torch_logits,
+    torch_predictions,
+)
+from hwnas.export.onnx import to_onnx
+from hwnas.export.tflite import quantize_int8, to_tflite
+from hwnas.nn.network import Network, load_network
+from hwnas.runs import StageContext
+
+Predict = Callable[[Path, np.ndarray, Path], np.ndarray]
+
+
+def outputs(formats: tuple[str, ...]) -> list[str]:
+    """The files the stage writes."""
+    return ["bundle.json", "parity.npz", *(FILES[kind][0] for kind in formats)]
+
+
+def run(ctx: StageContext, predict: Predict) -> None:
+    """Export every format and compare each with PyTorch; ``predict(file, images, folder)`` runs a file in its runtime."""
+    config, data = ctx.experiment.export, ctx.experiment.data
+    network = load_network(ctx.path("train", "model.safetensors")).eval()
+    train, test = load_images(data, "train"), load_images(data, "test")
+    calibration = sampled_images(train, config.calibration_images)
+    images = sampled_images(test, config.parity_images)
+    reference = torch_logits(network, images)
+    predictions = torch_predictions(network, ordered_batches(test, 256))
+    save_parity(ctx.folder / "parity.npz", images=images, logits=reference, predictions=predictions)
+    files = []
+    with ctx.progress.task("exporting", len(config.formats)) as task:
+        for kind in config.formats:
+            path = ctx.folder / FILES[kind][0]
+            _write(kind, network, calibration, path)
+            files.append(describe_file(ctx.folder, kind, parity(predict(path, images, ctx.folder), reference)))
+            task.advance(note=path.name)
+    Bundle(
+        architecture=network.arch,
+        labels=test.names,
+        preprocessing=preprocessing(data),
+        data=data,
+        macs=network.arch.macs,
+        params=network.arch.params,
+        torch_accuracy=float((predictions == test.labels).mean()),
+        test_images=len(test),
+        files=tuple(files),
+        versions=tool_versions(),
+    ).save(ctx.folder / "bundle.json")
+    for file in files:
+        ctx.progress.say(
+            f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error {file.parity.relative_error:.1e}, "
+            f"same top-1 on {file.parity.agreement:.1%} of {file.parity.images} images"
+        )
+
+
+def _write(kind: str, network: Network, calibration_NHWC: np.ndarray, path: Path) -> None:
+    arch = network.arch
+    shape = (1, arch.in_channels, arch.resolution, arch.resolution)
+    if kind == "onnx":
+        to_onnx(network, shape, metadata={"architecture": arch.to_json()}, path=path)
+        return
+    model = to_tflite(network, shape)
+    if kind == "tflite-int8":
+        model = quantize_int8(model, [calibration_NHWC], float_io=True)
+    write_atomic(path, model)

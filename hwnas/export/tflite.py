@@ -1,0 +1,228 @@
+"""PyTorch modules to TFLite files, in float32 and in static int8.
+
+Graphs are channels-last inside and out. Batch norms fold into the convolutions before them, ReLU and ReLU6
+fuse into them, a padded stride-1 convolution becomes SAME, and a padded stride-2 one becomes PAD and VALID,
+because TFLite's SAME pads an even image on the other side than PyTorch does. The same module gives the same
+bytes.
+
+What to write in PyTorch so that this holds (litert-torch 0.10, LiteRT 2.3):
+
+- pool globally with ``adaptive_avg_pool2d(x, 1)`` and ``flatten(1)``: one MEAN. ``x.mean([2, 3])`` brings a
+  TRANSPOSE;
+- put activations after a convolution or an addition, where they fuse. A RELU6 on its own has no int8 form
+  in the quantizer, and XNNPACK leaves int8 RELU, HARD_SWISH and AVERAGE_POOL_2D to kernels over ten times
+  slower than its float ones;
+- shuffle channels with reshapes: indexing makes a GATHER_ND, which XNNPACK does not take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from hwnas.errors import ExportError
+
+
+class GraphOp(NamedTuple):
+    """One operator of a TFLite graph: its name and its first output's type, as the schema spells them."""
+
+    name: str
+    dtype: str
+
+
+def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> bytes:
+    """A float32 TFLite file that computes what ``module`` computes in eval mode.
+
+    ``input_shape`` is NCHW with batch 1; the file takes [1, H, W, C]. Four-dimensional outputs come out
+    channels-last too, others (logits [1, classes]) as they are. The module itself is left untouched: a copy
+    on the CPU is converted. Takes 1 to 2 s for a block and 10 s for MobileNetV2, after 5 s for the first
+    import of the converter.
+
+    Raises ExportError where the converter refuses the module, or where the module does not run on that shape.
+
+    >>> model = to_tflite(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
+    >>> [op.name for op in graph_ops(model)]
+    ['CONV_2D']
+    """
+    if len(input_shape) != 4 or input_shape[0] != 1:
+        raise ExportError(f"The input shape is {input_shape}; exported files take NCHW with batch 1")
+    name = type(module).__name__
+    eager = copy.deepcopy(module).cpu().eval()
+    litert_torch = _litert_torch()
+    try:
+        outputs = _image_outputs(eager, input_shape)
+        channels_last = litert_torch.to_channel_last_io(eager, args=[0], outputs=outputs)
+        n, c, h, w = input_shape
+        model = litert_torch.convert(channels_last.eval(), (torch.zeros(n, h, w, c),)).model_content()
+    except Exception as error:  # tracing, lowering and the converter each raise types of their own
+        raise ExportError(f"LiteRT cannot convert {name} at {input_shape}: {_first_line(error)}") from error
+    return bytes(model)
+
+
+def quantize_int8(model: bytes, calibration: Sequence[npt.NDArray[np.float32]], *, float_io: bool = False) -> bytes:
+    """The static int8 form of a float32 TFLite file: activations per tensor, weights per output channel.
+
+    ``calibration`` holds images as the net will see them, float32 arrays [N, H, W, C]; they set the
+    activation ranges. Without ``float_io`` the file takes and returns int8 at the scales it names, so that
+    a block is timed without operators it does not have inside a net: they add 2 % to an MBConv block of 32
+    channels at 56x56, and half as much again to a single 1x1 convolution. With it, the file is a drop-in
+    for the float one, with one QUANTIZE at the entry and one DEQUANTIZE at the exit, and apps need not know
+    the scales.
+
+    Raises ExportError where the arrays do not fit the model, or where an operator has no int8 form and would
+    run in float32 amid the others.
+    """
+    from ai_edge_quantizer import quantizer, recipe
+
+    key, input_name, shape_NHWC, output_count = _signature(model)
+    images = [image[None] for batch in calibration for image in _checked(batch, shape_NHWC)]
+    if not images:
+        raise ExportError("int8 needs at least one calibration image")
+    rules = recipe.static_wi8_ai8()
+    if float_io:
+        rules += [{"regex": ".*", "operation": border, "algorithm_key": "no_quantize", "op_config": {}} for border in ("INPUT", "OUTPUT")]
+    try:
+        with _hushed_quantizer():
+            ranges = _activation_ranges(model, {key: [{input_name: image} for image in images]}, rules)
+            work = quantizer.Quantizer(model, rules).quantize(ranges, enable_progress_report=False)
+    except Exception as error:  # the quantizer raises plain ValueError, RuntimeError and KeyError
+        raise ExportError(f"The graph cannot be quantised: {_first_line(error)}") from error
+    quantized = bytes(work.quantized_model)
+    _require_int8(quantized, output_count if float_io else 0)
+    return quantized
+
+
+def graph_ops(model: bytes) -> tuple[GraphOp, ...]:
+    """The operators of a TFLite file's main graph, in execution order."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    dtypes = {code: name for name, code in vars(schema.TensorType).items() if not name.startswith("_")}
+    parsed = schema.ModelT.InitFromPackedBuf(bytearray(model), 0)
+    graph = parsed.subgraphs[0]
+    ops = []
+    for operator in graph.operators:
+        code = parsed.operatorCodes[operator.opcodeIndex]
+        # Codes past 127 live in the newer of the two fields, and old files fill only the older one.
+        name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+        ops.append(GraphOp(name, dtypes[graph.tensors[operator.outputs[0]].type]))
+    return tuple(ops)
+
+
+def _activation_ranges(model: bytes, samples: dict[str, list[dict[str, Any]]], rules: Any) -> Any:
+    """The smallest and largest value that each tensor took over all samples.
+
+    Quantizer.calibrate would start from the first sample and move 5 % towards each later one, so that a few
+    dozen images leave the ranges at what the first one happened to need, and the others clip.
+    """
+    from ai_edge_quantizer import calibrator, recipe_manager
+    from ai_edge_quantizer.utils import qsv_utils
+
+    manager = recipe_manager.RecipeManager()
+    manager.load_quantization_recipe(rules)
+    observer = calibrator.Calibrator(model, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+    observer.calibrate(samples, manager)
+    return observer.get_model_qsvs()
+
+
+def _require_int8(model: bytes, dequantized_outputs: int) -> None:
+    ops = graph_ops(model)
+    in_float = [op.name for op in ops if op.dtype == "FLOAT32"]
+    if not ops:
+        raise ExportError("The graph has no operators, so there is nothing to quantise")
+    if in_float != ["DEQUANTIZE"] * dequantized_outputs:
+        culprits = sorted(set(in_float) - {"DEQUANTIZE"}) or ["an input that is also an output"]
+        raise ExportError(f"No int8 form exists for {', '.join(culprits)}, which would run in float32")
+
+
+def _image_outputs(module: nn.Module, input_shape: tuple[int, int, int, int]) -> list[int]:
+    """The positions of the outputs that are feature maps, found by running the module once."""
+    with torch.no_grad():
+        outputs = module(torch.zeros(input_shape))
+    if isinstance(outputs, torch.Tensor):
+        outputs = (outputs,)
+    return [index for index, output in enumerate(outputs) if output.ndim == 4]
+
+
+def _signature(model: bytes) -> tuple[str, str, tuple[int, ...], int]:
+    """Signature key, name of the only input, its shape, and the number of outputs."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    try:
+        with _hushed_stderr():  # the first interpreter of a process announces XNNPACK there
+            interpreter = Interpreter(model_content=model, num_threads=1)
+            interpreter.allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        raise ExportError(f"This is not a TFLite file that LiteRT can load: {_first_line(error)}") from error
+    signatures = interpreter.get_signature_list()
+    if len(signatures) != 1:
+        raise ExportError(f"The file has {len(signatures)} signatures; the quantizer needs exactly one")
+    [(key, tensors)] = signatures.items()
+    shape = tuple(int(size) for size in interpreter.get_input_details()[0]["shape"])
+    return key, tensors["inputs"][0], shape, len(tensors["outputs"])
+
+
+def _checked(batch: npt.NDArray[np.float32], shape_NHWC: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    if batch.dtype != np.float32 or batch.shape[1:] != shape_NHWC[1:]:
+        found, wanted = f"{batch.dtype} {list(batch.shape)}", f"float32 {['N', *shape_NHWC[1:]]}"
+        raise ExportError(f"A calibration array is {found}; the model wants {wanted}")
+    return batch
+
+
+@functools.cache
+def _litert_torch() -> Any:
+    """The converter, imported on first use (5 s) and kept quiet."""
+    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # read once, at import: no line of MAC counts per conversion
+    try:
+        # oneDNN's greeting and a deprecation inside torchao, both before any logger is set up.
+        with _hushed_stderr():
+            import litert_torch
+    finally:
+        if level is None:
+            del os.environ["TF_CPP_MIN_LOG_LEVEL"]
+        else:
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = level
+    litert_torch.config.show_progress = False  # thirty lines on stdout per conversion otherwise
+    return litert_torch
+
+
+@contextlib.contextmanager
+def _hushed_stderr() -> Iterator[None]:
+    """Drop what native code writes to file descriptor 2, which no Python logger or redirect sees."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@contextlib.contextmanager
+def _hushed_quantizer() -> Iterator[None]:
+    """Hide its tqdm bars, and its warning that keeping all tensors, as calibration must, takes memory."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.filterwarnings("ignore", message=".*experimental_preserve_all_tensors")
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,298 @@
+"""Ops and networks written straight into TFLite files, without a converter.
+
+A latency table needs a file for every op of a search space. litert-torch converts a block in 1 to 2 s; since our blocks
+are few and known, the file can be written in 1 ms instead. The graph is the one that ``tflite.to_tflite`` makes, operator
+by operator (its tests judge this one by it), in float32, channels-last, batch 1:
+
+- batch norms are folded into weights and biases, in float64; ReLU and ReLU6 are fused, HARD_SWISH follows its layer;
+- where TFLite's SAME pads as PyTorch does, kernel // 2 on every side, it is SAME; else PAD and VALID;
+- where each input channel has its own filters, it is DEPTHWISE_CONV_2D, even with one input channel;
+- the mean over a 1 x 1 map vanishes inside squeeze-and-excitation and becomes a SUM before the classifier.
+
+*Difference from the converter*: a classifier on its own has no TRANSPOSE before the MEAN. The converter adds it only
+there, never inside a network, and a table must hold what networks cost.
+
+Schema: tensorflow/lite/schema/schema.fbs, version 3. Every operator has the lowest version that allows its options:
+1, but 5 for FULLY_CONNECTED with kept dimensions and 6 for grouped CONV_2D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flatbuffers
+import numpy as np
+import numpy.typing as npt
+import torch
+from ai_edge_litert import schema_py_generated as schema
+from torch import Tensor, nn
+
+from hwnas import __version__
+from hwnas.core.op import Layer, Op
+from hwnas.errors import ExportError
+from hwnas.nn.network import Network
+
+_SCHEMA_VERSION = 3
+_FILE_IDENTIFIER = b"TFL3"
+_ALIGNMENT_BYTES = 16
+_HEIGHT, _WIDTH = 1, 2
+_FUSED = {
+    "relu": schema.ActivationFunctionType.RELU,
+    "relu6": schema.ActivationFunctionType.RELU6,
+}
+
+
+def write_tflite(network: Network) -> bytes:
+    """The float32 TFLite file of a network: ``image`` [1, size, size, channels] in, ``logits`` [1, classes] out.
+
+    BN statistics are those it has now, as in eval mode; the network itself is left untouched. The same weights give
+    the same bytes. Takes about 40 ms for MobileNetV2.
+
+    Raises ExportError where a kernel is even: PyTorch and our ops disagree on the size of its output.
+
+    >>> from hwnas.core.spaces import published
+    >>> len(write_tflite(Network(published("mobilenet_v2")))) // 1_000_000  # MB
+    13
+    """
+    return _write(network.arch.ops(), list(network.blocks), "image", "logits")
+
+
+def write_op(op: Op, module: nn.Module) -> bytes:
+    """The float32 TFLite file of one op: ``input`` [1, size, size, in_ch] in, ``output`` out.
+
+    ``module`` is what ``hwnas.nn.blocks.build(op)`` returned, with any weights. ``output`` is
+    [1, out_size, out_size, out_ch], and [1, out_ch] for a classifier. Takes about 1 ms.
+
+    Raises ExportError where ``module`` does not belong to ``op``, or its kernel is even.
+
+    >>> from hwnas.nn.blocks import build
+    >>> op = Op.parse("conv-h8-i3-o4-k3-s2-relu6")
+    >>> write_op(op, build(op))[4:8]
+    b'TFL3'
+    """
+    return _write([op], [module], "input", "output")
+
+
+def _write(ops: Sequence[Op], modules: Sequence[nn.Module], input_name: str, output_name: str) -> bytes:
+    graph = _Graph()
+    entry = exit_ = graph.tensor(input_name, (1, ops[0].size, ops[0].size, ops[0].in_ch))
+    for position, (op, module) in enumerate(zip(ops, modules, strict=True)):
+        graph.scope = f"blocks.{position}." if len(ops) > 1 else ""
+        exit_ = _add_op(graph, exit_, op, module)
+    graph.tensors[exit_].name = output_name
+    return graph.pack(entry, exit_)
+
+
+def _add_op(graph: _Graph, x: int, op: Op, module: nn.Module) -> int:
+    if op.kind == "classifier":
+        return _add_classifier(graph, x, op, _part(op, module, "linear"))
+    entry = x
+    layers = {layer.name: layer for layer in op.layers}
+    for name, layer in layers.items():
+        if name == "se_reduce":
+            x = _add_squeeze_excite(graph, x, layer, layers["se_expand"], _part(op, module, "layers.se"))
+        elif name != "se_expand":
+            x = _add_conv(graph, x, layer, _part(op, module, f"layers.{name}"))
+    if not op.residual:
+        return x
+    return graph.operator("ADD", "add", [entry, x], graph.shape(x), schema.AddOptionsT())
+
+
+def _add_conv(graph: _Graph, x: int, layer: Layer, module: nn.Module) -> int:
+    """Convolution, BN and activation of ``layer`` on tensor ``x``: [PAD], [DEPTHWISE_]CONV_2D, [HARD_SWISH]."""
+    if layer.kernel % 2 == 0:
+        raise ExportError(f"Layer {layer.name} has a {layer.kernel} x {layer.kernel} kernel; files are written for odd ones only")
+    weight_OIHW, bias_O = _folded(layer, module)
+    depthwise = _depthwise(layer)
+    weight = graph.constant(f"{layer.name}.weight", weight_OIHW.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1)))
+    bias = graph.constant(f"{layer.name}.bias", bias_O)
+    if layer.kernel > 1 and not _same_padding(layer):
+        x = _add_padding(graph, x, layer)
+    code, version = ("DEPTHWISE_CONV_2D", 1) if depthwise else ("CONV_2D", 1 if layer.groups == 1 else 6)
+    shape = (1, layer.out_size, layer.out_size, layer.out_ch)
+    x = graph.operator(code, layer.name, [x, weight, bias], shape, _conv_options(layer), version=version)
+    return graph.operator("HARD_SWISH", f"{layer.name}.act", [x], shape) if layer.act == "hswish" else x
+
+
+def _conv_options(layer: Layer) -> Any:
+    options = schema.DepthwiseConv2DOptionsT() if _depthwise(layer) else schema.Conv2DOptionsT()
+    if _depthwise(layer):
+        options.depthMultiplier = layer.out_ch // layer.in_ch
+    options.strideH = options.strideW = layer.stride
+    options.padding = schema.Padding.SAME if _same_padding(layer) else schema.Padding.VALID
+    options.fusedActivationFunction = _FUSED.get(layer.act, schema.ActivationFunctionType.NONE)
+    return options
+
+
+def _depthwise(layer: Layer) -> bool:
+    return layer.groups == layer.in_ch
+
+
+def _same_padding(layer: Layer) -> bool:
+    """Whether TFLite's SAME puts kernel // 2 on every side. At stride 2 it does on odd images only."""
+    return layer.kernel > 1 and (layer.out_size - 1) * layer.stride + layer.kernel - layer.size == 2 * (layer.kernel // 2)
+
+
+def _add_padding(graph: _Graph, x: int, layer: Layer) -> int:
+    pad, padded = layer.kernel // 2, layer.size + 2 * (layer.kernel // 2)
+    pads = graph.constant(f"{layer.name}.pads", np.array([[0, 0], [pad, pad], [pad, pad], [0, 0]], np.int32))
+    return graph.operator("PAD", f"{layer.name}.pad", [x, pads], (1, padded, padded, layer.in_ch), schema.PadOptionsT())
+
+
+def _add_squeeze_excite(graph: _Graph, x: int, reduce: Layer, expand: Layer, module: nn.Module) -> int:
+    shape = graph.shape(x)
+    gate = x if shape[_HEIGHT] == shape[_WIDTH] == 1 else _add_mean(graph, x, keep_dims=True)
+    gate = _add_conv(graph, gate, reduce, module.get_submodule("reduce"))
+    gate = _add_conv(graph, gate, expand, module.get_submodule("expand"))
+    gate = graph.operator("LOGISTIC", "gate", [gate], graph.shape(gate))
+    return graph.operator("MUL", "gated", [x, gate], shape, schema.MulOptionsT())
+
+
+def _add_mean(graph: _Graph, x: int, *, keep_dims: bool) -> int:
+    """Global average pooling to [1, 1, 1, C] or [1, C]."""
+    _, height, width, channels = graph.shape(x)
+    options = schema.ReducerOptionsT()
+    options.keepDims = keep_dims
+    axes = graph.constant("pool.axes", np.array([_HEIGHT, _WIDTH], np.int32))
+    shape = (1, 1, 1, channels) if keep_dims else (1, channels)
+    return graph.operator("SUM" if height == width == 1 else "MEAN", "pool", [x, axes], shape, options)
+
+
+def _add_classifier(graph: _Graph, x: int, op: Op, linear: nn.Module) -> int:
+    assert isinstance(linear, nn.Linear)
+    _require_shape(linear.weight, (op.out_ch, op.in_ch), op.key)
+    weight = graph.constant("linear.weight", _float64(linear.weight))
+    bias = graph.constant("linear.bias", _float64(linear.bias))
+    options = schema.FullyConnectedOptionsT()
+    options.keepNumDims = True
+    pooled = _add_mean(graph, x, keep_dims=False)
+    return graph.operator("FULLY_CONNECTED", "linear", [pooled, weight, bias], (1, op.out_ch), options, version=5)
+
+
+def _folded(layer: Layer, module: nn.Module) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Weights [O, I / groups, k, k] and bias [O] of a convolution with the BN after it, if any, folded in.
+
+    A layer has a BN or a bias. BN(Wx) = sWx + beta - s mean, with s = gamma / sqrt(var + eps).
+    """
+    conv = module.get_submodule("conv")
+    assert isinstance(conv, nn.Conv2d)
+    _require_shape(conv.weight, (layer.out_ch, layer.in_ch // layer.groups, layer.kernel, layer.kernel), layer.name)
+    weight_OIHW = _float64(conv.weight)
+    if not layer.norm:
+        assert conv.bias is not None
+        return weight_OIHW, _float64(conv.bias)
+    norm = module.get_submodule("norm")
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    scale_O = _float64(norm.weight) / np.sqrt(_float64(norm.running_var) + norm.eps)
+    return weight_OIHW * scale_O[:, None, None, None], _float64(norm.bias) - scale_O * _float64(norm.running_mean)
+
+
+def _float64(values: Tensor) -> npt.NDArray[np.float64]:
+    array: npt.NDArray[np.float64] = values.detach().to("cpu", torch.float64).numpy()
+    return array
+
+
+def _part(op: Op, module: nn.Module, path: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        raise ExportError(f"A {type(module).__name__} without {path} is not the module of {op.key}: build the one with the other") from None
+
+
+def _require_shape(weight: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tuple(weight.shape) != shape:
+        raise ExportError(f"The weights of {name} are {list(weight.shape)} in the module and {list(shape)} in the op")
+
+
+class _Graph:
+    """A TFLite graph under construction. Tensors are known by their index; names are unique, as the quantizer needs."""
+
+    def __init__(self) -> None:
+        self.scope = ""
+        self.tensors: list[Any] = []
+        # The schema keeps buffer 0 empty, for the tensors that only exist while the graph runs.
+        self._buffers: list[Any] = [schema.BufferT()]
+        self._operators: list[Any] = []
+        self._codes: dict[tuple[str, int], int] = {}
+
+    def shape(self, tensor: int) -> tuple[int, ...]:
+        """Height and width in the middle: NHWC, or [1, classes]."""
+        shape: tuple[int, ...] = self.tensors[tensor].shape
+        return shape
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: int = schema.TensorType.FLOAT32, buffer: int = 0) -> int:
+        """Add a tensor, and return its index."""
+        tensor = schema.TensorT()
+        tensor.name, tensor.shape, tensor.type, tensor.buffer = self.scope + name, shape, dtype, buffer
+        tensor.hasRank = True  # or an empty shape would mean an unknown one
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def constant(self, name: str, values: npt.NDArray[np.float64] | npt.NDArray[np.int32]) -> int:
+        """Add a tensor with values: int32 as they are, float64 as float32."""
+        integers = values.dtype == np.int32
+        self._buffers.append(_Buffer(values.astype("<i4" if integers else "<f4").tobytes()))
+        dtype = schema.TensorType.INT32 if integers else schema.TensorType.FLOAT32
+        return self.tensor(name, values.shape, dtype, len(self._buffers) - 1)
+
+    def operator(
+        self, code: str, name: str, inputs: Sequence[int], shape: tuple[int, ...], options: Any = None, *, version: int = 1
+    ) -> int:
+        """Add the operator ``code`` (as the schema spells it), and return its output, a tensor ``name`` of ``shape``."""
+        output = self.tensor(name, shape)
+        operator = schema.OperatorT()
+        operator.opcodeIndex = self._codes.setdefault((code, version), len(self._codes))
+        operator.inputs, operator.outputs = list(inputs), [output]
+        if options is not None:
+            operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
+            operator.builtinOptions = options
+        self._operators.append(operator)
+        return output
+
+    def pack(self, entry: int, exit_: int) -> bytes:
+        """The file of the graph from tensor ``entry`` to tensor ``exit_``."""
+        graph = schema.SubGraphT()
+        graph.name, graph.tensors, graph.operators = "main", self.tensors, self._operators
+        graph.inputs, graph.outputs = [entry], [exit_]
+        signature = schema.SignatureDefT()
+        signature.signatureKey = "serving_default"
+        signature.inputs, signature.outputs = [self._named(entry)], [self._named(exit_)]
+        model = schema.ModelT()
+        model.version, model.description = _SCHEMA_VERSION, f"hwnas {__version__}"
+        model.operatorCodes = [_operator_code(*code) for code in self._codes]
+        model.subgraphs, model.buffers, model.signatureDefs = [graph], self._buffers, [signature]
+        # Room for all the weights at once: a builder that has to grow copies what it has.
+        builder = flatbuffers.Builder(sum(len(buffer.data) for buffer in self._buffers[1:]) + 65_536)
+        builder.Finish(model.Pack(builder), _FILE_IDENTIFIER)
+        return bytes(builder.Output())
+
+    def _named(self, tensor: int) -> Any:
+        entry = schema.TensorMapT()
+        entry.name, entry.tensorIndex = self.tensors[tensor].name, tensor
+        return entry
+
+
+def _operator_code(name: str, version: int) -> Any:
+    code = schema.OperatorCodeT()
+    code.builtinCode, code.version = getattr(schema.BuiltinOperator, name), version
+    # Runtimes from before 2021 read a signed byte here, in which 127 stands for all the codes that do not fit.
+    code.deprecatedBuiltinCode = min(code.builtinCode, schema.BuiltinOperator.PLACEHOLDER_FOR_GREATER_OP_CODES)
+    return code
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """A buffer whose data is aligned as schema.fbs demands; the generated BufferT aligns to one byte."""
+
+    data: bytes
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802 - what the generated ModelT calls
+        """Write the buffer, and return its offset."""
+        builder.Prep(_ALIGNMENT_BYTES, len(self.data))
+        vector = builder.CreateByteVector(self.data)
+        schema.BufferStart(builder)
+        schema.BufferAddData(builder, vector)
+        offset: int = schema.BufferEnd(builder)
+        return offset

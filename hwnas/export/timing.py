@@ -1,0 +1,61 @@
+"""Model files that are only timed: blocks and sampled networks with random weights, cached by what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hwnas import __version__
+from hwnas.core.arch import Architecture
+from hwnas.core.op import Op
+from hwnas.document import write_atomic
+from hwnas.errors import ConfigError
+from hwnas.export.onnx import to_onnx
+from hwnas.export.tflite import quantize_int8
+from hwnas.export.tflite_writer import write_op, write_tflite
+from hwnas.nn.network import Network
+
+CALIBRATION_INPUTS = 4
+"""Random inputs that set the int8 ranges of a file that is only timed; its accuracy does not matter."""
+
+
+def cache_folder() -> Path:
+    """``$HWNAS_CACHE``, else ``~/.cache/hwnas``; emptying it costs only time."""
+    return Path(os.environ.get("HWNAS_CACHE", "~/.cache/hwnas")).expanduser()
+
+
+def timing_file(ops: Sequence[Op], runtime: str, dtype: str) -> Path:
+    """The model file of a chain of ops for a runtime (``litert`` or ``onnxruntime``) and dtype (``fp32`` or ``int8``).
+
+    Made on first use and kept under the ops' keys. Inputs and outputs are channels-last for LiteRT, and int8 for int8.
+    """
+    if (runtime, dtype) not in {("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")}:
+        raise ConfigError(f"device.runtime = {runtime!r} with device.dtype = {dtype!r} is not supported: onnxruntime runs fp32 only.")
+    name = ops[0].key if len(ops) == 1 else "net-" + hashlib.sha256("|".join(op.key for op in ops).encode()).hexdigest()[:24]
+    suffix = "onnx" if runtime == "onnxruntime" else "tflite"
+    path = cache_folder() / f"{__version__}-{runtime}-{dtype}" / f"{name}.{suffix}"
+    if not path.exists():
+        _make(ops, runtime, dtype, path)
+    return path
+
+
+def _make(ops: Sequence[Op], runtime: str, dtype: str, path: Path) -> None:
+    first = ops[0]
+    network = Network(
+        Architecture(name="timing", in_channels=first.in_ch, blocks=tuple(ops)), generator=torch.Generator().manual_seed(0)
+    ).eval()
+    if runtime == "onnxruntime":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_onnx(network, (1, first.in_ch, first.size, first.size), metadata={}, path=path)
+        return
+    model = write_tflite(network) if len(ops) > 1 else write_op(first, network.blocks[0])
+    if dtype == "int8":
+        rng = np.random.default_rng(0)
+        inputs = rng.standard_normal((CALIBRATION_INPUTS, first.size, first.size, first.in_ch), dtype=np.float32)
+        model = quantize_int8(model, [inputs])
+    write_atomic(path, model)

@@ -1,0 +1,101 @@
+"""From an op to the torch module that is timed, trained and exported: one builder for all three.
+
+Initialisation follows TuNAS: He normal with fan-in (for depthwise kernels the fan-in of one channel), N(0, 0.01) for the
+classifier, zero biases. Pooling is written as ``adaptive_avg_pool2d``: as a mean it exports with a transpose. Layer order is that of timm and torchvision, so that weights can be copied one after another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hwnas.core.op import Layer, Op
+
+
+def activation(name: str) -> nn.Module:
+    """The activation module of an op's ``act``."""
+    modules: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hswish": nn.Hardswish, "none": nn.Identity}
+    return modules[name](**({} if name == "none" else {"inplace": True}))
+
+
+def conv_layer(layer: Layer, bn_eps: float) -> nn.Sequential:
+    """Convolution, BN (or a bias), activation."""
+    conv = nn.Conv2d(layer.in_ch, layer.out_ch, layer.kernel, layer.stride, layer.kernel // 2, groups=layer.groups, bias=not layer.norm)
+    parts: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
+    if layer.norm:
+        parts["norm"] = nn.BatchNorm2d(layer.out_ch, eps=bn_eps)
+    if layer.act != "none":
+        parts["act"] = activation(layer.act)
+    return nn.Sequential(parts)
+
+
+class SqueezeExcite(nn.Module):
+    """x * sigmoid(W2 relu(W1 mean(x))): TuNAS's gate is a sigmoid, not a hard sigmoid."""
+
+    def __init__(self, reduce: Layer, expand: Layer, bn_eps: float) -> None:
+        super().__init__()
+        self.reduce = conv_layer(reduce, bn_eps)
+        self.expand = conv_layer(expand, bn_eps)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        gate = torch.sigmoid(self.expand(self.reduce(F.adaptive_avg_pool2d(x_NCHW, 1))))
+        return x_NCHW * gate
+
+
+class Block(nn.Module):
+    """An op as a module: its layers in order, plus the input where the op is residual."""
+
+    def __init__(self, op: Op, bn_eps: float = 1e-3) -> None:
+        super().__init__()
+        self.residual = op.residual
+        layers = {layer.name: layer for layer in op.layers}
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        for name, layer in layers.items():
+            if name == "se_reduce":
+                parts["se"] = SqueezeExcite(layer, layers["se_expand"], bn_eps)
+            elif name != "se_expand":
+                parts[name] = conv_layer(layer, bn_eps)
+        self.layers = nn.Sequential(parts)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, in_ch, size, size] -> [N, out_ch, out_size, out_size]."""
+        y_NCHW: Tensor = self.layers(x_NCHW)
+        return x_NCHW + y_NCHW if self.residual else y_NCHW
+
+
+class Classifier(nn.Module):
+    """Global average pooling, dropout, fully connected layer."""
+
+    def __init__(self, op: Op, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(op.in_ch, op.out_ch)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, in_ch, H, W] -> logits [N, out_ch]."""
+        logits: Tensor = self.linear(self.dropout(F.adaptive_avg_pool2d(x_NCHW, 1).flatten(1)))
+        return logits
+
+
+def build(op: Op, *, bn_eps: float = 1e-3, dropout: float = 0.0) -> nn.Module:
+    """The module of an op, uninitialised beyond torch's defaults; see ``initialise``."""
+    return Classifier(op, dropout) if op.kind == "classifier" else Block(op, bn_eps)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Fill a module's weights as TuNAS does, from ``generator`` alone."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            fan_in = part.weight[0].numel()
+            part.weight.normal_(0.0, math.sqrt(2.0 / fan_in), generator=generator)
+        elif isinstance(part, nn.Linear):
+            part.weight.normal_(0.0, 0.01, generator=generator)
+        bias = getattr(part, "bias", None)
+        if isinstance(bias, Tensor):
+            bias.zero_()

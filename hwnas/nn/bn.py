@@ -1,0 +1,33 @@
+"""BN recalibration: re-estimate running statistics before a network with inherited weights is judged.
+
+A sub-net's statistics differ from every other's, and a super-net keeps none. Without this step, ranking by accuracy is close to
+chance: Kendall tau 0.04 against 0.54 with it on NAS-Bench-201 (AngleNAS's published data; nas-facts 5.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Reset all running statistics and set them to the plain average over ``batches`` of images [N, C, H, W].
+
+    ``momentum = None`` makes torch average cumulatively, so every batch counts the same. Weights are not touched; the
+    network is left in eval mode.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for x_NCHW in batches:
+        network(x_NCHW)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

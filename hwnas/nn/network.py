@@ -1,0 +1,73 @@
+"""A stand-alone network: the blocks of an architecture one after another, and its checkpoint files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from hwnas.core.arch import Architecture
+from hwnas.document import read_bytes, write_atomic
+from hwnas.errors import CheckpointError, DocumentError
+from hwnas.nn.blocks import build, initialise
+
+
+class Network(nn.Module):
+    """An architecture in torch.
+
+    Example:
+        >>> from hwnas.core.spaces import published
+        >>> Network(published("mobilenet_v2", resolution=64)).eval()(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 1000])
+    """
+
+    def __init__(self, arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.arch = arch
+        self.blocks = nn.Sequential(*(build(op, bn_eps=arch.bn_eps, dropout=dropout) for op in arch.ops()))
+        if generator is not None:
+            initialise(self, generator)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Images [N, channels, size, size] -> logits [N, classes]."""
+        logits: Tensor = self.blocks(x_NCHW)
+        return logits
+
+
+def save_network(network: Network, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Weights and BN statistics as safetensors, the architecture in the metadata, written atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_atomic(path, save_tensors(tensors, {"architecture": network.arch.to_json(), **(metadata or {})}))
+
+
+def load_network(path: Path) -> Network:
+    """The network of a checkpoint. Raises CheckpointError where the file is corrupt, cut off or of another kind."""
+    try:
+        content = read_bytes(path)
+    except DocumentError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        tensors = load_tensors(content)
+        network = Network(Architecture.parse(_metadata(content)["architecture"], str(path)))
+        network.load_state_dict(tensors)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is corrupt or was cut off ({_first_line(error)}): train again, or restore the file."
+        ) from error
+    return network
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: 8 bytes of header length, then the header as JSON."""
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return metadata
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

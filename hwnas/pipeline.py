@@ -1,0 +1,233 @@
+"""The stages in order, what each reads, and when one may be skipped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hwnas import __version__
+from hwnas.config import Experiment
+from hwnas.core.space import MacroSpace, SearchSpace
+from hwnas.core.spaces import SPACES, load_space
+from hwnas.core.table import LatencyTable
+from hwnas.document import content_sha256, file_sha256
+from hwnas.errors import ConfigError, UserError
+from hwnas.progress import Progress
+from hwnas.runs import StageContext, prepare, save_config, set_aside, stage, state_of
+
+STAGES = ("profile", "search", "train", "export", "validate", "report")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of one experiment: its output files, its inputs' hashes, and the function that does it."""
+
+    name: str
+    outputs: list[str]
+    inputs: Callable[[], dict[str, str]]
+    run: Callable[[StageContext], Any]
+
+
+def experiment_space(experiment: Experiment) -> MacroSpace:
+    """The space of an experiment: built-in ones take classes, channels and resolution from the data."""
+    name, data = experiment.space.name, experiment.data
+    overrides: dict[str, Any] = {}
+    if name in SPACES:
+        overrides = {"classes": data.classes, "resolution": data.resolution, "in_channels": data.channels}
+        overrides |= {"act": experiment.space.act} if experiment.space.act else {}
+    space: SearchSpace = load_space(name, **overrides)
+    if not isinstance(space, MacroSpace):
+        raise ConfigError(f"space {name!r} is not a macro space: this stage needs one.")
+    if (space.classes, space.resolution, space.in_channels) != (data.classes, data.resolution, data.channels):
+        raise ConfigError(
+            f"space {name!r} has {space.classes} classes, {space.resolution} px and {space.in_channels} channels, but the data "
+            f"{data.classes}, {data.resolution} and {data.channels}: make them agree."
+        )
+    return space
+
+
+class Pipeline:
+    """An experiment and its run folder.
+
+    Example:
+        >>> Pipeline(load_experiment("configs/quickstart.toml"), Path("runs/quickstart"), Progress()).run()   # doctest: +SKIP
+    """
+
+    def __init__(self, experiment: Experiment, root: Path, progress: Progress) -> None:
+        self.experiment, self.root, self.progress = experiment, root, progress
+        self.space = experiment_space(experiment)
+
+    @property
+    def table_path(self) -> Path:
+        """The table that prices the search: the configured one, else the profiled one."""
+        table = self.experiment.search.table
+        return Path(table) if table is not None else self.root / "profile" / "table.json"
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The stages this experiment goes through: no profiling with a table, no search with an architecture."""
+        skipped = {"profile"} if self.experiment.search.table is not None else set()
+        skipped |= {"search"} if self.experiment.train.arch is not None else set()
+        return tuple(name for name in STAGES if name not in skipped)
+
+    def stage(self, name: str) -> Stage:
+        """A stage by name."""
+        stages: dict[str, Callable[[], Stage]] = {
+            "profile": self._profile,
+            "search": self._search,
+            "train": self._train,
+            "export": self._export,
+            "validate": self._validate,
+            "report": self._report,
+        }
+        return stages[name]()
+
+    def run(self, *, fresh: bool = False) -> None:
+        """All needed stages, skipping what is current."""
+        for name in self.needed:
+            self.run_stage(name, fresh=fresh)
+
+    def run_stage(self, name: str, *, fresh: bool = False) -> None:
+        """One stage: skipped where it is current, resumed where it was interrupted, started anew where its inputs changed."""
+        prepare(self.root)
+        save_config(self.root, self.experiment)
+        current = self.stage(name)
+        inputs = {"hwnas": content_sha256(__version__), **current.inputs()}
+        folder = self.root / name
+        state = state_of(folder, inputs)
+        if fresh and state != "new":
+            set_aside(folder)
+        elif state == "done":
+            self.progress.say(f"{name}: current, skipped")
+            return
+        elif state == "stale":
+            self.progress.say(f"{name}: inputs changed; the earlier results move to {set_aside(folder).name}")
+        elif state == "resume":
+            self.progress.say(f"{name}: goes on where it was")
+        started = time.monotonic()
+        folder.mkdir(exist_ok=True)
+        with stage(folder, name, inputs, current.outputs):
+            current.run(StageContext(self.experiment, self.root, folder, self.progress))
+        self.progress.say(f"{name}: done in {time.monotonic() - started:.0f} s")
+
+    def plan(self) -> str:
+        """What ``run`` would do, in words; nothing is read but the configuration, and the table where one is named."""
+        experiment, space = self.experiment, self.space
+        device, data = experiment.device, experiment.data
+        nets = experiment.profile.fit_networks + experiment.profile.test_networks
+        if experiment.search.target_ms is not None:
+            target = f"at {experiment.search.target_ms:g} ms"
+        else:
+            target = f"at {experiment.search.target_range or 0:.0%} of the way from the fastest to the slowest"
+        arch = experiment.train.arch or "the searched architecture"
+        texts = {
+            "profile": f"measure {len(space.ops)} ops and {nets} networks of space {space.name} on {device.name} "
+            f"({device.runtime}, {device.dtype}, {device.threads} thread{'s' if device.threads > 1 else ''}), {experiment.profile.rounds} rounds",
+            "search": f"{experiment.search.strategy.name} over {space.size:.3g} architectures, {target}, {experiment.search.epochs:g} epochs",
+            "train": f"{arch} for {experiment.train.epochs:g} epochs, weights from {experiment.train.weights}",
+            "export": ", ".join(experiment.export.formats),
+            "validate": f"latency within {experiment.validation.latency_tolerance:.0%} of predicted, "
+            f"int8 top-1 within {experiment.validation.int8_accuracy_tolerance:.1%} of PyTorch",
+            "report": str(self.root / "report" / "report.html"),
+        }
+        source = (
+            f"data: {data.name}{f' in {data.path}' if data.path else ''}, {data.classes} classes, {data.channels} x {data.resolution} px"
+        )
+        return "\n".join([f"experiment {experiment.name} in {self.root}", source, *(f"{name:9} {texts[name]}" for name in self.needed)])
+
+    def _config(self, *sections: str) -> dict[str, str]:
+        content = self.experiment.model_dump(mode="json", by_alias=True, include=None)
+        return {section: content_sha256(content[section]) for section in sections}
+
+    def _file(self, path: Path, made_by: str) -> dict[str, str]:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or 'hwnas run'.")
+        return {path.name: file_sha256(path)}
+
+    def _profile(self) -> Stage:
+        from hwnas.devices.device import connect, find_device
+        from hwnas.devices.profile import profile
+        from hwnas.export.timing import timing_file
+
+        def run(ctx: StageContext) -> None:
+            device = find_device(self.experiment.device.name)
+            settings, config = self.experiment.device, self.experiment.profile
+            table = profile(
+                self.space, device, connect(device), timing_file, settings, config, ctx.folder, ctx.progress, self.experiment.seed
+            )
+            table.save(ctx.folder / "table.json")
+            held_out = table.calibration.held_out if table.calibration else None
+            if held_out is not None:
+                ctx.progress.say(
+                    f"table of {len(table.entries)} ops; {held_out.networks} held-out networks: mean error {held_out.mape:.1%}, "
+                    f"largest {held_out.max_error:.1%} (uncalibrated sum: {held_out.raw_mape:.1%})"
+                )
+
+        inputs = {"space.json": self.space.sha256, **self._config("device", "profile", "seed")}
+        return Stage("profile", ["table.json"], lambda: inputs, run)
+
+    def _search(self) -> Stage:
+        from hwnas.search import stage as search
+
+        def inputs() -> dict[str, str]:
+            config = self._config("search", "data", "seed")
+            return {"space.json": self.space.sha256, **self._file(self.table_path, "profile"), **config}
+
+        return Stage("search", search.OUTPUTS, inputs, lambda ctx: search.run(ctx, self.space, LatencyTable.load(self.table_path)))
+
+    def _train(self) -> Stage:
+        from hwnas.train import stage as train
+
+        searched = self.root / "search" / "arch.json"
+
+        def inputs() -> dict[str, str]:
+            found = {} if self.experiment.train.arch else self._file(searched, "search")
+            if self.experiment.train.weights == "supernet":
+                found |= self._file(self.root / "search" / "supernet.safetensors", "search")
+            arch = train.architecture(self.experiment, searched)
+            return {"architecture": arch.sha256, **found, **self._config("train", "data", "seed")}
+
+        return Stage("train", train.OUTPUTS, inputs, lambda ctx: train.run(ctx, train.architecture(self.experiment, searched)))
+
+    def _export(self) -> Stage:
+        from hwnas.devices.device import HOST, connect
+        from hwnas.export import stage as export
+
+        def inputs() -> dict[str, str]:
+            return {**self._file(self.root / "train" / "model.safetensors", "train"), **self._config("export", "data")}
+
+        formats = self.experiment.export.formats
+        return Stage("export", export.outputs(formats), inputs, lambda ctx: export.run(ctx, connect(HOST).predict))
+
+    def _validate(self) -> Stage:
+        from hwnas import validate
+        from hwnas.devices.device import connect, find_device
+
+        def inputs() -> dict[str, str]:
+            table = self._file(self.table_path, "profile") if self.table_path.exists() else {}
+            return {**self._file(self.root / "export" / "bundle.json", "export"), **table, **self._config("validate", "device")}
+
+        def run(ctx: StageContext) -> None:
+            experiment = self.experiment
+            connection = connect(find_device(experiment.device.name))
+            table = LatencyTable.load(self.table_path) if self.table_path.exists() else None
+            verdict = validate.validate(
+                self.root / "export", connection, experiment.device, experiment.validation, table, ctx.folder, ctx.progress
+            )
+            verdict.save(ctx.folder / "verdict.json")
+            for line in validate.lines(verdict):
+                ctx.progress.say(line)
+
+        return Stage("validate", validate.OUTPUTS, inputs, run)
+
+    def _report(self) -> Stage:
+        from hwnas.report import stage as report
+
+        def inputs() -> dict[str, str]:
+            found = [self.root / name / file for name, file in report.SOURCES]
+            return {f"{path.parent.name}/{path.name}": file_sha256(path) for path in found if path.is_file()}
+
+        return Stage("report", ["report.html"], inputs, lambda ctx: report.run(ctx, self.space, self.table_path))

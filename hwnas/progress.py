@@ -1,0 +1,28 @@
+"""What a long stage tells the person who waits. Below the command line nothing prints; stages report here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """Silent progress: the default, and the interface. The command line passes one that draws bars."""
+
+    @contextmanager
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+        """A bar of ``total`` steps of which ``done`` are already behind (a resumed stage)."""
+        yield Task()
+
+    def say(self, message: str) -> None:
+        """One line that matters (a result, a decision)."""
+
+    def warn(self, message: str) -> None:
+        """One line about something that is not as it should be, though work goes on."""
+
+
+class Task:
+    """A running bar. The base is silent."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """``steps`` more are done; ``note`` shows the numbers that matter now."""

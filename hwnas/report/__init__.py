@@ -1,0 +1,1 @@
+"""The report: one self-contained HTML file of what a run folder holds."""

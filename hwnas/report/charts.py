@@ -1,0 +1,217 @@
+"""The report's figures: documents in, inline SVG out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hwnas.core.op import KINDS, Op
+from hwnas.core.table import Entry, HeldOut
+from hwnas.report.documents import Rows
+from hwnas.report.style import KERNEL_MARKERS, LIGHT, canvas, inline_svg, kernel_colour
+from hwnas.search.stage import SearchResult
+
+HALF, FULL = 464, 952
+"""Widths in CSS pixels of a figure in two columns and of one across the page."""
+
+_PERCENT = FuncFormatter(lambda value, _: f"{value:.3g}".rstrip(".") + "%")
+
+
+def pareto(search: SearchResult, tolerance: float) -> Markup:
+    """Super-net accuracy over predicted latency: random architectures, the strategy's proposals, the winner, the budget."""
+    best = search.candidates[0]
+    with canvas(FULL, 340) as figure:
+        axes = figure.subplots()
+        low, high = (search.target_ms * (1 + sign * tolerance) for sign in (-1, 1))
+        axes.axvspan(low, high, color=LIGHT["band"], lw=0, zorder=0, label=f"budget ± {tolerance:.0%}")
+        axes.axvline(search.target_ms, color=LIGHT["orange"], lw=1.2, zorder=1)
+        groups = (
+            ("random architectures", search.random, {"marker": "o", "facecolors": "none", "edgecolors": LIGHT["muted"]}),
+            (f"proposals of {search.strategy}", search.candidates[1:], {"marker": "s", "color": LIGHT["blue"]}),
+            ("chosen", (best,), {"marker": "*", "color": LIGHT["orange"], "edgecolors": LIGHT["ink"], "s": 210, "lw": 0.8, "zorder": 4}),
+        )
+        for label, members, look in groups:
+            if members:
+                points = ([c.latency_ms for c in members], [100 * c.accuracy for c in members])
+                axes.scatter(*points, label=label, **{"s": 42, "zorder": 3, **look})
+        latencies = [c.latency_ms for c in (*search.candidates, *search.random)]
+        left, right = min(*latencies, low), max(*latencies, high)
+        axes.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))
+        axes.margins(y=0.15)
+        axes.yaxis.set_major_formatter(_PERCENT)
+        axes.set_xlabel("predicted latency, ms")
+        axes.set_ylabel("super-net accuracy, held-out images")
+        figure.legend(loc="outside upper left", ncols=4)
+        return inline_svg(
+            figure,
+            "pareto",
+            f"Scatter plot of super-net accuracy over predicted latency. Chosen: {best.latency_ms:.3g} ms and {best.accuracy:.1%}; "
+            f"budget {search.target_ms:.3g} ms; {len(search.random)} random architectures and {len(search.candidates)} proposals.",
+        )
+
+
+@dataclass(frozen=True)
+class Series:
+    """A column of the metrics: its key, its name in the legend and its colour's name. ``smooth_only`` leaves out the raw line."""
+
+    key: str
+    label: str
+    colour: str = "blue"
+    smooth_only: bool = False
+
+
+def course(
+    name: str,
+    title: str,
+    rows: Rows,
+    series: Sequence[Series],
+    *,
+    percent: bool = False,
+    target: float | None = None,
+    tolerance: float = 0.0,
+    start: int | None = None,
+) -> Markup | None:
+    """Metrics over steps, raw and smoothed; None where the rows lack them all.
+
+    ``target`` draws a line with its tolerance band, ``start`` the step at which the method's own learning began.
+    """
+    columns = [(one, *_column(rows, one.key, 100.0 if percent else 1.0)) for one in series]
+    columns = [(one, steps, values) for one, steps, values in columns if len(steps) > 0]
+    if not columns:
+        return None
+    with canvas(HALF, 230) as figure:
+        axes = figure.subplots()
+        if target is not None:
+            axes.axhspan(target * (1 - tolerance), target * (1 + tolerance), color=LIGHT["band"], lw=0, zorder=0)
+            axes.axhline(target, color=LIGHT["orange"], lw=1.2, zorder=1, label="budget")
+        if start is not None:
+            axes.axvline(start, color=LIGHT["muted"], lw=1, ls=(0, (2, 3)), zorder=1)
+        for one, steps, values in columns:
+            if not one.smooth_only:
+                axes.plot(*_envelope(steps, values), color=LIGHT[one.colour], lw=0.7, alpha=0.3, zorder=2)
+            axes.plot(*_thinned(steps, smoothed(values)), color=LIGHT[one.colour], lw=1.8, zorder=3, label=one.label)
+        everything = np.concatenate([values for _, _, values in columns])
+        low, high = np.percentile(everything, [0.2, 99.8])
+        low, high = min(low, target or low), max(high, target or high)
+        axes.set_ylim(low - 0.08 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
+        axes.set_xlim(0, max(1, int(rows[-1]["step"])))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if percent:
+            axes.yaxis.set_major_formatter(_PERCENT)
+        axes.set_xlabel("step")
+        if len(columns) > 1 or target is not None:
+            figure.legend(loc="outside upper right", ncols=3)
+        ends = "; ".join(f"{one.label} ends at {float(smoothed(values)[-1]):.3g}{'%' if percent else ''}" for one, _, values in columns)
+        return inline_svg(figure, name, f"Line chart of {title} over {len(rows)} steps: {ends}.")
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a thirtieth of the values; windows shrink at the ends."""
+    window = np.ones(min(len(values), max(1, len(values) // 30) | 1))
+    average: np.ndarray = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+    return average
+
+
+def _column(rows: Rows, key: str, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(row["step"], scale * row[key]) for row in rows if row.get(key) is not None]
+    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def _thinned(steps: np.ndarray, values: np.ndarray, limit: int = 500) -> tuple[np.ndarray, np.ndarray]:
+    kept = np.unique(np.linspace(0, len(steps) - 1, min(limit, len(steps))).round().astype(int))
+    return steps[kept], values[kept]
+
+
+def _envelope(steps: np.ndarray, values: np.ndarray, bins: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    """At most two points per bin, its smallest and its largest: long runs stay small files and keep their spikes."""
+    if len(steps) <= 2 * bins:
+        return steps, values
+    kept: set[int] = set()
+    for part in np.array_split(np.arange(len(steps)), bins):
+        kept |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
+    order = sorted(kept)
+    return steps[order], values[order]
+
+
+def held_out(judged: HeldOut) -> Markup:
+    """Predicted against measured latency of the networks that the calibration has not seen."""
+    predicted, measured = np.array(judged.pairs, dtype=float).reshape(-1, 2).T
+    with canvas(HALF, 400) as figure:
+        axes = figure.subplots()
+        ends = np.array([min(predicted.min(), measured.min()), max(predicted.max(), measured.max())])
+        margin = 0.08 * float(np.ptp(ends)) or 0.1 * float(ends[1])
+        span = np.array([ends[0] - margin, ends[1] + margin])
+        axes.plot(span, span, color=LIGHT["muted"], lw=1, ls=(0, (4, 3)), label="predicted = measured")
+        axes.scatter(measured, predicted, s=46, color=LIGHT["blue"], edgecolors=LIGHT["paper"], lw=0.8, zorder=3, label="held-out network")
+        axes.set(xlim=span, ylim=span, aspect="equal", xlabel="measured, ms", ylabel="predicted, ms")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.legend(loc="upper left")
+        return inline_svg(
+            figure,
+            "heldout",
+            f"Scatter plot of predicted over measured latency of {judged.networks} held-out networks: mean error {judged.mape:.1%}, "
+            f"largest {judged.max_error:.1%}.",
+        )
+
+
+def entries(table_entries: dict[str, Entry]) -> Markup:
+    """Every entry of a table as a dot, one row per kind and input size, kernel sizes by colour and shape, noisy ones ringed."""
+    groups: dict[tuple[str, int], list[tuple[Op, Entry]]] = defaultdict(list)
+    for key, entry in table_entries.items():
+        op = Op.parse(key)
+        groups[op.kind, op.size].append((op, entry))
+    order = sorted(groups, key=lambda group: (-group[1], KINDS.index(group[0])))
+    values = [entry.ms for entry in table_entries.values()]
+    with canvas(FULL, 90 + 40 * len(order)) as figure:
+        axes = figure.subplots()
+        for row, group in enumerate(order):
+            for op, entry in groups[group]:
+                _dot(axes, row, op, entry)
+        if min(values) > 0 and max(values) > 12 * min(values):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+            axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.4g}" if f"{value:e}"[0] in "25" else ""))
+            axes.tick_params(axis="x", which="minor", labelsize=9.5)
+        axes.set_yticks(range(len(order)), [f"{kind}  {size}×{size}" for kind, size in order])
+        axes.set_ylim(len(order) - 0.4, -0.6)
+        axes.set_xlabel("latency, ms (bars: 10th to 90th percentile of the runs)")
+        kernels = sorted({op.kernel for members in groups.values() for op, _ in members})
+        for kernel in kernels:
+            axes.scatter([], [], s=34, label=f"{kernel}×{kernel}", **_look(kernel))
+        if any(entry.noisy for entry in table_entries.values()):
+            axes.scatter([], [], s=110, facecolors="none", edgecolors=LIGHT["red"], lw=1.4, label="noisy")
+        figure.legend(loc="outside upper right", ncols=8)
+        noisy = sum(entry.noisy for entry in table_entries.values())
+        return inline_svg(
+            figure,
+            "entries",
+            f"Dot plot of the latency of {len(values)} ops from {min(values):.3g} to {max(values):.3g} ms, grouped by kind and input "
+            f"size; {noisy} are noisy. The table below holds the numbers.",
+        )
+
+
+def _look(kernel: int) -> dict[str, str | float]:
+    return {
+        "marker": KERNEL_MARKERS.get(kernel, "P"),
+        "color": kernel_colour(kernel),
+        "edgecolors": LIGHT["ink"],
+        "linewidths": 0.6,
+        "zorder": 3,
+    }
+
+
+def _dot(axes: Axes, row: int, op: Op, entry: Entry) -> None:
+    y = row + {1: 0.0, 3: -0.22, 5: 0.0, 7: 0.22}.get(op.kernel, 0.3)
+    if isinstance(entry.p10_ms, float) and isinstance(entry.p90_ms, float) and entry.p10_ms > 0:
+        axes.plot([entry.p10_ms, entry.p90_ms], [y, y], color=LIGHT["muted"], lw=1, zorder=2)
+    axes.scatter([entry.ms], [y], s=34, **_look(op.kernel))  # type: ignore[arg-type]
+    if entry.noisy:
+        axes.scatter([entry.ms], [y], s=110, facecolors="none", edgecolors=LIGHT["red"], lw=1.4, zorder=4)

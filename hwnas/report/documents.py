@@ -1,0 +1,150 @@
+"""What a run folder holds, read once: the documents, the curves, and how far each stage has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hwnas.config import Experiment
+from hwnas.core.arch import Architecture
+from hwnas.core.cost import affine, missing_ops
+from hwnas.core.op import Op
+from hwnas.core.space import MacroSpace
+from hwnas.core.table import LatencyTable
+from hwnas.document import Document, file_sha256
+from hwnas.export.bundle import Bundle
+from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest
+from hwnas.search.stage import SearchResult
+from hwnas.train.stage import TrainResult
+from hwnas.validate import Verdict
+
+SOURCES: tuple[tuple[str, str], ...] = (
+    ("profile", "table.json"),
+    ("search", "search.json"),
+    ("search", "arch.json"),
+    ("search", "metrics.jsonl"),
+    ("train", "train.json"),
+    ("train", "metrics.jsonl"),
+    ("export", "bundle.json"),
+    ("validate", "verdict.json"),
+)
+"""(stage, file): what the report reads, whichever exist."""
+
+RESULTS = {"profile": "table.json", "search": "search.json", "train": "train.json", "export": "bundle.json", "validate": "verdict.json"}
+"""Stage -> the document without which it is not finished."""
+
+Rows = list[dict[str, Any]]
+D = TypeVar("D", bound=Document)
+
+
+@dataclass(frozen=True)
+class StageState:
+    """How far a stage has come. ``step`` is the number of logged steps of one that was interrupted."""
+
+    name: str
+    finished: bool
+    seconds: float | None
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place for a block in the drawn network: the slot, its op (None: skipped) and the shape that leaves it."""
+
+    slot: str
+    op: Op | None
+    channels: int
+    size: int
+
+
+@dataclass(frozen=True)
+class RunDocuments:
+    """Everything the report shows. Documents of stages that have not run are None, curves then empty."""
+
+    experiment: Experiment
+    folder: str
+    space: MacroSpace
+    table: LatencyTable | None
+    search: SearchResult | None
+    search_rows: Rows
+    arch: Architecture | None
+    train: TrainResult | None
+    train_rows: Rows
+    bundle: Bundle | None
+    verdict: Verdict | None
+    stages: tuple[StageState, ...]
+    hashes: dict[str, str]
+
+    @property
+    def target_ms(self) -> float | None:
+        """The latency budget: the searched one, else the configured one."""
+        return self.search.target_ms if self.search is not None else self.experiment.search.target_ms
+
+    @property
+    def predicted_ms(self) -> float | None:
+        """The calibrated latency of the architecture, where the table covers it."""
+        if self.arch is None or self.table is None or missing_ops(self.arch.ops(), self.table):
+            return self.search.candidates[0].latency_ms if self.search is not None else None
+        return affine(self.table, sum(self.table.entries[op.key].ms for op in self.arch.ops()))
+
+    def places(self) -> tuple[Place, ...]:
+        """The architecture's blocks, input to output, with the skipped slots of its space where its picks are known."""
+        if self.arch is None:
+            return ()
+        origin = self.arch.origin
+        if origin is None or origin.space_sha256 != self.space.sha256:
+            return tuple(Place(f"block {i}", op, op.out_ch, op.out_size) for i, op in enumerate(self.arch.ops()))
+        places, picks, channels = [], origin.picks, self.space.in_channels
+        for slot in self.space.slots:
+            width = int(picks.get(slot.out_key, slot.out_widths[0]))
+            op = slot.op(str(picks.get(slot.key, slot.options[0])), channels, width)
+            places.append(Place(slot.key, op, width, slot.size if op is None else op.out_size))
+            channels = width
+        last = self.arch.blocks[-1]
+        return (*places, Place("classifier", last, last.out_ch, 1))
+
+
+def read(ctx: StageContext, space: MacroSpace, table_path: Path) -> RunDocuments:
+    """Read the run folder of ``ctx``. Raises DocumentError where a document is corrupt."""
+    search = _load(SearchResult, ctx.path("search", "search.json"))
+    bundle = _load(Bundle, ctx.path("export", "bundle.json"))
+    searched = _load(Architecture, ctx.path("search", "arch.json"))
+    if ctx.experiment.train.arch is not None:
+        searched = None
+    found = {f"{stage}/{name}": ctx.path(stage, name) for stage, name in SOURCES}
+    if ctx.experiment.search.table is not None:
+        found = {str(table_path): table_path} | {name: path for name, path in found.items() if name != "profile/table.json"}
+    search_rows = JsonLines(ctx.path("search", "metrics.jsonl")).read()
+    train_rows = JsonLines(ctx.path("train", "metrics.jsonl")).read()
+    return RunDocuments(
+        experiment=ctx.experiment,
+        folder=ctx.root.name,
+        space=space,
+        table=_load(LatencyTable, table_path),
+        search=search,
+        search_rows=search_rows,
+        arch=searched if searched is not None or bundle is None else bundle.architecture,
+        train=_load(TrainResult, ctx.path("train", "train.json")),
+        train_rows=train_rows,
+        bundle=bundle,
+        verdict=_load(Verdict, ctx.path("validate", "verdict.json")),
+        stages=tuple(_state(ctx, name, {"search": search_rows, "train": train_rows}.get(name, [])) for name in _needed(ctx.experiment)),
+        hashes={name: file_sha256(path) for name, path in found.items() if path.is_file()},
+    )
+
+
+def _load(document: type[D], path: Path) -> D | None:
+    return document.load(path) if path.is_file() else None
+
+
+def _needed(experiment: Experiment) -> list[str]:
+    skipped = {"profile": experiment.search.table is not None, "search": experiment.train.arch is not None}
+    return [name for name in RESULTS if not skipped.get(name, False)]
+
+
+def _state(ctx: StageContext, name: str, rows: Rows) -> StageState:
+    manifest = _load(StageManifest, ctx.path(name, MANIFEST))
+    finished = ctx.path(name, RESULTS[name]).is_file()
+    step = int(rows[-1]["step"]) + 1 if rows and not finished else None
+    return StageState(name, finished, manifest.seconds if manifest is not None and manifest.state == "done" else None, step)

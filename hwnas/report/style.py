@@ -1,0 +1,130 @@
+"""How figures look, and how they become inline SVG.
+
+Figures are drawn in the light theme's colours; in the SVG each colour becomes the CSS variable of the same name, so that the
+page's dark theme reaches into them. Text stays text, in the page's font.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+LIGHT = {
+    "ink": "#1b2430",
+    "muted": "#5a6572",
+    "line": "#dfe3e8",
+    "paper": "#fefefe",
+    "wash": "#f4f6f8",
+    "blue": "#1f63c4",
+    "pale-blue": "#a9c6ee",
+    "orange": "#b8500a",
+    "band": "#fbe3cf",
+    "green": "#1a7a3a",
+    "red": "#c0262d",
+    "k1": "#c9d3de",
+    "k3": "#9cc3ee",
+    "k5": "#3f82d2",
+    "k7": "#173f7c",
+}
+DARK = {
+    "ink": "#e7eaee",
+    "muted": "#a0abb8",
+    "line": "#313a45",
+    "paper": "#14181e",
+    "wash": "#1c222a",
+    "blue": "#78aef5",
+    "pale-blue": "#3a5c8c",
+    "orange": "#f39a55",
+    "band": "#4a2f1a",
+    "green": "#5cc27e",
+    "red": "#ff7b78",
+    "k1": "#4a5563",
+    "k3": "#35659f",
+    "k5": "#6aa6ee",
+    "k7": "#d3e5fc",
+}
+"""Variable -> colour. Values are unique within ``LIGHT``: they are replaced by name in the SVG."""
+
+KERNEL_MARKERS = {1: "D", 3: "o", 5: "s", 7: "^"}
+"""Kernel size -> marker, so that colour never tells alone."""
+
+_RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hwnas",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 11.5,
+    "axes.labelsize": 11.5,
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5,
+    "legend.fontsize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.linewidth": 0.8,
+    "axes.linewidth": 0.8,
+    "axes.unicode_minus": True,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "xtick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": LIGHT["ink"],
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.edgecolor": LIGHT["line"],
+    "xtick.color": LIGHT["line"],
+    "ytick.color": LIGHT["line"],
+    "xtick.labelcolor": LIGHT["muted"],
+    "ytick.labelcolor": LIGHT["muted"],
+    "grid.color": LIGHT["line"],
+}
+
+
+@contextmanager
+def canvas(width: float, height: float, *, arranged: bool = True) -> Iterator[Figure]:
+    """A figure of ``width`` x ``height`` CSS pixels in the house style. Make its SVG inside the ``with``."""
+    with matplotlib.rc_context(_RC):
+        yield Figure(figsize=(width / 72, height / 72), layout="constrained" if arranged else None)
+
+
+def kernel_colour(kernel: int) -> str:
+    """The colour of a kernel size; sizes beyond 7 share the darkest."""
+    return LIGHT[f"k{kernel}" if f"k{kernel}" in LIGHT else "k7"]
+
+
+def inline_svg(figure: Figure, name: str, description: str) -> Markup:
+    """The figure as an SVG element that can stand in any page: ids prefixed by ``name``, no prolog, no metadata, no URLs."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    width, height = (float(value) for value in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)[0])
+    body = drawn[drawn.index(">") + 1 : drawn.rindex("</svg>")]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)  # a style element would rule the whole page
+    body = body.replace("xlink:href", "href")
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
+    body = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", body)
+    body = re.sub(r'(href="|url\()#', rf"\1#{name}-", body)
+    body = re.sub(r"#[0-9a-f]{6}\b", lambda match: _VARIABLES.get(match[0], match[0]), body)
+    body = body.replace("font-family: 'DejaVu Sans', sans-serif", "font-family: inherit").replace("font-family: 'DejaVu Sans'", "font-family: inherit")
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    label = html.escape(description, quote=True)
+    return Markup(
+        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" aria-label="{label}">{body}</svg>'
+    )
+
+
+_VARIABLES = {colour: f"var(--{name})" for name, colour in LIGHT.items()}

@@ -1,0 +1,200 @@
+"""The search stage: a space, a table and a target in; an architecture and the super-net's weights out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from hwnas.config import DataConfig, Experiment
+from hwnas.core.arch import Architecture, Picks
+from hwnas.core.cost import CostModel
+from hwnas.core.space import MacroSpace
+from hwnas.core.table import LatencyTable
+from hwnas.data.images import Batch, Images, load_images, ordered_batches, training_batches
+from hwnas.document import Document
+from hwnas.engine import Engine, accuracy, steps_of
+from hwnas.errors import ConfigError
+from hwnas.nn.bn import recalibrate
+from hwnas.nn.network import Network, save_network
+from hwnas.nn.supernet import Supernet
+from hwnas.progress import Progress
+from hwnas.runs import StageContext
+from hwnas.search import STRATEGIES
+from hwnas.search.strategy import Metrics, SearchContext, Strategy, random_within
+
+
+class Candidate(BaseModel):
+    """An architecture judged by the super-net: recalibrated held-out accuracy and predicted latency."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    picks: Picks
+    latency_ms: float
+    accuracy: float
+    reward: float
+
+
+class SearchResult(Document):
+    """What a search found. ``candidates`` are the strategy's proposals, ``random`` the comparison, both best reward first."""
+
+    SCHEMA: ClassVar[str] = "hwnas.search"
+
+    strategy: str
+    target_ms: float
+    reachable_ms: tuple[float, float]
+    table_sha256: str
+    steps: int
+    seed: int
+    candidates: tuple[Candidate, ...] = Field(min_length=1)
+    random: tuple[Candidate, ...] = ()
+
+
+OUTPUTS = ["arch.json", "search.json", "supernet.safetensors"]
+
+
+def resolve_target(experiment: Experiment, cost: CostModel) -> float:
+    """The latency budget in milliseconds, checked to be within the space's reach."""
+    config = experiment.search
+    low, high = cost.range_ms()
+    if config.target_ms is not None:
+        cost.check_target(config.target_ms)
+        return config.target_ms
+    if config.target_range is not None:
+        return low + config.target_range * (high - low)
+    raise ConfigError(
+        f"search.target_ms is not set: set it to your budget; this space takes {low:.4g} to {high:.4g} ms on {cost.table.title}."
+    )
+
+
+def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
+    """Search and write ``arch.json``, ``search.json`` and ``supernet.safetensors`` (the winner with the super-net's weights)."""
+    config, seed, progress = ctx.experiment.search, ctx.experiment.seed, ctx.progress
+    cost = CostModel(space, table, allow_uncalibrated=config.allow_uncalibrated)
+    target_ms = resolve_target(ctx.experiment, cost)
+    strategy_class = STRATEGIES.get(config.strategy.name)
+    strategy: Strategy = strategy_class(config.strategy.options(strategy_class.Config))
+    train, held_out = load_images(ctx.experiment.data, "train", augment=True), load_images(ctx.experiment.data, "held_out")
+    steps = steps_of(config.epochs, len(train), config.batch_size)
+
+    supernet = Supernet(space, torch.Generator().manual_seed(seed))
+    engine = Engine(
+        supernet, config.optimizer, steps, config.batch_size, seed, ctx.folder, config.label_smoothing, extra={"strategy": strategy}
+    )
+    batches = _Batches(train, held_out, ctx.experiment.data, config.batch_size, seed, steps)
+
+    def quality(gates: Mapping[str, Any], multiple: int) -> float:
+        return _batch_accuracy(engine, batches.held_out(search.step, multiple), gates)
+
+    def train_step(gates: Mapping[str, Any]) -> Metrics:
+        return engine.weight_step(*batches.train(search.step), gates)
+
+    search = SearchContext(space, cost, config.objective, target_ms, config.tolerance, steps, config.batch_size, train_step, quality)
+    strategy.setup(search)
+    engine.resume()
+
+    def step(number: int) -> Metrics:
+        search.step, search.rng = number, np.random.default_rng([seed, number])
+        return strategy.step(search)
+
+    progress.say(
+        f"target {target_ms:.4g} ms on {table.title}; {space.name} reaches {cost.range_ms()[0]:.4g} to {cost.range_ms()[1]:.4g} ms"
+    )
+    engine.fit(step, progress, f"searching ({config.strategy.name})")
+
+    search.rng = np.random.default_rng([seed, steps])
+    judge = _Judge(supernet, search, held_out, load_images(ctx.experiment.data, "train"), config.recalibration_images, config.batch_size)
+    candidates = judge.rank(strategy.propose(search, config.candidates), progress, "ranking proposals")
+    random = judge.rank(random_within(search, config.random_samples, search.rng), progress, "scoring random architectures")
+    best = candidates[0]
+    arch = space.decode(best.picks, f"{space.name}-{config.strategy.name}")
+    arch.save(ctx.folder / "arch.json")
+    save_network(judge.network(best.picks), ctx.folder / "supernet.safetensors")
+    SearchResult(
+        strategy=config.strategy.name,
+        target_ms=target_ms,
+        reachable_ms=cost.range_ms(),
+        table_sha256=table.sha256,
+        steps=steps,
+        seed=seed,
+        candidates=tuple(candidates),
+        random=tuple(random),
+    ).save(ctx.folder / "search.json")
+    engine.finish()
+    progress.say(_summary(arch, best, target_ms))
+
+
+def _summary(arch: Architecture, best: Candidate, target_ms: float) -> str:
+    return (
+        f"found {arch.name}: {best.latency_ms:.4g} ms predicted ({best.latency_ms / target_ms - 1:+.1%} of the target), "
+        f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters, super-net accuracy {best.accuracy:.1%}"
+    )
+
+
+class _Batches:
+    """Training and held-out batches of a step. Both are functions of the step, so a resumed search sees the same ones."""
+
+    def __init__(self, train: Images, held_out: Images, data: DataConfig, batch_size: int, seed: int, steps: int) -> None:
+        self.train_images, self.held_out_images, self.data = train, held_out, data
+        self.batch_size, self.seed, self.steps = batch_size, seed, steps
+        self._stream: tuple[int, Iterator[Batch]] | None = None
+
+    def train(self, step: int) -> Batch:
+        """The training batch of a step; consecutive steps share one loader."""
+        if self._stream is None or self._stream[0] != step:
+            loader = training_batches(
+                self.train_images, self.batch_size, seed=self.seed, first=step, last=self.steps, workers=self.data.workers
+            )
+            self._stream = (step, loader)
+        batch = next(self._stream[1])
+        self._stream = (step + 1, self._stream[1])
+        return batch
+
+    def held_out(self, step: int, multiple: int) -> Batch:
+        """The held-out batch of a step, ``multiple`` times as large as a training batch."""
+        size = min(self.batch_size * multiple, len(self.held_out_images))
+        return next(training_batches(self.held_out_images, size, seed=self.seed + 1, first=step, last=step + 1))
+
+
+@torch.no_grad()
+def _batch_accuracy(engine: Engine, batch: Batch, gates: Mapping[str, Any]) -> float:
+    x_NCHW, y = engine.to_device(*batch)
+    with engine.autocast():
+        logits = engine.model(x_NCHW, gates)
+    return float((logits.argmax(1) == y).float().mean())
+
+
+class _Judge:
+    """Ranks architectures by the accuracy of their extracted, BN-recalibrated networks on all held-out images."""
+
+    def __init__(
+        self, supernet: Supernet, search: SearchContext, held_out: Images, train: Images, recalibration_images: int, batch_size: int
+    ) -> None:
+        self.supernet, self.search, self.batch_size = supernet, search, batch_size
+        self.held_out, self.train, self.recalibration_images = held_out, train, recalibration_images
+
+    def network(self, picks: Picks) -> Network:
+        """The network of ``picks`` with the super-net's weights and re-estimated BN statistics."""
+        network = self.supernet.extract(picks)
+        device = next(network.parameters()).device
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = (
+            x.to(device, memory_format=torch.channels_last)
+            for x, _ in ordered_batches(self.train, self.batch_size, self.recalibration_images)
+        )
+        recalibrate(network, images)
+        return network
+
+    def rank(self, proposals: list[Picks], progress: Progress, description: str) -> list[Candidate]:
+        """Judge each proposal; best reward first."""
+        judged = []
+        with progress.task(description, len(proposals)) as task:
+            for picks in proposals:
+                quality = accuracy(self.network(picks), ordered_batches(self.held_out, 4 * self.batch_size))
+                latency = self.search.cost.latency_ms(picks)
+                judged.append(Candidate(picks=picks, latency_ms=latency, accuracy=quality, reward=self.search.reward(quality, latency)))
+                task.advance(note=f"accuracy {quality:.1%}")
+        return sorted(judged, key=lambda candidate: -candidate.reward)

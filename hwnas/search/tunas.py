@@ -1,0 +1,277 @@
+"""TuNAS: reinforcement learning on a weight-shared super-net with an absolute latency reward.
+
+Bender, Liu, Chen, Chu, Cheng, Kindermans, Le: "Can weight sharing outperform random architecture search? An investigation with
+TuNAS" (CVPR 2020, arXiv 2008.06120); released code google-research:tunas/. Constants: nas-facts 1.4 and 1.5.
+
+Every decision d (skip or not, kernel, expansion, width) has its own categorical distribution pi_d = softmax(logits_d),
+logits 0 at the start. Per step:
+
+1. an architecture a ~ pi; one update of the weights of a on a training batch;
+2. Q(a): accuracy on a *different*, held-out batch, 4 times as large, with the updated weights and batch-statistics BN;
+3. reward  R = Q + beta * |T(a) / T0 - 1|, beta = -0.10  (the objective; the paper's equation 2);
+4. REINFORCE  loss = -(R - b) * log pi(a), where b is an exponential moving average of R (momentum 0.95, zero-debiased) and log
+   pi is *hierarchical*: kernel and expansion of a skipped slot do not count;
+5. Adam with beta1 = 0, beta2 = 0.999, eps 1e-8; its rate is 0 for the first 25 % of the steps (RL delay), then rl_lr rising
+   exponentially to 10 * rl_lr.
+
+Warm-up, over the first 25 % with probability p(t) = 1 - t / (0.25 T), independently per decision: a kernel or skip decision
+uses *all* its options, averaged (op warm-up); an expansion or width decision uses its largest option (filter warm-up).
+
+*Differences from the paper*:
+
+- One architecture per step and process; TuNAS samples one per accelerator core, 32 at a time, and averages their gradients.
+- No held-out forward during the RL delay, where nothing would read its reward; the baseline starts after the delay.
+- The final architecture: the paper takes the most likely option of every decision. A short search has not converged so far
+  that this hits the target, so the argmax is one of the proposals; the others are drawn from the final policy, all within the
+  target's tolerance, and the search stage ranks them by recalibrated held-out accuracy. ``candidates = 1`` is the paper's rule,
+  where the argmax lies within the tolerance.
+- ``rl_lr``: the paper's 3e-4 per 256 images is for 27,000 steps of 32 samples; short searches need a larger one (ours).
+- No rematerialisation: weights are sliced and one path runs, so there is little to save outside op warm-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from hwnas.core.arch import Picks
+from hwnas.core.option import Factors, factorise
+from hwnas.core.space import Choice, SearchSpace
+from hwnas.search.strategy import Metrics, SearchContext, random_within, towards_target, within_target
+
+FILTER_AXES = ("expansion",)
+"""Axes whose warm-up uses the largest option; the others (kernel, skip, SE, groups) use the average of all."""
+
+
+class TuNASConfig(BaseModel):
+    """TuNAS's constants; the defaults are the paper's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rl_lr: float | None = Field(None, gt=0, description="controller rate at the end of the delay; default 3e-4 * batch_size / 256")
+    rl_lr_ramp: float = Field(10.0, ge=1, description="factor by which the rate has grown at the end")
+    rl_delay: float = Field(0.25, ge=0, lt=1, description="part of the steps before the controller learns")
+    warmup: float = Field(0.25, ge=0, lt=1, description="part of the steps with op and filter warm-up; at most rl_delay")
+    baseline_momentum: float = Field(0.95, ge=0, lt=1)
+    entropy: float = Field(0.0, ge=0, description="weight of an entropy bonus")
+    held_out_multiple: int = Field(4, ge=1, description="held-out batch size as a multiple of the training batch")
+
+    @model_validator(mode="after")
+    def _warm_first(self) -> Self:
+        if self.warmup > self.rl_delay:
+            raise ValueError(f"warmup ({self.warmup}) must not outlast rl_delay ({self.rl_delay}): rewards of averaged ops mean nothing")
+        return self
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A drawn architecture: gates for the super-net and the decisions that were made by the policy.
+
+    ``decided`` maps decision names to the option index; decisions of skipped slots and those replaced by a warm-up are not
+    in it. ``picks`` is None while a warm-up averages options.
+    """
+
+    gates: dict[str, np.ndarray]
+    decided: dict[str, int]
+    picks: Picks | None
+
+
+class Controller:
+    """Independent categorical distributions over the decisions of a space, and REINFORCE on them.
+
+    A slot's choice is taken apart into skip, kernel, expansion, ... (``factorise``); a width is one decision.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+        self.factors = {choice.key: _factors(choice) for choice in space.choices}
+        self.logits: dict[str, Tensor] = {}
+        for key, factors in self.factors.items():
+            if factors.skippable:
+                self.logits[f"{key}.skip"] = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+            for axis, values in factors.axes:
+                self.logits[f"{key}.{axis}"] = torch.zeros(len(values), dtype=torch.float64, requires_grad=True)
+        self.optimizer = torch.optim.Adam(list(self.logits.values()), lr=1.0, betas=(0.0, 0.999), eps=1e-8)
+        self.reward_sum, self.reward_weight = 0.0, 0.0
+
+    def probabilities(self) -> dict[str, np.ndarray]:
+        """Decision name -> probabilities [options]."""
+        return {name: torch.softmax(logits.detach(), 0).numpy() for name, logits in self.logits.items()}
+
+    def sample(self, rng: np.random.Generator, warmup_probability: float = 0.0) -> Sample:
+        """Draw an architecture. Each decision is replaced by its warm-up with the given probability."""
+        probabilities = self.probabilities()
+        gates, decided = {}, {}
+        picks: Picks | None = {}
+        for choice in self.space.choices:
+            factors = self.factors[choice.key]
+            weights = {}
+            for name, axis in _decisions(choice.key, factors):
+                p = probabilities[name]
+                drawn = int(rng.choice(len(p), p=p))
+                if rng.random() < warmup_probability:
+                    weights[name] = np.eye(len(p))[-1] if axis in (*FILTER_AXES, "width") else np.full(len(p), 1 / len(p))
+                else:
+                    decided[name] = drawn
+                    weights[name] = np.eye(len(p))[drawn]
+            gates[choice.key] = _joint(choice.key, factors, weights)
+            if weights.get(f"{choice.key}.skip", np.zeros(2))[1] == 1.0:  # hierarchical: nothing below a skip counts
+                for axis, _ in factors.axes:
+                    decided.pop(f"{choice.key}.{axis}", None)
+            if picks is not None and gates[choice.key].max() == 1.0:
+                picks[choice.key] = choice.options[int(gates[choice.key].argmax())]
+            else:
+                picks = None
+        return Sample(gates, decided, picks)
+
+    def update(self, sample: Sample, reward: float, lr: float, baseline_momentum: float = 0.95, entropy: float = 0.0) -> float:
+        """One REINFORCE step; returns the advantage R - b. The first reward is its own baseline."""
+        self.reward_sum = baseline_momentum * self.reward_sum + (1 - baseline_momentum) * reward
+        self.reward_weight = baseline_momentum * self.reward_weight + (1 - baseline_momentum)
+        advantage = reward - self.reward_sum / self.reward_weight
+        log_p = sum(
+            (torch.log_softmax(self.logits[name], 0)[i] for name, i in sample.decided.items()), torch.zeros((), dtype=torch.float64)
+        )
+        loss = -advantage * log_p - entropy * (self.entropy() if entropy else 0.0)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=False)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return advantage
+
+    def entropy(self) -> Tensor:
+        """Entropy of the policy in nats, hierarchical: what lies below a skip counts by the probability of not skipping."""
+        total = torch.zeros((), dtype=torch.float64)
+        for key, factors in self.factors.items():
+            kept: Any = 1.0
+            for name, axis in _decisions(key, factors):
+                log_p = torch.log_softmax(self.logits[name], 0)
+                entropy = -(log_p.exp() * log_p).sum()
+                total = total + (entropy if axis == "skip" else kept * entropy)
+                kept = log_p.exp()[0] if axis == "skip" else kept
+        return total
+
+    def best(self) -> Picks:
+        """The most likely option of every decision."""
+        decided = {name: int(p.argmax()) for name, p in self.probabilities().items()}
+        picks: Picks = {}
+        for choice in self.space.choices:
+            factors = self.factors[choice.key]
+            weights = {name: np.eye(len(self.logits[name]))[decided[name]] for name, _ in _decisions(choice.key, factors)}
+            picks[choice.key] = choice.options[int(_joint(choice.key, factors, weights).argmax())]
+        return picks
+
+    def option_probabilities(self) -> dict[str, np.ndarray]:
+        """Choice key -> probabilities of its options, as gates for the expected latency."""
+        p = self.probabilities()
+        return {key: _joint(key, factors, p) for key, factors in self.factors.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Logits, optimiser state and baseline."""
+        logits = {name: tensor.detach().clone() for name, tensor in self.logits.items()}
+        return {"logits": logits, "optimizer": self.optimizer.state_dict(), "baseline": [self.reward_sum, self.reward_weight]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        with torch.no_grad():
+            for name, tensor in state["logits"].items():
+                self.logits[name].copy_(tensor)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.reward_sum, self.reward_weight = state["baseline"]
+
+
+def _factors(choice: Choice) -> Factors:
+    if choice.kind == "op":
+        return factorise(tuple(map(str, choice.options)))
+    count = len(choice.options)
+    return Factors((("width", tuple(float(option) for option in choice.options)),), tuple((i,) for i in range(count)))
+
+
+def _decisions(key: str, factors: Factors) -> list[tuple[str, str]]:
+    """(decision name, axis) of a choice, skip first. Index 1 of a skip decision means skip."""
+    axes = (["skip"] if factors.skippable else []) + [axis for axis, _ in factors.axes]
+    return [(f"{key}.{axis}", axis) for axis in axes]
+
+
+def _joint(key: str, factors: Factors, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Weights of a choice's options from the weights of its separate decisions: their product."""
+    keep, skip = weights.get(f"{key}.skip", np.array([1.0, 0.0]))
+    gate = np.empty(len(factors.grid))
+    for i, cell in enumerate(factors.grid):
+        gate[i] = skip if cell is None else keep
+        for (axis, _), position in zip(factors.axes, cell or (), strict=cell is not None):
+            gate[i] *= weights[f"{key}.{axis}"][position]
+    return gate
+
+
+class TuNAS:
+    """The TuNAS strategy: a ``Controller`` trained beside the weights."""
+
+    Config: ClassVar[type[BaseModel]] = TuNASConfig
+
+    def __init__(self, config: TuNASConfig) -> None:
+        self.config = config
+        self.controller: Controller
+
+    def setup(self, ctx: SearchContext) -> None:
+        """Make the controller, uniform over the space."""
+        self.controller = Controller(ctx.space)
+
+    def rl_rate(self, ctx: SearchContext) -> float:
+        """The controller's learning rate at this step; 0 during the delay."""
+        base = self.config.rl_lr if self.config.rl_lr is not None else 3e-4 * ctx.batch_size / 256
+        progress = ctx.step / ctx.steps
+        if progress < self.config.rl_delay:
+            return 0.0
+        return float(base * self.config.rl_lr_ramp ** ((progress - self.config.rl_delay) / (1 - self.config.rl_delay)))
+
+    def step(self, ctx: SearchContext) -> Metrics:
+        """One weight update and, after the delay, one update of the controller with the same architecture."""
+        warmup_steps = self.config.warmup * ctx.steps
+        probability = max(0.0, 1 - ctx.step / warmup_steps) if warmup_steps else 0.0
+        sample = self.controller.sample(ctx.rng, probability)
+        metrics = ctx.train(sample.gates)
+        rate = self.rl_rate(ctx)
+        if rate > 0.0:
+            quality = ctx.quality(sample.gates, self.config.held_out_multiple)
+            latency = float(ctx.cost.expected_ms(sample.gates))
+            reward = ctx.reward(quality, latency)
+            self.controller.update(sample, reward, rate, self.config.baseline_momentum, self.config.entropy)
+            metrics |= {"quality": quality, "latency_ms": latency, "reward": reward}
+        expected = float(ctx.cost.expected_ms(self.controller.option_probabilities()))
+        return {**metrics, "entropy": float(self.controller.entropy().detach()), "expected_ms": expected}
+
+    def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
+        """The argmax first, where it is within the tolerance, then likely samples of the policy that are.
+
+        Where the policy holds too few, its most likely samples are moved towards the target by single changes.
+        """
+        p = self.controller.option_probabilities()
+        keys = [choice.key for choice in ctx.space.choices]
+        index_NC = np.stack([ctx.rng.choice(len(p[key]), size=4096, p=p[key] / p[key].sum()) for key in keys], axis=1)
+        index_NC = np.concatenate([ctx.space.index(self.controller.best())[None], index_NC])
+        log_p_N = np.sum([np.log(p[key][index_NC[:, i]] + 1e-30) for i, key in enumerate(keys)], axis=0)
+        log_p_N[0] = np.inf
+        ranked = index_NC[np.argsort(-log_p_N, kind="stable")]
+        found = dict.fromkeys(tuple(int(i) for i in row) for row in ranked[within_target(ctx, ranked)])
+        for row in ranked[: 4 * count] if len(found) < count else []:
+            moved = towards_target(ctx, row)
+            if within_target(ctx, moved[None])[0]:
+                found[tuple(int(i) for i in moved)] = None
+        proposals = [ctx.space.at(row) for row in list(found)[:count]]
+        return proposals or random_within(ctx, count, ctx.rng)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller's state."""
+        return self.controller.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.controller.load_state_dict(state)

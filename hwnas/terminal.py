@@ -1,0 +1,54 @@
+"""Progress and tables on a terminal, with rich. Quiet bars where there is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichBars
+
+from hwnas.progress import Progress, Task
+
+
+class TerminalProgress(Progress):
+    """Bars and lines on standard error; standard output stays free for results."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.quiet = quiet
+
+    @contextmanager
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+        """A bar; without a terminal, one line at the end."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}", style="dim"),
+        )
+        live = self.console.is_terminal and not self.quiet
+        with RichBars(*columns, console=self.console, disable=not live, transient=True) as bars:
+            bar = _BarTask(bars, bars.add_task(description, total=total, completed=done, note=""))
+            yield bar
+        if not live:
+            self.console.print(f"{description}: {total} of {total}  {bar.note}".rstrip(), markup=False, soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        """A line."""
+        self.console.print(message, markup=False)
+
+    def warn(self, message: str) -> None:
+        """A line in yellow."""
+        self.console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+class _BarTask(Task):
+    def __init__(self, bars: RichBars, identity: TaskID) -> None:
+        self.bars, self.identity, self.note = bars, identity, ""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.note = note or self.note
+        self.bars.update(self.identity, advance=steps, note=self.note)

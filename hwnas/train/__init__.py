@@ -1,0 +1,1 @@
+"""Training an architecture for real, from scratch or from the super-net's weights."""
