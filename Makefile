@@ -1,0 +1,32 @@
+# make demo   set-up, then the whole job on this computer: profile, search, train, export, validate, report
+# make test   set-up, then style, types, import rules and all tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check setup benchmark clean
+
+demo: setup
+	$(BIN)/hwnas run configs/quickstart.toml
+
+test: check
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check -q .
+	$(BIN)/ruff check -q .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+benchmark: setup
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .import_linter_cache .hypothesis
