@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -15,7 +16,7 @@ from hwnas.core.op import KINDS, Op
 from hwnas.core.table import Entry, HeldOut
 from hwnas.report.documents import Rows
 from hwnas.report.style import KERNEL_MARKERS, LIGHT, canvas, inline_svg, kernel_colour
-from hwnas.search.stage import SearchResult
+from hwnas.search.stage import Candidate, SearchResult
 
 HALF, FULL = 464, 952
 """Widths in CSS pixels of a figure in two columns and of one across the page."""
@@ -23,31 +24,32 @@ HALF, FULL = 464, 952
 _PERCENT = FuncFormatter(lambda value, _: f"{value:.3g}".rstrip(".") + "%")
 
 
-def pareto(search: SearchResult, tolerance: float) -> Markup:
+def pareto(search: SearchResult) -> Markup:
     """Super-net accuracy over predicted latency: random architectures, the strategy's proposals, the winner, the budget."""
     best = search.candidates[0]
-    with canvas(FULL, 340) as figure:
+    with canvas(FULL, 310) as figure:
         axes = figure.subplots()
-        low, high = (search.target_ms * (1 + sign * tolerance) for sign in (-1, 1))
-        axes.axvspan(low, high, color=LIGHT["band"], lw=0, zorder=0, label=f"budget ± {tolerance:.0%}")
+        low, high = (search.target_ms * (1 + sign * search.tolerance) for sign in (-1, 1))
+        axes.axvspan(low, high, color=LIGHT["band"], lw=0, zorder=0, label=f"budget ± {search.tolerance:.0%}")
         axes.axvline(search.target_ms, color=LIGHT["orange"], lw=1.2, zorder=1)
-        groups = (
-            ("random architectures", search.random, {"marker": "o", "facecolors": "none", "edgecolors": LIGHT["muted"]}),
+        groups: tuple[tuple[str, tuple[Candidate, ...], dict[str, Any]], ...] = (
+            ("random, anywhere", search.spread, {"marker": "x", "color": LIGHT["muted"]}),
+            ("random, in the budget", search.random, {"marker": "o", "facecolors": "none", "edgecolors": LIGHT["muted"]}),
             (f"proposals of {search.strategy}", search.candidates[1:], {"marker": "s", "color": LIGHT["blue"]}),
-            ("chosen", (best,), {"marker": "*", "color": LIGHT["orange"], "edgecolors": LIGHT["ink"], "s": 210, "lw": 0.8, "zorder": 4}),
+            ("chosen", (best,), {"marker": "*", "color": LIGHT["orange"], "edgecolors": LIGHT["ink"], "s": 210, "lw": 0.6, "zorder": 4}),
         )
         for label, members, look in groups:
             if members:
                 points = ([c.latency_ms for c in members], [100 * c.accuracy for c in members])
                 axes.scatter(*points, label=label, **{"s": 42, "zorder": 3, **look})
-        latencies = [c.latency_ms for c in (*search.candidates, *search.random)]
+        latencies = [c.latency_ms for c in (*search.candidates, *search.random, *search.spread)]
         left, right = min(*latencies, low), max(*latencies, high)
         axes.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))
         axes.margins(y=0.15)
         axes.yaxis.set_major_formatter(_PERCENT)
         axes.set_xlabel("predicted latency, ms")
         axes.set_ylabel("super-net accuracy, held-out images")
-        figure.legend(loc="outside upper left", ncols=4)
+        figure.legend(loc="outside upper left", ncols=5)
         return inline_svg(
             figure,
             "pareto",
@@ -58,12 +60,12 @@ def pareto(search: SearchResult, tolerance: float) -> Markup:
 
 @dataclass(frozen=True)
 class Series:
-    """A column of the metrics: its key, its name in the legend and its colour's name. ``smooth_only`` leaves out the raw line."""
+    """A column of the metrics: its key, its name in the legend and its colour's name. ``exact`` ones have no noise to smooth."""
 
     key: str
     label: str
     colour: str = "blue"
-    smooth_only: bool = False
+    exact: bool = False
 
 
 def course(
@@ -93,9 +95,10 @@ def course(
         if start is not None:
             axes.axvline(start, color=LIGHT["muted"], lw=1, ls=(0, (2, 3)), zorder=1)
         for one, steps, values in columns:
-            if not one.smooth_only:
-                axes.plot(*_envelope(steps, values), color=LIGHT[one.colour], lw=0.7, alpha=0.3, zorder=2)
-            axes.plot(*_thinned(steps, smoothed(values)), color=LIGHT[one.colour], lw=1.8, zorder=3, label=one.label)
+            if not one.exact:
+                axes.plot(*_envelope(steps, values), color=LIGHT[one.colour], lw=0.7, alpha=0.35, zorder=2)
+            line = values if one.exact else smoothed(values)
+            axes.plot(*_thinned(steps, line), color=LIGHT[one.colour], lw=1.8, zorder=3, label=one.label)
         everything = np.concatenate([values for _, _, values in columns])
         low, high = np.percentile(everything, [0.2, 99.8])
         low, high = min(low, target or low), max(high, target or high)
@@ -173,13 +176,14 @@ def entries(table_entries: dict[str, Entry]) -> Markup:
     with canvas(FULL, 90 + 40 * len(order)) as figure:
         axes = figure.subplots()
         for row, group in enumerate(order):
+            kernels = sorted({op.kernel for op, _ in groups[group]})
             for op, entry in groups[group]:
-                _dot(axes, row, op, entry)
+                _dot(axes, row + 0.24 * (kernels.index(op.kernel) - (len(kernels) - 1) / 2), op, entry)
         if min(values) > 0 and max(values) > 12 * min(values):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
             axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.4g}" if f"{value:e}"[0] in "25" else ""))
-            axes.tick_params(axis="x", which="minor", labelsize=9.5)
+            axes.grid(which="minor", axis="x", alpha=0.5)
         axes.set_yticks(range(len(order)), [f"{kind}  {size}×{size}" for kind, size in order])
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.set_xlabel("latency, ms (bars: 10th to 90th percentile of the runs)")
@@ -198,7 +202,7 @@ def entries(table_entries: dict[str, Entry]) -> Markup:
         )
 
 
-def _look(kernel: int) -> dict[str, str | float]:
+def _look(kernel: int) -> dict[str, Any]:
     return {
         "marker": KERNEL_MARKERS.get(kernel, "P"),
         "color": kernel_colour(kernel),
@@ -208,10 +212,9 @@ def _look(kernel: int) -> dict[str, str | float]:
     }
 
 
-def _dot(axes: Axes, row: int, op: Op, entry: Entry) -> None:
-    y = row + {1: 0.0, 3: -0.22, 5: 0.0, 7: 0.22}.get(op.kernel, 0.3)
+def _dot(axes: Axes, y: float, op: Op, entry: Entry) -> None:
     if isinstance(entry.p10_ms, float) and isinstance(entry.p90_ms, float) and entry.p10_ms > 0:
         axes.plot([entry.p10_ms, entry.p90_ms], [y, y], color=LIGHT["muted"], lw=1, zorder=2)
-    axes.scatter([entry.ms], [y], s=34, **_look(op.kernel))  # type: ignore[arg-type]
+    axes.scatter([entry.ms], [y], s=34, **_look(op.kernel))
     if entry.noisy:
         axes.scatter([entry.ms], [y], s=110, facecolors="none", edgecolors=LIGHT["red"], lw=1.4, zorder=4)

@@ -60,7 +60,10 @@ class Place:
 
 @dataclass(frozen=True)
 class RunDocuments:
-    """Everything the report shows. Documents of stages that have not run are None, curves then empty."""
+    """Everything the report shows. Documents of stages that have not run are None, curves then empty.
+
+    ``folder`` is the run folder as the command line takes it; of an absolute path the last part, for reports get passed on.
+    """
 
     experiment: Experiment
     folder: str
@@ -119,7 +122,7 @@ def read(ctx: StageContext, space: MacroSpace, table_path: Path) -> RunDocuments
     train_rows = JsonLines(ctx.path("train", "metrics.jsonl")).read()
     return RunDocuments(
         experiment=ctx.experiment,
-        folder=ctx.root.name,
+        folder=ctx.root.name if ctx.root.is_absolute() else ctx.root.as_posix(),
         space=space,
         table=_load(LatencyTable, table_path),
         search=search,

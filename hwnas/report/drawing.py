@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ def architecture(places: Sequence[Place], ms: Sequence[float | None]) -> Markup:
     ``ms`` holds each place's latency (None: unknown, or skipped); without any, the strip of costs is left out.
     """
     priced = any(value is not None for value in ms)
-    pitch = min(56.0, max(36.0, (FULL - GUTTER) / len(places)))
+    pitch = min(56.0, max(34.0, (FULL - GUTTER) / len(places)))
     width = GUTTER + pitch * len(places)
     height = LEGEND + BARS + LABELS + (COSTS if priced else 0)
     with canvas(width, height, arranged=False) as figure:
@@ -81,7 +82,7 @@ def _bars(axes: Axes, places: Sequence[Place]) -> None:
     axes.set_ylim(0, 1.3 * top)
     for x, (place, high) in enumerate(zip(places, heights, strict=True)):
         if place.op is None:
-            look = {"facecolor": "none", "edgecolor": LIGHT["muted"], "lw": 0.8, "ls": (0, (2, 3)), "alpha": 0.8}
+            look: dict[str, Any] = {"facecolor": "none", "edgecolor": LIGHT["muted"], "lw": 0.8, "ls": (0, (2, 3)), "alpha": 0.8}
             axes.add_patch(Rectangle((x - 0.3, 0), 0.6, high, **look))
             continue
         axes.add_patch(Rectangle((x - 0.3, 0), 0.6, high, facecolor=kernel_colour(place.op.kernel), edgecolor=LIGHT["ink"], lw=0.8))

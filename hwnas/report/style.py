@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
@@ -22,10 +23,11 @@ LIGHT = {
     "line": "#dfe3e8",
     "paper": "#fefefe",
     "wash": "#f4f6f8",
+    "shade": "#c4cbd3",
     "blue": "#1f63c4",
     "pale-blue": "#a9c6ee",
     "orange": "#b8500a",
-    "band": "#fbe3cf",
+    "band": "#fdeede",
     "green": "#1a7a3a",
     "red": "#c0262d",
     "k1": "#c9d3de",
@@ -39,10 +41,11 @@ DARK = {
     "line": "#313a45",
     "paper": "#14181e",
     "wash": "#1c222a",
+    "shade": "#475262",
     "blue": "#78aef5",
-    "pale-blue": "#3a5c8c",
+    "pale-blue": "#5b80b5",
     "orange": "#f39a55",
-    "band": "#4a2f1a",
+    "band": "#33261c",
     "green": "#5cc27e",
     "red": "#ff7b78",
     "k1": "#4a5563",
@@ -55,7 +58,7 @@ DARK = {
 KERNEL_MARKERS = {1: "D", 3: "o", 5: "s", 7: "^"}
 """Kernel size -> marker, so that colour never tells alone."""
 
-_RC = {
+_RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hwnas",
     "text.parse_math": False,
@@ -64,6 +67,7 @@ _RC = {
     "font.size": 11.5,
     "axes.labelsize": 11.5,
     "xtick.labelsize": 10.5,
+    "xtick.minor.size": 0,
     "ytick.labelsize": 10.5,
     "legend.fontsize": 10.5,
     "axes.spines.top": False,
@@ -76,7 +80,6 @@ _RC = {
     "legend.frameon": False,
     "legend.handlelength": 1.4,
     "xtick.major.size": 0,
-    "xtick.minor.size": 0,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
     "figure.facecolor": "none",
@@ -119,7 +122,9 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     body = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", body)
     body = re.sub(r'(href="|url\()#', rf"\1#{name}-", body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda match: _VARIABLES.get(match[0], match[0]), body)
-    body = body.replace("font-family: 'DejaVu Sans', sans-serif", "font-family: inherit").replace("font-family: 'DejaVu Sans'", "font-family: inherit")
+    body = body.replace("font-family: 'DejaVu Sans', sans-serif", "font-family: inherit").replace(
+        "font-family: 'DejaVu Sans'", "font-family: inherit"
+    )
     body = re.sub(r"\s*\n\s*", "\n", body)
     label = html.escape(description, quote=True)
     return Markup(

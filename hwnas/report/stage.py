@@ -1,0 +1,258 @@
+"""The report stage: a run folder in, one HTML file out that opens anywhere, offline.
+
+Sections whose documents do not exist yet are left out, and the top of the page says which stages are missing. The same
+documents give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from hwnas import __version__
+from hwnas.core.op import Op
+from hwnas.core.space import MacroSpace
+from hwnas.document import write_atomic
+from hwnas.export.bundle import BundleFile
+from hwnas.report import charts, drawing
+from hwnas.report.charts import Series
+from hwnas.report.documents import SOURCES, Place, RunDocuments, read
+from hwnas.report.style import DARK, LIGHT
+from hwnas.runs import StageContext
+from hwnas.validate import FileVerdict, drift_note
+
+__all__ = ["SOURCES", "render", "run"]
+
+
+def run(ctx: StageContext, space: MacroSpace, table_path: Path) -> None:
+    """Write ``report.html`` from what the run folder holds."""
+    page = render(read(ctx, space, table_path))
+    write_atomic(ctx.folder / "report.html", page.encode())
+    ctx.progress.say(f"report: {ctx.folder / 'report.html'}")
+
+
+def render(documents: RunDocuments) -> str:
+    """The page as a string of HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"ms": ms, "percent": percent, "signed": signed, "against": against, "bytes": size, "big": big, "huge": huge}
+    return environment.get_template("template.html").render(
+        run=documents,
+        version=__version__,
+        themes={"light": LIGHT, "dark": DARK},
+        files=file_rows(documents),
+        judged=judged_file(documents),
+        failures=failures(documents),
+        notices=notices(documents),
+        conditions=conditions(documents),
+        blocks=block_rows(documents),
+        figures=figures(documents),
+        config=json.dumps(documents.experiment.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False),
+        command=f"hwnas run {shlex.quote(documents.folder)} --out {shlex.quote(documents.folder + '-again')}",
+    )
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """An exported file: what the bundle says of it and what the device said, if it was asked."""
+
+    file: BundleFile
+    verdict: FileVerdict | None
+
+
+def file_rows(documents: RunDocuments) -> list[FileRow]:
+    """The exported files in the bundle's order."""
+    verdicts = {file.name: file for file in documents.verdict.files} if documents.verdict is not None else {}
+    return [FileRow(file, verdicts.get(file.name)) for file in documents.bundle.files] if documents.bundle is not None else []
+
+
+def judged_file(documents: RunDocuments) -> FileVerdict | None:
+    """The file that stands in the headline: the one whose latency the table predicts, else the first."""
+    files = documents.verdict.files if documents.verdict is not None else ()
+    return next((file for file in files if file.predicted_ms is not None), files[0] if files else None)
+
+
+def failures(documents: RunDocuments) -> list[str]:
+    """Every broken promise in one sentence."""
+    verdict = documents.verdict
+    if verdict is None:
+        return []
+    allowed, found = verdict.tolerances, []
+    for file in verdict.files:
+        if file.latency_passed is False and file.latency_error is not None and file.predicted_ms is not None:
+            found.append(
+                f"{file.name} takes {ms(file.measured_ms / (verdict.drift or 1))} ms at the profiled speed, "
+                f"{against(file.latency_error)} the {ms(file.predicted_ms)} ms predicted; "
+                f"{allowed.latency_tolerance:.1%} are allowed."
+            )
+        if not file.accuracy_passed:
+            tolerance = allowed.int8_accuracy_tolerance if file.dtype == "int8" else allowed.accuracy_tolerance
+            found.append(
+                f"{file.name} loses {100 * file.accuracy_loss:.2f} points of top-1 against PyTorch; {100 * tolerance:.2f} are allowed."
+            )
+    return found
+
+
+def notices(documents: RunDocuments) -> list[str]:
+    """What a reader must know before believing the numbers: missing stages, and documents that do not belong together."""
+    found = []
+    missing = [
+        f"{stage.name} (interrupted at step {stage.step:,})" if stage.step else stage.name
+        for stage in documents.stages
+        if not stage.finished
+    ]
+    if missing:
+        found.append(f"Not finished yet: {', '.join(missing)}. Go on with: hwnas run {shlex.quote(documents.folder)}")
+    search, table, bundle, arch = documents.search, documents.table, documents.bundle, documents.arch
+    if search is not None and table is not None and search.table_sha256 != table.sha256:
+        found.append("The search used another latency table than the one shown here.")
+    if bundle is not None and arch is not None and bundle.architecture.sha256 != arch.sha256:
+        found.append("The exported files are of an earlier architecture than the one shown here.")
+    verdict = documents.verdict
+    if verdict is not None and bundle is not None and verdict.bundle_sha256 != bundle.sha256:
+        found.append("The verdict is about an earlier bundle than the one shown here.")
+    note = drift_note(verdict) if verdict is not None else None
+    found += [note[0].upper() + note[1:]] if note is not None else []
+    if table is not None and table.calibration is None:
+        found.append("The latency table has no calibration against whole networks: its sums are not latencies of networks.")
+    return found
+
+
+def conditions(documents: RunDocuments) -> list[tuple[str, str]]:
+    """Where and how latency was measured, as (name, value)."""
+    if documents.table is None:
+        return [("device", documents.experiment.device.name)]
+    header = documents.table.header
+    cores = header.cores if isinstance(header.cores, str) else ", ".join(map(str, header.cores))
+    return [
+        ("device", header.device),
+        ("CPU", header.cpu),
+        ("runtime", f"{header.runtime} {header.runtime_version}"),
+        ("dtype", header.dtype),
+        ("threads", str(header.threads)),
+        ("cores", cores),
+        ("governor", header.governor),
+        ("layout", header.layout),
+        ("measured on", header.date),
+    ]
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """A block of the architecture with its counts and its price. ``share`` is its part of the sum over all blocks."""
+
+    place: Place
+    op: Op
+    ms: float | None
+    share: float | None
+
+
+def block_rows(documents: RunDocuments) -> list[BlockRow]:
+    """The kept blocks, input to output."""
+    prices = block_prices(documents)
+    total = sum(price or 0.0 for price in prices)
+    return [
+        BlockRow(place, place.op, price, price / total if price is not None and total else None)
+        for place, price in zip(documents.places(), prices, strict=True)
+        if place.op is not None
+    ]
+
+
+def block_prices(documents: RunDocuments) -> list[float | None]:
+    """The table's entry of each place; None where a slot is skipped or the table has none."""
+    priced = documents.table.entries if documents.table is not None else {}
+    return [priced[place.op.key].ms if place.op is not None and place.op.key in priced else None for place in documents.places()]
+
+
+def figures(documents: RunDocuments) -> dict[str, Any]:
+    """Every figure whose documents exist: name -> SVG, and the two rows of curves as lists of (title, SVG)."""
+    search, table, rows, places = documents.search, documents.table, documents.search_rows, documents.places()
+    tolerance, target_ms = documents.experiment.search.tolerance, documents.target_ms
+    start = next((int(row["step"]) for row in rows if row.get("reward") is not None), None)
+    latency = [Series("latency_ms", "sampled", "pale-blue"), Series("expected_ms", "expected", exact=True)]
+    searching = [
+        ("Reward", charts.course("reward", "reward", rows, [Series("reward", "reward")], start=start)),
+        ("Latency, ms", charts.course("latency", "latency", rows, latency, target=target_ms, tolerance=tolerance, start=start)),
+        ("Entropy of the policy, nats", charts.course("entropy", "entropy", rows, [Series("entropy", "entropy", exact=True)], start=start)),
+        ("Loss", charts.course("loss", "loss", rows, [Series("loss", "loss")], start=start)),
+    ]
+    accuracies = [Series("train_accuracy", "training batch")]
+    if start is None:  # no reward to show, so how well the shared weights do
+        searching.append(("Accuracy on training batches", charts.course("accuracy", "accuracy", rows, accuracies, percent=True)))
+    rows = documents.train_rows
+    training = [
+        ("Loss", charts.course("trainloss", "training loss", rows, [Series("loss", "loss")])),
+        ("Accuracy on training batches", charts.course("trainaccuracy", "training accuracy", rows, accuracies, percent=True)),
+    ]
+    judged = table.calibration.held_out if table is not None and table.calibration is not None else None
+    return {
+        "architecture": drawing.architecture(places, block_prices(documents)) if places else None,
+        "pareto": charts.pareto(search) if search is not None else None,
+        "search": _drawn(searching),
+        "search_start": start,
+        "train": _drawn(training),
+        "held_out": charts.held_out(judged) if judged is not None and judged.pairs else None,
+        "entries": charts.entries(table.entries) if table is not None and table.entries else None,
+    }
+
+
+def _drawn(curves: list[tuple[str, Markup | None]]) -> list[tuple[str, Markup]]:
+    return [(title, svg) for title, svg in curves if svg is not None]
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds with three significant digits, zeros kept: 1.50, 23.4, 0.0120; an en dash for none."""
+    if value is None:
+        return "–"
+    if value <= 0:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def percent(value: float | str | None, digits: int = 1) -> str:
+    """A fraction as a percentage; words stay, none is an en dash."""
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else f"{value:.{digits}%}"
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage with its sign."""
+    return "–" if value is None else f"{value:+.{digits}%}".replace("-", "−")
+
+
+def against(value: float) -> str:
+    """A relative difference in words: ``1.2% above``, ``0.4% below``."""
+    return f"{abs(value):.1%} {'above' if value >= 0 else 'below'}"
+
+
+def size(count: int) -> str:
+    """Bytes as kB or MB (powers of 1000)."""
+    return f"{count / 1e3:.0f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
+
+
+def big(count: int) -> str:
+    """A count to three digits with its SI prefix: 345 k, 3.88 M, 1.20 G."""
+    for factor, letter in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if count >= factor:
+            return f"{count / factor:#.3g}{letter}".replace(". ", " ")
+    return str(count)
+
+
+def huge(count: int) -> str:
+    """A count that may be astronomical: 6.6 × 10¹⁷; below a million in full."""
+    if count < 10**6:
+        return f"{count:,}"
+    digits, exponent = f"{count:.1e}".split("e+")
+    return f"{digits} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
+_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")

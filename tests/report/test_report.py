@@ -1,0 +1,351 @@
+"""The report of a run folder whose documents are made here, in code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwnas.config import Experiment, ValidateConfig
+from hwnas.core.arch import Architecture
+from hwnas.core.cost import CostModel
+from hwnas.core.objective import AbsoluteObjective
+from hwnas.core.space import MacroSpace
+from hwnas.core.spaces import mobile32, published
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, judge
+from hwnas.errors import DocumentError
+from hwnas.export.bundle import FILES, Bundle, BundleFile, Parity, preprocessing
+from hwnas.report import charts, drawing, stage
+from hwnas.report.charts import smoothed
+from hwnas.report.documents import Place, read
+from hwnas.report.style import DARK, LIGHT
+from hwnas.runs import JsonLines, StageContext, StageManifest
+from hwnas.search.stage import Candidate, SearchResult
+from hwnas.train.stage import TrainResult
+from hwnas.validate import FileVerdict, Verdict
+
+SECTIONS = ["files", "architecture", "pareto", "course", "table", "provenance"]
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Tags must close in order; ids, addresses and headings are collected."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def experiment(**changes: Any) -> Experiment:
+    data = {"resolution": 16, "channels": 1, "classes": 10, "mean": [0.31], "std": [0.37]}
+    return Experiment.model_validate({"name": "quickstart", "data": data, "search": {"target_range": 0.35}, **changes})
+
+
+def small_space() -> MacroSpace:
+    return mobile32(resolution=16, in_channels=1)
+
+
+def make_table(space: MacroSpace) -> LatencyTable:
+    rng = np.random.default_rng(1)
+    entries = {}
+    for op in space.ops:
+        ms = 0.0012 + op.macs / 4.2e7 * (1 + 0.05 * op.kernel) * float(rng.normal(1, 0.05))
+        noisy = bool(rng.random() < 0.06)
+        entries[op.key] = Entry(ms=ms, p10_ms=0.97 * ms, p90_ms=1.2 * ms, runs=420, rounds=7, spread=0.14 if noisy else 0.02, noisy=noisy)
+    calibration = Calibration(intercept_ms=0.004, slope=1.07, networks=12)
+    sums = [sum(entries[op.key].ms for op in space.decode(space.sample(rng)).ops()) for _ in range(8)]
+    measured = [(0.004 + 1.07 * ms) * float(rng.normal(1, 0.02)) for ms in sums]
+    header = TableHeader(
+        device="host", cpu="Intel(R) Xeon(R) Platinum 8481C @ 2.70GHz", machine="x86_64", runtime="litert", runtime_version="2.1.0",
+        dtype="fp32", threads=1, cores=(3,), governor="unknown", layout="NHWC", batch=1, date="2026-01-31", space=space.name,
+    )  # fmt: skip
+    calibration = calibration.model_copy(update={"held_out": judge(calibration, sums, measured)})
+    return LatencyTable(header=header, entries=entries, calibration=calibration)
+
+
+def make_search(space: MacroSpace, table: LatencyTable) -> SearchResult:
+    rng, cost = np.random.default_rng(2), CostModel(space, table)
+    low, high = cost.range_ms()
+    target = low + 0.35 * (high - low)
+
+    def candidates(count: int, quality: float) -> tuple[Candidate, ...]:
+        found: list[Candidate] = []
+        while len(found) < count:
+            picks = space.sample(rng)
+            latency = cost.latency_ms(picks)
+            if abs(latency / target - 1) < 0.02:
+                accuracy = float(rng.normal(quality, 0.008))
+                reward = accuracy - abs(latency / target - 1) / 10
+                found.append(Candidate(picks=picks, latency_ms=latency, accuracy=accuracy, reward=reward))
+        return tuple(sorted(found, key=lambda candidate: -candidate.reward))
+
+    return SearchResult(
+        strategy="tunas", space_sha256=space.sha256, objective=AbsoluteObjective(), tolerance=0.02, target_ms=target,
+        reachable_ms=(low, high), table_sha256=table.sha256, steps=800, seed=0,
+        candidates=candidates(8, 0.952), random=candidates(8, 0.935), spread=candidates(4, 0.93),
+    )  # fmt: skip
+
+
+def search_rows(target: float, steps: int) -> list[dict[str, float]]:
+    rng, rows = np.random.default_rng(3), []
+    for step in range(steps):
+        t = step / steps
+        learnt = 1 - 0.85 * np.exp(-5 * t) + rng.normal(0, 0.05)
+        row = {"step": step, "loss": 0.6 + 1.8 * np.exp(-5 * t) + rng.normal(0, 0.08), "train_accuracy": np.clip(learnt, 0, 1)}
+        if t >= 0.25:
+            quality, latency = 0.95 - 0.4 * np.exp(-5 * t) + rng.normal(0, 0.03), target * (1 + rng.normal(0, 0.25 * (1.2 - t)))
+            row |= {"quality": quality, "latency_ms": latency, "reward": quality - 0.1 * abs(latency / target - 1)}
+        row |= {"entropy": 14.2 - 8 * max(0, t - 0.25), "expected_ms": target * (1 + 0.3 * (1 - t))}
+        rows.append({key: value if key == "step" else float(value) for key, value in row.items()})
+    return rows
+
+
+def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
+    files = []
+    for kind, (name, runtime, dtype) in FILES.items():
+        int8 = dtype == "int8"
+        parity = Parity(images=64, relative_error=0.031 if int8 else 4.1e-7, agreement=0.984 if int8 else 1.0)
+        content = {"name": name, "format": kind, "runtime": runtime, "dtype": dtype, "sha256": "0" * 64, "parity": parity}
+        files.append(BundleFile.model_validate({**content, "size_bytes": arch.params * (1 if int8 else 4) + 9000}))
+    return Bundle(
+        architecture=arch, labels=tuple("0123456789"), preprocessing=preprocessing(config.data), data=config.data,
+        macs=arch.macs, params=arch.params, torch_accuracy=0.9806, test_images=360, files=tuple(files),
+        versions={"hwnas": "0.1.0", "torch": "2.14.1", "onnx": "1.19.0"},
+    )  # fmt: skip
+
+
+def make_verdict(bundle: Bundle, predicted: float, *, passed: bool = True) -> Verdict:
+    files = []
+    for file, factor, loss in zip(bundle.files, (1.012, 0.6, 0.9), (0.0, 0.0055 if passed else 0.031, 0.0), strict=True):
+        judged = file.name == "model-fp32.tflite"
+        files.append(FileVerdict(
+            name=file.name, runtime=file.runtime, runtime_version="2.0", dtype=file.dtype, measured_ms=predicted * factor, spread=0.011,
+            predicted_ms=predicted if judged else None, latency_error=factor - 1 if judged else None,
+            latency_passed=True if judged else None, accuracy=0.9806 - loss, accuracy_loss=loss, accuracy_passed=loss < 0.02,
+        ))  # fmt: skip
+    return Verdict(
+        device="host", cpu="test", cores=(0,), governor="unknown", threads=1, date="2026-01-01", bundle_sha256=bundle.sha256,
+        table="host/litert-fp32-1t", table_sha256=None, drift=1.0, tolerances=ValidateConfig(), images=360, torch_accuracy=0.9806,
+        files=tuple(files), passed=passed,
+    )  # fmt: skip
+
+
+def fill(root: Path, config: Experiment, *, until: str = "validate", passed: bool = True) -> StageContext:
+    """A run folder with the documents of the stages up to ``until``."""
+    order = ["profile", "search", "train", "export", "validate"]
+    wanted = order[: order.index(until) + 1]
+    space = small_space()
+    table = make_table(space)
+    search = make_search(space, table)
+    arch = space.decode(search.candidates[0].picks, f"{space.name}-tunas")
+    bundle = make_bundle(config, arch)
+    for name in wanted:
+        (root / name).mkdir(parents=True)
+        StageManifest(stage=name, state="done", hwnas="0.1.0", inputs={}, seconds=61.2).save(root / name / "stage.json")
+    table.save(root / "profile" / "table.json")
+    if "search" in wanted:
+        search.save(root / "search" / "search.json")
+        arch.save(root / "search" / "arch.json")
+        JsonLines(root / "search" / "metrics.jsonl").rewrite(search_rows(search.target_ms, 800))
+    if "train" in wanted:
+        TrainResult(
+            architecture_sha256=arch.sha256,
+            weights="scratch",
+            steps=500,
+            seed=0,
+            test_accuracy=0.9806,
+            test_images=360,
+            class_names=tuple("0123456789"),
+        ).save(root / "train" / "train.json")
+        rows = [{key: row[key] for key in ("step", "loss", "train_accuracy")} for row in search_rows(1.0, 500)]
+        JsonLines(root / "train" / "metrics.jsonl").rewrite(rows)
+    if "export" in wanted:
+        bundle.save(root / "export" / "bundle.json")
+    if "validate" in wanted:
+        make_verdict(bundle, search.candidates[0].latency_ms, passed=passed).save(root / "validate" / "verdict.json")
+    return StageContext(config, root, root / "report")
+
+
+def written(ctx: StageContext, space: MacroSpace | None = None) -> str:
+    stage.run(ctx, space or small_space(), ctx.root / "profile" / "table.json")
+    return (ctx.folder / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return written(fill(tmp_path_factory.mktemp("run") / "quickstart", experiment()))
+
+
+def test_a_full_run_has_every_section_in_order(full: str) -> None:
+    page = Page(full)
+    assert [name for name in page.ids if name in SECTIONS] == SECTIONS
+    assert page.tags["svg"] == 10  # drawing, pareto, four search and two training curves, held-out, entries
+    assert "✓ passed" in page.text and "not validated" not in page.text and "Not finished" not in page.text
+    for words in ("model-int8.tflite", "mobile32-tunas", "Spearman", "hwnas run quickstart", "2.1.0", "98.06%", '"target_range": 0.35'):
+        assert words in page.text
+
+
+def test_the_file_stands_alone(full: str) -> None:
+    page = Page(full)
+    assert all(address.startswith("#") for address in page.addresses)
+    assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
+    assert "http:" not in full and "https:" not in full and "@import" not in full and "@font-face" not in full
+    assert full.count("<style") == 1  # matplotlib's own would rule the page
+
+
+def test_ids_are_unique_and_found(full: str) -> None:
+    page = Page(full)
+    assert len(set(page.ids)) == len(page.ids)
+    used = {*re.findall(r"url\(#([^)]+)\)", full), *(address[1:] for address in page.addresses), *re.findall(r'labelledby="([^"]+)"', full)}
+    assert used <= set(page.ids)
+
+
+def test_figures_carry_descriptions_and_theme_colours(full: str) -> None:
+    assert len(re.findall(r'<svg [^>]*role="img" aria-label="[^"]{40,}"', full)) == full.count("<svg ")
+    drawings = "".join(re.findall(r"<svg.*?</svg>", full, flags=re.DOTALL))
+    assert "var(--ink)" in drawings
+    assert not re.search(r"#[0-9a-f]{6}\b", drawings), "a colour that the dark theme cannot reach"
+
+
+def test_the_same_documents_give_the_same_bytes(tmp_path: Path, full: str) -> None:
+    assert written(fill(tmp_path / "quickstart", experiment())) == full
+
+
+@pytest.mark.parametrize(
+    ("until", "expected", "missing"),
+    [
+        ("profile", ["table", "provenance"], ["search", "train", "export", "validate"]),
+        ("search", ["architecture", "pareto", "course", "table", "provenance"], ["train", "export", "validate"]),
+        ("export", SECTIONS, ["validate"]),
+    ],
+)
+def test_a_partial_run_shows_what_there_is_and_names_what_is_missing(
+    tmp_path: Path, until: str, expected: list[str], missing: list[str]
+) -> None:
+    page = Page(written(fill(tmp_path / "run", experiment(), until=until)))
+    assert [name for name in page.ids if name in SECTIONS] == expected
+    assert f"Not finished yet: {', '.join(missing)}. Go on with: hwnas run run" in page.text
+    assert "not validated yet" in page.text
+
+
+def test_an_empty_and_an_interrupted_run(tmp_path: Path) -> None:
+    ctx = StageContext(experiment(), tmp_path, tmp_path / "report")
+    assert [name for name in Page(written(ctx)).ids if name in SECTIONS] == ["provenance"]
+    JsonLines(tmp_path / "search" / "metrics.jsonl").rewrite(search_rows(0.2, 120))
+    page = Page(written(ctx))
+    assert "search (interrupted at step 120)" in page.text and "course" in page.ids
+
+
+def test_a_failed_verdict_says_why(tmp_path: Path) -> None:
+    page = Page(written(fill(tmp_path / "run", experiment(), passed=False)))
+    assert "✗ FAILED" in page.text
+    assert "model-int8.tflite loses 3.10 points of top-1 against PyTorch; 2.00 are allowed." in page.text
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    name = '<script>alert("1")</script> & $x$'
+    page = Page(text := written(fill(tmp_path / "a<b>&", experiment(name=name))))
+    assert page.tags["script"] == page.tags["b"] == 0
+    assert "<script>" not in text and name in page.text
+
+
+def test_documents_that_do_not_belong_together_are_told(tmp_path: Path) -> None:
+    ctx = fill(tmp_path, experiment())
+    space = small_space()
+    space.decode(space.sample(np.random.default_rng(9)), "other").save(tmp_path / "search" / "arch.json")
+    search = json.loads((tmp_path / "search" / "search.json").read_text())
+    (tmp_path / "search" / "search.json").write_text(json.dumps({**search, "table_sha256": "0" * 64}))
+    text = Page(written(ctx)).text
+    assert "files are of an earlier architecture" in text and "another latency table" in text
+
+
+def test_a_published_network_needs_no_search_and_no_prices(tmp_path: Path) -> None:
+    config = experiment(train={"arch": "mobilenet_v2"})
+    arch = published("mobilenet_v2", resolution=96, classes=10)
+    make_bundle(config, arch).save(tmp_path / "export" / "bundle.json")
+    page = Page(written(StageContext(config, tmp_path, tmp_path / "report")))
+    assert "architecture" in page.ids and "pareto" not in page.ids
+    assert "Not finished yet: profile, train, validate." in page.text
+
+
+def test_skipped_slots_keep_their_place_in_the_drawing(tmp_path: Path) -> None:
+    ctx = fill(tmp_path, experiment())
+    space = small_space()
+    documents = read(ctx, space, tmp_path / "profile" / "table.json")
+    places = documents.places()
+    assert documents.arch is not None
+    assert [place.slot for place in places] == [*(slot.key for slot in space.slots), "classifier"]
+    assert tuple(place.op for place in places if place.op is not None) == documents.arch.ops()
+    assert len(places) > len(documents.arch.ops()), "the fixture's architecture should skip something"
+
+
+def test_a_corrupt_document_is_named(tmp_path: Path) -> None:
+    ctx = fill(tmp_path, experiment())
+    (tmp_path / "validate" / "verdict.json").write_text("{")
+    with pytest.raises(DocumentError, match=r"verdict\.json"):
+        written(ctx)
+
+
+def test_both_themes_have_every_colour_and_no_two_share_one() -> None:
+    assert LIGHT.keys() == DARK.keys()
+    assert len(set(LIGHT.values())) == len(LIGHT)
+
+
+def test_long_curves_stay_small_and_keep_their_spikes() -> None:
+    rows: list[dict[str, Any]] = [{"step": i, "loss": 1.0 + (i == 77_777)} for i in range(100_000)]
+    svg = charts.course("loss", "loss", rows, [charts.Series("loss", "loss")])
+    assert svg is not None and len(svg) < 80_000
+    assert charts.course("reward", "reward", rows, [charts.Series("reward", "reward")]) is None
+
+
+def test_a_large_space_can_be_drawn() -> None:
+    arch = published("mnasnet_b1")
+    places = tuple(Place(f"block {i}", op, op.out_ch, op.out_size) for i, op in enumerate(arch.ops()))
+    svg = drawing.architecture(places, [None] * len(places))
+    assert ">1280<" in svg and "latency" not in svg
+
+
+def test_smoothing_keeps_a_constant_and_the_length() -> None:
+    assert np.allclose(smoothed(np.full(97, 3.0)), 3.0)
+    assert len(smoothed(np.arange(2.0))) == 2
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (1.5, "1.50"), (0.012, "0.0120"), (123.4, "123"), (0.0, "0")])
+def test_milliseconds_have_three_digits(value: float | None, text: str) -> None:
+    assert stage.ms(value) == text
+
+
+def test_counts_keep_three_digits() -> None:
+    assert [stage.big(count) for count in (999, 345_338, 330_000_000, 1_204_000_000)] == ["999", "345 k", "330 M", "1.20 G"]
+    assert [stage.huge(count) for count in (12_345, 3 * 6**6 * 7**15)] == ["12,345", "6.6 × 10¹⁷"]
