@@ -165,7 +165,8 @@ class ValidateConfig(Section):
     accuracy_tolerance: float = Field(0.002, ge=0, description="top-1 of float files against PyTorch")
     int8_accuracy_tolerance: float = Field(0.02, ge=0, description="top-1 of int8 files against PyTorch")
     images: int | None = Field(None, ge=1, description="test images to use; default all")
-    rounds: int = Field(7, ge=1)
+    rounds: int = Field(7, ge=1, description="interleaved passes over the files; up to twice as many while they are noisy")
+    max_spread: float = Field(0.10, gt=0, description="spread between rounds above which a file is measured again")
 
 
 class Experiment(Section):
@@ -173,6 +174,7 @@ class Experiment(Section):
 
     name: str = "experiment"
     seed: int = 0
+    checkpoint_seconds: float = Field(20.0, ge=0, description="how often a running search or training saves its state")
     space: SpaceConfig = SpaceConfig()
     device: DeviceConfig = DeviceConfig()
     data: DataConfig = DataConfig()

@@ -10,20 +10,27 @@ from typing import Any
 
 from hwnas import __version__
 from hwnas.config import Experiment
+from hwnas.core.cost import CostModel
 from hwnas.core.space import MacroSpace, SearchSpace
-from hwnas.core.spaces import SPACES, load_space
+from hwnas.core.spaces import SPACES, load_space, published
 from hwnas.core.table import LatencyTable
+from hwnas.data import DATASETS
+from hwnas.devices.device import HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, UserError
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, prepare, save_config, set_aside, stage, state_of
+from hwnas.search import STRATEGIES
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of one experiment: its output files, its inputs' hashes, and the function that does it."""
+    """A stage of one experiment: its output files, its inputs' hashes, and the function that does it.
+
+    ``inputs`` also refuses what the stage cannot work with, before anything earlier is set aside.
+    """
 
     name: str
     outputs: list[str]
@@ -49,6 +56,17 @@ def experiment_space(experiment: Experiment) -> MacroSpace:
     return space
 
 
+def check_names(experiment: Experiment) -> None:
+    """Look up everything the experiment names, so that a misspelling is found before any work is done."""
+    find_device(experiment.device.name)
+    DATASETS.get(experiment.data.name)
+    strategy = experiment.search.strategy
+    strategy.options(STRATEGIES.get(strategy.name).Config)
+    name = experiment.train.arch
+    if name is not None and Path(name).suffix != ".json":
+        published(name)
+
+
 class Pipeline:
     """An experiment and its run folder.
 
@@ -59,6 +77,7 @@ class Pipeline:
     def __init__(self, experiment: Experiment, root: Path, progress: Progress) -> None:
         self.experiment, self.root, self.progress = experiment, root, progress
         self.space = experiment_space(experiment)
+        check_names(experiment)
 
     @property
     def table_path(self) -> Path:
@@ -93,9 +112,9 @@ class Pipeline:
     def run_stage(self, name: str, *, fresh: bool = False) -> None:
         """One stage: skipped where it is current, resumed where it was interrupted, started anew where its inputs changed."""
         prepare(self.root)
-        save_config(self.root, self.experiment)
         current = self.stage(name)
         inputs = {"hwnas": content_sha256(__version__), **current.inputs()}
+        save_config(self.root, self.experiment)
         folder = self.root / name
         state = state_of(folder, inputs)
         if fresh and state != "new":
@@ -124,9 +143,10 @@ class Pipeline:
             target = f"at {experiment.search.target_range or 0:.0%} of the way from the fastest to the slowest"
         arch = experiment.train.arch or "the searched architecture"
         texts = {
-            "profile": f"measure {len(space.ops)} ops and {nets} networks of space {space.name} on {device.name} "
-            f"({device.runtime}, {device.dtype}, {device.threads} thread{'s' if device.threads > 1 else ''}), {experiment.profile.rounds} rounds",
-            "search": f"{experiment.search.strategy.name} over {space.size:.3g} architectures, {target}, {experiment.search.epochs:g} epochs",
+            "profile": f"measure {len(space.ops)} ops and {nets} networks of space {space.name} on {device.name} ({device.runtime}, "
+            f"{device.dtype}, {device.threads} thread{'s' if device.threads > 1 else ''}) in {experiment.profile.rounds} rounds",
+            "search": f"{experiment.search.strategy.name} over {space.size:.3g} architectures, {target}, "
+            f"{experiment.search.epochs:g} epochs",
             "train": f"{arch} for {experiment.train.epochs:g} epochs, weights from {experiment.train.weights}",
             "export": ", ".join(experiment.export.formats),
             "validate": f"latency within {experiment.validation.latency_tolerance:.0%} of predicted, "
@@ -139,7 +159,7 @@ class Pipeline:
         return "\n".join([f"experiment {experiment.name} in {self.root}", source, *(f"{name:9} {texts[name]}" for name in self.needed)])
 
     def _config(self, *sections: str) -> dict[str, str]:
-        content = self.experiment.model_dump(mode="json", by_alias=True, include=None)
+        content = self.experiment.model_dump(mode="json", by_alias=True)
         return {section: content_sha256(content[section]) for section in sections}
 
     def _file(self, path: Path, made_by: str) -> dict[str, str]:
@@ -148,7 +168,6 @@ class Pipeline:
         return {path.name: file_sha256(path)}
 
     def _profile(self) -> Stage:
-        from hwnas.devices.device import connect, find_device
         from hwnas.devices.profile import profile
         from hwnas.export.timing import timing_file
 
@@ -173,8 +192,10 @@ class Pipeline:
         from hwnas.search import stage as search
 
         def inputs() -> dict[str, str]:
-            config = self._config("search", "data", "seed")
-            return {"space.json": self.space.sha256, **self._file(self.table_path, "profile"), **config}
+            file = self._file(self.table_path, "profile")
+            cost = CostModel(self.space, LatencyTable.load(self.table_path), allow_uncalibrated=self.experiment.search.allow_uncalibrated)
+            search.resolve_target(self.experiment, cost)
+            return {"space.json": self.space.sha256, **file, **self._config("search", "data", "seed")}
 
         return Stage("search", search.OUTPUTS, inputs, lambda ctx: search.run(ctx, self.space, LatencyTable.load(self.table_path)))
 
@@ -193,7 +214,6 @@ class Pipeline:
         return Stage("train", train.OUTPUTS, inputs, lambda ctx: train.run(ctx, train.architecture(self.experiment, searched)))
 
     def _export(self) -> Stage:
-        from hwnas.devices.device import HOST, connect
         from hwnas.export import stage as export
 
         def inputs() -> dict[str, str]:
@@ -204,7 +224,7 @@ class Pipeline:
 
     def _validate(self) -> Stage:
         from hwnas import validate
-        from hwnas.devices.device import connect, find_device
+        from hwnas.export.timing import timing_file
 
         def inputs() -> dict[str, str]:
             table = self._file(self.table_path, "profile") if self.table_path.exists() else {}
@@ -215,7 +235,7 @@ class Pipeline:
             connection = connect(find_device(experiment.device.name))
             table = LatencyTable.load(self.table_path) if self.table_path.exists() else None
             verdict = validate.validate(
-                self.root / "export", connection, experiment.device, experiment.validation, table, ctx.folder, ctx.progress
+                self.root / "export", connection, experiment.device, experiment.validation, table, timing_file, ctx.folder, ctx.progress
             )
             verdict.save(ctx.folder / "verdict.json")
             for line in validate.lines(verdict):
@@ -228,6 +248,7 @@ class Pipeline:
 
         def inputs() -> dict[str, str]:
             found = [self.root / name / file for name, file in report.SOURCES]
-            return {f"{path.parent.name}/{path.name}": file_sha256(path) for path in found if path.is_file()}
+            hashes = {f"{path.parent.name}/{path.name}": file_sha256(path) for path in [*found, self.table_path] if path.is_file()}
+            return {**hashes, "config": content_sha256(self.experiment.model_dump(mode="json", by_alias=True))}
 
         return Stage("report", ["report.html"], inputs, lambda ctx: report.run(ctx, self.space, self.table_path))

@@ -38,11 +38,11 @@ class TerminalProgress(Progress):
 
     def say(self, message: str) -> None:
         """A line."""
-        self.console.print(message, markup=False)
+        self.console.print(message, markup=False, soft_wrap=not self.console.is_terminal)
 
     def warn(self, message: str) -> None:
         """A line in yellow."""
-        self.console.print(f"warning: {message}", style="yellow", markup=False)
+        self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=not self.console.is_terminal)
 
 
 class _BarTask(Task):

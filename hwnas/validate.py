@@ -1,15 +1,26 @@
-"""Validation: are the exported files as fast and as accurate as promised, on the device?"""
+"""Validation: are the exported files as fast and as accurate as promised, on the device?
+
+A prediction holds for the device as it was when it was profiled. Clocks, temperature and neighbours change, so validation
+measures the network's own blocks again, in the same rounds as the files: their sum, against the table's, is the *drift* of the
+device. The prediction is judged at the profiled speed (measured time divided by the drift); the plain measured time and the
+drift stand beside it, and a drift above the tolerance is a warning of its own.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.config import DataConfig, DeviceConfig, ValidateConfig
+from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms
+from hwnas.core.op import Op
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import load_images, ordered_batches
 from hwnas.devices.device import Connection
@@ -20,20 +31,25 @@ from hwnas.export.bundle import Bundle, BundleFile
 from hwnas.progress import Progress
 
 OUTPUTS = ["verdict.json"]
+Build = Callable[[Sequence[Op], str, str], Path]
+Rounds = list[list[float]]
 
 
-class FileVerdict(BaseModel):
-    """One file on the device. Latency is judged where a table of the same runtime, dtype and threads predicts it."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileVerdict(_Part):
+    """One file on the device. Latency is judged where a table of the same runtime, dtype and threads predicts it."""
 
     name: str
     runtime: str
+    runtime_version: str
     dtype: str
-    measured_ms: float
-    spread: float
+    measured_ms: float = Field(description="median over rounds of the median over runs")
+    spread: float = Field(description="interquartile range of the rounds' medians / median")
     predicted_ms: float | None
-    latency_error: float | None
+    latency_error: float | None = Field(description="measured_ms / drift against predicted_ms, as a fraction")
     latency_passed: bool | None
     accuracy: float
     accuracy_loss: float
@@ -46,8 +62,16 @@ class Verdict(Document):
     SCHEMA: ClassVar[str] = "hwnas.verdict"
 
     device: str
+    cpu: str
+    cores: tuple[int, ...]
+    governor: str
     threads: int
+    date: str
+    bundle_sha256: str
     table: str | None
+    table_sha256: str | None
+    drift: float | None = Field(description="time of the network's blocks now / in the table; none without a table that applies")
+    tolerances: ValidateConfig
     images: int
     torch_accuracy: float
     files: tuple[FileVerdict, ...]
@@ -70,10 +94,14 @@ def validate(
     settings: DeviceConfig,
     config: ValidateConfig,
     table: LatencyTable | None,
+    build: Build,
     work: Path,
     progress: Progress,
 ) -> Verdict:
-    """Measure and test every file of the bundle in ``folder`` on a device."""
+    """Measure and test every file of the bundle in ``folder`` on a device.
+
+    ``build(ops, runtime, dtype)`` gives the file of a chain of ops, for measuring the drift.
+    """
     bundle = load_bundle(folder)
     images, labels = _test_images(bundle.data, config.images)
     accuracies = {}
@@ -82,21 +110,29 @@ def validate(
             logits = connection.predict(folder / file.name, images, work)
             accuracies[file.name] = float((logits.argmax(1) == labels).mean())
             task.advance(note=f"{file.name} {accuracies[file.name]:.2%}")
-    rounds = _measure(bundle, folder, connection, settings, config.rounds, work, progress)
+    measurement = _Measurement(bundle, folder, connection, settings, table, build)
+    measurement.run(config, work, progress)
     with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
         torch_accuracy = float((arrays["predictions"][: len(labels)] == labels).mean())
-    verdicts = tuple(
-        _judged(file, bundle, rounds[file.name], accuracies[file.name], torch_accuracy, table, settings, config) for file in bundle.files
-    )
-    passed = all(file.accuracy_passed and file.latency_passed is not False for file in verdicts)
+    drift = measurement.drift()
+    verdicts = tuple(_judged(file, measurement, drift, accuracies[file.name], torch_accuracy, config) for file in bundle.files)
+    header = next(iter(measurement.headers.values()))
     return Verdict(
         device=settings.name,
+        cpu=str(header["cpu"]),
+        cores=measurement.cores,
+        governor=str(header["governor"]),
         threads=settings.threads,
+        date=date.today().isoformat(),
+        bundle_sha256=bundle.sha256,
         table=None if table is None else table.title,
+        table_sha256=None if table is None else table.sha256,
+        drift=drift,
+        tolerances=config,
         images=len(labels),
         torch_accuracy=torch_accuracy,
         files=verdicts,
-        passed=passed,
+        passed=all(file.accuracy_passed and file.latency_passed is not False for file in verdicts),
     )
 
 
@@ -106,62 +142,111 @@ def _test_images(data: DataConfig, limit: int | None) -> tuple[np.ndarray, np.nd
     return np.ascontiguousarray(images_NHWC), np.concatenate([y.numpy() for _, y in batches])
 
 
-def _measure(
-    bundle: Bundle, folder: Path, connection: Connection, settings: DeviceConfig, rounds: int, work: Path, progress: Progress
-) -> dict[str, list[list[float]]]:
-    """Runs per round of each file, files interleaved."""
-    measured: dict[str, list[list[float]]] = {file.name: [] for file in bundle.files}
-    ops = [op.key for op in bundle.architecture.ops()]
-    with progress.task("measuring the exported files", rounds * len(measured)) as task:
-        for number in range(rounds):
-            for runtime in sorted({file.runtime for file in bundle.files}):
-                items = [
-                    {"id": file.name, "path": str((folder / file.name).resolve()), "round": number, "ops": ops}
-                    for file in bundle.files
-                    if file.runtime == runtime
-                ]
-                cores = list(settings.cores or connection.cores(settings.threads))
-                plan = {"runtime": runtime, "threads": settings.threads, "cores": cores, "min_ms": 50, "min_runs": 10, "items": items}
-                for row in connection.measure(plan, work):
-                    if "error" in row:
-                        raise DeviceError(f"{row['id']} does not run with {runtime}: {row['error']}")
-                    if "id" in row:
-                        measured[row["id"]].append(row["ms"])
-                        task.advance()
-    return measured
+class _Measurement:
+    """The exported files, and the blocks that tell the drift, measured in interleaved rounds."""
+
+    def __init__(
+        self, bundle: Bundle, folder: Path, connection: Connection, settings: DeviceConfig, table: LatencyTable | None, build: Build
+    ) -> None:
+        self.arch: Architecture = bundle.architecture
+        self.connection, self.settings, self.table = connection, settings, table
+        self.cores = tuple(settings.cores or connection.cores(settings.threads))
+        self.headers: dict[str, dict[str, object]] = {}
+        self.rounds: dict[str, Rounds] = defaultdict(list)
+        chain = [op.key for op in self.arch.ops()]
+        self.items: dict[str, list[dict[str, object]]] = defaultdict(list)
+        for file in bundle.files:
+            self.items[file.runtime].append({"id": file.name, "path": str((folder / file.name).resolve()), "ops": chain})
+        self.blocks: tuple[Op, ...] = ()
+        if table is not None and any(self.applies(file) for file in bundle.files):
+            self.blocks = tuple(dict.fromkeys(self.arch.ops()))
+            runtime, dtype = table.header.runtime, table.header.dtype
+            self.items[runtime] += [{"id": op.key, "path": str(build((op,), runtime, dtype)), "ops": [op.key]} for op in self.blocks]
+
+    def applies(self, file: BundleFile) -> bool:
+        """Whether the table predicts this file."""
+        if self.table is None:
+            return False
+        header = self.table.header
+        return (header.runtime, header.dtype, header.threads) == (file.runtime, file.dtype, self.settings.threads)
+
+    def run(self, config: ValidateConfig, work: Path, progress: Progress) -> None:
+        """All rounds, and as many again while a file's rounds spread too widely."""
+        count = sum(map(len, self.items.values()))
+        with progress.task("measuring the exported files", config.rounds * count) as task:
+            for number in range(config.rounds):
+                self._round(number, work)
+                task.advance(count)
+        files = [str(item["id"]) for items in self.items.values() for item in items if item["id"] not in {op.key for op in self.blocks}]
+        for number in range(config.rounds, 2 * config.rounds):
+            if all(spread_of(self.rounds[name]) <= config.max_spread for name in files):
+                return
+            self._round(number, work)
+        noisy = [name for name in files if spread_of(self.rounds[name]) > config.max_spread]
+        if noisy:
+            progress.warn(f"{', '.join(noisy)} stayed noisy after {2 * config.rounds} rounds: measure on a quieter device.")
+
+    def _round(self, number: int, work: Path) -> None:
+        rng = np.random.default_rng(number)
+        for runtime, items in sorted(self.items.items()):
+            plan = {
+                "runtime": runtime,
+                "threads": self.settings.threads,
+                "cores": list(self.cores),
+                "items": [{**items[i], "round": number} for i in rng.permutation(len(items))],
+            }
+            for row in self.connection.measure(plan, work):
+                if "error" in row:
+                    raise DeviceError(f"{row['id']} does not run with {runtime}: {row['error']}")
+                if "id" in row:
+                    self.rounds[row["id"]].append(row["ms"])
+                else:
+                    self.headers[runtime] = row
+
+    def ms(self, name: str) -> float:
+        """Median over rounds of the median over runs."""
+        return float(np.median([np.median(runs) for runs in self.rounds[name]]))
+
+    def drift(self) -> float | None:
+        """The time of the network's blocks now against their entries in the table."""
+        if self.table is None or not self.blocks:
+            return None
+        ops = self.arch.ops()
+        return sum(self.ms(op.key) for op in ops) / sum(self.table.entries[op.key].ms for op in ops)
 
 
 def _judged(
-    file: BundleFile,
-    bundle: Bundle,
-    rounds: list[list[float]],
-    accuracy: float,
-    torch_accuracy: float,
-    table: LatencyTable | None,
-    settings: DeviceConfig,
-    config: ValidateConfig,
+    file: BundleFile, measurement: _Measurement, drift: float | None, accuracy: float, torch_accuracy: float, config: ValidateConfig
 ) -> FileVerdict:
-    measured = float(np.median([np.median(runs) for runs in rounds]))
-    applies = table is not None and (table.header.runtime, table.header.dtype, table.header.threads) == (
-        file.runtime,
-        file.dtype,
-        settings.threads,
-    )
-    predicted = latency_ms(bundle.architecture, table) if applies and table is not None else None
-    error = None if predicted is None else measured / predicted - 1
+    table = measurement.table if measurement.applies(file) else None
+    predicted = None if table is None else latency_ms(measurement.arch, table)
+    measured = measurement.ms(file.name)
+    error = None if predicted is None else measured / (drift or 1.0) / predicted - 1
     tolerance = config.int8_accuracy_tolerance if file.dtype == "int8" else config.accuracy_tolerance
     return FileVerdict(
         name=file.name,
         runtime=file.runtime,
+        runtime_version=str(measurement.headers[file.runtime]["runtime_version"]),
         dtype=file.dtype,
         measured_ms=measured,
-        spread=spread_of(rounds),
+        spread=spread_of(measurement.rounds[file.name]),
         predicted_ms=predicted,
         latency_error=error,
         latency_passed=None if error is None else abs(error) <= config.latency_tolerance,
         accuracy=accuracy,
         accuracy_loss=torch_accuracy - accuracy,
         accuracy_passed=torch_accuracy - accuracy <= tolerance,
+    )
+
+
+def drift_note(verdict: Verdict) -> str | None:
+    """A sentence about a device that is not as fast as when it was profiled; None while it is within the tolerance."""
+    if verdict.drift is None or abs(verdict.drift - 1) <= verdict.tolerances.latency_tolerance:
+        return None
+    how = "slower" if verdict.drift > 1 else "faster"
+    return (
+        f"{verdict.device} is {abs(verdict.drift - 1):.0%} {how} now than when it was profiled (its clock, temperature or load changed); "
+        "predictions are judged at the profiled speed."
     )
 
 
@@ -172,7 +257,10 @@ def lines(verdict: Verdict) -> list[str]:
         latency = f"{file.measured_ms:.4g} ms"
         if file.predicted_ms is not None and file.latency_error is not None:
             mark = "ok" if file.latency_passed else "OUT OF TOLERANCE"
-            latency += f", {file.latency_error:+.1%} of the {file.predicted_ms:.4g} ms predicted ({mark})"
+            latency += (
+                f", drift {(verdict.drift or 1) - 1:+.1%}, error {file.latency_error:+.1%} of {file.predicted_ms:.4g} ms predicted ({mark})"
+            )
         mark = "ok" if file.accuracy_passed else "OUT OF TOLERANCE"
         out.append(f"{file.name}: {latency}; top-1 {file.accuracy:.2%} against {verdict.torch_accuracy:.2%} in PyTorch ({mark})")
-    return [*out, f"verdict: {'passed' if verdict.passed else 'FAILED'}"]
+    note = drift_note(verdict)
+    return [*out, *([f"note: {note}"] if note else []), f"verdict: {'passed' if verdict.passed else 'FAILED'}"]

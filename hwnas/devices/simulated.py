@@ -2,11 +2,14 @@
 
 Latency of an op = MACs / rate + bytes moved / bandwidth + a constant; of a network 1.05 times the sum plus 0.02 ms. Each row is
 drawn with 1 % noise from a generator seeded by (item, round), so that a killed and resumed profile measures the same.
+The device document's option ``delay_ms`` makes each row take that long.
+
 Tables made here say ``simulated`` in their header. Model outputs are real: they are computed on the host.
 """
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +37,7 @@ class Simulated:
 
     def __init__(self, device: Device) -> None:
         self.host = Host(device)
+        self.delay_ms = float(device.options.get("delay_ms", "0"))
 
     def cores(self, threads: int) -> tuple[int, ...]:
         """Cores 0 to threads - 1."""
@@ -48,6 +52,7 @@ class Simulated:
             ops = [Op.parse(key) for key in item["ops"]]
             ms = sum(simulated_ms(op) for op in ops)
             ms = 1.05 * ms + 0.02 if len(ops) > 1 else ms
+            time.sleep(self.delay_ms / 1e3)
             rng = np.random.default_rng([zlib.crc32(item["id"].encode()), item["round"]])
             yield {"id": item["id"], "round": item["round"], "ms": [float(ms * v) for v in rng.normal(1.0, 0.01, size=5)]}
 

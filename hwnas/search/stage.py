@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hwnas.config import DataConfig, Experiment
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cost import CostModel
+from hwnas.core.objective import Objective
 from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Batch, Images, load_images, ordered_batches, training_batches
@@ -39,18 +40,25 @@ class Candidate(BaseModel):
 
 
 class SearchResult(Document):
-    """What a search found. ``candidates`` are the strategy's proposals, ``random`` the comparison, both best reward first."""
+    """What a search found. ``candidates`` are the strategy's proposals, best reward first.
+
+    For comparison, ``random`` are random architectures within the budget, and ``spread`` over the whole space.
+    """
 
     SCHEMA: ClassVar[str] = "hwnas.search"
 
     strategy: str
+    space_sha256: str
+    objective: Objective
     target_ms: float
+    tolerance: float
     reachable_ms: tuple[float, float]
     table_sha256: str
     steps: int
     seed: int
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     random: tuple[Candidate, ...] = ()
+    spread: tuple[Candidate, ...] = ()
 
 
 OUTPUTS = ["arch.json", "search.json", "supernet.safetensors"]
@@ -82,7 +90,15 @@ def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
 
     supernet = Supernet(space, torch.Generator().manual_seed(seed))
     engine = Engine(
-        supernet, config.optimizer, steps, config.batch_size, seed, ctx.folder, config.label_smoothing, extra={"strategy": strategy}
+        supernet,
+        config.optimizer,
+        steps,
+        config.batch_size,
+        seed,
+        ctx.folder,
+        label_smoothing=config.label_smoothing,
+        checkpoint_seconds=ctx.experiment.checkpoint_seconds,
+        extra={"strategy": strategy},
     )
     batches = _Batches(train, held_out, ctx.experiment.data, config.batch_size, seed, steps)
 
@@ -108,20 +124,26 @@ def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
     search.rng = np.random.default_rng([seed, steps])
     judge = _Judge(supernet, search, held_out, load_images(ctx.experiment.data, "train"), config.recalibration_images, config.batch_size)
     candidates = judge.rank(strategy.propose(search, config.candidates), progress, "ranking proposals")
-    random = judge.rank(random_within(search, config.random_samples, search.rng), progress, "scoring random architectures")
+    random = judge.rank(random_within(search, config.random_samples, search.rng), progress, "scoring random architectures in the budget")
+    anywhere = [space.sample(search.rng) for _ in range(config.random_samples)]
+    spread = judge.rank(anywhere, progress, "scoring random architectures anywhere")
     best = candidates[0]
     arch = space.decode(best.picks, f"{space.name}-{config.strategy.name}")
     arch.save(ctx.folder / "arch.json")
     save_network(judge.network(best.picks), ctx.folder / "supernet.safetensors")
     SearchResult(
         strategy=config.strategy.name,
+        space_sha256=space.sha256,
+        objective=config.objective,
         target_ms=target_ms,
+        tolerance=config.tolerance,
         reachable_ms=cost.range_ms(),
         table_sha256=table.sha256,
         steps=steps,
         seed=seed,
         candidates=tuple(candidates),
         random=tuple(random),
+        spread=tuple(spread),
     ).save(ctx.folder / "search.json")
     engine.finish()
     progress.say(_summary(arch, best, target_ms))
@@ -180,7 +202,7 @@ class _Judge:
         """The network of ``picks`` with the super-net's weights and re-estimated BN statistics."""
         network = self.supernet.extract(picks)
         device = next(network.parameters()).device
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
         images = (
             x.to(device, memory_format=torch.channels_last)
             for x, _ in ordered_batches(self.train, self.batch_size, self.recalibration_images)

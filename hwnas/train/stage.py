@@ -25,6 +25,7 @@ class TrainResult(Document):
 
     SCHEMA: ClassVar[str] = "hwnas.train"
 
+    architecture_sha256: str
     weights: str
     steps: int
     seed: int
@@ -56,7 +57,17 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     if config.weights == "supernet":
         network.load_state_dict(load_network(ctx.path("search", "supernet.safetensors")).state_dict())
     steps = steps_of(config.epochs, len(train), config.batch_size)
-    engine = Engine(network, config.optimizer, steps, config.batch_size, seed, ctx.folder, config.label_smoothing, config.ema_decay)
+    engine = Engine(
+        network,
+        config.optimizer,
+        steps,
+        config.batch_size,
+        seed,
+        ctx.folder,
+        label_smoothing=config.label_smoothing,
+        ema_decay=config.ema_decay,
+        checkpoint_seconds=ctx.experiment.checkpoint_seconds,
+    )
     engine.resume()
     batches = training_batches(train, config.batch_size, seed=seed, first=engine.step, last=steps, workers=data.workers)
 
@@ -70,7 +81,13 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     assert isinstance(trained, Network)
     save_network(trained, ctx.folder / "model.safetensors", {"test_accuracy": f"{test_accuracy:.4f}"})
     TrainResult(
-        weights=config.weights, steps=steps, seed=seed, test_accuracy=test_accuracy, test_images=len(test), class_names=test.names
+        architecture_sha256=arch.sha256,
+        weights=config.weights,
+        steps=steps,
+        seed=seed,
+        test_accuracy=test_accuracy,
+        test_images=len(test),
+        class_names=test.names,
     ).save(ctx.folder / "train.json")
     engine.finish()
     ctx.progress.say(f"trained {arch.name}: {test_accuracy:.2%} of {len(test)} test images right")
