@@ -1,0 +1,99 @@
+"""Shared fixtures. Data that the project does not ship is found through HWNAS_TEST_DATA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hwnas.core.space import MacroSpace, Stage
+from hwnas.devices.device import Device
+
+TINY_CONFIG = """
+name = "tiny"
+checkpoint_seconds = 0
+[space]
+name = "{folder}/space.json"
+[device]
+name = "{folder}/device.json"
+[data]
+name = "digits"
+resolution = 8
+channels = 1
+mean = [0.3]
+std = [0.4]
+augment = "none"
+[profile]
+rounds = 3
+max_rounds = 3
+fit_networks = 4
+test_networks = 4
+[search]
+target_range = 0.5
+strategy = {{name = "tunas", rl_lr = 0.05}}
+epochs = 2
+candidates = 3
+random_samples = 2
+recalibration_images = 128
+[train]
+epochs = 2
+[export]
+calibration_images = 16
+parity_images = 16
+[validate]
+latency_tolerance = 10
+accuracy_tolerance = 0.05
+int8_accuracy_tolerance = 1
+rounds = 1
+"""
+"""Latency is simulated, so the tolerance on it means nothing here; everything else is real."""
+
+
+def tiny_space(name: str = "tiny") -> MacroSpace:
+    """Three searched slots on 8-pixel grey images."""
+    options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
+    stages = (
+        Stage(widths=(8,), slots=(("cn_k3",),)),
+        Stage(widths=(16,), stride=2, slots=(options, (*options, "skip"))),
+        Stage(widths=(24,), stride=2, slots=(options,)),
+        Stage(widths=(32,), slots=(("cn_k1",),)),
+    )
+    return MacroSpace(name=name, resolution=8, in_channels=1, classes=10, stages=stages)
+
+
+def write_tiny(folder: Path, delay_ms: float = 0.0) -> Path:
+    """A whole small experiment in a folder: space, simulated device, configuration. Returns the configuration's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_space().save(folder / "space.json")
+    Device(id="simulated", soc="formula", connection="simulated", options={"delay_ms": str(delay_ms)}).save(folder / "device.json")
+    config = folder / "tiny.toml"
+    config.write_text(TINY_CONFIG.format(folder=folder))
+    return config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests build their models anew, once per session, and leave the user's cache alone."""
+    import os
+
+    os.environ["HWNAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small experiment that went through all stages, undisturbed. Do not write into it."""
+    from hwnas.config import load_experiment
+    from hwnas.pipeline import Pipeline
+    from hwnas.progress import Progress
+
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_tiny(folder)
+    Pipeline(load_experiment(config), folder / "run", Progress()).run()
+    return folder / "run"
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON file."""
+    content: dict[str, object] = json.loads(path.read_text())
+    return content

@@ -1,0 +1,173 @@
+"""What a person gets wrong, at the command line: one sentence that names the value and the fix, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hwnas import cli
+from hwnas.core.spaces import mobile32
+from hwnas.core.table import LatencyTable
+from hwnas.document import file_sha256
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def hwnas(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; returns the exit code and what went to standard error."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["hwnas", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return int(exit_.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def project(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run with its configuration beside it: ``tiny.toml`` and ``run``."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    shutil.copy(finished_run.parent / "tiny.toml", tmp_path / "tiny.toml")
+    return tmp_path
+
+
+def refused(outcome: tuple[int, str], *words: str, code: int = 2) -> None:
+    status, text = outcome
+    assert status == code, text
+    error = text[text.index("error: ") :].strip()
+    assert "\n" not in error and "Traceback" not in text, text
+    for word in words:
+        assert word in error, error
+
+
+def test_unknown_key(hwnas: Run, project: Path) -> None:
+    refused(hwnas("run", project / "tiny.toml", "-s", "search.taget_ms=3"), "search.taget_ms", "did you mean 'target_ms'?")
+
+
+def test_wrong_type(hwnas: Run, project: Path) -> None:
+    refused(hwnas("run", project / "tiny.toml", "-s", "train.epochs=many"), "train.epochs", "'many'", "number")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("search.strategy.name=tunass", "did you mean 'tunas'?"),
+        ("search.strategy.rl_rate=1", "rl_rate"),
+        ("space.name=mobil32", "did you mean 'mobile32'?"),
+        ("data.name=digit", "did you mean 'digits'?"),
+        ("device.name=hots", "did you mean 'host'?"),
+        ("train.arch=mobilenet_v4", "did you mean 'mobilenet_v2'?"),
+        ("train.optimizer.name=admaw", "admaw"),
+    ],
+)
+def test_unknown_names(hwnas: Run, project: Path, override: str, hint: str) -> None:
+    refused(hwnas("run", project / "tiny.toml", "--out", project / "run", "-s", override), hint)
+
+
+def test_missing_configuration(hwnas: Run, tmp_path: Path) -> None:
+    refused(hwnas("run", tmp_path / "no.toml"), "no.toml", "does not exist")
+
+
+def test_table_of_another_space_names_the_missing_ops(hwnas: Run, project: Path) -> None:
+    table = project / "run" / "profile" / "table.json"
+    data = ["-s", "space.name=mobile32", "-s", f"search.table={table}"]
+    outcome = hwnas("search", project / "tiny.toml", "--out", project / "other", *data)
+    missing = next(op.key for op in mobile32(resolution=8, in_channels=1).ops if op.key not in LatencyTable.load(table).entries)
+    refused(outcome, "lacks", "mobile32", missing, "Profile this space")
+
+
+def test_table_without_calibration(hwnas: Run, project: Path) -> None:
+    table = LatencyTable.load(project / "run" / "profile" / "table.json").model_copy(update={"calibration": None})
+    table.save(project / "raw.json")
+    overrides = ["-s", f"search.table={project / 'raw.json'}"]
+    refused(hwnas("search", project / "tiny.toml", "--out", project / "other", *overrides), "no calibration", "fit_networks")
+
+
+def test_unreachable_target_prints_the_range(hwnas: Run, project: Path) -> None:
+    text = (project / "tiny.toml").read_text().replace("target_range = 0.5", "target_ms = 500.0")
+    (project / "tiny.toml").write_text(text)
+    table = ["-s", f"search.table={project / 'run' / 'profile' / 'table.json'}"]
+    refused(
+        hwnas("search", project / "tiny.toml", "--out", project / "other", *table),
+        "500 ms is out of reach",
+        " to ",
+        "choose search.target_ms",
+    )
+
+
+@pytest.mark.parametrize("cut", [0, 1, 200, -30])
+def test_corrupt_and_truncated_documents(hwnas: Run, project: Path, cut: int) -> None:
+    table = project / "run" / "profile" / "table.json"
+    broken = project / "broken.json"
+    broken.write_bytes(table.read_bytes()[:cut])
+    refused(hwnas("search", project / "tiny.toml", "--out", project / "other", "-s", f"search.table={broken}"), "broken.json", "corrupt")
+
+
+def test_document_with_a_wrong_value(hwnas: Run, project: Path) -> None:
+    content = json.loads((project / "run" / "profile" / "table.json").read_text())
+    next(iter(content["entries"].values()))["ms"] = -1
+    (project / "bad.json").write_text(json.dumps(content))
+    refused(hwnas("table", "show", project / "bad.json"), "bad.json", "ms", "-1")
+
+
+def test_corrupt_checkpoint(hwnas: Run, project: Path) -> None:
+    weights = project / "run" / "train" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(hwnas("export", project / "tiny.toml", "--out", project / "run"), "model.safetensors", "corrupt")
+    assert (project / "run" / "export.old-1" / "bundle.json").exists()
+
+
+def test_missing_data_folder(hwnas: Run, project: Path) -> None:
+    overrides = ["-s", "data.name=npz", "-s", "data.path=/no/such/place"]
+    refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *overrides), "/no/such/place", "not a folder")
+
+
+def test_image_that_does_not_decode(hwnas: Run, project: Path) -> None:
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for label in range(2):
+            folder = project / "images" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    broken = project / "images" / "val" / "class1" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    overrides = ["data.name=folder", f"data.path={project / 'images'}"]
+    arguments = [part for override in overrides for part in ("-s", override)]
+    refused(
+        hwnas("train", project / "tiny.toml", "--out", project / "run", *arguments, "-s", "train.batch_size=4"), "3.png", "does not decode"
+    )
+
+
+def test_diverging_training_stops_and_keeps_a_checkpoint(hwnas: Run, project: Path) -> None:
+    overrides = ["-s", "train.optimizer.lr=1e30", "-s", "train.optimizer.warmup=0.9"]
+    refused(hwnas("train", project / "tiny.toml", "--out", project / "run", *overrides), "loss", "lower optimizer.lr", code=1)
+
+
+def test_output_below_a_file(hwnas: Run, project: Path) -> None:
+    refused(hwnas("run", project / "tiny.toml", "--out", project / "tiny.toml" / "run"), "cannot be made", "--out")
+
+
+@pytest.mark.parametrize(
+    "override", ["search.strategy.name=tunass", "search.target_range=7", "search.table=missing.json", "data.name=digit"]
+)
+def test_a_refusal_leaves_the_finished_run_as_it_is(hwnas: Run, project: Path, override: str) -> None:
+    files = [path for path in (project / "run").rglob("*") if path.is_file()]
+    before = {path: file_sha256(path) for path in files}
+    refused(hwnas("run", project / "tiny.toml", "--out", project / "run", "-s", override))
+    assert {path: file_sha256(path) for path in files} == before
+
+
+def test_validation_out_of_tolerance_exits_with_1(hwnas: Run, project: Path) -> None:
+    status, text = hwnas("validate", project / "tiny.toml", "--out", project / "run", "-s", "validate.latency_tolerance=1e-9")
+    assert status == 1 and "OUT OF TOLERANCE" in text

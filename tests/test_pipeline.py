@@ -1,0 +1,123 @@
+"""All stages on a small experiment: what is skipped, what is redone, and what a SIGKILL changes (nothing)."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hwnas.config import load_experiment
+from hwnas.core.arch import Architecture
+from hwnas.core.cost import latency_ms
+from hwnas.core.table import LatencyTable
+from hwnas.document import file_sha256
+from hwnas.pipeline import STAGES, Pipeline
+from hwnas.progress import Progress
+from hwnas.runs import MANIFEST, StageManifest
+from hwnas.search.stage import SearchResult
+from hwnas.validate import Verdict
+from tests.conftest import write_tiny
+
+LASTING = ("profile/table.json", "search/arch.json", "search/search.json", "search/supernet.safetensors", "train/model.safetensors",
+           "export/model-fp32.tflite", "export/model-int8.tflite")  # fmt: skip
+
+
+class Lines(Progress):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def hashes(run: Path) -> dict[str, str]:
+    return {name: file_sha256(run / name) for name in LASTING}
+
+
+def test_every_stage_ran_and_agrees(finished_run: Path) -> None:
+    for name in STAGES:
+        assert StageManifest.load(finished_run / name / MANIFEST).state == "done"
+    result = SearchResult.load(finished_run / "search" / "search.json")
+    arch = Architecture.load(finished_run / "search" / "arch.json")
+    table = LatencyTable.load(finished_run / "profile" / "table.json")
+    assert result.candidates[0].latency_ms == pytest.approx(latency_ms(arch, table))
+    assert abs(result.candidates[0].latency_ms / result.target_ms - 1) <= 0.02
+    verdict = Verdict.load(finished_run / "validate" / "verdict.json")
+    assert {file.name for file in verdict.files} == {"model-fp32.tflite", "model-int8.tflite", "model.onnx"}
+    assert all(abs(file.accuracy_loss) < 0.05 for file in verdict.files if file.dtype == "fp32")
+    assert (finished_run / "report" / "report.html").stat().st_size > 10_000
+
+
+def test_a_second_run_skips_everything(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.json"}
+    lines = Lines()
+    Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, lines).run()
+    assert lines.said == [f"{name}: current, skipped" for name in STAGES]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_changed_stage_is_redone_and_the_old_one_kept(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    experiment = load_experiment(finished_run.parent / "tiny.toml", ["train.epochs=1"])
+    lines = Lines()
+    Pipeline(experiment, run, lines).run()
+    assert [line for line in lines.said if "skipped" in line] == ["profile: current, skipped", "search: current, skipped"]
+    assert file_sha256(run / "train.old-1" / "model.safetensors") == file_sha256(finished_run / "train" / "model.safetensors")
+    assert file_sha256(run / "train" / "model.safetensors") != file_sha256(finished_run / "train" / "model.safetensors")
+
+
+def test_a_tampered_output_is_redone(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "validate" / "verdict.json").write_text("{}")
+    Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, Progress()).run()
+    assert Verdict.load(run / "validate" / "verdict.json").passed
+    assert (run / "validate.old-1" / "verdict.json").read_text() == "{}"
+
+
+def lines_in(path: Path, count: int) -> Callable[[], bool]:
+    return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+def started(folder: Path) -> Callable[[], bool]:
+    return (folder / MANIFEST).exists
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_the_same(finished_run: Path, tmp_path: Path) -> None:
+    """One run, killed with SIGKILL once in the middle of each stage, against the undisturbed one."""
+    config = write_tiny(tmp_path, delay_ms=4)
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "hwnas", "run", str(config), "--out", str(run), "-q"]
+    moments = {
+        "profile": lines_in(run / "profile" / "samples.jsonl", 20),
+        "search": lines_in(run / "search" / "metrics.jsonl", 20),
+        "train": lines_in(run / "train" / "metrics.jsonl", 15),
+        "export": (run / "export" / "model-fp32.tflite").exists,
+        "validate": started(run / "validate"),
+        "report": started(run / "report"),
+    }
+    for name, reached in moments.items():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 180
+        while not reached() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{name} was over before it could be killed: {errors.decode()}"
+        assert StageManifest.load(run / name / MANIFEST).state == "started", f"{name} was over before it could be killed"
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert StageManifest.load(run / "report" / MANIFEST).state == "done"
+    assert hashes(run) == hashes(finished_run)
+    assert not list(tmp_path.rglob("*.old-*")) and not [path for path in run.rglob(".*") if path.is_file()]
