@@ -232,10 +232,18 @@ class Pipeline:
 
         def run(ctx: StageContext) -> None:
             experiment = self.experiment
-            connection = connect(find_device(experiment.device.name))
+            device = find_device(experiment.device.name)
             table = LatencyTable.load(self.table_path) if self.table_path.exists() else None
             verdict = validate.validate(
-                self.root / "export", connection, experiment.device, experiment.validation, table, timing_file, ctx.folder, ctx.progress
+                self.root / "export",
+                device,
+                connect(device),
+                experiment.device,
+                experiment.validation,
+                table,
+                timing_file,
+                ctx.folder,
+                ctx.progress,
             )
             verdict.save(ctx.folder / "verdict.json")
             for line in validate.lines(verdict):

@@ -23,7 +23,7 @@ from hwnas.core.cost import latency_ms
 from hwnas.core.op import Op
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import load_images, ordered_batches
-from hwnas.devices.device import Connection
+from hwnas.devices.device import Connection, Device
 from hwnas.devices.profile import spread_of
 from hwnas.document import Document, file_sha256
 from hwnas.errors import DeviceError, DocumentError
@@ -90,6 +90,7 @@ def load_bundle(folder: Path) -> Bundle:
 
 def validate(
     folder: Path,
+    device: Device,
     connection: Connection,
     settings: DeviceConfig,
     config: ValidateConfig,
@@ -118,7 +119,7 @@ def validate(
     verdicts = tuple(_judged(file, measurement, drift, accuracies[file.name], torch_accuracy, config) for file in bundle.files)
     header = next(iter(measurement.headers.values()))
     return Verdict(
-        device=settings.name,
+        device=device.id,
         cpu=str(header["cpu"]),
         cores=measurement.cores,
         governor=str(header["governor"]),

@@ -1,0 +1,68 @@
+"""How well a latency table predicts whole networks on this computer: the 224-pixel ProxylessNAS space, 20 held-out networks.
+
+    make benchmark                                              # all benchmarks
+    pytest tests/benchmarks/test_latency_prediction.py --benchmark-only -s -k litert-fp32
+
+One profile per runtime and dtype, measured for real (two to six minutes each). Beside the table's calibrated error it prints
+what is left when each part of the procedure is taken away, from the same samples: the plain sum, and a single pass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwnas.config import DeviceConfig, ProfileConfig
+from hwnas.core.spaces import proxylessnas
+from hwnas.core.table import HeldOut, fit_calibration, judge
+from hwnas.devices.device import HOST, connect
+from hwnas.devices.profile import Plan, make_plan, profile
+from hwnas.export.timing import timing_file
+from hwnas.progress import Progress
+from hwnas.runs import JsonLines
+
+CONFIG = ProfileConfig(rounds=9, fit_networks=20, test_networks=20)
+
+
+def row(label: str, held_out: HeldOut) -> str:
+    rank = f"{held_out.spearman:.3f}" if held_out.spearman is not None else "-"
+    return f"  {label:34} mean {held_out.mape:6.1%}  largest {held_out.max_error:6.1%}  Spearman {rank}"
+
+
+def one_pass(plan: Plan, samples: list[dict[str, Any]], number: int) -> HeldOut:
+    """Entries from one round only, judged against networks measured in all rounds."""
+    first = {row["id"]: float(np.median(row["ms"])) for row in samples if row.get("round") == number}
+    full: dict[str, list[float]] = {}
+    for line in samples:
+        if "id" in line:
+            full.setdefault(line["id"], []).append(float(np.median(line["ms"])))
+    sums = [sum(first[op.key] for op in arch.ops()) for arch in (*plan.fit, *plan.test)]
+    once = [first[f"net-{i}"] for i in range(len(sums))]
+    truth = [float(np.median(full[f"net-{i}"])) for i in range(len(sums))]
+    cut = len(plan.fit)
+    return judge(fit_calibration(sums[:cut], once[:cut]), sums[cut:], truth[cut:])
+
+
+@pytest.mark.parametrize(("runtime", "dtype"), [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")], ids="-".join)
+def test_held_out_error(benchmark: Any, tmp_path: Path, runtime: Any, dtype: Any) -> None:
+    space = proxylessnas()
+    settings = DeviceConfig(runtime=runtime, dtype=dtype)
+    table = benchmark.pedantic(
+        profile, args=(space, HOST, connect(HOST), timing_file, settings, CONFIG, tmp_path, Progress()), rounds=1, iterations=1
+    )
+    assert table.calibration is not None and table.calibration.held_out is not None
+    held_out = table.calibration.held_out
+    samples = JsonLines(tmp_path / "samples.jsonl").read()
+    plan = make_plan(space, CONFIG, 0)
+    print(f"\n{table.title}: {len(table.entries)} ops, {held_out.networks} held-out networks")
+    print(row("calibrated, all rounds", held_out))
+    print(
+        row("calibrated, one pass (median of 3)", sorted((one_pass(plan, samples, i) for i in range(3)), key=lambda found: found.mape)[1])
+    )
+    print(f"  {'plain sum, all rounds':34} mean {held_out.raw_mape:6.1%}")
+    print(f"  entries flagged as noisy: {sum(entry.noisy for entry in table.entries.values())}")
+    if (runtime, dtype) == ("litert", "fp32"):
+        assert held_out.mape <= 0.03 and held_out.max_error <= 0.08 and (held_out.spearman or 0) >= 0.99
