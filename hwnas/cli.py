@@ -35,7 +35,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="run folder; default: ru
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="start anew (earlier results are kept beside), or go on")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Quiet = Annotated[bool, typer.Option("-q", help="errors only")]
-Verbose = Annotated[bool, typer.Option("-v", help="more detail")]
+Verbose = Annotated[bool, typer.Option("-v", help="more detail: why a stage runs, every candidate, noisy entries")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
@@ -53,7 +53,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _pipeline(config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool) -> Pipeline:
+def _pipeline(config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool, verbose: bool) -> Pipeline:
     """The experiment of a TOML file, of a run folder, or of the defaults, with its run folder."""
     from hwnas.config import load_experiment
     from hwnas.pipeline import Pipeline
@@ -63,10 +63,10 @@ def _pipeline(config: Path | None, overrides: list[str] | None, out: Path | None
     if config is not None and config.is_dir():
         if overrides:
             raise UserError(f"{config} is a run folder with its own configuration: give the .toml file to change {overrides[0]!r}.")
-        return Pipeline(load_config(config), out or config, TerminalProgress(quiet=quiet))
+        return Pipeline(load_config(config), out or config, TerminalProgress(quiet=quiet, verbose=verbose))
     experiment = load_experiment(config, overrides)
     name = config.stem if config is not None and "name" not in experiment.model_fields_set else experiment.name
-    return Pipeline(experiment, out or Path("runs") / name, TerminalProgress(quiet=quiet))
+    return Pipeline(experiment, out or Path("runs") / name, TerminalProgress(quiet=quiet, verbose=verbose))
 
 
 def _run_stage(name: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
@@ -88,10 +88,11 @@ def _check_verdict(pipeline: Pipeline) -> None:
 @app.command()
 def run(
     config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, plan: Annotated[bool, typer.Option("--plan", help="print what would be done, and do nothing")] = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+    plan: Annotated[bool, typer.Option("--plan", help="print what would be done, and do nothing")] = False,
 ) -> None:  # fmt: skip
     """All stages: profile, search, train, export, validate, report. Current ones are skipped."""
-    pipeline = _pipeline(config, overrides, out, quiet)
+    pipeline = _pipeline(config, overrides, out, quiet, verbose)
     if plan:
         typer.echo(pipeline.plan())
         return
@@ -107,7 +108,7 @@ def profile(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure a device: every op of the space, and whole networks, into a calibrated latency table."""
-    _run_stage("profile", _pipeline(config, overrides, out, quiet), fresh, as_json)
+    _run_stage("profile", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -116,7 +117,7 @@ def search(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Search the space for the most accurate architecture at the target latency."""
-    _run_stage("search", _pipeline(config, overrides, out, quiet), fresh, as_json)
+    _run_stage("search", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -125,7 +126,7 @@ def train(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Train the searched architecture, or the one that train.arch names."""
-    _run_stage("train", _pipeline(config, overrides, out, quiet), fresh, False)
+    _run_stage("train", _pipeline(config, overrides, out, quiet, verbose), fresh, False)
 
 
 @app.command()
@@ -134,7 +135,7 @@ def export(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write TFLite and ONNX files with labels, preprocessing and parity numbers: a bundle."""
-    _run_stage("export", _pipeline(config, overrides, out, quiet), fresh, as_json)
+    _run_stage("export", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -143,7 +144,7 @@ def validate(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Run the bundle on the device: latency as predicted, accuracy as trained? Exit code 1 where not."""
-    pipeline = _pipeline(config, overrides, out, quiet)
+    pipeline = _pipeline(config, overrides, out, quiet, verbose)
     _run_stage("validate", pipeline, fresh, as_json)
     _check_verdict(pipeline)
 
@@ -154,7 +155,7 @@ def report(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Draw what a run folder holds: one self-contained HTML file."""
-    _run_stage("report", _pipeline(config, overrides, out, quiet), fresh, False)
+    _run_stage("report", _pipeline(config, overrides, out, quiet, verbose), fresh, False)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from hwnas.devices.device import HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, UserError
 from hwnas.progress import Progress
-from hwnas.runs import StageContext, prepare, save_config, set_aside, stage, state_of
+from hwnas.runs import StageContext, changed_inputs, prepare, save_config, set_aside, stage, state_of
 from hwnas.search import STRATEGIES
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
@@ -123,6 +123,7 @@ class Pipeline:
             self.progress.say(f"{name}: current, skipped")
             return
         elif state == "stale":
+            self.progress.detail(f"{name}: changed since: {', '.join(changed_inputs(folder, inputs)) or 'its output files'}")
             self.progress.say(f"{name}: inputs changed; the earlier results move to {set_aside(folder).name}")
         elif state == "resume":
             self.progress.say(f"{name}: goes on where it was")

@@ -17,6 +17,9 @@ class Progress:
     def say(self, message: str) -> None:
         """One line that matters (a result, a decision)."""
 
+    def detail(self, message: str) -> None:
+        """One line for those who asked for more (``-v``)."""
+
     def warn(self, message: str) -> None:
         """One line about something that is not as it should be, though work goes on."""
 

@@ -70,12 +70,20 @@ def state_of(folder: Path, inputs: Mapping[str, str]) -> Literal["done", "resume
     return "done" if intact else "stale"
 
 
+def changed_inputs(folder: Path, inputs: Mapping[str, str]) -> list[str]:
+    """The names of the inputs that differ from those a stage folder was made from."""
+    made_from = StageManifest.load(folder / MANIFEST).inputs if (folder / MANIFEST).exists() else {}
+    return sorted(name for name in {*made_from, *inputs} if made_from.get(name) != inputs.get(name))
+
+
 @contextmanager
 def stage(folder: Path, name: str, inputs: Mapping[str, str], outputs: list[str]) -> Iterator[None]:
     """Run a stage's body inside its folder: manifest ``started`` before, ``done`` with output hashes after."""
     started = time.monotonic()
     if state_of(folder, inputs) == "stale":
         set_aside(folder)
+    for leftover in folder.glob(".*"):  # a write that a kill cut off
+        leftover.unlink()
     manifest = StageManifest(stage=name, state="started", hwnas=__version__, inputs=dict(inputs))
     manifest.save(folder / MANIFEST)
     yield
@@ -134,7 +142,7 @@ class JsonLines:
         for line in self.path.read_bytes().split(b"\n")[:-1]:
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
         return rows
 
@@ -149,14 +157,20 @@ class JsonLines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self.rewrite(self.read())
-            with open(self.path, "a", encoding="utf-8") as file:
-
-                def append(row: dict[str, Any]) -> None:
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
-
-                yield append
+            file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (what the caller's body raises is not ours to explain)
         except OSError as error:
-            raise StorageError(
-                f"{self.path} cannot be written ({error.strerror}): free some space or choose another --out folder."
-            ) from error
+            raise self._unwritable(error) from error
+
+        def append(row: dict[str, Any]) -> None:
+            rest = (json.dumps(row) + "\n").encode()
+            try:
+                while rest:  # a nearly full disk takes a part first and refuses the rest
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+        with file:
+            yield append
+
+    def _unwritable(self, error: OSError) -> StorageError:
+        return StorageError(f"{self.path} cannot be written ({error.strerror}): free some space or choose another --out folder.")

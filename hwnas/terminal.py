@@ -15,9 +15,9 @@ from hwnas.progress import Progress, Task
 class TerminalProgress(Progress):
     """Bars and lines on standard error; standard output stays free for results."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
-        self.quiet = quiet
+        self.quiet, self.verbose = quiet, verbose
 
     @contextmanager
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
@@ -39,6 +39,11 @@ class TerminalProgress(Progress):
     def say(self, message: str) -> None:
         """A line."""
         self.console.print(message, markup=False, soft_wrap=not self.console.is_terminal)
+
+    def detail(self, message: str) -> None:
+        """A dim line, in verbose mode."""
+        if self.verbose:
+            self.console.print(message, style="dim", markup=False, soft_wrap=not self.console.is_terminal)
 
     def warn(self, message: str) -> None:
         """A line in yellow."""

@@ -123,6 +123,7 @@ def profile(
         noisy = [name for name in files if spread_of(measure.rounds(name)) > config.max_spread]
         if not noisy:
             break
+        progress.detail(f"noisy after {number} rounds: {', '.join(noisy)}")
         with progress.task(f"measuring {len(noisy)} noisy entries again", len(noisy)) as task:
             measure.round(number, noisy, task.advance)
     return _table(space, device, settings, config, plan, measure, progress)

@@ -219,4 +219,7 @@ class _Judge:
                 latency = self.search.cost.latency_ms(picks)
                 judged.append(Candidate(picks=picks, latency_ms=latency, accuracy=quality, reward=self.search.reward(quality, latency)))
                 task.advance(note=f"accuracy {quality:.1%}")
+                progress.detail(
+                    f"{latency:.4g} ms, accuracy {quality:.1%}: {', '.join(f'{key} {option}' for key, option in picks.items())}"
+                )
         return sorted(judged, key=lambda candidate: -candidate.reward)

@@ -1,0 +1,64 @@
+"""Every command in the README runs as written, only shorter where the real thing takes minutes; every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hwnas.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHORTER = "-s profile.rounds=1 -s profile.max_rounds=1 -s profile.fit_networks=3 -s profile.test_networks=0 -s profile.min_ms=0.1"
+
+
+def commands() -> list[list[str]]:
+    """The ``hwnas`` commands in indented blocks, comments cut off, two to a line in the table of commands."""
+    found = []
+    for line in README.splitlines():
+        if line.startswith("    ") and "hwnas " in line:
+            for part in re.split(r"\s{3,}(?=hwnas )", line.strip()):
+                found.append(shlex.split(re.split(r"\s{3,}", part)[0], comments=True))
+    return found
+
+
+def run(arguments: list[str], where: Path) -> str:
+    done = subprocess.run([sys.executable, "-m", "hwnas", *arguments], cwd=where, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_verb_is_listed() -> None:
+    verbs = {(command.name or command.callback.__name__) for command in app.registered_commands if command.callback} | {"table"}
+    assert {command[1] for command in commands()} == verbs
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path: Path) -> None:
+    """In README order, in an empty folder beside a link to the configurations, as in a checkout."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    ran = 0
+    for command in commands():
+        text = " ".join(command[1:])
+        if "CONFIG" in text or "TABLE" in text or "[" in text:  # the synopsis: its verbs are checked above
+            continue
+        if text.startswith("profile"):
+            command += shlex.split(SHORTER)
+        elif text.startswith("run") and "--plan" not in text:
+            command += ["--plan"]
+        output = run(command[1:], tmp_path)
+        ran += 1
+        if text.startswith("space"):
+            assert "72 of 72 ops" in output
+    assert ran >= 6
+
+
+def test_links_lead_somewhere() -> None:
+    for document in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
+            assert (ROOT / target).exists(), f"{document.name} links to {target}"
