@@ -115,7 +115,7 @@ class SearchConfig(Section):
     objective: Objective = Field(AbsoluteObjective(), discriminator="name")
     target_ms: float | None = Field(None, gt=0, description="latency budget in milliseconds")
     target_range: float | None = Field(
-        None, ge=0, le=1, description="or: the budget as a position between the space's fastest (0) and slowest (1) architecture"
+        None, ge=0, le=1, description="where target_ms is not set: the budget between the space's fastest (0) and slowest (1) architecture"
     )
     tolerance: float = Field(0.02, gt=0, description="the searched network's predicted latency is within this part of the target")
     table: str | None = Field(None, description="a latency table to use instead of profiling")
@@ -127,12 +127,6 @@ class SearchConfig(Section):
     candidates: int = Field(8, ge=1, description="proposals of the strategy that are ranked by recalibrated held-out accuracy")
     recalibration_images: int = Field(1024, ge=2, description="training images that re-estimate BN statistics before any ranking")
     random_samples: int = Field(8, ge=0, description="random architectures scored for the report's comparison")
-
-    @model_validator(mode="after")
-    def _one_target(self) -> Self:
-        if self.target_ms is not None and self.target_range is not None:
-            raise ValueError("search.target_ms and search.target_range are both set; keep one")
-        return self
 
 
 class TrainConfig(Section):
