@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -36,6 +36,13 @@ class Document(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with changes. What was computed from the old values (``sha256``) does not go along, as pydantic's own would."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[name]
+        return copied
+
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
         """Turn the content of an older schema ``version`` into the current one. Override when ``VERSION`` grows."""
@@ -46,13 +53,13 @@ class Document(BaseModel):
         """Read a document from JSON text. Raises DocumentError naming ``source`` and what is wrong with it."""
         try:
             content = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise DocumentError(f"{source} is not valid JSON ({error}): it is corrupt or was cut off; make it again.") from error
         if not isinstance(content, dict):
             raise DocumentError(f"{source} holds a JSON {type(content).__name__}, not a {cls.SCHEMA} document.")
         schema = content.pop("schema", None)
         name, _, version = str(schema).partition("/")
-        if name != cls.SCHEMA or not version.isdigit():
+        if name != cls.SCHEMA or not version.isdecimal():
             raise DocumentError(f"{source} has schema {schema!r}, but a {cls.SCHEMA}/{cls.VERSION} document is needed here.")
         if int(version) > cls.VERSION:
             raise DocumentError(f"{source} has schema {schema}, newer than this hwnas reads ({cls.VERSION}): upgrade hwnas.")
@@ -147,19 +154,27 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"key {place!r} is missing; add it."
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+        return message  # of a whole table, whose rule names what it is about
     value = repr(first["input"])
     shown = value if len(value) <= 60 else value[:57] + "..."
     return f"{place} = {shown}: {message[0].lower() + message[1:]}{'' if message.endswith('.') else '.'}"
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The field names of the nested model at ``location``; of the nearest one above where types are unions."""
-    for part in location:
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
-    return list(model.model_fields)
+    """The keys, as they are written in a file, of the nested model at ``location``; of all models of a union there."""
+    models = [model]
+    for part in location:  # positions, keys of mappings and tags of unions are no fields: they lead to no other model
+        fields = [field for model in models for name, field in model.model_fields.items() if part == (field.alias or name)]
+        models = [inner for field in fields for inner in _models_in(field.annotation)] or models
+    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a type is made of: ``tuple[Stage, ...] | None`` -> ``[Stage]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:

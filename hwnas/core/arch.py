@@ -51,6 +51,8 @@ class Architecture(Document):
         for position, op in enumerate(self.blocks):
             if (op.in_ch, op.size) != (channels, size):
                 raise ValueError(f"block {position} ({op.key}) takes {op.in_ch} channels at {op.size} px, but gets {channels} at {size} px")
+            if op.kind == "classifier" and op is not self.blocks[-1]:
+                raise ValueError(f"block {position} ({op.key}) is a classifier, but not the last block")
             channels, size = op.out_ch, op.out_size
         return self
 

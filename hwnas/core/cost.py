@@ -74,6 +74,11 @@ class CostModel:
             raise TableError(UNCALIBRATED.format(title=table.title))
         if not table.slots:
             check_coverage(space.ops, table, f"space {space.name}")
+        foreign = sorted(table.slots.keys() - {term.slot for term in space.terms()})
+        if foreign:
+            raise TableError(
+                f"table {table.title} prices slots of another space ({', '.join(foreign[:5])}): space {space.name} has none such."
+            )
         self.space = space
         self.table = table
         self.intercept_ms = affine(table, 0.0)
@@ -91,19 +96,21 @@ class CostModel:
 
     def _priced(self, term: Term) -> np.ndarray:
         """Milliseconds of a term for each combination of its options."""
-        if term.slot in self.table.slots:
-            priced = self.table.slots[term.slot]
-            options = next(choice.options for choice in self.space.choices if choice.key == term.slot)
-            missing = tuple(f"{term.slot}:{option}" for option in options if option not in priced)
-            if missing or term.keys != (term.slot,):
-                raise CoverageError(
-                    f"table {self.table.title} lacks slot prices of space {self.space.name}: {', '.join(missing)}.", missing
-                )
-            return np.array([priced[str(option)] for option in options])
-        if self.table.slots:  # a positional model prices only what varies; the rest is in its intercept
-            return np.zeros(term.shape)
+        if self.table.slots:
+            return self._positional(term)
         ms = [0.0 if op is None else self.table.entries[op.key].ms for op in term.ops]
         return np.array(ms).reshape(term.shape)
+
+    def _positional(self, term: Term) -> np.ndarray:
+        """The same by a positional model: it prices every slot that varied in its space, the rest is in its intercept."""
+        priced = self.table.slots.get(term.slot, {})
+        if not priced and not term.keys:
+            return np.zeros(())
+        missing = tuple(f"{term.slot}:{option}" for option in term.options if option not in priced)
+        missing += tuple(key for key in term.keys if key != term.slot)
+        if missing:
+            raise CoverageError(f"table {self.table.title} lacks slot prices of space {self.space.name}: {', '.join(missing)}.", missing)
+        return np.array([priced[option] for option in term.options]).reshape(term.shape)
 
     def latency_ms(self, picks: Mapping[str, Option]) -> float:
         """Predicted latency of picks, in milliseconds."""
@@ -121,11 +128,12 @@ class CostModel:
 
         ``gates`` maps each choice key to a probability vector [options] of the array library ``xp`` (numpy or torch).
         """
-        if xp not in self._converted:
-            self._converted[xp] = [xp.asarray(array, dtype=next(iter(gates.values())).dtype) for _, array in self._arrays]
+        dtype = next(iter(gates.values())).dtype if gates else None
+        if (xp, dtype) not in self._converted:
+            self._converted[xp, dtype] = [xp.asarray(array, dtype=dtype) for _, array in self._arrays]
         keys = [choice.key for choice in self.space.choices]
         total: Any = self._fixed_ms
-        for (positions, _), array in zip(self._arrays, self._converted[xp], strict=True):
+        for (positions, _), array in zip(self._arrays, self._converted[xp, dtype], strict=True):
             letters = "abc"[: len(positions)]
             total = total + xp.einsum(f"{letters},{','.join(letters)}->", array, *(gates[keys[i]] for i in positions))
         return total

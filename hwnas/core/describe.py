@@ -59,14 +59,14 @@ def describe_table(table: LatencyTable) -> str:
             )
     noisy = sum(entry.noisy for entry in table.entries.values())
     lines.append(f"entries      {len(table.entries)} ({noisy} noisy)")
-    rows = [("op", "ms", "p10", "p90", "spread", "")]
+    rows: list[tuple[str, ...]] = [("op", "ms", "p10", "p90", "spread", "")]
     for key, entry in sorted(table.entries.items(), key=lambda item: -item[1].ms):
         rows.append(
             (key, _number(entry.ms), _number(entry.p10_ms), _number(entry.p90_ms), _share(entry.spread), "noisy" if entry.noisy else "")
         )
     lines.append(columns(rows))
-    rows = [(f"{slot}:{option}", _number(ms)) for slot, options in table.slots.items() for option, ms in options.items()]
-    lines += [columns(rows)] if rows else []
+    priced = [(f"{slot}:{option}", _number(ms)) for slot, options in table.slots.items() for option, ms in options.items()]
+    lines += [columns(priced)] if priced else []
     return "\n".join(lines)
 
 

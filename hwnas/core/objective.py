@@ -31,12 +31,12 @@ def absolute(quality: float, cost_ms: float, target_ms: float, beta: float = -0.
 
 def mnas(quality: float, cost_ms: float, target_ms: float, beta: float = -0.07) -> float:
     """MnasNet's soft exponential reward."""
-    return quality * (cost_ms / target_ms) ** beta
+    return float(quality * (cost_ms / target_ms) ** beta)
 
 
 def mnas_hard(quality: float, cost_ms: float, target_ms: float, beta: float = -0.07) -> float:
     """MnasNet's hard exponential reward: the same above the target, the plain quality below it."""
-    return quality * min((cost_ms / target_ms) ** beta, 1.0)
+    return float(quality * min((cost_ms / target_ms) ** beta, 1.0))
 
 
 def penalised(

@@ -2,7 +2,7 @@
 
 An op is written as a key, for instance::
 
-    mbconv-h56-i32-o32-m96-k5-s1-relu-id
+    mbconv-h56-i32-o32-m96-k5-relu-id
 
 kind, then fields by their letters: ``h`` input height = width, ``i``/``o`` input/output channels, ``m`` channels of the
 expanded (middle) part, ``k`` kernel, ``s`` stride, ``g`` groups, ``q`` hidden channels of squeeze-and-excitation, the
@@ -91,10 +91,18 @@ class Op:
             raise SpaceError(f"op kind {self.kind!r} is unknown; known: {', '.join(KINDS)}.")
         if self.act not in ACTIVATIONS:
             raise SpaceError(f"activation {self.act!r} is unknown; known: {', '.join(ACTIVATIONS)}.")
-        if min(self.size, self.in_ch, self.out_ch, self.kernel, self.stride, self.groups) < 1:
+        if min(self.size, self.in_ch, self.out_ch, self.kernel, self.stride, self.groups) < 1 or min(self.mid_ch, self.se_ch) < 0:
             raise SpaceError(f"op {self.key} has a size, width, kernel, stride or group count below 1.")
+        if self.kernel % 2 == 0:
+            raise SpaceError(f"op {self.key}: kernels are odd here, padded by kernel // 2.")
         if (self.kind == "mbconv") != (self.mid_ch > 0):
             raise SpaceError(f"op {self.key}: expanded channels (m) belong to mbconv, and to it alone.")
+        if self.se_ch and self.kind not in ("dsconv", "mbconv"):
+            raise SpaceError(f"op {self.key}: squeeze-and-excitation (q) belongs to dsconv and mbconv.")
+        if self.kind == "classifier" and (self.kernel, self.stride, self.groups, self.act, self.residual) != (1, 1, 1, "none", False):
+            raise SpaceError(f"op {self.key}: a classifier has input size, input and output channels, and nothing else.")
+        if any(layer.in_ch % layer.groups or layer.out_ch % layer.groups for layer in self.layers):
+            raise SpaceError(f"op {self.key}: {self.groups} groups do not divide its channels.")
         if self.residual and (self.in_ch != self.out_ch or self.stride != 1):
             raise SpaceError(f"op {self.key}: a residual needs equal input and output shapes.")
 
@@ -125,7 +133,10 @@ class Op:
         missing = {"size", "in_ch", "out_ch"} - values.keys()
         if missing:
             raise SpaceError(f"{key!r} is not an op key: it lacks {', '.join(sorted(missing))}.")
-        return cls(kind, **values)  # type: ignore[arg-type]
+        op = cls(kind, **values)  # type: ignore[arg-type]
+        if op.key != key:
+            raise SpaceError(f"{key!r} is not how this op is written; write {op.key!r}.")
+        return op
 
     @property
     def out_size(self) -> int:

@@ -49,7 +49,7 @@ def parse_option(text: str) -> BlockOption | None:
     if text == SKIP:
         return None
     match = _PATTERN.fullmatch(text)
-    if not match or (match[1] == "ir") != (match[3] is not None):
+    if not match or (match[1] == "ir") != (match[3] is not None) or (match[1] == "cn" and match[4]):
         raise SpaceError(f"{text!r} is not a block option: write for instance 'ir_k3_e6', 'ds_k3', 'cn_k1' or 'skip'.")
     return BlockOption(match[1], int(match[2]), float(match[3] or 0), float(match[4] or 0), int(match[5] or 1))
 
@@ -85,7 +85,7 @@ class Factors:
     @property
     def decisions(self) -> tuple[int, ...]:
         """Sizes of the separate decisions, skip first."""
-        return ((2,) if self.skippable else ()) + tuple(len(values) for _, values in self.axes)
+        return ((2,) if self.skippable and len(self.grid) > 1 else ()) + tuple(len(values) for _, values in self.axes)
 
 
 @cache
@@ -98,6 +98,8 @@ def factorise(options: tuple[str, ...]) -> Factors:
     """
     parsed = [parse_option(text) for text in options]
     blocks = [option for option in parsed if option is not None]
+    if not blocks:
+        return Factors((), (None,))
     axes = []
     for name in ("kernel", "expansion", "se_ratio", "groups"):
         values = tuple(sorted({float(getattr(option, name)) for option in blocks}))

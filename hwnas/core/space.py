@@ -43,13 +43,14 @@ class Term:
     """What one slot adds to a network's latency.
 
     ``keys`` are the choices its cost depends on, ``shape`` their option counts, and ``ops`` the op for each combination
-    (row-major; None where the slot is skipped).
+    (row-major; None where the slot is skipped). ``options`` are the slot's own, one of which may be all there is.
     """
 
     slot: str
     keys: tuple[str, ...]
     shape: tuple[int, ...]
     ops: tuple[Op | None, ...]
+    options: tuple[str, ...] = ()
 
 
 class SearchSpace(Document):
@@ -208,7 +209,8 @@ class MacroSpace(SearchSpace):
     def slots(self) -> tuple[Slot, ...]:
         """All slots in order, with the shapes around them."""
         slots = []
-        size, in_key, in_widths = self.resolution, "input", (self.in_channels,)
+        in_widths: tuple[int, ...] = (self.in_channels,)
+        size, in_key = self.resolution, "input"
         for i, stage in enumerate(self.stages):
             for j, options in enumerate(stage.slots):
                 stride = stage.stride if j == 0 else 1
@@ -260,7 +262,7 @@ class MacroSpace(SearchSpace):
             axes += [(slot.out_key, slot.out_widths)]
             ops = tuple(slot.op(str(values[0]), int(values[1]), int(values[-1])) for values in product(*(options for _, options in axes)))
             kept = [(key, len(options)) for key, options in axes if key in open_keys]
-            terms.append(Term(slot.key, tuple(key for key, _ in kept), tuple(n for _, n in kept), ops))
+            terms.append(Term(slot.key, tuple(key for key, _ in kept), tuple(n for _, n in kept), ops, slot.options))
         last = self.stages[-1].widths
         key = (f"s{len(self.stages) - 1}.width",) if len(last) > 1 else ()
         terms.append(Term("classifier", key, (len(last),) if key else (), tuple(self._classifier(width) for width in last)))
@@ -288,7 +290,10 @@ class MacroSpace(SearchSpace):
     def encode(self, arch: Architecture) -> Picks:
         """Picks of ``arch``, from its origin where that is this space, else by matching blocks to slots."""
         if arch.origin is not None and arch.origin.space_sha256 == self.sha256:
-            self.check(arch.origin.picks)
+            if self.decode(arch.origin.picks).blocks != arch.blocks:
+                raise SpaceError(
+                    f"the blocks of architecture {arch.name!r} are not those of its origin's picks: correct or remove its origin."
+                )
             return dict(arch.origin.picks)
         matched = self._match(arch.ops(), 0, 0, self.in_channels)
         if matched is None:

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from hwnas.core.arch import Architecture
 from hwnas.core.option import SKIP
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
-from hwnas.document import nearest
+from hwnas.document import explain, nearest
 from hwnas.errors import SpaceError
 
 KERNELS_EXPANSIONS = ("ir_k3_e3", "ir_k5_e3", "ir_k7_e3", "ir_k3_e6", "ir_k5_e6", "ir_k7_e6")
@@ -31,6 +33,7 @@ def proxylessnas(
     *,
     name: str = "proxylessnas",
     resolution: int = 224,
+    in_channels: int = 3,
     classes: int = 1000,
     act: str = "relu",
     bn_eps: float = 1e-3,
@@ -51,7 +54,9 @@ def proxylessnas(
         Stage(widths=(filters[7],), slots=(first,)),
         Stage(widths=(filters[8],), slots=(("cn_k1",),)),
     ]
-    return MacroSpace(name=name, resolution=resolution, classes=classes, act=act, bn_eps=bn_eps, stages=tuple(stages))
+    return MacroSpace(
+        name=name, resolution=resolution, in_channels=in_channels, classes=classes, act=act, bn_eps=bn_eps, stages=tuple(stages)
+    )
 
 
 def mobile32(
@@ -115,6 +120,8 @@ def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
             return SPACES[name_or_path](**overrides)
         except TypeError as error:
             raise SpaceError(f"space {name_or_path!r} takes no such override ({', '.join(overrides)}): {error}.") from error
+        except ValidationError as error:
+            raise SpaceError(f"space {name_or_path!r}: {explain(error, MacroSpace)}") from error
     if Path(name_or_path).suffix == ".json":
         if overrides:
             raise SpaceError(

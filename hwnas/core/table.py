@@ -12,7 +12,7 @@ from hwnas.document import Document
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TableHeader(_Part):
@@ -56,7 +56,7 @@ class HeldOut(_Part):
     networks: int
     mape: float = Field(description="mean absolute percentage error, as a fraction")
     max_error: float = Field(description="largest absolute percentage error, as a fraction")
-    spearman: float | None = Field(description="rank correlation; none for fewer than three networks")
+    spearman: float | None = Field(description="rank correlation; none for fewer than three networks, or all alike")
     raw_mape: float = Field(description="the error of the uncalibrated sum of entries")
     pairs: tuple[tuple[float, float], ...] = Field(description="(predicted, measured) milliseconds per network")
 
@@ -88,8 +88,7 @@ class LatencyTable(Document):
     @model_validator(mode="after")
     def _keys(self) -> Self:
         for key in self.entries:
-            if Op.parse(key).key != key:
-                raise ValueError(f"entry {key!r} is not written canonically; write {Op.parse(key).key!r}")
+            Op.parse(key)
         if not self.entries and not self.slots:
             raise ValueError("a table needs entries or slots")
         return self
@@ -104,8 +103,8 @@ class LatencyTable(Document):
 def fit_calibration(sums_ms: list[float], measured_ms: list[float]) -> Calibration:
     """The affine map from sums of entries to whole networks: least squares of the *relative* error.
 
-    Relative, because a table serves fast and slow networks alike. Two or more networks with different sums are needed;
-    with fewer, or where the fit would have a slope below zero, the slope alone is fitted.
+    Relative, because a table serves fast and slow networks alike. Three or more networks whose sums differ
+    by 5 % are needed; with fewer, or where the fit would have a slope below zero, the slope alone is fitted.
     """
     x, y = np.asarray(sums_ms), np.asarray(measured_ms)
     slope, intercept = float(np.median(y / x)), 0.0
@@ -126,7 +125,7 @@ def judge(calibration: Calibration, sums_ms: list[float], measured_ms: list[floa
         networks=len(x),
         mape=float(errors.mean()),
         max_error=float(errors.max()),
-        spearman=spearman(predicted, y) if len(x) > 2 else None,
+        spearman=spearman(predicted, y) if len(x) > 2 and np.ptp(predicted) > 0 and np.ptp(y) > 0 else None,
         raw_mape=float(np.abs(x / y - 1).mean()),
         pairs=tuple((float(p), float(m)) for p, m in zip(predicted, y, strict=True)),
     )

@@ -35,9 +35,7 @@ def images() -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 @pytest.fixture(scope="module")
-def files(
-    net: nn.Module, images: np.ndarray[Any, Any], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def files(net: nn.Module, images: np.ndarray[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     float32 = to_tflite(net, SHAPE)
     models = {
@@ -76,10 +74,7 @@ def measure(tmp_path: Path, **plan: Any) -> tuple[dict[str, Any], list[dict[str,
 
 def test_measure_keeps_the_order_and_survives_a_bad_file(files: dict[str, Path], tmp_path: Path) -> None:
     names = ["int8.tflite", "broken.tflite", "fp32.tflite", "missing.tflite", "int8.tflite"]
-    items = [
-        {"id": name, "round": index, "path": str(files.get(name, tmp_path / name))}
-        for index, name in enumerate(names)
-    ]
+    items = [{"id": name, "round": index, "path": str(files.get(name, tmp_path / name))} for index, name in enumerate(names)]
     core = min(os.sched_getaffinity(0))
     header, lines = measure(tmp_path, cores=[core], min_runs=7, min_ms=0, items=items)
     assert header["runner"] == 1
@@ -120,9 +115,7 @@ def test_measure_runs_onnx_files(files: dict[str, Path], tmp_path: Path) -> None
     assert "delegated" not in line
 
 
-def test_predict_agrees_with_pytorch(
-    net: nn.Module, images: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_predict_agrees_with_pytorch(net: nn.Module, images: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = net(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
     assert wanted.std() > 0.1, "outputs this small would compare silence"
@@ -176,7 +169,7 @@ def test_a_missing_runtime_names_its_package(tmp_path: Path) -> None:
 
 def test_the_script_stands_alone_and_speaks_python_3_8() -> None:
     tree = ast.parse(RUNNER.read_text(), feature_version=(3, 8))
-    imported = {
-        name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
-    } | {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names} | {
+        str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+    }
     assert not {name for name in imported if name.startswith(("hwnas", "torch"))}

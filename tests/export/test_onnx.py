@@ -65,9 +65,7 @@ def test_batch_norms_are_folded_and_the_tracer_left_no_notes(exported: tuple[nn.
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
 
 
-def test_exporting_is_quiet_repeatable_and_leaves_the_module_alone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_exporting_is_quiet_repeatable_and_leaves_the_module_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).train()
     for name in ("a.onnx", "b.onnx"):
         to_onnx(module, (1, 3, 8, 8), metadata={}, path=str(tmp_path / name))

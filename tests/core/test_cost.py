@@ -1,0 +1,254 @@
+"""Prices: indexed terms, expectations and ranges, each against a slower way to the same number."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hwnas.core.cost import CostModel, latency_ms, missing_ops, sum_ms
+from hwnas.core.op import Op
+from hwnas.core.space import MacroSpace, SearchSpace, Stage
+from hwnas.core.spaces import mobile32, proxylessnas
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
+from hwnas.errors import CoverageError, TableError, TargetError
+
+THOUSAND = settings(deadline=None, derandomize=True, max_examples=1000)
+CALIBRATION = Calibration(intercept_ms=0.7, slope=1.25, networks=12)
+
+
+def elastic() -> MacroSpace:
+    """Every width is searched, stem and head included; both kinds of residual; a fixed skip."""
+    options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "skip")
+    stages = (
+        Stage(widths=(8, 16), stride=2, slots=(("cn_k3", "cn_k5"),)),
+        Stage(widths=(8, 16, 24), slots=(options[:3], options, ("skip",)), residual="matching"),
+        Stage(widths=(16, 24), stride=2, slots=(options[:3], options, ("ir_k3_e4_se0.25",))),
+        Stage(widths=(32, 48), slots=(("cn_k1",),)),
+    )
+    return MacroSpace(name="elastic", resolution=32, classes=10, stages=stages)
+
+
+def small() -> MacroSpace:
+    """Few enough architectures to list, with coupled widths."""
+    stages = (
+        Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
+        Stage(widths=(8, 16, 24), slots=(("ir_k3_e3", "ir_k5_e3"), ("ir_k3_e6", "skip")), residual="matching"),
+        Stage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
+        Stage(widths=(32, 40), slots=(("cn_k1",),)),
+    )
+    return MacroSpace(name="small", resolution=16, classes=4, stages=stages)
+
+
+def entry_ms(op: Op) -> float:
+    """A price without any structure: nothing but the right op has it."""
+    return 0.05 + int.from_bytes(hashlib.sha256(op.key.encode()).digest()[:4]) / 2**32
+
+
+def table_of(space: SearchSpace, calibration: Calibration | None = CALIBRATION) -> LatencyTable:
+    unknown = "unknown"
+    header = TableHeader(
+        device="made-up", cpu=unknown, machine=unknown, runtime="litert", runtime_version=unknown, dtype="fp32", threads=1, cores=(0,),
+        governor=unknown, layout="nhwc", batch=1, date=unknown, space=space.name,
+    )  # fmt: skip
+    return LatencyTable(header=header, entries={op.key: Entry(ms=entry_ms(op)) for op in space.ops}, calibration=calibration)
+
+
+@cache
+def priced(name: str) -> CostModel:
+    space = {"proxylessnas": proxylessnas, "mobile32": mobile32, "elastic": elastic, "small": small}[name]()
+    return CostModel(space, table_of(space))
+
+
+def every_index(space: SearchSpace) -> np.ndarray:
+    return np.array(list(product(*(range(len(choice.options)) for choice in space.choices))))
+
+
+def random_gates(space: SearchSpace, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {choice.key: rng.dirichlet(np.ones(len(choice.options))) for choice in space.choices}
+
+
+@pytest.mark.parametrize("name", ["proxylessnas", "mobile32", "elastic"])
+def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -> None:
+    cost = priced(name)
+    space = cost.space
+
+    @THOUSAND
+    @given(st.tuples(*(st.integers(0, len(choice.options) - 1) for choice in space.choices)))
+    def check(index: tuple[int, ...]) -> None:
+        arch = space.decode(space.at(index))
+        walked = 0.7 + 1.25 * sum(entry_ms(op) for op in arch.ops())
+        assert cost.latency_ms(space.at(index)) == pytest.approx(walked, abs=1e-9)
+        assert latency_ms(arch, cost.table) == pytest.approx(walked, abs=1e-9)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["proxylessnas", "elastic"])
+def test_a_batch_costs_what_its_members_cost(name: str) -> None:
+    cost, rng = priced(name), np.random.default_rng(0)
+    index_NC = np.stack([rng.integers(len(choice.options), size=100) for choice in cost.space.choices], axis=1)
+    single = [cost.latency_ms(cost.space.at(index)) for index in index_NC]
+    assert cost.latencies_ms(index_NC) == pytest.approx(np.array(single), abs=1e-12)
+    assert cost.latencies_ms(index_NC[:0]).shape == (0,)
+
+
+def test_the_expectation_is_the_weighted_sum_over_all_architectures() -> None:
+    cost = priced("small")
+    index_NC = every_index(cost.space)
+    assert len(index_NC) == cost.space.size == 192
+    for seed in range(20):
+        gates = random_gates(cost.space, np.random.default_rng(seed))
+        weight_N = np.prod([gates[choice.key][index_NC[:, i]] for i, choice in enumerate(cost.space.choices)], axis=0)
+        expected = float(weight_N @ cost.latencies_ms(index_NC))
+        assert float(cost.expected_ms(gates)) == pytest.approx(expected, rel=1e-12)
+        tensors = {key: torch.tensor(gate) for key, gate in gates.items()}
+        assert float(cost.expected_ms(tensors, torch)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["proxylessnas", "elastic"])
+def test_the_expectation_is_what_sampling_gives(name: str) -> None:
+    cost, rng = priced(name), np.random.default_rng(7)
+    gates = random_gates(cost.space, rng)
+    index_NC = np.stack([rng.choice(len(p), size=100_000, p=p) for p in gates.values()], axis=1)
+    latencies_ms = cost.latencies_ms(index_NC)
+    error = abs(latencies_ms.mean() - float(cost.expected_ms(gates)))
+    assert error < 4 * latencies_ms.std() / np.sqrt(len(latencies_ms))
+
+
+def test_the_expectation_of_a_certain_pick_is_its_latency() -> None:
+    cost = priced("elastic")
+    for seed in range(20):
+        picks = cost.space.sample(np.random.default_rng(seed))
+        gates = {choice.key: np.eye(len(choice.options))[choice.options.index(picks[choice.key])] for choice in cost.space.choices}
+        assert float(cost.expected_ms(gates)) == pytest.approx(cost.latency_ms(picks), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["elastic", "small"])
+def test_the_gradient_of_the_expectation_is_that_of_finite_differences(name: str) -> None:
+    torch.set_num_threads(1)
+    cost = priced(name)
+    keys = [choice.key for choice in cost.space.choices]
+    generator = torch.Generator().manual_seed(0)
+    logits = [
+        torch.randn(len(choice.options), dtype=torch.float64, generator=generator, requires_grad=True) for choice in cost.space.choices
+    ]
+
+    def expectation(*logits: torch.Tensor) -> torch.Tensor:
+        return cost.expected_ms({key: logit.softmax(0) for key, logit in zip(keys, logits, strict=True)}, torch)
+
+    assert torch.autograd.gradcheck(expectation, logits, eps=1e-6, atol=1e-7)
+    expectation(*logits).backward()
+    assert all(logit.grad is not None and logit.grad.abs().max() > 1e-4 for logit in logits)
+
+
+def test_precisions_can_be_mixed_between_calls() -> None:
+    cost = priced("small")
+    gates = random_gates(cost.space, np.random.default_rng(0))
+    expected = float(cost.expected_ms(gates))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float64, 1e-12)):
+        found = cost.expected_ms({key: torch.tensor(gate, dtype=dtype) for key, gate in gates.items()}, torch)
+        assert found.dtype == dtype
+        assert float(found) == pytest.approx(expected, rel=tolerance)
+
+
+def test_the_range_is_that_of_all_architectures() -> None:
+    space = small()
+    restricted = [
+        space,
+        space.restrict({"s1.b1": ["skip"]}),
+        space.restrict({"s1.width": [24], "s0.width": [8]}),
+        space.restrict({"s1.b0": ["ir_k5_e3"]}),
+    ]
+    for one in [*restricted, elastic().restrict({"s1.width": [8, 24], "s2.b0": ["ir_k3_e3"], "s1.b0": ["ir_k3_e3", "ir_k5_e3"]})]:
+        cost = CostModel(one, table_of(one))
+        latencies_ms = cost.latencies_ms(every_index(one))
+        assert cost.range_ms() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.data())
+def test_the_range_is_that_of_all_architectures_of_any_space(data: st.DataObject) -> None:
+    widths = st.lists(st.sampled_from((8, 16, 24)), min_size=1, max_size=2, unique=True).map(tuple)
+    blocks = st.lists(st.sampled_from(("ir_k3_e3", "ir_k5_e3", "ds_k3")), min_size=1, max_size=2, unique=True).map(tuple)
+    stages = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        slots = (data.draw(blocks), (*data.draw(blocks), "skip")) if data.draw(st.booleans()) else (data.draw(blocks),)
+        stages.append(Stage(widths=data.draw(widths), slots=slots, residual=data.draw(st.sampled_from(("after_first", "matching")))))
+    space = MacroSpace(name="any", resolution=8, classes=3, stages=tuple(stages))
+    cost = CostModel(space, table_of(space))
+    latencies_ms = cost.latencies_ms(every_index(space)) if space.choices else np.array([cost.latency_ms({})])
+    assert cost.range_ms() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
+
+
+def test_a_space_with_one_architecture_has_one_price() -> None:
+    space = small()
+    picks = space.sample(np.random.default_rng(0))
+    single = space.restrict({key: [option] for key, option in picks.items()})
+    cost = CostModel(single, table_of(space))
+    expected = priced("small").latency_ms(picks)
+    assert cost.range_ms() == pytest.approx((expected, expected))
+    assert cost.latency_ms({}) == pytest.approx(expected)
+    assert float(cost.expected_ms({})) == pytest.approx(expected)
+
+
+def test_missing_ops_are_named_and_never_guessed() -> None:
+    space = small()
+    table = table_of(space)
+    lacking = [space.ops[2], space.ops[5]]
+    entries = {key: entry for key, entry in table.entries.items() if key not in {op.key for op in lacking}}
+    table = table.model_copy(update={"entries": entries})
+    assert missing_ops(space.ops, table) == tuple(op.key for op in lacking)
+    with pytest.raises(
+        CoverageError, match=f"lacks 2 of the {len(space.ops)} ops of space small: {lacking[0].key}, {lacking[1].key}\\."
+    ) as caught:
+        CostModel(space, table)
+    assert caught.value.missing == tuple(op.key for op in lacking)
+    arch = next(arch for arch in map(space.decode, map(space.at, every_index(space))) if lacking[0] in arch.ops())
+    with pytest.raises(CoverageError, match=f"lacks .* of architecture 'small-sample': {lacking[0].key}"):
+        sum_ms(arch, table)
+    covered = next(arch for arch in map(space.decode, map(space.at, every_index(space))) if not set(lacking) & set(arch.ops()))
+    assert sum_ms(covered, table) == pytest.approx(sum(entry_ms(op) for op in covered.ops()))
+
+
+def test_a_long_list_of_missing_ops_is_cut_in_the_message_but_not_in_the_error() -> None:
+    with pytest.raises(CoverageError, match=r" and \d+ more\. Profile this space") as caught:
+        CostModel(proxylessnas(), table_of(small()))
+    assert len(caught.value.missing) == 72
+
+
+def test_a_table_without_a_calibration_is_refused_unless_allowed() -> None:
+    space = small()
+    raw = table_of(space, calibration=None)
+    with pytest.raises(TableError, match=r"made-up/litert-fp32-1t has no calibration .* search\.allow_uncalibrated = true"):
+        CostModel(space, raw)
+    picks = space.sample(np.random.default_rng(0))
+    plain = CostModel(space, raw, allow_uncalibrated=True).latency_ms(picks)
+    assert plain == pytest.approx(sum(entry_ms(op) for op in space.decode(picks).ops()))
+    assert priced("small").latency_ms(picks) == pytest.approx(0.7 + 1.25 * plain)
+
+
+def test_a_target_out_of_reach_is_answered_with_the_range() -> None:
+    cost = priced("small")
+    low, high = cost.range_ms()
+    for target_ms in (low * 0.99, high * 1.01):
+        with pytest.raises(TargetError) as caught:
+            cost.check_target(target_ms)
+        assert f"{low:.4g} to {high:.4g} ms" in str(caught.value)
+        assert f"target {target_ms:g} ms" in str(caught.value)
+    for target_ms in (low, (low + high) / 2, high):
+        cost.check_target(target_ms)
+
+
+def test_a_table_of_slots_prices_no_widths() -> None:
+    space = small()
+    table = table_of(space).model_copy(update={"entries": {}, "slots": {"s1.b0": {"ir_k3_e3": 1.0, "ir_k5_e3": 2.0}}})
+    with pytest.raises(CoverageError, match="lacks slot prices of space small") as caught:
+        CostModel(space, table)
+    assert "s0.width" in caught.value.missing

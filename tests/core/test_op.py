@@ -1,0 +1,156 @@
+"""Ops: keys that read back, refusals, and counts by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hwnas.core.op import ACTIVATIONS, Op, out_size
+from hwnas.document import Document
+from hwnas.errors import SpaceError
+
+FAST = settings(deadline=None, derandomize=True, max_examples=500)
+
+
+@st.composite
+def ops(draw: st.DrawFn) -> Op:
+    """Any valid op."""
+    kind = draw(st.sampled_from(("conv", "dsconv", "mbconv", "classifier")))
+    size = draw(st.integers(1, 512))
+    if kind == "classifier":
+        return Op(kind, size, draw(st.integers(1, 4096)), draw(st.integers(1, 20_000)))
+    groups = draw(st.sampled_from((1, 1, 1, 2, 3, 4)))
+    in_ch, out_ch = (groups * draw(st.integers(1, 500)) for _ in range(2))
+    mid_ch = groups * draw(st.integers(1, 500)) if kind == "mbconv" else 0
+    se_ch = draw(st.integers(0, 64)) if kind != "conv" else 0
+    residual = draw(st.booleans())
+    stride = 1 if residual else draw(st.integers(1, 3))
+    out_ch = in_ch if residual else out_ch
+    kernel = draw(st.sampled_from((1, 3, 5, 7, 9)))
+    return Op(kind, size, in_ch, out_ch, mid_ch, kernel, stride, groups, se_ch, draw(st.sampled_from(ACTIVATIONS)), residual)
+
+
+@FAST
+@given(ops())
+def test_the_key_of_an_op_reads_back(op: Op) -> None:
+    assert Op.parse(op.key) == op
+    assert set(op.key) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+@FAST
+@given(ops(), ops())
+def test_different_ops_have_different_keys(a: Op, b: Op) -> None:
+    assert (a.key == b.key) == (a == b)
+
+
+def test_keys_are_written_as_documented() -> None:
+    assert Op("mbconv", 56, 32, 32, 96, 5, act="relu", residual=True).key == "mbconv-h56-i32-o32-m96-k5-relu-id"
+    assert Op("mbconv", 28, 40, 80, 240, 3, 2, 2, 64, "hswish").key == "mbconv-h28-i40-o80-m240-k3-s2-g2-q64-hswish"
+    assert Op("classifier", 7, 1280, 1000).key == "classifier-h7-i1280-o1000"
+    assert Op("conv", 224, 3, 32, kernel=3, stride=2, act="relu6").key == "conv-h224-i3-o32-k3-s2-relu6"
+
+
+def test_the_key_in_the_documentation_is_a_key() -> None:
+    import hwnas.core.op as module
+
+    shown = next(line.strip() for line in (module.__doc__ or "").splitlines() if line.strip().startswith("mbconv-"))
+    assert Op.parse(shown).key == shown
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "conv",
+        "conv-h8-i3",  # no output channels
+        "pool-h8-i3-o3",
+        "conv-h8-i3-o8-k3-",
+        "conv-h8-i3-o8-x3",
+        "conv-h8-i3-o8-k",
+        "conv-h8-i3-o8-k-3",
+        "conv-h8-i3-o8-k3-gelu",
+        "conv-h0-i3-o8",
+        "conv-h8-i3-o8-k2",  # even kernel
+        "conv-h8-i3-o8-m24",  # an expansion without mbconv
+        "mbconv-h8-i8-o8-k3",  # an mbconv without one
+        "mbconv-h8-i8-o16-m24-k3-id",  # a residual between different widths
+        "mbconv-h8-i8-o8-m24-k3-s2-id",  # a residual across a stride
+        "conv-h8-i3-o8-q4",  # SE in a plain convolution
+        "conv-h8-i3-o8-g2",  # 2 groups in 3 channels
+        "mbconv-h8-i8-o8-m9-k3-g2",  # 2 groups in 9 middle channels
+        "classifier-h7-i8-o10-relu",
+        "conv-h8-i3-o8-k1",  # a default written out
+        "conv-i3-h8-o8",  # another order
+        "conv-h08-i3-o8",
+        "conv-h8-i3-o8-k3-k3",
+        "CONV-h8-i3-o8",
+        "conv-h8-i3-o8-k³",
+        " conv-h8-i3-o8",
+        "conv_h8_i3_o8",
+    ],
+)
+def test_what_is_no_key_is_refused_with_its_text(key: str) -> None:
+    with pytest.raises(SpaceError) as caught:
+        Op.parse(key)
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("conv", 8, 3, 8, -1), "below"),
+        (("mbconv", 8, 8, 8, 24, 3, 1, 1, -8), "below"),
+        (("conv", 8, 3, 8, 0, 3, 0), "below"),
+        (("conv", 8, 3, 8, 0, 4), "odd"),
+        (("block", 8, 3, 8), "known: conv, dsconv, mbconv, classifier"),
+    ],
+)
+def test_impossible_ops_cannot_be_made(fields: tuple[object, ...], message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        Op(*fields)
+
+
+def test_counts_of_an_mbconv_with_squeeze_and_groups_by_hand() -> None:
+    op = Op("mbconv", 14, 16, 24, 64, 5, 2, 2, 8, "relu")
+    assert [layer.name for layer in op.layers] == ["expand", "depthwise", "se_reduce", "se_expand", "project"]
+    expand = 14 * 14 * (16 // 2) * 64
+    depthwise = 7 * 7 * 25 * 64
+    squeeze = 64 * 8 + 8 * 64
+    project = 7 * 7 * (64 // 2) * 24
+    assert op.macs == expand + depthwise + squeeze + project == 217_408
+    weights = 8 * 64 + 25 * 64 + 64 * 8 + 8 * 64 + 32 * 24
+    norms, biases = 2 * (64 + 64 + 24), 8 + 64
+    assert op.params == weights + norms + biases == 4_280
+    assert op.out_size == 7
+    assert [layer.act for layer in op.layers] == ["relu", "relu", "relu", "none", "none"]
+
+
+def test_counts_of_the_other_kinds_by_hand() -> None:
+    conv = Op("conv", 15, 3, 16, kernel=3, stride=2, act="relu")
+    assert (conv.out_size, conv.macs, conv.params) == (8, 64 * 9 * 3 * 16, 9 * 3 * 16 + 32)
+    separable = Op("dsconv", 8, 32, 16, kernel=3, act="relu")
+    assert separable.macs == 64 * (9 * 32 + 32 * 16)
+    assert separable.params == 9 * 32 + 2 * 32 + 32 * 16 + 2 * 16
+    classifier = Op("classifier", 7, 320, 1000)
+    assert (classifier.out_size, classifier.macs, classifier.params) == (1, 320_000, 321_000)
+
+
+@FAST
+@given(st.integers(1, 300), st.sampled_from((1, 3, 5, 7)), st.integers(1, 4))
+def test_output_sizes_are_those_of_a_convolution_padded_by_half_its_kernel(size: int, kernel: int, stride: int) -> None:
+    assert out_size(size, stride) == (size + 2 * (kernel // 2) - kernel) // stride + 1
+
+
+def test_ops_in_documents_are_their_keys() -> None:
+    from hwnas.core.arch import OpKey
+
+    class Holder(Document):
+        SCHEMA = "test.holder"
+        op: OpKey
+
+    op = Op("conv", 8, 3, 8, kernel=3)
+    assert json.loads(Holder(op=op).to_json())["op"] == op.key
+    assert Holder.parse(Holder(op=op).to_json()).op == op

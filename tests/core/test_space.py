@@ -1,0 +1,261 @@
+"""Spaces: decode and encode are inverse, the walk, restriction, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hwnas.core.arch import Architecture, Picks
+from hwnas.core.op import Op
+from hwnas.core.space import Choice, MacroSpace, Stage
+from hwnas.core.spaces import load_space, mobile32, proxylessnas
+from hwnas.errors import DocumentError, SpaceError
+
+THOUSAND = settings(deadline=None, derandomize=True, max_examples=1000)
+
+
+def elastic() -> MacroSpace:
+    """A space whose widths are searched everywhere, stem and head included, with both kinds of residual."""
+    options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
+    stages = (
+        Stage(widths=(8, 16), stride=2, slots=(("cn_k3", "cn_k5"),)),
+        Stage(widths=(8, 16), slots=(("ds_k3", "ds_k5"), ("ds_k3", "skip")), residual="matching"),
+        Stage(widths=(16, 24, 32), stride=2, slots=(options, (*options, "skip"), (*options, "skip"))),
+        Stage(widths=(16, 24, 32), slots=(options, ("ir_k3_e1_g2", "ir_k3_e4_se0.25", "skip")), residual="matching", act="hswish"),
+        Stage(widths=(24, 40), stride=2, slots=(("ir_k3_e3",), ("skip",), (*options, "skip")), residual="after_first"),
+        Stage(widths=(64, 96), slots=(("cn_k1",),)),
+    )
+    return MacroSpace(name="elastic", resolution=33, in_channels=1, classes=7, stages=stages)
+
+
+SPACES = {"proxylessnas": proxylessnas(), "mobile32": mobile32(), "elastic": elastic()}
+
+
+def indices(space: MacroSpace) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.tuples(*(st.integers(0, len(choice.options) - 1) for choice in space.choices))
+
+
+@st.composite
+def sampled(draw: st.DrawFn, name: str) -> tuple[MacroSpace, Picks]:
+    space = SPACES[name]
+    return space, space.at(draw(indices(space)))
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_encode_undoes_decode_with_an_origin_and_without(name: str) -> None:
+    @THOUSAND
+    @given(sampled(name))
+    def check(drawn: tuple[MacroSpace, Picks]) -> None:
+        space, picks = drawn
+        arch = space.decode(picks)
+        assert space.encode(arch) == picks
+        by_hand = Architecture(name="by hand", in_channels=space.in_channels, bn_eps=space.bn_eps, blocks=arch.blocks)
+        found = space.encode(by_hand)
+        space.check(found)
+        assert space.decode(found).blocks == arch.blocks
+
+    check()
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_index_and_at_are_inverse(name: str) -> None:
+    @settings(THOUSAND, max_examples=200)
+    @given(indices(SPACES[name]))
+    def check(index: tuple[int, ...]) -> None:
+        assert tuple(SPACES[name].index(SPACES[name].at(index))) == index
+
+    check()
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_op_of_a_sample_is_in_the_plan_and_the_plan_is_reached(name: str) -> None:
+    space, rng = SPACES[name], np.random.default_rng(0)
+    plan, seen = set(space.ops), set()
+    assert len(space.ops) == len(plan)
+    for _ in range(1500):
+        seen |= set(space.decode(space.sample(rng)).ops())
+    assert seen == plan
+
+
+def test_samples_are_uniform() -> None:
+    space, rng = SPACES["elastic"], np.random.default_rng(1)
+    index_NC = np.stack([space.index(space.sample(rng)) for _ in range(4000)])
+    for i, choice in enumerate(space.choices):
+        shares = np.bincount(index_NC[:, i], minlength=len(choice.options)) / len(index_NC)
+        assert np.abs(shares - 1 / len(choice.options)).max() < 0.035
+
+
+def test_choices_are_the_open_decisions_in_post_order() -> None:
+    keys = [choice.key for choice in SPACES["elastic"].choices]
+    expected = "s0.b0 s0.width s1.b0 s1.b1 s1.width s2.b0 s2.b1 s2.b2 s2.width s3.b0 s3.b1 s3.width s4.b2 s4.width s5.width"
+    assert keys == expected.split()
+    assert SPACES["elastic"].choices[1] == Choice("s0.width", (8, 16), "width")
+    assert SPACES["elastic"].size == 2**5 * 4 * 5 * 5 * 3 * 4 * 3 * 3 * 5 * 2 * 2
+    assert SPACES["mobile32"].size == 2 * 4**4 * 5**8 * 4
+    assert len(SPACES["proxylessnas"].ops) == 72
+    assert SPACES["proxylessnas"].decisions == 3 * 6**6 * 12**15
+    assert SPACES["elastic"].decisions == 2 * (2 * 2) * (4 * 8 * 8) * (4 * 4) * 8 * (2 * 2 * 3 * 3 * 2 * 2)
+
+
+def test_residuals_are_where_the_stage_says() -> None:
+    stage = {"widths": (8, 16), "slots": (("ir_k3_e3",), ("ir_k3_e3",))}
+
+    def residuals(widths: dict[str, int], residual: str, stride: int = 1) -> list[bool]:
+        space = MacroSpace(
+            name="r", resolution=8, in_channels=8, classes=2,
+            stages=(Stage(**stage), Stage(**stage, residual=residual, stride=stride)),
+        )  # fmt: skip
+        return [op.residual for op in space.decode(widths).ops()][2:4]
+
+    same, different = {"s0.width": 8, "s1.width": 8}, {"s0.width": 8, "s1.width": 16}
+    assert residuals(same, "after_first") == [False, True]
+    assert residuals(same, "matching") == [True, True]
+    assert residuals(different, "matching") == [False, True]
+    assert residuals(same, "matching", stride=2) == [False, True]
+
+
+def test_a_plain_convolution_is_never_residual() -> None:
+    space = MacroSpace(
+        name="c", resolution=8, in_channels=8, classes=2, stages=(Stage(widths=(8,), slots=(("cn_k3",), ("cn_k3",)), residual="matching"),)
+    )
+    assert not any(op.residual for op in space.decode({}).ops())
+
+
+def test_shapes_follow_strides_and_odd_sizes() -> None:
+    arch = SPACES["elastic"].decode(SPACES["elastic"].at([0] * len(SPACES["elastic"].choices)))
+    assert [op.size for op in arch.ops()] == [33, 17, 17, 17, 9, 9, 9, 9, 9, 5, 5, 5]
+    assert arch.ops()[-1] == Op("classifier", 5, 64, 7)
+
+
+def test_a_space_without_choices_is_one_architecture() -> None:
+    space = SPACES["mobile32"]
+    picks = space.sample(np.random.default_rng(2))
+    single = space.restrict({key: [option] for key, option in picks.items()})
+    assert (single.choices, single.size, single.sample(np.random.default_rng(0))) == ((), 1, {})
+    assert single.decode({}).blocks == space.decode(picks).blocks
+    assert single.encode(single.decode({})) == {}
+    assert single.index({}).shape == (0,)
+    assert set(single.ops) == set(space.decode(picks).ops())
+
+
+def test_space_documents_read_back(tmp_path) -> None:
+    for name, space in SPACES.items():
+        path = tmp_path / f"{name}.json"
+        space.save(path)
+        read = load_space(str(path))
+        assert read == space
+        assert read.sha256 == space.sha256
+
+
+@pytest.mark.parametrize(
+    ("picks", "message"),
+    [
+        ({"s2.b9": "skip"}, r"has no choice 's2\.b9'; did you mean 's2\.b"),
+        ({"s2.b0": "skip"}, r"choice 's2\.b0' of space mobile32 has no option 'skip'; known: ir_k3_e3, ir_k5_e3, ir_k3_e6, ir_k5_e6"),
+        ({"s1.b0": "ds_k3"}, r"lack s2\.b0, s2\.b1, s2\.b2 \.\.\.: pick an option there"),
+    ],
+)
+def test_wrong_picks_are_refused(picks: Picks, message: str) -> None:
+    for use in (mobile32().decode, mobile32().index, mobile32().check):
+        with pytest.raises(SpaceError, match=message):
+            use(picks)
+
+
+def test_an_architecture_of_another_space_does_not_encode() -> None:
+    rng = np.random.default_rng(0)
+    foreign = mobile32(classes=11)
+    with pytest.raises(SpaceError, match="is not in space mobile32: no picks give its"):
+        mobile32().encode(foreign.decode(foreign.sample(rng)))
+    arch = SPACES["proxylessnas"].decode(SPACES["proxylessnas"].sample(rng))
+    with pytest.raises(SpaceError, match="is not in space mobile32"):
+        mobile32().encode(arch)
+    shorter = Architecture(name="no classifier", blocks=mobile32().decode(mobile32().sample(rng)).blocks[:-1])
+    with pytest.raises(SpaceError, match="is not in space mobile32"):
+        mobile32().encode(shorter)
+
+
+def test_an_origin_that_contradicts_the_blocks_is_refused() -> None:
+    space = mobile32()
+    a, b = (space.decode(space.sample(np.random.default_rng(seed))) for seed in (0, 1))
+    assert a.blocks != b.blocks
+    with pytest.raises(SpaceError, match=r"remove its origin\.$"):
+        space.encode(a.model_copy(update={"blocks": b.blocks}))
+
+
+def test_restriction_keeps_order_and_reads_as_a_new_document() -> None:
+    space = elastic()
+    smaller = space.restrict({"s2.b1": ["skip", "ir_k5_e3"], "s2.width": [32, 16], "s3.b0": ["ir_k3_e3"]}, name="smaller")
+    options = {choice.key: choice.options for choice in smaller.choices}
+    assert options["s2.b1"] == ("ir_k5_e3", "skip")
+    assert options["s2.width"] == (16, 32)
+    assert "s3.b0" not in options
+    assert smaller.name == "smaller"
+    assert smaller.sha256 != space.sha256
+    assert set(smaller.ops) < set(space.ops)
+    assert MacroSpace.parse(smaller.to_json()) == smaller
+    assert space.restrict({}) == space
+
+
+def test_every_architecture_of_a_restricted_space_is_in_the_whole_space() -> None:
+    space, rng = elastic(), np.random.default_rng(3)
+    smaller = space.restrict({"s1.width": [16], "s2.b2": ["skip"], "s3.b1": ["skip", "ir_k3_e1_g2"], "s5.width": [96]})
+    for _ in range(50):
+        arch = smaller.decode(smaller.sample(rng))
+        assert space.decode(space.encode(arch)).blocks == arch.blocks
+
+
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        ({"s2.b7": ["skip"]}, r"has no choice 's2\.b7'; did you mean 's2\.b"),
+        ({"s2.widht": [16]}, r"has no choice 's2\.widht'; did you mean 's2\.width'"),
+        ({"s2.b1": ["ir_k7_e3"]}, r"'s2\.b1' cannot be restricted to \['ir_k7_e3'\]: its options are ir_k3_e3, "),
+        ({"s2.width": [20]}, r"'s2\.width' cannot be restricted to \[20\]: its options are 16, 24, 32"),
+        ({"s2.b1": []}, r"'s2\.b1' cannot be restricted to \[\]"),
+    ],
+)
+def test_impossible_restrictions_are_refused(allowed: dict[str, list[str | int]], message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        elastic().restrict(allowed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ('"slots": [["ir_k3_e3", "ir_k3_e3"]]', "one or more different options"),
+        ('"slots": [[]]', "one or more different options"),
+        ('"slots": [["skip"]]', "changes the shape, so it cannot offer 'skip'"),
+        ('"slots": [["ir_k4_e3"]]', "kernels are odd"),
+        ('"slots": [["ir_k3"]]', "'ir_k3' is not a block option"),
+        ('"slots": [["cn_k3_g2"]]', "2 groups do not divide"),
+        ('"slots": [["cn_k3"]], "act": "gelu"', "activation 'gelu' is unknown; known: none, relu, relu6, hswish"),
+        ('"slots": [["cn_k3"]], "residual": "always"', "residual"),
+        ('"slots": [["cn_k3"]], "widht": 3', "unknown key 'stages.0.widht'; did you mean 'widths'"),
+        ('"slots": []', "slots"),
+    ],
+)
+def test_impossible_spaces_are_refused_when_they_are_read(change: str, message: str) -> None:
+    text = '{"schema": "hwnas.space/1", "name": "x", "resolution": 8, "classes": 2, "stages": [{"widths": [8], ' + change + "}]}"
+    with pytest.raises(DocumentError, match=message):
+        MacroSpace.parse(text)
+
+
+def test_names_of_spaces() -> None:
+    assert load_space("mobile32", classes=3, in_channels=1, resolution=16).decode is not None
+    assert load_space("proxylessnas", in_channels=1, classes=10, resolution=64).ops[0].in_ch == 1
+    with pytest.raises(SpaceError, match=r"unknown space 'mobil32'; did you mean 'mobile32'\? A path must end in \.json\."):
+        load_space("mobil32")
+    with pytest.raises(SpaceError, match="takes no such override"):
+        load_space("mobile32", depth=3)
+    with pytest.raises(SpaceError, match=r"space 'mobile32': .*activation 'gelu' is unknown"):
+        load_space("mobile32", act="gelu")
+
+
+def test_a_space_from_a_file_takes_no_overrides(tmp_path) -> None:
+    mobile32().save(tmp_path / "s.json")
+    with pytest.raises(SpaceError, match="takes no overrides: edit the document, or remove classes"):
+        load_space(str(tmp_path / "s.json"), classes=3)
+    with pytest.raises(DocumentError, match="does not exist"):
+        load_space(str(tmp_path / "absent.json"))

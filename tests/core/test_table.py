@@ -1,0 +1,139 @@
+"""Tables: what they refuse, how calibration is fitted and judged, ranks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge, spearman
+from hwnas.errors import DocumentError
+
+FAST = settings(deadline=None, derandomize=True, max_examples=200)
+KEY = "conv-h32-i3-o8-k3-relu"
+
+
+def table() -> LatencyTable:
+    unknown = "unknown"
+    header = TableHeader(
+        device="pixel", cpu=unknown, machine=unknown, runtime="litert", runtime_version="2.1", dtype="int8", threads=4, cores=(4, 5),
+        governor=unknown, layout="nhwc", batch=1, date="2025-01-01", space="s",
+    )  # fmt: skip
+    return LatencyTable(header=header, entries={KEY: Entry(ms=0.25, p10_ms=0.2, p90_ms=0.3, runs=70, rounds=7, spread=0.01)})
+
+
+def test_a_table_reads_back() -> None:
+    judged = judge(fit_calibration([1.0, 2.0, 3.0], [1.5, 2.5, 3.5]), [1.0, 2.0, 4.0], [1.5, 2.6, 4.4])
+    calibration = Calibration(intercept_ms=0.5, slope=1, networks=3, held_out=judged)
+    for one in (table(), table().model_copy(update={"calibration": calibration, "slots": {"s0.b0": {"skip": -1.5}}})):
+        assert LatencyTable.parse(one.to_json()) == one
+    assert table().title == "pixel/litert-int8-4t"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("header", "threads"), "four", "threads"),
+        (("header", "deivce"), "x", r"unknown key 'header\.deivce'; did you mean 'device'"),
+        (("entries", KEY, "ms"), -1.0, "ms = -1.0: input should be greater than or equal to 0"),
+        (("entries", KEY, "ms"), float("nan"), "finite"),
+        (("entries", KEY, "ms"), float("inf"), "finite"),
+        (("entries", KEY, "ms"), "0.25", "ms"),
+        (("entries", KEY, "mz"), 1.0, "unknown key .*mz'; did you mean 'ms'"),
+        (("entries", KEY + "-k3"), {"ms": 1.0}, "is not how this op is written"),
+        (("entries", "conv"), {"ms": 1.0}, "'conv' is not an op key: it lacks"),
+        (("entries",), {}, "a table needs entries or slots"),
+        (("calibration",), {"intercept_ms": 0.0, "slope": -1.0, "networks": 3}, "slope = -1.0: input should be greater than 0"),
+    ],
+)
+def test_wrong_tables_are_refused_with_the_place(place: tuple[str, ...], value: object, message: str) -> None:
+    content = json.loads(table().to_json())
+    *parents, last = place
+    part = content
+    for key in parents:
+        part = part[key]
+    part[last] = value
+    with pytest.raises(DocumentError, match=message):
+        LatencyTable.parse(json.dumps(content))
+
+
+@pytest.mark.parametrize("field", sorted(TableHeader.model_fields))
+def test_every_field_of_the_header_is_required(field: str) -> None:
+    content = json.loads(table().to_json())
+    del content["header"][field]
+    with pytest.raises(DocumentError, match=rf"key 'header\.{field}' is missing"):
+        LatencyTable.parse(json.dumps(content))
+
+
+@FAST
+@given(st.floats(0.3, 3), st.floats(-0.5, 2), st.lists(st.floats(1, 100), min_size=3, max_size=12))
+def test_an_exact_affine_relation_is_recovered(slope: float, intercept: float, sums: list[float]) -> None:
+    assume(np.ptp(sums) > 0.1 * np.mean(sums))
+    measured = [intercept + slope * value for value in sums]
+    assume(min(measured) > 0.1)
+    found = fit_calibration(sums, measured)
+    assert (found.slope, found.intercept_ms) == pytest.approx((slope, intercept), abs=1e-6)
+    assert found.networks == len(sums)
+
+
+def test_the_fit_weighs_relative_errors() -> None:
+    """Judge: the minimum of the mean squared relative error, found by a general optimiser."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(1, 50, 20)
+    y = (0.8 + 1.1 * x) * rng.uniform(0.9, 1.1, 20)
+
+    def error(parameters: np.ndarray) -> float:
+        return float((((parameters[0] + parameters[1] * x) / y - 1) ** 2).mean())
+
+    best = scipy.optimize.minimize(error, [0.0, 1.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14, "maxiter": 5000}).x
+    found = fit_calibration(list(x), list(y))
+    assert (found.intercept_ms, found.slope) == pytest.approx(tuple(best), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sums", "measured"),
+    [
+        ([2.0], [3.0]),  # one network
+        ([2.0, 4.0], [3.0, 6.0]),  # two
+        ([4.0, 4.0, 4.0], [6.0, 6.1, 5.9]),  # no spread to fit a slope on
+        ([4.0, 4.05, 4.1], [6.0, 6.075, 6.15]),  # next to none
+        ([1.0, 2.0, 3.0], [4.5, 3.0, 1.5]),  # falling: noise, not a calibration
+    ],
+)
+def test_where_a_line_cannot_be_fitted_the_slope_alone_is(sums: list[float], measured: list[float]) -> None:
+    found = fit_calibration(sums, measured)
+    assert found.intercept_ms == 0.0
+    assert found.slope == pytest.approx(1.5)
+
+
+def test_the_judges_numbers_by_hand() -> None:
+    calibration = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
+    found = judge(calibration, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])  # predicted 3, 5, 9
+    assert found.networks == 3
+    assert found.pairs == ((3.0, 3.0), (5.0, 4.0), (9.0, 10.0))
+    assert found.mape == pytest.approx((0 + 0.25 + 0.1) / 3)
+    assert found.max_error == pytest.approx(0.25)
+    assert found.raw_mape == pytest.approx((2 / 3 + 0.5 + 0.6) / 3)
+    assert found.spearman == pytest.approx(1.0)
+    assert judge(calibration, [1.0, 4.0, 2.0], [3.0, 4.0, 10.0]).spearman == pytest.approx(0.5)
+
+
+def test_a_rank_correlation_needs_three_networks_that_differ() -> None:
+    calibration = Calibration(intercept_ms=0.0, slope=1.0, networks=3)
+    assert judge(calibration, [1.0, 2.0], [1.0, 2.0]).spearman is None
+    alike = judge(calibration, [2.0, 2.0, 2.0], [1.0, 2.0, 3.0])
+    assert alike.spearman is None
+    stored = table().model_copy(update={"calibration": calibration.model_copy(update={"held_out": alike})})
+    assert LatencyTable.parse(stored.to_json()) == stored
+
+
+@FAST
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=30))
+def test_spearman_with_ties_is_scipys(pairs: list[tuple[int, int]]) -> None:
+    a, b = np.array(pairs, dtype=float).T
+    assume(np.ptp(a) > 0 and np.ptp(b) > 0)
+    assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)

@@ -1,0 +1,261 @@
+"""The command line: its verbs and flags, what they print, exit codes, and that asking for help costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from hwnas import __version__, cli
+from hwnas.core.space import MacroSpace
+from hwnas.core.spaces import mobile32, proxylessnas
+from hwnas.core.table import Entry, LatencyTable, TableHeader
+
+COMMON = {"-s", "--out", "--fresh", "--resume", "--json", "-q", "-v", "--debug"}
+LOOK = {"--json", "--debug"}
+VERBS = {  # frozen: a knob goes into the configuration, not here
+    "run": (["config"], COMMON | {"--plan"}),
+    "profile": (["config"], COMMON),
+    "search": (["config"], COMMON),
+    "train": (["config"], COMMON),
+    "export": (["config"], COMMON),
+    "validate": (["config"], COMMON),
+    "report": (["config"], COMMON),
+    "space": (["name", "table"], LOOK),
+    "devices": ([], LOOK),
+    "doctor": ([], LOOK),
+    "table show": (["path"], LOOK),
+}
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
+Hwnas = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def hwnas(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Hwnas:
+    """Run the command in this process, in an empty folder: exit code, standard output, standard error."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hwnas", *map(str, arguments)])
+        try:
+            cli.main()
+            code: object = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        printed = capsys.readouterr()
+        assert isinstance(code, int)
+        return code, printed.out, printed.err
+
+    return run
+
+
+def commands(group: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        found |= commands(command, f"{name} ") if hasattr(command, "commands") else {prefix + name: command}
+    return found
+
+
+def test_verbs_and_flags_are_these() -> None:
+    found = {}
+    for name, command in commands(typer.main.get_command(cli.app)).items():
+        arguments = [one.name for one in command.params if one.param_type_name == "argument"]
+        flags = {flag for one in command.params if one.param_type_name == "option" for flag in (*one.opts, *one.secondary_opts)}
+        found[name] = (arguments, flags)
+    assert found == VERBS
+
+
+def test_asking_for_help_imports_nothing_heavy() -> None:
+    code = """
+import sys
+import hwnas.cli
+heavy = {"torch", "pydantic", "numpy", "rich", "timm", "torchvision", "onnx", "matplotlib"}
+print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
+sys.argv = ["hwnas", "--help"]
+try:
+    hwnas.cli.main()
+except SystemExit as exit_:
+    assert not exit_.code
+print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1]) == ("[]", "[]")
+    for verb in VERBS:
+        assert verb.split()[0] in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(hwnas: Hwnas, verb: str) -> None:
+    code, out, _ = hwnas(*verb.split(), "--help")
+    assert code == 0
+    assert out.startswith("Usage: ")
+    for flag in VERBS[verb][1]:
+        assert flag in out
+
+
+def test_version_and_no_arguments(hwnas: Hwnas) -> None:
+    assert hwnas("--version")[:2] == (0, f"hwnas {__version__}\n")
+    code, out, err = hwnas()
+    assert code == 2
+    assert "Commands:" in out + err
+
+
+@pytest.mark.parametrize("arguments", [["serch"], ["run", "--bogus"], ["space"], ["table", "show"]])
+def test_wrong_usage_exits_with_2(hwnas: Hwnas, arguments: list[str]) -> None:
+    code, _, err = hwnas(*arguments)
+    assert code == 2
+    assert "Usage: " in err
+
+
+def refused(outcome: tuple[int, str, str], *words: str) -> None:
+    code, out, err = outcome
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_a_real_process_ends_with_the_exit_code_and_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hwnas", "space", "proxyless"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(QUICKSTART.parents[1])}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown space 'proxyless'; did you mean 'proxylessnas'? A path must end in .json.\n"
+
+
+def test_debug_shows_the_traceback(hwnas: Hwnas) -> None:
+    with pytest.raises(ValueError, match="unknown space 'nothing'"):
+        hwnas("space", "nothing", "--debug")
+
+
+def test_a_space_shows_its_size_and_plan(hwnas: Hwnas) -> None:
+    code, out, err = hwnas("space", "proxylessnas")
+    assert (code, err) == (0, "")
+    assert "6.65e+17 architectures" in out
+    assert "72 ops to measure" in out
+    assert "classifier-h7-i1280-o1000" in out
+
+
+def test_a_space_as_json_is_the_document(hwnas: Hwnas, tmp_path: Path) -> None:
+    code, out, _ = hwnas("space", "proxylessnas", "--json")
+    assert code == 0
+    assert MacroSpace.parse(out) == proxylessnas()
+    (tmp_path / "mine.json").write_text(out)
+    assert "6.65e+17" in hwnas("space", tmp_path / "mine.json")[1]
+
+
+def table_file(folder: Path) -> Path:
+    unknown = "unknown"
+    header = TableHeader(
+        device="board", cpu=unknown, machine=unknown, runtime="litert", runtime_version=unknown, dtype="fp32", threads=1, cores=unknown,
+        governor=unknown, layout=unknown, batch=1, date=unknown, space="mobile32",
+    )  # fmt: skip
+    entries = {op.key: Entry(ms=0.5) for op in mobile32().ops[3:]}
+    LatencyTable(header=header, entries=entries).save(folder / "table.json")
+    return folder / "table.json"
+
+
+def test_coverage_of_a_space_by_a_table(hwnas: Hwnas, tmp_path: Path) -> None:
+    out = hwnas("space", "mobile32", table_file(tmp_path))[1]
+    assert f"{len(mobile32().ops) - 3} of {len(mobile32().ops)} ops in table board/litert-fp32-1t; missing:" in out
+    assert out.rstrip().splitlines()[-3:] == [f"  {op.key}" for op in mobile32().ops[:3]]
+
+
+def test_a_table_is_shown(hwnas: Hwnas, tmp_path: Path) -> None:
+    path = table_file(tmp_path)
+    code, out, _ = hwnas("table", "show", path)
+    assert code == 0
+    assert "table board/litert-fp32-1t" in out and "calibration  none" in out
+    assert LatencyTable.parse(hwnas("table", "show", path, "--json")[1]) == LatencyTable.load(path)
+
+
+def test_a_table_that_is_missing_or_something_else(hwnas: Hwnas, tmp_path: Path) -> None:
+    refused(hwnas("table", "show", "absent.json"), "absent.json does not exist: check the path")
+    mobile32().save(tmp_path / "space.json")
+    refused(hwnas("table", "show", tmp_path / "space.json"), "has schema 'hwnas.space/1'", "hwnas.table/1 document is needed")
+    refused(hwnas("space", "mobile32", "absent.json"), "absent.json does not exist")
+    refused(hwnas("space", "absent.json"), "absent.json does not exist")
+    refused(hwnas("space", table_file(tmp_path)), "has schema 'hwnas.table/1'")
+
+
+def test_devices(hwnas: Hwnas) -> None:
+    code, out, _ = hwnas("devices")
+    assert code == 0
+    assert any(line.split()[:2] == ["host", "host"] for line in out.splitlines())
+    listed = json.loads(hwnas("devices", "--json")[1])
+    assert listed["host"]["connection"] == "host"
+    assert len(listed) == len(out.splitlines())
+
+
+def test_doctor_finds_this_installation_in_order(hwnas: Hwnas) -> None:
+    code, out, _ = hwnas("doctor")
+    assert code == 0, out
+    assert "MISSING" not in out
+    findings = json.loads(hwnas("doctor", "--json")[1])
+    assert {"python", "torch", "ai-edge-litert", "configs/"} <= {finding["subject"] for finding in findings}
+    assert all(finding["good"] for finding in findings)
+
+
+def test_a_plan_touches_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
+    code, out, err = hwnas("run", QUICKSTART, "--plan", "-s", "search.target_ms=2", "-s", "search.target_range=0.5")
+    refused((code, out, err), "both set")
+    code, out, err = hwnas("run", QUICKSTART, "--plan", "-s", "profile.fit_networks=5")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["profile", "search", "train", "export", "validate", "report"]
+    assert "41 ops and 13 networks of space mobile32 on host (litert, fp32, 1 thread)" in out
+    assert list(tmp_path.rglob("*")) == [tmp_path / "cwd"]
+
+
+def test_a_plan_leaves_out_what_is_given(hwnas: Hwnas, tmp_path: Path) -> None:
+    out = hwnas("run", QUICKSTART, "--plan", "--out", tmp_path / "x", "-s", "search.table=t.json", "-s", "search.target_range=0.5")[1]
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["search", "train", "export", "validate", "report"]
+    out = hwnas("run", QUICKSTART, "--plan", "--out", tmp_path / "x", "-s", "train.arch=mobilenet_v2")[1]
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["profile", "train", "export", "validate", "report"]
+    assert "mobilenet_v2 for 30 epochs" in out
+    assert str(tmp_path / "x" / "report" / "report.html") in out
+    assert list(tmp_path.iterdir()) == [tmp_path / "cwd"]
+
+
+def test_the_builtin_settings_have_a_plan_too(hwnas: Hwnas) -> None:
+    assert hwnas("run", "--plan")[0] == 0
+
+
+@pytest.mark.parametrize("space", ["mobile32", "proxylessnas"])
+def test_every_space_can_be_planned(hwnas: Hwnas, space: str) -> None:
+    code, out, err = hwnas("run", "--plan", "-s", f"space.name={space}", "-s", "space.act=hswish", "-s", "data.resolution=64")
+    assert (code, err) == (0, "")
+    assert f"of space {space} on host" in out
+
+
+def test_mistakes_are_one_sentence_and_change_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
+    refused(hwnas("run", "absent.toml"), "configuration absent.toml does not exist")
+    refused(hwnas("run", QUICKSTART, "-s", "search.taget_ms"), "-s 'search.taget_ms' is not KEY=VALUE")
+    refused(hwnas("run", QUICKSTART, "-s", "search.taget_ms=3"), "search.taget_ms", "did you mean 'target_ms'?")
+    refused(hwnas("run", QUICKSTART, "-s", "space.name=mobil32"), "unknown space 'mobil32'; did you mean 'mobile32'?")
+    refused(hwnas("run", QUICKSTART, "-s", "space.act=gelu"), "activation 'gelu' is unknown; known: none, relu, relu6, hswish")
+    refused(hwnas("profile", QUICKSTART, "-s", "seed=x"), "seed = 'x'")
+    refused(hwnas("run", tmp_path), "is not a run folder")
+    refused(hwnas("run", tmp_path, "-s", "seed=3"), "is a run folder with its own configuration")
+    (tmp_path / "bad.toml").write_text("[search\n")
+    refused(hwnas("search", tmp_path / "bad.toml"), "bad.toml is not valid TOML")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bad.toml", "cwd"]
+
+
+def test_a_stage_whose_input_is_missing_says_what_to_run_first(hwnas: Hwnas, tmp_path: Path) -> None:
+    refused(
+        hwnas("search", QUICKSTART, "--out", tmp_path / "r"), "table.json does not exist yet: run 'hwnas profile' with the same --out first"
+    )
+    refused(hwnas("train", QUICKSTART, "--out", tmp_path / "r"), "arch.json does not exist yet: run 'hwnas search'")
+    refused(hwnas("export", QUICKSTART, "--out", tmp_path / "r"), "model.safetensors does not exist yet: run 'hwnas train'")
+    refused(hwnas("validate", QUICKSTART, "--out", tmp_path / "r"), "bundle.json does not exist yet: run 'hwnas export'")

@@ -1,0 +1,162 @@
+"""The experiment: shipped ones load, and every mistake is named with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hwnas.config import Experiment, Plugin, load_experiment
+from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObjective
+from hwnas.devices.device import known_devices
+from hwnas.errors import ConfigError
+from hwnas.pipeline import experiment_space
+from hwnas.search import STRATEGIES
+from hwnas.share import share_folder
+
+SHIPPED = sorted(share_folder("configs").rglob("*.toml"))
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "experiment.toml"
+    path.write_text(text)
+    return path
+
+
+def test_something_is_shipped() -> None:
+    assert "quickstart.toml" in {path.name for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads_and_names_what_exists(path: Path) -> None:
+    experiment = load_experiment(path)
+    assert experiment_space(experiment).size > 1
+    assert experiment.device.name in known_devices()
+    experiment.search.strategy.options(STRATEGIES.get(experiment.search.strategy.name).Config)
+
+
+def test_the_resolved_configuration_loads_again() -> None:
+    for path in (None, *SHIPPED):
+        experiment = load_experiment(path)
+        assert Experiment.model_validate(experiment.model_dump(mode="json", by_alias=True)) == experiment
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sede = 3", r"unknown key 'sede'; did you mean 'seed'\?"),
+        ("[serch]\nepochs = 3", r"unknown key 'serch'; did you mean 'search'\?"),
+        ("[validat]\nimages = 3", r"unknown key 'validat'; did you mean 'validate'\?"),
+        ("[validation]\nimages = 3", r"unknown key 'validation'; did you mean 'validate'\?"),
+        ("[validate]\nimags = 3", r"unknown key 'validate\.imags'; did you mean 'images'\?"),
+        ("[search]\ntaget_ms = 3", r"unknown key 'search\.taget_ms'; did you mean 'target_ms'\?"),
+        ("[search.optimizer]\nlearning = 3", r"unknown key 'search\.optimizer\.learning'; "),
+        ("[train.optimizer]\nwarm_up = 0.1", r"unknown key 'train\.optimizer\.warm_up'; did you mean 'warmup'\?"),
+        ('[search.objective]\nname = "absolute"\nbeat = -0.1', r"unknown key 'search\.objective\.absolute\.beat'; did you mean 'beta'\?"),
+        ("[data]\nqqqq = 1", r"unknown key 'data\.qqqq'; known: augment, channels, "),
+        ('seed = "x"', "seed = 'x': input should be a valid integer"),
+        ("search = 3", "search = 3: input should be a valid dictionary"),
+        ("[search]\nepochs = 0", "search.epochs = 0: input should be greater than 0"),
+        ("[search]\nbatch_size = 1.5", "search.batch_size = 1.5: "),
+        ("[search]\nstrategy = {rl_lr = 1}", r"key 'search\.strategy\.name' is missing; add it"),
+        ('[search]\nobjective = {name = "mna"}', "search.objective"),
+        ('[device]\nruntime = "ncnn"', "device.runtime = 'ncnn': input should be 'litert' or 'onnxruntime'"),
+        ("[search]\ntarget_range = 1.5", "target_range = 1.5: input should be less than or equal to 1"),
+        ("[data]\nchannels = 1", r"data\.mean has 3 values for 1 channels; give one per channel"),
+        ("[data]\nstd = [0.2]", r"data\.std has 1 values for 3 channels; give one per channel"),
+        ("[data]\nchannels = 2", "data.channels = 2: input should be 1 or 3"),
+        ('[export]\nformats = ["tflite"]', "export.formats.0 = 'tflite'"),
+        ("seed = = 3", r"is not valid TOML: .*line 1"),
+        ("[search]\n[search]", "is not valid TOML"),
+        ("name = 'é", "is not valid TOML"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_with_their_place(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_experiment(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_one_channel_with_one_mean_is_fine(tmp_path: Path) -> None:
+    data = load_experiment(written(tmp_path, "[data]\nchannels = 1\nmean = [0.3]\nstd = [0.4]")).data
+    assert (data.mean, data.std) == ((0.3,), (0.4,))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml does not exist: check the path"):
+        load_experiment(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_experiment(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
+    with pytest.raises(ConfigError, match=r"latin\.toml is not valid TOML"):
+        load_experiment(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "value"),
+    [
+        ("seed=7", "seed", 7),
+        ("search.target_ms=1.5", "search.target_ms", 1.5),
+        ("search.target_ms = 1.5", "search.target_ms", 1.5),
+        ("search.allow_uncalibrated=true", "search.allow_uncalibrated", True),
+        ("space.name=proxylessnas", "space.name", "proxylessnas"),  # a bare string
+        ('space.name="proxylessnas"', "space.name", "proxylessnas"),
+        ("data.path=/some/where else/x=y", "data.path", "/some/where else/x=y"),
+        ("data.mean=[0.1, 0.2, 0.3]", "data.mean", (0.1, 0.2, 0.3)),
+        ('export.formats=["onnx"]', "export.formats", ("onnx",)),
+        ("device.cores=[2,3]", "device.cores", (2, 3)),
+        ("search.objective={name = 'mnas'}", "search.objective", MnasObjective(name="mnas")),
+        ("search.objective.beta=-0.2", "search.objective", AbsoluteObjective(beta=-0.2)),
+        ("validate.rounds=3", "validation.rounds", 3),
+        ("search.optimizer.options.eps=0.5", "search.optimizer.options", {"eps": 0.5, "alpha": 0.8}),
+    ],
+)
+def test_one_key_is_set_from_the_command_line(tmp_path: Path, override: str, place: str, value: object) -> None:
+    path = written(tmp_path, '[search.objective]\nname = "absolute"\n[search.optimizer.options]\nalpha = 0.8\n[train]\nepochs = 9')
+    experiment = load_experiment(path, [override])
+    found: object = experiment
+    for part in place.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert experiment.train.epochs == 9
+
+
+def test_later_overrides_win_and_earlier_ones_stay() -> None:
+    search = load_experiment(None, ["search.epochs=3", "search.target_ms=5", "search.epochs=4"]).search
+    assert (search.epochs, search.target_ms) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", r"-s 'seed' is not KEY=VALUE; write for instance -s search\.target_ms=1\.5"),
+        ("=3", "-s '=3' is not KEY=VALUE"),
+        ("search.taget_ms=3", r"the default configuration: unknown key 'search\.taget_ms'; did you mean 'target_ms'\?"),
+        ("search.target_ms=fast", r"search\.target_ms = 'fast': input should be a valid number"),
+        ("search=fast", "search = 'fast'"),
+        ("search.epochs.x=3", r"search\.epochs = {'x': 3}"),
+        ("search..epochs=3", r"unknown key 'search\.'"),
+    ],
+)
+def test_wrong_overrides(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(None, [override])
+
+
+def test_options_of_a_plugin_are_checked_against_its_own_model() -> None:
+    config = STRATEGIES.get("tunas").Config
+    assert Plugin(name="tunas", rl_lr=0.25).options(config).rl_lr == 0.25
+    assert Plugin(name="tunas").options(config) == config()
+    with pytest.raises(ConfigError, match=r"options of 'tunas': unknown key 'rl_rl'; did you mean 'rl_lr'\?"):
+        Plugin(name="tunas", rl_rl=0.25).options(config)
+    with pytest.raises(ConfigError, match="options of 'tunas': rl_lr = 'x'"):
+        Plugin(name="tunas", rl_lr="x").options(config)
+
+
+def test_all_objectives_can_be_written(tmp_path: Path) -> None:
+    text = '[search.objective]\nname = "penalised"\nnonlinear = "positive"\naggregate = "mul"\nscale = -0.07'
+    expected = PenalisedObjective(name="penalised", nonlinear="positive", aggregate="mul", scale=-0.07)
+    assert load_experiment(written(tmp_path, text)).search.objective == expected

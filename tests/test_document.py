@@ -1,0 +1,324 @@
+"""Documents: what is written reads back, what is broken is refused in one sentence, and a failed write changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
+
+from hwnas.core.arch import Architecture
+from hwnas.core.space import MacroSpace
+from hwnas.core.spaces import mobile32, proxylessnas, published
+from hwnas.document import Document, content_sha256, file_sha256, merged, nearest, read_bytes, write_atomic
+from hwnas.errors import DocumentError, StorageError, UserError
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: float = 0.0
+    kind: Literal["a", "b"] = "a"
+
+
+class Sheet(Document):
+    SCHEMA: ClassVar[str] = "test.sheet"
+    VERSION: ClassVar[int] = 3
+
+    title: str
+    count: int = 0
+    parts: tuple[Part, ...] = ()
+    named: dict[str, Part] = {}
+    maybe: Part | None = None
+
+    @classmethod
+    def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
+        if version < 3:
+            content["title"] = content.pop("name")
+        return content
+
+
+def stored(**changes: object) -> str:
+    return json.dumps({"schema": "test.sheet/3", "title": "t", **changes})
+
+
+PARTS = st.builds(Part, weight=st.floats(allow_nan=False, allow_infinity=False), kind=st.sampled_from(("a", "b")))
+SHEETS = st.builds(
+    Sheet,
+    title=st.text(),
+    count=st.integers(),
+    parts=st.lists(PARTS, max_size=3).map(tuple),
+    named=st.dictionaries(st.text(), PARTS, max_size=3),
+    maybe=st.none() | PARTS,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(SHEETS)
+def test_what_is_written_reads_back_in_the_same_bytes(sheet: Sheet) -> None:
+    read = Sheet.parse(sheet.to_json())
+    assert read == sheet
+    assert read.to_json() == sheet.to_json()
+    assert read.sha256 == sheet.sha256
+
+
+def test_documents_of_every_kind_read_back_from_files(tmp_path: Path) -> None:
+    for name, document in {"space": proxylessnas(), "arch": published("mnasnet_b1")}.items():
+        path = tmp_path / "deep" / "down" / f"{name}.json"
+        document.save(path)
+        assert type(document).load(path) == document
+        assert file_sha256(path) == document.sha256
+        assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == []
+
+
+def test_the_bytes_are_canonical_and_the_hash_is_theirs() -> None:
+    a = Sheet.parse('{"schema": "test.sheet/3", "count": 2, "title": "Ü", "named": {"y": {}, "x": {"weight": 1}}}')
+    b = Sheet.parse(
+        '{"named": {"x": {"kind": "a", "weight": 1.0}, "y": {}}, "title": "\\u00dc", "parts": [], "count": 2, "schema": "test.sheet/3"}'
+    )
+    part = ' {{\n   "kind": "a",\n   "weight": {}\n  }}'
+    text = (
+        '{\n "count": 2,\n "maybe": null,\n "named": {\n  "x":' + part.format("1.0") + ',\n  "y":' + part.format("0.0") + "\n },\n"
+        ' "parts": [],\n "schema": "test.sheet/3",\n "title": "Ü"\n}\n'
+    )  # fmt: skip
+    assert a.to_json() == b.to_json() == text
+    assert a.sha256 == b.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_copy_with_changes_has_its_own_hash_and_choices() -> None:
+    space = mobile32()
+    before = (space.sha256, space.choices, space.slots)
+    changed = space.model_copy(update={"stages": space.stages[:2], "name": "short"})
+    assert changed.sha256 == hashlib.sha256(changed.to_json().encode()).hexdigest() != before[0]
+    assert len(changed.slots) == 2
+    assert changed == MacroSpace.parse(changed.to_json())
+    assert (space.sha256, space.choices, space.slots) == before
+
+
+def test_hashes_of_values_do_not_depend_on_the_order_of_keys() -> None:
+    assert content_sha256({"a": 1, "b": [1, {"d": 2, "c": None}]}) == content_sha256({"b": [1, {"c": None, "d": 2}], "a": 1})
+    assert content_sha256({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()
+    assert content_sha256([1, 2]) != content_sha256([2, 1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (stored(cuont=1), "unknown key 'cuont'; did you mean 'count'"),
+        (stored(parts=[{}, {"wieght": 1}]), r"unknown key 'parts\.1\.wieght'; did you mean 'weight'"),
+        (stored(named={"title": {"wieght": 1}}), r"unknown key 'named\.title\.wieght'; did you mean 'weight'"),
+        (stored(maybe={"knd": "a"}), r"unknown key 'maybe\.knd'; did you mean 'kind'"),
+        (stored(zzzzzzz=1), "unknown key 'zzzzzzz'; known: count, maybe, named, parts, title"),
+        (stored(count="3"), "count = '3': input should be a valid integer"),
+        (stored(count=1.5), "count = 1.5: "),
+        (stored(count=None), "count = None: "),
+        (stored(parts=[{"kind": "c"}]), r"parts\.0\.kind = 'c': input should be 'a' or 'b'"),
+        (stored(parts=[{"weight": True}]), r"parts\.0\.weight = True"),
+        ('{"schema": "test.sheet/3"}', "key 'title' is missing; add it"),
+        (stored(schema="hwnas.space/1"), r"has schema 'hwnas\.space/1', but a test\.sheet/3 document is needed here"),
+        (stored(schema="test.sheet"), r"has schema 'test\.sheet', but"),
+        (stored(schema="test.sheet/x"), "but a test.sheet/3 document is needed"),
+        (stored(schema="test.sheet/²"), "but a test.sheet/3 document is needed"),
+        (stored(schema="test.sheet/-1"), "but a test.sheet/3 document is needed"),
+        (stored(schema=3), "has schema 3, but"),
+        ('{"title": "t"}', "has schema None, but"),
+        (stored(schema="test.sheet/4"), r"has schema test\.sheet/4, newer than this hwnas reads \(3\): upgrade hwnas"),
+        ("[]", r"holds a JSON list, not a test\.sheet document"),
+        ("null", "holds a JSON NoneType"),
+        ("", "is not valid JSON .*: it is corrupt or was cut off; make it again"),
+        ("{'title': 3}", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        (stored(title="\ud800"), "source"),
+        ('{"schema": "test.sheet/3", "title": "t", "count": ' + "9" * 5000 + "}", "source"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(DocumentError, match=message) as caught:
+        Sheet.parse(text, "source")
+    assert str(caught.value).startswith("source")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_older_versions_are_migrated() -> None:
+    assert Sheet.parse('{"schema": "test.sheet/2", "name": "old", "count": 4}') == Sheet(title="old", count=4)
+    with pytest.raises(DocumentError, match="unknown key 'name'"):
+        Sheet.parse('{"schema": "test.sheet/3", "name": "old", "title": "t"}')
+
+
+@pytest.mark.parametrize("document", [mobile32(), published("mobilenet_v2")], ids=["space", "architecture"])
+def test_a_truncated_file_is_a_document_error_wherever_it_was_cut(document: Document, tmp_path: Path) -> None:
+    path = tmp_path / "cut.json"
+    content = document.to_json().encode()
+    for length in range(0, len(content.rstrip()), 37):
+        path.write_bytes(content[:length])
+        with pytest.raises(DocumentError, match=r"cut\.json is not valid JSON"):
+            type(document).load(path)
+
+
+@settings(deadline=None, derandomize=True, max_examples=500)
+@given(st.data())
+def test_a_damaged_file_is_a_document_error_or_still_a_document(data: st.DataObject) -> None:
+    document = Architecture(name="á", blocks=published("mobilenet_v2").blocks[:2])
+    content = bytearray(document.to_json().encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        read = Architecture.parse(bytes(content))
+    except DocumentError:
+        return
+    assert Architecture.parse(read.to_json()) == read
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.binary(max_size=60))
+def test_noise_is_a_document_error(noise: bytes) -> None:
+    with pytest.raises(DocumentError):
+        Sheet.parse(noise)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=500)
+@given(st.dictionaries(st.sampled_from(("title", "count", "parts", "named", "maybe", "other")), JSON))
+def test_any_json_is_a_document_or_a_document_error(content: dict[str, Any]) -> None:
+    try:
+        read = Sheet.parse(json.dumps({**content, "schema": "test.sheet/3"}))
+    except DocumentError as error:
+        assert "\n" not in str(error).replace(repr(content), "")
+        return
+    assert read.title == content["title"]
+
+
+def test_a_file_that_is_not_there_or_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match=r"absent\.json does not exist: check the path"):
+        Sheet.load(tmp_path / "absent.json")
+    with pytest.raises(DocumentError, match=r"cannot be read \(Is a directory\)"):
+        read_bytes(tmp_path)
+
+
+def test_hints() -> None:
+    assert nearest("mobilnet", ["mobilenet", "mnasnet"]) == "did you mean 'mobilenet'?"
+    assert nearest("xyz", ["b", "a"]) == "known: a, b."
+    assert nearest("x", []) == "known: none."
+
+
+def test_merging_is_deep_and_the_later_wins() -> None:
+    first = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
+    assert merged(first, {"b": {"d": {"f": 4}, "c": 5}}, {"a": {"g": 6}}) == {"a": {"g": 6}, "b": {"c": 5, "d": {"e": 3, "f": 4}}}
+    assert first == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
+    assert merged({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+
+
+# ---- writing
+
+
+def test_a_write_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.json"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [file.name for file in path.parent.iterdir()] == ["b.json"]
+
+
+def test_written_files_have_the_permissions_of_any_other_new_file(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "ours", b"")
+    (tmp_path / "theirs").write_bytes(b"")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from hwnas.document import write_atomic
+from hwnas.errors import StorageError
+path = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_atomic(path, b"x" * 100_000)
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_write_that_finds_no_room_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{path} cannot be written (File too large): free some space or choose another --out folder.\n"
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system with no space left but a few kilobytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root and the right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(full_disk: Path) -> None:
+    path = full_disk / "table.json"
+    write_atomic(path, b"old")
+    with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\): free some space"):
+        write_atomic(path, b"x" * 100_000)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in full_disk.iterdir()] == ["table.json"]
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that cannot be written to, with one file in it; for root too, where the file system can do that."""
+    folder = tmp_path / "fixed"
+    folder.mkdir()
+    (folder / "old.json").write_bytes(b"old")
+    if os.geteuid() != 0:
+        folder.chmod(0o555)
+        yield folder
+        folder.chmod(0o755)
+        return
+    try:
+        fixed = subprocess.run(["chattr", "+i", str(folder)], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        fixed = False
+    if not fixed:
+        pytest.skip("root writes everywhere, and this file system has no immutable folders")
+    yield folder
+    subprocess.run(["chattr", "-i", str(folder)], check=True)
+
+
+def test_a_read_only_folder_is_a_storage_error(read_only: Path) -> None:
+    for path in (read_only / "new.json", read_only / "old.json", read_only / "sub" / "new.json"):
+        with pytest.raises(StorageError, match=r"cannot be written \((Operation not permitted|Permission denied)\)"):
+            mobile32().save(path)
+    assert {file.name: file.read_bytes() for file in read_only.iterdir()} == {"old.json": b"old"}
+
+
+def test_a_path_below_a_file_or_onto_a_folder_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "x.json", tmp_path / "file" / "y" / "x.json", tmp_path / "folder", tmp_path / ("n" * 300)):
+        with pytest.raises(StorageError, match="choose another --out folder") as caught:
+            write_atomic(path, b"new")
+        assert isinstance(caught.value, UserError)
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder"]
