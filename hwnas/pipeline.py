@@ -140,8 +140,10 @@ class Pipeline:
         nets = experiment.profile.fit_networks + experiment.profile.test_networks
         if experiment.search.target_ms is not None:
             target = f"at {experiment.search.target_ms:g} ms"
+        elif experiment.search.target_range is not None:
+            target = f"at {experiment.search.target_range:.0%} of the way from the fastest to the slowest"
         else:
-            target = f"at {experiment.search.target_range or 0:.0%} of the way from the fastest to the slowest"
+            target = "without a target yet: set search.target_ms"
         arch = experiment.train.arch or "the searched architecture"
         texts = {
             "profile": f"measure {len(space.ops)} ops and {nets} networks of space {space.name} on {device.name} ({device.runtime}, "

@@ -54,4 +54,9 @@ class Registry:
         if name not in targets:
             raise ConfigError(f"unknown {self.noun} {name!r}; {nearest(name, targets)}")
         module, _, attribute = targets[name].partition(":")
-        return getattr(import_module(module), attribute)
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.noun} {name!r} ({targets[name]}) cannot be loaded ({error}): reinstall the package it is from."
+            ) from error

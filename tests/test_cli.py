@@ -208,13 +208,16 @@ def test_doctor_finds_this_installation_in_order(hwnas: Hwnas) -> None:
 
 
 def test_a_plan_touches_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
-    code, out, err = hwnas("run", QUICKSTART, "--plan", "-s", "search.target_ms=2", "-s", "search.target_range=0.5")
-    refused((code, out, err), "both set")
     code, out, err = hwnas("run", QUICKSTART, "--plan", "-s", "profile.fit_networks=5")
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["profile", "search", "train", "export", "validate", "report"]
     assert "41 ops and 13 networks of space mobile32 on host (litert, fp32, 1 thread)" in out
     assert list(tmp_path.rglob("*")) == [tmp_path / "cwd"]
+
+
+def test_the_plan_names_the_target_and_milliseconds_win(hwnas: Hwnas) -> None:
+    assert "at 35% of the way from the fastest to the slowest" in hwnas("run", QUICKSTART, "--plan")[1]
+    assert "at 2.5 ms" in hwnas("run", QUICKSTART, "--plan", "-s", "search.target_ms=2.5", "-s", "search.target_range=0.5")[1]
 
 
 def test_a_plan_leaves_out_what_is_given(hwnas: Hwnas, tmp_path: Path) -> None:

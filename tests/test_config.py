@@ -146,6 +146,11 @@ def test_wrong_overrides(override: str, message: str) -> None:
         load_experiment(None, [override])
 
 
+def test_both_targets_may_be_set_so_that_one_override_is_enough(tmp_path: Path) -> None:
+    search = load_experiment(written(tmp_path, "[search]\ntarget_range = 0.5"), ["search.target_ms=3"]).search
+    assert (search.target_ms, search.target_range) == (3.0, 0.5)
+
+
 def test_options_of_a_plugin_are_checked_against_its_own_model() -> None:
     config = STRATEGIES.get("tunas").Config
     assert Plugin(name="tunas", rl_lr=0.25).options(config).rl_lr == 0.25

@@ -128,12 +128,14 @@ class CostModel:
 
         ``gates`` maps each choice key to a probability vector [options] of the array library ``xp`` (numpy or torch).
         """
-        dtype = next(iter(gates.values())).dtype if gates else None
-        if (xp, dtype) not in self._converted:
-            self._converted[xp, dtype] = [xp.asarray(array, dtype=dtype) for _, array in self._arrays]
+        example: Any = next(iter(gates.values()), None)
+        kind = (xp, getattr(example, "dtype", None), getattr(example, "device", None))
+        if kind not in self._converted:
+            where = {"device": example.device} if hasattr(example, "new_tensor") else {}  # torch: where the gates are
+            self._converted[kind] = [xp.asarray(array, dtype=kind[1], **where) for _, array in self._arrays]
         keys = [choice.key for choice in self.space.choices]
         total: Any = self._fixed_ms
-        for (positions, _), array in zip(self._arrays, self._converted[xp, dtype], strict=True):
+        for (positions, _), array in zip(self._arrays, self._converted[kind], strict=True):
             letters = "abc"[: len(positions)]
             total = total + xp.einsum(f"{letters},{','.join(letters)}->", array, *(gates[keys[i]] for i in positions))
         return total

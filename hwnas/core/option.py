@@ -33,6 +33,13 @@ class BlockOption:
     se_ratio: float = 0.0
     groups: int = 1
 
+    def __str__(self) -> str:
+        parts = [self.kind, f"k{self.kernel}"]
+        parts += [f"e{self.expansion:g}"] if self.kind == "ir" else []
+        parts += [f"se{self.se_ratio:g}"] if self.se_ratio else []
+        parts += [f"g{self.groups}"] if self.groups > 1 else []
+        return "_".join(parts)
+
     def op(self, in_ch: int, out_ch: int, size: int, stride: int, act: str, residual: bool) -> Op:
         """The op this option becomes between two widths at an input size."""
         if self.kind == "cn":
@@ -51,7 +58,10 @@ def parse_option(text: str) -> BlockOption | None:
     match = _PATTERN.fullmatch(text)
     if not match or (match[1] == "ir") != (match[3] is not None) or (match[1] == "cn" and match[4]):
         raise SpaceError(f"{text!r} is not a block option: write for instance 'ir_k3_e6', 'ds_k3', 'cn_k1' or 'skip'.")
-    return BlockOption(match[1], int(match[2]), float(match[3] or 0), float(match[4] or 0), int(match[5] or 1))
+    option = BlockOption(match[1], int(match[2]), float(match[3] or 0), float(match[4] or 0), int(match[5] or 1))
+    if str(option) != text or (option.kind == "ir" and not option.expansion):
+        raise SpaceError(f"{text!r} is not how a block option is written; write {str(option)!r} with an expansion above 0.")
+    return option
 
 
 def scale_width(channels: int, multiplier: float, base: int = 8) -> int:
