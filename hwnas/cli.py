@@ -5,7 +5,10 @@ Exit codes: 0 done, 1 a check failed, 2 usage or configuration, 3 device unavail
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,9 +51,6 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to go on from here", err=True)
-        sys.exit(130)
 
 
 def _pipeline(config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool, verbose: bool) -> Pipeline:
@@ -69,11 +69,28 @@ def _pipeline(config: Path | None, overrides: list[str] | None, out: Path | None
     return Pipeline(experiment, out or Path("runs") / name, TerminalProgress(quiet=quiet, verbose=verbose))
 
 
-def _run_stage(name: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
-    """Run one stage and print its result: the path, or the document."""
-    pipeline.run_stage(name, fresh=fresh)
-    path = pipeline.root / name / pipeline.stage(name).outputs[0]
-    typer.echo(path.read_text() if as_json else str(path), nl=not as_json)
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends a stage with a sentence; the stage's own files let the same command go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted: run the same command again to go on from here", err=True)
+        raise typer.Exit(130) from None
+
+
+def _run_stage(name: str, result: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
+    """Run one stage and print its result: the document, or the path."""
+    with _interruptible():
+        pipeline.run_stage(name, fresh=fresh)
+    _print_result(pipeline.root / name / result, as_json)
+
+
+def _print_result(path: Path, as_json: bool) -> None:
+    if as_json and path.suffix == ".json":
+        typer.echo(path.read_text(), nl=False)
+    else:
+        typer.echo(json.dumps({"path": str(path)}) if as_json else str(path))
 
 
 def _check_verdict(pipeline: Pipeline) -> None:
@@ -96,9 +113,9 @@ def run(
     if plan:
         typer.echo(pipeline.plan())
         return
-    pipeline.run(fresh=fresh)
-    path = pipeline.root / "report" / "report.html"
-    typer.echo((pipeline.root / "validate" / "verdict.json").read_text() if as_json else str(path), nl=not as_json)
+    with _interruptible():
+        pipeline.run(fresh=fresh)
+    _print_result(pipeline.root / ("validate/verdict.json" if as_json else "report/report.html"), as_json)
     _check_verdict(pipeline)
 
 
@@ -108,7 +125,7 @@ def profile(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure a device: every op of the space, and whole networks, into a calibrated latency table."""
-    _run_stage("profile", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("profile", "table.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -117,7 +134,7 @@ def search(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Search the space for the most accurate architecture at the target latency."""
-    _run_stage("search", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("search", "arch.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -126,7 +143,7 @@ def train(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Train the searched architecture, or the one that train.arch names."""
-    _run_stage("train", _pipeline(config, overrides, out, quiet, verbose), fresh, False)
+    _run_stage("train", "train.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -135,7 +152,7 @@ def export(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write TFLite and ONNX files with labels, preprocessing and parity numbers: a bundle."""
-    _run_stage("export", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("export", "bundle.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -145,7 +162,7 @@ def validate(
 ) -> None:  # fmt: skip
     """Run the bundle on the device: latency as predicted, accuracy as trained? Exit code 1 where not."""
     pipeline = _pipeline(config, overrides, out, quiet, verbose)
-    _run_stage("validate", pipeline, fresh, as_json)
+    _run_stage("validate", "verdict.json", pipeline, fresh, as_json)
     _check_verdict(pipeline)
 
 
@@ -155,7 +172,7 @@ def report(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Draw what a run folder holds: one self-contained HTML file."""
-    _run_stage("report", _pipeline(config, overrides, out, quiet, verbose), fresh, False)
+    _run_stage("report", "report.html", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -176,8 +193,6 @@ def space(
 @app.command()
 def devices(as_json: Json = False, debug: Debug = False) -> None:
     """List the devices that can be named in a configuration."""
-    import json
-
     from hwnas.devices.device import known_devices
 
     found = known_devices()
@@ -201,8 +216,6 @@ def table_show(path: Annotated[Path, typer.Argument(help="a latency table (.json
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Check this installation: packages, runtimes, threads, cores, clock. Exit code 1 where something is missing."""
-    import json
-
     from hwnas.doctor import examine
 
     findings = examine()

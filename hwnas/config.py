@@ -27,7 +27,7 @@ from hwnas.errors import ConfigError
 class Section(BaseModel):
     """Base of all configuration tables: frozen, typed, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Plugin(BaseModel):
@@ -61,6 +61,12 @@ class DeviceConfig(Section):
     threads: int = Field(1, ge=1)
     cores: tuple[int, ...] | None = Field(None, description="cores to pin to; default: the device's last `threads` cores")
 
+    @model_validator(mode="after")
+    def _enough_cores(self) -> Self:
+        if self.cores is not None and len(set(self.cores)) < self.threads:
+            raise ValueError(f"device.cores names {len(set(self.cores))} cores for {self.threads} threads; name one per thread")
+        return self
+
 
 class DataConfig(Section):
     """Images and labels. ``classes``, ``channels`` and ``resolution`` also shape the network."""
@@ -81,6 +87,8 @@ class DataConfig(Section):
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(f"data.{name} has {len(getattr(self, name))} values for {self.channels} channels; give one per channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std has {min(self.std):g}; give standard deviations above 0")
         return self
 
 
@@ -103,7 +111,7 @@ class OptimizerConfig(Section):
     lr: float = Field(0.165, gt=0, description="per 256 images; scaled linearly with the batch")
     momentum: float = 0.9
     weight_decay: float = Field(4e-5, ge=0, description="gradient term wd * w; TuNAS writes the same as l2(wd / 2)")
-    options: dict[str, float] = Field({"alpha": 0.9, "eps": 1.0}, description="further arguments of the optimiser")
+    options: dict[str, float] | None = Field(None, description="further arguments; default for rmsproptf: alpha 0.9, eps 1 (TuNAS)")
     warmup: float = Field(0.025, ge=0, lt=1, description="part of the steps with linearly rising rate; then cosine to 0")
     clip_norm: float | None = Field(None, description="clip the gradient's global norm")
 
@@ -117,7 +125,7 @@ class SearchConfig(Section):
     target_range: float | None = Field(
         None, ge=0, le=1, description="where target_ms is not set: the budget between the space's fastest (0) and slowest (1) architecture"
     )
-    tolerance: float = Field(0.02, gt=0, description="the searched network's predicted latency is within this part of the target")
+    tolerance: float = Field(0.02, gt=0, lt=1, description="the searched network's predicted latency is within this part of the target")
     table: str | None = Field(None, description="a latency table to use instead of profiling")
     allow_uncalibrated: bool = False
     epochs: float = Field(20, gt=0)
@@ -145,7 +153,7 @@ class TrainConfig(Section):
 class ExportConfig(Section):
     """Which files are made."""
 
-    formats: tuple[Literal["tflite-fp32", "tflite-int8", "onnx"], ...] = ("tflite-fp32", "tflite-int8", "onnx")
+    formats: tuple[Literal["tflite-fp32", "tflite-int8", "onnx"], ...] = Field(("tflite-fp32", "tflite-int8", "onnx"), min_length=1)
     calibration_images: int = Field(128, ge=1, description="training images that set the int8 ranges")
     parity_images: int = Field(64, ge=1, description="test images that each file's outputs are compared on, kept in the bundle")
 
@@ -156,6 +164,8 @@ class ValidateConfig(Section):
     latency_tolerance: float = Field(
         0.05, gt=0, description="measured against predicted latency, for files of the table's runtime and dtype"
     )
+    max_drift: float = Field(0.25, gt=0, description="a device this much faster or slower than when profiled fails: profile it again")
+    parity_tolerance: float = Field(1e-4, gt=0, description="outputs of float files against PyTorch's, relative to the largest")
     accuracy_tolerance: float = Field(0.002, ge=0, description="top-1 of float files against PyTorch")
     int8_accuracy_tolerance: float = Field(0.02, ge=0, description="top-1 of int8 files against PyTorch")
     images: int | None = Field(None, ge=1, description="test images to use; default all")
@@ -167,7 +177,7 @@ class Experiment(Section):
     """A whole experiment: what ``hwnas run`` needs to know."""
 
     name: str = "experiment"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     checkpoint_seconds: float = Field(20.0, ge=0, description="how often a running search or training saves its state")
     space: SpaceConfig = SpaceConfig()
     device: DeviceConfig = DeviceConfig()
@@ -191,7 +201,7 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from error
     for override in overrides or []:
-        content = merged(content, _override(override))
+        content = merged(content, _override(override), replace=("strategy", "objective", "optimizer"))
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:

@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from hwnas.errors import HwnasError
 from hwnas.share import share_folder
 
 PACKAGES = {
@@ -39,6 +41,8 @@ def examine() -> list[Finding]:
     found += [Finding(f"{name}/", share_folder(name).is_dir(), str(share_folder(name))) for name in ("configs", "deploy", "latency_tables")]
     if all(finding.good for finding in found):
         found.append(_torch())
+    if found[-1].good:
+        found += [_runtime("litert"), _runtime("onnxruntime")]
     found.append(_cores())
     found.append(Finding("clock", True, f"governor {_governor()} ('performance' measures best; 'unknown' on virtual machines)"))
     return found
@@ -52,11 +56,31 @@ def _package(name: str, purpose: str) -> Finding:
 
 
 def _torch() -> Finding:
-    import torch
-    import torchvision
-
+    try:
+        import torch
+        import torchvision
+    except Exception as error:  # a torchvision of another build fails with RuntimeError, a missing library with OSError
+        return Finding("torch works", False, f"torch and torchvision do not import together ({error}): install matching versions")
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return Finding("torch works", torchvision.ops is not None, f"{torch.get_num_threads()} threads, {gpu}")
+    return Finding("torch works", True, f"torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, {gpu}")
+
+
+def _runtime(runtime: str) -> Finding:
+    """Write one block, and time it in the runner's own process."""
+    from hwnas.core.op import Op
+    from hwnas.devices.device import HOST, connect
+    from hwnas.export.timing import timing_file
+
+    op = Op.parse("mbconv-h8-i8-o8-m24-k3-relu-id")
+    host = connect(HOST)
+    try:
+        with TemporaryDirectory() as folder:
+            items = [{"id": op.key, "path": str(timing_file((op,), runtime, "fp32")), "round": 0}]
+            plan = {"runtime": runtime, "threads": 1, "cores": list(host.cores(1)), "items": items}
+            row = list(host.measure(plan, Path(folder)))[-1]
+    except HwnasError as error:
+        return Finding(f"{runtime} runs", False, str(error))
+    return Finding(f"{runtime} runs", "ms" in row, f"one block in {min(row['ms']):.4f} ms" if "ms" in row else row["error"])
 
 
 def _cores() -> Finding:

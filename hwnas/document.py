@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
@@ -177,11 +177,14 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
-def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings merged left to right; later values win."""
-    out: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-            out[key] = merged(out[key], value) if both else value
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any], *, replace: Collection[str] = ()) -> dict[str, Any]:
+    """Nested mappings merged; ``changes`` win. A mapping under a key in ``replace`` is not merged with one of another ``name``."""
+    out = dict(base)
+    for key, value in changes.items():
+        old = out.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            renamed = key in replace and value.get("name", old.get("name")) != old.get("name")
+            out[key] = value if renamed else merged(old, value, replace=replace)
+        else:
+            out[key] = value
     return out

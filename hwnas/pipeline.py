@@ -10,16 +10,17 @@ from typing import Any
 
 from hwnas import __version__
 from hwnas.config import Experiment
+from hwnas.core.arch import Architecture
 from hwnas.core.cost import CostModel
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.spaces import SPACES, load_space, published
 from hwnas.core.table import LatencyTable
-from hwnas.data import DATASETS
+from hwnas.data import DATASETS, fingerprint
 from hwnas.devices.device import HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, UserError
 from hwnas.progress import Progress
-from hwnas.runs import StageContext, changed_inputs, prepare, save_config, set_aside, stage, state_of
+from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
 from hwnas.search import STRATEGIES
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
@@ -83,13 +84,13 @@ class Pipeline:
     def table_path(self) -> Path:
         """The table that prices the search: the configured one, else the profiled one."""
         table = self.experiment.search.table
-        return Path(table) if table is not None else self.root / "profile" / "table.json"
+        return Path(table).expanduser() if table is not None else self.root / "profile" / "table.json"
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The stages this experiment goes through: no profiling with a table, no search with an architecture."""
+        """The stages this experiment goes through: no profiling with a table, neither that nor a search with an architecture."""
         skipped = {"profile"} if self.experiment.search.table is not None else set()
-        skipped |= {"search"} if self.experiment.train.arch is not None else set()
+        skipped |= {"profile", "search"} if self.experiment.train.arch is not None else set()
         return tuple(name for name in STAGES if name not in skipped)
 
     def stage(self, name: str) -> Stage:
@@ -105,26 +106,33 @@ class Pipeline:
         return stages[name]()
 
     def run(self, *, fresh: bool = False) -> None:
-        """All needed stages, skipping what is current."""
+        """All needed stages, skipping what is current. What the user forgot is asked for before the first one."""
+        config = self.experiment.search
+        if "search" in self.needed and config.target_ms is None and config.target_range is None:
+            raise ConfigError("search.target_ms is not set: set it to your latency budget in milliseconds, or search.target_range to 0..1.")
+        fingerprint(self.experiment.data)
         for name in self.needed:
             self.run_stage(name, fresh=fresh)
 
     def run_stage(self, name: str, *, fresh: bool = False) -> None:
         """One stage: skipped where it is current, resumed where it was interrupted, started anew where its inputs changed."""
         prepare(self.root)
-        current = self.stage(name)
+        with locked(self.root):
+            self._run_stage(self.stage(name), fresh)
+
+    def _run_stage(self, current: Stage, fresh: bool) -> None:
+        name, folder = current.name, self.root / current.name
         inputs = {"hwnas": content_sha256(__version__), **current.inputs()}
         save_config(self.root, self.experiment)
-        folder = self.root / name
-        state = state_of(folder, inputs)
-        if fresh and state != "new":
-            set_aside(folder)
-        elif state == "done":
+        state = "stale" if fresh and folder.exists() else state_of(folder, inputs)
+        if state == "done":
             self.progress.say(f"{name}: current, skipped")
             return
-        elif state == "stale":
-            self.progress.detail(f"{name}: changed since: {', '.join(changed_inputs(folder, inputs)) or 'its output files'}")
-            self.progress.say(f"{name}: inputs changed; the earlier results move to {set_aside(folder).name}")
+        if state == "stale":
+            if not fresh:
+                self.progress.detail(f"{name}: changed since: {', '.join(changed_inputs(folder, inputs)) or 'its output files'}")
+            why = "starting anew" if fresh else "inputs changed"
+            self.progress.say(f"{name}: {why}; the earlier results move to {set_aside(folder).name}")
         elif state == "resume":
             self.progress.say(f"{name}: goes on where it was")
         started = time.monotonic()
@@ -165,6 +173,9 @@ class Pipeline:
         content = self.experiment.model_dump(mode="json", by_alias=True)
         return {section: content_sha256(content[section]) for section in sections}
 
+    def _data(self) -> dict[str, str]:
+        return {**self._config("data"), "images": fingerprint(self.experiment.data)}
+
     def _file(self, path: Path, made_by: str) -> dict[str, str]:
         if not path.is_file():
             raise UserError(f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or 'hwnas run'.")
@@ -188,7 +199,8 @@ class Pipeline:
                     f"largest {held_out.max_error:.1%} (uncalibrated sum: {held_out.raw_mape:.1%})"
                 )
 
-        inputs = {"space.json": self.space.sha256, **self._config("device", "profile", "seed")}
+        device = find_device(self.experiment.device.name)
+        inputs = {"space.json": self.space.sha256, "device.json": device.sha256, **self._config("device", "profile", "seed")}
         return Stage("profile", ["table.json"], lambda: inputs, run)
 
     def _search(self) -> Stage:
@@ -198,7 +210,7 @@ class Pipeline:
             file = self._file(self.table_path, "profile")
             cost = CostModel(self.space, LatencyTable.load(self.table_path), allow_uncalibrated=self.experiment.search.allow_uncalibrated)
             search.resolve_target(self.experiment, cost)
-            return {"space.json": self.space.sha256, **file, **self._config("search", "data", "seed")}
+            return {"space.json": self.space.sha256, **file, **self._data(), **self._config("search", "seed")}
 
         return Stage("search", search.OUTPUTS, inputs, lambda ctx: search.run(ctx, self.space, LatencyTable.load(self.table_path)))
 
@@ -212,7 +224,9 @@ class Pipeline:
             if self.experiment.train.weights == "supernet":
                 found |= self._file(self.root / "search" / "supernet.safetensors", "search")
             arch = train.architecture(self.experiment, searched)
-            return {"architecture": arch.sha256, **found, **self._config("train", "data", "seed")}
+            if self.experiment.train.weights == "supernet" and arch != Architecture.load(searched):
+                raise ConfigError("train.weights = 'supernet' fits the searched architecture alone: set train.weights = 'scratch'.")
+            return {"architecture": arch.sha256, **found, **self._data(), **self._config("train", "seed")}
 
         return Stage("train", train.OUTPUTS, inputs, lambda ctx: train.run(ctx, train.architecture(self.experiment, searched)))
 
@@ -220,7 +234,7 @@ class Pipeline:
         from hwnas.export import stage as export
 
         def inputs() -> dict[str, str]:
-            return {**self._file(self.root / "train" / "model.safetensors", "train"), **self._config("export", "data")}
+            return {**self._file(self.root / "train" / "model.safetensors", "train"), **self._data(), **self._config("export")}
 
         formats = self.experiment.export.formats
         return Stage("export", export.outputs(formats), inputs, lambda ctx: export.run(ctx, connect(HOST).predict))
@@ -231,7 +245,12 @@ class Pipeline:
 
         def inputs() -> dict[str, str]:
             table = self._file(self.table_path, "profile") if self.table_path.exists() else {}
-            return {**self._file(self.root / "export" / "bundle.json", "export"), **table, **self._config("validate", "device")}
+            return {
+                **self._file(self.root / "export" / "bundle.json", "export"),
+                **table,
+                **self._data(),
+                **self._config("validate", "device"),
+            }
 
         def run(ctx: StageContext) -> None:
             experiment = self.experiment
@@ -242,6 +261,7 @@ class Pipeline:
                 device,
                 connect(device),
                 experiment.device,
+                experiment.data,
                 experiment.validation,
                 table,
                 timing_file,

@@ -12,8 +12,10 @@ from its checkpoint. One whose inputs changed starts anew, and the old folder is
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import ValidationError
+
 from hwnas import __version__
 from hwnas.config import Experiment
-from hwnas.document import Document, file_sha256, write_atomic
+from hwnas.document import Document, explain, file_sha256, write_atomic
 from hwnas.errors import StorageError, UserError
 from hwnas.progress import Progress
 
@@ -80,10 +84,8 @@ def changed_inputs(folder: Path, inputs: Mapping[str, str]) -> list[str]:
 def stage(folder: Path, name: str, inputs: Mapping[str, str], outputs: list[str]) -> Iterator[None]:
     """Run a stage's body inside its folder: manifest ``started`` before, ``done`` with output hashes after."""
     started = time.monotonic()
-    if state_of(folder, inputs) == "stale":
-        set_aside(folder)
-    for leftover in folder.glob(".*"):  # a write that a kill cut off
-        leftover.unlink()
+    for leftover in folder.glob(".*"):  # what a kill cut off
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     manifest = StageManifest(stage=name, state="started", hwnas=__version__, inputs=dict(inputs))
     manifest.save(folder / MANIFEST)
     yield
@@ -102,6 +104,17 @@ def set_aside(folder: Path) -> Path:
     except OSError as error:
         raise StorageError(f"{folder} cannot be moved to {target.name} ({error.strerror}): choose another --out folder.") from error
     return target
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone. Raises UserError where another one is at work in it."""
+    with open(root / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another hwnas is at work in {root}: wait for it, or choose another --out folder.") from error
+        yield
 
 
 def prepare(root: Path) -> None:
@@ -124,6 +137,8 @@ def load_config(root: Path) -> Experiment:
     """The experiment of a run folder."""
     try:
         return Experiment.model_validate(json.loads((root / "config.json").read_text()))
+    except ValidationError as error:
+        raise UserError(f"{root / 'config.json'}: {explain(error, Experiment)}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{root} is not a run folder (its config.json: {error}): give the --out folder of an earlier hwnas run.") from error
 

@@ -3,7 +3,8 @@
 A prediction holds for the device as it was when it was profiled. Clocks, temperature and neighbours change, so validation
 measures the network's own blocks again, in the same rounds as the files: their sum, against the table's, is the *drift* of the
 device. The prediction is judged at the profiled speed (measured time divided by the drift); the plain measured time and the
-drift stand beside it, and a drift above the tolerance is a warning of its own.
+drift stand beside it. A drift above the tolerance is said, one above ``validate.max_drift`` fails: that is not the device that was
+profiled. And a table of another device never predicts anything here.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.config import DataConfig, DeviceConfig, ValidateConfig
 from hwnas.core.arch import Architecture
-from hwnas.core.cost import latency_ms
+from hwnas.core.cost import latency_ms, missing_ops
 from hwnas.core.op import Op
 from hwnas.core.table import LatencyTable
-from hwnas.data.images import load_images, ordered_batches
+from hwnas.data.images import evaluation_batches, load_images
 from hwnas.devices.device import Connection, Device
 from hwnas.devices.profile import spread_of
 from hwnas.document import Document, file_sha256
@@ -33,6 +34,7 @@ from hwnas.progress import Progress
 OUTPUTS = ["verdict.json"]
 Build = Callable[[Sequence[Op], str, str], Path]
 Rounds = list[list[float]]
+IMAGES_AT_ONCE = 512
 
 
 class _Part(BaseModel):
@@ -51,6 +53,7 @@ class FileVerdict(_Part):
     predicted_ms: float | None
     latency_error: float | None = Field(description="measured_ms / drift against predicted_ms, as a fraction")
     latency_passed: bool | None
+    parity_passed: bool | None = Field(description="outputs against PyTorch's; none for int8, which is judged by accuracy alone")
     accuracy: float
     accuracy_loss: float
     accuracy_passed: bool
@@ -70,6 +73,7 @@ class Verdict(Document):
     bundle_sha256: str
     table: str | None
     table_sha256: str | None
+    unpredicted: str | None = Field(description="why the table predicts nothing here; none where it does")
     drift: float | None = Field(description="time of the network's blocks now / in the table; none without a table that applies")
     tolerances: ValidateConfig
     images: int
@@ -93,6 +97,7 @@ def validate(
     device: Device,
     connection: Connection,
     settings: DeviceConfig,
+    data: DataConfig,
     config: ValidateConfig,
     table: LatencyTable | None,
     build: Build,
@@ -104,17 +109,9 @@ def validate(
     ``build(ops, runtime, dtype)`` gives the file of a chain of ops, for measuring the drift.
     """
     bundle = load_bundle(folder)
-    images, labels = _test_images(bundle.data, config.images)
-    accuracies = {}
-    with progress.task("running the test images on the device", len(bundle.files)) as task:
-        for file in bundle.files:
-            logits = connection.predict(folder / file.name, images, work)
-            accuracies[file.name] = float((logits.argmax(1) == labels).mean())
-            task.advance(note=f"{file.name} {accuracies[file.name]:.2%}")
-    measurement = _Measurement(bundle, folder, connection, settings, table, build)
+    accuracies, torch_accuracy, images = _accuracies(bundle, folder, data, config.images, connection, work, progress)
+    measurement = _Measurement(bundle, folder, device, connection, settings, table, build)
     measurement.run(config, work, progress)
-    with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
-        torch_accuracy = float((arrays["predictions"][: len(labels)] == labels).mean())
     drift = measurement.drift()
     verdicts = tuple(_judged(file, measurement, drift, accuracies[file.name], torch_accuracy, config) for file in bundle.files)
     header = next(iter(measurement.headers.values()))
@@ -128,26 +125,60 @@ def validate(
         bundle_sha256=bundle.sha256,
         table=None if table is None else table.title,
         table_sha256=None if table is None else table.sha256,
+        unpredicted=measurement.unpredicted,
         drift=drift,
         tolerances=config,
-        images=len(labels),
+        images=images,
         torch_accuracy=torch_accuracy,
         files=verdicts,
-        passed=all(file.accuracy_passed and file.latency_passed is not False for file in verdicts),
+        passed=all(False not in (file.accuracy_passed, file.latency_passed, file.parity_passed) for file in verdicts),
     )
 
 
-def _test_images(data: DataConfig, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    batches = list(ordered_batches(load_images(data, "test"), 256, limit))
-    images_NHWC = np.concatenate([x.permute(0, 2, 3, 1).numpy() for x, _ in batches])
-    return np.ascontiguousarray(images_NHWC), np.concatenate([y.numpy() for _, y in batches])
+def _accuracies(
+    bundle: Bundle, folder: Path, data: DataConfig, limit: int | None, connection: Connection, work: Path, progress: Progress
+) -> tuple[dict[str, float], float, int]:
+    """Top-1 of each file on the device, PyTorch's on the same images, and their number. Images go in parts, to bound memory."""
+    test = load_images(data, "test")
+    right = {file.name: 0 for file in bundle.files}
+    total = torch_right = 0
+    with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
+        predictions = arrays["predictions"]
+    with progress.task("running the test images on the device", len(test) if limit is None else min(limit, len(test))) as task:
+        for x_NCHW, y in evaluation_batches(test, IMAGES_AT_ONCE, limit=limit, workers=data.workers):
+            images_NHWC, labels = np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy()
+            for file in bundle.files:
+                right[file.name] += int((connection.predict(folder / file.name, images_NHWC, work).argmax(1) == labels).sum())
+            torch_right += int((predictions[total : total + len(labels)] == labels).sum())
+            total += len(labels)
+            task.advance(len(labels))
+    return {name: count / total for name, count in right.items()}, torch_right / total, total
+
+
+def _unpredicted(bundle: Bundle, device: Device, settings: DeviceConfig, table: LatencyTable | None) -> str | None:
+    """Why the table predicts nothing about this bundle on this device; None where it does."""
+    if table is None:
+        return "there is no table of this device"
+    if table.header.device != device.id:
+        return f"the table is of {table.header.device}, not of {device.id}"
+    if table.header.threads != settings.threads:
+        return f"the table is for {table.header.threads} threads, not {settings.threads}"
+    missing = missing_ops(bundle.architecture.ops(), table)
+    return f"the table lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}" if missing else None
 
 
 class _Measurement:
     """The exported files, and the blocks that tell the drift, measured in interleaved rounds."""
 
     def __init__(
-        self, bundle: Bundle, folder: Path, connection: Connection, settings: DeviceConfig, table: LatencyTable | None, build: Build
+        self,
+        bundle: Bundle,
+        folder: Path,
+        device: Device,
+        connection: Connection,
+        settings: DeviceConfig,
+        table: LatencyTable | None,
+        build: Build,
     ) -> None:
         self.arch: Architecture = bundle.architecture
         self.connection, self.settings, self.table = connection, settings, table
@@ -159,17 +190,16 @@ class _Measurement:
         for file in bundle.files:
             self.items[file.runtime].append({"id": file.name, "path": str((folder / file.name).resolve()), "ops": chain})
         self.blocks: tuple[Op, ...] = ()
-        if table is not None and any(self.applies(file) for file in bundle.files):
+        self.unpredicted = _unpredicted(bundle, device, settings, table)
+        if table is not None and self.unpredicted is None:
             self.blocks = tuple(dict.fromkeys(self.arch.ops()))
             runtime, dtype = table.header.runtime, table.header.dtype
             self.items[runtime] += [{"id": op.key, "path": str(build((op,), runtime, dtype)), "ops": [op.key]} for op in self.blocks]
 
     def applies(self, file: BundleFile) -> bool:
         """Whether the table predicts this file."""
-        if self.table is None:
-            return False
-        header = self.table.header
-        return (header.runtime, header.dtype, header.threads) == (file.runtime, file.dtype, self.settings.threads)
+        table = self.table if self.unpredicted is None else None
+        return table is not None and (table.header.runtime, table.header.dtype) == (file.runtime, file.dtype)
 
     def run(self, config: ValidateConfig, work: Path, progress: Progress) -> None:
         """All rounds, and as many again while a file's rounds spread too widely."""
@@ -233,7 +263,8 @@ def _judged(
         spread=spread_of(measurement.rounds[file.name]),
         predicted_ms=predicted,
         latency_error=error,
-        latency_passed=None if error is None else abs(error) <= config.latency_tolerance,
+        latency_passed=None if error is None else abs(error) <= config.latency_tolerance and abs((drift or 1.0) - 1) <= config.max_drift,
+        parity_passed=None if file.dtype == "int8" else file.parity.relative_error <= config.parity_tolerance,
         accuracy=accuracy,
         accuracy_loss=torch_accuracy - accuracy,
         accuracy_passed=torch_accuracy - accuracy <= tolerance,
@@ -245,10 +276,10 @@ def drift_note(verdict: Verdict) -> str | None:
     if verdict.drift is None or abs(verdict.drift - 1) <= verdict.tolerances.latency_tolerance:
         return None
     how = "slower" if verdict.drift > 1 else "faster"
-    return (
-        f"{verdict.device} is {abs(verdict.drift - 1):.0%} {how} now than when it was profiled (its clock, temperature or load changed); "
-        "predictions are judged at the profiled speed."
-    )
+    said = f"{verdict.device} is {abs(verdict.drift - 1):.0%} {how} now than when it was profiled (its clock, temperature or load changed)"
+    if abs(verdict.drift - 1) > verdict.tolerances.max_drift:
+        return f"{said}, more than the {verdict.tolerances.max_drift:.0%} allowed: profile it again."
+    return f"{said}; predictions are judged at the profiled speed."
 
 
 def lines(verdict: Verdict) -> list[str]:
@@ -261,7 +292,7 @@ def lines(verdict: Verdict) -> list[str]:
             latency += (
                 f", drift {(verdict.drift or 1) - 1:+.1%}, error {file.latency_error:+.1%} of {file.predicted_ms:.4g} ms predicted ({mark})"
             )
-        mark = "ok" if file.accuracy_passed else "OUT OF TOLERANCE"
+        mark = "ok" if file.accuracy_passed and file.parity_passed is not False else "OUT OF TOLERANCE"
         out.append(f"{file.name}: {latency}; top-1 {file.accuracy:.2%} against {verdict.torch_accuracy:.2%} in PyTorch ({mark})")
-    note = drift_note(verdict)
+    note = drift_note(verdict) or (f"latency is not judged: {verdict.unpredicted}." if verdict.unpredicted else None)
     return [*out, *([f"note: {note}"] if note else []), f"verdict: {'passed' if verdict.passed else 'FAILED'}"]

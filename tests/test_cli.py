@@ -224,7 +224,7 @@ def test_a_plan_leaves_out_what_is_given(hwnas: Hwnas, tmp_path: Path) -> None:
     out = hwnas("run", QUICKSTART, "--plan", "--out", tmp_path / "x", "-s", "search.table=t.json", "-s", "search.target_range=0.5")[1]
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["search", "train", "export", "validate", "report"]
     out = hwnas("run", QUICKSTART, "--plan", "--out", tmp_path / "x", "-s", "train.arch=mobilenet_v2")[1]
-    assert [line.split()[0] for line in out.splitlines()[2:]] == ["profile", "train", "export", "validate", "report"]
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["train", "export", "validate", "report"]
     assert "mobilenet_v2 for 30 epochs" in out
     assert str(tmp_path / "x" / "report" / "report.html") in out
     assert list(tmp_path.iterdir()) == [tmp_path / "cwd"]

@@ -219,9 +219,15 @@ def test_hints() -> None:
 
 def test_merging_is_deep_and_the_later_wins() -> None:
     first = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
-    assert merged(first, {"b": {"d": {"f": 4}, "c": 5}}, {"a": {"g": 6}}) == {"a": {"g": 6}, "b": {"c": 5, "d": {"e": 3, "f": 4}}}
+    assert merged(first, {"b": {"d": {"f": 4}, "c": 5}, "a": {"g": 6}}) == {"a": {"g": 6}, "b": {"c": 5, "d": {"e": 3, "f": 4}}}
     assert first == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
     assert merged({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+
+
+def test_a_renamed_plug_in_does_not_inherit_options() -> None:
+    old = {"strategy": {"name": "tunas", "rl_lr": 1}}
+    assert merged(old, {"strategy": {"name": "random"}}, replace=("strategy",)) == {"strategy": {"name": "random"}}
+    assert merged(old, {"strategy": {"entropy": 2}}, replace=("strategy",)) == {"strategy": {"name": "tunas", "rl_lr": 1, "entropy": 2}}
 
 
 # ---- writing

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hwnas.config import load_experiment
@@ -86,6 +87,28 @@ def test_a_tampered_output_is_redone(finished_run: Path, tmp_path: Path) -> None
     assert (run / "validate.old-1" / "verdict.json").read_text() == "{}"
 
 
+def test_other_images_make_the_stages_that_read_them_run_again(finished_run: Path, tmp_path: Path) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(finished_run, run)
+    rng = np.random.default_rng(0)
+
+    def write() -> None:
+        data.mkdir(exist_ok=True)
+        for name in ("train", "test"):
+            np.savez(data / f"{name}.npz", x=rng.integers(0, 255, (200, 8, 8), dtype=np.uint8), y=rng.integers(0, 10, 200))
+
+    experiment = load_experiment(finished_run.parent / "tiny.toml", ["data.name=npz", f"data.path={data}"])
+    for expected in ["search: inputs changed", "search: inputs changed"]:
+        write()
+        lines = Lines()
+        Pipeline(experiment, run, lines).run_stage("profile")
+        Pipeline(experiment, run, lines).run_stage("search")
+        assert lines.said[0] == "profile: current, skipped"
+        assert lines.said[1].startswith(expected)
+    Pipeline(experiment, run, lines := Lines()).run_stage("search")
+    assert lines.said == ["search: current, skipped"]
+
+
 def lines_in(path: Path, count: int) -> Callable[[], bool]:
     return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
 
@@ -120,4 +143,4 @@ def test_killed_in_every_stage_it_ends_the_same(finished_run: Path, tmp_path: Pa
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert StageManifest.load(run / "report" / MANIFEST).state == "done"
     assert hashes(run) == hashes(finished_run)
-    assert not list(tmp_path.rglob("*.old-*")) and not [path for path in run.rglob(".*") if path.is_file()]
+    assert not list(tmp_path.rglob("*.old-*")) and list(run.rglob(".*")) == [run / ".lock"]

@@ -15,7 +15,7 @@ from hwnas import __version__
 from hwnas.config import load_experiment
 from hwnas.document import file_sha256
 from hwnas.errors import DocumentError, StorageError, UserError
-from hwnas.runs import MANIFEST, JsonLines, StageManifest, load_config, prepare, save_config, set_aside, stage, state_of
+from hwnas.runs import MANIFEST, JsonLines, StageManifest, load_config, locked, prepare, save_config, set_aside, stage, state_of
 
 INPUTS = {"space.json": "11", "table.json": "22"}
 
@@ -101,15 +101,20 @@ def test_an_output_that_was_not_written_leaves_the_stage_unfinished(tmp_path: Pa
     assert state_of(tmp_path / "s", INPUTS) == "resume"
 
 
-def test_starting_a_stale_stage_keeps_the_earlier_results_beside(tmp_path: Path) -> None:
-    folder = finished(tmp_path / "search")
+def test_setting_aside_counts_up_and_keeps_everything(tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        finished(folder, {**INPUTS, "table.json": f"new {number}"})
-        kept = tmp_path / f"search.old-{number}"
-        assert (kept / "arch.json").read_text() == "arch"
-        expected = INPUTS if number == 1 else {**INPUTS, "table.json": f"new {number - 1}"}
-        assert state_of(kept, expected) == "done"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["search", "search.old-1", "search.old-2", "search.old-3"]
+        folder = finished(tmp_path / "search", {**INPUTS, "table.json": f"new {number}"})
+        assert set_aside(folder) == tmp_path / f"search.old-{number}"
+        assert (tmp_path / f"search.old-{number}" / "arch.json").read_text() == "arch"
+        assert state_of(tmp_path / f"search.old-{number}", {**INPUTS, "table.json": f"new {number}"}) == "done"
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_run_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UserError, match="another hwnas is at work"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
 
 
 def test_setting_aside_says_where_to(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ choices it depends on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,7 @@ class CostModel:
         keys = [choice.key for choice in self.space.choices]
         total: Any = self._fixed_ms
         for (positions, _), array in zip(self._arrays, self._converted[kind], strict=True):
-            letters = "abc"[: len(positions)]
+            letters = ascii_lowercase[: len(positions)]
             total = total + xp.einsum(f"{letters},{','.join(letters)}->", array, *(gates[keys[i]] for i in positions))
         return total
 

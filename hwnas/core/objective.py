@@ -89,7 +89,7 @@ class PenalisedObjective(_Objective):
     name: Literal["penalised"]
     nonlinear: Nonlinear = "absolute"
     aggregate: Literal["add", "mul"] = "add"
-    scale: float = -0.10
+    scale: float = Field(default=-0.10, le=0)
 
     def reward(self, quality: float, cost_ms: float, target_ms: float) -> float:
         """Reward of an architecture; higher is better."""

@@ -195,6 +195,9 @@ class MacroSpace(SearchSpace):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        for i, stage in enumerate(self.stages):
+            if len(set(stage.widths)) != len(stage.widths) or min(stage.widths) < 1:
+                raise ValueError(f"stage s{i} needs different widths above 0, got {list(stage.widths)}")
         for slot in self.slots:
             if len(set(slot.options)) != len(slot.options) or not slot.options:
                 raise ValueError(f"slot {slot.key} needs one or more different options, got {list(slot.options)}")

@@ -22,7 +22,7 @@ class TableHeader(_Part):
     cpu: str
     machine: str
     runtime: str
-    runtime_version: str
+    runtime_version: str = Field(description="package and version, e.g. 'ai-edge-litert 2.3.0'")
     dtype: str
     threads: int | Literal["unknown"]
     cores: tuple[int, ...] | Literal["unknown"]
@@ -48,6 +48,7 @@ class Entry(_Part):
     rounds: int | Literal["unknown"] = "unknown"
     spread: float | Literal["unknown"] = "unknown"
     noisy: bool = False
+    delegated: bool | Literal["unknown"] = Field("unknown", description="LiteRT: whether XNNPACK took the whole op")
 
 
 class HeldOut(_Part):
@@ -67,6 +68,7 @@ class Calibration(_Part):
     intercept_ms: float
     slope: float = Field(gt=0)
     networks: int = Field(description="how many networks it was fitted on")
+    noisy_networks: int = Field(0, description="networks, fitted or held out, that stayed above the allowed spread; they are left out")
     held_out: HeldOut | None = None
 
 

@@ -1,5 +1,13 @@
-"""Images and labels, by name, in three splits: ``train``, ``held_out`` (of the training images) and ``test``."""
+"""Images and labels, by name, in splits: ``train`` and ``held_out`` (parts of ``all`` training images), and ``test``."""
 
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from hwnas.config import DataConfig
+from hwnas.document import file_sha256
+from hwnas.errors import DataError
 from hwnas.registry import Registry
 
 DATASETS = Registry(
@@ -11,3 +19,27 @@ DATASETS = Registry(
         "folder": "hwnas.data.folder:folder",
     },
 )
+
+
+def data_folder(config: DataConfig) -> Path:
+    """``data.path`` as a path. Raises DataError where it is not set or not there."""
+    if config.path is None:
+        raise DataError(f"data.name = {config.name!r} needs data.path: set it to the folder of the images.")
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"data.path {str(folder)!r} is not a folder: check the path, or where the images were unpacked.")
+    return folder
+
+
+def fingerprint(config: DataConfig) -> str:
+    """A hash of the images on disk, so that a stage notices others: contents of npz files, names and sizes of the rest.
+
+    Raises DataError where ``data.path`` is set but not there. Data sets without a path have the same fingerprint always.
+    """
+    digest = hashlib.sha256(config.name.encode())
+    if config.path is not None:
+        folder = data_folder(config)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            content = file_sha256(path) if path.suffix == ".npz" else str(path.stat().st_size)
+            digest.update(f"{path.relative_to(folder)}:{content}\n".encode())
+    return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hwnas.config import DataConfig
+from hwnas.data import data_folder
 from hwnas.data.images import Batch, Images, Request, split_indices
 from hwnas.errors import DataError
 
@@ -18,7 +19,7 @@ CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 
 class ArrayImages(Images):
-    """uint8 images [N, H, W, C] in memory, resized once, augmented per batch on the fly."""
+    """uint8 images [N, H, W, C] in memory, resized and augmented per batch on the fly."""
 
     def __init__(self, x_NHWC: np.ndarray, labels: np.ndarray, names: tuple[str, ...], config: DataConfig, augment: bool) -> None:
         pixels = torch.from_numpy(np.ascontiguousarray(x_NHWC)).permute(0, 3, 1, 2)
@@ -28,7 +29,9 @@ class ArrayImages(Images):
             raise DataError(
                 f"data {config.name!r} has {pixels.shape[1]} channels, but data.channels = {config.channels}: set it to {pixels.shape[1]}."
             )
-        self.pixels_NCHW = _resized(pixels, config.resolution)
+        self.pixels_NCHW = pixels.contiguous()
+        self.resolution = config.resolution
+        self.resizing = f"to {config.resolution} x {config.resolution}, bilinear with antialiasing"
         self.labels = labels.astype(np.int64)
         self.names = names
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.mean, config.std))
@@ -38,7 +41,7 @@ class ArrayImages(Images):
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         indices = torch.tensor([index for index, _ in requests])
-        x_NCHW = self.pixels_NCHW[indices]
+        x_NCHW = _resized(self.pixels_NCHW[indices], self.resolution)
         if self.augment != "none":
             x_NCHW = _shifted(x_NCHW, self.augment == "crop_flip", np.random.default_rng(requests[0][1]))
         normalised = (x_NCHW.float() / 255.0 - self.mean) / self.std
@@ -48,7 +51,7 @@ class ArrayImages(Images):
 def _resized(pixels_NCHW: Tensor, resolution: int) -> Tensor:
     """Bilinear with antialiasing, only where the size differs."""
     if pixels_NCHW.shape[-2:] == (resolution, resolution):
-        return pixels_NCHW.contiguous()
+        return pixels_NCHW
     size = (resolution, resolution)
     resized = F.interpolate(pixels_NCHW.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
     return resized.round().clamp(0, 255).to(torch.uint8)
@@ -94,13 +97,16 @@ def npz(config: DataConfig, split: str, augment: bool) -> Images:
             x_NHWC, y = arrays["x"], arrays["y"]
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: set data.path to the folder that holds train.npz and test.npz.") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise DataError(
             f"{path} does not hold arrays 'x' and 'y' ({error}): write it with numpy.savez(path, x=images, y=labels)."
         ) from error
     x_NHWC = x_NHWC[..., None] if x_NHWC.ndim == 3 else x_NHWC
-    if x_NHWC.dtype != np.uint8 or x_NHWC.ndim != 4 or y.shape != x_NHWC.shape[:1]:
-        raise DataError(f"{path} has x {x_NHWC.dtype} {list(x_NHWC.shape)} and y {list(y.shape)}: x must be uint8 [N, H, W, C], y [N].")
+    if x_NHWC.dtype != np.uint8 or x_NHWC.ndim != 4 or y.shape != x_NHWC.shape[:1] or y.dtype.kind not in "iu":
+        raise DataError(
+            f"{path} has x {x_NHWC.dtype} {list(x_NHWC.shape)} and y {y.dtype} {list(y.shape)}: "
+            "x must be uint8 [N, H, W, C], y integers [N]."
+        )
     names = CIFAR10_NAMES if config.classes == 10 and x_NHWC.shape[1:] == (32, 32, 3) else tuple(map(str, range(config.classes)))
     return _part(x_NHWC, y, config, split, augment, names)
 
@@ -117,13 +123,3 @@ def cifar10(config: DataConfig, split: str, augment: bool) -> Images:
             f"{folder} holds no intact cifar-10-batches-py folder: download CIFAR-10 (python version) and unpack it there."
         ) from error
     return _part(dataset.data, np.asarray(dataset.targets), config, split, augment, CIFAR10_NAMES)
-
-
-def data_folder(config: DataConfig) -> Path:
-    """``data.path`` as a path. Raises DataError where it is not set or not there."""
-    if config.path is None:
-        raise DataError(f"data.name = {config.name!r} needs data.path: set it to the folder of the images.")
-    folder = Path(config.path).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"data.path {str(folder)!r} is not a folder: check the path, or where the images were unpacked.")
-    return folder

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from PIL import UnidentifiedImageError
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
 from torchvision.transforms import InterpolationMode, v2
 
 from hwnas.config import DataConfig
-from hwnas.data.arrays import data_folder
+from hwnas.data import data_folder
 from hwnas.data.images import Batch, Images, Request, split_indices
 from hwnas.errors import DataError
 
@@ -24,6 +25,7 @@ class FolderImages(Images):
         self.labels = np.asarray(folder.targets, dtype=np.int64)[chosen]
         self.names = tuple(folder.classes)
         size, bicubic = config.resolution, InterpolationMode.BICUBIC
+        self.resizing = f"shorter side to {size + size // 7}, bicubic; centre crop {size}"
         resize_crop = [v2.Resize(size + size // 7, interpolation=bicubic), v2.CenterCrop(size)]
         geometry = {
             "imagenet": [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=bicubic), v2.RandomHorizontalFlip()],
@@ -59,6 +61,9 @@ def folder(config: DataConfig, split: str, augment: bool) -> Images:
         raise DataError(
             f"{root} holds no class folders with images ({error}): lay the images out as {root.name}/<class>/<image>."
         ) from error
+    if split == "test" and (root.parent / "train").is_dir() and images.classes != (trained := find_classes(str(root.parent / "train"))[0]):
+        odd = ", ".join(sorted({*images.classes} ^ {*trained})[:3])
+        raise DataError(f"{root} and its train folder differ in classes ({odd}), so labels would not agree: give both the same folders.")
     total = len(images.samples)
     chosen = np.arange(total) if split == "test" else split_indices(total, config.held_out, split)
     return FolderImages(images, chosen, config, augment)

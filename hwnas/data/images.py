@@ -7,8 +7,8 @@ a run that was killed and resumed sees exactly the batches it would have seen.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +27,12 @@ Request: TypeAlias = tuple[int, int]
 
 
 class Images(Dataset[Batch]):
-    """A split of a data set. Subclasses read and augment; ``labels`` is int64 [N], ``names`` the class names."""
+    """A split of a data set. Subclasses read and augment; ``labels`` is int64 [N], ``names`` the class names.
+
+    ``resizing`` says in words how an image becomes the model's size, for the people who use an exported file.
+    """
+
+    resizing: str
 
     labels: np.ndarray
     names: tuple[str, ...]
@@ -41,9 +46,10 @@ class Images(Dataset[Batch]):
 
 
 def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Images:
-    """The images of ``split`` (``train``, ``held_out`` or ``test``), checked against the configuration.
+    """The images of ``split`` (``train``, ``held_out``, ``all`` or ``test``), checked against the configuration.
 
-    ``held_out`` is a fixed part of the training images, the same for every seed of the experiment; ``train`` is the rest.
+    ``held_out`` is a fixed part of the training images, the same for every seed of the experiment; ``train`` is the rest, ``all``
+    are both: a search needs them apart, the final training does not.
     """
     images: Images = DATASETS.get(config.name)(config, split, augment)
     if len(images) == 0:
@@ -57,7 +63,9 @@ def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Ima
 
 
 def split_indices(total: int, held_out: float, split: str) -> np.ndarray:
-    """Which of ``total`` training images belong to ``train`` and which to ``held_out``."""
+    """Which of ``total`` training images belong to ``train``, ``held_out`` or ``all``."""
+    if split == "all":
+        return np.arange(total)
     order = np.random.default_rng(0).permutation(total)
     cut = max(1, round(total * held_out))
     return np.sort(order[:cut] if split == "held_out" else order[cut:])
@@ -85,21 +93,47 @@ class _Stream:
         return max(0, self.last - self.first)
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+class _Carrying(Dataset[Any]):
+    """Hands a DataError over as a value: raised in a loader process, it would arrive wrapped in that process's traceback."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitems__(self, requests: Sequence[Request]) -> Batch | DataError:
+        try:
+            return self.images.__getitems__(requests)
+        except DataError as error:
+            return error
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # __getitems__ already returns a batch
+
+
+def _load(images: Images, sampler: Iterable[list[Request]], workers: int) -> Iterator[Batch]:
+    loader: DataLoader[Any] = DataLoader(
+        _Carrying(images),
+        batch_sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else a loader made in the middle of a step, by a resumed run, shifts that step's dropout
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def training_batches(images: Images, batch_size: int, *, seed: int, first: int, last: int, workers: int = 0) -> Iterator[Batch]:
     """The shuffled batches of steps ``first`` to ``last - 1``."""
-    sampler = _Stream(len(images), batch_size, seed, first, last)
-    return iter(DataLoader(images, batch_sampler=sampler, collate_fn=_as_is, num_workers=workers, pin_memory=torch.cuda.is_available()))
+    return _load(images, _Stream(len(images), batch_size, seed, first, last), workers)
 
 
-def ordered_batches(images: Images, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-    """All images, or the first ``limit``, in order."""
-    total = len(images) if limit is None else min(limit, len(images))
-    for start in range(0, total, batch_size):
-        yield images.__getitems__([(index, 0) for index in range(start, min(start + batch_size, total))])
+def evaluation_batches(images: Images, batch_size: int, *, limit: int | None = None, workers: int = 0) -> Iterator[Batch]:
+    """All images, or ``limit`` of them, in one fixed random order: folders are sorted by class, and a part must not be."""
+    order = np.random.default_rng(0).permutation(len(images))[:limit]
+    return _load(images, [[(int(i), 0) for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)], workers)
 
 
 def sampled_images(images: Images, count: int) -> np.ndarray:

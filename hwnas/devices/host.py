@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
 
 from hwnas.devices.device import Device
 from hwnas.document import write_atomic
-from hwnas.errors import DeviceError
+from hwnas.errors import DeviceError, StorageError
 from hwnas.share import share_folder
 
 
@@ -38,28 +39,39 @@ class Host:
         path = folder / "plan.json"
         write_atomic(path, json.dumps(plan).encode())
         command = [sys.executable, str(self.runner), "measure", str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None and process.stderr is not None
+        # a file for stderr: nobody reads it while rows come, and a full pipe would stop the runner for good
+        with TemporaryFile("w+") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    yield json.loads(line)
+                    if line.endswith("\n"):  # else the runner died in the middle of it
+                        yield self._row(line)
             finally:
                 process.kill() if process.poll() is None and sys.exc_info()[0] is not None else None
-            errors = process.stderr.read()
             if process.wait() != 0:
-                raise DeviceError(f"the runner on {self.device.id} stopped with status {process.returncode}: {_last_line(errors)}")
+                errors.seek(0)
+                raise DeviceError(f"the runner on {self.device.id} stopped with status {process.returncode}: {_last_line(errors.read())}")
+
+    def _row(self, line: str) -> dict[str, Any]:
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DeviceError(f"the runner on {self.device.id} printed what is no row: {line.strip()[:80]!r}.") from error
+        return row
 
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
-        """Outputs of a model file for images, in a new process."""
-        inputs, outputs = folder / "inputs.npy", folder / "outputs.npy"
-        np.save(inputs, images_NHWC)
-        command = [sys.executable, str(self.runner), "predict", str(model), str(inputs), str(outputs)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise DeviceError(f"{model.name} does not run on {self.device.id}: {_last_line(done.stderr)}")
-        result: np.ndarray = np.load(outputs)
-        inputs.unlink()
-        outputs.unlink()
+        """Outputs of a model file for images, in a new process. A folder of its own keeps it apart from a killed run's."""
+        with TemporaryDirectory(dir=folder, prefix=".predict-") as work:
+            inputs, outputs = Path(work) / "inputs.npy", Path(work) / "outputs.npy"
+            try:
+                np.save(inputs, images_NHWC)
+            except OSError as error:
+                raise StorageError(f"{folder} takes no {images_NHWC.nbytes / 1e6:.0f} MB ({error.strerror}): free some space.") from error
+            command = [sys.executable, str(self.runner), "predict", str(model), str(inputs), str(outputs)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise DeviceError(f"{model.name} does not run on {self.device.id}: {_last_line(done.stderr)}")
+            result: np.ndarray = np.load(outputs)
         return result
 
 

@@ -34,6 +34,8 @@ from hwnas.runs import JsonLines
 
 Build = Callable[[tuple[Op, ...], str, str], Path]
 Row = dict[str, Any]
+CONDITIONS = ("cpu", "machine", "runtime_package", "runtime_version", "cores", "governor", "threads")
+"""What must be the same in all rounds of a table."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def make_plan(space: SearchSpace, config: ProfileConfig, seed: int) -> Plan:
     """Every op of the space and the calibration networks, fit and test networks alternating over the range of sizes."""
     count = config.fit_networks + config.test_networks
     networks = spread_networks(space, count, np.random.default_rng([seed, 77]))
-    test = {round((i + 0.5) * count / config.test_networks) for i in range(config.test_networks)} if config.test_networks else set()
+    test = {int((i + 0.5) * count / config.test_networks) for i in range(config.test_networks)} if config.test_networks else set()
     return Plan(
         space.ops,
         tuple(arch for i, arch in enumerate(networks) if i not in test),
@@ -68,32 +70,33 @@ def spread_networks(space: SearchSpace, count: int, rng: np.random.Generator) ->
 
     Uniform picks crowd around the middle, so each candidate draws from its own bias towards small or large options.
     """
+    if count == 0:
+        return []
+    orders = _cheap_first(space)
     candidates = []
     for _ in range(50 * count):
-        bias = rng.normal(0.0, 2.0)
-        picks = {}
+        bias, picks = rng.normal(0.0, 2.0), {}
         for choice in space.choices:
-            cheap_first = np.argsort([_weight(option) for option in choice.options])
             p = np.exp(bias * np.linspace(-1, 1, len(choice.options)))
-            picks[choice.key] = choice.options[int(cheap_first[rng.choice(len(p), p=p / p.sum())])]
+            picks[choice.key] = choice.options[int(orders[choice.key][rng.choice(len(p), p=p / p.sum())])]
         candidates.append(space.decode(picks))
     candidates.sort(key=lambda arch: arch.macs)
-    if not candidates:
-        return []
     macs = np.array([arch.macs for arch in candidates], dtype=float)
     wanted = np.linspace(macs[0], macs[-1], count)
     chosen = dict.fromkeys(int(np.abs(macs - value).argmin()) for value in wanted)
-    spare = (i for i in rng.permutation(len(candidates)) if int(i) not in chosen)
-    indices = sorted([*chosen, *(int(next(spare)) for _ in range(count - len(chosen)))])
+    spare = (int(i) for i in rng.permutation(len(candidates)) if int(i) not in chosen)
+    indices = sorted([*chosen, *(next(spare) for _ in range(count - len(chosen)))])
     return [candidates[i] for i in indices]
 
 
-def _weight(option: str | int) -> float:
-    """A rough order of options by cost, only for spreading samples."""
-    if isinstance(option, int):
-        return float(option)
-    numbers = [float(part[1:]) for part in option.split("_") if part[0] in "ke"]
-    return float(np.prod(numbers)) if numbers else 0.0
+def _cheap_first(space: SearchSpace) -> dict[str, np.ndarray]:
+    """Choice key -> its option positions, fewest MACs first, averaged over what else the terms depend on."""
+    macs = {choice.key: np.zeros(len(choice.options)) for choice in space.choices}
+    for term in space.terms():
+        array = np.array([0 if op is None else op.macs for op in term.ops], dtype=float).reshape(term.shape)
+        for axis, key in enumerate(term.keys):
+            macs[key] += array.mean(axis=tuple(i for i in range(array.ndim) if i != axis))
+    return {key: np.argsort(values, kind="stable") for key, values in macs.items()}
 
 
 def profile(
@@ -116,7 +119,7 @@ def profile(
             task.advance()
     samples = JsonLines(folder / "samples.jsonl")
     measure = _Measurement(plan, files, connection, settings, config, samples, folder, seed)
-    with progress.task("measuring", config.rounds * len(files), len(measure.done)) as task:
+    with progress.task("measuring", config.rounds * len(files), measure.rows) as task:
         for number in range(config.rounds):
             measure.round(number, list(files), task.advance)
     for number in range(config.rounds, config.max_rounds):
@@ -146,24 +149,37 @@ class _Measurement:
         self.plan, self.files, self.connection, self.settings = plan, files, connection, settings
         self.config, self.samples, self.folder, self.seed = config, samples, folder, seed
         self.header: Row = {}
-        self.done: dict[tuple[str, int], list[float]] = {}
+        self.done: dict[str, dict[int, list[float]]] = {name: {} for name in files}
+        self.delegated: dict[str, bool | str] = {}
         for row in samples.read():
             self._keep(row)
 
     def _keep(self, row: Row) -> None:
         if "runner" in row:
+            changed = [name for name in CONDITIONS if self.header and self.header.get(name) != row.get(name)]
+            if changed:
+                raise DeviceError(
+                    f"{changed[0]} was {self.header.get(changed[0])!r} when this profile began and is {row.get(changed[0])!r} now: "
+                    "the rounds do not belong together, so start again with --fresh."
+                )
             self.header = row
-        elif row["id"] in self.files:
-            self.done[row["id"], row["round"]] = row["ms"]
+        elif row["id"] in self.done:
+            self.done[row["id"]][row["round"]] = row["ms"]
+            self.delegated[row["id"]] = row.get("delegated", "unknown")
+
+    @property
+    def rows(self) -> int:
+        """How many items have been measured, rounds counted apart."""
+        return sum(map(len, self.done.values()))
 
     def rounds(self, name: str) -> list[list[float]]:
         """The runs of each round of an item, in milliseconds."""
-        return [ms for (item, _), ms in sorted(self.done.items()) if item == name]
+        return [runs for _, runs in sorted(self.done[name].items())]
 
     def round(self, number: int, names: list[str], advance: Callable[[], None]) -> None:
         """Measure what is missing of a round, in the round's own random order."""
         order = np.random.default_rng([self.seed, number]).permutation(len(names))
-        todo = [names[i] for i in order if (names[i], number) not in self.done]
+        todo = [names[i] for i in order if number not in self.done[names[i]]]
         if not todo:
             return
         items = self.plan.items
@@ -195,18 +211,8 @@ def spread_of(rounds: Iterable[list[float]]) -> float:
 def _table(
     space: SearchSpace, device: Device, settings: DeviceConfig, config: ProfileConfig, plan: Plan, measure: _Measurement, progress: Progress
 ) -> LatencyTable:
-    found = {name: _entry(measure.rounds(name), config.max_spread) for name in plan.items}
-    noisy = [name for name, entry in found.items() if entry.noisy]
-    if noisy:
-        progress.warn(f"{len(noisy)} of {len(found)} entries stayed noisy and are flagged: {', '.join(noisy[:3])}.")
-    sums = [sum(found[op.key].ms for op in arch.ops()) for arch in (*plan.fit, *plan.test)]
-    nets = [found[f"net-{i}"].ms for i in range(len(sums))]
-    cut = len(plan.fit)
-    calibration: Calibration | None = None
-    if plan.fit:
-        calibration = fit_calibration(sums[:cut], nets[:cut])
-        if plan.test:
-            calibration = calibration.model_copy(update={"held_out": judge(calibration, sums[cut:], nets[cut:])})
+    found = {name: _entry(measure.rounds(name), config.max_spread, measure.delegated[name]) for name in plan.items}
+    _warn(found, progress)
     header = measure.header
     runs: dict[str, str] = defaultdict(lambda: "unknown", {key: str(value) for key, value in header.items()})
     return LatencyTable(
@@ -215,7 +221,7 @@ def _table(
             cpu=runs["cpu"],
             machine=runs["machine"],
             runtime=settings.runtime,
-            runtime_version=runs["runtime_version"],
+            runtime_version=f"{runs['runtime_package']} {runs['runtime_version']}",
             dtype=settings.dtype,
             threads=settings.threads,
             cores=tuple(header["cores"]) if header.get("cores") else "unknown",
@@ -226,12 +232,36 @@ def _table(
             space=space.name,
         ),
         entries={op.key: found[op.key] for op in plan.ops},
-        calibration=calibration,
+        calibration=_calibration(plan, found),
         provenance={"method": f"hwnas profile, {config.rounds} to {config.max_rounds} shuffled rounds", "space_sha256": space.sha256},
     )
 
 
-def _entry(rounds: list[list[float]], max_spread: float) -> Entry:
+def _warn(found: dict[str, Entry], progress: Progress) -> None:
+    noisy = [name for name, entry in found.items() if entry.noisy]
+    if noisy:
+        progress.warn(f"{len(noisy)} of {len(found)} entries stayed noisy and are flagged: {', '.join(noisy[:3])}.")
+    slow = [name for name, entry in found.items() if entry.delegated is False]
+    if slow:
+        progress.warn(f"XNNPACK did not take {len(slow)} of {len(found)} models whole, so slower kernels ran: {', '.join(slow[:3])}.")
+
+
+def _calibration(plan: Plan, found: dict[str, Entry]) -> Calibration | None:
+    """Fitted on the fit networks, judged on the test networks; noisy networks are left out of both, and counted."""
+    networks = [(arch, found[f"net-{i}"]) for i, arch in enumerate((*plan.fit, *plan.test))]
+    quiet = [not entry.noisy for _, entry in networks]
+    sums = [sum(found[op.key].ms for op in arch.ops()) for arch, _ in networks]
+    nets = [entry.ms for _, entry in networks]
+    cut = len(plan.fit)
+    fit, test = ([i for i in part if quiet[i]] for part in (range(cut), range(cut, len(networks))))
+    if not fit:
+        return None
+    calibration = fit_calibration([sums[i] for i in fit], [nets[i] for i in fit])
+    held_out = judge(calibration, [sums[i] for i in test], [nets[i] for i in test]) if test else None
+    return calibration.model_copy(update={"held_out": held_out, "noisy_networks": quiet.count(False)})
+
+
+def _entry(rounds: list[list[float]], max_spread: float, delegated: Any) -> Entry:
     runs = np.concatenate([np.asarray(ms) for ms in rounds])
     spread = spread_of(rounds)
     return Entry(
@@ -242,4 +272,5 @@ def _entry(rounds: list[list[float]], max_spread: float) -> Entry:
         rounds=len(rounds),
         spread=spread,
         noisy=spread > max_spread,
+        delegated=delegated,
     )

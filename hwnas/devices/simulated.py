@@ -46,8 +46,8 @@ class Simulated:
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         """A header and one row per item."""
         del folder
-        yield {"runner": 1, "runtime": plan["runtime"], "runtime_version": "simulated", "cpu": "simulated", "machine": "simulated",
-               "governor": "simulated", "cores": plan["cores"], "threads": plan["threads"], "python": "simulated"}  # fmt: skip
+        unknown = dict.fromkeys(("runtime_package", "runtime_version", "cpu", "machine", "governor", "python"), "simulated")
+        yield {"runner": 1, "runtime": plan["runtime"], "cores": plan["cores"], "threads": plan["threads"], **unknown}
         for item in plan["items"]:
             ops = [Op.parse(key) for key in item["ops"]]
             ms = sum(simulated_ms(op) for op in ops)

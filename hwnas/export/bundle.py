@@ -80,7 +80,6 @@ class Bundle(Document):
     architecture: Architecture
     labels: tuple[str, ...]
     preprocessing: Preprocessing
-    data: DataConfig
     macs: int
     params: int
     torch_accuracy: float
@@ -89,13 +88,9 @@ class Bundle(Document):
     versions: dict[str, str]
 
 
-def preprocessing(data: DataConfig) -> Preprocessing:
+def preprocessing(data: DataConfig, resizing: str) -> Preprocessing:
     """What the data loader does to a test image, in words and numbers."""
-    size = data.resolution
-    resize = (
-        f"shorter side to {size + size // 7}, bicubic; centre crop {size}" if data.name == "folder" else f"to {size} x {size}, bilinear"
-    )
-    return Preprocessing(resolution=size, channels=data.channels, mean=data.mean, std=data.std, resize=resize)
+    return Preprocessing(resolution=data.resolution, channels=data.channels, mean=data.mean, std=data.std, resize=resizing)
 
 
 def parity(outputs: np.ndarray, reference: np.ndarray) -> Parity:
@@ -133,10 +128,11 @@ def torch_logits(network: torch.nn.Module, images_NHWC: np.ndarray) -> np.ndarra
 
 
 @torch.inference_mode()
-def torch_predictions(network: torch.nn.Module, batches: Iterable[Batch]) -> np.ndarray:
-    """PyTorch's class for each image of ``batches``: int16 [N]."""
-    predicted = [network.cpu().eval()(x_NCHW).argmax(1).numpy() for x_NCHW, _ in batches]
-    return np.concatenate(predicted).astype(np.int16)
+def torch_predictions(network: torch.nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """PyTorch's class for each image of ``batches``, and the right one: both int16 [N]."""
+    pairs = [(network.cpu().eval()(x_NCHW).argmax(1).numpy(), y.numpy()) for x_NCHW, y in batches]
+    predicted, labels = (np.concatenate(part).astype(np.int16) for part in zip(*pairs, strict=True))
+    return predicted, labels
 
 
 def save_parity(path: Path, **arrays: np.ndarray) -> None:

@@ -7,7 +7,6 @@ TorchScript one, which is deprecated. It folds batch norms into the convolutions
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import onnx
 import torch
 from torch import nn
 
+from hwnas.document import write_atomic
 from hwnas.errors import ExportError
 
 OPSET = 18
@@ -55,10 +55,7 @@ def to_onnx(
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"The exported graph of {name} is not valid ONNX: {error}") from error
-    target = Path(path)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model.SerializeToString(deterministic=True))
-    temporary.replace(target)
+    write_atomic(path, model.SerializeToString(deterministic=True))
 
 
 def _traced(module: nn.Module, input_shape: tuple[int, int, int, int]) -> onnx.ModelProto:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hwnas.data.images import load_images, ordered_batches, sampled_images
+from hwnas.data.images import evaluation_batches, load_images, sampled_images
 from hwnas.document import write_atomic
 from hwnas.export.bundle import (
     FILES,
@@ -41,7 +41,7 @@ def run(ctx: StageContext, predict: Predict) -> None:
     calibration = sampled_images(train, config.calibration_images)
     images = sampled_images(test, config.parity_images)
     reference = torch_logits(network, images)
-    predictions = torch_predictions(network, ordered_batches(test, 256))
+    predictions, labels = torch_predictions(network, evaluation_batches(test, 256, workers=data.workers))
     save_parity(ctx.folder / "parity.npz", images=images, logits=reference, predictions=predictions)
     files = []
     with ctx.progress.task("exporting", len(config.formats)) as task:
@@ -53,11 +53,10 @@ def run(ctx: StageContext, predict: Predict) -> None:
     Bundle(
         architecture=network.arch,
         labels=test.names,
-        preprocessing=preprocessing(data),
-        data=data,
+        preprocessing=preprocessing(data, test.resizing),
         macs=network.arch.macs,
         params=network.arch.params,
-        torch_accuracy=float((predictions == test.labels).mean()),
+        torch_accuracy=float((predictions == labels).mean()),
         test_images=len(test),
         files=tuple(files),
         versions=tool_versions(),

@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hwnas import __version__
+from hwnas.core import arch, op
 from hwnas.core.arch import Architecture
 from hwnas.core.op import Op
-from hwnas.document import write_atomic
+from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.errors import ConfigError
+from hwnas.export import onnx, tflite, tflite_writer
 from hwnas.export.onnx import to_onnx
 from hwnas.export.tflite import quantize_int8
 from hwnas.export.tflite_writer import write_op, write_tflite
+from hwnas.nn import blocks, network
 from hwnas.nn.network import Network
 
 CALIBRATION_INPUTS = 4
@@ -38,22 +43,31 @@ def timing_file(ops: Sequence[Op], runtime: str, dtype: str) -> Path:
         raise ConfigError(f"device.runtime = {runtime!r} with device.dtype = {dtype!r} is not supported: onnxruntime runs fp32 only.")
     name = ops[0].key if len(ops) == 1 else "net-" + hashlib.sha256("|".join(op.key for op in ops).encode()).hexdigest()[:24]
     suffix = "onnx" if runtime == "onnxruntime" else "tflite"
-    path = cache_folder() / f"{__version__}-{runtime}-{dtype}" / f"{name}.{suffix}"
+    path = cache_folder() / f"{runtime}-{dtype}-{_makers(runtime, dtype)}" / f"{name}.{suffix}"
     if not path.exists():
         _make(ops, runtime, dtype, path)
     return path
 
 
+@cache
+def _makers(runtime: str, dtype: str) -> str:
+    """A hash of everything that shapes a timing file beside its ops: our own modules, and the packages that write it."""
+    modules = (arch, op, blocks, network, onnx, tflite, tflite_writer)
+    packages = {"onnxruntime": ("torch", "onnx"), "litert": ("ai-edge-quantizer",) if dtype == "int8" else ()}[runtime]
+    sources = [file_sha256(str(module.__file__)) for module in modules]
+    return content_sha256([__version__, *sources, *map(version, packages)])[:16]
+
+
 def _make(ops: Sequence[Op], runtime: str, dtype: str, path: Path) -> None:
     first = ops[0]
-    network = Network(
+    made = Network(
         Architecture(name="timing", in_channels=first.in_ch, blocks=tuple(ops)), generator=torch.Generator().manual_seed(0)
     ).eval()
     if runtime == "onnxruntime":
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_onnx(network, (1, first.in_ch, first.size, first.size), metadata={}, path=path)
+        to_onnx(made, (1, first.in_ch, first.size, first.size), metadata={}, path=path)
         return
-    model = write_tflite(network) if len(ops) > 1 else write_op(first, network.blocks[0])
+    model = write_tflite(made) if len(ops) > 1 else write_op(first, made.blocks[0])
     if dtype == "int8":
         rng = np.random.default_rng(0)
         inputs = rng.standard_normal((CALIBRATION_INPUTS, first.size, first.size, first.in_ch), dtype=np.float32)

@@ -1,7 +1,8 @@
 """From an op to the torch module that is timed, trained and exported: one builder for all three.
 
 Initialisation follows TuNAS: He normal with fan-in (for depthwise kernels the fan-in of one channel), N(0, 0.01) for the
-classifier, zero biases. Pooling is written as ``adaptive_avg_pool2d``: as a mean it exports with a transpose. Layer order is that of timm and torchvision, so that weights can be copied one after another.
+classifier, zero biases. Layer order is that of timm and torchvision, so that weights can be copied one after another. Pooling is
+written as ``adaptive_avg_pool2d``, because as a mean over two axes it exports with a transpose.
 """
 
 from __future__ import annotations

@@ -33,6 +33,10 @@ class Network(nn.Module):
         if generator is not None:
             initialise(self, generator)
 
+    def no_weight_decay(self) -> set[str]:
+        """Weights without L2, by timm's convention: the classifier's (as in TuNAS's code)."""
+        return {f"blocks.{len(self.blocks) - 1}.linear.weight"}
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Images [N, channels, size, size] -> logits [N, classes]."""
         logits: Tensor = self.blocks(x_NCHW)
@@ -42,7 +46,7 @@ class Network(nn.Module):
 def save_network(network: Network, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Weights and BN statistics as safetensors, the architecture in the metadata, written atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomic(path, save_tensors(tensors, {"architecture": network.arch.to_json(), **(metadata or {})}))
+    write_atomic(path, _canonical(save_tensors(tensors, {"architecture": network.arch.to_json(), **(metadata or {})})))
 
 
 def load_network(path: Path) -> Network:
@@ -60,6 +64,14 @@ def load_network(path: Path) -> Network:
             f"checkpoint {path} is corrupt or was cut off ({_first_line(error)}): train again, or restore the file."
         ) from error
     return network
+
+
+def _canonical(content: bytes) -> bytes:
+    """The same safetensors file with its header sorted: safetensors orders metadata at random, and hashes would differ."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def _metadata(content: bytes) -> dict[str, str]:

@@ -1,18 +1,20 @@
 """The weight-shared super-net of a macro space.
 
-Sharing is TuNAS's "collapsed" form (arXiv 2008.06120, section 4; nas-facts 1.3): per slot one expansion and one projection
+Sharing is TuNAS's "collapsed" form (arXiv 2008.06120, section 4): per slot one expansion and one projection
 convolution for all kernel sizes and expansions, and one depthwise convolution with its own BN per kernel size. Narrower
 options use the first channels of the shared weights.
 
-BN always uses the statistics of the batch, also when scoring; nothing is tracked (nas-facts 1.5).
+BN always uses the statistics of the batch, also when scoring; nothing is tracked, as in TuNAS's code.
 
 *Differences from the paper*: TuNAS masks channels of the widest weights; here weights are **sliced**, which computes the same
-and costs what the sampled path costs. A mixture over kernels is averaged before the shared projection, as in TuNAS.
+and costs what the sampled path costs. Shared weights that a step does not touch at all get no decay and no momentum; of those it
+does touch, the channels outside the slice do. A mixture over kernels is averaged before the shared projection, as in TuNAS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,8 +64,10 @@ class ElasticConv(nn.Module):
 
 
 def _shared_name(layer: Layer) -> str:
-    """Which shared weights a layer uses: depthwise and plain convolutions have their own per kernel size."""
-    return f"{layer.name}_k{layer.kernel}" if layer.name in ("depthwise", "conv") else layer.name
+    """Which shared weights a layer uses: depthwise and plain convolutions have their own per kernel size, grouped ones per group count."""
+    kernel = f"_k{layer.kernel}" if layer.name in ("depthwise", "conv") else ""
+    groups = f"_g{layer.groups}" if layer.groups > 1 and layer.name != "depthwise" else ""
+    return f"{layer.name}{kernel}{groups}"
 
 
 class ElasticSlot(nn.Module):
@@ -79,25 +83,36 @@ class ElasticSlot(nn.Module):
                 for layer in op.layers if op is not None else ():
                     name = _shared_name(layer)
                     known = widest.get(name, layer)
-                    widest[name] = max(layer, known, key=lambda item: (item.out_ch, item.in_ch))
+                    widest[name] = replace(
+                        layer,
+                        in_ch=max(layer.in_ch, known.in_ch),
+                        out_ch=max(layer.out_ch, known.out_ch),
+                        groups=max(layer.groups, known.groups),  # equal, but for depthwise layers: their widest has most groups
+                    )
         self.shared = nn.ModuleDict({name: ElasticConv(layer, bn_eps) for name, layer in widest.items()})
 
     def forward(self, x_NCHW: Tensor, gate: Any, out_ch: int) -> Tensor:
         """The gated sum of the slot's options at an output width: [N, C, H, W] -> [N, out_ch, H', W']."""
         in_ch = x_NCHW.shape[1]
         groups: dict[tuple[str, float, float, int], list[tuple[Op, Any]]] = {}
-        residual = not self.slot.first or (self.slot.residual == "matching" and in_ch == out_ch and self.slot.stride == 1)
+        identity: Any = 0.0  # how much of the input passes: the weights of skip and of options with a residual
         for option, weight in zip(self.slot.options, gate, strict=True):
-            block = parse_option(option)
-            op = self.slot.op(option, in_ch, out_ch)
-            if op is not None and block is not None and float(weight) != 0.0:
+            if _value(weight) == 0.0:
+                continue
+            block, op = parse_option(option), self.slot.op(option, in_ch, out_ch)
+            if block is None or op is None or op.residual:
+                identity = identity + weight
+            if block is not None and op is not None:
                 groups.setdefault(_same_but_kernel(block), []).append((op, weight))
-                residual = op.residual
-        parts = [self._group(x_NCHW, members) for members in groups.values()]
-        total = sum(parts[1:], parts[0]) if parts else None
-        if total is None:
+        if not groups:  # skipped
             return x_NCHW
-        return x_NCHW + total if residual else total
+        parts = [self._group(x_NCHW, members) for members in groups.values()]
+        total: Tensor = sum(parts[1:], parts[0])
+        if isinstance(identity, Tensor) or identity not in (0.0, 1.0):
+            total = total + identity * x_NCHW
+        elif identity:
+            total = x_NCHW + total
+        return total
 
     def _group(self, x_NCHW: Tensor, members: list[tuple[Op, Any]]) -> Tensor:
         """Options that differ in their kernel only: their depthwise outputs are mixed, the rest runs once."""
@@ -126,7 +141,7 @@ class ElasticSlot(nn.Module):
 
     def weights(self, op: Op) -> dict[str, Tensor]:
         """State of a stand-alone block of ``op``, taken from the shared weights."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for layer in op.layers:
             prefix = layer.name.replace("se_", "se.")
             shared: Any = self.shared[_shared_name(layer)]
@@ -152,6 +167,10 @@ class Supernet(nn.Module):
         self.slots = nn.ModuleList(ElasticSlot(slot, space.bn_eps) for slot in space.slots)
         self.classifier = nn.Linear(max(space.stages[-1].widths), space.classes)
         initialise(self, generator)
+
+    def no_weight_decay(self) -> set[str]:
+        """Weights without L2, by timm's convention: the classifier's (as in TuNAS's code)."""
+        return {"classifier.weight"}
 
     def forward(self, x_NCHW: Tensor, gates: Gates) -> Tensor:
         """Images [N, channels, size, size] under ``gates`` -> logits [N, classes]. Width gates must be one-hot."""
@@ -184,6 +203,10 @@ class Supernet(nn.Module):
         return slot.op(str(picks.get(slot.key, slot.options[0])), in_ch, out_ch)
 
 
+def _value(weight: Any) -> float:
+    return float(weight.detach() if isinstance(weight, Tensor) else weight)
+
+
 def _width(slot: Slot, gates: Gates) -> int:
     gate = gates.get(slot.out_key)
-    return slot.out_widths[0] if gate is None else slot.out_widths[int(np.argmax([float(weight) for weight in gate]))]
+    return slot.out_widths[0] if gate is None else slot.out_widths[int(np.argmax([_value(weight) for weight in gate]))]

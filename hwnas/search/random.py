@@ -7,8 +7,9 @@ single-path uniform sampling of SPOS (Guo et al., arXiv 1904.00420):
 2. proposal: architectures uniform among those within the target's tolerance, by rejection;
 3. choice:   the best by recalibrated held-out accuracy (the search stage does this for every strategy).
 
-*Differences from the papers*: architectures outside the latency budget are rejected when proposing, not when training, as in
-TuNAS's random baseline (83 to 85 ms around 84).
+*Differences from the papers*: sampling is uniform over architectures, where TuNAS's baseline is uniform over decisions (a slot is
+skipped with probability 1/7 here and 1/2 there); architectures outside the latency budget are rejected when proposing, not when
+training, as in TuNAS's baseline (83 to 85 ms around 84).
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from hwnas.core.cost import CostModel
 from hwnas.core.objective import Objective
 from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
-from hwnas.data.images import Batch, Images, load_images, ordered_batches, training_batches
+from hwnas.data.images import Batch, Images, evaluation_batches, load_images, training_batches
 from hwnas.document import Document
 from hwnas.engine import Engine, accuracy, steps_of
-from hwnas.errors import ConfigError
+from hwnas.errors import ConfigError, SpaceError, TargetError
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.network import Network, save_network
 from hwnas.nn.supernet import Supernet
@@ -67,6 +67,8 @@ OUTPUTS = ["arch.json", "search.json", "supernet.safetensors"]
 def resolve_target(experiment: Experiment, cost: CostModel) -> float:
     """The latency budget in milliseconds, checked to be within the space's reach."""
     config = experiment.search
+    if not cost.space.choices:
+        raise SpaceError(f"space {cost.space.name} has no open choice, so nothing to search: train its architecture by train.arch.")
     low, high = cost.range_ms()
     if config.target_ms is not None:
         cost.check_target(config.target_ms)
@@ -109,6 +111,10 @@ def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
         return engine.weight_step(*batches.train(search.step), gates)
 
     search = SearchContext(space, cost, config.objective, target_ms, config.tolerance, steps, config.batch_size, train_step, quality)
+    if not random_within(search, 1, np.random.default_rng(seed)):
+        raise TargetError(
+            f"no architecture of space {space.name} within {config.tolerance:.2g} of {target_ms:.4g} ms was found: raise search.tolerance."
+        )
     strategy.setup(search)
     engine.resume()
 
@@ -122,7 +128,7 @@ def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
     engine.fit(step, progress, f"searching ({config.strategy.name})")
 
     search.rng = np.random.default_rng([seed, steps])
-    judge = _Judge(supernet, search, held_out, load_images(ctx.experiment.data, "train"), config.recalibration_images, config.batch_size)
+    judge = _Judge(supernet, search, ctx.experiment)
     candidates = judge.rank(strategy.propose(search, config.candidates), progress, "ranking proposals")
     random = judge.rank(random_within(search, config.random_samples, search.rng), progress, "scoring random architectures in the budget")
     anywhere = [space.sample(search.rng) for _ in range(config.random_samples)]
@@ -157,28 +163,30 @@ def _summary(arch: Architecture, best: Candidate, target_ms: float) -> str:
 
 
 class _Batches:
-    """Training and held-out batches of a step. Both are functions of the step, so a resumed search sees the same ones."""
+    """Training and held-out batches of a step. All are functions of the step, so a resumed search sees the same ones."""
 
     def __init__(self, train: Images, held_out: Images, data: DataConfig, batch_size: int, seed: int, steps: int) -> None:
         self.train_images, self.held_out_images, self.data = train, held_out, data
         self.batch_size, self.seed, self.steps = batch_size, seed, steps
-        self._stream: tuple[int, Iterator[Batch]] | None = None
+        self._streams: dict[int, tuple[int, Iterator[Batch]]] = {}
 
     def train(self, step: int) -> Batch:
-        """The training batch of a step; consecutive steps share one loader."""
-        if self._stream is None or self._stream[0] != step:
-            loader = training_batches(
-                self.train_images, self.batch_size, seed=self.seed, first=step, last=self.steps, workers=self.data.workers
-            )
-            self._stream = (step, loader)
-        batch = next(self._stream[1])
-        self._stream = (step + 1, self._stream[1])
-        return batch
+        """The training batch of a step."""
+        return self._next(0, self.train_images, self.batch_size, self.seed, step)
 
     def held_out(self, step: int, multiple: int) -> Batch:
         """The held-out batch of a step, ``multiple`` times as large as a training batch."""
         size = min(self.batch_size * multiple, len(self.held_out_images))
-        return next(training_batches(self.held_out_images, size, seed=self.seed + 1, first=step, last=step + 1))
+        return self._next(multiple, self.held_out_images, size, self.seed + 1, step)
+
+    def _next(self, name: int, images: Images, size: int, seed: int, step: int) -> Batch:
+        """The batch of a step from a stream that consecutive steps share."""
+        position, stream = self._streams.get(name, (-1, iter(())))
+        if position != step:
+            stream = training_batches(images, size, seed=seed, first=step, last=self.steps, workers=self.data.workers)
+        batch = next(stream)
+        self._streams[name] = (step + 1, stream)
+        return batch
 
 
 @torch.no_grad()
@@ -192,22 +200,17 @@ def _batch_accuracy(engine: Engine, batch: Batch, gates: Mapping[str, Any]) -> f
 class _Judge:
     """Ranks architectures by the accuracy of their extracted, BN-recalibrated networks on all held-out images."""
 
-    def __init__(
-        self, supernet: Supernet, search: SearchContext, held_out: Images, train: Images, recalibration_images: int, batch_size: int
-    ) -> None:
-        self.supernet, self.search, self.batch_size = supernet, search, batch_size
-        self.held_out, self.train, self.recalibration_images = held_out, train, recalibration_images
+    def __init__(self, supernet: Supernet, search: SearchContext, experiment: Experiment) -> None:
+        self.supernet, self.search, self.config, self.workers = supernet, search, experiment.search, experiment.data.workers
+        self.train, self.held_out = load_images(experiment.data, "train"), load_images(experiment.data, "held_out")
 
     def network(self, picks: Picks) -> Network:
         """The network of ``picks`` with the super-net's weights and re-estimated BN statistics."""
         network = self.supernet.extract(picks)
         device = next(network.parameters()).device
         network.to(memory_format=torch.channels_last)
-        images = (
-            x.to(device, memory_format=torch.channels_last)
-            for x, _ in ordered_batches(self.train, self.batch_size, self.recalibration_images)
-        )
-        recalibrate(network, images)
+        batches = evaluation_batches(self.train, self.config.batch_size, limit=self.config.recalibration_images, workers=self.workers)
+        recalibrate(network, (x_NCHW.to(device, memory_format=torch.channels_last) for x_NCHW, _ in batches))
         return network
 
     def rank(self, proposals: list[Picks], progress: Progress, description: str) -> list[Candidate]:
@@ -215,7 +218,8 @@ class _Judge:
         judged = []
         with progress.task(description, len(proposals)) as task:
             for picks in proposals:
-                quality = accuracy(self.network(picks), ordered_batches(self.held_out, 4 * self.batch_size))
+                held_out = evaluation_batches(self.held_out, 4 * self.config.batch_size, workers=self.workers)
+                quality = accuracy(self.network(picks), held_out)
                 latency = self.search.cost.latency_ms(picks)
                 judged.append(Candidate(picks=picks, latency_ms=latency, accuracy=quality, reward=self.search.reward(quality, latency)))
                 task.advance(note=f"accuracy {quality:.1%}")

@@ -1,7 +1,7 @@
 """TuNAS: reinforcement learning on a weight-shared super-net with an absolute latency reward.
 
 Bender, Liu, Chen, Chu, Cheng, Kindermans, Le: "Can weight sharing outperform random architecture search? An investigation with
-TuNAS" (CVPR 2020, arXiv 2008.06120); released code google-research:tunas/. Constants: nas-facts 1.4 and 1.5.
+TuNAS" (CVPR 2020, arXiv 2008.06120); released code google-research:tunas/. The constants are the code's.
 
 Every decision d (skip or not, kernel, expansion, width) has its own categorical distribution pi_d = softmax(logits_d),
 logits 0 at the start. Per step:
@@ -140,7 +140,8 @@ class Controller:
         )
         loss = -advantage * log_p - entropy * (self.entropy() if entropy else 0.0)
         self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=False)
+        for logits in self.logits.values():  # zeros, not None, for what was not decided: Adam then treats all alike, also after a resume
+            logits.grad = torch.zeros_like(logits)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -190,8 +191,8 @@ class Controller:
 def _factors(choice: Choice) -> Factors:
     if choice.kind == "op":
         return factorise(tuple(map(str, choice.options)))
-    count = len(choice.options)
-    return Factors((("width", tuple(float(option) for option in choice.options)),), tuple((i,) for i in range(count)))
+    widths = sorted(map(float, choice.options))  # ascending like all axes, in whatever order the space lists them
+    return Factors((("width", tuple(widths)),), tuple((widths.index(float(option)),) for option in choice.options))
 
 
 def _decisions(key: str, factors: Factors) -> list[tuple[str, str]]:

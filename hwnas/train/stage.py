@@ -1,4 +1,4 @@
-"""The training stage: an architecture in, a trained network out."""
+"""The training stage: an architecture in, a trained network out. It uses all training images; the search held some out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.spaces import published
-from hwnas.data.images import load_images, ordered_batches, training_batches
+from hwnas.data.images import evaluation_batches, load_images, training_batches
 from hwnas.document import Document
 from hwnas.engine import Engine, Metrics, accuracy, steps_of
 from hwnas.errors import ConfigError
@@ -52,7 +52,7 @@ def run(ctx: StageContext, arch: Architecture) -> None:
             f"architecture {arch.name!r} has {arch.classes} classes, {arch.resolution} px and {arch.in_channels} channels, but the data "
             f"{data.classes}, {data.resolution} and {data.channels}: make data.classes, data.resolution and data.channels agree."
         )
-    train, test = load_images(data, "train", augment=True), load_images(data, "test")
+    train, test = load_images(data, "all", augment=True), load_images(data, "test")
     network = Network(arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed))
     if config.weights == "supernet":
         network.load_state_dict(load_network(ctx.path("search", "supernet.safetensors")).state_dict())
@@ -77,7 +77,7 @@ def run(ctx: StageContext, arch: Architecture) -> None:
 
     engine.fit(step, ctx.progress, f"training {arch.name}")
     trained = engine.averaged
-    test_accuracy = accuracy(trained, ordered_batches(test, 4 * config.batch_size))
+    test_accuracy = accuracy(trained, evaluation_batches(test, 4 * config.batch_size, workers=data.workers))
     assert isinstance(trained, Network)
     save_network(trained, ctx.folder / "model.safetensors", {"test_accuracy": f"{test_accuracy:.4f}"})
     TrainResult(

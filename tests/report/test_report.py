@@ -139,7 +139,7 @@ def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
         content = {"name": name, "format": kind, "runtime": runtime, "dtype": dtype, "sha256": "0" * 64, "parity": parity}
         files.append(BundleFile.model_validate({**content, "size_bytes": arch.params * (1 if int8 else 4) + 9000}))
     return Bundle(
-        architecture=arch, labels=tuple("0123456789"), preprocessing=preprocessing(config.data), data=config.data,
+        architecture=arch, labels=tuple("0123456789"), preprocessing=preprocessing(config.data, "bilinear"),
         macs=arch.macs, params=arch.params, torch_accuracy=0.9806, test_images=360, files=tuple(files),
         versions={"hwnas": "0.1.0", "torch": "2.14.1", "onnx": "1.19.0"},
     )  # fmt: skip
@@ -152,11 +152,12 @@ def make_verdict(bundle: Bundle, predicted: float, *, passed: bool = True) -> Ve
         files.append(FileVerdict(
             name=file.name, runtime=file.runtime, runtime_version="2.0", dtype=file.dtype, measured_ms=predicted * factor, spread=0.011,
             predicted_ms=predicted if judged else None, latency_error=factor - 1 if judged else None,
-            latency_passed=True if judged else None, accuracy=0.9806 - loss, accuracy_loss=loss, accuracy_passed=loss < 0.02,
+            latency_passed=True if judged else None, parity_passed=None, accuracy=0.9806 - loss, accuracy_loss=loss,
+            accuracy_passed=loss < 0.02,
         ))  # fmt: skip
     return Verdict(
-        device="host", cpu="test", cores=(0,), governor="unknown", threads=1, date="2026-01-01", bundle_sha256=bundle.sha256,
-        table="host/litert-fp32-1t", table_sha256=None, drift=1.0, tolerances=ValidateConfig(), images=360, torch_accuracy=0.9806,
+        device="host", cpu="test", cores=(0,), governor="unknown", threads=1, date="2026-01-01", bundle_sha256=bundle.sha256, table="host/litert-fp32-1t", table_sha256=None, unpredicted=None, drift=1.0, tolerances=ValidateConfig(),
+        images=360, torch_accuracy=0.9806,
         files=tuple(files), passed=passed,
     )  # fmt: skip
 

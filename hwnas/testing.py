@@ -1,0 +1,304 @@
+"""Conformance cases that third-party plug-ins inherit: a plug-in that passes them works in every stage.
+
+    from hwnas.testing import StrategyConformance
+
+    class TestMine(StrategyConformance):
+        def strategy(self):
+            return Mine(Mine.Config())
+
+The cases are plain pytest classes. They run the real thing on small problems whose answers are known: no network is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from hwnas.core.arch import Picks
+from hwnas.core.cost import CostModel
+from hwnas.core.objective import AbsoluteObjective
+from hwnas.core.op import Op
+from hwnas.core.space import MacroSpace, SearchSpace, Stage
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
+from hwnas.devices.device import Connection
+from hwnas.export.timing import timing_file
+from hwnas.search.strategy import Metrics, SearchContext, Strategy
+
+
+def tiny_space() -> MacroSpace:
+    """Four open slots of inverted residuals and a searched width: 3,200 architectures."""
+    first = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
+    later = (*first, "skip")
+    stages = (
+        Stage(widths=(16,), slots=(("cn_k3",),)),
+        Stage(widths=(24, 32), stride=2, slots=(first, later)),
+        Stage(widths=(40,), stride=2, slots=(first, later)),
+        Stage(widths=(64,), slots=(first,)),
+        Stage(widths=(96,), slots=(("cn_k1",),)),
+    )
+    return MacroSpace(name="tiny", resolution=32, classes=10, stages=stages)
+
+
+def synthetic_table(space: SearchSpace) -> LatencyTable:
+    """A table in which every op costs its MACs at 1e9 a second, plus 10 microseconds."""
+    header = TableHeader(
+        device="synthetic", cpu="synthetic", machine="synthetic", runtime="synthetic", runtime_version="1", dtype="fp32", threads=1,
+        cores=(0,), governor="synthetic", layout="NHWC", batch=1, date="2000-01-01", space=space.name,
+    )  # fmt: skip
+    entries = {op.key: Entry(ms=op.macs / 1e6 + 0.01) for op in space.ops}
+    return LatencyTable(header=header, entries=entries, calibration=Calibration(intercept_ms=0.0, slope=1.0, networks=0))
+
+
+class Problem:
+    """A search whose answer is known: every option of ``tiny_space`` adds a given amount to the quality.
+
+    Slower options add more, but less than overrunning the target costs, so the budget binds: the best architecture without it
+    is far too slow. The options of one architecture near the target, drawn from ``seed``, add a little extra; the optimum under
+    the budget is found by trying everything.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.space = tiny_space()
+        self.cost = CostModel(self.space, synthetic_table(self.space))
+        low, high = self.cost.range_ms()
+        self.target_ms, self.tolerance = low + 0.45 * (high - low), 0.02
+        rng = np.random.default_rng(seed)
+        planted: Picks = {}
+        while not planted or abs(self.cost.latency_ms(planted) / self.target_ms - 1) > 0.25 * self.tolerance:
+            planted = self.space.sample(rng)
+        smallest = {choice.key: choice.options[0] for choice in self.space.choices}
+        self.gains: dict[str, np.ndarray] = {}
+        for choice in self.space.choices:
+            ms = np.array([self.cost.latency_ms({**smallest, choice.key: option}) for option in choice.options])
+            bonus = 0.004 * np.array([option == planted[choice.key] for option in choice.options])
+            self.gains[choice.key] = 0.06 * (ms - ms.min()) / (high - low) + bonus
+        self.index_NC = np.array(list(itertools.product(*(range(len(choice.options)) for choice in self.space.choices))))
+        latency_N = self.cost.latencies_ms(self.index_NC)
+        quality_N = 0.5 + np.sum([self.gains[choice.key][self.index_NC[:, i]] for i, choice in enumerate(self.space.choices)], axis=0)
+        within_N = np.abs(latency_N / self.target_ms - 1) <= self.tolerance
+        reward_N = np.where(within_N, quality_N - 0.1 * np.abs(latency_N / self.target_ms - 1), -np.inf)
+        assert latency_N[quality_N.argmax()] > 1.3 * self.target_ms, "the budget must bind"
+        assert 10 <= within_N.sum() <= 0.2 * len(within_N), "the budget must leave a choice, and not everything"
+        self.best = self.space.at(self.index_NC[reward_N.argmax()])
+
+    def quality(self, gates: Mapping[str, Any], multiple: int = 1) -> float:
+        """The quality in 0..1 of an architecture or mixture, as an infinitely large held-out set would tell it."""
+        del multiple
+        return 0.5 + sum(float(np.dot(np.asarray(gates[key], dtype=float), gain)) for key, gain in self.gains.items())
+
+    def context(self, steps: int, batch_size: int = 256) -> SearchContext:
+        """A search context without a super-net: weights have nothing to learn."""
+
+        def train(gates: Mapping[str, Any]) -> Metrics:
+            assert gates.keys() == self.gains.keys(), f"gates for {sorted(gates)}, but the choices are {sorted(self.gains)}"
+            for key, gate in gates.items():
+                total = float(np.sum([float(weight) for weight in gate]))
+                assert math.isclose(total, 1.0, abs_tol=1e-6), f"the gates of {key} add up to {total}"
+            return {}
+
+        return SearchContext(
+            self.space, self.cost, AbsoluteObjective(), self.target_ms, self.tolerance, steps, batch_size, train, self.quality
+        )
+
+    def ranked(self, proposals: list[Picks]) -> list[Picks]:
+        """Proposals by reward, best first: what the search stage does with them."""
+
+        def reward(picks: Picks) -> float:
+            quality = 0.5 + sum(gain[self.space.index(picks)[i]] for i, gain in enumerate(self.gains.values()))
+            return AbsoluteObjective().reward(quality, self.cost.latency_ms(picks), self.target_ms)
+
+        return sorted(proposals, key=reward, reverse=True)
+
+
+def searched(strategy: Strategy, ctx: SearchContext, seed: int, first: int = 0, last: int | None = None) -> list[Metrics]:
+    """Run a strategy's steps as the search stage does: a new generator from (seed, step) for each."""
+    metrics = []
+    for number in range(first, ctx.steps if last is None else last):
+        ctx.step, ctx.rng = number, np.random.default_rng([seed, number])
+        metrics.append(strategy.step(ctx))
+    return metrics
+
+
+def proposed(strategy: Strategy, ctx: SearchContext, seed: int, count: int) -> list[Picks]:
+    """Its proposals after the last step."""
+    ctx.step, ctx.rng = ctx.steps, np.random.default_rng([seed, ctx.steps])
+    return strategy.propose(ctx, count)
+
+
+class StrategyConformance:
+    """What every search method has to do. Inherit, and return a new strategy from ``strategy``.
+
+    ``steps`` and ``proposals`` are how much it gets to find the optimum of a ``Problem``.
+    """
+
+    steps: ClassVar[int] = 1200
+    proposals: ClassVar[int] = 8
+
+    def strategy(self) -> Strategy:
+        """A new strategy, not yet set up."""
+        raise NotImplementedError
+
+    def _search(self, problem: Problem, seed: int, steps: int) -> tuple[Strategy, SearchContext, list[Metrics]]:
+        strategy, ctx = self.strategy(), problem.context(steps)
+        strategy.setup(ctx)
+        return strategy, ctx, searched(strategy, ctx, seed)
+
+    def test_proposals_are_valid_distinct_and_within_the_tolerance(self) -> None:
+        """Before and after learning, and for targets near both ends of the reach."""
+        problem = Problem(0)
+        low, high = problem.cost.range_ms()
+        for target_ms in (problem.target_ms, 1.01 * low, 0.99 * high):
+            strategy, ctx = self.strategy(), problem.context(40)
+            ctx.target_ms = target_ms
+            strategy.setup(ctx)
+            for steps in (0, 40):
+                searched(strategy, ctx, 0, 0, steps)
+                proposals = proposed(strategy, ctx, 0, 6)
+                assert 1 <= len(proposals) <= 6, f"{len(proposals)} proposals of at most 6 at {target_ms} ms"
+                for picks in proposals:
+                    problem.space.check(picks)
+                    latency = problem.cost.latency_ms(picks)
+                    assert abs(latency / target_ms - 1) <= ctx.tolerance, f"{latency} ms is not within 2 % of {target_ms} ms"
+                names = {problem.space.decode(picks).blocks for picks in proposals}
+                assert len(names) == len(proposals), "a proposal came twice"
+
+    def test_metrics_are_finite_numbers(self) -> None:
+        """Every step reports numbers that a log can hold."""
+        _, _, metrics = self._search(Problem(0), 0, 40)
+        for row in metrics:
+            for name, value in row.items():
+                assert isinstance(value, float | int) and math.isfinite(value), f"metric {name} is {value!r}"
+
+    def test_deterministic_under_a_seed(self) -> None:
+        """The same seed gives the same run; another seed another."""
+        problem = Problem(0)
+        runs = []
+        for seed in (3, 3, 4):
+            strategy, ctx, metrics = self._search(problem, seed, 60)
+            runs.append((metrics, proposed(strategy, ctx, seed, 6)))
+        assert runs[0] == runs[1], "two runs with one seed differ"
+        assert runs[0] != runs[2], "the seed changes nothing"
+
+    def test_continues_identically_from_its_state(self) -> None:
+        """A state taken at any step, and put into a new strategy, goes on as the old one would have."""
+        problem = Problem(0)
+        strategy, ctx, straight = self._search(problem, 1, 60)
+        expected = proposed(strategy, ctx, 1, 6)
+        for stop in (0, 7, 33, 60):
+            early, early_ctx = self.strategy(), problem.context(60)
+            early.setup(early_ctx)
+            before = searched(early, early_ctx, 1, 0, stop)
+            state = copy.deepcopy(early.state_dict())
+            searched(early, early_ctx, 1, stop, min(stop + 5, 60))  # what goes on after a checkpoint must not leak into it
+            late, late_ctx = self.strategy(), problem.context(60)
+            late.setup(late_ctx)
+            late.load_state_dict(state)
+            after = searched(late, late_ctx, 1, stop)
+            assert before + after == straight, f"stopped at step {stop}, it went on differently"
+            assert proposed(late, late_ctx, 1, 6) == expected, f"stopped at step {stop}, it proposes something else"
+
+    def test_state_survives_a_checkpoint(self, tmp_path: Path) -> None:
+        """The state is what ``torch.load(weights_only=True)`` reads: tensors, numbers, strings and containers of them."""
+        import torch
+
+        strategy, ctx, _ = self._search(Problem(0), 2, 40)
+        torch.save(strategy.state_dict(), tmp_path / "state.pt")
+        again = self.strategy()
+        again.setup(ctx)
+        again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert proposed(again, ctx, 2, 6) == proposed(strategy, ctx, 2, 6)
+
+    def test_finds_the_known_optimum(self) -> None:
+        """On five problems of five seeds, under a budget that binds."""
+        for seed in range(5):
+            problem = Problem(seed)
+            strategy, ctx, _ = self._search(problem, seed, self.steps)
+            best = problem.ranked(proposed(strategy, ctx, seed, self.proposals))[0]
+            assert best == problem.best, f"seed {seed}: found {best}, but the optimum is {problem.best}"
+
+
+class DeviceConformance:
+    """What every connection to a device has to do. Inherit, and return one from ``connection``."""
+
+    runtime: ClassVar[str] = "litert"
+    dtype: ClassVar[str] = "fp32"
+    reads_files: ClassVar[bool] = True
+    """False where model files are not opened, so that a broken one cannot be noticed."""
+
+    OPS: ClassVar[tuple[Op, ...]] = (
+        Op("conv", 8, 3, 8, kernel=3, act="relu"),
+        Op("mbconv", 8, 8, 8, 24, 3, act="relu", residual=True),
+        Op("classifier", 8, 8, 10),
+    )
+
+    def connection(self) -> Connection:
+        """A connection to the device."""
+        raise NotImplementedError
+
+    def plan(self, rounds: int = 1) -> dict[str, Any]:
+        """A plan of three small ops and the network they form."""
+        chains = {**{op.key: (op,) for op in self.OPS}, "net-0": self.OPS}
+        items = [
+            {"id": name, "path": str(timing_file(ops, self.runtime, self.dtype)), "round": number, "ops": [op.key for op in ops]}
+            for number in range(rounds)
+            for name, ops in chains.items()
+        ]
+        cores = list(self.connection().cores(1))
+        return {"runtime": self.runtime, "threads": 1, "cores": cores, "min_ms": 1.0, "min_runs": 3, "items": items}
+
+    def test_header_then_one_row_per_item(self, tmp_path: Path) -> None:
+        """Ids and rounds in the plan's order, and every single run in milliseconds."""
+        plan = self.plan(rounds=2)
+        header, *rows = self.connection().measure(plan, tmp_path)
+        assert "runner" in header, f"the first row is no header: {header}"
+        assert [(row["id"], row["round"]) for row in rows] == [(item["id"], item["round"]) for item in plan["items"]]
+        for row in rows:
+            assert len(row["ms"]) >= plan["min_runs"], f"{row['id']} ran {len(row['ms'])} times"
+            assert all(math.isfinite(ms) and ms > 0 for ms in row["ms"]), f"{row['id']} took {row['ms']}"
+
+    def test_header_describes_the_measurement(self, tmp_path: Path) -> None:
+        """What a table's header needs; the cores are those that the plan asked for."""
+        plan = self.plan()
+        header = next(iter(self.connection().measure(plan, tmp_path)))
+        for key in ("runtime", "runtime_version", "cpu", "machine", "governor", "python"):
+            assert isinstance(header[key], str) and header[key], f"{key} is {header[key]!r}"
+        assert header["runtime"] == self.runtime
+        assert header["threads"] == 1
+        assert header["cores"] == plan["cores"] or header["cores"] == "unknown", f"pinned to {header['cores']}, not {plan['cores']}"
+
+    def test_cores(self) -> None:
+        """As many different cores as threads."""
+        cores = self.connection().cores(1)
+        assert len(cores) >= 1 and len(set(cores)) == len(cores)
+
+    def test_a_broken_file_is_an_error_of_its_item(self, tmp_path: Path) -> None:
+        """And of no other item."""
+        if not self.reads_files:
+            import pytest
+
+            pytest.skip("this device does not open model files (reads_files = False)")
+        plan = self.plan()
+        broken = tmp_path / "broken.tflite"
+        broken.write_bytes(b"this is no model")
+        plan["items"][1]["path"] = str(broken)
+        plan["items"][2]["path"] = str(tmp_path / "missing.tflite")
+        _, *rows = self.connection().measure(plan, tmp_path)
+        assert [row["id"] for row in rows] == [item["id"] for item in plan["items"]]
+        assert ["error" in row for row in rows] == [False, True, True, False], f"rows: {rows}"
+
+    def test_predicts_row_by_row(self, tmp_path: Path) -> None:
+        """One output per image, each a function of its own image."""
+        model = timing_file(self.OPS, "litert", "fp32")
+        images = np.random.default_rng(0).standard_normal((3, 8, 8, 3)).astype(np.float32)
+        outputs = self.connection().predict(model, images, tmp_path)
+        assert outputs.shape == (3, 10)
+        assert outputs.dtype == np.float32
+        assert np.abs(outputs[0] - outputs[1]).max() > 0
+        alone = self.connection().predict(model, images[1:2], tmp_path)
+        assert np.allclose(alone[0], outputs[1], atol=1e-6)

@@ -1,0 +1,156 @@
+"""Real measurements on this computer, and what happens when the runner misbehaves."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwnas.core.op import Op
+from hwnas.devices.device import HOST, Device, connect, find_device
+from hwnas.devices.host import Host
+from hwnas.errors import ConfigError, DeviceError
+from hwnas.export.timing import timing_file
+
+SMALL = Op("mbconv", 8, 8, 8, 24, 3, act="relu", residual=True)
+LARGE = Op("mbconv", 32, 48, 48, 288, 5, act="relu", residual=True)
+
+
+def plan(ops: list[Op], runtime: str, dtype: str, cores: list[int], rounds: int = 1) -> dict[str, Any]:
+    items = [
+        {"id": op.key, "path": str(timing_file((op,), runtime, dtype)), "round": number, "ops": [op.key]}
+        for number in range(rounds)
+        for op in ops
+    ]
+    return {"runtime": runtime, "threads": 1, "cores": cores, "min_ms": 5.0, "min_runs": 5, "items": items}
+
+
+@pytest.mark.parametrize(("runtime", "dtype", "ops"), [("litert", "fp32", 2), ("litert", "int8", 2), ("onnxruntime", "fp32", 1)])
+def test_measures(runtime: str, dtype: str, ops: int, tmp_path: Path) -> None:
+    host = Host(HOST)
+    core = sorted(os.sched_getaffinity(0))[0]
+    wanted = plan([SMALL, LARGE][:ops], runtime, dtype, [core], rounds=2)
+    header, *rows = host.measure(wanted, tmp_path)
+    assert header["runtime"] == runtime
+    assert header["cores"] == [core]
+    assert header["threads"] == 1
+    assert header["runtime_version"][0].isdigit()
+    assert header["cpu"] not in ("", "unknown") or header["machine"] != "x86_64"
+    assert [(row["id"], row["round"]) for row in rows] == [(item["id"], item["round"]) for item in wanted["items"]]
+    medians = {}
+    for row in rows:
+        assert len(row["ms"]) >= 5
+        assert min(row["ms"]) > 0
+        assert sum(row["ms"]) >= 5.0 or len(row["ms"]) == 200
+        medians.setdefault(row["id"], []).append(float(np.median(row["ms"])))
+    if ops == 2:  # 250 times the multiplications
+        assert min(medians[LARGE.key]) > 5 * max(medians[SMALL.key])
+
+
+def test_rows_arrive_as_they_are_measured(tmp_path: Path) -> None:
+    """The first row is here long before the last one is due, and leaving early ends the runner."""
+    wanted = plan([SMALL], "litert", "fp32", [sorted(os.sched_getaffinity(0))[-1]])
+    wanted["items"] = [{**wanted["items"][0], "round": number} for number in range(40)]
+    wanted |= {"min_ms": 250.0, "max_runs": 10**6}
+    started = time.monotonic()
+    rows = Host(HOST).measure(wanted, tmp_path)
+    next(rows)
+    assert next(rows)["round"] == 0
+    rows.close()
+    assert time.monotonic() - started < 8  # all of them take ten seconds and more
+
+
+def test_cores() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    assert Host(HOST).cores(1) == (allowed[-1],)
+    assert Host(Device(id="x", soc="x", connection="host", cores=(4, 5))).cores(2) == (4, 5)
+    with pytest.raises(DeviceError, match=r"lower device\.threads"):
+        Host(HOST).cores(len(allowed) + 1)
+
+
+def test_a_core_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="Cannot run on cores"):
+        list(Host(HOST).measure(plan([SMALL], "litert", "fp32", [4000]), tmp_path))
+
+
+def fake_runner(tmp_path: Path, program: str) -> Host:
+    """A host whose runner is another program: a real process, with the faults that real ones have."""
+    host = Host(HOST)
+    host.runner = tmp_path / "runner.py"
+    host.runner.write_text("import json, sys, time\n" + program)
+    return host
+
+
+def test_a_talkative_runtime_does_not_block(tmp_path: Path) -> None:
+    """Runtimes write warnings to stderr for every model: more than a pipe holds, and nobody would read it."""
+    program = """
+print(json.dumps({"runner": 1}), flush=True)
+for i in range(4):
+    sys.stderr.write("INFO: delegate created " * 3000)
+    sys.stderr.flush()
+    print(json.dumps({"id": "x", "round": i, "ms": [1.0]}), flush=True)
+"""
+    import faulthandler
+
+    faulthandler.dump_traceback_later(30, exit=True)  # a blocked pipe would never come back
+    try:
+        rows = list(fake_runner(tmp_path, program).measure({"items": []}, tmp_path))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    assert [row.get("round") for row in rows] == [None, 0, 1, 2, 3]
+
+
+def test_a_runner_that_dies_says_why(tmp_path: Path) -> None:
+    program = 'print(json.dumps({"runner": 1}), flush=True)\nsys.stderr.write("loading\\nout of memory\\n")\nsys.exit(7)\n'
+    rows = fake_runner(tmp_path, program).measure({"items": []}, tmp_path)
+    assert next(rows) == {"runner": 1}
+    with pytest.raises(DeviceError, match="status 7: out of memory"):
+        next(rows)
+
+
+def test_a_runner_that_is_killed_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    program = (
+        'import os\nprint(json.dumps({"runner": 1}), flush=True)\nsys.stdout.write("{\\"id\\": \\"x")\nsys.stdout.flush()\nos._exit(9)\n'
+    )
+    with pytest.raises(DeviceError, match="status 9"):
+        list(fake_runner(tmp_path, program).measure({"items": []}, tmp_path))
+
+
+def test_predict(tmp_path: Path) -> None:
+    """Like TFLite's own interpreter, image by image."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    model = timing_file((SMALL, Op("classifier", 8, 8, 10)), "litert", "fp32")
+    images = np.random.default_rng(0).standard_normal((3, 8, 8, 8)).astype(np.float32)
+    found = Host(HOST).predict(model, images, tmp_path)
+    interpreter = Interpreter(str(model))
+    interpreter.allocate_tensors()
+    for image, output in zip(images, found, strict=True):
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image[None])
+        interpreter.invoke()
+        assert np.allclose(interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0], output, atol=1e-6)
+    assert found.std() > 1e-3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_with_a_broken_model(tmp_path: Path) -> None:
+    model = tmp_path / "broken.tflite"
+    model.write_bytes(b"no model")
+    with pytest.raises(DeviceError, match=r"broken\.tflite does not run on host"):
+        Host(HOST).predict(model, np.zeros((1, 8, 8, 3), np.float32), tmp_path)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_devices_by_name(tmp_path: Path) -> None:
+    assert find_device("host") is HOST
+    with pytest.raises(ConfigError, match="unknown device 'hots'; did you mean 'host'"):
+        find_device("hots")
+    path = tmp_path / "mine.json"
+    Device(id="mine", soc="none", connection="nowhere").save(path)
+    assert find_device(str(path)).id == "mine"
+    with pytest.raises(ConfigError, match="unknown connection 'nowhere'"):
+        connect(find_device(str(path)))

@@ -1,0 +1,301 @@
+"""Profiling with a device whose clock is known: the table must be the clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwnas.config import DeviceConfig, ProfileConfig
+from hwnas.core.op import Op
+from hwnas.core.space import MacroSpace, SearchSpace, Stage
+from hwnas.core.spaces import mobile32, proxylessnas
+from hwnas.core.table import LatencyTable
+from hwnas.devices.device import Connection, Device, connect
+from hwnas.devices.profile import make_plan, profile, spread_networks, spread_of
+from hwnas.devices.simulated import Simulated, simulated_ms
+from hwnas.errors import DeviceError
+from hwnas.progress import Progress, Task
+from hwnas.runs import JsonLines
+
+DEVICE = Device(id="simulated", soc="none", connection="simulated")
+CONFIG = ProfileConfig(rounds=3, max_rounds=7)
+
+
+def tiny_space() -> MacroSpace:
+    options = ("ir_k3_e3", "ir_k5_e6", "skip")
+    stages = (
+        Stage(widths=(8, 16), slots=(("cn_k3",),)),
+        Stage(widths=(16,), stride=2, slots=(options[:-1], options)),
+        Stage(widths=(32,), slots=(("cn_k1",),)),
+    )
+    return MacroSpace(name="tiny", resolution=16, classes=10, stages=stages)
+
+
+def unread(ops: tuple[Op, ...], runtime: str, dtype: str) -> Path:
+    """The simulated clock looks at op keys, not at files."""
+    return Path("unread")
+
+
+def profiled(
+    folder: Path,
+    connection: Connection | None = None,
+    config: ProfileConfig = CONFIG,
+    progress: Progress | None = None,
+    space: SearchSpace | None = None,
+    settings: DeviceConfig | None = None,
+) -> LatencyTable:
+    settings, connection, progress = settings or DeviceConfig(), connection or connect(DEVICE), progress or Progress()
+    return profile(space or tiny_space(), DEVICE, connection, unread, settings, config, folder, progress)
+
+
+def test_the_table_is_the_formula(tmp_path: Path) -> None:
+    """1 % of noise, five runs in each of seven rounds: medians within 2 %."""
+    space = mobile32()
+    table = profiled(tmp_path, space=space, config=ProfileConfig())
+    assert list(table.entries) == [op.key for op in space.ops]
+    for op in space.ops:
+        entry = table.entries[op.key]
+        assert entry.ms == pytest.approx(simulated_ms(op), rel=0.02)
+        assert isinstance(entry.p10_ms, float)
+        assert isinstance(entry.p90_ms, float)
+        assert entry.p10_ms < entry.ms < entry.p90_ms
+        assert (entry.runs, entry.rounds, entry.noisy) == (35, 7, False)
+    header = table.header
+    assert (header.device, header.cpu, header.machine, header.space) == ("simulated", "simulated", "simulated", "mobile32")
+    assert "simulated" in header.runtime_version
+    assert (header.runtime, header.dtype, header.threads, header.cores, header.batch) == ("litert", "fp32", 1, (0,), 1)
+    assert table.provenance["space_sha256"] == space.sha256
+
+
+def test_calibration_recovers_the_formula(tmp_path: Path) -> None:
+    """Networks take 1.05 times the sum of their blocks plus 0.02 ms."""
+    table = profiled(tmp_path, space=mobile32(), config=ProfileConfig())
+    calibration = table.calibration
+    assert calibration is not None
+    assert calibration.networks == 12
+    assert calibration.slope == pytest.approx(1.05, rel=0.02)
+    assert calibration.intercept_ms == pytest.approx(0.02, abs=0.02)
+    assert calibration.held_out is not None
+    assert calibration.held_out.networks == 8
+    assert calibration.held_out.mape < 0.01 < calibration.held_out.raw_mape
+    assert calibration.held_out.max_error < 0.02
+    assert calibration.held_out.spearman is not None
+    assert calibration.held_out.spearman > 0.95
+
+
+def test_settings_reach_the_runner(tmp_path: Path) -> None:
+    plans: list[dict[str, Any]] = []
+
+    class Watched(Simulated):
+        def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+            plans.append(plan)
+            yield from super().measure(plan, folder)
+
+    settings = DeviceConfig(runtime="onnxruntime", threads=2, cores=(3, 5))
+    table = profiled(tmp_path, Watched(DEVICE), ProfileConfig(rounds=2, max_rounds=2, min_ms=7.0, min_runs=9), settings=settings)
+    names = [op.key for op in tiny_space().ops] + [f"net-{i}" for i in range(20)]
+    assert len(plans) == 2
+    orders = [[item["id"] for item in plan["items"]] for plan in plans]
+    for number, plan in enumerate(plans):
+        assert (plan["runtime"], plan["threads"], plan["cores"], plan["min_ms"], plan["min_runs"]) == ("onnxruntime", 2, [3, 5], 7.0, 9)
+        assert sorted(orders[number]) == sorted(names)
+        assert {item["round"] for item in plan["items"]} == {number}
+    assert orders[0] != orders[1] != names != orders[0]  # every round has its own random order
+    assert (table.header.runtime, table.header.threads, table.header.cores) == ("onnxruntime", 2, (3, 5))
+    assert table.header.layout == "NCHW"
+
+
+class Killed(Exception):  # noqa: N818 - stands for a kill
+    pass
+
+
+class Dying(Simulated):
+    """Stops answering after a number of rows."""
+
+    def __init__(self, device: Device, rows: int, inner: Simulated | None = None) -> None:
+        super().__init__(device)
+        self.rows, self.inner = rows, inner
+
+    def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+        for row in self.inner.measure(plan, folder) if self.inner else super().measure(plan, folder):
+            self.rows -= 1
+            if self.rows < 0:
+                raise Killed
+            yield row
+
+
+class Noisy(Simulated):
+    """One op whose rounds differ: by 30 % for good, or only in the first three rounds."""
+
+    def __init__(self, device: Device, key: str, rounds: int = 1000) -> None:
+        super().__init__(device)
+        self.key, self.noisy_rounds, self.asked = key, rounds, dict[str, list[int]]()
+
+    def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+        for row in super().measure(plan, folder):
+            if "id" in row:
+                self.asked.setdefault(row["id"], []).append(row["round"])
+            if row.get("id") == self.key and row["round"] < self.noisy_rounds:
+                factor = 1 + 0.3 * (row["round"] % 3)
+                row = {**row, "ms": [factor * ms for ms in row["ms"]]}
+            yield row
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 17, 40, 85, 10_000])
+def test_interrupted_and_resumed(rows: int, tmp_path: Path) -> None:
+    """The same bytes as without interruption, and nothing is measured twice."""
+    straight = profiled(tmp_path / "straight")
+    if rows < 10_000:
+        with pytest.raises(Killed):
+            profiled(tmp_path / "killed", Dying(DEVICE, rows))
+    else:
+        profiled(tmp_path / "killed")
+    resumed = profiled(tmp_path / "killed")
+    assert resumed.to_json() == straight.to_json()
+    measured = [(row["id"], row["round"]) for row in JsonLines(tmp_path / "killed/samples.jsonl").read() if "id" in row]
+    assert len(measured) == len(set(measured)) == 3 * (len(tiny_space().ops) + 20)
+
+
+def test_interrupted_again_and_again_among_noisy_entries(tmp_path: Path) -> None:
+    """Killed within the additional rounds too: which entries count as noisy must not depend on how far a round had come."""
+    keys = [op.key for op in tiny_space().ops]
+
+    class VeryNoisy(Simulated):
+        """Every item jumps about, by a factor that depends on item and round only."""
+
+        def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+            for row in super().measure(plan, folder):
+                if "id" in row:
+                    seed = [len(row["id"]), sum(map(ord, row["id"])), row["round"]]
+                    factor = float(np.exp(np.random.default_rng(seed).normal(0, 0.2)))
+                    row = {**row, "ms": [factor * ms for ms in row["ms"]]}
+                yield row
+
+    config = ProfileConfig(rounds=3, max_rounds=7, fit_networks=3, test_networks=2)
+    straight = profiled(tmp_path / "straight", VeryNoisy(DEVICE), config)
+    assert {entry.rounds for entry in straight.entries.values()} > {3}  # some were measured again, some were not
+    assert any(straight.entries[key].noisy for key in keys)
+    for _ in range(200):
+        try:
+            resumed = profiled(tmp_path / "killed", Dying(DEVICE, 4, VeryNoisy(DEVICE)), config)
+            break
+        except Killed:
+            continue
+    assert resumed.to_json() == straight.to_json()
+
+
+def test_a_torn_line_is_measured_again(tmp_path: Path) -> None:
+    """A kill in the middle of a write leaves half a line, and a disk error may leave rubbish."""
+    straight = profiled(tmp_path / "straight")
+    with pytest.raises(Killed):
+        profiled(tmp_path / "torn", Dying(DEVICE, 20))
+    samples = tmp_path / "torn/samples.jsonl"
+    samples.write_bytes(samples.read_bytes()[:-30])
+    assert profiled(tmp_path / "torn").to_json() == straight.to_json()
+    lines = samples.read_bytes().splitlines(keepends=True)
+    samples.write_bytes(b"".join([*lines[:10], b"\x00\xff\x00\n", *lines[11:40], lines[40][:25]]))
+    assert profiled(tmp_path / "torn").to_json() == straight.to_json()
+    assert all(json.loads(line) for line in samples.read_bytes().splitlines())
+
+
+class Listening(Progress):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.advanced: dict[str, int] = {}
+
+    @contextmanager
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+        outer = self
+
+        class Bar(Task):
+            def advance(self, steps: int = 1, note: str = "") -> None:
+                outer.advanced[description] = outer.advanced.get(description, done) + steps
+
+        yield Bar()
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_noisy_entries_are_measured_again_then_flagged(tmp_path: Path) -> None:
+    victim = tiny_space().ops[2].key
+    connection, progress = Noisy(DEVICE, victim), Listening()
+    table = profiled(tmp_path, connection, progress=progress)
+    assert sorted(connection.asked[victim]) == list(range(7))
+    assert all(sorted(rounds) == [0, 1, 2] for name, rounds in connection.asked.items() if name != victim)
+    assert table.entries[victim].noisy
+    assert table.entries[victim].rounds == 7
+    assert isinstance(table.entries[victim].spread, float)
+    assert table.entries[victim].spread > 0.10
+    assert [key for key, entry in table.entries.items() if entry.noisy] == [victim]
+    assert len(progress.warnings) == 1
+    assert victim in progress.warnings[0]
+    assert progress.advanced["measuring"] == 3 * (len(tiny_space().ops) + 20)
+
+
+def test_an_entry_that_calms_down_is_not_flagged(tmp_path: Path) -> None:
+    """Its additional rounds outvote the bad ones, and no more than needed are taken."""
+    victim = tiny_space().ops[2]
+    connection, progress = Noisy(DEVICE, victim.key, rounds=3), Listening()
+    table = profiled(tmp_path, connection, ProfileConfig(rounds=3, max_rounds=20), progress)
+    assert 3 < len(connection.asked[victim.key]) < 20
+    assert not table.entries[victim.key].noisy
+    assert table.entries[victim.key].ms == pytest.approx(simulated_ms(victim), rel=0.03)
+    assert progress.warnings == []
+
+
+def test_spread_by_hand() -> None:
+    """Medians 1, 2, 3, 4, 5: quartiles 2 and 4, median 3."""
+    assert spread_of([[1, 1, 9], [2], [3, 3, 0], [4], [5, 5, 5]]) == pytest.approx(2 / 3)
+    assert spread_of([[7.0]]) == 0.0
+
+
+def test_a_failing_item_is_named(tmp_path: Path) -> None:
+    victim = tiny_space().ops[3].key
+
+    class Failing(Simulated):
+        def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+            for row in super().measure(plan, folder):
+                yield {"id": victim, "round": row["round"], "error": "RuntimeError: no such operator"} if row.get("id") == victim else row
+
+    with pytest.raises(DeviceError) as caught:
+        profiled(tmp_path, Failing(DEVICE))
+    assert victim in str(caught.value)
+    assert "no such operator" in str(caught.value)
+    assert profiled(tmp_path).to_json() == profiled(tmp_path / "straight").to_json()  # what was measured before counts
+
+
+@pytest.mark.parametrize("space", [mobile32(), proxylessnas(), tiny_space()], ids=lambda space: space.name)
+def test_networks_are_spread_over_the_range(space: MacroSpace) -> None:
+    """Nearest neighbours to 20 evenly spaced sizes, where uniform picks would crowd around the middle."""
+    networks = spread_networks(space, 20, np.random.default_rng(0))
+    macs = np.array([arch.macs for arch in networks], dtype=float)
+    assert len(networks) == 20
+    assert np.all(np.diff(macs) >= 0)
+    samples = [space.decode(space.sample(np.random.default_rng(i))).macs for i in range(300)]
+    assert macs[0] <= min(samples)
+    assert macs[-1] >= max(samples)
+    if space.size > 1000:
+        gaps = np.diff(macs) / np.ptp(macs)
+        assert gaps.max() < 0.12  # even spacing is 0.053
+        assert len({arch.blocks for arch in networks}) == 20
+
+
+@pytest.mark.parametrize(("fit", "test"), [(12, 8), (3, 2), (1, 8), (4, 12), (5, 1), (0, 8), (12, 0), (0, 0)])
+def test_plan_holds_as_many_networks_as_asked(fit: int, test: int) -> None:
+    plan = make_plan(mobile32(), ProfileConfig(fit_networks=fit, test_networks=test), 0)
+    assert (len(plan.fit), len(plan.test)) == (fit, test)
+    assert len(plan.items) == len(plan.ops) + fit + test
+    if (fit, test) == (12, 8):  # judged inside the range of the fit
+        assert plan.fit[0].macs <= min(arch.macs for arch in plan.test)
+        assert plan.fit[-1].macs >= max(arch.macs for arch in plan.test)
+
+
+def test_no_networks_no_calibration(tmp_path: Path) -> None:
+    assert profiled(tmp_path, config=ProfileConfig(rounds=1, max_rounds=1, fit_networks=0, test_networks=0)).calibration is None

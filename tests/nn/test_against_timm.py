@@ -1,0 +1,84 @@
+"""The published networks against timm's and torchvision's: same weights, same logits."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from hwnas.core.spaces import published
+from hwnas.nn.network import Network
+
+torch.set_num_threads(1)
+
+THEIRS = {
+    "timm-mobilenet_v2": ("mobilenet_v2", lambda: timm.create_model("mobilenetv2_100")),
+    "timm-mnasnet_b1": ("mnasnet_b1", lambda: timm.create_model("mnasnet_100")),
+    "torchvision-mobilenet_v2": ("mobilenet_v2", lambda: torchvision.models.mobilenet_v2()),
+    "torchvision-mnasnet_b1": ("mnasnet_b1", lambda: torchvision.models.mnasnet1_0()),
+}
+
+
+def weighted(module: nn.Module) -> list[nn.Module]:
+    """Convolutions, batch norms and linear layers in the order in which they were registered."""
+    return [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> None:
+    """As after training: a fresh network's logits in eval mode are near 1e-9, and comparing them would compare silence."""
+    generator = torch.Generator().manual_seed(0)
+    for part in weighted(module):
+        if isinstance(part, nn.BatchNorm2d):
+            part.weight.uniform_(0.5, 1.5, generator=generator)
+            part.bias.normal_(0, 0.3, generator=generator)
+            part.running_mean.normal_(0, 0.3, generator=generator)
+            part.running_var.uniform_(0.5, 1.5, generator=generator)
+        else:
+            fan_in = part.weight[0].numel()
+            part.weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+            if part.bias is not None:
+                part.bias.normal_(0, 0.3, generator=generator)
+
+
+@pytest.mark.parametrize("judge", THEIRS)
+@torch.inference_mode()
+def test_logits_equal(judge: str) -> None:
+    name, make = THEIRS[judge]
+    theirs = make()
+    randomise(theirs)
+    ours = Network(published(name, bn_eps=1e-5))
+    pairs = list(zip(weighted(ours), weighted(theirs), strict=True))
+    for mine, yours in pairs:
+        assert mine.weight.shape == yours.weight.shape
+        mine.load_state_dict(yours.state_dict())
+    x_NCHW = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    expected, found = theirs.eval()(x_NCHW), ours.eval()(x_NCHW)
+    assert expected.std() > 1e-2
+    assert (expected[0] - expected[1]).abs().max() > 1e-2  # the images matter, not only the biases
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_logits_differ_where_the_epsilon_does() -> None:
+    """The comparison above can fail: another BN epsilon alone breaks it."""
+    theirs = timm.create_model("mobilenetv2_100").eval()
+    randomise(theirs)
+    ours = Network(published("mobilenet_v2", bn_eps=1e-3)).eval()
+    for mine, yours in zip(weighted(ours), weighted(theirs), strict=True):
+        mine.load_state_dict(yours.state_dict())
+    x_NCHW = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, found = theirs(x_NCHW), ours(x_NCHW)
+    assert (found - expected).abs().max() > 1e-4 * expected.abs().max()
+
+
+def test_proxylessnas_mobile() -> None:
+    """4.08 M parameters, as in the authors' logs."""
+    network = Network(published("proxylessnas_mobile"), generator=torch.Generator().manual_seed(0)).eval()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert round(parameters / 1e6, 2) == 4.08
+    assert parameters == network.arch.params
+    with torch.inference_mode():
+        assert network(torch.zeros(2, 3, 224, 224)).shape == (2, 1000)

@@ -1,0 +1,378 @@
+"""The training loop: it learns, its schedule is the formula, and a killed run ends like one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hwnas.config import DataConfig, OptimizerConfig
+from hwnas.core.arch import Architecture
+from hwnas.core.space import MacroSpace, Stage
+from hwnas.data.images import evaluation_batches, load_images, training_batches
+from hwnas.engine import Engine, Metrics, accuracy, schedule, steps_of
+from hwnas.errors import CheckpointError, ConfigError, DivergenceError
+from hwnas.nn.network import Network
+from hwnas.progress import Progress, Task
+from hwnas.runs import JsonLines
+
+torch.set_num_threads(1)
+
+DATA = DataConfig(name="digits", resolution=8, channels=1, mean=(0.3,), std=(0.35,), augment="crop")
+SGD = OptimizerConfig(name="sgd", lr=1.6, options={})
+RMSPROP = OptimizerConfig()  # the default: TuNAS's
+
+
+class Stopped(Exception):  # noqa: N818 - stands for a kill
+    """Raised in the middle of a run."""
+
+
+def architecture() -> Architecture:
+    stages = (
+        Stage(widths=(16,), slots=(("cn_k3",),)),
+        Stage(widths=(24,), stride=2, slots=(("ir_k3_e3",), ("ir_k3_e3",))),
+        Stage(widths=(64,), slots=(("cn_k1",),)),
+    )
+    return MacroSpace(name="tiny", resolution=8, in_channels=1, classes=10, stages=stages).decode({})
+
+
+def make(folder: Path, steps: int = 30, optimizer: OptimizerConfig = RMSPROP, **changes: Any) -> Engine:
+    network = Network(architecture(), dropout=0.2, generator=torch.Generator().manual_seed(0))
+    return Engine(network, optimizer, steps, 32, 1, folder, **{"checkpoint_seconds": 0.0, **changes})
+
+
+def train(engine: Engine, stop_at: int | None = None, nan_at: int | None = None) -> None:
+    """What a stage does: batches from the engine's step on. ``stop_at`` kills the run in the middle of that step."""
+    images = load_images(DATA, "train", augment=True)
+    batches = training_batches(images, 32, seed=1, first=engine.step, last=engine.steps)
+
+    def step(number: int) -> Metrics:
+        x_NCHW, y = next(batches)
+        if number == nan_at:
+            x_NCHW = torch.full_like(x_NCHW, math.nan)
+        metrics = engine.weight_step(x_NCHW, y)
+        if number == stop_at:
+            raise Stopped
+        return metrics
+
+    engine.fit(step, Progress(), "training")
+
+
+def assert_same(a: Any, b: Any, place: str = "") -> None:
+    """Equal bit for bit, through all containers."""
+    assert type(a) is type(b), place
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), place
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for key in a:
+            assert_same(a[key], b[key], f"{place}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), place
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_same(one, other, f"{place}[{i}]")
+    else:
+        assert a == b, place
+
+
+def test_learns_digits(tmp_path: Path) -> None:
+    engine = make(tmp_path, 160, SGD, checkpoint_seconds=60.0)
+    test = load_images(DATA, "test")
+    before = accuracy(engine.model, evaluation_batches(test, 128))
+    train(engine)
+    assert before < 0.3
+    assert accuracy(engine.model, evaluation_batches(test, 128)) > 0.8
+
+
+def test_schedule_by_hand() -> None:
+    """10 % of 40 steps of warm-up: 1/5, 2/5, 3/5, 4/5; then half a cosine from 1 to 0."""
+    assert [schedule(step, 40, 0.1) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert schedule(4, 40, 0.1) == 1.0
+    assert schedule(22, 40, 0.1) == pytest.approx(0.5)
+    assert schedule(13, 40, 0.1) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
+    assert schedule(39, 40, 0.1) == pytest.approx(0.5 * (1 + math.cos(math.pi * 35 / 36)))
+    assert schedule(0, 40, 0.0) == 1.0
+    assert steps_of(2.5, 100, 32) == 8
+    assert steps_of(0.001, 100, 32) == 1
+
+
+def test_learning_rate_follows_the_schedule_and_the_batch(tmp_path: Path) -> None:
+    engine = make(tmp_path, 40, OptimizerConfig(name="sgd", lr=0.8, options={}, warmup=0.1))
+    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
+    for step, factor in ((0, 0.2), (4, 1.0), (22, 0.5)):
+        engine.step = step
+        engine.weight_step(x_NCHW, y)
+        assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([0.8 * 32 / 256 * factor] * 2)
+
+
+def test_one_step_of_sgd_by_hand(tmp_path: Path) -> None:
+    """w <- w - lr (dL/dw + wd w), biases and norms without decay; label smoothing as the formula."""
+    model = nn.Linear(4, 3)
+    start, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    config = OptimizerConfig(name="momentum", lr=2.56, momentum=0.0, weight_decay=0.1, options={}, warmup=0.0)
+    engine = Engine(nn.Sequential(nn.Flatten(), model).double(), config, 10, 10, 0, tmp_path, label_smoothing=0.3)
+    x, y = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(10) % 3
+    metrics = engine.weight_step(x[:, :, None, None], y)
+    logits = x @ start.double().T + bias.double()
+    p, target = torch.softmax(logits, 1), 0.7 * F.one_hot(y, 3) + 0.3 / 3
+    assert metrics["loss"] == pytest.approx(float(-(target * p.log()).sum(1).mean()))
+    assert metrics["train_accuracy"] == pytest.approx(float((logits.argmax(1) == y).double().mean()))
+    gradient = (p - target) / 10
+    assert torch.allclose(model.weight, start.double() - 0.1 * (gradient.T @ x + 0.1 * start.double()))
+    assert torch.allclose(model.bias, bias.double() - 0.1 * gradient.sum(0))
+
+
+def test_what_is_decayed(tmp_path: Path) -> None:
+    """Convolutions are; biases, norms and the classifier are not (TuNAS)."""
+    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
+    states = []
+    for decay in (0.0, 0.5):
+        config = OptimizerConfig(name="momentum", lr=0.8, weight_decay=decay, options={}, warmup=0.0)
+        engine = make(tmp_path, 10, config)
+        torch.manual_seed(0)
+        engine.weight_step(x_NCHW, y)
+        states.append(dict(engine.model.named_parameters()))
+    decayed = {name for name, parameter in states[0].items() if not torch.equal(parameter, states[1][name])}
+    assert decayed == {name for name, parameter in states[0].items() if parameter.ndim == 4}
+    assert len(decayed) == 8
+
+
+def test_clipping(tmp_path: Path) -> None:
+    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
+    moved = []
+    for clip in (None, 1e-3):
+        config = OptimizerConfig(name="momentum", lr=8.0, momentum=0.0, weight_decay=0.0, options={}, warmup=0.0, clip_norm=clip)
+        engine = make(tmp_path, 10, config)
+        before = [parameter.detach().clone() for parameter in engine.model.parameters()]
+        engine.weight_step(x_NCHW, y)
+        squares = [((now - then) ** 2).sum() for now, then in zip(engine.model.parameters(), before, strict=True)]
+        moved.append(float(torch.stack(squares).sum().sqrt()))
+    assert moved[0] > 1e-2
+    assert moved[1] == pytest.approx(1e-3, rel=0.02)  # learning rate 8 * 32 / 256 = 1
+
+
+def test_moving_average_by_hand(tmp_path: Path) -> None:
+    """average <- d average + (1 - d) w, with timm's warm-up d = min(decay, 1 - (1 + t)^(-2/3)), t = step - 1, d = 0 up to t = 0."""
+    engine = make(tmp_path, 12, SGD, ema_decay=0.6)
+    expected = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    batches = training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=12)
+
+    def step(number: int) -> Metrics:
+        metrics = engine.weight_step(*next(batches))
+        decay = min(0.6, 1 - (1 + max(0, number - 1)) ** (-2 / 3))
+        for name, tensor in engine.model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor.clone()
+        return metrics
+
+    engine.fit(step, Progress(), "training")
+    averaged = engine.averaged.state_dict()
+    for name, tensor in expected.items():
+        assert torch.allclose(averaged[name], tensor, rtol=1e-4, atol=1e-6), name
+    weight = "blocks.0.layers.conv.conv.weight"
+    assert not torch.allclose(averaged[weight], engine.model.state_dict()[weight], rtol=1e-4)
+    without = make(tmp_path / "without")
+    assert without.averaged is without.model
+
+
+@pytest.mark.parametrize("optimizer", ["rmsproptf", "sgd", "adamw"])
+def test_resumed_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
+    """30 steps straight, and 30 steps killed in the 14th and in the 20th."""
+    config = RMSPROP if optimizer == "rmsproptf" else OptimizerConfig(name=optimizer, lr={"sgd": 1.0, "adamw": 0.02}[optimizer], options={})
+    straight = make(tmp_path / "straight", optimizer=config, ema_decay=0.9)
+    assert straight.resume() is False
+    train(straight)
+    for stop in (13, 19, None):
+        killed = make(tmp_path / "killed", optimizer=config, ema_decay=0.9)
+        assert killed.resume() is (stop != 13)
+        assert killed.step == {13: 0, 19: 13, None: 19}[stop]
+        if stop is not None:
+            with pytest.raises(Stopped):
+                train(killed, stop_at=stop)
+        else:
+            train(killed)
+    assert_same(killed.model.state_dict(), straight.model.state_dict())
+    assert_same(killed.optimizer.state_dict(), straight.optimizer.state_dict())
+    assert_same(killed.averaged.state_dict(), straight.averaged.state_dict())
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "straight/metrics.jsonl").read_bytes()
+    assert [row["step"] for row in JsonLines(tmp_path / "killed/metrics.jsonl").read()] == list(range(30))
+    first, last = straight.metrics.read()[0]["loss"], straight.metrics.read()[-1]["loss"]
+    assert last < first
+
+
+def test_resume_drops_metrics_behind_the_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint may be older than the log; the steps in between are done and logged again."""
+
+    class Interrupting(Progress):
+        @contextmanager
+        def task(self, description: str, total: int, done: int = 0) -> Any:
+            class Bar(Task):
+                def advance(self, steps: int = 1, note: str = "") -> None:
+                    nonlocal done
+                    done += steps
+                    if done == 13:
+                        raise Stopped
+
+            yield Bar()
+
+    engine = make(tmp_path, checkpoint_seconds=1e9)
+    batches = training_batches(load_images(DATA, "train", augment=True), 32, seed=1, first=0, last=30)
+
+    def step(number: int) -> Metrics:
+        if number == 5:
+            engine.save()
+        return engine.weight_step(*next(batches))
+
+    with pytest.raises(Stopped):
+        engine.fit(step, Interrupting(), "training")
+    assert len(engine.metrics.read()) == 13
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')  # a line cut off by the kill
+    again = make(tmp_path)
+    assert again.resume() is True
+    assert [row["step"] for row in again.metrics.read()] == list(range(5))
+    train(again)
+    straight = make(tmp_path / "straight")
+    train(straight)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "straight/metrics.jsonl").read_bytes()
+    assert_same(again.model.state_dict(), straight.model.state_dict())
+
+
+def test_divergence_keeps_the_last_good_state(tmp_path: Path) -> None:
+    straight = make(tmp_path / "straight", 20)
+    train(straight)
+    engine = make(tmp_path / "run", 20)
+    with pytest.raises(DivergenceError, match="nan at step 7 of 20") as caught:
+        train(engine, nan_at=7)
+    assert "optimizer.lr" in str(caught.value)
+    resumed = make(tmp_path / "run", 20)
+    assert resumed.resume() is True
+    assert resumed.step == 7
+    assert all(torch.isfinite(tensor).all() for tensor in resumed.model.state_dict().values())
+    assert [row["step"] for row in resumed.metrics.read()] == list(range(7))
+    train(resumed)
+    assert_same(resumed.model.state_dict(), straight.model.state_dict())
+
+
+def checkpoint(tmp_path: Path) -> Engine:
+    engine = make(tmp_path)
+    engine.save()
+    return engine
+
+
+def refused(engine: Engine) -> None:
+    fresh = make(engine.folder)
+    with pytest.raises(CheckpointError) as caught:
+        fresh.resume()
+    assert str(engine.checkpoint) in str(caught.value)
+    assert "--fresh" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert fresh.step == 0
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_checkpoint(part: float, tmp_path: Path) -> None:
+    engine = checkpoint(tmp_path)
+    content = engine.checkpoint.read_bytes()
+    engine.checkpoint.write_bytes(content[: int(part * len(content))])
+    refused(engine)
+
+
+def test_corrupt_checkpoint(tmp_path: Path) -> None:
+    engine = checkpoint(tmp_path)
+    for content in (b"hello", b"PK\x03\x04" + bytes(200), bytes(1000)):
+        engine.checkpoint.write_bytes(content)
+        refused(engine)
+
+
+def test_checkpoint_of_something_else(tmp_path: Path) -> None:
+    engine = checkpoint(tmp_path)
+    good = torch.load(engine.checkpoint, weights_only=True)
+    other = nn.Linear(3, 3).state_dict()
+    bad: list[Any] = [[1, 2], {"step": 3}, {**good, "steps": 31}, {**good, "model": other}, {**good, "optimizer": {}}, torch.zeros(3)]
+    for state in bad:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        engine.checkpoint.write_bytes(buffer.getvalue())
+        refused(engine)
+
+
+class Trap:
+    """A pickled object that would run code when it is loaded."""
+
+    sprung = False
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return setattr, (Trap, "sprung", True)
+
+
+def test_a_pickled_object_is_refused(tmp_path: Path) -> None:
+    engine = checkpoint(tmp_path)
+    good = torch.load(engine.checkpoint, weights_only=True)
+    buffer = io.BytesIO()
+    torch.save({**good, "extra": {"trap": Trap()}}, buffer)
+    for content in (buffer.getvalue(), pickle.dumps(OrderedDict(trap=Trap()))):
+        engine.checkpoint.write_bytes(content)
+        refused(engine)
+        assert Trap.sprung is False
+
+
+def test_unknown_optimiser_and_option(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sgdd"):
+        make(tmp_path, optimizer=OptimizerConfig(name="sgdd", options={}))
+    with pytest.raises(ConfigError, match="alhpa"):
+        make(tmp_path, optimizer=OptimizerConfig(name="rmsproptf", options={"alhpa": 0.9}))
+
+
+class Counter:
+    """A stateful part beside the weights."""
+
+    def __init__(self) -> None:
+        self.values = torch.zeros(3)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values, "name": "counter", "numbers": [1, 2.5]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["name"] == "counter"
+        self.values = state["values"]
+
+
+def test_extra_state_travels(tmp_path: Path) -> None:
+    counter = Counter()
+    engine = make(tmp_path, extra={"counter": counter})
+    counter.values += 4
+    engine.step = 5
+    engine.save()
+    again = Counter()
+    resumed = make(tmp_path, extra={"counter": again})
+    assert resumed.resume() is True
+    assert resumed.step == 5
+    assert again.values.tolist() == [4, 4, 4]
+    resumed.finish()
+    assert not engine.checkpoint.exists()
+    resumed.finish()
+
+
+def test_accuracy_counts_images_not_batches(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x_NCHW: Tensor) -> Tensor:
+            return x_NCHW[:, :, 0, 0]
+
+    x_NCHW = torch.from_numpy(np.eye(4, dtype=np.float32))[:, :, None, None]
+    batches = [(x_NCHW[:3], torch.tensor([0, 1, 2])), (x_NCHW[3:], torch.tensor([0]))]
+    assert accuracy(Fixed(), batches) == 0.75

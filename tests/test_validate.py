@@ -1,0 +1,121 @@
+"""What a verdict says of devices that are slower than profiled, of tables that do not apply, and of files that are wrong."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwnas.config import Experiment, load_experiment
+from hwnas.core.table import LatencyTable
+from hwnas.devices.device import Device
+from hwnas.devices.simulated import Simulated
+from hwnas.errors import DocumentError
+from hwnas.export.bundle import Bundle
+from hwnas.export.timing import timing_file
+from hwnas.progress import Progress
+from hwnas.validate import Verdict, drift_note, lines, validate
+
+
+class Throttled(Simulated):
+    """The simulated device, ``factor`` times as slow, and ``network_factor`` slower still on whole networks."""
+
+    factor = network_factor = 1.0
+
+    def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+        whole = {item["id"] for item in plan["items"] if len(item["ops"]) > 1}
+        for row in super().measure(plan, folder):
+            factor = self.factor * (self.network_factor if row.get("id") in whole else 1.0)
+            yield {**row, "ms": [factor * ms for ms in row["ms"]]} if "ms" in row else row
+
+
+@pytest.fixture
+def device(finished_run: Path) -> Device:
+    return Device.load(finished_run.parent / "device.json")
+
+
+@pytest.fixture
+def experiment(finished_run: Path) -> Experiment:
+    return load_experiment(finished_run.parent / "tiny.toml", ["validate.latency_tolerance=0.05", "validate.images=40"])
+
+
+def verdict(
+    run: Path, device: Device, experiment: Experiment, work: Path, *, factor: float = 1.0, network_factor: float = 1.0, header: Any = None
+) -> Verdict:
+    connection = Throttled(device)
+    connection.factor, connection.network_factor = factor, network_factor
+    found = LatencyTable.load(run / "profile" / "table.json")
+    found = found.model_copy(update={"header": found.header.model_copy(update=header or {})})
+    settings = (experiment.device, experiment.data, experiment.validation)
+    return validate(run / "export", device, connection, *settings, found, timing_file, work, Progress())
+
+
+def judged(found: Verdict) -> Any:
+    return next(file for file in found.files if file.name == "model-fp32.tflite")
+
+
+def test_as_promised(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    found = verdict(finished_run, device, experiment, tmp_path)
+    assert found.passed and found.images == 40
+    assert found.drift == pytest.approx(1, abs=0.02) and drift_note(found) is None
+    assert judged(found).latency_passed is True and judged(found).parity_passed is True
+    assert [file.latency_passed for file in found.files if file.dtype == "int8" or file.runtime == "onnxruntime"] == [None, None]
+
+
+def test_a_slow_device_is_told_from_a_slow_network(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    slow = verdict(finished_run, device, experiment, tmp_path, factor=1.15)
+    assert slow.passed and slow.drift == pytest.approx(1.15, rel=0.02)
+    assert judged(slow).measured_ms / (judged(slow).predicted_ms or 1) == pytest.approx(1.15, rel=0.04)
+    assert "15% slower now than when it was profiled" in (drift_note(slow) or "")
+    wrong = verdict(finished_run, device, experiment, tmp_path, network_factor=1.15)
+    assert not wrong.passed and wrong.drift == pytest.approx(1, abs=0.02)
+    assert judged(wrong).latency_error == pytest.approx(0.15, abs=0.04) and "OUT OF TOLERANCE" in lines(wrong)[0]
+
+
+def test_a_device_that_is_not_the_profiled_one_any_more_fails(
+    finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
+) -> None:
+    found = verdict(finished_run, device, experiment, tmp_path, factor=2.0)
+    assert not found.passed and judged(found).latency_passed is False
+    assert "profile it again" in (drift_note(found) or "")
+
+
+@pytest.mark.parametrize(("header", "why"), [({"device": "pixel-8"}, "the table is of pixel-8"), ({"threads": 4}, "for 4 threads, not 1")])
+def test_a_table_of_another_device_predicts_nothing(
+    finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path, header: dict[str, Any], why: str
+) -> None:
+    found = verdict(finished_run, device, experiment, tmp_path, header=header)
+    assert found.passed and found.drift is None and why in (found.unpredicted or "")
+    assert {file.predicted_ms for file in found.files} == {None}
+    assert any("latency is not judged" in line for line in lines(found))
+
+
+def test_outputs_that_are_not_pytorchs_fail(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    bundle = Bundle.load(run / "export" / "bundle.json")
+    parity = bundle.files[0].parity.model_copy(update={"relative_error": 0.01})
+    files = (bundle.files[0].model_copy(update={"parity": parity}), *bundle.files[1:])
+    bundle.model_copy(update={"files": files}).save(run / "export" / "bundle.json")
+    found = verdict(run, device, experiment, tmp_path)
+    assert not found.passed and judged(found).parity_passed is False
+
+
+def test_a_file_that_was_replaced_is_refused(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "export" / "model.onnx").write_bytes(b"something else")
+    with pytest.raises(DocumentError, match=r"model\.onnx is missing or not the file"):
+        verdict(run, device, experiment, tmp_path)
+
+
+def test_the_exported_floats_are_pytorchs_on_real_images(finished_run: Path) -> None:
+    bundle = Bundle.load(finished_run / "export" / "bundle.json")
+    with np.load(finished_run / "export" / "parity.npz") as arrays:
+        assert arrays["logits"].std() > 0.1  # else the comparison would be of silence
+    for file in bundle.files:
+        assert file.dtype == "int8" or file.parity.relative_error <= 1e-4
