@@ -1,4 +1,4 @@
-"""``python -m hwnas`` is the ``hwnas`` command, so that ``torchrun -m hwnas`` works."""
+"""``python -m hwnas`` is the ``hwnas`` command."""
 
 from hwnas.cli import main
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hwnas.core.objective import AbsoluteObjective, Objective
 from hwnas.document import explain, merged
 from hwnas.errors import ConfigError
+from hwnas.share import share_folder
 
 
 class Section(BaseModel):
@@ -105,7 +106,10 @@ class ProfileConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Optimiser of network weights, by timm's name. TuNAS: rmsproptf, lr 0.165 per 256 images, momentum and decay 0.9, eps 1."""
+    """Optimiser of network weights, by timm's name (its ``sgd`` is Nesterov's; plain: ``momentum``).
+
+    The defaults are TuNAS's: rmsproptf, rate 0.165 per 256 images, momentum and decay 0.9, eps 1.
+    """
 
     name: str = "rmsproptf"
     lr: float = Field(0.165, gt=0, description="per 256 images; scaled linearly with the batch")
@@ -195,7 +199,7 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     source = str(path) if path is not None else "the default configuration"
     if path is not None:
         try:
-            content = tomllib.loads(Path(path).read_text())
+            content = tomllib.loads(_found(Path(path)).read_text())
         except FileNotFoundError as error:
             raise ConfigError(f"configuration {path} does not exist: check the path, or see 'hwnas run --help'.") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -206,6 +210,13 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
         return Experiment.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
+
+
+def _found(path: Path) -> Path:
+    """The path itself, or, for ``configs/...`` where there is no checkout, the one that ships with the package."""
+    if path.exists() or path.parts[:1] != ("configs",):
+        return path
+    return share_folder("configs").joinpath(*path.parts[1:])
 
 
 def _override(text: str) -> dict[str, Any]:

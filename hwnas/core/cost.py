@@ -1,8 +1,9 @@
 """Prices: a latency table applied to a space, compiled to small arrays.
 
-    latency(picks)  = intercept + slope * sum over terms of table[op of the term under the picks]
-    E[latency](p)   = intercept + slope * sum over terms of <term array, outer product of p over the term's choices>
+    latency(picks)  = intercept + sum over terms of price[op of the term under the picks]
+    E[latency](p)   = intercept + sum over terms of <prices of the term, outer product of p over the term's choices>
 
+where the price of an op is its calibrated entry.
 The expectation is exact for independent choices, coupled widths included, because each term is contracted with all the
 choices it depends on.
 """
@@ -44,21 +45,17 @@ def check_coverage(ops: Sequence[Op], table: LatencyTable, of: str) -> None:
         )
 
 
-def affine(table: LatencyTable, sum_ms: float) -> float:
-    """A sum of entries turned into a network's latency by the table's calibration, in milliseconds."""
-    calibration = table.calibration
-    return sum_ms if calibration is None else calibration.intercept_ms + calibration.slope * sum_ms
-
-
-def sum_ms(arch: Architecture, table: LatencyTable) -> float:
-    """The plain sum of an architecture's entries, in milliseconds."""
-    check_coverage(arch.ops(), table, f"architecture {arch.name!r}")
-    return sum(table.entries[op.key].ms for op in arch.ops())
-
-
 def latency_ms(arch: Architecture, table: LatencyTable) -> float:
-    """Predicted latency of a finished network: the calibrated sum over its ops."""
-    return affine(table, sum_ms(arch, table))
+    """Predicted latency of a finished network: the calibrated sum over its ops, in milliseconds."""
+    check_coverage(arch.ops(), table, f"architecture {arch.name!r}")
+    intercept = table.calibration.intercept_ms if table.calibration is not None else 0.0
+    return intercept + sum(op_ms(op, table) for op in arch.ops())
+
+
+def op_ms(op: Op, table: LatencyTable) -> float:
+    """What an op costs inside a network, in milliseconds."""
+    entry_ms = table.entries[op.key].ms
+    return entry_ms if table.calibration is None else table.calibration.op_ms(entry_ms, op.params)
 
 
 class CostModel:
@@ -82,13 +79,11 @@ class CostModel:
             )
         self.space = space
         self.table = table
-        self.intercept_ms = affine(table, 0.0)
-        slope = 1.0 if table.calibration is None else table.calibration.slope
         position = {choice.key: i for i, choice in enumerate(space.choices)}
-        self._fixed_ms = self.intercept_ms
+        self._fixed_ms = table.calibration.intercept_ms if table.calibration is not None else 0.0
         self._arrays: list[tuple[tuple[int, ...], np.ndarray]] = []
         for term in space.terms():
-            array = slope * self._priced(term)
+            array = self._priced(term)
             if term.keys:
                 self._arrays.append((tuple(position[key] for key in term.keys), array))
             else:
@@ -99,7 +94,7 @@ class CostModel:
         """Milliseconds of a term for each combination of its options."""
         if self.table.slots:
             return self._positional(term)
-        ms = [0.0 if op is None else self.table.entries[op.key].ms for op in term.ops]
+        ms = [0.0 if op is None else op_ms(op, self.table) for op in term.ops]
         return np.array(ms).reshape(term.shape)
 
     def _positional(self, term: Term) -> np.ndarray:
@@ -111,7 +106,8 @@ class CostModel:
         missing += tuple(key for key in term.keys if key != term.slot)
         if missing:
             raise CoverageError(f"table {self.table.title} lacks slot prices of space {self.space.name}: {', '.join(missing)}.", missing)
-        return np.array([priced[option] for option in term.options]).reshape(term.shape)
+        slope = 1.0 if self.table.calibration is None else self.table.calibration.slope
+        return slope * np.array([priced[option] for option in term.options]).reshape(term.shape)
 
     def latency_ms(self, picks: Mapping[str, Option]) -> float:
         """Predicted latency of picks, in milliseconds."""

@@ -47,9 +47,7 @@ def describe_table(table: LatencyTable) -> str:
     if calibration is None:
         lines.append("calibration  none: sums of entries are not latencies of networks")
     else:
-        lines.append(
-            f"calibration  {calibration.intercept_ms:.4g} ms + {calibration.slope:.4g} x sum, fitted on {calibration.networks} networks"
-        )
+        lines.append(f"calibration  {calibration}, fitted on {calibration.networks} networks")
         if calibration.held_out is not None:
             judged = calibration.held_out
             rank = "" if judged.spearman is None else f", Spearman {judged.spearman:.3f}"

@@ -63,13 +63,26 @@ class HeldOut(_Part):
 
 
 class Calibration(_Part):
-    """``network_ms = intercept_ms + slope * sum of entries``, fitted on whole networks."""
+    """``network_ms = intercept_ms + sum over ops of (slope * entry + cold_ms_per_mparam * parameters / 10^6)``.
+
+    Fitted on whole networks. The last term is for weights: a block that is timed alone finds its own in the cache every time,
+    inside a network they come from further away. It stays a price per op, so nothing else changes.
+    """
 
     intercept_ms: float
     slope: float = Field(gt=0)
+    cold_ms_per_mparam: float = Field(0.0, ge=0)
     networks: int = Field(description="how many networks it was fitted on")
     noisy_networks: int = Field(0, description="networks, fitted or held out, that stayed above the allowed spread; they are left out")
     held_out: HeldOut | None = None
+
+    def op_ms(self, entry_ms: float, params: int) -> float:
+        """What an op costs inside a network, in milliseconds."""
+        return self.slope * entry_ms + self.cold_ms_per_mparam * params / 1e6
+
+    def __str__(self) -> str:
+        cold = f" + {self.cold_ms_per_mparam:.4g} ms x million parameters" if self.cold_ms_per_mparam else ""
+        return f"{self.intercept_ms:.4g} ms + {self.slope:.4g} x sum{cold}"
 
 
 class LatencyTable(Document):
@@ -102,26 +115,41 @@ class LatencyTable(Document):
         return f"{header.device}/{header.runtime}-{header.dtype}-{header.threads}t"
 
 
-def fit_calibration(sums_ms: list[float], measured_ms: list[float]) -> Calibration:
-    """The affine map from sums of entries to whole networks: least squares of the *relative* error.
+FIT_COLD_FROM = 8
+"""Networks from which on the price of cold weights is fitted too; with fewer, a third coefficient would fit noise."""
+
+
+def fit_calibration(sums_ms: list[float], measured_ms: list[float], mparams: list[float] | None = None) -> Calibration:
+    """The map from sums of entries (and million parameters) to whole networks: least squares of the *relative* error.
 
     Relative, because a table serves fast and slow networks alike. Three or more networks whose sums differ
-    by 5 % are needed; with fewer, or where the fit would have a slope below zero, the slope alone is fitted.
+    by 5 % are needed; with fewer, or where the fit would have a slope below zero, the slope alone is fitted. The price of cold
+    weights is fitted from ``FIT_COLD_FROM`` networks on, and dropped where it would be negative.
     """
     x, y = np.asarray(sums_ms), np.asarray(measured_ms)
-    slope, intercept = float(np.median(y / x)), 0.0
+    if mparams is not None and len(x) >= FIT_COLD_FROM:
+        slope, cold, intercept = _relative_fit(y, x, np.asarray(mparams), np.ones(len(x)))
+        if slope > 0 and cold > 0:
+            return Calibration(intercept_ms=intercept, slope=slope, cold_ms_per_mparam=cold, networks=len(x))
     if len(x) >= 3 and np.ptp(x) > 0.05 * x.mean():
-        design = np.stack([x / y, 1 / y], axis=1)
-        fitted = np.linalg.lstsq(design, np.ones(len(x)), rcond=None)[0]
-        if fitted[0] > 0:
-            slope, intercept = float(fitted[0]), float(fitted[1])
-    return Calibration(intercept_ms=intercept, slope=slope, networks=len(x))
+        slope, intercept = _relative_fit(y, x, np.ones(len(x)))
+        if slope > 0:
+            return Calibration(intercept_ms=intercept, slope=slope, networks=len(x))
+    return Calibration(intercept_ms=0.0, slope=float(np.median(y / x)), networks=len(x))
 
 
-def judge(calibration: Calibration, sums_ms: list[float], measured_ms: list[float]) -> HeldOut:
+def _relative_fit(y: np.ndarray, *columns: np.ndarray) -> list[float]:
+    """Coefficients of ``columns`` that minimise the sum of (prediction / y - 1)^2."""
+    design = np.stack([column / y for column in columns], axis=1)
+    coefficients: list[float] = np.linalg.lstsq(design, np.ones(len(y)), rcond=None)[0].tolist()
+    return coefficients
+
+
+def judge(calibration: Calibration, sums_ms: list[float], measured_ms: list[float], mparams: list[float] | None = None) -> HeldOut:
     """The calibrated error on held-out networks."""
     x, y = np.asarray(sums_ms), np.asarray(measured_ms)
-    predicted = calibration.intercept_ms + calibration.slope * x
+    cold = calibration.cold_ms_per_mparam * np.asarray(mparams) if mparams is not None else 0.0
+    predicted = calibration.intercept_ms + calibration.slope * x + cold
     errors = np.abs(predicted / y - 1)
     return HeldOut(
         networks=len(x),

@@ -6,7 +6,7 @@
 3. *Measure* in rounds. A round is one process that goes once through everything in a new random order, so that whatever drifts
    (clock, temperature, neighbours) hits all entries alike. An entry is the median over rounds of the median over runs.
 4. *Judge the noise*: entries whose rounds spread more than allowed get further rounds; those that still do are flagged.
-5. *Calibrate*: an affine map from sums of entries to networks, fitted on some networks, judged on the others.
+5. *Calibrate*: a map from entries to networks (core/table.py), fitted on some networks, judged on the others.
 
 Rows are appended to ``samples.jsonl`` as they come, so that a killed profile goes on where it was.
 """
@@ -256,8 +256,9 @@ def _calibration(plan: Plan, found: dict[str, Entry]) -> Calibration | None:
     fit, test = ([i for i in part if quiet[i]] for part in (range(cut), range(cut, len(networks))))
     if not fit:
         return None
-    calibration = fit_calibration([sums[i] for i in fit], [nets[i] for i in fit])
-    held_out = judge(calibration, [sums[i] for i in test], [nets[i] for i in test]) if test else None
+    mparams = [arch.params / 1e6 for arch, _ in networks]
+    calibration = fit_calibration([sums[i] for i in fit], [nets[i] for i in fit], [mparams[i] for i in fit])
+    held_out = judge(calibration, [sums[i] for i in test], [nets[i] for i in test], [mparams[i] for i in test]) if test else None
     return calibration.model_copy(update={"held_out": held_out, "noisy_networks": quiet.count(False)})
 
 

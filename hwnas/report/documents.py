@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.cost import affine, missing_ops
+from hwnas.core.cost import latency_ms, missing_ops
 from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
@@ -89,7 +89,7 @@ class RunDocuments:
         """The calibrated latency of the architecture, where the table covers it."""
         if self.arch is None or self.table is None or missing_ops(self.arch.ops(), self.table):
             return self.search.candidates[0].latency_ms if self.search is not None else None
-        return affine(self.table, sum(self.table.entries[op.key].ms for op in self.arch.ops()))
+        return latency_ms(self.arch, self.table)
 
     def places(self) -> tuple[Place, ...]:
         """The architecture's blocks, input to output, with the skipped slots of its space where its picks are known."""

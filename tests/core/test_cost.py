@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwnas.core.cost import CostModel, latency_ms, missing_ops, sum_ms
+from hwnas.core.cost import CostModel, latency_ms, missing_ops
 from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.spaces import mobile32, proxylessnas
@@ -20,7 +20,7 @@ from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import CoverageError, TableError, TargetError
 
 THOUSAND = settings(deadline=None, derandomize=True, max_examples=1000)
-CALIBRATION = Calibration(intercept_ms=0.7, slope=1.25, networks=12)
+CALIBRATION = Calibration(intercept_ms=0.7, slope=1.25, cold_ms_per_mparam=0.4, networks=12)
 
 
 def elastic() -> MacroSpace:
@@ -83,7 +83,7 @@ def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -
     @given(st.tuples(*(st.integers(0, len(choice.options) - 1) for choice in space.choices)))
     def check(index: tuple[int, ...]) -> None:
         arch = space.decode(space.at(index))
-        walked = 0.7 + 1.25 * sum(entry_ms(op) for op in arch.ops())
+        walked = 0.7 + sum(1.25 * entry_ms(op) + 0.4 * op.params / 1e6 for op in arch.ops())
         assert cost.latency_ms(space.at(index)) == pytest.approx(walked, abs=1e-9)
         assert latency_ms(arch, cost.table) == pytest.approx(walked, abs=1e-9)
 
@@ -212,9 +212,10 @@ def test_missing_ops_are_named_and_never_guessed() -> None:
     assert caught.value.missing == tuple(op.key for op in lacking)
     arch = next(arch for arch in map(space.decode, map(space.at, every_index(space))) if lacking[0] in arch.ops())
     with pytest.raises(CoverageError, match=f"lacks .* of architecture 'small-sample': {lacking[0].key}"):
-        sum_ms(arch, table)
+        latency_ms(arch, table)
     covered = next(arch for arch in map(space.decode, map(space.at, every_index(space))) if not set(lacking) & set(arch.ops()))
-    assert sum_ms(covered, table) == pytest.approx(sum(entry_ms(op) for op in covered.ops()))
+    uncalibrated = table.model_copy(update={"calibration": None})
+    assert latency_ms(covered, uncalibrated) == pytest.approx(sum(entry_ms(op) for op in covered.ops()))
 
 
 def test_a_long_list_of_missing_ops_is_cut_in_the_message_but_not_in_the_error() -> None:
@@ -231,7 +232,7 @@ def test_a_table_without_a_calibration_is_refused_unless_allowed() -> None:
     picks = space.sample(np.random.default_rng(0))
     plain = CostModel(space, raw, allow_uncalibrated=True).latency_ms(picks)
     assert plain == pytest.approx(sum(entry_ms(op) for op in space.decode(picks).ops()))
-    assert priced("small").latency_ms(picks) == pytest.approx(0.7 + 1.25 * plain)
+    assert priced("small").latency_ms(picks) == pytest.approx(0.7 + 1.25 * plain + 0.4 * space.decode(picks).params / 1e6)
 
 
 def test_a_target_out_of_reach_is_answered_with_the_range() -> None:

@@ -110,6 +110,18 @@ def test_where_a_line_cannot_be_fitted_the_slope_alone_is(sums: list[float], mea
     assert found.slope == pytest.approx(1.5)
 
 
+def test_cold_weights_are_priced_from_eight_networks_on() -> None:
+    rng = np.random.default_rng(0)
+    sums, mparams = rng.uniform(1, 50, 12), rng.uniform(1, 6, 12)
+    measured = 0.3 + 1.04 * sums + 0.12 * mparams
+    found = fit_calibration(list(sums), list(measured), list(mparams))
+    assert (found.intercept_ms, found.slope, found.cold_ms_per_mparam) == pytest.approx((0.3, 1.04, 0.12), abs=1e-9)
+    assert judge(found, [10.0], [0.3 + 10.4 + 0.24], [2.0]).max_error == pytest.approx(0, abs=1e-9)
+    assert found.op_ms(2.0, 500_000) == pytest.approx(2.08 + 0.06)
+    assert fit_calibration(list(sums[:7]), list(measured[:7]), list(mparams[:7])).cold_ms_per_mparam == 0
+    assert fit_calibration(list(sums), list(0.3 + 1.04 * sums - 0.05 * mparams), list(mparams)).cold_ms_per_mparam == 0
+
+
 def test_the_judges_numbers_by_hand() -> None:
     calibration = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
     found = judge(calibration, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])  # predicted 3, 5, 9

@@ -156,10 +156,23 @@ def make_verdict(bundle: Bundle, predicted: float, *, passed: bool = True) -> Ve
             accuracy_passed=loss < 0.02,
         ))  # fmt: skip
     return Verdict(
-        device="host", cpu="test", cores=(0,), governor="unknown", threads=1, date="2026-01-01", bundle_sha256=bundle.sha256, table="host/litert-fp32-1t", table_sha256=None, unpredicted=None, drift=1.0, tolerances=ValidateConfig(),
-        images=360, torch_accuracy=0.9806,
-        files=tuple(files), passed=passed,
-    )  # fmt: skip
+        device="host",
+        cpu="test",
+        cores=(0,),
+        governor="unknown",
+        threads=1,
+        date="2026-01-01",
+        bundle_sha256=bundle.sha256,
+        table="host/litert-fp32-1t",
+        table_sha256=None,
+        unpredicted=None,
+        drift=1.0,
+        tolerances=ValidateConfig(),
+        images=360,
+        torch_accuracy=0.9806,
+        files=tuple(files),
+        passed=passed,
+    )
 
 
 def fill(root: Path, config: Experiment, *, until: str = "validate", passed: bool = True) -> StageContext:
