@@ -25,6 +25,8 @@ from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 
 CONFIG = ProfileConfig(rounds=9, fit_networks=20, test_networks=20)
+SEED = 1
+"""Other networks than those of the shipped tables (seed 0), on which the form of the calibration was chosen."""
 
 
 def row(label: str, held_out: HeldOut) -> str:
@@ -64,12 +66,12 @@ def test_held_out_error(benchmark: Any, tmp_path: Path, runtime: Any, dtype: Any
     space = proxylessnas()
     settings = DeviceConfig(runtime=runtime, dtype=dtype)
     table = benchmark.pedantic(
-        profile, args=(space, HOST, connect(HOST), timing_file, settings, CONFIG, tmp_path, Progress()), rounds=1, iterations=1
+        profile, args=(space, HOST, connect(HOST), timing_file, settings, CONFIG, tmp_path, Progress(), SEED), rounds=1, iterations=1
     )
     assert table.calibration is not None and table.calibration.held_out is not None
     held_out = table.calibration.held_out
     samples = JsonLines(tmp_path / "samples.jsonl").read()
-    plan = make_plan(space, CONFIG, 0)
+    plan = make_plan(space, CONFIG, SEED)
     print(f"\n{table.title}: {len(table.entries)} ops, {held_out.networks} held-out networks")
     print(row("calibrated, all rounds", held_out))
     print(row("affine calibration, all rounds", affine_only(plan, table, samples)))
