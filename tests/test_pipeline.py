@@ -18,9 +18,10 @@ from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms
 from hwnas.core.table import LatencyTable
 from hwnas.document import file_sha256
+from hwnas.errors import ConfigError
 from hwnas.pipeline import STAGES, Pipeline
 from hwnas.progress import Progress
-from hwnas.runs import MANIFEST, StageManifest
+from hwnas.runs import MANIFEST, JsonLines, StageManifest
 from hwnas.search.stage import SearchResult
 from hwnas.validate import Verdict
 from tests.conftest import write_tiny
@@ -76,6 +77,28 @@ def test_a_changed_stage_is_redone_and_the_old_one_kept(finished_run: Path, tmp_
     assert [line for line in lines.said if "skipped" in line] == ["profile: current, skipped", "search: current, skipped"]
     assert file_sha256(run / "train.old-1" / "model.safetensors") == file_sha256(finished_run / "train" / "model.safetensors")
     assert file_sha256(run / "train" / "model.safetensors") != file_sha256(finished_run / "train" / "model.safetensors")
+
+
+def test_training_starts_from_the_super_nets_weights(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    Pipeline(load_experiment(finished_run.parent / "tiny.toml", ["train.weights=supernet"]), run, Progress()).run_stage("train")
+    scratch, inherited = (JsonLines(folder / "train" / "metrics.jsonl").read() for folder in (finished_run, run))
+    assert inherited[0]["loss"] < scratch[0]["loss"] - 0.05
+    colour = ["data.channels=3", "data.mean=[0,0,0]", "data.std=[1,1,1]", "space.name=mobile32"]
+    other = load_experiment(finished_run.parent / "tiny.toml", ["train.weights=supernet", "train.arch=mobilenet_v2", *colour])
+    with pytest.raises(ConfigError, match="fits the searched architecture alone"):
+        Pipeline(other, run, Progress()).run_stage("train")
+
+
+def test_a_published_network_needs_no_search_and_no_table(tmp_path: Path) -> None:
+    config = write_tiny(tmp_path)
+    overrides = ["train.arch=mobilenet_v2", "space.name=mobile32", "data.channels=3", "data.mean=[0.3,0.3,0.3]", "data.std=[0.4,0.4,0.4]"]
+    overrides += ["data.resolution=32", "train.epochs=0.05", "validate.images=8", "export.calibration_images=4", "export.parity_images=4"]
+    Pipeline(load_experiment(config, overrides), tmp_path / "run", Progress()).run()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["export", "report", "train", "validate"]
+    verdict = Verdict.load(tmp_path / "run" / "validate" / "verdict.json")
+    assert verdict.unpredicted == "there is no table of this device" and verdict.files[0].measured_ms > 0
 
 
 def test_a_tampered_output_is_redone(finished_run: Path, tmp_path: Path) -> None:
