@@ -62,3 +62,8 @@ def test_links_lead_somewhere() -> None:
     for document in ROOT.glob("*.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
             assert (ROOT / target).exists(), f"{document.name} links to {target}"
+
+
+def test_no_placeholder_is_left() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]:
+        assert not re.search(r"\b[A-Z]+_(TABLE|ROWS?)\b|TODO|TBD", document.read_text()), document

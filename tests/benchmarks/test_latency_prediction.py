@@ -61,7 +61,10 @@ def affine_only(plan: Plan, table: LatencyTable, samples: list[dict[str, Any]]) 
     return judge(fit_calibration(sums[:cut], truth[:cut]), sums[cut:], truth[cut:])
 
 
-@pytest.mark.parametrize(("runtime", "dtype"), [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")], ids="-".join)
+CASES = [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")]
+
+
+@pytest.mark.parametrize(("runtime", "dtype"), CASES, ids=["-".join(case) for case in CASES])
 def test_held_out_error(benchmark: Any, tmp_path: Path, runtime: Any, dtype: Any) -> None:
     space = proxylessnas()
     settings = DeviceConfig(runtime=runtime, dtype=dtype)
