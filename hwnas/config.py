@@ -56,7 +56,7 @@ class SpaceConfig(Section):
 class DeviceConfig(Section):
     """Where latency is measured."""
 
-    name: str = Field("host", description="a device document (name in configs/devices, or path), or 'host': this computer")
+    name: str = Field("host", description="'host': this computer; or the path of a device document (.json)")
     runtime: Literal["litert", "onnxruntime"] = "litert"
     dtype: Literal["fp32", "int8"] = "fp32"
     threads: int = Field(1, ge=1)

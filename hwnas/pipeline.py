@@ -116,6 +116,9 @@ class Pipeline:
 
     def run_stage(self, name: str, *, fresh: bool = False) -> None:
         """One stage: skipped where it is current, resumed where it was interrupted, started anew where its inputs changed."""
+        from hwnas.engine import flush_denormals
+
+        flush_denormals()
         prepare(self.root)
         with locked(self.root):
             self._run_stage(self.stage(name), fresh)
@@ -123,7 +126,6 @@ class Pipeline:
     def _run_stage(self, current: Stage, fresh: bool) -> None:
         name, folder = current.name, self.root / current.name
         inputs = {"hwnas": content_sha256(__version__), **current.inputs()}
-        save_config(self.root, self.experiment)
         state = "stale" if fresh and folder.exists() else state_of(folder, inputs)
         if state == "done":
             self.progress.say(f"{name}: current, skipped")
@@ -136,6 +138,7 @@ class Pipeline:
         elif state == "resume":
             self.progress.say(f"{name}: goes on where it was")
         started = time.monotonic()
+        save_config(self.root, self.experiment)  # not earlier: a refused configuration must not replace that of the results
         folder.mkdir(exist_ok=True)
         with stage(folder, name, inputs, current.outputs):
             current.run(StageContext(self.experiment, self.root, folder, self.progress))
@@ -201,6 +204,8 @@ class Pipeline:
 
         device = find_device(self.experiment.device.name)
         inputs = {"space.json": self.space.sha256, "device.json": device.sha256, **self._config("device", "profile", "seed")}
+        if self.experiment.device.cores is None:
+            connect(device).cores(self.experiment.device.threads)  # refuses more threads than there are cores
         return Stage("profile", ["table.json"], lambda: inputs, run)
 
     def _search(self) -> Stage:

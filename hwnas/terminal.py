@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichBars
 
 from hwnas.progress import Progress, Task
+
+LINE_SECONDS = 30.0
+"""How often a long task says where it is when nobody watches a terminal."""
 
 
 class TerminalProgress(Progress):
@@ -31,7 +35,7 @@ class TerminalProgress(Progress):
         )
         live = self.console.is_terminal and not self.quiet
         with RichBars(*columns, console=self.console, disable=not live, transient=True) as bars:
-            bar = _BarTask(bars, bars.add_task(description, total=total, completed=done, note=""))
+            bar = _BarTask(bars, bars.add_task(description, total=total, completed=done, note=""), None if live else self.console)
             yield bar
         if not live:
             self.console.print(f"{description}: {total} of {total}  {bar.note}".rstrip(), markup=False, soft_wrap=True)
@@ -51,9 +55,16 @@ class TerminalProgress(Progress):
 
 
 class _BarTask(Task):
-    def __init__(self, bars: RichBars, identity: TaskID) -> None:
-        self.bars, self.identity, self.note = bars, identity, ""
+    """A bar; where there is no terminal to draw one (``log`` is set), a line now and then."""
+
+    def __init__(self, bars: RichBars, identity: TaskID, log: Console | None) -> None:
+        self.bars, self.identity, self.log, self.note = bars, identity, log, ""
+        self.said = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.note = note or self.note
         self.bars.update(self.identity, advance=steps, note=self.note)
+        if self.log is not None and time.monotonic() - self.said > LINE_SECONDS:
+            self.said = time.monotonic()
+            task = self.bars.tasks[0]
+            self.log.print(f"{task.description}: {task.completed:.0f} of {task.total:.0f}  {self.note}", markup=False, soft_wrap=True)

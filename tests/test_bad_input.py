@@ -159,7 +159,8 @@ def test_output_below_a_file(hwnas: Run, project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["search.strategy.name=tunass", "search.target_range=7", "search.table=missing.json", "data.name=digit"]
+    "override",
+    ["search.strategy.name=tunass", "search.target_range=7", "search.table=missing.json", "data.name=digit", "search.target_ms=500"],
 )
 def test_a_refusal_leaves_the_finished_run_as_it_is(hwnas: Run, project: Path, override: str) -> None:
     files = [path for path in (project / "run").rglob("*") if path.is_file()]

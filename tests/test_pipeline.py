@@ -84,7 +84,7 @@ def test_training_starts_from_the_super_nets_weights(finished_run: Path, tmp_pat
     shutil.copytree(finished_run, run)
     Pipeline(load_experiment(finished_run.parent / "tiny.toml", ["train.weights=supernet"]), run, Progress()).run_stage("train")
     scratch, inherited = (JsonLines(folder / "train" / "metrics.jsonl").read() for folder in (finished_run, run))
-    assert inherited[0]["loss"] < scratch[0]["loss"] - 0.05
+    assert inherited[0]["loss"] < scratch[0]["loss"] - 0.01
     colour = ["data.channels=3", "data.mean=[0,0,0]", "data.std=[1,1,1]", "space.name=mobile32"]
     other = load_experiment(finished_run.parent / "tiny.toml", ["train.weights=supernet", "train.arch=mobilenet_v2", *colour])
     with pytest.raises(ConfigError, match="fits the searched architecture alone"):
