@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -131,7 +132,7 @@ def proposed(strategy: Strategy, ctx: SearchContext, seed: int, count: int) -> l
     return strategy.propose(ctx, count)
 
 
-class StrategyConformance:
+class StrategyConformance(ABC):
     """What every search method has to do. Inherit, and return a new strategy from ``strategy``.
 
     ``steps`` and ``proposals`` are how much it gets to find the optimum of a ``Problem``.
@@ -140,9 +141,9 @@ class StrategyConformance:
     steps: ClassVar[int] = 1200
     proposals: ClassVar[int] = 8
 
+    @abstractmethod
     def strategy(self) -> Strategy:
         """A new strategy, not yet set up."""
-        raise NotImplementedError
 
     def _search(self, problem: Problem, seed: int, steps: int) -> tuple[Strategy, SearchContext, list[Metrics]]:
         strategy, ctx = self.strategy(), problem.context(steps)
@@ -223,7 +224,7 @@ class StrategyConformance:
             assert best == problem.best, f"seed {seed}: found {best}, but the optimum is {problem.best}"
 
 
-class DeviceConformance:
+class DeviceConformance(ABC):
     """What every connection to a device has to do. Inherit, and return one from ``connection``."""
 
     runtime: ClassVar[str] = "litert"
@@ -237,9 +238,9 @@ class DeviceConformance:
         Op("classifier", 8, 8, 10),
     )
 
+    @abstractmethod
     def connection(self) -> Connection:
         """A connection to the device."""
-        raise NotImplementedError
 
     def plan(self, rounds: int = 1) -> dict[str, Any]:
         """A plan of three small ops and the network they form."""
