@@ -42,7 +42,7 @@ class CoverageError(TableError):
 
 
 class TargetError(UserError):
-    """A latency target that no architecture of the space reaches."""
+    """A latency target or another limit that no architecture of the space meets."""
 
 
 class DataError(UserError):

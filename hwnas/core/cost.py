@@ -1,23 +1,20 @@
-"""Prices: a latency table applied to a space, compiled to small arrays.
+"""Latency: a table applied to a space or to a finished network.
 
-    latency(picks)  = intercept + sum over terms of price[op of the term under the picks]
-    E[latency](p)   = intercept + sum over terms of <prices of the term, outer product of p over the term's choices>
+    latency(picks) = intercept + sum over ops of their calibrated entries
 
-where the price of an op is its calibrated entry.
-The expectation is exact for independent choices, coupled widths included, because each term is contracted with all the
-choices it depends on.
+How a space is priced, exactly and in expectation, is in ``priced``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
 
 from hwnas.core.arch import Architecture
 from hwnas.core.op import Op
+from hwnas.core.priced import PricedSpace
 from hwnas.core.space import Option, SearchSpace, Term
 from hwnas.core.table import LatencyTable
 from hwnas.errors import CoverageError, TableError, TargetError
@@ -79,26 +76,14 @@ class CostModel:
             )
         self.space = space
         self.table = table
-        position = {choice.key: i for i, choice in enumerate(space.choices)}
-        self._fixed_ms = table.calibration.intercept_ms if table.calibration is not None else 0.0
-        self._arrays: list[tuple[tuple[int, ...], np.ndarray]] = []
-        for term in space.terms():
-            array = self._priced(term)
-            if term.keys:
-                self._arrays.append((tuple(position[key] for key in term.keys), array))
-            else:
-                self._fixed_ms += float(array)
-        self._converted: dict[Any, list[Any]] = {}
-
-    def _priced(self, term: Term) -> np.ndarray:
-        """Milliseconds of a term for each combination of its options."""
-        if self.table.slots:
-            return self._positional(term)
-        ms = [0.0 if op is None else op_ms(op, self.table) for op in term.ops]
-        return np.array(ms).reshape(term.shape)
+        fixed_ms = table.calibration.intercept_ms if table.calibration is not None else 0.0
+        if table.slots:
+            self.priced = PricedSpace(space, self._positional, fixed=fixed_ms)
+        else:
+            self.priced = PricedSpace.of_ops(space, lambda op: op_ms(op, table), fixed=fixed_ms)
 
     def _positional(self, term: Term) -> np.ndarray:
-        """The same by a positional model: it prices every slot that varied in its space, the rest is in its intercept."""
+        """Milliseconds of a term by a positional model: it prices every slot that varied in its space, the rest is in its intercept."""
         priced = self.table.slots.get(term.slot, {})
         if not priced and not term.keys:
             return np.zeros(())
@@ -111,55 +96,30 @@ class CostModel:
 
     def latency_ms(self, picks: Mapping[str, Option]) -> float:
         """Predicted latency of picks, in milliseconds."""
-        return float(self.latencies_ms(self.space.index(picks)[None])[0])
+        return self.priced.of(picks)
 
     def latencies_ms(self, index_NC: np.ndarray) -> np.ndarray:
-        """Predicted latencies of many picks at once: option positions int [N, choices] -> milliseconds float64 [N]."""
-        total = np.full(len(index_NC), self._fixed_ms)
-        for positions, array in self._arrays:
-            total += array[tuple(index_NC[:, i] for i in positions)]
-        return total
+        """Predicted latency of many picks at once: option positions int [N, choices] -> milliseconds float64 [N]."""
+        return self.priced.of_many(index_NC)
 
     def expected_ms(self, gates: Mapping[str, Any], xp: Any = np) -> Any:
         """Expected latency under independent choices, exact and differentiable.
 
         ``gates`` maps each choice key to a probability vector [options] of the array library ``xp`` (numpy or torch).
         """
-        example: Any = next(iter(gates.values()), None)
-        kind = (xp, getattr(example, "dtype", None), getattr(example, "device", None))
-        if kind not in self._converted:
-            where = {"device": example.device} if hasattr(example, "new_tensor") else {}  # torch: where the gates are
-            self._converted[kind] = [xp.asarray(array, dtype=kind[1], **where) for _, array in self._arrays]
-        keys = [choice.key for choice in self.space.choices]
-        total: Any = self._fixed_ms
-        for (positions, _), array in zip(self._arrays, self._converted[kind], strict=True):
-            letters = ascii_lowercase[: len(positions)]
-            total = total + xp.einsum(f"{letters},{','.join(letters)}->", array, *(gates[keys[i]] for i in positions))
-        return total
+        return self.priced.expected(gates, xp)
+
+    def marginal_ms(self, gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """d E[latency] / d gate, in numpy: choice key -> milliseconds float64 [options].
+
+        What each option adds to the expected latency while the other choices stay as in ``gates``. Of all changes of a policy p that
+        lower its expected latency by a little, p * exp(-s * marginal), normalised, is the smallest in Kullback-Leibler divergence.
+        """
+        return self.priced.marginals(gates)
 
     def range_ms(self) -> tuple[float, float]:
-        """Latency of the fastest and of the slowest architecture, exact, by eliminating one choice after another."""
-        return self._extreme(np.min), self._extreme(np.max)
-
-    def _extreme(self, reduce: Any) -> float:
-        factors = [(positions, array) for positions, array in self._arrays]
-        constant = self._fixed_ms
-        for choice in range(len(self.space.choices)):
-            touched = [factor for factor in factors if choice in factor[0]]
-            factors = [factor for factor in factors if choice not in factor[0]]
-            axes = tuple(sorted({i for positions, _ in touched for i in positions}))
-            combined: Any = np.zeros((1,) * len(axes))
-            for positions, array in touched:
-                ordered = np.transpose(array, np.argsort(positions))
-                shape = [len(self.space.choices[i].options) if i in positions else 1 for i in axes]
-                combined = combined + ordered.reshape(shape)
-            combined = reduce(combined, axis=axes.index(choice)) if touched else combined
-            rest = tuple(i for i in axes if i != choice)
-            if rest:
-                factors.append((rest, combined))
-            else:
-                constant += float(combined) if touched else 0.0
-        return constant
+        """Latency of the fastest and of the slowest architecture, exact."""
+        return self.priced.range()
 
     def check_target(self, target_ms: float) -> None:
         """Raise TargetError, printing the reachable range, where no architecture can meet ``target_ms``."""

@@ -23,8 +23,9 @@ def describe_space(space: SearchSpace, table: LatencyTable | None = None) -> str
     arch = space.decode(space.sample(np.random.default_rng(0)), f"{space.name}-sample-0")
     lines = [f"space {space.name}  (sha256 {space.sha256[:12]})"]
     if isinstance(space, MacroSpace):
-        lines.append(f"input        {space.in_channels} x {space.resolution} x {space.resolution}, {space.classes} classes, {space.act}")
-        lines.append(f"decisions    {space.decisions:.3g} raw combinations (kernel, expansion, skip, width apart)")
+        pixels = " or ".join(f"{space.in_channels} x {size} x {size}" for size in space.resolutions or (space.resolution,))
+        lines.append(f"input        {pixels}, {space.classes} classes, {space.act}")
+        lines.append(f"decisions    {space.decisions:.3g} raw combinations (kernel, expansion, skip, width, depth, resolution apart)")
     lines.append(f"choices      {len(space.choices)}, {space.size:.3g} architectures")
     lines.append(f"plan         {len(space.ops)} ops to measure:")
     lines += [f"  {op.key}" for op in space.ops]

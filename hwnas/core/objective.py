@@ -1,20 +1,41 @@
 """Rewards and penalties: pure functions of quality (or loss), cost and target.
 
-With the relative cost r = T / T0:
+With the relative cost r = T / T0, rewards (higher is better):
 
 ========================  =================================  ==========================================
 ``absolute``              Q + beta * |r - 1|                 TuNAS, eq. 2 (arXiv 2008.06120); beta = -0.10
 ``mnas``                  Q * r^beta                         MnasNet, soft (arXiv 1807.11626); beta = -0.07
 ``mnas_hard``             Q * min(r^beta, 1)                 MnasNet, hard: no bonus below the target
-``penalised``             aggregate(loss, f(r - 1))          NNI's unifying form, of which the rest are cases
+``proxylessnas_reward``   Q * (1 / r)^0.1                    ProxylessNAS, REINFORCE (arXiv 1812.00332)
 ========================  =================================  ==========================================
+
+and losses (lower is better; differentiable where T is an expectation):
+
+========================  =================================  ==========================================
+``penalised``             aggregate(loss, f(r - 1))          NNI's unifying form, of which all others are cases
+``add_linear``            CE + lambda * (r - 1)              ProxylessNAS, add#linear; lambda = 0.1
+``mul_log``               alpha * CE * (log T / log T0)^b    ProxylessNAS, mul#log; alpha = 0.2, b = 0.3
+``fbnet``                 alpha * CE * (log T)^b             FBNet (arXiv 1812.03443); alpha = 0.2, b = 0.6
+========================  =================================  ==========================================
+
+A logarithm depends on the unit of time and is positive only above one unit. ``mul_log`` takes milliseconds, as in ProxylessNAS,
+whose reference is 80 of them; ``fbnet`` takes microseconds (ours), as networks that take less than a millisecond are common here.
+``unit_ms`` sets another unit, which also changes how strongly latency weighs: beta / log(T / unit) is the part of the loss by which it
+grows per part of T. A latency of one unit or less is an error, as the loss would otherwise turn around or be no number.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, TypeAlias
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+
+from hwnas.errors import TargetError
+
+MICROSECOND_MS = 1e-3
+"""A microsecond in milliseconds."""
 
 Nonlinear: TypeAlias = Literal["linear", "positive", "negative", "absolute"]
 
@@ -39,6 +60,14 @@ def mnas_hard(quality: float, cost_ms: float, target_ms: float, beta: float = -0
     return float(quality * min((cost_ms / target_ms) ** beta, 1.0))
 
 
+def proxylessnas_reward(quality: float, cost_ms: float, reference_ms: float, tradeoff: float = 0.1) -> float:
+    """ProxylessNAS's reward for REINFORCE: acc * (ref / lat)^0.1, MnasNet's soft reward with beta = -0.1.
+
+    [mit-han-lab/proxylessnas: search/nas_manager.py, rl_tradeoff_ratio]
+    """
+    return mnas(quality, cost_ms, reference_ms, -tradeoff)
+
+
 def penalised(
     loss: Any, cost: Any, baseline: float, nonlinear: Nonlinear = "linear", aggregate: Literal["add", "mul"] = "add", scale: float = 1.0
 ) -> Any:
@@ -55,6 +84,54 @@ def penalised(
     elif nonlinear == "negative":
         x = x * (x < 0)
     return loss + scale * x if aggregate == "add" else loss * (1 + x) ** scale
+
+
+def add_linear(loss: Any, expected_ms: Any, reference_ms: float, weight: float = 0.1) -> Any:
+    """ProxylessNAS's ``add#linear``: CE + lambda * (E[lat] - ref) / ref, on floats or tensors. ``weight`` is lambda.
+
+    [mit-han-lab/proxylessnas: search/nas_manager.py]
+    """
+    return penalised(loss, expected_ms, reference_ms, "linear", "add", weight)
+
+
+def mul_log(loss: Any, expected_ms: Any, reference_ms: float, alpha: float = 0.2, beta: float = 0.3, unit_ms: float = 1.0) -> Any:
+    """ProxylessNAS's ``mul#log``: alpha * CE * (log E[lat] / log ref)^beta, on floats or tensors.
+
+    Latencies are measured in ``unit_ms`` milliseconds; raises TargetError where one of them is a unit or less.
+    [mit-han-lab/proxylessnas: search/nas_manager.py]
+
+    Example:
+        >>> round(mul_log(1.0, 80.0, 80.0), 12)
+        0.2
+    """
+    return penalised(alpha * loss, _log(expected_ms, unit_ms), _log(reference_ms, unit_ms), "linear", "mul", beta)
+
+
+def fbnet(loss: Any, latency_ms: Any, alpha: float = 0.2, beta: float = 0.6, unit_ms: float = MICROSECOND_MS) -> Any:
+    """FBNet's loss: CE * alpha * (log LAT)^beta, on floats or tensors. It knows no target: alpha and beta set the trade-off.
+
+    LAT is the latency under the Gumbel-softmax mask, in units of ``unit_ms`` milliseconds; raises TargetError where it is a unit or
+    less. A common mistake is alpha * beta * log LAT.
+
+    Example:
+        >>> round(fbnet(1.0, 22.026465794806718), 6)  # log(22026 us) = 10
+        0.796214
+    """
+    return penalised(alpha * loss, _log(latency_ms, unit_ms), 1.0, "linear", "mul", beta)
+
+
+def _log(latency_ms: Any, unit_ms: float) -> Any:
+    """Logarithm of a latency in units of ``unit_ms``, which must come out positive."""
+    plain = isinstance(latency_ms, float | int)
+    if (latency_ms <= unit_ms) if plain else (latency_ms <= unit_ms).any():
+        raise TargetError(
+            f"a loss with the logarithm of latency needs latencies above its unit of {unit_ms:g} ms, and this search meets one that is "
+            f"not: set unit_ms = {MICROSECOND_MS:g} (microseconds) or less, or use another latency loss."
+        )
+    units = latency_ms / unit_ms
+    if plain:
+        return math.log(units)
+    return units.log() if hasattr(units, "log") else np.log(units)
 
 
 class _Objective(BaseModel):

@@ -5,16 +5,20 @@ An op is written as a key, for instance::
     mbconv-h56-i32-o32-m96-k5-relu-id
 
 kind, then fields by their letters: ``h`` input height = width, ``i``/``o`` input/output channels, ``m`` channels of the
-expanded (middle) part, ``k`` kernel, ``s`` stride, ``g`` groups, ``q`` hidden channels of squeeze-and-excitation, the
-activation, and ``id`` where the input is added to the output. Fields at their defaults are left out, so a field added
-later leaves old keys as they are. ``Op.parse(op.key) == op``.
+expanded (middle) part, ``k`` kernel, ``s`` stride, ``g`` groups, ``q`` hidden channels of squeeze-and-excitation, ``hsig``
+where its gate is a hard sigmoid, the activation, and ``id`` where the input is added to the output. Fields at their defaults
+are left out, so a field added later leaves old keys as they are. ``Op.parse(op.key) == op``.
 
 Kinds:
 
 - ``conv``: k x k convolution, BN, activation (stem, 1 x 1 head)
-- ``dsconv``: depthwise k x k, BN, activation, then 1 x 1, BN (MobileNetV2's t=1 block)
-- ``mbconv``: 1 x 1 expansion, BN, act; depthwise k x k, BN, act; [SE]; 1 x 1 projection, BN (inverted bottleneck)
+- ``dsconv``: [shuffle]; depthwise k x k, BN, activation; [SE]; 1 x 1, BN (MobileNetV2's t=1 block)
+- ``mbconv``: 1 x 1 expansion, BN, act; [shuffle]; depthwise k x k, BN, act; [SE]; 1 x 1 projection, BN (inverted bottleneck)
+- ``head``: global average pooling, 1 x 1 convolution with bias and no BN, activation (MobileNetV3's last layer but one)
 - ``classifier``: global average pooling and a fully connected layer with bias
+
+``g`` groups the 1 x 1 convolutions of a block. The channels are then shuffled before the depthwise convolution, as in
+FBNet, or the groups would never mix: channel i of a group g becomes channel i * groups + g (ShuffleNet).
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ from typing import Literal, Self
 
 from hwnas.errors import SpaceError
 
-KINDS = ("conv", "dsconv", "mbconv", "classifier")
+KINDS = ("conv", "dsconv", "mbconv", "head", "classifier")
 ACTIVATIONS = ("none", "relu", "relu6", "hswish")
+SE_GATES = ("sigmoid", "hsig")
+"""Gates of squeeze-and-excitation: TuNAS's, and MobileNetV3's relu6(x + 3) / 6."""
 _LETTERS = {"h": "size", "i": "in_ch", "o": "out_ch", "m": "mid_ch", "k": "kernel", "s": "stride", "g": "groups", "q": "se_ch"}
 
 
@@ -85,12 +91,15 @@ class Op:
     se_ch: int = 0
     act: str = "none"
     residual: bool = False
+    se_gate: str = "sigmoid"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SpaceError(f"op kind {self.kind!r} is unknown; known: {', '.join(KINDS)}.")
         if self.act not in ACTIVATIONS:
             raise SpaceError(f"activation {self.act!r} is unknown; known: {', '.join(ACTIVATIONS)}.")
+        if self.se_gate not in SE_GATES:
+            raise SpaceError(f"SE gate {self.se_gate!r} is unknown; known: {', '.join(SE_GATES)}.")
         if min(self.size, self.in_ch, self.out_ch, self.kernel, self.stride, self.groups) < 1 or min(self.mid_ch, self.se_ch) < 0:
             raise SpaceError(f"op {self.key} has a size, width, kernel, stride or group count below 1.")
         if self.kernel % 2 == 0:
@@ -99,8 +108,12 @@ class Op:
             raise SpaceError(f"op {self.key}: expanded channels (m) belong to mbconv, and to it alone.")
         if self.se_ch and self.kind not in ("dsconv", "mbconv"):
             raise SpaceError(f"op {self.key}: squeeze-and-excitation (q) belongs to dsconv and mbconv.")
-        if self.kind == "classifier" and (self.kernel, self.stride, self.groups, self.act, self.residual) != (1, 1, 1, "none", False):
-            raise SpaceError(f"op {self.key}: a classifier has input size, input and output channels, and nothing else.")
+        if self.se_gate != _DEFAULTS["se_gate"] and not self.se_ch:
+            raise SpaceError(f"op {self.key}: a gate ({self.se_gate}) needs squeeze-and-excitation (q).")
+        if self.pooled and (self.kernel, self.stride, self.groups, self.residual) != (1, 1, 1, False):
+            raise SpaceError(f"op {self.key}: a {self.kind} has input size, input and output channels, and no kernel, stride or groups.")
+        if self.kind == "classifier" and self.act != "none":
+            raise SpaceError(f"op {self.key}: a classifier has no activation.")
         if any(layer.in_ch % layer.groups or layer.out_ch % layer.groups for layer in self.layers):
             raise SpaceError(f"op {self.key}: {self.groups} groups do not divide its channels.")
         if self.residual and (self.in_ch != self.out_ch or self.stride != 1):
@@ -111,6 +124,7 @@ class Op:
         """The op's name in tables and files: ``[a-z0-9-]+``."""
         parts = [self.kind]
         parts += [f"{letter}{getattr(self, name)}" for letter, name in _LETTERS.items() if getattr(self, name) != _DEFAULTS.get(name)]
+        parts += [self.se_gate] if self.se_gate != "sigmoid" else []
         parts += [self.act] if self.act != "none" else []
         parts += ["id"] if self.residual else []
         return "-".join(parts)
@@ -124,6 +138,8 @@ class Op:
             match = re.fullmatch(r"([a-z])([0-9]+)", part)
             if part in ACTIVATIONS:
                 values["act"] = part
+            elif part in SE_GATES:
+                values["se_gate"] = part
             elif part == "id":
                 values["residual"] = True
             elif match and match[1] in _LETTERS:
@@ -139,9 +155,19 @@ class Op:
         return op
 
     @property
+    def pooled(self) -> bool:
+        """Whether the op begins with global average pooling."""
+        return self.kind in ("head", "classifier")
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether the channels are shuffled (in ``groups`` groups) before the depthwise convolution."""
+        return self.groups > 1 and self.kind in ("dsconv", "mbconv")
+
+    @property
     def out_size(self) -> int:
-        """Output height = width; 1 after the classifier."""
-        return 1 if self.kind == "classifier" else out_size(self.size, self.stride)
+        """Output height = width; 1 after pooling."""
+        return 1 if self.pooled else out_size(self.size, self.stride)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -150,6 +176,8 @@ class Op:
             return (Layer("linear", "linear", self.in_ch, self.out_ch, norm=False),)
         if self.kind == "conv":
             return (Layer("conv", "conv", self.in_ch, self.out_ch, self.size, self.kernel, self.stride, self.groups, act=self.act),)
+        if self.kind == "head":
+            return (Layer("conv", "conv", self.in_ch, self.out_ch, norm=False, act=self.act),)
         mid = self.mid_ch or self.in_ch
         inner = out_size(self.size, self.stride)
         layers = [Layer("depthwise", "conv", mid, mid, self.size, self.kernel, self.stride, mid, act=self.act)]

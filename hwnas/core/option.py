@@ -1,13 +1,16 @@
 """Block options: the short strings that a space offers at a slot, in timm's notation.
 
-======================  =====================================================================
-``ir_k5_e6``            inverted residual: 5 x 5 depthwise, expansion 6 (relative to the input width)
-``ir_k3_e4_se0.25``     the same with squeeze-and-excitation, ratio of the expanded width
-``ir_k3_e1_g2``         the same with both 1 x 1 convolutions in 2 groups
-``ds_k3``               depthwise-separable convolution, no expansion
-``cn_k1``               plain convolution
-``skip``                nothing: the slot is left out
-======================  =====================================================================
+========================  ===================================================================
+``ir_k5_e6``              inverted residual: 5 x 5 depthwise, expansion 6 (relative to the input width)
+``ir_k3_e4_se0.25``       the same with squeeze-and-excitation, ratio of the expanded width
+``ir_k3_e4_se0.25_hsig``  ... gated by a hard sigmoid (ours: timm's notation has no word for it)
+``ir_k3_e1_g2``           the same with both 1 x 1 convolutions in 2 groups, channels shuffled between them (g: ours)
+``ds_k3``                 depthwise-separable convolution, no expansion
+``cn_k1``                 plain convolution
+``hd``                    pooled head: global average pooling, 1 x 1 convolution with bias and no BN (ours)
+``ds_k3_nre``             any of them with an activation of its own: ``nre`` ReLU, ``nr6`` ReLU6, ``nhs`` hard-swish
+``skip``                  nothing: the slot is left out
+========================  ===================================================================
 """
 
 from __future__ import annotations
@@ -20,34 +23,48 @@ from hwnas.core.op import Op
 from hwnas.errors import SpaceError
 
 SKIP = "skip"
-_PATTERN = re.compile(r"(ir|ds|cn)_k(\d+)(?:_e(\d+(?:\.\d+)?))?(?:_se(0?\.\d+))?(?:_g(\d+))?")
+_ACTS = {"nre": "relu", "nr6": "relu6", "nhs": "hswish"}
+_PATTERN = re.compile(
+    r"(?P<kind>ir|ds|cn|hd)(?:_k(?P<kernel>\d+))?(?:_e(?P<e>\d+(?:\.\d+)?))?(?:_se(?P<se>0?\.\d+))?(?:_(?P<gate>hsig))?"
+    r"(?:_g(?P<groups>\d+))?(?:_(?P<act>nre|nr6|nhs))?"
+)
+_PARTS = {"ir": {"kernel", "e", "se", "gate", "groups"}, "ds": {"kernel", "se", "gate", "groups"}, "cn": {"kernel", "groups"}, "hd": set()}
+"""What each kind may be made of, beside an activation."""
 
 
 @dataclass(frozen=True)
 class BlockOption:
-    """A parsed option. ``expansion`` is 0 for kinds that have none, ``se_ratio`` 0 where there is no SE."""
+    """A parsed option. ``expansion`` is 0 for kinds that have none, ``se_ratio`` 0 where there is no SE, ``act`` None for the stage's."""
 
     kind: str
-    kernel: int
+    kernel: int = 1
     expansion: float = 0.0
     se_ratio: float = 0.0
     groups: int = 1
+    se_gate: str = "sigmoid"
+    act: str | None = None
 
     def __str__(self) -> str:
-        parts = [self.kind, f"k{self.kernel}"]
+        parts = [self.kind]
+        parts += [f"k{self.kernel}"] if self.kind != "hd" else []
         parts += [f"e{self.expansion:g}"] if self.kind == "ir" else []
         parts += [f"se{self.se_ratio:g}"] if self.se_ratio else []
+        parts += [self.se_gate] if self.se_gate != "sigmoid" else []
         parts += [f"g{self.groups}"] if self.groups > 1 else []
+        parts += [name for name, act in _ACTS.items() if act == self.act]
         return "_".join(parts)
 
     def op(self, in_ch: int, out_ch: int, size: int, stride: int, act: str, residual: bool) -> Op:
-        """The op this option becomes between two widths at an input size."""
+        """The op this option becomes between two widths at an input size, in a stage with activation ``act``."""
+        act = self.act or act
         if self.kind == "cn":
             return Op("conv", size, in_ch, out_ch, kernel=self.kernel, stride=stride, groups=self.groups, act=act)
+        if self.kind == "hd":
+            return Op("head", size, in_ch, out_ch, act=act)
         mid = scale_width(in_ch, self.expansion) if self.kind == "ir" else 0
         se = make_divisible((mid or in_ch) * self.se_ratio) if self.se_ratio else 0
         kind = "mbconv" if self.kind == "ir" else "dsconv"
-        return Op(kind, size, in_ch, out_ch, mid, self.kernel, stride, self.groups, se, act, residual)
+        return Op(kind, size, in_ch, out_ch, mid, self.kernel, stride, self.groups, se, act, residual, self.se_gate)
 
 
 @cache
@@ -56,9 +73,20 @@ def parse_option(text: str) -> BlockOption | None:
     if text == SKIP:
         return None
     match = _PATTERN.fullmatch(text)
-    if not match or (match[1] == "ir") != (match[3] is not None) or (match[1] == "cn" and match[4]):
+    given = {name: value for name, value in match.groupdict().items() if value is not None} if match else {}
+    kind, act = given.pop("kind", ""), given.pop("act", "")
+    required = _PARTS.get(kind, set()) & {"kernel", "e"}
+    if not match or not required <= given.keys() <= _PARTS[kind] or ("gate" in given and "se" not in given):
         raise SpaceError(f"{text!r} is not a block option: write for instance 'ir_k3_e6', 'ds_k3', 'cn_k1' or 'skip'.")
-    option = BlockOption(match[1], int(match[2]), float(match[3] or 0), float(match[4] or 0), int(match[5] or 1))
+    option = BlockOption(
+        kind,
+        int(given.get("kernel", 1)),
+        float(given.get("e", 0)),
+        float(given.get("se", 0)),
+        int(given.get("groups", 1)),
+        given.get("gate", "sigmoid"),
+        _ACTS.get(act),
+    )
     if str(option) != text or (option.kind == "ir" and not option.expansion):
         raise SpaceError(f"{text!r} is not how a block option is written; write {str(option)!r} with an expansion above 0.")
     return option

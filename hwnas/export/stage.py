@@ -35,8 +35,9 @@ def outputs(formats: tuple[str, ...]) -> list[str]:
 
 def run(ctx: StageContext, predict: Predict) -> None:
     """Export every format and compare each with PyTorch; ``predict(file, images, folder)`` runs a file in its runtime."""
-    config, data = ctx.experiment.export, ctx.experiment.data
+    config = ctx.experiment.export
     network = load_network(ctx.path("train", "model.safetensors")).eval()
+    data = ctx.experiment.data.at(network.arch.resolution)
     train, test = load_images(data, "train"), load_images(data, "test")
     calibration = sampled_images(train, config.calibration_images)
     images = sampled_images(test, config.parity_images)

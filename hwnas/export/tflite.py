@@ -12,7 +12,8 @@ What to write in PyTorch so that this holds (litert-torch 0.10, LiteRT 2.3):
 - put activations after a convolution or an addition, where they fuse. A RELU6 on its own has no int8 form
   in the quantizer, and XNNPACK leaves int8 RELU, HARD_SWISH and AVERAGE_POOL_2D to kernels over ten times
   slower than its float ones;
-- shuffle channels with reshapes: indexing makes a GATHER_ND, which XNNPACK does not take.
+- shuffle channels with reshapes: indexing makes a GATHER_ND, which XNNPACK does not take. ``ChannelShuffle`` is converted in its
+  channels-last form, RESHAPE, TRANSPOSE and RESHAPE; the other one brings two more TRANSPOSE.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 from torch import nn
 
 from hwnas.errors import ExportError
+from hwnas.nn.blocks import ChannelShuffle
 
 
 class GraphOp(NamedTuple):
@@ -61,6 +63,9 @@ def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> byte
         raise ExportError(f"The input shape is {input_shape}; exported files take NCHW with batch 1")
     name = type(module).__name__
     eager = copy.deepcopy(module).cpu().eval()
+    for part in eager.modules():
+        if isinstance(part, ChannelShuffle):
+            part.channels_last = True
     litert_torch = _litert_torch()
     try:
         outputs = _image_outputs(eager, input_shape)

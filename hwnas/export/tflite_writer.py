@@ -7,19 +7,20 @@ by operator (its tests judge this one by it), in float32, channels-last, batch 1
 - batch norms are folded into weights and biases, in float64; ReLU and ReLU6 are fused, HARD_SWISH follows its layer;
 - where TFLite's SAME pads as PyTorch does, kernel // 2 on every side, it is SAME; else PAD and VALID;
 - where each input channel has its own filters, it is DEPTHWISE_CONV_2D, even with one input channel;
-- the mean over a 1 x 1 map vanishes inside squeeze-and-excitation and becomes a SUM before the classifier.
+- the mean over a 1 x 1 map vanishes inside squeeze-and-excitation and a head, and becomes a SUM before the classifier;
+- a hard sigmoid is a bias of 3 more and RELU6 in the convolution before it, and a MUL by 1/6.
 
-*Difference from the converter*: a classifier on its own has no TRANSPOSE before the MEAN. The converter adds it only
+*Difference from the converter*: a classifier or head on its own has no TRANSPOSE before the MEAN. The converter adds it only
 there, never inside a network, and a table must hold what networks cost.
 
-Schema: tensorflow/lite/schema/schema.fbs, version 3. Every operator has the lowest version that allows its options:
-1, but 5 for FULLY_CONNECTED with kept dimensions and 6 for grouped CONV_2D.
+Schema: tensorflow/lite/schema/schema.fbs, version 3. Every operator code has the lowest version that allows what the file uses it
+for: 1, but 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept dimensions and 6 for grouped CONV_2D.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flatbuffers
@@ -89,10 +90,14 @@ def _add_op(graph: _Graph, x: int, op: Op, module: nn.Module) -> int:
     if op.kind == "classifier":
         return _add_classifier(graph, x, op, _part(op, module, "linear"))
     entry = x
+    if op.pooled and op.size > 1:
+        x = _add_mean(graph, x, keep_dims=True)
     layers = {layer.name: layer for layer in op.layers}
     for name, layer in layers.items():
+        if name == "depthwise" and op.shuffled:
+            x = _add_shuffle(graph, x, op.groups)
         if name == "se_reduce":
-            x = _add_squeeze_excite(graph, x, layer, layers["se_expand"], _part(op, module, "layers.se"))
+            x = _add_squeeze_excite(graph, x, layer, layers["se_expand"], op.se_gate, _part(op, module, "layers.se"))
         elif name != "se_expand":
             x = _add_conv(graph, x, layer, _part(op, module, f"layers.{name}"))
     if not op.residual:
@@ -100,14 +105,14 @@ def _add_op(graph: _Graph, x: int, op: Op, module: nn.Module) -> int:
     return graph.operator("ADD", "add", [entry, x], graph.shape(x), schema.AddOptionsT())
 
 
-def _add_conv(graph: _Graph, x: int, layer: Layer, module: nn.Module) -> int:
-    """Convolution, BN and activation of ``layer`` on tensor ``x``: [PAD], [DEPTHWISE_]CONV_2D, [HARD_SWISH]."""
+def _add_conv(graph: _Graph, x: int, layer: Layer, module: nn.Module, *, shift: float = 0.0) -> int:
+    """Convolution, BN, + ``shift`` and activation of ``layer`` on tensor ``x``: [PAD], [DEPTHWISE_]CONV_2D, [HARD_SWISH]."""
     if layer.kernel % 2 == 0:
         raise ExportError(f"Layer {layer.name} has a {layer.kernel} x {layer.kernel} kernel; files are written for odd ones only")
     weight_OIHW, bias_O = _folded(layer, module)
     depthwise = _depthwise(layer)
     weight = graph.constant(f"{layer.name}.weight", weight_OIHW.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1)))
-    bias = graph.constant(f"{layer.name}.bias", bias_O)
+    bias = graph.constant(f"{layer.name}.bias", bias_O + shift)
     if layer.kernel > 1 and not _same_padding(layer):
         x = _add_padding(graph, x, layer)
     code, version = ("DEPTHWISE_CONV_2D", 1) if depthwise else ("CONV_2D", 1 if layer.groups == 1 else 6)
@@ -141,12 +146,27 @@ def _add_padding(graph: _Graph, x: int, layer: Layer) -> int:
     return graph.operator("PAD", f"{layer.name}.pad", [x, pads], (1, padded, padded, layer.in_ch), schema.PadOptionsT())
 
 
-def _add_squeeze_excite(graph: _Graph, x: int, reduce: Layer, expand: Layer, module: nn.Module) -> int:
+def _add_shuffle(graph: _Graph, x: int, groups: int) -> int:
+    """Channel i of group g becomes channel i * groups + g: RESHAPE, TRANSPOSE, RESHAPE."""
+    *image, channels = graph.shape(x)
+    apart, swapped = (*image, groups, channels // groups), (*image, channels // groups, groups)
+    x = graph.operator("RESHAPE", "shuffle.groups", [x, graph.constant("shuffle.apart", np.array(apart, np.int32))], apart)
+    order = graph.constant("shuffle.order", np.array([0, 1, 2, 4, 3], np.int32))
+    x = graph.operator("TRANSPOSE", "shuffle.swapped", [x, order], swapped, version=4)
+    shape = (*image, channels)
+    return graph.operator("RESHAPE", "shuffle", [x, graph.constant("shuffle.together", np.array(shape, np.int32))], shape)
+
+
+def _add_squeeze_excite(graph: _Graph, x: int, reduce: Layer, expand: Layer, gate_name: str, module: nn.Module) -> int:
     shape = graph.shape(x)
     gate = x if shape[_HEIGHT] == shape[_WIDTH] == 1 else _add_mean(graph, x, keep_dims=True)
     gate = _add_conv(graph, gate, reduce, module.get_submodule("reduce"))
-    gate = _add_conv(graph, gate, expand, module.get_submodule("expand"))
-    gate = graph.operator("LOGISTIC", "gate", [gate], graph.shape(gate))
+    if gate_name == "sigmoid":
+        gate = _add_conv(graph, gate, expand, module.get_submodule("expand"))
+        gate = graph.operator("LOGISTIC", "gate", [gate], graph.shape(gate))
+    else:  # relu6(x + 3) / 6, for which TFLite has no operator: the convolution takes the first two steps
+        gate = _add_conv(graph, gate, replace(expand, act="relu6"), module.get_submodule("expand"), shift=3.0)
+        gate = graph.operator("MUL", "gate", [gate, graph.constant("gate.sixth", np.array(1 / 6))], graph.shape(gate), schema.MulOptionsT())
     return graph.operator("MUL", "gated", [x, gate], shape, schema.MulOptionsT())
 
 
@@ -215,7 +235,7 @@ class _Graph:
         # The schema keeps buffer 0 empty, for the tensors that only exist while the graph runs.
         self._buffers: list[Any] = [schema.BufferT()]
         self._operators: list[Any] = []
-        self._codes: dict[tuple[str, int], int] = {}
+        self._versions: dict[str, int] = {}  # of each operator code, the highest that is needed
 
     def shape(self, tensor: int) -> tuple[int, ...]:
         """Height and width in the middle: NHWC, or [1, classes]."""
@@ -243,7 +263,8 @@ class _Graph:
         """Add the operator ``code`` (as the schema spells it), and return its output, a tensor ``name`` of ``shape``."""
         output = self.tensor(name, shape)
         operator = schema.OperatorT()
-        operator.opcodeIndex = self._codes.setdefault((code, version), len(self._codes))
+        self._versions[code] = max(version, self._versions.get(code, 1))
+        operator.opcodeIndex = list(self._versions).index(code)
         operator.inputs, operator.outputs = list(inputs), [output]
         if options is not None:
             operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
@@ -261,7 +282,7 @@ class _Graph:
         signature.inputs, signature.outputs = [self._named(entry)], [self._named(exit_)]
         model = schema.ModelT()
         model.version, model.description = _SCHEMA_VERSION, f"hwnas {__version__}"
-        model.operatorCodes = [_operator_code(*code) for code in self._codes]
+        model.operatorCodes = [_operator_code(*code) for code in self._versions.items()]
         model.subgraphs, model.buffers, model.signatureDefs = [graph], self._buffers, [signature]
         # Room for all the weights at once: a builder that has to grow copies what it has.
         builder = flatbuffers.Builder(sum(len(buffer.data) for buffer in self._buffers[1:]) + 65_536)

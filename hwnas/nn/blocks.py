@@ -34,18 +34,49 @@ def conv_layer(layer: Layer, bn_eps: float) -> nn.Sequential:
     return nn.Sequential(parts)
 
 
-class SqueezeExcite(nn.Module):
-    """x * sigmoid(W2 relu(W1 mean(x))): TuNAS's gate is a sigmoid, not a hard sigmoid."""
+def se_gate(x_NC11: Tensor, name: str) -> Tensor:
+    """The gate of squeeze-and-excitation by an op's ``se_gate``: TuNAS's sigmoid, or MobileNetV3's relu6(x + 3) / 6."""
+    return torch.sigmoid(x_NC11) if name == "sigmoid" else F.hardsigmoid(x_NC11)
 
-    def __init__(self, reduce: Layer, expand: Layer, bn_eps: float) -> None:
+
+def shuffle_channels(x_NCHW: Tensor, groups: int) -> Tensor:
+    """Channel i of group g becomes channel i * groups + g, so that the next grouped convolution sees all groups (ShuffleNet)."""
+    batch, channels, height, width = x_NCHW.shape
+    return x_NCHW.reshape(batch, groups, channels // groups, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class ChannelShuffle(nn.Module):
+    """``shuffle_channels`` as a module. ``channels_last`` writes the same for a runtime whose channels are last.
+
+    Either form costs the other kind of runtime two more transposes, and three times the time of a small block.
+    """
+
+    def __init__(self, groups: int) -> None:
         super().__init__()
-        self.reduce = conv_layer(reduce, bn_eps)
-        self.expand = conv_layer(expand, bn_eps)
+        self.groups = groups
+        self.channels_last = False
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape."""
-        gate = torch.sigmoid(self.expand(self.reduce(F.adaptive_avg_pool2d(x_NCHW, 1))))
-        return x_NCHW * gate
+        if not self.channels_last:
+            return shuffle_channels(x_NCHW, self.groups)
+        batch, channels, height, width = x_NCHW.shape
+        x_NHWGC = x_NCHW.permute(0, 2, 3, 1).reshape(batch, height, width, self.groups, channels // self.groups)
+        return x_NHWGC.transpose(3, 4).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class SqueezeExcite(nn.Module):
+    """x * gate(W2 relu(W1 mean(x)))."""
+
+    def __init__(self, reduce: Layer, expand: Layer, gate: str, bn_eps: float) -> None:
+        super().__init__()
+        self.reduce = conv_layer(reduce, bn_eps)
+        self.expand = conv_layer(expand, bn_eps)
+        self.gate = gate
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        return x_NCHW * se_gate(self.expand(self.reduce(F.adaptive_avg_pool2d(x_NCHW, 1))), self.gate)
 
 
 class Block(nn.Module):
@@ -55,10 +86,12 @@ class Block(nn.Module):
         super().__init__()
         self.residual = op.residual
         layers = {layer.name: layer for layer in op.layers}
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        parts: OrderedDict[str, nn.Module] = OrderedDict(pool=nn.AdaptiveAvgPool2d(1)) if op.pooled else OrderedDict()
         for name, layer in layers.items():
+            if name == "depthwise" and op.shuffled:
+                parts["shuffle"] = ChannelShuffle(op.groups)
             if name == "se_reduce":
-                parts["se"] = SqueezeExcite(layer, layers["se_expand"], bn_eps)
+                parts["se"] = SqueezeExcite(layer, layers["se_expand"], op.se_gate, bn_eps)
             elif name != "se_expand":
                 parts[name] = conv_layer(layer, bn_eps)
         self.layers = nn.Sequential(parts)

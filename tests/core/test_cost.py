@@ -46,6 +46,18 @@ def small() -> MacroSpace:
     return MacroSpace(name="small", resolution=16, classes=4, stages=stages)
 
 
+def open_() -> MacroSpace:
+    """Blocks, widths, depths and the resolution are searched."""
+    options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6")
+    stages = (
+        Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
+        Stage(widths=(8, 16, 24), slots=(options, options, (*options, "skip")), depths=(1, 2, 3)),
+        Stage(widths=(24,), stride=2, slots=(options[:2], options, options[:2]), depths=(2, 3)),
+        Stage(widths=(32, 48), slots=(("cn_k1",),)),
+    )
+    return MacroSpace(name="open", resolution=32, resolutions=(16, 24, 32), classes=10, stages=stages)
+
+
 def entry_ms(op: Op) -> float:
     """A price without any structure: nothing but the right op has it."""
     return 0.05 + int.from_bytes(hashlib.sha256(op.key.encode()).digest()[:4]) / 2**32
@@ -62,7 +74,7 @@ def table_of(space: SearchSpace, calibration: Calibration | None = CALIBRATION) 
 
 @cache
 def priced(name: str) -> CostModel:
-    space = {"proxylessnas": proxylessnas, "mobile32": mobile32, "elastic": elastic, "small": small}[name]()
+    space = {"proxylessnas": proxylessnas, "mobile32": mobile32, "elastic": elastic, "small": small, "open": open_}[name]()
     return CostModel(space, table_of(space))
 
 
@@ -74,7 +86,7 @@ def random_gates(space: SearchSpace, rng: np.random.Generator) -> dict[str, np.n
     return {choice.key: rng.dirichlet(np.ones(len(choice.options))) for choice in space.choices}
 
 
-@pytest.mark.parametrize("name", ["proxylessnas", "mobile32", "elastic"])
+@pytest.mark.parametrize("name", ["proxylessnas", "mobile32", "elastic", "open"])
 def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -> None:
     cost = priced(name)
     space = cost.space
@@ -90,7 +102,7 @@ def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -
     check()
 
 
-@pytest.mark.parametrize("name", ["proxylessnas", "elastic"])
+@pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
 def test_a_batch_costs_what_its_members_cost(name: str) -> None:
     cost, rng = priced(name), np.random.default_rng(0)
     index_NC = np.stack([rng.integers(len(choice.options), size=100) for choice in cost.space.choices], axis=1)
@@ -112,7 +124,7 @@ def test_the_expectation_is_the_weighted_sum_over_all_architectures() -> None:
         assert float(cost.expected_ms(tensors, torch)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["proxylessnas", "elastic"])
+@pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
 def test_the_expectation_is_what_sampling_gives(name: str) -> None:
     cost, rng = priced(name), np.random.default_rng(7)
     gates = random_gates(cost.space, rng)
@@ -130,7 +142,7 @@ def test_the_expectation_of_a_certain_pick_is_its_latency() -> None:
         assert float(cost.expected_ms(gates)) == pytest.approx(cost.latency_ms(picks), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["elastic", "small"])
+@pytest.mark.parametrize("name", ["elastic", "small", "open"])
 def test_the_gradient_of_the_expectation_is_that_of_finite_differences(name: str) -> None:
     torch.set_num_threads(1)
     cost = priced(name)
@@ -146,6 +158,22 @@ def test_the_gradient_of_the_expectation_is_that_of_finite_differences(name: str
     assert torch.autograd.gradcheck(expectation, logits, eps=1e-6, atol=1e-7)
     expectation(*logits).backward()
     assert all(logit.grad is not None and logit.grad.abs().max() > 1e-4 for logit in logits)
+
+
+@pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
+def test_marginals_are_the_gradient_that_autograd_finds(name: str) -> None:
+    cost = priced(name)
+    gates = random_gates(cost.space, np.random.default_rng(3))
+    leaves = {key: torch.tensor(gate, requires_grad=True) for key, gate in gates.items()}
+    cost.expected_ms(leaves, torch).backward()
+    marginal_ms = cost.marginal_ms(gates)
+    assert list(marginal_ms) == [choice.key for choice in cost.space.choices]
+    for key, leaf in leaves.items():
+        assert marginal_ms[key] == pytest.approx(leaf.grad.numpy(), rel=1e-12)
+        for i in range(len(leaf)):
+            moved = {**gates, key: gates[key] + 1e-6 * np.eye(len(leaf))[i]}
+            slope = (float(cost.expected_ms(moved)) - float(cost.expected_ms(gates))) / 1e-6
+            assert marginal_ms[key][i] == pytest.approx(slope, abs=1e-6)
 
 
 def test_precisions_can_be_mixed_between_calls() -> None:

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from hwnas.core.objective import AbsoluteObjective, MnasObjective, Objective, PenalisedObjective, absolute, mnas, mnas_hard, penalised
+from hwnas.core.objective import (
+    AbsoluteObjective,
+    MnasObjective,
+    Objective,
+    PenalisedObjective,
+    absolute,
+    add_linear,
+    fbnet,
+    mnas,
+    mnas_hard,
+    mul_log,
+    penalised,
+    proxylessnas_reward,
+)
+from hwnas.errors import TargetError
 
 FAST = settings(deadline=None, derandomize=True, max_examples=200)
 QUALITY = st.floats(0.01, 1.0)
@@ -53,7 +69,56 @@ def test_mnasnet_hard_is_positive_and_mul(quality: float, cost: float, target: f
 @FAST
 @given(st.floats(0.1, 10), COST, COST, st.floats(0, 1))
 def test_proxylessnas_is_linear_and_add_on_a_loss(loss: float, cost: float, reference: float, scale: float) -> None:
-    assert penalised(loss, cost, reference, "linear", "add", scale) == pytest.approx(loss + scale * (cost - reference) / reference)
+    assert add_linear(loss, cost, reference, scale) == pytest.approx(loss + scale * (cost - reference) / reference)
+
+
+def test_the_papers_losses_by_hand() -> None:
+    assert add_linear(2.0, 96.0, 80.0) == pytest.approx(2.02)  # 2 + 0.1 * 16 / 80
+    assert mul_log(2.0, 80.0, 80.0) == pytest.approx(0.4)  # at the reference: alpha * CE
+    assert mul_log(2.0, 81.0, 9.0) == pytest.approx(0.4 * 2**0.3)  # log 81 = 2 log 9
+    assert mul_log(2.0, 9.0, 81.0, alpha=1.0, beta=0.6) == pytest.approx(2 * 0.5**0.6)  # the class's fallbacks
+    assert mul_log(2.0, 81e-3, 9e-3, unit_ms=1e-3) == pytest.approx(0.4 * 2**0.3)
+    assert fbnet(2.0, math.exp(10) / 1000) == pytest.approx(0.4 * 10**0.6)  # exp(10) microseconds
+    assert fbnet(2.0, math.e**4, unit_ms=1.0) == pytest.approx(0.4 * 4**0.6)
+    assert fbnet(2.0, math.e**4, unit_ms=1.0) != pytest.approx(0.4 * 0.6 * 4)  # alpha * beta * log LAT, a known mistake
+    assert proxylessnas_reward(0.75, 160.0, 80.0) == pytest.approx(0.75 * 0.5**0.1)
+    assert proxylessnas_reward(0.75, 40.0, 80.0) == pytest.approx(0.75 * 2**0.1)
+
+
+@FAST
+@given(st.floats(0.1, 10), st.floats(1.5, 500), st.floats(1.5, 500), st.floats(0.05, 1), st.floats(0.05, 1))
+def test_the_papers_losses_on_floats_tensors_and_arrays(loss: float, cost: float, reference: float, alpha: float, beta: float) -> None:
+    expected = [
+        (mul_log, (reference, alpha, beta), alpha * loss * (math.log(cost) / math.log(reference)) ** beta),
+        (fbnet, (alpha, beta), loss * alpha * math.log(1000 * cost) ** beta),
+        (add_linear, (reference, alpha), loss + alpha * (cost - reference) / reference),
+    ]
+    for form, others, value in expected:
+        assert form(loss, cost, *others) == pytest.approx(value, rel=1e-9)
+        assert type(form(loss, cost, *others)) is float
+        assert form(loss, np.array([cost, cost]), *others) == pytest.approx(np.array([value, value]), rel=1e-9)
+        assert float(form(torch.tensor(loss, dtype=torch.float64), torch.tensor(cost, dtype=torch.float64), *others)) == pytest.approx(
+            value
+        )
+
+
+@pytest.mark.parametrize("form", [lambda ce, ms: mul_log(ce, ms, 70.0), fbnet, lambda ce, ms: add_linear(ce, ms, 70.0)])
+@pytest.mark.parametrize("cost", [1.5, 60.0, 130.0])
+def test_the_papers_losses_push_towards_fast_networks_by_the_right_amount(form: Any, cost: float) -> None:
+    inputs = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), torch.tensor(cost, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(form, inputs)
+    form(*inputs).backward()
+    assert float(inputs[0].grad) > 0
+    assert float(inputs[1].grad) > 0
+
+
+def test_the_logarithm_of_less_than_a_unit_is_refused() -> None:
+    assert mul_log(2.0, 0.4, 0.5, unit_ms=1e-3) == pytest.approx(0.4 * (math.log(400) / math.log(500)) ** 0.3)
+    for cost, reference in ((80.0, 0.5), (0.5, 80.0), (1.0, 80.0), (torch.tensor([80.0, 0.5]), 80.0), (np.array(0.5), 80.0)):
+        with pytest.raises(TargetError, match=r"above its unit of 1 ms, .*: set unit_ms = 0\.001 \(microseconds\) or less"):
+            mul_log(2.0, cost, reference)
+    with pytest.raises(TargetError, match=r"above its unit of 0\.001 ms"):
+        fbnet(2.0, 0.0009)
 
 
 NONLINEAR = {"linear": lambda x: x, "positive": lambda x: max(x, 0.0), "negative": lambda x: min(x, 0.0), "absolute": abs}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwnas.core.op import ACTIVATIONS, Op, out_size
+from hwnas.core.op import ACTIVATIONS, KINDS, SE_GATES, Op, out_size
 from hwnas.document import Document
 from hwnas.errors import SpaceError
 
@@ -18,10 +18,12 @@ FAST = settings(deadline=None, derandomize=True, max_examples=500)
 @st.composite
 def ops(draw: st.DrawFn) -> Op:
     """Any valid op."""
-    kind = draw(st.sampled_from(("conv", "dsconv", "mbconv", "classifier")))
+    kind = draw(st.sampled_from(KINDS))
     size = draw(st.integers(1, 512))
     if kind == "classifier":
         return Op(kind, size, draw(st.integers(1, 4096)), draw(st.integers(1, 20_000)))
+    if kind == "head":
+        return Op(kind, size, draw(st.integers(1, 4096)), draw(st.integers(1, 4096)), act=draw(st.sampled_from(ACTIVATIONS)))
     groups = draw(st.sampled_from((1, 1, 1, 2, 3, 4)))
     in_ch, out_ch = (groups * draw(st.integers(1, 500)) for _ in range(2))
     mid_ch = groups * draw(st.integers(1, 500)) if kind == "mbconv" else 0
@@ -30,7 +32,8 @@ def ops(draw: st.DrawFn) -> Op:
     stride = 1 if residual else draw(st.integers(1, 3))
     out_ch = in_ch if residual else out_ch
     kernel = draw(st.sampled_from((1, 3, 5, 7, 9)))
-    return Op(kind, size, in_ch, out_ch, mid_ch, kernel, stride, groups, se_ch, draw(st.sampled_from(ACTIVATIONS)), residual)
+    gate = draw(st.sampled_from(SE_GATES)) if se_ch else SE_GATES[0]
+    return Op(kind, size, in_ch, out_ch, mid_ch, kernel, stride, groups, se_ch, draw(st.sampled_from(ACTIVATIONS)), residual, gate)
 
 
 @FAST
@@ -49,6 +52,8 @@ def test_different_ops_have_different_keys(a: Op, b: Op) -> None:
 def test_keys_are_written_as_documented() -> None:
     assert Op("mbconv", 56, 32, 32, 96, 5, act="relu", residual=True).key == "mbconv-h56-i32-o32-m96-k5-relu-id"
     assert Op("mbconv", 28, 40, 80, 240, 3, 2, 2, 64, "hswish").key == "mbconv-h28-i40-o80-m240-k3-s2-g2-q64-hswish"
+    assert Op("mbconv", 28, 24, 40, 72, 5, 2, se_ch=24, act="relu", se_gate="hsig").key == "mbconv-h28-i24-o40-m72-k5-s2-q24-hsig-relu"
+    assert Op("head", 7, 960, 1280, act="hswish").key == "head-h7-i960-o1280-hswish"
     assert Op("classifier", 7, 1280, 1000).key == "classifier-h7-i1280-o1000"
     assert Op("conv", 224, 3, 32, kernel=3, stride=2, act="relu6").key == "conv-h224-i3-o32-k3-s2-relu6"
 
@@ -82,6 +87,13 @@ def test_the_key_in_the_documentation_is_a_key() -> None:
         "conv-h8-i3-o8-g2",  # 2 groups in 3 channels
         "mbconv-h8-i8-o8-m9-k3-g2",  # 2 groups in 9 middle channels
         "classifier-h7-i8-o10-relu",
+        "head-h7-i8-o16-k3",
+        "head-h7-i8-o8-id",
+        "head-h7-i8-o16-s2",
+        "head-h7-i8-o16-q4",
+        "dsconv-h7-i8-o16-hsig",  # a gate without SE
+        "dsconv-h7-i8-o16-q4-sigmoid",  # a default written out
+        "dsconv-h7-i8-o16-q4-relu-hsig",  # another order
         "conv-h8-i3-o8-k1",  # a default written out
         "conv-i3-h8-o8",  # another order
         "conv-h08-i3-o8",
@@ -105,7 +117,8 @@ def test_what_is_no_key_is_refused_with_its_text(key: str) -> None:
         (("mbconv", 8, 8, 8, 24, 3, 1, 1, -8), "below"),
         (("conv", 8, 3, 8, 0, 3, 0), "below"),
         (("conv", 8, 3, 8, 0, 4), "odd"),
-        (("block", 8, 3, 8), "known: conv, dsconv, mbconv, classifier"),
+        (("dsconv", 8, 8, 8, 0, 3, 1, 1, 4, "relu", False, "tanh"), "SE gate 'tanh' is unknown; known: sigmoid, hsig"),
+        (("block", 8, 3, 8), "known: conv, dsconv, mbconv, head, classifier"),
     ],
 )
 def test_impossible_ops_cannot_be_made(fields: tuple[object, ...], message: str) -> None:
@@ -136,6 +149,20 @@ def test_counts_of_the_other_kinds_by_hand() -> None:
     assert separable.params == 9 * 32 + 2 * 32 + 32 * 16 + 2 * 16
     classifier = Op("classifier", 7, 320, 1000)
     assert (classifier.out_size, classifier.macs, classifier.params) == (1, 320_000, 321_000)
+
+
+def test_a_head_pools_and_has_a_bias_instead_of_a_norm() -> None:
+    head = Op("head", 7, 960, 1280, act="hswish")
+    assert (head.out_size, head.macs, head.params) == (1, 960 * 1280, 960 * 1280 + 1280)
+    assert [(layer.size, layer.norm, layer.act) for layer in head.layers] == [(1, False, "hswish")]
+
+
+def test_groups_shuffle_between_the_convolutions_of_a_block_and_cost_nothing() -> None:
+    assert Op("mbconv", 8, 8, 8, 24, 3, groups=2).shuffled
+    assert Op("dsconv", 8, 8, 8, kernel=3, groups=2).shuffled
+    assert not Op("conv", 8, 8, 8, kernel=3, groups=2).shuffled
+    assert not Op("mbconv", 8, 8, 8, 24, 3).shuffled
+    assert Op("mbconv", 8, 8, 8, 24, 3, groups=2).macs == 64 * (4 * 24 + 9 * 24 + 12 * 8)
 
 
 @FAST

@@ -23,11 +23,36 @@ def test_options_are_read() -> None:
     assert parse_option("ir_k3_e1_g2") == BlockOption("ir", 3, 1.0, 0.0, 2)
     assert parse_option("ds_k7") == BlockOption("ds", 7)
     assert parse_option("cn_k1") == BlockOption("cn", 1)
+    assert parse_option("ds_k3_g2") == BlockOption("ds", 3, groups=2)
+    assert parse_option("ir_k3_e2.3_se0.25_hsig_g2_nre") == BlockOption("ir", 3, 2.3, 0.25, 2, "hsig", "relu")
+    assert parse_option("hd_nr6") == BlockOption("hd", act="relu6")
     assert parse_option("skip") is None
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ir_k3", "ds_k3_e3", "cn_k1_e2", "cn_k3_se0.25", "ir_e3_k3", "ir_k3_e3_se25", "ir_k_e3", "IR_k3_e3", "ir_k3_e3 ", "none"]
+    "text",
+    [
+        "",
+        "ir_k3",
+        "ds_k3_e3",
+        "cn_k1_e2",
+        "cn_k3_se0.25",
+        "ir_e3_k3",
+        "ir_k3_e3_se25",
+        "ir_k_e3",
+        "IR_k3_e3",
+        "ir_k3_e3 ",
+        "none",
+        "hd_k1",
+        "hd_e3",
+        "hd_se0.25",
+        "ds_k3_hsig",
+        "cn_k1_hsig",
+        "cn",
+        "ir_k3_e3_nsw",
+        "ir_k3_e3_nre_g2",
+        "ir_k3_e3_hsig_se0.25",
+    ],
 )
 def test_what_is_no_option_is_refused(text: str) -> None:
     with pytest.raises(SpaceError, match="is not a block option: write for instance 'ir_k3_e6'"):
@@ -44,6 +69,29 @@ def test_options_become_ops() -> None:
     conv = parse_option("cn_k3")
     assert conv is not None
     assert conv.op(3, 32, 224, 2, "relu", False) == Op("conv", 224, 3, 32, 0, 3, 2, 1, 0, "relu")
+    gated = parse_option("ds_k3_se0.25_hsig_g2_nhs")
+    assert gated is not None
+    assert gated.op(32, 32, 56, 1, "relu6", True) == Op("dsconv", 56, 32, 32, 0, 3, 1, 2, 8, "hswish", True, "hsig")
+    head = parse_option("hd")
+    assert head is not None
+    assert head.op(960, 1280, 7, 1, "hswish", False) == Op("head", 7, 960, 1280, act="hswish")
+
+
+@FAST
+@given(
+    st.sampled_from(("ir_k5_e3", "ds_k3", "cn_k1", "hd")),
+    st.sampled_from(("", "_se0.25", "_se0.25_hsig")),
+    st.sampled_from(("", "_g2")),
+    st.sampled_from(("", "_nre", "_nr6", "_nhs")),
+)
+def test_options_read_back(block: str, squeeze: str, groups: str, act: str) -> None:
+    text = block + squeeze + groups + act
+    possible = not (squeeze and block in ("cn_k1", "hd")) and not (groups and block == "hd")
+    if possible:
+        assert str(parse_option(text)) == text
+    else:
+        with pytest.raises(SpaceError, match="is not a block option"):
+            parse_option(text)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,20 @@ def elastic() -> MacroSpace:
     return MacroSpace(name="elastic", resolution=33, in_channels=1, classes=7, stages=stages)
 
 
-SPACES = {"proxylessnas": proxylessnas(), "mobile32": mobile32(), "elastic": elastic()}
+def deep() -> MacroSpace:
+    """A space with elastic depths and resolutions, a skip that keeps the shape, and a pooled head."""
+    options = ("ir_k3_e3", "ir_k5_e3")
+    stages = (
+        Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
+        Stage(widths=(8,), slots=(("ir_k3_e1_g2", "ds_k3_nhs", "skip"),), residual="matching"),
+        Stage(widths=(16, 24), stride=2, slots=(options,) * 4, depths=(2, 3, 4)),
+        Stage(widths=(24,), slots=(options, (*options, "skip"), options), depths=(1, 3)),
+        Stage(widths=(32, 40), slots=(("hd",),), act="hswish"),
+    )
+    return MacroSpace(name="deep", resolution=25, resolutions=(16, 25, 20), in_channels=3, classes=4, stages=stages)
+
+
+SPACES = {"proxylessnas": proxylessnas(), "mobile32": mobile32(), "elastic": elastic(), "deep": deep()}
 
 
 def indices(space: MacroSpace) -> st.SearchStrategy[tuple[int, ...]]:
@@ -55,6 +68,7 @@ def test_encode_undoes_decode_with_an_origin_and_without(name: str) -> None:
         found = space.encode(by_hand)
         space.check(found)
         assert space.decode(found).blocks == arch.blocks
+        assert all(found[choice.key] == picks[choice.key] for choice in space.choices if choice.kind in ("width", "resolution"))
 
     check()
 
@@ -97,6 +111,88 @@ def test_choices_are_the_open_decisions_in_post_order() -> None:
     assert len(SPACES["proxylessnas"].ops) == 72
     assert SPACES["proxylessnas"].decisions == 3 * 6**6 * 12**15
     assert SPACES["elastic"].decisions == 2 * (2 * 2) * (4 * 8 * 8) * (4 * 4) * 8 * (2 * 2 * 3 * 3 * 2 * 2)
+
+
+def test_choices_of_depth_come_after_the_width_and_the_resolution_last() -> None:
+    space = SPACES["deep"]
+    keys = "s1.b0 s2.b0 s2.b1 s2.b2 s2.b3 s2.width s2.depth s3.b0 s3.b1 s3.b2 s3.depth s4.width resolution"
+    assert [choice.key for choice in space.choices] == keys.split()
+    assert space.choices[6] == Choice("s2.depth", (2, 3, 4), "depth")
+    assert space.choices[-1] == Choice("resolution", (16, 25, 20), "resolution")
+    assert space.decisions == (2 * 2) * 2**4 * 2 * 3 * (2 * (2 * 2) * 2) * 2 * 2 * 3
+
+
+def test_terms_name_what_their_price_depends_on() -> None:
+    keys = {term.slot: term.keys for term in SPACES["deep"].terms()}
+    assert keys == {
+        "s0.b0": ("resolution",),
+        "s1.b0": ("s1.b0", "resolution"),
+        "s2.b0": ("s2.b0", "s2.width", "resolution"),
+        "s2.b1": ("s2.b1", "s2.width", "resolution"),
+        "s2.b2": ("s2.b2", "s2.width", "s2.depth", "resolution"),
+        "s2.b3": ("s2.b3", "s2.width", "s2.depth", "resolution"),
+        "s3.b0": ("s3.b0", "s2.width", "resolution"),
+        "s3.b1": ("s3.b1", "s3.depth", "resolution"),
+        "s3.b2": ("s3.b2", "s3.depth", "resolution"),
+        "s4.b0": ("s4.width", "resolution"),
+        "classifier": ("s4.width", "resolution"),
+    }
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_terms_indexed_by_picks_are_the_blocks_that_decode_gives(name: str) -> None:
+    space = SPACES[name]
+    positions = {choice.key: i for i, choice in enumerate(space.choices)}
+
+    @settings(THOUSAND, max_examples=200)
+    @given(indices(space))
+    def check(index: tuple[int, ...]) -> None:
+        found = []
+        for term in space.terms():
+            at = tuple(index[positions[key]] for key in term.keys)
+            assert term.shape == tuple(len(space.choices[positions[key]].options) for key in term.keys)
+            found.append(term.ops[int(np.ravel_multi_index(at, term.shape)) if at else 0])
+        assert tuple(op for op in found if op is not None) == space.decode(space.at(index)).ops()
+
+    check()
+
+
+def test_blocks_that_the_depth_leaves_out_do_not_count() -> None:
+    space = SPACES["deep"]
+    picks = {**space.at([1] * len(space.choices)), "s2.depth": 2, "s3.depth": 1}
+    arch = space.decode(picks)
+    assert arch.blocks == space.decode({**picks, "s2.b2": "ir_k3_e3", "s3.b1": "skip"}).blocks
+    found = space.encode(Architecture(name="by hand", blocks=arch.blocks))
+    assert found == {**picks, "s2.b2": "ir_k3_e3", "s2.b3": "ir_k3_e3", "s3.b1": "ir_k3_e3", "s3.b2": "ir_k3_e3"}
+
+
+def test_a_resolution_is_the_size_of_the_first_block_and_of_all_after_it() -> None:
+    space = SPACES["deep"]
+    picks = space.at([0] * len(space.choices))
+    sizes = {16: [16, 8, 8, 4, 4, 4], 20: [20, 10, 10, 5, 5, 5], 25: [25, 13, 13, 7, 7, 7]}
+    for resolution, expected in sizes.items():
+        arch = space.decode({**picks, "resolution": resolution})
+        assert [op.size for op in arch.ops()] == [*expected, 1]
+        assert [op.kind for op in arch.ops()[-2:]] == ["head", "classifier"]
+    assert space.slots[0].size == 25
+    assert space.slots[1].op("ds_k3_nhs", 8, 8, 10) == Op.parse("dsconv-h10-i8-o8-k3-hswish-id")
+    assert space.slots[1].op("ds_k3_nhs", 8, 8) == Op.parse("dsconv-h13-i8-o8-k3-hswish-id")
+
+
+def test_depth_and_resolution_are_restricted() -> None:
+    space = deep()
+    smaller = space.restrict({"s2.depth": [2, 3], "s3.depth": [1], "resolution": [20, 16], "s1.b0": ["skip"]})
+    assert [len(stage.slots) for stage in smaller.stages] == [1, 1, 3, 1, 1]
+    assert (smaller.stages[2].depths, smaller.stages[3].depths) == ((2, 3), ())
+    assert (smaller.resolution, smaller.resolutions) == (20, (16, 20))
+    assert set(smaller.ops) < set(space.ops)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        arch = smaller.decode(smaller.sample(rng))
+        assert space.decode(space.encode(arch)).blocks == arch.blocks
+    fixed = smaller.restrict({"resolution": [16], "s2.depth": [3]})
+    assert (fixed.resolution, fixed.resolutions, fixed.stages[2].depths) == (16, (), ())
+    assert fixed.restrict({"resolution": [16], "s2.depth": [3], "s0.depth": [1]}) == fixed
 
 
 def test_residuals_are_where_the_stage_says() -> None:
@@ -214,6 +310,8 @@ def test_every_architecture_of_a_restricted_space_is_in_the_whole_space() -> Non
         ({"s2.b1": ["ir_k7_e3"]}, r"'s2\.b1' cannot be restricted to \['ir_k7_e3'\]: its options are ir_k3_e3, "),
         ({"s2.width": [20]}, r"'s2\.width' cannot be restricted to \[20\]: its options are 16, 24, 32"),
         ({"s2.b1": []}, r"'s2\.b1' cannot be restricted to \[\]"),
+        ({"s2.depth": [2]}, r"'s2\.depth' cannot be restricted to \[2\]: its options are 3"),
+        ({"resolution": [32]}, r"'resolution' cannot be restricted to \[32\]: its options are 33"),
     ],
 )
 def test_impossible_restrictions_are_refused(allowed: dict[str, list[str | int]], message: str) -> None:
@@ -234,12 +332,29 @@ def test_impossible_restrictions_are_refused(allowed: dict[str, list[str | int]]
         ('"slots": [["cn_k3"]], "residual": "always"', "residual"),
         ('"slots": [["cn_k3"]], "widht": 3', "unknown key 'stages.0.widht'; did you mean 'widths'"),
         ('"slots": []', "slots"),
+        ('"slots": [["cn_k3"], ["ds_k3"]], "depths": [1]', "stage s0 needs different depths, the largest of them its 2 slots, got .1."),
+        ('"slots": [["cn_k3"], ["ds_k3"]], "depths": [0, 2]', "stage s0 needs different depths"),
+        ('"slots": [["cn_k3"], ["ds_k3"]], "depths": [2, 2]', "stage s0 needs different depths"),
+        ('"slots": [["hd", "cn_k1"]]', "offers a pooled head"),
+        ('"slots": [["hd"]], "stride": 2', "offers a pooled head"),
     ],
 )
 def test_impossible_spaces_are_refused_when_they_are_read(change: str, message: str) -> None:
     text = '{"schema": "hwnas.space/1", "name": "x", "resolution": 8, "classes": 2, "stages": [{"widths": [8], ' + change + "}]}"
     with pytest.raises(DocumentError, match=message):
         MacroSpace.parse(text)
+
+
+@pytest.mark.parametrize("resolutions", [(8, 8), (4, 16), (4,), (0, 8)])
+def test_impossible_resolutions_are_refused(resolutions: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="resolutions are different, and the largest is resolution = 8"):
+        MacroSpace(name="r", resolution=8, resolutions=resolutions, classes=2, stages=(Stage(widths=(8,), slots=(("cn_k3",),)),))
+
+
+def test_a_document_without_depths_and_resolutions_is_as_it_was_before_them() -> None:
+    assert '"depths"' not in mobile32().to_json()
+    assert '"resolutions"' not in mobile32().to_json()
+    assert '"depths"' in deep().to_json()
 
 
 def test_names_of_spaces() -> None:

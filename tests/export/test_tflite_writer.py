@@ -34,6 +34,9 @@ OPS = (
     "mbconv-h28-i16-o24-m48-k7-s2-q8-relu",
     "mbconv-h7-i16-o16-m32-k5-q8-hswish-id",
     "mbconv-h1-i8-o8-m16-k3-q4-hswish",  # nothing to pool
+    "mbconv-h14-i16-o24-m48-k5-s2-q16-hsig-hswish",  # a gate without an operator of its own
+    "mbconv-h8-i8-o8-m24-k3-g2-relu-id",  # a channel shuffle
+    "dsconv-h7-i12-o24-k3-g4-relu",
 )
 NETWORKS = {
     "network": (
@@ -42,6 +45,12 @@ NETWORKS = {
         "mbconv-h14-i8-o16-m24-k5-s2-q8-hswish",
         "conv-h7-i16-o32-relu6",
         "classifier-h7-i32-o10",
+    ),
+    "network with a pooled head": (
+        "conv-h28-i3-o8-k3-s2-relu",
+        "mbconv-h14-i8-o16-m24-k3-s2-g2-q8-hsig-relu",
+        "head-h7-i16-o32-hswish",
+        "classifier-h1-i32-o10",
     ),
     "network that ends at 1 px": ("conv-h2-i3-o16-k3-s2-relu6", "classifier-h1-i16-o10"),
 }
@@ -150,11 +159,15 @@ def test_the_quantizer_makes_the_same_of_both_files(case: Case) -> None:
     assert np.abs(difference).max() <= 1, "the folding differs in the last float bit, so a rounding may"
 
 
-def test_a_classifier_alone_is_the_end_of_a_network() -> None:
-    op = Op.parse("classifier-h7-i32-o10")
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [("classifier-h7-i32-o10", ["MEAN", "FULLY_CONNECTED"]), ("head-h7-i32-o48-hswish", ["MEAN", "CONV_2D", "HARD_SWISH"])],
+)
+def test_what_begins_with_pooling_is_written_alone_as_at_the_end_of_a_network(key: str, names: list[str]) -> None:
+    op = Op.parse(key)
     module = randomised(build(op))
     written = write_op(op, module)
-    assert [node.name for node in graph_ops(written)] == ["MEAN", "FULLY_CONNECTED"]
+    assert [node.name for node in graph_ops(written)] == names
     converted = to_tflite(module, (1, 32, 7, 7))
     assert "TRANSPOSE" in [node.name for node in graph_ops(converted)], "the converter got better: add this op to OPS"
     images_NHWC = random_images(7, 32)

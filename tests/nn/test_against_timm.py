@@ -13,9 +13,17 @@ from hwnas.nn.network import Network
 
 torch.set_num_threads(1)
 
-THEIRS = {
-    "timm-mobilenet_v2": ("mobilenet_v2", lambda: timm.create_model("mobilenetv2_100")),
-    "timm-mnasnet_b1": ("mnasnet_b1", lambda: timm.create_model("mnasnet_100")),
+TIMM = {
+    "mobilenet_v2": "mobilenetv2_100",
+    "mnasnet_b1": "mnasnet_100",
+    "mnasnet_a1": "semnasnet_100",
+    "mobilenet_v3_large": "mobilenetv3_large_100",
+    "mobilenet_v3_small": "mobilenetv3_small_100",
+    "single_path_nas": "spnasnet_100",
+    "fbnet_c": "fbnetc_100",
+}
+THEIRS = {f"timm-{name}": (name, lambda theirs=theirs: timm.create_model(theirs)) for name, theirs in TIMM.items()}
+THEIRS |= {
     "torchvision-mobilenet_v2": ("mobilenet_v2", lambda: torchvision.models.mobilenet_v2()),
     "torchvision-mnasnet_b1": ("mnasnet_b1", lambda: torchvision.models.mnasnet1_0()),
 }

@@ -1,0 +1,268 @@
+"""Hard limits beside the latency target: other devices, multiply-accumulates, parameters, weight size, peak activation memory.
+
+In an experiment's TOML file::
+
+    [[search.limits]]
+    kind = "latency"
+    table = "tables/board.json"
+    max_ms = 12.5
+
+    [[search.limits]]
+    kind = "activation_bytes"
+    max_bytes = 500_000
+    dtype = "int8"
+
+``Limits`` compiles them for a space. Each limit alone is checked against what the space can reach; whether all can be met
+together is left to the finder.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from hwnas.core.arch import Architecture
+from hwnas.core.cost import CostModel
+from hwnas.core.op import Op
+from hwnas.core.priced import PricedSpace
+from hwnas.core.space import Option, SearchSpace
+from hwnas.core.table import LatencyTable
+from hwnas.errors import TargetError
+
+Dtype: TypeAlias = Literal["fp32", "int8"]
+BYTES: dict[Dtype, int] = {"fp32": 4, "int8": 1}
+"""Bytes per number."""
+
+
+def weight_bytes(params: int, dtype: Dtype = "fp32") -> int:
+    """Size of the weights: parameters x bytes per number.
+
+    BN scales and shifts are counted as ``Op.params`` counts them. An exported file differs by its folded BN, 32-bit biases where
+    the weights are int8, quantisation scales and the graph itself: this is the comparable part, not the file's length.
+    """
+    return params * BYTES[dtype]
+
+
+def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
+    """Peak memory of feature maps while an op runs on one image, in bytes.
+
+    The peak over the op's layers of: the layer's input + the layer's output + what is alive beside them, which is
+
+    - the block's input from the second layer on, where it is added to the output (residual);
+    - the depthwise output while squeeze-and-excitation computes its gate.
+
+    Global pooling and a channel shuffle are layers of their own here: they read one map and write another. Activations, BN, the
+    scaling by a gate and the residual sum work in place. This is the layer-by-layer execution of mobile runtimes; one that fuses
+    layers, or aligns and never reuses buffers, needs less or more.
+
+    Example:
+        >>> activation_bytes(Op.parse("mbconv-h8-i16-o16-m48-k3-relu-id"), "int8")  # depthwise: 48 + 48, and 16 kept, of 8 x 8
+        7168
+    """
+    return max(_live_numbers(op)) * BYTES[dtype]
+
+
+def _live_numbers(op: Op) -> Iterator[int]:
+    """How many numbers are alive while each layer of an op runs."""
+    block_input = op.in_ch * op.size**2
+    kept = expanded = 0
+    if op.pooled:
+        yield block_input + op.in_ch
+    for layer in op.layers:
+        read, written = layer.in_ch * layer.size**2, layer.out_ch * layer.out_size**2
+        if layer.name == "depthwise":
+            expanded = written
+            if op.shuffled:
+                yield kept + 2 * read
+                kept = block_input if op.residual else 0
+        gated = expanded if layer.name in ("se_reduce", "se_expand") else 0
+        yield kept + gated + read + written
+        kept = block_input if op.residual else 0
+
+
+def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:
+    """Peak memory of feature maps of a network on one image: the largest ``activation_bytes`` of its ops, as they run in a chain."""
+    return max(activation_bytes(op, dtype) for op in arch.ops())
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A limit applied to a space. ``title`` names the value with its unit, ``field`` the key of the configuration.
+
+    Of a peak, ``over`` counts the ops above the limit: fixing one of several such ops lowers it, which the peak itself may not show.
+    """
+
+    title: str
+    field: str
+    most: float
+    priced: PricedSpace
+    over: PricedSpace | None = None
+
+    @property
+    def as_sum(self) -> tuple[PricedSpace, float]:
+        """A sum and its maximum that say the same, for what needs expectations: for a peak, no op is above the limit."""
+        return (self.priced, self.most) if self.over is None else (self.over, 0.5)
+
+
+class _Limit(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    FIELD: ClassVar[str]
+
+    @abstractmethod
+    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+        """The limit for ``space``."""
+
+    def _of_ops(self, space: SearchSpace, title: str, price: Callable[[Op], float], reduce: Literal["sum", "max"] = "sum") -> Compiled:
+        most = float(getattr(self, self.FIELD))
+        over = PricedSpace.of_ops(space, lambda op: float(price(op) > most)) if reduce == "max" else None
+        return Compiled(title, self.FIELD, most, PricedSpace.of_ops(space, price, reduce=reduce), over)
+
+
+class LatencyLimit(_Limit):
+    """Predicted latency by a table, which may be another device's or another runtime's than the target's."""
+
+    FIELD: ClassVar[str] = "max_ms"
+
+    kind: Literal["latency"]
+    table: str = Field(description="path of a latency table")
+    max_ms: float = Field(gt=0)
+
+    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+        """Raises CoverageError where the table lacks ops of the space, TableError where it is not calibrated."""
+        cost = CostModel(space, load_table(self.table), allow_uncalibrated=allow_uncalibrated)
+        return Compiled(f"latency_ms on {cost.table.title}", self.FIELD, self.max_ms, cost.priced)
+
+
+class MacsLimit(_Limit):
+    """Multiply-accumulates for one image."""
+
+    FIELD: ClassVar[str] = "max_macs"
+
+    kind: Literal["macs"]
+    max_macs: int = Field(gt=0, description="multiply-accumulates, not millions of them")
+
+    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+        """Sums over ops."""
+        return self._of_ops(space, "macs", lambda op: op.macs)
+
+
+class ParamsLimit(_Limit):
+    """Trainable parameters."""
+
+    FIELD: ClassVar[str] = "max_params"
+
+    kind: Literal["params"]
+    max_params: int = Field(gt=0, description="parameters, not millions of them")
+
+    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+        """Sums over ops."""
+        return self._of_ops(space, "params", lambda op: op.params)
+
+
+class SizeLimit(_Limit):
+    """Bytes of the weights; see ``weight_bytes``."""
+
+    FIELD: ClassVar[str] = "max_bytes"
+
+    kind: Literal["size_bytes"]
+    max_bytes: int = Field(gt=0)
+    dtype: Dtype = "fp32"
+
+    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+        """Sums over ops."""
+        return self._of_ops(space, f"size_bytes in {self.dtype}", lambda op: weight_bytes(op.params, self.dtype))
+
+
+class ActivationLimit(_Limit):
+    """Peak bytes of feature maps at batch 1; see ``activation_bytes``."""
+
+    FIELD: ClassVar[str] = "max_bytes"
+
+    kind: Literal["activation_bytes"]
+    max_bytes: int = Field(gt=0)
+    dtype: Dtype = "fp32"
+
+    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+        """The maximum over ops."""
+        return self._of_ops(space, f"activation_bytes in {self.dtype}", partial(activation_bytes, dtype=self.dtype), "max")
+
+
+Limit = Annotated[LatencyLimit | MacsLimit | ParamsLimit | SizeLimit | ActivationLimit, Field(discriminator="kind")]
+"""One entry of ``search.limits``."""
+
+
+class Limits:
+    """Hard limits of a space, compiled. ``load_table`` reads the table that a latency limit names.
+
+    Raises CoverageError or TableError where a table cannot price every architecture of the space.
+
+    Example:
+        >>> from hwnas.core.spaces import mobile32
+        >>> limits = Limits(mobile32(), [MacsLimit(kind="macs", max_macs=20_000_000)], LatencyTable.load)
+        >>> limits.feasible(mobile32().index(mobile32().sample(np.random.default_rng(0)))[None])
+        array([ True])
+    """
+
+    def __init__(
+        self, space: SearchSpace, limits: Sequence[Limit], load_table: Callable[[str], LatencyTable], *, allow_uncalibrated: bool = False
+    ) -> None:
+        self.space = space
+        self.compiled = tuple(limit.compiled(space, load_table, allow_uncalibrated) for limit in limits)
+
+    def also(self, *more: Compiled) -> Limits:
+        """These limits and ``more``, such as one that a method sets on a count of its own."""
+        extended = copy(self)
+        extended.compiled = (*self.compiled, *more)
+        return extended
+
+    @property
+    def most(self) -> np.ndarray:
+        """The maxima: float64 [limits]."""
+        return np.array([each.most for each in self.compiled])
+
+    def values(self, index_NC: np.ndarray) -> np.ndarray:
+        """What is limited, of many picks: option positions int [N, choices] -> float64 [N, limits]."""
+        columns = [each.priced.of_many(index_NC) for each in self.compiled]
+        return np.stack(columns, axis=1) if columns else np.zeros((len(index_NC), 0))
+
+    def excess(self, index_NC: np.ndarray) -> np.ndarray:
+        """By which part each limit is exceeded, float64 [N, limits]: value / maximum - 1, at most 0 where it is met."""
+        parts: np.ndarray = self.values(index_NC) / self.most - 1
+        return parts
+
+    def overruns(self, index_NC: np.ndarray) -> np.ndarray:
+        """As ``excess``, but of ``Compiled.as_sum``: of peaks, the ops above the limit. For searching by small changes. [N, limits]."""
+        sums = [each.as_sum for each in self.compiled]
+        columns = [(priced.of_many(index_NC) - most) / (most if most > 0 else 1.0) for priced, most in sums]
+        return np.stack(columns, axis=1) if columns else np.zeros((len(index_NC), 0))
+
+    def feasible(self, index_NC: np.ndarray) -> np.ndarray:
+        """Which picks meet all limits: bool [N]."""
+        return np.asarray((self.values(index_NC) <= self.most).all(axis=1))
+
+    def describe(self, picks: Mapping[str, Option]) -> dict[str, float]:
+        """What is limited, of picks, by name: ``{"macs": 2.1e7, "latency_ms on board/litert-int8-1t": 11.9}``."""
+        return {each.title: each.priced.of(picks) for each in self.compiled}
+
+    def check(self) -> None:
+        """Raise TargetError, printing the reachable range, where no architecture meets one of the limits, taken alone."""
+        for i, each in enumerate(self.compiled):
+            low, high = each.priced.range()
+            if low > each.most:
+                raise TargetError(
+                    f"limit {each.title} <= {_shown(each.most)} is out of reach of space {self.space.name}: its architectures have "
+                    f"{_shown(low)} to {_shown(high)}; raise search.limits[{i}].{each.field} into that range, or search a smaller space."
+                )
+
+
+def _shown(value: float) -> str:
+    """Counts in full, so that the printed bound can be set as it is; times with six digits."""
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.6g}"

@@ -1,0 +1,221 @@
+"""Published networks as documents: picks where a built-in space holds the network, written out where none does.
+
+Sources: TuNAS's model archive (google-research:tunas/mobile_model_archive.py) for MobileNetV2 (arXiv 1801.04381), MnasNet-B1
+(arXiv 1807.11626), ProxylessNAS-Mobile and the Multi-Hardware models (arXiv 2008.08178); the authors' configurations
+(han-cai/files) for the other ProxylessNAS networks (arXiv 1812.00332); timm's architecture strings for MnasNet-A1,
+MobileNetV3 (arXiv 1905.02244) and Single-Path NAS (arXiv 1904.02877); facebookresearch/mobile-vision for FBNet (arXiv 1812.03443);
+fairnas/FairNAS (arXiv 1907.01845).
+
+FBNets are counted with the expansion convolution of e = 1 (timm, HW-NAS-Bench) and without (mobile-vision: ``_no_expand``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hwnas.core.arch import Architecture
+from hwnas.core.families import PROXYLESSNAS_FILTERS, Shape, fairnas, fbnet, proxylessnas
+from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.stage import Residual
+from hwnas.document import nearest
+from hwnas.errors import SpaceError
+
+_MOBILE = ("k3e3", "k5e3", "k7e3", "k3e6", "k5e6", "k7e6", "-")
+_FBNET = ("k3e1", "k3e1g2", "k3e3", "k3e6", "k5e1", "k5e1g2", "k5e3", "k5e6", "-")
+"""Options of a slot in its space's order; ``-`` is skip, or FBNet's 1 x 1 convolution where the shape changes."""
+
+_PROXYLESSNAS: dict[str, tuple[tuple[int, ...], str, str]] = {
+    # name: filters (stem, separable layer, six stages, head), activation, blocks of the six stages; the separable kernel is 3
+    "mobilenet_v2": (
+        (32, 16, 24, 32, 64, 96, 160, 320, 1280),
+        "relu6",
+        "k3e6 k3e6 - - | k3e6 k3e6 k3e6 - | k3e6 k3e6 k3e6 k3e6 | k3e6 k3e6 k3e6 - | k3e6 k3e6 k3e6 - | k3e6",
+    ),
+    "mnasnet_b1": (
+        (32, 16, 24, 40, 80, 96, 192, 320, 1280),
+        "relu",
+        "k3e3 k3e3 k3e3 - | k5e3 k5e3 k5e3 - | k5e6 k5e6 k5e6 - | k3e6 k3e6 - - | k5e6 k5e6 k5e6 k5e6 | k3e6",
+    ),
+    "single_path_nas": (
+        (32, 16, 24, 40, 80, 96, 192, 320, 1280),
+        "relu",
+        "k3e3 k3e3 k3e3 - | k5e6 k3e3 k3e3 k3e3 | k5e6 k3e3 k3e3 k3e3 | k5e6 k5e3 k5e3 k5e3 | k5e6 k5e6 k5e6 k5e6 | k3e6",
+    ),
+    "proxylessnas_mobile": (
+        PROXYLESSNAS_FILTERS,
+        "relu6",
+        "k5e3 k3e3 - - | k7e3 k3e3 k5e3 k5e3 | k7e6 k5e3 k5e3 k5e3 | k5e6 k5e3 k5e3 k5e3 | k7e6 k7e6 k7e3 k7e3 | k7e6",
+    ),
+    "proxylessnas_cpu": (
+        (40, 24, 32, 48, 88, 104, 216, 360, 1432),
+        "relu6",
+        "k3e6 k3e3 k3e3 k3e3 | k3e6 k3e3 k3e3 k5e3 | k3e6 - - k3e3 | k5e6 k3e3 k3e3 k3e3 | k5e6 k5e3 k5e3 k3e3 | k5e6",
+    ),
+    "proxylessnas_gpu": (
+        (40, 24, 32, 56, 112, 128, 256, 432, 1728),
+        "relu6",
+        "k5e3 - - - | k7e3 - - k3e3 | k7e6 - - k5e3 | k5e6 - k3e3 k5e3 | k7e6 k7e6 k7e6 k5e6 | k7e6",
+    ),
+    "proxylessnas_mobile_14": (
+        (48, 24, 40, 56, 112, 136, 256, 448, 1792),
+        "relu6",
+        "k5e3 k3e3 - - | k7e3 k3e3 k5e3 k5e3 | k7e6 k5e3 k5e3 k5e3 | k5e6 k5e3 k5e3 k5e3 | k7e6 k7e6 k7e3 k7e3 | k7e6",
+    ),
+}
+
+_FAIRNAS = {
+    "fairnas_a": "k7e3 k3e3 | k7e3 k3e6 k7e6 k3e3 | k3e3 k7e6 k7e6 k5e3 | k3e6 k5e3 k5e3 k3e6 | k3e6 k7e6 k3e6 k7e6 | k5e6",
+    "fairnas_b": "k5e3 k3e3 | k5e3 k3e3 k3e6 k5e3 | k7e3 k3e3 k3e6 k5e3 | k3e3 k3e6 k7e3 k3e3 | k7e6 k5e6 k7e6 k3e6 | k5e6",
+    "fairnas_c": "k5e3 k3e3 | k7e3 k3e3 k3e3 k3e3 | k3e3 k3e3 k3e3 k3e6 | k3e3 k3e3 k3e3 k3e3 | k7e6 k7e6 k3e6 k3e6 | k5e6",
+}
+
+_FBNETS: dict[str, tuple[int, str]] = {
+    # name: head, blocks of the seven stages
+    "fbnet_a": (
+        1504,
+        "- | k3e3 k3e1 - - | k5e6 k3e3 k5e1 k3e3 | k5e6 k5e3 k5e1g2 k5e6 | k3e6 k5e1g2 k5e3 k3e1g2 | k5e6 k5e6 k5e3 k5e6 | k5e6",
+    ),
+    "fbnet_b": (
+        1984,
+        "k3e1 | k3e6 k5e1 k3e1 k3e1 | k5e6 k5e3 k3e6 k5e6 | k5e6 k5e6 - k5e3 | k5e6 k3e1 k5e1 k5e3 | k5e6 k5e1 k5e6 k5e6 | k3e6",
+    ),
+    "fbnet_c": (
+        1984,
+        "k3e1 | k3e6 - k3e1 k3e1 | k5e6 k5e3 k5e6 k3e6 | k5e6 k5e3 k5e6 k5e6 | k5e6 k5e6 k5e6 k5e3 | k5e6 k5e6 k5e6 k5e6 | k3e6",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A network stage by stage: width, stride, blocks. ``se_of_input`` takes SE's hidden width from a block's input, unrounded."""
+
+    act: str
+    stages: tuple[tuple[int, int, str], ...]
+    residual: Residual = "matching"
+    se_of_input: bool = False
+
+
+_WRITTEN = {
+    "mnasnet_a1": _Written(
+        "relu",
+        (
+            (32, 2, "cn_k3"),
+            (16, 1, "ds_k3"),
+            (24, 2, "ir_k3_e6 ir_k3_e6"),
+            (40, 2, "ir_k5_e3_se0.25 ir_k5_e3_se0.25 ir_k5_e3_se0.25"),
+            (80, 2, "ir_k3_e6 ir_k3_e6 ir_k3_e6 ir_k3_e6"),
+            (112, 1, "ir_k3_e6_se0.25 ir_k3_e6_se0.25"),
+            (160, 2, "ir_k5_e6_se0.25 ir_k5_e6_se0.25 ir_k5_e6_se0.25"),
+            (320, 1, "ir_k3_e6"),
+            (1280, 1, "cn_k1"),
+        ),
+        se_of_input=True,
+    ),
+    "mobilenet_v3_large": _Written(
+        "hswish",
+        (
+            (16, 2, "cn_k3"),
+            (16, 1, "ds_k3_nre"),
+            (24, 2, "ir_k3_e4_nre ir_k3_e3_nre"),
+            (40, 2, "ir_k5_e3_se0.25_hsig_nre ir_k5_e3_se0.25_hsig_nre ir_k5_e3_se0.25_hsig_nre"),
+            (80, 2, "ir_k3_e6 ir_k3_e2.5 ir_k3_e2.3 ir_k3_e2.3"),
+            (112, 1, "ir_k3_e6_se0.25_hsig ir_k3_e6_se0.25_hsig"),
+            (160, 2, "ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig"),
+            (960, 1, "cn_k1"),
+            (1280, 1, "hd"),
+        ),
+    ),
+    "mobilenet_v3_small": _Written(
+        "hswish",
+        (
+            (16, 2, "cn_k3"),
+            (16, 2, "ds_k3_se0.25_hsig_nre"),
+            (24, 2, "ir_k3_e4.5_nre ir_k3_e3.67_nre"),
+            (40, 2, "ir_k5_e4_se0.25_hsig ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig"),
+            (48, 1, "ir_k5_e3_se0.25_hsig ir_k5_e3_se0.25_hsig"),
+            (96, 2, "ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig"),
+            (576, 1, "cn_k1"),
+            (1024, 1, "hd"),
+        ),
+    ),
+    "multi_avg": _Written(  # the archive gives absolute sizes: e96 after 32 channels is e3
+        "relu",
+        (
+            (32, 2, "cn_k3"),
+            (32, 2, "ir_k3_e3 ir_k3_e2"),
+            (64, 2, "ir_k5_e5 ir_k3_e3 ir_k3_e2 ir_k3_e3"),
+            (128, 2, "ir_k5_e6 ir_k3_e3 ir_k3_e3 ir_k3_e3"),
+            (160, 1, "ir_k3_e6 ir_k3_e4"),
+            (192, 2, "ir_k3_e6 ir_k5_e4 ir_k5_e4 ir_k5_e4"),
+            (960, 1, "cn_k1"),
+            (1280, 1, "hd"),
+        ),
+        residual="after_first",
+    ),
+    "multi_max": _Written(
+        "relu",
+        (
+            (32, 2, "cn_k3"),
+            (32, 2, "ir_k3_e3"),
+            (64, 2, "ir_k5_e6 ir_k3_e2 ir_k3_e2"),
+            (128, 2, "ir_k5_e6 ir_k3_e4 ir_k3_e3 ir_k3_e3"),
+            (128, 1, "ir_k3_e6 ir_k3_e3"),
+            (160, 2, "ir_k3_e6 ir_k5_e4 ir_k3_e5 ir_k5_e4"),
+            (960, 1, "cn_k1"),
+            (1280, 1, "hd"),
+        ),
+        residual="after_first",
+    ),
+}
+
+_NAMES = (*_PROXYLESSNAS, *_FAIRNAS, *_FBNETS, *(f"{name}_no_expand" for name in _FBNETS), *_WRITTEN)
+NETWORKS: tuple[str, ...] = tuple(sorted(_NAMES))
+"""Names that ``published`` knows."""
+
+
+def published(name: str, *, resolution: int = 224, classes: int = 1000, bn_eps: float = 1e-3) -> Architecture:
+    """A published network. Those that are picks carry the space of their own widths and activation as their origin.
+
+    Example:
+        >>> published("mobilenet_v2").params
+        3504872
+    """
+    shape = Shape(name=f"{name}-space", resolution=resolution, classes=classes, bn_eps=bn_eps)
+    if name in _PROXYLESSNAS:
+        filters, act, blocks = _PROXYLESSNAS[name]
+        space = proxylessnas(filters, **shape | Shape(act=act))
+        return space.decode(picks_of_codes(space, [0, *_codes(blocks, _MOBILE)]), name)
+    if name in _FAIRNAS:
+        space = fairnas(**shape)
+        return space.decode(picks_of_codes(space, _codes(_FAIRNAS[name], _MOBILE)), name)
+    if name.removesuffix("_no_expand") in _FBNETS:
+        head, blocks = _FBNETS[name.removesuffix("_no_expand")]
+        space = fbnet(head=head, expand=not name.endswith("_no_expand"), **shape)
+        return space.decode(picks_of_codes(space, _codes(blocks, _FBNET)), name)
+    if name in _WRITTEN:
+        return _written(name, _WRITTEN[name], resolution, classes, bn_eps)
+    raise SpaceError(f"unknown network {name!r}; {nearest(name, NETWORKS)}")
+
+
+def _written(name: str, network: _Written, resolution: int, classes: int, bn_eps: float) -> Architecture:
+    stages = tuple(
+        Stage(widths=(width,), stride=stride, slots=tuple((option,) for option in blocks.split()), residual=network.residual)
+        for width, stride, blocks in network.stages
+    )
+    space = MacroSpace(name=name, resolution=resolution, classes=classes, act=network.act, bn_eps=bn_eps, stages=stages)
+    ops = space.decode({}).blocks
+    if network.se_of_input:
+        ops = tuple(replace(op, se_ch=op.in_ch // 4) if op.se_ch else op for op in ops)
+    return Architecture(name=name, bn_eps=bn_eps, blocks=ops)
+
+
+def _codes(blocks: str, names: Sequence[str]) -> list[int]:
+    return [names.index(block) for block in blocks.replace("|", " ").split()]
+
+
+def picks_of_codes(space: MacroSpace, codes: Sequence[int]) -> dict[str, str | int]:
+    """Picks of a space without searched widths from flat op codes (TuNAS's, HW-NAS-Bench's), one per searchable slot."""
+    choices = [choice for choice in space.choices if choice.kind == "op"]
+    return {choice.key: choice.options[code] for choice, code in zip(choices, codes, strict=True)}

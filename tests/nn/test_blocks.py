@@ -1,0 +1,54 @@
+"""Shuffles, gates and pooled heads against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hwnas.core.op import Op
+from hwnas.nn.blocks import ChannelShuffle, build, se_gate
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_are_shuffled_as_by_torch(groups: int, channels_last: bool) -> None:
+    x_NCHW = torch.arange(2 * 12 * 3 * 3).reshape(2, 12, 3, 3)
+    shuffle = ChannelShuffle(groups)
+    shuffle.channels_last = channels_last
+    assert torch.equal(shuffle(x_NCHW), nn.functional.channel_shuffle(x_NCHW, groups))
+    assert not torch.equal(shuffle(x_NCHW), x_NCHW)
+
+
+@pytest.mark.parametrize("key", ["mbconv-h4-i4-o4-m8-g2-relu", "dsconv-h4-i4-o4-g2-relu"])
+def test_every_input_channel_of_a_grouped_block_reaches_every_group(key: str) -> None:
+    block = build(Op.parse(key)).eval()
+    with torch.no_grad():
+        for part in block.modules():
+            if isinstance(part, nn.Conv2d):
+                part.weight.fill_(1.0)
+        baseline = block(torch.ones(1, 4, 4, 4))
+        reached = []
+        for channel in range(4):
+            x_NCHW = torch.ones(1, 4, 4, 4)
+            x_NCHW[:, channel] = 2.0
+            reached.append(int(((block(x_NCHW) - baseline).abs() > 1e-3).any(dim=(0, 2, 3)).sum()))
+    assert reached == ([4] * 4 if "mbconv" in key else [2] * 4)
+
+
+def test_the_gates_are_torchs() -> None:
+    x_NC11 = torch.linspace(-5, 5, 41).reshape(1, 41, 1, 1)
+    assert torch.equal(se_gate(x_NC11, "sigmoid"), torch.sigmoid(x_NC11))
+    torch.testing.assert_close(se_gate(x_NC11, "hsig"), torch.clamp(x_NC11 + 3, 0, 6) / 6)
+
+
+def test_a_head_pools_before_its_convolution() -> None:
+    head = build(Op.parse("head-h5-i8-o16-hswish"))
+    x_NCHW = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    conv = next(part for part in head.modules() if isinstance(part, nn.Conv2d))
+    expected = nn.functional.hardswish(nn.functional.linear(x_NCHW.mean((2, 3)), conv.weight[:, :, 0, 0], conv.bias))
+    found = head(x_NCHW)
+    assert found.shape == (2, 16, 1, 1)
+    torch.testing.assert_close(found[:, :, 0, 0], expected)
