@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hwnas.core.limits import Limit
 from hwnas.core.objective import AbsoluteObjective, Objective
 from hwnas.document import explain, merged
 from hwnas.errors import ConfigError
@@ -51,6 +52,8 @@ class SpaceConfig(Section):
 
     name: str = Field("mobile32", description="a built-in space, or the path of a space document (.json)")
     act: str | None = Field(None, description="activation, where the space leaves it open")
+    restrict: dict[str, tuple[str | int, ...]] = Field({}, description="options that are kept, by choice: {resolution = [224]}")
+    width: float = Field(1.0, gt=0, description="multiplier of all widths, rounded to multiples of 8")
 
 
 class DeviceConfig(Section):
@@ -92,6 +95,10 @@ class DataConfig(Section):
             raise ValueError(f"data.std has {min(self.std):g}; give standard deviations above 0")
         return self
 
+    def at(self, resolution: int) -> DataConfig:
+        """The same data at another input size: that of an architecture whose space searches it."""
+        return self if resolution == self.resolution else self.model_copy(update={"resolution": resolution})
+
 
 class ProfileConfig(Section):
     """How the device is measured. See devices/profile.py for the procedure."""
@@ -120,6 +127,44 @@ class OptimizerConfig(Section):
     clip_norm: float | None = Field(None, description="clip the gradient's global norm")
 
 
+class SupernetConfig(Section):
+    """How the super-net shares its weights. The defaults are TuNAS's.
+
+    The 14 heuristics of Yu, Ranftl, Salzmann, "How to Train Your Super-Net" (arXiv 2003.04276), by name. Mapping of weights:
+    ``channels`` (dynamic channelling), ``kernels`` (OFA kernel), ``wsbn``, ``dropout`` (global), ``path_dropout``, ``operation_on``;
+    low fidelity: ``proxy_depth`` (layers), ``proxy_width`` (channels), ``search.data_portion`` and ``search.batch_size``; protocol:
+    ``bn_affine`` and ``bn_track``, ``search.optimizer.lr`` with ``search.epochs``, ``search.optimizer.weight_decay``, and
+    the sampling of paths (``sampling`` of the strategy spos).
+    """
+
+    sharing: Literal["auto", "collapsed", "separate"] = Field(
+        "auto",
+        description="collapsed: options share expansion and projection (TuNAS); separate: own weights; auto: as in the method's paper",
+    )
+    kernels: Literal["auto", "own", "ofa", "ofa_transform"] = Field(
+        "auto",
+        description="own: weights per kernel size; ofa: the centre of the largest; ofa_transform: times a learned matrix; auto: as above",
+    )
+    channels: Literal["first", "chunk", "random", "interpolation"] = Field(
+        "first", description="which channels a narrower layer uses: the first; random ones in a row; any random ones; averages"
+    )
+    operation_on: Literal["node", "edge"] = Field("node", description="edge: own weights per slot that the input comes from")
+    wsbn: bool = Field(False, description="own BN per slot that the input comes from")
+    bn_affine: bool = Field(True, description="BN with scale and shift")
+    bn_track: bool = Field(False, description="BN keeps running statistics, and scores with them")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
+    path_dropout: float = Field(0.0, ge=0, lt=1, description="of residual branches, at the last layer at the end; rises with both (NAO)")
+    proxy_depth: int | None = Field(None, ge=1, description="train with only so many slots per stage; default all")
+    proxy_width: float = Field(1.0, gt=0, le=1, description="train with widths scaled down")
+    remat: bool = Field(True, description="recompute a mixture's options in the backward pass; single paths never need it")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.bn_track and self.channels in ("random", "interpolation"):
+            raise ValueError(f"bn_track needs channels in a row; set channels = 'first' or 'chunk', not {self.channels!r}")
+        return self
+
+
 class SearchConfig(Section):
     """How the space is searched."""
 
@@ -136,9 +181,29 @@ class SearchConfig(Section):
     batch_size: int = Field(64, ge=2)
     optimizer: OptimizerConfig = OptimizerConfig()
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    supernet: SupernetConfig = SupernetConfig()
+    data_portion: float = Field(1.0, gt=0, le=1, description="part of the training images that the super-net sees")
+    weights: str | None = Field(
+        None, description="the search folder of an earlier run: its trained super-net is used as it is, and only the finder runs"
+    )
+    finder: Plugin | None = Field(None, description="how architectures are found; default: the strategy's own way")
+    limits: tuple[Limit, ...] = Field(
+        (), description="further constraints, one [[search.limits]] each: other tables, macs, params, size_bytes, activation_bytes"
+    )
     candidates: int = Field(8, ge=1, description="proposals of the strategy that are ranked by recalibrated held-out accuracy")
-    recalibration_images: int = Field(1024, ge=2, description="training images that re-estimate BN statistics before any ranking")
+    recalibration_images: int = Field(
+        1024, ge=0, description="training images that re-estimate BN statistics before any ranking; 0: tracked ones (supernet.bn_track)"
+    )
+    evaluation_images: int = Field(1000, ge=1, description="held-out images that a finder judges on; the last ranking is on all of them")
     random_samples: int = Field(8, ge=0, description="random architectures scored for the report's comparison")
+
+    @model_validator(mode="after")
+    def _statistics(self) -> Self:
+        if self.recalibration_images < 2 and not (self.recalibration_images == 0 and self.supernet.bn_track):
+            raise ValueError(
+                f"recalibration_images is {self.recalibration_images}; give 2 or more, or 0 with supernet.bn_track = true for tracked ones"
+            )
+        return self
 
 
 class TrainConfig(Section):

@@ -45,25 +45,40 @@ class Network(nn.Module):
 
 def save_network(network: Network, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Weights and BN statistics as safetensors, the architecture in the metadata, written atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomic(path, _canonical(save_tensors(tensors, {"architecture": network.arch.to_json(), **(metadata or {})})))
+    save_tensors_atomically(network, path, {"architecture": network.arch.to_json(), **(metadata or {})})
 
 
 def load_network(path: Path) -> Network:
     """The network of a checkpoint. Raises CheckpointError where the file is corrupt, cut off or of another kind."""
+    tensors, metadata = load_tensors_checked(path)
+    try:
+        network = Network(Architecture.parse(metadata["architecture"], str(path)))
+        network.load_state_dict(tensors)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise _corrupt(path, error) from error
+    return network
+
+
+def save_tensors_atomically(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """A module's state as safetensors: the same state gives the same bytes, and an old file is replaced by a whole one only."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    write_atomic(path, _canonical(save_tensors(tensors, metadata)))
+
+
+def load_tensors_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises CheckpointError where it is missing, corrupt or cut off."""
     try:
         content = read_bytes(path)
     except DocumentError as error:
         raise CheckpointError(str(error)) from error
     try:
-        tensors = load_tensors(content)
-        network = Network(Architecture.parse(_metadata(content)["architecture"], str(path)))
-        network.load_state_dict(tensors)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} is corrupt or was cut off ({_first_line(error)}): train again, or restore the file."
-        ) from error
-    return network
+        return load_tensors(content), _metadata(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _corrupt(path, error) from error
+
+
+def _corrupt(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"checkpoint {path} is corrupt or was cut off ({_first_line(error)}): train again, or restore the file.")
 
 
 def _canonical(content: bytes) -> bytes:

@@ -1,212 +1,244 @@
 """The weight-shared super-net of a macro space.
 
-Sharing is TuNAS's "collapsed" form (arXiv 2008.06120, section 4): per slot one expansion and one projection
-convolution for all kernel sizes and expansions, and one depthwise convolution with its own BN per kernel size. Narrower
-options use the first channels of the shared weights.
+Gates say what runs. One option of a choice with weight 1 is a single path, and costs what that path costs: weights are sliced.
+Several options with weights are a mixture: blocks are added up, widths become a weighted mask over the channels of
+the widest (FBNetV2, arXiv 2004.05565), depths weigh the slots they keep. ``slot`` and ``elastic`` say how weights are shared.
 
-BN always uses the statistics of the batch, also when scoring; nothing is tracked, as in TuNAS's code.
+BN uses the statistics of the batch, also when scoring; nothing is tracked unless ``bn_track`` is set, as in TuNAS's code.
 
-*Differences from the paper*: TuNAS masks channels of the widest weights; here weights are **sliced**, which computes the same
-and costs what the sampled path costs. Shared weights that a step does not touch at all get no decay and no momentum; of those it
-does touch, the channels outside the slice do. A mixture over kernels is averaged before the shared projection, as in TuNAS.
+*Differences from the papers*: TuNAS masks channels of the widest weights; **slicing** computes the same. Shared weights that
+a step does not touch at all get no decay and no momentum; of those it does touch, the channels outside the slice do. A
+mixture over kernels is averaged before the shared projection, as in TuNAS. In a mixture over widths, expansions are relative to
+the widest, and a BN that follows a depthwise convolution of the masked channels (``ds``) scales them up again. One resolution
+runs at a time: images of different sizes have no weighted sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hwnas.core.op import Layer, Op
-from hwnas.core.option import BlockOption, parse_option
+from hwnas.config import SupernetConfig
+from hwnas.core.arch import Architecture
+from hwnas.core.op import Op
+from hwnas.core.option import SKIP
 from hwnas.core.space import MacroSpace, Option, Slot
-from hwnas.nn.blocks import activation, initialise
-from hwnas.nn.network import Network
+from hwnas.errors import CheckpointError, ConfigError
+from hwnas.nn.blocks import initialise
+from hwnas.nn.elastic import Sharing
+from hwnas.nn.network import Network, load_tensors_checked, save_tensors_atomically
+from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
 Gates = Mapping[str, Any]
 """Choice key -> weight vector [options], numpy or torch. Options at zero are not executed."""
 
+Probes = Mapping[str, Sequence[int]]
+"""Choice key -> options at weight zero whose gradient is wanted all the same."""
 
-class ElasticConv(nn.Module):
-    """A convolution and its BN allocated at the widest, used at any narrower layer by slicing the first channels.
-
-    ``weight`` is [max_out, max_in / groups, k, k]; depthwise layers have one input channel per group.
-    """
-
-    def __init__(self, widest: Layer, bn_eps: float) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(widest.in_ch, widest.out_ch, widest.kernel, groups=widest.groups, bias=not widest.norm)
-        self.norm = nn.BatchNorm2d(widest.out_ch, eps=bn_eps, track_running_stats=False) if widest.norm else None
-        self.acts = nn.ModuleDict({widest.act: activation(widest.act)})
-
-    def sliced(self, layer: Layer) -> dict[str, Tensor]:
-        """The weights that ``layer`` uses, under the names of a stand-alone ``conv_layer``."""
-        weights = {"conv.weight": self.conv.weight[: layer.out_ch, : layer.in_ch // layer.groups]}
-        if self.conv.bias is not None:
-            weights["conv.bias"] = self.conv.bias[: layer.out_ch]
-        if self.norm is not None:
-            weights |= {"norm.weight": self.norm.weight[: layer.out_ch], "norm.bias": self.norm.bias[: layer.out_ch]}
-        return weights
-
-    def forward(self, x_NCHW: Tensor, layer: Layer) -> Tensor:
-        """Run as ``layer``: [N, layer.in_ch, H, W] -> [N, layer.out_ch, H', W']."""
-        weights = self.sliced(layer)
-        x_NCHW = F.conv2d(x_NCHW, weights["conv.weight"], weights.get("conv.bias"), layer.stride, layer.kernel // 2, groups=layer.groups)
-        if self.norm is not None:
-            x_NCHW = F.batch_norm(x_NCHW, None, None, weights["norm.weight"], weights["norm.bias"], training=True, eps=self.norm.eps)
-        y_NCHW: Tensor = self.acts[layer.act](x_NCHW)
-        return y_NCHW
-
-
-def _shared_name(layer: Layer) -> str:
-    """Which shared weights a layer uses: depthwise and plain convolutions have their own per kernel size, grouped ones per group count."""
-    kernel = f"_k{layer.kernel}" if layer.name in ("depthwise", "conv") else ""
-    groups = f"_g{layer.groups}" if layer.groups > 1 and layer.name != "depthwise" else ""
-    return f"{layer.name}{kernel}{groups}"
-
-
-class ElasticSlot(nn.Module):
-    """One slot with the shared weights of all its options and widths."""
-
-    def __init__(self, slot: Slot, bn_eps: float) -> None:
-        super().__init__()
-        self.slot = slot
-        widest: dict[str, Layer] = {}
-        for option in slot.options:
-            for in_ch, out_ch in slot.widths:
-                op = slot.op(option, in_ch, out_ch)
-                for layer in op.layers if op is not None else ():
-                    name = _shared_name(layer)
-                    known = widest.get(name, layer)
-                    widest[name] = replace(
-                        layer,
-                        in_ch=max(layer.in_ch, known.in_ch),
-                        out_ch=max(layer.out_ch, known.out_ch),
-                        groups=max(layer.groups, known.groups),  # equal, but for depthwise layers: their widest has most groups
-                    )
-        self.shared = nn.ModuleDict({name: ElasticConv(layer, bn_eps) for name, layer in widest.items()})
-
-    def forward(self, x_NCHW: Tensor, gate: Any, out_ch: int) -> Tensor:
-        """The gated sum of the slot's options at an output width: [N, C, H, W] -> [N, out_ch, H', W']."""
-        in_ch = x_NCHW.shape[1]
-        groups: dict[tuple[str, float, float, int], list[tuple[Op, Any]]] = {}
-        identity: Any = 0.0  # how much of the input passes: the weights of skip and of options with a residual
-        for option, weight in zip(self.slot.options, gate, strict=True):
-            if _value(weight) == 0.0:
-                continue
-            block, op = parse_option(option), self.slot.op(option, in_ch, out_ch)
-            if block is None or op is None or op.residual:
-                identity = identity + weight
-            if block is not None and op is not None:
-                groups.setdefault(_same_but_kernel(block), []).append((op, weight))
-        if not groups:  # skipped
-            return x_NCHW
-        parts = [self._group(x_NCHW, members) for members in groups.values()]
-        total: Tensor = sum(parts[1:], parts[0])
-        if isinstance(identity, Tensor) or identity not in (0.0, 1.0):
-            total = total + identity * x_NCHW
-        elif identity:
-            total = x_NCHW + total
-        return total
-
-    def _group(self, x_NCHW: Tensor, members: list[tuple[Op, Any]]) -> Tensor:
-        """Options that differ in their kernel only: their depthwise outputs are mixed, the rest runs once."""
-        weight_sum = sum(weight for _, weight in members)
-        for position, layer in enumerate(members[0][0].layers):
-            if layer.name == "se_expand":
-                continue
-            if layer.name == "se_reduce":
-                x_NCHW = self._squeeze_excite(x_NCHW, layer, members[0][0].layers[position + 1])
-            elif len(members) > 1 and layer.name in ("depthwise", "conv"):
-                kernels = [op.layers[position] for op, _ in members]
-                mixed = [weight / weight_sum * self._run(x_NCHW, kernel) for kernel, (_, weight) in zip(kernels, members, strict=True)]
-                x_NCHW = sum(mixed[1:], mixed[0])
-            else:
-                x_NCHW = self._run(x_NCHW, layer)
-        is_one = not isinstance(weight_sum, Tensor) and float(weight_sum) == 1.0
-        return x_NCHW if is_one else x_NCHW * weight_sum
-
-    def _run(self, x_NCHW: Tensor, layer: Layer) -> Tensor:
-        y_NCHW: Tensor = self.shared[_shared_name(layer)](x_NCHW, layer)
-        return y_NCHW
-
-    def _squeeze_excite(self, x_NCHW: Tensor, reduce: Layer, expand: Layer) -> Tensor:
-        pooled = self._run(F.adaptive_avg_pool2d(x_NCHW, 1), reduce)
-        return x_NCHW * torch.sigmoid(self._run(pooled, expand))
-
-    def weights(self, op: Op) -> dict[str, Tensor]:
-        """State of a stand-alone block of ``op``, taken from the shared weights."""
-        state: dict[str, Tensor] = {}
-        for layer in op.layers:
-            prefix = layer.name.replace("se_", "se.")
-            shared: Any = self.shared[_shared_name(layer)]
-            state |= {f"layers.{prefix}.{name}": tensor for name, tensor in shared.sliced(layer).items()}
-        return state
-
-
-def _same_but_kernel(block: BlockOption) -> tuple[str, float, float, int]:
-    return block.kind, block.expansion, block.se_ratio, block.groups
+IMAGE = -1
+"""The producer of the first slot's input."""
 
 
 class Supernet(nn.Module):
     """All architectures of a macro space in one module.
+
+    ``fraction`` is how much of the training is over; path dropout grows with it. ``tracking`` lets passes in training mode update
+    the running statistics of BN, where it keeps any (``bn_track``).
 
     Example:
         >>> supernet = Supernet(space, torch.Generator().manual_seed(0))      # doctest: +SKIP
         >>> logits = supernet(images, one_hot(picks, space))            # doctest: +SKIP
     """
 
-    def __init__(self, space: MacroSpace, generator: torch.Generator) -> None:
+    def __init__(self, space: MacroSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> None:
         super().__init__()
-        self.space = space
-        self.slots = nn.ModuleList(ElasticSlot(slot, space.bn_eps) for slot in space.slots)
-        self.classifier = nn.Linear(max(space.stages[-1].widths), space.classes)
+        self.config = config = config or SupernetConfig()
+        self.space, self.proxy = space, _proxy(space, config)
+        kernels = "own" if config.kernels == "auto" else config.kernels
+        sharing = Sharing(config.channels, kernels, config.bn_affine, config.bn_track)
+        self.fraction, self.tracking = 0.0, True
+        self.producers = [self._producers(position) for position in range(len(self.proxy.slots))]
+        self.slots = nn.ModuleList()
+        for slot, producers in zip(self.proxy.slots, self.producers, strict=True):
+            sources = len(producers) if config.operation_on == "edge" else 1
+            norms = len(producers) if config.wsbn else 1
+            self.slots.append(ElasticSlot(slot, space.bn_eps, sharing, config.sharing == "separate", sources, norms))
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(max(self.proxy.stages[-1].widths), space.classes)
         initialise(self, generator)
 
     def no_weight_decay(self) -> set[str]:
         """Weights without L2, by timm's convention: the classifier's (as in TuNAS's code)."""
         return {"classifier.weight"}
 
-    def forward(self, x_NCHW: Tensor, gates: Gates) -> Tensor:
-        """Images [N, channels, size, size] under ``gates`` -> logits [N, classes]. Width gates must be one-hot."""
-        for module, slot in zip(self.slots, self.space.slots, strict=True):
-            x_NCHW = module(x_NCHW, gates.get(slot.key, (1.0,)), _width(slot, gates))
-        pooled_NC = F.adaptive_avg_pool2d(x_NCHW, 1).flatten(1)
+    def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor:
+        """Images [N, channels, size, size] under ``gates`` -> logits [N, classes]. See the module for mixtures."""
+        probes = probes or {}
+        x_NCHW = resized(x_NCHW, _resolution(self.space, gates))
+        width, producer = Width(self.proxy.in_channels, self.proxy.in_channels), IMAGE
+        for position, (module, slot) in enumerate(zip(self.slots, self.proxy.slots, strict=True)):
+            out = _width(slot, gates, probes, x_NCHW) if slot.first else width
+            into, width = width, out
+            kept, runs = _kept(slot, gates, probes)
+            if not runs or self._left_out(slot):
+                continue
+            slot_gates = executed(slot, gates.get(slot.key), probes.get(slot.key, ()))
+            remat = self.config.remat and len(slot_gates.executed) > 1
+            source = self.producers[position].index(producer)
+            run = Run(source, skip_dropout, self._keep_path(position), remat, self.tracking)
+            y_NCHW = module(x_NCHW, slot_gates, into, out, run)
+            x_NCHW = y_NCHW if _is_one(kept) else kept * y_NCHW + (1 - kept) * x_NCHW
+            producer = producer if skips(slot_gates) or runs == "probed" else position
+        pooled_NC = self.dropout(F.adaptive_avg_pool2d(x_NCHW, 1).flatten(1))
         return F.linear(pooled_NC, self.classifier.weight[:, : pooled_NC.shape[1]], self.classifier.bias)
 
+    def _left_out(self, slot: Slot) -> bool:
+        """Whether the proxy depth cuts a slot off."""
+        return self.config.proxy_depth is not None and slot.index >= self.config.proxy_depth
+
+    def _producers(self, position: int) -> tuple[int, ...]:
+        """Positions of the slots that a slot's input may come from, the nearest first: those before it that may be passed over."""
+        found = []
+        for earlier in reversed(range(position)):
+            slot = self.proxy.slots[earlier]
+            found.append(earlier)
+            if SKIP not in slot.options and not slot.elective and not self._left_out(slot):
+                return tuple(found)
+        return (*found, IMAGE)
+
+    def _keep_path(self, position: int) -> float:
+        """NAO's drop-path: the keep probability falls with the layer's position and with the progress of the training."""
+        return 1 - self.config.path_dropout * (position + 1) / len(self.slots) * self.fraction
+
+    def arch(self, picks: Mapping[str, Option]) -> Architecture:
+        """The architecture that ``picks`` are in this super-net: the space's own, but for the proxies."""
+        arch = self.proxy.decode(self._proxied(picks))
+        if self.config.proxy_depth is None:
+            return arch
+        blocks = tuple(op for _, _, op, _ in self._path(picks)) + arch.blocks[-1:]
+        return Architecture(name=arch.name, in_channels=arch.in_channels, bn_eps=arch.bn_eps, blocks=blocks)
+
     def extract(self, picks: Mapping[str, Option]) -> Network:
-        """A stand-alone network with copies of the weights that ``picks`` use. Its BN statistics are not estimated yet."""
-        arch = self.space.decode(picks)
-        network = Network(arch)
-        kept = [
-            (module, op) for module, slot in zip(self.slots, self.space.slots, strict=True) if (op := self._picked(slot, picks)) is not None
-        ]
+        """A stand-alone network with copies of the weights that ``picks`` use. Its BN statistics are not estimated yet.
+
+        Channels are the first ones of each width (or the averaged ones); random channelling is for training only.
+        """
+        network = Network(self.arch(picks)).to(self.classifier.weight)
+        training = self.training
+        self.eval()
         with torch.no_grad():
-            for block, (module, op) in zip(network.blocks, kept, strict=False):
-                elastic: Any = module
+            for block, (position, option, op, source) in zip(network.blocks, self._path(picks), strict=False):
+                elastic: Any = self.slots[position]
                 state = dict(block.state_dict())
-                state.update({name: tensor.clone() for name, tensor in elastic.weights(op).items()})
+                state.update({name: tensor.clone() for name, tensor in elastic.weights(option, op, source).items()})
                 block.load_state_dict(state)
             head: Any = network.blocks[-1]
             head.linear.weight.copy_(self.classifier.weight[:, : head.linear.in_features])
             head.linear.bias.copy_(self.classifier.bias)
-        return network.to(self.classifier.weight.device)
+        self.train(training)
+        return network
 
-    def _picked(self, slot: Slot, picks: Mapping[str, Option]) -> Op | None:
-        out_ch = int(picks.get(slot.out_key, slot.out_widths[0]))
-        in_ch = int(picks.get(slot.in_key, slot.in_widths[0])) if slot.first else out_ch
-        return slot.op(str(picks.get(slot.key, slot.options[0])), in_ch, out_ch)
+    def _proxied(self, picks: Mapping[str, Option]) -> dict[str, Option]:
+        """The same picks in the proxy space, whose options stand in the same order."""
+        pairs = zip(self.space.choices, self.proxy.choices, strict=True)
+        return {mine.key: theirs.options[mine.options.index(picks[mine.key])] for mine, theirs in pairs}
+
+    def _path(self, picks: Mapping[str, Option]) -> list[tuple[int, str, Op, int]]:
+        """(position, option, op, source) of the slots that ``picks`` execute."""
+        picks = self._proxied(picks)
+        at = self.proxy.resolutions.index(int(picks["resolution"])) if "resolution" in picks else 0
+        path, producer, channels = [], IMAGE, self.proxy.in_channels
+        for position, slot in enumerate(self.proxy.slots):
+            into, channels = channels, int(picks.get(slot.out_key, slot.out_widths[0]))
+            deep = slot.index < int(picks.get(slot.depth_key, slot.index + 1)) and not self._left_out(slot)
+            option = str(picks.get(slot.key, slot.options[0]))
+            op = slot.op(option, into, channels, slot.sizes[at]) if deep else None
+            if op is not None:
+                path.append((position, option, op, self.producers[position].index(producer)))
+                producer = position
+        return path
 
 
-def _value(weight: Any) -> float:
-    return float(weight.detach() if isinstance(weight, Tensor) else weight)
+def save_supernet(supernet: Supernet, path: Path) -> None:
+    """The whole super-net as safetensors, its space and configuration in the metadata, written atomically."""
+    save_tensors_atomically(supernet, path, {"space": supernet.space.to_json(), "supernet": supernet.config.model_dump_json()})
 
 
-def _width(slot: Slot, gates: Gates) -> int:
+def load_supernet(path: Path, space: MacroSpace) -> Supernet:
+    """The super-net of a file, for ``space``. Raises CheckpointError where the file is corrupt, ConfigError where the space differs."""
+    tensors, metadata = load_tensors_checked(path)
+    try:
+        trained = MacroSpace.parse(metadata["space"], str(path))
+        supernet = Supernet(trained, torch.Generator().manual_seed(0), SupernetConfig.model_validate_json(metadata["supernet"]))
+        supernet.load_state_dict(tensors)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"super-net {path} does not fit this version of hwnas ({error}): train it again.") from error
+    if trained.sha256 != space.sha256:
+        raise ConfigError(
+            f"super-net {path} is of space {trained.name} ({trained.sha256[:12]}), not of {space.name} ({space.sha256[:12]}): name its own."
+        )
+    return supernet
+
+
+def resized(x_NCHW: Tensor, size: int | None) -> Tensor:
+    """Images scaled to a height = width; as they are where they have it, or where it is None."""
+    if size is None or x_NCHW.shape[-1] == size:
+        return x_NCHW
+    return F.interpolate(x_NCHW, size=(size, size), mode="bilinear", antialias=True).contiguous(memory_format=torch.channels_last)
+
+
+def _proxy(space: MacroSpace, config: SupernetConfig) -> MacroSpace:
+    """The space with its widths scaled: the same choices, narrower networks."""
+    if config.proxy_width == 1.0:
+        return space
+    proxy = space.scaled(config.proxy_width)
+    if [len(choice.options) for choice in proxy.choices] != [len(choice.options) for choice in space.choices]:
+        raise ConfigError(
+            f"search.supernet.proxy_width = {config.proxy_width:g} makes different widths of space {space.name} the same: choose it larger."
+        )
+    return proxy
+
+
+def _resolution(space: MacroSpace, gates: Gates) -> int | None:
+    gate = gates.get("resolution")
+    return None if gate is None else space.resolutions[int(gate.argmax())]
+
+
+def _width(slot: Slot, gates: Gates, probes: Probes, x_NCHW: Tensor) -> Width:
+    """A stage's width under gates; the mask is on the device and of the type of ``x_NCHW``."""
     gate = gates.get(slot.out_key)
-    return slot.out_widths[0] if gate is None else slot.out_widths[int(np.argmax([_value(weight) for weight in gate]))]
+    if gate is None:
+        assert len(slot.out_widths) == 1, f"no gate for {slot.out_key}"
+        return Width(slot.out_widths[0], slot.out_widths[0])
+    values, probed = gate.tolist(), probes.get(slot.out_key, ())
+    active = max(width for width, value in zip(slot.out_widths, values, strict=True) if value != 0.0)
+    run = max([active, *(slot.out_widths[i] for i in probed)])
+    if sorted(values)[-2:] == [0.0, 1.0] and not probed and not (isinstance(gate, Tensor) and gate.requires_grad):
+        return Width(active, active)
+    weights = torch.as_tensor(gate).to(x_NCHW)
+    holds = torch.arange(run, device=x_NCHW.device)[None] < torch.tensor(slot.out_widths, device=x_NCHW.device)[:, None]
+    return Width(active, run, weights @ holds.to(x_NCHW))
+
+
+def _kept(slot: Slot, gates: Gates, probes: Probes) -> tuple[Any, Literal["", "probed", "executed"]]:
+    """How much of a slot the depth keeps, and whether it runs: a slot that only probed depths keep has weight 0."""
+    gate = gates.get(slot.depth_key)
+    if gate is None:
+        return 1.0, "executed"
+    values, probed = gate.tolist(), set(probes.get(slot.depth_key, ()))
+    keeping = [i for i, depth in enumerate(slot.depths) if depth > slot.index]
+    if len(keeping) == len(values):
+        return 1.0, "executed"
+    weight = sum(gate[i] if isinstance(gate, Tensor) and gate.requires_grad else values[i] for i in keeping)
+    if any(values[i] != 0.0 for i in keeping):
+        return weight, "executed"
+    return weight, "probed" if probed.intersection(keeping) else ""
+
+
+def _is_one(weight: Any) -> bool:
+    return not isinstance(weight, Tensor) and float(weight) == 1.0

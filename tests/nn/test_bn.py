@@ -15,7 +15,7 @@ from hwnas.engine import Engine, accuracy
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.supernet import Supernet
 from hwnas.progress import Progress
-from hwnas.search.strategy import one_hot
+from hwnas.search.proposal import one_hot
 
 torch.set_num_threads(1)
 

@@ -11,121 +11,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hwnas.config import OptimizerConfig
+from hwnas.config import OptimizerConfig, SupernetConfig
 from hwnas.core.arch import Picks
 from hwnas.core.op import Layer, Op
 from hwnas.core.space import MacroSpace, Stage
-from hwnas.core.spaces import mobile32
 from hwnas.engine import Engine
 from hwnas.nn.network import Network
-from hwnas.nn.supernet import Supernet
-from hwnas.search.strategy import one_hot
+from hwnas.nn.slot import ElasticSlot, Width, executed
+from hwnas.nn.supernet import Supernet, resized
+from hwnas.search.proposal import one_hot
+from tests.nn.nets import SPACES, batch, kernels_space, picked_ops, random_picks, shared_name, supernet_of
 
 torch.set_num_threads(1)
 
-PLAIN = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
-WITH_SE = (*PLAIN, *(f"{option}_se0.25" for option in PLAIN))
+PATHS = [
+    (name, sharing) for name in SPACES for sharing in ("collapsed", "separate") if (name, sharing) != ("mobilenet_v3_like", "separate")
+]
+"""MobileNetV3's 36 options with weights of their own would be too large for a test."""
 
 
-def widths_space(act: str = "relu6") -> MacroSpace:
-    """Searched widths from stem to head, SE, residuals wherever shapes match, lists that are no full grid."""
-    stages = (
-        Stage(widths=(8, 16), slots=(("cn_k3",),)),
-        Stage(widths=(8, 16), slots=(("ds_k3", "ds_k5", "ds_k3_se0.25"), ("ds_k3", "skip")), residual="matching"),
-        Stage(widths=(16, 24), stride=2, slots=(WITH_SE, (*PLAIN, "skip"))),
-        Stage(widths=(16, 24), slots=(("ir_k3_e6_se0.25", "ir_k3_e4_se0.5", "ds_k5"), (*WITH_SE, "skip")), residual="matching"),
-        Stage(widths=(24, 48), slots=(("cn_k1", "cn_k3"),)),
-    )
-    return MacroSpace(name="widths", resolution=10, classes=7, act=act, stages=stages)
-
-
-def groups_space() -> MacroSpace:
-    """Grouped and ungrouped 1 x 1 convolutions side by side, as in FBNet."""
-    options = ("ir_k3_e1", "ir_k3_e1_g2", "ir_k5_e3", "ir_k5_e3_g2", "skip")
-    stages = (
-        Stage(widths=(16,), slots=(("cn_k3",),)),
-        Stage(widths=(16, 32), stride=2, slots=(options[:-1], options)),
-    )
-    return MacroSpace(name="groups", resolution=8, classes=5, stages=stages)
-
-
-SPACES = {
-    "mobile32": lambda: mobile32(resolution=16),
-    "widths": widths_space,
-    "widths-hswish": lambda: widths_space("hswish"),
-    "groups": groups_space,
-}
-
-
-def supernet_of(space: MacroSpace) -> Supernet:
-    """With BN scales and all biases away from 1 and 0, so that mixing them up shows."""
-    generator = torch.Generator().manual_seed(3)
-    supernet = Supernet(space, generator)
-    with torch.no_grad():
-        for parameter in supernet.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-        supernet.classifier.weight.normal_(0, 0.3, generator=generator)
-    return supernet
-
-
-def batch(space: MacroSpace, seed: int = 0, count: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (count, space.in_channels, space.resolution, space.resolution)
-    return torch.randn(shape, generator=generator), torch.randint(0, space.classes, (count,), generator=generator)
-
-
-def random_picks(space: MacroSpace, count: int) -> list[Picks]:
-    """Random ones, and the ones that always take the first and the last option."""
-    rng = np.random.default_rng(5)
-    ends = [{choice.key: choice.options[end] for choice in space.choices} for end in (0, -1)]
-    return [*ends, *(space.sample(rng) for _ in range(count))]
-
-
-def picked_ops(space: MacroSpace, picks: Picks) -> Iterator[tuple[int, Op]]:
-    """(slot position, op) of the slots that are not skipped, by the space's own decoding."""
-    blocks = iter(space.decode(picks).blocks)
-    for position, slot in enumerate(space.slots):
-        if picks.get(slot.key, slot.options[0]) != "skip":
-            yield position, next(blocks)
-
-
-def shared_tensors(supernet: Supernet, picks: Picks, network: Network) -> Iterator[tuple[Tensor, Tensor]]:
+def shared_tensors(supernet: Supernet, picks: Picks, network: Network, sharing: str) -> Iterator[tuple[Tensor, Tensor]]:
     """(the super-net's parameter, the extracted network's) for each parameter of the network, found by shape and place only."""
-    for block, (position, op) in zip(network.blocks, picked_ops(supernet.space, picks), strict=False):
+    for block, (position, option, op) in zip(network.blocks, picked_ops(supernet.space, picks), strict=False):
         convs = [part for part in block.modules() if isinstance(part, nn.Conv2d)]
         norms = iter(part for part in block.modules() if isinstance(part, nn.BatchNorm2d))
         for conv, layer in zip(convs, op.layers, strict=True):
-            name = layer.name + (f"_k{layer.kernel}" if layer.name in ("depthwise", "conv") else "")
-            name += f"_g{layer.groups}" if layer.groups > 1 and layer.name != "depthwise" else ""
-            elastic = supernet.slots[position].shared[name]
+            elastic = supernet.slots[position].copies[0][shared_name(option, layer.name, layer.kernel, layer.groups, sharing)]
             yield elastic.conv.weight, conv.weight
             if conv.bias is not None:
                 yield elastic.conv.bias, conv.bias
             if layer.norm:
                 norm = next(norms)
-                yield elastic.norm.weight, norm.weight
-                yield elastic.norm.bias, norm.bias
+                yield elastic.norms[0].weight, norm.weight
+                yield elastic.norms[0].bias, norm.bias
     yield supernet.classifier.weight, network.blocks[-1].linear.weight
     yield supernet.classifier.bias, network.blocks[-1].linear.bias
 
 
-@pytest.mark.parametrize("name", SPACES)
-def test_a_path_is_the_extracted_network(name: str) -> None:
+@pytest.mark.parametrize(("name", "sharing"), PATHS)
+def test_a_path_is_the_extracted_network(name: str, sharing: str) -> None:
     """Forward exactly; gradients equal, scattered back to the corner of the shared weights that was used."""
     space = SPACES[name]()
-    supernet = supernet_of(space)
-    for number, picks in enumerate(random_picks(space, 10)):
+    supernet = supernet_of(space, SupernetConfig(sharing=sharing)).double()
+    for number, picks in enumerate(random_picks(space, 4)):
         x_NCHW, y = batch(space, number)
+        x_NCHW = x_NCHW.double()
         network = supernet.extract(picks).train()
         supernet.zero_grad(set_to_none=True)
-        ours, theirs = supernet.train()(x_NCHW, one_hot(picks, space)), network(x_NCHW)
+        ours = supernet.train()(x_NCHW, one_hot(picks, space))
+        theirs = network(resized(x_NCHW, network.arch.resolution))
         assert ours.std() > 1e-2
-        assert torch.equal(ours, theirs)
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
         F.cross_entropy(ours, y).backward()
         F.cross_entropy(theirs, y).backward()
         expected: dict[Tensor, Tensor] = {}
-        for shared, own in shared_tensors(supernet, picks, network):
+        for shared, own in shared_tensors(supernet, picks, network, sharing):
             scattered = torch.zeros_like(shared)
             scattered[tuple(slice(n) for n in own.shape)] = own.grad
             assert torch.equal(shared[tuple(slice(n) for n in own.shape)], own)
@@ -135,71 +75,86 @@ def test_a_path_is_the_extracted_network(name: str) -> None:
             if parameter not in expected:
                 assert parameter.grad is None, parameter_name
             else:
-                scale = expected[parameter].abs().max() + 1e-6
-                assert (parameter.grad - expected[parameter]).abs().max() <= 1e-5 * scale, parameter_name
+                assert torch.allclose(parameter.grad, expected[parameter], rtol=1e-7, atol=1e-10), parameter_name
 
 
 def prefix(count: int, total: int) -> Tensor:
     """1 for the first ``count`` channels, 0 for the rest."""
-    return (torch.arange(total) < count).float()
+    return (torch.arange(total) < count).double()
+
+
+def padded(x_NCHW: Tensor, channels: int) -> Tensor:
+    """Zeros for the channels that are missing, up to ``channels``."""
+    return F.pad(x_NCHW, (0, 0, 0, 0, 0, max(0, channels - x_NCHW.shape[1])))[:, :channels]
 
 
 class MaskedSupernet:
-    """TuNAS's way, written out: the widest weights, times prefix masks; batch norm over all channels, then masked."""
+    """TuNAS's way, written out: the widest weights, times prefix masks; batch norm over all channels, then masked.
 
-    def __init__(self, supernet: Supernet) -> None:
-        self.supernet = supernet
+    Convolutions in groups are dense ones with a block-diagonal mask. In float64.
+    """
 
-    def layer(self, position: int, layer: Layer, x_NCHW: Tensor) -> Tensor:
-        kernel = f"_k{layer.kernel}" if layer.name in ("depthwise", "conv") else ""
-        elastic = self.supernet.slots[position].shared[layer.name + kernel]
-        weight = elastic.conv.weight
+    def __init__(self, supernet: Supernet, sharing: str) -> None:
+        self.supernet, self.sharing = supernet, sharing
+
+    def layer(self, position: int, option: str, layer: Layer, x_NCHW: Tensor) -> Tensor:
+        name = shared_name(option, layer.name, layer.kernel, layer.groups, self.sharing)
+        elastic = self.supernet.slots[position].copies[0][name]
+        weight, channels = elastic.conv.weight, elastic.conv.in_channels
         out_mask = prefix(layer.out_ch, weight.shape[0])
-        x_NCHW = F.pad(x_NCHW, (0, 0, 0, 0, 0, max(0, self.in_width(elastic) - x_NCHW.shape[1])))[:, : self.in_width(elastic)]
-        masked = weight * out_mask[:, None, None, None]
-        groups = weight.shape[0]
-        if layer.name != "depthwise":
-            masked, groups = masked * prefix(layer.in_ch, weight.shape[1])[None, :, None, None], 1
-        x_NCHW = F.conv2d(x_NCHW, masked, None, layer.stride, layer.kernel // 2, groups=groups)
+        masked, groups = weight * out_mask[:, None, None, None], 1
+        if layer.name == "depthwise":
+            groups = weight.shape[0]
+        else:
+            own_in, own_out = layer.in_ch // layer.groups, layer.out_ch // layer.groups
+            same_group = torch.arange(weight.shape[0])[:, None] // own_out == torch.arange(channels)[None] // own_in
+            dense = masked[:, torch.arange(channels) % own_in] if layer.groups > 1 else masked
+            masked = dense * (same_group * prefix(layer.in_ch, channels))[:, :, None, None]
+        x_NCHW = F.conv2d(padded(x_NCHW, channels), masked, None, layer.stride, layer.kernel // 2, groups=groups)
         if elastic.conv.bias is not None:
             x_NCHW = x_NCHW + (elastic.conv.bias * out_mask)[:, None, None]
-        if elastic.norm is not None:
+        if len(elastic.norms):
             mean, var = x_NCHW.mean((0, 2, 3), keepdim=True), x_NCHW.var((0, 2, 3), unbiased=False, keepdim=True)
-            x_NCHW = (x_NCHW - mean) / (var + elastic.norm.eps).sqrt()
-            x_NCHW = x_NCHW * elastic.norm.weight[:, None, None] + elastic.norm.bias[:, None, None]
+            x_NCHW = (x_NCHW - mean) / (var + elastic.norms[0].eps).sqrt()
+            x_NCHW = x_NCHW * elastic.norms[0].weight[:, None, None] + elastic.norms[0].bias[:, None, None]
             x_NCHW = x_NCHW * out_mask[:, None, None]
         return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6, "hswish": F.hardswish}[layer.act](x_NCHW)
 
-    @staticmethod
-    def in_width(elastic: nn.Module) -> int:
-        return int(elastic.conv.in_channels)
+    def block(self, position: int, option: str, op: Op, x_NCHW: Tensor) -> Tensor:
+        layers = {layer.name: layer for layer in op.layers}
+        x_NCHW = x_NCHW.mean((2, 3), keepdim=True) if op.pooled else x_NCHW
+        for name, layer in layers.items():
+            if name == "depthwise" and op.shuffled:
+                x_NCHW = x_NCHW[:, : layer.in_ch].unflatten(1, (op.groups, -1)).transpose(1, 2).flatten(1, 2)
+            if name == "se_reduce":
+                hidden = self.layer(position, option, layer, x_NCHW.mean((2, 3), keepdim=True))
+                gate = self.layer(position, option, layers["se_expand"], hidden)
+                gate = torch.sigmoid(gate) if op.se_gate == "sigmoid" else (gate + 3).clamp(0, 6) / 6
+                x_NCHW = x_NCHW * gate[:, : x_NCHW.shape[1]]
+            elif name != "se_expand":
+                x_NCHW = self.layer(position, option, layer, x_NCHW)
+        return x_NCHW
 
     def __call__(self, x_NCHW: Tensor, picks: Picks) -> Tensor:
-        for position, op in picked_ops(self.supernet.space, picks):
-            entry = x_NCHW
-            layers = {layer.name: layer for layer in op.layers}
-            for name, layer in layers.items():
-                if name == "se_reduce":
-                    hidden = self.layer(position, layer, x_NCHW.mean((2, 3), keepdim=True))
-                    gate = torch.sigmoid(self.layer(position, layers["se_expand"], hidden))
-                    x_NCHW = x_NCHW * gate[:, : x_NCHW.shape[1]]
-                elif name != "se_expand":
-                    x_NCHW = self.layer(position, layer, x_NCHW)
-            x_NCHW = x_NCHW + F.pad(entry, (0, 0, 0, 0, 0, x_NCHW.shape[1] - entry.shape[1])) if op.residual else x_NCHW
+        if "resolution" in picks and picks["resolution"] != x_NCHW.shape[-1]:
+            x_NCHW = F.interpolate(x_NCHW, size=int(picks["resolution"]), mode="bilinear", antialias=True)
+        for position, option, op in picked_ops(self.supernet.space, picks):
+            y_NCHW = self.block(position, option, op, x_NCHW)
+            x_NCHW = y_NCHW + padded(x_NCHW, y_NCHW.shape[1]) if op.residual else y_NCHW
         classifier = self.supernet.classifier
         width = self.supernet.space.decode(picks).blocks[-1].in_ch
-        pooled = F.pad(x_NCHW.mean((2, 3)), (0, classifier.in_features - x_NCHW.shape[1]))
+        pooled = padded(x_NCHW.mean((2, 3), keepdim=True), classifier.in_features).flatten(1)
         return F.linear(pooled, classifier.weight * prefix(width, classifier.in_features), classifier.bias)
 
 
-@pytest.mark.parametrize("name", ["mobile32", "widths", "widths-hswish"])
-def test_slicing_is_masking(name: str) -> None:
+@pytest.mark.parametrize(("name", "sharing"), PATHS)
+def test_slicing_is_masking(name: str, sharing: str) -> None:
     """In float64, where rounding cannot hide a difference."""
     space = SPACES[name]()
-    supernet = supernet_of(space).double()
-    masked = MaskedSupernet(supernet)
+    supernet = supernet_of(space, SupernetConfig(sharing=sharing)).double()
+    masked = MaskedSupernet(supernet, sharing)
     narrow = 0
-    for number, picks in enumerate(random_picks(space, 6)):
+    for number, picks in enumerate(random_picks(space, 2)):
         x_NCHW, y = (batch(space, number)[0].double(), batch(space, number)[1])
         logits, gradients = [], []
         for run in (lambda: supernet(x_NCHW, one_hot(picks, space)), lambda: masked(x_NCHW, picks)):  # noqa: B023
@@ -211,30 +166,17 @@ def test_slicing_is_masking(name: str) -> None:
         for key, gradient in gradients[0].items():
             assert torch.allclose(gradient, gradients[1][key], rtol=1e-6, atol=1e-9), key
         narrow += sum(bool((gradient == 0).any()) and bool((gradient != 0).any()) for gradient in gradients[0].values())
-    assert narrow > 20  # corners of shared weights were used
-
-
-def mixture(space: MacroSpace, picks: Picks, **gates: list[float]) -> dict[str, np.ndarray]:
-    return {**one_hot(picks, space), **{key.replace("_", "."): np.array(values) for key, values in gates.items()}}
-
-
-def stages_space() -> MacroSpace:
-    """One slot that changes the shape and one residual one, each with three kernels and SE."""
-    options = ("ir_k3_e3_se0.25", "ir_k5_e3_se0.25", "ir_k7_e3_se0.25")
-    stages = (
-        Stage(widths=(8,), slots=(("cn_k3",),)),
-        Stage(widths=(8,), slots=(options, (*options, "skip"))),
-    )
-    return MacroSpace(name="kernels", resolution=8, classes=4, stages=stages)
+    shares = sharing == "collapsed" or any(choice.kind == "width" for choice in space.choices)
+    assert not shares or narrow > 10  # corners of shared weights were used
 
 
 def reference_branch(slot: nn.Module, x_NCHW: Tensor, kernels: dict[int, float]) -> Tensor:
     """expand -> weighted average of the depthwise outputs -> SE -> projection, from the slot's parameters alone."""
 
     def norm(y: Tensor, part: nn.Module) -> Tensor:
-        return F.batch_norm(y, None, None, part.norm.weight, part.norm.bias, training=True, eps=1e-3)
+        return F.batch_norm(y, None, None, part.norms[0].weight, part.norms[0].bias, training=True, eps=1e-3)
 
-    shared = slot.shared
+    shared = slot.copies[0]
     expanded = F.relu(norm(F.conv2d(x_NCHW, shared["expand"].conv.weight), shared["expand"]))
     mixed = torch.zeros(())
     for kernel, weight in kernels.items():
@@ -245,25 +187,31 @@ def reference_branch(slot: nn.Module, x_NCHW: Tensor, kernels: dict[int, float])
     return norm(F.conv2d(mixed, shared["project"].conv.weight), shared["project"])
 
 
+def run_slot(module: ElasticSlot, x_NCHW: Tensor, gate: np.ndarray) -> Tensor:
+    """A slot of eight channels in and out under a gate."""
+    found: Tensor = module(x_NCHW, executed(module.slot, gate), Width(8, 8), Width(8, 8))
+    return found
+
+
 def test_uniform_kernels_average_before_the_projection() -> None:
-    supernet = supernet_of(stages_space()).double()
+    supernet = supernet_of(kernels_space()).double()
     x_NCHW = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     slot = supernet.slots[1]
-    found = slot(x_NCHW, np.full(3, 1 / 3), 8)
+    found = run_slot(slot, x_NCHW, np.full(3, 1 / 3))
     assert torch.allclose(found, reference_branch(slot, x_NCHW, {3: 1 / 3, 5: 1 / 3, 7: 1 / 3}), atol=1e-10)
-    after_projection = sum(slot(x_NCHW, np.eye(3)[i], 8) for i in range(3)) / 3
+    after_projection = sum(run_slot(slot, x_NCHW, np.eye(3)[i]) for i in range(3)) / 3
     assert (found - after_projection).abs().max() > 1e-3  # averaging behind the projection is something else
 
 
 def test_half_a_skip_halves_the_branch() -> None:
-    supernet = supernet_of(stages_space()).double()
+    supernet = supernet_of(kernels_space()).double()
     x_NCHW = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     slot = supernet.slots[2]
-    found = slot(x_NCHW, np.array([0.0, 0.5, 0.0, 0.5]), 8)
+    found = run_slot(slot, x_NCHW, np.array([0.0, 0.5, 0.0, 0.5]))
     assert torch.allclose(found, x_NCHW + 0.5 * reference_branch(slot, x_NCHW, {5: 1.0}), atol=1e-10)
-    found = slot(x_NCHW, np.array([0.25, 0.25, 0.0, 0.5]), 8)
+    found = run_slot(slot, x_NCHW, np.array([0.25, 0.25, 0.0, 0.5]))
     assert torch.allclose(found, x_NCHW + 0.5 * reference_branch(slot, x_NCHW, {3: 0.5, 5: 0.5}), atol=1e-10)
-    assert torch.equal(slot(x_NCHW, np.array([0.0, 0.0, 0.0, 1.0]), 8), x_NCHW)
+    assert torch.equal(run_slot(slot, x_NCHW, np.array([0.0, 0.0, 0.0, 1.0])), x_NCHW)
 
 
 def test_half_a_skip_beside_a_plain_convolution() -> None:
@@ -273,30 +221,30 @@ def test_half_a_skip_beside_a_plain_convolution() -> None:
     supernet = supernet_of(space).double()
     slot = supernet.slots[1]
     x_NCHW = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0)).double()
-    plain, inverted = slot(x_NCHW, np.array([1.0, 0, 0]), 8), slot(x_NCHW, np.array([0, 1.0, 0]), 8)
-    assert torch.allclose(slot(x_NCHW, np.array([0.5, 0, 0.5]), 8), 0.5 * plain + 0.5 * x_NCHW)
-    assert torch.allclose(slot(x_NCHW, np.array([0.5, 0.5, 0]), 8), 0.5 * plain + 0.5 * inverted)
+    plain, inverted = run_slot(slot, x_NCHW, np.array([1.0, 0, 0])), run_slot(slot, x_NCHW, np.array([0, 1.0, 0]))
+    assert torch.allclose(run_slot(slot, x_NCHW, np.array([0.5, 0, 0.5])), 0.5 * plain + 0.5 * x_NCHW)
+    assert torch.allclose(run_slot(slot, x_NCHW, np.array([0.5, 0.5, 0])), 0.5 * plain + 0.5 * inverted)
 
 
 def test_gradient_with_respect_to_gates() -> None:
     """Torch gates: the derivative of the output equals finite differences."""
-    supernet = supernet_of(stages_space()).double()
-    x_NCHW, _ = batch(stages_space())
+    supernet = supernet_of(kernels_space()).double()
+    x_NCHW, _ = batch(kernels_space())
     gates = torch.tensor([0.2, 0.3, 0.1, 0.4], dtype=torch.float64, requires_grad=True)
 
     def output(values: Tensor) -> Tensor:
-        total: Tensor = (supernet(x_NCHW.double(), {"s1.b0": (1.0, 0.0, 0.0), "s1.b1": values}) ** 2).sum()
+        total: Tensor = (supernet(x_NCHW.double(), {"s1.b0": np.array([1.0, 0.0, 0.0]), "s1.b1": values}) ** 2).sum()
         return total
 
     assert torch.autograd.gradcheck(output, (gates,), atol=1e-4)
 
 
 def test_zero_options_are_not_executed() -> None:
-    space = stages_space()
+    space = kernels_space()
     supernet = supernet_of(space)
     x_NCHW, y = batch(space)
     F.cross_entropy(supernet(x_NCHW, {"s1.b0": np.array([0.5, 0.0, 0.5]), "s1.b1": np.array([0, 0, 0, 1.0])}), y).backward()
-    executed = {name for name, part in supernet.slots[1].shared.items() if part.conv.weight.grad is not None}
+    executed = {name for name, part in supernet.slots[1].copies[0].items() if part.conv.weight.grad is not None}
     assert executed == {"expand", "depthwise_k3", "depthwise_k7", "se_reduce", "se_expand", "project"}
     assert all(parameter.grad is None for parameter in supernet.slots[2].parameters())
 
@@ -304,7 +252,7 @@ def test_zero_options_are_not_executed() -> None:
 @pytest.mark.parametrize("optimizer", ["rmsproptf", "sgd", "adamw"])
 def test_unused_weights_stay_bit_identical(optimizer: str, tmp_path: Path) -> None:
     """No gradient, no momentum, no weight decay: not in the step that skips them, whatever came before."""
-    space = stages_space()
+    space = kernels_space()
     supernet = supernet_of(space)
     config = OptimizerConfig(name=optimizer, lr=1.0, weight_decay=0.1, options={}, warmup=0.0)
     engine = Engine(supernet, config, 10, 6, 0, tmp_path)
@@ -319,6 +267,6 @@ def test_unused_weights_stay_bit_identical(optimizer: str, tmp_path: Path) -> No
 
 
 def test_a_skip_in_a_supernet_needs_every_open_gate() -> None:
-    space = stages_space()
-    with pytest.raises(ValueError):
+    space = kernels_space()
+    with pytest.raises(AssertionError):
         supernet_of(space)(batch(space)[0], {"s1.b0": np.array([1.0, 0, 0])})

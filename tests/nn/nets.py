@@ -1,0 +1,123 @@
+"""Small spaces that have everything in them, and super-nets whose weights tell when they are mixed up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hwnas.config import SupernetConfig
+from hwnas.core.arch import Picks
+from hwnas.core.op import Op
+from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.spaces import fbnet, mobile32, mobilenet_v3_like
+from hwnas.nn.supernet import Supernet
+
+PLAIN = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
+WITH_SE = (*PLAIN, *(f"{option}_se0.25" for option in PLAIN))
+
+
+def widths_space(act: str = "relu6") -> MacroSpace:
+    """Searched widths from stem to head, SE, residuals wherever shapes match, lists that are no full grid."""
+    stages = (
+        Stage(widths=(8, 16), slots=(("cn_k3",),)),
+        Stage(widths=(8, 16), slots=(("ds_k3", "ds_k5", "ds_k3_se0.25"), ("ds_k3", "skip")), residual="matching"),
+        Stage(widths=(16, 24), stride=2, slots=(WITH_SE, (*PLAIN, "skip"))),
+        Stage(widths=(16, 24), slots=(("ir_k3_e6_se0.25", "ir_k3_e4_se0.5", "ds_k5"), (*WITH_SE, "skip")), residual="matching"),
+        Stage(widths=(24, 48), slots=(("cn_k1", "cn_k3"),)),
+    )
+    return MacroSpace(name="widths", resolution=10, classes=7, act=act, stages=stages)
+
+
+def groups_space() -> MacroSpace:
+    """Grouped and ungrouped 1 x 1 convolutions side by side, as in FBNet; a first slot that may be skipped."""
+    options = ("ir_k3_e1", "ir_k3_e1_g2", "ir_k5_e3", "ir_k5_e3_g2", "skip")
+    stages = (
+        Stage(widths=(16,), slots=(("cn_k3",),)),
+        Stage(widths=(16,), slots=(options,), residual="matching"),
+        Stage(widths=(16, 32), stride=2, slots=(options[:-1], options)),
+    )
+    return MacroSpace(name="groups", resolution=8, classes=5, stages=stages)
+
+
+def kernels_space() -> MacroSpace:
+    """One slot that changes the shape and one residual one, each with three kernels and SE."""
+    options = ("ir_k3_e3_se0.25", "ir_k5_e3_se0.25", "ir_k7_e3_se0.25")
+    stages = (
+        Stage(widths=(8,), slots=(("cn_k3",),)),
+        Stage(widths=(8,), slots=(options, (*options, "skip"))),
+    )
+    return MacroSpace(name="kernels", resolution=8, classes=4, stages=stages)
+
+
+def depths_space() -> MacroSpace:
+    """Searched depths and resolutions, a pooled head, hard sigmoids: once-for-all in small, with searched widths."""
+    stages = (
+        Stage(widths=(8,), slots=(("cn_k3",),)),
+        Stage(widths=(8, 16), slots=(PLAIN[:2], PLAIN, (*PLAIN, "skip"), PLAIN), depths=(1, 2, 4)),
+        Stage(widths=(16,), stride=2, slots=(("ir_k5_e3_se0.25_hsig", "ir_k3_e3_se0.25_hsig"), PLAIN[:2]), depths=(1, 2)),
+        Stage(widths=(24, 32), slots=(("hd",),)),
+    )
+    return MacroSpace(name="depths", resolution=12, resolutions=(8, 12), classes=6, act="hswish", stages=stages)
+
+
+def small_v3() -> MacroSpace:
+    """TuNAS's MobileNetV3-like space at 32 pixels, three of its widths each."""
+    space = mobilenet_v3_like(resolution=32, classes=10, width=0.5)
+    widths = {choice.key: choice.options[:3] for choice in space.choices if choice.kind == "width"}
+    return space.restrict(widths)
+
+
+SPACES: dict[str, Callable[[], MacroSpace]] = {
+    "mobile32": lambda: mobile32(resolution=16),
+    "widths": widths_space,
+    "widths-hswish": lambda: widths_space("hswish"),
+    "groups": groups_space,
+    "depths": depths_space,
+    "fbnet": lambda: fbnet(resolution=32, classes=10, width=0.5),
+    "mobilenet_v3_like": small_v3,
+}
+
+
+def supernet_of(space: MacroSpace, config: SupernetConfig | None = None) -> Supernet:
+    """With BN scales and all biases away from 1 and 0, so that mixing them up shows."""
+    generator = torch.Generator().manual_seed(3)
+    supernet = Supernet(space, generator, config)
+    with torch.no_grad():
+        for parameter in supernet.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+        supernet.classifier.weight.normal_(0, 0.3, generator=generator)
+    return supernet
+
+
+def batch(space: MacroSpace, seed: int = 0, count: int = 6) -> tuple[Tensor, Tensor]:
+    """Random images and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, space.in_channels, space.resolution, space.resolution)
+    return torch.randn(shape, generator=generator), torch.randint(0, space.classes, (count,), generator=generator)
+
+
+def random_picks(space: MacroSpace, count: int) -> list[Picks]:
+    """Random ones, and the ones that always take the first and the last option."""
+    rng = np.random.default_rng(5)
+    ends = [{choice.key: choice.options[end] for choice in space.choices} for end in (0, -1)]
+    return [*ends, *(space.sample(rng) for _ in range(count))]
+
+
+def picked_ops(space: MacroSpace, picks: Picks) -> Iterator[tuple[int, str, Op]]:
+    """(slot position, option, op) of the slots that are neither skipped nor left out, by the space's own decoding."""
+    blocks = iter(space.decode(picks).blocks)
+    for position, slot in enumerate(space.slots):
+        option = str(picks.get(slot.key, slot.options[0]))
+        if option != "skip" and slot.index < int(picks.get(slot.depth_key, slot.index + 1)):
+            yield position, option, next(blocks)
+
+
+def shared_name(option: str, layer_name: str, kernel: int, groups: int, sharing: str) -> str:
+    """Where the super-net keeps a layer's weights, kernels having their own."""
+    name = layer_name + (f"_k{kernel}" if layer_name in ("depthwise", "conv") else "")
+    name += f"_g{groups}" if groups > 1 and layer_name != "depthwise" else ""
+    return name if sharing == "collapsed" else f"{option.replace('.', '_')}|{name}"

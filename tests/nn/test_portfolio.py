@@ -1,0 +1,85 @@
+"""A portfolio: networks that share nothing behind the interface of a super-net; training in turns is training alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hwnas.config import OptimizerConfig
+from hwnas.core.arch import Picks
+from hwnas.core.space import MacroSpace
+from hwnas.engine import Engine
+from hwnas.nn.portfolio import Portfolio
+from hwnas.nn.supernet import resized
+from hwnas.search.proposal import one_hot
+from tests.nn.nets import batch, depths_space
+
+torch.set_num_threads(1)
+
+
+def made() -> tuple[MacroSpace, list[Picks], Portfolio]:
+    space, rng = depths_space(), np.random.default_rng(1)
+    members = [{**space.sample(rng), "resolution": size} for size in (8, 12, 12)]
+    return space, members, Portfolio(space, members, torch.Generator().manual_seed(0))
+
+
+def test_gates_say_which_network_runs() -> None:
+    """At its own resolution; the others get no gradient."""
+    space, members, portfolio = made()
+    x_NCHW, y = batch(space)
+    for number, picks in enumerate(members):
+        portfolio.zero_grad(set_to_none=True)
+        logits = portfolio(x_NCHW, one_hot(picks, space))
+        network = portfolio.networks[number]
+        assert network.arch.blocks == space.decode(picks).blocks
+        assert torch.equal(logits, network(resized(x_NCHW, picks["resolution"])))
+        F.cross_entropy(logits, y).backward()
+        trained = {name.split(".")[1] for name, parameter in portfolio.named_parameters() if parameter.grad is not None}
+        assert trained == {str(number)}
+    stranger = space.at((space.index(members[0]) + 1) % [len(choice.options) for choice in space.choices])
+    with pytest.raises(ValueError, match="not in list"):
+        portfolio(x_NCHW, one_hot(stranger, space))
+
+
+def test_an_extracted_network_is_a_copy_with_its_statistics() -> None:
+    space, members, portfolio = made()
+    x_NCHW, _ = batch(space)
+    portfolio.train()(x_NCHW, one_hot(members[1], space))
+    network = portfolio.extract(members[1])
+    original = portfolio.networks[1]
+    for (name, mine), theirs in zip(network.state_dict().items(), original.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+        assert mine.data_ptr() != theirs.data_ptr()
+    assert portfolio.arch(members[1]).blocks == network.arch.blocks
+    assert torch.equal(network.eval()(x_NCHW), original.eval()(x_NCHW))
+
+
+@pytest.mark.parametrize("optimizer", ["rmsproptf", "momentum", "adamw"])
+def test_training_in_turns_is_training_each_alone(optimizer: str, tmp_path: Path) -> None:
+    """Bit for bit: no decay, no momentum and no statistics from the steps of the others."""
+    space, members, portfolio = made()
+    config = OptimizerConfig(name=optimizer, lr=0.5, weight_decay=0.1, options={}, warmup=0.0)
+    alone = [portfolio.extract(picks) for picks in members]
+    together = Engine(portfolio, config, 9, 6, 0, tmp_path)
+    engines = [Engine(network, config, 9, 6, 0, tmp_path) for network in alone]
+    for step in range(9):
+        x_NCHW, y = batch(space, step)
+        turn = step % 3
+        together.step = engines[turn].step = step
+        together.weight_step(x_NCHW, y, one_hot(members[turn], space))
+        engines[turn].weight_step(resized(x_NCHW, members[turn]["resolution"]), y)
+    for network, copy in zip(portfolio.networks, alone, strict=True):
+        weights: dict[str, Tensor] = copy.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+
+
+def test_the_classifiers_are_not_decayed() -> None:
+    _, members, portfolio = made()
+    last = [len(network.blocks) - 1 for network in portfolio.networks]
+    assert portfolio.no_weight_decay() == {f"networks.{i}.blocks.{last[i]}.linear.weight" for i in range(len(members))}
+    assert portfolio.no_weight_decay() <= {name for name, _ in portfolio.named_parameters()}
