@@ -4,7 +4,8 @@ The engine owns what strategies must never see: optimiser, schedule, mixed preci
 that the loss is finite. A step is any function of the step number that calls ``Engine.weight_step``.
 
 Resuming is exact: every random draw is a function of (seed, step), so a checkpoint needs no generator state, and a run killed
-at any moment ends with the same weights, bit for bit, as one that was not (on the same hardware and thread count).
+at any moment ends with the same weights, bit for bit, as one that was not (on the same CPU and thread count; a GPU's
+convolutions add up in no fixed order).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import io
 import math
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,20 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One forward pass of an update: a batch, what the model takes beside the images, and how much its gradient weighs.
+
+    ``soft_labels`` [N, classes] are a teacher's probabilities; their cross-entropy is added to that of the labels.
+    """
+
+    x_NCHW: Tensor
+    y: Tensor
+    forward_args: tuple[Any, ...] = ()
+    soft_labels: Tensor | None = None
+    weight: float = 1.0
 
 
 def best_device() -> torch.device:
@@ -117,25 +132,51 @@ class Engine:
 
     def weight_step(self, x_NCHW: Tensor, y: Tensor, *forward_args: Any) -> Metrics:
         """One update of the weights on a batch. Raises DivergenceError, before the update, where the loss is not finite."""
-        x_NCHW, y = self.to_device(x_NCHW, y)
+        return self.update([Part(x_NCHW, y, forward_args)])
+
+    def update(self, parts: Sequence[Part]) -> Metrics:
+        """One update of the weights by the summed gradients of several forward passes, which run one after another.
+
+        Raises DivergenceError, before the update, where a loss is not finite.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.base_lr * schedule(self.step, self.steps, self.optimizer_config.warmup) * group.get("lr_scale", 1.0)
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)  # weights without a gradient then get no decay and no momentum
-        with self.autocast():
-            logits = self.model(x_NCHW, *forward_args)
-            loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise self._diverged(f"the loss is {value}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = correct = 0.0
+        for part in parts:
+            value, right = self._backward(part)
+            loss, correct = loss + value / len(parts), correct + right / len(parts)
         if self.optimizer_config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip_norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        correct = float((logits.detach().argmax(1) == y).float().mean())
-        return {"loss": value, "train_accuracy": correct}
+        return {"loss": loss, "train_accuracy": correct}
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of this step."""
+        return self.base_lr * schedule(self.step, self.steps, self.optimizer_config.warmup)
+
+    def _backward(self, part: Part) -> tuple[float, float]:
+        """Add the gradients of one forward pass; its loss and accuracy."""
+        x_NCHW, y = self.to_device(part.x_NCHW, part.y)
+        with self.autocast():
+            logits = self.model(x_NCHW, *part.forward_args)
+            loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+            if part.soft_labels is not None:
+                loss = loss + F.cross_entropy(logits, part.soft_labels)
+        value = self.finite(loss)
+        (loss * part.weight).backward()  # type: ignore[no-untyped-call]
+        return value, float((logits.detach().argmax(1) == y).float().mean())
+
+    def finite(self, loss: Tensor) -> float:
+        """The value of a loss. Raises DivergenceError where it is none."""
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss is {value}")
+        return value
 
     def _diverged(self, what: str) -> DivergenceError:
         return DivergenceError(

@@ -62,6 +62,20 @@ def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Ima
     return images
 
 
+class Portion(Images):
+    """A fixed random part of a split, in every seed the same."""
+
+    def __init__(self, images: Images, portion: float) -> None:
+        self.images, self.resizing, self.names = images, images.resizing, images.names
+        count = max(1, round(portion * len(images)))
+        self.kept = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
+        self.labels = images.labels[self.kept]
+
+    def __getitems__(self, requests: Sequence[Request]) -> Batch:
+        """A whole batch at once."""
+        return self.images.__getitems__([(int(self.kept[index]), draw) for index, draw in requests])
+
+
 def split_indices(total: int, held_out: float, split: str) -> np.ndarray:
     """Which of ``total`` training images belong to ``train``, ``held_out`` or ``all``."""
     if split == "all":
@@ -72,14 +86,14 @@ def split_indices(total: int, held_out: float, split: str) -> np.ndarray:
 
 
 class _Stream:
-    """Batch sampler: permutation after permutation, cut into batches, from ``first`` to ``last`` step."""
+    """Batch sampler: permutation after permutation, cut into batches, of every ``stride``-th step from ``first`` to ``last``."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, first: int, last: int) -> None:
-        self.size, self.batch_size, self.seed, self.first, self.last = size, batch_size, seed, first, last
+    def __init__(self, size: int, batch_size: int, seed: int, first: int, last: int, stride: int = 1) -> None:
+        self.size, self.batch_size, self.seed, self.steps = size, batch_size, seed, range(first, last, stride)
 
     def __iter__(self) -> Iterator[list[Request]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        for step in range(self.first, self.last):
+        for step in self.steps:
             draw = int(np.random.default_rng([self.seed, step, 1]).integers(2**62))
             batch = []
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
@@ -90,7 +104,7 @@ class _Stream:
             yield batch
 
     def __len__(self) -> int:
-        return max(0, self.last - self.first)
+        return len(self.steps)
 
 
 class _Carrying(Dataset[Any]):
@@ -125,9 +139,11 @@ def _load(images: Images, sampler: Iterable[list[Request]], workers: int) -> Ite
         yield batch
 
 
-def training_batches(images: Images, batch_size: int, *, seed: int, first: int, last: int, workers: int = 0) -> Iterator[Batch]:
-    """The shuffled batches of steps ``first`` to ``last - 1``."""
-    return _load(images, _Stream(len(images), batch_size, seed, first, last), workers)
+def training_batches(
+    images: Images, batch_size: int, *, seed: int, first: int, last: int, stride: int = 1, workers: int = 0
+) -> Iterator[Batch]:
+    """The shuffled batches of every ``stride``-th step from ``first`` to ``last - 1``."""
+    return _load(images, _Stream(len(images), batch_size, seed, first, last, stride), workers)
 
 
 def evaluation_batches(images: Images, batch_size: int, *, limit: int | None = None, workers: int = 0) -> Iterator[Batch]:

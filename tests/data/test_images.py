@@ -17,7 +17,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hwnas.config import DataConfig
-from hwnas.data.images import Batch, Images, Request, evaluation_batches, load_images, sampled_images, split_indices, training_batches
+from hwnas.data.images import (
+    Batch,
+    Images,
+    Portion,
+    Request,
+    evaluation_batches,
+    load_images,
+    sampled_images,
+    split_indices,
+    training_batches,
+)
 from hwnas.errors import ConfigError, DataError
 
 torch.set_num_threads(1)
@@ -104,6 +114,30 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     other = list(training_batches(images, 64, seed=4, first=0, last=40))
     assert not any(same(a, b) for a, b in zip(straight, other, strict=True))
     assert not any(same(a, b) for a, b in itertools.combinations(straight, 2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_kth_step(workers: int) -> None:
+    """A stride leaves steps out and changes none: across epochs (1,150 images in batches of 64), and where it does not divide."""
+    images = load_images(DIGITS, "train", augment=True)
+    straight = list(training_batches(images, 64, seed=3, first=0, last=41))
+    for first, stride in ((0, 5), (3, 7), (40, 4)):
+        found = list(training_batches(images, 64, seed=3, first=first, last=41, stride=stride, workers=workers))
+        assert len(found) == len(straight[first::stride])
+        assert all(same(a, b) for a, b in zip(found, straight[first::stride], strict=True))
+
+
+def test_a_portion_is_a_fixed_random_part() -> None:
+    """The same images every time, each with its own label."""
+    plain = load_images(DIGITS, "train")
+    everything = [(image.tobytes(), int(label)) for x, y in in_order(plain, 500) for image, label in zip(x.numpy(), y, strict=True)]
+    for portion, count in ((0.5, 575), (0.1, 115), (1e-9, 1)):
+        part = Portion(plain, portion)
+        found = [(image.tobytes(), int(label)) for x, y in in_order(part, 500) for image, label in zip(x.numpy(), y, strict=True)]
+        assert len(part) == len(found) == count
+        assert found == [everything[i] for i in Portion(plain, portion).kept]
+        assert [label for _, label in found] == part.labels.tolist()
+    assert list(Portion(plain, 0.5).kept) != list(range(575))
 
 
 def test_each_epoch_visits_every_image_once() -> None:
