@@ -11,7 +11,7 @@ from typing import Any
 from hwnas import __version__
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.cost import CostModel
+from hwnas.core.limits import LatencyLimit
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.spaces import SPACES, load_space, published
 from hwnas.core.table import LatencyTable
@@ -21,7 +21,7 @@ from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, UserError
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
-from hwnas.search import STRATEGIES
+from hwnas.search import FINDERS, STRATEGIES
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
 
@@ -45,7 +45,8 @@ def experiment_space(experiment: Experiment) -> MacroSpace:
     overrides: dict[str, Any] = {}
     if name in SPACES:
         overrides = {"classes": data.classes, "resolution": data.resolution, "in_channels": data.channels}
-        overrides |= {"act": experiment.space.act} if experiment.space.act else {}
+    overrides |= {"act": experiment.space.act} if experiment.space.act else {}
+    overrides |= {"width": experiment.space.width} if experiment.space.width != 1.0 else {}
     space: SearchSpace = load_space(name, **overrides)
     if not isinstance(space, MacroSpace):
         raise ConfigError(f"space {name!r} is not a macro space: this stage needs one.")
@@ -54,15 +55,16 @@ def experiment_space(experiment: Experiment) -> MacroSpace:
             f"space {name!r} has {space.classes} classes, {space.resolution} px and {space.in_channels} channels, but the data "
             f"{data.classes}, {data.resolution} and {data.channels}: make them agree."
         )
-    return space
+    return space.restrict(experiment.space.restrict) if experiment.space.restrict else space
 
 
 def check_names(experiment: Experiment) -> None:
     """Look up everything the experiment names, so that a misspelling is found before any work is done."""
     find_device(experiment.device.name)
     DATASETS.get(experiment.data.name)
-    strategy = experiment.search.strategy
-    strategy.options(STRATEGIES.get(strategy.name).Config)
+    for plugin, known in ((experiment.search.strategy, STRATEGIES), (experiment.search.finder, FINDERS)):
+        if plugin is not None:
+            plugin.options(known.get(plugin.name).Config)
     name = experiment.train.arch
     if name is not None and Path(name).suffix != ".json":
         published(name)
@@ -156,11 +158,12 @@ class Pipeline:
         else:
             target = "without a target yet: set search.target_ms"
         arch = experiment.train.arch or "the searched architecture"
+        trains = experiment.search.weights is None
+        searcher = f"{experiment.search.strategy.name} for {experiment.search.epochs:g} epochs" if trains else "a trained super-net"
         texts = {
             "profile": f"measure {len(space.ops)} ops and {nets} networks of space {space.name} on {device.name} ({device.runtime}, "
             f"{device.dtype}, {device.threads} thread{'s' if device.threads > 1 else ''}) in {experiment.profile.rounds} rounds",
-            "search": f"{experiment.search.strategy.name} over {space.size:.3g} architectures, {target}, "
-            f"{experiment.search.epochs:g} epochs",
+            "search": f"{searcher} over {space.size:.3g} architectures, {target}",
             "train": f"{arch} for {experiment.train.epochs:g} epochs, weights from {experiment.train.weights}",
             "export": ", ".join(experiment.export.formats),
             "validate": f"latency within {experiment.validation.latency_tolerance:.0%} of predicted, "
@@ -212,25 +215,39 @@ class Pipeline:
         from hwnas.search import stage as search
 
         def inputs() -> dict[str, str]:
-            file = self._file(self.table_path, "profile")
-            cost = CostModel(self.space, LatencyTable.load(self.table_path), allow_uncalibrated=self.experiment.search.allow_uncalibrated)
-            search.resolve_target(self.experiment, cost)
-            return {"space.json": self.space.sha256, **file, **self._data(), **self._config("search", "seed")}
+            config = self.experiment.search
+            found = self._file(self.table_path, "profile")
+            for i, limit in enumerate(config.limits):
+                if isinstance(limit, LatencyLimit):
+                    found[f"search.limits[{i}].table"] = LatencyTable.load(Path(limit.table).expanduser()).sha256
+            found |= {"super-net": file_sha256(search.trained_supernet(config.weights))} if config.weights is not None else {}
+            search.search_context(self.experiment, self.space, LatencyTable.load(self.table_path))
+            return {"space.json": self.space.sha256, **found, **self._data(), **self._config("search", "seed")}
 
-        return Stage("search", search.OUTPUTS, inputs, lambda ctx: search.run(ctx, self.space, LatencyTable.load(self.table_path)))
+        return Stage(
+            "search",
+            search.outputs(self.experiment.search),
+            inputs,
+            lambda ctx: search.run(ctx, self.space, LatencyTable.load(self.table_path)),
+        )
 
     def _train(self) -> Stage:
+        from hwnas.nn.network import load_network
         from hwnas.train import stage as train
 
-        searched = self.root / "search" / "arch.json"
+        searched, inherited = self.root / "search" / "arch.json", self.root / "search" / "supernet.safetensors"
 
         def inputs() -> dict[str, str]:
             found = {} if self.experiment.train.arch else self._file(searched, "search")
             if self.experiment.train.weights == "supernet":
-                found |= self._file(self.root / "search" / "supernet.safetensors", "search")
+                found |= self._file(inherited, "search")
             arch = train.architecture(self.experiment, searched)
             if self.experiment.train.weights == "supernet" and arch != Architecture.load(searched):
                 raise ConfigError("train.weights = 'supernet' fits the searched architecture alone: set train.weights = 'scratch'.")
+            if self.experiment.train.weights == "supernet" and load_network(inherited).arch.blocks != arch.blocks:
+                raise ConfigError(
+                    "train.weights = 'supernet' needs a super-net of full size, and this one was a proxy: set train.weights = 'scratch'."
+                )
             return {"architecture": arch.sha256, **found, **self._data(), **self._config("train", "seed")}
 
         return Stage("train", train.OUTPUTS, inputs, lambda ctx: train.run(ctx, train.architecture(self.experiment, searched)))

@@ -15,7 +15,7 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +29,8 @@ from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.devices.device import Connection
 from hwnas.export.timing import timing_file
-from hwnas.search.strategy import Metrics, SearchContext, Strategy
+from hwnas.search.proposal import one_hot
+from hwnas.search.strategy import Gates, Metrics, Probes, SearchContext, Strategy
 
 
 def tiny_space() -> MacroSpace:
@@ -88,23 +89,15 @@ class Problem:
         assert 10 <= within_N.sum() <= 0.2 * len(within_N), "the budget must leave a choice, and not everything"
         self.best = self.space.at(self.index_NC[reward_N.argmax()])
 
-    def quality(self, gates: Mapping[str, Any], multiple: int = 1) -> float:
+    def quality(self, gates: Gates) -> float:
         """The quality in 0..1 of an architecture or mixture, as an infinitely large held-out set would tell it."""
-        del multiple
         return 0.5 + sum(float(np.dot(np.asarray(gates[key], dtype=float), gain)) for key, gain in self.gains.items())
 
     def context(self, steps: int, batch_size: int = 256) -> SearchContext:
         """A search context without a super-net: weights have nothing to learn."""
-
-        def train(gates: Mapping[str, Any]) -> Metrics:
-            assert gates.keys() == self.gains.keys(), f"gates for {sorted(gates)}, but the choices are {sorted(self.gains)}"
-            for key, gate in gates.items():
-                total = float(np.sum([float(weight) for weight in gate]))
-                assert math.isclose(total, 1.0, abs_tol=1e-6), f"the gates of {key} add up to {total}"
-            return {}
-
+        known = KnownWeights(self)
         return SearchContext(
-            self.space, self.cost, AbsoluteObjective(), self.target_ms, self.tolerance, steps, batch_size, train, self.quality
+            self.space, self.cost, AbsoluteObjective(), self.target_ms, self.tolerance, steps, batch_size, weights=known, evaluator=known
         )
 
     def ranked(self, proposals: list[Picks]) -> list[Picks]:
@@ -115,6 +108,58 @@ class Problem:
             return AbsoluteObjective().reward(quality, self.cost.latency_ms(picks), self.target_ms)
 
         return sorted(proposals, key=reward, reverse=True)
+
+
+class KnownWeights:
+    """The shared weights of a ``Problem``: whatever they are trained on, every architecture is as good as its gains say."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+        """Check the gates; there is nothing to learn."""
+        del split, teach, skip_dropout
+        assert gates, "an update needs gates"
+        for each in gates:
+            self._check(each)
+        return {}
+
+    def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
+        """The exact qualities."""
+        del multiple
+        return [self.problem.quality(each) for each in gates]
+
+    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+        """Loss 1 - quality: its derivative is minus the gain of every option that is executed or probed, and 0 elsewhere."""
+        del order, skip_dropout
+        self._check(gates)
+        gradients = {}
+        for key, gain in self.problem.gains.items():
+            executed = np.asarray(gates[key]) != 0
+            executed[list(probes.get(key, ()))] = True
+            gradients[key] = np.where(executed, -np.asarray(gain), 0.0)
+        return 1 - self.problem.quality(gates), gradients
+
+    def evaluate(self, picks: Picks) -> float:
+        """The exact quality."""
+        return self.problem.quality(one_hot(picks, self.problem.space))
+
+    def remember_teacher(self, picks: Picks) -> None:
+        """There is nothing to teach."""
+        self.problem.space.check(picks)
+
+    def _check(self, gates: Gates) -> None:
+        gains = self.problem.gains
+        assert gates.keys() == gains.keys(), f"gates for {sorted(gates)}, but the choices are {sorted(gains)}"
+        for key, gate in gates.items():
+            total = float(np.sum([float(weight) for weight in gate]))
+            assert math.isclose(total, 1.0, abs_tol=1e-6), f"the gates of {key} add up to {total}"
+
+
+def prepared(strategy: Strategy, ctx: SearchContext, seed: int) -> None:
+    """Set a strategy up as the search stage does: with a generator that no step has."""
+    ctx.rng = np.random.default_rng([seed, ctx.steps, 1])
+    strategy.setup(ctx)
 
 
 def searched(strategy: Strategy, ctx: SearchContext, seed: int, first: int = 0, last: int | None = None) -> list[Metrics]:
@@ -147,7 +192,7 @@ class StrategyConformance(ABC):
 
     def _search(self, problem: Problem, seed: int, steps: int) -> tuple[Strategy, SearchContext, list[Metrics]]:
         strategy, ctx = self.strategy(), problem.context(steps)
-        strategy.setup(ctx)
+        prepared(strategy, ctx, seed)
         return strategy, ctx, searched(strategy, ctx, seed)
 
     def test_proposals_are_valid_distinct_and_within_the_tolerance(self) -> None:
@@ -193,12 +238,12 @@ class StrategyConformance(ABC):
         expected = proposed(strategy, ctx, 1, 6)
         for stop in (0, 7, 33, 60):
             early, early_ctx = self.strategy(), problem.context(60)
-            early.setup(early_ctx)
+            prepared(early, early_ctx, 1)
             before = searched(early, early_ctx, 1, 0, stop)
             state = copy.deepcopy(early.state_dict())
             searched(early, early_ctx, 1, stop, min(stop + 5, 60))  # what goes on after a checkpoint must not leak into it
             late, late_ctx = self.strategy(), problem.context(60)
-            late.setup(late_ctx)
+            prepared(late, late_ctx, 1)
             late.load_state_dict(state)
             after = searched(late, late_ctx, 1, stop)
             assert before + after == straight, f"stopped at step {stop}, it went on differently"

@@ -139,7 +139,7 @@ def _accuracies(
     bundle: Bundle, folder: Path, data: DataConfig, limit: int | None, connection: Connection, work: Path, progress: Progress
 ) -> tuple[dict[str, float], float, int]:
     """Top-1 of each file on the device, PyTorch's on the same images, and their number. Images go in parts, to bound memory."""
-    test = load_images(data, "test")
+    test = load_images(data.at(bundle.architecture.resolution), "test")
     right = {file.name: 0 for file in bundle.files}
     total = torch_right = 0
     with np.load(folder / "parity.npz", allow_pickle=False) as arrays:

@@ -154,6 +154,57 @@ def test_diverging_training_stops_and_keeps_a_checkpoint(hwnas: Run, project: Pa
     refused(hwnas("train", project / "tiny.toml", "--out", project / "run", *overrides), "loss", "lower optimizer.lr", code=1)
 
 
+REFUSED = [
+    (("search.strategy.architectures=33",), ("'tunas'", "33 parts", "search.batch_size = 64", "set it to 66 or more")),
+    (
+        ("search.strategy={name = 'proxylessnas', gradient = 'reinforce', rl_samples = 33}",),
+        ("'proxylessnas'", "33 parts", "set it to 66 or more"),
+    ),
+    (("search.limits=[{kind = 'latency', table = 'board.json', max_ms = 1.0}]",), ("board.json does not exist", "check the path")),
+    (("search.limits=[{kind = 'macs', max_macs = 10}]",), ("limit macs <= 10 is out of reach", "search.limits[0].max_macs")),
+    (("search.limits=[{kind = 'watts', max_watts = 10}]",), ("search.limits", "watts", "macs")),
+    (("space.width=0.5",), ("space.json", "takes no overrides", "edit the document, or remove width")),
+    (("space.act=hswish",), ("space.json", "takes no overrides", "remove act")),
+    (("space.restrict={resolutoin = [8]}",), ("has no choice 'resolutoin'", "did you mean 'resolution'?")),
+    (("space.restrict={resolution = [4]}",), ("'resolution' cannot be restricted to [4]", "its options are 8")),
+    (("search.weights={run}", "search.supernet.dropout=0.5"), ("search.supernet.dropout = 0.5", "has 0.0", "remove the key")),
+    (
+        ("search.weights={run}", "search.supernet.bn_track=true", "search.recalibration_images=0"),
+        ("tracks no BN statistics", "search.recalibration_images to 2 or more"),
+    ),
+    (("search.recalibration_images=0",), ("recalibration_images is 0", "supernet.bn_track = true")),
+    (("search.weights={folder}",), ("holds no shared.safetensors", "name the search folder")),
+]
+"""What is said, before anything of the finished run is set aside: overrides, and words of the one sentence."""
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
+def test_searches_that_cannot_be(hwnas: Run, project: Path, overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
+    paths = {"{run}": str(project / "run"), "{folder}": str(project)}
+    named = [part for override in overrides for part in ("-s", override)]
+    named = [next((part.replace(key, path) for key, path in paths.items() if key in part), part) for part in named]
+    before = sorted(path.name for path in (project / "run").iterdir())
+    refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *named), *words)
+    assert sorted(path.name for path in (project / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("search.data_portion=0.05",), ("search.data_portion = 0.05 leaves", "less than a batch of 64", "lower search.batch_size")),
+        (
+            ("search.strategy={name = 'random_standalone', trainings = 8}", "search.epochs=0.2"),
+            ("8 trainings share 4 steps", "raise search.epochs"),
+        ),
+    ],
+)
+def test_too_little_to_train_on(hwnas: Run, project: Path, overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
+    """Found when the images are there."""
+    named = [part for override in overrides for part in ("-s", override)]
+    refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *named), *words)
+    assert (project / "run" / "search.old-1" / "search.json").exists()
+
+
 def test_output_below_a_file(hwnas: Run, project: Path) -> None:
     refused(hwnas("run", project / "tiny.toml", "--out", project / "tiny.toml" / "run"), "cannot be made", "--out")
 

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hwnas.config import load_experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms
+from hwnas.core.spaces import load_space
 from hwnas.core.table import LatencyTable
 from hwnas.document import file_sha256
 from hwnas.errors import ConfigError
+from hwnas.nn.supernet import load_supernet, save_supernet
 from hwnas.pipeline import STAGES, Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import MANIFEST, JsonLines, StageManifest
@@ -108,6 +111,49 @@ def test_a_tampered_output_is_redone(finished_run: Path, tmp_path: Path) -> None
     Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, Progress()).run()
     assert Verdict.load(run / "validate" / "verdict.json").passed
     assert (run / "validate.old-1" / "verdict.json").read_text() == "{}"
+
+
+def test_a_deleted_super_net_is_trained_again(finished_run: Path, tmp_path: Path) -> None:
+    """Other runs may name it by ``search.weights``, so a search without it is not current."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "search" / "shared.safetensors").unlink()
+    lines = Lines()
+    Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, lines).run_stage("search")
+    assert lines.said[0] == "search: inputs changed; the earlier results move to search.old-1"
+    manifest = StageManifest.load(run / "search" / MANIFEST)
+    assert manifest.state == "done" and manifest.outputs["shared.safetensors"] == file_sha256(run / "search" / "shared.safetensors")
+
+
+def test_a_search_with_a_trained_super_net_has_none_of_its_own_and_is_current(finished_run: Path, tmp_path: Path) -> None:
+    """It notices when that super-net changes."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(finished_run, other)
+    finder = "search.finder={name = 'random', architectures = 3}"
+    overrides = [f"search.weights={other}", finder, f"search.table={finished_run / 'profile' / 'table.json'}", "search.random_samples=0"]
+    experiment = load_experiment(finished_run.parent / "tiny.toml", overrides)
+    Pipeline(experiment, run, Progress()).run_stage("search")
+    assert not (run / "search" / "shared.safetensors").exists()
+    Pipeline(experiment, run, lines := Lines()).run_stage("search")
+    assert lines.said == ["search: current, skipped"]
+    supernet = load_supernet(other / "search" / "shared.safetensors", load_space(str(finished_run.parent / "space.json")))
+    with torch.no_grad():
+        supernet.classifier.bias.add_(0.5)
+    save_supernet(supernet, other / "search" / "shared.safetensors")
+    Pipeline(experiment, run, lines := Lines()).run_stage("search")
+    assert lines.said[0].startswith("search: inputs changed")
+
+
+def test_a_proxys_weights_do_not_start_a_training(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    for proxy in ("proxy_depth=1", "proxy_width=0.5"):
+        short = [f"search.supernet.{proxy}", "search.epochs=0.2", "search.candidates=1", "search.random_samples=0"]
+        experiment = load_experiment(finished_run.parent / "tiny.toml", [*short, "train.weights=supernet"])
+        Pipeline(experiment, run, Progress()).run_stage("search")
+        with pytest.raises(ConfigError, match=r"needs a super-net of full size, and this one was a proxy: set train\.weights = 'scratch'"):
+            Pipeline(experiment, run, Progress()).run_stage("train")
+    assert file_sha256(run / "train" / "model.safetensors") == file_sha256(finished_run / "train" / "model.safetensors")
 
 
 def test_other_images_make_the_stages_that_read_them_run_again(finished_run: Path, tmp_path: Path) -> None:

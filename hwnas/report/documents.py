@@ -98,12 +98,10 @@ class RunDocuments:
         origin = self.arch.origin
         if origin is None or origin.space_sha256 != self.space.sha256:
             return tuple(Place(f"block {i}", op, op.out_ch, op.out_size) for i, op in enumerate(self.arch.ops()))
-        places, picks, channels = [], origin.picks, self.space.in_channels
-        for slot in self.space.slots:
-            width = int(picks.get(slot.out_key, slot.out_widths[0]))
-            op = slot.op(str(picks.get(slot.key, slot.options[0])), channels, width)
-            places.append(Place(slot.key, op, width, slot.size if op is None else op.out_size))
-            channels = width
+        places, channels, size = [], self.arch.in_channels, self.arch.resolution
+        for slot, op in self.space.walk(origin.picks):
+            channels, size = (channels, size) if op is None else (op.out_ch, op.out_size)
+            places.append(Place(slot.key, op, channels, size))
         last = self.arch.blocks[-1]
         return (*places, Place("classifier", last, last.out_ch, 1))
 

@@ -43,7 +43,16 @@ def render(documents: RunDocuments) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"ms": ms, "percent": percent, "signed": signed, "against": against, "bytes": size, "big": big, "huge": huge}
+    environment.filters |= {
+        "ms": ms,
+        "percent": percent,
+        "signed": signed,
+        "against": against,
+        "bytes": size,
+        "big": big,
+        "huge": huge,
+        "amount": amount,
+    }
     return environment.get_template("template.html").render(
         run=documents,
         version=__version__,
@@ -176,16 +185,18 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
     """Every figure whose documents exist: name -> SVG, and the two rows of curves as lists of (title, SVG)."""
     search, table, rows, places = documents.search, documents.table, documents.search_rows, documents.places()
     tolerance, target_ms = documents.experiment.search.tolerance, documents.target_ms
-    start = next((int(row["step"]) for row in rows if row.get("reward") is not None), None)
+    learns = [row for row in rows if row.get("reward") is not None or row.get("held_out_loss") is not None]
+    start = int(learns[0]["step"]) if learns else None
     latency = [Series("latency_ms", "sampled", "pale-blue"), Series("expected_ms", "expected", exact=True)]
     searching = [
         ("Reward", charts.course("reward", "reward", rows, [Series("reward", "reward")], start=start)),
+        ("Held-out loss", charts.course("heldoutloss", "held-out loss", rows, [Series("held_out_loss", "loss")], start=start)),
         ("Latency, ms", charts.course("latency", "latency", rows, latency, target=target_ms, tolerance=tolerance, start=start)),
         ("Entropy of the policy, nats", charts.course("entropy", "entropy", rows, [Series("entropy", "entropy", exact=True)], start=start)),
         ("Loss", charts.course("loss", "loss", rows, [Series("loss", "loss")], start=start)),
     ]
     accuracies = [Series("train_accuracy", "training batch")]
-    if start is None:  # no reward to show, so how well the shared weights do
+    if start is None:  # nothing is learnt but weights, so how well those do
         searching.append(("Accuracy on training batches", charts.course("accuracy", "accuracy", rows, accuracies, percent=True)))
     rows = documents.train_rows
     training = [
@@ -245,6 +256,11 @@ def big(count: int) -> str:
         if count >= factor:
             return f"{count / factor:#.3g}{letter}".replace(". ", " ")
     return str(count)
+
+
+def amount(value: float) -> str:
+    """What a limit limits: counts with their SI prefix, times as ``ms`` writes them."""
+    return big(int(value)) if float(value).is_integer() else ms(value)
 
 
 def huge(count: int) -> str:

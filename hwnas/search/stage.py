@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from hwnas.config import DataConfig, Experiment
+from hwnas.config import Experiment, Plugin, SearchConfig, SupernetConfig
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cost import CostModel
+from hwnas.core.limits import Limits
 from hwnas.core.objective import Objective
 from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
-from hwnas.data.images import Batch, Images, evaluation_batches, load_images, training_batches
-from hwnas.document import Document
-from hwnas.engine import Engine, accuracy, steps_of
+from hwnas.data.images import Images, Portion, load_images
+from hwnas.document import Document, file_sha256
+from hwnas.engine import Engine, best_device, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
-from hwnas.nn.bn import recalibrate
-from hwnas.nn.network import Network, save_network
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.network import save_network
+from hwnas.nn.portfolio import Portfolio
+from hwnas.nn.supernet import Supernet, load_supernet, save_supernet
 from hwnas.progress import Progress
 from hwnas.runs import StageContext
-from hwnas.search import STRATEGIES
-from hwnas.search.strategy import Metrics, SearchContext, Strategy, random_within
+from hwnas.search import FINDERS, STRATEGIES
+from hwnas.search.finder import Finder
+from hwnas.search.judge import Judge
+from hwnas.search.proposal import random_within
+from hwnas.search.strategy import Metrics, SearchContext, Strategy
+from hwnas.search.weights import Batches, SupernetWeights
+
+SHARED = "shared.safetensors"
+"""The whole trained super-net, which ``search.weights`` of another run takes."""
+
+TRAINED_FINDER = Plugin.model_validate(
+    {"name": "evolution", "generations": 8, "population": 20, "parents": 10, "mutations": 10, "crossovers": 10}
+)
+"""What finds architectures in a trained super-net where nothing is named: 160 are judged (ours), minutes on a CPU; SPOS judges 1,000."""
+
+JUDGED = "judged.jsonl"
+"""Accuracies that a finder has asked for."""
+
+STILL = 0.05
+"""Part of its entropy that a policy should have lost or won in a search (ours)."""
 
 
 class Candidate(BaseModel):
@@ -37,6 +57,7 @@ class Candidate(BaseModel):
     latency_ms: float
     accuracy: float
     reward: float
+    limits: dict[str, float] = Field({}, description="what search.limits limits, by name")
 
 
 class SearchResult(Document):
@@ -56,12 +77,18 @@ class SearchResult(Document):
     table_sha256: str
     steps: int
     seed: int
+    finder: Plugin | None = Field(None, description="what found the candidates, where it was not the strategy itself")
+    weights_sha256: str | None = Field(None, description="the super-net file, where an already trained one was used")
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     random: tuple[Candidate, ...] = ()
     spread: tuple[Candidate, ...] = ()
 
 
-OUTPUTS = ["arch.json", "search.json", "supernet.safetensors"]
+def outputs(config: SearchConfig) -> list[str]:
+    """The files the stage writes: the winner, the result, the winner's inherited weights, and the super-net where it trains one."""
+    made: type[Strategy] = STRATEGIES.get(config.strategy.name)
+    trained = [SHARED] if config.weights is None and made.shares else []
+    return ["arch.json", "search.json", "supernet.safetensors", *trained]
 
 
 def resolve_target(experiment: Experiment, cost: CostModel) -> float:
@@ -80,79 +107,272 @@ def resolve_target(experiment: Experiment, cost: CostModel) -> float:
     )
 
 
-def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
-    """Search and write ``arch.json``, ``search.json`` and ``supernet.safetensors`` (the winner with the super-net's weights)."""
-    config, seed, progress = ctx.experiment.search, ctx.experiment.seed, ctx.progress
-    cost = CostModel(space, table, allow_uncalibrated=config.allow_uncalibrated)
-    target_ms = resolve_target(ctx.experiment, cost)
-    strategy_class = STRATEGIES.get(config.strategy.name)
-    strategy: Strategy = strategy_class(config.strategy.options(strategy_class.Config))
-    train, held_out = load_images(ctx.experiment.data, "train", augment=True), load_images(ctx.experiment.data, "held_out")
-    steps = steps_of(config.epochs, len(train), config.batch_size)
+def search_strategy(config: SearchConfig) -> Strategy:
+    """The strategy of a configuration. Raises ConfigError on an unknown name or option."""
+    made: type[Strategy] = STRATEGIES.get(config.strategy.name)
+    return made(config.strategy.options(made.Config))  # type: ignore[call-arg]
 
-    supernet = Supernet(space, torch.Generator().manual_seed(seed))
+
+def search_finder(config: SearchConfig) -> Finder | None:
+    """The configured finder; a short evolution where a trained super-net is used, whose strategy is over; else None: the strategy's own."""
+    plugin = _finder_plugin(config)
+    if plugin is None:
+        return None
+    made: type[Finder] = FINDERS.get(plugin.name)
+    return made(plugin.options(made.Config))  # type: ignore[call-arg]
+
+
+def _finder_plugin(config: SearchConfig) -> Plugin | None:
+    return config.finder or (TRAINED_FINDER if config.weights is not None else None)
+
+
+def search_context(experiment: Experiment, space: MacroSpace, table: LatencyTable) -> SearchContext:
+    """The budget of a search, checked: the target and every limit are within the space's reach, and can be met together.
+
+    So are the strategy's demands on space and batch, or those of ``search.weights``. The context has no weights and no steps yet.
+    Raises TargetError, CoverageError, TableError, SpaceError or ConfigError in one sentence.
+    """
+    config = experiment.search
+    cost = CostModel(space, table, allow_uncalibrated=config.allow_uncalibrated)
+    target_ms = resolve_target(experiment, cost)
+    limits = Limits(space, config.limits, _limit_table, allow_uncalibrated=config.allow_uncalibrated)
+    limits.check()
+    if config.weights is None:
+        strategy = search_strategy(config)
+        strategy.check(space)
+        _check_settings(experiment, strategy)
+    else:
+        _trained(config, space)
+    search = SearchContext(space, cost, config.objective, target_ms, config.tolerance, 0, config.batch_size, limits=limits)
+    if not random_within(search, 1, np.random.default_rng(experiment.seed)):
+        together = " together with search.limits" if config.limits else ""
+        raise TargetError(
+            f"no architecture of space {space.name} within {config.tolerance:.2g} of {target_ms:.4g} ms{together} was found: "
+            f"raise search.tolerance{' or a limit' if config.limits else ''}."
+        )
+    return search
+
+
+def _limit_table(path: str) -> LatencyTable:
+    return LatencyTable.load(Path(path).expanduser())
+
+
+def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
+    """Raise ConfigError where the super-net's or the batch's settings do not fit the strategy."""
+    supernet = experiment.search.supernet
+    if strategy.mixes and (supernet.operation_on == "edge" or supernet.wsbn):
+        raise ConfigError(
+            f"strategy {experiment.search.strategy.name!r} mixes options, so an input has no one producer: "
+            "set search.supernet.operation_on = 'node' and wsbn = false, or use a strategy that samples paths."
+        )
+    size, parts = experiment.search.batch_size, strategy.parts()
+    for split, count in zip(("training", "held-out"), parts, strict=True):
+        if size < 2 * count:
+            raise ConfigError(
+                f"strategy {experiment.search.strategy.name!r} splits a {split} batch into {count} parts, and search.batch_size = {size} "
+                f"leaves less than two images for each: set it to {2 * count} or more."
+            )
+
+
+def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
+    """Search, and write the winner, the result and the weights.
+
+    ``arch.json`` and ``supernet.safetensors`` are the winner and its inherited weights, ``search.json`` the result, and
+    ``shared.safetensors`` the whole super-net, where this run has trained one; see ``outputs``.
+    """
+    config, progress = ctx.experiment.search, ctx.progress
+    search = search_context(ctx.experiment, space, table)
+    search.progress = progress
+    experiment = _sized(ctx.experiment, space)
+    low, high = search.cost.range_ms()
+    progress.say(f"target {search.target_ms:.4g} ms on {table.title}; {space.name} reaches {low:.4g} to {high:.4g} ms")
+    finder = search_finder(config)
+    if config.weights is not None:
+        judge = Judge(_trained(config, space), experiment)
+        _find(ctx, search, judge, finder, None)
+        return
+
+    prepared = prepare(experiment, space, search, ctx.folder)
+    engine, strategy, judge = prepared.engine, prepared.strategy, prepared.judge
+    engine.resume()
+    engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
+    _warn_of_a_still_policy(engine.metrics.read(), strategy, progress)
+    if isinstance(judge.supernet, Supernet):
+        save_supernet(judge.supernet, ctx.folder / SHARED)
+    _find(ctx, search, judge, finder, strategy)
+    engine.finish()
+
+
+def _sized(experiment: Experiment, space: MacroSpace) -> Experiment:
+    """The experiment with images of the space's size, which ``space.restrict`` may have made smaller than the data's."""
+    return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A search that is ready to run."""
+
+    search: SearchContext
+    strategy: Strategy
+    engine: Engine
+    judge: Judge
+
+    def step(self, number: int) -> Metrics:
+        """One step of the strategy."""
+        self.search.step, self.search.rng = number, np.random.default_rng([self.engine.seed, number])
+        return self.strategy.step(self.search)
+
+
+def prepare(experiment: Experiment, space: MacroSpace, search: SearchContext, folder: Path) -> Prepared:
+    """Set the strategy up, and build the weights that it trains: a super-net, or networks of their own."""
+    config, seed = experiment.search, experiment.seed
+    train, held_out = _images(experiment), load_images(experiment.data, "held_out")
+    search.steps = steps_of(config.epochs, len(train), config.batch_size)
+    strategy = search_strategy(config)
+    search.rng = np.random.default_rng([seed, search.steps, 1])
+    strategy.setup(search)
+    supernet = _make_supernet(experiment, space, strategy)
     engine = Engine(
         supernet,
         config.optimizer,
-        steps,
+        search.steps,
         config.batch_size,
         seed,
-        ctx.folder,
+        folder,
         label_smoothing=config.label_smoothing,
-        checkpoint_seconds=ctx.experiment.checkpoint_seconds,
-        extra={"strategy": strategy},
+        checkpoint_seconds=experiment.checkpoint_seconds,
     )
-    batches = _Batches(train, held_out, ctx.experiment.data, config.batch_size, seed, steps)
+    judge = Judge(supernet, experiment)
+    batches = Batches(train, held_out, experiment.data, config.batch_size, seed, search.steps)
+    search.weights = weights = SupernetWeights(engine, supernet, batches, judge)
+    search.evaluator = judge
+    engine.extra = {"strategy": strategy, "teacher": weights}
+    return Prepared(search, strategy, engine, judge)
 
-    def quality(gates: Mapping[str, Any], multiple: int) -> float:
-        return _batch_accuracy(engine, batches.held_out(search.step, multiple), gates)
 
-    def train_step(gates: Mapping[str, Any]) -> Metrics:
-        return engine.weight_step(*batches.train(search.step), gates)
-
-    search = SearchContext(space, cost, config.objective, target_ms, config.tolerance, steps, config.batch_size, train_step, quality)
-    if not random_within(search, 1, np.random.default_rng(seed)):
-        raise TargetError(
-            f"no architecture of space {space.name} within {config.tolerance:.2g} of {target_ms:.4g} ms was found: raise search.tolerance."
+def _images(experiment: Experiment) -> Images:
+    """The training images that the super-net sees."""
+    images, config = load_images(experiment.data, "train", augment=True), experiment.search
+    if config.data_portion * len(images) < config.batch_size:
+        raise ConfigError(
+            f"search.data_portion = {config.data_portion:g} leaves {round(config.data_portion * len(images))} of {len(images)} images, "
+            f"less than a batch of {config.batch_size}: raise it, or lower search.batch_size."
         )
-    strategy.setup(search)
-    engine.resume()
+    return Portion(images, config.data_portion) if config.data_portion < 1 else images
 
-    def step(number: int) -> Metrics:
-        search.step, search.rng = number, np.random.default_rng([seed, number])
-        return strategy.step(search)
 
-    progress.say(
-        f"target {target_ms:.4g} ms on {table.title}; {space.name} reaches {cost.range_ms()[0]:.4g} to {cost.range_ms()[1]:.4g} ms"
-    )
-    engine.fit(step, progress, f"searching ({config.strategy.name})")
+def _warn_of_a_still_policy(rows: list[dict[str, float]], strategy: Strategy, progress: Progress) -> None:
+    """Say so where a policy has learnt next to nothing: the papers' rates are for tens of thousands of steps."""
+    entropies = [row["entropy"] for row in rows if "entropy" in row]
+    if strategy.rate is not None and entropies and abs(entropies[-1] - entropies[0]) < STILL * entropies[0]:
+        progress.warn(
+            f"the policy has hardly moved in {len(rows)} steps (entropy {entropies[0]:.3g} -> {entropies[-1]:.3g} nats), so the result is "
+            f"close to random search: raise {strategy.rate} of search.strategy, or search.epochs."
+        )
 
-    search.rng = np.random.default_rng([seed, steps])
-    judge = _Judge(supernet, search, ctx.experiment)
-    candidates = judge.rank(strategy.propose(search, config.candidates), progress, "ranking proposals")
-    random = judge.rank(random_within(search, config.random_samples, search.rng), progress, "scoring random architectures in the budget")
-    anywhere = [space.sample(search.rng) for _ in range(config.random_samples)]
-    spread = judge.rank(anywhere, progress, "scoring random architectures anywhere")
+
+def trained_supernet(folder: str) -> Path:
+    """The super-net file of an earlier run's search folder (or of the run's folder). Raises ConfigError where there is none."""
+    root = Path(folder).expanduser()
+    for path in (root / SHARED, root / "search" / SHARED):
+        if path.is_file():
+            return path
+    raise ConfigError(f"search.weights = {folder!r} holds no {SHARED}: name the search folder of a finished run that trained a super-net.")
+
+
+def _make_supernet(experiment: Experiment, space: MacroSpace, strategy: Strategy) -> Supernet | Portfolio:
+    generator = torch.Generator().manual_seed(experiment.seed)
+    if strategy.alone:
+        return Portfolio(space, strategy.alone, generator)
+    config = experiment.search.supernet
+    sharing = strategy.sharing if config.sharing == "auto" else config.sharing
+    kernels = strategy.kernels if config.kernels == "auto" else config.kernels
+    return Supernet(space, generator, config.model_copy(update={"sharing": sharing, "kernels": kernels}))
+
+
+def _trained(config: SearchConfig, space: MacroSpace) -> Supernet:
+    """The super-net of ``search.weights``, which brings its own sharing. Raises ConfigError where the configuration contradicts it."""
+    assert config.weights is not None
+    supernet = load_supernet(trained_supernet(config.weights), space)
+    if not config.recalibration_images and not supernet.config.bn_track:
+        raise ConfigError(f"the super-net in {config.weights} tracks no BN statistics: set search.recalibration_images to 2 or more.")
+    trained, usual = supernet.config.model_dump(), SupernetConfig().model_dump()
+    asked = config.supernet.model_dump()  # a run's own config.json says every key, so a default asks for nothing
+    other = [key for key, value in asked.items() if value not in (usual[key], trained[key])]
+    if other:
+        raise ConfigError(
+            f"search.supernet.{other[0]} = {asked[other[0]]!r}, but the trained super-net in {config.weights} has "
+            f"{trained[other[0]]!r}: remove the key."
+        )
+    return supernet.to(best_device())
+
+
+def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder | None, strategy: Strategy | None) -> None:
+    """Architectures from trained weights: by the finder, else by the strategy; then the last ranking and the outputs.
+
+    An architecture within the budget was found before the search began; it is proposed where nothing else is.
+    """
+    config, seed = ctx.experiment.search, ctx.experiment.seed
+    judge.keep(ctx.folder / JUDGED)
+    search.evaluator = judge
+    search.step, search.rng = search.steps, np.random.default_rng([seed, search.steps])
+    if finder is not None:
+        proposals = finder.find(search, config.candidates)
+    else:
+        assert strategy is not None
+        proposals = strategy.propose(search, config.candidates)
+    proposals = proposals or random_within(search, 1, np.random.default_rng(seed))
+    _conclude(ctx, search, judge, proposals)
+
+
+def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals: list[Picks]) -> None:
+    """Rank the proposals, score random architectures beside them, write the outputs."""
+    config, space, progress = ctx.experiment.search, judge.supernet.space, ctx.progress
+    name = config.strategy.name if config.weights is None else "trained super-net"
+    candidates = _ranked(search, judge, proposals, "ranking proposals")
+    random: list[Candidate] = []
+    spread: list[Candidate] = []
+    if isinstance(judge.supernet, Supernet):  # networks that were trained alone say nothing about others
+        within = random_within(search, config.random_samples, search.rng)
+        random = _ranked(search, judge, within, "scoring random architectures in the budget")
+        anywhere = [space.sample(search.rng) for _ in range(config.random_samples)]
+        spread = _ranked(search, judge, anywhere, "scoring random architectures anywhere")
     best = candidates[0]
-    arch = space.decode(best.picks, f"{space.name}-{config.strategy.name}")
+    arch = space.decode(best.picks, f"{space.name}-{name.replace(' ', '-')}")
     arch.save(ctx.folder / "arch.json")
     save_network(judge.network(best.picks), ctx.folder / "supernet.safetensors")
     SearchResult(
-        strategy=config.strategy.name,
+        strategy=name,
         space_sha256=space.sha256,
         objective=config.objective,
-        target_ms=target_ms,
+        target_ms=search.target_ms,
         tolerance=config.tolerance,
-        reachable_ms=cost.range_ms(),
-        table_sha256=table.sha256,
-        steps=steps,
-        seed=seed,
+        reachable_ms=search.cost.range_ms(),
+        table_sha256=search.cost.table.sha256,
+        steps=search.steps,
+        seed=ctx.experiment.seed,
+        finder=_finder_plugin(config),
+        weights_sha256=file_sha256(trained_supernet(config.weights)) if config.weights is not None else None,
         candidates=tuple(candidates),
         random=tuple(random),
         spread=tuple(spread),
     ).save(ctx.folder / "search.json")
-    engine.finish()
-    progress.say(_summary(arch, best, target_ms))
+    progress.say(_summary(arch, best, search.target_ms))
+
+
+def _ranked(search: SearchContext, judge: Judge, proposals: list[Picks], description: str) -> list[Candidate]:
+    """Judge each proposal; best reward first."""
+    judged = []
+    with search.progress.task(description, len(proposals)) as task:
+        for picks in proposals:
+            quality, latency = judge.accuracy(judge.network(picks)), search.cost.latency_ms(picks)
+            values = {} if search.limits is None else search.limits.describe(picks)
+            reward = search.reward(quality, latency)
+            judged.append(Candidate(picks=picks, latency_ms=latency, accuracy=quality, reward=reward, limits=values))
+            task.advance(note=f"accuracy {quality:.1%}")
+            named = ", ".join(f"{key} {option}" for key, option in picks.items())
+            search.progress.detail(f"{latency:.4g} ms, accuracy {quality:.1%}: {named}")
+    return sorted(judged, key=lambda candidate: -candidate.reward)
 
 
 def _summary(arch: Architecture, best: Candidate, target_ms: float) -> str:
@@ -160,70 +380,3 @@ def _summary(arch: Architecture, best: Candidate, target_ms: float) -> str:
         f"found {arch.name}: {best.latency_ms:.4g} ms predicted ({best.latency_ms / target_ms - 1:+.1%} of the target), "
         f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters, super-net accuracy {best.accuracy:.1%}"
     )
-
-
-class _Batches:
-    """Training and held-out batches of a step. All are functions of the step, so a resumed search sees the same ones."""
-
-    def __init__(self, train: Images, held_out: Images, data: DataConfig, batch_size: int, seed: int, steps: int) -> None:
-        self.train_images, self.held_out_images, self.data = train, held_out, data
-        self.batch_size, self.seed, self.steps = batch_size, seed, steps
-        self._streams: dict[int, tuple[int, Iterator[Batch]]] = {}
-
-    def train(self, step: int) -> Batch:
-        """The training batch of a step."""
-        return self._next(0, self.train_images, self.batch_size, self.seed, step)
-
-    def held_out(self, step: int, multiple: int) -> Batch:
-        """The held-out batch of a step, ``multiple`` times as large as a training batch."""
-        size = min(self.batch_size * multiple, len(self.held_out_images))
-        return self._next(multiple, self.held_out_images, size, self.seed + 1, step)
-
-    def _next(self, name: int, images: Images, size: int, seed: int, step: int) -> Batch:
-        """The batch of a step from a stream that consecutive steps share."""
-        position, stream = self._streams.get(name, (-1, iter(())))
-        if position != step:
-            stream = training_batches(images, size, seed=seed, first=step, last=self.steps, workers=self.data.workers)
-        batch = next(stream)
-        self._streams[name] = (step + 1, stream)
-        return batch
-
-
-@torch.no_grad()
-def _batch_accuracy(engine: Engine, batch: Batch, gates: Mapping[str, Any]) -> float:
-    x_NCHW, y = engine.to_device(*batch)
-    with engine.autocast():
-        logits = engine.model(x_NCHW, gates)
-    return float((logits.argmax(1) == y).float().mean())
-
-
-class _Judge:
-    """Ranks architectures by the accuracy of their extracted, BN-recalibrated networks on all held-out images."""
-
-    def __init__(self, supernet: Supernet, search: SearchContext, experiment: Experiment) -> None:
-        self.supernet, self.search, self.config, self.workers = supernet, search, experiment.search, experiment.data.workers
-        self.train, self.held_out = load_images(experiment.data, "train"), load_images(experiment.data, "held_out")
-
-    def network(self, picks: Picks) -> Network:
-        """The network of ``picks`` with the super-net's weights and re-estimated BN statistics."""
-        network = self.supernet.extract(picks)
-        device = next(network.parameters()).device
-        network.to(memory_format=torch.channels_last)
-        batches = evaluation_batches(self.train, self.config.batch_size, limit=self.config.recalibration_images, workers=self.workers)
-        recalibrate(network, (x_NCHW.to(device, memory_format=torch.channels_last) for x_NCHW, _ in batches))
-        return network
-
-    def rank(self, proposals: list[Picks], progress: Progress, description: str) -> list[Candidate]:
-        """Judge each proposal; best reward first."""
-        judged = []
-        with progress.task(description, len(proposals)) as task:
-            for picks in proposals:
-                held_out = evaluation_batches(self.held_out, 4 * self.config.batch_size, workers=self.workers)
-                quality = accuracy(self.network(picks), held_out)
-                latency = self.search.cost.latency_ms(picks)
-                judged.append(Candidate(picks=picks, latency_ms=latency, accuracy=quality, reward=self.search.reward(quality, latency)))
-                task.advance(note=f"accuracy {quality:.1%}")
-                progress.detail(
-                    f"{latency:.4g} ms, accuracy {quality:.1%}: {', '.join(f'{key} {option}' for key, option in picks.items())}"
-                )
-        return sorted(judged, key=lambda candidate: -candidate.reward)

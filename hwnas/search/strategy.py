@@ -6,28 +6,59 @@ optimiser step of the weights, a file, mixed precision or another process: the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from hwnas.core.arch import Picks
 from hwnas.core.cost import CostModel
+from hwnas.core.limits import Limits
 from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObjective
-from hwnas.core.space import Option, SearchSpace
+from hwnas.core.space import SearchSpace
+from hwnas.nn.supernet import Gates, Probes
+from hwnas.progress import Progress
 
 Metrics = dict[str, float]
+
+__all__ = ["Evaluator", "Gates", "Metrics", "Probes", "SearchContext", "SharedWeights", "Strategy"]
+
+
+class Evaluator(Protocol):
+    """What judges architectures; ``hwnas.search.judge`` does it with a trained super-net."""
+
+    def evaluate(self, picks: Picks) -> float:
+        """Recalibrated accuracy. See ``SearchContext.evaluate``."""
+
+
+class SharedWeights(Protocol):
+    """What trains the shared weights; ``hwnas.search.weights`` does it with a super-net on an engine."""
+
+    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+        """One update on the next training batch. See ``SearchContext.train``."""
+
+    def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
+        """Held-out accuracies. See ``SearchContext.qualities``."""
+
+    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+        """Held-out loss and its derivative by every gate. See ``SearchContext.loss``."""
+
+    def remember_teacher(self, picks: Picks) -> None:
+        """Keep the present weights as teacher. See ``SearchContext.remember_teacher``."""
 
 
 @dataclass
 class SearchContext:
     """What a strategy may use.
 
-    ``train(gates)`` updates the shared weights on the next training batch; ``quality(gates, multiple)`` is the accuracy in
-    0..1 on a held-out batch ``multiple`` times as large. ``rng`` is renewed for every step from (seed, step), which makes
-    strategies resume exactly as long as they draw from nothing else.
+    ``rng`` is renewed for every step from (seed, step), which makes strategies resume exactly as long as they draw from nothing
+    else. ``weights`` are not there yet during ``Strategy.setup``, nor where a finder works on an already trained super-net;
+    ``evaluator`` is there once weights are trained.
     """
 
     space: SearchSpace
@@ -37,88 +68,101 @@ class SearchContext:
     tolerance: float
     steps: int
     batch_size: int
-    train: Callable[[Mapping[str, Any]], Metrics]
-    quality: Callable[[Mapping[str, Any], int], float]
+    weights: SharedWeights | None = None
+    evaluator: Evaluator | None = None
+    limits: Limits | None = None
     step: int = 0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def fraction(self) -> float:
+        """How much of the search is over, 0 to 1."""
+        return self.step / max(self.steps, 1)
+
+    def train(self, *gates: Gates, split: bool = False, teach: bool = False, skip_dropout: float = 0.0) -> Metrics:
+        """One update of the shared weights on the next training batch.
+
+        With several ``gates`` their gradients are added up before the one update: all on the same batch (FairNAS), or,
+        with ``split``, each on its own part of it (TuNAS's accelerator cores; the mean gradient then). ``teach`` adds the
+        distillation loss against the remembered teacher. ``skip_dropout`` zeroes elements behind skips (P-DARTS).
+        """
+        assert self.weights is not None
+        return self.weights.train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
+
+    def qualities(self, *gates: Gates, multiple: int = 1) -> list[float]:
+        """Accuracies in 0..1 on a held-out batch ``multiple`` times the training batch, of which each gets an equal part."""
+        assert self.weights is not None
+        return self.weights.qualities(gates, multiple)
+
+    def loss(self, gates: Mapping[str, Tensor], *, probes: Probes | None = None, order: int = 1, skip_dropout: float = 0.0) -> Tensor:
+        """Held-out cross-entropy (no label smoothing) under ``gates``: a scalar whose gradient by the gates is right.
+
+        It is the first-order expansion value + <gradient, gates - their present values>, so that the graph of the network
+        is gone when this returns. ``order = 2`` takes the derivative after a virtual training step (DARTS).
+        """
+        assert self.weights is not None
+        present = {key: gate.detach() for key, gate in gates.items()}
+        value, gradients = self.weights.gate_gradients(present, probes or {}, order, skip_dropout)
+        total = torch.tensor(value, dtype=torch.float64)
+        for key, gradient in gradients.items():
+            total = total + ((gates[key] - present[key]) * torch.as_tensor(gradient, dtype=gates[key].dtype)).sum()
+        return total
+
+    def evaluate(self, picks: Picks) -> float:
+        """Held-out accuracy in 0..1 of the extracted network after BN recalibration. Kept, so asking twice costs nothing."""
+        assert self.evaluator is not None
+        return self.evaluator.evaluate(picks)
+
+    def remember_teacher(self, picks: Picks) -> None:
+        """Keep a copy of the present weights of ``picks`` as the teacher of ``train(..., teach=True)``."""
+        assert self.weights is not None
+        self.weights.remember_teacher(picks)
 
     def reward(self, quality: float, latency_ms: float) -> float:
         """The objective at this context's target."""
         return self.objective.reward(quality, latency_ms, self.target_ms)
 
 
-class Strategy(Protocol):
-    """Four methods. ``Config`` holds the method's own options (the keys beside ``name`` in ``search.strategy``)."""
+class Strategy(ABC):
+    """A search method. ``Config`` holds its own options (the keys beside ``name`` in ``search.strategy``).
+
+    ``sharing`` and ``kernels`` are the paper's way to share weights between a slot's options and kernel sizes, used where the
+    configuration leaves it open. ``mixes`` says that several options of a choice run at once, with weights. A method with
+    ``shares = False`` trains architectures each by itself instead of a super-net: ``setup`` puts them into ``alone``.
+    ``rate`` names the option that sets how fast the policy learns, where there is one.
+    """
 
     Config: ClassVar[type[BaseModel]]
+    sharing: ClassVar[Literal["collapsed", "separate"]] = "separate"
+    kernels: ClassVar[Literal["own", "ofa", "ofa_transform"]] = "own"
+    mixes: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
+    rate: ClassVar[str | None] = None
+    alone: Sequence[Picks] = ()
 
+    def check(self, space: SearchSpace) -> None:  # noqa: B027 (most methods run on every space)
+        """Raise SpaceError where this method cannot run on ``space``."""
+
+    def parts(self) -> tuple[int, int]:
+        """In how many parts a step splits its training batch, and each held-out batch; BN needs two images in a part."""
+        return 1, 1
+
+    @abstractmethod
     def setup(self, ctx: SearchContext) -> None:
-        """Called once, before the first step or a restored state."""
+        """Called once, before the first step or a restored state. There are no weights yet."""
 
+    @abstractmethod
     def step(self, ctx: SearchContext) -> Metrics:
         """One step: usually one weight update, then one update of the method's own parameters."""
 
+    @abstractmethod
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """Up to ``count`` different architectures within the target's tolerance, best first."""
+        """Up to ``count`` different architectures within the target's tolerance and the limits, best first."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The method's own state."""
+        """The method's own state: tensors, numbers, strings and containers of them."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (some methods have no state)
         """Restore it."""
-
-
-def one_hot(picks: Mapping[str, Option], space: SearchSpace) -> dict[str, np.ndarray]:
-    """Gates that execute exactly ``picks``: choice key -> float64 [options]."""
-    return {choice.key: np.eye(len(choice.options))[choice.options.index(picks[choice.key])] for choice in space.choices}
-
-
-def within_target(ctx: SearchContext, index_NC: np.ndarray) -> np.ndarray:
-    """Which of the indexed architectures [N, choices] meet the target within the tolerance: bool [N]."""
-    within: np.ndarray = np.abs(ctx.cost.latencies_ms(index_NC) / ctx.target_ms - 1) <= ctx.tolerance
-    return within
-
-
-def uniform_index(space: SearchSpace, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Uniform random architectures as option positions: int64 [count, choices]."""
-    return np.stack([rng.integers(len(choice.options), size=count) for choice in space.choices], axis=1)
-
-
-def towards_target(ctx: SearchContext, index_C: np.ndarray) -> np.ndarray:
-    """The nearest architecture within the target's tolerance that single changes lead to, or the closest found.
-
-    In each round the one change of one choice is made that brings the latency closest to the target.
-    """
-    current = index_C.copy()
-    gap = abs(float(ctx.cost.latencies_ms(current[None])[0]) - ctx.target_ms)
-    while gap > ctx.tolerance * ctx.target_ms:
-        neighbours = []
-        for position, choice in enumerate(ctx.space.choices):
-            changed = np.repeat(current[None], len(choice.options), axis=0)
-            changed[:, position] = np.arange(len(choice.options))
-            neighbours.append(changed)
-        index_NC = np.concatenate(neighbours)
-        gaps = np.abs(ctx.cost.latencies_ms(index_NC) - ctx.target_ms)
-        if gaps.min() >= gap:
-            break
-        current, gap = index_NC[gaps.argmin()], float(gaps.min())
-    return current
-
-
-def random_within(ctx: SearchContext, count: int, rng: np.random.Generator) -> list[Picks]:
-    """Up to ``count`` different architectures within the target's tolerance, uniform by rejection.
-
-    Where the target is so far out in the space that rejection finds too few, the rest are uniform samples moved
-    ``towards_target``.
-    """
-    found: dict[tuple[int, ...], None] = {}
-    for _ in range(50):
-        index_NC = uniform_index(ctx.space, 4096, rng)
-        found |= dict.fromkeys(tuple(int(i) for i in row) for row in index_NC[within_target(ctx, index_NC)])
-        if len(found) >= count:
-            break
-    for row in uniform_index(ctx.space, 4 * count if len(found) < count else 0, rng):
-        moved = towards_target(ctx, row)
-        if within_target(ctx, moved[None])[0]:
-            found[tuple(int(i) for i in moved)] = None
-    return [ctx.space.at(row) for row in list(found)[:count]]

@@ -47,6 +47,8 @@ def architecture(experiment: Experiment, searched: Path) -> Architecture:
 def run(ctx: StageContext, arch: Architecture) -> None:
     """Train and write ``model.safetensors`` (averaged weights, BN statistics) and ``train.json``."""
     config, data, seed = ctx.experiment.train, ctx.experiment.data, ctx.experiment.seed
+    if config.arch is None:
+        data = data.at(arch.resolution)
     if (arch.classes, arch.resolution, arch.in_channels) != (data.classes, data.resolution, data.channels):
         raise ConfigError(
             f"architecture {arch.name!r} has {arch.classes} classes, {arch.resolution} px and {arch.in_channels} channels, but the data "

@@ -1,0 +1,71 @@
+"""The contract of a finder: architectures within the budget, from any trained super-net."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from hwnas.core.arch import Picks
+from hwnas.core.op import Op
+from hwnas.progress import Task
+from hwnas.search.strategy import SearchContext
+
+
+class Finder(ABC):
+    """Finding is separate from training weights: a finder asks ``ctx.evaluate`` for accuracies and nothing else.
+
+    ``Config`` holds its own options (the keys beside ``name`` in ``search.finder``).
+    """
+
+    Config: ClassVar[type[BaseModel]]
+
+    @abstractmethod
+    def find(self, ctx: SearchContext, count: int) -> list[Picks]:
+        """Up to ``count`` different architectures within the target's tolerance and the limits, best first."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the super-net says of an architecture: recalibrated accuracy in 0..1, and the objective at its latency."""
+
+    picks: Picks
+    latency_ms: float
+    accuracy: float
+    reward: float
+
+
+class Leaderboard:
+    """Every architecture that a finder has judged, each once, whatever picks name it.
+
+    Picks that differ only in slots that are left out decode to one architecture. Each new judgement advances ``task``.
+    """
+
+    def __init__(self, ctx: SearchContext, task: Task) -> None:
+        self._ctx, self._task = ctx, task
+        self._judged: dict[tuple[Op, ...], Judgement] = {}
+        self._best_reward = -float("inf")
+
+    def __len__(self) -> int:
+        return len(self._judged)
+
+    def __contains__(self, blocks: tuple[Op, ...]) -> bool:
+        return blocks in self._judged
+
+    def judge(self, picks: Picks) -> Judgement:
+        """The judgement of an architecture, by ``ctx.evaluate`` where it is new."""
+        blocks = self._ctx.space.decode(picks).blocks
+        if blocks not in self._judged:
+            accuracy, latency = self._ctx.evaluate(picks), self._ctx.cost.latency_ms(picks)
+            judgement = Judgement(picks, latency, accuracy, self._ctx.reward(accuracy, latency))
+            self._judged[blocks] = judgement
+            self._best_reward = max(self._best_reward, judgement.reward)
+            self._task.advance(note=f"best reward {self._best_reward:.4f}")
+        return self._judged[blocks]
+
+    def best(self, count: int) -> list[Picks]:
+        """Up to ``count`` architectures, best reward first; of equal ones the first judged."""
+        ranked = sorted(self._judged.values(), key=lambda judgement: -judgement.reward)
+        return [judgement.picks for judgement in ranked[:count]]

@@ -1,0 +1,84 @@
+"""How good an architecture is by the super-net: the accuracy of its extracted, BN-recalibrated network on held-out images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hwnas.config import Experiment
+from hwnas.core.arch import Picks
+from hwnas.data.images import Batch, Images, evaluation_batches, load_images
+from hwnas.engine import accuracy
+from hwnas.nn.bn import recalibrate
+from hwnas.nn.network import Network
+from hwnas.nn.portfolio import Portfolio
+from hwnas.nn.supernet import Supernet, resized
+from hwnas.runs import JsonLines
+
+
+class Judge:
+    """Evaluates architectures, each one once until ``forget`` is called: accuracies hold for the weights of the moment.
+
+    Once ``keep`` has named a file, accuracies are also kept there, so that a finder that is stopped goes on where it was.
+    """
+
+    def __init__(self, supernet: Supernet | Portfolio, experiment: Experiment) -> None:
+        self.supernet, self.config, self.workers = supernet, experiment.search, experiment.data.workers
+        self.train, self.held_out = load_images(experiment.data, "train"), load_images(experiment.data, "held_out")
+        self._known: dict[str, float] = {}
+        self._file: JsonLines | None = None
+        self._recalibration: list[Batch] = []
+        self._evaluation: list[Batch] = []
+
+    def network(self, picks: Picks) -> Network:
+        """The network of ``picks`` with the super-net's weights and re-estimated BN statistics (or tracked ones, where none are)."""
+        network = self.supernet.extract(picks)
+        network.to(memory_format=torch.channels_last)
+        images = self.config.recalibration_images
+        if images:
+            device, size = next(network.parameters()).device, network.arch.resolution
+            count, size_of_batch = min(images, len(self.train)), self.config.batch_size
+            count -= count > 1 and count % size_of_batch == 1  # BN needs two images where the map is 1 x 1
+            self._recalibration = self._recalibration or list(self._batches(self.train, size_of_batch, count))
+            recalibrate(network, (_placed(x_NCHW, device, size) for x_NCHW, _ in self._recalibration))
+        return network
+
+    def evaluate(self, picks: Picks) -> float:
+        """Accuracy in 0..1 on ``search.evaluation_images`` held-out images. Left-out slots make no difference, so blocks are remembered."""
+        blocks = "|".join(op.key for op in self.supernet.space.decode(picks).blocks)
+        name = hashlib.sha256(blocks.encode()).hexdigest()[:32]
+        if name not in self._known:
+            limit = self.config.evaluation_images
+            self._evaluation = self._evaluation or list(self._batches(self.held_out, 4 * self.config.batch_size, limit))
+            self._known[name] = self._accuracy(self.network(picks), self._evaluation)
+            if self._file is not None:
+                with self._file.appending() as append:
+                    append({"blocks": name, "accuracy": self._known[name]})
+        return self._known[name]
+
+    def accuracy(self, network: Network) -> float:
+        """Accuracy in 0..1 on all held-out images."""
+        return self._accuracy(network, self._batches(self.held_out, 4 * self.config.batch_size, None))
+
+    def keep(self, path: Path) -> None:
+        """The weights are final: take over the accuracies in a file, and add further ones to it."""
+        self._file = JsonLines(path)
+        self._known = {row["blocks"]: row["accuracy"] for row in self._file.read()}
+
+    def forget(self) -> None:
+        """The weights have changed."""
+        self._known.clear()
+
+    def _batches(self, images: Images, size: int, limit: int | None) -> Iterator[Batch]:
+        return evaluation_batches(images, size, limit=limit, workers=self.workers)
+
+    def _accuracy(self, network: Network, batches: Iterable[Batch]) -> float:
+        return accuracy(network, ((resized(x_NCHW, network.arch.resolution), y) for x_NCHW, y in batches))
+
+
+def _placed(x_NCHW: Tensor, device: torch.device, size: int) -> Tensor:
+    return resized(x_NCHW.to(device, memory_format=torch.channels_last), size)

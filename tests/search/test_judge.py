@@ -1,0 +1,141 @@
+"""The judge of architectures against its parts by hand, and a finder that is killed while it asks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hwnas.config import Experiment
+from hwnas.core.arch import Picks
+from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.table import LatencyTable
+from hwnas.data.images import evaluation_batches, load_images
+from hwnas.engine import accuracy
+from hwnas.nn.bn import recalibrate
+from hwnas.nn.supernet import Supernet, resized
+from hwnas.runs import JsonLines
+from hwnas.search import stage
+from hwnas.search.judge import Judge
+from hwnas.search.stage import SearchResult
+from hwnas.testing import synthetic_table
+from tests.search.staging import EVOLUTION, Killed, Killing, experiment, run, tiny_space
+
+torch.set_num_threads(1)
+
+
+def supernet_of(space: MacroSpace) -> Supernet:
+    """Random weights, whose logits differ between images."""
+    supernet = Supernet(space, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        supernet.classifier.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    return supernet
+
+
+def by_hand(supernet: Supernet, config: Experiment, picks: Picks, size: int, images: int | None) -> float:
+    """Accuracy on the first ``images`` held-out images, recalibrated and judged at ``size`` pixels."""
+    network = supernet.extract(picks)
+    train, held_out = load_images(config.data, "train"), load_images(config.data, "held_out")
+    count = config.search.recalibration_images
+    recalibrate(network, [resized(x, size) for x, _ in evaluation_batches(train, config.search.batch_size, limit=count)])
+    batches = [(resized(x, size), y) for x, y in evaluation_batches(held_out, 50, limit=images)]
+    assert sum(len(y) for _, y in batches) == (images or len(held_out))
+    return accuracy(network, batches)
+
+
+def test_a_finder_asks_for_few_images_and_the_last_ranking_for_all() -> None:
+    config = experiment(evaluation_images=70)
+    supernet = supernet_of(tiny_space())
+    judge = Judge(supernet, config)
+    picks = tiny_space().at([0] * len(tiny_space().choices))
+    few, every = (by_hand(supernet, config, picks, 8, images) for images in (70, None))
+    assert few != every
+    assert judge.evaluate(picks) == pytest.approx(few)
+    assert judge.accuracy(judge.network(picks)) == pytest.approx(every)
+
+
+def test_an_architecture_is_judged_at_its_own_resolution() -> None:
+    """Recalibrated and evaluated on images of its size: the same blocks at 8 and at 16 pixels."""
+    elastic = MacroSpace.model_validate({**tiny_space().model_dump(), "resolution": 16, "resolutions": [8, 16]})
+    config = experiment(evaluation_images=200)
+    config = config.model_copy(update={"data": config.data.at(16)})
+    supernet = supernet_of(elastic)
+    judge = Judge(supernet, config)
+    picks = elastic.at([0] * len(elastic.choices))
+    found = {}
+    for size in (8, 16):
+        at = {**picks, "resolution": size}
+        found[size] = judge.evaluate(at)
+        assert judge.network(at).arch.resolution == size
+        assert found[size] == pytest.approx(by_hand(supernet, config, at, size, 200))
+        assert judge.accuracy(judge.network(at)) == pytest.approx(by_hand(supernet, config, at, size, None))
+    assert found[8] != found[16]
+    wrong = judge.network({**picks, "resolution": 8})
+    held_out = load_images(config.data, "held_out")
+    assert accuracy(wrong, evaluation_batches(held_out, 50, limit=200)) != pytest.approx(found[8])
+
+
+def test_a_last_recalibration_batch_of_one_image_is_left_out() -> None:
+    """Where the map is 1 x 1, BN cannot estimate from one image: 65 images in batches of 64 are the first 64."""
+    stages = (
+        Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
+        Stage(widths=(16,), stride=2, slots=(("ir_k3_e3", "ir_k3_e6"),)),
+        Stage(widths=(24,), stride=2, slots=(("ir_k3_e3", "ir_k3_e6"),)),
+    )
+    space = MacroSpace(name="deep", resolution=8, in_channels=1, classes=10, stages=stages)
+    assert space.slots[-1].out_sizes == (1,)
+    supernet, picks = supernet_of(space), space.at([0, 0])
+    states = [Judge(supernet, experiment(recalibration_images=n, batch_size=64)).network(picks).state_dict() for n in (64, 65, 66)]
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+    assert not all(torch.equal(states[2][name], value) for name, value in states[0].items())
+
+
+class Counting:
+    """Counts recalibrations, of which every judgement makes one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+
+        def counted(*arguments: Any) -> None:
+            self.count += 1
+            recalibrate(*arguments)
+
+        monkeypatch.setattr("hwnas.search.judge.recalibrate", counted)
+
+    def __call__(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
+@pytest.mark.parametrize("finder", [{"name": "evolution", **EVOLUTION}, {"name": "nsga2", "generations": 3, "population": 6}])
+def test_a_killed_finder_judges_nothing_twice(finder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed twice in its middle, it ends as it would have, with as many judgements in sum, each of them on file once."""
+    table: LatencyTable = synthetic_table(tiny_space())
+    run(tmp_path / "first/search", experiment("random", epochs=0.3, candidates=1, random_samples=0), table)
+    weights = experiment(weights=str(tmp_path / "first"), finder=finder, candidates=1, random_samples=0)
+    counting = Counting(monkeypatch)
+    run(tmp_path / "straight", weights, table)
+    straight = counting()
+    bar = {"evolution": "evolution", "nsga2": "NSGA-II"}[finder["name"]]
+    for steps, known in ((3, 3), (5, 5)):  # the second goes past what is known, which also advances
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", weights, table, Killing(bar, steps))
+        assert len(JsonLines(tmp_path / "killed" / stage.JUDGED).read()) == known
+    assert counting() == 5
+    shutil.copytree(tmp_path / "killed", tmp_path / "torn")
+    run(tmp_path / "killed", weights, table)
+    assert counting() == straight - 5
+    rows = [row["blocks"] for row in JsonLines(tmp_path / "killed" / stage.JUDGED).read()]
+    assert len(rows) == len(set(rows)) > 5
+    for name in ("search.json", "arch.json", "supernet.safetensors", stage.JUDGED):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+    with open(tmp_path / "torn" / stage.JUDGED, "a") as file:  # a kill in the middle of a line
+        file.write('{"blocks": "0123')
+    run(tmp_path / "torn", weights, table)
+    assert counting() == straight - 5
+    result, expected = (SearchResult.load(tmp_path / name / "search.json") for name in ("torn", "straight"))
+    assert result == expected
