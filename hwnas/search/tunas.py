@@ -19,19 +19,20 @@ uses *all* its options, averaged (op warm-up); an expansion or width decision us
 
 *Differences from the paper*:
 
-- One architecture per step and process; TuNAS samples one per accelerator core, 32 at a time, and averages their gradients.
+- ``architectures`` defaults to 1; TuNAS samples one per accelerator core, 32 at a time, each on its core's part of the batch, and
+  averages their gradients: ``architectures = 32`` does the same.
 - No held-out forward during the RL delay, where nothing would read its reward; the baseline starts after the delay.
 - The final architecture: the paper takes the most likely option of every decision. A short search has not converged so far
   that this hits the target, so the argmax is one of the proposals; the others are drawn from the final policy, all within the
   target's tolerance, and the search stage ranks them by recalibrated held-out accuracy. ``candidates = 1`` is the paper's rule,
   where the argmax lies within the tolerance.
 - ``rl_lr``: the paper's 3e-4 per 256 images is for 27,000 steps of 32 samples; short searches need a larger one (ours).
-- No rematerialisation: weights are sliced and one path runs, so there is little to save outside op warm-up.
+- Rematerialisation is the super-net's (``search.supernet.remat``): it recomputes the options of a mixture, as in op warm-up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -43,10 +44,11 @@ from torch import Tensor
 from hwnas.core.arch import Picks
 from hwnas.core.option import Factors, factorise
 from hwnas.core.space import Choice, SearchSpace
-from hwnas.search.strategy import Metrics, SearchContext, random_within, towards_target, within_target
+from hwnas.search.proposal import likely_within
+from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 FILTER_AXES = ("expansion",)
-"""Axes whose warm-up uses the largest option; the others (kernel, skip, SE, groups) use the average of all."""
+"""Axes whose warm-up uses the largest option, and so do widths, depths and resolutions; kernel, skip, SE and groups use the average."""
 
 
 class TuNASConfig(BaseModel):
@@ -61,6 +63,7 @@ class TuNASConfig(BaseModel):
     baseline_momentum: float = Field(0.95, ge=0, lt=1)
     entropy: float = Field(0.0, ge=0, description="weight of an entropy bonus")
     held_out_multiple: int = Field(4, ge=1, description="held-out batch size as a multiple of the training batch")
+    architectures: int = Field(1, ge=1, description="architectures per step, each on its part of the batches; the paper: one per core, 32")
 
     @model_validator(mode="after")
     def _warm_first(self) -> Self:
@@ -130,22 +133,24 @@ class Controller:
                 picks = None
         return Sample(gates, decided, picks)
 
-    def update(self, sample: Sample, reward: float, lr: float, baseline_momentum: float = 0.95, entropy: float = 0.0) -> float:
-        """One REINFORCE step; returns the advantage R - b. The first reward is its own baseline."""
-        self.reward_sum = baseline_momentum * self.reward_sum + (1 - baseline_momentum) * reward
+    def update(
+        self, samples: Sequence[Sample], rewards: Sequence[float], lr: float, baseline_momentum: float = 0.95, entropy: float = 0.0
+    ) -> list[float]:
+        """One REINFORCE step on the mean over samples; returns their advantages R - b. The first rewards are their own baseline."""
+        self.reward_sum = baseline_momentum * self.reward_sum + (1 - baseline_momentum) * float(np.mean(rewards))
         self.reward_weight = baseline_momentum * self.reward_weight + (1 - baseline_momentum)
-        advantage = reward - self.reward_sum / self.reward_weight
-        log_p = sum(
-            (torch.log_softmax(self.logits[name], 0)[i] for name, i in sample.decided.items()), torch.zeros((), dtype=torch.float64)
-        )
-        loss = -advantage * log_p - entropy * (self.entropy() if entropy else 0.0)
+        advantages = [reward - self.reward_sum / self.reward_weight for reward in rewards]
+        loss = -entropy * self.entropy() if entropy else torch.zeros((), dtype=torch.float64)
+        for sample, advantage in zip(samples, advantages, strict=True):
+            terms = [torch.log_softmax(self.logits[name], 0)[i] for name, i in sample.decided.items()]
+            loss = loss - advantage / len(samples) * torch.stack(terms).sum() if terms else loss
         self.optimizer.param_groups[0]["lr"] = lr
         for logits in self.logits.values():  # zeros, not None, for what was not decided: Adam then treats all alike, also after a resume
             logits.grad = torch.zeros_like(logits)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return advantage
+        return advantages
 
     def entropy(self) -> Tensor:
         """Entropy of the policy in nats, hierarchical: what lies below a skip counts by the probability of not skipping."""
@@ -212,10 +217,12 @@ def _joint(key: str, factors: Factors, weights: Mapping[str, np.ndarray]) -> np.
     return gate
 
 
-class TuNAS:
+class TuNAS(Strategy):
     """The TuNAS strategy: a ``Controller`` trained beside the weights."""
 
     Config: ClassVar[type[BaseModel]] = TuNASConfig
+    sharing = "collapsed"
+    rate = "rl_lr"
 
     def __init__(self, config: TuNASConfig) -> None:
         self.config = config
@@ -224,6 +231,10 @@ class TuNAS:
     def setup(self, ctx: SearchContext) -> None:
         """Make the controller, uniform over the space."""
         self.controller = Controller(ctx.space)
+
+    def parts(self) -> tuple[int, int]:
+        """Every architecture has its part of both batches."""
+        return self.config.architectures, self.config.architectures
 
     def rl_rate(self, ctx: SearchContext) -> float:
         """The controller's learning rate at this step; 0 during the delay."""
@@ -234,40 +245,26 @@ class TuNAS:
         return float(base * self.config.rl_lr_ramp ** ((progress - self.config.rl_delay) / (1 - self.config.rl_delay)))
 
     def step(self, ctx: SearchContext) -> Metrics:
-        """One weight update and, after the delay, one update of the controller with the same architecture."""
+        """One weight update and, after the delay, one update of the controller with the same architectures."""
         warmup_steps = self.config.warmup * ctx.steps
         probability = max(0.0, 1 - ctx.step / warmup_steps) if warmup_steps else 0.0
-        sample = self.controller.sample(ctx.rng, probability)
-        metrics = ctx.train(sample.gates)
+        samples = [self.controller.sample(ctx.rng, probability) for _ in range(self.config.architectures)]
+        gates = [sample.gates for sample in samples]
+        metrics = ctx.train(*gates, split=True)
         rate = self.rl_rate(ctx)
         if rate > 0.0:
-            quality = ctx.quality(sample.gates, self.config.held_out_multiple)
-            latency = float(ctx.cost.expected_ms(sample.gates))
-            reward = ctx.reward(quality, latency)
-            self.controller.update(sample, reward, rate, self.config.baseline_momentum, self.config.entropy)
-            metrics |= {"quality": quality, "latency_ms": latency, "reward": reward}
+            qualities = ctx.qualities(*gates, multiple=self.config.held_out_multiple)
+            latencies = [float(ctx.cost.expected_ms(each)) for each in gates]
+            rewards = [ctx.reward(quality, latency) for quality, latency in zip(qualities, latencies, strict=True)]
+            self.controller.update(samples, rewards, rate, self.config.baseline_momentum, self.config.entropy)
+            means = {"quality": qualities, "latency_ms": latencies, "reward": rewards}
+            metrics |= {name: float(np.mean(values)) for name, values in means.items()}
         expected = float(ctx.cost.expected_ms(self.controller.option_probabilities()))
         return {**metrics, "entropy": float(self.controller.entropy().detach()), "expected_ms": expected}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The argmax first, where it is within the tolerance, then likely samples of the policy that are.
-
-        Where the policy holds too few, its most likely samples are moved towards the target by single changes.
-        """
-        p = self.controller.option_probabilities()
-        keys = [choice.key for choice in ctx.space.choices]
-        index_NC = np.stack([ctx.rng.choice(len(p[key]), size=4096, p=p[key] / p[key].sum()) for key in keys], axis=1)
-        index_NC = np.concatenate([ctx.space.index(self.controller.best())[None], index_NC])
-        log_p_N = np.sum([np.log(p[key][index_NC[:, i]] + 1e-30) for i, key in enumerate(keys)], axis=0)
-        log_p_N[0] = np.inf
-        ranked = index_NC[np.argsort(-log_p_N, kind="stable")]
-        found = dict.fromkeys(tuple(int(i) for i in row) for row in ranked[within_target(ctx, ranked)])
-        for row in ranked[: 4 * count] if len(found) < count else []:
-            moved = towards_target(ctx, row)
-            if within_target(ctx, moved[None])[0]:
-                found[tuple(int(i) for i in moved)] = None
-        proposals = [ctx.space.at(row) for row in list(found)[:count]]
-        return proposals or random_within(ctx, count, ctx.rng)
+        """The argmax first, where it is within the tolerance, then likely samples of the policy that are."""
+        return likely_within(ctx, self.controller.option_probabilities(), count, self.controller.best())
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state."""

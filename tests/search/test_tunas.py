@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 from hwnas.config import Plugin
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.errors import ConfigError
-from hwnas.search.strategy import Metrics, SearchContext
+from hwnas.search.strategy import Gates, Metrics
 from hwnas.search.tunas import Controller, Sample, TuNAS, TuNASConfig
-from hwnas.testing import Problem, tiny_space
+from hwnas.testing import KnownWeights, Problem, tiny_space
 
 torch.set_num_threads(1)
 
@@ -41,9 +42,9 @@ def test_gradient_of_one_decision() -> None:
         controller.logits["s0.b0.kernel"].copy_(torch.tensor([0.3, -1.0, 0.7]))
     p = np.exp([0.3, -1.0, 0.7]) / np.exp([0.3, -1.0, 0.7]).sum()
     assert np.allclose(controller.probabilities()["s0.b0.kernel"], p)
-    controller.update(sample_of({"s0.b0.kernel": 0}), 0.5, lr=0.0)
+    controller.update([sample_of({"s0.b0.kernel": 0})], [0.5], lr=0.0)
     assert np.allclose(grads(controller)["s0.b0.kernel"], 0)  # the first reward is its own baseline
-    advantage = controller.update(sample_of({"s0.b0.kernel": 2}), 0.9, lr=0.0)
+    (advantage,) = controller.update([sample_of({"s0.b0.kernel": 2})], [0.9], lr=0.0)
     assert advantage > 0
     assert np.allclose(grads(controller)["s0.b0.kernel"], advantage * (p - np.eye(3)[2]))
 
@@ -58,7 +59,7 @@ def test_expected_gradient_is_the_gradient_of_the_expected_reward() -> None:
     total = np.zeros(3)
     for i in range(3):
         controller.reward_sum, controller.reward_weight = 0.31, 0.5
-        controller.update(sample_of({"s0.b0.kernel": i}), rewards[i], lr=0.0, baseline_momentum=1.0)
+        controller.update([sample_of({"s0.b0.kernel": i})], [rewards[i]], lr=0.0, baseline_momentum=1.0)
         total += p[i] * grads(controller)["s0.b0.kernel"]
     assert np.allclose(total, -p * (rewards - p @ rewards))
 
@@ -71,7 +72,7 @@ def test_decisions_below_a_skip_do_not_count() -> None:
         sample = controller.sample(np.random.default_rng(seed))
         assert sample.picks is not None
         controller.reward_sum, controller.reward_weight = 0.0, 1.0
-        controller.update(sample, 1.0, lr=0.0)
+        controller.update([sample], [1.0], lr=0.0)
         found = grads(controller)
         for key in ("s1.b1", "s2.b1"):
             below = [found[f"{key}.kernel"], found[f"{key}.expansion"]]
@@ -111,8 +112,8 @@ def test_warmed_up_decisions() -> None:
     assert sample.gates["s1.b1"].tolist() == [0, 0, 0.25, 0.25, 0.5]
     assert sample.gates["s1.width"].tolist() == [0, 1]
     before = controller.probabilities()
-    controller.update(sample, 1.0, lr=1.0)
-    controller.update(sample, 2.0, lr=1.0)
+    controller.update([sample], [1.0], lr=1.0)
+    controller.update([sample], [2.0], lr=1.0)
     for name, p in controller.probabilities().items():
         assert np.array_equal(p, before[name])
 
@@ -133,34 +134,31 @@ def test_widths_are_one_decision() -> None:
         sample = controller.sample(np.random.default_rng(seed))
         assert sample.picks is not None
         controller.reward_sum, controller.reward_weight = 0.0, 1.0
-        controller.update(sample, 1.0, lr=0.01)
+        controller.update([sample], [1.0], lr=0.01)
         probabilities = controller.option_probabilities()["s0.width"]
-        controller.update(sample, 2.0, lr=0.01)
+        controller.update([sample], [2.0], lr=0.01)
         position = space.choices[0].options.index(sample.picks["s0.width"])
         assert controller.option_probabilities()["s0.width"][position] > probabilities[position]
         seen.add(sample.picks["s0.width"])
     assert seen == {16, 24, 32}
 
 
-class Recorder:
-    """A strategy's surroundings that write down what they are asked for."""
+class Recorder(KnownWeights):
+    """The weights of a problem, which write down what they are asked for."""
 
     def __init__(self, steps: int, batch_size: int = 512) -> None:
-        self.problem = Problem(0)
-        self.trained: list[Mapping[str, Any]] = []
-        self.scored: list[tuple[Mapping[str, Any], int]] = []
-        base = self.problem.context(steps)
-        self.ctx = SearchContext(
-            base.space, base.cost, base.objective, base.target_ms, base.tolerance, steps, batch_size, self.train, self.quality
-        )
+        super().__init__(Problem(0))
+        self.trained: list[Gates] = []
+        self.scored: list[tuple[Gates, int]] = []
+        self.ctx = replace(self.problem.context(steps, batch_size), weights=self)
 
-    def train(self, gates: Mapping[str, Any]) -> Metrics:
-        self.trained.append(gates)
-        return {}
+    def train(self, gates: Sequence[Gates], **how: Any) -> Metrics:
+        self.trained += gates
+        return super().train(gates, **how)
 
-    def quality(self, gates: Mapping[str, Any], multiple: int) -> float:
-        self.scored.append((gates, multiple))
-        return self.problem.quality(gates)
+    def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
+        self.scored += [(each, multiple) for each in gates]
+        return super().qualities(gates, multiple)
 
     def step(self, strategy: TuNAS, number: int, draw: int = 0) -> Metrics:
         self.ctx.step, self.ctx.rng = number, np.random.default_rng([number, draw])
@@ -231,7 +229,9 @@ def test_reward_metrics() -> None:
 def test_baseline_is_a_zero_debiased_average() -> None:
     """After rewards 1, 2, 4 with momentum 0.9: (0.1, 0.29, 0.661) over (0.1, 0.19, 0.271)."""
     controller = Controller(kernels_space())
-    advantages = [controller.update(sample_of({"s0.b0.kernel": 0}), reward, 0.0, baseline_momentum=0.9) for reward in (1.0, 2.0, 4.0)]
+    advantages = [
+        controller.update([sample_of({"s0.b0.kernel": 0})], [reward], 0.0, baseline_momentum=0.9)[0] for reward in (1.0, 2.0, 4.0)
+    ]
     assert advantages == pytest.approx([0.0, 2 - 0.29 / 0.19, 4 - 0.661 / 0.271])
 
 
@@ -243,7 +243,7 @@ def test_adam_without_momentum_by_hand() -> None:
     rng = np.random.default_rng(0)
     for t in range(1, 30):
         i, reward, lr = int(rng.integers(3)), float(rng.random()), 0.01 * t
-        controller.update(sample_of({"s0.b0.kernel": i}), reward, lr)
+        controller.update([sample_of({"s0.b0.kernel": i})], [reward], lr)
         ema, weight = 0.95 * ema + 0.05 * reward, 0.95 * weight + 0.05
         p = np.exp(logits) / np.exp(logits).sum()
         g = (reward - ema / weight) * (p - np.eye(3)[i])
@@ -259,7 +259,7 @@ def test_entropy_bonus_pulls_towards_uniform() -> None:
         controller.logits["s0.b0.kernel"].copy_(torch.tensor([3.0, 0.0, 0.0]))
     before = float(controller.entropy().detach())
     for _ in range(20):
-        controller.update(sample_of({"s0.b0.kernel": 0}), 1.0, 0.05, entropy=0.1)  # equal rewards: no advantage
+        controller.update([sample_of({"s0.b0.kernel": 0})], [1.0], 0.05, entropy=0.1)  # equal rewards: no advantage
     assert float(controller.entropy().detach()) > before + 0.1
 
 
