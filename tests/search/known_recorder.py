@@ -1,0 +1,58 @@
+"""The known weights of a problem, which also write down what they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hwnas.search.alphas import Alphas
+from hwnas.search.strategy import Gates, Metrics, Probes, SearchContext, Strategy
+from hwnas.testing import KnownWeights, Problem
+
+PROBLEM = Problem(0)
+
+
+class KnownRecorder(KnownWeights):
+    """``trained`` gates, ``judged`` ones with the batch's multiple, ``differentiated`` ones with their probes."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.trained: list[Gates] = []
+        self.judged: list[tuple[list[Gates], int]] = []
+        self.differentiated: list[tuple[Gates, dict[str, list[int]]]] = []
+
+    def train(self, gates: Sequence[Gates], **options: Any) -> Metrics:
+        self.trained += gates
+        return super().train(gates, **options)
+
+    def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
+        self.judged.append((list(gates), multiple))
+        return super().qualities(gates, multiple)
+
+    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+        self.differentiated.append((gates, {key: list(options) for key, options in probes.items()}))
+        return super().gate_gradients(gates, probes, order, skip_dropout)
+
+
+def surroundings(steps: int, problem: Problem = PROBLEM) -> tuple[SearchContext, KnownRecorder]:
+    """A context of the problem, and what records it."""
+    ctx, recorder = problem.context(steps), KnownRecorder(problem)
+    ctx.weights = recorder
+    return ctx, recorder
+
+
+def fill(alphas: Alphas, given: Mapping[str, Any] | None = None) -> None:
+    """Set architecture parameters: random ones but for the given."""
+    rng = np.random.default_rng(7)
+    with torch.no_grad():
+        for key, alpha in alphas.values.items():
+            alpha.copy_(torch.as_tensor((given or {}).get(key, rng.normal(size=len(alpha)))))
+
+
+def step_at(strategy: Strategy, ctx: SearchContext, number: int, draw: int = 0) -> Metrics:
+    """The step of a number, with one of its generators."""
+    ctx.step, ctx.rng = number, np.random.default_rng([number, draw])
+    return strategy.step(ctx)
