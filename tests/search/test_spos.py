@@ -1,0 +1,110 @@
+"""SPOS's samplers by their frequencies, fair sampling by counting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.config import Plugin
+from hwnas.errors import ConfigError
+from hwnas.search.spos import SPOS, SPOSConfig, sampling_policy
+from hwnas.testing import tiny_space
+from tests.search.recording import Recorder, elastic_space, run_steps
+
+torch.set_num_threads(1)
+
+
+def trained(recorder: Recorder, steps: int, **options: object) -> SPOS:
+    strategy = SPOS(SPOSConfig.model_validate(options))
+    ctx = recorder.context(steps)
+    strategy.setup(ctx)
+    run_steps(strategy, ctx)
+    return strategy
+
+
+def test_one_path_and_one_update_a_step() -> None:
+    recorder = Recorder(tiny_space())
+    trained(recorder, 50)
+    assert len(recorder.updates) == 50
+    assert all(len(update.index_PC) == 1 and not update.split and not update.teach for update in recorder.updates)
+
+
+@pytest.mark.parametrize("sampling", ["architectures", "decisions"])
+def test_frequencies_of_paths(sampling: str) -> None:
+    """Of 5 options with skip: 1/5 each, or 1/2 skip and 1/8 each block. Without skip both are uniform."""
+    recorder, steps = Recorder(tiny_space()), 1500
+    trained(recorder, steps, sampling=sampling)
+    for i, choice in enumerate(recorder.space.choices):
+        if "skip" in choice.options:
+            p = np.array([0.2] * 5 if sampling == "architectures" else [0.125] * 4 + [0.5])
+        else:
+            p = np.full(len(choice.options), 1 / len(choice.options))
+        found = np.bincount(recorder.trained[:, i], minlength=len(p)) / steps
+        assert np.all(np.abs(found - p) < 4 * np.sqrt(p * (1 - p) / steps)), choice.key
+
+
+def test_decisions_of_depths_widths_and_resolutions_are_uniform() -> None:
+    policy = sampling_policy(elastic_space(), "decisions")
+    assert policy["s1.depth"].tolist() == policy["resolution"].tolist() == [1 / 3] * 3
+    assert sampling_policy(tiny_space(), "decisions")["s1.width"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("space", [tiny_space(), elastic_space()], ids=["tiny", "elastic"])
+def test_fair_sampling_trains_every_option_equally_often(space: object) -> None:
+    """In steps k n to (k + 1) n - 1 each of the n options of a choice exactly once, in an order that varies."""
+    recorder = Recorder(space)  # type: ignore[arg-type]
+    trained(recorder, 180, sampling="fair")
+    for i, choice in enumerate(recorder.space.choices):
+        rounds = recorder.trained[:, i].reshape(-1, len(choice.options))
+        assert np.array_equal(np.sort(rounds, axis=1), np.tile(np.arange(len(choice.options)), (len(rounds), 1)))
+        assert len(np.unique(rounds, axis=0)) > 1
+
+
+def test_fair_sampling_goes_on_within_a_permutation() -> None:
+    """Stopped after 7 of 20 steps, in the middle of every permutation, it ends with the same paths."""
+    straight, halves = Recorder(tiny_space()), Recorder(tiny_space())
+    trained(straight, 20, sampling="fair")
+    ctx = halves.context(20)
+    first, second = SPOS(SPOSConfig(sampling="fair")), SPOS(SPOSConfig(sampling="fair"))
+    first.setup(ctx)
+    run_steps(first, ctx, 0, 7)
+    state = first.state_dict()
+    assert {key: len(left) for key, left in state["left"].items()}["s1.b1"] == 3
+    run_steps(first, ctx, 7, 9)
+    halves.updates = halves.updates[:7]
+    second.setup(ctx)
+    second.load_state_dict(state)
+    run_steps(second, ctx, 7)
+    assert np.array_equal(straight.trained, halves.trained)
+
+
+def test_within_budget_rejects_slow_paths_only() -> None:
+    """Up to 1.1 x target: every trained path is below, and options are as frequent as in uniform samples that are below."""
+    recorder, steps = Recorder(tiny_space()), 600
+    trained(recorder, steps, within_budget=1.1)
+    ctx = recorder.context(steps)
+    latency_N = ctx.cost.latencies_ms(recorder.trained)
+    assert latency_N.max() <= 1.1 * ctx.target_ms
+    assert latency_N.min() < 0.8 * ctx.target_ms
+    every = np.stack(np.meshgrid(*(np.arange(len(choice.options)) for choice in recorder.space.choices), indexing="ij"), -1)
+    below = every.reshape(-1, len(recorder.space.choices))
+    below = below[ctx.cost.latencies_ms(below) <= 1.1 * ctx.target_ms]
+    for i, choice in enumerate(recorder.space.choices):
+        p = np.bincount(below[:, i], minlength=len(choice.options)) / len(below)
+        found = np.bincount(recorder.trained[:, i], minlength=len(choice.options)) / steps
+        assert np.all(np.abs(found - p) <= 4 * np.sqrt(p * (1 - p) / steps)), choice.key
+
+
+def test_where_nothing_is_within_budget_fast_paths_train() -> None:
+    recorder = Recorder(tiny_space())
+    trained(recorder, 20, within_budget=0.01)
+    ctx = recorder.context(1)
+    low, high = ctx.cost.range_ms()
+    assert np.all(ctx.cost.latencies_ms(recorder.trained) < low + 0.1 * (high - low))
+
+
+def test_fair_sampling_cannot_reject() -> None:
+    with pytest.raises(ConfigError, match="remove within_budget"):
+        Plugin(name="spos", sampling="fair", within_budget=1.2).options(SPOSConfig)  # type: ignore[call-arg]
+    assert Plugin(name="spos", generations=3).options(SPOSConfig).generations == 3  # type: ignore[call-arg]
