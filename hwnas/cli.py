@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-table_app = typer.Typer(help="Look at latency tables.", no_args_is_help=True)
+table_app = typer.Typer(help="Look at latency tables; read and compare those of others.", no_args_is_help=True)
 app.add_typer(table_app, name="table")
 
 Config = Annotated[Path | None, typer.Argument(help="an experiment (.toml), or the folder of an earlier run; default: built-in settings")]
@@ -211,6 +211,48 @@ def table_show(path: Annotated[Path, typer.Argument(help="a latency table (.json
 
     table = LatencyTable.load(path)
     typer.echo(table.to_json() if as_json else describe_table(table), nl=not as_json)
+
+
+@table_app.command("import")
+def table_import(
+    file: Annotated[Path, typer.Argument(help="a published table, gzipped or not")],
+    format_name: Annotated[
+        str, typer.Option("--format", metavar="NAME[:COLUMN]", help="proxylessnas, ofa, single_path, tfnas, fbnet or tunas")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="the table to write (.json)")],
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Turn somebody else's table into one of ours; what no op stands for is listed."""
+    from hwnas.tables.formats import import_table
+
+    if out.resolve() == file.resolve():
+        raise UserError(f"--out {out} is the file to import: choose another, which import will write.")
+    imported = import_table(file, format_name)
+    imported.table.save(out)
+    prices = len(imported.table.entries) + sum(map(len, imported.table.slots.values()))
+    if as_json:
+        typer.echo(json.dumps({"path": str(out), "prices": prices, "unmapped": imported.unmapped}))
+        return
+    typer.echo(f"{out}\n{prices} prices; {len(imported.unmapped)} of the source not mapped{':' if imported.unmapped else ''}")
+    for name, reason in imported.unmapped.items():
+        typer.echo(f"  {name}: {reason}")
+
+
+@table_app.command("compare")
+def table_compare(
+    a: Annotated[Path, typer.Argument(help="a latency table (.json)")],
+    b: Annotated[Path, typer.Argument(help="another")],
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Show what the same ops cost in two tables: their ratios, the range, and how far the orders agree."""
+    import shutil
+
+    from hwnas.core.table import LatencyTable
+    from hwnas.tables.compare import compare, describe_comparison
+
+    found = compare(LatencyTable.load(a), LatencyTable.load(b))
+    width = shutil.get_terminal_size((100, 40)).columns
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else describe_comparison(found, width))
 
 
 @app.command()

@@ -32,6 +32,8 @@ VERBS = {  # frozen: a knob goes into the configuration, not here
     "devices": ([], LOOK),
     "doctor": ([], LOOK),
     "table show": (["path"], LOOK),
+    "table import": (["file"], LOOK | {"--format", "--out"}),
+    "table compare": (["a", "b"], LOOK),
 }
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 Hwnas = Callable[..., tuple[int, str, str]]
@@ -187,6 +189,48 @@ def test_a_table_that_is_missing_or_something_else(hwnas: Hwnas, tmp_path: Path)
     refused(hwnas("space", "mobile32", "absent.json"), "absent.json does not exist")
     refused(hwnas("space", "absent.json"), "absent.json does not exist")
     refused(hwnas("space", table_file(tmp_path)), "has schema 'hwnas.table/1'")
+
+
+BLOCK = "expanded_conv-input:28x28x40-output:14x14x80-expand:6-kernel:{}-stride:2-idskip:0: {{count: 9, mean: {}, var: 0.1}}\n"
+
+
+def test_a_foreign_table_is_imported_and_compared(hwnas: Hwnas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    (tmp_path / "a.yaml").write_text(BLOCK.format(3, 3.0) + BLOCK.format(5, 4.0) + BLOCK.format(4, 1.0))
+    (tmp_path / "b.yaml").write_text(BLOCK.format(3, 2.0) + BLOCK.format(5, 8.0))
+    code, out, _ = hwnas("table", "import", tmp_path / "a.yaml", "--format", "proxylessnas", "--out", tmp_path / "a.json")
+    assert code == 0
+    assert "4 prices; 1 of the source not mapped:" in out and "kernel:4" in out and "kernels are odd" in out
+    printed = json.loads(
+        hwnas("table", "import", tmp_path / "b.yaml", "--format", "proxylessnas", "--out", tmp_path / "b.json", "--json")[1]
+    )
+    assert printed == {"path": str(tmp_path / "b.json"), "prices": 4, "unmapped": {}}
+    assert "calibration  none" in hwnas("table", "show", tmp_path / "a.json")[1]
+
+    code, out, _ = hwnas("table", "compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 60
+    assert "2 ops in both: a / b from 0.50 to 1.50, median 1.00" in out
+    found = json.loads(hwnas("table", "compare", tmp_path / "a.json", tmp_path / "b.json", "--json")[1])
+    assert [(one["op"], one["ratio"]) for one in found["ratios"]] == [
+        ("mbconv-h28-i40-o80-m240-k5-s2-relu", 0.5),
+        ("mbconv-h28-i40-o80-m240-k3-s2-relu", 1.5),
+    ]
+
+
+def test_an_import_that_fails_writes_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
+    whole, out = tmp_path / "a.yaml", tmp_path / "out" / "table.json"
+    whole.write_text(BLOCK.format(3, 3.0))
+    (tmp_path / "cut.yaml").write_text(BLOCK.format(3, 3.0)[:-9])
+    refused(hwnas("table", "import", whole, "--format", "proxyless", "--out", out), "'proxyless'; did you mean 'proxylessnas'?")
+    refused(hwnas("table", "import", whole, "--format", "ofa", "--out", out), "a.yaml holds no block of format 'ofa'")
+    refused(hwnas("table", "import", tmp_path / "cut.yaml", "--format", "proxylessnas", "--out", out), "cut.yaml is not valid YAML")
+    refused(hwnas("table", "import", "absent.yaml", "--format", "proxylessnas", "--out", out), "absent.yaml does not exist")
+    refused(hwnas("table", "import", whole, "--format", "proxylessnas", "--out", whole), "is the file to import: choose another")
+    assert not out.parent.exists()
+    assert whole.read_text() == BLOCK.format(3, 3.0)
+    hwnas("table", "import", whole, "--format", "proxylessnas", "--out", out)
+    refused(hwnas("table", "compare", out, table_file(tmp_path)), "have no op in common")
 
 
 def test_devices(hwnas: Hwnas) -> None:
