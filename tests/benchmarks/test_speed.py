@@ -14,18 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from hwnas.core.cost import CostModel
-from hwnas.core.spaces import mobile32, proxylessnas, published
-from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
+from hwnas.core.spaces import proxylessnas, published
 from hwnas.devices.device import HOST, connect
 from hwnas.export.tflite import quantize_int8, to_tflite
 from hwnas.export.tflite_writer import write_op, write_tflite
 from hwnas.nn.blocks import build
 from hwnas.nn.network import Network
-from hwnas.nn.supernet import Supernet
-from hwnas.search.strategy import one_hot, uniform_index
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -41,45 +36,6 @@ def test_writing_a_block_against_converting_it(benchmark: Any) -> None:
     converted = statistics.median(seconds(lambda: to_tflite(module, (1, op.in_ch, op.size, op.size))) for _ in range(3))
     benchmark(lambda: write_op(op, module))
     print(f"\nconverting {op.key}: {converted * 1e3:.0f} ms; writing it: {benchmark.stats.stats.median * 1e3:.2f} ms")
-
-
-def test_super_net_step_against_the_same_networks_alone(benchmark: Any) -> None:
-    """CIFAR-10-sized batches, the same eight architectures, interleaved, forward and backward."""
-    space, rng = mobile32(), np.random.default_rng(0)
-    generator = torch.Generator().manual_seed(0)
-    supernet: Any = Supernet(space, generator)
-    supernet = supernet.to(memory_format=torch.channels_last)
-    picks = [space.sample(rng) for _ in range(8)]
-    alone: list[Any] = [Network(space.decode(each), generator=generator) for each in picks]
-    alone = [network.to(memory_format=torch.channels_last) for network in alone]
-    x_NCHW = torch.randn(64, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
-    y = torch.randint(0, 10, (64,), generator=generator)
-
-    def step(module: Any, *gates: Any) -> None:
-        module.zero_grad(set_to_none=True)
-        F.cross_entropy(module(x_NCHW, *gates), y).backward()
-
-    def ratio() -> float:
-        shared = sum(seconds(lambda each=each: step(supernet, one_hot(each, space))) for each in picks)  # type: ignore[misc]
-        return shared / sum(seconds(lambda network=network: step(network)) for network in alone)  # type: ignore[misc]
-
-    ratio()
-    ratios = [ratio() for _ in range(5)]
-    benchmark.pedantic(lambda: step(supernet, one_hot(picks[0], space)), rounds=3)
-    print(f"\nsuper-net step / stand-alone step: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
-
-
-def test_architectures_priced_per_second(benchmark: Any) -> None:
-    space = proxylessnas()
-    header = TableHeader(
-        device="formula", cpu="none", machine="none", runtime="none", runtime_version="none", dtype="fp32", threads=1, cores="unknown",
-        governor="unknown", layout="NHWC", batch=1, date="unknown", space=space.name,
-    )  # fmt: skip
-    calibration = Calibration(intercept_ms=0.0, slope=1.0, networks=0)
-    table = LatencyTable(header=header, entries={op.key: Entry(ms=op.macs / 1e7) for op in space.ops}, calibration=calibration)
-    cost, index_NC = CostModel(space, table), uniform_index(space, 100_000, np.random.default_rng(0))
-    benchmark(lambda: cost.latencies_ms(index_NC))
-    print(f"\n{len(index_NC) / benchmark.stats.stats.median:,.0f} architectures of {space.name} priced per second")
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mnasnet_b1", "proxylessnas_mobile"])
