@@ -47,6 +47,8 @@ def test_the_commands_run(tmp_path: Path) -> None:
         text = " ".join(command[1:])
         if "CONFIG" in text or "TABLE" in text or "[" in text:  # the synopsis: its verbs are checked above
             continue
+        if "search.weights" in text:  # needs a finished run and a phone's table: tests/search/test_stage.py does it with both
+            continue
         if text.startswith("profile"):
             command += shlex.split(SHORTER)
         elif text.startswith("run") and "--plan" not in text:
