@@ -39,6 +39,11 @@ class Plugin(BaseModel):
 
     name: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value  # -s search.strategy=fbnet
+
     def options(self, config: type[BaseModel]) -> Any:
         """The plug-in's own options as its ``config`` model. Raises ConfigError naming the wrong one."""
         try:

@@ -183,6 +183,8 @@ class Pipeline:
         return {**self._config("data"), "images": fingerprint(self.experiment.data)}
 
     def _file(self, path: Path, made_by: str) -> dict[str, str]:
+        if not path.is_file() and path == self.table_path and self.experiment.search.table is not None:
+            raise UserError(f"search.table = {self.experiment.search.table!r} does not exist: check the path.")
         if not path.is_file():
             raise UserError(f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or 'hwnas run'.")
         return {path.name: file_sha256(path)}

@@ -165,3 +165,8 @@ def test_all_objectives_can_be_written(tmp_path: Path) -> None:
     text = '[search.objective]\nname = "penalised"\nnonlinear = "positive"\naggregate = "mul"\nscale = -0.07'
     expected = PenalisedObjective(name="penalised", nonlinear="positive", aggregate="mul", scale=-0.07)
     assert load_experiment(written(tmp_path, text)).search.objective == expected
+
+
+def test_a_plug_in_by_its_bare_name() -> None:
+    """``-s search.strategy=fbnet`` says the same as a table with nothing but the name."""
+    assert load_experiment(None, ["search.strategy=fbnet"]) == load_experiment(None, ['search.strategy={name = "fbnet"}'])

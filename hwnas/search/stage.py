@@ -145,10 +145,10 @@ def search_context(experiment: Experiment, space: MacroSpace, table: LatencyTabl
         _trained(config, space)
     search = SearchContext(space, cost, config.objective, target_ms, config.tolerance, 0, config.batch_size, limits=limits)
     if not random_within(search, 1, np.random.default_rng(experiment.seed)):
-        together = " together with search.limits" if config.limits else ""
+        together = "".join(f", {each.title} <= {each.most:g}" for each in limits.compiled)
         raise TargetError(
-            f"no architecture of space {space.name} within {config.tolerance:.2g} of {target_ms:.4g} ms{together} was found: "
-            f"raise search.tolerance{' or a limit' if config.limits else ''}."
+            f"no architecture of space {space.name} within {100 * config.tolerance:.3g} % of {target_ms:.4g} ms{together} was found: "
+            f"raise search.tolerance{', lower the target or raise a limit' if config.limits else ''}."
         )
     return search
 
@@ -274,6 +274,8 @@ def _warn_of_a_still_policy(rows: list[dict[str, float]], strategy: Strategy, pr
 def trained_supernet(folder: str) -> Path:
     """The super-net file of an earlier run's search folder (or of the run's folder). Raises ConfigError where there is none."""
     root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"search.weights = {folder!r} is no folder: name the folder of a finished run that trained a super-net.")
     for path in (root / SHARED, root / "search" / SHARED):
         if path.is_file():
             return path
