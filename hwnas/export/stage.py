@@ -9,6 +9,7 @@ import numpy as np
 
 from hwnas.data.images import evaluation_batches, load_images, sampled_images
 from hwnas.document import write_atomic
+from hwnas.errors import ConfigError
 from hwnas.export.bundle import (
     FILES,
     Bundle,
@@ -37,6 +38,8 @@ def run(ctx: StageContext, predict: Predict) -> None:
     """Export every format and compare each with PyTorch; ``predict(file, images, folder)`` runs a file in its runtime."""
     config = ctx.experiment.export
     network = load_network(ctx.path("train", "model.safetensors")).eval()
+    if not isinstance(network, Network):
+        raise ConfigError(f"{network.arch.name!r} is a detector, and export takes classifiers only: train one with task = 'classify'.")
     data = ctx.experiment.data.at(network.arch.resolution)
     train, test = load_images(data, "train"), load_images(data, "test")
     calibration = sampled_images(train, config.calibration_images)

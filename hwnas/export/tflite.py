@@ -90,7 +90,7 @@ def quantize_int8(model: bytes, calibration: Sequence[npt.NDArray[np.float32]], 
     Raises ExportError where the arrays do not fit the model, or where an operator has no int8 form and would
     run in float32 amid the others.
     """
-    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer import recipe
 
     key, input_name, shape_NHWC, output_count = _signature(model)
     images = [image[None] for batch in calibration for image in _checked(batch, shape_NHWC)]
@@ -99,15 +99,20 @@ def quantize_int8(model: bytes, calibration: Sequence[npt.NDArray[np.float32]], 
     rules = recipe.static_wi8_ai8()
     if float_io:
         rules += [{"regex": ".*", "operation": border, "algorithm_key": "no_quantize", "op_config": {}} for border in ("INPUT", "OUTPUT")]
-    try:
-        with _hushed_quantizer():
-            ranges = _activation_ranges(model, {key: [{input_name: image} for image in images]}, rules)
-            work = quantizer.Quantizer(model, rules).quantize(ranges, enable_progress_report=False)
-    except Exception as error:  # the quantizer raises plain ValueError, RuntimeError and KeyError
-        raise ExportError(f"The graph cannot be quantised: {_first_line(error)}") from error
-    quantized = bytes(work.quantized_model)
-    _require_int8(quantized, output_count if float_io else 0)
-    return quantized
+    with _quantizing():
+        ranges = _activation_ranges(model, {key: [{input_name: image} for image in images]}, rules)
+    return _quantized(model, ranges, rules, output_count if float_io else 0)
+
+
+def quantize_int8_uncalibrated(model: bytes) -> bytes:
+    """The same operators for a file that is only timed: every activation is taken to lie between -1 and 1.
+
+    Kernels take as long whatever the scales are, and finding them by running the model takes two thirds of ``quantize_int8``.
+    Inputs and outputs are int8. Raises ExportError where an operator has no int8 form.
+    """
+    from ai_edge_quantizer import recipe
+
+    return _quantized(model, _assumed_ranges(model), recipe.static_wi8_ai8(), 0)
 
 
 def graph_ops(model: bytes) -> tuple[GraphOp, ...]:
@@ -116,15 +121,35 @@ def graph_ops(model: bytes) -> tuple[GraphOp, ...]:
 
     names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
     dtypes = {code: name for name, code in vars(schema.TensorType).items() if not name.startswith("_")}
-    parsed = schema.ModelT.InitFromPackedBuf(bytearray(model), 0)
-    graph = parsed.subgraphs[0]
+    parsed = schema.Model.GetRootAs(model)
+    graph = parsed.Subgraphs(0)
     ops = []
-    for operator in graph.operators:
-        code = parsed.operatorCodes[operator.opcodeIndex]
+    for operator in map(graph.Operators, range(graph.OperatorsLength())):
+        code = parsed.OperatorCodes(operator.OpcodeIndex())
         # Codes past 127 live in the newer of the two fields, and old files fill only the older one.
-        name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
-        ops.append(GraphOp(name, dtypes[graph.tensors[operator.outputs[0]].type]))
+        name = names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+        ops.append(GraphOp(name, dtypes[graph.Tensors(operator.Outputs(0)).Type()]))
     return tuple(ops)
+
+
+def _quantized(model: bytes, ranges: Any, rules: Any, dequantized_outputs: int) -> bytes:
+    from ai_edge_quantizer import quantizer
+
+    with _quantizing():
+        work = quantizer.Quantizer(model, rules).quantize(ranges, enable_progress_report=False)
+    quantized = bytes(work.quantized_model)
+    _require_int8(quantized, dequantized_outputs)
+    return quantized
+
+
+def _assumed_ranges(model: bytes) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
+    """[-1, 1] for every tensor without a buffer of its own, in the form that the quantizer's calibration has."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    graph = schema.Model.GetRootAs(model).Subgraphs(0)
+    activations = [tensor for tensor in map(graph.Tensors, range(graph.TensorsLength())) if tensor.Buffer() == 0]
+    ones = {tensor.Name().decode(): np.ones((1,) * tensor.ShapeLength(), np.float32) for tensor in activations}
+    return {name: {"min": -one, "max": one} for name, one in ones.items()}
 
 
 def _activation_ranges(model: bytes, samples: dict[str, list[dict[str, Any]]], rules: Any) -> Any:
@@ -221,11 +246,14 @@ def _hushed_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hushed_quantizer() -> Iterator[None]:
-    """Hide its tqdm bars, and its warning that keeping all tensors, as calibration must, takes memory."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.filterwarnings("ignore", message=".*experimental_preserve_all_tensors")
-        yield
+def _quantizing() -> Iterator[None]:
+    """Turn the quantizer's errors into ours; hide its tqdm bars, and its warning that keeping all tensors takes memory."""
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), _hushed_stderr():
+            warnings.filterwarnings("ignore", message=".*experimental_preserve_all_tensors")
+            yield
+    except Exception as error:  # plain ValueError, RuntimeError and KeyError
+        raise ExportError(f"The graph cannot be quantised: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,8 +1,7 @@
 """Ops and networks written straight into TFLite files, without a converter.
 
-A latency table needs a file for every op of a search space. litert-torch converts a block in 1 to 2 s; since our blocks
-are few and known, the file can be written in 1 ms instead. The graph is the one that ``tflite.to_tflite`` makes, operator
-by operator (its tests judge this one by it), in float32, channels-last, batch 1:
+litert-torch converts a block in 1 to 2 s; this takes 1 ms (``block_writer`` says what for). The graph is the one that
+``tflite.to_tflite`` makes, operator by operator (its tests judge this one by it), in float32, channels-last, batch 1:
 
 - batch norms are folded into weights and biases, in float64; ReLU and ReLU6 are fused, HARD_SWISH follows its layer;
 - where TFLite's SAME pads as PyTorch does, kernel // 2 on every side, it is SAME; else PAD and VALID;
@@ -26,13 +25,12 @@ from typing import Any
 import flatbuffers
 import numpy as np
 import numpy.typing as npt
-import torch
 from ai_edge_litert import schema_py_generated as schema
-from torch import Tensor, nn
+from torch import nn
 
 from hwnas import __version__
 from hwnas.core.op import Layer, Op
-from hwnas.errors import ExportError
+from hwnas.export.block_writer import BlockWriter, folded
 from hwnas.nn.network import Network
 
 _SCHEMA_VERSION = 3
@@ -51,8 +49,6 @@ def write_tflite(network: Network) -> bytes:
     BN statistics are those it has now, as in eval mode; the network itself is left untouched. The same weights give
     the same bytes. Takes about 40 ms for MobileNetV2.
 
-    Raises ExportError where a kernel is even: PyTorch and our ops disagree on the size of its output.
-
     >>> from hwnas.core.spaces import published
     >>> len(write_tflite(Network(published("mobilenet_v2")))) // 1_000_000  # MB
     13
@@ -66,7 +62,7 @@ def write_op(op: Op, module: nn.Module) -> bytes:
     ``module`` is what ``hwnas.nn.blocks.build(op)`` returned, with any weights. ``output`` is
     [1, out_size, out_size, out_ch], and [1, out_ch] for a classifier. Takes about 1 ms.
 
-    Raises ExportError where ``module`` does not belong to ``op``, or its kernel is even.
+    Raises ExportError where ``module`` does not belong to ``op``.
 
     >>> from hwnas.nn.blocks import build
     >>> op = Op.parse("conv-h8-i3-o4-k3-s2-relu6")
@@ -77,160 +73,19 @@ def write_op(op: Op, module: nn.Module) -> bytes:
 
 
 def _write(ops: Sequence[Op], modules: Sequence[nn.Module], input_name: str, output_name: str) -> bytes:
-    graph = _Graph()
-    entry = exit_ = graph.tensor(input_name, (1, ops[0].size, ops[0].size, ops[0].in_ch))
-    for position, (op, module) in enumerate(zip(ops, modules, strict=True)):
-        graph.scope = f"blocks.{position}." if len(ops) > 1 else ""
-        exit_ = _add_op(graph, exit_, op, module)
+    graph = _Writer()
+    entry = graph.tensor(input_name, (1, ops[0].size, ops[0].size, ops[0].in_ch))
+    exit_ = graph.chain(entry, ops, modules)
     graph.tensors[exit_].name = output_name
     return graph.pack(entry, exit_)
-
-
-def _add_op(graph: _Graph, x: int, op: Op, module: nn.Module) -> int:
-    if op.kind == "classifier":
-        return _add_classifier(graph, x, op, _part(op, module, "linear"))
-    entry = x
-    if op.pooled and op.size > 1:
-        x = _add_mean(graph, x, keep_dims=True)
-    layers = {layer.name: layer for layer in op.layers}
-    for name, layer in layers.items():
-        if name == "depthwise" and op.shuffled:
-            x = _add_shuffle(graph, x, op.groups)
-        if name == "se_reduce":
-            x = _add_squeeze_excite(graph, x, layer, layers["se_expand"], op.se_gate, _part(op, module, "layers.se"))
-        elif name != "se_expand":
-            x = _add_conv(graph, x, layer, _part(op, module, f"layers.{name}"))
-    if not op.residual:
-        return x
-    return graph.operator("ADD", "add", [entry, x], graph.shape(x), schema.AddOptionsT())
-
-
-def _add_conv(graph: _Graph, x: int, layer: Layer, module: nn.Module, *, shift: float = 0.0) -> int:
-    """Convolution, BN, + ``shift`` and activation of ``layer`` on tensor ``x``: [PAD], [DEPTHWISE_]CONV_2D, [HARD_SWISH]."""
-    if layer.kernel % 2 == 0:
-        raise ExportError(f"Layer {layer.name} has a {layer.kernel} x {layer.kernel} kernel; files are written for odd ones only")
-    weight_OIHW, bias_O = _folded(layer, module)
-    depthwise = _depthwise(layer)
-    weight = graph.constant(f"{layer.name}.weight", weight_OIHW.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1)))
-    bias = graph.constant(f"{layer.name}.bias", bias_O + shift)
-    if layer.kernel > 1 and not _same_padding(layer):
-        x = _add_padding(graph, x, layer)
-    code, version = ("DEPTHWISE_CONV_2D", 1) if depthwise else ("CONV_2D", 1 if layer.groups == 1 else 6)
-    shape = (1, layer.out_size, layer.out_size, layer.out_ch)
-    x = graph.operator(code, layer.name, [x, weight, bias], shape, _conv_options(layer), version=version)
-    return graph.operator("HARD_SWISH", f"{layer.name}.act", [x], shape) if layer.act == "hswish" else x
-
-
-def _conv_options(layer: Layer) -> Any:
-    options = schema.DepthwiseConv2DOptionsT() if _depthwise(layer) else schema.Conv2DOptionsT()
-    if _depthwise(layer):
-        options.depthMultiplier = layer.out_ch // layer.in_ch
-    options.strideH = options.strideW = layer.stride
-    options.padding = schema.Padding.SAME if _same_padding(layer) else schema.Padding.VALID
-    options.fusedActivationFunction = _FUSED.get(layer.act, schema.ActivationFunctionType.NONE)
-    return options
-
-
-def _depthwise(layer: Layer) -> bool:
-    return layer.groups == layer.in_ch
-
-
-def _same_padding(layer: Layer) -> bool:
-    """Whether TFLite's SAME puts kernel // 2 on every side. At stride 2 it does on odd images only."""
-    return layer.kernel > 1 and (layer.out_size - 1) * layer.stride + layer.kernel - layer.size == 2 * (layer.kernel // 2)
-
-
-def _add_padding(graph: _Graph, x: int, layer: Layer) -> int:
-    pad, padded = layer.kernel // 2, layer.size + 2 * (layer.kernel // 2)
-    pads = graph.constant(f"{layer.name}.pads", np.array([[0, 0], [pad, pad], [pad, pad], [0, 0]], np.int32))
-    return graph.operator("PAD", f"{layer.name}.pad", [x, pads], (1, padded, padded, layer.in_ch), schema.PadOptionsT())
-
-
-def _add_shuffle(graph: _Graph, x: int, groups: int) -> int:
-    """Channel i of group g becomes channel i * groups + g: RESHAPE, TRANSPOSE, RESHAPE."""
-    *image, channels = graph.shape(x)
-    apart, swapped = (*image, groups, channels // groups), (*image, channels // groups, groups)
-    x = graph.operator("RESHAPE", "shuffle.groups", [x, graph.constant("shuffle.apart", np.array(apart, np.int32))], apart)
-    order = graph.constant("shuffle.order", np.array([0, 1, 2, 4, 3], np.int32))
-    x = graph.operator("TRANSPOSE", "shuffle.swapped", [x, order], swapped, version=4)
-    shape = (*image, channels)
-    return graph.operator("RESHAPE", "shuffle", [x, graph.constant("shuffle.together", np.array(shape, np.int32))], shape)
-
-
-def _add_squeeze_excite(graph: _Graph, x: int, reduce: Layer, expand: Layer, gate_name: str, module: nn.Module) -> int:
-    shape = graph.shape(x)
-    gate = x if shape[_HEIGHT] == shape[_WIDTH] == 1 else _add_mean(graph, x, keep_dims=True)
-    gate = _add_conv(graph, gate, reduce, module.get_submodule("reduce"))
-    if gate_name == "sigmoid":
-        gate = _add_conv(graph, gate, expand, module.get_submodule("expand"))
-        gate = graph.operator("LOGISTIC", "gate", [gate], graph.shape(gate))
-    else:  # relu6(x + 3) / 6, for which TFLite has no operator: the convolution takes the first two steps
-        gate = _add_conv(graph, gate, replace(expand, act="relu6"), module.get_submodule("expand"), shift=3.0)
-        gate = graph.operator("MUL", "gate", [gate, graph.constant("gate.sixth", np.array(1 / 6))], graph.shape(gate), schema.MulOptionsT())
-    return graph.operator("MUL", "gated", [x, gate], shape, schema.MulOptionsT())
-
-
-def _add_mean(graph: _Graph, x: int, *, keep_dims: bool) -> int:
-    """Global average pooling to [1, 1, 1, C] or [1, C]."""
-    _, height, width, channels = graph.shape(x)
-    options = schema.ReducerOptionsT()
-    options.keepDims = keep_dims
-    axes = graph.constant("pool.axes", np.array([_HEIGHT, _WIDTH], np.int32))
-    shape = (1, 1, 1, channels) if keep_dims else (1, channels)
-    return graph.operator("SUM" if height == width == 1 else "MEAN", "pool", [x, axes], shape, options)
-
-
-def _add_classifier(graph: _Graph, x: int, op: Op, linear: nn.Module) -> int:
-    assert isinstance(linear, nn.Linear)
-    _require_shape(linear.weight, (op.out_ch, op.in_ch), op.key)
-    weight = graph.constant("linear.weight", _float64(linear.weight))
-    bias = graph.constant("linear.bias", _float64(linear.bias))
-    options = schema.FullyConnectedOptionsT()
-    options.keepNumDims = True
-    pooled = _add_mean(graph, x, keep_dims=False)
-    return graph.operator("FULLY_CONNECTED", "linear", [pooled, weight, bias], (1, op.out_ch), options, version=5)
-
-
-def _folded(layer: Layer, module: nn.Module) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Weights [O, I / groups, k, k] and bias [O] of a convolution with the BN after it, if any, folded in.
-
-    A layer has a BN or a bias. BN(Wx) = sWx + beta - s mean, with s = gamma / sqrt(var + eps).
-    """
-    conv = module.get_submodule("conv")
-    assert isinstance(conv, nn.Conv2d)
-    _require_shape(conv.weight, (layer.out_ch, layer.in_ch // layer.groups, layer.kernel, layer.kernel), layer.name)
-    weight_OIHW = _float64(conv.weight)
-    if not layer.norm:
-        assert conv.bias is not None
-        return weight_OIHW, _float64(conv.bias)
-    norm = module.get_submodule("norm")
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
-    scale_O = _float64(norm.weight) / np.sqrt(_float64(norm.running_var) + norm.eps)
-    return weight_OIHW * scale_O[:, None, None, None], _float64(norm.bias) - scale_O * _float64(norm.running_mean)
-
-
-def _float64(values: Tensor) -> npt.NDArray[np.float64]:
-    array: npt.NDArray[np.float64] = values.detach().to("cpu", torch.float64).numpy()
-    return array
-
-
-def _part(op: Op, module: nn.Module, path: str) -> nn.Module:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        raise ExportError(f"A {type(module).__name__} without {path} is not the module of {op.key}: build the one with the other") from None
-
-
-def _require_shape(weight: Tensor, shape: tuple[int, ...], name: str) -> None:
-    if tuple(weight.shape) != shape:
-        raise ExportError(f"The weights of {name} are {list(weight.shape)} in the module and {list(shape)} in the op")
 
 
 class _Graph:
     """A TFLite graph under construction. Tensors are known by their index; names are unique, as the quantizer needs."""
 
+    scope = ""
+
     def __init__(self) -> None:
-        self.scope = ""
         self.tensors: list[Any] = []
         # The schema keeps buffer 0 empty, for the tensors that only exist while the graph runs.
         self._buffers: list[Any] = [schema.BufferT()]
@@ -293,6 +148,94 @@ class _Graph:
         entry = schema.TensorMapT()
         entry.name, entry.tensorIndex = self.tensors[tensor].name, tensor
         return entry
+
+
+class _Writer(_Graph, BlockWriter[int]):
+    """Ops in TFLite's operators."""
+
+    def conv(self, x: int, layer: Layer, module: nn.Module, *, shift: float = 0.0) -> int:
+        """[PAD], [DEPTHWISE_]CONV_2D, [HARD_SWISH], with ``shift`` added before the activation."""
+        weight_OIHW, bias_O = folded(layer, module)
+        depthwise = _depthwise(layer)
+        weight = self.constant(f"{layer.name}.weight", weight_OIHW.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1)))
+        bias = self.constant(f"{layer.name}.bias", bias_O + shift)
+        if layer.kernel > 1 and not _same_padding(layer):
+            x = self._padding(x, layer)
+        code, version = ("DEPTHWISE_CONV_2D", 1) if depthwise else ("CONV_2D", 1 if layer.groups == 1 else 6)
+        shape = (1, layer.out_size, layer.out_size, layer.out_ch)
+        x = self.operator(code, layer.name, [x, weight, bias], shape, _conv_options(layer), version=version)
+        return self.operator("HARD_SWISH", f"{layer.name}.act", [x], shape) if layer.act == "hswish" else x
+
+    def _padding(self, x: int, layer: Layer) -> int:
+        pad, padded = layer.kernel // 2, layer.size + 2 * (layer.kernel // 2)
+        pads = self.constant(f"{layer.name}.pads", np.array([[0, 0], [pad, pad], [pad, pad], [0, 0]], np.int32))
+        return self.operator("PAD", f"{layer.name}.pad", [x, pads], (1, padded, padded, layer.in_ch), schema.PadOptionsT())
+
+    def shuffle(self, x: int, groups: int) -> int:
+        """RESHAPE, TRANSPOSE, RESHAPE."""
+        *image, channels = self.shape(x)
+        apart, swapped = (*image, groups, channels // groups), (*image, channels // groups, groups)
+        x = self.operator("RESHAPE", "shuffle.groups", [x, self.constant("shuffle.apart", np.array(apart, np.int32))], apart)
+        order = self.constant("shuffle.order", np.array([0, 1, 2, 4, 3], np.int32))
+        x = self.operator("TRANSPOSE", "shuffle.swapped", [x, order], swapped, version=4)
+        shape = (*image, channels)
+        return self.operator("RESHAPE", "shuffle", [x, self.constant("shuffle.together", np.array(shape, np.int32))], shape)
+
+    def squeeze_excite(self, x: int, reduce: Layer, expand: Layer, gate: str, module: nn.Module) -> int:
+        """[MEAN], two CONV_2D, LOGISTIC or MUL by 1/6, MUL."""
+        factor = self.conv(self.pool(x), reduce, module.get_submodule("reduce"))
+        if gate == "sigmoid":
+            factor = self.conv(factor, expand, module.get_submodule("expand"))
+            factor = self.operator("LOGISTIC", "gate", [factor], self.shape(factor))
+        else:  # relu6(x + 3) / 6, for which TFLite has no operator: the convolution takes the first two steps
+            factor = self.conv(factor, replace(expand, act="relu6"), module.get_submodule("expand"), shift=3.0)
+            sixth = self.constant("gate.sixth", np.array(1 / 6))
+            factor = self.operator("MUL", "gate", [factor, sixth], self.shape(factor), schema.MulOptionsT())
+        return self.operator("MUL", "gated", [x, factor], self.shape(x), schema.MulOptionsT())
+
+    def pool(self, x: int) -> int:
+        """MEAN, or nothing where there is one pixel."""
+        return x if self.shape(x)[_HEIGHT] == self.shape(x)[_WIDTH] == 1 else self._mean(x, keep_dims=True)
+
+    def _mean(self, x: int, *, keep_dims: bool) -> int:
+        """Global average pooling to [1, 1, 1, C] or [1, C]."""
+        _, height, width, channels = self.shape(x)
+        options = schema.ReducerOptionsT()
+        options.keepDims = keep_dims
+        axes = self.constant("pool.axes", np.array([_HEIGHT, _WIDTH], np.int32))
+        shape = (1, 1, 1, channels) if keep_dims else (1, channels)
+        return self.operator("SUM" if height == width == 1 else "MEAN", "pool", [x, axes], shape, options)
+
+    def add(self, x: int, y: int) -> int:
+        """ADD."""
+        return self.operator("ADD", "add", [x, y], self.shape(y), schema.AddOptionsT())
+
+    def classifier(self, x: int, weight_OI: npt.NDArray[np.float64], bias_O: npt.NDArray[np.float64]) -> int:
+        """MEAN or SUM, FULLY_CONNECTED."""
+        weight, bias = self.constant("linear.weight", weight_OI), self.constant("linear.bias", bias_O)
+        options = schema.FullyConnectedOptionsT()
+        options.keepNumDims = True
+        pooled = self._mean(x, keep_dims=False)
+        return self.operator("FULLY_CONNECTED", "linear", [pooled, weight, bias], (1, len(bias_O)), options, version=5)
+
+
+def _conv_options(layer: Layer) -> Any:
+    options = schema.DepthwiseConv2DOptionsT() if _depthwise(layer) else schema.Conv2DOptionsT()
+    if _depthwise(layer):
+        options.depthMultiplier = layer.out_ch // layer.in_ch
+    options.strideH = options.strideW = layer.stride
+    options.padding = schema.Padding.SAME if _same_padding(layer) else schema.Padding.VALID
+    options.fusedActivationFunction = _FUSED.get(layer.act, schema.ActivationFunctionType.NONE)
+    return options
+
+
+def _depthwise(layer: Layer) -> bool:
+    return layer.groups == layer.in_ch
+
+
+def _same_padding(layer: Layer) -> bool:
+    """Whether TFLite's SAME puts kernel // 2 on every side. At stride 2 it does on odd images only."""
+    return layer.kernel > 1 and (layer.out_size - 1) * layer.stride + layer.kernel - layer.size == 2 * (layer.kernel // 2)
 
 
 def _operator_code(name: str, version: int) -> Any:

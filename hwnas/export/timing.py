@@ -9,7 +9,6 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hwnas import __version__
@@ -18,15 +17,10 @@ from hwnas.core.arch import Architecture
 from hwnas.core.op import Op
 from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.errors import ConfigError
-from hwnas.export import onnx, tflite, tflite_writer
-from hwnas.export.onnx import to_onnx
-from hwnas.export.tflite import quantize_int8
-from hwnas.export.tflite_writer import write_op, write_tflite
+from hwnas.export import block_writer, onnx, onnx_writer, tflite, tflite_writer
+from hwnas.export.tflite import quantize_int8_uncalibrated
 from hwnas.nn import blocks, network
 from hwnas.nn.network import Network
-
-CALIBRATION_INPUTS = 4
-"""Random inputs that set the int8 ranges of a file that is only timed; its accuracy does not matter."""
 
 
 def cache_folder() -> Path:
@@ -52,24 +46,18 @@ def timing_file(ops: Sequence[Op], runtime: str, dtype: str) -> Path:
 @cache
 def _makers(runtime: str, dtype: str) -> str:
     """A hash of everything that shapes a timing file beside its ops: our own modules, and the packages that write it."""
-    modules = (arch, op, blocks, network, onnx, tflite, tflite_writer)
-    packages = {"onnxruntime": ("torch", "onnx"), "litert": ("ai-edge-quantizer",) if dtype == "int8" else ()}[runtime]
+    modules = (arch, op, blocks, network, block_writer, onnx, onnx_writer, tflite, tflite_writer)
+    packages = {"onnxruntime": ("onnx",), "litert": ("ai-edge-quantizer",) if dtype == "int8" else ()}[runtime]
     sources = [file_sha256(str(module.__file__)) for module in modules]
     return content_sha256([__version__, *sources, *map(version, packages)])[:16]
 
 
 def _make(ops: Sequence[Op], runtime: str, dtype: str, path: Path) -> None:
-    first = ops[0]
     made = Network(
-        Architecture(name="timing", in_channels=first.in_ch, blocks=tuple(ops)), generator=torch.Generator().manual_seed(0)
+        Architecture(name="timing", in_channels=ops[0].in_ch, blocks=tuple(ops)), generator=torch.Generator().manual_seed(0)
     ).eval()
     if runtime == "onnxruntime":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_onnx(made, (1, first.in_ch, first.size, first.size), metadata={}, path=path)
-        return
-    model = write_tflite(made) if len(ops) > 1 else write_op(first, made.blocks[0])
-    if dtype == "int8":
-        rng = np.random.default_rng(0)
-        inputs = rng.standard_normal((CALIBRATION_INPUTS, first.size, first.size, first.in_ch), dtype=np.float32)
-        model = quantize_int8(model, [inputs])
-    write_atomic(path, model)
+        model = onnx_writer.write_onnx(made) if len(ops) > 1 else onnx_writer.write_op(ops[0], made.blocks[0])
+    else:
+        model = tflite_writer.write_tflite(made) if len(ops) > 1 else tflite_writer.write_op(ops[0], made.blocks[0])
+    write_atomic(path, quantize_int8_uncalibrated(model) if dtype == "int8" else model)

@@ -1,0 +1,127 @@
+"""Files written directly against the exporter's: the same operators, before and after onnxruntime's optimisation, and the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from hwnas import __version__
+from hwnas.core.op import Op
+from hwnas.core.spaces import SPACES, published
+from hwnas.errors import ExportError
+from hwnas.export.onnx import IR_VERSION, OPSET, to_onnx
+from hwnas.export.onnx_writer import write_onnx, write_op
+from hwnas.nn.blocks import build
+from hwnas.nn.network import Network
+from tests.export import test_spaces as spaces
+from tests.export.test_tflite_writer import NETWORKS, OPS, network_of, random_images, randomised, relative_error, run_torch
+
+torch.set_num_threads(1)
+
+POOLED = ("classifier-h7-i32-o10", "classifier-h1-i16-o10", "head-h7-i32-o48-hswish", "head-h1-i32-o48-relu")
+
+
+@dataclass(frozen=True)
+class Case:
+    module: nn.Module
+    written: bytes
+    exported: bytes
+    images_NHWC: np.ndarray[Any, np.dtype[np.float32]]
+
+
+@pytest.fixture(scope="module", params=[*OPS, *POOLED, *NETWORKS])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    network = network_of(NETWORKS[request.param]) if request.param in NETWORKS else None
+    op = network.arch.ops()[0] if network else Op.parse(request.param)
+    module = network or randomised(build(op))
+    path = tmp_path_factory.mktemp("onnx") / "exported.onnx"
+    to_onnx(module, (1, op.in_ch, op.size, op.size), metadata={}, path=path)
+    written = write_onnx(network) if network else write_op(op, module)
+    return Case(module, written, path.read_bytes(), random_images(op.size, op.in_ch))
+
+
+def run(model: bytes, images_NHWC: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Outputs [N, ...], channels last where they are feature maps."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    [entry] = session.get_inputs()
+    images_NCHW = np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
+    output = np.concatenate([session.run(None, {entry.name: image[None]})[0] for image in images_NCHW])
+    return output.transpose(0, 2, 3, 1) if output.ndim == 4 else output
+
+
+def nodes(model: bytes) -> list[tuple[Any, ...]]:
+    """Each operator's domain, type, attributes and number of inputs, in order."""
+    return [
+        (node.domain, node.op_type, sorted((a.name, repr(onnx.helper.get_attribute_value(a))) for a in node.attribute), len(node.input))
+        for node in onnx.load_from_string(model).graph.node
+    ]
+
+
+def optimised(model: bytes, folder: Path) -> bytes:
+    """What onnxruntime makes of a file with all its optimisations, those for this CPU included."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 3  # or it warns that such a file belongs to this CPU
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return (folder / "optimised.onnx").read_bytes()
+
+
+def test_the_operators_are_those_of_the_exporter(case: Case) -> None:
+    assert nodes(case.written) == nodes(case.exported)
+
+
+def test_onnxruntime_optimises_both_files_to_the_same_operators(case: Case, tmp_path: Path) -> None:
+    assert nodes(optimised(case.written, tmp_path)) == nodes(optimised(case.exported, tmp_path))
+
+
+def test_the_outputs_are_those_of_the_exporter_and_of_pytorch(case: Case) -> None:
+    written = run(case.written, case.images_NHWC)
+    assert relative_error(written, run(case.exported, case.images_NHWC)) < 1e-5
+    assert relative_error(written, run_torch(case.module, case.images_NHWC)) < 1e-5
+
+
+def test_the_file_says_what_the_exporters_says(case: Case) -> None:
+    """Versions, the names and shapes at its ends, the number of values between: the checker holds all shapes against its own."""
+    written, exported = (onnx.load_from_string(model) for model in (case.written, case.exported))
+    onnx.checker.check_model(written, full_check=True)
+    assert (written.ir_version, written.opset_import[0].version) == (IR_VERSION, OPSET)
+    assert (written.producer_name, written.producer_version) == ("hwnas", __version__)
+    assert list(written.graph.input) == list(exported.graph.input)
+    assert list(written.graph.output) == list(exported.graph.output)
+    assert len(written.graph.value_info) == len(written.graph.node) - 1
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_networks_of_every_space_compute_what_pytorch_does(name: str) -> None:
+    network = spaces.network_of(name, "random")
+    found_NC = run(write_onnx(network), spaces.images(network).permute(0, 2, 3, 1).numpy())
+    spaces.assert_same(found_NC, network)
+
+
+def test_names_are_unique() -> None:
+    graph = onnx.load_from_string(write_onnx(Network(published("mobilenet_v2", resolution=32)))).graph
+    names = [*(output for node in graph.node for output in node.output), *(tensor.name for tensor in graph.initializer)]
+    assert len(set(names)) == len(names) > 150
+
+
+def test_the_same_weights_give_the_same_bytes_whatever_the_mode() -> None:
+    network = network_of(NETWORKS["network"])
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    content = write_onnx(network)
+    assert write_onnx(network.train()) == content
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_module_of_another_op_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"\[9, 8\] in the module and \[8, 8\] in the op"):
+        write_op(Op.parse("classifier-h8-i8-o8"), build(Op.parse("classifier-h8-i8-o9")))
+    with pytest.raises(ExportError, match=r"Block without layers\.se"):
+        write_op(Op.parse("mbconv-h8-i8-o8-m16-k3-q4-relu"), build(Op.parse("mbconv-h8-i8-o8-m16-k3-relu")))
