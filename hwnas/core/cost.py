@@ -52,7 +52,7 @@ def latency_ms(arch: Architecture, table: LatencyTable) -> float:
 def op_ms(op: Op, table: LatencyTable) -> float:
     """What an op costs inside a network, in milliseconds."""
     entry_ms = table.entries[op.key].ms
-    return entry_ms if table.calibration is None else table.calibration.op_ms(entry_ms, op.params)
+    return entry_ms if table.calibration is None else table.calibration.op_ms(entry_ms, op)
 
 
 class CostModel:

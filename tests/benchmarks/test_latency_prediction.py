@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from hwnas.config import DeviceConfig, ProfileConfig
+from hwnas.core.op import Op
 from hwnas.core.spaces import proxylessnas
 from hwnas.core.table import HeldOut, LatencyTable, fit_calibration, judge
 from hwnas.devices.device import HOST, connect
@@ -44,13 +45,13 @@ def one_pass(plan: Plan, samples: list[dict[str, Any]], number: int) -> HeldOut:
     sums = [sum(first[op.key] for op in arch.ops()) for arch in (*plan.fit, *plan.test)]
     once = [first[f"net-{i}"] for i in range(len(sums))]
     truth = [float(np.median(full[f"net-{i}"])) for i in range(len(sums))]
-    mparams = [arch.params / 1e6 for arch in (*plan.fit, *plan.test)]
+    chains = [arch.ops() for arch in (*plan.fit, *plan.test)]
     cut = len(plan.fit)
-    return judge(fit_calibration(sums[:cut], once[:cut], mparams[:cut]), sums[cut:], truth[cut:], mparams[cut:])
+    return judge(fit_calibration(chains[:cut], sums[:cut], once[:cut]), chains[cut:], sums[cut:], truth[cut:])
 
 
 def affine_only(plan: Plan, table: LatencyTable, samples: list[dict[str, Any]]) -> HeldOut:
-    """The same table without a price for weights that come from outside the cache."""
+    """The same table without a price for memory that comes from outside the cache."""
     rounds: dict[str, list[float]] = {}
     for line in samples:
         if "id" in line:
@@ -58,7 +59,8 @@ def affine_only(plan: Plan, table: LatencyTable, samples: list[dict[str, Any]]) 
     sums = [sum(table.entries[op.key].ms for op in arch.ops()) for arch in (*plan.fit, *plan.test)]
     truth = [float(np.median(rounds[f"net-{i}"])) for i in range(len(sums))]
     cut = len(plan.fit)
-    return judge(fit_calibration(sums[:cut], truth[:cut]), sums[cut:], truth[cut:])
+    bare: list[tuple[Op, ...]] = [()] * len(sums)
+    return judge(fit_calibration(bare[:cut], sums[:cut], truth[:cut]), bare[cut:], sums[cut:], truth[cut:])
 
 
 CASES = [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")]

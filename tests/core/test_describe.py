@@ -61,7 +61,7 @@ def test_a_table_shows_its_conditions_and_entries_slowest_first() -> None:
 
 def test_a_table_shows_how_well_it_adds_up() -> None:
     fitted = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
-    judged = fitted.model_copy(update={"held_out": judge(fitted, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])})
+    judged = fitted.model_copy(update={"held_out": judge(fitted, [()] * 3, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])})
     text = describe_table(table(calibration=judged))
     assert "1 ms + 2 x sum, fitted on 5 networks" in text
     assert "3 networks: mean error 11.7%, largest 25.0%, Spearman 1.000; uncalibrated sum 58.9%" in text

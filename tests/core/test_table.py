@@ -10,11 +10,15 @@ import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hwnas.core import table as table_module
+from hwnas.core.op import Op
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge, spearman
 from hwnas.errors import DocumentError
 
 FAST = settings(deadline=None, derandomize=True, max_examples=200)
 KEY = "conv-h32-i3-o8-k3-relu"
+BARE: list[tuple[Op, ...]] = [()] * 3
+"""Networks of which only the sums matter."""
 
 
 def table() -> LatencyTable:
@@ -27,7 +31,7 @@ def table() -> LatencyTable:
 
 
 def test_a_table_reads_back() -> None:
-    judged = judge(fit_calibration([1.0, 2.0, 3.0], [1.5, 2.5, 3.5]), [1.0, 2.0, 4.0], [1.5, 2.6, 4.4])
+    judged = judge(fit_calibration(BARE, [1.0, 2.0, 3.0], [1.5, 2.5, 3.5]), BARE, [1.0, 2.0, 4.0], [1.5, 2.6, 4.4])
     calibration = Calibration(intercept_ms=0.5, slope=1, networks=3, held_out=judged)
     for one in (table(), table().model_copy(update={"calibration": calibration, "slots": {"s0.b0": {"skip": -1.5}}})):
         assert LatencyTable.parse(one.to_json()) == one
@@ -75,7 +79,7 @@ def test_an_exact_affine_relation_is_recovered(slope: float, intercept: float, s
     assume(np.ptp(sums) > 0.1 * np.mean(sums))
     measured = [intercept + slope * value for value in sums]
     assume(min(measured) > 0.1)
-    found = fit_calibration(sums, measured)
+    found = fit_calibration([()] * len(sums), sums, measured)
     assert (found.slope, found.intercept_ms) == pytest.approx((slope, intercept), abs=1e-6)
     assert found.networks == len(sums)
 
@@ -90,7 +94,7 @@ def test_the_fit_weighs_relative_errors() -> None:
         return float((((parameters[0] + parameters[1] * x) / y - 1) ** 2).mean())
 
     best = scipy.optimize.minimize(error, [0.0, 1.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14, "maxiter": 5000}).x
-    found = fit_calibration(list(x), list(y))
+    found = fit_calibration([()] * len(x), list(x), list(y))
     assert (found.intercept_ms, found.slope) == pytest.approx(tuple(best), abs=1e-4)
 
 
@@ -105,39 +109,84 @@ def test_the_fit_weighs_relative_errors() -> None:
     ],
 )
 def test_where_a_line_cannot_be_fitted_the_slope_alone_is(sums: list[float], measured: list[float]) -> None:
-    found = fit_calibration(sums, measured)
+    found = fit_calibration([()] * len(sums), sums, measured)
     assert found.intercept_ms == 0.0
     assert found.slope == pytest.approx(1.5)
 
 
-def test_cold_weights_are_priced_from_eight_networks_on() -> None:
+def random_networks(rng: np.random.Generator, count: int) -> list[tuple[Op, ...]]:
+    """Chains of blocks with few weights on large images and many on small ones, in all proportions."""
+    return [
+        tuple(
+            Op("mbconv", int(size), int(width), int(width), 6 * int(width), 3, act="relu")
+            for size, width in zip(rng.choice([7, 14, 28, 56, 112], 8), rng.choice([8, 16, 32, 96, 160], 8), strict=True)
+        )
+        for _ in range(count)
+    ]
+
+
+def mvalues(op: Op) -> float:
+    return (op.params + op.in_ch * op.size**2 + op.out_ch * op.out_size**2) / 1e6
+
+
+@pytest.mark.parametrize("form", ["weights", "capped"])
+def test_cold_memory_is_priced_in_the_form_that_the_networks_speak_for(form: str) -> None:
     rng = np.random.default_rng(0)
-    sums, mparams = rng.uniform(1, 50, 12), rng.uniform(1, 6, 12)
-    measured = 0.3 + 1.04 * sums + 0.12 * mparams
-    found = fit_calibration(list(sums), list(measured), list(mparams))
-    assert (found.intercept_ms, found.slope, found.cold_ms_per_mparam) == pytest.approx((0.3, 1.04, 0.12), abs=1e-9)
-    assert judge(found, [10.0], [0.3 + 10.4 + 0.24], [2.0]).max_error == pytest.approx(0, abs=1e-9)
-    assert found.op_ms(2.0, 500_000) == pytest.approx(2.08 + 0.06)
-    assert fit_calibration(list(sums[:7]), list(measured[:7]), list(mparams[:7])).cold_ms_per_mparam == 0
-    assert fit_calibration(list(sums), list(0.3 + 1.04 * sums - 0.05 * mparams), list(mparams)).cold_ms_per_mparam == 0
+    networks, sums = random_networks(rng, 16), rng.uniform(1, 50, 16)
+    price = (lambda op: 0.12 * op.params / 1e6) if form == "weights" else (lambda op: 0.3 * min(mvalues(op), 0.25))
+    cold = np.array([sum(map(price, ops)) for ops in networks])
+    measured = 0.3 + 1.04 * sums + cold
+    found = fit_calibration(networks[:12], list(sums[:12]), list(measured[:12]))
+    assert (found.intercept_ms, found.slope) == pytest.approx((0.3, 1.04), abs=1e-9)
+    wanted = (0.12, 0.0, None) if form == "weights" else (0.0, 0.3, 0.25)
+    assert (found.cold_ms_per_mparam, found.cold_ms_per_mvalue, found.cold_cap_mvalues) == pytest.approx(wanted, abs=1e-9)
+    assert judge(found, networks[12:], list(sums[12:]), list(measured[12:])).max_error == pytest.approx(0, abs=1e-9)
+    assert found.op_ms(2.0, networks[0][0]) == pytest.approx(2.08 + price(networks[0][0]))
+
+
+def test_cold_memory_is_not_priced_from_too_few_networks_or_below_zero() -> None:
+    rng = np.random.default_rng(0)
+    networks, sums = random_networks(rng, 12), rng.uniform(1, 50, 12)
+    cold = np.array([sum(op.params for op in ops) / 1e6 for ops in networks])
+    few = fit_calibration(networks[:7], list(sums[:7]), list((0.3 + 1.04 * sums + 0.12 * cold)[:7]))
+    below = fit_calibration(networks, list(sums), list(0.3 + 1.04 * sums - 0.05 * cold))
+    for found in (few, below):
+        assert found.cold_ms_per_mparam == 0
+    assert few.cold_ms_per_mvalue == 0
+
+
+def test_the_error_of_leaving_a_network_out_is_that_of_the_fit_to_the_others() -> None:
+    """Judge: refitting without each network in turn."""
+    rng = np.random.default_rng(1)
+    networks, x = random_networks(rng, 10), rng.uniform(1, 50, 10)
+    cold = np.array([sum(op.params for op in ops) / 1e6 for ops in networks])
+    y = (0.5 + 1.1 * x + 0.4 * cold) * rng.uniform(0.95, 1.05, 10)
+    shape = Calibration(intercept_ms=0, slope=1, cold_ms_per_mparam=1, networks=10)
+    design, errors = np.stack([x, np.ones(10), cold], axis=1) / y[:, None], []
+    for i in range(10):
+        others = np.arange(10) != i
+        fit = np.linalg.lstsq(design[others], np.ones(9), rcond=None)[0]
+        errors.append(abs(design[i] @ fit - 1))
+    found = table_module._fit_shape(shape, networks, x, y)
+    assert found is not None and found[0] == pytest.approx(np.mean(errors))
 
 
 def test_the_judges_numbers_by_hand() -> None:
     calibration = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
-    found = judge(calibration, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])  # predicted 3, 5, 9
+    found = judge(calibration, BARE, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])  # predicted 3, 5, 9
     assert found.networks == 3
     assert found.pairs == ((3.0, 3.0), (5.0, 4.0), (9.0, 10.0))
     assert found.mape == pytest.approx((0 + 0.25 + 0.1) / 3)
     assert found.max_error == pytest.approx(0.25)
     assert found.raw_mape == pytest.approx((2 / 3 + 0.5 + 0.6) / 3)
     assert found.spearman == pytest.approx(1.0)
-    assert judge(calibration, [1.0, 4.0, 2.0], [3.0, 4.0, 10.0]).spearman == pytest.approx(0.5)
+    assert judge(calibration, BARE, [1.0, 4.0, 2.0], [3.0, 4.0, 10.0]).spearman == pytest.approx(0.5)
 
 
 def test_a_rank_correlation_needs_three_networks_that_differ() -> None:
     calibration = Calibration(intercept_ms=0.0, slope=1.0, networks=3)
-    assert judge(calibration, [1.0, 2.0], [1.0, 2.0]).spearman is None
-    alike = judge(calibration, [2.0, 2.0, 2.0], [1.0, 2.0, 3.0])
+    assert judge(calibration, BARE[:2], [1.0, 2.0], [1.0, 2.0]).spearman is None
+    alike = judge(calibration, BARE, [2.0, 2.0, 2.0], [1.0, 2.0, 3.0])
     assert alike.spearman is None
     stored = table().model_copy(update={"calibration": calibration.model_copy(update={"held_out": alike})})
     assert LatencyTable.parse(stored.to_json()) == stored
