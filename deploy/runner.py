@@ -3,6 +3,7 @@
 
     python runner.py measure PLAN.json
     python runner.py predict MODEL INPUTS.npy OUTPUTS.npy [--threads N]
+    python runner.py inspect
 
 ``measure`` reads a plan
 
@@ -14,33 +15,55 @@ and writes JSON lines to stdout: a header that describes the machine, then for e
 order, ``{"id", "round", "delegated", "ms": [every single run]}`` or ``{"id", "round", "error"}``. Times are
 the wall clock of one invocation, in milliseconds. ``delegated`` (LiteRT only) says whether XNNPACK took the
 whole graph: true, false, or "unknown" where the runtime does not tell.
+With several threads, idle-priority loops keep the pinned cores awake (``keep_awake`` says why), and after the header a
+line ``{"conditions": {"cores": "kept awake"}}`` says so.
 
 ``predict`` feeds float32 images [N, H, W, C] one by one and writes float32 outputs [N, ...]. It quantises and
 dequantises for integer models, and transposes to NCHW for ONNX files.
 
-Exit status: 0 done, 2 bad arguments or plan, 3 the runtime is not installed.
+``inspect`` writes a JSON line: what this machine is, its cores, and for each runtime the package and version that
+would run, or else, under "missing", a sentence with the command that installs it.
+
+A computer that drives this one through a connection needs no files here but the models:
+
+- ``measure -`` reads the plan from a line of stdin, and ends when stdin does.
+- ``predict MODEL - -`` reads a line with the shape and then the images from stdin, and writes the outputs to stdout in
+  the same form: ``[2, 224, 224, 3]``, then float32 values, little-endian.
+- ``--receive FOLDER``, for both, takes files first: from stdin a line ``{"name": bytes, ...}``; to stdout a line that
+  lists the names which FOLDER does not have in these sizes; from stdin their contents, one after the other. A file is
+  either whole or not there. Relative paths of models begin in FOLDER, which begins in the home folder, and one job at
+  a time runs in it.
+
+Exit status: 0 done, 2 bad arguments or plan, 3 the runtime is not installed, 4 FOLDER takes no files, or another job runs in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import shlex
+import subprocess
 import sys
+import sysconfig
+import threading
 import time
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Iterator
 
 try:
     import numpy as np
-except ImportError:
-    sys.stderr.write("numpy is not installed here: pip install numpy\n")
-    sys.exit(3)
+except ImportError:  # a fact for inspect to tell
+    np = None  # type: ignore[assignment]
 
 PROTOCOL = 1
+LOCK_SECONDS = 3  # a job whose connection was lost needs a moment to notice
+LOCK, PART = ".hwnas-lock", ".hwnas-part"  # the second ends the name of a file that is not whole yet
 DEFAULTS = {"warmup_ms": 5, "min_ms": 20, "min_runs": 5, "max_runs": 200}
 WARMUP_RUNS = 2  # the first run allocates and packs weights, whatever warmup_ms says
 
@@ -101,10 +124,10 @@ class OnnxModel:
     """An ONNX file on the CPU provider with all graph optimisations."""
 
     packages: ClassVar[dict[str, str]] = {"onnxruntime": "onnxruntime"}
-    dtypes: ClassVar[dict[str, Any]] = {
-        "tensor(float)": np.float32,
-        "tensor(int8)": np.int8,
-        "tensor(uint8)": np.uint8,
+    dtypes: ClassVar[dict[str, str]] = {
+        "tensor(float)": "float32",
+        "tensor(int8)": "int8",
+        "tensor(uint8)": "uint8",
     }
 
     def __init__(self, module: Any, path: str, threads: int) -> None:
@@ -139,14 +162,58 @@ class OnnxModel:
 MODELS: dict[str, Any] = {"litert": LiteRTModel, "onnxruntime": OnnxModel}
 
 
-def import_runtime(packages: dict[str, str]) -> tuple[str, Any]:
-    """The first of these (pip package: module) that imports, as package and module."""
-    for package, module in packages.items():
+def import_runtime(runtime: str) -> tuple[str, Any]:
+    """The first package of a runtime that works here, and its module."""
+    if np is None:
+        raise Refusal(f"This Python has no numpy{remedy(*packages_for(runtime))}", status=3)
+    packages: dict[str, str] = MODELS[runtime].packages
+    broken = []
+    for package, name in packages.items():
+        version = version_of(package)
         try:
-            return package, importlib.import_module(module)
-        except ImportError:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            broken += [f"{package} {version} does not import ({one_sentence(error)})"] if version != "unknown" else []
             continue
-    raise Refusal(f"No runtime for this job is installed here: pip install {next(iter(packages))}", status=3)
+        # Up to 2.14 it was built for numpy 1: it imports beside numpy 2, and then fails at every model.
+        if package == "tflite-runtime" and [2] <= numbers(version) < [2, 15] and numbers(np.__version__) >= [2]:
+            reason = f"tflite-runtime {version} does not work with numpy {np.__version__}"
+            raise Refusal(f"{reason}{remedy('tflite-runtime', 'numpy<2')}", status=3)
+        return package, module
+    reason = "; ".join(broken) or f"This Python has no {' and no '.join(packages)}"
+    raise Refusal(f"{reason}{remedy(*packages_for(runtime))}", status=3)
+
+
+def packages_for(runtime: str) -> tuple[str, str]:
+    """What to install for a runtime on this machine. ai-edge-litert has no files for 32-bit boards or old Pythons."""
+    served = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64") and sys.version_info >= (3, 10)
+    if runtime == "litert" and not served:
+        return "tflite-runtime", "numpy<2"
+    return next(iter(MODELS[runtime].packages)), "numpy"
+
+
+def remedy(*packages: str) -> str:
+    """The end of a sentence: the shell command that installs packages for this Python."""
+    python, wanted = shlex.quote(sys.executable or "python3"), " ".join(map(shlex.quote, packages))
+    own = sys.prefix != sys.base_prefix
+    if not own and os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")):
+        venv = "" if importlib.util.find_spec("ensurepip") else "sudo apt install python3-venv && "
+        command = f"{venv}{python} -m venv ~/hwnas && ~/hwnas/bin/python -m pip install {wanted}"
+        return f"; as its packages belong to the system, make an environment and use its ~/hwnas/bin/python: {command}"
+    pip = "" if importlib.util.find_spec("pip") else f"{python} -m ensurepip && " if own else "sudo apt install python3-pip && "
+    return f": {pip}{python} -m pip install {wanted}"
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def numbers(version: str) -> list[int]:
+    """The first two numbers of a version; none of "unknown"."""
+    return [int(part) for part in version.split(".")[:2] if part.isdigit()]
 
 
 def only(tensors: Any, kind: str) -> Any:
@@ -181,8 +248,8 @@ def dequantise(values: Any, tensor: Any) -> Any:
 def read_plan(path: str) -> dict[str, Any]:
     """The plan with its defaults filled in."""
     try:
-        with open(path, encoding="utf-8") as file:
-            plan = {**DEFAULTS, "cores": None, **json.load(file)}
+        text = sys.stdin.buffer.readline().decode() if path == "-" else read(path)
+        plan = {**DEFAULTS, "cores": None, **json.loads(text)}
         keys = ("id", "path", "round")
         plan["items"] = [{key: {"round": 0, **item}[key] for key in keys} for item in plan["items"]]
         numbers = {key: plan[key] for key in ("threads", *DEFAULTS)}
@@ -215,11 +282,32 @@ def pin(cores: Any) -> Any:
     return sorted(os.sched_getaffinity(0))
 
 
+KEEP_AWAKE = """
+import os, sys
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+os.sched_setaffinity(0, [int(sys.argv[1])])
+while os.getppid() == int(sys.argv[2]):
+    for _ in range(1000000):
+        pass
+"""
+
+
+def keep_awake(cores: Any) -> bool:
+    """Keep cores from falling asleep while this process lives; whether that could be done.
+
+    A thread that has done its part of a layer early sleeps until the next. Where its core then sleeps too, waking it takes up to
+    0.1 ms: as long as a small block, and more on a virtual machine. How often that happens hangs on everything else that runs, so
+    times of blocks would not add up to times of networks. The loops that prevent it run only where nothing else wants the core.
+    """
+    if not isinstance(cores, list) or not hasattr(os, "SCHED_IDLE"):
+        return False
+    for core in cores:
+        command = [sys.executable, "-c", KEEP_AWAKE, str(core), str(os.getpid())]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return True
+
+
 def describe(plan: dict[str, Any], package: str, cores: Any) -> dict[str, Any]:
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
     used = cores if isinstance(cores, list) else [0]
     path = "/sys/devices/system/cpu/cpu{}/cpufreq/scaling_governor"
     governors = {text_of(path.format(core)).strip() for core in used}
@@ -227,7 +315,7 @@ def describe(plan: dict[str, Any], package: str, cores: Any) -> dict[str, Any]:
         "runner": PROTOCOL,
         "runtime": plan["runtime"],
         "runtime_package": package,
-        "runtime_version": version,
+        "runtime_version": version_of(package),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu": cpu_name(),
@@ -246,10 +334,14 @@ def cpu_name() -> str:
 
 def text_of(path: str) -> str:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        return read(path)
     except OSError:
         return ""
+
+
+def read(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
 
 
 def time_runs(model: Any, plan: dict[str, Any]) -> list[float]:
@@ -275,9 +367,13 @@ def time_runs(model: Any, plan: dict[str, Any]) -> list[float]:
 def measure(plan_path: str) -> None:
     plan = read_plan(plan_path)
     cores = pin(plan["cores"])  # before the runtime is imported, so that its threads inherit the affinity
+    if plan_path == "-":
+        end_with_stdin()
     model_class = MODELS[plan["runtime"]]
-    package, module = import_runtime(model_class.packages)
+    package, module = import_runtime(plan["runtime"])
     emit(describe(plan, package, cores))
+    if plan["threads"] > 1 and keep_awake(cores):
+        emit({"conditions": {"cores": "kept awake"}})
     gc.disable()  # as timeit does; models go by reference counting, as soon as the next item is due
     for item in plan["items"]:
         line = {"id": item["id"], "round": item["round"]}
@@ -292,7 +388,18 @@ def measure(plan_path: str) -> None:
         emit(line)
 
 
-def emit(line: dict[str, Any]) -> None:
+def end_with_stdin() -> None:
+    """Leave when the other end hangs up: nobody reads on there, and whoever measures next wants this machine quiet."""
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def emit(line: Any) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
@@ -302,38 +409,153 @@ def one_sentence(error: Exception) -> str:
 
 
 def predict(model_path: str, inputs_path: str, outputs_path: str, threads: int) -> None:
-    model_class = MODELS["onnxruntime" if model_path.endswith(".onnx") else "litert"]
-    _, module = import_runtime(model_class.packages)
+    runtime = "onnxruntime" if model_path.endswith(".onnx") else "litert"
+    _, module = import_runtime(runtime)
     try:
-        images_NHWC = np.load(inputs_path, mmap_mode="r")
-        if images_NHWC.dtype != np.float32 or images_NHWC.ndim != 4 or len(images_NHWC) == 0:
-            raise ValueError(f"inputs are {images_NHWC.dtype} {images_NHWC.shape}, not float32 [N, H, W, C]")
-        model = model_class(module, model_path, threads)
-        rows = range(len(images_NHWC))
-        outputs = np.stack([model.predict(np.array(images_NHWC[row : row + 1]))[0] for row in rows])
+        model = MODELS[runtime](module, model_path, threads)
+        outputs = np.stack([model.predict(image_NHWC)[0] for image_NHWC in images_of(inputs_path)])
     except Refusal:
         raise
     except Exception as error:  # runtimes raise types of their own for missing, broken and misfitting files
         raise Refusal(f"Cannot run {model_path} on {inputs_path}: {one_sentence(error)}") from error
+    if outputs_path == "-":
+        emit(outputs.shape)
+        sys.stdout.buffer.write(outputs.astype("<f4").tobytes())
+        sys.stdout.buffer.flush()
+        return
     temporary = f"{outputs_path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         np.save(file, outputs)
     os.replace(temporary, outputs_path)
 
 
+def images_of(path: str) -> Iterator[Any]:
+    """The images one by one, [1, H, W, C] each, so that memory holds one of them."""
+    if path != "-":
+        images_NHWC = np.load(path, mmap_mode="r")
+        if images_NHWC.dtype != np.float32 or images_NHWC.ndim != 4 or len(images_NHWC) == 0:
+            raise ValueError(f"inputs are {images_NHWC.dtype} {images_NHWC.shape}, not float32 [N, H, W, C]")
+        for row in range(len(images_NHWC)):
+            yield np.array(images_NHWC[row : row + 1])
+        return
+    count, *shape = json.loads(sys.stdin.buffer.readline())
+    size = 4 * shape[0] * shape[1] * shape[2]
+    for row in range(count):
+        data = sys.stdin.buffer.read(size)
+        if len(data) < size:
+            raise EOFError(f"the images ended after {row} of {count}")
+        yield np.frombuffer(data, "<f4").astype(np.float32).reshape(1, *shape)
+
+
+def inspect() -> None:
+    """What a computer that drives this one has to know about it."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    runtimes, missing = {}, {}
+    for runtime in MODELS:
+        try:
+            package, _ = import_runtime(runtime)
+            runtimes[runtime] = f"{package} {version_of(package)}"
+        except Refusal as refusal:
+            missing[runtime] = str(refusal)
+    emit(
+        {
+            "runner": PROTOCOL,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "cpu": cpu_name(),
+            "cores": cores,
+            "numpy": None if np is None else np.__version__,
+            "runtimes": runtimes,
+            "missing": missing,
+        }
+    )
+
+
+def enter(folder: str) -> None:
+    """Make this the working folder, and this process the only one at work in it for as long as it lives."""
+    import fcntl
+
+    path = os.path.join(os.path.expanduser("~"), os.path.expanduser(folder))
+    try:
+        os.makedirs(path, exist_ok=True)
+        os.chdir(path)
+        lock = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise Refusal(f"Cannot use the folder {path}: {error.strerror}", status=4) from error
+    give_up = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() > give_up:
+                holder = os.read(lock, 20).decode().strip() or "unknown"
+                why = f"Another job runs here (process {holder}), and two would spoil each other's times"
+                raise Refusal(f"{why}: wait for it, or end it with: kill {holder}", status=4) from error
+            time.sleep(0.1)
+    with contextlib.suppress(OSError):  # on a full disk the lock holds, but has no name
+        os.ftruncate(lock, 0)
+        os.write(lock, b"%d\n" % os.getpid())
+
+
+def receive() -> None:
+    """Take the files that are announced on stdin and not here yet into the working folder."""
+    try:
+        sizes = {str(name): int(size) for name, size in json.loads(sys.stdin.buffer.readline()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Refusal(f"The announced files are not JSON of the documented form: {error}") from error
+    outside = [name for name in sizes if os.path.basename(name) != name or name[:1] in (".", "")]
+    if outside:
+        raise Refusal(f"{outside[0]!r} is no name for a file in {os.getcwd()}")
+    missing = [name for name, size in sizes.items() if not (os.path.isfile(name) and os.path.getsize(name) == size)]
+    emit(missing)
+    try:
+        for name in os.listdir("."):
+            if name.endswith(PART):  # of a machine that was switched off
+                os.unlink(name)
+        for name in missing:
+            store(name, sizes[name])
+    except OSError as error:
+        here = shlex.quote(os.getcwd())
+        full = f"{os.getcwd()} takes no more files ({error.strerror})"
+        raise Refusal(f"{full}: free some space, for instance from earlier models: rm {here}/*.tflite {here}/*.onnx", status=4) from error
+
+
+def store(name: str, size: int) -> None:
+    try:
+        with open(name + PART, "wb") as file:
+            while size > 0:
+                content = sys.stdin.buffer.read(min(size, 1 << 20))
+                if not content:
+                    raise Refusal(f"The connection ended in the middle of {name}")
+                size -= file.write(content)
+        os.replace(name + PART, name)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name + PART)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="runner.py", description="Time and run model files on this device.")
     jobs = parser.add_subparsers(dest="job", required=True)
-    job = jobs.add_parser("measure", help="time the models of a plan; JSON lines on stdout")
-    job.add_argument("plan", help="the plan, a JSON file")
-    job = jobs.add_parser("predict", help="run a model over images")
-    job.add_argument("model", help="a .tflite or .onnx file")
-    job.add_argument("inputs", help="float32 images [N, H, W, C], a .npy file")
-    job.add_argument("outputs", help="where to write the float32 outputs [N, ...], a .npy file")
-    job.add_argument("--threads", type=int, default=1)
+    jobs.add_parser("inspect", help="describe this machine and its runtimes; a JSON line on stdout")
+    measuring = jobs.add_parser("measure", help="time the models of a plan; JSON lines on stdout")
+    measuring.add_argument("plan", help="the plan, a JSON file; or -")
+    predicting = jobs.add_parser("predict", help="run a model over images")
+    predicting.add_argument("model", help="a .tflite or .onnx file")
+    predicting.add_argument("inputs", help="float32 images [N, H, W, C], a .npy file; or -")
+    predicting.add_argument("outputs", help="where to write the float32 outputs [N, ...], a .npy file; or -")
+    predicting.add_argument("--threads", type=int, default=1)
+    for job in (measuring, predicting):
+        job.add_argument("--receive", metavar="FOLDER", help="take files from stdin first; paths of models begin there")
     options = parser.parse_args(arguments)
     try:
-        if options.job == "measure":
+        if getattr(options, "receive", None) is not None:
+            enter(options.receive)
+            receive()
+        if options.job == "inspect":
+            inspect()
+        elif options.job == "measure":
             measure(options.plan)
         else:
             predict(options.model, options.inputs, options.outputs, options.threads)

@@ -298,10 +298,20 @@ class DeviceConformance(ABC):
         cores = list(self.connection().cores(1))
         return {"runtime": self.runtime, "threads": 1, "cores": cores, "min_ms": 1.0, "min_runs": 3, "items": items}
 
+    def measured(self, plan: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+        """Header and rows of a plan, without notes and conditions, which may come anywhere between."""
+        rows = list(self.connection().measure(plan, folder))
+        for row in rows:
+            if "note" in row:
+                assert isinstance(row["note"], str) and row["note"], f"note {row['note']!r}"
+            if "conditions" in row:
+                assert all(isinstance(value, int | float | str) for value in row["conditions"].values()), f"conditions {row}"
+        return [row for row in rows if not row.keys() & {"note", "conditions"}]
+
     def test_header_then_one_row_per_item(self, tmp_path: Path) -> None:
         """Ids and rounds in the plan's order, and every single run in milliseconds."""
         plan = self.plan(rounds=2)
-        header, *rows = self.connection().measure(plan, tmp_path)
+        header, *rows = self.measured(plan, tmp_path)
         assert "runner" in header, f"the first row is no header: {header}"
         assert [(row["id"], row["round"]) for row in rows] == [(item["id"], item["round"]) for item in plan["items"]]
         for row in rows:
@@ -311,12 +321,17 @@ class DeviceConformance(ABC):
     def test_header_describes_the_measurement(self, tmp_path: Path) -> None:
         """What a table's header needs; the cores are those that the plan asked for."""
         plan = self.plan()
-        header = next(iter(self.connection().measure(plan, tmp_path)))
+        header = self.measured(plan, tmp_path)[0]
         for key in ("runtime", "runtime_version", "cpu", "machine", "governor", "python"):
             assert isinstance(header[key], str) and header[key], f"{key} is {header[key]!r}"
         assert header["runtime"] == self.runtime
         assert header["threads"] == 1
         assert header["cores"] == plan["cores"] or header["cores"] == "unknown", f"pinned to {header['cores']}, not {plan['cores']}"
+
+    def test_names_its_runtimes(self) -> None:
+        """The one that is tested among them, with its version."""
+        version = self.connection().runtimes()[self.runtime]
+        assert isinstance(version, str) and version, f"runtime {self.runtime} has version {version!r}"
 
     def test_cores(self) -> None:
         """As many different cores as threads."""
@@ -334,7 +349,7 @@ class DeviceConformance(ABC):
         broken.write_bytes(b"this is no model")
         plan["items"][1]["path"] = str(broken)
         plan["items"][2]["path"] = str(tmp_path / "missing.tflite")
-        _, *rows = self.connection().measure(plan, tmp_path)
+        _, *rows = self.measured(plan, tmp_path)
         assert [row["id"] for row in rows] == [item["id"] for item in plan["items"]]
         assert ["error" in row for row in rows] == [False, True, True, False], f"rows: {rows}"
 

@@ -6,6 +6,8 @@ CONNECTIONS = Registry(
     "connection",
     {
         "host": "hwnas.devices.host:Host",
+        "ssh": "hwnas.devices.ssh:Ssh",
+        "adb": "hwnas.devices.adb:Adb",
         "simulated": "hwnas.devices.simulated:Simulated",
     },
 )

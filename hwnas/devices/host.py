@@ -34,6 +34,14 @@ class Host:
             raise DeviceError(f"{threads} threads need as many cores, but {self.device.id} offers {len(cores)}: lower device.threads.")
         return cores
 
+    def runtimes(self) -> dict[str, str]:
+        """What the runner finds installed here."""
+        done = subprocess.run([sys.executable, str(self.runner), "inspect"], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise DeviceError(f"the runner does not start on {self.device.id}: {_last_line(done.stderr)}")
+        found: dict[str, str] = self._row(done.stdout)["runtimes"]
+        return found
+
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         """Run a plan in a new process and yield its rows as they are printed."""
         path = folder / "plan.json"

@@ -43,6 +43,10 @@ class Simulated:
         """Cores 0 to threads - 1."""
         return tuple(range(threads))
 
+    def runtimes(self) -> dict[str, str]:
+        """Those that the host computes the outputs with; the times are of neither."""
+        return dict.fromkeys(("litert", "onnxruntime"), "simulated")
+
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         """A header and one row per item."""
         del folder

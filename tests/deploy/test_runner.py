@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,12 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
 
 
+def stream(*arguments: object, content: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """The runner with ``content`` on its stdin, as a connection gives it."""
+    command = [sys.executable, str(RUNNER), *map(str, arguments)]
+    return subprocess.run(command, input=content, capture_output=True, check=False, timeout=60)
+
+
 def measure(tmp_path: Path, **plan: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"runtime": "litert", "threads": 1, "warmup_ms": 0, "min_ms": 1, **plan}))
@@ -105,6 +114,30 @@ def test_measure_tells_whether_xnnpack_took_the_graph(files: dict[str, Path], tm
     names = ["fp32.tflite", "int8.tflite", "float_io.tflite", "split.tflite"]
     _, lines = measure(tmp_path, items=[{"id": name, "path": str(files[name])} for name in names])
     assert [line["delegated"] for line in lines] == [True, True, True, False]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores")
+def test_cores_are_kept_awake_for_several_threads_and_no_longer(files: dict[str, Path], tmp_path: Path) -> None:
+    """By idle-priority loops, one per core, that end with the runner."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    plan = {"runtime": "litert", "threads": 2, "cores": cores, "min_ms": 2000, "items": [{"id": "a", "path": str(files["fp32.tflite"])}]}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**plan, "max_runs": 10**6}))
+    with subprocess.Popen([sys.executable, str(RUNNER), "measure", str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        header, conditions = json.loads(process.stdout.readline()), json.loads(process.stdout.readline())
+        assert header["cores"] == cores and conditions == {"conditions": {"cores": "kept awake"}}
+        loops = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        wanted = [({core}, os.SCHED_IDLE) for core in cores]
+        deadline = time.monotonic() + 10
+        while [(os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in loops] != wanted and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert [(os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in loops] == wanted
+        assert json.loads(process.stdout.readline())["ms"]
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in loops) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in loops if Path(f"/proc/{pid}").exists()]
 
 
 def test_measure_runs_onnx_files(files: dict[str, Path], tmp_path: Path) -> None:
@@ -158,13 +191,142 @@ def test_predict_refuses_what_does_not_fit(files: dict[str, Path], tmp_path: Pat
     assert not (tmp_path / "out.npy").exists()
 
 
-def test_a_missing_runtime_names_its_package(tmp_path: Path) -> None:
-    for package in ("ai_edge_litert", "tflite_runtime"):
-        (tmp_path / f"{package}.py").write_text("raise ImportError('hidden')")
-    (tmp_path / "plan.json").write_text('{"runtime": "litert", "threads": 1, "items": []}')
+EMPTY = '{"runtime": "litert", "threads": 1, "items": []}'
+
+
+def hide(folder: Path, *modules: str) -> None:
+    """With ``folder`` on PYTHONPATH these do not import."""
+    for module in modules:
+        (folder / f"{module}.py").write_text("raise ImportError('hidden')")
+
+
+def test_inspect_describes_the_machine() -> None:
+    [line] = run("inspect").stdout.splitlines()
+    found = json.loads(line)
+    assert found["cores"] == sorted(os.sched_getaffinity(0))
+    assert found["numpy"] == np.__version__
+    assert found["runtimes"].keys() == {"litert", "onnxruntime"}
+    assert found["runtimes"]["litert"] == f"ai-edge-litert {version('ai-edge-litert')}"
+    assert found["missing"] == {}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "said"),
+    [
+        (("ai_edge_litert", "tflite_runtime"), "ai-edge-litert .* does not import \\(ImportError: hidden\\)"),
+        (("numpy",), "This Python has no numpy"),
+    ],
+)
+def test_what_is_missing_comes_with_the_command_that_installs_it(hidden: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    hide(tmp_path, *hidden)
+    (tmp_path / "plan.json").write_text(EMPTY)
     done = run("measure", tmp_path / "plan.json", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (3, "")
-    assert "pip install ai-edge-litert" in done.stderr
+    assert re.fullmatch(f"{said}: {sys.executable} -m pip install ai-edge-litert numpy\n", done.stderr)
+    found = json.loads(run("inspect", PYTHONPATH=str(tmp_path)).stdout)
+    assert found["missing"]["litert"] == done.stderr.strip()
+    assert "litert" not in found["runtimes"]
+
+
+def test_tflite_runtime_beside_numpy_2(tmp_path: Path) -> None:
+    """It imports there, and no model would load."""
+    if np.__version__ < "2":
+        pytest.skip("this is about numpy 2")
+    hide(tmp_path, "ai_edge_litert")
+    (tmp_path / "tflite_runtime").mkdir()
+    (tmp_path / "tflite_runtime/interpreter.py").touch()
+    (tmp_path / "tflite_runtime-2.14.0.dist-info").mkdir()
+    (tmp_path / "tflite_runtime-2.14.0.dist-info/METADATA").write_text("Name: tflite-runtime\nVersion: 2.14.0\n")
+    found = json.loads(run("inspect", PYTHONPATH=str(tmp_path)).stdout)
+    command = f"{sys.executable} -m pip install tflite-runtime 'numpy<2'"
+    assert found["missing"]["litert"] == f"tflite-runtime 2.14.0 does not work with numpy {np.__version__}: {command}"
+
+
+def test_where_the_system_keeps_its_python_to_itself() -> None:
+    """Debian 12 and Raspberry Pi OS refuse pip: the command makes an environment."""
+    system = Path("/usr/bin/python3")
+    if not list(Path("/usr/lib").glob("python3.*/EXTERNALLY-MANAGED")) or not system.exists():
+        pytest.skip("this system leaves its Python to pip")
+    found = json.loads(subprocess.run([system, RUNNER, "inspect"], capture_output=True, check=True).stdout)
+    if not found["missing"]:
+        pytest.skip("the system's Python has everything")
+    sentence = next(iter(found["missing"].values()))
+    assert "make an environment and use its ~/hwnas/bin/python: " in sentence
+    assert f"{system} -m venv ~/hwnas && ~/hwnas/bin/python -m pip install " in sentence
+
+
+def test_a_plan_from_stdin_ends_with_it(files: dict[str, Path], tmp_path: Path) -> None:
+    """All of it while stdin is open; and nothing more once it closes, not even the run that is under way."""
+    path = str(files["fp32.tflite"])
+    plan = {"runtime": "litert", "threads": 1, "min_ms": 1, "items": [{"id": "a", "path": path}]}
+    command = [sys.executable, str(RUNNER), "measure", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(plan).encode() + b"\n")
+        process.stdin.flush()
+        header, row = process.stdout.readlines()
+        assert json.loads(header)["runner"] == 1
+        assert len(json.loads(row)["ms"]) >= 5
+        assert process.wait() == 0
+    started = time.monotonic()
+    long = {**plan, "min_ms": 60_000, "max_runs": 10**9}
+    done = stream("measure", "-", content=json.dumps(long).encode() + b"\n")
+    assert done.returncode == 1
+    assert b"ms" not in done.stdout
+    assert time.monotonic() - started < 30
+
+
+def test_predict_from_stdin_to_stdout(images: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", images)
+    assert run("predict", files["net.onnx"], tmp_path / "in.npy", tmp_path / "out.npy").returncode == 0
+    sent = json.dumps(images.shape).encode() + b"\n" + images.tobytes()
+    done = stream("predict", files["net.onnx"], "-", "-", content=sent)
+    assert done.returncode == 0, done.stderr
+    shape, _, values = done.stdout.partition(b"\n")
+    assert np.array_equal(np.frombuffer(values, np.float32).reshape(json.loads(shape)), np.load(tmp_path / "out.npy"))
+    done = stream("predict", files["net.onnx"], "-", "-", content=sent[:-1000])
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"the images ended after 5 of 6" in done.stderr
+
+
+def test_receives_what_is_missing(files: dict[str, Path], tmp_path: Path) -> None:
+    """Of three announced files one is there whole, one is there in another size, one is not there."""
+    contents = {"whole": b"0" * 10, "a.tflite": files["fp32.tflite"].read_bytes(), "b c;d": b"2" * 30}
+    (tmp_path / "whole").write_bytes(b"1" * 10)
+    (tmp_path / "a.tflite").write_bytes(b"cut off")
+    announced = json.dumps({name: len(content) for name, content in contents.items()}).encode() + b"\n"
+    plan = json.dumps({"runtime": "litert", "threads": 1, "items": []}).encode() + b"\n"
+    done = stream("measure", "-", "--receive", tmp_path, content=announced + contents["a.tflite"] + contents["b c;d"] + plan)
+    assert json.loads(done.stdout.splitlines()[0]) == ["a.tflite", "b c;d"]
+    got = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".hwnas-lock"}
+    assert got == {**contents, "whole": b"1" * 10}
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", ".hidden", ".", "..", "", ".hwnas-lock"])
+def test_receives_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
+    done = stream("measure", "-", "--receive", tmp_path / "inner", content=json.dumps({name: 3}).encode() + b"\nxyz")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert f"{name!r} is no name for a file in {tmp_path}/inner" in done.stderr.decode()
+    assert [path.name for path in tmp_path.rglob("*")] == ["inner", ".hwnas-lock"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]\n", "not JSON of the documented form"),
+        (b"{\n", "not JSON of the documented form"),
+        (b'{"a": "b"}\n', "not JSON of the documented form"),
+        (b"", "not JSON of the documented form"),
+        (b'{"a": 10}\nabcde', "The connection ended in the middle of a"),
+    ],
+)
+def test_a_broken_stream_leaves_nothing(content: bytes, said: str, tmp_path: Path) -> None:
+    done = stream("measure", "-", "--receive", tmp_path, content=content)
+    assert done.returncode == 2
+    assert said in done.stderr.decode()
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [".hwnas-lock"]
 
 
 def test_the_script_stands_alone_and_speaks_python_3_8() -> None:

@@ -145,6 +145,14 @@ def test_predict_with_a_broken_model(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [model]
 
 
+def test_devices_by_address() -> None:
+    assert find_device("ssh:pi@board.local") == Device(
+        id="ssh-pi-board.local", soc="unknown", connection="ssh", options={"host": "pi@board.local"}
+    )
+    assert find_device("adb:R58M123") == Device(id="adb-R58M123", soc="unknown", connection="adb", options={"serial": "R58M123"})
+    assert find_device("adb") == Device(id="adb", soc="unknown", connection="adb")
+
+
 def test_devices_by_name(tmp_path: Path) -> None:
     assert find_device("host") is HOST
     with pytest.raises(ConfigError, match="unknown device 'hots'; did you mean 'host'"):

@@ -1,0 +1,304 @@
+"""What boards and the way to them do wrong: each is one clear sentence, nothing measured is lost, nothing is executed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwnas.config import DeviceConfig, ProfileConfig
+from hwnas.core.op import Op
+from hwnas.devices import ssh
+from hwnas.devices.device import Device, connect
+from hwnas.devices.profile import profile
+from hwnas.devices.ssh import Ssh
+from hwnas.errors import ConfigError, DeviceError
+from hwnas.export.timing import timing_file
+from hwnas.progress import Progress
+from hwnas.runs import JsonLines
+from tests.conftest import tiny_space
+from tests.devices.sshd import OPS, Server, endless, plan
+
+
+def complaint(connection: Ssh) -> str:
+    """What a connection says instead of what is installed on the board: one line."""
+    with pytest.raises(DeviceError) as caught:
+        connection.runtimes()
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def environment(folder: Path, *packages: str) -> str:
+    """A Python with some of the packages that are installed here, and nothing else. Returns its interpreter."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    here, there = (root / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages" for root in (Path(sys.prefix), folder))
+    for package in packages:
+        for path in here.glob(f"{package}*"):
+            (there / path.name).symlink_to(path)
+    return str(folder / "bin/python")
+
+
+ATTACKS = ("x; touch executed", "$(touch executed) `touch executed`", "x' ; touch executed '", 'x" ; touch executed "')
+
+
+def test_predict_with_a_broken_model_or_misfitting_images(board: Ssh, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.tflite"
+    broken.write_bytes(b"no model")
+    with pytest.raises(DeviceError, match=r"board: Cannot run .*/broken\.tflite"):
+        board.predict(broken, np.zeros((1000, 64, 64, 3), np.float32), tmp_path)
+    with pytest.raises(DeviceError, match="Cannot set tensor"):
+        board.predict(timing_file(OPS, "litert", "fp32"), np.zeros((1, 9, 9, 3), np.float32), tmp_path)
+
+
+def test_a_lost_connection_loses_no_row(board: Ssh, server: Server, tmp_path: Path) -> None:
+    """The server's side dies in the middle of a profile; started again, it measures only what is missing."""
+    space, config = tiny_space(), ProfileConfig(rounds=1, max_rounds=1, fit_networks=2, test_networks=2, min_ms=0.1, min_runs=2)
+    lost = Losing(server.device(), server, after=5)
+    settings = DeviceConfig(runtime="litert")
+    arguments = (timing_file, settings, config, tmp_path, Progress())
+    with pytest.raises(DeviceError, match=r"the connection to board was lost .*: check it, and run the command again to go on\.$"):
+        profile(space, server.device(), lost, *arguments)
+    samples = JsonLines(tmp_path / "samples.jsonl")
+    assert len([row for row in samples.read() if "id" in row]) >= 5
+    table = profile(space, server.device(), board, *arguments)
+    assert set(table.entries) == {op.key for op in space.ops}
+    measured = [row["id"] for row in samples.read() if "id" in row]
+    assert len(measured) == len(set(measured)) == len(space.ops) + 4
+
+
+class Losing(Ssh):
+    """A board whose ssh sessions are killed after some rows."""
+
+    def __init__(self, device: Device, server: Server, after: int) -> None:
+        super().__init__(device)
+        self.server, self.after = server, after
+
+    def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+        for row in super().measure(plan, folder):
+            self.after -= "id" in row
+            if self.after == 0:
+                for pid in self.server.sessions():
+                    os.kill(pid, signal.SIGKILL)
+            yield row
+
+
+def test_a_board_that_falls_silent(board: Ssh, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power, no network: nothing is closed, nothing answers."""
+    monkeypatch.setattr(ssh, "ALIVE_SECONDS", 1)
+    rows = Ssh(server.device()).measure(endless(), tmp_path)
+    next(row for row in rows if "id" in row)
+    stopped = [*server.sessions(), *server.runners()]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(DeviceError, match="the connection to board was lost"):
+        list(rows)
+    for pid in stopped:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_runner_that_is_killed(board: Ssh, server: Server, tmp_path: Path) -> None:
+    rows = board.measure(endless(), tmp_path)
+    next(row for row in rows if "id" in row)
+    os.kill(server.runners()[0], signal.SIGKILL)
+    with pytest.raises(DeviceError, match=r"the runner on board was killed \(SIGKILL\): if its memory is full, end other programs there"):
+        list(rows)
+
+
+@pytest.mark.parametrize(
+    ("fake", "said"),
+    [
+        ("print('Segmentation fault')", r"printed what does not parse: 'Segmentation fault'"),
+        ("print([1, 2])", r"printed what does not parse: '\[1, 2\]'"),
+        ("print('{\"id\": \"x', end='')", r"left out 3 of 3 items"),
+        ("sys.stderr.write('loading\\nout of memory\\n'); sys.exit(7)", r"stopped with status 7: out of memory"),
+        ("raise KeyError('x')", r"stopped with status 1: KeyError: 'x'"),
+    ],
+)
+def test_a_runner_that_prints_rubbish(fake: str, said: str, board: Ssh, tmp_path: Path) -> None:
+    """After a header and with a kilobyte of warnings: a real process with the faults that real ones have."""
+    board.runner = tmp_path / "runner.py"
+    board.runner.write_text(
+        "import sys\nsys.stdin.buffer.readline()\nprint('[]', flush=True)\nsys.stdin.buffer.readline()\n"
+        f"sys.stderr.write('INFO: created a delegate ' * 40 + chr(10))\nprint('{{\"runner\": 1}}', flush=True)\n{fake}\n"
+    )
+    rows = board.measure(plan(), tmp_path)
+    assert next(rows) == {"runner": 1}
+    with pytest.raises(DeviceError, match=said):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'This account is closed.'; exit 1", r"board does not start the runner \(This account is closed\.\)"),
+        ("exit 0", r"board does not start the runner \(it says nothing\)"),
+        ("sleep 30", r"board started nothing within 1 s: see with `ssh -F .* board` what its login scripts wait for\.$"),
+    ],
+)
+def test_login_scripts_that_do_not_let_through(script: str, said: str, board: Ssh, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "START_SECONDS", 1.0)
+    (server.home / ".bashrc").write_text(script)
+    with pytest.raises(DeviceError, match=said):
+        board.runtimes()
+
+
+def test_a_board_without_that_python(server: Server) -> None:
+    said = complaint(Ssh(server.device(python="python3.99")))
+    assert said == (
+        "board has no such program as 'python3.99': install it there (sudo apt install python3), "
+        "or name its interpreter in the device option python (now 'python3.99')."
+    )
+
+
+def test_a_python_for_another_machine(server: Server) -> None:
+    """An executable whose header says that it is for a machine which does not exist."""
+    header = Path("/bin/true").read_bytes()[:18] + b"\xfe\xca" + Path("/bin/true").read_bytes()[20:]
+    path = server.folder / "foreign"
+    path.write_bytes(header)
+    path.chmod(0o755)
+    said = complaint(Ssh(server.device(python=str(path))))
+    assert "board does not start the runner" in said
+    assert "Exec format error" in said
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.7"])
+def test_a_python_that_is_too_old(version: str, server: Server) -> None:
+    candidates = [shutil.which(f"python{version}"), *map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))]
+    old = [path for path in candidates if path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0]
+    if not old:
+        pytest.skip(f"there is no Python {version} here")
+    said = complaint(Ssh(server.device(python=old[0])))
+    assert f"board does not start the runner (its Python {version} is too old, 3.8 is needed)" in said
+
+
+def test_a_python_without_numpy(server: Server, tmp_path: Path) -> None:
+    python = environment(server.folder / "bare")
+    board = Ssh(server.device(python=python))
+    command = rf"{python} -m ensurepip && {python} -m pip install ai-edge-litert numpy"
+    assert complaint(board) == f"board: This Python has no numpy: {command}"
+    with pytest.raises(DeviceError) as caught:
+        list(board.measure(plan(), tmp_path))
+    assert str(caught.value) == f"board: This Python has no numpy: {command}"
+
+
+def test_a_python_without_a_runtime(server: Server, tmp_path: Path) -> None:
+    """It says so for the runtime that is asked for; the other one is there and works."""
+    python = environment(server.folder / "onnx", "numpy", "onnxruntime", "pip", "flatbuffers", "packaging", "google", "protobuf")
+    board = Ssh(server.device(python=python))
+    assert board.runtimes().keys() == {"onnxruntime"}
+    with pytest.raises(DeviceError) as caught:
+        list(board.measure(plan(), tmp_path))
+    command = f"{python} -m pip install ai-edge-litert numpy"
+    assert str(caught.value) == f"board: This Python has no ai-edge-litert and no tflite-runtime: {command}"
+    assert len([row for row in board.measure(plan(runtime="onnxruntime"), tmp_path) if "ms" in row]) == len(OPS)
+
+
+def test_the_hosts_keys(server: Server) -> None:
+    """Unknown, changed, and a key of ours that the board does not take."""
+    (server.folder / "known_hosts").write_text("")
+    assert "this computer does not know its host key; run `ssh -F" in complaint(Ssh(server.device()))
+    server.trust("other_key")
+    assert "its host key is not the one this computer knows" in complaint(Ssh(server.device()))
+    server.trust("host_key")
+    assert "it takes no key of yours; put one there with `ssh-copy-id`" in complaint(
+        Ssh(server.device(identity=str(server.folder / "other_key"), host="127.0.0.1", port=str(server.port)))
+    )
+    assert Ssh(server.device(identity=str(server.folder / "key"), host="127.0.0.1", port=str(server.port))).runtimes()
+
+
+def test_nobody_answers(server: Server) -> None:
+    with socket.socket() as taken:  # bound, but not listening
+        taken.bind(("127.0.0.1", 0))
+        said = complaint(Ssh(server.device(host="127.0.0.1", port=str(taken.getsockname()[1]))))
+    assert "board cannot be reached over ssh: ssh: connect to host 127.0.0.1 port" in said
+    assert "Connection refused; check that `ssh -p" in said
+    assert "no machine of that name is known" in complaint(Ssh(server.device(host="no-such-board.invalid")))
+
+
+def test_no_ssh_here(board: Ssh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert complaint(board) == "this computer has no ssh program: install the OpenSSH client (sudo apt install openssh-client)."
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "limit"])
+def test_a_full_disk(kind: str, board: Ssh, server: Server, tmp_path: Path) -> None:
+    """One sentence; and with space again, it goes on."""
+    models = server.home / "models"
+    models.mkdir()
+    wanted = plan((Op("mbconv", 32, 48, 48, 288, 5, act="relu", residual=True),))
+    if kind == "limit":
+        (server.home / ".bashrc").write_text("ulimit -f 8\n")
+    elif subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", models], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.raises(DeviceError) as caught:
+            list(board.measure(wanted, tmp_path))
+        left = [path.name for path in models.iterdir()]
+    finally:
+        subprocess.run(["umount", models], check=True) if kind == "tmpfs" else (server.home / ".bashrc").unlink()
+    reason = {"tmpfs": "No space left on device", "limit": "File too large"}[kind]
+    command = f"free some space, for instance from earlier models: rm {models}/*.tflite {models}/*.onnx"
+    assert str(caught.value) == f"board: {models} takes no more files ({reason}): {command}"
+    assert left == [".hwnas-lock"]
+    assert "ms" in list(board.measure(wanted, tmp_path))[-1]
+
+
+def test_a_folder_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"^board: Cannot use the folder /dev/null/models: Not a directory$"):
+        list(Ssh(server.device(folder="/dev/null/models")).measure(plan(), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "attack", [*ATTACKS, "", "x\ntouch executed", "-oProxyCommand=touch executed", "me@-oProxyCommand=touch", "a b", "a@b@c", "ssh://board"]
+)
+def test_hosts_with_shell_characters(attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        connect(Device(id="board", soc="none", connection="ssh", options={"host": attack}))
+    assert f"host = {attack!r} is no name of a machine" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_other_names_with_shell_characters(
+    attack: str, board: Ssh, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They name a folder, a program and a model; nothing of them is executed on either side."""
+    monkeypatch.chdir(tmp_path)
+    (server.home / ".bashrc").write_text("cd $HOME\n")
+    model = tmp_path / f"{attack}.tflite"
+    model.write_bytes(timing_file(OPS, "litert", "fp32").read_bytes())
+    strange = model.rename(tmp_path / f"model.{attack.replace('.', '')}")
+    there = Ssh(server.device(folder=attack))
+    assert there.predict(strange, np.zeros((1, 8, 8, 3), np.float32), tmp_path).shape == (1, 10)
+    assert (server.home / attack).is_dir()
+    assert f"has no such program as {attack!r}" in complaint(Ssh(server.device(python=attack)))
+    assert list(tmp_path.iterdir()) == [strange]
+    assert not (server.home / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"hots": "x"}, "device board has an unknown option 'hots'; did you mean 'host'?"),
+        ({"port": "ssh"}, "port = 'ssh' is no number from 1 to 65535"),
+        ({"port": "65536"}, "port = '65536' is no number"),
+        ({"identity": "/no/such/key"}, "identity = '/no/such/key' is no file; correct the path"),
+        ({"config": "/no/such/config"}, "config = '/no/such/config' is no file"),
+        ({"python": ""}, "python = '' is no path"),
+        ({"folder": "a\nb"}, r"folder = 'a\nb' is no path"),
+    ],
+)
+def test_wrong_options(options: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Ssh(Device(id="board", soc="none", connection="ssh", options={"host": "board", **options}))
+    assert said in str(caught.value)
