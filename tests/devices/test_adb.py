@@ -1,0 +1,398 @@
+"""Phones over adb: the real adb client and server, a phone of ours (fake_phone.py) that runs real models, and all that goes wrong."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwnas.core.op import Op
+from hwnas.devices import adb as adb_module
+from hwnas.devices.adb import Adb
+from hwnas.devices.device import HOST, Device
+from hwnas.devices.host import Host
+from hwnas.errors import ConfigError, DeviceError
+from hwnas.export.timing import timing_file
+from tests.devices import fake_benchmark_model
+from tests.devices.fake_phone import OPS, FakePhone, adb_server, phone, phones, plan, sorted_out
+
+__all__ = ["adb_server", "phone", "phones"]  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adb_module, "RETURN_POLL_S", 0.05)
+    monkeypatch.setattr(adb_module, "COOL_DOWN_POLL_S", 0.01)
+
+
+def announced(rows: Iterator[dict[str, Any]], first: threading.Event) -> Iterator[dict[str, Any]]:
+    """The rows, and a sign when the first one of an item is here: what comes later than that cannot undo it."""
+    for row in rows:
+        if "id" in row:
+            first.set()
+        yield row
+
+
+def ids(wanted: dict[str, Any]) -> list[str]:
+    return [item["id"] for item in wanted["items"]]
+
+
+def test_measures(phone: FakePhone, tmp_path: Path) -> None:
+    wanted = plan(warmup_ms=1.0)
+    header, rows, notes, conditions = sorted_out(Adb(phone.device()).measure(wanted, tmp_path))
+    assert header["runtime_package"] == "benchmark_model xnnpack"
+    assert header["runtime_version"].startswith("sha256:")
+    assert header["cpu"] == "Google Tensor"
+    assert header["machine"] == "x86_64, Fake Phone 1, Android 14"
+    assert (header["cores"], header["governor"], header["threads"]) == ([6], "schedutil", 1)
+    assert [row["id"] for row in rows] == ids(wanted)
+    for row in rows:
+        assert len(row["ms"]) == len(row["runs"]) == 2
+        assert row["delegated"] is True
+        assert 0 < min(row["ms"]) <= max(row["ms"]) < 100
+        assert min(row["runs"]) >= 5
+    assert notes == []
+    assert (
+        conditions
+        == [{"battery_percent": 81, "celsius": 31.5, "plugged": "usb", "thermal_status": 0, "governor": "schedutil", "mhz": 2802.0}] * 2
+    ), "before and after the batch"
+    assert phone.masks == ["40"] * 6, "core 6, two processes of each of three models"
+    assert {run["num_threads"] for run in phone.runs} == {"1"}
+    assert {run["min_secs"] for run in phone.runs} == {"0.000500"} and {run["warmup_min_secs"] for run in phone.runs} == {"0.001000"}
+    left = sorted(path.name.partition("-")[0] for path in phone.folder.iterdir())
+    assert left == ["benchmark_model", "models"], "neither the run's folder nor its lock"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_later_rounds_send_nothing_again(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models go over once, many in one push; later only the list and the script do."""
+    sent: list[int] = []
+    phone.on_received = sent.append
+    device, wanted = Adb(phone.device()), plan(5)
+    assert len(sorted_out(device.measure(wanted, tmp_path))[1]) == 5
+    models = sum(Path(item["path"]).stat().st_size for item in wanted["items"])
+    assert sum(sent) > models
+    sent.clear()
+    assert len(sorted_out(device.measure(wanted, tmp_path))[1]) == 5
+    assert sum(sent) < 10_000
+    sent.clear()
+    monkeypatch.setattr(adb_module, "BATCH_ITEMS", 2)
+    _, rows, _, conditions = sorted_out(device.measure(wanted, tmp_path))
+    assert [row["id"] for row in rows] == ids(wanted)
+    assert len(conditions) == 4, "before and after each of three batches"
+
+
+def test_rows_come_as_they_are_measured(phone: FakePhone, tmp_path: Path) -> None:
+    """And leaving early ends the batch on the phone, and removes what was put there for it."""
+    wanted = plan(2)
+    wanted["items"] = [{**wanted["items"][0], "round": number} for number in range(30)]
+    wanted["min_ms"] = 400.0
+    rows = Adb(phone.device()).measure(wanted, tmp_path)
+    assert next(row for row in rows if "id" in row)["round"] == 0
+    assert len(phone.runs) <= 4
+    rows.close()
+    deadline, count = time.monotonic() + 10, -1
+    while count != len(phone.runs) and time.monotonic() < deadline:  # of 150 that were due
+        count = len(phone.runs)
+        time.sleep(1.0)
+    assert len(phone.runs) == count < 30
+    assert not list(phone.folder.glob("run-*"))
+
+
+def test_without_cores(phone: FakePhone, tmp_path: Path) -> None:
+    header, rows, _, _ = sorted_out(Adb(phone.device()).measure(plan(1, cores=None), tmp_path))
+    assert header["cores"] == "unknown" and len(rows) == 1 and phone.masks == []
+
+
+@pytest.mark.parametrize(("delegate", "flag", "delegated"), [("gpu", "use_gpu", "unknown"), ("none", "use_xnnpack", "unknown")])
+def test_delegates(delegate: str, flag: str, delegated: bool | str, phone: FakePhone, tmp_path: Path) -> None:
+    header, rows, _, _ = sorted_out(Adb(phone.device(delegate=delegate)).measure(plan(1), tmp_path))
+    assert phone.runs[0][flag] == ("true" if delegate == "gpu" else "false")
+    assert header["runtime_package"] == f"benchmark_model {delegate}"
+    assert rows[0]["delegated"] == delegated
+
+
+def test_cores(phone: FakePhone, tmp_path: Path) -> None:
+    """The fastest ones, unless the document names others."""
+    device = Adb(phone.device())
+    assert device.cores(1) == (7,)
+    assert device.cores(3) == (5, 6, 7)
+    assert Adb(phone.device().model_copy(update={"cores": (0, 1)})).cores(2) == (0, 1)
+    with pytest.raises(DeviceError, match=r"9 threads need as many cores, but fake offers 8: lower device\.threads"):
+        device.cores(9)
+    with pytest.raises(DeviceError, match="cannot run on core 12 of fake: its cores are 0, 1, 2, 3, 4, 5, 6, 7"):
+        next(device.measure(plan(1, cores=[12]), tmp_path))
+
+
+def test_only_litert(phone: FakePhone, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"fake runs LiteRT files only: set device\.runtime = 'litert', not 'onnxruntime'"):
+        next(Adb(phone.device()).measure(plan(1, runtime="onnxruntime"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"serail": "x"}, "options of device 'fake': unknown key 'serail'; did you mean 'serial'"),
+        ({"delegate": "npu"}, "delegate = 'npu': input should be 'xnnpack', 'gpu', 'nnapi' or 'none'"),
+        ({"wait_s": "-1"}, "wait_s = '-1': input should be greater than or equal to 0"),
+        ({"max_celsius": "warm"}, "max_celsius = 'warm'"),
+        ({"folder": "/data/local/tmp/$(reboot)"}, r"folder = '/data/local/tmp/\$\(reboot\)'"),
+        ({"folder": "relative"}, "folder = 'relative'"),
+        ({"serial": "$(touch pwned)"}, r"serial = '\$\(touch pwned\)': no phone has such a serial number; 'adb devices' lists"),
+        ({"serial": "a;b"}, "no phone has such a serial number"),
+        ({"serial": "-d"}, "no phone has such a serial number"),
+        ({"serial": "a\nb"}, "no phone has such a serial number"),
+    ],
+)
+def test_wrong_options_are_refused_without_a_phone(options: dict[str, str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        Adb(Device(id="fake", soc="none", connection="adb", options=options))
+
+
+def test_unplugged_while_it_runs(phone: FakePhone, tmp_path: Path) -> None:
+    """It goes on when the phone is back, with the items that have no row yet."""
+    first = threading.Event()
+
+    def pull_the_plug(count: int) -> None:
+        if count == 4:  # the second process of the second model
+            first.wait(20)
+            phone.unplug()
+            threading.Timer(0.4, phone.plug).start()
+
+    phone.on_run = pull_the_plug
+    wanted = plan(4)
+    _, rows, notes, _ = sorted_out(announced(Adb(phone.device()).measure(wanted, tmp_path), first))
+    assert [row["id"] for row in rows] == ids(wanted)
+    assert all(len(row["ms"]) == 2 for row in rows)
+    assert notes == [
+        f"fake went away while it ran {OPS[1].key} (unplugged?): waiting up to 600 s for it to return",
+        "fake is back",
+    ]
+    graphs = [run["graph"] for run in phone.runs]
+    assert graphs.count(graphs[0]) == 2, "the first model is not measured again"
+    assert not list(phone.folder.glob("run-*"))
+
+
+def test_unplugged_while_models_are_sent(phone: FakePhone, tmp_path: Path) -> None:
+    """Half of a model never gets among the models."""
+    received = 0
+
+    def pull_the_plug(count_bytes: int) -> None:
+        nonlocal received
+        received += count_bytes
+        if received > 30_000:
+            received = -(10**9)
+            phone.unplug()
+            threading.Timer(0.3, phone.plug).start()
+
+    phone.on_received = pull_the_plug
+    wanted = plan(3)
+    _, rows, notes, _ = sorted_out(Adb(phone.device()).measure(wanted, tmp_path))
+    assert [row["id"] for row in rows] == ids(wanted) and all("ms" in row for row in rows)
+    assert len(notes) == 2
+    sizes = sorted(Path(item["path"]).stat().st_size for item in wanted["items"])
+    assert sorted(path.stat().st_size for path in (phone.folder / "models").iterdir()) == sizes
+
+
+def test_unplugged_between_two_calls(phone: FakePhone, tmp_path: Path) -> None:
+    """A phone that was there once is waited for."""
+    device = Adb(phone.device())
+    list(device.measure(plan(1), tmp_path))
+    phone.unplug()
+    threading.Timer(0.3, phone.plug).start()
+    header, rows, notes, _ = sorted_out(reversed_notes(device.measure(plan(1), tmp_path)))
+    assert "runner" in header and len(rows) == 1 and len(notes) == 2
+
+
+def reversed_notes(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The header first: notes may come before it, as the phone was not there to ask."""
+    return iter(sorted(rows, key=lambda row: "runner" not in row))
+
+
+def test_a_phone_that_does_not_come_back(phone: FakePhone, tmp_path: Path) -> None:
+    first = threading.Event()
+
+    def pull_the_plug(count: int) -> None:
+        if count == 3:
+            first.wait(20)
+            phone.unplug()
+
+    phone.on_run = pull_the_plug
+    rows = announced(Adb(phone.device(wait_s="0.3")).measure(plan(3), tmp_path), first)
+    got = []
+    with pytest.raises(DeviceError, match=r"fake did not come back within 0\.3 s: plug it in, and start the same command again"):
+        for row in rows:
+            got.append(row)
+    assert [row["id"] for row in got if "id" in row] == [OPS[0].key], "what was measured before is out"
+
+
+def test_a_model_that_kills_the_phone(phone: FakePhone, tmp_path: Path) -> None:
+    """It is named, and not tried for ever."""
+    first = threading.Event()
+
+    def die(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
+        if len(phone.runs) > 2:
+            first.wait(20)
+            phone.unplug()
+            phone.plug()
+        return fake_benchmark_model.litert(flags, folder, say)
+
+    phone.tool = die
+    with pytest.raises(DeviceError, match=f"fake went away 3 times in a row while it ran {OPS[1].key}"):
+        list(announced(Adb(phone.device()).measure(plan(3), tmp_path), first))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        [],
+        ["\x00\x01\x02 \udcff\udcfe binary", "run-000000000000 end 0 0 0", "count=50"],
+        ["INFO: Running benchmark for at least 1", "count=many", "INFO: Running benchmark for at least 1", "count="],
+    ],
+)
+def test_garbage_from_the_tool(output: list[str], phone: FakePhone, tmp_path: Path) -> None:
+    """An error of that item, once, and no value of its other processes gets into the next item's."""
+
+    def garbage(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
+        count = len(phone.runs)
+        good = [
+            "Running benchmark for at least 1",
+            "count=2 curr=9(all same)",
+            "Running benchmark for at least 5",
+            f"count=5 curr={count}000",
+        ]
+        for line in output if count == 4 else good:
+            say(line)
+        return 0
+
+    phone.tool = garbage
+    wanted = plan(3, min_runs=3)
+    _, rows, _, _ = sorted_out(Adb(phone.device()).measure(wanted, tmp_path))
+    assert [row["id"] for row in rows] == ids(wanted)
+    assert [row.get("ms") for row in rows] == [[1.0, 2.0, 3.0], None, [7.0, 8.0, 9.0]]
+    assert rows[1]["error"].startswith("its output holds no statistics that hwnas knows")
+
+
+def test_a_crash_of_the_tool(phone: FakePhone, tmp_path: Path) -> None:
+    phone.tool = lambda flags, folder, say: 139
+    _, rows, _, _ = sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))
+    assert rows == [{"id": OPS[0].key, "round": 0, "error": "it died of signal 11: nothing"}]
+
+
+def test_waits_for_a_hot_phone(phone: FakePhone, tmp_path: Path) -> None:
+    phone.set_battery(81, [44.0, 43.0, 39.0, 37.9])
+    _, rows, notes, conditions = sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))
+    assert len(rows) == 1
+    assert notes == ["fake is hot (44 °C): waiting until it is at 38 °C or below"]
+    assert [row["celsius"] for row in conditions] == [44.0, 37.9]
+
+
+def test_does_not_wait_for_ever(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phone that stays throttled is measured after a while, and not waited for again."""
+    monkeypatch.setattr(adb_module, "COOL_DOWN_S", 0.2)
+    monkeypatch.setattr(adb_module, "BATCH_ITEMS", 1)
+    phone.set_thermal_status(2)
+    _, rows, notes, _ = sorted_out(Adb(phone.device()).measure(plan(2), tmp_path))
+    assert len(rows) == 2
+    assert len(notes) == 2 and "is still hot (throttled by Android (thermal status 2))" in notes[1]
+
+
+def test_says_that_the_battery_is_low(phone: FakePhone, tmp_path: Path) -> None:
+    phone.set_battery(9, [25.0])
+    _, _, notes, _ = sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))
+    assert notes == ["the battery of fake is at 9 %: phones slow down when it is low"]
+
+
+def test_two_phones_at_once(phones: Callable[[], FakePhone], tmp_path: Path) -> None:
+    """Each measures its own models, at the same time, out of one work folder."""
+    both = [phones(), phones()]
+    wanted = [plan(3), plan(3) | {"items": plan(6)["items"][3:]}]
+    assert ids(wanted[0]) != ids(wanted[1])
+    meeting = threading.Barrier(2, timeout=20)
+    for each in both:
+        each.on_run = lambda count: meeting.wait() if count == 1 else None  # neither starts before the other
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda pair: list(Adb(pair[0].device()).measure(pair[1], tmp_path)), zip(both, wanted, strict=True)))
+    for each, asked, rows in zip(both, wanted, results, strict=True):
+        assert [row["id"] for row in rows if "id" in row] == ids(asked)
+        assert len({run["graph"] for run in each.runs}) == 3
+        assert len(list((each.folder / "models").iterdir())) == 3
+
+
+def test_two_runs_on_one_phone(phone: FakePhone, tmp_path: Path) -> None:
+    """They share the models, and never run at the same moment."""
+    running, together = [0], [0]
+
+    def count(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
+        running[0] += 1
+        together[0] = max(together[0], running[0])
+        time.sleep(0.05)
+        status = fake_benchmark_model.litert(flags, folder, say)
+        running[0] -= 1
+        return status
+
+    phone.tool = count
+    wanted = plan(4)
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda _: sorted_out(Adb(phone.device()).measure(wanted, tmp_path)), range(2)))
+    for _, rows, _, _ in results:
+        assert [row["id"] for row in rows] == ids(wanted) and all("ms" in row for row in rows)
+    assert together == [1]
+    assert [note for _, _, notes, _ in results for note in notes] == ["another run is at work on fake: waiting for it"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_predicts_as_this_computer_does(dtype: str, phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several parts, and through an unplugging."""
+    model = timing_file((OPS[1], Op("classifier", 8, 8, 10)), "litert", dtype)
+    images = np.random.default_rng(0).standard_normal((7, 8, 8, 8)).astype(np.float32)
+    monkeypatch.setattr(adb_module, "INPUT_BYTES", 3 * 8 * 8 * 8 * (4 if dtype == "fp32" else 1))
+
+    def pull_the_plug(count: int) -> None:
+        if count == 5:
+            phone.unplug()
+            threading.Timer(0.2, phone.plug).start()
+
+    phone.on_run = pull_the_plug
+    found = Adb(phone.device()).predict(model, images, tmp_path)
+    assert found.shape == (7, 10) and found.dtype == np.float32
+    assert np.array_equal(found, Host(HOST).predict(model, images, tmp_path))
+    assert found.std() > 1e-3
+    assert 3 + 2 + 3 + 1 <= len(phone.runs) <= 3 + 3 + 3 + 1, "only the part that was cut off is computed again"
+    assert not list(phone.folder.glob("run-*")) and list(tmp_path.iterdir()) == []
+
+
+def test_predict_with_a_broken_model(phone: FakePhone, tmp_path: Path) -> None:
+    model = tmp_path / "broken.tflite"
+    model.write_bytes(b"no model")
+    with pytest.raises(DeviceError, match=r"broken\.tflite does not run on fake"):
+        Adb(phone.device()).predict(model, np.zeros((1, 8, 8, 3), np.float32), tmp_path)
+
+
+def test_predict_with_a_tool_that_writes_nothing(phone: FakePhone, tmp_path: Path) -> None:
+    """An old build takes --output_filepath for an unknown flag, and goes on."""
+
+    def old(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
+        return fake_benchmark_model.litert({name: value for name, value in flags.items() if name != "output_filepath"}, folder, say)
+
+    phone.tool = old
+    model = timing_file((OPS[0],), "litert", "fp32")
+    with pytest.raises(DeviceError, match=r"wrote 0 bytes of output where \S+ gives 2048: it is too old, or another tool; .*ANDROID\.md"):
+        Adb(phone.device()).predict(model, np.zeros((2, 8, 8, 8), np.float32), tmp_path)
+
+
+def test_predict_where_the_tool_fails(phone: FakePhone, tmp_path: Path) -> None:
+    def failing(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
+        say("ERROR: Failed to apply XNNPACK delegate.")
+        return 1
+
+    phone.tool = failing
+    with pytest.raises(DeviceError, match=r"does not run on fake: Failed to apply XNNPACK delegate\.$"):
+        Adb(phone.device()).predict(timing_file((OPS[0],), "litert", "fp32"), np.zeros((2, 8, 8, 8), np.float32), tmp_path)
+    assert len(phone.runs) == 1
