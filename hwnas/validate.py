@@ -5,6 +5,9 @@ measures the network's own blocks again, in the same rounds as the files: their 
 device. The prediction is judged at the profiled speed (measured time divided by the drift); the plain measured time and the
 drift stand beside it. A drift above the tolerance is said, one above ``validate.max_drift`` fails: that is not the device that was
 profiled. And a table of another device never predicts anything here.
+
+Outputs are compared on the device, too: each file gets the bundle's real images there, and its logits are held against PyTorch's. A
+file whose runtime the device lacks is left out, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from hwnas.devices.device import Connection, Device
 from hwnas.devices.profile import spread_of
 from hwnas.document import Document, file_sha256
 from hwnas.errors import DeviceError, DocumentError
-from hwnas.export.bundle import Bundle, BundleFile
+from hwnas.export.bundle import Bundle, BundleFile, Parity, parity
 from hwnas.progress import Progress
 
 OUTPUTS = ["verdict.json"]
@@ -53,7 +56,8 @@ class FileVerdict(_Part):
     predicted_ms: float | None
     latency_error: float | None = Field(description="measured_ms / drift against predicted_ms, as a fraction")
     latency_passed: bool | None
-    parity_passed: bool | None = Field(description="outputs against PyTorch's; none for int8, which is judged by accuracy alone")
+    parity: Parity | None = Field(None, description="outputs on this device against PyTorch's, on the bundle's images")
+    parity_passed: bool | None = Field(description="for float files; none for int8, which is judged by accuracy alone")
     accuracy: float
     accuracy_loss: float
     accuracy_passed: bool
@@ -79,6 +83,7 @@ class Verdict(Document):
     images: int
     torch_accuracy: float
     files: tuple[FileVerdict, ...]
+    not_run: dict[str, str] = Field({}, description="files of the bundle that were left out, and why")
     passed: bool
 
 
@@ -109,11 +114,20 @@ def validate(
     ``build(ops, runtime, dtype)`` gives the file of a chain of ops, for measuring the drift.
     """
     bundle = load_bundle(folder)
-    accuracies, torch_accuracy, images = _accuracies(bundle, folder, data, config.images, connection, work, progress)
-    measurement = _Measurement(bundle, folder, device, connection, settings, table, build)
+    runtimes = connection.runtimes()
+    files = tuple(file for file in bundle.files if file.runtime in runtimes)
+    not_run = {file.name: f"{device.id} does not run {file.runtime}" for file in bundle.files if file.runtime not in runtimes}
+    if not files:
+        has = ", ".join(runtimes) or "no runtime"
+        raise DeviceError(f"{device.id} has {has}, for which the bundle has no file: export one (export.formats), or install its runtime.")
+    parities = _parities(files, folder, connection, work)
+    accuracies, torch_accuracy, images = _accuracies(bundle, files, folder, data, config.images, connection, work, progress)
+    measurement = _Measurement(bundle, files, folder, device, connection, settings, table, build)
     measurement.run(config, work, progress)
     drift = measurement.drift()
-    verdicts = tuple(_judged(file, measurement, drift, accuracies[file.name], torch_accuracy, config) for file in bundle.files)
+    verdicts = tuple(
+        _judged(file, measurement, drift, parities[file.name], accuracies[file.name], torch_accuracy, config) for file in files
+    )
     header = next(iter(measurement.headers.values()))
     return Verdict(
         device=device.id,
@@ -131,23 +145,38 @@ def validate(
         images=images,
         torch_accuracy=torch_accuracy,
         files=verdicts,
+        not_run=not_run,
         passed=all(False not in (file.accuracy_passed, file.latency_passed, file.parity_passed) for file in verdicts),
     )
 
 
+def _parities(files: Sequence[BundleFile], folder: Path, connection: Connection, work: Path) -> dict[str, Parity]:
+    """Each file's logits of the bundle's images, computed on the device, against PyTorch's."""
+    with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
+        images_NHWC, logits = arrays["images"], arrays["logits"]
+    return {file.name: parity(connection.predict(folder / file.name, images_NHWC, work), logits) for file in files}
+
+
 def _accuracies(
-    bundle: Bundle, folder: Path, data: DataConfig, limit: int | None, connection: Connection, work: Path, progress: Progress
+    bundle: Bundle,
+    files: Sequence[BundleFile],
+    folder: Path,
+    data: DataConfig,
+    limit: int | None,
+    connection: Connection,
+    work: Path,
+    progress: Progress,
 ) -> tuple[dict[str, float], float, int]:
     """Top-1 of each file on the device, PyTorch's on the same images, and their number. Images go in parts, to bound memory."""
     test = load_images(data.at(bundle.architecture.resolution), "test")
-    right = {file.name: 0 for file in bundle.files}
+    right = {file.name: 0 for file in files}
     total = torch_right = 0
     with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
         predictions = arrays["predictions"]
     with progress.task("running the test images on the device", len(test) if limit is None else min(limit, len(test))) as task:
         for x_NCHW, y in evaluation_batches(test, IMAGES_AT_ONCE, limit=limit, workers=data.workers):
             images_NHWC, labels = np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy()
-            for file in bundle.files:
+            for file in files:
                 right[file.name] += int((connection.predict(folder / file.name, images_NHWC, work).argmax(1) == labels).sum())
             torch_right += int((predictions[total : total + len(labels)] == labels).sum())
             total += len(labels)
@@ -173,6 +202,7 @@ class _Measurement:
     def __init__(
         self,
         bundle: Bundle,
+        files: Sequence[BundleFile],
         folder: Path,
         device: Device,
         connection: Connection,
@@ -187,11 +217,13 @@ class _Measurement:
         self.rounds: dict[str, Rounds] = defaultdict(list)
         chain = [op.key for op in self.arch.ops()]
         self.items: dict[str, list[dict[str, object]]] = defaultdict(list)
-        for file in bundle.files:
+        for file in files:
             self.items[file.runtime].append({"id": file.name, "path": str((folder / file.name).resolve()), "ops": chain})
         self.blocks: tuple[Op, ...] = ()
         self.unpredicted = _unpredicted(bundle, device, settings, table)
-        if table is not None and self.unpredicted is None:
+        # Prices that were fitted to whole networks are not times of blocks alone, so no block can tell how they have changed.
+        measured = table is not None and all(entry.runs != "unknown" for entry in table.entries.values())
+        if table is not None and self.unpredicted is None and measured:
             self.blocks = tuple(dict.fromkeys(self.arch.ops()))
             runtime, dtype = table.header.runtime, table.header.dtype
             self.items[runtime] += [{"id": op.key, "path": str(build((op,), runtime, dtype)), "ops": [op.key]} for op in self.blocks]
@@ -206,18 +238,18 @@ class _Measurement:
         count = sum(map(len, self.items.values()))
         with progress.task("measuring the exported files", config.rounds * count) as task:
             for number in range(config.rounds):
-                self._round(number, work)
+                self._round(number, work, progress)
                 task.advance(count)
         files = [str(item["id"]) for items in self.items.values() for item in items if item["id"] not in {op.key for op in self.blocks}]
         for number in range(config.rounds, 2 * config.rounds):
             if all(spread_of(self.rounds[name]) <= config.max_spread for name in files):
                 return
-            self._round(number, work)
+            self._round(number, work, progress)
         noisy = [name for name in files if spread_of(self.rounds[name]) > config.max_spread]
         if noisy:
             progress.warn(f"{', '.join(noisy)} stayed noisy after {2 * config.rounds} rounds: measure on a quieter device.")
 
-    def _round(self, number: int, work: Path) -> None:
+    def _round(self, number: int, work: Path, progress: Progress) -> None:
         rng = np.random.default_rng(number)
         for runtime, items in sorted(self.items.items()):
             plan = {
@@ -231,7 +263,9 @@ class _Measurement:
                     raise DeviceError(f"{row['id']} does not run with {runtime}: {row['error']}")
                 if "id" in row:
                     self.rounds[row["id"]].append(row["ms"])
-                else:
+                elif "note" in row:
+                    progress.say(row["note"])
+                elif "runner" in row:
                     self.headers[runtime] = row
 
     def ms(self, name: str) -> float:
@@ -247,7 +281,13 @@ class _Measurement:
 
 
 def _judged(
-    file: BundleFile, measurement: _Measurement, drift: float | None, accuracy: float, torch_accuracy: float, config: ValidateConfig
+    file: BundleFile,
+    measurement: _Measurement,
+    drift: float | None,
+    outputs: Parity,
+    accuracy: float,
+    torch_accuracy: float,
+    config: ValidateConfig,
 ) -> FileVerdict:
     table = measurement.table if measurement.applies(file) else None
     predicted = None if table is None else latency_ms(measurement.arch, table)
@@ -264,7 +304,8 @@ def _judged(
         predicted_ms=predicted,
         latency_error=error,
         latency_passed=None if error is None else abs(error) <= config.latency_tolerance and abs((drift or 1.0) - 1) <= config.max_drift,
-        parity_passed=None if file.dtype == "int8" else file.parity.relative_error <= config.parity_tolerance,
+        parity=outputs,
+        parity_passed=None if file.dtype == "int8" else outputs.relative_error <= config.parity_tolerance,
         accuracy=accuracy,
         accuracy_loss=torch_accuracy - accuracy,
         accuracy_passed=torch_accuracy - accuracy <= tolerance,
@@ -293,6 +334,8 @@ def lines(verdict: Verdict) -> list[str]:
                 f", drift {(verdict.drift or 1) - 1:+.1%}, error {file.latency_error:+.1%} of {file.predicted_ms:.4g} ms predicted ({mark})"
             )
         mark = "ok" if file.accuracy_passed and file.parity_passed is not False else "OUT OF TOLERANCE"
-        out.append(f"{file.name}: {latency}; top-1 {file.accuracy:.2%} against {verdict.torch_accuracy:.2%} in PyTorch ({mark})")
+        outputs = "" if file.parity is None else f", outputs within {file.parity.relative_error:.1e}"
+        out.append(f"{file.name}: {latency}; top-1 {file.accuracy:.2%} against {verdict.torch_accuracy:.2%} in PyTorch{outputs} ({mark})")
+    out += [f"{name}: not run, {why}" for name, why in verdict.not_run.items()]
     note = drift_note(verdict) or (f"latency is not judged: {verdict.unpredicted}." if verdict.unpredicted else None)
     return [*out, *([f"note: {note}"] if note else []), f"verdict: {'passed' if verdict.passed else 'FAILED'}"]

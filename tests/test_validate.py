@@ -44,9 +44,17 @@ def experiment(finished_run: Path) -> Experiment:
 
 
 def verdict(
-    run: Path, device: Device, experiment: Experiment, work: Path, *, factor: float = 1.0, network_factor: float = 1.0, header: Any = None
+    run: Path,
+    device: Device,
+    experiment: Experiment,
+    work: Path,
+    *,
+    factor: float = 1.0,
+    network_factor: float = 1.0,
+    header: Any = None,
+    connect: type[Throttled] = Throttled,
 ) -> Verdict:
-    connection = Throttled(device)
+    connection = connect(device)
     connection.factor, connection.network_factor = factor, network_factor
     found = LatencyTable.load(run / "profile" / "table.json")
     found = found.model_copy(update={"header": found.header.model_copy(update=header or {})})
@@ -94,15 +102,44 @@ def test_a_table_of_another_device_predicts_nothing(
     assert any("latency is not judged" in line for line in lines(found))
 
 
-def test_outputs_that_are_not_pytorchs_fail(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+class Wrong(Throttled):
+    """A device on which one file's outputs are off by one in a hundred, and which lacks a runtime."""
+
+    def runtimes(self) -> dict[str, str]:
+        return {"litert": super().runtimes()["litert"]}
+
+    def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
+        outputs = super().predict(model, images_NHWC, folder)
+        return outputs * 1.01 if model.name == "model-fp32.tflite" else outputs
+
+
+def test_outputs_that_are_wrong_on_the_device_alone_fail(
+    finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
+) -> None:
+    found = verdict(finished_run, device, experiment, tmp_path, connect=Wrong)
+    parity = judged(found).parity
+    assert parity is not None and parity.relative_error == pytest.approx(0.01, rel=0.01) and parity.agreement == 1
+    assert not found.passed and judged(found).parity_passed is False and judged(found).accuracy_passed
+    assert Bundle.load(finished_run / "export" / "bundle.json").files[0].parity.relative_error < 1e-4
+
+
+def test_a_file_whose_runtime_the_device_lacks_is_named(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    found = verdict(finished_run, device, experiment, tmp_path, connect=Wrong)
+    assert [file.name for file in found.files] == ["model-fp32.tflite", "model-int8.tflite"]
+    assert found.not_run == {"model.onnx": f"{device.id} does not run onnxruntime"}
+    assert f"model.onnx: not run, {device.id} does not run onnxruntime" in lines(found)
+
+
+def test_prices_fitted_to_whole_networks_tell_no_drift(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    """They are not times of blocks alone: the network is predicted, and judged as it is, on a device 1.15 times as slow."""
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
-    bundle = Bundle.load(run / "export" / "bundle.json")
-    parity = bundle.files[0].parity.model_copy(update={"relative_error": 0.01})
-    files = (bundle.files[0].model_copy(update={"parity": parity}), *bundle.files[1:])
-    bundle.model_copy(update={"files": files}).save(run / "export" / "bundle.json")
-    found = verdict(run, device, experiment, tmp_path)
-    assert not found.passed and judged(found).parity_passed is False
+    table = LatencyTable.load(run / "profile" / "table.json")
+    entries = {key: entry.model_copy(update={"runs": "unknown"}) for key, entry in table.entries.items()}
+    table.model_copy(update={"entries": entries}).save(run / "profile" / "table.json")
+    as_it_was, slow = (verdict(run, device, experiment, tmp_path, factor=factor) for factor in (1.0, 1.15))
+    assert as_it_was.passed and as_it_was.drift is None and judged(as_it_was).predicted_ms is not None
+    assert judged(slow).latency_error == pytest.approx(0.15, abs=0.04) and not slow.passed
 
 
 def test_a_file_that_was_replaced_is_refused(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
