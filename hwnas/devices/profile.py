@@ -8,6 +8,9 @@
 4. *Judge the noise*: entries whose rounds spread more than allowed get further rounds; those that still do are flagged.
 5. *Calibrate*: a map from entries to networks (core/table.py), fitted on some networks, judged on the others.
 
+Where only whole networks can be timed, or op by op would take too long, ``profile.mode = "networks"`` measures sampled networks
+alone, and the entries are fitted to them (tables/fit.py).
+
 Rows are appended to ``samples.jsonl`` as they come, so that a killed profile goes on where it was.
 """
 
@@ -28,9 +31,11 @@ from hwnas.core.op import Op
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge
 from hwnas.devices.device import Connection, Device
-from hwnas.errors import DeviceError
+from hwnas.errors import DeviceError, TableError
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
+from hwnas.tables.fit import MIN_NETWORKS, fit_table
+from hwnas.tables.prior import Prior
 
 Build = Callable[[tuple[Op, ...], str, str], Path]
 Row = dict[str, Any]
@@ -54,7 +59,12 @@ class Plan:
 
 
 def make_plan(space: SearchSpace, config: ProfileConfig, seed: int) -> Plan:
-    """Every op of the space and the calibration networks, fit and test networks alternating over the range of sizes."""
+    """Every op of the space and the calibration networks, fit and test networks alternating over the range of sizes.
+
+    In mode ``networks``: as many networks as asked for, and no op.
+    """
+    if config.mode == "networks":
+        return Plan((), tuple(spread_networks(space, config.networks, np.random.default_rng([seed, 77]))), ())
     count = config.fit_networks + config.test_networks
     networks = spread_networks(space, count, np.random.default_rng([seed, 77]))
     test = {int((i + 0.5) * count / config.test_networks) for i in range(config.test_networks)} if config.test_networks else set()
@@ -111,6 +121,12 @@ def profile(
     seed: int = 0,
 ) -> LatencyTable:
     """Measure ``space`` on ``device`` and return its table. ``build(ops, runtime, dtype)`` gives the file of a chain of ops."""
+    known = [LatencyTable.load(Path(path).expanduser()) for path in config.prior] if config.mode == "networks" else []
+    Prior.of(space.ops, known)  # refuses a table that is no prior of this space before anything is measured
+    usable = connection.runtimes()
+    if settings.runtime not in usable:
+        has = ", ".join(usable.values()) or "no runtime"
+        raise DeviceError(f"{device.id} does not run {settings.runtime} (it has {has}): install it there, or set device.runtime.")
     plan = make_plan(space, config, seed)
     files = {}
     with progress.task(f"building {len(plan.items)} models", len(plan.items)) as task:
@@ -118,7 +134,7 @@ def profile(
             files[name] = build(ops, settings.runtime, settings.dtype)
             task.advance()
     samples = JsonLines(folder / "samples.jsonl")
-    measure = _Measurement(plan, files, connection, settings, config, samples, folder, seed)
+    measure = _Measurement(plan, files, connection, settings, config, samples, folder, seed, progress.say)
     with progress.task("measuring", config.rounds * len(files), measure.rows) as task:
         for number in range(config.rounds):
             measure.round(number, list(files), task.advance)
@@ -129,7 +145,14 @@ def profile(
         progress.detail(f"noisy after {number} rounds: {', '.join(noisy)}")
         with progress.task(f"measuring {len(noisy)} noisy entries again", len(noisy)) as task:
             measure.round(number, noisy, task.advance)
-    return _table(space, device, settings, config, plan, measure, progress)
+    found = {name: _entry(measure.rounds(name), config.max_spread, measure.delegated[name]) for name in plan.items}
+    _warn(found, progress)
+    header, provenance = _header(space, device, settings, measure.header), _provenance(space, config, measure.conditions)
+    if config.mode == "networks":
+        return _fitted(space, plan, found, known, header, provenance, np.random.default_rng([seed, 78]))
+    return LatencyTable(
+        header=header, entries={op.key: found[op.key] for op in plan.ops}, calibration=_calibration(plan, found), provenance=provenance
+    )
 
 
 class _Measurement:
@@ -145,10 +168,12 @@ class _Measurement:
         samples: JsonLines,
         folder: Path,
         seed: int,
+        say: Callable[[str], None],
     ) -> None:
         self.plan, self.files, self.connection, self.settings = plan, files, connection, settings
-        self.config, self.samples, self.folder, self.seed = config, samples, folder, seed
+        self.config, self.samples, self.folder, self.seed, self.say = config, samples, folder, seed, say
         self.header: Row = {}
+        self.conditions: dict[str, list[float | str]] = defaultdict(list)
         self.done: dict[str, dict[int, list[float]]] = {name: {} for name in files}
         self.delegated: dict[str, bool | str] = {}
         for row in samples.read():
@@ -163,6 +188,9 @@ class _Measurement:
                     "the rounds do not belong together, so start again with --fresh."
                 )
             self.header = row
+        elif "conditions" in row:
+            for name, value in row["conditions"].items():
+                self.conditions[name].append(value)
         elif row["id"] in self.done:
             self.done[row["id"]][row["round"]] = row["ms"]
             self.delegated[row["id"]] = row.get("delegated", "unknown")
@@ -193,6 +221,9 @@ class _Measurement:
         }
         with self.samples.appending() as append:
             for row in self.connection.measure(plan, self.folder):
+                if "note" in row:
+                    self.say(row["note"])
+                    continue
                 if "error" in row:
                     raise DeviceError(f"{row['id']} does not run with {self.settings.runtime}: {row['error']}")
                 append(row)
@@ -208,33 +239,63 @@ def spread_of(rounds: Iterable[list[float]]) -> float:
     return float((high - low) / middle)
 
 
-def _table(
-    space: SearchSpace, device: Device, settings: DeviceConfig, config: ProfileConfig, plan: Plan, measure: _Measurement, progress: Progress
-) -> LatencyTable:
-    found = {name: _entry(measure.rounds(name), config.max_spread, measure.delegated[name]) for name in plan.items}
-    _warn(found, progress)
-    header = measure.header
+def _header(space: SearchSpace, device: Device, settings: DeviceConfig, header: Row) -> TableHeader:
     runs: dict[str, str] = defaultdict(lambda: "unknown", {key: str(value) for key, value in header.items()})
-    return LatencyTable(
-        header=TableHeader(
-            device=device.id,
-            cpu=runs["cpu"],
-            machine=runs["machine"],
-            runtime=settings.runtime,
-            runtime_version=f"{runs['runtime_package']} {runs['runtime_version']}",
-            dtype=settings.dtype,
-            threads=settings.threads,
-            cores=tuple(header["cores"]) if header.get("cores") else "unknown",
-            governor=runs["governor"],
-            layout="NHWC" if settings.runtime == "litert" else "NCHW",
-            batch=1,
-            date=date.today().isoformat(),
-            space=space.name,
-        ),
-        entries={op.key: found[op.key] for op in plan.ops},
-        calibration=_calibration(plan, found),
-        provenance={"method": f"hwnas profile, {config.rounds} to {config.max_rounds} shuffled rounds", "space_sha256": space.sha256},
+    return TableHeader(
+        device=device.id,
+        cpu=runs["cpu"],
+        machine=runs["machine"],
+        runtime=settings.runtime,
+        runtime_version=f"{runs['runtime_package']} {runs['runtime_version']}",
+        dtype=settings.dtype,
+        threads=settings.threads,
+        cores=tuple(header["cores"]) if isinstance(header.get("cores"), list) else "unknown",
+        governor=runs["governor"],
+        layout="NHWC" if settings.runtime == "litert" else "NCHW",
+        batch=1,
+        date=date.today().isoformat(),
+        space=space.name,
     )
+
+
+def _provenance(space: SearchSpace, config: ProfileConfig, conditions: dict[str, list[float | str]]) -> dict[str, str]:
+    return {
+        "method": f"hwnas profile, {config.rounds} to {config.max_rounds} shuffled rounds",
+        "space_sha256": space.sha256,
+        **{f"device_{name}": _range(values) for name, values in conditions.items()},
+    }
+
+
+def _fitted(
+    space: SearchSpace,
+    plan: Plan,
+    found: dict[str, Entry],
+    known: list[LatencyTable],
+    header: TableHeader,
+    provenance: dict[str, str],
+    rng: np.random.Generator,
+) -> LatencyTable:
+    """The table of whole networks alone; noisy ones are left out, and counted."""
+    networks = {arch.ops(): (arch, found[f"net-{i}"]) for i, arch in enumerate(plan.fit)}
+    quiet = [(arch, entry.ms) for arch, entry in networks.values() if not entry.noisy]
+    if len(quiet) < MIN_NETWORKS:
+        raise TableError(
+            f"{len(networks) - len(quiet)} of {len(networks)} networks stayed noisy, and a fit needs {MIN_NETWORKS} quiet ones: "
+            "measure on a quieter device, more networks, or with a larger profile.max_spread."
+        )
+    fitted = fit_table(space.ops, quiet, header, rng, known=known)
+    assert fitted.calibration is not None
+    calibration = fitted.calibration.model_copy(update={"noisy_networks": len(networks) - len(quiet)})
+    method = f"{provenance['method']} of whole networks; {fitted.provenance['method']}"
+    return fitted.model_copy(update={"calibration": calibration, "provenance": {**provenance, **fitted.provenance, "method": method}})
+
+
+def _range(values: list[float | str]) -> str:
+    """What a condition of the device was over the whole measurement: ``31.5 to 38`` or ``schedutil``."""
+    numbers = [value for value in values if not isinstance(value, str)]
+    if len(numbers) < len(values) or min(numbers) == max(numbers):
+        return ", ".join(sorted({str(value) for value in values}))
+    return f"{min(numbers):g} to {max(numbers):g}"
 
 
 def _warn(found: dict[str, Entry], progress: Progress) -> None:
@@ -243,7 +304,7 @@ def _warn(found: dict[str, Entry], progress: Progress) -> None:
         progress.warn(f"{len(noisy)} of {len(found)} entries stayed noisy and are flagged: {', '.join(noisy[:3])}.")
     slow = [name for name, entry in found.items() if entry.delegated is False]
     if slow:
-        progress.warn(f"XNNPACK did not take {len(slow)} of {len(found)} models whole, so slower kernels ran: {', '.join(slow[:3])}.")
+        progress.warn(f"the delegate did not take {len(slow)} of {len(found)} models whole, so slower kernels ran: {', '.join(slow[:3])}.")
 
 
 def _calibration(plan: Plan, found: dict[str, Entry]) -> Calibration | None:
@@ -256,9 +317,9 @@ def _calibration(plan: Plan, found: dict[str, Entry]) -> Calibration | None:
     fit, test = ([i for i in part if quiet[i]] for part in (range(cut), range(cut, len(networks))))
     if not fit:
         return None
-    mparams = [arch.params / 1e6 for arch, _ in networks]
-    calibration = fit_calibration([sums[i] for i in fit], [nets[i] for i in fit], [mparams[i] for i in fit])
-    held_out = judge(calibration, [sums[i] for i in test], [nets[i] for i in test], [mparams[i] for i in test]) if test else None
+    chains = [arch.ops() for arch, _ in networks]
+    calibration = fit_calibration([chains[i] for i in fit], [sums[i] for i in fit], [nets[i] for i in fit])
+    held_out = judge(calibration, [chains[i] for i in test], [sums[i] for i in test], [nets[i] for i in test]) if test else None
     return calibration.model_copy(update={"held_out": held_out, "noisy_networks": quiet.count(False)})
 
 
@@ -266,12 +327,17 @@ def _entry(rounds: list[list[float]], max_spread: float, delegated: Any) -> Entr
     runs = np.concatenate([np.asarray(ms) for ms in rounds])
     spread = spread_of(rounds)
     return Entry(
-        ms=float(np.median([np.median(ms) for ms in rounds])),
-        p10_ms=float(np.percentile(runs, 10)),
-        p90_ms=float(np.percentile(runs, 90)),
+        ms=_rounded(np.median([np.median(ms) for ms in rounds])),
+        p10_ms=_rounded(np.percentile(runs, 10)),
+        p90_ms=_rounded(np.percentile(runs, 90)),
         runs=len(runs),
         rounds=len(rounds),
-        spread=spread,
+        spread=_rounded(spread),
         noisy=spread > max_spread,
         delegated=delegated,
     )
+
+
+def _rounded(value: float) -> float:
+    """Five significant digits: a clock tells no more, and tables of thousands of ops stay readable."""
+    return float(f"{value:.5g}")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hwnas.config import DeviceConfig, ProfileConfig
+from hwnas.core.cost import latency_ms
 from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.spaces import mobile32, proxylessnas
@@ -19,7 +20,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Connection, Device, connect
 from hwnas.devices.profile import make_plan, profile, spread_networks, spread_of
 from hwnas.devices.simulated import Simulated, simulated_ms
-from hwnas.errors import DeviceError
+from hwnas.errors import CoverageError, DeviceError, TableError
 from hwnas.progress import Progress, Task
 from hwnas.runs import JsonLines
 
@@ -299,3 +300,81 @@ def test_plan_holds_as_many_networks_as_asked(fit: int, test: int) -> None:
 
 def test_no_networks_no_calibration(tmp_path: Path) -> None:
     assert profiled(tmp_path, config=ProfileConfig(rounds=1, max_rounds=1, fit_networks=0, test_networks=0)).calibration is None
+
+
+def test_whole_networks_alone_give_a_table(tmp_path: Path) -> None:
+    """No op is timed; the simulated clock is a sum over ops, so the fit must predict networks that it has not seen."""
+    space, measured = mobile32(), []
+
+    class Counting(Simulated):
+        def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+            measured.extend(len(item["ops"]) for item in plan["items"])
+            yield from super().measure(plan, folder)
+
+    config = ProfileConfig(rounds=3, max_rounds=3, mode="networks", networks=30)
+    table = profiled(tmp_path, Counting(DEVICE), config, space=space)
+    assert min(measured) > 1 and len(measured) == 90
+    assert set(table.entries) == {op.key for op in space.ops}
+    calibration = table.calibration
+    assert calibration is not None and calibration.held_out is not None
+    assert (calibration.networks, calibration.held_out.networks) == (30, 30)
+    assert calibration.held_out.mape < 0.02
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        arch = space.decode(space.sample(rng))
+        truth = 1.05 * sum(simulated_ms(op) for op in arch.ops()) + 0.02
+        assert latency_ms(arch, table) == pytest.approx(truth, rel=0.06)
+    assert "30 networks" in table.provenance["more_networks"] and table.header.device == "simulated"
+
+
+def test_a_prior_of_another_space_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    profiled(tmp_path / "other").save(tmp_path / "other.json")
+    config = ProfileConfig(mode="networks", networks=10, prior=(str(tmp_path / "other.json"),))
+    with pytest.raises(CoverageError, match="lacks"):
+        profiled(tmp_path / "new", config=config, space=mobile32())
+    assert not (tmp_path / "new" / "samples.jsonl").exists()
+
+
+def test_notes_are_said_and_conditions_kept(tmp_path: Path) -> None:
+    """Conditions of a phone come with its rows; their range over the whole measurement is in the table, and survives a kill."""
+
+    class Phone(Simulated):
+        def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+            yield {"note": "waiting for it to cool"}
+            for row in super().measure(plan, folder):
+                yield row
+                yield {"conditions": {"celsius": 30.5 + plan["items"][0]["round"], "governor": "schedutil"}}
+
+    class Saying(Progress):
+        said: list[str] = []
+
+        def say(self, message: str) -> None:
+            self.said.append(message)
+
+    table = profiled(tmp_path, Phone(DEVICE), ProfileConfig(rounds=3, max_rounds=3), Saying())
+    assert Saying.said == ["waiting for it to cool"] * 3
+    assert table.provenance["device_celsius"] == "30.5 to 32.5" and table.provenance["device_governor"] == "schedutil"
+    assert profiled(tmp_path, Phone(DEVICE), ProfileConfig(rounds=3, max_rounds=3)) == table
+
+
+def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    class Lacking(Simulated):
+        def runtimes(self) -> dict[str, str]:
+            return {"onnxruntime": "onnxruntime 1.20"}
+
+    def build(ops: tuple[Op, ...], runtime: str, dtype: str) -> Path:
+        raise AssertionError("nothing is built")
+
+    with pytest.raises(DeviceError, match=r"simulated does not run litert \(it has onnxruntime 1.20\)"):
+        profile(tiny_space(), DEVICE, Lacking(DEVICE), build, DeviceConfig(), CONFIG, tmp_path, Progress())
+
+
+def test_too_few_quiet_networks_say_that_they_were_noisy(tmp_path: Path) -> None:
+    class Noisy(Simulated):
+        def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+            for row in super().measure(plan, folder):
+                yield {**row, "ms": [ms * (1 + row["round"]) for ms in row["ms"]]} if "ms" in row else row
+
+    config = ProfileConfig(rounds=3, max_rounds=3, mode="networks", networks=5)
+    with pytest.raises(TableError, match="5 of 5 networks stayed noisy"):
+        profiled(tmp_path, Noisy(DEVICE), config, space=mobile32())
