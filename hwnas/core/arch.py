@@ -1,23 +1,21 @@
-"""Architectures: one concrete network, as the list of its blocks."""
+"""Architectures: one concrete network, as the list of its blocks, with a detector on them or without."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from hwnas.core.op import Op
+from hwnas.core.detector import Detector
+from hwnas.core.op import Op, OpKey
 from hwnas.document import Document
 
 Picks = dict[str, str | int]
 """Choice key -> the option picked (``"s2.b1" -> "ir_k5_e6"``, ``"s2.width" -> 32``): the genotype."""
 
 
-def _op(value: Any) -> Any:
-    return Op.parse(value) if isinstance(value, str) else value
-
-
-OpKey = Annotated[InstanceOf[Op], BeforeValidator(_op), PlainSerializer(lambda op: op.key, return_type=str)]
+_ENDS = {"classifier": "a classifier", "ssd": "a head of a detector"}
+"""What only the last block may be."""
 
 
 class Origin(BaseModel):
@@ -31,7 +29,7 @@ class Origin(BaseModel):
 
 
 class Architecture(Document):
-    """A network as a chain of ops, input to output (the phenotype).
+    """A network as a chain of ops, input to output (the phenotype), and the detector on it, if it is not a classifier.
 
     Everything downstream needs only this: building, counting, pricing, exporting. ``bn_eps`` is part of it because it
     is part of the function the weights compute.
@@ -43,6 +41,7 @@ class Architecture(Document):
     in_channels: int = 3
     bn_eps: float = Field(default=1e-3, gt=0)
     blocks: tuple[OpKey, ...] = Field(min_length=1)
+    detector: Detector | None = None
     origin: Origin | None = None
 
     @model_validator(mode="after")
@@ -51,14 +50,21 @@ class Architecture(Document):
         for position, op in enumerate(self.blocks):
             if (op.in_ch, op.size) != (channels, size):
                 raise ValueError(f"block {position} ({op.key}) takes {op.in_ch} channels at {op.size} px, but gets {channels} at {size} px")
-            if op.kind == "classifier" and op is not self.blocks[-1]:
-                raise ValueError(f"block {position} ({op.key}) is a classifier, but not the last block")
+            if op.kind in _ENDS and op is not self.blocks[-1]:
+                raise ValueError(f"block {position} ({op.key}) is {_ENDS[op.kind]}, but not the last block")
             channels, size = op.out_ch, op.out_size
+        if self.detector is not None:
+            self.detector.check(self.blocks)
         return self
 
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``detector`` where there is none, so that documents from before it keep their hash."""
+        return {name: value for name, value in handler(self).items() if name != "detector" or value}
+
     def ops(self) -> tuple[Op, ...]:
-        """The measurable units of the network. Its latency is the sum over them."""
-        return self.blocks
+        """The measurable units of the network: blocks, then extras and heads of the detector. Its latency is the sum over them."""
+        return self.blocks if self.detector is None else (*self.blocks, *self.detector.extras, *self.detector.heads)
 
     @property
     def resolution(self) -> int:
@@ -67,15 +73,15 @@ class Architecture(Document):
 
     @property
     def classes(self) -> int:
-        """Number of outputs."""
-        return self.blocks[-1].out_ch
+        """Number of classes: outputs of a classifier, or what a detector tells apart beside the background."""
+        return self.blocks[-1].out_ch if self.detector is None else self.detector.classes
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one image: convolutions and fully connected layers."""
-        return sum(op.macs for op in self.blocks)
+        return sum(op.macs for op in self.ops())
 
     @property
     def params(self) -> int:
         """Trainable parameters."""
-        return sum(op.params for op in self.blocks)
+        return sum(op.params for op in self.ops())

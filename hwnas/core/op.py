@@ -5,9 +5,9 @@ An op is written as a key, for instance::
     mbconv-h56-i32-o32-m96-k5-relu-id
 
 kind, then fields by their letters: ``h`` input height = width, ``i``/``o`` input/output channels, ``m`` channels of the
-expanded (middle) part, ``k`` kernel, ``s`` stride, ``g`` groups, ``q`` hidden channels of squeeze-and-excitation, ``hsig``
-where its gate is a hard sigmoid, the activation, and ``id`` where the input is added to the output. Fields at their defaults
-are left out, so a field added later leaves old keys as they are. ``Op.parse(op.key) == op``.
+expanded (middle) part, ``k`` kernel, ``s`` stride, ``g`` groups, ``q`` hidden channels of squeeze-and-excitation, ``a`` anchors
+of each cell, ``hsig`` where SE's gate is a hard sigmoid, the activation, and ``id`` where the input is added to the output. Fields
+at their defaults are left out, so a field added later leaves old keys as they are. ``Op.parse(op.key) == op``.
 
 Kinds:
 
@@ -16,6 +16,9 @@ Kinds:
 - ``mbconv``: 1 x 1 expansion, BN, act; [shuffle]; depthwise k x k, BN, act; [SE]; 1 x 1 projection, BN (inverted bottleneck)
 - ``head``: global average pooling, 1 x 1 convolution with bias and no BN, activation (MobileNetV3's last layer but one)
 - ``classifier``: global average pooling and a fully connected layer with bias
+- ``extra``: 1 x 1, BN, act; depthwise k x k, BN, act; 1 x 1, BN, act (SSDLite's layer that makes the next feature map)
+- ``ssd``: what SSDLite predicts from one feature map, two branches of depthwise k x k, BN, act; 1 x 1 convolution with bias: class
+  logits, o = a * (classes + 1 for the background) channels, and box codes, 4 a channels
 
 ``g`` groups the 1 x 1 convolutions of a block. The channels are then shuffled before the depthwise convolution, as in
 FBNet, or the groups would never mix: channel i of a group g becomes channel i * groups + g (ShuffleNet).
@@ -26,15 +29,27 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
 from hwnas.errors import SpaceError
 
-KINDS = ("conv", "dsconv", "mbconv", "head", "classifier")
+KINDS = ("conv", "dsconv", "mbconv", "head", "classifier", "extra", "ssd")
 ACTIVATIONS = ("none", "relu", "relu6", "hswish")
 SE_GATES = ("sigmoid", "hsig")
 """Gates of squeeze-and-excitation: TuNAS's, and MobileNetV3's relu6(x + 3) / 6."""
-_LETTERS = {"h": "size", "i": "in_ch", "o": "out_ch", "m": "mid_ch", "k": "kernel", "s": "stride", "g": "groups", "q": "se_ch"}
+_LETTERS = {
+    "h": "size",
+    "i": "in_ch",
+    "o": "out_ch",
+    "m": "mid_ch",
+    "k": "kernel",
+    "s": "stride",
+    "g": "groups",
+    "q": "se_ch",
+    "a": "anchors",
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,7 @@ class Op:
     act: str = "none"
     residual: bool = False
     se_gate: str = "sigmoid"
+    anchors: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -100,18 +116,29 @@ class Op:
             raise SpaceError(f"activation {self.act!r} is unknown; known: {', '.join(ACTIVATIONS)}.")
         if self.se_gate not in SE_GATES:
             raise SpaceError(f"SE gate {self.se_gate!r} is unknown; known: {', '.join(SE_GATES)}.")
-        if min(self.size, self.in_ch, self.out_ch, self.kernel, self.stride, self.groups) < 1 or min(self.mid_ch, self.se_ch) < 0:
+        if (
+            min(self.size, self.in_ch, self.out_ch, self.kernel, self.stride, self.groups) < 1
+            or min(self.mid_ch, self.se_ch, self.anchors) < 0
+        ):
             raise SpaceError(f"op {self.key} has a size, width, kernel, stride or group count below 1.")
         if self.kernel % 2 == 0:
             raise SpaceError(f"op {self.key}: kernels are odd here, padded by kernel // 2.")
-        if (self.kind == "mbconv") != (self.mid_ch > 0):
-            raise SpaceError(f"op {self.key}: expanded channels (m) belong to mbconv, and to it alone.")
+        if (self.kind in ("mbconv", "extra")) != (self.mid_ch > 0):
+            raise SpaceError(f"op {self.key}: expanded channels (m) belong to mbconv and extra, and to them alone.")
         if self.se_ch and self.kind not in ("dsconv", "mbconv"):
             raise SpaceError(f"op {self.key}: squeeze-and-excitation (q) belongs to dsconv and mbconv.")
         if self.se_gate != _DEFAULTS["se_gate"] and not self.se_ch:
             raise SpaceError(f"op {self.key}: a gate ({self.se_gate}) needs squeeze-and-excitation (q).")
         if self.pooled and (self.kernel, self.stride, self.groups, self.residual) != (1, 1, 1, False):
             raise SpaceError(f"op {self.key}: a {self.kind} has input size, input and output channels, and no kernel, stride or groups.")
+        if self.kind in ("extra", "ssd") and (self.groups, self.residual) != (1, False):
+            raise SpaceError(f"op {self.key}: a layer of a detector has no groups and no residual.")
+        if (self.kind == "ssd") != (self.anchors > 0) or (self.kind == "ssd" and self.stride > 1):
+            raise SpaceError(f"op {self.key}: anchors (a) belong to ssd, and to it alone, which has no stride.")
+        if self.anchors and (self.out_ch % self.anchors or self.out_ch < 2 * self.anchors):
+            raise SpaceError(
+                f"op {self.key}: output channels are anchors (a) x (classes + 1), a multiple of {self.anchors} from {2 * self.anchors} on."
+            )
         if self.kind == "classifier" and self.act != "none":
             raise SpaceError(f"op {self.key}: a classifier has no activation.")
         if any(layer.in_ch % layer.groups or layer.out_ch % layer.groups for layer in self.layers):
@@ -178,16 +205,23 @@ class Op:
             return (Layer("conv", "conv", self.in_ch, self.out_ch, self.size, self.kernel, self.stride, self.groups, act=self.act),)
         if self.kind == "head":
             return (Layer("conv", "conv", self.in_ch, self.out_ch, norm=False, act=self.act),)
+        if self.kind == "ssd":
+            return (*self._branch("classes", self.out_ch), *self._branch("boxes", 4 * self.anchors))
         mid = self.mid_ch or self.in_ch
         inner = out_size(self.size, self.stride)
         layers = [Layer("depthwise", "conv", mid, mid, self.size, self.kernel, self.stride, mid, act=self.act)]
-        if self.kind == "mbconv":
+        if self.mid_ch:
             layers.insert(0, Layer("expand", "conv", self.in_ch, mid, self.size, groups=self.groups, act=self.act))
         if self.se_ch:
             layers.append(Layer("se_reduce", "conv", mid, self.se_ch, norm=False, act="relu"))
             layers.append(Layer("se_expand", "conv", self.se_ch, mid, norm=False))
-        layers.append(Layer("project", "conv", mid, self.out_ch, inner, groups=self.groups))
+        act = self.act if self.kind == "extra" else "none"
+        layers.append(Layer("project", "conv", mid, self.out_ch, inner, groups=self.groups, act=act))
         return tuple(layers)
+
+    def _branch(self, name: str, columns: int) -> tuple[Layer, Layer]:
+        depthwise = Layer(f"{name}.depthwise", "conv", self.in_ch, self.in_ch, self.size, self.kernel, groups=self.in_ch, act=self.act)
+        return depthwise, Layer(f"{name}.predict", "conv", self.in_ch, columns, self.size, norm=False)
 
     @property
     def macs(self) -> int:
@@ -201,3 +235,11 @@ class Op:
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Op)}
+
+
+def _parsed(value: Any) -> Any:
+    return Op.parse(value) if isinstance(value, str) else value
+
+
+OpKey = Annotated[InstanceOf[Op], BeforeValidator(_parsed), PlainSerializer(lambda op: op.key, return_type=str)]
+"""An op inside a document, where it is written as its key."""

@@ -4,7 +4,8 @@ Sources: TuNAS's model archive (google-research:tunas/mobile_model_archive.py) f
 (arXiv 1807.11626), ProxylessNAS-Mobile and the Multi-Hardware models (arXiv 2008.08178); the authors' configurations
 (han-cai/files) for the other ProxylessNAS networks (arXiv 1812.00332); timm's architecture strings for MnasNet-A1,
 MobileNetV3 (arXiv 1905.02244) and Single-Path NAS (arXiv 1904.02877); facebookresearch/mobile-vision for FBNet (arXiv 1812.03443);
-fairnas/FairNAS (arXiv 1907.01845).
+fairnas/FairNAS (arXiv 1907.01845); torchvision's ``ssdlite320_mobilenet_v3_large`` for the detector of that name, whose last stages
+are half as wide (MobileNetV3, section 6.3) and whose first tap is the expansion of the first block of stride 32.
 
 FBNets are counted with the expansion convolution of e = 1 (timm, HW-NAS-Bench) and without (mobile-vision: ``_no_expand``).
 """
@@ -16,7 +17,9 @@ from dataclasses import dataclass, replace
 
 from hwnas.core.arch import Architecture
 from hwnas.core.families import PROXYLESSNAS_FILTERS, Shape, fairnas, fbnet, proxylessnas
+from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.ssdlite import split_expansion, ssdlite
 from hwnas.core.stage import Residual
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
@@ -170,18 +173,33 @@ _WRITTEN = {
     ),
 }
 
-_NAMES = (*_PROXYLESSNAS, *_FAIRNAS, *_FBNETS, *(f"{name}_no_expand" for name in _FBNETS), *_WRITTEN)
+_SSDLITE = "ssdlite320_mobilenet_v3_large"
+_SSDLITE_BACKBONE = _Written(
+    "hswish",
+    (
+        *_WRITTEN["mobilenet_v3_large"].stages[:6],
+        (80, 2, "ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig"),
+        (480, 1, "cn_k1"),
+    ),
+)
+
+_NAMES = (*_PROXYLESSNAS, *_FAIRNAS, *_FBNETS, *(f"{name}_no_expand" for name in _FBNETS), *_WRITTEN, _SSDLITE)
 NETWORKS: tuple[str, ...] = tuple(sorted(_NAMES))
 """Names that ``published`` knows."""
 
 
-def published(name: str, *, resolution: int = 224, classes: int = 1000, bn_eps: float = 1e-3) -> Architecture:
+def published(name: str, *, resolution: int | None = None, classes: int | None = None, bn_eps: float = 1e-3) -> Architecture:
     """A published network. Those that are picks carry the space of their own widths and activation as their origin.
+
+    ``resolution`` and ``classes`` are ImageNet's 224 px and 1000 where they are not given, of a detector COCO's 320 px and 90.
 
     Example:
         >>> published("mobilenet_v2").params
         3504872
     """
+    usual_resolution, usual_classes = (320, 90) if name == _SSDLITE else (224, 1000)
+    resolution = usual_resolution if resolution is None else resolution
+    classes = usual_classes if classes is None else classes
     shape = Shape(name=f"{name}-space", resolution=resolution, classes=classes, bn_eps=bn_eps)
     if name in _PROXYLESSNAS:
         filters, act, blocks = _PROXYLESSNAS[name]
@@ -194,21 +212,30 @@ def published(name: str, *, resolution: int = 224, classes: int = 1000, bn_eps: 
         head, blocks = _FBNETS[name.removesuffix("_no_expand")]
         space = fbnet(head=head, expand=not name.endswith("_no_expand"), **shape)
         return space.decode(picks_of_codes(space, _codes(blocks, _FBNET)), name)
+    if name == _SSDLITE:
+        return _ssdlite320_mobilenet_v3_large(resolution, classes, bn_eps)
     if name in _WRITTEN:
-        return _written(name, _WRITTEN[name], resolution, classes, bn_eps)
+        return Architecture(name=name, bn_eps=bn_eps, blocks=_written(_WRITTEN[name], resolution, classes))
     raise SpaceError(f"unknown network {name!r}; {nearest(name, NETWORKS)}")
 
 
-def _written(name: str, network: _Written, resolution: int, classes: int, bn_eps: float) -> Architecture:
+def _written(network: _Written, resolution: int, classes: int) -> tuple[Op, ...]:
     stages = tuple(
         Stage(widths=(width,), stride=stride, slots=tuple((option,) for option in blocks.split()), residual=network.residual)
         for width, stride, blocks in network.stages
     )
-    space = MacroSpace(name=name, resolution=resolution, classes=classes, act=network.act, bn_eps=bn_eps, stages=stages)
-    ops = space.decode({}).blocks
+    ops = MacroSpace(name="written", resolution=resolution, classes=classes, act=network.act, stages=stages).decode({}).blocks
     if network.se_of_input:
         ops = tuple(replace(op, se_ch=op.in_ch // 4) if op.se_ch else op for op in ops)
-    return Architecture(name=name, bn_eps=bn_eps, blocks=ops)
+    return ops
+
+
+def _ssdlite320_mobilenet_v3_large(resolution: int, classes: int, bn_eps: float) -> Architecture:
+    *blocks, _ = _written(_SSDLITE_BACKBONE, resolution, classes)
+    tap = max(position for position, op in enumerate(blocks) if op.stride == 2)
+    blocks[tap : tap + 1] = split_expansion(blocks[tap])
+    detector = ssdlite(blocks, (tap, len(blocks) - 1), classes)
+    return Architecture(name=_SSDLITE, bn_eps=bn_eps, blocks=tuple(blocks), detector=detector)
 
 
 def _codes(blocks: str, names: Sequence[str]) -> list[int]:

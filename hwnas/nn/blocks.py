@@ -116,9 +116,26 @@ class Classifier(nn.Module):
         return logits
 
 
+class Predictors(nn.Module):
+    """What SSDLite predicts from one feature map: class logits and box codes of each cell's anchors, from branches of their own."""
+
+    def __init__(self, op: Op, bn_eps: float = 1e-3) -> None:
+        super().__init__()
+        layers = {layer.name: conv_layer(layer, bn_eps) for layer in op.layers}
+        parts = ("depthwise", "predict")
+        self.classes = nn.Sequential(OrderedDict((part, layers[f"classes.{part}"]) for part in parts))
+        self.boxes = nn.Sequential(OrderedDict((part, layers[f"boxes.{part}"]) for part in parts))
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, in_ch, size, size] -> class logits [N, out_ch, size, size] and box codes [N, 4 anchors, size, size]."""
+        return self.classes(x_NCHW), self.boxes(x_NCHW)
+
+
 def build(op: Op, *, bn_eps: float = 1e-3, dropout: float = 0.0) -> nn.Module:
     """The module of an op, uninitialised beyond torch's defaults; see ``initialise``."""
-    return Classifier(op, dropout) if op.kind == "classifier" else Block(op, bn_eps)
+    if op.kind == "classifier":
+        return Classifier(op, dropout)
+    return Predictors(op, bn_eps) if op.kind == "ssd" else Block(op, bn_eps)
 
 
 @torch.no_grad()

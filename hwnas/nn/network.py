@@ -1,4 +1,4 @@
-"""A stand-alone network: the blocks of an architecture one after another, and its checkpoint files."""
+"""Stand-alone networks: the blocks of an architecture one after another. Checkpoint files, of classifiers and of detectors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from hwnas.core.arch import Architecture
 from hwnas.document import read_bytes, write_atomic
 from hwnas.errors import CheckpointError, DocumentError
 from hwnas.nn.blocks import build, initialise
+from hwnas.nn.detector import DetectionNetwork
 
 
 class Network(nn.Module):
-    """An architecture in torch.
+    """An architecture without a detector in torch.
 
     Example:
         >>> from hwnas.core.spaces import published
@@ -28,6 +29,7 @@ class Network(nn.Module):
 
     def __init__(self, arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None) -> None:
         super().__init__()
+        assert arch.detector is None, f"{arch.name} has a detector: build a DetectionNetwork"
         self.arch = arch
         self.blocks = nn.Sequential(*(build(op, bn_eps=arch.bn_eps, dropout=dropout) for op in arch.ops()))
         if generator is not None:
@@ -43,16 +45,29 @@ class Network(nn.Module):
         return logits
 
 
-def save_network(network: Network, path: Path, metadata: dict[str, str] | None = None) -> None:
+AnyNetwork = Network | DetectionNetwork
+
+
+def network_of(arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None) -> AnyNetwork:
+    """The network of an architecture: a classifier, with ``dropout`` before its last layer, or a detector."""
+    if arch.detector is not None:
+        return DetectionNetwork(arch, generator=generator)
+    return Network(arch, dropout=dropout, generator=generator)
+
+
+def save_network(network: AnyNetwork, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Weights and BN statistics as safetensors, the architecture in the metadata, written atomically."""
     save_tensors_atomically(network, path, {"architecture": network.arch.to_json(), **(metadata or {})})
 
 
-def load_network(path: Path) -> Network:
-    """The network of a checkpoint. Raises CheckpointError where the file is corrupt, cut off or of another kind."""
+def load_network(path: Path) -> AnyNetwork:
+    """The network of a checkpoint, of the kind that its architecture is.
+
+    Raises CheckpointError where the file is corrupt, cut off or no network's.
+    """
     tensors, metadata = load_tensors_checked(path)
     try:
-        network = Network(Architecture.parse(metadata["architecture"], str(path)))
+        network = network_of(Architecture.parse(metadata["architecture"], str(path)))
         network.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise _corrupt(path, error) from error

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwnas.core.op import ACTIVATIONS, KINDS, SE_GATES, Op, out_size
+from hwnas.core.op import ACTIVATIONS, KINDS, SE_GATES, Op, OpKey, out_size
 from hwnas.document import Document
 from hwnas.errors import SpaceError
 
@@ -24,11 +24,15 @@ def ops(draw: st.DrawFn) -> Op:
         return Op(kind, size, draw(st.integers(1, 4096)), draw(st.integers(1, 20_000)))
     if kind == "head":
         return Op(kind, size, draw(st.integers(1, 4096)), draw(st.integers(1, 4096)), act=draw(st.sampled_from(ACTIVATIONS)))
-    groups = draw(st.sampled_from((1, 1, 1, 2, 3, 4)))
+    if kind == "ssd":
+        in_ch, anchors, classes = (draw(st.integers(1, 500)) for _ in range(3))
+        kernel, act = draw(st.sampled_from((1, 3, 5))), draw(st.sampled_from(ACTIVATIONS))
+        return Op(kind, size, in_ch, anchors * (classes + 1), kernel=kernel, act=act, anchors=anchors)
+    groups = 1 if kind == "extra" else draw(st.sampled_from((1, 1, 1, 2, 3, 4)))
     in_ch, out_ch = (groups * draw(st.integers(1, 500)) for _ in range(2))
-    mid_ch = groups * draw(st.integers(1, 500)) if kind == "mbconv" else 0
-    se_ch = draw(st.integers(0, 64)) if kind != "conv" else 0
-    residual = draw(st.booleans())
+    mid_ch = groups * draw(st.integers(1, 500)) if kind in ("mbconv", "extra") else 0
+    se_ch = draw(st.integers(0, 64)) if kind not in ("conv", "extra") else 0
+    residual = kind != "extra" and draw(st.booleans())
     stride = 1 if residual else draw(st.integers(1, 3))
     out_ch = in_ch if residual else out_ch
     kernel = draw(st.sampled_from((1, 3, 5, 7, 9)))
@@ -56,6 +60,8 @@ def test_keys_are_written_as_documented() -> None:
     assert Op("head", 7, 960, 1280, act="hswish").key == "head-h7-i960-o1280-hswish"
     assert Op("classifier", 7, 1280, 1000).key == "classifier-h7-i1280-o1000"
     assert Op("conv", 224, 3, 32, kernel=3, stride=2, act="relu6").key == "conv-h224-i3-o32-k3-s2-relu6"
+    assert Op("extra", 10, 480, 512, 256, 3, 2, act="relu6").key == "extra-h10-i480-o512-m256-k3-s2-relu6"
+    assert Op("ssd", 20, 672, 546, kernel=3, act="relu6", anchors=6).key == "ssd-h20-i672-o546-k3-a6-relu6"
 
 
 def test_the_key_in_the_documentation_is_a_key() -> None:
@@ -91,6 +97,17 @@ def test_the_key_in_the_documentation_is_a_key() -> None:
         "head-h7-i8-o8-id",
         "head-h7-i8-o16-s2",
         "head-h7-i8-o16-q4",
+        "extra-h8-i8-o16-k3",  # without middle channels
+        "extra-h8-i8-o8-m4-k3-id",
+        "extra-h8-i8-o8-m4-k3-g2",
+        "extra-h8-i8-o8-m4-k3-q4",
+        "ssd-h8-i8-o12-k3",  # without anchors
+        "ssd-h8-i8-o12-k3-s2-a6",
+        "ssd-h8-i8-o12-k3-g2-a6",
+        "ssd-h8-i8-o13-k3-a6",  # 6 anchors in 13 channels
+        "ssd-h8-i8-o6-k3-a6",  # nothing but background
+        "ssd-h8-i8-o12-m4-k3-a6",
+        "conv-h8-i8-o12-k3-a6",
         "dsconv-h7-i8-o16-hsig",  # a gate without SE
         "dsconv-h7-i8-o16-q4-sigmoid",  # a default written out
         "dsconv-h7-i8-o16-q4-relu-hsig",  # another order
@@ -151,6 +168,24 @@ def test_counts_of_the_other_kinds_by_hand() -> None:
     assert (classifier.out_size, classifier.macs, classifier.params) == (1, 320_000, 321_000)
 
 
+def test_counts_of_the_layers_of_a_detector_by_hand() -> None:
+    extra = Op("extra", 10, 480, 512, 256, 3, 2, act="relu6")
+    assert extra.out_size == 5
+    assert extra.macs == 100 * 480 * 256 + 25 * 9 * 256 + 25 * 256 * 512
+    assert extra.params == 480 * 256 + 9 * 256 + 256 * 512 + 2 * (256 + 256 + 512)
+    assert [layer.act for layer in extra.layers] == ["relu6"] * 3
+    ssd = Op("ssd", 20, 96, 6 * 21, kernel=3, act="relu6", anchors=6)
+    assert (ssd.out_size, ssd.pooled) == (20, False)
+    assert ssd.macs == 400 * (2 * 9 * 96 + 96 * 126 + 96 * 24)
+    assert ssd.params == 2 * (9 * 96 + 2 * 96) + 96 * 126 + 126 + 96 * 24 + 24
+    assert [(layer.name, layer.norm, layer.act) for layer in ssd.layers] == [
+        ("classes.depthwise", True, "relu6"),
+        ("classes.predict", False, "none"),
+        ("boxes.depthwise", True, "relu6"),
+        ("boxes.predict", False, "none"),
+    ]
+
+
 def test_a_head_pools_and_has_a_bias_instead_of_a_norm() -> None:
     head = Op("head", 7, 960, 1280, act="hswish")
     assert (head.out_size, head.macs, head.params) == (1, 960 * 1280, 960 * 1280 + 1280)
@@ -172,8 +207,6 @@ def test_output_sizes_are_those_of_a_convolution_padded_by_half_its_kernel(size:
 
 
 def test_ops_in_documents_are_their_keys() -> None:
-    from hwnas.core.arch import OpKey
-
     class Holder(Document):
         SCHEMA = "test.holder"
         op: OpKey

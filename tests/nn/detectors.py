@@ -1,0 +1,45 @@
+"""A small detector of four feature maps, and pictures with boxes for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hwnas.core.arch import Architecture
+from hwnas.core.detector import Scores
+from hwnas.core.op import Op
+from hwnas.core.ssdlite import with_detector
+from hwnas.nn.detector import DetectionNetwork
+
+BLOCKS = tuple(
+    Op.parse(key)
+    for key in (
+        "conv-h64-i3-o16-k3-s2-relu6",
+        "mbconv-h32-i16-o24-m48-k3-s2-relu6",
+        "mbconv-h16-i24-o24-m72-k3-q24-relu6-id",
+        "mbconv-h16-i24-o40-m72-k5-s2-relu6",
+    )
+)
+PADDING = [0.0, 0.0, 0.0, 0.0, -1.0]
+
+
+def small_arch(classes: int = 3, scores: Scores = "softmax") -> Architecture:
+    """Four maps of 64 px images."""
+    return with_detector(Architecture(name="small", blocks=BLOCKS), classes, resolution=64, extras=(32, 16), scores=scores)
+
+
+def small_network(classes: int = 3, scores: Scores = "softmax", seed: int = 0) -> DetectionNetwork:
+    return DetectionNetwork(small_arch(classes, scores), generator=torch.Generator().manual_seed(seed))
+
+
+def batch(classes: int = 3, count: int = 4) -> tuple[Tensor, Tensor]:
+    """Random images with one to four boxes each, padded to four."""
+    generator = torch.Generator().manual_seed(1)
+    x_NCHW = torch.randn(count, 3, 64, 64, generator=generator)
+    corner = torch.rand(count, 4, 2, generator=generator) * 40
+    size = torch.rand(count, 4, 2, generator=generator) * 20 + 4
+    label = torch.randint(0, classes, (count, 4, 1), generator=generator)
+    y_NM5 = torch.cat((corner, corner + size, label), dim=-1)
+    for image in range(count):
+        y_NM5[image, 1 + image % 4 :] = torch.tensor(PADDING)
+    return x_NCHW, y_NM5
