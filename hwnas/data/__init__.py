@@ -1,4 +1,4 @@
-"""Images and labels, by name, in splits: ``train`` and ``held_out`` (parts of ``all`` training images), and ``test``."""
+"""Images with labels or boxes, by name, in splits: ``train`` and ``held_out`` (parts of ``all`` training images), and ``test``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ DATASETS = Registry(
         "npz": "hwnas.data.arrays:npz",
         "cifar10": "hwnas.data.arrays:cifar10",
         "folder": "hwnas.data.folder:folder",
+        "coco": "hwnas.data.coco:coco",
     },
 )
 
@@ -32,7 +33,7 @@ def data_folder(config: DataConfig) -> Path:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """A hash of the images on disk, so that a stage notices others: contents of npz files, names and sizes of the rest.
+    """A hash of the images on disk, so that a stage notices others: contents of npz and JSON files, names and sizes of the rest.
 
     Raises DataError where ``data.path`` is set but not there. Data sets without a path have the same fingerprint always.
     """
@@ -40,6 +41,6 @@ def fingerprint(config: DataConfig) -> str:
     if config.path is not None:
         folder = data_folder(config)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            content = file_sha256(path) if path.suffix == ".npz" else str(path.stat().st_size)
+            content = file_sha256(path) if path.suffix in (".npz", ".json") else str(path.stat().st_size)
             digest.update(f"{path.relative_to(folder)}:{content}\n".encode())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from hwnas.data import DATASETS
 from hwnas.errors import DataError
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Normalised images float32 [N, C, H, W] and labels int64 [N]."""
+"""Normalised images float32 [N, C, H, W] and labels int64 [N]; for detection, boxes float32 [N, M, 5] (see ``data/coco.py``)."""
 
 Request: TypeAlias = tuple[int, int]
 """(image index, seed of the augmentation); the seed is ignored where nothing is augmented."""
@@ -29,6 +29,7 @@ Request: TypeAlias = tuple[int, int]
 class Images(Dataset[Batch]):
     """A split of a data set. Subclasses read and augment; ``labels`` is int64 [N], ``names`` the class names.
 
+    Where images have any number of objects, ``labels`` is int64 [objects], and ``__len__`` and ``labels_of`` are of their own.
     ``resizing`` says in words how an image becomes the model's size, for the people who use an exported file.
     """
 
@@ -39,6 +40,11 @@ class Images(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of some images."""
+        labels: np.ndarray = self.labels[indices]
+        return labels
 
     @abstractmethod
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
@@ -54,6 +60,8 @@ def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Ima
     images: Images = DATASETS.get(config.name)(config, split, augment)
     if len(images) == 0:
         raise DataError(f"data {config.name!r} has no images in its {split} split: check data.path.")
+    if len(images.labels) == 0:
+        return images  # a part whose images have no objects
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= config.classes:
         raise DataError(
@@ -69,7 +77,14 @@ class Portion(Images):
         self.images, self.resizing, self.names = images, images.resizing, images.names
         count = max(1, round(portion * len(images)))
         self.kept = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
-        self.labels = images.labels[self.kept]
+        self.labels = images.labels_of(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of some images."""
+        return self.images.labels_of(self.kept[indices])
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         """A whole batch at once."""
@@ -146,9 +161,14 @@ def training_batches(
     return _load(images, _Stream(len(images), batch_size, seed, first, last, stride), workers)
 
 
+def evaluation_order(images: Images, limit: int | None = None) -> np.ndarray:
+    """Indices of all images, or ``limit`` of them, in one fixed random order: folders are sorted by class, and a part must not be."""
+    return np.random.default_rng(0).permutation(len(images))[:limit]
+
+
 def evaluation_batches(images: Images, batch_size: int, *, limit: int | None = None, workers: int = 0) -> Iterator[Batch]:
-    """All images, or ``limit`` of them, in one fixed random order: folders are sorted by class, and a part must not be."""
-    order = np.random.default_rng(0).permutation(len(images))[:limit]
+    """All images, or ``limit`` of them, in ``evaluation_order``."""
+    order = evaluation_order(images, limit)
     return _load(images, [[(int(i), 0) for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)], workers)
 
 
