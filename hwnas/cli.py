@@ -192,15 +192,22 @@ def space(
 
 @app.command()
 def devices(as_json: Json = False, debug: Debug = False) -> None:
-    """List the devices that can be named in a configuration."""
+    """List the devices that can be named in a configuration, and the phones that are plugged in."""
+    from hwnas.devices.adb_client import attached_phones
     from hwnas.devices.device import known_devices
 
-    found = known_devices()
+    found, phones = known_devices(), attached_phones()
     if as_json:
-        typer.echo(json.dumps({name: device.model_dump(mode="json") for name, device in found.items()}, indent=1))
+        documents = {name: device.model_dump(mode="json") for name, device in found.items()}
+        typer.echo(json.dumps({**documents, **{f"adb:{serial}": {"state": state} for serial, state in phones.items()}}, indent=1))
         return
-    for name, device in found.items():
-        typer.echo(f"{name:16} {device.connection:10} {device.soc}")
+    for name, connection, text in [
+        *((name, device.connection, device.soc) for name, device in found.items()),
+        *((f"adb:{serial}", "adb", state) for serial, state in phones.items()),
+        *([] if phones else [("adb", "adb", "an Android phone: none is attached, as far as `adb devices` knows")]),
+        ("ssh:USER@HOST", "ssh", "any board or server that `ssh USER@HOST` reaches"),
+    ]:
+        typer.echo(f"{name:20} {connection:10} {text}")
 
 
 @table_app.command("show")
@@ -253,6 +260,29 @@ def table_compare(
     found = compare(LatencyTable.load(a), LatencyTable.load(b))
     width = shutil.get_terminal_size((100, 40)).columns
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else describe_comparison(found, width))
+
+
+@table_app.command("fit")
+def table_fit(
+    file: Annotated[Path, typer.Argument(help="measured networks (.csv): architecture,ms; a name, a document, positions or picks")],
+    space_name: Annotated[str, typer.Option("--space", metavar="NAME", help="a built-in space, or a space document (.json)")],
+    out: Annotated[Path, typer.Option("--out", help="the table to write (.json)")],
+    prior: Annotated[list[Path] | None, typer.Option("--prior", help="another device's table of the space; may be repeated")] = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Fit a table to whole networks that somebody has timed; says its cross-validated error, and whether more would help."""
+    from hwnas.core.spaces import load_space
+    from hwnas.core.table import LatencyTable
+    from hwnas.tables.networks import fit_from_csv
+
+    if out.resolve() in {path.resolve() for path in (file, *(prior or ()))}:
+        raise UserError(f"--out {out} is a file that is read: choose another, which fit will write.")
+    table = fit_from_csv(file, load_space(space_name), [LatencyTable.load(path) for path in prior or ()])
+    table.save(out)
+    if as_json:
+        typer.echo(json.dumps({"path": str(out), **table.provenance}))
+        return
+    typer.echo(f"{out}\n{table.provenance['more_networks']}\n{table.provenance['prior_alone']}")
 
 
 @app.command()

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hwnas.core.detector import PostProcessing, Scores
 from hwnas.core.limits import Limit
 from hwnas.core.objective import AbsoluteObjective, Objective
+from hwnas.core.ssdlite import EXTRAS
 from hwnas.document import explain, merged
 from hwnas.errors import ConfigError
 from hwnas.share import share_folder
@@ -77,18 +79,24 @@ class DeviceConfig(Section):
         return self
 
 
+IMAGE_LABELS = ("digits", "npz", "cifar10", "folder")
+"""Our data sets that have one label per image; plug-ins may be of either kind."""
+
+
 class DataConfig(Section):
     """Images and labels. ``classes``, ``channels`` and ``resolution`` also shape the network."""
 
-    name: str = Field("digits", description="digits, npz, cifar10, folder, or a plug-in")
+    name: str = Field("digits", description="digits, npz, cifar10, folder, coco (detection), or a plug-in")
     path: str | None = Field(None, description="file or folder of the images; ~ and relative paths are understood")
     resolution: int = Field(32, ge=8, description="input height = width in pixels")
     channels: Literal[1, 3] = 3
-    classes: int = Field(10, ge=2)
+    classes: int = Field(10, ge=1, description="of images, at least 2; of objects, at least 1: the background is not counted")
     held_out: float = Field(0.2, gt=0, lt=1, description="part of the training images kept for the search's rewards and rankings")
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, images scaled to 0..1")
     std: tuple[float, ...] = Field((0.229, 0.224, 0.225), description="per channel, images scaled to 0..1")
-    augment: Literal["none", "crop", "crop_flip", "imagenet"] = "crop_flip"
+    augment: Literal["none", "crop", "crop_flip", "imagenet", "ssd", "ssdlite"] = Field(
+        "crop_flip", description="imagenet: for folder; ssd, ssdlite: for coco, torchvision's presets, the latter also MobileDet's"
+    )
     workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
 
     @model_validator(mode="after")
@@ -100,6 +108,17 @@ class DataConfig(Section):
             raise ValueError(f"data.std has {min(self.std):g}; give standard deviations above 0")
         return self
 
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        of_boxes = self.augment in ("ssd", "ssdlite")
+        if self.name in IMAGE_LABELS and of_boxes:
+            raise ValueError(f"data.augment = {self.augment!r} is for boxes; choose crop, crop_flip or none for {self.name!r}")
+        if self.name in IMAGE_LABELS and self.classes < 2:
+            raise ValueError(f"data.classes = {self.classes} leaves {self.name!r} nothing to tell apart; give 2 or more")
+        if self.name == "coco" and not of_boxes and self.augment != "none":
+            raise ValueError(f"data.augment = {self.augment!r} is for images without boxes; choose ssd, ssdlite or none for 'coco'")
+        return self
+
     def at(self, resolution: int) -> DataConfig:
         """The same data at another input size: that of an architecture whose space searches it."""
         return self if resolution == self.resolution else self.model_copy(update={"resolution": resolution})
@@ -108,6 +127,13 @@ class DataConfig(Section):
 class ProfileConfig(Section):
     """How the device is measured. See devices/profile.py for the procedure."""
 
+    mode: Literal["ops", "networks"] = Field(
+        "ops", description="ops: every op of the space; networks: whole networks alone, to which the entries are fitted"
+    )
+    networks: int = Field(40, ge=3, description="mode networks: how many are measured")
+    prior: tuple[str, ...] = Field(
+        (), description="mode networks: other devices' tables of the space, beside a roofline, as where the fit starts"
+    )
     rounds: int = Field(7, ge=1, description="shuffled passes over everything; medians are taken over their medians")
     max_rounds: int = Field(15, ge=1, description="noisy entries are measured again up to this many rounds, then flagged")
     max_spread: float = Field(0.10, gt=0, description="spread between rounds (interquartile range / median) above which an entry is noisy")
@@ -211,15 +237,35 @@ class SearchConfig(Section):
         return self
 
 
+class DetectorConfig(Section):
+    """The detector that is put on an architecture that has none, and how its outputs become detections (all detectors').
+
+    The defaults are torchvision's SSDLite. MobileDet's are ``scores = "sigmoid"`` and ``post_processing = {min_score = 1e-8,
+    candidates = 100, nms_iou = 0.6, detections = 100}``; its whole recipe is configs/experiments/coco.toml.
+    """
+
+    extras: tuple[Annotated[int, Field(ge=2)], ...] = Field(EXTRAS, description="output channels of the layers after the backbone")
+    scores: Scores = Field(
+        "softmax", description="softmax: over classes and background, by SSD's loss with hard negatives; sigmoid: per class, by focal loss"
+    )
+    post_processing: PostProcessing = PostProcessing()
+
+
 class TrainConfig(Section):
     """How the winner is trained."""
 
     arch: str | None = Field(None, description="an architecture document, or a published network's name, instead of searching")
     weights: Literal["scratch", "supernet"] = "scratch"
+    backbone: str | None = Field(
+        None, description="detection: the run folder of a trained classifier, or its train folder, whose weights the backbone begins with"
+    )
     epochs: float = Field(30, gt=0)
     batch_size: int = Field(64, ge=2)
     optimizer: OptimizerConfig = OptimizerConfig()
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    bn_momentum: float = Field(
+        0.1, gt=0, le=1, description="part of a new batch in BN's running statistics; torchvision's SSDLite and MobileDet: 0.03"
+    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="of a classifier's labels")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier; TuNAS: 0.15 for 360 epochs, 0 below 150")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0: none")
 
@@ -251,6 +297,7 @@ class Experiment(Section):
     """A whole experiment: what ``hwnas run`` needs to know."""
 
     name: str = "experiment"
+    task: Literal["classify", "detect"] = Field("classify", description="one label per image, or boxes with labels")
     seed: int = Field(0, ge=0, lt=2**31)
     checkpoint_seconds: float = Field(20.0, ge=0, description="how often a running search or training saves its state")
     space: SpaceConfig = SpaceConfig()
@@ -258,9 +305,22 @@ class Experiment(Section):
     data: DataConfig = DataConfig()
     profile: ProfileConfig = ProfileConfig()
     search: SearchConfig = SearchConfig()
+    detector: DetectorConfig = DetectorConfig()
     train: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
     validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if self.task == "detect" and self.data.name in IMAGE_LABELS:
+            raise ValueError(f"task = 'detect' needs boxes, and data.name = {self.data.name!r} has none; choose data.name = 'coco'")
+        if self.task == "classify" and self.data.name == "coco":
+            raise ValueError("data.name = 'coco' has boxes instead of one label per image; set task = 'detect'")
+        if self.task == "classify" and self.train.backbone is not None:
+            raise ValueError("train.backbone begins a detector; remove it, or set task = 'detect'")
+        if self.train.backbone is not None and self.train.weights != "scratch":
+            raise ValueError("train.backbone and train.weights = 'supernet' both say what to begin with; remove one of them")
+        return self
 
 
 def load_experiment(path: str | Path | None, overrides: list[str] | None = None) -> Experiment:
@@ -269,7 +329,7 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     source = str(path) if path is not None else "the default configuration"
     if path is not None:
         try:
-            content = tomllib.loads(_found(Path(path)).read_text())
+            content = tomllib.loads(located(Path(path)).read_text())
         except FileNotFoundError as error:
             raise ConfigError(f"configuration {path} does not exist: check the path, or see 'hwnas run --help'.") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -282,7 +342,7 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
         raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
 
 
-def _found(path: Path) -> Path:
+def located(path: Path) -> Path:
     """The path itself, or, for ``configs/...`` where there is no checkout, the one that ships with the package."""
     if path.exists() or path.parts[:1] != ("configs",):
         return path

@@ -1,7 +1,8 @@
 """The training loop. There is one: stand-alone training and every search method run on it.
 
 The engine owns what strategies must never see: optimiser, schedule, mixed precision, weight averaging, checkpoints, the check
-that the loss is finite. A step is any function of the step number that calls ``Engine.weight_step``.
+that the loss is finite. A step is any function of the step number that calls ``Engine.weight_step``. What is minimised is a module
+of its own, the criterion: the engine knows no task.
 
 Resuming is exact: every random draw is a function of (seed, step), so a checkpoint needs no generator state, and a run killed
 at any moment ends with the same weights, bit for bit, as one that was not (on the same CPU and thread count; a GPU's
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +49,34 @@ class Stateful(Protocol):
         """The reverse."""
 
 
+class Criterion(Protocol):
+    """What a model is trained by: a module, so that its tensors go where the model is."""
+
+    def __call__(self, outputs: Any, y: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of the model's outputs on the targets of a batch, and what else to log of it (scalars)."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device."""
+
+
+class CrossEntropy(nn.Module):
+    """Classification: cross-entropy of logits [N, classes] and labels [N]."""
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the accuracy on the batch."""
+        loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        return loss, {"train_accuracy": (logits.detach().argmax(1) == y).float().mean()}
+
+
 @dataclass(frozen=True)
 class Part:
     """One forward pass of an update: a batch, what the model takes beside the images, and how much its gradient weighs.
 
-    ``soft_labels`` [N, classes] are a teacher's probabilities; their cross-entropy is added to that of the labels.
+    ``soft_labels`` [N, classes] are a teacher's probabilities; the cross-entropy of the model's logits with them is added to the loss.
     """
 
     x_NCHW: Tensor
@@ -77,7 +101,7 @@ def flush_denormals() -> None:
 
 @dataclass
 class Engine:
-    """Trains ``model`` for ``steps`` steps.
+    """Trains ``model`` for ``steps`` steps by ``criterion``, or else by the cross-entropy with ``label_smoothing``.
 
     ``folder`` holds ``checkpoint.pt`` (removed by ``finish``) and ``metrics.jsonl``. ``extra`` is saved and restored
     with the weights.
@@ -90,6 +114,7 @@ class Engine:
     seed: int
     folder: Path
     label_smoothing: float = 0.1
+    criterion: Criterion | None = None
     ema_decay: float = 0.0
     checkpoint_seconds: float = 20.0
     extra: Mapping[str, Stateful] = field(default_factory=dict)
@@ -99,6 +124,7 @@ class Engine:
         flush_denormals()
         # mobile networks train two to four times as fast in this layout on a CPU, and no slower on a GPU
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss_of: Criterion = (self.criterion or CrossEntropy(self.label_smoothing)).to(self.device)
         config = self.optimizer_config
         self.base_lr = config.lr * self.batch_size / 256
         options = config.options if config.options is not None else DEFAULT_OPTIONS.get(config.name, {})
@@ -143,33 +169,33 @@ class Engine:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)  # weights without a gradient then get no decay and no momentum
-        loss = correct = 0.0
+        means: Metrics = {}
         for part in parts:
-            value, right = self._backward(part)
-            loss, correct = loss + value / len(parts), correct + right / len(parts)
+            for name, value in self._backward(part).items():
+                means[name] = means.get(name, 0.0) + value / len(parts)
         if self.optimizer_config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip_norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        return {"loss": loss, "train_accuracy": correct}
+        return means
 
     @property
     def lr(self) -> float:
         """The learning rate of this step."""
         return self.base_lr * schedule(self.step, self.steps, self.optimizer_config.warmup)
 
-    def _backward(self, part: Part) -> tuple[float, float]:
-        """Add the gradients of one forward pass; its loss and accuracy."""
+    def _backward(self, part: Part) -> Metrics:
+        """Add the gradients of one forward pass; its loss and what the criterion says of it."""
         x_NCHW, y = self.to_device(part.x_NCHW, part.y)
         with self.autocast():
-            logits = self.model(x_NCHW, *part.forward_args)
-            loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+            outputs = self.model(x_NCHW, *part.forward_args)
+            loss, logged = self.loss_of(outputs, y)
             if part.soft_labels is not None:
-                loss = loss + F.cross_entropy(logits, part.soft_labels)
+                loss = loss + F.cross_entropy(outputs, part.soft_labels)
         value = self.finite(loss)
         (loss * part.weight).backward()  # type: ignore[no-untyped-call]
-        return value, float((logits.detach().argmax(1) == y).float().mean())
+        return {"loss": value, **{name: float(each.detach()) for name, each in logged.items()}}
 
     def finite(self, loss: Tensor) -> float:
         """The value of a loss. Raises DivergenceError where it is none."""

@@ -16,7 +16,7 @@ from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.spaces import SPACES, load_space, published
 from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
-from hwnas.devices.device import HOST, connect, find_device
+from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, UserError
 from hwnas.progress import Progress
@@ -24,6 +24,8 @@ from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_confi
 from hwnas.search import FINDERS, STRATEGIES
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
+CLASSIFIERS_ONLY = ("search", "export", "validate")
+"""Stages that do not take detectors yet."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class Pipeline:
         return tuple(name for name in STAGES if name not in skipped)
 
     def stage(self, name: str) -> Stage:
-        """A stage by name."""
+        """A stage by name. Raises ConfigError where it does not take detectors yet, and the experiment trains one."""
+        if self.experiment.task == "detect" and name in CLASSIFIERS_ONLY:
+            raise ConfigError(f"'hwnas {name}' takes no detectors yet: with task = 'detect' there are 'hwnas train' and 'hwnas report'.")
         stages: dict[str, Callable[[], Stage]] = {
             "profile": self._profile,
             "search": self._search,
@@ -109,6 +113,7 @@ class Pipeline:
 
     def run(self, *, fresh: bool = False) -> None:
         """All needed stages, skipping what is current. What the user forgot is asked for before the first one."""
+        self._refuse_detectors()
         config = self.experiment.search
         if "search" in self.needed and config.target_ms is None and config.target_range is None:
             raise ConfigError("search.target_ms is not set: set it to your latency budget in milliseconds, or search.target_range to 0..1.")
@@ -148,6 +153,7 @@ class Pipeline:
 
     def plan(self) -> str:
         """What ``run`` would do, in words; nothing is read but the configuration, and the table where one is named."""
+        self._refuse_detectors()
         experiment, space = self.experiment, self.space
         device, data = experiment.device, experiment.data
         nets = experiment.profile.fit_networks + experiment.profile.test_networks
@@ -160,11 +166,14 @@ class Pipeline:
         arch = experiment.train.arch or "the searched architecture"
         trains = experiment.search.weights is None
         searcher = f"{experiment.search.strategy.name} for {experiment.search.epochs:g} epochs" if trains else "a trained super-net"
+        measured = (
+            f"{len(space.ops)} ops and {nets} networks" if experiment.profile.mode == "ops" else f"{experiment.profile.networks} networks"
+        )
         texts = {
-            "profile": f"measure {len(space.ops)} ops and {nets} networks of space {space.name} on {device.name} ({device.runtime}, "
+            "profile": f"measure {measured} of space {space.name} on {device.name} ({device.runtime}, "
             f"{device.dtype}, {device.threads} thread{'s' if device.threads > 1 else ''}) in {experiment.profile.rounds} rounds",
             "search": f"{searcher} over {space.size:.3g} architectures, {target}",
-            "train": f"{arch} for {experiment.train.epochs:g} epochs, weights from {experiment.train.weights}",
+            "train": f"{arch} for {experiment.train.epochs:g} epochs, weights from {experiment.train.backbone or experiment.train.weights}",
             "export": ", ".join(experiment.export.formats),
             "validate": f"latency within {experiment.validation.latency_tolerance:.0%} of predicted, "
             f"int8 top-1 within {experiment.validation.int8_accuracy_tolerance:.1%} of PyTorch",
@@ -174,6 +183,13 @@ class Pipeline:
             f"data: {data.name}{f' in {data.path}' if data.path else ''}, {data.classes} classes, {data.channels} x {data.resolution} px"
         )
         return "\n".join([f"experiment {experiment.name} in {self.root}", source, *(f"{name:9} {texts[name]}" for name in self.needed)])
+
+    def _refuse_detectors(self) -> None:
+        if self.experiment.task == "detect":
+            raise ConfigError(
+                "'hwnas run' goes through export and validation, which take no detectors yet: with task = 'detect', name an architecture "
+                "as train.arch, then use 'hwnas train' and 'hwnas report'."
+            )
 
     def _config(self, *sections: str) -> dict[str, str]:
         content = self.experiment.model_dump(mode="json", by_alias=True)
@@ -201,7 +217,9 @@ class Pipeline:
             )
             table.save(ctx.folder / "table.json")
             held_out = table.calibration.held_out if table.calibration else None
-            if held_out is not None:
+            if "more_networks" in table.provenance:
+                ctx.progress.say(f"table of {len(table.entries)} ops fitted to whole networks: {table.provenance['more_networks']}")
+            elif held_out is not None:
                 ctx.progress.say(
                     f"table of {len(table.entries)} ops; {held_out.networks} held-out networks: mean error {held_out.mape:.1%}, "
                     f"largest {held_out.max_error:.1%} (uncalibrated sum: {held_out.raw_mape:.1%})"
@@ -209,7 +227,9 @@ class Pipeline:
 
         device = find_device(self.experiment.device.name)
         inputs = {"space.json": self.space.sha256, "device.json": device.sha256, **self._config("device", "profile", "seed")}
-        if self.experiment.device.cores is None:
+        for i, prior in enumerate(self.experiment.profile.prior if self.experiment.profile.mode == "networks" else ()):
+            inputs[f"profile.prior[{i}]"] = LatencyTable.load(Path(prior).expanduser()).sha256
+        if self.experiment.device.cores is None and device.connection not in ADDRESSES:  # those that may be out of reach are asked later
             connect(device).cores(self.experiment.device.threads)  # refuses more threads than there are cores
         return Stage("profile", ["table.json"], lambda: inputs, run)
 
@@ -240,6 +260,8 @@ class Pipeline:
         searched, inherited = self.root / "search" / "arch.json", self.root / "search" / "supernet.safetensors"
 
         def inputs() -> dict[str, str]:
+            if self.experiment.task == "detect" and self.experiment.train.arch is None and not searched.is_file():
+                raise ConfigError("train.arch is not set: name an architecture or a published network, as no detectors are searched yet.")
             found = {} if self.experiment.train.arch else self._file(searched, "search")
             if self.experiment.train.weights == "supernet":
                 found |= self._file(inherited, "search")
@@ -250,9 +272,14 @@ class Pipeline:
                 raise ConfigError(
                     "train.weights = 'supernet' needs a super-net of full size, and this one was a proxy: set train.weights = 'scratch'."
                 )
+            if self.experiment.train.backbone is not None:
+                found |= {"backbone": file_sha256(train.trained_backbone(self.experiment.train.backbone, arch))}
+            if self.experiment.task == "detect":
+                found |= self._config("detector")
             return {"architecture": arch.sha256, **found, **self._data(), **self._config("train", "seed")}
 
-        return Stage("train", train.OUTPUTS, inputs, lambda ctx: train.run(ctx, train.architecture(self.experiment, searched)))
+        outputs = train.outputs(self.experiment)
+        return Stage("train", outputs, inputs, lambda ctx: train.run(ctx, train.architecture(self.experiment, searched)))
 
     def _export(self) -> Stage:
         from hwnas.export import stage as export

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer.main
 
@@ -34,6 +35,7 @@ VERBS = {  # frozen: a knob goes into the configuration, not here
     "table show": (["path"], LOOK),
     "table import": (["file"], LOOK | {"--format", "--out"}),
     "table compare": (["a", "b"], LOOK),
+    "table fit": (["file"], LOOK | {"--space", "--prior", "--out"}),
 }
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 Hwnas = Callable[..., tuple[int, str, str]]
@@ -233,13 +235,40 @@ def test_an_import_that_fails_writes_nothing(hwnas: Hwnas, tmp_path: Path) -> No
     refused(hwnas("table", "compare", out, table_file(tmp_path)), "have no op in common")
 
 
+def test_a_table_is_fitted_to_timed_networks(hwnas: Hwnas, tmp_path: Path) -> None:
+    """Networks as positions of options, timed by a formula: the table predicts them, and says how well it does so unseen."""
+    space, rng = mobile32(), np.random.default_rng(0)
+    lines = ["architecture,ms"]
+    for _ in range(40):
+        picks = space.sample(rng)
+        ms = 0.5 + space.decode(picks).macs / 1e7
+        lines.append(f"{' '.join(map(str, space.index(picks)))},{ms:.5f}")
+    timed, space_file, out = tmp_path / "timed.csv", tmp_path / "space.json", tmp_path / "mine.json"
+    timed.write_text("\n".join(lines))
+    space.save(space_file)
+    code, printed, err = hwnas("table", "fit", timed, "--space", space_file, "--out", out)
+    assert (code, err) == (0, "") and "40 networks: " in printed
+    table = LatencyTable.load(out)
+    assert table.header.device == "timed" and table.header.cpu == "unknown"
+    assert table.calibration is not None and table.calibration.held_out is not None
+    assert table.calibration.held_out.mape < 0.03
+    assert json.loads(hwnas("table", "fit", timed, "--space", space_file, "--prior", out, "--out", tmp_path / "b.json", "--json")[1])[
+        "path"
+    ]
+    refused(hwnas("table", "fit", timed, "--space", "mobile23", "--out", out), "unknown space 'mobile23'")
+    refused(hwnas("table", "fit", timed, "--space", space_file, "--out", timed), "is a file that is read: choose another")
+    refused(hwnas("table", "fit", timed, "--space", "fbnet", "--out", tmp_path / "c.json"), "timed.csv")
+    refused(hwnas("table", "fit", timed, "--space", space_file, "--prior", table_file(tmp_path), "--out", tmp_path / "c.json"), "lacks")
+    assert timed.read_text() == "\n".join(lines) and not (tmp_path / "c.json").exists()
+
+
 def test_devices(hwnas: Hwnas) -> None:
     code, out, _ = hwnas("devices")
     assert code == 0
     assert any(line.split()[:2] == ["host", "host"] for line in out.splitlines())
     listed = json.loads(hwnas("devices", "--json")[1])
     assert listed["host"]["connection"] == "host"
-    assert len(listed) == len(out.splitlines())
+    assert "ssh:USER@HOST" in out and {line.split()[0] for line in out.splitlines()} >= listed.keys()
 
 
 def test_doctor_finds_this_installation_in_order(hwnas: Hwnas) -> None:

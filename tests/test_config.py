@@ -14,6 +14,7 @@ from hwnas.pipeline import experiment_space
 from hwnas.search import STRATEGIES
 from hwnas.share import share_folder
 
+COCO = 'task = "detect"\n[data]\nname = "coco"\naugment = "ssd"\n'
 SHIPPED = sorted(share_folder("configs").rglob("*.toml"))
 
 
@@ -66,6 +67,14 @@ def test_the_resolved_configuration_loads_again() -> None:
         ("[data]\nstd = [0.2]", r"data\.std has 1 values for 3 channels; give one per channel"),
         ("[data]\nchannels = 2", "data.channels = 2: input should be 1 or 3"),
         ('[export]\nformats = ["tflite"]', "export.formats.0 = 'tflite'"),
+        ('task = "segment"', "task = 'segment': input should be 'classify' or 'detect'"),
+        ('task = "detect"', r"task = 'detect' needs boxes, and data\.name = 'digits' has none; choose data\.name = 'coco'"),
+        ('[data]\nname = "coco"\naugment = "none"', "data.name = 'coco' has boxes .*; set task = 'detect'"),
+        ('[train]\nbackbone = "runs/x"', r"train\.backbone begins a detector; remove it, or set task = 'detect'"),
+        (COCO + '[train]\nbackbone = "runs/x"\nweights = "supernet"', "both say what to begin with"),
+        (COCO + "[train]\nbn_momentum = 0", "train.bn_momentum = 0: input should be greater than 0"),
+        (COCO + "[detector]\nextras = [1]", "detector.extras.0 = 1"),
+        (COCO + "[detector]\npost_processing = {iou = 0.5}", r"unknown key 'detector\.post_processing\.iou'; did you mean 'nms_iou'\?"),
         ("seed = = 3", r"is not valid TOML: .*line 1"),
         ("[search]\n[search]", "is not valid TOML"),
         ("name = 'é", "is not valid TOML"),

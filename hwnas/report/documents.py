@@ -16,6 +16,7 @@ from hwnas.document import Document, file_sha256
 from hwnas.export.bundle import Bundle
 from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest
 from hwnas.search.stage import SearchResult
+from hwnas.train.pictures import Pictures
 from hwnas.train.stage import TrainResult
 from hwnas.validate import Verdict
 
@@ -25,6 +26,8 @@ SOURCES: tuple[tuple[str, str], ...] = (
     ("search", "arch.json"),
     ("search", "metrics.jsonl"),
     ("train", "train.json"),
+    ("train", "arch.json"),
+    ("train", "pictures.json"),
     ("train", "metrics.jsonl"),
     ("export", "bundle.json"),
     ("validate", "verdict.json"),
@@ -74,10 +77,16 @@ class RunDocuments:
     arch: Architecture | None
     train: TrainResult | None
     train_rows: Rows
+    pictures: Pictures | None
     bundle: Bundle | None
     verdict: Verdict | None
     stages: tuple[StageState, ...]
     hashes: dict[str, str]
+
+    @property
+    def detects(self) -> bool:
+        """Whether boxes are found, instead of one class per image."""
+        return self.experiment.task == "detect"
 
     @property
     def target_ms(self) -> float | None:
@@ -97,7 +106,7 @@ class RunDocuments:
             return ()
         origin = self.arch.origin
         if origin is None or origin.space_sha256 != self.space.sha256:
-            return tuple(Place(f"block {i}", op, op.out_ch, op.out_size) for i, op in enumerate(self.arch.ops()))
+            return tuple(Place(name, op, op.out_ch, op.out_size) for name, op in zip(_names(self.arch), self.arch.ops(), strict=True))
         places, channels, size = [], self.arch.in_channels, self.arch.resolution
         for slot, op in self.space.walk(origin.picks):
             channels, size = (channels, size) if op is None else (op.out_ch, op.out_size)
@@ -110,9 +119,8 @@ def read(ctx: StageContext, space: MacroSpace, table_path: Path) -> RunDocuments
     """Read the run folder of ``ctx``. Raises DocumentError where a document is corrupt."""
     search = _load(SearchResult, ctx.path("search", "search.json"))
     bundle = _load(Bundle, ctx.path("export", "bundle.json"))
-    searched = _load(Architecture, ctx.path("search", "arch.json"))
-    if ctx.experiment.train.arch is not None:
-        searched = None
+    searched = _load(Architecture, ctx.path("search", "arch.json")) if ctx.experiment.train.arch is None else None
+    trained = _load(Architecture, ctx.path("train", "arch.json"))
     found = {f"{stage}/{name}": ctx.path(stage, name) for stage, name in SOURCES}
     if ctx.experiment.search.table is not None:
         found = {str(table_path): table_path} | {name: path for name, path in found.items() if name != "profile/table.json"}
@@ -125,9 +133,10 @@ def read(ctx: StageContext, space: MacroSpace, table_path: Path) -> RunDocuments
         table=_load(LatencyTable, table_path),
         search=search,
         search_rows=search_rows,
-        arch=searched if searched is not None or bundle is None else bundle.architecture,
+        arch=trained or searched or (bundle.architecture if bundle is not None else None),
         train=_load(TrainResult, ctx.path("train", "train.json")),
         train_rows=train_rows,
+        pictures=_load(Pictures, ctx.path("train", "pictures.json")),
         bundle=bundle,
         verdict=_load(Verdict, ctx.path("validate", "verdict.json")),
         stages=tuple(_state(ctx, name, {"search": search_rows, "train": train_rows}.get(name, [])) for name in _needed(ctx.experiment)),
@@ -135,11 +144,21 @@ def read(ctx: StageContext, space: MacroSpace, table_path: Path) -> RunDocuments
     )
 
 
+def _names(arch: Architecture) -> list[str]:
+    """What to call the ops of an architecture that is no pick of the space."""
+    blocks = [f"block {i}" for i in range(len(arch.blocks))]
+    if arch.detector is None:
+        return blocks
+    return [*blocks, *(f"extra {i}" for i in range(len(arch.detector.extras))), *(f"head {i}" for i in range(len(arch.detector.heads)))]
+
+
 def _load(document: type[D], path: Path) -> D | None:
     return document.load(path) if path.is_file() else None
 
 
 def _needed(experiment: Experiment) -> list[str]:
+    if experiment.task == "detect":
+        return ["train"]  # the others take no detectors yet
     skipped = {"profile": experiment.search.table is not None, "search": experiment.train.arch is not None}
     return [name for name in RESULTS if not skipped.get(name, False)]
 

@@ -113,9 +113,9 @@ def _labels(axes: Axes, places: Sequence[Place], gutter: float) -> None:
 
 def _words(op: Op) -> tuple[str, str, str, str]:
     """Block, kernel, expansion and stride of an op as the drawing writes them."""
-    kind = {"classifier": "fc", "conv": "conv", "dsconv": "ds", "mbconv": "mb"}[op.kind] + ("+se" if op.se_ch else "")
+    kind = {"classifier": "fc", "dsconv": "ds", "mbconv": "mb"}.get(op.kind, op.kind) + ("+se" if op.se_ch else "")
     expansion = f"×{op.mid_ch / op.in_ch:.2g}" if op.mid_ch else ""
-    return kind, "pool" if op.kind == "classifier" else f"{op.kernel}×{op.kernel}", expansion, f"↓ {op.stride}" if op.stride > 1 else ""
+    return kind, "pool" if op.pooled else f"{op.kernel}×{op.kernel}", expansion, f"↓ {op.stride}" if op.stride > 1 else ""
 
 
 def _costs(axes: Axes, ms: Sequence[float | None], gutter: float) -> None:

@@ -19,13 +19,15 @@ from markupsafe import Markup
 from hwnas import __version__
 from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace
+from hwnas.data.coco_eval import NUMBERS
 from hwnas.document import write_atomic
 from hwnas.export.bundle import BundleFile
-from hwnas.report import charts, drawing
+from hwnas.report import charts, drawing, pictures
 from hwnas.report.charts import Series
 from hwnas.report.documents import SOURCES, Place, RunDocuments, read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import StageContext
+from hwnas.train.pictures import MIN_SCORE
 from hwnas.validate import FileVerdict, drift_note
 
 __all__ = ["SOURCES", "render", "run"]
@@ -64,9 +66,16 @@ def render(documents: RunDocuments) -> str:
         conditions=conditions(documents),
         blocks=block_rows(documents),
         figures=figures(documents),
+        numbers=NUMBERS,
+        min_score=MIN_SCORE,
         config=json.dumps(documents.experiment.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False),
-        command=f"hwnas run {shlex.quote(documents.folder)} --out {shlex.quote(documents.folder + '-again')}",
+        command=f"hwnas {verb(documents)} {shlex.quote(documents.folder)} --out {shlex.quote(documents.folder + '-again')}",
     )
+
+
+def verb(documents: RunDocuments) -> str:
+    """The command that does all there is to do: the later stages take no detectors yet."""
+    return "train" if documents.detects else "run"
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,11 @@ def failures(documents: RunDocuments) -> list[str]:
             found.append(
                 f"{file.name} loses {100 * file.accuracy_loss:.2f} points of top-1 against PyTorch; {100 * tolerance:.2f} are allowed."
             )
+        if file.parity_passed is False and file.parity is not None:
+            found.append(
+                f"{file.name} gives other outputs than PyTorch on {verdict.device}: relative error {file.parity.relative_error:.1e}; "
+                f"{allowed.parity_tolerance:.1e} is allowed."
+            )
     return found
 
 
@@ -119,7 +133,7 @@ def notices(documents: RunDocuments) -> list[str]:
         if not stage.finished
     ]
     if missing:
-        found.append(f"Not finished yet: {', '.join(missing)}. Go on with: hwnas run {shlex.quote(documents.folder)}")
+        found.append(f"Not finished yet: {', '.join(missing)}. Go on with: hwnas {verb(documents)} {shlex.quote(documents.folder)}")
     search, table, bundle, arch = documents.search, documents.table, documents.bundle, documents.arch
     if search is not None and table is not None and search.table_sha256 != table.sha256:
         found.append("The search used another latency table than the one shown here.")
@@ -128,6 +142,7 @@ def notices(documents: RunDocuments) -> list[str]:
     verdict = documents.verdict
     if verdict is not None and bundle is not None and verdict.bundle_sha256 != bundle.sha256:
         found.append("The verdict is about an earlier bundle than the one shown here.")
+    found += [f"{name} was not validated: {why}." for name, why in (verdict.not_run if verdict is not None else {}).items()]
     note = drift_note(verdict) if verdict is not None else None
     found += [note[0].upper() + note[1:]] if note is not None else []
     if table is not None and table.calibration is None:
@@ -201,6 +216,12 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
     rows = documents.train_rows
     training = [
         ("Loss", charts.course("trainloss", "training loss", rows, [Series("loss", "loss")])),
+        (
+            "Its parts",
+            charts.course(
+                "trainparts", "parts of the loss", rows, [Series("class_loss", "classes"), Series("box_loss", "boxes", "orange")]
+            ),
+        ),
         ("Accuracy on training batches", charts.course("trainaccuracy", "training accuracy", rows, accuracies, percent=True)),
     ]
     judged = table.calibration.held_out if table is not None and table.calibration is not None else None
@@ -210,6 +231,7 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
         "search": _drawn(searching),
         "search_start": start,
         "train": _drawn(training),
+        "detections": pictures.detections(documents.pictures.pictures) if documents.pictures is not None else None,
         "held_out": charts.held_out(judged) if judged is not None and judged.pairs else None,
         "entries": charts.entries(table.entries) if table is not None and table.entries else None,
     }

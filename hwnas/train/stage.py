@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from torch import nn
 
-from hwnas.config import Experiment
+from hwnas.config import DataConfig, Experiment, located
 from hwnas.core.arch import Architecture
 from hwnas.core.spaces import published
-from hwnas.data.images import evaluation_batches, load_images, training_batches
+from hwnas.core.ssdlite import with_detector
+from hwnas.data.coco import CocoImages
+from hwnas.data.coco_eval import CocoMetrics
+from hwnas.data.images import Images, evaluation_batches, load_images, training_batches
+from hwnas.detection import DetectionCriterion, average_precision, detect
 from hwnas.document import Document
 from hwnas.engine import Engine, Metrics, accuracy, steps_of
 from hwnas.errors import ConfigError
-from hwnas.nn.network import Network, load_network, save_network
+from hwnas.nn.detector import DetectionNetwork
+from hwnas.nn.network import AnyNetwork, load_network, network_of, save_network
 from hwnas.runs import StageContext
+from hwnas.train.pictures import pictures_of
 
-OUTPUTS = ["model.safetensors", "train.json"]
+WEIGHTS = "model.safetensors"
+
+
+def outputs(experiment: Experiment) -> list[str]:
+    """The files the stage writes. The architecture is among them where the detector was put on it here."""
+    return [WEIGHTS, "train.json", *(("arch.json", "pictures.json") if experiment.task == "detect" else ())]
 
 
 class TrainResult(Document):
-    """How good the trained network is."""
+    """How good the trained network is on the test images: ``test_accuracy`` of a classifier, COCO's numbers of a detector."""
 
     SCHEMA: ClassVar[str] = "hwnas.train"
 
@@ -29,35 +43,78 @@ class TrainResult(Document):
     weights: str
     steps: int
     seed: int
-    test_accuracy: float
+    test_accuracy: float | None = None
+    test_coco: CocoMetrics | None = None
     test_images: int
     class_names: tuple[str, ...]
 
+    @model_validator(mode="after")
+    def _one_quality(self) -> Self:
+        if (self.test_accuracy is None) == (self.test_coco is None):
+            raise ValueError("a training ends in test_accuracy or in test_coco: give one of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the quality of the other task."""
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+    @property
+    def quality(self) -> str:
+        """The quality in words."""
+        if self.test_coco is not None:
+            return f"AP {self.test_coco.AP:.1%}, AP50 {self.test_coco.AP50:.1%} on {self.test_images:,} test images"
+        return f"{self.test_accuracy:.2%} of {self.test_images:,} test images right"
+
 
 def architecture(experiment: Experiment, searched: Path) -> Architecture:
-    """What is to be trained: ``train.arch`` (a document, or a published network's name), else the searched one."""
-    name = experiment.train.arch
+    """What is to be trained: ``train.arch`` (a document, or a published network's name), else the searched one.
+
+    For detection, SSDLite is put on it where it has no detector. Raises ConfigError where it does not fit the data or the task.
+    """
+    name, data, detector = experiment.train.arch, experiment.data, experiment.detector
     if name is None:
-        return Architecture.load(searched)
-    if Path(name).suffix == ".json":
-        return Architecture.load(name)
-    return published(name, resolution=experiment.data.resolution, classes=experiment.data.classes)
-
-
-def run(ctx: StageContext, arch: Architecture) -> None:
-    """Train and write ``model.safetensors`` (averaged weights, BN statistics) and ``train.json``."""
-    config, data, seed = ctx.experiment.train, ctx.experiment.data, ctx.experiment.seed
-    if config.arch is None:
-        data = data.at(arch.resolution)
+        arch = Architecture.load(searched)
+    elif Path(name).suffix == ".json":
+        arch = Architecture.load(located(Path(name)))
+    else:
+        arch = published(name, resolution=data.resolution, classes=data.classes)
+    if experiment.task == "classify" and arch.detector is not None:
+        raise ConfigError(f"architecture {arch.name!r} has a detector: set task = 'detect' and name data with boxes, or train another.")
+    if experiment.task == "detect" and arch.detector is None:
+        arch = with_detector(arch, data.classes, resolution=data.resolution, extras=detector.extras, scores=detector.scores)
+    data = _sized(experiment, arch)
     if (arch.classes, arch.resolution, arch.in_channels) != (data.classes, data.resolution, data.channels):
         raise ConfigError(
             f"architecture {arch.name!r} has {arch.classes} classes, {arch.resolution} px and {arch.in_channels} channels, but the data "
             f"{data.classes}, {data.resolution} and {data.channels}: make data.classes, data.resolution and data.channels agree."
         )
+    return arch
+
+
+def trained_backbone(folder: str, arch: Architecture) -> Path:
+    """The weights file of an earlier training, whose first blocks are those of ``arch``. Raises ConfigError where there is none."""
+    root = Path(folder).expanduser()
+    path = next((path for path in (root / WEIGHTS, root / "train" / WEIGHTS) if path.is_file()), None)
+    if path is None:
+        raise ConfigError(f"train.backbone = {folder!r} holds no {WEIGHTS}: name the folder of a finished training.")
+    blocks = load_network(path).arch.blocks
+    for position, op in enumerate(arch.blocks):
+        there = replace(blocks[position], size=op.size) if position < len(blocks) else None
+        if there != op:
+            raise ConfigError(
+                f"train.backbone = {folder!r} is another network: block {position} is {there.key if there else 'nothing'} there and "
+                f"{op.key} here; train the same architecture (train.arch) both times."
+            )
+    return path
+
+
+def run(ctx: StageContext, arch: Architecture) -> None:
+    """Train and write ``model.safetensors`` (averaged weights, BN statistics), ``train.json`` and the other ``outputs``."""
+    config, data, seed = ctx.experiment.train, _sized(ctx.experiment, arch), ctx.experiment.seed
     train, test = load_images(data, "all", augment=True), load_images(data, "test")
-    network = Network(arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed))
-    if config.weights == "supernet":
-        network.load_state_dict(load_network(ctx.path("search", "supernet.safetensors")).state_dict())
+    network = network_of(arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed))
+    _begin(network, ctx)
     steps = steps_of(config.epochs, len(train), config.batch_size)
     engine = Engine(
         network,
@@ -67,6 +124,7 @@ def run(ctx: StageContext, arch: Architecture) -> None:
         seed,
         ctx.folder,
         label_smoothing=config.label_smoothing,
+        criterion=DetectionCriterion(arch) if arch.detector is not None else None,
         ema_decay=config.ema_decay,
         checkpoint_seconds=ctx.experiment.checkpoint_seconds,
     )
@@ -79,17 +137,48 @@ def run(ctx: StageContext, arch: Architecture) -> None:
 
     engine.fit(step, ctx.progress, f"training {arch.name}")
     trained = engine.averaged
-    test_accuracy = accuracy(trained, evaluation_batches(test, 4 * config.batch_size, workers=data.workers))
-    assert isinstance(trained, Network)
-    save_network(trained, ctx.folder / "model.safetensors", {"test_accuracy": f"{test_accuracy:.4f}"})
-    TrainResult(
+    assert isinstance(trained, AnyNetwork)
+    result = TrainResult(
         architecture_sha256=arch.sha256,
-        weights=config.weights,
+        weights=config.weights if config.backbone is None else "backbone",
         steps=steps,
         seed=seed,
-        test_accuracy=test_accuracy,
         test_images=len(test),
         class_names=test.names,
-    ).save(ctx.folder / "train.json")
+        **_judged(ctx, trained, test),
+    )
+    metadata = {"test_accuracy": result.test_accuracy, "test_ap": result.test_coco and result.test_coco.AP}
+    save_network(trained, ctx.folder / WEIGHTS, {name: f"{value:.4f}" for name, value in metadata.items() if value is not None})
+    result.save(ctx.folder / "train.json")
     engine.finish()
-    ctx.progress.say(f"trained {arch.name}: {test_accuracy:.2%} of {len(test)} test images right")
+    ctx.progress.say(f"trained {arch.name}: {result.quality}")
+
+
+def _sized(experiment: Experiment, arch: Architecture) -> DataConfig:
+    """The data at the size that the search chose; of an architecture that the user names, at the size that the user names."""
+    return experiment.data.at(arch.resolution) if experiment.train.arch is None else experiment.data
+
+
+def _begin(network: AnyNetwork, ctx: StageContext) -> None:
+    """Give a new network the weights that it inherits, and its BN the recipe's momentum."""
+    config = ctx.experiment.train
+    if config.weights == "supernet":
+        network.load_state_dict(load_network(ctx.path("search", "supernet.safetensors")).state_dict())
+    if config.backbone is not None:
+        trained = load_network(trained_backbone(config.backbone, network.arch))
+        network.blocks.load_state_dict(trained.blocks[: len(network.blocks)].state_dict())
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = config.bn_momentum
+
+
+def _judged(ctx: StageContext, network: AnyNetwork, test: Images) -> dict[str, Any]:
+    """The quality of a trained network, as ``TrainResult`` has it. Of a detector, what else there is to see is written too."""
+    size, workers = ctx.experiment.train.batch_size, ctx.experiment.data.workers
+    if not isinstance(network, DetectionNetwork):
+        return {"test_accuracy": accuracy(network, evaluation_batches(test, 4 * size, workers=workers))}
+    assert isinstance(test, CocoImages)
+    found = detect(network, test, ctx.experiment.detector.post_processing, batch_size=size, workers=workers)
+    network.arch.save(ctx.folder / "arch.json")
+    pictures_of(test, found).save(ctx.folder / "pictures.json")
+    return {"test_coco": average_precision(test, found)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections import Counter
@@ -11,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 from hwnas.config import Experiment, ValidateConfig
 from hwnas.core.arch import Architecture
@@ -18,15 +22,18 @@ from hwnas.core.cost import CostModel
 from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32, published
+from hwnas.core.ssdlite import with_detector
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, judge
+from hwnas.data.coco_eval import NUMBERS, CocoMetrics
 from hwnas.errors import DocumentError
 from hwnas.export.bundle import FILES, Bundle, BundleFile, Parity, preprocessing
-from hwnas.report import charts, drawing, stage
+from hwnas.report import charts, drawing, pictures, stage
 from hwnas.report.charts import smoothed
 from hwnas.report.documents import Place, read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import JsonLines, StageContext, StageManifest
 from hwnas.search.stage import Candidate, SearchResult
+from hwnas.train.pictures import Box, Picture, Pictures
 from hwnas.train.stage import TrainResult
 from hwnas.validate import FileVerdict, Verdict
 
@@ -90,7 +97,7 @@ def make_table(space: MacroSpace) -> LatencyTable:
         device="host", cpu="Intel(R) Xeon(R) Platinum 8481C @ 2.70GHz", machine="x86_64", runtime="litert", runtime_version="2.1.0",
         dtype="fp32", threads=1, cores=(3,), governor="unknown", layout="NHWC", batch=1, date="2026-01-31", space=space.name,
     )  # fmt: skip
-    calibration = calibration.model_copy(update={"held_out": judge(calibration, sums, measured)})
+    calibration = calibration.model_copy(update={"held_out": judge(calibration, [()] * len(sums), sums, measured)})
     return LatencyTable(header=header, entries=entries, calibration=calibration)
 
 
@@ -322,6 +329,75 @@ def test_skipped_slots_keep_their_place_in_the_drawing(tmp_path: Path) -> None:
     assert [place.slot for place in places] == [*(slot.key for slot in space.slots), "classifier"]
     assert tuple(place.op for place in places if place.op is not None) == documents.arch.ops()
     assert len(places) > len(documents.arch.ops()), "the fixture's architecture should skip something"
+
+
+def fill_detection(root: Path) -> StageContext:
+    """A run folder of a detector that was trained and not exported, its pictures of plain images."""
+    config = experiment(
+        task="detect",
+        data={"name": "coco", "path": "data", "resolution": 64, "classes": 2, "augment": "none"},
+        train={"arch": "mobilenet_v2"},
+    )
+    arch = with_detector(published("mobilenet_v2"), 2, resolution=64, extras=(64, 32))
+    arch.save(root / "train" / "arch.json")
+    numbers = {name: 0.05 * number + 0.2 for number, name in enumerate(NUMBERS)} | {"APs": None, "ARs": None}
+    coco = CocoMetrics.model_validate({**numbers, "AP_per_class": {"<cat>": 0.3, "dog": None}})
+    result = {"architecture_sha256": arch.sha256, "weights": "backbone", "steps": 40, "seed": 0, "test_images": 40}
+    TrainResult(**result, test_coco=coco, class_names=("<cat>", "dog")).save(root / "train" / "train.json")
+    rows = [{"step": step, "loss": 5 / (step + 1), "class_loss": 3 / (step + 1), "box_loss": 2 / (step + 1)} for step in range(40)]
+    JsonLines(root / "train" / "metrics.jsonl").rewrite(rows)
+    cat = Box(corners=(0.1, 0.05, 0.6, 0.8), label="<cat>")
+    shown = []
+    for number in range(5):
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 48 + 8 * number), (40 * number, 80, 120)).save(buffer, "JPEG")
+        found = (cat.model_copy(update={"score": 0.875, "label": "dog"}),) * (number > 0)
+        shown.append(Picture(jpeg=base64.b64encode(buffer.getvalue()), truth=(cat,) * (number != 2), found=found))
+    Pictures(pictures=tuple(shown)).save(root / "train" / "pictures.json")
+    return StageContext(config, root, root / "report")
+
+
+def test_a_detector_has_its_ap_and_pictures_instead_of_top_1(tmp_path: Path) -> None:
+    page = Page(text := written(fill_detection(tmp_path / "boxes")))
+    assert [name for name in page.ids if name in (*SECTIONS, "detections")] == ["detections", "architecture", "course", "provenance"]
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
+    assert sum(address.startswith("data:") for address in page.addresses) == page.tags["image"] == 5
+    assert text.count("dog 0.88") == 4 and "5 test images with the 4 boxes of their annotations and 4 boxes" in text
+    assert "Top-1, " not in page.text and "right at the end" not in page.text
+    assert "weights from backbone, AP 20.0%, AP50 25.0% on 40 test images at the end" in page.text
+    for words in (*NUMBERS, "<cat>", "AP of each class", "hwnas train boxes --out boxes-again", "extra 1", "head 3", "Its parts"):
+        assert words in page.text, words
+    assert "Not finished" not in page.text
+    drawings = "".join(re.findall(r"<svg.*?</svg>", re.sub(r"base64,[^\"]*", "", text), flags=re.DOTALL))
+    assert not re.search(r"#[0-9a-f]{6}\b", drawings), "a colour that the dark theme cannot reach"
+    assert written(fill_detection(tmp_path / "again" / "boxes")) == text
+
+
+def test_boxes_are_drawn_where_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In pixels of each image, of which the last place of the grid has none."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "inline_svg", lambda figure, *_: drawn.append(figure))
+    shown = Pictures.load(fill_detection(tmp_path).path("train", "pictures.json")).pictures
+    pictures.detections(shown)
+    corners = [[box.get_bbox().extents.round(1).tolist() for box in axes.patches] for axes in drawn[0].axes]
+    box = [[6.4, 0.05 * height, 38.4, 0.8 * height] for height in (48, 56, 64, 72, 80)]
+    assert corners == [np.round(one, 1).tolist() for one in ([box[0]], [box[1]] * 2, [box[2]], [box[3]] * 2, [box[4]] * 2, [], [], [])]
+
+
+def test_a_detector_that_is_still_in_training(tmp_path: Path) -> None:
+    ctx = fill_detection(tmp_path / "boxes")
+    for name in ("train.json", "arch.json", "pictures.json"):
+        (tmp_path / "boxes" / "train" / name).unlink()
+    page = Page(written(ctx))
+    assert "Not finished yet: train (interrupted at step 40). Go on with: hwnas train boxes" in page.text
+    assert "detections" not in page.ids and "course" in page.ids
+
+
+def test_every_kind_of_block_can_be_drawn() -> None:
+    for name in ("mobilenet_v3_small", "ssdlite320_mobilenet_v3_large"):
+        arch = published(name)
+        places = tuple(Place(f"block {i}", op, op.out_ch, op.out_size) for i, op in enumerate(arch.ops()))
+        assert ">pool<" in drawing.architecture(places, [None] * len(places)) or arch.detector is not None
 
 
 def test_a_corrupt_document_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""What a detector learns from 160 photographs, beside what costs nothing to know.
+
+HWNAS_TEST_DATA=../shared/data pytest tests/benchmarks/test_detection.py --benchmark-only -s
+
+AP on the 40 validation images of the raccoon data, side by side: always the mean box of the training images, with score 1; the network
+of configs/experiments/raccoon.toml as it is initialised; trained from scratch; and trained from a backbone that has seen CIFAR-10
+(``CIFAR_EPOCHS`` epochs). Runs are kept in ``$HWNAS_DETECTION`` (default runs/detection): stopped and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.config import load_experiment
+from hwnas.data.coco import CocoImages
+from hwnas.data.coco_eval import CocoMetrics
+from hwnas.data.images import load_images
+from hwnas.detection import average_precision, detect
+from hwnas.nn.detector import DetectionNetwork
+from hwnas.nn.ssd import Detections
+from hwnas.train.stage import TrainResult, architecture
+
+CONFIG, CLASSIFIER = "configs/experiments/raccoon.toml", "configs/experiments/methods-cifar10.toml"
+CIFAR_EPOCHS = 5
+
+
+def root() -> Path:
+    return Path(os.environ.get("HWNAS_DETECTION", "runs/detection")).absolute()
+
+
+def train(config: str, *settings: str, out: Path) -> float:
+    """Seconds that ``hwnas train`` took, or 0 where it had been done before."""
+    done, started = (out / "train" / "train.json").exists(), time.monotonic()
+    options = [argument for setting in settings for argument in ("-s", setting)]
+    command = [sys.executable, "-m", "hwnas", "train", config, *options, "--out", str(out), "-q"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return 0.0 if done else time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def data() -> Path:
+    if "HWNAS_TEST_DATA" not in os.environ:
+        pytest.skip("needs the raccoon and CIFAR-10 data: set HWNAS_TEST_DATA")
+    folder = root() / "data"
+    subprocess.run([sys.executable, str(Path(os.environ["HWNAS_TEST_DATA"], "unpack.py")), str(folder), "raccoon", "cifar10"], check=True)
+    return folder
+
+
+def constant_box(train: CocoImages, test: CocoImages) -> CocoMetrics:
+    """The mean box, as fractions of the image, in every test image."""
+    annotations = train.annotations
+    relative = []
+    for index, image in enumerate(train.chosen):
+        x_y_w_h = annotations.boxes[annotations.objects(image)]
+        relative.append(np.hstack([x_y_w_h[:, :2], x_y_w_h[:, :2] + x_y_w_h[:, 2:]]) / np.tile(train.sizes[index], 2))
+    box = torch.from_numpy(test.resolution * np.concatenate(relative).mean(axis=0, keepdims=True))
+    always = Detections(box, torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    return average_precision(test, dict.fromkeys(range(len(test)), always))
+
+
+def test_raccoons(benchmark: Any, data: Path) -> None:
+    settings = [f"data.path={data / 'raccoon'}"]
+    experiment = load_experiment(CONFIG, settings)
+    images, test = load_images(experiment.data, "all"), load_images(experiment.data, "test")
+    assert isinstance(images, CocoImages) and isinstance(test, CocoImages)
+    untrained = DetectionNetwork(architecture(experiment, root()), generator=torch.Generator().manual_seed(experiment.seed))
+    cifar = [f"data.path={data / 'cifar10'}", f"train.arch={experiment.train.arch}", f"train.epochs={CIFAR_EPOCHS}"]
+    seconds = {
+        "scratch": benchmark.pedantic(train, args=(CONFIG, *settings), kwargs={"out": root() / "scratch"}, rounds=1, iterations=1),
+        "cifar": train(CLASSIFIER, *cifar, out=root() / "cifar"),
+        "backbone": train(CONFIG, *settings, f"train.backbone={root() / 'cifar'}", out=root() / "backbone"),
+    }
+    rows: dict[str, CocoMetrics | None] = {
+        "always the mean box": constant_box(images, test),
+        "network, not trained": average_precision(test, detect(untrained, test, experiment.detector.post_processing, batch_size=16)),
+        "trained from scratch": TrainResult.load(root() / "scratch/train/train.json").test_coco,
+        "trained, backbone from CIFAR-10": TrainResult.load(root() / "backbone/train/train.json").test_coco,
+    }
+    classifier = TrainResult.load(root() / "cifar/train/train.json")
+    print(f"\nseconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}; CIFAR-10: {classifier.quality}")
+    for name, metrics in rows.items():
+        assert metrics is not None
+        print(f"  {name:32} AP {metrics.AP:6.1%}   AP50 {metrics.AP50:6.1%}   AP75 {metrics.AP75:6.1%}")
+    box, untrained_ap, scratch, backbone = (metrics for metrics in rows.values() if metrics is not None)
+    assert untrained_ap.AP50 < 0.1
+    assert min(scratch.AP, backbone.AP) > 1.5 * box.AP and backbone.AP50 > box.AP50 + 0.1

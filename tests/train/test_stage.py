@@ -1,0 +1,242 @@
+"""Training a detector as a stage: it learns, it ends the same however often it is killed, and what it cannot do it says first."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.config import Experiment
+from hwnas.core.arch import Architecture
+from hwnas.core.detector import Scores
+from hwnas.core.published import published
+from hwnas.data.coco_eval import NUMBERS
+from hwnas.document import file_sha256
+from hwnas.errors import ConfigError, DivergenceError, DocumentError, SpaceError
+from hwnas.nn.detector import DetectionNetwork
+from hwnas.nn.network import Network, load_network, save_network
+from hwnas.pipeline import Pipeline
+from hwnas.progress import Progress
+from hwnas.runs import JsonLines
+from hwnas.train.stage import TrainResult, architecture, outputs
+from tests.train.rectangles import classifier, experiment, settings, write_rectangles
+
+torch.set_num_threads(1)
+
+
+class Lines(Progress):
+    """Keeps what a stage says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def trained(experiment: Experiment, run: Path) -> tuple[TrainResult, Lines]:
+    Pipeline(experiment, run, lines := Lines()).run_stage("train")
+    return TrainResult.load(run / "train" / "train.json"), lines
+
+
+def refused(experiment: Experiment, run: Path, stage: str = "train") -> str:
+    """The one sentence, and nothing was done."""
+    with pytest.raises(ConfigError) as caught:
+        Pipeline(experiment, run, Progress()).run_stage(stage)
+    assert "\n" not in str(caught.value) and not (run / "train").exists()
+    return str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_it_learns(scores: Scores, tmp_path: Path) -> None:
+    config = settings(tmp_path, epochs=40)
+    result, lines = trained(Experiment.model_validate({**config, "detector": {"extras": [48, 32], "scores": scores}}), tmp_path / "run")
+    assert result.test_coco is not None and result.test_coco.AP50 > 0.7
+    assert lines.said[0] == f"trained small-ssdlite: AP {result.test_coco.AP:.1%}, AP50 {result.test_coco.AP50:.1%} on 8 test images"
+
+
+def test_what_it_writes(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    result, _ = trained(config, tmp_path / "run")
+    folder = tmp_path / "run" / "train"
+    arch = Architecture.load(folder / "arch.json")
+    assert (result.steps, result.test_images, result.class_names, result.weights) == (6, 8, ("red", "blue"), "scratch")
+    assert result.architecture_sha256 == arch.sha256 and arch.detector is not None
+    assert (arch.classes, arch.resolution, len(arch.detector.extras)) == (2, 48, 2)
+    stored = json.loads((folder / "train.json").read_text())
+    assert "test_accuracy" not in stored
+    assert stored["test_coco"].keys() == {*NUMBERS, "AP_per_class"} and stored["test_coco"]["AP_per_class"].keys() == {"red", "blue"}
+    rows = JsonLines(folder / "metrics.jsonl").read()
+    assert [row["step"] for row in rows] == list(range(6))
+    assert all(row["loss"] == pytest.approx(row["class_loss"] + row["box_loss"]) for row in rows)
+    network = load_network(folder / "model.safetensors")
+    assert isinstance(network, DetectionNetwork) and network.arch == arch
+    assert all((folder / name).is_file() for name in outputs(config))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
+    """SIGKILL in the middle of the training, with augmentation, average and crops, and the same command again."""
+    config = settings(tmp_path, epochs=6, ema_decay=0.9)
+    config["data"]["augment"] = "ssd"
+    config["checkpoint_seconds"] = 0
+    (tmp_path / "straight").mkdir()
+    commands = {}
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        commands[name] = [sys.executable, "-m", "hwnas", "train", str(tmp_path / name), "-q"]
+    subprocess.run(commands["straight"], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(commands["killed"], stdout=subprocess.DEVNULL)
+    log = tmp_path / "killed" / "train" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (not log.exists() or log.read_bytes().count(b"\n") < 7) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    subprocess.run(commands["killed"], check=True, stdout=subprocess.DEVNULL)
+    for name in (*outputs(Experiment.model_validate(config)), "metrics.jsonl"):
+        assert file_sha256(tmp_path / "killed" / "train" / name) == file_sha256(tmp_path / "straight" / "train" / name), name
+
+
+def test_one_class_images_without_objects_and_batches_without_boxes(tmp_path: Path) -> None:
+    config = experiment(tmp_path, classes=1, batch_size=2)
+    shutil.rmtree(tmp_path / "data")
+    write_rectangles(tmp_path / "data", classes=1, empty=18)
+    result, _ = trained(config, tmp_path / "run")
+    rows = JsonLines(tmp_path / "run" / "train" / "metrics.jsonl").read()
+    assert min(row["loss"] for row in rows) == 0.0, "some batch of two should have no box"
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert result.test_coco is not None and result.test_coco.AP_per_class.keys() == {"red"}
+
+
+def test_divergence_is_said_and_the_last_good_state_kept(tmp_path: Path) -> None:
+    optimizer = {"name": "momentum", "lr": 1e12, "warmup": 0.0}
+    with pytest.raises(DivergenceError, match=r"optimizer\.lr"):
+        trained(experiment(tmp_path, optimizer=optimizer), tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "train" / "checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+
+
+def test_batch_norm_has_the_momentum_of_the_recipe(tmp_path: Path) -> None:
+    """After one step a running mean is (1 - m) 0 + m mean of the batch."""
+    means = []
+    for momentum in (0.1, 0.03):
+        trained(experiment(tmp_path, epochs=0.1, bn_momentum=momentum), tmp_path / f"{momentum}")
+        state = load_network(tmp_path / f"{momentum}" / "train" / "model.safetensors").state_dict()
+        means.append(state["blocks.0.layers.conv.norm.running_mean"])
+    torch.testing.assert_close(0.3 * means[0], means[1])
+    assert means[0].abs().max() > 0.001
+
+
+# where its weights come from
+
+
+def saved_classifier(folder: Path, arch: Architecture | None = None) -> Network:
+    network = Network(arch or classifier(), generator=torch.Generator().manual_seed(5))
+    save_network(network, folder / "train" / "model.safetensors")
+    return network
+
+
+@pytest.mark.parametrize("named", ["", "train"])
+def test_the_backbone_begins_with_the_weights_of_a_classifier(named: str, tmp_path: Path) -> None:
+    """Also with one for images of another size; the learning rate is next to nothing, so the weights are still there in the end."""
+    small = Architecture(name="small", blocks=tuple(replace(op, size=op.size * 2 // 3) for op in classifier().blocks))
+    source = saved_classifier(tmp_path / "classifier", small)
+    still = {"name": "momentum", "lr": 1e-12, "weight_decay": 0.0}
+    config = experiment(tmp_path, optimizer=still, backbone=str(tmp_path / "classifier" / named))
+    result, _ = trained(config, tmp_path / "run")
+    network = load_network(tmp_path / "run" / "train" / "model.safetensors")
+    assert result.weights == "backbone"
+    theirs, ours = dict(source.named_parameters()), dict(network.named_parameters())
+    shared = theirs.keys() & ours.keys()
+    assert shared == {name for name in ours if name.startswith("blocks.")} and theirs.keys() - shared
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9) for name in shared)
+    Pipeline(config, tmp_path / "run", lines := Lines()).run_stage("train")
+    assert lines.said == ["train: current, skipped"]
+    with torch.no_grad():
+        theirs["blocks.0.layers.conv.conv.weight"].add_(1.0)
+    save_network(source, tmp_path / "classifier" / "train" / "model.safetensors")
+    Pipeline(config, tmp_path / "run", lines := Lines()).run_stage("train")
+    assert lines.said[0].startswith("train: inputs changed")
+
+
+def test_a_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
+    blocks = list(classifier().blocks)
+    saved_classifier(tmp_path / "short", Architecture(name="short", blocks=tuple(blocks[:2])))
+    keys = [op.key.replace("m72", "m96") for op in blocks]
+    saved_classifier(tmp_path / "wide", Architecture(name="wide", blocks=keys))
+    message = refused(experiment(tmp_path, backbone=str(tmp_path / "wide")), tmp_path / "run")
+    assert f"block 3 is {keys[3]} there and {blocks[3].key} here" in message
+    assert "block 2 is nothing there" in refused(experiment(tmp_path, backbone=str(tmp_path / "short")), tmp_path / "run")
+    assert "holds no model.safetensors" in refused(experiment(tmp_path, backbone=str(tmp_path / "data")), tmp_path / "run")
+
+
+# what is trained
+
+
+def test_the_architecture_of_a_detection_experiment(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    attached = architecture(Experiment.model_validate(config), tmp_path)
+    assert attached.detector is not None and attached.detector.scores == "softmax"
+    config["detector"] = {"extras": [32], "scores": "sigmoid"}
+    config["data"]["resolution"] = 96
+    attached = architecture(Experiment.model_validate(config), tmp_path)
+    assert attached.detector is not None and attached.resolution == 96
+    assert (attached.detector.scores, [op.out_ch for op in attached.detector.extras]) == ("sigmoid", [32])
+    attached.save(tmp_path / "own.json")
+    config["train"]["arch"] = str(tmp_path / "own.json")
+    config["detector"] = {}
+    assert architecture(Experiment.model_validate(config), tmp_path) == attached, "a detector of its own stays"
+    config["train"]["arch"] = "ssdlite320_mobilenet_v3_large"
+    assert architecture(Experiment.model_validate(config), tmp_path) == published("ssdlite320_mobilenet_v3_large", resolution=96, classes=2)
+
+
+def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    own = architecture(Experiment.model_validate(config), tmp_path)
+    own.save(tmp_path / "own.json")
+    three: dict[str, Any] = {**config, "data": {**config["data"], "resolution": 64}, "train": {"arch": str(tmp_path / "own.json")}}
+    assert "has 2 classes, 48 px and 3 channels, but the data 2, 64 and 3" in refused(Experiment.model_validate(three), tmp_path / "run")
+    digits = {"train": {"arch": str(tmp_path / "own.json")}}
+    assert "has a detector: set task = 'detect'" in refused(Experiment.model_validate(digits), tmp_path / "run")
+    one_size = Architecture(name="flat", blocks=tuple(classifier().blocks[:1]))
+    one_size.save(tmp_path / "small.json")
+    with pytest.raises(SpaceError, match="no two resolutions to tap"):
+        Pipeline(Experiment.model_validate(config), tmp_path / "run", Progress()).run_stage("train")
+
+
+@pytest.mark.parametrize("stage", ["search", "export", "validate"])
+def test_stages_that_take_no_detectors_say_so(stage: str, tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    assert f"'hwnas {stage}' takes no detectors yet" in refused(config, tmp_path / "run", stage)
+    with pytest.raises(ConfigError, match="'hwnas train' and 'hwnas report'"):
+        Pipeline(config, tmp_path / "run", Progress()).run()
+
+
+def test_without_an_architecture_it_asks_for_one(tmp_path: Path) -> None:
+    assert "train.arch is not set" in refused(experiment(tmp_path, arch=None), tmp_path / "run")
+
+
+# its document
+
+
+def test_a_result_has_the_quality_of_one_task() -> None:
+    common = {"architecture_sha256": "0", "weights": "scratch", "steps": 1, "seed": 0, "test_images": 5, "class_names": ["a"]}
+    text = json.dumps({"schema": "hwnas.train/1", **common})
+    with pytest.raises(DocumentError, match="test_accuracy or in test_coco"):
+        TrainResult.parse(text)
+    classified = TrainResult(**common, test_accuracy=0.5)  # type: ignore[arg-type]
+    assert "test_coco" not in classified.to_json() and TrainResult.parse(classified.to_json()) == classified
+    assert classified.quality == "50.00% of 5 test images right"
