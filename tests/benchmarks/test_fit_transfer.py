@@ -4,7 +4,7 @@
 
 *A new device* (HELP, MIT): 5,000 networks of FBNet's space at 32 pixels on 19 settings of 11 devices. The known devices' tables are
 fitted from all their 5,000; the new one's from 10, 20 or 50, and judged on the rest. A device that is left out is left out in all its
-settings (batch 1, 32, 64). Beside it, from the same networks:
+settings (batch 1, 32, 64), though keeping them changes little. Beside it, from the same networks:
 
 - *best known*: the known device whose table, scaled by an affine map, fits the measured networks best;
 - *hindsight*: the one that turns out best on the judged networks, which nobody can know;
@@ -17,7 +17,12 @@ FLOPs and file sizes. ``HWNAS_CPU_TABLES`` names a folder where this computer's 
 measured anew, which takes about two minutes each.
 
 The affine maps minimise the squared relative error; one with a slope below zero is a constant. The sizes of deviations, ALIKE, EXACT,
-INTERCEPT and NOISE were chosen on these data, from round numbers; neighbouring values change the means by a few percent of themselves.
+INTERCEPT and NOISE were chosen on these data, from round numbers; most neighbouring values change the means by a few percent of
+themselves; ROOFLINE_RHO and the roofline's own certainty matter more on the phones.
+
+A known table is taken at its word for ops that no measured network holds. This computer's LiteRT takes 3 to 16 times as long for 7 x 7
+kernels as for 5 x 5; the phones do not. Where none of the measured networks has one, networks that do are predicted worse with this
+computer's table than without.
 """
 
 from __future__ import annotations
@@ -145,12 +150,12 @@ def one_draw(study: Help, setting: str, known: list[int], seen: np.ndarray) -> n
     return np.array([(mape(predicted, ms[rest]), rank(predicted, ms[rest])) for predicted in predictions])
 
 
-def transfer(study: Help, same_device_known: bool, counts: Sequence[int]) -> dict[tuple[str, int], np.ndarray]:
+def transfer(study: Help) -> dict[tuple[str, int], np.ndarray]:
     """Setting and number of networks -> (MAPE, Spearman) per draw and method: float [draws, methods, 2]."""
     found = {}
-    for i, setting in enumerate(study.settings):
-        other = [j for j, name in enumerate(study.settings) if j != i and (same_device_known or device_of(name) != device_of(setting))]
-        for count in counts:
+    for setting in study.settings:
+        other = [i for i, name in enumerate(study.settings) if device_of(name) != device_of(setting)]
+        for count in FBNET_COUNTS:
             draws = [np.random.default_rng([draw, count]).choice(len(study.macs), count, replace=False) for draw in range(DRAWS)]
             found[setting, count] = np.stack([one_draw(study, setting, other, seen) for seen in draws])
     return found
@@ -178,12 +183,9 @@ def behind_by(values: np.ndarray) -> np.ndarray:
     return margins
 
 
-@pytest.mark.parametrize("same_device_known", [False, True], ids=["new-device", "new-setting"])
-def test_a_new_device_from_few_networks(benchmark: Any, same_device_known: bool) -> None:
-    study = help_data()
-    counts = FBNET_COUNTS[:1] if same_device_known else FBNET_COUNTS
-    found = benchmark.pedantic(transfer, args=(study, same_device_known, counts), rounds=1, iterations=1)
-    for count in counts:
+def test_a_new_device_from_few_networks(benchmark: Any) -> None:
+    found = benchmark.pedantic(transfer, args=(help_data(),), rounds=1, iterations=1)
+    for count in FBNET_COUNTS:
         show(found, count)
     margins = np.stack([behind_by(values) for values in found.values()])
     print(f"behind 'best known' by over one standard error: {(margins > 1).sum()} of {margins.size}; over two: {(margins > 2).sum()}")
