@@ -9,6 +9,7 @@
 ``fbnet_no_expand``        the same as mobile-vision builds it: e = 1 has no expansion convolution
 ``fairnas``                FairNAS (Chu et al., ICCV 2021): 19 layers of 6 blocks, nothing skipped
 ``ofa_mobilenet_v3``       once-for-all (Cai et al., ICLR 2020): depth, kernel, expansion and resolution
+``nasbench_macro``         NAS-Bench-Macro (Su et al., CVPR 2021, arXiv 2103.11922): 8 layers of 3 blocks on CIFAR-10, all trained
 ``mobile32``               ours, for 32-pixel images
 =========================  ==========================================================================================
 
@@ -208,6 +209,24 @@ def ofa_mobilenet_v3(**shape: Unpack[Shape]) -> MacroSpace:
     smaller = (scale_width(largest, part / 7) for part in (4, 5, 6))
     resolutions = tuple(dict.fromkeys((*(size for size in smaller if size < largest), largest)))
     return _space(stages, resolutions=resolutions if len(resolutions) > 1 else (), **Shape(name="ofa_mobilenet_v3", act="hswish") | shape)
+
+
+def nasbench_macro(**shape: Unpack[Shape]) -> MacroSpace:
+    """NAS-Bench-Macro: 8 layers of {identity, k3 e3, k5 e6}, 6,561 networks whose CIFAR-10 accuracy is published.
+
+    Identity in a layer that changes the shape is a 1 x 1 convolution and BN without activation. The options' order is that of the
+    benchmark's digits 0, 1, 2 (xiusu/NAS-Bench-Macro).
+    """
+    blocks = ("ir_k3_e3", "ir_k5_e6")
+    stages = [
+        Stage(widths=(32,), slots=(("cn_k3",),)),
+        *(
+            Stage(widths=(width,), stride=2, slots=(("cn_k1_nli", *blocks), *[(SKIP, *blocks)] * later))
+            for width, later in ((64, 1), (128, 2), (256, 2))
+        ),
+        Stage(widths=(1280,), slots=(("cn_k1",),)),
+    ]
+    return _space(stages, **Shape(name="nasbench_macro", resolution=32, classes=10, bn_eps=1e-5) | shape)
 
 
 def mobile32(**shape: Unpack[Shape]) -> MacroSpace:

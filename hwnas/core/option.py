@@ -8,7 +8,8 @@
 ``ds_k3``                 depthwise-separable convolution, no expansion
 ``cn_k1``                 plain convolution
 ``hd``                    pooled head: global average pooling, 1 x 1 convolution with bias and no BN (ours)
-``ds_k3_nre``             any of them with an activation of its own: ``nre`` ReLU, ``nr6`` ReLU6, ``nhs`` hard-swish
+``ds_k3_nre``             any of them with an activation of its own: ``nre`` ReLU, ``nr6`` ReLU6, ``nhs`` hard-swish;
+                          ``nli`` linear, which is none (ours)
 ``skip``                  nothing: the slot is left out
 ========================  ===================================================================
 """
@@ -23,10 +24,10 @@ from hwnas.core.op import Op
 from hwnas.errors import SpaceError
 
 SKIP = "skip"
-_ACTS = {"nre": "relu", "nr6": "relu6", "nhs": "hswish"}
+_ACTS = {"nre": "relu", "nr6": "relu6", "nhs": "hswish", "nli": "none"}
 _PATTERN = re.compile(
     r"(?P<kind>ir|ds|cn|hd)(?:_k(?P<kernel>\d+))?(?:_e(?P<e>\d+(?:\.\d+)?))?(?:_se(?P<se>0?\.\d+))?(?:_(?P<gate>hsig))?"
-    r"(?:_g(?P<groups>\d+))?(?:_(?P<act>nre|nr6|nhs))?"
+    r"(?:_g(?P<groups>\d+))?(?:_(?P<act>nre|nr6|nhs|nli))?"
 )
 _PARTS = {"ir": {"kernel", "e", "se", "gate", "groups"}, "ds": {"kernel", "se", "gate", "groups"}, "cn": {"kernel", "groups"}, "hd": set()}
 """What each kind may be made of, beside an activation."""

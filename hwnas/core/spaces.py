@@ -15,6 +15,7 @@ from hwnas.core.families import (
     fbnet_no_expand,
     mobile32,
     mobilenet_v3_like,
+    nasbench_macro,
     ofa_mobilenet_v3,
     proxylessnas,
     proxylessnas_enlarged,
@@ -33,6 +34,7 @@ __all__ = [
     "load_space",
     "mobile32",
     "mobilenet_v3_like",
+    "nasbench_macro",
     "ofa_mobilenet_v3",
     "picks_of_codes",
     "proxylessnas",
@@ -50,6 +52,7 @@ _BUILDERS: tuple[Callable[..., MacroSpace], ...] = (
     fbnet_no_expand,
     fairnas,
     ofa_mobilenet_v3,
+    nasbench_macro,
     mobile32,
 )
 SPACES: dict[str, Callable[..., MacroSpace]] = {build.__name__: build for build in _BUILDERS}

@@ -82,7 +82,7 @@ def test_options_become_ops() -> None:
     st.sampled_from(("ir_k5_e3", "ds_k3", "cn_k1", "hd")),
     st.sampled_from(("", "_se0.25", "_se0.25_hsig")),
     st.sampled_from(("", "_g2")),
-    st.sampled_from(("", "_nre", "_nr6", "_nhs")),
+    st.sampled_from(("", "_nre", "_nr6", "_nhs", "_nli")),
 )
 def test_options_read_back(block: str, squeeze: str, groups: str, act: str) -> None:
     text = block + squeeze + groups + act
