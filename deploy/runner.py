@@ -19,7 +19,8 @@ With several threads, idle-priority loops keep the pinned cores awake (``keep_aw
 line ``{"conditions": {"cores": "kept awake"}}`` says so.
 
 ``predict`` feeds float32 images [N, H, W, C] one by one and writes float32 outputs [N, ...]. It quantises and
-dequantises for integer models, and transposes to NCHW for ONNX files.
+dequantises for integer models, and transposes to NCHW for ONNX files. Several outputs become one row per image:
+each is flattened, and they follow one another in the file's order.
 
 ``inspect`` writes a JSON line: what this machine is, its cores, and for each runtime the package and version that
 would run, or else, under "missing", a sentence with the command that installs it.
@@ -96,10 +97,10 @@ class LiteRTModel:
             self._interpreter.set_tensor(tensor["index"], noise(tensor["shape"], tensor["dtype"]))
 
     def predict(self, image_NHWC: Any) -> Any:
-        entry, exit_ = only(self._inputs, "input"), only(self._outputs, "output")
+        entry = only(self._inputs, "input")
         self._interpreter.set_tensor(entry["index"], quantise(image_NHWC, entry))
         self.invoke()
-        return dequantise(self._interpreter.get_tensor(exit_["index"]), exit_)
+        return in_a_row([dequantise(self._interpreter.get_tensor(exit_["index"]), exit_) for exit_ in self._outputs])
 
     def facts(self) -> dict[str, Any]:
         """Whether one delegate runs everything between inputs and outputs.
@@ -153,7 +154,7 @@ class OnnxModel:
         entry = only(self._session.get_inputs(), "input")
         self._binding.bind_cpu_input(entry.name, np.ascontiguousarray(image_NHWC.transpose(0, 3, 1, 2)))
         self.invoke()
-        return only(self._binding.copy_outputs_to_cpu(), "output").astype(np.float32)
+        return in_a_row([output.astype(np.float32) for output in self._binding.copy_outputs_to_cpu()])
 
     def facts(self) -> dict[str, Any]:
         return {}
@@ -220,6 +221,11 @@ def only(tensors: Any, kind: str) -> Any:
     if len(tensors) != 1:
         raise Refusal(f"predict handles models with one {kind}, and this one has {len(tensors)}")
     return tensors[0]
+
+
+def in_a_row(outputs: Any) -> Any:
+    """One output as it is; several as [1, the numbers of all]."""
+    return outputs[0] if len(outputs) == 1 else np.concatenate([output.reshape(1, -1) for output in outputs], axis=1)
 
 
 def noise(shape: Any, dtype: Any) -> Any:

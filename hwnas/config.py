@@ -270,10 +270,22 @@ class TrainConfig(Section):
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0: none")
 
 
+Format = Literal["tflite-fp32", "tflite-int8", "onnx", "onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks"]
+FORMATS: tuple[Format, ...] = ("tflite-fp32", "tflite-int8", "onnx")
+"""What every network is exported to."""
+NMS_FORMATS: tuple[Format, ...] = ("onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks")
+"""Detectors with post-processing in the graph."""
+
+
 class ExportConfig(Section):
     """Which files are made."""
 
-    formats: tuple[Literal["tflite-fp32", "tflite-int8", "onnx"], ...] = Field(("tflite-fp32", "tflite-int8", "onnx"), min_length=1)
+    formats: tuple[Format, ...] | None = Field(
+        None,
+        min_length=1,
+        description="default: tflite-fp32, tflite-int8 and onnx; of detectors also those with NMS in the graph: onnx-nms, "
+        "tflite-fp32-tasks and tflite-int8-tasks (TFLite_Detection_PostProcess)",
+    )
     calibration_images: int = Field(128, ge=1, description="training images that set the int8 ranges")
     parity_images: int = Field(64, ge=1, description="test images that each file's outputs are compared on, kept in the bundle")
 
@@ -288,6 +300,8 @@ class ValidateConfig(Section):
     parity_tolerance: float = Field(1e-4, gt=0, description="outputs of float files against PyTorch's, relative to the largest")
     accuracy_tolerance: float = Field(0.002, ge=0, description="top-1 of float files against PyTorch")
     int8_accuracy_tolerance: float = Field(0.02, ge=0, description="top-1 of int8 files against PyTorch")
+    ap_tolerance: float = Field(0.005, ge=0, description="AP of a detector's float files against PyTorch")
+    int8_ap_tolerance: float = Field(0.03, ge=0, description="AP of a detector's int8 files against PyTorch")
     images: int | None = Field(None, ge=1, description="test images to use; default all")
     rounds: int = Field(7, ge=1, description="interleaved passes over the files; up to twice as many while they are noisy")
     max_spread: float = Field(0.10, gt=0, description="spread between rounds above which a file is measured again")
@@ -318,9 +332,17 @@ class Experiment(Section):
             raise ValueError("data.name = 'coco' has boxes instead of one label per image; set task = 'detect'")
         if self.task == "classify" and self.train.backbone is not None:
             raise ValueError("train.backbone begins a detector; remove it, or set task = 'detect'")
+        of_boxes = [name for name in self.export.formats or () if name in NMS_FORMATS and self.task == "classify"]
+        if of_boxes:
+            raise ValueError(f"export.formats has {of_boxes[0]!r}, which is for boxes; remove it, or set task = 'detect'")
         if self.train.backbone is not None and self.train.weights != "scratch":
             raise ValueError("train.backbone and train.weights = 'supernet' both say what to begin with; remove one of them")
         return self
+
+    @property
+    def export_formats(self) -> tuple[Format, ...]:
+        """The configured formats, else all of the task's."""
+        return self.export.formats or (FORMATS if self.task == "classify" else (*FORMATS, *NMS_FORMATS))
 
 
 def load_experiment(path: str | Path | None, overrides: list[str] | None = None) -> Experiment:

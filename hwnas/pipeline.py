@@ -24,7 +24,7 @@ from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_confi
 from hwnas.search import FINDERS, STRATEGIES
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
-CLASSIFIERS_ONLY = ("search", "export", "validate")
+CLASSIFIERS_ONLY = ("search",)
 """Stages that do not take detectors yet."""
 
 
@@ -100,7 +100,7 @@ class Pipeline:
     def stage(self, name: str) -> Stage:
         """A stage by name. Raises ConfigError where it does not take detectors yet, and the experiment trains one."""
         if self.experiment.task == "detect" and name in CLASSIFIERS_ONLY:
-            raise ConfigError(f"'hwnas {name}' takes no detectors yet: with task = 'detect' there are 'hwnas train' and 'hwnas report'.")
+            raise ConfigError(f"'hwnas {name}' takes no detectors yet: with task = 'detect', name an architecture as train.arch.")
         stages: dict[str, Callable[[], Stage]] = {
             "profile": self._profile,
             "search": self._search,
@@ -174,9 +174,13 @@ class Pipeline:
             f"{device.dtype}, {device.threads} thread{'s' if device.threads > 1 else ''}) in {experiment.profile.rounds} rounds",
             "search": f"{searcher} over {space.size:.3g} architectures, {target}",
             "train": f"{arch} for {experiment.train.epochs:g} epochs, weights from {experiment.train.backbone or experiment.train.weights}",
-            "export": ", ".join(experiment.export.formats),
+            "export": ", ".join(experiment.export_formats),
             "validate": f"latency within {experiment.validation.latency_tolerance:.0%} of predicted, "
-            f"int8 top-1 within {experiment.validation.int8_accuracy_tolerance:.1%} of PyTorch",
+            + (
+                f"int8 AP within {experiment.validation.int8_ap_tolerance:.1%} of PyTorch"
+                if experiment.task == "detect"
+                else f"int8 top-1 within {experiment.validation.int8_accuracy_tolerance:.1%} of PyTorch"
+            ),
             "report": str(self.root / "report" / "report.html"),
         }
         source = (
@@ -185,11 +189,8 @@ class Pipeline:
         return "\n".join([f"experiment {experiment.name} in {self.root}", source, *(f"{name:9} {texts[name]}" for name in self.needed)])
 
     def _refuse_detectors(self) -> None:
-        if self.experiment.task == "detect":
-            raise ConfigError(
-                "'hwnas run' goes through export and validation, which take no detectors yet: with task = 'detect', name an architecture "
-                "as train.arch, then use 'hwnas train' and 'hwnas report'."
-            )
+        if self.experiment.task == "detect" and "search" in self.needed:
+            raise ConfigError("no detectors are searched yet: with task = 'detect', name an architecture as train.arch.")
 
     def _config(self, *sections: str) -> dict[str, str]:
         content = self.experiment.model_dump(mode="json", by_alias=True)
@@ -285,9 +286,10 @@ class Pipeline:
         from hwnas.export import stage as export
 
         def inputs() -> dict[str, str]:
-            return {**self._file(self.root / "train" / "model.safetensors", "train"), **self._data(), **self._config("export")}
+            sections = ("export", "detector") if self.experiment.task == "detect" else ("export",)
+            return {**self._file(self.root / "train" / "model.safetensors", "train"), **self._data(), **self._config(*sections)}
 
-        formats = self.experiment.export.formats
+        formats = self.experiment.export_formats
         return Stage("export", export.outputs(formats), inputs, lambda ctx: export.run(ctx, connect(HOST).predict))
 
     def _validate(self) -> Stage:

@@ -8,19 +8,25 @@ profiled. And a table of another device never predicts anything here.
 
 Outputs are compared on the device, too: each file gets the bundle's real images there, and its logits are held against PyTorch's. A
 file whose runtime the device lacks is left out, and the verdict says so.
+
+Detectors are judged by their AP (``validate_detector``). A prediction is of the network: of a TFLite file it is held against the time
+without decoding (``network_ms``), and a file with NMS in its graph has none: its measured time stands beside that of the file without, and
+the time that NumPy takes for the same.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import ClassVar
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
+from hwnas import validate_detector
 from hwnas.config import DataConfig, DeviceConfig, ValidateConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms, missing_ops
@@ -29,62 +35,19 @@ from hwnas.core.table import LatencyTable
 from hwnas.data.images import evaluation_batches, load_images
 from hwnas.devices.device import Connection, Device
 from hwnas.devices.profile import spread_of
-from hwnas.document import Document, file_sha256
+from hwnas.document import file_sha256, write_atomic
 from hwnas.errors import DeviceError, DocumentError
-from hwnas.export.bundle import Bundle, BundleFile, Parity, parity
+from hwnas.export.bundle import GRAPHS, Bundle, BundleFile, Parity, parity
+from hwnas.export.tflite_detector import without_decoding
 from hwnas.progress import Progress
+from hwnas.verdict import FileVerdict, Verdict, drift_note, lines
+
+__all__ = ["FileVerdict", "Verdict", "drift_note", "lines", "load_bundle", "validate"]
 
 OUTPUTS = ["verdict.json"]
 Build = Callable[[Sequence[Op], str, str], Path]
 Rounds = list[list[float]]
 IMAGES_AT_ONCE = 512
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileVerdict(_Part):
-    """One file on the device. Latency is judged where a table of the same runtime, dtype and threads predicts it."""
-
-    name: str
-    runtime: str
-    runtime_version: str
-    dtype: str
-    measured_ms: float = Field(description="median over rounds of the median over runs")
-    spread: float = Field(description="interquartile range of the rounds' medians / median")
-    predicted_ms: float | None
-    latency_error: float | None = Field(description="measured_ms / drift against predicted_ms, as a fraction")
-    latency_passed: bool | None
-    parity: Parity | None = Field(None, description="outputs on this device against PyTorch's, on the bundle's images")
-    parity_passed: bool | None = Field(description="for float files; none for int8, which is judged by accuracy alone")
-    accuracy: float
-    accuracy_loss: float
-    accuracy_passed: bool
-
-
-class Verdict(Document):
-    """What validation found. ``passed`` only if every judged number is within its tolerance."""
-
-    SCHEMA: ClassVar[str] = "hwnas.verdict"
-
-    device: str
-    cpu: str
-    cores: tuple[int, ...]
-    governor: str
-    threads: int
-    date: str
-    bundle_sha256: str
-    table: str | None
-    table_sha256: str | None
-    unpredicted: str | None = Field(description="why the table predicts nothing here; none where it does")
-    drift: float | None = Field(description="time of the network's blocks now / in the table; none without a table that applies")
-    tolerances: ValidateConfig
-    images: int
-    torch_accuracy: float
-    files: tuple[FileVerdict, ...]
-    not_run: dict[str, str] = Field({}, description="files of the bundle that were left out, and why")
-    passed: bool
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -120,14 +83,12 @@ def validate(
     if not files:
         has = ", ".join(runtimes) or "no runtime"
         raise DeviceError(f"{device.id} has {has}, for which the bundle has no file: export one (export.formats), or install its runtime.")
-    parities = _parities(files, folder, connection, work)
-    accuracies, torch_accuracy, images = _accuracies(bundle, files, folder, data, config.images, connection, work, progress)
-    measurement = _Measurement(bundle, files, folder, device, connection, settings, table, build)
-    measurement.run(config, work, progress)
+    quality = _quality(bundle, files, folder, data, config, connection, work, progress)
+    with TemporaryDirectory(dir=work, prefix=".networks-") as networks:
+        measurement = _Measurement(bundle, files, folder, device, connection, settings, table, build, Path(networks))
+        measurement.run(config, work, progress)
     drift = measurement.drift()
-    verdicts = tuple(
-        _judged(file, measurement, drift, parities[file.name], accuracies[file.name], torch_accuracy, config) for file in files
-    )
+    verdicts = tuple(_judged(file, measurement, drift, quality, config) for file in files)
     header = next(iter(measurement.headers.values()))
     return Verdict(
         device=device.id,
@@ -142,12 +103,51 @@ def validate(
         unpredicted=measurement.unpredicted,
         drift=drift,
         tolerances=config,
-        images=images,
-        torch_accuracy=torch_accuracy,
+        images=quality.images,
+        **quality.torch,
         files=verdicts,
         not_run=not_run,
-        passed=all(False not in (file.accuracy_passed, file.latency_passed, file.parity_passed) for file in verdicts),
+        passed=all(file.quality_passed and False not in (file.latency_passed, file.parity_passed) for file in verdicts),
     )
+
+
+@dataclass(frozen=True)
+class _Quality:
+    """How good PyTorch and the files are on the same images, by the names of the verdict's fields, and how near their outputs are."""
+
+    torch: dict[str, float]
+    files: dict[str, dict[str, Any]]
+    parities: dict[str, Parity]
+    images: int
+
+
+def _quality(
+    bundle: Bundle,
+    files: Sequence[BundleFile],
+    folder: Path,
+    data: DataConfig,
+    config: ValidateConfig,
+    connection: Connection,
+    work: Path,
+    progress: Progress,
+) -> _Quality:
+    if bundle.detector is None:
+        parities = _parities(files, folder, connection, work)
+        accuracies, torch, images = _accuracies(bundle, files, folder, data, config.images, connection, work, progress)
+        allowed = {"fp32": config.accuracy_tolerance, "int8": config.int8_accuracy_tolerance}
+        fields = {file.name: _field("accuracy", accuracies[file.name], torch, allowed[file.dtype]) for file in files}
+        return _Quality({"torch_accuracy": torch}, fields, parities, images)
+    parities = validate_detector.parities(bundle, files, folder, connection, work)
+    found = validate_detector.judge(bundle, files, folder, data, config.images, connection, work, progress)
+    allowed = {"fp32": config.ap_tolerance, "int8": config.int8_ap_tolerance}
+    fields = {file.name: _field("ap", found.ap[file.name], found.torch_ap, allowed[file.dtype]) for file in files}
+    for name, ms in found.post_processing_ms.items():
+        fields[name]["post_processing_ms"] = ms
+    return _Quality({"torch_ap": found.torch_ap}, fields, parities, found.images)
+
+
+def _field(name: str, value: float, torch: float, tolerance: float) -> dict[str, Any]:
+    return {name: value, f"{name}_loss": torch - value, f"{name}_passed": torch - value <= tolerance}
 
 
 def _parities(files: Sequence[BundleFile], folder: Path, connection: Connection, work: Path) -> dict[str, Parity]:
@@ -209,6 +209,7 @@ class _Measurement:
         settings: DeviceConfig,
         table: LatencyTable | None,
         build: Build,
+        networks: Path,
     ) -> None:
         self.arch: Architecture = bundle.architecture
         self.connection, self.settings, self.table = connection, settings, table
@@ -219,6 +220,10 @@ class _Measurement:
         self.items: dict[str, list[dict[str, object]]] = defaultdict(list)
         for file in files:
             self.items[file.runtime].append({"id": file.name, "path": str((folder / file.name).resolve()), "ops": chain})
+            if bundle.detector is not None and file.runtime == "litert" and file.format not in GRAPHS:
+                path = networks / f"network-{file.name}"
+                write_atomic(path, without_decoding((folder / file.name).read_bytes()))
+                self.items[file.runtime].append({"id": path.name, "path": str(path.resolve()), "ops": chain})
         self.blocks: tuple[Op, ...] = ()
         self.unpredicted = _unpredicted(bundle, device, settings, table)
         # Prices that were fitted to whole networks are not times of blocks alone, so no block can tell how they have changed.
@@ -231,7 +236,8 @@ class _Measurement:
     def applies(self, file: BundleFile) -> bool:
         """Whether the table predicts this file."""
         table = self.table if self.unpredicted is None else None
-        return table is not None and (table.header.runtime, table.header.dtype) == (file.runtime, file.dtype)
+        same = table is not None and (table.header.runtime, table.header.dtype) == (file.runtime, file.dtype)
+        return same and file.format not in GRAPHS
 
     def run(self, config: ValidateConfig, work: Path, progress: Progress) -> None:
         """All rounds, and as many again while a file's rounds spread too widely."""
@@ -284,58 +290,27 @@ def _judged(
     file: BundleFile,
     measurement: _Measurement,
     drift: float | None,
-    outputs: Parity,
-    accuracy: float,
-    torch_accuracy: float,
+    quality: _Quality,
     config: ValidateConfig,
 ) -> FileVerdict:
     table = measurement.table if measurement.applies(file) else None
     predicted = None if table is None else latency_ms(measurement.arch, table)
-    measured = measurement.ms(file.name)
-    error = None if predicted is None else measured / (drift or 1.0) / predicted - 1
-    tolerance = config.int8_accuracy_tolerance if file.dtype == "int8" else config.accuracy_tolerance
+    network = f"network-{file.name}" if f"network-{file.name}" in measurement.rounds else None
+    judged = measurement.ms(network or file.name)
+    error = None if predicted is None else judged / (drift or 1.0) / predicted - 1
+    outputs, exact = quality.parities[file.name], file.dtype != "int8" and file.format not in GRAPHS
     return FileVerdict(
         name=file.name,
         runtime=file.runtime,
         runtime_version=str(measurement.headers[file.runtime]["runtime_version"]),
         dtype=file.dtype,
-        measured_ms=measured,
+        measured_ms=measurement.ms(file.name),
+        network_ms=None if network is None else judged,
         spread=spread_of(measurement.rounds[file.name]),
         predicted_ms=predicted,
         latency_error=error,
         latency_passed=None if error is None else abs(error) <= config.latency_tolerance and abs((drift or 1.0) - 1) <= config.max_drift,
         parity=outputs,
-        parity_passed=None if file.dtype == "int8" else outputs.relative_error <= config.parity_tolerance,
-        accuracy=accuracy,
-        accuracy_loss=torch_accuracy - accuracy,
-        accuracy_passed=torch_accuracy - accuracy <= tolerance,
+        parity_passed=outputs.relative_error <= config.parity_tolerance if exact else None,
+        **quality.files[file.name],
     )
-
-
-def drift_note(verdict: Verdict) -> str | None:
-    """A sentence about a device that is not as fast as when it was profiled; None while it is within the tolerance."""
-    if verdict.drift is None or abs(verdict.drift - 1) <= verdict.tolerances.latency_tolerance:
-        return None
-    how = "slower" if verdict.drift > 1 else "faster"
-    said = f"{verdict.device} is {abs(verdict.drift - 1):.0%} {how} now than when it was profiled (its clock, temperature or load changed)"
-    if abs(verdict.drift - 1) > verdict.tolerances.max_drift:
-        return f"{said}, more than the {verdict.tolerances.max_drift:.0%} allowed: profile it again."
-    return f"{said}; predictions are judged at the profiled speed."
-
-
-def lines(verdict: Verdict) -> list[str]:
-    """A verdict as lines for a terminal."""
-    out = []
-    for file in verdict.files:
-        latency = f"{file.measured_ms:.4g} ms"
-        if file.predicted_ms is not None and file.latency_error is not None:
-            mark = "ok" if file.latency_passed else "OUT OF TOLERANCE"
-            latency += (
-                f", drift {(verdict.drift or 1) - 1:+.1%}, error {file.latency_error:+.1%} of {file.predicted_ms:.4g} ms predicted ({mark})"
-            )
-        mark = "ok" if file.accuracy_passed and file.parity_passed is not False else "OUT OF TOLERANCE"
-        outputs = "" if file.parity is None else f", outputs within {file.parity.relative_error:.1e}"
-        out.append(f"{file.name}: {latency}; top-1 {file.accuracy:.2%} against {verdict.torch_accuracy:.2%} in PyTorch{outputs} ({mark})")
-    out += [f"{name}: not run, {why}" for name, why in verdict.not_run.items()]
-    note = drift_note(verdict) or (f"latency is not judged: {verdict.unpredicted}." if verdict.unpredicted else None)
-    return [*out, *([f"note: {note}"] if note else []), f"verdict: {'passed' if verdict.passed else 'FAILED'}"]

@@ -156,3 +156,13 @@ def test_the_exported_floats_are_pytorchs_on_real_images(finished_run: Path) -> 
         assert arrays["logits"].std() > 0.1  # else the comparison would be of silence
     for file in bundle.files:
         assert file.dtype == "int8" or file.parity.relative_error <= 1e-4
+
+
+def test_documents_of_classifiers_have_nothing_of_detectors(finished_run: Path) -> None:
+    """Their bytes, and so their hashes, are those from before there were detectors."""
+    for path in (finished_run / "export" / "bundle.json", finished_run / "validate" / "verdict.json"):
+        content = path.read_text()
+        document = (Bundle if path.stem == "bundle" else Verdict).parse(content)
+        assert document.to_json() == content
+        words = ('"ap"', '"torch_ap"', '"detector": {"', '"post_processing_ms"', '"detector": null,\n "files"', '"ap_loss"')
+        assert not [word for word in words if word in content] and '"torch_accuracy"' in content

@@ -210,7 +210,7 @@ class Adb:
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
         """Outputs of a model file for images: one process for each, ``INPUT_BYTES`` of them on the phone at once."""
         program, phone = find_program(self.options.benchmark_model), self._phone()
-        entry, exit_ = self._tensors(model)
+        entry, exits = self._tensors(model)
         step = max(1, INPUT_BYTES // len(tool.to_inputs(images_NHWC[:1], entry)))
         outputs: list[np.ndarray] = []
         with AdbSession(phone, self.options.folder, program, folder) as session:
@@ -219,7 +219,7 @@ class Adb:
                     try:
                         session.open()
                         inputs = tool.to_inputs(images_NHWC[start : start + step], entry)
-                        outputs.append(self._outputs(session, model, inputs, entry, exit_))
+                        outputs.append(self._outputs(session, model, inputs, entry, exits))
                         self._losses = 0
                     except PhoneGoneError as error:
                         session.forget()
@@ -227,23 +227,22 @@ class Adb:
                             pass  # nobody listens for notes here
         return np.concatenate(outputs)
 
-    def _tensors(self, model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """TFLite's details of the one input and the one output of a file."""
+    def _tensors(self, model: Path) -> tuple[Row, list[Row]]:
+        """TFLite's details of the one input and of the outputs of a file."""
         try:
             interpreter = Interpreter(str(model))
             inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
         except (OSError, RuntimeError, ValueError) as error:
             raise DeviceError(f"{model.name} does not run on {self.device.id}: {error}") from error
-        if len(inputs) != 1 or len(outputs) != 1:
-            raise DeviceError(f"{model.name} has {len(inputs)} inputs and {len(outputs)} outputs; predictions need one of each.")
-        return inputs[0], outputs[0]
+        if len(inputs) != 1:
+            raise DeviceError(f"{model.name} has {len(inputs)} inputs; predictions need one.")
+        return inputs[0], outputs
 
-    def _outputs(self, session: AdbSession, model: Path, inputs: bytes, entry: Row, exit_: Row) -> np.ndarray:
+    def _outputs(self, session: AdbSession, model: Path, inputs: bytes, entry: Row, exits: Sequence[Row]) -> np.ndarray:
         """Outputs float32 [N, ...] for the bytes of N inputs."""
         name = session.add(model)
         session.send({"inputs": inputs})
-        count_bytes = (np.dtype(tensor["dtype"]).itemsize * int(np.prod(tensor["shape"])) for tensor in (entry, exit_))
-        input_bytes, output_bytes = count_bytes
+        input_bytes, output_bytes = tool.output_bytes([entry]), tool.output_bytes(exits)
         flags = tool.prediction_flags(entry["shape"], self.options.delegate)
         for ended in session.run(["predict", name, str(input_bytes), session.program.name, *flags]):
             if ended is None:
@@ -255,7 +254,10 @@ class Adb:
                     f"{session.program.path} wrote {ended.output_bytes} bytes of output where {model.name} gives {output_bytes}: "
                     f"it is too old, or another tool; {guide()} says where to get one that writes outputs."
                 )
-        return tool.from_outputs(session.receive("outputs"), exit_)
+        data, due = session.receive("outputs"), len(inputs) // input_bytes * output_bytes
+        if len(data) != due:
+            raise DeviceError(f"{self.device.id} sent {len(data)} bytes of outputs of {model.name}, not {due}: run the command again.")
+        return tool.from_outputs(data, exits)
 
     def _return(self, error: PhoneGoneError, moment: str) -> Iterator[Row]:
         """Wait for a phone that went away. Raises DeviceError where it does not come back, or goes again and again."""

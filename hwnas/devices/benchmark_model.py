@@ -167,11 +167,27 @@ def to_inputs(images_NHWC: np.ndarray, tensor: dict[str, Any]) -> bytes:
     return quantised.tobytes()
 
 
-def from_outputs(data: bytes, tensor: dict[str, Any]) -> np.ndarray:
-    """Float32 [N, ...] of the bytes of N output tensors (TFLite's details of one), each of batch 1."""
-    dtype = np.dtype(tensor["dtype"])
-    values = np.frombuffer(data, dtype).reshape(-1, *tensor["shape"][1:])
-    if dtype.kind != "f":
-        scale, zero_point = tensor["quantization"]
-        values = (values.astype(np.float32) - zero_point) * scale
-    return values.astype(np.float32)
+def output_bytes(tensors: Sequence[dict[str, Any]]) -> int:
+    """The bytes of the output tensors (TFLite's details of each) of one image, as the tool writes them one after another."""
+    return sum(np.dtype(tensor["dtype"]).itemsize * int(np.prod(tensor["shape"])) for tensor in tensors)
+
+
+def from_outputs(data: bytes, tensors: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Float32 [N, ...] of the bytes of N images' output tensors (TFLite's details of each), all of batch 1.
+
+    Several tensors become one row per image, flattened one after another. Raises BenchmarkError where the bytes are not those of
+    whole images.
+    """
+    size = output_bytes(tensors)
+    if len(data) % size:
+        raise BenchmarkError(f"{len(data)} bytes of outputs are no multiple of the {size} of one image")
+    rows, start, parts = np.frombuffer(data, np.uint8).reshape(-1, size), 0, []
+    for tensor in tensors:
+        end = start + output_bytes([tensor])
+        values = np.ascontiguousarray(rows[:, start:end]).view(tensor["dtype"]).reshape(-1, *tensor["shape"][1:])
+        if np.dtype(tensor["dtype"]).kind != "f":
+            scale, zero_point = tensor["quantization"]
+            values = (values.astype(np.float32) - zero_point) * scale
+        parts.append(values.astype(np.float32))
+        start = end
+    return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(len(rows), -1) for part in parts], axis=1)

@@ -30,10 +30,25 @@ class BlockWriter(ABC, Generic[V]):
 
     def chain(self, x: V, ops: Sequence[Op], modules: Sequence[nn.Module]) -> V:
         """Add ops one after another, and return the last one's output. Raises ExportError where a module is not its op's."""
+        return self.outputs(x, ops, modules, "blocks." if len(ops) > 1 else None)[-1]
+
+    def outputs(self, x: V, ops: Sequence[Op], modules: Sequence[nn.Module], scope: str | None) -> list[V]:
+        """Add ops one after another, and return the outputs of all. Without a ``scope`` there is one op, and its names stand alone."""
+        outputs = []
         for position, (op, module) in enumerate(zip(ops, modules, strict=True)):
-            self.scope = f"blocks.{position}." if len(ops) > 1 else ""
+            self.scope = "" if scope is None else f"{scope}{position}."
             x = self._op(x, op, module)
-        return x
+            outputs.append(x)
+        return outputs
+
+    def predictors(self, x: V, op: Op, module: nn.Module, scope: str) -> tuple[V, V]:
+        """Add the op ``ssd`` of a feature map, and return its class logits and box codes."""
+        self.scope = scope
+        branches = []
+        for depthwise, predict in (op.layers[:2], op.layers[2:]):
+            y = self.conv(x, depthwise, _part(op, module, depthwise.name))
+            branches.append(self.conv(y, predict, _part(op, module, predict.name)))
+        return branches[0], branches[1]
 
     def _op(self, x: V, op: Op, module: nn.Module) -> V:
         if op.kind == "classifier":

@@ -6,6 +6,12 @@ export/
     model-int8.tflite       the same interface, int8 inside
     model.onnx              NCHW float32 in, logits out; the architecture is in its metadata
     parity.npz              some test images as the model gets them, PyTorch's logits of them and classes of all
+
+Of a detector, the three files return a row per anchor, ``parity.npz`` holds PyTorch's rows and what it finds in all test images, and
+there may be files that choose the detections themselves:
+
+    model-nms.onnx          ONNX's NonMaxSuppression
+    model-*-tasks.tflite    TFLite_Detection_PostProcess, the operator that Android's task libraries read
 """
 
 from __future__ import annotations
@@ -14,25 +20,32 @@ import io
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hwnas import __version__
-from hwnas.config import DataConfig
+from hwnas.config import DataConfig, Format
 from hwnas.core.arch import Architecture
+from hwnas.core.detector import PostProcessing
 from hwnas.data.images import Batch
 from hwnas.document import Document, file_sha256, write_atomic
 
-Format = Literal["tflite-fp32", "tflite-int8", "onnx"]
 FILES: dict[str, tuple[str, str, str]] = {
     "tflite-fp32": ("model-fp32.tflite", "litert", "fp32"),
     "tflite-int8": ("model-int8.tflite", "litert", "int8"),
     "onnx": ("model.onnx", "onnxruntime", "fp32"),
+    "onnx-nms": ("model-nms.onnx", "onnxruntime", "fp32"),
+    "tflite-fp32-tasks": ("model-fp32-tasks.tflite", "litert", "fp32"),
+    "tflite-int8-tasks": ("model-int8-tasks.tflite", "litert", "int8"),
 }
 """Format -> (file name, runtime, dtype)."""
+
+Graph = Literal["decoded", "nms", "tasks"]
+GRAPHS: dict[str, Graph] = {"onnx-nms": "nms", "tflite-fp32-tasks": "tasks", "tflite-int8-tasks": "tasks"}
+"""Format -> what a detector's file has in its graph; ``decoded`` where it is not listed (``post_processing`` says what they are)."""
 
 
 class _Part(BaseModel):
@@ -43,6 +56,7 @@ class Parity(_Part):
     """A file's outputs against PyTorch's on real test images.
 
     ``relative_error`` is max |file - torch| / max |torch| over all logits; ``agreement`` the part of images with the same top-1.
+    Of detectors see ``detector_stage.detector_parity``.
     """
 
     images: int
@@ -72,8 +86,31 @@ class Preprocessing(_Part):
     resize: str
 
 
+class Output(_Part):
+    """One output of a detector's file, of batch 1."""
+
+    name: str
+    shape: tuple[int, ...]
+    meaning: str
+
+
+class DetectorFile(_Part):
+    """What is in the graph of a detector's file, and what comes out."""
+
+    graph: Graph
+    outputs: tuple[Output, ...]
+
+
+class DetectorPart(_Part):
+    """How to read a detector's files, by their names. ``post_processing`` is what files without it in the graph still need."""
+
+    anchors: int
+    post_processing: PostProcessing
+    files: dict[str, DetectorFile]
+
+
 class Bundle(Document):
-    """The description of a bundle (``bundle.json``)."""
+    """The description of a bundle (``bundle.json``). A classifier has ``torch_accuracy``, a detector ``torch_ap`` and ``detector``."""
 
     SCHEMA: ClassVar[str] = "hwnas.bundle"
 
@@ -82,10 +119,26 @@ class Bundle(Document):
     preprocessing: Preprocessing
     macs: int
     params: int
-    torch_accuracy: float
+    torch_accuracy: float | None = None
+    torch_ap: float | None = Field(None, description="COCO's AP of PyTorch on the test images")
     test_images: int
     files: tuple[BundleFile, ...]
+    detector: DetectorPart | None = None
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        detects = self.architecture.detector is not None
+        if (self.detector is None, self.torch_ap is None, self.torch_accuracy is None) != (not detects, not detects, detects):
+            raise ValueError("a bundle has torch_accuracy, and that of a detector has torch_ap and detector instead: export again")
+        if self.detector is not None and set(self.detector.files) != {file.name for file in self.files}:
+            raise ValueError("detector.files must name the same files as files: export again")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what belongs to the other task, so that bundles from before detectors keep their hash."""
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 def preprocessing(data: DataConfig, resizing: str) -> Preprocessing:

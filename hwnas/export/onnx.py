@@ -32,20 +32,27 @@ def to_onnx(
     metadata: Mapping[str, str],
     path: str | Path,
 ) -> None:
-    """Write ``module`` in eval mode as one ONNX file, weights inside.
-
-    The file takes ``image`` float32 NCHW, exactly ``input_shape`` (batch 1), and returns ``logits``.
-    ``metadata`` goes into its ``metadata_props``; the architecture belongs there. The module itself is left
-    untouched, and an existing file is replaced only by a complete one that passed ``onnx.checker``.
-
-    Raises ExportError where the exporter or the checker refuses the module, or where it has several outputs.
+    """Write ``module`` in eval mode as one ONNX file; see ``onnx_file``. An existing file is replaced only by a complete one.
 
     >>> to_onnx(net, (1, 3, 224, 224), metadata={"recipe": "mobile"}, path="net.onnx")  # doctest: +SKIP
+    """
+    write_atomic(path, onnx_file(module, input_shape, metadata=metadata))
+
+
+def onnx_file(
+    module: nn.Module, input_shape: tuple[int, int, int, int], *, metadata: Mapping[str, str], output_name: str = OUTPUT_NAME
+) -> bytes:
+    """The ONNX file of ``module`` in eval mode, weights inside, as ``onnx.checker`` accepts it.
+
+    The file takes ``image`` float32 NCHW, exactly ``input_shape`` (batch 1), and returns ``output_name``. ``metadata`` goes into its
+    ``metadata_props``; the architecture belongs there. The module itself is left untouched.
+
+    Raises ExportError where the exporter or the checker refuses the module, or where it has several outputs.
     """
     if len(input_shape) != 4 or input_shape[0] != 1:
         raise ExportError(f"The input shape is {input_shape}; exported files take NCHW with batch 1")
     name = type(module).__name__
-    model = _traced(module, input_shape)
+    model = _traced(module, input_shape, output_name)
     if len(model.graph.output) != 1:
         raise ExportError(f"{name} has {len(model.graph.output)} outputs; an ONNX bundle takes one")
     _strip(model)
@@ -55,17 +62,18 @@ def to_onnx(
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"The exported graph of {name} is not valid ONNX: {error}") from error
-    write_atomic(path, model.SerializeToString(deterministic=True))
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
-def _traced(module: nn.Module, input_shape: tuple[int, int, int, int]) -> onnx.ModelProto:
+def _traced(module: nn.Module, input_shape: tuple[int, int, int, int], output_name: str) -> onnx.ModelProto:
     eager = copy.deepcopy(module).cpu().eval()
     try:
         program = torch.onnx.export(
             eager,
             (torch.zeros(input_shape),),
             input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
+            output_names=[output_name],
             opset_version=OPSET,
             dynamo=True,
             verbose=False,

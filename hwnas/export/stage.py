@@ -10,6 +10,7 @@ import numpy as np
 from hwnas.data.images import evaluation_batches, load_images, sampled_images
 from hwnas.document import write_atomic
 from hwnas.errors import ConfigError
+from hwnas.export import detector_stage
 from hwnas.export.bundle import (
     FILES,
     Bundle,
@@ -36,10 +37,23 @@ def outputs(formats: tuple[str, ...]) -> list[str]:
 
 def run(ctx: StageContext, predict: Predict) -> None:
     """Export every format and compare each with PyTorch; ``predict(file, images, folder)`` runs a file in its runtime."""
-    config = ctx.experiment.export
     network = load_network(ctx.path("train", "model.safetensors")).eval()
-    if not isinstance(network, Network):
-        raise ConfigError(f"{network.arch.name!r} is a detector, and export takes classifiers only: train one with task = 'classify'.")
+    kind, task = ("classifier", "classify") if isinstance(network, Network) else ("detector", "detect")
+    if task != ctx.experiment.task:
+        raise ConfigError(f"{network.arch.name!r} is a {kind}, but task = {ctx.experiment.task!r}: set task = {task!r}, or train again.")
+    bundle = _classifier(ctx, network, predict) if isinstance(network, Network) else detector_stage.run(ctx, network, predict)
+    bundle.save(ctx.folder / "bundle.json")
+    same = "top-1" if isinstance(network, Network) else "best detection"
+    for file in bundle.files:
+        ctx.progress.say(
+            f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error {file.parity.relative_error:.1e}, "
+            f"same {same} on {file.parity.agreement:.1%} of {file.parity.images} images"
+        )
+
+
+def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle:
+    """Write the files of a classifier and ``parity.npz``; return what ``bundle.json`` has to say."""
+    config, formats = ctx.experiment.export, ctx.experiment.export_formats
     data = ctx.experiment.data.at(network.arch.resolution)
     train, test = load_images(data, "train"), load_images(data, "test")
     calibration = sampled_images(train, config.calibration_images)
@@ -48,13 +62,13 @@ def run(ctx: StageContext, predict: Predict) -> None:
     predictions, labels = torch_predictions(network, evaluation_batches(test, 256, workers=data.workers))
     save_parity(ctx.folder / "parity.npz", images=images, logits=reference, predictions=predictions)
     files = []
-    with ctx.progress.task("exporting", len(config.formats)) as task:
-        for kind in config.formats:
+    with ctx.progress.task("exporting", len(formats)) as task:
+        for kind in formats:
             path = ctx.folder / FILES[kind][0]
             _write(kind, network, calibration, path)
             files.append(describe_file(ctx.folder, kind, parity(predict(path, images, ctx.folder), reference)))
             task.advance(note=path.name)
-    Bundle(
+    return Bundle(
         architecture=network.arch,
         labels=test.names,
         preprocessing=preprocessing(data, test.resizing),
@@ -64,12 +78,7 @@ def run(ctx: StageContext, predict: Predict) -> None:
         test_images=len(test),
         files=tuple(files),
         versions=tool_versions(),
-    ).save(ctx.folder / "bundle.json")
-    for file in files:
-        ctx.progress.say(
-            f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error {file.parity.relative_error:.1e}, "
-            f"same top-1 on {file.parity.agreement:.1%} of {file.parity.images} images"
-        )
+    )
 
 
 def _write(kind: str, network: Network, calibration_NHWC: np.ndarray, path: Path) -> None:

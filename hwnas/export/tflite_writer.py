@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import flatbuffers
 import numpy as np
@@ -31,6 +31,7 @@ from torch import nn
 from hwnas import __version__
 from hwnas.core.op import Layer, Op
 from hwnas.export.block_writer import BlockWriter, folded
+from hwnas.nn.detector import DetectionNetwork, detector_of
 from hwnas.nn.network import Network
 
 _SCHEMA_VERSION = 3
@@ -72,6 +73,24 @@ def write_op(op: Op, module: nn.Module) -> bytes:
     return _write([op], [module], "input", "output")
 
 
+def write_heads(network: DetectionNetwork) -> bytes:
+    """The float32 TFLite file of a detector's raw predictions: ``image`` in; of each map, its class logits and its box codes out.
+
+    They are [1, size, size, anchors * (classes + 1)] and [1, size, size, anchors * 4], an image of rows as ``DetectionNetwork`` has
+    them, and have names and scales of their own, so that a quantizer need not find one scale for all maps.
+    """
+    arch, detector = network.arch, detector_of(network.arch)
+    graph = _Writer()
+    entry = graph.tensor("image", (1, arch.resolution, arch.resolution, arch.in_channels))
+    blocks = graph.outputs(entry, arch.blocks, list(network.blocks), "blocks.")
+    extras = graph.outputs(blocks[-1], detector.extras, list(network.extras), "extras.")
+    maps = [*(blocks[tap] for tap in detector.taps), *extras]
+    exits: list[int] = []
+    for position, (x, op, head) in enumerate(zip(maps, detector.heads, network.heads, strict=True)):
+        exits += graph.predictors(x, op, head, f"heads.{position}.")
+    return graph.pack(entry, *exits)
+
+
 def _write(ops: Sequence[Op], modules: Sequence[nn.Module], input_name: str, output_name: str) -> bytes:
     graph = _Writer()
     entry = graph.tensor(input_name, (1, ops[0].size, ops[0].size, ops[0].in_ch))
@@ -80,7 +99,7 @@ def _write(ops: Sequence[Op], modules: Sequence[nn.Module], input_name: str, out
     return graph.pack(entry, exit_)
 
 
-class _Graph:
+class Graph:
     """A TFLite graph under construction. Tensors are known by their index; names are unique, as the quantizer needs."""
 
     scope = ""
@@ -92,10 +111,35 @@ class _Graph:
         self._operators: list[Any] = []
         self._versions: dict[str, int] = {}  # of each operator code, the highest that is needed
 
+    @classmethod
+    def opened(cls, model: bytes) -> tuple[Self, int, list[int]]:
+        """The graph of a file, to go on with; its only input, and its outputs."""
+        parsed, opened = schema.ModelT.InitFromPackedBuf(model), cls()
+        [graph] = parsed.subgraphs
+        names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+        codes = [(names[max(code.builtinCode, code.deprecatedBuiltinCode)], code.version) for code in parsed.operatorCodes]
+        for name, version in codes:
+            opened._versions[name] = max(version, opened._versions.get(name, 1))
+        opened.tensors, opened._operators = graph.tensors, graph.operators
+        for operator in opened._operators:
+            operator.opcodeIndex = list(opened._versions).index(codes[operator.opcodeIndex][0])
+        for tensor in opened.tensors:
+            tensor.name = tensor.name.decode()
+        opened._buffers += [_Buffer(b"" if buffer.data is None else bytes(buffer.data)) for buffer in parsed.buffers[1:]]
+        [entry] = graph.inputs
+        return opened, int(entry), [int(exit_) for exit_ in graph.outputs]
+
+    def cut(self, scope: str) -> list[int]:
+        """Leave out the operators with names of ``scope``, which are the last; return the tensors that they took from the others."""
+        first = next(i for i, tensor in enumerate(self.tensors) if tensor.name.startswith(scope))
+        ours = [operator for operator in self._operators if min(operator.outputs) < first]
+        used = [int(i) for operator in self._operators[len(ours) :] for i in operator.inputs if i < first]
+        self.tensors, self._operators = self.tensors[:first], ours
+        return list(dict.fromkeys(used))
+
     def shape(self, tensor: int) -> tuple[int, ...]:
         """Height and width in the middle: NHWC, or [1, classes]."""
-        shape: tuple[int, ...] = self.tensors[tensor].shape
-        return shape
+        return tuple(int(size) for size in self.tensors[tensor].shape)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: int = schema.TensorType.FLOAT32, buffer: int = 0) -> int:
         """Add a tensor, and return its index."""
@@ -117,24 +161,33 @@ class _Graph:
     ) -> int:
         """Add the operator ``code`` (as the schema spells it), and return its output, a tensor ``name`` of ``shape``."""
         output = self.tensor(name, shape)
-        operator = schema.OperatorT()
-        self._versions[code] = max(version, self._versions.get(code, 1))
-        operator.opcodeIndex = list(self._versions).index(code)
-        operator.inputs, operator.outputs = list(inputs), [output]
+        operator = self._operator(code, inputs, [output], version)
         if options is not None:
             operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
             operator.builtinOptions = options
-        self._operators.append(operator)
         return output
 
-    def pack(self, entry: int, exit_: int) -> bytes:
-        """The file of the graph from tensor ``entry`` to tensor ``exit_``."""
+    def custom(self, code: str, inputs: Sequence[int], outputs: Sequence[int], options: bytes) -> None:
+        """Add an operator that the schema does not know, with its options as flexbuffers, between tensors that are there."""
+        operator = self._operator(code, inputs, outputs, 1)
+        operator.customOptions, operator.customOptionsFormat = options, schema.CustomOptionsFormat.FLEXBUFFERS
+
+    def _operator(self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int) -> Any:
+        operator = schema.OperatorT()
+        self._versions[code] = max(version, self._versions.get(code, 1))
+        operator.opcodeIndex = list(self._versions).index(code)
+        operator.inputs, operator.outputs = list(inputs), list(outputs)
+        self._operators.append(operator)
+        return operator
+
+    def pack(self, entry: int, *exits: int) -> bytes:
+        """The file of the graph from tensor ``entry`` to the tensors ``exits``."""
         graph = schema.SubGraphT()
         graph.name, graph.tensors, graph.operators = "main", self.tensors, self._operators
-        graph.inputs, graph.outputs = [entry], [exit_]
+        graph.inputs, graph.outputs = [entry], list(exits)
         signature = schema.SignatureDefT()
         signature.signatureKey = "serving_default"
-        signature.inputs, signature.outputs = [self._named(entry)], [self._named(exit_)]
+        signature.inputs, signature.outputs = [self._named(entry)], [self._named(exit_) for exit_ in exits]
         model = schema.ModelT()
         model.version, model.description = _SCHEMA_VERSION, f"hwnas {__version__}"
         model.operatorCodes = [_operator_code(*code) for code in self._versions.items()]
@@ -150,7 +203,7 @@ class _Graph:
         return entry
 
 
-class _Writer(_Graph, BlockWriter[int]):
+class _Writer(Graph, BlockWriter[int]):
     """Ops in TFLite's operators."""
 
     def conv(self, x: int, layer: Layer, module: nn.Module, *, shift: float = 0.0) -> int:
@@ -240,7 +293,8 @@ def _same_padding(layer: Layer) -> bool:
 
 def _operator_code(name: str, version: int) -> Any:
     code = schema.OperatorCodeT()
-    code.builtinCode, code.version = getattr(schema.BuiltinOperator, name), version
+    code.builtinCode, code.version = getattr(schema.BuiltinOperator, name, schema.BuiltinOperator.CUSTOM), version
+    code.customCode = name if code.builtinCode == schema.BuiltinOperator.CUSTOM else None
     # Runtimes from before 2021 read a signed byte here, in which 127 stands for all the codes that do not fit.
     code.deprecatedBuiltinCode = min(code.builtinCode, schema.BuiltinOperator.PLACEHOLDER_FOR_GREATER_OP_CODES)
     return code
@@ -253,7 +307,11 @@ class _Buffer:
     data: bytes
 
     def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802 - what the generated ModelT calls
-        """Write the buffer, and return its offset."""
+        """Write the buffer, and return its offset. An empty one stands for a tensor that only exists while the graph runs."""
+        if not self.data:
+            schema.BufferStart(builder)
+            empty: int = schema.BufferEnd(builder)
+            return empty
         builder.Prep(_ALIGNMENT_BYTES, len(self.data))
         vector = builder.CreateByteVector(self.data)
         schema.BufferStart(builder)

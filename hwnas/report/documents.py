@@ -157,9 +157,9 @@ def _load(document: type[D], path: Path) -> D | None:
 
 
 def _needed(experiment: Experiment) -> list[str]:
-    if experiment.task == "detect":
-        return ["train"]  # the others take no detectors yet
-    skipped = {"profile": experiment.search.table is not None, "search": experiment.train.arch is not None}
+    named = experiment.train.arch is not None
+    unpriced = experiment.search.table is not None or (named and experiment.task == "detect")  # no space prices its heads
+    skipped = {"profile": unpriced, "search": named}
     return [name for name in RESULTS if not skipped.get(name, False)]
 
 

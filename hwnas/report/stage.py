@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hwnas import __version__
+from hwnas.config import ValidateConfig
 from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace
 from hwnas.data.coco_eval import NUMBERS
@@ -69,13 +70,8 @@ def render(documents: RunDocuments) -> str:
         numbers=NUMBERS,
         min_score=MIN_SCORE,
         config=json.dumps(documents.experiment.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False),
-        command=f"hwnas {verb(documents)} {shlex.quote(documents.folder)} --out {shlex.quote(documents.folder + '-again')}",
+        command=f"hwnas run {shlex.quote(documents.folder)} --out {shlex.quote(documents.folder + '-again')}",
     )
-
-
-def verb(documents: RunDocuments) -> str:
-    """The command that does all there is to do: the later stages take no detectors yet."""
-    return "train" if documents.detects else "run"
 
 
 @dataclass(frozen=True)
@@ -107,14 +103,15 @@ def failures(documents: RunDocuments) -> list[str]:
     for file in verdict.files:
         if file.latency_passed is False and file.latency_error is not None and file.predicted_ms is not None:
             found.append(
-                f"{file.name} takes {ms(file.measured_ms / (verdict.drift or 1))} ms at the profiled speed, "
+                f"{file.name} takes {ms((file.network_ms or file.measured_ms) / (verdict.drift or 1))} ms at the profiled speed, "
                 f"{against(file.latency_error)} the {ms(file.predicted_ms)} ms predicted; "
                 f"{allowed.latency_tolerance:.1%} are allowed."
             )
-        if not file.accuracy_passed:
-            tolerance = allowed.int8_accuracy_tolerance if file.dtype == "int8" else allowed.accuracy_tolerance
+        lost, tolerance = quality_loss(file, allowed)
+        if not file.quality_passed:
             found.append(
-                f"{file.name} loses {100 * file.accuracy_loss:.2f} points of top-1 against PyTorch; {100 * tolerance:.2f} are allowed."
+                f"{file.name} loses {100 * lost:.2f} points of {'top-1' if file.ap is None else 'AP'} against PyTorch; "
+                f"{100 * tolerance:.2f} are allowed."
             )
         if file.parity_passed is False and file.parity is not None:
             found.append(
@@ -122,6 +119,14 @@ def failures(documents: RunDocuments) -> list[str]:
                 f"{allowed.parity_tolerance:.1e} is allowed."
             )
     return found
+
+
+def quality_loss(file: FileVerdict, allowed: ValidateConfig) -> tuple[float, float]:
+    """What a file loses against PyTorch of accuracy or AP, and what it may lose."""
+    if file.ap_loss is not None:
+        return file.ap_loss, allowed.int8_ap_tolerance if file.dtype == "int8" else allowed.ap_tolerance
+    assert file.accuracy_loss is not None
+    return file.accuracy_loss, allowed.int8_accuracy_tolerance if file.dtype == "int8" else allowed.accuracy_tolerance
 
 
 def notices(documents: RunDocuments) -> list[str]:
@@ -133,7 +138,7 @@ def notices(documents: RunDocuments) -> list[str]:
         if not stage.finished
     ]
     if missing:
-        found.append(f"Not finished yet: {', '.join(missing)}. Go on with: hwnas {verb(documents)} {shlex.quote(documents.folder)}")
+        found.append(f"Not finished yet: {', '.join(missing)}. Go on with: hwnas run {shlex.quote(documents.folder)}")
     search, table, bundle, arch = documents.search, documents.table, documents.bundle, documents.arch
     if search is not None and table is not None and search.table_sha256 != table.sha256:
         found.append("The search used another latency table than the one shown here.")

@@ -88,7 +88,7 @@ def litert(flags: dict[str, str], folder: Path, say: Say) -> int:
     say(f"INFO: Loaded model {flags['graph']}")
     if flags.get("use_xnnpack") == "true":
         say("INFO: Explicitly applied XNNPACK delegate, and the model graph will be completely executed by the delegate.")
-    entry, exit_ = model.get_input_details()[0], model.get_output_details()[0]
+    entry, exits = model.get_input_details()[0], model.get_output_details()
     values = np.random.default_rng(0).uniform(-0.5, 0.5, entry["shape"]).astype(entry["dtype"])
     if "input_layer_value_files" in flags:
         data = (folder / flags["input_layer_value_files"].split(":")[1]).read_bytes()
@@ -105,7 +105,7 @@ def litert(flags: dict[str, str], folder: Path, say: Say) -> int:
         say(f"INFO: {_statistics(_times_us(model.invoke, int(flags[runs]), float(flags[seconds])))}")
     say("INFO: Inference timings in us: Init: 1, First inference: 1, Warmup (avg): 1, Inference (avg): 1")
     if "output_filepath" in flags:
-        (folder / flags["output_filepath"]).write_bytes(model.get_tensor(exit_["index"]).tobytes())
+        (folder / flags["output_filepath"]).write_bytes(b"".join(model.get_tensor(exit_["index"]).tobytes() for exit_ in exits))
     return 0
 
 

@@ -12,15 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hwnas.core.detector import PostProcessing
 from hwnas.core.op import Op
 from hwnas.devices import adb as adb_module
 from hwnas.devices.adb import Adb
+from hwnas.devices.adb_session import AdbSession
 from hwnas.devices.device import HOST, Device
 from hwnas.devices.host import Host
 from hwnas.errors import ConfigError, DeviceError
+from hwnas.export.tflite_detector import tasks
+from hwnas.export.tflite_writer import write_heads
 from hwnas.export.timing import timing_file
 from tests.devices import fake_benchmark_model
 from tests.devices.fake_phone import OPS, FakePhone, adb_server, phone, phones, plan, sorted_out
+from tests.export.detectors import images, lively_network, run_tflite
 
 __all__ = ["adb_server", "phone", "phones"]  # fixtures
 
@@ -366,6 +371,27 @@ def test_predicts_as_this_computer_does(dtype: str, phone: FakePhone, tmp_path: 
     assert found.std() > 1e-3
     assert 3 + 2 + 3 + 1 <= len(phone.runs) <= 3 + 3 + 3 + 1, "only the part that was cut off is computed again"
     assert not list(phone.folder.glob("run-*")) and list(tmp_path.iterdir()) == []
+
+
+def test_predicts_several_outputs_in_a_row(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector's four, as the tool writes them: one after another, image by image, in two parts."""
+    network = lively_network()
+    model = tmp_path / "detector.tflite"
+    model.write_bytes(tasks(write_heads(network), network, PostProcessing(detections=5)))
+    x_NHWC = np.ascontiguousarray(images().permute(0, 2, 3, 1).numpy())
+    monkeypatch.setattr(adb_module, "INPUT_BYTES", 2 * x_NHWC[0].nbytes)
+    found = Adb(phone.device()).predict(model, x_NHWC, tmp_path)
+    assert found.shape == (3, 5 * 4 + 5 + 5 + 1) and found[:, -1].tolist() == [5, 5, 5]
+    assert np.array_equal(found, Host(HOST).predict(model, x_NHWC, tmp_path))
+    apart = [np.concatenate([value.reshape(-1) for value in outputs.values()]) for outputs in run_tflite(model.read_bytes(), images())]
+    np.testing.assert_allclose(found, np.stack(apart), atol=1e-5)
+
+
+def test_outputs_that_arrive_cut_off(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = AdbSession.receive
+    monkeypatch.setattr(AdbSession, "receive", lambda session, name: received(session, name)[:-6])
+    with pytest.raises(DeviceError, match=r"fake sent 4090 bytes of outputs of \S+\.tflite, not 4096: run the command again"):
+        Adb(phone.device()).predict(timing_file((OPS[0],), "litert", "fp32"), np.zeros((2, 8, 8, 8), np.float32), tmp_path)
 
 
 def test_predict_with_a_broken_model(phone: FakePhone, tmp_path: Path) -> None:

@@ -154,8 +154,18 @@ def test_quantises_like_the_runner() -> None:
     data = tool.to_inputs(images, entry)
     judge = runner()
     assert data == judge.quantise(images, entry).tobytes()
-    back = tool.from_outputs(data, entry)
+    back = tool.from_outputs(data, [entry])
     assert back.shape == images.shape and back.dtype == np.float32
     assert np.array_equal(back, judge.dequantise(judge.quantise(images, entry), entry))
     float_entry = {"dtype": np.float32, "quantization": (0.0, 0), "shape": np.array([1, 4, 4, 2])}
-    assert np.array_equal(tool.from_outputs(tool.to_inputs(images, float_entry), float_entry), images)
+    assert np.array_equal(tool.from_outputs(tool.to_inputs(images, float_entry), [float_entry]), images)
+
+
+def test_several_outputs_become_a_row_per_image() -> None:
+    floats = {"dtype": np.float32, "quantization": (0.0, 0), "shape": np.array([1, 2, 2])}
+    integers = {"dtype": np.int8, "quantization": (0.5, 1), "shape": np.array([1, 3])}
+    images = [np.arange(4, dtype="<f4").tobytes() + np.array([1, 3, -1], np.int8).tobytes(), np.ones(4, "<f4").tobytes() + b"\1\1\1"]
+    rows = tool.from_outputs(b"".join(images), [floats, integers])
+    assert rows.dtype == np.float32 and rows.tolist() == [[0, 1, 2, 3, 0, 1, -1], [1, 1, 1, 1, 0, 0, 0]]
+    with pytest.raises(tool.BenchmarkError, match="37 bytes of outputs are no multiple of the 19 of one image"):
+        tool.from_outputs(b"".join(images)[:-1], [floats, integers])

@@ -16,9 +16,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hwnas.config import Experiment, ValidateConfig
+from hwnas.config import FORMATS, Experiment, ValidateConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import CostModel
+from hwnas.core.detector import PostProcessing
 from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32, published
@@ -26,7 +27,7 @@ from hwnas.core.ssdlite import with_detector
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, judge
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
 from hwnas.errors import DocumentError
-from hwnas.export.bundle import FILES, Bundle, BundleFile, Parity, preprocessing
+from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity, preprocessing
 from hwnas.report import charts, drawing, pictures, stage
 from hwnas.report.charts import smoothed
 from hwnas.report.documents import Place, read
@@ -140,7 +141,8 @@ def search_rows(target: float, steps: int) -> list[dict[str, float]]:
 
 def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
     files = []
-    for kind, (name, runtime, dtype) in FILES.items():
+    for kind in FORMATS:
+        name, runtime, dtype = FILES[kind]
         int8 = dtype == "int8"
         parity = Parity(images=64, relative_error=0.031 if int8 else 4.1e-7, agreement=0.984 if int8 else 1.0)
         content = {"name": name, "format": kind, "runtime": runtime, "dtype": dtype, "sha256": "0" * 64, "parity": parity}
@@ -365,12 +367,48 @@ def test_a_detector_has_its_ap_and_pictures_instead_of_top_1(tmp_path: Path) -> 
     assert text.count("dog 0.88") == 4 and "5 test images with the 4 boxes of their annotations and 4 boxes" in text
     assert "Top-1, " not in page.text and "right at the end" not in page.text
     assert "weights from backbone, AP 20.0%, AP50 25.0% on 40 test images at the end" in page.text
-    for words in (*NUMBERS, "<cat>", "AP of each class", "hwnas train boxes --out boxes-again", "extra 1", "head 3", "Its parts"):
+    for words in (*NUMBERS, "<cat>", "AP of each class", "hwnas run boxes --out boxes-again", "extra 1", "head 3", "Its parts"):
         assert words in page.text, words
-    assert "Not finished" not in page.text
+    assert "Not finished yet: export, validate. Go on with: hwnas run boxes" in page.text
     drawings = "".join(re.findall(r"<svg.*?</svg>", re.sub(r"base64,[^\"]*", "", text), flags=re.DOTALL))
     assert not re.search(r"#[0-9a-f]{6}\b", drawings), "a colour that the dark theme cannot reach"
     assert written(fill_detection(tmp_path / "again" / "boxes")) == text
+
+
+@pytest.mark.parametrize("loss", [0.004, 0.031])
+def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
+    """One file without NMS in its graph and one with it; the second is as given."""
+    ctx = fill_detection(tmp_path / "boxes")
+    arch = Architecture.load(ctx.path("train", "arch.json"))
+    parity = Parity(images=8, relative_error=2.3e-7, agreement=0.75)
+    files, described, verdicts = [], {}, []
+    for kind, lost, ms in (("tflite-fp32", 0.0, 0.25), ("tflite-int8-tasks", loss, None)):
+        name, runtime, dtype = FILES[kind]
+        common = {"name": name, "runtime": runtime, "dtype": dtype}
+        files.append(BundleFile.model_validate({**common, "format": kind, "size_bytes": 9000, "sha256": "0" * 64, "parity": parity}))
+        described[name] = DetectorFile(graph=GRAPHS.get(kind, "decoded"), outputs=())
+        verdicts.append(FileVerdict.model_validate({
+            **common, "runtime_version": "2.0", "measured_ms": 2.5, "spread": 0.01, "predicted_ms": None, "latency_error": None,
+            "latency_passed": None, "parity_passed": None, "ap": 0.32 - lost, "ap_loss": lost, "ap_passed": lost < 0.03,
+            "post_processing_ms": ms,
+        }))  # fmt: skip
+    bundle = Bundle(
+        architecture=arch, labels=("<cat>", "dog"), preprocessing=preprocessing(ctx.experiment.data, "bilinear"), macs=arch.macs,
+        params=arch.params, torch_ap=0.32, test_images=40, files=tuple(files), versions={},
+        detector=DetectorPart(anchors=5, post_processing=PostProcessing(), files=described),
+    )  # fmt: skip
+    bundle.save(ctx.path("export", "bundle.json"))
+    passed = loss < 0.03
+    Verdict(
+        device="host", cpu="test", cores=(0,), governor="unknown", threads=1, date="2026-01-01", bundle_sha256=bundle.sha256, table=None,
+        table_sha256=None, unpredicted="there is no table of this device", drift=None, tolerances=ValidateConfig(), images=40,
+        torch_ap=0.32, files=tuple(verdicts), passed=passed,
+    ).save(ctx.path("validate", "verdict.json"))  # fmt: skip
+    page = Page(text := written(ctx))
+    assert "takes 2.50 ms on host, and finds objects with an AP of 32.0% on 40 test images, after 0.250 ms of post-processing" in page.text
+    assert "AP, model-int8-tasks.tflite" in page.text and "in graph" in page.text and "Top-1, " not in page.text
+    assert ("✓ passed" in text, "✗ FAILED" in text) == (passed, not passed)
+    assert ("loses 3.10 points of AP against PyTorch; 3.00 are allowed." in page.text) == (not passed)
 
 
 def test_boxes_are_drawn_where_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -389,7 +427,7 @@ def test_a_detector_that_is_still_in_training(tmp_path: Path) -> None:
     for name in ("train.json", "arch.json", "pictures.json"):
         (tmp_path / "boxes" / "train" / name).unlink()
     page = Page(written(ctx))
-    assert "Not finished yet: train (interrupted at step 40). Go on with: hwnas train boxes" in page.text
+    assert "Not finished yet: train (interrupted at step 40), export, validate. Go on with: hwnas run boxes" in page.text
     assert "detections" not in page.ids and "course" in page.ids
 
 

@@ -217,12 +217,10 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         Pipeline(Experiment.model_validate(config), tmp_path / "run", Progress()).run_stage("train")
 
 
-@pytest.mark.parametrize("stage", ["search", "export", "validate"])
-def test_stages_that_take_no_detectors_say_so(stage: str, tmp_path: Path) -> None:
-    config = experiment(tmp_path)
-    assert f"'hwnas {stage}' takes no detectors yet" in refused(config, tmp_path / "run", stage)
-    with pytest.raises(ConfigError, match="'hwnas train' and 'hwnas report'"):
-        Pipeline(config, tmp_path / "run", Progress()).run()
+def test_a_stage_that_takes_no_detectors_says_so(tmp_path: Path) -> None:
+    assert "'hwnas search' takes no detectors yet" in refused(experiment(tmp_path), tmp_path / "run", "search")
+    with pytest.raises(ConfigError, match=r"name an architecture as train\.arch"):
+        Pipeline(experiment(tmp_path, arch=None), tmp_path / "run", Progress()).run()
 
 
 def test_without_an_architecture_it_asks_for_one(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""From the outputs of an exported detector to boxes: what every runtime shares. NumPy alone, so an app can take this file as it is.
+
+There are three kinds of files, by what is in their graph (``READERS``):
+
+- ``decoded``: one row per anchor: its box and a score per class. ``post_process`` chooses among them.
+- ``nms``: chosen already, best first, and filled up with rows of score 0.
+- ``tasks``: the four outputs of ``TFLite_Detection_PostProcess``, flattened one after another.
+
+All readers return boxes float32 [D, 4] as x1, y1, x2, y2 in pixels of the network's input, scores float32 [D], best first, and classes
+int64 [D], the positions of labels. ``post_process`` is torchvision's ``SSD.postprocess_detections``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Found = tuple[Floats, Floats, npt.NDArray[np.int64]]
+"""Boxes [D, 4], scores [D], classes [D]."""
+Reader = Callable[[Floats, "dict[str, Any]", int, int], Found]
+"""Outputs of one image, the bundle's post-processing, resolution of the input, number of classes -> detections."""
+
+BOX = 4
+NMS_COLUMNS = 6
+"""x1, y1, x2, y2, score, class."""
+
+
+def post_process(detections: Floats, *, min_score: float, nms_iou: float, candidates: int, detections_per_image: int) -> Found:
+    """Detections of one image. ``detections`` is the row of a ``decoded`` file: [1, anchors, 4 + classes] or [anchors, 4 + classes].
+
+    Per class the ``candidates`` best above ``min_score``; of those that overlap by more than ``nms_iou`` the best; then the
+    ``detections_per_image`` best of all classes.
+
+    Example:
+        >>> row = np.array([[0, 0, 10, 10, 0.9], [0, 0, 10, 9, 0.8], [20, 20, 30, 30, 0.7]], np.float32)
+        >>> post_process(row, min_score=0.1, nms_iou=0.5, candidates=10, detections_per_image=10)[1].tolist()
+        [0.8999999761581421, 0.699999988079071]
+    """
+    rows = detections.reshape(-1, detections.shape[-1])
+    boxes, scores = rows[:, :BOX], rows[:, BOX:]
+    kept: list[npt.NDArray[np.int64]] = []
+    classes: list[npt.NDArray[np.int64]] = []
+    for label in np.flatnonzero((scores > min_score).any(axis=0)):
+        column = scores[:, label]
+        chosen = np.flatnonzero(column > min_score)
+        chosen = chosen[np.argsort(-column[chosen], kind="stable")[:candidates]]
+        kept.append(chosen[apart(boxes[chosen], nms_iou)[:detections_per_image]])
+        classes.append(np.full(len(kept[-1]), label, np.int64))
+    if not kept:
+        return np.zeros((0, BOX), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
+    anchors, labels = np.concatenate(kept), np.concatenate(classes)
+    best = np.argsort(-scores[anchors, labels], kind="stable")[:detections_per_image]
+    return boxes[anchors[best]], scores[anchors[best], labels[best]], labels[best]
+
+
+def apart(boxes: Floats, nms_iou: float) -> npt.NDArray[np.int64]:
+    """Positions of the boxes that remain, of boxes best first, when each removes those after it whose IoU with it is above ``nms_iou``."""
+    overlaps = iou(boxes) > nms_iou
+    removed = np.zeros(len(boxes), bool)
+    remaining = []
+    for position in range(len(boxes)):
+        if not removed[position]:
+            remaining.append(position)
+            removed |= overlaps[position]
+    return np.array(remaining, np.int64)
+
+
+def iou(boxes: Floats) -> Floats:
+    """IoU of all pairs, [N, N]; of boxes without area it is no number, which is above no threshold."""
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    corner = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    sides = np.clip(np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - corner, 0, None)
+    shared = sides[..., 0] * sides[..., 1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ious: Floats = shared / (areas[:, None] + areas[None, :] - shared)
+    return ious
+
+
+def read_decoded(row: Floats, post_processing: dict[str, Any], resolution: int, classes: int) -> Found:
+    """The outputs of a ``decoded`` file for one image, [anchors * (4 + classes)] in any shape. ``post_processing`` is the bundle's."""
+    del resolution
+    return post_process(
+        row.reshape(-1, BOX + classes),
+        min_score=post_processing["min_score"],
+        nms_iou=post_processing["nms_iou"],
+        candidates=post_processing["candidates"],
+        detections_per_image=post_processing["detections"],
+    )
+
+
+def read_nms(row: Floats, post_processing: dict[str, Any], resolution: int, classes: int) -> Found:
+    """The outputs of an ``nms`` file for one image, [D * 6] in any shape: x1, y1, x2, y2, score, class."""
+    del post_processing, resolution
+    rows = row.reshape(-1, NMS_COLUMNS)
+    return _valid(rows[:, :BOX], rows[:, BOX], rows[:, BOX + 1], classes)
+
+
+def read_tasks(row: Floats, post_processing: dict[str, Any], resolution: int, classes: int) -> Found:
+    """The outputs of a ``tasks`` file for one image, flattened one after another: boxes (ymin, xmin, ymax, xmax in parts of the
+    image) [D * 4], classes [D], scores [D] and the number of detections. Boxes are cut off at the image's edges, as the op does not.
+    """
+    del post_processing
+    flat = row.reshape(-1)
+    size = (len(flat) - 1) // (BOX + 2)
+    count = int(np.nan_to_num(flat[-1]))
+    boxes = flat[: BOX * size].reshape(size, BOX)[:count, [1, 0, 3, 2]]
+    labels, scores = flat[BOX * size : -1].reshape(2, size)[:, :count]
+    return _valid(np.clip(boxes * resolution, 0, resolution), scores, labels, classes)
+
+
+def _valid(boxes: Floats, scores: Floats, labels: Floats, classes: int) -> Found:
+    """Without the rows that fill up, and without those of a class that there is not."""
+    real = (scores > 0) & (labels >= 0) & (labels < classes)
+    return boxes[real], scores[real], labels[real].astype(np.int64)
+
+
+READERS: dict[str, Reader] = {"decoded": read_decoded, "nms": read_nms, "tasks": read_tasks}
+"""What is in a file's graph -> how its outputs are read."""

@@ -1,0 +1,125 @@
+"""What validation asks of a detector's files: on a device, their AP beside PyTorch's, and how near their outputs come.
+
+Each file's outputs are read as its ``graph`` says, with the bundle's post-processing where the graph has none. AP is COCO's, on the same
+images for all; a file that finds nothing gets 0. The time of the NumPy post-processing is taken on the computer that validates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hwnas.config import DataConfig
+from hwnas.data.coco import CocoImages
+from hwnas.data.images import evaluation_batches, evaluation_order, load_images
+from hwnas.detection import average_precision
+from hwnas.devices.device import Connection
+from hwnas.errors import ConfigError, DeviceError, DocumentError
+from hwnas.export.bundle import Bundle, BundleFile, DetectorFile, DetectorPart, Parity
+from hwnas.export.detector_stage import detector_parity, torch_found
+from hwnas.export.post_processing import READERS, Found
+from hwnas.nn.ssd import Detections
+from hwnas.progress import Progress
+
+OUTPUT_BYTES = 64 * 2**20
+"""Outputs of a file that are in memory at once."""
+IMAGES_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """AP by file name, PyTorch's on the same images, and the median time of the NumPy post-processing of one image by file name."""
+
+    ap: dict[str, float]
+    post_processing_ms: dict[str, float]
+    torch_ap: float
+    images: int
+
+
+def parities(bundle: Bundle, files: Sequence[BundleFile], folder: Path, connection: Connection, work: Path) -> dict[str, Parity]:
+    """Each file's outputs for the bundle's images, computed on the device, against PyTorch's."""
+    part = _detector(bundle)
+    with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
+        images_NHWC, rows = arrays["images"], arrays["rows"]
+    resolution, settings = bundle.architecture.resolution, part.post_processing
+    return {
+        file.name: detector_parity(
+            file.format, _outputs(file, part.files[file.name], images_NHWC, folder, connection, work), rows, settings, resolution
+        )
+        for file in files
+    }
+
+
+def judge(
+    bundle: Bundle,
+    files: Sequence[BundleFile],
+    folder: Path,
+    data: DataConfig,
+    limit: int | None,
+    connection: Connection,
+    work: Path,
+    progress: Progress,
+) -> Judgement:
+    """The AP of each file on the device, on all test images or ``limit`` of them. Images go in parts, to bound memory."""
+    part, arch = _detector(bundle), bundle.architecture
+    test = load_images(data.at(arch.resolution), "test")
+    if not isinstance(test, CocoImages):
+        raise ConfigError(f"data.name = {data.name!r} has no boxes, but the bundle is a detector's: name the data it was exported with.")
+    with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
+        reference = torch_found(arrays["counts"], arrays["found"])
+    if len(reference) != len(test):
+        raise DocumentError(f"the bundle was made with {len(reference)} test images, and the data have {len(test)}: export again.")
+    order = evaluation_order(test, limit).tolist()
+    found: dict[str, list[Found]] = defaultdict(list)
+    times_ms: dict[str, list[float]] = defaultdict(list)
+    at_once = max(1, min(IMAGES_AT_ONCE, OUTPUT_BYTES // max(4 * _size(each) for each in part.files.values())))
+    options = part.post_processing.model_dump()
+    with progress.task("running the test images on the device", len(order)) as task:
+        for x_NCHW, _ in evaluation_batches(test, at_once, limit=limit, workers=data.workers):
+            images_NHWC = np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy())
+            for file in files:
+                described = part.files[file.name]
+                for row in _outputs(file, described, images_NHWC, folder, connection, work):
+                    start = time.perf_counter()
+                    found[file.name].append(READERS[described.graph](row, options, arch.resolution, arch.classes))
+                    times_ms[file.name].append(1e3 * (time.perf_counter() - start))
+            task.advance(len(images_NHWC))
+    return Judgement(
+        ap={name: _ap(test, order, each) for name, each in found.items()},
+        post_processing_ms={name: float(np.median(each)) for name, each in times_ms.items() if part.files[name].graph == "decoded"},
+        torch_ap=_ap(test, order, reference[: len(order)]),
+        images=len(order),
+    )
+
+
+def _ap(images: CocoImages, order: list[int], found: list[Found]) -> float:
+    detections = [Detections(*(torch.from_numpy(np.ascontiguousarray(part)) for part in each)) for each in found]
+    return average_precision(images, dict(zip(order, detections, strict=True))).AP
+
+
+def _outputs(
+    file: BundleFile, described: DetectorFile, images_NHWC: np.ndarray, folder: Path, connection: Connection, work: Path
+) -> np.ndarray:
+    """One row per image, [N, numbers of all outputs]."""
+    outputs = connection.predict(folder / file.name, images_NHWC, work)
+    if outputs.size != len(images_NHWC) * _size(described):
+        raise DeviceError(
+            f"{file.name} gave outputs {list(outputs.shape)} for {len(images_NHWC)} images, but bundle.json says {_size(described)} "
+            "numbers an image: export again."
+        )
+    return outputs.reshape(len(images_NHWC), -1)
+
+
+def _size(described: DetectorFile) -> int:
+    return sum(int(np.prod(output.shape)) for output in described.outputs)
+
+
+def _detector(bundle: Bundle) -> DetectorPart:
+    assert bundle.detector is not None, "this is a classifier's bundle"
+    return bundle.detector

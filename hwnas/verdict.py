@@ -1,0 +1,129 @@
+"""What validation found, as a document and in words."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from hwnas.config import ValidateConfig
+from hwnas.document import Document
+from hwnas.export.bundle import Parity
+
+CLASSIFIERS_FIELDS = ("accuracy", "accuracy_loss", "accuracy_passed", "torch_accuracy")
+DETECTORS_FIELDS = ("ap", "ap_loss", "ap_passed", "network_ms", "post_processing_ms", "torch_ap")
+"""What verdicts have of one task alone."""
+
+
+def _sparse(content: dict[str, Any]) -> dict[str, Any]:
+    """Without what belongs to the other task."""
+    return {name: value for name, value in content.items() if value is not None or name not in (*CLASSIFIERS_FIELDS, *DETECTORS_FIELDS)}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileVerdict(_Part):
+    """One file on the device. Latency is judged where a table of the same runtime, dtype and threads predicts it."""
+
+    name: str
+    runtime: str
+    runtime_version: str
+    dtype: str
+    measured_ms: float = Field(description="median over rounds of the median over runs")
+    spread: float = Field(description="interquartile range of the rounds' medians / median")
+    predicted_ms: float | None
+    latency_error: float | None = Field(description="measured_ms / drift against predicted_ms, as a fraction")
+    latency_passed: bool | None
+    parity: Parity | None = Field(None, description="outputs on this device against PyTorch's, on the bundle's images")
+    parity_passed: bool | None = Field(
+        description="for float files; none for int8, and for NMS in the graph, which are judged by accuracy or AP alone"
+    )
+    accuracy: float | None = Field(None, description="top-1 of a classifier")
+    accuracy_loss: float | None = None
+    accuracy_passed: bool | None = None
+    ap: float | None = Field(None, description="COCO's AP of a detector")
+    ap_loss: float | None = None
+    ap_passed: bool | None = None
+    network_ms: float | None = Field(
+        None, description="of a detector's TFLite file: the time without decoding, which is judged where a table predicts it"
+    )
+    post_processing_ms: float | None = Field(
+        None, description="median time of the NumPy post-processing of one image, on the computer that validates; not in measured_ms"
+    )
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _sparse(handler(self))
+
+    @property
+    def quality_passed(self) -> bool:
+        """Whether accuracy or AP is near enough to PyTorch's."""
+        return self.accuracy_passed is True or self.ap_passed is True
+
+
+class Verdict(Document):
+    """What validation found. ``passed`` only if every judged number is within its tolerance."""
+
+    SCHEMA: ClassVar[str] = "hwnas.verdict"
+
+    device: str
+    cpu: str
+    cores: tuple[int, ...]
+    governor: str
+    threads: int
+    date: str
+    bundle_sha256: str
+    table: str | None
+    table_sha256: str | None
+    unpredicted: str | None = Field(description="why the table predicts nothing here; none where it does")
+    drift: float | None = Field(description="time of the network's blocks now / in the table; none without a table that applies")
+    tolerances: ValidateConfig
+    images: int
+    torch_accuracy: float | None = Field(None, description="top-1 of a classifier on the same images")
+    torch_ap: float | None = Field(None, description="COCO's AP of a detector on the same images")
+    files: tuple[FileVerdict, ...]
+    not_run: dict[str, str] = Field({}, description="files of the bundle that were left out, and why")
+    passed: bool
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _sparse(handler(self))
+
+
+def drift_note(verdict: Verdict) -> str | None:
+    """A sentence about a device that is not as fast as when it was profiled; None while it is within the tolerance."""
+    if verdict.drift is None or abs(verdict.drift - 1) <= verdict.tolerances.latency_tolerance:
+        return None
+    how = "slower" if verdict.drift > 1 else "faster"
+    said = f"{verdict.device} is {abs(verdict.drift - 1):.0%} {how} now than when it was profiled (its clock, temperature or load changed)"
+    if abs(verdict.drift - 1) > verdict.tolerances.max_drift:
+        return f"{said}, more than the {verdict.tolerances.max_drift:.0%} allowed: profile it again."
+    return f"{said}; predictions are judged at the profiled speed."
+
+
+def lines(verdict: Verdict) -> list[str]:
+    """A verdict as lines for a terminal."""
+    out = []
+    for file in verdict.files:
+        latency = f"{file.measured_ms:.4g} ms"
+        if file.predicted_ms is not None and file.latency_error is not None:
+            mark = "ok" if file.latency_passed else "OUT OF TOLERANCE"
+            latency += (
+                f", drift {(verdict.drift or 1) - 1:+.1%}, error {file.latency_error:+.1%} of {file.predicted_ms:.4g} ms predicted ({mark})"
+            )
+        mark = "ok" if file.quality_passed and file.parity_passed is not False else "OUT OF TOLERANCE"
+        outputs = "" if file.parity is None else f", outputs within {file.parity.relative_error:.1e}"
+        if file.network_ms is not None:
+            latency += f" ({file.network_ms:.4g} without decoding)"
+        if file.post_processing_ms is not None:
+            latency += f" and {file.post_processing_ms:.3g} ms of post-processing in NumPy"
+        if file.ap is not None:
+            quality = f"AP {file.ap:.2%} against {verdict.torch_ap:.2%}"
+        else:
+            quality = f"top-1 {file.accuracy:.2%} against {verdict.torch_accuracy:.2%}"
+        out.append(f"{file.name}: {latency}; {quality} in PyTorch{outputs} ({mark})")
+    out += [f"{name}: not run, {why}" for name, why in verdict.not_run.items()]
+    note = drift_note(verdict) or (f"latency is not judged: {verdict.unpredicted}." if verdict.unpredicted else None)
+    return [*out, *([f"note: {note}"] if note else []), f"verdict: {'passed' if verdict.passed else 'FAILED'}"]

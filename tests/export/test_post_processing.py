@@ -1,0 +1,115 @@
+"""The NumPy post-processor, against torchvision's on random and on a network's outputs, and by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.core.detector import PostProcessing, Scores
+from hwnas.export import post_processing
+from hwnas.export.detector import Decoded
+from hwnas.export.post_processing import Found, apart, post_process, read_decoded, read_nms, read_tasks
+from hwnas.nn.ssd import Detections, PostProcessor
+from tests.export.detectors import images, lively_network
+
+torch.set_num_threads(1)
+
+CONFIGS = [
+    PostProcessing(),
+    PostProcessing(min_score=0.3, candidates=15, detections=400),
+    PostProcessing(min_score=0.02, nms_iou=0.2, detections=9),
+    PostProcessing(min_score=0.0, nms_iou=1.0, candidates=40),
+]
+
+
+def assert_same(found: Found, judge: Detections) -> None:
+    """The same detections, best first; rounding may swap neighbours of nearly the same score."""
+    boxes, scores, classes = found
+    assert (boxes.dtype, scores.dtype, classes.dtype) == (np.float32, np.float32, np.int64)
+    np.testing.assert_allclose(scores, judge.scores_D.numpy(), atol=1e-5)
+    rows = np.column_stack([boxes / 64, scores, classes])
+    wanted = np.column_stack([judge.boxes_D4.numpy() / 64, judge.scores_D.numpy(), judge.classes_D.numpy()])
+    nearest = np.abs(rows[None] - wanted[:, None]).max(axis=2)
+    assert nearest.min(axis=1, initial=1.0).max(initial=0.0) < 1e-5 and len(set(nearest.argmin(axis=1) if len(wanted) else ())) == len(
+        wanted
+    )
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_it_finds_what_torchvision_finds(config: PostProcessing, scores: Scores) -> None:
+    network = lively_network(scores)
+    x_NCHW = images()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        outputs, rows = network(x_NCHW), Decoded(network)(x_NCHW)
+    judge = PostProcessor(network.arch, config)
+    found = [read_decoded(row, config.model_dump(), 64, 3) for row in rows.numpy()]
+    assert max(len(each[1]) for each in found) > 4 or scores == "sigmoid"
+    for one, other in zip(found, judge(outputs), strict=True):
+        assert_same(one, other)
+
+    class Random(torch.nn.Module):
+        arch = network.arch
+
+        def forward(self, x_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.logits, self.codes
+
+    anchors = rows.shape[1]
+    spread = 3 if scores == "softmax" else 1  # sigmoids of more are 1, and ties
+    Random.logits = spread * torch.randn(2, anchors, 4, generator=generator)  # type: ignore[attr-defined]
+    Random.codes = torch.randn(2, anchors, 4, generator=generator)  # type: ignore[attr-defined]
+    random = Random()
+    rows = Decoded(random)(x_NCHW).numpy()  # type: ignore[arg-type]
+    for row, other in zip(rows, judge(random(x_NCHW)), strict=True):
+        assert_same(read_decoded(row, config.model_dump(), 64, 3), other)
+
+
+def test_by_hand() -> None:
+    rows = np.array(
+        [
+            [0, 0, 10, 10, 0.6, 0.7],
+            [0, 0, 10, 9, 0.5, 0.1],  # IoU 0.9 with the first
+            [0, 5, 10, 15, 0.55, 0.9],  # 1/3 with it
+            [3, 3, 3, 3, 0.4, 0.0],  # no area: overlaps nothing
+        ],
+        np.float32,
+    )
+    boxes, scores, classes = post_process(rows[None], min_score=0.1, nms_iou=0.5, candidates=10, detections_per_image=10)
+    np.testing.assert_allclose(scores, [0.9, 0.7, 0.6, 0.55, 0.4])
+    assert classes.tolist() == [1, 1, 0, 0, 0] and boxes[:, 1].tolist() == [5, 0, 0, 5, 3]
+    few = post_process(rows, min_score=0.1, nms_iou=0.3, candidates=1, detections_per_image=10)
+    assert few[2].tolist() == [1, 0]
+    assert apart(rows[:3, :4], 0.9).tolist() == [0, 1, 2], "as much as the threshold is not more"
+
+
+@pytest.mark.parametrize("read", [read_decoded, read_nms, read_tasks])
+def test_nothing_is_found_in_nothing(read: post_processing.Reader) -> None:
+    row = np.zeros(7 * 6 + (read is read_tasks), np.float32)
+    boxes, scores, classes = read(row, PostProcessing().model_dump(), 64, 2)
+    assert (boxes.shape, scores.shape, classes.shape) == ((0, 4), (0,), (0,))
+
+
+def test_rows_that_no_file_should_give_are_dropped() -> None:
+    rows = np.array([[0, 0, 9, 9, 0.9, 1], [0, 0, 9, 9, 0.8, 2], [0, 0, 9, 9, 0.7, -1], [0, 0, 9, 9, 0, 0]], np.float32)
+    assert read_nms(rows, {}, 64, 2)[2].tolist() == [1]
+    tasks = np.concatenate([np.tile([0.0, 0, 1, 1], 2), [0, np.nan], [0.5, 0.5], [np.nan]]).astype(np.float32)
+    assert len(read_tasks(tasks, {}, 64, 2)[1]) == 0
+    tasks[-1] = 2
+    assert read_tasks(tasks, {}, 64, 2)[2].tolist() == [0]
+
+
+def test_boxes_of_the_tasks_operator_become_pixels() -> None:
+    row = np.array([0.25, -0.5, 0.5, 2, 9, 9, 9, 9, 1, 9, 0.75, 9, 1], np.float32)
+    boxes, scores, classes = read_tasks(row, {}, 64, 2)
+    assert (boxes.tolist(), scores.tolist(), classes.tolist()) == ([[0, 16, 64, 32]], [0.75], [1])
+
+
+def test_it_needs_numpy_alone() -> None:
+    code = "import sys, runpy; runpy.run_path(sys.argv[1]); print({'torch', 'hwnas'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, str(post_processing.__file__)], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,230 @@
+"""A small detector through export and validation: what the bundle says, what the verdict is, and what is no promise kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.config import Experiment
+from hwnas.core.detector import PostProcessing
+from hwnas.data.coco import CocoImages
+from hwnas.data.images import load_images
+from hwnas.devices.device import HOST, connect
+from hwnas.devices.host import Host
+from hwnas.errors import ConfigError, DeviceError, DocumentError
+from hwnas.export.bundle import FILES, Bundle
+from hwnas.export.detector_stage import detector_parity
+from hwnas.export.post_processing import READERS
+from hwnas.export.timing import timing_file
+from hwnas.nn.network import network_of, save_network
+from hwnas.pipeline import Pipeline
+from hwnas.progress import Progress
+from hwnas.train.stage import TrainResult, architecture
+from hwnas.validate import Verdict, lines, validate
+from tests.train.rectangles import classifier, settings
+
+torch.set_num_threads(1)
+
+VALIDATE = {"rounds": 1, "max_spread": 10.0}
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    folder = tmp_path_factory.mktemp("rectangles")
+    content = settings(folder, epochs=30)
+    content["detector"]["post_processing"] = {"min_score": 0.02, "detections": 50}
+    return Experiment.model_validate({**content, "export": {"calibration_images": 16, "parity_images": 8}, "validate": VALIDATE})
+
+
+@pytest.fixture(scope="module")
+def run(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder after ``hwnas run``. Do not write into it."""
+    root = tmp_path_factory.mktemp("detector") / "run"
+    Pipeline(experiment, root, Progress()).run()
+    return root
+
+
+class Changed(Host):
+    """The host, which does nothing twice, and on which the outputs of one file are changed."""
+
+    outputs: ClassVar[dict[tuple[str, bytes], np.ndarray]] = {}
+    rows: ClassVar[dict[str, list[dict[str, Any]]]] = {}
+
+    def __init__(self, name: str = "", change: Callable[[np.ndarray], np.ndarray] = np.copy) -> None:
+        super().__init__(HOST)
+        self.name, self.change = name, change
+
+    def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+        if plan["runtime"] not in self.rows:
+            self.rows[plan["runtime"]] = list(super().measure(plan, folder))
+        yield from self.rows[plan["runtime"]]
+
+    def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
+        key = (model.name, images_NHWC.tobytes())
+        if key not in self.outputs:
+            self.outputs[key] = super().predict(model, images_NHWC, folder)
+        return self.change(self.outputs[key]) if model.name == self.name else self.outputs[key]
+
+
+def verdict(run: Path, experiment: Experiment, work: Path, connection: Any = None, **changes: Any) -> Verdict:
+    config = experiment.validation.model_copy(update=changes)
+    connection = connection or Changed()
+    return validate(run / "export", HOST, connection, experiment.device, experiment.data, config, None, timing_file, work, Progress())
+
+
+@pytest.mark.slow
+def test_all_files_are_as_good_as_pytorch(run: Path) -> None:
+    bundle, found = Bundle.load(run / "export" / "bundle.json"), Verdict.load(run / "validate" / "verdict.json")
+    trained = TrainResult.load(run / "train" / "train.json")
+    assert trained.test_coco is not None and bundle.torch_ap is not None and bundle.torch_ap > 0.3
+    assert bundle.torch_ap == pytest.approx(trained.test_coco.AP, abs=1e-3) and found.torch_ap == pytest.approx(bundle.torch_ap, abs=1e-9)
+    assert [file.name for file in found.files] == [name for name, _, _ in FILES.values()]
+    assert found.passed and found.unpredicted == "there is no table of this device"
+    for file in found.files:
+        assert file.ap is not None and file.ap > 0.25 and file.accuracy is None
+        assert file.measured_ms > 0 and (file.predicted_ms, file.latency_passed) == (None, None)
+        in_graph = "nms" in file.name or "tasks" in file.name
+        assert (file.post_processing_ms is None) == in_graph
+        assert (file.network_ms is None) == (in_graph or file.runtime == "onnxruntime")
+        assert file.parity is not None and file.parity_passed is (None if in_graph or file.dtype == "int8" else True)
+        if file.dtype == "fp32" and "tasks" not in file.name:  # whose NMS sees boxes that are not cut off at the edges
+            assert file.parity.relative_error < 1e-5 and file.parity.agreement == 1
+    said = lines(found)
+    assert "ms of post-processing in NumPy; AP " in said[0] and "note: latency is not judged: there is no table of this device." in said
+    assert said[-1] == "verdict: passed"
+
+
+@pytest.mark.slow
+def test_the_bundle_says_how_to_read_its_files(run: Path, experiment: Experiment) -> None:
+    folder = run / "export"
+    bundle = Bundle.load(folder / "bundle.json")
+    assert bundle.detector is not None and bundle.labels == ("red", "blue")
+    assert Bundle.parse(bundle.to_json()) == bundle and "torch_accuracy" not in json.loads(bundle.to_json())
+    assert bundle.preprocessing.mean == experiment.data.mean and "without keeping the aspect ratio" in bundle.preprocessing.resize
+    images = load_images(experiment.data, "test")
+    assert isinstance(images, CocoImages)
+    x_NCHW, targets = images.__getitems__([(0, 0)])
+    for file in bundle.files:
+        described = bundle.detector.files[file.name]
+        outputs = Host(HOST).predict(folder / file.name, x_NCHW.permute(0, 2, 3, 1).numpy(), folder)
+        assert outputs.size == sum(int(np.prod(output.shape)) for output in described.outputs)
+        options = bundle.detector.post_processing.model_dump()
+        boxes, scores, labels = READERS[described.graph](outputs[0], options, bundle.architecture.resolution, len(bundle.labels))
+        assert len(scores) and (np.diff(scores) <= 0).all()
+        wanted = [target for target in targets[0] if target[4] == labels[0]]
+        assert min(float(np.abs(boxes[0] - target[:4].numpy()).max()) for target in wanted) < 12, "pixels of the input, x1, y1, x2, y2"
+
+
+@pytest.mark.slow
+def test_a_part_of_the_images(run: Path, experiment: Experiment, tmp_path: Path) -> None:
+    found = verdict(run, experiment, tmp_path, images=3)
+    assert found.images == 3 and found.passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model-fp32.tflite", "model-nms.onnx", "model-int8-tasks.tflite"])
+def test_a_file_that_finds_nothing_has_an_ap_of_0(name: str, run: Path, experiment: Experiment, tmp_path: Path) -> None:
+    found = verdict(run, experiment, tmp_path, Changed(name, np.zeros_like))
+    [wrong] = [file for file in found.files if file.name == name]
+    assert (wrong.ap, wrong.ap_passed, found.passed) == (0.0, False, False)
+    assert all(file.ap_passed for file in found.files if file.name != name)
+    assert wrong.parity is not None and wrong.parity.agreement < 1
+    assert any(line.startswith(name) and "OUT OF TOLERANCE" in line for line in lines(found)) and lines(found)[-1] == "verdict: FAILED"
+
+
+@pytest.mark.slow
+def test_boxes_in_another_order_fail(run: Path, experiment: Experiment, tmp_path: Path) -> None:
+    """x and y exchanged, which on square images looks right."""
+    found = verdict(run, experiment, tmp_path, Changed("model.onnx", lambda rows: rows[..., [1, 0, 3, 2, *range(4, rows.shape[-1])]]))
+    assert [file.name for file in found.files if not file.quality_passed or file.parity_passed is False] == ["model.onnx"]
+
+
+@pytest.mark.slow
+def test_outputs_that_are_no_rows_of_the_bundles(run: Path, experiment: Experiment, tmp_path: Path) -> None:
+    cut = Changed("model.onnx", lambda rows: rows[:, :-1])
+    with pytest.raises(
+        DeviceError, match=r"model\.onnx gave outputs \[8, \d+, 6\] for 8 images, but bundle\.json says \d+ numbers an image"
+    ):
+        verdict(run, experiment, tmp_path, cut)
+
+
+@pytest.mark.slow
+def test_another_file_under_the_name_of_one(run: Path, experiment: Experiment, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    shutil.copy(copied / "export" / "model-nms.onnx", copied / "export" / "model.onnx")
+    with pytest.raises(DocumentError, match=r"model\.onnx is missing or not the file"):
+        verdict(copied, experiment, tmp_path)
+
+
+@pytest.mark.slow
+def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Path) -> None:
+    digits = Experiment.model_validate({"data": {"name": "digits"}}).data
+    with pytest.raises(ConfigError, match=r"data\.name = 'digits' has no boxes, but the bundle is a detector's"):
+        validate(
+            run / "export", HOST, connect(HOST), experiment.device, digits, experiment.validation, None, timing_file, tmp_path, Progress()
+        )
+    less = tmp_path / "data"
+    shutil.copytree(Path(str(experiment.data.path)), less)
+    path = less / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["images"].pop()
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] in kept]
+    path.write_text(json.dumps(content))
+    fewer = experiment.model_copy(update={"data": experiment.data.model_copy(update={"path": str(less)})})
+    with pytest.raises(DocumentError, match="made with 8 test images, and the data have 7: export again"):
+        verdict(run, fewer, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_report_of_a_validated_detector(run: Path) -> None:
+    text = (run / "report" / "report.html").read_text()
+    found = Verdict.load(run / "validate" / "verdict.json")
+    assert "✓ passed" in text and "finds objects with an AP of" in text and "in graph" in text and "Not finished" not in text
+    for file in found.files:
+        assert text.count(f"AP, {file.name}") == 1
+    assert "Top-1, " not in text
+
+
+def test_parity_of_detections() -> None:
+    """Over all anchors, or over PyTorch's detections and what is nearest to them."""
+    config = PostProcessing(min_score=0.1, detections=2)
+    rows = np.array([[[0, 0, 32, 32, 0.9], [40, 40, 64, 64, 0.5]], [[0, 0, 8, 8, 0.0], [9, 9, 20, 20, 0.0]]], np.float32)
+    shifted = rows.copy()
+    shifted[0, 1, 0] += 0.64
+    found = detector_parity("onnx", shifted, rows, config, 64)
+    assert (found.images, found.agreement) == (2, 1.0) and found.relative_error == pytest.approx(0.01)
+    chosen = np.zeros((2, 2, 6), np.float32)
+    chosen[0] = [[40, 40, 64, 64, 0.5, 0], [0, 0, 32, 32, 0.89, 0]]  # in another order
+    found = detector_parity("onnx-nms", chosen, rows, config, 64)
+    assert found.relative_error == pytest.approx(0.01) and found.agreement == 0.5
+    chosen[0, 0] = 0
+    assert detector_parity("onnx-nms", chosen, rows, config, 64).relative_error == pytest.approx(40 / 64)
+    chosen[0, 1, 5] = 1  # of another class
+    assert detector_parity("onnx-nms", chosen, rows, config, 64).relative_error == 1
+    assert detector_parity("tflite-fp32-tasks", np.zeros((2, 13), np.float32), rows, config, 64).relative_error == 1
+
+
+@pytest.mark.parametrize(("task", "said"), [("classify", "'small-ssdlite' is a detector"), ("detect", "'small' is a classifier")])
+def test_a_network_of_the_other_task_is_not_exported(task: str, said: str, tmp_path: Path) -> None:
+    boxes = Experiment.model_validate(settings(tmp_path))
+    network = network_of(architecture(boxes, tmp_path) if task == "classify" else classifier())
+    save_network(network, tmp_path / "run" / "train" / "model.safetensors", {})
+    config = boxes if task == "detect" else Experiment()
+    with pytest.raises(ConfigError, match=f"{said}, but task = '{task}': set task = "):
+        Pipeline(config, tmp_path / "run", Progress()).run_stage("export")
+
+
+@pytest.mark.parametrize("formats", [("onnx-nms",), ("onnx", "tflite-int8-tasks")])
+def test_a_classifier_has_no_files_with_nms(formats: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"export.formats has '{formats[-1]}', which is for boxes"):
+        Experiment.model_validate({"export": {"formats": formats}})
+    assert Experiment().export_formats == ("tflite-fp32", "tflite-int8", "onnx")
