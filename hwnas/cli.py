@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 table_app = typer.Typer(help="Look at latency tables; read and compare those of others.", no_args_is_help=True)
 app.add_typer(table_app, name="table")
+study_app = typer.Typer(help="Study the methods themselves.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
 
 Config = Annotated[Path | None, typer.Argument(help="an experiment (.toml), or the folder of an earlier run; default: built-in settings")]
 Set = Annotated[list[str] | None, typer.Option("-s", metavar="KEY=VALUE", help="set one key of the configuration: -s search.target_ms=3")]
@@ -283,6 +285,18 @@ def table_fit(
         typer.echo(json.dumps({"path": str(out), **table.provenance}))
         return
     typer.echo(f"{out}\n{table.provenance['more_networks']}\n{table.provenance['prior_alone']}")
+
+
+@study_app.command("rank")
+def study_rank(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Does a super-net rank architectures right? Its scores against accuracies that are known."""
+    pipeline = _pipeline(config, overrides, out, quiet, verbose)
+    with _interruptible():
+        pipeline.study_rank(fresh=fresh)
+    _print_result(pipeline.root / "rank" / "study.json", as_json)
 
 
 @app.command()

@@ -307,6 +307,40 @@ class ValidateConfig(Section):
     max_spread: float = Field(0.10, gt=0, description="spread between rounds above which a file is measured again")
 
 
+ScoreName = Literal[
+    "accuracy", "loss", "unrecalibrated", "angle", "macs", "params", "grad_norm", "snip", "synflow"
+]  # fmt: skip
+"""What ``hwnas study rank`` scores architectures by; see study/scores.py."""
+
+
+class StudyConfig(Section):
+    """``hwnas study rank``: does a super-net rank architectures right? The super-net and its images are those of ``search``."""
+
+    truth: str | None = Field(None, description="file of architectures with stand-alone accuracies (.csv or .json); see study/truth.py")
+    accuracies: tuple[str, ...] = Field((), description="its columns of repeated trainings; default: all that look like accuracies")
+    architectures: int = Field(300, ge=2, description="random ones of the file that are scored; a larger number keeps those of a smaller")
+    seeds: tuple[int, ...] = Field((), description="one super-net is trained for each; default: that of the experiment")
+    supernets: tuple[str, ...] = Field((), description="instead: search folders of earlier runs, whose trained super-nets are used")
+    scores: tuple[ScoreName, ...] = Field(("accuracy", "loss", "unrecalibrated", "angle", "macs", "params"), min_length=1)
+    combinations: tuple[tuple[ScoreName, ...], ...] = Field((("accuracy", "angle"),), description="scores whose ranks are added up")
+    threshold: float = Field(0.001, gt=0, lt=1, description="bins of the true accuracy in the sparse Kendall tau; 0.001: 0.1 %")
+    top_k: int = Field(10, ge=1, description="of regret, P@k and the comparison with random search")
+    bootstrap: int = Field(1000, ge=10, description="resamples of the architectures, for the intervals")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.seeds and self.supernets:
+            raise ValueError("study.seeds trains super-nets and study.supernets takes trained ones; remove one of them")
+        if self.top_k >= self.architectures:
+            raise ValueError(f"study.top_k = {self.top_k} are not fewer than study.architectures = {self.architectures}; lower it")
+        for each in self.combinations:
+            missing = [name for name in each if name not in self.scores]
+            if missing or len(each) < 2:
+                raise ValueError(f"study.combinations has {list(each)}; give two or more of study.scores: {', '.join(self.scores)}")
+        return self
+
+
 class Experiment(Section):
     """A whole experiment: what ``hwnas run`` needs to know."""
 
@@ -323,6 +357,7 @@ class Experiment(Section):
     train: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
     validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    study: StudyConfig = StudyConfig()
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:

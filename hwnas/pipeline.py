@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
-from hwnas.errors import ConfigError, UserError
+from hwnas.errors import ConfigError, DivergenceError, UserError
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
 from hwnas.search import FINDERS, STRATEGIES
@@ -150,6 +150,55 @@ class Pipeline:
         with stage(folder, name, inputs, current.outputs):
             current.run(StageContext(self.experiment, self.root, folder, self.progress))
         self.progress.say(f"{name}: done in {time.monotonic() - started:.0f} s")
+
+    def study_rank(self, *, fresh: bool = False) -> None:
+        """Train the super-nets of a ranking study, each a stage of its own, and then rank. A training that fails leaves the others."""
+        from hwnas.engine import flush_denormals
+        from hwnas.study import rank, supernets
+
+        flush_denormals()
+        supernets.check(self.experiment)
+        truth, config, folder = rank.load_truth(self.experiment, self.space), self.experiment.study, self.root / "scores"
+        found = [supernets.earlier(each) for each in config.supernets]
+        failed: dict[str, str] = {}
+        prepare(self.root)
+        with locked(self.root):
+            if fresh and folder.exists():
+                set_aside(folder)
+            for seed in () if found else config.seeds or (self.experiment.seed,):
+                current = self._supernet(seed)
+                try:
+                    self._run_stage(current, fresh)
+                except DivergenceError as error:
+                    failed[str(seed)] = str(error)
+                    self.progress.warn(f"seed {seed} has no super-net: {error}")
+                else:
+                    found.append(supernets.Trained(seed, self.root / current.name / current.outputs[0]))
+            inputs = {"space.json": self.space.sha256, "truth": truth.sha256, **self._data(), **self._config("search", "study")}
+            inputs |= {f"super-net of seed {each.seed}": file_sha256(each.path) for each in found}
+            inputs |= {f"super-net of seed {seed}": "failed" for seed in failed}
+            self._run_stage(
+                Stage("rank", [rank.RESULT], lambda: inputs, lambda ctx: rank.run(ctx, self.space, truth, found, failed)), fresh
+            )
+
+    def _supernet(self, seed: int) -> Stage:
+        """The training of a super-net for a study."""
+        from hwnas.search.stage import SHARED
+        from hwnas.study import supernets
+
+        experiment = supernets.training(self.experiment, seed)
+
+        def table() -> LatencyTable:
+            return LatencyTable.load(self.table_path) if experiment.search.table is not None else supernets.macs_table(self.space)
+
+        def inputs() -> dict[str, str]:
+            search = content_sha256(experiment.search.model_dump(mode="json"))
+            return {"space.json": self.space.sha256, "table": table().sha256, "search": search, "seed": str(seed), **self._data()}
+
+        def run(ctx: StageContext) -> None:
+            supernets.train(replace(ctx, experiment=experiment), self.space, table())
+
+        return Stage(f"supernet-{seed}", [SHARED], inputs, run)
 
     def plan(self) -> str:
         """What ``run`` would do, in words; nothing is read but the configuration, and the table where one is named."""

@@ -29,6 +29,7 @@ VERBS = {  # frozen: a knob goes into the configuration, not here
     "export": (["config"], COMMON),
     "validate": (["config"], COMMON),
     "report": (["config"], COMMON),
+    "study rank": (["config"], COMMON),
     "space": (["name", "table"], LOOK),
     "devices": ([], LOOK),
     "doctor": ([], LOOK),

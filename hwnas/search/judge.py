@@ -52,13 +52,16 @@ class Judge:
         blocks = "|".join(op.key for op in self.supernet.space.decode(picks).blocks)
         name = hashlib.sha256(blocks.encode()).hexdigest()[:32]
         if name not in self._known:
-            limit = self.config.evaluation_images
-            self._evaluation = self._evaluation or list(self._batches(self.held_out, 4 * self.config.batch_size, limit))
-            self._known[name] = self._accuracy(self.network(picks), self._evaluation)
+            self._known[name] = self._accuracy(self.network(picks), self.evaluation())
             if self._file is not None:
                 with self._file.appending() as append:
                     append({"blocks": name, "accuracy": self._known[name]})
         return self._known[name]
+
+    def evaluation(self) -> list[Batch]:
+        """The ``search.evaluation_images`` held-out images that a finder judges on, at the data's resolution."""
+        self._evaluation = self._evaluation or list(self._batches(self.held_out, 4 * self.config.batch_size, self.config.evaluation_images))
+        return self._evaluation
 
     def accuracy(self, network: Network) -> float:
         """Accuracy in 0..1 on all held-out images."""

@@ -1,0 +1,95 @@
+"""The figures and the table of a ranking study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from hwnas.report.charts import HALF
+from hwnas.report.style import LIGHT, canvas, inline_svg
+from hwnas.study.documents import Estimate, RankStudy, ScoreResult, Spread
+from hwnas.study.rank import METRICS
+
+LABELS = {
+    "accuracy": "recalibrated accuracy",
+    "loss": "recalibrated loss",
+    "unrecalibrated": "accuracy without recalibration",
+    "angle": "angle, radians",
+    "macs": "MACs",
+    "params": "parameters",
+    "grad_norm": "gradient norm at initialisation",
+    "snip": "SNIP at initialisation",
+    "synflow": "SynFlow at initialisation (log)",
+}
+"""What a score is called beside an axis."""
+
+PERCENTAGES = ("accuracy", "unrecalibrated")
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A score of the table: its metrics as texts, each with its interval, or its spread over super-nets."""
+
+    name: str
+    cells: tuple[tuple[str, str], ...]
+
+
+def score_rows(study: RankStudy) -> list[ScoreRow]:
+    """The scores, the best tau first."""
+    order = sorted(study.scores, key=lambda result: -_tau(result))
+    return [ScoreRow(result.name, tuple(_cell(result, metric) for metric in METRICS)) for result in order]
+
+
+def scatters(study: RankStudy) -> list[tuple[str, Markup]]:
+    """Every score against the accuracy of training alone: (title, SVG), the best tau first; combinations of scores are left out."""
+    single = [result for result in study.scores if result.name in LABELS]
+    found = []
+    for result in sorted(single, key=lambda result: -_tau(result)):
+        label = LABELS[result.name]
+        scale = 100.0 if result.name in PERCENTAGES else 1.0
+        with canvas(HALF, 300) as figure:
+            axes = figure.subplots()
+            x = [scale * point.scores[result.name] for point in study.points]
+            y = [100 * point.truth for point in study.points]
+            axes.scatter(x, y, s=16, color=LIGHT["blue"], edgecolors=LIGHT["paper"], lw=0.4, zorder=3)
+            axes.margins(0.06)
+            axes.set_xlabel(label + (", %" if result.name in PERCENTAGES else ""))
+            axes.set_ylabel("accuracy trained alone, %")
+            tau = "undefined" if result.spread["kendall"].mean is None else f"{result.spread['kendall'].mean:.3f}"
+            description = f"Scatter plot of accuracy trained alone over {label} of {len(x)} architectures: Kendall tau {tau}."
+            found.append(
+                (
+                    f"{label[0].upper()}{label[1:]}: τ {_signed(result.spread['kendall'].mean)}",
+                    inline_svg(figure, f"rank-{result.name}", description),
+                )
+            )
+    return found
+
+
+def _tau(result: ScoreResult) -> float:
+    mean = result.spread["kendall"].mean
+    return -2.0 if mean is None else mean
+
+
+def _cell(result: ScoreResult, metric: str) -> tuple[str, str]:
+    """A metric, and below it the spread over super-nets, or the interval where there is one super-net."""
+    spread: Spread = result.spread[metric]
+    if spread.std is not None:
+        return _shown(metric, spread.mean), f"± {_shown(metric, spread.std)}"
+    only: Estimate = result.supernets[0][metric]
+    if only.low is None or only.high is None:
+        return _shown(metric, only.value), ""
+    return _shown(metric, only.value), f"{_shown(metric, only.low)} to {_shown(metric, only.high)}"
+
+
+def _shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if metric == "regret":
+        return f"{100 * value:.2f}"
+    return f"{value:.0%}" if metric in ("precision", "random_reaches") else _signed(value)
+
+
+def _signed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}".replace("-", "−")

@@ -1,0 +1,1 @@
+"""Studies of the methods themselves: does a super-net rank architectures right?"""

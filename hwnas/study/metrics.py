@@ -1,0 +1,170 @@
+"""How well a score ranks: rank correlations, what is lost by trusting it, and how sure one can be of either.
+
+``score`` and ``truth`` are float [N], higher is better in both. With fewer than two architectures, or where all are alike, a
+correlation is undefined and comes out as nan.
+
+- ``kendall``: tau-b (Kendall 1945), (concordant - discordant) / sqrt((pairs - ties in a) * (pairs - ties in b)).
+- ``sparse_kendall``: the same after the truth is cut into bins of ``threshold``, so that accuracies that differ by less than
+  training noise mostly count as ties (Yu, Ranftl, Salzmann, arXiv 2003.04276; their code uses 0.001). The score is not cut.
+- ``spearman``: the correlation of ranks, ties sharing their mean rank.
+- ``regret``: the best truth of all minus the best among the k best by the score.
+- ``precision``: P@k, the part of the k best by the score that are among the k best by the truth.
+- ``random_reaches``: p = 1 - (1 - r / n)^k, the probability that k random architectures of n hold one of rank r or better, r being
+  the best rank (1 is best) among the k best by the score: what random search reaches at equal cost. Low is good (same authors).
+
+*Differences from the papers*: ties in a score have no order, so ``precision`` shares the seats at the edge among the tied,
+``regret`` and ``random_reaches`` give them to the worst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hwnas.core.table import spearman as _spearman
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+"""(score [N], truth [N]) -> number."""
+
+TOP_PART = 0.1
+"""The part of the architectures with the best truth that ``kendall_top`` looks at: there a search has to decide."""
+
+
+def kendall(a: np.ndarray, b: np.ndarray) -> float:
+    """Tau-b of two samples [N], in O(N log N).
+
+    Example:
+        >>> kendall(np.array([1, 2, 3]), np.array([1, 3, 2]))
+        0.3333333333333333
+    """
+    a, b = _codes(a), _codes(b)
+    pairs = len(a) * (len(a) - 1) // 2
+    ties_a, ties_b, both = _tied(a), _tied(b), _tied(a * (int(b.max(initial=0)) + 1) + b)
+    if pairs in (ties_a, ties_b):
+        return float("nan")
+    discordant = _inversions(b[np.lexsort((b, a))])
+    agreement = pairs - ties_a - ties_b + both - 2 * discordant
+    return float(agreement / np.sqrt(float(pairs - ties_a) * float(pairs - ties_b)))
+
+
+def binned(truth: np.ndarray, threshold: float) -> np.ndarray:
+    """The bins of ``threshold`` that accuracies lie in: int64 [N]. A value that is a whole multiple but for rounding is in its own."""
+    return np.floor(truth / threshold + 1e-6).astype(np.int64)
+
+
+def sparse_kendall(score: np.ndarray, truth: np.ndarray, threshold: float) -> float:
+    """Tau-b of a score with the binned truth."""
+    return kendall(score, binned(truth, threshold))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation; nan where all values of one are alike."""
+    return _spearman(a, b) if len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
+
+
+def best_tenth(truth: np.ndarray) -> np.ndarray:
+    """Positions of the tenth with the best truth, at least two, best first."""
+    return np.argsort(-truth, kind="stable")[: max(2, int(len(truth) * TOP_PART))]
+
+
+def kendall_top(score: np.ndarray, truth: np.ndarray) -> float:
+    """Tau-b among the tenth with the best truth."""
+    top = best_tenth(truth)
+    return kendall(score[top], truth[top])
+
+
+def regret(score: np.ndarray, truth: np.ndarray, k: int) -> float:
+    """The best truth minus the best among the ``k`` architectures of highest score."""
+    return float(truth.max() - truth[_chosen(score, truth, k)].max())
+
+
+def precision(score: np.ndarray, truth: np.ndarray, k: int) -> float:
+    """Part of the ``k`` best by score that are among the ``k`` best by truth; expected, where ties leave it open.
+
+    Example:
+        >>> precision(np.array([3.0, 2.0, 2.0, 1.0]), np.array([4.0, 3.0, 2.0, 1.0]), 2)
+        0.75
+    """
+    k = min(k, len(truth))
+    return float((_seats(score, k) * _seats(truth, k)).sum() / k)
+
+
+def random_reaches(score: np.ndarray, truth: np.ndarray, k: int) -> float:
+    """Probability that ``k`` random architectures hold one at least as good as the best of the ``k`` of highest score."""
+    best = truth[_chosen(score, truth, k)].max()
+    rank = int((truth >= best).sum())
+    return float(1 - (1 - rank / len(truth)) ** k)
+
+
+def rank_sum(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Scores [N] combined: the sum of their ranks (1 is lowest, ties share the mean), float [N]; no scale counts more than another."""
+    total: np.ndarray = np.sum([mean_ranks(score) for score in scores], axis=0, dtype=float)
+    return total
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks 1..N, ties sharing their mean: float [N]."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+def bootstrap(
+    metric: Metric, score: np.ndarray, truth: np.ndarray, rng: np.random.Generator, resamples: int, confidence: float
+) -> tuple[float, float] | None:
+    """The percentile interval of a metric over architectures that are drawn anew, with replacement.
+
+    None where fewer than half of the resamples have a value: there were too few architectures, or too few that differ.
+    """
+    draws = rng.integers(len(truth), size=(resamples, len(truth)))
+    found = np.array([metric(score[index], truth[index]) for index in draws])
+    found = found[np.isfinite(found)]
+    if len(found) * 2 <= resamples:
+        return None
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _codes(values: np.ndarray) -> np.ndarray:
+    """Each value's position among the different ones: int64 [N]."""
+    codes: np.ndarray = np.unique(values, return_inverse=True)[1].astype(np.int64)
+    return codes
+
+
+def _tied(codes: np.ndarray) -> int:
+    """Pairs with equal values."""
+    counts = np.unique(codes, return_counts=True)[1].astype(np.int64)
+    return int((counts * (counts - 1) // 2).sum())
+
+
+def _inversions(codes: np.ndarray) -> int:
+    """Pairs i < j with codes[i] > codes[j].
+
+    Bit by bit from the highest: among values that agree in all higher bits, a pair is inverted where the earlier has a 1 and the
+    later a 0. Values are kept grouped by those higher bits, in their original order inside a group.
+    """
+    total, size = 0, len(codes)
+    for bit in reversed(range(int(codes.max(initial=0)).bit_length())):
+        prefix = codes >> (bit + 1)
+        ones = (codes >> bit) & 1
+        before = np.cumsum(ones) - ones
+        starts = np.flatnonzero(np.r_[True, prefix[1:] != prefix[:-1]])
+        begun = np.repeat(before[starts], np.diff(np.r_[starts, size]))
+        total += int((before - begun)[ones == 0].sum())
+        codes = codes[np.argsort(codes >> bit, kind="stable")]
+    return total
+
+
+def _chosen(score: np.ndarray, truth: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the ``k`` highest scores; of those tied at the edge, the worst by truth."""
+    chosen: np.ndarray = np.lexsort((truth, -score))[:k]
+    return chosen
+
+
+def _seats(values: np.ndarray, k: int) -> np.ndarray:
+    """How much of a place among the ``k`` highest each has; those tied at the edge share what is left: float [N]."""
+    edge = np.sort(values)[-k]
+    above, tied = values > edge, values == edge
+    seats: np.ndarray = above + tied * ((k - above.sum()) / tied.sum())
+    return seats

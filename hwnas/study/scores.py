@@ -1,0 +1,152 @@
+"""What a super-net, or nothing but the network's shape, says an architecture is worth.
+
+=================  ================================================================================================
+``accuracy``       top-1 of the one-path network with BN statistics re-estimated, on held-out images
+``loss``           its cross-entropy (lower is better)
+``unrecalibrated`` top-1 of the super-net as it stands: BN by its tracked statistics (``supernet.bn_track``), else by
+                   those of the batch that is judged
+``angle``          arccos of the one cosine between all convolution and linear weights of the one-path network at
+                   initialisation and after training, in radians; identity contributes nothing (Hu et al., ECCV
+                   2020, arXiv 2004.13431). Needs no images
+``macs, params``   multiply-accumulates and parameters: what any score must beat
+``grad_norm``      norm of the loss's gradient by the weights at initialisation, on one batch of
+                   ``search.batch_size`` held-out images
+``snip``           sum of abs(weight * gradient) there (Lee et al., arXiv 1810.02340)
+``synflow``        the same without images: weights by their absolute values, an input of ones, the sum of the
+                   logits for a loss (Tanaka et al., arXiv 2006.05467)
+=================  ================================================================================================
+
+*Differences from the papers*: the zero-cost scores judge the super-net's initialisation, the same for all architectures, not a new one
+for each; synflow leaves BN out (its statistics are 0 and 1 and its scale is 1 then) instead of computing batch statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hwnas.config import ScoreName
+from hwnas.core.arch import Picks
+from hwnas.data.images import Batch
+from hwnas.nn.network import Network
+from hwnas.nn.supernet import Supernet, resized
+from hwnas.search.judge import Judge
+from hwnas.search.proposal import one_hot
+
+LOWER_IS_BETTER = ("loss",)
+ZERO_COST = ("grad_norm", "snip", "synflow")
+OF_SHAPE = ("macs", "params")
+"""Scores that no super-net has a part in."""
+
+
+class Scorer:
+    """Scores architectures by a trained super-net. ``seed`` is the one that it was initialised with."""
+
+    def __init__(self, judge: Judge, seed: int) -> None:
+        assert isinstance(judge.supernet, Supernet)
+        self.judge, self.supernet = judge, judge.supernet
+        self.initial = initial_supernet(self.supernet, seed)
+        self.calculations: dict[ScoreName, Callable[[Picks], dict[str, float]]] = {
+            "accuracy": self._recalibrated,
+            "loss": self._recalibrated,
+            "unrecalibrated": self._as_it_stands,
+            "angle": lambda picks: {"angle": angle(self.initial.extract(picks), self.supernet.extract(picks))},
+            "macs": self._shape,
+            "params": self._shape,
+            "grad_norm": self._gradients,
+            "snip": self._gradients,
+            "synflow": lambda picks: {"synflow": synflow(self.initial.extract(picks))},
+        }
+
+    def score(self, picks: Picks, names: Sequence[ScoreName]) -> dict[str, float]:
+        """Scores of an architecture by name. Raises ArithmeticError where one is not finite."""
+        found: dict[str, float] = {}
+        for name in names:
+            if name not in found:
+                found |= self.calculations[name](picks)
+            if not math.isfinite(found[name]):
+                raise ArithmeticError(f"its {name} is {found[name]}")
+        return {name: found[name] for name in names}
+
+    def _recalibrated(self, picks: Picks) -> dict[str, float]:
+        network = self.judge.network(picks)
+        size = network.arch.resolution
+        return _judged(lambda x_NCHW: network(resized(x_NCHW, size)), self.judge.evaluation(), _device(network))
+
+    def _as_it_stands(self, picks: Picks) -> dict[str, float]:
+        self.supernet.eval()
+        gates = one_hot(picks, self.supernet.space)
+        found = _judged(lambda x_NCHW: self.supernet(x_NCHW, gates), self.judge.evaluation(), _device(self.supernet))
+        return {"unrecalibrated": found["accuracy"]}
+
+    def _shape(self, picks: Picks) -> dict[str, float]:
+        arch = self.supernet.space.decode(picks)
+        return {"macs": float(arch.macs), "params": float(arch.params)}
+
+    def _gradients(self, picks: Picks) -> dict[str, float]:
+        network = self.initial.extract(picks)
+        x_NCHW, y = (part[: self.judge.config.batch_size] for part in self.judge.evaluation()[0])
+        x_NCHW = resized(x_NCHW.to(_device(network)), network.arch.resolution)
+        network.train()
+        F.cross_entropy(network(x_NCHW), y.to(x_NCHW.device)).backward()  # type: ignore[no-untyped-call]
+        pairs = [(weight.detach(), weight.grad) for weight in _weights(network) if weight.grad is not None]
+        return {
+            "grad_norm": math.sqrt(sum(float(grad.double().square().sum()) for _, grad in pairs)),
+            "snip": sum(float((weight * grad).double().abs().sum()) for weight, grad in pairs),
+        }
+
+
+def initial_supernet(supernet: Supernet, seed: int) -> Supernet:
+    """A trained super-net as it was when ``seed`` initialised it."""
+    fresh = Supernet(supernet.space, torch.Generator().manual_seed(seed), supernet.config)
+    return fresh.to(_device(supernet)).eval()
+
+
+@torch.no_grad()
+def angle(initial: Network, trained: Network) -> float:
+    """The angle between the weights of two networks of one architecture, in radians, 0 to pi."""
+    product = norms = others = 0.0
+    for before, after in zip(_weights(initial), _weights(trained), strict=True):
+        a, b = before.double().flatten(), after.double().flatten()
+        product, norms, others = product + float(a @ b), norms + float(a @ a), others + float(b @ b)
+    return math.acos(max(-1.0, min(1.0, product / math.sqrt(norms * others))))
+
+
+def synflow(network: Network) -> float:
+    """Sum of abs(weight * derivative of the summed logits) with all weights positive, an input of ones, and no BN. Logarithm."""
+    network = network.double().eval()
+    with torch.no_grad():
+        for weight in _weights(network):
+            weight.abs_()
+    arch = network.arch
+    device = _device(network)
+    network(torch.ones(1, arch.in_channels, arch.resolution, arch.resolution, dtype=torch.float64, device=device)).sum().backward()
+    pairs = [(weight.detach(), weight.grad) for weight in _weights(network) if weight.grad is not None]
+    return math.log(sum(float((weight * grad).abs().sum()) for weight, grad in pairs))
+
+
+def _weights(network: Network) -> Iterator[Tensor]:
+    """Convolution and linear weights, input to output: no BN, no biases."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            yield module.weight
+
+
+@torch.inference_mode()
+def _judged(forward: Callable[[Tensor], Tensor], batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
+    """Top-1 in 0..1 and mean cross-entropy of ``forward`` over batches."""
+    correct, loss, total = 0, 0.0, 0
+    for x_NCHW, y in batches:
+        logits = forward(x_NCHW.to(device, memory_format=torch.channels_last)).float().cpu()
+        correct += int((logits.argmax(1) == y).sum())
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        total += len(y)
+    return {"accuracy": correct / total, "loss": loss / total}
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,84 @@
+"""The super-nets of a study: trained as a search would train them, or taken from earlier runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hwnas.config import Experiment
+from hwnas.core.space import MacroSpace
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
+from hwnas.errors import ConfigError
+from hwnas.nn.supernet import Supernet, save_supernet
+from hwnas.runs import StageContext
+from hwnas.search import STRATEGIES
+from hwnas.search.stage import SHARED, SearchResult, prepare, search_context, trained_supernet
+
+MS_PER_MAC = 1e-6
+"""Of the table that stands in where none is configured."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The file of a trained super-net, and the seed that initialised it."""
+
+    seed: int
+    path: Path
+
+
+def macs_table(space: MacroSpace) -> LatencyTable:
+    """A table of a device that takes a millisecond for a million MACs: strategies want a latency, and a study of ranks has none."""
+    unknown = dict.fromkeys(TableHeader.model_fields, "unknown")
+    header = TableHeader.model_validate({**unknown, "device": "MACs", "space": space.name})
+    entries = {op.key: Entry(ms=op.macs * MS_PER_MAC) for op in space.ops}
+    return LatencyTable(header=header, entries=entries, calibration=Calibration(intercept_ms=0.0, slope=1.0, networks=0))
+
+
+def training(experiment: Experiment, seed: int) -> Experiment:
+    """The experiment that trains the super-net of ``seed``.
+
+    Without ``search.table`` its cost is MACs, so a target in milliseconds says nothing: half-way through the space is taken, within
+    which strategies that steer by latency are free to go where they like.
+    """
+    search = experiment.search
+    if search.table is None:
+        middle = {"target_ms": None, "target_range": 0.5 if search.target_range is None else search.target_range, "tolerance": 0.5}
+        search = search.model_copy(update=middle)
+    return experiment.model_copy(update={"seed": seed, "search": search})
+
+
+def check(experiment: Experiment) -> None:
+    """Raise ConfigError where the configuration names no super-net that a study can use."""
+    config = experiment.search
+    if config.weights is not None:
+        raise ConfigError(f"search.weights = {config.weights!r} is for 'hwnas search': name the folder in study.supernets.")
+    if not STRATEGIES.get(config.strategy.name).shares:
+        raise ConfigError(
+            f"strategy {config.strategy.name!r} trains networks that share no weights, so there is no super-net to study: choose another."
+        )
+
+
+def train(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
+    """Train the super-net of ``ctx.experiment`` (see ``training``) into ``shared.safetensors``, going on where it was."""
+    experiment = ctx.experiment.model_copy(update={"data": ctx.experiment.data.at(space.resolution)})
+    search = search_context(experiment, space, table)
+    search.progress = ctx.progress
+    prepared = prepare(experiment, space, search, ctx.folder)
+    engine = prepared.engine
+    engine.resume()
+    engine.fit(prepared.step, ctx.progress, f"training a super-net ({experiment.search.strategy.name}, seed {experiment.seed})")
+    assert isinstance(prepared.judge.supernet, Supernet)  # see ``check``
+    save_supernet(prepared.judge.supernet, ctx.folder / SHARED)
+    engine.finish()
+
+
+def earlier(folder: str) -> Trained:
+    """The super-net of an earlier run's search. Raises ConfigError where there is none, or none that is finished."""
+    try:
+        path = trained_supernet(folder)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("search.weights", "study.supernets")) from error
+    result = path.parent / "search.json"
+    if not result.is_file():
+        raise ConfigError(f"study.supernets: {path.parent} has no search.json, which says its seed: finish that search first.")
+    return Trained(SearchResult.load(result).seed, path)

@@ -1,0 +1,238 @@
+"""The study from configuration to document: trained, killed, resumed, with a failed training, a failed architecture, on earlier weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import kendalltau
+
+from hwnas.config import Experiment
+from hwnas.core.arch import Picks
+from hwnas.errors import ConfigError, DivergenceError, HwnasError, TableError
+from hwnas.pipeline import Pipeline
+from hwnas.progress import Progress
+from hwnas.runs import JsonLines
+from hwnas.search.strategy import Metrics, SearchContext
+from hwnas.study.documents import RankStudy
+from hwnas.study.rank import METRICS
+from hwnas.study.scores import Scorer
+from tests.search.staging import Killed, Killing, experiment, tiny_space
+
+SPACE = tiny_space()
+SCORES = ("accuracy", "loss", "angle", "macs")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A space document, and a truth that follows the MACs but for noise."""
+    root = tmp_path_factory.mktemp("study")
+    SPACE.save(root / "tiny.json")
+    rng, archs = np.random.default_rng(0), {}
+    while len(archs) < 30:
+        picks = SPACE.sample(rng)
+        archs.setdefault(SPACE.canonical(SPACE.index(picks)).tobytes(), picks)
+    macs = np.array([SPACE.decode(picks).macs for picks in archs.values()])
+    accuracy = 0.5 + 0.4 * macs / macs.max() + rng.normal(size=len(macs)) * 0.03
+    with open(root / "truth.csv", "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["arch", "acc1", "acc2"])
+        for picks, value in zip(archs.values(), accuracy, strict=True):
+            lines.writerow([json.dumps(picks), f"{value:.4f}", f"{value + rng.normal() * 0.01:.4f}"])
+    return root
+
+
+def study(folder: Path, search: dict[str, Any] | None = None, **settings: Any) -> Experiment:
+    plain = experiment("spos", evaluation_images=64, **{"target_range": None, "epochs": 0.3, **(search or {})})
+    wanted = {
+        "truth": str(folder / "truth.csv"), "architectures": 12, "top_k": 3, "bootstrap": 30, "scores": SCORES,
+        "combinations": [("accuracy", "angle")], **settings,
+    }  # fmt: skip
+    content = plain.model_dump(mode="json", by_alias=True) | {"space": {"name": str(folder / "tiny.json")}, "study": wanted}
+    return Experiment.model_validate(content)
+
+
+def ranked(config: Experiment, root: Path, progress: Progress | None = None) -> RankStudy:
+    Pipeline(config, root, progress or Progress()).study_rank()
+    return RankStudy.load(root / "rank" / "study.json")
+
+
+class Saying(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> tuple[Path, RankStudy]:
+    """A study of two super-nets."""
+    return folder / "run", ranked(study(folder, seeds=[5, 6]), folder / "run")
+
+
+def test_metrics_are_those_of_the_scores(finished: tuple[Path, RankStudy]) -> None:
+    _, found = finished
+    assert [result.name for result in found.scores] == [*SCORES, "accuracy+angle"]
+    assert [supernet.seed for supernet in found.supernets] == [5, 6]
+    assert len(found.points) == found.architectures == 12
+    truth, macs = np.array([(point.truth, point.scores["macs"]) for point in found.points]).T
+    of_macs = next(result for result in found.scores if result.name == "macs")
+    assert of_macs.supernets[0]["kendall"].value == pytest.approx(kendalltau(macs, truth).statistic)
+    assert of_macs.spread["kendall"].std == 0
+    for result in found.scores:
+        for each in result.supernets:
+            assert set(each) == set(METRICS)
+            tau = each["kendall"]
+            assert result.name == "accuracy" or (tau.low is not None and tau.high is not None and tau.low <= tau.high)
+    angle = next(result for result in found.scores if result.name == "angle")
+    values = [each["kendall"].value for each in angle.supernets]
+    assert values[0] != values[1]
+    assert angle.spread["kendall"].mean == pytest.approx(np.mean(values))  # type: ignore[arg-type]
+    assert angle.spread["kendall"].std == pytest.approx(np.std(values, ddof=1))  # type: ignore[call-overload]
+
+
+def test_a_lower_loss_ranks_higher(finished: tuple[Path, RankStudy]) -> None:
+    root, found = finished
+    rows = {row["architecture"]: row["scores"]["loss"] for row in _rows(root)[0]}
+    truth = {point.name: point.truth for point in found.points}
+    loss = next(result for result in found.scores if result.name == "loss").supernets
+    expected = kendalltau([-rows[name] for name in truth], list(truth.values())).statistic
+    assert any(each["kendall"].value == pytest.approx(expected) for each in loss)
+
+
+def _rows(root: Path) -> list[list[dict[str, Any]]]:
+    return [JsonLines(path).read() for path in sorted((root / "scores").iterdir())]
+
+
+def test_the_gap_and_the_noise_of_the_truth(finished: tuple[Path, RankStudy]) -> None:
+    _, found = finished
+    gap = found.supernets[0].gap
+    assert gap is not None
+    assert gap.alone == pytest.approx(np.mean([point.truth for point in found.points]))
+    assert gap.difference == pytest.approx(gap.alone - gap.supernet) and gap.difference > 0
+    assert (found.truth.networks, found.truth.repeats, found.truth.columns) == (30, 2, ("acc1", "acc2"))
+    assert found.truth.kendall is not None and 0.5 < found.truth.kendall < 1
+
+
+def test_again_nothing_is_done_and_more_architectures_keep_the_old_scores(folder: Path, finished: tuple[Path, RankStudy]) -> None:
+    root, before = finished
+    said = Saying()
+    ranked(study(folder, seeds=[5, 6]), root, said)
+    assert {"supernet-5: current, skipped", "supernet-6: current, skipped", "rank: current, skipped"} <= set(said.said)
+    copy = folder / "more"
+    shutil.copytree(root, copy)
+    after = ranked(study(folder, seeds=[5, 6], architectures=15), copy)
+    assert [point for point in after.points if point.name in {p.name for p in before.points}] == list(before.points)
+    assert all(len(rows) == 15 for rows in _rows(copy))  # twelve were there
+    wider = ranked(study(folder, seeds=[5, 6], architectures=15, scores=[*SCORES, "synflow"]), copy)
+    assert {"synflow", *SCORES} == set(wider.points[0].scores)
+
+
+@pytest.mark.parametrize(("where", "steps"), [("training a super-net", 5), ("scoring", 4), ("bootstrap", 2)])
+def test_a_killed_study_ends_as_one_that_was_not(
+    folder: Path, finished: tuple[Path, RankStudy], tmp_path: Path, where: str, steps: int
+) -> None:
+    config = study(folder, seeds=[5, 6])
+    with pytest.raises(Killed):
+        ranked(config, tmp_path / "run", Killing(where, steps))
+    assert ranked(config, tmp_path / "run") == finished[1]
+
+
+def test_a_failed_training_is_reported_and_leaves_the_others(
+    folder: Path, finished: tuple[Path, RankStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hwnas.search.spos import SPOS
+
+    step = SPOS.step
+
+    def diverging(self: SPOS, ctx: SearchContext) -> Metrics:
+        if ctx.rng.bit_generator.seed_seq.entropy[0] == 5:  # type: ignore[attr-defined]
+            raise DivergenceError("the loss is nan at step 0.")
+        return step(self, ctx)
+
+    monkeypatch.setattr(SPOS, "step", diverging)
+    said = Saying()
+    config = study(folder, seeds=[5, 6])
+    found = ranked(config, tmp_path / "run", said)
+    assert found.failed_trainings == {"5": "the loss is nan at step 0."}
+    assert found.supernets == finished[1].supernets[1:]
+    assert any("seed 5 has no super-net: the loss is nan" in line for line in said.said)
+    with pytest.raises(HwnasError, match=r"no super-net was trained.*the loss is nan"):
+        ranked(study(folder, seeds=[5]), tmp_path / "alone")
+    monkeypatch.undo()
+    assert ranked(config, tmp_path / "run") == finished[1]  # the same command tries again
+
+
+def test_a_failed_architecture_is_reported_and_leaves_the_others(
+    folder: Path, finished: tuple[Path, RankStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = finished[1].points[4].name
+    score = Scorer.score
+
+    def failing(self: Scorer, picks: Picks, names: Any) -> dict[str, float]:
+        if json.dumps(picks) == bad:
+            raise RuntimeError("out of memory\nand a long trace")
+        return score(self, picks, names)
+
+    monkeypatch.setattr(Scorer, "score", failing)
+    found = ranked(study(folder), tmp_path / "run")
+    assert found.supernets[0].failed == {bad: "out of memory"}
+    assert found.supernets[0].scored == 11
+    assert [point.name for point in found.points] == [point.name for point in finished[1].points if point.name != bad]
+
+
+def test_an_earlier_search_lends_its_supernet(folder: Path, tmp_path: Path, finished: tuple[Path, RankStudy]) -> None:
+    plain = study(
+        folder, search={"target_range": 0.5, "random_samples": 0, "candidates": 1, "strategy": {"name": "spos", "generations": 1}}
+    )
+    from hwnas.study.supernets import macs_table
+
+    macs_table(SPACE).save(tmp_path / "macs.json")
+    search = plain.search.model_copy(update={"table": str(tmp_path / "macs.json"), "tolerance": 0.5})
+    Pipeline(plain.model_copy(update={"search": search}), tmp_path / "searched", Progress()).run_stage("search")
+    found = ranked(study(folder, supernets=[str(tmp_path / "searched")]), tmp_path / "run")
+    assert not (tmp_path / "run" / "supernet-5").exists()
+    of_first = [result.supernets[:1] for result in finished[1].scores]
+    assert [result.supernets for result in found.scores] == of_first  # the same training as the study's own of that seed
+
+
+@pytest.mark.parametrize(
+    ("search", "settings", "words"),
+    [
+        ({}, {"truth": None}, "study.truth is not set"),
+        ({}, {"architectures": 31}, "study.architectures = 31, but .* has 30"),
+        ({}, {"supernets": ["nowhere"]}, "study.supernets = 'nowhere' is no folder"),
+        ({"weights": "x"}, {}, "name the folder in study.supernets"),
+        ({"strategy": {"name": "random_standalone"}}, {}, "no super-net to study"),
+        ({}, {"accuracies": ["acc3"]}, "no column 'acc3'"),
+    ],
+)
+def test_what_cannot_be_studied_is_said_before_any_training(
+    folder: Path, tmp_path: Path, search: dict[str, Any], settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises((ConfigError, TableError), match=words):
+        ranked(study(folder, search, **settings), tmp_path / "run")
+    assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seeds": [1], "supernets": ["a"]}, "remove one of them"),
+        ({"top_k": 12}, "lower it"),
+        ({"combinations": [["accuracy", "synflow"]]}, "give two or more of study.scores"),
+        ({"combinations": [["accuracy"]]}, "give two or more of study.scores"),
+    ],
+)
+def test_settings_that_contradict_each_other(folder: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        study(folder, **settings)
