@@ -217,11 +217,17 @@ class SearchConfig(Section):
     weights: str | None = Field(
         None, description="the search folder of an earlier run: its trained super-net is used as it is, and only the finder runs"
     )
+    backbone: str | None = Field(
+        None, description="detection: the search folder of a classification run, whose super-net's backbone weights this one begins with"
+    )
+    detection_quality: Literal["ap", "loss"] = Field(
+        "ap", description="detection: what architectures are judged by on held-out images: AP, or 1 / (1 + loss) where they are few"
+    )
     finder: Plugin | None = Field(None, description="how architectures are found; default: the strategy's own way")
     limits: tuple[Limit, ...] = Field(
         (), description="further constraints, one [[search.limits]] each: other tables, macs, params, size_bytes, activation_bytes"
     )
-    candidates: int = Field(8, ge=1, description="proposals of the strategy that are ranked by recalibrated held-out accuracy")
+    candidates: int = Field(8, ge=1, description="proposals of the strategy that are ranked by recalibrated held-out accuracy (or AP)")
     recalibration_images: int = Field(
         1024, ge=0, description="training images that re-estimate BN statistics before any ranking; 0: tracked ones (supernet.bn_track)"
     )
@@ -234,6 +240,8 @@ class SearchConfig(Section):
             raise ValueError(
                 f"recalibration_images is {self.recalibration_images}; give 2 or more, or 0 with supernet.bn_track = true for tracked ones"
             )
+        if self.backbone is not None and self.weights is not None:
+            raise ValueError("search.backbone and search.weights both say what the super-net begins with; remove one of them")
         return self
 
 
@@ -370,6 +378,10 @@ class Experiment(Section):
         of_boxes = [name for name in self.export.formats or () if name in NMS_FORMATS and self.task == "classify"]
         if of_boxes:
             raise ValueError(f"export.formats has {of_boxes[0]!r}, which is for boxes; remove it, or set task = 'detect'")
+        if self.task == "classify" and self.search.backbone is not None:
+            raise ValueError("search.backbone begins a super-net of detectors; remove it, or set task = 'detect'")
+        if self.task == "detect" and self.search.supernet.dropout > 0:
+            raise ValueError("search.supernet.dropout is before a classifier, and a detector has none; remove it")
         if self.train.backbone is not None and self.train.weights != "scratch":
             raise ValueError("train.backbone and train.weights = 'supernet' both say what to begin with; remove one of them")
         return self

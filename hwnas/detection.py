@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.data.coco import CocoImages
 from hwnas.data.coco_eval import CocoMetrics, evaluate
-from hwnas.data.images import evaluation_batches, evaluation_order
+from hwnas.data.images import Batch, evaluation_batches, evaluation_order
 from hwnas.nn.detector import DetectionNetwork, Outputs
 from hwnas.nn.ssd import DetectionLoss, Detections, PostProcessor
 
@@ -29,19 +31,24 @@ class DetectionCriterion(nn.Module):
         return logged["class_loss"] + logged["box_loss"], logged
 
 
-@torch.inference_mode()
 def detect(
     network: DetectionNetwork, images: CocoImages, config: PostProcessing, *, batch_size: int, limit: int | None = None, workers: int = 0
 ) -> dict[int, Detections]:
     """What ``network`` finds, in eval mode, in all images or in ``limit`` of them: detections by image index, in ``evaluation_order``."""
+    found = detections(network, evaluation_batches(images, batch_size, limit=limit, workers=workers), config)
+    return dict(zip(evaluation_order(images, limit).tolist(), found, strict=True))
+
+
+@torch.inference_mode()
+def detections(network: DetectionNetwork, batches: Iterable[Batch], config: PostProcessing) -> list[Detections]:
+    """What ``network`` finds, in eval mode, in the images of some batches, one after another, on the CPU."""
     network.eval()
     device = next(network.parameters()).device
     post_processor = PostProcessor(network.arch, config).to(device)
     found: list[Detections] = []
-    for x_NCHW, _ in evaluation_batches(images, batch_size, limit=limit, workers=workers):
+    for x_NCHW, _ in batches:
         found += post_processor(network(x_NCHW.to(device, memory_format=torch.channels_last)))
-    order = evaluation_order(images, limit).tolist()
-    return {index: Detections(*(each.cpu() for each in detections)) for index, detections in zip(order, found, strict=True)}
+    return [Detections(*(part.cpu() for part in each)) for each in found]
 
 
 def average_precision(images: CocoImages, found: dict[int, Detections]) -> CocoMetrics:

@@ -18,14 +18,12 @@ from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
-from hwnas.errors import ConfigError, DivergenceError, UserError
+from hwnas.errors import ConfigError, DivergenceError, SpaceError, UserError
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
 from hwnas.search import FINDERS, STRATEGIES
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
-CLASSIFIERS_ONLY = ("search",)
-"""Stages that do not take detectors yet."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ def experiment_space(experiment: Experiment) -> MacroSpace:
     overrides: dict[str, Any] = {}
     if name in SPACES:
         overrides = {"classes": data.classes, "resolution": data.resolution, "in_channels": data.channels}
+    detects = experiment.task == "detect"
     overrides |= {"act": experiment.space.act} if experiment.space.act else {}
     overrides |= {"width": experiment.space.width} if experiment.space.width != 1.0 else {}
     space: SearchSpace = load_space(name, **overrides)
@@ -57,7 +56,20 @@ def experiment_space(experiment: Experiment) -> MacroSpace:
             f"space {name!r} has {space.classes} classes, {space.resolution} px and {space.in_channels} channels, but the data "
             f"{data.classes}, {data.resolution} and {data.channels}: make them agree."
         )
-    return space.restrict(experiment.space.restrict) if experiment.space.restrict else space
+    space = space.restrict(experiment.space.restrict) if experiment.space.restrict else space
+    if space.detector is not None and not detects:
+        raise ConfigError(f"space {name!r} is one of detectors: set task = 'detect' and name data with boxes, or search another.")
+    return space if not detects or space.detector is not None else _with_detector(space, experiment)
+
+
+def _with_detector(space: MacroSpace, experiment: Experiment) -> MacroSpace:
+    """The space of detectors. Where an architecture is named, one without them is good enough for what is left to do."""
+    try:
+        return space.with_detector(extras=experiment.detector.extras, scores=experiment.detector.scores)
+    except SpaceError:
+        if experiment.train.arch is None:
+            raise
+        return space
 
 
 def check_names(experiment: Experiment) -> None:
@@ -98,9 +110,9 @@ class Pipeline:
         return tuple(name for name in STAGES if name not in skipped)
 
     def stage(self, name: str) -> Stage:
-        """A stage by name. Raises ConfigError where it does not take detectors yet, and the experiment trains one."""
-        if self.experiment.task == "detect" and name in CLASSIFIERS_ONLY:
-            raise ConfigError(f"'hwnas {name}' takes no detectors yet: with task = 'detect', name an architecture as train.arch.")
+        """A stage by name. Raises SpaceError where a detector is searched, and the space carries none."""
+        if self.experiment.task == "detect" and name in ("profile", "search") and self.space.detector is None:
+            self.space.with_detector()  # says why it carries none
         stages: dict[str, Callable[[], Stage]] = {
             "profile": self._profile,
             "search": self._search,
@@ -113,7 +125,6 @@ class Pipeline:
 
     def run(self, *, fresh: bool = False) -> None:
         """All needed stages, skipping what is current. What the user forgot is asked for before the first one."""
-        self._refuse_detectors()
         config = self.experiment.search
         if "search" in self.needed and config.target_ms is None and config.target_range is None:
             raise ConfigError("search.target_ms is not set: set it to your latency budget in milliseconds, or search.target_range to 0..1.")
@@ -202,7 +213,6 @@ class Pipeline:
 
     def plan(self) -> str:
         """What ``run`` would do, in words; nothing is read but the configuration, and the table where one is named."""
-        self._refuse_detectors()
         experiment, space = self.experiment, self.space
         device, data = experiment.device, experiment.data
         nets = experiment.profile.fit_networks + experiment.profile.test_networks
@@ -236,10 +246,6 @@ class Pipeline:
             f"data: {data.name}{f' in {data.path}' if data.path else ''}, {data.classes} classes, {data.channels} x {data.resolution} px"
         )
         return "\n".join([f"experiment {experiment.name} in {self.root}", source, *(f"{name:9} {texts[name]}" for name in self.needed)])
-
-    def _refuse_detectors(self) -> None:
-        if self.experiment.task == "detect" and "search" in self.needed:
-            raise ConfigError("no detectors are searched yet: with task = 'detect', name an architecture as train.arch.")
 
     def _config(self, *sections: str) -> dict[str, str]:
         content = self.experiment.model_dump(mode="json", by_alias=True)
@@ -293,6 +299,9 @@ class Pipeline:
                 if isinstance(limit, LatencyLimit):
                     found[f"search.limits[{i}].table"] = LatencyTable.load(Path(limit.table).expanduser()).sha256
             found |= {"super-net": file_sha256(search.trained_supernet(config.weights))} if config.weights is not None else {}
+            if config.backbone is not None:
+                found["backbone"] = file_sha256(search.trained_supernet(config.backbone, "search.backbone"))
+            found |= self._config("detector") if self.experiment.task == "detect" else {}
             search.search_context(self.experiment, self.space, LatencyTable.load(self.table_path))
             return {"space.json": self.space.sha256, **found, **self._data(), **self._config("search", "seed")}
 
@@ -310,8 +319,6 @@ class Pipeline:
         searched, inherited = self.root / "search" / "arch.json", self.root / "search" / "supernet.safetensors"
 
         def inputs() -> dict[str, str]:
-            if self.experiment.task == "detect" and self.experiment.train.arch is None and not searched.is_file():
-                raise ConfigError("train.arch is not set: name an architecture or a published network, as no detectors are searched yet.")
             found = {} if self.experiment.train.arch else self._file(searched, "search")
             if self.experiment.train.weights == "supernet":
                 found |= self._file(inherited, "search")

@@ -56,7 +56,8 @@ def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
     The peak over the op's layers of: the layer's input + the layer's output + what is alive beside them, which is
 
     - the block's input from the second layer on, where it is added to the output (residual);
-    - the depthwise output while squeeze-and-excitation computes its gate.
+    - the depthwise output while squeeze-and-excitation computes its gate;
+    - the map that a detector's predictors read while the first of their branches runs, and that branch's output while the second does.
 
     Global pooling and a channel shuffle are layers of their own here: they read one map and write another. Activations, BN, the
     scaling by a gate and the residual sum work in place. This is the layer-by-layer execution of mobile runtimes; one that fuses
@@ -75,7 +76,9 @@ def _live_numbers(op: Op) -> Iterator[int]:
     kept = expanded = 0
     if op.pooled:
         yield block_input + op.in_ch
-    for layer in op.layers:
+    for position, layer in enumerate(op.layers):
+        if op.kind == "ssd":
+            kept = (0, block_input, op.out_ch * op.size**2, op.out_ch * op.size**2)[position]
         read, written = layer.in_ch * layer.size**2, layer.out_ch * layer.out_size**2
         if layer.name == "depthwise":
             expanded = written
@@ -88,7 +91,11 @@ def _live_numbers(op: Op) -> Iterator[int]:
 
 
 def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:
-    """Peak memory of feature maps of a network on one image: the largest ``activation_bytes`` of its ops, as they run in a chain."""
+    """Peak memory of feature maps of a network on one image: the largest ``activation_bytes`` of its ops, as they run in a chain.
+
+    A detector's predictors are taken to run as soon as there is a map for them, and what they predict to be the output: a runtime that
+    leaves the predictors for the end keeps the tapped maps until then.
+    """
     return max(activation_bytes(op, dtype) for op in arch.ops())
 
 

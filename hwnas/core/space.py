@@ -11,131 +11,29 @@ come.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hwnas.core.arch import Architecture, Origin, Picks
+from hwnas.core.detector import Scores
 from hwnas.core.op import Op
-from hwnas.core.option import make_divisible
+from hwnas.core.option import make_divisible, parse_option
+from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
+from hwnas.core.ssdlite import EXTRAS, DetectorSpec, extra_op, head_op, ssdlite
 from hwnas.core.stage import Slot, Stage
-from hwnas.document import Document, nearest
+from hwnas.document import nearest
 from hwnas.errors import SpaceError
 
 __all__ = ["Choice", "MacroSpace", "Option", "SearchSpace", "Slot", "Stage", "Term"]
 
-Option = str | int
-RESOLUTION = "resolution"
-"""The key of the choice of the image size."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One decision of a search.
-
-    ``kind`` is ``"op"`` for a slot's block, ``"width"`` for a stage's channels, ``"depth"`` for a stage's number of slots and
-    ``"resolution"`` for the height = width of the image.
-    """
-
-    key: str
-    options: tuple[Option, ...]
-    kind: Literal["op", "width", "depth", "resolution"]
-
-
-@dataclass(frozen=True)
-class Term:
-    """What one slot adds to a network's latency.
-
-    ``keys`` are the choices its cost depends on, ``shape`` their option counts, and ``ops`` the op for each combination
-    (row-major; None where the slot is skipped, or left out by the depth). The open ones come in this order: the slot's block, the
-    width before it, the width after it, the depth, the resolution. ``options`` are the slot's own, one of which may be all there is.
-    """
-
-    slot: str
-    keys: tuple[str, ...]
-    shape: tuple[int, ...]
-    ops: tuple[Op | None, ...]
-    options: tuple[str, ...] = ()
-
-
-class SearchSpace(Document):
-    """What every kind of space can do. ``kind`` tells the kinds apart in a file."""
-
-    SCHEMA: ClassVar[str] = "hwnas.space"
-
-    name: str
-
-    @cached_property
-    @abstractmethod
-    def choices(self) -> tuple[Choice, ...]:
-        """The open decisions in order. A choice with one option left is no choice."""
-
-    @abstractmethod
-    def terms(self) -> tuple[Term, ...]:
-        """One term per slot, fixed slots included (``keys`` empty)."""
-
-    @abstractmethod
-    def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
-        """The architecture of ``picks``. Raises SpaceError on a missing, unknown or impossible pick."""
-
-    @abstractmethod
-    def encode(self, arch: Architecture) -> Picks:
-        """Picks that decode to ``arch``. Raises SpaceError where the space does not hold it."""
-
-    @abstractmethod
-    def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
-        """A new space with only the ``allowed`` options at the named choices."""
-
-    @property
-    def ops(self) -> tuple[Op, ...]:
-        """The profiling plan: every op that any architecture of the space can contain, in order of appearance."""
-        return tuple(dict.fromkeys(op for term in self.terms() for op in term.ops if op is not None))
-
-    @property
-    def size(self) -> int:
-        """Number of picks: the product of the option counts."""
-        return math.prod(len(choice.options) for choice in self.choices)
-
-    def sample(self, rng: np.random.Generator) -> Picks:
-        """Uniform random picks."""
-        return {choice.key: choice.options[rng.integers(len(choice.options))] for choice in self.choices}
-
-    def index(self, picks: Mapping[str, Option]) -> np.ndarray:
-        """Picks as option positions in the order of ``choices``: int64 [choices]."""
-        self.check(picks)
-        return np.array([choice.options.index(picks[choice.key]) for choice in self.choices], dtype=np.int64)
-
-    def at(self, index: Sequence[int] | np.ndarray) -> Picks:
-        """The reverse of ``index``."""
-        return {choice.key: choice.options[int(i)] for choice, i in zip(self.choices, index, strict=True)}
-
-    def canonical(self, index_C: np.ndarray) -> np.ndarray:
-        """Option positions [choices] with those choices at 0 that make no difference: equal for equal architectures."""
-        return index_C
-
-    def check(self, picks: Mapping[str, Option]) -> None:
-        """Raise SpaceError unless ``picks`` names one known option of every choice, and nothing else."""
-        known = {choice.key: choice.options for choice in self.choices}
-        for key, option in picks.items():
-            if key not in known:
-                raise SpaceError(f"space {self.name} has no choice {key!r}; {nearest(key, known)}")
-            if option not in known[key]:
-                raise SpaceError(f"choice {key!r} of space {self.name} has no option {option!r}; known: {', '.join(map(str, known[key]))}.")
-        missing = [key for key in known if key not in picks]
-        if missing:
-            raise SpaceError(
-                f"picks for space {self.name} lack {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: pick an option there."
-            )
-
 
 class MacroSpace(SearchSpace):
-    """A chain of stages, stem first, head last, then pooling and a classifier.
+    """A chain of stages, stem first, head last, then pooling and a classifier; or, of a backbone, a ``detector`` on some of them.
 
     Example:
         >>> from hwnas.core.spaces import proxylessnas
@@ -153,6 +51,7 @@ class MacroSpace(SearchSpace):
     act: str = "relu"
     bn_eps: float = Field(default=1e-3, gt=0)
     stages: tuple[Stage, ...] = Field(min_length=1)
+    detector: DetectorSpec | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -163,12 +62,37 @@ class MacroSpace(SearchSpace):
             stage.check(f"s{i}")
         for slot in self.slots:
             slot.check()
+        if self.detector is not None:
+            self._check_taps(self.detector.taps)
         return self
+
+    def _check_taps(self, taps: tuple[int, ...]) -> None:
+        """A tap that is the last stage of its resolution is known by its block: what follows begins with a stride, never a skip."""
+        if len(self.resolutions) > 1:
+            raise ValueError(
+                f"a detector's anchors are for one input resolution, and this space has {', '.join(map(str, self.resolutions))}: "
+                "keep one of them (space.restrict = {resolution = [...]})"
+            )
+        for slot in self.slots:
+            if slot.pooled:
+                raise ValueError(f"slot {slot.key} pools, so it leaves no feature map for a detector: leave its stage out")
+        ends = self._ends
+        if list(taps) != sorted(set(taps)) or not set(taps) <= set(ends) or taps[-1] != ends[-1]:
+            raise ValueError(
+                f"the taps {list(taps)} of the detector are no ascending stages, each the last at its resolution ({list(ends)} are), "
+                f"that end with {ends[-1]}, the last stage"
+            )
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        """The last stage at each resolution, fine to coarse."""
+        last = {slot.out_sizes[0]: slot.stage for slot in self.slots if not slot.pooled}
+        return tuple(last.values())
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``resolutions`` where there are none, so that documents from before it keep their hash."""
-        return {name: value for name, value in handler(self).items() if name != "resolutions" or value}
+        """Without ``resolutions`` and ``detector`` where there are none, so that documents from before them keep their hash."""
+        return {name: value for name, value in handler(self).items() if name not in ("resolutions", "detector") or value}
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
@@ -218,8 +142,9 @@ class MacroSpace(SearchSpace):
         return slots * math.prod(len(choice.options) for choice in self.choices if choice.kind != "op")
 
     def terms(self) -> tuple[Term, ...]:
-        """One term per slot and one for the classifier."""
-        return (*map(self._term, self.slots), self._classifier_term())
+        """One term per slot and one for the classifier, or one per extra and one per head of the detector."""
+        ends = (self._classifier_term(),) if self.detector is None else self._detector_terms(self.detector)
+        return (*map(self._term, self.slots), *ends)
 
     def _term(self, slot: Slot) -> Term:
         inputs: tuple[int | None, ...] = slot.in_widths if slot.first else (None,)
@@ -238,6 +163,24 @@ class MacroSpace(SearchSpace):
         ops = tuple(self._classifier(width, size) for width, size in product(last.out_widths, last.out_sizes))
         shape = {key: n for key, n in ((last.out_key, len(last.out_widths)), (RESOLUTION, len(last.out_sizes))) if n > 1}
         return Term("classifier", tuple(shape), tuple(shape.values()), ops)
+
+    def _detector_terms(self, spec: DetectorSpec) -> tuple[Term, ...]:
+        """In the order of ``Architecture.ops``. Only what reads a tap depends on a choice: the width of its stage."""
+        last = {slot.stage: slot for slot in self.slots}
+        taps = [last[tap] for tap in spec.taps]
+        extras: list[Term] = []
+        size, widths, keys = taps[-1].out_sizes[0], taps[-1].out_widths, _open(taps[-1])
+        maps = [(slot.out_sizes[0], slot.out_widths, _open(slot)) for slot in taps]
+        for i, width in enumerate(spec.extras):
+            ops = tuple(extra_op(size, channels, width) for channels in widths)
+            extras.append(Term(f"extra{i}", keys, (len(widths),) if keys else (), ops))
+            size, widths, keys = ops[0].out_size, (width,), ()
+            maps.append((size, widths, keys))
+        heads = (
+            Term(f"head{i}", keys, (len(widths),) if keys else (), tuple(head_op(size, width, self.classes) for width in widths))
+            for i, (size, widths, keys) in enumerate(maps)
+        )
+        return (*extras, *heads)
 
     def _classifier(self, width: int, size: int) -> Op:
         return Op("classifier", size, width, self.classes)
@@ -258,11 +201,20 @@ class MacroSpace(SearchSpace):
     def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
         """The architecture of ``picks``: open choices from ``picks``, the others have one option."""
         self.check(picks)
-        blocks = [op for _, op in self.walk(picks) if op is not None]
-        blocks.append(self._classifier(blocks[-1].out_ch, blocks[-1].out_size))
         origin = Origin(space=self.name, space_sha256=self.sha256, picks=dict(picks))
+        kept = [(slot, op) for slot, op in self.walk(picks) if op is not None]
+        return self.network(kept, name or f"{self.name}-sample", origin)
+
+    def network(self, kept: Sequence[tuple[Slot, Op]], name: str, origin: Origin | None = None) -> Architecture:
+        """The architecture of the kept slots' ops, with what comes after them: the classifier or the detector."""
+        blocks, detector = [op for _, op in kept], None
+        if self.detector is None:
+            blocks.append(self._classifier(blocks[-1].out_ch, blocks[-1].out_size))
+        else:
+            taps = tuple(sum(slot.stage <= tap for slot, _ in kept) - 1 for tap in self.detector.taps)
+            detector = ssdlite(blocks, taps, self.classes, extras=self.detector.extras, scores=self.detector.scores)
         return Architecture(
-            name=name or f"{self.name}-sample", in_channels=self.in_channels, bn_eps=self.bn_eps, blocks=tuple(blocks), origin=origin
+            name=name, in_channels=self.in_channels, bn_eps=self.bn_eps, blocks=tuple(blocks), detector=detector, origin=origin
         )
 
     def canonical(self, index_C: np.ndarray) -> np.ndarray:
@@ -281,22 +233,27 @@ class MacroSpace(SearchSpace):
         Blocks that the depth leaves out may be anything; matching gives their first option.
         """
         if arch.origin is not None and arch.origin.space_sha256 == self.sha256:
-            if self.decode(arch.origin.picks).blocks != arch.blocks:
+            there = self.decode(arch.origin.picks)
+            if (there.blocks, there.detector) != (arch.blocks, arch.detector):
                 raise SpaceError(
                     f"the blocks of architecture {arch.name!r} are not those of its origin's picks: correct or remove its origin."
                 )
             return dict(arch.origin.picks)
         sizes = self.resolutions or (self.resolution,)
-        matched = self._match(arch.ops(), 0, self.in_channels, sizes.index(arch.resolution)) if arch.resolution in sizes else None
+        matched = self._match(arch.blocks, 0, self.in_channels, sizes.index(arch.resolution)) if arch.resolution in sizes else None
         if matched is None:
             raise SpaceError(f"architecture {arch.name!r} is not in space {self.name}: no picks give its {len(arch.ops())} blocks.")
         matched[RESOLUTION] = arch.resolution
-        return {choice.key: matched[choice.key] for choice in self.choices}
+        picks = {choice.key: matched[choice.key] for choice in self.choices}
+        if self.decode(picks).detector != arch.detector:
+            raise SpaceError(f"architecture {arch.name!r} is not in space {self.name}: its blocks are, but its detector is another.")
+        return picks
 
     def _match(self, ops: tuple[Op, ...], position: int, channels: int, at: int) -> Picks | None:
         """Match ``ops`` to the slots from ``position`` on at resolution number ``at``, kept blocks before skips before depths."""
         if position == len(self.slots):
-            return {} if ops == (self._classifier(channels, self.slots[-1].out_sizes[at]),) else None
+            rest_of_it = (self._classifier(channels, self.slots[-1].out_sizes[at]),) if self.detector is None else ()
+            return {} if ops == rest_of_it else None
         slot = self.slots[position]
         for width in slot.out_widths if slot.first else (channels,):
             for option in slot.options:
@@ -333,7 +290,7 @@ class MacroSpace(SearchSpace):
     def scaled(self, width: float, *, name: str | None = None) -> Self:
         """A new space with every stage ``width`` times as wide, rounded to multiples of 8; equal widths merge.
 
-        The last stage is only ever widened, as in MobileNetV2 and ProxylessNAS: the classifier needs its features.
+        The last stage before a classifier is only ever widened, as in MobileNetV2 and ProxylessNAS: it needs the features.
 
         Example:
             >>> from hwnas.core.spaces import proxylessnas
@@ -342,16 +299,57 @@ class MacroSpace(SearchSpace):
         """
         if not 0 < width < math.inf:
             raise SpaceError(f"space {self.name} cannot be {width} times as wide: give a width above 0, for instance 0.5.")
-        factors = [*[width] * (len(self.stages) - 1), max(width, 1.0)]
+        factors = [*[width] * (len(self.stages) - 1), max(width, 1.0) if self.detector is None else width]
         stages = [
             stage.model_copy(update={"widths": tuple(dict.fromkeys(make_divisible(channels * factor) for channels in stage.widths))})
             for stage, factor in zip(self.stages, factors, strict=True)
         ]
         return self._changed(stages, name or f"{self.name}-w{width:g}")
 
+    def with_detector(self, *, extras: Sequence[int] = EXTRAS, scores: Scores = "softmax", name: str | None = None) -> Self:
+        """A new space of detectors: SSDLite on the backbones of this one, as ``core.ssdlite.with_detector`` puts it on each.
+
+        What belongs to the classifier is left out: stages of pooled heads and the last 1 x 1 convolution. Taps are the last stage at
+        each of the last two resolutions. Raises SpaceError where there is one only, or where the input's resolution is open.
+
+        Example:
+            >>> from hwnas.core.spaces import proxylessnas
+            >>> space = proxylessnas(resolution=320, classes=90).with_detector()
+            >>> space.detector.taps, [term.slot for term in space.terms()[-3:]]
+            ((5, 7), ['head3', 'head4', 'head5'])
+        """
+        if len(self.resolutions) > 1:
+            raise SpaceError(
+                f"space {self.name} has several input resolutions ({', '.join(map(str, self.resolutions))}), and a detector's anchors are "
+                f"for one: keep one of them, for instance by space.restrict = {{resolution = [{self.resolution}]}}."
+            )
+        stages = [stage for stage in self.stages if not any(map(_pools, stage.slots))]
+        if self.detector is None and stages and _narrow(stages[-1]):
+            stages.pop()
+        bare = self._changed(stages or self.stages, name or f"{self.name}-ssdlite", detector=None)
+        if len(bare._ends) < 2:
+            raise SpaceError(f"space {self.name} cannot carry a detector: it has no two resolutions to tap.")
+        spec = DetectorSpec(taps=bare._ends[-2:], extras=tuple(extras), scores=scores)
+        return bare._changed(bare.stages, None, detector=spec.model_dump())
+
     def _changed(self, stages: Sequence[Stage], name: str | None, **update: Any) -> Self:
         content = {**self.model_dump(), **update, "stages": [stage.model_dump() for stage in stages], "name": name or self.name}
         return type(self).model_validate(content)
+
+
+def _open(slot: Slot) -> tuple[str, ...]:
+    """The key of a slot's output width, where that is a choice."""
+    return (slot.out_key,) if len(slot.out_widths) > 1 else ()
+
+
+def _pools(options: tuple[str, ...]) -> bool:
+    return any(block is not None and block.kind == "hd" for block in map(parse_option, options))
+
+
+def _narrow(stage: Stage) -> bool:
+    """Whether a stage is a 1 x 1 convolution and nothing else."""
+    blocks = [parse_option(option) for options in stage.slots for option in options]
+    return len(stage.slots) == 1 and stage.stride == 1 and all(block and (block.kind, block.kernel) == ("cn", 1) for block in blocks)
 
 
 T = TypeVar("T", str, int)

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import Detector, Scores
@@ -21,6 +24,20 @@ EXTRAS = (512, 256, 256, 128)
 """Output channels of the layers after the backbone."""
 ASPECT_RATIOS = (2.0, 3.0)
 """Of every map: anchors of 1:1 (two scales), 2:1, 1:2, 3:1 and 1:3."""
+ANCHORS = 2 + 2 * len(ASPECT_RATIOS)
+"""Of every cell."""
+
+
+class DetectorSpec(BaseModel):
+    """SSDLite on all architectures of a space: ``taps`` are indices of stages, each the last one at its resolution, the last stage
+    among them; ``extras`` the output channels of the layers after it. The classes are the space's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    taps: tuple[int, ...] = Field(min_length=1)
+    extras: tuple[Annotated[int, Field(ge=2)], ...] = EXTRAS
+    scores: Scores = "softmax"
 
 
 def with_detector(
@@ -53,11 +70,20 @@ def ssdlite(
     chain: list[Op] = []
     for width in extras:
         source = chain[-1] if chain else blocks[-1]
-        chain.append(Op("extra", source.out_size, source.out_ch, width, width // 2, kernel=3, stride=2, act="relu6"))
-    anchors = 2 + 2 * len(ASPECT_RATIOS)
+        chain.append(extra_op(source.out_size, source.out_ch, width))
     maps = [*(blocks[tap] for tap in taps), *chain]
-    heads = tuple(Op("ssd", op.out_size, op.out_ch, anchors * (classes + 1), kernel=3, act="relu6", anchors=anchors) for op in maps)
+    heads = tuple(head_op(op.out_size, op.out_ch, classes) for op in maps)
     return Detector(taps=taps, extras=tuple(chain), heads=heads, aspect_ratios=(ASPECT_RATIOS,) * len(maps), scores=scores)
+
+
+def extra_op(size: int, in_ch: int, width: int) -> Op:
+    """The layer that makes the next feature map, ``width`` channels of it, of one of ``size`` px."""
+    return Op("extra", size, in_ch, width, width // 2, kernel=3, stride=2, act="relu6")
+
+
+def head_op(size: int, in_ch: int, classes: int) -> Op:
+    """The predictors on a feature map of ``size`` px."""
+    return Op("ssd", size, in_ch, ANCHORS * (classes + 1), kernel=3, act="relu6", anchors=ANCHORS)
 
 
 def split_expansion(op: Op) -> tuple[Op, Op]:

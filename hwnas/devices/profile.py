@@ -37,7 +37,8 @@ from hwnas.runs import JsonLines
 from hwnas.tables.fit import MIN_NETWORKS, fit_table
 from hwnas.tables.prior import Prior
 
-Build = Callable[[tuple[Op, ...], str, str], Path]
+Build = Callable[[tuple[Op, ...] | Architecture, str, str], Path]
+"""From a chain of ops (or from a network with a detector, which is no chain), a runtime and a dtype to the file to time."""
 Row = dict[str, Any]
 CONDITIONS = ("cpu", "machine", "runtime_package", "runtime_version", "cores", "governor", "threads")
 """What must be the same in all rounds of a table."""
@@ -56,6 +57,12 @@ class Plan:
         """All items in order."""
         networks = {f"net-{i}": arch.ops() for i, arch in enumerate((*self.fit, *self.test))}
         return {op.key: (op,) for op in self.ops} | networks
+
+    def built(self, name: str) -> tuple[Op, ...] | Architecture:
+        """What the file of an item is made of."""
+        number = name.removeprefix("net-")
+        arch = (*self.fit, *self.test)[int(number)] if number != name else None
+        return arch if arch is not None and arch.detector is not None else self.items[name]
 
 
 def make_plan(space: SearchSpace, config: ProfileConfig, seed: int) -> Plan:
@@ -130,8 +137,8 @@ def profile(
     plan = make_plan(space, config, seed)
     files = {}
     with progress.task(f"building {len(plan.items)} models", len(plan.items)) as task:
-        for name, ops in plan.items.items():
-            files[name] = build(ops, settings.runtime, settings.dtype)
+        for name in plan.items:
+            files[name] = build(plan.built(name), settings.runtime, settings.dtype)
             task.advance()
     samples = JsonLines(folder / "samples.jsonl")
     measure = _Measurement(plan, files, connection, settings, config, samples, folder, seed, progress.say)

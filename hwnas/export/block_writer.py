@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hwnas.core.op import Layer, Op
 from hwnas.errors import ExportError
+from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 
 V = TypeVar("V")
 """How a format refers to a value of its graph: by index or by name."""
@@ -41,14 +42,33 @@ class BlockWriter(ABC, Generic[V]):
             outputs.append(x)
         return outputs
 
-    def predictors(self, x: V, op: Op, module: nn.Module, scope: str) -> tuple[V, V]:
-        """Add the op ``ssd`` of a feature map, and return its class logits and box codes."""
+    def predictors(self, x: V, op: Op, module: nn.Module, scope: str = "") -> tuple[V, V]:
+        """Add an ``ssd`` op, and return its outputs: class logits and box codes of each cell's anchors."""
         self.scope = scope
-        branches = []
-        for depthwise, predict in (op.layers[:2], op.layers[2:]):
-            y = self.conv(x, depthwise, _part(op, module, depthwise.name))
-            branches.append(self.conv(y, predict, _part(op, module, predict.name)))
-        return branches[0], branches[1]
+        branches = {"classes": x, "boxes": x}
+        for layer in op.layers:
+            branch = layer.name.partition(".")[0]
+            branches[branch] = self.conv(branches[branch], layer, _part(op, module, layer.name))
+        return branches["classes"], branches["boxes"]
+
+    def predictions(self, x: V, network: DetectionNetwork) -> list[tuple[V, V]]:
+        """Add a whole detector, and return the class logits and box codes of each of its maps."""
+        detector = detector_of(network.arch)
+        blocks = self.outputs(x, network.arch.blocks, list(network.blocks), "blocks.")
+        extras = self.outputs(blocks[-1], detector.extras, list(network.extras), "extras.")
+        maps = [*(blocks[tap] for tap in detector.taps), *extras]
+        heads = enumerate(zip(maps, detector.heads, network.heads, strict=True))
+        return [self.predictors(each, op, head, f"heads.{position}.") for position, (each, op, head) in heads]
+
+    def detector(self, x: V, network: DetectionNetwork) -> tuple[V, V]:
+        """Add a whole detector, and return its raw outputs: class logits [1, anchors, classes + 1] and box codes [1, anchors, 4]."""
+        logits, codes = [], []
+        for position, (classes, boxes) in enumerate(self.predictions(x, network)):
+            self.scope = f"heads.{position}."
+            logits.append(self.rows("classes", classes, network.arch.classes + 1))
+            codes.append(self.rows("boxes", boxes, CODE_SIZE))
+        self.scope = ""
+        return self.concatenated("logits", logits), self.concatenated("codes", codes)
 
     def _op(self, x: V, op: Op, module: nn.Module) -> V:
         if op.kind == "classifier":
@@ -92,6 +112,14 @@ class BlockWriter(ABC, Generic[V]):
     @abstractmethod
     def classifier(self, x: V, weight_OI: npt.NDArray[np.float64], bias_O: npt.NDArray[np.float64]) -> V:
         """Global average pooling and a fully connected layer."""
+
+    @abstractmethod
+    def rows(self, name: str, x: V, columns: int) -> V:
+        """A map of predictions as [1, size * size * anchors, columns], cell by cell."""
+
+    @abstractmethod
+    def concatenated(self, name: str, parts: Sequence[V]) -> V:
+        """The rows of all maps one after another."""
 
 
 def folded(layer: Layer, module: nn.Module) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

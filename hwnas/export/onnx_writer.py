@@ -6,6 +6,7 @@ torch.onnx traces and translates a block in 1 to 3 s; this takes 1 ms (``block_w
 - batch norms are folded into weights and biases, in float64; an activation is an operator of its own, which runtimes fuse;
 - every convolution pads by kernel // 2 on all sides, as in PyTorch;
 - global pooling is a ReduceMean that keeps the axes, before the classifier with a Reshape to [1, C];
+- predictions of a detector are a Transpose and a Reshape of each map, and a Concat of them all;
 - a channel shuffle is Reshape, Transpose, Reshape.
 
 Shapes of all values are in the file, as the exporter's files have them, so that ``onnx.checker`` can hold them against its own.
@@ -24,13 +25,16 @@ from hwnas import __version__
 from hwnas.core.op import Layer, Op
 from hwnas.export.block_writer import BlockWriter, folded
 from hwnas.export.onnx import INPUT_NAME, IR_VERSION, OPSET, OUTPUT_NAME
-from hwnas.nn.network import Network
+from hwnas.nn.detector import JOINED, DetectionNetwork
+from hwnas.nn.network import AnyNetwork
 
 _HARD_SIGMOID = {"alpha": 1 / 6, "beta": 0.5}
 
 
-def write_onnx(network: Network) -> bytes:
+def write_onnx(network: AnyNetwork) -> bytes:
     """The float32 ONNX file of a network: ``image`` [1, channels, size, size] in, ``logits`` [1, classes] out.
+
+    A detector has two outputs: ``logits`` [1, anchors, classes + 1], the background first, and ``codes`` [1, anchors, 4].
 
     BN statistics are those it has now, as in eval mode; the network itself is left untouched. The same weights give
     the same bytes. Takes about 40 ms for MobileNetV2.
@@ -39,32 +43,34 @@ def write_onnx(network: Network) -> bytes:
     >>> len(write_onnx(Network(published("mobilenet_v2")))) // 1_000_000  # MB
     13
     """
-    return _write(network.arch.ops(), list(network.blocks))
+    ops = network.arch.ops()
+    writer = _Writer(ops[0])
+    if isinstance(network, DetectionNetwork):
+        return writer.pack(dict(zip((OUTPUT_NAME, "codes"), writer.detector(INPUT_NAME, network), strict=True)))
+    return writer.pack({OUTPUT_NAME: writer.chain(INPUT_NAME, ops, list(network.blocks))})
 
 
 def write_op(op: Op, module: nn.Module) -> bytes:
     """The float32 ONNX file of one op: ``image`` [1, in_ch, size, size] in, ``logits`` out.
 
     ``module`` is what ``hwnas.nn.blocks.build(op)`` returned, with any weights. ``logits`` is
-    [1, out_ch, out_size, out_size], and [1, out_ch] for a classifier. Takes about 1 ms.
+    [1, out_ch, out_size, out_size], and [1, out_ch] for a classifier. Predictors (``ssd``) have two: ``classes`` and ``boxes``.
+    Takes about 1 ms.
 
     Raises ExportError where ``module`` does not belong to ``op``.
     """
-    return _write([op], [module])
-
-
-def _write(ops: Sequence[Op], modules: Sequence[nn.Module]) -> bytes:
-    writer = _Writer()
-    writer.shapes[INPUT_NAME] = (1, ops[0].in_ch, ops[0].size, ops[0].size)
-    writer.chain(INPUT_NAME, ops, modules)
-    return writer.pack()
+    writer = _Writer(op)
+    if op.kind == "ssd":
+        return writer.pack(dict(zip(("classes", "boxes"), writer.predictors(INPUT_NAME, op, module), strict=True)))
+    return writer.pack({OUTPUT_NAME: writer.chain(INPUT_NAME, [op], [module])})
 
 
 class _Writer(BlockWriter[str]):
     """A graph under construction. Values are known by their names."""
 
-    def __init__(self) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}  # from the input on, in the order of the graph
+    def __init__(self, first: Op) -> None:
+        entry = (1, first.in_ch, first.size, first.size)
+        self.shapes: dict[str, tuple[int, ...]] = {INPUT_NAME: entry}  # from the input on, in the order of the graph
         self._nodes: list[helper.NodeProto] = []
         self._constants: list[TensorProto] = []
 
@@ -126,6 +132,22 @@ class _Writer(BlockWriter[str]):
         inputs = [flat, self._floats("linear.weight", weight_OI), self._floats("linear.bias", bias_O)]
         return self._operator("Gemm", "linear", inputs, (1, len(bias_O)), alpha=1.0, beta=1.0, transA=0, transB=1)
 
+    def rows(self, name: str, x: str, columns: int) -> str:
+        """Transpose, Reshape."""
+        batch, channels, height, width = self.shapes[x]
+        x = self._operator("Transpose", f"{name}.cells", [x], (batch, height, width, channels), perm=[0, 2, 3, 1])
+        return self._reshape(f"{name}.rows", x, (batch, height * width * channels // columns, columns))
+
+    def concatenated(self, name: str, parts: Sequence[str]) -> str:
+        """Concat, as the network does it."""
+        joined, width = list(parts), self.shapes[parts[0]][2]
+        while len(joined) > 1:
+            first = joined[:JOINED]
+            scope = name if len(joined) <= JOINED else f"{name}.{len(joined)}"
+            shape = (1, sum(self.shapes[part][1] for part in first), width)
+            joined[:JOINED] = [self._operator("Concat", scope, first, shape, axis=1)]
+        return joined[0]
+
     def _reshape(self, name: str, x: str, shape: tuple[int, ...]) -> str:
         return self._operator("Reshape", name, [x, self._integers(f"{name}.shape", shape)], shape, allowzero=1)
 
@@ -148,14 +170,15 @@ class _Writer(BlockWriter[str]):
         self._constants.append(numpy_helper.from_array(values, self.scope + name))
         return self.scope + name
 
-    def pack(self) -> bytes:
-        """The file of the graph from the first value to the last."""
-        self._nodes[-1].output[0] = OUTPUT_NAME
-        _, exit_shape = self.shapes.popitem()
+    def pack(self, exits: dict[str, str]) -> bytes:
+        """The file of the graph from the first value to the values that ``exits`` maps names to."""
+        named = {value: name for name, value in exits.items()}
+        for node in self._nodes:
+            node.output[0] = named.get(node.output[0], node.output[0])
+        out = [helper.make_tensor_value_info(name, TensorProto.FLOAT, self.shapes.pop(value)) for name, value in exits.items()]
         entry, *between = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in self.shapes.items())
-        exit_ = helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, exit_shape)
         model = helper.make_model(
-            helper.make_graph(self._nodes, "main_graph", [entry], [exit_], self._constants, value_info=between),
+            helper.make_graph(self._nodes, "main_graph", [entry], out, self._constants, value_info=between),
             ir_version=IR_VERSION,
             opset_imports=[helper.make_opsetid("", OPSET)],
             producer_name="hwnas",

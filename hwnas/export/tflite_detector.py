@@ -23,12 +23,11 @@ from flatbuffers import flexbuffers
 from hwnas.core.detector import PostProcessing
 from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres
 from hwnas.export.tflite_writer import Graph
-from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
+from hwnas.nn.detector import CODE_SIZE, JOINED, DetectionNetwork, detector_of
 
 OUTPUT = "detections"
 TASK_OUTPUTS = ("boxes", "classes", "scores", "count")
 """In the order of the operator's outputs."""
-MAX_JOINED = 4
 _SCOPE = "decode."
 """How the names begin of all that follows the network."""
 _CODE = "TFLite_Detection_PostProcess"
@@ -110,8 +109,8 @@ class _Tail:
 
     def joined(self, name: str, parts: list[int], *, axis: int = 2) -> int:
         """Tensors [1, anchors, ...] one after another, in steps of as many as XNNPACK takes."""
-        while len(parts) > MAX_JOINED:
-            parts = [self._joined(f"{name}.{at}", parts[at : at + MAX_JOINED], axis) for at in range(0, len(parts), MAX_JOINED)]
+        while len(parts) > JOINED:
+            parts = [self._joined(f"{name}.{at}", parts[at : at + JOINED], axis) for at in range(0, len(parts), JOINED)]
         return self._joined(name, parts, axis)
 
     def _joined(self, name: str, parts: list[int], axis: int) -> int:

@@ -7,6 +7,7 @@ litert-torch converts a block in 1 to 2 s; this takes 1 ms (``block_writer`` say
 - where TFLite's SAME pads as PyTorch does, kernel // 2 on every side, it is SAME; else PAD and VALID;
 - where each input channel has its own filters, it is DEPTHWISE_CONV_2D, even with one input channel;
 - the mean over a 1 x 1 map vanishes inside squeeze-and-excitation and a head, and becomes a SUM before the classifier;
+- predictions of a detector are a RESHAPE of each map, and a CONCATENATION of them all;
 - a hard sigmoid is a bias of 3 more and RELU6 in the convolution before it, and a MUL by 1/6.
 
 *Difference from the converter*: a classifier or head on its own has no TRANSPOSE before the MEAN. The converter adds it only
@@ -31,8 +32,8 @@ from torch import nn
 from hwnas import __version__
 from hwnas.core.op import Layer, Op
 from hwnas.export.block_writer import BlockWriter, folded
-from hwnas.nn.detector import DetectionNetwork, detector_of
-from hwnas.nn.network import Network
+from hwnas.nn.detector import JOINED, DetectionNetwork
+from hwnas.nn.network import AnyNetwork
 
 _SCHEMA_VERSION = 3
 _FILE_IDENTIFIER = b"TFL3"
@@ -44,8 +45,10 @@ _FUSED = {
 }
 
 
-def write_tflite(network: Network) -> bytes:
+def write_tflite(network: AnyNetwork) -> bytes:
     """The float32 TFLite file of a network: ``image`` [1, size, size, channels] in, ``logits`` [1, classes] out.
+
+    A detector has two outputs: ``logits`` [1, anchors, classes + 1], the background first, and ``codes`` [1, anchors, 4].
 
     BN statistics are those it has now, as in eval mode; the network itself is left untouched. The same weights give
     the same bytes. Takes about 40 ms for MobileNetV2.
@@ -54,14 +57,19 @@ def write_tflite(network: Network) -> bytes:
     >>> len(write_tflite(Network(published("mobilenet_v2")))) // 1_000_000  # MB
     13
     """
-    return _write(network.arch.ops(), list(network.blocks), "image", "logits")
+    ops, graph = network.arch.ops(), _Writer()
+    entry = graph.tensor("image", (1, ops[0].size, ops[0].size, ops[0].in_ch))
+    if isinstance(network, DetectionNetwork):
+        return graph.pack(entry, *graph.named(("logits", "codes"), graph.detector(entry, network)))
+    return graph.pack(entry, *graph.named(("logits",), (graph.chain(entry, ops, list(network.blocks)),)))
 
 
 def write_op(op: Op, module: nn.Module) -> bytes:
     """The float32 TFLite file of one op: ``input`` [1, size, size, in_ch] in, ``output`` out.
 
     ``module`` is what ``hwnas.nn.blocks.build(op)`` returned, with any weights. ``output`` is
-    [1, out_size, out_size, out_ch], and [1, out_ch] for a classifier. Takes about 1 ms.
+    [1, out_size, out_size, out_ch], and [1, out_ch] for a classifier. Predictors (``ssd``) have two: ``classes`` and ``boxes``.
+    Takes about 1 ms.
 
     Raises ExportError where ``module`` does not belong to ``op``.
 
@@ -70,7 +78,11 @@ def write_op(op: Op, module: nn.Module) -> bytes:
     >>> write_op(op, build(op))[4:8]
     b'TFL3'
     """
-    return _write([op], [module], "input", "output")
+    graph = _Writer()
+    entry = graph.tensor("input", (1, op.size, op.size, op.in_ch))
+    if op.kind == "ssd":
+        return graph.pack(entry, *graph.named(("classes", "boxes"), graph.predictors(entry, op, module)))
+    return graph.pack(entry, *graph.named(("output",), (graph.chain(entry, [op], [module]),)))
 
 
 def write_heads(network: DetectionNetwork) -> bytes:
@@ -79,24 +91,9 @@ def write_heads(network: DetectionNetwork) -> bytes:
     They are [1, size, size, anchors * (classes + 1)] and [1, size, size, anchors * 4], an image of rows as ``DetectionNetwork`` has
     them, and have names and scales of their own, so that a quantizer need not find one scale for all maps.
     """
-    arch, detector = network.arch, detector_of(network.arch)
     graph = _Writer()
-    entry = graph.tensor("image", (1, arch.resolution, arch.resolution, arch.in_channels))
-    blocks = graph.outputs(entry, arch.blocks, list(network.blocks), "blocks.")
-    extras = graph.outputs(blocks[-1], detector.extras, list(network.extras), "extras.")
-    maps = [*(blocks[tap] for tap in detector.taps), *extras]
-    exits: list[int] = []
-    for position, (x, op, head) in enumerate(zip(maps, detector.heads, network.heads, strict=True)):
-        exits += graph.predictors(x, op, head, f"heads.{position}.")
-    return graph.pack(entry, *exits)
-
-
-def _write(ops: Sequence[Op], modules: Sequence[nn.Module], input_name: str, output_name: str) -> bytes:
-    graph = _Writer()
-    entry = graph.tensor(input_name, (1, ops[0].size, ops[0].size, ops[0].in_ch))
-    exit_ = graph.chain(entry, ops, modules)
-    graph.tensors[exit_].name = output_name
-    return graph.pack(entry, exit_)
+    entry = graph.tensor("image", (1, network.arch.resolution, network.arch.resolution, network.arch.in_channels))
+    return graph.pack(entry, *(exit_ for pair in graph.predictions(entry, network) for exit_ in pair))
 
 
 class Graph:
@@ -179,6 +176,12 @@ class Graph:
         operator.inputs, operator.outputs = list(inputs), list(outputs)
         self._operators.append(operator)
         return operator
+
+    def named(self, names: Sequence[str], tensors: Sequence[int]) -> Sequence[int]:
+        """Tensors, which get these names."""
+        for name, tensor in zip(names, tensors, strict=True):
+            self.tensors[tensor].name = name
+        return tensors
 
     def pack(self, entry: int, *exits: int) -> bytes:
         """The file of the graph from tensor ``entry`` to the tensors ``exits``."""
@@ -270,6 +273,23 @@ class _Writer(Graph, BlockWriter[int]):
         options.keepNumDims = True
         pooled = self._mean(x, keep_dims=False)
         return self.operator("FULLY_CONNECTED", "linear", [pooled, weight, bias], (1, len(bias_O)), options, version=5)
+
+    def rows(self, name: str, x: int, columns: int) -> int:
+        """RESHAPE."""
+        shape = (1, int(np.prod(self.shape(x))) // columns, columns)
+        return self.operator("RESHAPE", f"{name}.rows", [x, self.constant(f"{name}.shape", np.array(shape, np.int32))], shape)
+
+    def concatenated(self, name: str, parts: Sequence[int]) -> int:
+        """CONCATENATION, of few enough parts at once for XNNPACK; nothing where there is one part."""
+        joined, width = list(parts), self.shape(parts[0])[2]
+        while len(joined) > 1:
+            first = joined[:JOINED]
+            options = schema.ConcatenationOptionsT()
+            options.axis = 1
+            scope = name if len(joined) <= JOINED else f"{name}.{len(joined)}"
+            shape = (1, sum(self.shape(part)[1] for part in first), width)
+            joined[:JOINED] = [self.operator("CONCATENATION", scope, first, shape, options)]
+        return joined[0]
 
 
 def _conv_options(layer: Layer) -> Any:

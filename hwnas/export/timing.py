@@ -19,8 +19,8 @@ from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.errors import ConfigError
 from hwnas.export import block_writer, onnx, onnx_writer, tflite, tflite_writer
 from hwnas.export.tflite import quantize_int8_uncalibrated
-from hwnas.nn import blocks, network
-from hwnas.nn.network import Network
+from hwnas.nn import blocks, detector, network
+from hwnas.nn.network import network_of
 
 
 def cache_folder() -> Path:
@@ -28,36 +28,39 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HWNAS_CACHE", "~/.cache/hwnas")).expanduser()
 
 
-def timing_file(ops: Sequence[Op], runtime: str, dtype: str) -> Path:
+def timing_file(timed: Sequence[Op] | Architecture, runtime: str, dtype: str) -> Path:
     """The model file of a chain of ops for a runtime (``litert`` or ``onnxruntime``) and dtype (``fp32`` or ``int8``).
 
-    Made on first use and kept under the ops' keys. Inputs and outputs are channels-last for LiteRT, and int8 for int8.
+    A network with a detector is no chain, and is given as its architecture. Files are made on first use and kept under the ops' keys.
+    Inputs and outputs are channels-last for LiteRT, and int8 for int8.
     """
     if (runtime, dtype) not in {("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")}:
         raise ConfigError(f"device.runtime = {runtime!r} with device.dtype = {dtype!r} is not supported: onnxruntime runs fp32 only.")
-    name = ops[0].key if len(ops) == 1 else "net-" + hashlib.sha256("|".join(op.key for op in ops).encode()).hexdigest()[:24]
+    ops = timed.ops() if isinstance(timed, Architecture) else timed
+    built = timed if isinstance(timed, Architecture) else Architecture(name="timing", in_channels=ops[0].in_ch, blocks=tuple(ops))
+    taps = [f"tap{tap}" for tap in built.detector.taps] if built.detector is not None else []
+    name = ops[0].key if len(ops) == 1 else "net-" + hashlib.sha256("|".join([*(op.key for op in ops), *taps]).encode()).hexdigest()[:24]
     suffix = "onnx" if runtime == "onnxruntime" else "tflite"
     path = cache_folder() / f"{runtime}-{dtype}-{_makers(runtime, dtype)}" / f"{name}.{suffix}"
     if not path.exists():
-        _make(ops, runtime, dtype, path)
+        _make(built, runtime, dtype, path)
     return path
 
 
 @cache
 def _makers(runtime: str, dtype: str) -> str:
     """A hash of everything that shapes a timing file beside its ops: our own modules, and the packages that write it."""
-    modules = (arch, op, blocks, network, block_writer, onnx, onnx_writer, tflite, tflite_writer)
+    modules = (arch, op, blocks, detector, network, block_writer, onnx, onnx_writer, tflite, tflite_writer)
     packages = {"onnxruntime": ("onnx",), "litert": ("ai-edge-quantizer",) if dtype == "int8" else ()}[runtime]
     sources = [file_sha256(str(module.__file__)) for module in modules]
     return content_sha256([__version__, *sources, *map(version, packages)])[:16]
 
 
-def _make(ops: Sequence[Op], runtime: str, dtype: str, path: Path) -> None:
-    made = Network(
-        Architecture(name="timing", in_channels=ops[0].in_ch, blocks=tuple(ops)), generator=torch.Generator().manual_seed(0)
-    ).eval()
+def _make(built: Architecture, runtime: str, dtype: str, path: Path) -> None:
+    made = network_of(built, generator=torch.Generator().manual_seed(0)).eval()
+    alone = len(built.ops()) == 1
     if runtime == "onnxruntime":
-        model = onnx_writer.write_onnx(made) if len(ops) > 1 else onnx_writer.write_op(ops[0], made.blocks[0])
+        model = onnx_writer.write_op(built.blocks[0], made.blocks[0]) if alone else onnx_writer.write_onnx(made)
     else:
-        model = tflite_writer.write_tflite(made) if len(ops) > 1 else tflite_writer.write_op(ops[0], made.blocks[0])
+        model = tflite_writer.write_op(built.blocks[0], made.blocks[0]) if alone else tflite_writer.write_tflite(made)
     write_atomic(path, quantize_int8_uncalibrated(model) if dtype == "int8" else model)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture
-from hwnas.core.detector import Detector
+from hwnas.core.detector import Detector, Scores
 from hwnas.nn.blocks import build, initialise
 
 Outputs = tuple[Tensor, Tensor]
 """Class logits [N, anchors, classes + 1], the background first, and box codes [N, anchors, 4]: map by map, row by row, cell by cell."""
 
 CODE_SIZE = 4
+JOINED = 4
+"""Maps whose predictions are joined at once: XNNPACK, which runs LiteRT's files, joins up to five, and leaves more to slower kernels."""
 PREDICTOR_STD = 0.03
 RARE_CLASS_BIAS = -4.6
 """The logit of a score of 1 %, where the class predictors of a focal loss begin."""
@@ -38,7 +42,7 @@ class DetectionNetwork(nn.Module):
         self.heads = nn.ModuleList(build(op, bn_eps=arch.bn_eps) for op in detector.heads)
         if generator is not None:
             initialise(self.blocks, generator)
-            initialise_detector(self.extras, self.heads, detector, generator)
+            initialise_detector(self.extras, self.heads, detector.scores, generator)
 
     def forward(self, x_NCHW: Tensor) -> Outputs:
         """Images [N, channels, size, size] -> class logits [N, anchors, classes + 1] and box codes [N, anchors, 4]."""
@@ -55,9 +59,21 @@ class DetectionNetwork(nn.Module):
 
 def predictions(heads: nn.ModuleList, maps: list[Tensor], classes: int) -> Outputs:
     """What ``heads`` predict from feature maps [N, C, size, size], one row per anchor in torchvision's order."""
-    outputs = [head(x_NCHW) for head, x_NCHW in zip(heads, maps, strict=True)]
+    return predictions_of([head(x_NCHW) for head, x_NCHW in zip(heads, maps, strict=True)], classes)
+
+
+def predictions_of(outputs: Sequence[tuple[Tensor, ...]], classes: int) -> Outputs:
+    """The outputs of the heads, class logits and box codes of each map, as one row per anchor."""
     logits, codes = zip(*((_rows(logits, classes + 1), _rows(codes, CODE_SIZE)) for logits, codes in outputs), strict=True)
-    return torch.cat(logits, dim=1), torch.cat(codes, dim=1)
+    return _joined(logits), _joined(codes)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows one after another."""
+    joined = list(parts)
+    while len(joined) > 1:
+        joined[:JOINED] = [torch.cat(joined[:JOINED], dim=1)]
+    return joined[0]
 
 
 def _rows(x_NCHW: Tensor, columns: int) -> Tensor:
@@ -66,14 +82,14 @@ def _rows(x_NCHW: Tensor, columns: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialise_detector(extras: nn.Module, heads: nn.ModuleList, detector: Detector, generator: torch.Generator) -> None:
+def initialise_detector(extras: nn.Module, heads: nn.ModuleList, scores: Scores, generator: torch.Generator) -> None:
     """Extras and heads as torchvision and MobileDet begin them: N(0, 0.03), zero biases; of a sigmoid's classes -4.6."""
     for part in (*extras.modules(), *heads.modules()):
         if isinstance(part, nn.Conv2d):
             part.weight.normal_(0.0, PREDICTOR_STD, generator=generator)
             if part.bias is not None:
                 part.bias.zero_()
-    if detector.scores == "sigmoid":
+    if scores == "sigmoid":
         for head in heads:
             head.get_submodule("classes.predict.conv").get_parameter("bias").fill_(RARE_CLASS_BIAS)
 

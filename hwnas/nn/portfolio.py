@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.space import MacroSpace, Option
-from hwnas.nn.network import Network
+from hwnas.nn.detector import DetectionNetwork, Outputs
+from hwnas.nn.network import AnyNetwork, network_of
 from hwnas.nn.supernet import Gates, Probes, resized
 
 
@@ -25,26 +26,27 @@ class Portfolio(nn.Module):
         super().__init__()
         self.space = space
         self.members = [tuple(int(i) for i in space.index(picks)) for picks in members]
-        self.networks = nn.ModuleList(Network(space.decode(picks), generator=generator) for picks in members)
+        self.networks = nn.ModuleList(network_of(space.decode(picks), generator=generator) for picks in members)
         self.fraction = 0.0
 
     def no_weight_decay(self) -> set[str]:
         """Weights without L2, by timm's convention: the classifiers'."""
-        return {f"networks.{i}.{name}" for i, network in enumerate(self.networks) for name in network.no_weight_decay()}  # type: ignore[operator]
+        classifiers = [(i, network) for i, network in enumerate(self.networks) if not isinstance(network, DetectionNetwork)]
+        return {f"networks.{i}.{name}" for i, network in classifiers for name in network.no_weight_decay()}  # type: ignore[operator]
 
-    def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor:
-        """Images [N, channels, size, size] through the network that one-hot ``gates`` name -> logits [N, classes]."""
+    def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor | Outputs:
+        """Images [N, channels, size, size] through the network that one-hot ``gates`` name -> its outputs, as ``Supernet.forward``."""
         assert not probes and not skip_dropout, "networks that share nothing have nothing to probe"
         network: Any = self.networks[self.members.index(tuple(int(gates[choice.key].argmax()) for choice in self.space.choices))]
-        logits: Tensor = network(resized(x_NCHW, network.arch.resolution))
-        return logits
+        outputs: Tensor | Outputs = network(resized(x_NCHW, network.arch.resolution))
+        return outputs
 
     def arch(self, picks: Mapping[str, Option]) -> Architecture:
         """The architecture of ``picks``."""
         return self.space.decode(picks)
 
-    def extract(self, picks: Mapping[str, Option]) -> Network:
+    def extract(self, picks: Mapping[str, Option]) -> AnyNetwork:
         """A copy of the network of ``picks``, its BN statistics included."""
         network = copy.deepcopy(self.networks[self.members.index(tuple(int(i) for i in self.space.index(picks)))])
-        assert isinstance(network, Network)
+        assert isinstance(network, AnyNetwork)
         return network

@@ -127,14 +127,14 @@ class ElasticSlot(nn.Module):
             identity = identity + weight if residual else identity
             all_residual = all_residual and residual
             groups.setdefault(self._runs_with[option], []).append(_Member(option, op, weight))
-        branch = _sum(_fitted(self._gated(x_NCHW, members, run), out.run) for members in groups.values())
+        branch = _sum(fitted(self._gated(x_NCHW, members, run), out.run) for members in groups.values())
         if branch is not None and all_residual and self.training and run.keep_path < 1.0:
             branch = _drop_path(branch, run.keep_path)
         if branch is not None and out.mask_C is not None:
             branch = branch * out.mask_C[:, None, None]
         terms = [branch] if branch is not None else []
         if not _is(identity, 0.0):
-            terms.append(_weighted(_fitted(x_NCHW, out.run), identity))
+            terms.append(_weighted(fitted(x_NCHW, out.run), identity))
         if not _is(skipped, 0.0):
             terms.append(_weighted(F.dropout(x_NCHW, run.skip_dropout, self.training), skipped))
         assert terms, f"nothing runs in {self.slot.key}"
@@ -174,7 +174,7 @@ class ElasticSlot(nn.Module):
         """Options that differ in their kernel only: their depthwise outputs are mixed, the rest runs once."""
         option, first = members[0].option, members[0].op
         weight_sum = _sum(member.weight for member in members)
-        x_NCHW = _fitted(x_NCHW, first.in_ch)
+        x_NCHW = fitted(x_NCHW, first.in_ch)
         if first.pooled:
             x_NCHW = F.adaptive_avg_pool2d(x_NCHW, 1)
         for position, layer in enumerate(first.layers):
@@ -283,7 +283,7 @@ def _sum(terms: Iterable[Any]) -> Any:
     return total
 
 
-def _fitted(x_NCHW: Tensor, channels: int) -> Tensor:
+def fitted(x_NCHW: Tensor, channels: int) -> Tensor:
     """The first ``channels`` channels, zeros for those that are missing: widths that are only probed hold nothing."""
     missing = channels - x_NCHW.shape[1]
     if missing > 0:

@@ -1,4 +1,4 @@
-"""The weight-shared super-net of a macro space.
+"""The weight-shared super-net of a macro space, of classifiers or of detectors.
 
 Gates say what runs. One option of a choice with weight 1 is a single path, and costs what that path costs: weights are sliced.
 Several options with weights are a mixture: blocks are added up, widths become a weighted mask over the channels of
@@ -30,8 +30,10 @@ from hwnas.core.option import SKIP
 from hwnas.core.space import MacroSpace, Option, Slot
 from hwnas.errors import CheckpointError, ConfigError
 from hwnas.nn.blocks import initialise
+from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector
 from hwnas.nn.elastic import Sharing
-from hwnas.nn.network import Network, load_tensors_checked, save_tensors_atomically
+from hwnas.nn.elastic_detector import ElasticDetector, copy_into
+from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of, save_tensors_atomically
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
 Gates = Mapping[str, Any]
@@ -68,32 +70,50 @@ class Supernet(nn.Module):
             sources = len(producers) if config.operation_on == "edge" else 1
             norms = len(producers) if config.wsbn else 1
             self.slots.append(ElasticSlot(slot, space.bn_eps, sharing, config.sharing == "separate", sources, norms))
+        self.tapped = self._tapped()
+        if space.detector is not None:
+            self.detector = ElasticDetector(self.proxy, sharing)
+            initialise(self.slots, generator)
+            initialise_detector(self.detector.extras, self.detector.heads, space.detector.scores, generator)
+            return
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(max(self.proxy.stages[-1].widths), space.classes)
         initialise(self, generator)
 
+    def _tapped(self) -> frozenset[int]:
+        """Positions of the slots after which the detector looks at the feature map."""
+        last = {slot.stage: position for position, slot in enumerate(self.proxy.slots)}
+        return frozenset(last[tap] for tap in self.proxy.detector.taps) if self.proxy.detector is not None else frozenset()
+
     def no_weight_decay(self) -> set[str]:
         """Weights without L2, by timm's convention: the classifier's (as in TuNAS's code)."""
-        return {"classifier.weight"}
+        return {"classifier.weight"} if self.space.detector is None else set()
 
-    def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor:
-        """Images [N, channels, size, size] under ``gates`` -> logits [N, classes]. See the module for mixtures."""
-        probes = probes or {}
+    def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor | Outputs:
+        """Images [N, channels, size, size] under ``gates`` -> logits [N, classes], or the ``Outputs`` of a detector.
+
+        See the module for mixtures.
+        """
+        probes, maps = probes or {}, []
         x_NCHW = resized(x_NCHW, _resolution(self.space, gates))
         width, producer = Width(self.proxy.in_channels, self.proxy.in_channels), IMAGE
         for position, (module, slot) in enumerate(zip(self.slots, self.proxy.slots, strict=True)):
             out = _width(slot, gates, probes, x_NCHW) if slot.first else width
             into, width = width, out
             kept, runs = _kept(slot, gates, probes)
-            if not runs or self._left_out(slot):
-                continue
-            slot_gates = executed(slot, gates.get(slot.key), probes.get(slot.key, ()))
-            remat = self.config.remat and len(slot_gates.executed) > 1
-            source = self.producers[position].index(producer)
-            run = Run(source, skip_dropout, self._keep_path(position), remat, self.tracking)
-            y_NCHW = module(x_NCHW, slot_gates, into, out, run)
-            x_NCHW = y_NCHW if _is_one(kept) else kept * y_NCHW + (1 - kept) * x_NCHW
-            producer = producer if skips(slot_gates) or runs == "probed" else position
+            if runs and not self._left_out(slot):
+                slot_gates = executed(slot, gates.get(slot.key), probes.get(slot.key, ()))
+                remat = self.config.remat and len(slot_gates.executed) > 1
+                source = self.producers[position].index(producer)
+                run = Run(source, skip_dropout, self._keep_path(position), remat, self.tracking)
+                y_NCHW = module(x_NCHW, slot_gates, into, out, run)
+                x_NCHW = y_NCHW if _is_one(kept) else kept * y_NCHW + (1 - kept) * x_NCHW
+                producer = producer if skips(slot_gates) or runs == "probed" else position
+            if position in self.tapped:
+                maps.append((x_NCHW, width))
+        if self.space.detector is not None:
+            outputs: Outputs = self.detector(maps, self.tracking)
+            return outputs
         pooled_NC = self.dropout(F.adaptive_avg_pool2d(x_NCHW, 1).flatten(1))
         return F.linear(pooled_NC, self.classifier.weight[:, : pooled_NC.shape[1]], self.classifier.bias)
 
@@ -120,26 +140,26 @@ class Supernet(nn.Module):
         arch = self.proxy.decode(self._proxied(picks))
         if self.config.proxy_depth is None:
             return arch
-        blocks = tuple(op for _, _, op, _ in self._path(picks)) + arch.blocks[-1:]
-        return Architecture(name=arch.name, in_channels=arch.in_channels, bn_eps=arch.bn_eps, blocks=blocks)
+        return self.proxy.network([(self.proxy.slots[position], op) for position, _, op, _ in self._path(picks)], arch.name)
 
-    def extract(self, picks: Mapping[str, Option]) -> Network:
+    def extract(self, picks: Mapping[str, Option]) -> AnyNetwork:
         """A stand-alone network with copies of the weights that ``picks`` use. Its BN statistics are not estimated yet.
 
         Channels are the first ones of each width (or the averaged ones); random channelling is for training only.
         """
-        network = Network(self.arch(picks)).to(self.classifier.weight)
+        network = network_of(self.arch(picks)).to(next(self.parameters()))
         training = self.training
         self.eval()
         with torch.no_grad():
             for block, (position, option, op, source) in zip(network.blocks, self._path(picks), strict=False):
                 elastic: Any = self.slots[position]
-                state = dict(block.state_dict())
-                state.update({name: tensor.clone() for name, tensor in elastic.weights(option, op, source).items()})
-                block.load_state_dict(state)
-            head: Any = network.blocks[-1]
-            head.linear.weight.copy_(self.classifier.weight[:, : head.linear.in_features])
-            head.linear.bias.copy_(self.classifier.bias)
+                copy_into(block, elastic.weights(option, op, source))
+            if isinstance(network, DetectionNetwork):
+                self.detector.copy_into(network)
+            else:
+                head: Any = network.blocks[-1]
+                head.linear.weight.copy_(self.classifier.weight[:, : head.linear.in_features])
+                head.linear.bias.copy_(self.classifier.bias)
         self.train(training)
         return network
 
@@ -169,15 +189,22 @@ def save_supernet(supernet: Supernet, path: Path) -> None:
     save_tensors_atomically(supernet, path, {"space": supernet.space.to_json(), "supernet": supernet.config.model_dump_json()})
 
 
-def load_supernet(path: Path, space: MacroSpace) -> Supernet:
-    """The super-net of a file, for ``space``. Raises CheckpointError where the file is corrupt, ConfigError where the space differs."""
+def read_supernet(path: Path) -> Supernet:
+    """The super-net of a file. Raises CheckpointError where the file is corrupt, or no super-net's."""
     tensors, metadata = load_tensors_checked(path)
     try:
-        trained = MacroSpace.parse(metadata["space"], str(path))
-        supernet = Supernet(trained, torch.Generator().manual_seed(0), SupernetConfig.model_validate_json(metadata["supernet"]))
+        space = MacroSpace.parse(metadata["space"], str(path))
+        supernet = Supernet(space, torch.Generator().manual_seed(0), SupernetConfig.model_validate_json(metadata["supernet"]))
         supernet.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"super-net {path} does not fit this version of hwnas ({error}): train it again.") from error
+    return supernet
+
+
+def load_supernet(path: Path, space: MacroSpace) -> Supernet:
+    """The super-net of a file, for ``space``. Raises CheckpointError where the file is corrupt, ConfigError where the space differs."""
+    supernet = read_supernet(path)
+    trained = supernet.space
     if trained.sha256 != space.sha256:
         raise ConfigError(
             f"super-net {path} is of space {trained.name} ({trained.sha256[:12]}), not of {space.name} ({space.sha256[:12]}): name its own."

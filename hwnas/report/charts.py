@@ -25,7 +25,7 @@ _PERCENT = FuncFormatter(lambda value, _: f"{value:.3g}".rstrip(".") + "%")
 
 
 def pareto(search: SearchResult) -> Markup:
-    """Super-net accuracy over predicted latency: random architectures, the strategy's proposals, the winner, the budget."""
+    """Super-net quality over predicted latency: random architectures, the strategy's proposals, the winner, the budget."""
     best = search.candidates[0]
     with canvas(FULL, 310) as figure:
         axes = figure.subplots()
@@ -48,12 +48,12 @@ def pareto(search: SearchResult) -> Markup:
         axes.margins(y=0.15)
         axes.yaxis.set_major_formatter(_PERCENT)
         axes.set_xlabel("predicted latency, ms")
-        axes.set_ylabel("super-net accuracy, held-out images")
+        axes.set_ylabel(f"super-net {search.quality}, held-out images")
         figure.legend(loc="outside upper left", ncols=5)
         return inline_svg(
             figure,
             "pareto",
-            f"Scatter plot of super-net accuracy over predicted latency. Chosen: {best.latency_ms:.3g} ms and {best.accuracy:.1%}; "
+            f"Scatter plot of super-net {search.quality} over predicted latency. Chosen: {best.latency_ms:.3g} ms and {best.accuracy:.1%}; "
             f"budget {search.target_ms:.3g} ms; {len(search.random)} random architectures and {len(search.candidates)} proposals.",
         )
 

@@ -119,8 +119,10 @@ class RunDocuments:
         for slot, op in self.space.walk(origin.picks):
             channels, size = (channels, size) if op is None else (op.out_ch, op.out_size)
             places.append(Place(slot.key, op, channels, size))
-        last = self.arch.blocks[-1]
-        return (*places, Place("classifier", last, last.out_ch, 1))
+        names, ops = _names(self.arch), self.arch.ops()
+        first = len(self.arch.blocks) if self.arch.detector is not None else len(ops) - 1
+        ends = names[first:] if self.arch.detector is not None else ["classifier"]
+        return (*places, *(Place(name, op, op.out_ch, op.out_size) for name, op in zip(ends, ops[first:], strict=True)))
 
 
 def read(ctx: StageContext, space: MacroSpace, table_path: Path) -> RunDocuments:

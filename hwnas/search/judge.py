@@ -1,9 +1,12 @@
-"""How good an architecture is by the super-net: the accuracy of its extracted, BN-recalibrated network on held-out images."""
+"""How good an architecture is by the super-net: the quality of its extracted, BN-recalibrated network on held-out images.
+
+``quality`` says what that is: the accuracy of a classifier, AP of a detector.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,29 +15,30 @@ from torch import Tensor
 from hwnas.config import Experiment
 from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, evaluation_batches, load_images
-from hwnas.engine import accuracy
 from hwnas.nn.bn import recalibrate
-from hwnas.nn.network import Network
+from hwnas.nn.network import AnyNetwork
 from hwnas.nn.portfolio import Portfolio
 from hwnas.nn.supernet import Supernet, resized
 from hwnas.runs import JsonLines
+from hwnas.search.quality import quality_of
 
 
 class Judge:
-    """Evaluates architectures, each one once until ``forget`` is called: accuracies hold for the weights of the moment.
+    """Evaluates architectures, each one once until ``forget`` is called: what it says holds for the weights of the moment.
 
-    Once ``keep`` has named a file, accuracies are also kept there, so that a finder that is stopped goes on where it was.
+    Once ``keep`` has named a file, judgements are also kept there, so that a finder that is stopped goes on where it was.
     """
 
     def __init__(self, supernet: Supernet | Portfolio, experiment: Experiment) -> None:
         self.supernet, self.config, self.workers = supernet, experiment.search, experiment.data.workers
         self.train, self.held_out = load_images(experiment.data, "train"), load_images(experiment.data, "held_out")
+        self.quality = quality_of(experiment, supernet.space)
         self._known: dict[str, float] = {}
         self._file: JsonLines | None = None
         self._recalibration: list[Batch] = []
         self._evaluation: list[Batch] = []
 
-    def network(self, picks: Picks) -> Network:
+    def network(self, picks: Picks) -> AnyNetwork:
         """The network of ``picks`` with the super-net's weights and re-estimated BN statistics (or tracked ones, where none are)."""
         network = self.supernet.extract(picks)
         network.to(memory_format=torch.channels_last)
@@ -48,11 +52,12 @@ class Judge:
         return network
 
     def evaluate(self, picks: Picks) -> float:
-        """Accuracy in 0..1 on ``search.evaluation_images`` held-out images. Left-out slots make no difference, so blocks are remembered."""
+        """Quality in 0..1 on ``search.evaluation_images`` held-out images. Left-out slots make no difference, so blocks are remembered."""
         blocks = "|".join(op.key for op in self.supernet.space.decode(picks).blocks)
         name = hashlib.sha256(blocks.encode()).hexdigest()[:32]
         if name not in self._known:
-            self._known[name] = self._accuracy(self.network(picks), self.evaluation())
+            network, limit = self.network(picks), self.config.evaluation_images
+            self._known[name] = self.quality.of_network(network, self.held_out, self.evaluation(), limit)
             if self._file is not None:
                 with self._file.appending() as append:
                     append({"blocks": name, "accuracy": self._known[name]})
@@ -63,12 +68,12 @@ class Judge:
         self._evaluation = self._evaluation or list(self._batches(self.held_out, 4 * self.config.batch_size, self.config.evaluation_images))
         return self._evaluation
 
-    def accuracy(self, network: Network) -> float:
-        """Accuracy in 0..1 on all held-out images."""
-        return self._accuracy(network, self._batches(self.held_out, 4 * self.config.batch_size, None))
+    def accuracy(self, network: AnyNetwork) -> float:
+        """Quality in 0..1 on all held-out images."""
+        return self.quality.of_network(network, self.held_out, self._batches(self.held_out, 4 * self.config.batch_size, None), None)
 
     def keep(self, path: Path) -> None:
-        """The weights are final: take over the accuracies in a file, and add further ones to it."""
+        """The weights are final: take over the judgements in a file, and add further ones to it."""
         self._file = JsonLines(path)
         self._known = {row["blocks"]: row["accuracy"] for row in self._file.read()}
 
@@ -78,9 +83,6 @@ class Judge:
 
     def _batches(self, images: Images, size: int, limit: int | None) -> Iterator[Batch]:
         return evaluation_batches(images, size, limit=limit, workers=self.workers)
-
-    def _accuracy(self, network: Network, batches: Iterable[Batch]) -> float:
-        return accuracy(network, ((resized(x_NCHW, network.arch.resolution), y) for x_NCHW, y in batches))
 
 
 def _placed(x_NCHW: Tensor, device: torch.device, size: int) -> Tensor:

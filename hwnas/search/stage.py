@@ -21,6 +21,7 @@ from hwnas.data.images import Images, Portion, load_images
 from hwnas.document import Document, file_sha256
 from hwnas.engine import Engine, best_device, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
+from hwnas.nn.inheritance import inherit
 from hwnas.nn.network import save_network
 from hwnas.nn.portfolio import Portfolio
 from hwnas.nn.supernet import Supernet, load_supernet, save_supernet
@@ -42,14 +43,17 @@ TRAINED_FINDER = Plugin.model_validate(
 """What finds architectures in a trained super-net where nothing is named: 160 are judged (ours), minutes on a CPU; SPOS judges 1,000."""
 
 JUDGED = "judged.jsonl"
-"""Accuracies that a finder has asked for."""
+"""Judgements that a finder has asked for."""
 
 STILL = 0.05
 """Part of its entropy that a policy should have lost or won in a search (ours)."""
 
 
 class Candidate(BaseModel):
-    """An architecture judged by the super-net: recalibrated held-out accuracy and predicted latency."""
+    """An architecture judged by the super-net: predicted latency, and ``accuracy``, the recalibrated held-out quality in 0..1.
+
+    That is what ``SearchResult.quality`` names: of detectors, AP or 1 / (1 + loss).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,6 +73,7 @@ class SearchResult(Document):
     SCHEMA: ClassVar[str] = "hwnas.search"
 
     strategy: str
+    quality: str = Field("accuracy", description="what the candidates' accuracy is")
     space_sha256: str
     objective: Objective
     target_ms: float
@@ -137,6 +142,8 @@ def search_context(experiment: Experiment, space: MacroSpace, table: LatencyTabl
     target_ms = resolve_target(experiment, cost)
     limits = Limits(space, config.limits, _limit_table, allow_uncalibrated=config.allow_uncalibrated)
     limits.check()
+    if config.backbone is not None:
+        trained_supernet(config.backbone, "search.backbone")
     if config.weights is None:
         strategy = search_strategy(config)
         strategy.check(space)
@@ -194,6 +201,8 @@ def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
 
     prepared = prepare(experiment, space, search, ctx.folder)
     engine, strategy, judge = prepared.engine, prepared.strategy, prepared.judge
+    if config.backbone is not None and isinstance(judge.supernet, Supernet):
+        progress.say(str(inherit(judge.supernet, trained_supernet(config.backbone, "search.backbone"))))
     engine.resume()
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
     _warn_of_a_still_policy(engine.metrics.read(), strategy, progress)
@@ -232,6 +241,7 @@ def prepare(experiment: Experiment, space: MacroSpace, search: SearchContext, fo
     search.rng = np.random.default_rng([seed, search.steps, 1])
     strategy.setup(search)
     supernet = _make_supernet(experiment, space, strategy)
+    judge = Judge(supernet, experiment)
     engine = Engine(
         supernet,
         config.optimizer,
@@ -239,10 +249,9 @@ def prepare(experiment: Experiment, space: MacroSpace, search: SearchContext, fo
         config.batch_size,
         seed,
         folder,
-        label_smoothing=config.label_smoothing,
+        criterion=judge.quality.criterion(config.label_smoothing),
         checkpoint_seconds=experiment.checkpoint_seconds,
     )
-    judge = Judge(supernet, experiment)
     batches = Batches(train, held_out, experiment.data, config.batch_size, seed, search.steps)
     search.weights = weights = SupernetWeights(engine, supernet, batches, judge)
     search.evaluator = judge
@@ -271,15 +280,18 @@ def _warn_of_a_still_policy(rows: list[dict[str, float]], strategy: Strategy, pr
         )
 
 
-def trained_supernet(folder: str) -> Path:
-    """The super-net file of an earlier run's search folder (or of the run's folder). Raises ConfigError where there is none."""
+def trained_supernet(folder: str, key: str = "search.weights") -> Path:
+    """The super-net file of an earlier run's search folder (or of the run's folder), named by the configuration's ``key``.
+
+    Raises ConfigError where there is none.
+    """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise ConfigError(f"search.weights = {folder!r} is no folder: name the folder of a finished run that trained a super-net.")
+        raise ConfigError(f"{key} = {folder!r} is no folder: name the folder of a finished run that trained a super-net.")
     for path in (root / SHARED, root / "search" / SHARED):
         if path.is_file():
             return path
-    raise ConfigError(f"search.weights = {folder!r} holds no {SHARED}: name the search folder of a finished run that trained a super-net.")
+    raise ConfigError(f"{key} = {folder!r} holds no {SHARED}: name the search folder of a finished run that trained a super-net.")
 
 
 def _make_supernet(experiment: Experiment, space: MacroSpace, strategy: Strategy) -> Supernet | Portfolio:
@@ -331,6 +343,7 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
     """Rank the proposals, score random architectures beside them, write the outputs."""
     config, space, progress = ctx.experiment.search, judge.supernet.space, ctx.progress
     name = config.strategy.name if config.weights is None else "trained super-net"
+    title = judge.quality.title
     candidates = _ranked(search, judge, proposals, "ranking proposals")
     random: list[Candidate] = []
     spread: list[Candidate] = []
@@ -345,6 +358,7 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
     save_network(judge.network(best.picks), ctx.folder / "supernet.safetensors")
     SearchResult(
         strategy=name,
+        quality=title,
         space_sha256=space.sha256,
         objective=config.objective,
         target_ms=search.target_ms,
@@ -359,26 +373,26 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
         random=tuple(random),
         spread=tuple(spread),
     ).save(ctx.folder / "search.json")
-    progress.say(_summary(arch, best, search.target_ms))
+    progress.say(_summary(arch, best, search.target_ms, title))
 
 
 def _ranked(search: SearchContext, judge: Judge, proposals: list[Picks], description: str) -> list[Candidate]:
     """Judge each proposal; best reward first."""
-    judged = []
+    judged, title = [], judge.quality.title
     with search.progress.task(description, len(proposals)) as task:
         for picks in proposals:
             quality, latency = judge.accuracy(judge.network(picks)), search.cost.latency_ms(picks)
             values = {} if search.limits is None else search.limits.describe(picks)
             reward = search.reward(quality, latency)
             judged.append(Candidate(picks=picks, latency_ms=latency, accuracy=quality, reward=reward, limits=values))
-            task.advance(note=f"accuracy {quality:.1%}")
+            task.advance(note=f"{title} {quality:.1%}")
             named = ", ".join(f"{key} {option}" for key, option in picks.items())
-            search.progress.detail(f"{latency:.4g} ms, accuracy {quality:.1%}: {named}")
+            search.progress.detail(f"{latency:.4g} ms, {title} {quality:.1%}: {named}")
     return sorted(judged, key=lambda candidate: -candidate.reward)
 
 
-def _summary(arch: Architecture, best: Candidate, target_ms: float) -> str:
+def _summary(arch: Architecture, best: Candidate, target_ms: float, title: str) -> str:
     return (
         f"found {arch.name}: {best.latency_ms:.4g} ms predicted ({best.latency_ms / target_ms - 1:+.1%} of the target), "
-        f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters, super-net accuracy {best.accuracy:.1%}"
+        f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters, super-net {title} {best.accuracy:.1%}"
     )

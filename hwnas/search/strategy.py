@@ -33,7 +33,7 @@ class Evaluator(Protocol):
     """What judges architectures; ``hwnas.search.judge`` does it with a trained super-net."""
 
     def evaluate(self, picks: Picks) -> float:
-        """Recalibrated accuracy. See ``SearchContext.evaluate``."""
+        """Recalibrated quality. See ``SearchContext.evaluate``."""
 
 
 class SharedWeights(Protocol):
@@ -43,7 +43,7 @@ class SharedWeights(Protocol):
         """One update on the next training batch. See ``SearchContext.train``."""
 
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
-        """Held-out accuracies. See ``SearchContext.qualities``."""
+        """Held-out qualities. See ``SearchContext.qualities``."""
 
     def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
         """Held-out loss and its derivative by every gate. See ``SearchContext.loss``."""
@@ -85,18 +85,21 @@ class SearchContext:
 
         With several ``gates`` their gradients are added up before the one update: all on the same batch (FairNAS), or,
         with ``split``, each on its own part of it (TuNAS's accelerator cores; the mean gradient then). ``teach`` adds the
-        distillation loss against the remembered teacher. ``skip_dropout`` zeroes elements behind skips (P-DARTS).
+        distillation loss against the remembered teacher (of classifiers). ``skip_dropout`` zeroes elements behind skips (P-DARTS).
         """
         assert self.weights is not None
         return self.weights.train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
 
     def qualities(self, *gates: Gates, multiple: int = 1) -> list[float]:
-        """Accuracies in 0..1 on a held-out batch ``multiple`` times the training batch, of which each gets an equal part."""
+        """Qualities in 0..1 on a held-out batch ``multiple`` times the training batch, of which each gets an equal part.
+
+        Accuracies of classifiers; of detectors, see ``hwnas.search.quality``.
+        """
         assert self.weights is not None
         return self.weights.qualities(gates, multiple)
 
     def loss(self, gates: Mapping[str, Tensor], *, probes: Probes | None = None, order: int = 1, skip_dropout: float = 0.0) -> Tensor:
-        """Held-out cross-entropy (no label smoothing) under ``gates``: a scalar whose gradient by the gates is right.
+        """Held-out loss (a classifier's cross-entropy, no label smoothing) under ``gates``: a scalar whose gradient by the gates is right.
 
         It is the first-order expansion value + <gradient, gates - their present values>, so that the graph of the network
         is gone when this returns. ``order = 2`` takes the derivative after a virtual training step (DARTS).
@@ -110,7 +113,7 @@ class SearchContext:
         return total
 
     def evaluate(self, picks: Picks) -> float:
-        """Held-out accuracy in 0..1 of the extracted network after BN recalibration. Kept, so asking twice costs nothing."""
+        """Held-out quality in 0..1 (accuracy, AP) of the extracted network after BN recalibration. Kept, so asking twice costs nothing."""
         assert self.evaluator is not None
         return self.evaluator.evaluate(picks)
 

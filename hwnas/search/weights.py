@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hwnas.config import DataConfig
 from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, training_batches
-from hwnas.engine import Engine, Part
-from hwnas.nn.network import Network
+from hwnas.engine import Criterion, Engine, Part
+from hwnas.nn.network import AnyNetwork
 from hwnas.nn.portfolio import Portfolio
 from hwnas.nn.supernet import Supernet, resized
 from hwnas.nn.unrolled import unrolled_gate_gradients
@@ -67,11 +66,16 @@ class Batches:
 
 
 class SupernetWeights:
-    """Trains and differentiates a super-net. ``state_dict`` holds the teacher, where there is one."""
+    """Trains and differentiates a super-net. ``state_dict`` holds the teacher, where there is one.
+
+    Detectors are trained without a teacher: a distillation of boxes is a method of its own.
+    """
 
     def __init__(self, engine: Engine, supernet: Supernet | Portfolio, batches: Batches, judge: Judge) -> None:
         self.engine, self.supernet, self.batches, self.judge = engine, supernet, batches, judge
-        self.teacher: Network | None = None
+        self.quality = judge.quality
+        self.held_out_loss = self.quality.criterion().to(engine.device)
+        self.teacher: AnyNetwork | None = None
         self._taught: Picks = {}
 
     def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
@@ -80,6 +84,7 @@ class SupernetWeights:
         self._set_fraction()
         x_NCHW, y = self.engine.to_device(*self.batches.train(self.engine.step))
         shares = _shares(x_NCHW, y, len(gates) if split else 1)
+        teach = teach and self.supernet.space.detector is None
         taught = [(x, labels, self._soft(x) if teach else None) for x, labels in shares] * (1 if split else len(gates))
         return self.engine.update(
             [
@@ -102,19 +107,19 @@ class SupernetWeights:
 
     @torch.no_grad()
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
-        """Accuracy of each on its part of the held-out batch of this step."""
+        """Quality of each on its part of the held-out batch of this step."""
         x_NCHW, y = self.engine.to_device(*self.batches.held_out(self.engine.step, multiple))
         self._set_fraction()
         self.supernet.eval()
         found = []
         for each, (x_part, y_part) in zip(gates, _shares(x_NCHW, y, len(gates)), strict=True):
             with self.engine.autocast():
-                logits = self.supernet(x_part, each)
-            found.append(float((logits.argmax(1) == y_part).float().mean()))
+                outputs = self.supernet(x_part, each)
+            found.append(self.quality.of_outputs(outputs, y_part))
         return found
 
     def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
-        """Held-out cross-entropy in training mode, and its derivative by the gates: at the weights, or after a virtual step.
+        """Held-out loss in training mode, and its derivative by the gates: at the weights, or after a virtual step.
 
         Weights, their ``grad`` and BN's running statistics stay as they are. The second order takes no probes.
         """
@@ -134,14 +139,15 @@ class SupernetWeights:
             assert not probes, "the second order takes no probes"
             return self._unrolled(leaves, held_out, skip_dropout)
         with self.engine.autocast():
-            loss = self._loss(held_out, leaves, probes, skip_dropout)
+            loss = self._loss(self.held_out_loss, held_out, leaves, probes, skip_dropout)
         value = self.engine.finite(loss)
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         zero = {key: np.zeros(len(leaf)) for key, leaf in leaves.items()}
         return value, zero | {key: _array(gradient) for key, gradient in zip(leaves, found, strict=True) if gradient is not None}
 
-    def _loss(self, batch: Batch, gates: Gates, probes: Probes, skip_dropout: float, label_smoothing: float = 0.0) -> Tensor:
-        return F.cross_entropy(self.supernet(batch[0], gates, probes, skip_dropout), batch[1], label_smoothing=label_smoothing)
+    def _loss(self, criterion: Criterion, batch: Batch, gates: Gates, probes: Probes, skip_dropout: float) -> Tensor:
+        loss, _ = criterion(self.supernet(batch[0], gates, probes, skip_dropout), batch[1])
+        return loss
 
     def _unrolled(self, leaves: Mapping[str, Tensor], held_out: Batch, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
         """DARTS's second order. The virtual step is one of SGD, with the momentum buffers where that is the optimiser.
@@ -152,19 +158,18 @@ class SupernetWeights:
         groups = [(weight, group) for group in self.engine.optimizer.param_groups for weight in group["params"]]
         momentum = self.engine.optimizer_config.momentum if isinstance(self.engine.optimizer, torch.optim.SGD) else 0.0
         buffers = [self.engine.optimizer.state.get(weight, {}).get("momentum_buffer") if momentum else None for weight, _ in groups]
-        smoothing = self.engine.label_smoothing
 
-        def loss_on(batch: Batch, label_smoothing: float) -> Any:
+        def loss_on(batch: Batch, criterion: Criterion) -> Any:
             def loss(gates: Gates) -> Tensor:
                 torch.manual_seed(self.engine.seed * 1_000_003 + self.engine.step)  # the same dropout masks every time
-                return self._loss(batch, gates, {}, skip_dropout, label_smoothing)
+                return self._loss(criterion, batch, gates, {}, skip_dropout)
 
             return loss
 
         with torch.backends.cudnn.flags(allow_tf32=False):
             value, gradients = unrolled_gate_gradients(
-                loss_on(train, smoothing),
-                loss_on(held_out, 0.0),
+                loss_on(train, self.engine.loss_of),
+                loss_on(held_out, self.held_out_loss),
                 [weight for weight, _ in groups],
                 leaves,
                 lr=self.engine.lr,

@@ -54,12 +54,12 @@ class Scorer:
             "accuracy": self._recalibrated,
             "loss": self._recalibrated,
             "unrecalibrated": self._as_it_stands,
-            "angle": lambda picks: {"angle": angle(self.initial.extract(picks), self.supernet.extract(picks))},
+            "angle": lambda picks: {"angle": angle(_classifier(self.initial, picks), _classifier(self.supernet, picks))},
             "macs": self._shape,
             "params": self._shape,
             "grad_norm": self._gradients,
             "snip": self._gradients,
-            "synflow": lambda picks: {"synflow": synflow(self.initial.extract(picks))},
+            "synflow": lambda picks: {"synflow": synflow(_classifier(self.initial, picks))},
         }
 
     def score(self, picks: Picks, names: Sequence[ScoreName]) -> dict[str, float]:
@@ -88,7 +88,7 @@ class Scorer:
         return {"macs": float(arch.macs), "params": float(arch.params)}
 
     def _gradients(self, picks: Picks) -> dict[str, float]:
-        network = self.initial.extract(picks)
+        network = _classifier(self.initial, picks)
         x_NCHW, y = (part[: self.judge.config.batch_size] for part in self.judge.evaluation()[0])
         x_NCHW = resized(x_NCHW.to(_device(network)), network.arch.resolution)
         network.train()
@@ -127,6 +127,13 @@ def synflow(network: Network) -> float:
     network(torch.ones(1, arch.in_channels, arch.resolution, arch.resolution, dtype=torch.float64, device=device)).sum().backward()
     pairs = [(weight.detach(), weight.grad) for weight in _weights(network) if weight.grad is not None]
     return math.log(sum(float((weight * grad).abs().sum()) for weight, grad in pairs))
+
+
+def _classifier(supernet: Supernet, picks: Picks) -> Network:
+    """The one-path network. Studies have no detectors."""
+    network = supernet.extract(picks)
+    assert isinstance(network, Network)
+    return network
 
 
 def _weights(network: Network) -> Iterator[Tensor]:

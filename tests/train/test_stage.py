@@ -22,7 +22,7 @@ from hwnas.core.detector import Scores
 from hwnas.core.published import published
 from hwnas.data.coco_eval import NUMBERS
 from hwnas.document import file_sha256
-from hwnas.errors import ConfigError, DivergenceError, DocumentError, SpaceError
+from hwnas.errors import ConfigError, DivergenceError, DocumentError, SpaceError, UserError
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import Network, load_network, save_network
 from hwnas.pipeline import Pipeline
@@ -217,14 +217,9 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         Pipeline(Experiment.model_validate(config), tmp_path / "run", Progress()).run_stage("train")
 
 
-def test_a_stage_that_takes_no_detectors_says_so(tmp_path: Path) -> None:
-    assert "'hwnas search' takes no detectors yet" in refused(experiment(tmp_path), tmp_path / "run", "search")
-    with pytest.raises(ConfigError, match=r"name an architecture as train\.arch"):
-        Pipeline(experiment(tmp_path, arch=None), tmp_path / "run", Progress()).run()
-
-
-def test_without_an_architecture_it_asks_for_one(tmp_path: Path) -> None:
-    assert "train.arch is not set" in refused(experiment(tmp_path, arch=None), tmp_path / "run")
+def test_without_an_architecture_it_asks_for_a_search(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"arch\.json does not exist yet: run 'hwnas search'"):
+        Pipeline(experiment(tmp_path, arch=None), tmp_path / "run", Progress()).run_stage("train")
 
 
 # its document

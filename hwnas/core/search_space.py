@@ -1,0 +1,120 @@
+"""What every kind of search space is: choices, the terms that its costs come from, and from picks to architectures and back."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+
+from hwnas.core.arch import Architecture, Picks
+from hwnas.core.op import Op
+from hwnas.document import Document, nearest
+from hwnas.errors import SpaceError
+
+Option = str | int
+RESOLUTION = "resolution"
+"""The key of the choice of the image size."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision of a search.
+
+    ``kind`` is ``"op"`` for a slot's block, ``"width"`` for a stage's channels, ``"depth"`` for a stage's number of slots and
+    ``"resolution"`` for the height = width of the image.
+    """
+
+    key: str
+    options: tuple[Option, ...]
+    kind: Literal["op", "width", "depth", "resolution"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one slot adds to a network's latency.
+
+    ``keys`` are the choices its cost depends on, ``shape`` their option counts, and ``ops`` the op for each combination
+    (row-major; None where the slot is skipped, or left out by the depth). The open ones come in this order: the slot's block, the
+    width before it, the width after it, the depth, the resolution. ``options`` are the slot's own, one of which may be all there is.
+    """
+
+    slot: str
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    ops: tuple[Op | None, ...]
+    options: tuple[str, ...] = ()
+
+
+class SearchSpace(Document):
+    """What every kind of space can do. ``kind`` tells the kinds apart in a file."""
+
+    SCHEMA: ClassVar[str] = "hwnas.space"
+
+    name: str
+
+    @cached_property
+    @abstractmethod
+    def choices(self) -> tuple[Choice, ...]:
+        """The open decisions in order. A choice with one option left is no choice."""
+
+    @abstractmethod
+    def terms(self) -> tuple[Term, ...]:
+        """One term per slot, fixed slots included (``keys`` empty)."""
+
+    @abstractmethod
+    def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
+        """The architecture of ``picks``. Raises SpaceError on a missing, unknown or impossible pick."""
+
+    @abstractmethod
+    def encode(self, arch: Architecture) -> Picks:
+        """Picks that decode to ``arch``. Raises SpaceError where the space does not hold it."""
+
+    @abstractmethod
+    def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
+        """A new space with only the ``allowed`` options at the named choices."""
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The profiling plan: every op that any architecture of the space can contain, in order of appearance."""
+        return tuple(dict.fromkeys(op for term in self.terms() for op in term.ops if op is not None))
+
+    @property
+    def size(self) -> int:
+        """Number of picks: the product of the option counts."""
+        return math.prod(len(choice.options) for choice in self.choices)
+
+    def sample(self, rng: np.random.Generator) -> Picks:
+        """Uniform random picks."""
+        return {choice.key: choice.options[rng.integers(len(choice.options))] for choice in self.choices}
+
+    def index(self, picks: Mapping[str, Option]) -> np.ndarray:
+        """Picks as option positions in the order of ``choices``: int64 [choices]."""
+        self.check(picks)
+        return np.array([choice.options.index(picks[choice.key]) for choice in self.choices], dtype=np.int64)
+
+    def at(self, index: Sequence[int] | np.ndarray) -> Picks:
+        """The reverse of ``index``."""
+        return {choice.key: choice.options[int(i)] for choice, i in zip(self.choices, index, strict=True)}
+
+    def canonical(self, index_C: np.ndarray) -> np.ndarray:
+        """Option positions [choices] with those choices at 0 that make no difference: equal for equal architectures."""
+        return index_C
+
+    def check(self, picks: Mapping[str, Option]) -> None:
+        """Raise SpaceError unless ``picks`` names one known option of every choice, and nothing else."""
+        known = {choice.key: choice.options for choice in self.choices}
+        for key, option in picks.items():
+            if key not in known:
+                raise SpaceError(f"space {self.name} has no choice {key!r}; {nearest(key, known)}")
+            if option not in known[key]:
+                raise SpaceError(f"choice {key!r} of space {self.name} has no option {option!r}; known: {', '.join(map(str, known[key]))}.")
+        missing = [key for key in known if key not in picks]
+        if missing:
+            raise SpaceError(
+                f"picks for space {self.name} lack {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: pick an option there."
+            )

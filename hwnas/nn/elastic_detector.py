@@ -1,0 +1,110 @@
+"""The detector of a super-net: extras and predictors that every architecture of the space shares.
+
+They are the same for all architectures, but for their input channels: what reads a tapped stage is allocated for its widest and
+narrowed as ``elastic`` says. In a mixture over widths, the channels arrive weighted; as behind a ``ds`` block, the BN of a predictor's
+depthwise convolution scales them up again, and predictors see nothing of widths that are only probed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from hwnas.core.op import Layer, Op
+from hwnas.core.space import MacroSpace
+from hwnas.nn.detector import DetectionNetwork, Outputs, predictions_of
+from hwnas.nn.elastic import ElasticConv, Sharing
+from hwnas.nn.slot import Width, fitted
+
+
+class ElasticOp(nn.Module):
+    """An ``extra`` or ``ssd`` op allocated for its widest input, run at any narrower one. Its layers have the names of the block's."""
+
+    def __init__(self, widest: Op, bn_eps: float, sharing: Sharing) -> None:
+        super().__init__()
+        self.op = widest
+        for layer in widest.layers:
+            *parents, name = layer.name.split(".")
+            owner: nn.Module = self
+            for parent in parents:
+                if not hasattr(owner, parent):
+                    owner.add_module(parent, nn.Module())
+                owner = owner.get_submodule(parent)
+            owner.add_module(name, ElasticConv(layer, (layer.kernel,), bn_eps, sharing))
+
+    def narrowed(self, in_ch: int) -> Op:
+        """The op with so many input channels."""
+        return replace(self.op, in_ch=in_ch)
+
+    def forward(self, x_NCHW: Tensor, op: Op, tracks: bool = True) -> tuple[Tensor, ...]:
+        """The outputs of the op's chains of layers: one feature map, or class logits and box codes, [N, columns, size, size] each."""
+        outputs: dict[str, Tensor] = {}
+        for layer in op.layers:
+            chain = layer.name.rpartition(".")[0]
+            outputs[chain] = self._conv(layer)(outputs.get(chain, x_NCHW), layer, tracks=tracks)
+        return tuple(outputs.values())
+
+    def _conv(self, layer: Layer) -> ElasticConv:
+        conv = self.get_submodule(layer.name)
+        assert isinstance(conv, ElasticConv)
+        return conv
+
+    def weights(self, op: Op) -> dict[str, Tensor]:
+        """State of a stand-alone block of ``op``, taken from the shared weights."""
+        prefix = "layers." if op.kind == "extra" else ""
+        state: dict[str, Tensor] = {}
+        for layer in op.layers:
+            shared = self._conv(layer)
+            tensors = shared.sliced(layer, *shared.narrow(layer))
+            state |= {f"{prefix}{layer.name}.{name}": tensor for name, tensor in tensors.items()}
+        return state
+
+
+class ElasticDetector(nn.Module):
+    """The extras and heads of a space of detectors."""
+
+    def __init__(self, space: MacroSpace, sharing: Sharing) -> None:
+        super().__init__()
+        self.classes = space.classes
+        widest: dict[str, Op] = {}
+        for term in space.terms():
+            for op in term.ops:
+                if op is not None and op.kind in ("extra", "ssd") and op.in_ch >= widest.get(term.slot, op).in_ch:
+                    widest[term.slot] = op
+        made = [(op.kind, ElasticOp(op, space.bn_eps, sharing)) for op in widest.values()]
+        self.extras = nn.ModuleList(module for kind, module in made if kind == "extra")
+        self.heads = nn.ModuleList(module for kind, module in made if kind == "ssd")
+
+    def forward(self, maps: Sequence[tuple[Tensor, Width]], tracks: bool = True) -> Outputs:
+        """The tapped feature maps with their widths -> class logits [N, anchors, classes + 1] and box codes [N, anchors, 4]."""
+        x_NCHW, width = maps[-1]
+        sources = [(fitted(x, each.active), each.active) for x, each in maps]
+        channels = width.run
+        for extra in self._ops(self.extras):
+            (x_NCHW,) = extra(x_NCHW, extra.narrowed(channels), tracks)
+            channels = extra.op.out_ch
+            sources.append((x_NCHW, channels))
+        outputs = [head(x, head.narrowed(each), tracks) for head, (x, each) in zip(self._ops(self.heads), sources, strict=True)]
+        return predictions_of(outputs, self.classes)
+
+    def _ops(self, modules: nn.ModuleList) -> list[ElasticOp]:
+        return [module for module in modules if isinstance(module, ElasticOp)]
+
+    def copy_into(self, network: DetectionNetwork) -> None:
+        """Give a stand-alone detector the weights that it uses. BN statistics stay as they are where none are kept here."""
+        detector = network.arch.detector
+        assert detector is not None
+        pairs: list[tuple[Any, Any, Op]] = [
+            *zip(self.extras, network.extras, detector.extras, strict=True),
+            *zip(self.heads, network.heads, detector.heads, strict=True),
+        ]
+        for shared, block, op in pairs:
+            copy_into(block, shared.weights(op))
+
+
+def copy_into(block: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load copies of some of a block's tensors; the others, such as BN statistics that nobody kept, stay."""
+    block.load_state_dict({**block.state_dict(), **{name: tensor.clone() for name, tensor in weights.items()}})

@@ -1,0 +1,111 @@
+"""What a search trains the shared weights by, and how good it takes an architecture to be: a number in 0..1, by the task.
+
+Classification: cross-entropy; accuracy, on a batch and on all held-out images.
+
+Detection: the detector's loss L. The AP of a few images is mostly noise, and no gradient has it, so the quality on one batch (the reward
+of reinforcement learning) is 1 / (1 + L), which is 1 where nothing is wrong and still tells large losses apart, where exp(-L) has no
+slope left. Architectures are judged in the end, and by finders, by their AP on held-out images, or again by 1 / (1 + L) where the
+held-out images are too few for AP: ``search.detection_quality``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hwnas.config import Experiment
+from hwnas.core.space import MacroSpace
+from hwnas.data.coco import CocoImages
+from hwnas.data.images import Batch, Images, evaluation_order
+from hwnas.detection import DetectionCriterion, average_precision, detections
+from hwnas.engine import Criterion, CrossEntropy, accuracy
+from hwnas.errors import ConfigError
+from hwnas.nn.detector import DetectionNetwork
+from hwnas.nn.network import AnyNetwork
+from hwnas.nn.supernet import resized
+
+
+class Quality(ABC):
+    """What a task calls good. ``title`` names what ``of_network`` gives."""
+
+    title: str
+
+    @abstractmethod
+    def criterion(self, label_smoothing: float = 0.0) -> Criterion:
+        """What is minimised; a new module each time. Detectors have no labels to smooth."""
+
+    @abstractmethod
+    def of_outputs(self, outputs: Any, y: Tensor) -> float:
+        """The quality in 0..1 of a network's outputs on the targets of one batch."""
+
+    @abstractmethod
+    def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
+        """The quality in 0..1 of a network on the evaluation ``batches`` of ``limit`` of the ``images`` (None: all)."""
+
+
+class Accuracy(Quality):
+    """Classification."""
+
+    title = "accuracy"
+
+    def criterion(self, label_smoothing: float = 0.0) -> Criterion:
+        """Cross-entropy."""
+        return CrossEntropy(label_smoothing)
+
+    def of_outputs(self, outputs: Any, y: Tensor) -> float:
+        """Accuracy of the logits [N, classes]."""
+        return float((outputs.argmax(1) == y).float().mean())
+
+    def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
+        """Accuracy at the network's own resolution."""
+        return accuracy(network, ((resized(x_NCHW, network.arch.resolution), y) for x_NCHW, y in batches))
+
+
+class DetectionQuality(Quality):
+    """Detection: AP or the loss, as ``search.detection_quality`` says. See the module."""
+
+    def __init__(self, experiment: Experiment, space: MacroSpace) -> None:
+        self.by_loss = experiment.search.detection_quality == "loss"
+        self.title = "1 / (1 + loss)" if self.by_loss else "AP"
+        self.post_processing = experiment.detector.post_processing
+        self.arch = space.decode(space.at([0] * len(space.choices)))  # anchors and classes are those of all
+        self._loss = DetectionCriterion(self.arch)
+
+    def criterion(self, label_smoothing: float = 0.0) -> Criterion:
+        """The detector's loss."""
+        del label_smoothing
+        return DetectionCriterion(self.arch)
+
+    def of_outputs(self, outputs: Any, y: Tensor) -> float:
+        """1 / (1 + loss)."""
+        loss, _ = self._loss.to(y.device)(outputs, y)
+        return 1 / (1 + float(loss))
+
+    def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
+        """AP, or 1 / (1 + mean loss of an image)."""
+        assert isinstance(network, DetectionNetwork)
+        if self.by_loss:
+            return 1 / (1 + self._mean_loss(network, batches))
+        if not isinstance(images, CocoImages):
+            raise ConfigError("the AP of a search needs annotations in COCO's format: set data.name = 'coco'.")
+        found = detections(network, batches, self.post_processing)
+        return average_precision(images, dict(zip(evaluation_order(images, limit).tolist(), found, strict=True))).AP
+
+    @torch.inference_mode()
+    def _mean_loss(self, network: DetectionNetwork, batches: Iterable[Batch]) -> float:
+        network.eval()
+        device = next(network.parameters()).device
+        total, count = 0.0, 0
+        for x_NCHW, y in batches:
+            loss, _ = self._loss.to(device)(network(x_NCHW.to(device, memory_format=torch.channels_last)), y.to(device))
+            total, count = total + float(loss) * len(y), count + len(y)
+        return total / count
+
+
+def quality_of(experiment: Experiment, space: MacroSpace) -> Quality:
+    """The quality of an experiment's task."""
+    return Accuracy() if space.detector is None else DetectionQuality(experiment, space)

@@ -1,0 +1,275 @@
+"""Searching a detector: what its quality is, how every kind of method trains it, and the whole way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.config import Experiment, load_experiment
+from hwnas.core.arch import Architecture
+from hwnas.core.cost import latency_ms
+from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.table import LatencyTable
+from hwnas.data.coco import CocoImages
+from hwnas.data.images import load_images
+from hwnas.detection import DetectionCriterion, average_precision, detect
+from hwnas.devices.device import Device
+from hwnas.errors import ConfigError, DataError, SpaceError, UserError
+from hwnas.nn.bn import recalibrate
+from hwnas.nn.detector import DetectionNetwork
+from hwnas.nn.network import load_network
+from hwnas.nn.supernet import Supernet, save_supernet
+from hwnas.pipeline import Pipeline, experiment_space
+from hwnas.progress import Progress
+from hwnas.search.judge import Judge
+from hwnas.search.proposal import one_hot
+from hwnas.search.stage import SearchResult, prepare, search_context
+from hwnas.testing import synthetic_table
+from tests.train.rectangles import write_rectangles
+
+torch.set_num_threads(1)
+OPTIONS = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
+
+
+def space(classes: int = 2) -> MacroSpace:
+    """Strides 4 and 8, four open blocks, an open width at each tap."""
+    stages = (
+        Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
+        Stage(widths=(16, 24), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
+        Stage(widths=(24, 32), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
+        Stage(widths=(48,), slots=(("cn_k1",),)),
+    )
+    return MacroSpace(name="rectangles", resolution=48, classes=classes, stages=stages)
+
+
+def content(folder: Path, **search: Any) -> dict[str, Any]:
+    """An experiment below ``folder``, where its data, space and device are written."""
+    write_rectangles(folder / "data")
+    space().save(folder / "space.json")
+    Device(id="simulated", soc="formula", connection="simulated").save(folder / "device.json")
+    return {
+        "name": "rectangles",
+        "task": "detect",
+        "space": {"name": str(folder / "space.json")},
+        "device": {"name": str(folder / "device.json")},
+        "data": {"name": "coco", "path": str(folder / "data"), "resolution": 48, "classes": 2, "held_out": 0.25, "augment": "ssdlite"},
+        "detector": {"extras": [32, 16]},
+        "profile": {"rounds": 3, "max_rounds": 3, "fit_networks": 4, "test_networks": 4},
+        "search": {
+            "target_range": 0.4,
+            "strategy": {"name": "tunas", "rl_lr": 0.05},
+            "epochs": 2,
+            "batch_size": 6,
+            "candidates": 2,
+            "random_samples": 1,
+            "recalibration_images": 12,
+            "optimizer": {"name": "adamw", "lr": 0.05, "weight_decay": 0.01, "warmup": 0.1},
+            **search,
+        },
+        "train": {"weights": "supernet", "epochs": 2, "batch_size": 6, "optimizer": {"name": "adamw", "lr": 0.05}},
+    }
+
+
+def experiment(folder: Path, **search: Any) -> Experiment:
+    return Experiment.model_validate(content(folder, **search))
+
+
+def toml(folder: Path, **search: Any) -> Path:
+    """The experiment as a file."""
+
+    def written(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key} = {written(each)}" for key, each in value.items()) + "}"
+        return (
+            "[" + ", ".join(map(written, value)) + "]"
+            if isinstance(value, list)
+            else str(value)
+            if not isinstance(value, str)
+            else f'"{value}"'
+        )
+
+    path = folder / "rectangles.toml"
+    path.write_text("\n".join(f"{key} = {written(value)}" for key, value in content(folder, **search).items()))
+    return path
+
+
+def judge_of(config: Experiment) -> tuple[Judge, Supernet]:
+    supernet = Supernet(experiment_space(config), torch.Generator().manual_seed(0))
+    return Judge(supernet, config), supernet
+
+
+def test_the_whole_way_meets_the_budget(tmp_path: Path) -> None:
+    """Profile, search, train from the super-net's weights, report: on a simulated device."""
+    run = tmp_path / "run"
+    Pipeline(load_experiment(toml(tmp_path)), run, Progress()).run()
+    result, table = SearchResult.load(run / "search" / "search.json"), LatencyTable.load(run / "profile" / "table.json")
+    arch = Architecture.load(run / "search" / "arch.json")
+    assert abs(latency_ms(arch, table) / result.target_ms - 1) <= 0.02
+    assert result.quality == "AP" and arch.detector is not None and arch.detector.heads[0].key in table.entries
+    assert table.calibration is not None and table.calibration.held_out is not None and table.calibration.held_out.mape < 0.03
+    network = load_network(run / "train" / "model.safetensors")
+    assert isinstance(network, DetectionNetwork) and (network.arch.blocks, network.arch.detector) == (arch.blocks, arch.detector)
+    text = (run / "report" / "report.html").read_text()
+    assert "AP is that of the shared weights" in text and "extra 0" in text and "head 3" in text
+    assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize(
+    "strategy", ["tunas", "proxylessnas", "fbnet", "darts", "pdarts", "spos", "fairnas", "random", "progressive_shrinking"]
+)
+def test_every_method_trains_detectors(strategy: str, tmp_path: Path) -> None:
+    config = experiment(tmp_path, strategy=strategy, batch_size=8, epochs=1)
+    boxes = experiment_space(config)
+    search = search_context(config, boxes, _tabled(config, tmp_path))
+    prepared = prepare(config, boxes, search, tmp_path)
+    before = {name: tensor.clone() for name, tensor in prepared.engine.model.named_parameters()}
+    metrics: dict[str, float] = {}
+    for number in range(2):
+        prepared.engine.step = number
+        metrics |= prepared.step(number)
+    assert metrics["loss"] > 0 and all(np.isfinite(value) for value in metrics.values())
+    assert {"class_loss", "box_loss"} <= metrics.keys()
+    moved = [name for name, tensor in prepared.engine.model.named_parameters() if not torch.equal(tensor, before[name])]
+    assert any("heads" in name for name in moved) and any("slots" in name or "blocks" in name for name in moved)
+
+
+def _tabled(config: Experiment, folder: Path) -> LatencyTable:
+    table = synthetic_table(experiment_space(config))
+    table.save(folder / "table.json")
+    return table
+
+
+# quality
+
+
+def test_the_quality_of_a_batch_is_by_its_loss(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    boxes = experiment_space(config)
+    prepared = prepare(config, boxes, search_context(config, boxes, _tabled(config, tmp_path)), tmp_path)
+    weights: Any = prepared.search.weights
+    gates = one_hot(boxes.sample(np.random.default_rng(0)), boxes)
+    (found,) = weights.qualities([gates], 1)
+    x_NCHW, y = weights.batches.held_out(0, 1)
+    with torch.no_grad():
+        loss, _ = DetectionCriterion(boxes.decode(boxes.at([0] * len(boxes.choices))))(weights.supernet.eval()(x_NCHW, gates), y)
+    assert found == pytest.approx(1 / (1 + float(loss)), rel=1e-5) and 0.05 < found < 0.5
+
+
+@pytest.mark.parametrize("quality", ["ap", "loss"])
+def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path: Path) -> None:
+    config = experiment(tmp_path, detection_quality=quality, evaluation_images=4)
+    judge, supernet = judge_of(config)
+    picks = supernet.space.sample(np.random.default_rng(1))
+    train, held_out = load_images(config.data, "train"), load_images(config.data, "held_out")
+    assert isinstance(held_out, CocoImages) and len(held_out) == 6
+    network = supernet.extract(picks)
+    assert isinstance(network, DetectionNetwork)
+    recalibrate(network, (x for x, _ in judge._batches(train, 6, 12)))
+    for limit, found in ((4, judge.evaluate(picks)), (None, judge.accuracy(judge.network(picks)))):
+        if quality == "ap":
+            expected = average_precision(held_out, detect(network, held_out, config.detector.post_processing, batch_size=8, limit=limit)).AP
+        else:
+            batches = list(judge._batches(held_out, 24, limit))
+            with torch.no_grad():
+                loss, _ = DetectionCriterion(network.arch)(network.eval()(batches[0][0]), batches[0][1])
+            expected = 1 / (1 + float(loss))
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert judge.quality.title == ("AP" if quality == "ap" else "1 / (1 + loss)")
+
+
+# what it begins with
+
+
+def test_the_backbone_begins_with_a_classification_super_net(tmp_path: Path) -> None:
+    config = experiment(tmp_path, backbone=str(tmp_path / "classified"), epochs=0.01)
+    source = Supernet(space(), torch.Generator().manual_seed(7))
+    (tmp_path / "classified" / "search").mkdir(parents=True)
+    save_supernet(source, tmp_path / "classified" / "search" / "shared.safetensors")
+    said: list[str] = []
+
+    class Lines(Progress):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    _tabled(config, tmp_path)
+    config = config.model_copy(update={"search": config.search.model_copy(update={"table": str(tmp_path / "table.json")})})
+    Pipeline(config, tmp_path / "run", Lines()).run_stage("search")
+    assert "5 of 5 slots have inherited weights" in said
+
+
+# what is refused
+
+
+def refused(config: Experiment, folder: Path, stage: str, error: type[UserError]) -> str:
+    with pytest.raises(error) as caught:
+        Pipeline(config, folder / "run", Progress()).run_stage(stage)
+    assert "\n" not in str(caught.value) and not (folder / "run" / stage).exists()
+    return str(caught.value)
+
+
+def changed(config: Experiment, section: str, **changes: Any) -> Experiment:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+
+
+def test_what_no_detector_can_be_searched_in_says_so(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    several = MacroSpace.model_validate({**space().model_dump(), "resolutions": (32, 48)})
+    several.save(tmp_path / "several.json")
+    assert "has several input resolutions (32, 48)" in refused(
+        changed(config, "space", name=str(tmp_path / "several.json")), tmp_path, "search", SpaceError
+    )
+    flat = MacroSpace(name="flat", resolution=48, classes=2, stages=(Stage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),))
+    flat.save(tmp_path / "flat.json")
+    assert "has no two resolutions to tap" in refused(
+        changed(config, "space", name=str(tmp_path / "flat.json")), tmp_path, "search", SpaceError
+    )
+    boxes = experiment_space(config)
+    boxes.save(tmp_path / "boxes.json")
+    digits = Experiment.model_validate(
+        {"space": {"name": str(tmp_path / "boxes.json")}, "data": {"name": "digits", "resolution": 48, "classes": 2}}
+    )
+    assert "is one of detectors: set task = 'detect'" in refused(digits, tmp_path, "search", ConfigError)
+
+
+def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    table = str(tmp_path / "table.json")
+    _tabled(config, tmp_path)
+    config = changed(config, "search", table=table)
+    missing = changed(config, "search", backbone=str(tmp_path))
+    assert "search.backbone = " in (said := refused(missing, tmp_path, "search", ConfigError)) and "holds no shared.safetensors" in said
+    (tmp_path / "data" / "annotations" / "instances_train.json").unlink()
+    with pytest.raises(DataError, match=r"has no annotations/instances_train2017\.json"):
+        Pipeline(config, tmp_path / "run", Progress()).run_stage("search")
+    for stage in ("export", "validate"):
+        assert f"'hwnas {stage}' takes no detectors yet" in refused(config, tmp_path, stage, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"backbone": "a", "weights": "b"}, r"search\.backbone and search\.weights both say"),
+        ({"supernet": {"dropout": 0.1}}, r"search\.supernet\.dropout is before a classifier"),
+        ({"detection_quality": "AP"}, r"search\.detection_quality = 'AP'"),
+    ],
+)
+def test_settings_that_contradict_are_refused(search: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(toml(tmp_path, **search))
+
+
+def test_a_space_with_a_detector_of_its_own_keeps_it(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    space().with_detector(extras=(24,)).save(tmp_path / "own.json")
+    own = experiment_space(changed(config, "space", name=str(tmp_path / "own.json")))
+    assert own.detector is not None and own.detector.extras == (24,)
+
+
+def test_the_shipped_example_is_a_space_of_detectors() -> None:
+    config = load_experiment("configs/experiments/raccoon-search.toml")
+    boxes = experiment_space(config)
+    assert boxes.detector is not None and boxes.detector.extras == config.detector.extras and boxes.size > 1e6
