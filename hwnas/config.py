@@ -305,7 +305,11 @@ class ValidateConfig(Section):
         0.05, gt=0, description="measured against predicted latency, for files of the table's runtime and dtype"
     )
     max_drift: float = Field(0.25, gt=0, description="a device this much faster or slower than when profiled fails: profile it again")
-    parity_tolerance: float = Field(1e-4, gt=0, description="outputs of float files against PyTorch's, relative to the largest")
+    parity_tolerance: float = Field(
+        1e-4,
+        gt=0,
+        description="outputs of float files against PyTorch's, relative to the largest; of detectors, in parts of the image or of a score",
+    )
     accuracy_tolerance: float = Field(0.002, ge=0, description="top-1 of float files against PyTorch")
     int8_accuracy_tolerance: float = Field(0.02, ge=0, description="top-1 of int8 files against PyTorch")
     ap_tolerance: float = Field(0.005, ge=0, description="AP of a detector's float files against PyTorch")
@@ -330,7 +334,7 @@ class StudyConfig(Section):
     seeds: tuple[int, ...] = Field((), description="one super-net is trained for each; default: that of the experiment")
     supernets: tuple[str, ...] = Field((), description="instead: search folders of earlier runs, whose trained super-nets are used")
     scores: tuple[ScoreName, ...] = Field(("accuracy", "loss", "unrecalibrated", "angle", "macs", "params"), min_length=1)
-    combinations: tuple[tuple[ScoreName, ...], ...] = Field((("accuracy", "angle"),), description="scores whose ranks are added up")
+    combinations: tuple[tuple[ScoreName, ...], ...] = Field((), description="scores whose ranks are added up, such as accuracy and angle")
     threshold: float = Field(0.001, gt=0, lt=1, description="bins of the true accuracy in the sparse Kendall tau; 0.001: 0.1 %")
     top_k: int = Field(10, ge=1, description="of regret, P@k and the comparison with random search")
     bootstrap: int = Field(1000, ge=10, description="resamples of the architectures, for the intervals")
@@ -340,6 +344,9 @@ class StudyConfig(Section):
     def _consistent(self) -> Self:
         if self.seeds and self.supernets:
             raise ValueError("study.seeds trains super-nets and study.supernets takes trained ones; remove one of them")
+        twice = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
+        if twice:
+            raise ValueError(f"study.seeds has {twice[0]} twice; give each seed once")
         if self.top_k >= self.architectures:
             raise ValueError(f"study.top_k = {self.top_k} are not fewer than study.architectures = {self.architectures}; lower it")
         for each in self.combinations:

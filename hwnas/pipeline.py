@@ -184,9 +184,11 @@ class Pipeline:
                     failed[str(seed)] = str(error)
                     self.progress.warn(f"seed {seed} has no super-net: {error}")
                 else:
-                    found.append(supernets.Trained(seed, self.root / current.name / current.outputs[0]))
+                    found.append(
+                        supernets.Trained(seed, self.root / current.name / current.outputs[0], self.experiment.search.strategy.name)
+                    )
             inputs = {"space.json": self.space.sha256, "truth": truth.sha256, **self._data(), **self._config("search", "study")}
-            inputs |= {f"super-net of seed {each.seed}": file_sha256(each.path) for each in found}
+            inputs |= {f"super-net {position}": file_sha256(each.path) for position, each in enumerate(found)}
             inputs |= {f"super-net of seed {seed}": "failed" for seed in failed}
             self._run_stage(
                 Stage("rank", [rank.RESULT], lambda: inputs, lambda ctx: rank.run(ctx, self.space, truth, found, failed)), fresh

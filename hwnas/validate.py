@@ -6,12 +6,12 @@ device. The prediction is judged at the profiled speed (measured time divided by
 drift stand beside it. A drift above the tolerance is said, one above ``validate.max_drift`` fails: that is not the device that was
 profiled. And a table of another device never predicts anything here.
 
-Outputs are compared on the device, too: each file gets the bundle's real images there, and its logits are held against PyTorch's. A
+Outputs are compared on the device, too: each file gets the bundle's real images there, and its outputs are held against PyTorch's. A
 file whose runtime the device lacks is left out, and the verdict says so.
 
 Detectors are judged by their AP (``validate_detector``). A prediction is of the network: of a TFLite file it is held against the time
-without decoding (``network_ms``), and a file with NMS in its graph has none: its measured time stands beside that of the file without, and
-the time that NumPy takes for the same.
+without decoding (``network_ms``). ONNX files decode, or choose, in the same graph, and so have no prediction, nor has a file with NMS: its
+measured time stands beside that of the file without, and the time that NumPy takes for the same.
 """
 
 from __future__ import annotations
@@ -218,9 +218,11 @@ class _Measurement:
         self.rounds: dict[str, Rounds] = defaultdict(list)
         chain = [op.key for op in self.arch.ops()]
         self.items: dict[str, list[dict[str, object]]] = defaultdict(list)
+        self.alone = {file.name for file in files} if bundle.detector is None else set()  # files whose network can be timed alone
         for file in files:
             self.items[file.runtime].append({"id": file.name, "path": str((folder / file.name).resolve()), "ops": chain})
             if bundle.detector is not None and file.runtime == "litert" and file.format not in GRAPHS:
+                self.alone.add(file.name)
                 path = networks / f"network-{file.name}"
                 write_atomic(path, without_decoding((folder / file.name).read_bytes()))
                 self.items[file.runtime].append({"id": path.name, "path": str(path.resolve()), "ops": chain})
@@ -237,7 +239,7 @@ class _Measurement:
         """Whether the table predicts this file."""
         table = self.table if self.unpredicted is None else None
         same = table is not None and (table.header.runtime, table.header.dtype) == (file.runtime, file.dtype)
-        return same and file.format not in GRAPHS
+        return same and file.name in self.alone
 
     def run(self, config: ValidateConfig, work: Path, progress: Progress) -> None:
         """All rounds, and as many again while a file's rounds spread too widely."""

@@ -160,9 +160,12 @@ def detector_parity(kind: str, outputs: np.ndarray, rows: np.ndarray, settings: 
     """Compare a file's outputs [N, ...] with PyTorch's rows [N, anchors, 4 + classes].
 
     ``relative_error`` is the largest difference of a coordinate, in parts of the image, or of a score: over all anchors, and where the
-    graph chooses the detections, over PyTorch's best of each image and what is nearest to them; a missing one counts 1.
+    graph chooses the detections, over PyTorch's best of each image and what is nearest to them; a missing one counts 1, and so does
+    a file with an output that is no number.
     ``agreement`` is the part of images whose best detection is of the same class, and overlaps PyTorch's with an IoU of 0.5 or more.
     """
+    if not np.isfinite(outputs).all():
+        return Parity(images=len(rows), relative_error=1.0, agreement=0.0)
     graph, classes, options = GRAPHS.get(kind, "decoded"), rows.shape[-1] - 4, settings.model_dump()
     wanted = [READERS["decoded"](row, options, resolution, classes) for row in rows]
     found = [READERS[graph](row, options, resolution, classes) for row in outputs]

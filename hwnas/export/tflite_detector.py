@@ -59,7 +59,10 @@ def tasks(heads: bytes, network: DetectionNetwork, config: PostProcessing) -> by
 
 
 def without_decoding(model: bytes) -> bytes:
-    """Of a ``decoded`` file the network alone, as ``heads`` was: for timing, as that is what a latency table predicts."""
+    """Of a ``decoded`` file the network alone, as ``heads`` was: for timing.
+
+    A latency table prices the network; its calibration also what little joins the maps, which is not in here.
+    """
     graph, entry, _ = Graph.opened(model)
     return graph.pack(entry, *graph.cut(_SCOPE))
 

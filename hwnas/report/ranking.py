@@ -77,7 +77,7 @@ def _cell(result: ScoreResult, metric: str) -> tuple[str, str]:
     spread: Spread = result.spread[metric]
     if spread.std is not None:
         return _shown(metric, spread.mean), f"± {_shown(metric, spread.std)}"
-    only: Estimate = result.supernets[0][metric]
+    only = next((each[metric] for each in result.supernets if each[metric].value is not None), Estimate(value=None))
     if only.low is None or only.high is None:
         return _shown(metric, only.value), ""
     return _shown(metric, only.value), f"{_shown(metric, only.low)} to {_shown(metric, only.high)}"

@@ -10,6 +10,7 @@ held-out images are too few for AP: ``search.detection_quality``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -83,13 +84,13 @@ class DetectionQuality(Quality):
     def of_outputs(self, outputs: Any, y: Tensor) -> float:
         """1 / (1 + loss)."""
         loss, _ = self._loss.to(y.device)(outputs, y)
-        return 1 / (1 + float(loss))
+        return _of_loss(float(loss))
 
     def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
         """AP, or 1 / (1 + mean loss of an image)."""
         assert isinstance(network, DetectionNetwork)
         if self.by_loss:
-            return 1 / (1 + self._mean_loss(network, batches))
+            return _of_loss(self._mean_loss(network, batches))
         if not isinstance(images, CocoImages):
             raise ConfigError("the AP of a search needs annotations in COCO's format: set data.name = 'coco'.")
         found = detections(network, batches, self.post_processing)
@@ -104,6 +105,11 @@ class DetectionQuality(Quality):
             loss, _ = self._loss.to(device)(network(x_NCHW.to(device, memory_format=torch.channels_last)), y.to(device))
             total, count = total + float(loss) * len(y), count + len(y)
         return total / count
+
+
+def _of_loss(loss: float) -> float:
+    """1 / (1 + loss); a loss that is no number is the worst."""
+    return 1 / (1 + loss) if math.isfinite(loss) else 0.0
 
 
 def quality_of(experiment: Experiment, space: MacroSpace) -> Quality:

@@ -172,6 +172,11 @@ def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
             f"strategy {experiment.search.strategy.name!r} mixes options, so an input has no one producer: "
             "set search.supernet.operation_on = 'node' and wsbn = false, or use a strategy that samples paths."
         )
+    if experiment.search.backbone is not None and not strategy.shares:
+        raise ConfigError(
+            f"strategy {experiment.search.strategy.name!r} trains networks that share no weights, so search.backbone begins nothing: "
+            "remove it, or use a strategy with a super-net."
+        )
     size, parts = experiment.search.batch_size, strategy.parts()
     for split, count in zip(("training", "held-out"), parts, strict=True):
         if size < 2 * count:

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hwnas.config import Plugin
 from hwnas.document import Document
 
 
@@ -53,6 +52,7 @@ class SupernetResult(_Part):
     """A super-net of the study. ``failed`` says of an architecture why it has no score; it takes no part in the metrics."""
 
     seed: int
+    strategy: str
     sha256: str
     scored: int
     failed: dict[str, str] = {}
@@ -86,7 +86,6 @@ class RankStudy(Document):
 
     space: str
     space_sha256: str
-    strategy: Plugin
     truth: TruthInfo
     architectures: int
     threshold: float

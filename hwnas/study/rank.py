@@ -63,7 +63,6 @@ def run(ctx: StageContext, space: MacroSpace, truth: Truth, supernets: Sequence[
     study = RankStudy(
         space=space.name,
         space_sha256=space.sha256,
-        strategy=experiment.search.strategy,
         truth=_info(truth, str(config.truth)),
         architectures=len(chosen),
         threshold=config.threshold,
@@ -103,11 +102,11 @@ def _scored(
     title = f"scoring architectures (seed {trained.seed})"
     with ctx.progress.task(title, len(wanted), len(wanted) - len(left)) as task, file.appending() as append:
         for i in left:
-            scorer = scorer or Scorer(Judge(load_supernet(trained.path, space).to(best_device()), experiment), trained.seed)
+            scorer = scorer or _scorer(experiment, space, trained)
             name, missing = truth.names[i], [each for each in names if each not in known.get(truth.names[i], {})]
             try:
                 found = scorer.score(truth.picks[i], missing)
-            except (ArithmeticError, RuntimeError) as error:
+            except ArithmeticError as error:
                 failed[name] = str(error).partition("\n")[0]
                 ctx.progress.warn(f"architecture {name} has no score: {failed[name]}")
             else:
@@ -120,6 +119,13 @@ def _scored(
     return rows, failed
 
 
+def _scorer(experiment: Experiment, space: MacroSpace, trained: Trained) -> Scorer:
+    supernet = load_supernet(trained.path, space)
+    if not experiment.search.recalibration_images and not supernet.config.bn_track:
+        raise ConfigError(f"the super-net in {trained.path.parent} tracks no BN statistics: set search.recalibration_images to 2 or more.")
+    return Scorer(Judge(supernet.to(best_device()), experiment), trained.seed)
+
+
 def _supernet(truth: Truth, trained: Trained, scored: Rows, failed: dict[str, str]) -> SupernetResult:
     gap = None
     if scored and all("accuracy" in row for row in scored.values()):
@@ -127,7 +133,9 @@ def _supernet(truth: Truth, trained: Trained, scored: Rows, failed: dict[str, st
         gap = Gap(
             supernet=float(np.mean([row["accuracy"] for row in scored.values()])), alone=float(np.mean([alone[name] for name in scored]))
         )
-    return SupernetResult(seed=trained.seed, sha256=file_sha256(trained.path), scored=len(scored), failed=failed, gap=gap)
+    return SupernetResult(
+        seed=trained.seed, strategy=trained.strategy, sha256=file_sha256(trained.path), scored=len(scored), failed=failed, gap=gap
+    )
 
 
 def _info(truth: Truth, file: str) -> TruthInfo:
@@ -214,7 +222,8 @@ def lines(study: RankStudy) -> list[str]:
         top = "" if study.truth.kendall_top is None else f", {study.truth.kendall_top:.3f} in the best tenth"
         found.append(f"tau between repeated trainings of the {study.truth.networks} networks: {study.truth.kendall:.3f}{top}")
     for result in study.scores:
-        first, spread = result.supernets[0]["kendall"], result.spread["kendall"]
+        spread = result.spread["kendall"]
+        first = next((each["kendall"] for each in result.supernets if each["kendall"].value is not None), Estimate(value=None))
         interval = "" if first.low is None else f" ({study.confidence:.0%}: {first.low:.3f} to {first.high:.3f})"
         over = "" if spread.std is None else f"; over {len(result.supernets)} super-nets {spread.mean:.3f} ± {spread.std:.3f}"
         value = "undefined" if first.value is None else f"{first.value:.3f}"

@@ -113,7 +113,8 @@ def angle(initial: Network, trained: Network) -> float:
     for before, after in zip(_weights(initial), _weights(trained), strict=True):
         a, b = before.double().flatten(), after.double().flatten()
         product, norms, others = product + float(a @ b), norms + float(a @ a), others + float(b @ b)
-    return math.acos(max(-1.0, min(1.0, product / math.sqrt(norms * others))))
+    cosine = product / math.sqrt(norms * others)
+    return math.acos(max(-1.0, min(1.0, cosine))) if math.isfinite(cosine) else math.nan
 
 
 def synflow(network: Network) -> float:
@@ -126,7 +127,8 @@ def synflow(network: Network) -> float:
     device = _device(network)
     network(torch.ones(1, arch.in_channels, arch.resolution, arch.resolution, dtype=torch.float64, device=device)).sum().backward()
     pairs = [(weight.detach(), weight.grad) for weight in _weights(network) if weight.grad is not None]
-    return math.log(sum(float((weight * grad).abs().sum()) for weight, grad in pairs))
+    total = sum(float((weight * grad).abs().sum()) for weight, grad in pairs)
+    return math.log(total) if total > 0 else -math.inf
 
 
 def _classifier(supernet: Supernet, picks: Picks) -> Network:

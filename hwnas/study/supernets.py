@@ -20,10 +20,11 @@ MS_PER_MAC = 1e-6
 
 @dataclass(frozen=True)
 class Trained:
-    """The file of a trained super-net, and the seed that initialised it."""
+    """The file of a trained super-net, the seed that initialised it, and the strategy that trained it."""
 
     seed: int
     path: Path
+    strategy: str
 
 
 def macs_table(space: MacroSpace) -> LatencyTable:
@@ -49,10 +50,12 @@ def training(experiment: Experiment, seed: int) -> Experiment:
 
 def check(experiment: Experiment) -> None:
     """Raise ConfigError where the configuration names no super-net that a study can use."""
+    if experiment.task == "detect":
+        raise ConfigError("task = 'detect' has no study: the accuracies that are known are those of classifiers.")
     config = experiment.search
     if config.weights is not None:
         raise ConfigError(f"search.weights = {config.weights!r} is for 'hwnas search': name the folder in study.supernets.")
-    if not STRATEGIES.get(config.strategy.name).shares:
+    if not experiment.study.supernets and not STRATEGIES.get(config.strategy.name).shares:
         raise ConfigError(
             f"strategy {config.strategy.name!r} trains networks that share no weights, so there is no super-net to study: choose another."
         )
@@ -74,11 +77,9 @@ def train(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
 
 def earlier(folder: str) -> Trained:
     """The super-net of an earlier run's search. Raises ConfigError where there is none, or none that is finished."""
-    try:
-        path = trained_supernet(folder)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("search.weights", "study.supernets")) from error
+    path = trained_supernet(folder, "study.supernets")
     result = path.parent / "search.json"
     if not result.is_file():
         raise ConfigError(f"study.supernets: {path.parent} has no search.json, which says its seed: finish that search first.")
-    return Trained(SearchResult.load(result).seed, path)
+    found = SearchResult.load(result)
+    return Trained(found.seed, path, found.strategy)

@@ -96,6 +96,8 @@ def read_truth(path: str | Path, space: SearchSpace, columns: Sequence[str] = ()
             raise source.wrong(
                 f"{place}: there are {len(values)} accuracies of {name}, but {len(accuracies[0])} of {names[0]}: give as many."
             )
+        if not values:
+            raise source.wrong(f"{place}: there is no accuracy of {name}: give one or more.")
         seen[blocks] = name
         names.append(name)
         picks.append(found)
@@ -138,6 +140,8 @@ def _json_rows(source: Source, columns: Sequence[str]) -> tuple[tuple[str, ...],
     content = source.json_object()
     first = next(iter(content.values()), None)
     if not isinstance(first, Mapping):
+        if columns:
+            raise source.wrong(f"names no accuracies, so study.accuracies = {list(columns)} chooses none of them: remove that key.")
         return (), ((f"architecture {name!r}", name, _listed(value)) for name, value in content.items())
     used = _columns(source, list(first), columns)
     rows = []

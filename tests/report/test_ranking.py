@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hwnas.config import Experiment, Plugin, StudyConfig
+from hwnas.config import Experiment, StudyConfig
 from hwnas.core.spaces import mobile32
 from hwnas.report import ranking, stage
 from hwnas.runs import StageContext, StageManifest
@@ -35,11 +35,13 @@ def make_study(seeds: tuple[int, ...] = (0,), **changes: Any) -> RankStudy:
         for i in range(len(truth))
     ]
     study = RankStudy(
-        space=SPACE.name, space_sha256=SPACE.sha256, strategy=Plugin(name="spos"), architectures=40, threshold=0.001, top_k=10,
+        space=SPACE.name, space_sha256=SPACE.sha256, architectures=40, threshold=0.001, top_k=10,
         bootstrap=40,
         truth=TruthInfo(file="truth.csv", sha256="0", networks=6561, repeats=3, columns=("acc1",), kendall=0.881, kendall_top=0.185),
         confidence=0.95, recalibration_images=512, evaluation_images=1000, scores=tuple(results), points=tuple(points),
-        supernets=tuple(SupernetResult(seed=seed, sha256="0", scored=40, gap=Gap(supernet=0.56, alone=0.87)) for seed in seeds),
+        supernets=tuple(
+            SupernetResult(seed=seed, strategy="spos", sha256="0", scored=40, gap=Gap(supernet=0.56, alone=0.87)) for seed in seeds
+        ),
     )  # fmt: skip
     return study.model_copy(update=changes)
 

@@ -180,12 +180,12 @@ def test_a_failed_architecture_is_reported_and_leaves_the_others(
 
     def failing(self: Scorer, picks: Picks, names: Any) -> dict[str, float]:
         if json.dumps(picks) == bad:
-            raise RuntimeError("out of memory\nand a long trace")
+            raise ArithmeticError("its loss is nan\nand more")
         return score(self, picks, names)
 
     monkeypatch.setattr(Scorer, "score", failing)
     found = ranked(study(folder), tmp_path / "run")
-    assert found.supernets[0].failed == {bad: "out of memory"}
+    assert found.supernets[0].failed == {bad: "its loss is nan"}
     assert found.supernets[0].scored == 11
     assert [point.name for point in found.points] == [point.name for point in finished[1].points if point.name != bad]
 
@@ -201,6 +201,7 @@ def test_an_earlier_search_lends_its_supernet(folder: Path, tmp_path: Path, fini
     Pipeline(plain.model_copy(update={"search": search}), tmp_path / "searched", Progress()).run_stage("search")
     found = ranked(study(folder, supernets=[str(tmp_path / "searched")]), tmp_path / "run")
     assert not (tmp_path / "run" / "supernet-5").exists()
+    assert found.supernets[0].strategy == "spos"
     of_first = [result.supernets[:1] for result in finished[1].scores]
     assert [result.supernets for result in found.scores] == of_first  # the same training as the study's own of that seed
 
@@ -229,6 +230,7 @@ def test_what_cannot_be_studied_is_said_before_any_training(
     [
         ({"seeds": [1], "supernets": ["a"]}, "remove one of them"),
         ({"top_k": 12}, "lower it"),
+        ({"seeds": [1, 1]}, "study.seeds has 1 twice"),
         ({"combinations": [["accuracy", "synflow"]]}, "give two or more of study.scores"),
         ({"combinations": [["accuracy"]]}, "give two or more of study.scores"),
     ],
