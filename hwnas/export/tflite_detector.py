@@ -23,7 +23,7 @@ from flatbuffers import flexbuffers
 from hwnas.core.detector import PostProcessing
 from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres
 from hwnas.export.tflite_writer import Graph
-from hwnas.nn.detector import CODE_SIZE, JOINED, DetectionNetwork, detector_of
+from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 
 OUTPUT = "detections"
 TASK_OUTPUTS = ("boxes", "classes", "scores", "count")
@@ -41,7 +41,7 @@ def decoded(heads: bytes, network: DetectionNetwork) -> bytes:
     tail = _Tail(heads, network)
     boxes, scores = tail.boxes(), tail.scores()
     tail.graph.scope = ""
-    return tail.graph.pack(tail.entry, tail.joined(OUTPUT, [boxes, scores]))
+    return tail.graph.pack(tail.entry, tail.graph.concatenated(OUTPUT, [boxes, scores], axis=2))
 
 
 def tasks(heads: bytes, network: DetectionNetwork, config: PostProcessing) -> bytes:
@@ -101,29 +101,7 @@ class _Tail:
 
     def _rows(self, name: str, maps: list[int], width: int) -> int:
         """The rows of all maps, [1, anchors, width]."""
-        rows = []
-        for position, (x, head) in enumerate(zip(maps, self.detector.heads, strict=True)):
-            shape = (1, head.size**2 * head.anchors, width)
-            rows.append(self._reshaped(f"{name}.map{position}", x, shape))
-        return self.joined(name, rows, axis=1)
-
-    def _reshaped(self, name: str, x: int, shape: tuple[int, ...]) -> int:
-        return self.graph.operator("RESHAPE", name, [x, self.graph.constant(f"{name}.shape", np.array(shape, np.int32))], shape)
-
-    def joined(self, name: str, parts: list[int], *, axis: int = 2) -> int:
-        """Tensors [1, anchors, ...] one after another, in steps of as many as XNNPACK takes."""
-        while len(parts) > JOINED:
-            parts = [self._joined(f"{name}.{at}", parts[at : at + JOINED], axis) for at in range(0, len(parts), JOINED)]
-        return self._joined(name, parts, axis)
-
-    def _joined(self, name: str, parts: list[int], axis: int) -> int:
-        if len(parts) == 1:
-            return parts[0]
-        options = schema.ConcatenationOptionsT()
-        options.axis = axis
-        shape = list(self.graph.shape(parts[0]))
-        shape[axis] = sum(self.graph.shape(part)[axis] for part in parts)
-        return self.graph.operator("CONCATENATION", name, parts, tuple(shape), options)
+        return self.graph.concatenated(name, [self.graph.rows(f"{name}.map{i}", x, width) for i, x in enumerate(maps)])
 
     def _sliced(self, name: str, x: int, first: int, width: int) -> int:
         """Some columns."""
@@ -166,7 +144,7 @@ class _Tail:
         half = self._with("MUL", "half", half, sides[None] / 2)
         low = graph.operator("SUB", "low", [centre, half], graph.shape(half), schema.SubOptionsT())
         high = graph.operator("ADD", "high", [centre, half], graph.shape(half), schema.AddOptionsT())
-        boxes = self.joined("boxes", [low, high])
+        boxes = graph.concatenated("boxes", [low, high], axis=2)
         boxes = self._with("MAXIMUM", "boxes.low", boxes, np.array(0.0))
         return self._with("MINIMUM", "boxes.inside", boxes, np.array(float(self.network.arch.resolution)))
 

@@ -164,6 +164,24 @@ class Graph:
             operator.builtinOptions = options
         return output
 
+    def rows(self, name: str, x: int, columns: int) -> int:
+        """RESHAPE."""
+        shape = (1, int(np.prod(self.shape(x))) // columns, columns)
+        return self.operator("RESHAPE", f"{name}.rows", [x, self.constant(f"{name}.shape", np.array(shape, np.int32))], shape)
+
+    def concatenated(self, name: str, parts: Sequence[int], axis: int = 1) -> int:
+        """CONCATENATION, of few enough parts at once for XNNPACK; nothing where there is one part."""
+        joined = list(parts)
+        while len(joined) > 1:
+            first = joined[:JOINED]
+            options = schema.ConcatenationOptionsT()
+            options.axis = axis
+            scope = name if len(joined) <= JOINED else f"{name}.{len(joined)}"
+            shape = list(self.shape(first[0]))
+            shape[axis] = sum(self.shape(part)[axis] for part in first)
+            joined[:JOINED] = [self.operator("CONCATENATION", scope, first, tuple(shape), options)]
+        return joined[0]
+
     def custom(self, code: str, inputs: Sequence[int], outputs: Sequence[int], options: bytes) -> None:
         """Add an operator that the schema does not know, with its options as flexbuffers, between tensors that are there."""
         operator = self._operator(code, inputs, outputs, 1)
@@ -273,23 +291,6 @@ class _Writer(Graph, BlockWriter[int]):
         options.keepNumDims = True
         pooled = self._mean(x, keep_dims=False)
         return self.operator("FULLY_CONNECTED", "linear", [pooled, weight, bias], (1, len(bias_O)), options, version=5)
-
-    def rows(self, name: str, x: int, columns: int) -> int:
-        """RESHAPE."""
-        shape = (1, int(np.prod(self.shape(x))) // columns, columns)
-        return self.operator("RESHAPE", f"{name}.rows", [x, self.constant(f"{name}.shape", np.array(shape, np.int32))], shape)
-
-    def concatenated(self, name: str, parts: Sequence[int]) -> int:
-        """CONCATENATION, of few enough parts at once for XNNPACK; nothing where there is one part."""
-        joined, width = list(parts), self.shape(parts[0])[2]
-        while len(joined) > 1:
-            first = joined[:JOINED]
-            options = schema.ConcatenationOptionsT()
-            options.axis = 1
-            scope = name if len(joined) <= JOINED else f"{name}.{len(joined)}"
-            shape = (1, sum(self.shape(part)[1] for part in first), width)
-            joined[:JOINED] = [self.operator("CONCATENATION", scope, first, shape, options)]
-        return joined[0]
 
 
 def _conv_options(layer: Layer) -> Any:
