@@ -163,7 +163,8 @@ class SupernetConfig(Section):
 
     The 14 heuristics of Yu, Ranftl, Salzmann, "How to Train Your Super-Net" (arXiv 2003.04276), by name. Mapping of weights:
     ``channels`` (dynamic channelling), ``kernels`` (OFA kernel), ``wsbn``, ``dropout`` (global), ``path_dropout``, ``operation_on``;
-    low fidelity: ``proxy_depth`` (layers), ``proxy_width`` (channels), ``search.data_portion`` and ``search.batch_size``; protocol:
+    low fidelity: ``proxy_depth`` (layers), ``proxy_width`` (channels), ``search.data_portion`` and ``search.batch_size``, and, ours,
+    ``proxy_resolution`` (pixels); protocol:
     ``bn_affine`` and ``bn_track``, ``search.optimizer.lr`` with ``search.epochs``, ``search.optimizer.weight_decay``, and
     the sampling of paths (``sampling`` of the strategy spos).
     """
@@ -187,12 +188,16 @@ class SupernetConfig(Section):
     path_dropout: float = Field(0.0, ge=0, lt=1, description="of residual branches, at the last layer at the end; rises with both (NAO)")
     proxy_depth: int | None = Field(None, ge=1, description="train with only so many slots per stage; default all")
     proxy_width: float = Field(1.0, gt=0, le=1, description="train with widths scaled down")
+    proxy_resolution: int | None = Field(None, ge=8, description="train on images scaled down to so many pixels; default none (ours)")
+    full_resolution: float = Field(0.0, ge=0, le=1, description="proxy_resolution: this last part of the steps is on images as they are")
     remat: bool = Field(True, description="recompute a mixture's options in the backward pass; single paths never need it")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.bn_track and self.channels in ("random", "interpolation"):
             raise ValueError(f"bn_track needs channels in a row; set channels = 'first' or 'chunk', not {self.channels!r}")
+        if self.full_resolution and self.proxy_resolution is None:
+            raise ValueError(f"full_resolution = {self.full_resolution:g} says when a proxy_resolution ends; set proxy_resolution, too")
         return self
 
 

@@ -61,6 +61,7 @@ class Supernet(nn.Module):
         super().__init__()
         self.config = config = config or SupernetConfig()
         self.space, self.proxy = space, _proxy(space, config)
+        _check_proxy_resolution(space, config)
         kernels = "own" if config.kernels == "auto" else config.kernels
         sharing = Sharing(config.channels, kernels, config.bn_affine, config.bn_track)
         self.fraction, self.tracking = 0.0, True
@@ -95,7 +96,7 @@ class Supernet(nn.Module):
         See the module for mixtures.
         """
         probes, maps = probes or {}, []
-        x_NCHW = resized(x_NCHW, _resolution(self.space, gates))
+        x_NCHW = resized(x_NCHW, self._proxy_resolution() or _resolution(self.space, gates))
         width, producer = Width(self.proxy.in_channels, self.proxy.in_channels), IMAGE
         for position, (module, slot) in enumerate(zip(self.slots, self.proxy.slots, strict=True)):
             out = _width(slot, gates, probes, x_NCHW) if slot.first else width
@@ -116,6 +117,10 @@ class Supernet(nn.Module):
             return outputs
         pooled_NC = self.dropout(F.adaptive_avg_pool2d(x_NCHW, 1).flatten(1))
         return F.linear(pooled_NC, self.classifier.weight[:, : pooled_NC.shape[1]], self.classifier.bias)
+
+    def _proxy_resolution(self) -> int | None:
+        """The height = width of the images that the training is on at present, where it is not the network's."""
+        return self.config.proxy_resolution if self.training and self.fraction < 1 - self.config.full_resolution else None
 
     def _left_out(self, slot: Slot) -> bool:
         """Whether the proxy depth cuts a slot off."""
@@ -229,6 +234,17 @@ def _proxy(space: MacroSpace, config: SupernetConfig) -> MacroSpace:
             f"search.supernet.proxy_width = {config.proxy_width:g} makes different widths of space {space.name} the same: choose it larger."
         )
     return proxy
+
+
+def _check_proxy_resolution(space: MacroSpace, config: SupernetConfig) -> None:
+    size, key = config.proxy_resolution, f"search.supernet.proxy_resolution = {config.proxy_resolution}"
+    if size is None:
+        return
+    if space.detector is not None or len(space.resolutions) > 1:
+        kind = "a detector's anchors are" if space.detector is not None else "a space with resolutions to choose from is"
+        raise ConfigError(f"{key}, but {kind} for images as they are: remove it.")
+    if size >= space.resolution:
+        raise ConfigError(f"{key} is no less than the {space.resolution} px of space {space.name}: choose it smaller, or remove it.")
 
 
 def _resolution(space: MacroSpace, gates: Gates) -> int | None:

@@ -44,6 +44,7 @@ def test_the_defaults_are_tunas_s() -> None:
     assert (config.sharing, config.kernels) == ("auto", "auto")  # as in the method's paper
     assert (TuNAS.sharing, TuNAS.kernels) == ("collapsed", "own")
     assert (config.dropout, config.path_dropout, config.proxy_depth, config.proxy_width) == (0.0, 0.0, None, 1.0)
+    assert config.proxy_resolution is None
     assert (config.bn_affine, config.bn_track) == (True, False)
     search = SearchConfig()
     assert (search.data_portion, search.batch_size, search.epochs) == (1.0, 64, 20)
@@ -257,6 +258,27 @@ def test_number_of_channels() -> None:
     assert torch.allclose(supernet(x_NCHW, one_hot(picks, space)), supernet.extract(picks).train()(x_NCHW), atol=1e-5)
     with pytest.raises(ConfigError, match=r"proxy_width = 0\.25"):  # its searched widths would merge
         Supernet(proxylessnas_enlarged(resolution=32, classes=10), torch.Generator(), SupernetConfig(proxy_width=0.25))
+
+
+def test_number_of_pixels() -> None:
+    """proxy_resolution trains on smaller images, up to the last part of the steps; what is judged is as it is."""
+    space = mobile32(resolution=16)
+    supernet = supernet_of(space, SupernetConfig(proxy_resolution=8, full_resolution=0.25))
+    picks = space.sample(np.random.default_rng(0))
+    network, gates, (x_NCHW, _) = supernet.extract(picks), one_hot(picks, space), batch(space)
+    small, full = network.train()(resized(x_NCHW, 8)), network.train()(x_NCHW)
+    assert not torch.allclose(small, full, atol=1e-2)
+    for fraction, mode, expected in ((0.0, True, small), (0.74, True, small), (0.75, True, full), (0.0, False, full)):
+        supernet.fraction = fraction
+        assert torch.allclose(supernet.train(mode)(x_NCHW, gates), expected, atol=1e-5), (fraction, mode)
+    with pytest.raises(ConfigError, match=r"proxy_resolution = 16 is no less than the 16 px of space mobile32"):
+        supernet_of(space, SupernetConfig(proxy_resolution=16))
+    with pytest.raises(ConfigError, match="resolutions to choose from"):
+        supernet_of(depths_space(), SupernetConfig(proxy_resolution=8))
+    with pytest.raises(ConfigError, match="a detector's anchors"):
+        supernet_of(space.with_detector(), SupernetConfig(proxy_resolution=8))
+    with pytest.raises(ValueError, match=r"full_resolution = 0\.5 says when a proxy_resolution ends"):
+        SupernetConfig(full_resolution=0.5)
 
 
 def digits(portion: float) -> tuple[Portion, Any]:
