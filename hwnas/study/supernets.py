@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hwnas.config import Experiment
+from hwnas.config import Experiment, SearchConfig
 from hwnas.core.space import MacroSpace
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import ConfigError
@@ -13,6 +13,9 @@ from hwnas.nn.supernet import Supernet, save_supernet
 from hwnas.runs import StageContext
 from hwnas.search import STRATEGIES
 from hwnas.search.stage import SHARED, SearchResult, prepare, search_context, trained_supernet
+
+OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
+"""Settings of a search that its super-net's training has nothing to do with."""
 
 MS_PER_MAC = 1e-6
 """Of the table that stands in where none is configured."""
@@ -39,9 +42,10 @@ def training(experiment: Experiment, seed: int) -> Experiment:
     """The experiment that trains the super-net of ``seed``.
 
     Without ``search.table`` its cost is MACs, so a target in milliseconds says nothing: half-way through the space is taken, within
-    which strategies that steer by latency are free to go where they like.
+    which strategies that steer by latency are free to go where they like. What only says how architectures are judged afterwards is as
+    by default, so that a study of other settings takes over the super-nets that are there.
     """
-    search = experiment.search
+    search = experiment.search.model_copy(update={name: SearchConfig.model_fields[name].default for name in OF_JUDGING})
     if search.table is None:
         middle = {"target_ms": None, "target_range": 0.5 if search.target_range is None else search.target_range, "tolerance": 0.5}
         search = search.model_copy(update=middle)

@@ -135,6 +135,12 @@ def test_again_nothing_is_done_and_more_architectures_keep_the_old_scores(folder
     assert all(len(rows) == 15 for rows in _rows(copy))  # twelve were there
     wider = ranked(study(folder, seeds=[5, 6], architectures=15, scores=[*SCORES, "synflow"]), copy)
     assert {"synflow", *SCORES} == set(wider.points[0].scores)
+    said = Saying()
+    config = study(folder, seeds=[5, 6])
+    judged = config.search.model_copy(update={"evaluation_images": 77, "recalibration_images": 66})
+    other = ranked(config.model_copy(update={"search": judged}), copy, said)
+    assert {"supernet-5: current, skipped", "supernet-6: current, skipped"} <= set(said.said)
+    assert [point.scores["loss"] for point in other.points] != [point.scores["loss"] for point in before.points]
 
 
 @pytest.mark.parametrize(("where", "steps"), [("training a super-net", 5), ("scoring", 4), ("bootstrap", 2)])
