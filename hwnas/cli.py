@@ -293,10 +293,26 @@ def study_rank(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Does a super-net rank architectures right? Its scores against accuracies that are known."""
+    from hwnas import studies
+
     pipeline = _pipeline(config, overrides, out, quiet, verbose)
     with _interruptible():
-        pipeline.study_rank(fresh=fresh)
+        studies.study_rank(pipeline, fresh=fresh)
     _print_result(pipeline.root / "rank" / "study.json", as_json)
+
+
+@study_app.command("compare")
+def study_compare(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Do search methods beat random search at equal cost? What each finds, by accuracies that are known."""
+    from hwnas import studies
+
+    pipeline = _pipeline(config, overrides, out, quiet, verbose)
+    with _interruptible():
+        studies.study_compare(pipeline, fresh=fresh)
+    _print_result(pipeline.root / "compare" / "compare.json", as_json)
 
 
 @app.command()

@@ -330,8 +330,62 @@ ScoreName = Literal[
 """What ``hwnas study rank`` scores architectures by; see study/scores.py."""
 
 
+FIXED_BY_THE_STUDY = ("objective", "table", "target_ms", "target_range", "tolerance", "limits", "allow_uncalibrated", "weights", "backbone")
+"""Keys of ``search`` that all methods of a comparison share, or that would give one of them a start."""
+
+
+class MethodConfig(Section):
+    """A method of ``hwnas study compare``: a strategy, and what it changes in ``search``."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what it is called; default: its strategy's name")
+    strategy: Plugin
+    search: dict[str, Any] = Field({}, description="keys of [search] that are others for this method: epochs, finder, supernet, ...")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        value = {"strategy": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and "name" not in value and "strategy" in value:
+            strategy = value["strategy"]
+            name = strategy.get("name") if isinstance(strategy, dict) else getattr(strategy, "name", strategy)
+            return {**value, "name": name}
+        return value
+
+    @model_validator(mode="after")
+    def _same_task(self) -> Self:
+        fixed = [key for key in self.search if key in (*FIXED_BY_THE_STUDY, "strategy")]
+        if fixed:
+            raise ValueError(f"method {self.name!r} sets search.{fixed[0]}, which all methods of a study share; set it in [search]")
+        return self
+
+
+class CompareConfig(Section):
+    """``hwnas study compare``: which methods, under which budget, and what training alone costs. The rest is as in ``search``."""
+
+    methods: tuple[MethodConfig, ...] = Field((), description="names of strategies, or tables of strategy, name and search")
+    max_macs: int | None = Field(
+        None,
+        gt=0,
+        description="budget in multiply-accumulates, where search.table is not set: architectures of at most so many, and of at least "
+        "(1 - tolerance) / (1 + tolerance) of them, which is search.tolerance on either side of the target",
+    )
+    standalone_epochs: float = Field(50, gt=0, description="of each training that the truth is from; NAS-Bench-Macro: 50 ...")
+    standalone_images: int = Field(50_000, ge=1, description="... of CIFAR-10's 50,000 images")
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        names = [method.name for method in self.methods]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"study.compare.methods has {twice[0]!r} twice; give one of them another name")
+        return self
+
+
 class StudyConfig(Section):
-    """``hwnas study rank``: does a super-net rank architectures right? The super-net and its images are those of ``search``."""
+    """``hwnas study rank`` and ``hwnas study compare``: do super-nets rank architectures right, and do methods beat random search?
+
+    The super-nets and their images are those of ``search``.
+    """
 
     truth: str | None = Field(None, description="file of architectures with stand-alone accuracies (.csv or .json); see study/truth.py")
     accuracies: tuple[str, ...] = Field((), description="its columns of repeated trainings; default: all that look like accuracies")
@@ -344,6 +398,13 @@ class StudyConfig(Section):
     top_k: int = Field(10, ge=1, description="of regret, P@k and the comparison with random search")
     bootstrap: int = Field(1000, ge=10, description="resamples of the architectures, for the intervals")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    compare: CompareConfig = CompareConfig()
+    processes: int = Field(1, ge=1, description="trainings at a time on this computer; one: in the command's own process")
+    threads: int | None = Field(
+        None, ge=1, description="of each training; they decide the last bits. Default: one, or all where a study has a single training"
+    )
+    ray_address: str | None = Field(None, description="HOST:PORT of a Ray cluster that trains instead, or 'auto' on a machine of it")
+    ray_gpus: float = Field(0, ge=0, description="GPUs that a training takes of the cluster")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hwnas import __version__
-from hwnas.config import Experiment
+from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.limits import LatencyLimit
 from hwnas.core.space import MacroSpace, SearchSpace
@@ -18,7 +18,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
-from hwnas.errors import ConfigError, DivergenceError, SpaceError, UserError
+from hwnas.errors import ConfigError, SpaceError, UserError
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
 from hwnas.search import FINDERS, STRATEGIES
@@ -84,6 +84,15 @@ def check_names(experiment: Experiment) -> None:
         published(name)
 
 
+def limit_hashes(config: SearchConfig) -> dict[str, str]:
+    """The tables that ``search.limits`` name, as inputs of a stage."""
+    return {
+        f"search.limits[{i}].table": LatencyTable.load(Path(limit.table).expanduser()).sha256
+        for i, limit in enumerate(config.limits)
+        if isinstance(limit, LatencyLimit)
+    }
+
+
 class Pipeline:
     """An experiment and its run folder.
 
@@ -139,15 +148,25 @@ class Pipeline:
         flush_denormals()
         prepare(self.root)
         with locked(self.root):
-            self._run_stage(self.stage(name), fresh)
+            self.perform(self.stage(name), fresh)
 
-    def _run_stage(self, current: Stage, fresh: bool) -> None:
-        name, folder = current.name, self.root / current.name
+    def perform(self, current: Stage, fresh: bool) -> None:
+        """A stage of a locked run folder, unless it is current."""
         inputs = {"hwnas": content_sha256(__version__), **current.inputs()}
+        if not self.begins(current.name, inputs, fresh):
+            return
+        folder, started = self.root / current.name, time.monotonic()
+        with stage(folder, current.name, inputs, current.outputs):
+            current.run(StageContext(self.experiment, self.root, folder, self.progress))
+        self.progress.say(f"{current.name}: done in {time.monotonic() - started:.0f} s")
+
+    def begins(self, name: str, inputs: Mapping[str, str], fresh: bool) -> bool:
+        """Whether a stage has something to do. Its folder is then there, and what it held of other inputs is set aside."""
+        folder = self.root / name
         state = "stale" if fresh and folder.exists() else state_of(folder, inputs)
         if state == "done":
             self.progress.say(f"{name}: current, skipped")
-            return
+            return False
         if state == "stale":
             if not fresh:
                 self.progress.detail(f"{name}: changed since: {', '.join(changed_inputs(folder, inputs)) or 'its output files'}")
@@ -155,63 +174,9 @@ class Pipeline:
             self.progress.say(f"{name}: {why}; the earlier results move to {set_aside(folder).name}")
         elif state == "resume":
             self.progress.say(f"{name}: goes on where it was")
-        started = time.monotonic()
         save_config(self.root, self.experiment)  # not earlier: a refused configuration must not replace that of the results
         folder.mkdir(exist_ok=True)
-        with stage(folder, name, inputs, current.outputs):
-            current.run(StageContext(self.experiment, self.root, folder, self.progress))
-        self.progress.say(f"{name}: done in {time.monotonic() - started:.0f} s")
-
-    def study_rank(self, *, fresh: bool = False) -> None:
-        """Train the super-nets of a ranking study, each a stage of its own, and then rank. A training that fails leaves the others."""
-        from hwnas.engine import flush_denormals
-        from hwnas.study import rank, supernets
-
-        flush_denormals()
-        supernets.check(self.experiment)
-        truth, config, folder = rank.load_truth(self.experiment, self.space), self.experiment.study, self.root / "scores"
-        found = [supernets.earlier(each) for each in config.supernets]
-        failed: dict[str, str] = {}
-        prepare(self.root)
-        with locked(self.root):
-            if fresh and folder.exists():
-                set_aside(folder)
-            for seed in () if found else config.seeds or (self.experiment.seed,):
-                current = self._supernet(seed)
-                try:
-                    self._run_stage(current, fresh)
-                except DivergenceError as error:
-                    failed[str(seed)] = str(error)
-                    self.progress.warn(f"seed {seed} has no super-net: {error}")
-                else:
-                    found.append(
-                        supernets.Trained(seed, self.root / current.name / current.outputs[0], self.experiment.search.strategy.name)
-                    )
-            inputs = {"space.json": self.space.sha256, "truth": truth.sha256, **self._data(), **self._config("search", "study")}
-            inputs |= {f"super-net {position}": file_sha256(each.path) for position, each in enumerate(found)}
-            inputs |= {f"super-net of seed {seed}": "failed" for seed in failed}
-            self._run_stage(
-                Stage("rank", [rank.RESULT], lambda: inputs, lambda ctx: rank.run(ctx, self.space, truth, found, failed)), fresh
-            )
-
-    def _supernet(self, seed: int) -> Stage:
-        """The training of a super-net for a study."""
-        from hwnas.search.stage import SHARED
-        from hwnas.study import supernets
-
-        experiment = supernets.training(self.experiment, seed)
-
-        def table() -> LatencyTable:
-            return LatencyTable.load(self.table_path) if experiment.search.table is not None else supernets.macs_table(self.space)
-
-        def inputs() -> dict[str, str]:
-            search = content_sha256(experiment.search.model_dump(mode="json"))
-            return {"space.json": self.space.sha256, "table": table().sha256, "search": search, "seed": str(seed), **self._data()}
-
-        def run(ctx: StageContext) -> None:
-            supernets.train(replace(ctx, experiment=experiment), self.space, table())
-
-        return Stage(f"supernet-{seed}", [SHARED], inputs, run)
+        return True
 
     def plan(self) -> str:
         """What ``run`` would do, in words; nothing is read but the configuration, and the table where one is named."""
@@ -296,10 +261,7 @@ class Pipeline:
 
         def inputs() -> dict[str, str]:
             config = self.experiment.search
-            found = self._file(self.table_path, "profile")
-            for i, limit in enumerate(config.limits):
-                if isinstance(limit, LatencyLimit):
-                    found[f"search.limits[{i}].table"] = LatencyTable.load(Path(limit.table).expanduser()).sha256
+            found = self._file(self.table_path, "profile") | limit_hashes(config)
             found |= {"super-net": file_sha256(search.trained_supernet(config.weights))} if config.weights is not None else {}
             if config.backbone is not None:
                 found["backbone"] = file_sha256(search.trained_supernet(config.backbone, "search.backbone"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -13,6 +13,11 @@ class Progress:
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
         """A bar of ``total`` steps of which ``done`` are already behind (a resumed stage)."""
         yield Task()
+
+    @contextmanager
+    def tasks(self) -> Iterator[Callable[[str, int, int], Task]]:
+        """Bars side by side: a function of a description, a total and what is done that begins one. ``Task.end`` ends it."""
+        yield lambda description, total, done: Task()
 
     def say(self, message: str) -> None:
         """One line that matters (a result, a decision)."""
@@ -29,3 +34,6 @@ class Task:
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """``steps`` more are done; ``note`` shows the numbers that matter now."""
+
+    def end(self) -> None:
+        """No more of it; what runs beside it goes on."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBars
+from rich.progress import Task as BarState
 
 from hwnas.progress import Progress, Task
 
@@ -26,6 +27,14 @@ class TerminalProgress(Progress):
     @contextmanager
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
         """A bar; without a terminal, one line at the end."""
+        with self.tasks() as begin:
+            bar = begin(description, total, done)
+            yield bar
+            bar.end()
+
+    @contextmanager
+    def tasks(self) -> Iterator[Callable[[str, int, int], Task]]:
+        """Bars, one below the other; without a terminal, one line at the end of each."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -35,10 +44,11 @@ class TerminalProgress(Progress):
         )
         live = self.console.is_terminal and not self.quiet
         with RichBars(*columns, console=self.console, disable=not live, transient=True) as bars:
-            bar = _BarTask(bars, bars.add_task(description, total=total, completed=done, note=""), None if live else self.console)
-            yield bar
-        if not live:
-            self.console.print(f"{description}: {total} of {total}  {bar.note}".rstrip(), markup=False, soft_wrap=True)
+
+            def begin(description: str, total: int, done: int) -> Task:
+                return _BarTask(bars, bars.add_task(description, total=total, completed=done, note=""), None if live else self.console)
+
+            yield begin
 
     def say(self, message: str) -> None:
         """A line."""
@@ -64,7 +74,20 @@ class _BarTask(Task):
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.note = note or self.note
         self.bars.update(self.identity, advance=steps, note=self.note)
-        if self.log is not None and time.monotonic() - self.said > LINE_SECONDS:
+        if self.log is not None and time.monotonic() - self.said > LINE_SECONDS and not self._bar.finished:
             self.said = time.monotonic()
-            task = self.bars.tasks[0]
-            self.log.print(f"{task.description}: {task.completed:.0f} of {task.total:.0f}  {self.note}", markup=False, soft_wrap=True)
+            self._print()
+
+    def end(self) -> None:
+        if self.log is not None:
+            self._print()
+        self.bars.remove_task(self.identity)
+
+    @property
+    def _bar(self) -> BarState:
+        return next(task for task in self.bars.tasks if task.id == self.identity)
+
+    def _print(self) -> None:
+        assert self.log is not None
+        bar = self._bar
+        self.log.print(f"{bar.description}: {bar.completed:.0f} of {bar.total:.0f}  {self.note}".rstrip(), markup=False, soft_wrap=True)

@@ -30,6 +30,7 @@ VERBS = {  # frozen: a knob goes into the configuration, not here
     "validate": (["config"], COMMON),
     "report": (["config"], COMMON),
     "study rank": (["config"], COMMON),
+    "study compare": (["config"], COMMON),
     "space": (["name", "table"], LOOK),
     "devices": ([], LOOK),
     "doctor": ([], LOOK),

@@ -16,7 +16,7 @@ from hwnas.document import Document, file_sha256
 from hwnas.export.bundle import Bundle
 from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest
 from hwnas.search.stage import SearchResult
-from hwnas.study.documents import RankStudy
+from hwnas.study.documents import CompareStudy, RankStudy
 from hwnas.train.pictures import Pictures
 from hwnas.train.stage import TrainResult
 from hwnas.validate import Verdict
@@ -33,6 +33,7 @@ SOURCES: tuple[tuple[str, str], ...] = (
     ("export", "bundle.json"),
     ("validate", "verdict.json"),
     ("rank", "study.json"),
+    ("compare", "compare.json"),
 )
 """(stage, file): what the report reads, whichever exist."""
 
@@ -83,13 +84,14 @@ class RunDocuments:
     bundle: Bundle | None
     verdict: Verdict | None
     study: RankStudy | None
+    comparison: CompareStudy | None
     stages: tuple[StageState, ...]
     hashes: dict[str, str]
 
     @property
     def only_study(self) -> bool:
-        """Whether the folder is of a study of super-nets, in which no network is made."""
-        return self.study is not None and not self.stages
+        """Whether the folder is of studies, in which no network is made."""
+        return (self.study is not None or self.comparison is not None) and not self.stages
 
     @property
     def detects(self) -> bool:
@@ -150,6 +152,7 @@ def read(ctx: StageContext, space: MacroSpace, table_path: Path) -> RunDocuments
         bundle=bundle,
         verdict=_load(Verdict, ctx.path("validate", "verdict.json")),
         study=_load(RankStudy, ctx.path("rank", "study.json")),
+        comparison=_load(CompareStudy, ctx.path("compare", "compare.json")),
         stages=tuple(_state(ctx, name, {"search": search_rows, "train": train_rows}.get(name, [])) for name in _needed(ctx)),
         hashes={name: file_sha256(path) for name, path in found.items() if path.is_file()},
     )
@@ -169,8 +172,9 @@ def _load(document: type[D], path: Path) -> D | None:
 
 def _needed(ctx: StageContext) -> list[str]:
     experiment = ctx.experiment
-    if ctx.path("rank", MANIFEST).is_file() and not any(ctx.path(name, MANIFEST).is_file() for name in RESULTS):
-        return []  # a study of super-nets, which makes no network
+    studied = any(ctx.path(name, MANIFEST).is_file() for name in ("rank", "compare"))
+    if studied and not any(ctx.path(name, MANIFEST).is_file() for name in RESULTS):
+        return []  # a study, which makes no network
     named = experiment.train.arch is not None
     unpriced = experiment.search.table is not None or (named and experiment.task == "detect")  # no space prices its heads
     skipped = {"profile": unpriced, "search": named}

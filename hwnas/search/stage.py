@@ -30,6 +30,7 @@ from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES
 from hwnas.search.finder import Finder
 from hwnas.search.judge import Judge
+from hwnas.search.meter import Meter, SearchCost
 from hwnas.search.proposal import random_within
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 from hwnas.search.weights import Batches, SupernetWeights
@@ -84,6 +85,7 @@ class SearchResult(Document):
     seed: int
     finder: Plugin | None = Field(None, description="what found the candidates, where it was not the strategy itself")
     weights_sha256: str | None = Field(None, description="the super-net file, where an already trained one was used")
+    cost: SearchCost | None = Field(None, description="of training, finding and the last ranking; see search/meter.py")
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     random: tuple[Candidate, ...] = ()
     spread: tuple[Candidate, ...] = ()
@@ -201,6 +203,7 @@ def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
     finder = search_finder(config)
     if config.weights is not None:
         judge = Judge(_trained(config, space), experiment)
+        search.meter = _meter(config, judge.supernet)
         _find(ctx, search, judge, finder, None)
         return
 
@@ -247,6 +250,7 @@ def prepare(experiment: Experiment, space: MacroSpace, search: SearchContext, fo
     strategy.setup(search)
     supernet = _make_supernet(experiment, space, strategy)
     judge = Judge(supernet, experiment)
+    search.meter = _meter(config, supernet)
     engine = Engine(
         supernet,
         config.optimizer,
@@ -260,8 +264,13 @@ def prepare(experiment: Experiment, space: MacroSpace, search: SearchContext, fo
     batches = Batches(train, held_out, experiment.data, config.batch_size, seed, search.steps)
     search.weights = weights = SupernetWeights(engine, supernet, batches, judge)
     search.evaluator = judge
-    engine.extra = {"strategy": strategy, "teacher": weights}
+    engine.extra = {"strategy": strategy, "teacher": weights, "cost": search.meter}
     return Prepared(search, strategy, engine, judge)
+
+
+def _meter(config: SearchConfig, supernet: Supernet | Portfolio) -> Meter:
+    proxy = supernet.proxy if isinstance(supernet, Supernet) else supernet.space
+    return Meter(supernet.space, proxy, config.batch_size, config.recalibration_images + config.evaluation_images)
 
 
 def _images(experiment: Experiment) -> Images:
@@ -350,6 +359,10 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
     name = config.strategy.name if config.weights is None else "trained super-net"
     title = judge.quality.title
     candidates = _ranked(search, judge, proposals, "ranking proposals")
+    assert search.meter is not None
+    for picks in proposals:
+        search.meter.judge(picks, config.recalibration_images + len(judge.held_out))
+    cost = search.meter.cost  # the random ones below are for the report alone
     random: list[Candidate] = []
     spread: list[Candidate] = []
     if isinstance(judge.supernet, Supernet):  # networks that were trained alone say nothing about others
@@ -374,6 +387,7 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
         seed=ctx.experiment.seed,
         finder=_finder_plugin(config),
         weights_sha256=file_sha256(trained_supernet(config.weights)) if config.weights is not None else None,
+        cost=cost,
         candidates=tuple(candidates),
         random=tuple(random),
         spread=tuple(spread),

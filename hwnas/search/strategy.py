@@ -23,6 +23,7 @@ from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObje
 from hwnas.core.space import SearchSpace
 from hwnas.nn.supernet import Gates, Probes
 from hwnas.progress import Progress
+from hwnas.search.meter import Meter
 
 Metrics = dict[str, float]
 
@@ -58,7 +59,7 @@ class SearchContext:
 
     ``rng`` is renewed for every step from (seed, step), which makes strategies resume exactly as long as they draw from nothing
     else. ``weights`` are not there yet during ``Strategy.setup``, nor where a finder works on an already trained super-net;
-    ``evaluator`` is there once weights are trained.
+    ``evaluator`` is there once weights are trained. ``meter`` counts what all this costs.
     """
 
     space: SearchSpace
@@ -71,6 +72,7 @@ class SearchContext:
     weights: SharedWeights | None = None
     evaluator: Evaluator | None = None
     limits: Limits | None = None
+    meter: Meter | None = None
     step: int = 0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     progress: Progress = field(default_factory=Progress)
@@ -88,6 +90,8 @@ class SearchContext:
         distillation loss against the remembered teacher (of classifiers). ``skip_dropout`` zeroes elements behind skips (P-DARTS).
         """
         assert self.weights is not None
+        if self.meter is not None:
+            self.meter.train(gates, split=split, teach=teach)
         return self.weights.train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
 
     def qualities(self, *gates: Gates, multiple: int = 1) -> list[float]:
@@ -96,6 +100,8 @@ class SearchContext:
         Accuracies of classifiers; of detectors, see ``hwnas.search.quality``.
         """
         assert self.weights is not None
+        if self.meter is not None:
+            self.meter.qualities(gates, multiple)
         return self.weights.qualities(gates, multiple)
 
     def loss(self, gates: Mapping[str, Tensor], *, probes: Probes | None = None, order: int = 1, skip_dropout: float = 0.0) -> Tensor:
@@ -106,6 +112,8 @@ class SearchContext:
         """
         assert self.weights is not None
         present = {key: gate.detach() for key, gate in gates.items()}
+        if self.meter is not None:
+            self.meter.gate_gradients(present, probes or {}, order)
         value, gradients = self.weights.gate_gradients(present, probes or {}, order, skip_dropout)
         total = torch.tensor(value, dtype=torch.float64)
         for key, gradient in gradients.items():
@@ -115,11 +123,15 @@ class SearchContext:
     def evaluate(self, picks: Picks) -> float:
         """Held-out quality in 0..1 (accuracy, AP) of the extracted network after BN recalibration. Kept, so asking twice costs nothing."""
         assert self.evaluator is not None
+        if self.meter is not None:
+            self.meter.judge(picks)
         return self.evaluator.evaluate(picks)
 
     def remember_teacher(self, picks: Picks) -> None:
         """Keep a copy of the present weights of ``picks`` as the teacher of ``train(..., teach=True)``."""
         assert self.weights is not None
+        if self.meter is not None:
+            self.meter.remember_teacher(picks)
         self.weights.remember_teacher(picks)
 
     def reward(self, quality: float, latency_ms: float) -> float:

@@ -1,4 +1,4 @@
-"""The result of a ranking study as a document."""
+"""The results of studies as documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hwnas.core.arch import Picks
 from hwnas.document import Document
+from hwnas.search.meter import SearchCost
 
 
 class _Part(BaseModel):
@@ -98,3 +100,88 @@ class RankStudy(Document):
     failed_trainings: dict[str, str] = {}
     scores: tuple[ScoreResult, ...]
     points: tuple[Point, ...]
+
+
+class Found(_Part):
+    """What a method proposed with a seed, and what it is worth: ``rank`` of ``CompareStudy.architectures``, 1 is best.
+
+    Ties count against it: the rank is the number of architectures that are at least as good. ``regret`` is to the best in the budget.
+    ``cpu_seconds`` is the one number here that is measured; None where the search was interrupted.
+    """
+
+    seed: int
+    name: str
+    picks: Picks
+    macs: int
+    accuracy: float
+    rank: int
+    regret: float
+    supernet_accuracy: float
+    cost: SearchCost
+    cpu_seconds: float | None = None
+
+
+class RandomSearch(_Part):
+    """Random search by ``trainings`` stand-alone trainings, exactly: the mean, and quantiles (``QUANTILES``) of its true rank."""
+
+    trainings: int
+    rank: float
+    accuracy: float
+    ranks: tuple[int, ...]
+
+
+class MethodResult(_Part):
+    """A method over its seeds. ``failed`` says of a seed why it has no result.
+
+    ``cost`` is the mean of its searches in stand-alone trainings. ``beats_one`` and ``beats_equal`` are the probabilities to beat a
+    random architecture, and random search of at least equal cost (``equal``), by true accuracy.
+    """
+
+    name: str
+    strategy: str
+    found: tuple[Found, ...]
+    failed: dict[str, str] = {}
+    rank: float | None = Field(None, description="median over seeds")
+    accuracy: float | None = Field(None, description="median over seeds")
+    regret: float | None = Field(None, description="median over seeds")
+    cost: float | None = None
+    equal: RandomSearch | None = None
+    beats_one: Estimate = Estimate(value=None)
+    beats_equal: Estimate = Estimate(value=None)
+
+
+class Duel(_Part):
+    """One method against another: the probability that it finds the better architecture, and the exact two-sided p-value."""
+
+    first: str
+    second: str
+    beats: Estimate
+    p_value: float
+
+
+class CompareStudy(Document):
+    """Do search methods beat random search, and each other? See study/compare.py.
+
+    ``standalone_macs`` is the cost of one stand-alone training of the mean architecture in the budget.
+    """
+
+    SCHEMA: ClassVar[str] = "hwnas.compare-study"
+
+    space: str
+    space_sha256: str
+    truth: TruthInfo
+    budget: str
+    target_ms: float
+    tolerance: float
+    architectures: int
+    best: str
+    best_accuracy: float
+    standalone_epochs: float
+    standalone_images: int
+    standalone_macs: float
+    bootstrap: int
+    confidence: float
+    seeds: tuple[int, ...]
+    methods: tuple[MethodResult, ...]
+    random: RandomSearch
+    duels: tuple[Duel, ...]

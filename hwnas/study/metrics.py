@@ -12,6 +12,15 @@ correlation is undefined and comes out as nan.
 - ``random_reaches``: p = 1 - (1 - r / n)^k, the probability that k random architectures of n hold one of rank r or better, r being
   the best rank (1 is best) among the k best by the score: what random search reaches at equal cost. Low is good (same authors).
 
+Of one method against another, whose results on several seeds are float [M] and [N], higher is better:
+
+- ``wins``: 1 where a result of the first beats one of the second, 1/2 where they are equal, else 0; its mean is the probability that the
+  first beats the second, U / (M N) with Mann and Whitney's U (1947), the "common language effect size" of McGraw and Wong (1992).
+- ``mann_whitney``: the two-sided p-value of U, exact: over all ways to deal the M + N results to the two, ties sharing their mean rank.
+- ``best_of_random``: random search exactly. Of k architectures, drawn with replacement from n, the one of the best ``choice`` is taken:
+  the probability of each to be that one, ((b + t)^k - b^k) / n^k shared by the t that are tied, b being worse. The probability of one
+  among the r best is then 1 - (1 - r / n)^k, as above.
+
 *Differences from the papers*: ties in a score have no order, so ``precision`` shares the seats at the edge among the tied,
 ``regret`` and ``random_reaches`` give them to the worst.
 """
@@ -123,6 +132,56 @@ def bootstrap(
     if len(found) * 2 <= resamples:
         return None
     low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Which results [M] of a method beat which [N] of another, a half where they are equal: float [M, N].
+
+    Example:
+        >>> wins(np.array([2.0, 3.0]), np.array([1.0, 2.0])).mean()
+        0.875
+    """
+    difference = a[:, None] - b[None, :]
+    won: np.ndarray = np.where(difference > 0, 1.0, np.where(difference == 0, 0.5, 0.0))
+    return won
+
+
+def mann_whitney(a: np.ndarray, b: np.ndarray) -> float:
+    """Two-sided exact p-value of Mann and Whitney's test of two samples [M] and [N].
+
+    The number of subsets of each size and rank sum is counted, one result after another; ranks are doubled, so that those of ties are
+    integers, too. Twice the smaller tail, at most 1.
+
+    Example:
+        >>> mann_whitney(np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0]))
+        0.1
+    """
+    doubled = np.rint(2 * mean_ranks(np.concatenate([a, b]))).astype(np.int64)
+    counts = [[0] * (int(doubled.sum()) + 1) for _ in range(len(a) + 1)]  # Python's integers: there are more ways than 64 bits hold
+    counts[0][0] = 1
+    for rank in doubled.tolist():
+        for size in range(len(a), 0, -1):
+            fewer, these = counts[size - 1], counts[size]
+            counts[size] = [ways + (fewer[total - rank] if total >= rank else 0) for total, ways in enumerate(these)]
+    found, ways = int(doubled[: len(a)].sum()), counts[len(a)]
+    smaller = min(sum(ways[: found + 1]), sum(ways[found:]))
+    return min(1.0, 2 * smaller / sum(ways))
+
+
+def best_of_random(choice: np.ndarray, k: int) -> np.ndarray:
+    """The probability [n] of each architecture to be the best by ``choice`` [n] of ``k`` random ones, which may repeat."""
+    _, inverse, tied = np.unique(choice, return_inverse=True, return_counts=True)
+    upto = np.cumsum(tied) / len(choice)
+    probability: np.ndarray = ((upto**k - (upto - tied / len(choice)) ** k) / tied)[inverse]
+    return probability
+
+
+def bootstrap_wins(won: np.ndarray, rng: np.random.Generator, resamples: int, confidence: float) -> tuple[float, float]:
+    """The percentile interval of the mean of ``wins`` [M, N], the seeds of both methods drawn anew; a single column stays."""
+    rows, columns = (rng.integers(count, size=(resamples, count)) for count in won.shape)
+    means = [float(won[np.ix_(row, column)].mean()) for row, column in zip(rows, columns, strict=True)]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -23,10 +22,10 @@ from hwnas.nn.supernet import load_supernet
 from hwnas.runs import JsonLines, StageContext
 from hwnas.search.judge import Judge
 from hwnas.study import metrics
-from hwnas.study.documents import Estimate, Gap, Point, RankStudy, ScoreResult, Spread, SupernetResult, TruthInfo
+from hwnas.study.documents import Estimate, Gap, Point, RankStudy, ScoreResult, Spread, SupernetResult
 from hwnas.study.scores import LOWER_IS_BETTER, Scorer
 from hwnas.study.supernets import Trained
-from hwnas.study.truth import Truth, read_truth
+from hwnas.study.truth import Truth, configured_truth
 
 RESULT = "study.json"
 
@@ -40,9 +39,7 @@ Rows = dict[str, dict[str, float]]
 def load_truth(experiment: Experiment, space: MacroSpace) -> Truth:
     """The ground truth of an experiment, checked to be enough. Raises ConfigError, or TableError naming the line."""
     config = experiment.study
-    if config.truth is None:
-        raise ConfigError("study.truth is not set: name a file of architectures and their accuracies (.csv or .json).")
-    truth = read_truth(Path(config.truth).expanduser(), space, config.accuracies)
+    truth = configured_truth(config, space)
     if len(truth.names) < config.architectures:
         raise ConfigError(f"study.architectures = {config.architectures}, but {config.truth} has {len(truth.names)}: lower it.")
     return truth
@@ -63,7 +60,7 @@ def run(ctx: StageContext, space: MacroSpace, truth: Truth, supernets: Sequence[
     study = RankStudy(
         space=space.name,
         space_sha256=space.sha256,
-        truth=_info(truth, str(config.truth)),
+        truth=truth.info(str(config.truth)),
         architectures=len(chosen),
         threshold=config.threshold,
         top_k=config.top_k,
@@ -138,19 +135,6 @@ def _supernet(truth: Truth, trained: Trained, scored: Rows, failed: dict[str, st
     )
 
 
-def _info(truth: Truth, file: str) -> TruthInfo:
-    everywhere, top = truth.ceiling() or (None, None)
-    return TruthInfo(
-        file=Path(file).name,
-        sha256=truth.sha256,
-        networks=len(truth.names),
-        repeats=truth.accuracy_NR.shape[1],
-        columns=truth.columns,
-        kendall=_defined(everywhere),
-        kendall_top=_defined(top),
-    )
-
-
 def _results(config: StudyConfig, truth: Truth, tables: Sequence[Rows], ctx: StageContext) -> tuple[ScoreResult, ...]:
     """Metrics of every score and combination, by super-net and over all."""
     alone = dict(zip(truth.names, truth.mean, strict=True))
@@ -209,10 +193,6 @@ def _points(truth: Truth, chosen: np.ndarray, tables: Sequence[Rows]) -> tuple[P
             means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
             points.append(Point(name=truth.names[i], truth=float(truth.mean[i]), scores=means))
     return tuple(points)
-
-
-def _defined(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def lines(study: RankStudy) -> list[str]:

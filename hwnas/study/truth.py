@@ -27,10 +27,12 @@ from typing import Any
 
 import numpy as np
 
+from hwnas.config import StudyConfig
 from hwnas.core.arch import Picks
 from hwnas.core.space import SearchSpace
 from hwnas.document import nearest
-from hwnas.errors import SpaceError, UserError
+from hwnas.errors import ConfigError, SpaceError, UserError
+from hwnas.study.documents import TruthInfo
 from hwnas.study.metrics import best_tenth, kendall
 from hwnas.tables.reading import Source
 
@@ -61,6 +63,19 @@ class Truth:
         """Positions of ``count`` random architectures; always the same, and those of a smaller count come first."""
         return np.random.default_rng(0).permutation(len(self.names))[:count]
 
+    def info(self, file: str) -> TruthInfo:
+        """What a document says of it; ``file`` is where it was read from."""
+        everywhere, top = (value if math.isfinite(value) else None for value in self.ceiling() or (math.nan, math.nan))
+        return TruthInfo(
+            file=Path(file).name,
+            sha256=self.sha256,
+            networks=len(self.names),
+            repeats=self.accuracy_NR.shape[1],
+            columns=self.columns,
+            kendall=everywhere,
+            kendall_top=top,
+        )
+
     def ceiling(self) -> tuple[float, float] | None:
         """Tau between repeats, the mean over all pairs of them: of all architectures, and of the best tenth. None without repeats."""
         pairs = list(combinations(range(self.accuracy_NR.shape[1]), 2))
@@ -69,6 +84,13 @@ class Truth:
         top = best_tenth(self.mean)
         everywhere = [kendall(self.accuracy_NR[:, i], self.accuracy_NR[:, j]) for i, j in pairs]
         return float(np.mean(everywhere)), float(np.mean([kendall(self.accuracy_NR[top, i], self.accuracy_NR[top, j]) for i, j in pairs]))
+
+
+def configured_truth(config: StudyConfig, space: SearchSpace) -> Truth:
+    """The ground truth of a study. Raises ConfigError where none is named, or TableError naming the line."""
+    if config.truth is None:
+        raise ConfigError("study.truth is not set: name a file of architectures and their accuracies (.csv or .json).")
+    return read_truth(Path(config.truth).expanduser(), space, config.accuracies)
 
 
 def read_truth(path: str | Path, space: SearchSpace, columns: Sequence[str] = ()) -> Truth:

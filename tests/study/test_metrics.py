@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import kendalltau, rankdata, spearmanr
+from scipy.stats import bootstrap, kendalltau, mannwhitneyu, permutation_test, rankdata, spearmanr
 
 from hwnas.study import metrics
 
@@ -114,3 +114,58 @@ def test_the_interval_covers_the_true_tau_as_often_as_it_says() -> None:
 
 def test_without_differences_there_is_no_interval() -> None:
     assert metrics.bootstrap(metrics.kendall, np.ones(9), np.arange(9.0), np.random.default_rng(0), 50, 0.95) is None
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=14, unique=True), st.data())
+def test_mann_whitney_is_scipys_where_nothing_is_tied(values: list[int], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(1, len(values) - 1))
+    a, b = np.array(values[:cut], dtype=float), np.array(values[cut:], dtype=float)
+    judge = mannwhitneyu(a, b, method="exact")
+    assert metrics.wins(a, b).sum() == judge.statistic
+    assert metrics.mann_whitney(a, b) == pytest.approx(judge.pvalue, abs=1e-12)
+    assert metrics.mann_whitney(b, a) == pytest.approx(judge.pvalue, abs=1e-12)
+
+
+@pytest.mark.parametrize(("a", "b"), [([3, 3, 5, 9], [3, 4, 4]), ([1, 1, 2], [2, 2, 3, 3, 3]), ([1, 2, 2, 7, 7], [2, 2, 7, 9, 9])])
+def test_mann_whitney_with_ties_is_scipys_over_all_permutations(a: list[float], b: list[float]) -> None:
+    def u(x: np.ndarray, y: np.ndarray) -> float:
+        return float(mannwhitneyu(x, y, method="asymptotic").statistic)
+
+    judge = permutation_test((a, b), u, permutation_type="independent", n_resamples=np.inf, alternative="two-sided")
+    assert metrics.mann_whitney(np.array(a), np.array(b)) == pytest.approx(judge.pvalue, abs=1e-12)
+
+
+def test_superiority_and_its_p_value_by_hand() -> None:
+    a, b = np.array([2.0, 3.0]), np.array([1.0, 2.0])
+    assert metrics.wins(a, b).tolist() == [[1.0, 0.5], [1.0, 1.0]]
+    # ranks 2.5, 4 and 1, 2.5: of the six pairs of ranks, two have the sum 6.5 (4 with either 2.5) and none more; 2 x 2 / 6
+    assert metrics.mann_whitney(a, b) == pytest.approx(4 / 6)
+    assert metrics.mann_whitney(a, a) == 1
+    five = np.arange(5.0)
+    assert metrics.mann_whitney(five, five + 10) == pytest.approx(2 / 252)
+
+
+def test_best_of_random_by_hand() -> None:
+    choice = np.array([0.9, 0.8, 0.8, 0.1])
+    assert metrics.best_of_random(choice, 1).tolist() == [0.25] * 4
+    # of two draws: the best unless neither is it, 1 - (3/4)^2; the worst only twice, 1/16; those tied share the rest
+    assert metrics.best_of_random(choice, 2) == pytest.approx([7 / 16, 4 / 16, 4 / 16, 1 / 16])
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 40))
+def test_random_search_reaches_a_rank_with_the_papers_probability(values: list[int], k: int) -> None:
+    choice = np.array(values, dtype=float)
+    probability = metrics.best_of_random(choice, k)
+    for value in choice:
+        r = int((choice >= value).sum())
+        assert probability[choice >= value].sum() == pytest.approx(1 - (1 - r / len(choice)) ** k)
+
+
+def test_the_interval_over_seeds_is_scipys_idea_of_it() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.4, 1, 12), rng.normal(0, 1, 10)
+    low, high = metrics.bootstrap_wins(metrics.wins(a, b), np.random.default_rng(1), 4000, 0.9)
+    judge = bootstrap((a, b), lambda x, y: float(mannwhitneyu(x, y).statistic) / 120, confidence_level=0.9, n_resamples=2000,
+                      method="percentile", vectorized=False, rng=np.random.default_rng(2))  # fmt: skip
+    assert (low, high) == pytest.approx(tuple(judge.confidence_interval), abs=0.03)
+    assert metrics.bootstrap_wins(np.full((3, 1), 0.25), rng, 50, 0.9) == (0.25, 0.25)

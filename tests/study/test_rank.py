@@ -19,6 +19,7 @@ from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 from hwnas.search.strategy import Metrics, SearchContext
+from hwnas.studies import study_rank
 from hwnas.study.documents import RankStudy
 from hwnas.study.rank import METRICS
 from hwnas.study.scores import Scorer
@@ -58,7 +59,7 @@ def study(folder: Path, search: dict[str, Any] | None = None, **settings: Any) -
 
 
 def ranked(config: Experiment, root: Path, progress: Progress | None = None) -> RankStudy:
-    Pipeline(config, root, progress or Progress()).study_rank()
+    study_rank(Pipeline(config, root, progress or Progress()))
     return RankStudy.load(root / "rank" / "study.json")
 
 

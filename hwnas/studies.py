@@ -1,0 +1,108 @@
+"""The studies in order: which trainings one needs, what they read, and when they may be skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hwnas import __version__
+from hwnas.config import Experiment
+from hwnas.core.table import LatencyTable
+from hwnas.data import fingerprint
+from hwnas.document import content_sha256, file_sha256
+from hwnas.engine import flush_denormals
+from hwnas.pipeline import Pipeline, Stage, limit_hashes
+from hwnas.runs import locked, prepare, set_aside
+from hwnas.search.stage import SHARED, search_context
+from hwnas.study import compare, rank, supernets, trainings
+from hwnas.study.trainings import Training
+
+HOW = ("processes", "ray_address", "ray_gpus")
+"""Keys of ``study`` that decide where and when trainings run, and no number."""
+
+
+def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
+    """Train the super-nets of a ranking study, each a stage of its own, and then rank. A training that fails leaves the others."""
+    flush_denormals()
+    experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
+    supernets.check(experiment)
+    truth, config = rank.load_truth(experiment, space), experiment.study
+    found = [supernets.earlier(each) for each in config.supernets]
+    seeds = () if found else config.seeds or (experiment.seed,)
+    threads = trainings.threads_of(config, len(seeds))
+    table = supernets.macs_table(space) if experiment.search.table is None else LatencyTable.load(pipeline.table_path)
+    wanted = {}
+    for seed in seeds:
+        each = supernets.training(experiment, seed)
+        search_context(each, space, table)  # refuses what cannot be trained before anything is
+        wanted[seed] = _training(pipeline, f"supernet-{seed}", "hwnas.study.supernets:train", each, table, [SHARED], threads)
+    prepare(root)
+    with locked(root):
+        if fresh and (root / "scores").exists():
+            set_aside(root / "scores")
+        failed = _trained(pipeline, list(wanted.values()), threads, fresh)
+        for seed, training in wanted.items():
+            if training.name not in failed:
+                found.append(supernets.Trained(seed, training.folder / SHARED, experiment.search.strategy.name))
+        reasons = {str(seed): failed[each.name] for seed, each in wanted.items() if each.name in failed}
+        inputs = {"space.json": space.sha256, "truth": truth.sha256, **_data(experiment)}
+        inputs |= {"study": _numbers(experiment, "compare"), "search": content_sha256(experiment.search.model_dump(mode="json"))}
+        inputs |= {f"super-net {position}": file_sha256(each.path) for position, each in enumerate(found)}
+        inputs |= {f"super-net of seed {seed}": "failed" for seed in reasons}
+        pipeline.perform(Stage("rank", [rank.RESULT], lambda: inputs, lambda ctx: rank.run(ctx, space, truth, found, reasons)), fresh)
+
+
+def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
+    """Search with every method and seed, each a stage of its own, and then compare. A search that fails leaves the others."""
+    flush_denormals()
+    experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
+    arena, config = compare.arena(experiment, space), experiment.study
+    pairs = [(method, seed) for seed in config.seeds for method in config.compare.methods]
+    threads = trainings.threads_of(config, len(pairs))
+    wanted = {}
+    for method, seed in pairs:
+        each, name = compare.searching(experiment, method, seed), f"{method.name}-{seed}"
+        wanted[method.name, seed] = _training(pipeline, name, "hwnas.study.compare:search", each, arena.table, compare.SEARCHED, threads)
+    prepare(root)
+    with locked(root):
+        failed = _trained(pipeline, list(wanted.values()), threads, fresh)
+        done = {key: training.folder for key, training in wanted.items() if training.name not in failed}
+        reasons = {key: failed[training.name] for key, training in wanted.items() if training.name in failed}
+        inputs = {"space.json": space.sha256, "truth": arena.truth.sha256, "table": arena.table.sha256}
+        inputs |= {"study": _numbers(experiment), "search": content_sha256(experiment.search.model_dump(mode="json"))}
+        inputs |= {f"{folder.name}/{name}": file_sha256(folder / name) for folder in done.values() for name in compare.SEARCHED}
+        inputs |= {f"{method}-{seed}": "failed" for method, seed in reasons}
+        current = Stage("compare", [compare.RESULT], lambda: inputs, lambda ctx: compare.run(ctx, space, arena, done, reasons))
+        pipeline.perform(current, fresh)
+
+
+def _training(
+    pipeline: Pipeline, name: str, function: str, experiment: Experiment, table: LatencyTable, outputs: Sequence[str], threads: int | None
+) -> Training:
+    """A training of a study with what it is made from."""
+    inputs = {
+        "hwnas": content_sha256(__version__),
+        "space.json": pipeline.space.sha256,
+        "table": table.sha256,
+        "search": content_sha256(experiment.search.model_dump(mode="json")),
+        "seed": str(experiment.seed),
+        "threads": str(threads),
+        **limit_hashes(experiment.search),
+        **_data(experiment),
+    }
+    return Training(name, function, experiment, pipeline.space, table, pipeline.root, inputs, outputs)
+
+
+def _trained(pipeline: Pipeline, wanted: Sequence[Training], threads: int | None, fresh: bool) -> dict[str, str]:
+    """Do the trainings that are not current; why some failed, by name."""
+    left = [training for training in wanted if pipeline.begins(training.name, training.inputs, fresh)]
+    return trainings.run(left, pipeline.experiment.study, threads, pipeline.progress)
+
+
+def _data(experiment: Experiment) -> dict[str, str]:
+    return {"data": content_sha256(experiment.data.model_dump(mode="json")), "images": fingerprint(experiment.data)}
+
+
+def _numbers(experiment: Experiment, *others: str) -> str:
+    """The hash of what decides a study's numbers."""
+    content = experiment.study.model_dump(mode="json")
+    return content_sha256({key: value for key, value in content.items() if key not in (*HOW, *others)})
