@@ -315,6 +315,20 @@ def study_compare(
     _print_result(pipeline.root / "compare" / "compare.json", as_json)
 
 
+@study_app.command("shrink")
+def study_shrink(
+    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
+    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Shrink a space by what a super-net says of its operators; what of the good networks is left?"""
+    from hwnas import studies
+
+    pipeline = _pipeline(config, overrides, out, quiet, verbose)
+    with _interruptible():
+        studies.study_shrink(pipeline, fresh=fresh)
+    _print_result(pipeline.root / "shrink" / "shrink.json", as_json)
+
+
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Check this installation: packages, runtimes, threads, cores, clock. Exit code 1 where something is missing."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -158,6 +158,10 @@ class OptimizerConfig(Section):
     clip_norm: float | None = Field(None, description="clip the gradient's global norm")
 
 
+OperationOn = Literal["node", "edge", "op"]
+"""What a slot's weights belong to, the most shared first."""
+
+
 class SupernetConfig(Section):
     """How the super-net shares its weights. The defaults are TuNAS's.
 
@@ -180,8 +184,10 @@ class SupernetConfig(Section):
     channels: Literal["first", "chunk", "random", "interpolation"] = Field(
         "first", description="which channels a narrower layer uses: the first; random ones in a row; any random ones; averages"
     )
-    operation_on: Literal["node", "edge"] = Field("node", description="edge: own weights per slot that the input comes from")
-    wsbn: bool = Field(False, description="own BN per slot that the input comes from")
+    operation_on: OperationOn = Field(
+        "node", description="edge: own weights per slot that the input comes from; op: per slot and option that it comes from"
+    )
+    wsbn: bool = Field(False, description="own BN per slot that the input comes from (with operation_on = 'op', and per option)")
     bn_affine: bool = Field(True, description="BN with scale and shift")
     bn_track: bool = Field(False, description="BN keeps running statistics, and scores with them")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
@@ -422,6 +428,47 @@ class StudyConfig(Section):
         return self
 
 
+class ShrinkConfig(Section):
+    """``hwnas study shrink``: the operators that a metric finds worst leave the space, stage by stage. See search/shrinking.py.
+
+    The defaults are those of angle-based shrinking (arXiv 2004.13431) on SPOS's space, where they are not said to be ours. The
+    super-net, its images and its optimiser are those of ``search``.
+    """
+
+    metrics: tuple[str, ...] = Field(("angle",), min_length=1, description="what finds operators bad: angle, accuracy, magnitude, random")
+    samples: int = Field(1000, ge=1, description="sampled architectures that contain each operator, at least, where there are as many")
+    judged_samples: int | None = Field(
+        None, ge=1, description="the same of metrics that judge each on images, such as accuracy (ours); default: samples"
+    )
+    tries: int = Field(100, ge=1, description="at most so many times as many are drawn")
+    max_macs: float | None = Field(None, gt=0, description="only architectures up to these multiply-accumulates are sampled")
+    sampling: Literal["architectures", "depths"] = Field(
+        "depths", description="architectures: uniform; depths: the number of skipped slots is uniform, then the rest (SPOS)"
+    )
+    drop: Literal["lowest", "each"] = Field("lowest", description="lowest: of the whole space; each: the lowest of every choice (FairNAS)")
+    dropped: int = Field(7, ge=1, description="operators that leave at each stage, with drop = 'lowest'")
+    keep: int = Field(1, ge=1, description="options that every choice keeps")
+    until: int = Field(1_000_000, ge=1, description="stop when the space is no larger")
+    first_epochs: float = Field(100, gt=0, description="of training before the first drop, which all metrics share")
+    epochs: float = Field(5, gt=0, description="of training before each further drop")
+    refresh_after: int | None = Field(50, ge=0, description="W0 becomes the present weights, once, when more operators are dropped")
+    operation_on: tuple[OperationOn, ...] = Field(
+        (), description="search.supernet.operation_on of each stage, the last for all later ones: fewer operators, less sharing (PWSNAS)"
+    )
+    alpha_lr: float = Field(3e-4, gt=0, description="magnitude: Adam's rate (DARTS)")
+    alpha_every: int = Field(1, ge=1, description="magnitude: steps of the weights for each of alpha (ours)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        twice = [name for name in self.metrics if self.metrics.count(name) > 1]
+        if twice:
+            raise ValueError(f"shrink.metrics has {twice[0]!r} twice; give each metric once")
+        levels = [get_args(OperationOn).index(level) for level in self.operation_on]
+        if levels != sorted(levels):
+            raise ValueError(f"shrink.operation_on = {list(self.operation_on)} shares more again; only go from node to edge to op")
+        return self
+
+
 class Experiment(Section):
     """A whole experiment: what ``hwnas run`` needs to know."""
 
@@ -439,6 +486,7 @@ class Experiment(Section):
     export: ExportConfig = ExportConfig()
     validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
     study: StudyConfig = StudyConfig()
+    shrink: ShrinkConfig = ShrinkConfig()
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hwnas import __version__
 from hwnas.config import Experiment
@@ -13,8 +14,9 @@ from hwnas.engine import flush_denormals
 from hwnas.pipeline import Pipeline, Stage, limit_hashes
 from hwnas.runs import locked, prepare, set_aside
 from hwnas.search.stage import SHARED, search_context
-from hwnas.study import compare, rank, supernets, trainings
+from hwnas.study import compare, rank, remaining, shrink, supernets, trainings
 from hwnas.study.trainings import Training
+from hwnas.study.truth import configured_truth
 
 HOW = ("processes", "ray_address", "ray_gpus")
 """Keys of ``study`` that decide where and when trainings run, and no number."""
@@ -73,6 +75,41 @@ def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
         inputs |= {f"{method}-{seed}": "failed" for method, seed in reasons}
         current = Stage("compare", [compare.RESULT], lambda: inputs, lambda ctx: compare.run(ctx, space, arena, done, reasons))
         pipeline.perform(current, fresh)
+
+
+def study_shrink(pipeline: Pipeline, *, fresh: bool = False) -> None:
+    """Shrink the space by every metric, each a stage of its own after the training that they share, and compare."""
+    flush_denormals()
+    experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
+    shrink.check(experiment, space)
+    config = experiment.shrink
+    truth = configured_truth(experiment.study, space) if experiment.study.truth is not None else None
+    common = {"space.json": space.sha256, "seed": str(experiment.seed)}
+    schedule = content_sha256(config.model_dump(mode="json", exclude={"metrics"}))
+    prepare(root)
+    with locked(root):
+        first = None
+        if any(shrink.metric(name).trains for name in config.metrics):
+            inputs = {**common, "first training": shrink.first_sha256(experiment), **_data(experiment)}
+            outputs = shrink.outputs_of_first(config)
+            pipeline.perform(Stage("shrink-first", outputs, lambda: inputs, lambda ctx: shrink.train_first(ctx, space)), fresh)
+            first = root / "shrink-first"
+        for name in config.metrics:
+            pipeline.perform(_shrinking(pipeline, name, first, {**common, "shrink": schedule}), fresh)
+        paths = {f"{name}/{shrink.PATH}": file_sha256(root / f"shrink-{name}" / shrink.PATH) for name in config.metrics}
+        last = {**common, **paths, "truth": "none" if truth is None else truth.sha256, "shrink": schedule}
+        compared = Stage("shrink", [remaining.RESULT], lambda: last, lambda ctx: remaining.compare(ctx, space, truth))
+        pipeline.perform(compared, fresh)
+
+
+def _shrinking(pipeline: Pipeline, name: str, first: Path | None, common: Mapping[str, str]) -> Stage:
+    """The shrinking of the space by a metric."""
+    experiment, inputs = pipeline.experiment, dict(common)
+    begin = first if shrink.metric(name).trains else None
+    if begin is not None:
+        search = content_sha256(experiment.search.model_dump(mode="json"))
+        inputs |= {"first super-net": file_sha256(begin / SHARED), "search": search, **_data(experiment)}
+    return Stage(f"shrink-{name}", [shrink.SPACE, shrink.PATH], lambda: inputs, lambda ctx: shrink.run(ctx, pipeline.space, name, begin))
 
 
 def _training(

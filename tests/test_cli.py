@@ -31,6 +31,7 @@ VERBS = {  # frozen: a knob goes into the configuration, not here
     "report": (["config"], COMMON),
     "study rank": (["config"], COMMON),
     "study compare": (["config"], COMMON),
+    "study shrink": (["config"], COMMON),
     "space": (["name", "table"], LOOK),
     "devices": ([], LOOK),
     "doctor": ([], LOOK),

@@ -42,7 +42,10 @@ Gates = Mapping[str, Any]
 Probes = Mapping[str, Sequence[int]]
 """Choice key -> options at weight zero whose gradient is wanted all the same."""
 
-IMAGE = -1
+Producer = tuple[int, str]
+"""Where an input comes from: the slot's position, and, with ``operation_on = "op"``, its option (else nothing)."""
+
+IMAGE: Producer = (-1, "")
 """The producer of the first slot's input."""
 
 
@@ -68,7 +71,7 @@ class Supernet(nn.Module):
         self.producers = [self._producers(position) for position in range(len(self.proxy.slots))]
         self.slots = nn.ModuleList()
         for slot, producers in zip(self.proxy.slots, self.producers, strict=True):
-            sources = len(producers) if config.operation_on == "edge" else 1
+            sources = len(producers) if config.operation_on != "node" else 1
             norms = len(producers) if config.wsbn else 1
             self.slots.append(ElasticSlot(slot, space.bn_eps, sharing, config.sharing == "separate", sources, norms))
         self.tapped = self._tapped()
@@ -109,7 +112,8 @@ class Supernet(nn.Module):
                 run = Run(source, skip_dropout, self._keep_path(position), remat, self.tracking)
                 y_NCHW = module(x_NCHW, slot_gates, into, out, run)
                 x_NCHW = y_NCHW if _is_one(kept) else kept * y_NCHW + (1 - kept) * x_NCHW
-                producer = producer if skips(slot_gates) or runs == "probed" else position
+                passed = skips(slot_gates) or runs == "probed"
+                producer = producer if passed else self._producer(position, slot_gates.executed[0][0])
             if position in self.tapped:
                 maps.append((x_NCHW, width))
         if self.space.detector is not None:
@@ -126,12 +130,16 @@ class Supernet(nn.Module):
         """Whether the proxy depth cuts a slot off."""
         return self.config.proxy_depth is not None and slot.index >= self.config.proxy_depth
 
-    def _producers(self, position: int) -> tuple[int, ...]:
-        """Positions of the slots that a slot's input may come from, the nearest first: those before it that may be passed over."""
-        found = []
+    def _producer(self, position: int, option: str) -> Producer:
+        """What a slot's output counts as."""
+        return position, option if self.config.operation_on == "op" else ""
+
+    def _producers(self, position: int) -> tuple[Producer, ...]:
+        """What a slot's input may come from, the nearest first: slots before it up to one that is never passed over."""
+        found: list[Producer] = []
         for earlier in reversed(range(position)):
             slot = self.proxy.slots[earlier]
-            found.append(earlier)
+            found += dict.fromkeys(self._producer(earlier, option) for option in slot.options if option != SKIP)
             if SKIP not in slot.options and not slot.elective and not self._left_out(slot):
                 return tuple(found)
         return (*found, IMAGE)
@@ -145,7 +153,7 @@ class Supernet(nn.Module):
         arch = self.proxy.decode(self._proxied(picks))
         if self.config.proxy_depth is None:
             return arch
-        return self.proxy.network([(self.proxy.slots[position], op) for position, _, op, _ in self._path(picks)], arch.name)
+        return self.proxy.network([(self.proxy.slots[position], op) for position, _, op, _ in self.path(picks)], arch.name)
 
     def extract(self, picks: Mapping[str, Option]) -> AnyNetwork:
         """A stand-alone network with copies of the weights that ``picks`` use. Its BN statistics are not estimated yet.
@@ -156,7 +164,7 @@ class Supernet(nn.Module):
         training = self.training
         self.eval()
         with torch.no_grad():
-            for block, (position, option, op, source) in zip(network.blocks, self._path(picks), strict=False):
+            for block, (position, option, op, source) in zip(network.blocks, self.path(picks), strict=False):
                 elastic: Any = self.slots[position]
                 copy_into(block, elastic.weights(option, op, source))
             if isinstance(network, DetectionNetwork):
@@ -173,7 +181,7 @@ class Supernet(nn.Module):
         pairs = zip(self.space.choices, self.proxy.choices, strict=True)
         return {mine.key: theirs.options[mine.options.index(picks[mine.key])] for mine, theirs in pairs}
 
-    def _path(self, picks: Mapping[str, Option]) -> list[tuple[int, str, Op, int]]:
+    def path(self, picks: Mapping[str, Option]) -> list[tuple[int, str, Op, int]]:
         """(position, option, op, source) of the slots that ``picks`` execute."""
         picks = self._proxied(picks)
         at = self.proxy.resolutions.index(int(picks["resolution"])) if "resolution" in picks else 0
@@ -185,7 +193,7 @@ class Supernet(nn.Module):
             op = slot.op(option, into, channels, slot.sizes[at]) if deep else None
             if op is not None:
                 path.append((position, option, op, self.producers[position].index(producer)))
-                producer = position
+                producer = self._producer(position, option)
         return path
 
 

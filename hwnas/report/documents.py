@@ -16,7 +16,7 @@ from hwnas.document import Document, file_sha256
 from hwnas.export.bundle import Bundle
 from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest
 from hwnas.search.stage import SearchResult
-from hwnas.study.documents import CompareStudy, RankStudy
+from hwnas.study.documents import CompareStudy, RankStudy, ShrinkStudy
 from hwnas.train.pictures import Pictures
 from hwnas.train.stage import TrainResult
 from hwnas.validate import Verdict
@@ -34,6 +34,7 @@ SOURCES: tuple[tuple[str, str], ...] = (
     ("validate", "verdict.json"),
     ("rank", "study.json"),
     ("compare", "compare.json"),
+    ("shrink", "shrink.json"),
 )
 """(stage, file): what the report reads, whichever exist."""
 
@@ -85,13 +86,20 @@ class RunDocuments:
     verdict: Verdict | None
     study: RankStudy | None
     comparison: CompareStudy | None
+    shrinking: ShrinkStudy | None
     stages: tuple[StageState, ...]
     hashes: dict[str, str]
 
     @property
     def only_study(self) -> bool:
         """Whether the folder is of studies, in which no network is made."""
-        return (self.study is not None or self.comparison is not None) and not self.stages
+        return self.study_verb is not None and not self.stages
+
+    @property
+    def study_verb(self) -> str | None:
+        """The command that made the folder's study, the first where there are several."""
+        made = {"study rank": self.study, "study compare": self.comparison, "study shrink": self.shrinking}
+        return next((verb for verb, document in made.items() if document is not None), None)
 
     @property
     def detects(self) -> bool:
@@ -153,6 +161,7 @@ def read(ctx: StageContext, space: MacroSpace, table_path: Path) -> RunDocuments
         verdict=_load(Verdict, ctx.path("validate", "verdict.json")),
         study=_load(RankStudy, ctx.path("rank", "study.json")),
         comparison=_load(CompareStudy, ctx.path("compare", "compare.json")),
+        shrinking=_load(ShrinkStudy, ctx.path("shrink", "shrink.json")),
         stages=tuple(_state(ctx, name, {"search": search_rows, "train": train_rows}.get(name, [])) for name in _needed(ctx)),
         hashes={name: file_sha256(path) for name, path in found.items() if path.is_file()},
     )
@@ -172,7 +181,7 @@ def _load(document: type[D], path: Path) -> D | None:
 
 def _needed(ctx: StageContext) -> list[str]:
     experiment = ctx.experiment
-    studied = any(ctx.path(name, MANIFEST).is_file() for name in ("rank", "compare"))
+    studied = any(ctx.path(name, MANIFEST).is_file() for name in ("rank", "compare", "shrink"))
     if studied and not any(ctx.path(name, MANIFEST).is_file() for name in RESULTS):
         return []  # a study, which makes no network
     named = experiment.train.arch is not None

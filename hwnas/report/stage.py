@@ -23,7 +23,7 @@ from hwnas.core.space import MacroSpace
 from hwnas.data.coco_eval import NUMBERS
 from hwnas.document import write_atomic
 from hwnas.export.bundle import BundleFile
-from hwnas.report import charts, comparing, drawing, pictures, ranking
+from hwnas.report import charts, comparing, drawing, pictures, ranking, shrinking
 from hwnas.report.charts import Series
 from hwnas.report.documents import SOURCES, Place, RunDocuments, read
 from hwnas.report.style import DARK, LIGHT
@@ -56,7 +56,7 @@ def render(documents: RunDocuments) -> str:
         "huge": huge,
         "amount": amount,
     }
-    verb = "run" if not documents.only_study else "study rank" if documents.study is not None else "study compare"
+    verb = (documents.study_verb if documents.only_study else None) or "run"
     return environment.get_template("template.html").render(
         run=documents,
         version=__version__,
@@ -73,6 +73,7 @@ def render(documents: RunDocuments) -> str:
         ranks=ranking.score_rows(documents.study) if documents.study is not None else [],
         methods=comparing.method_rows(documents.comparison) if documents.comparison is not None else [],
         duels=comparing.duel_rows(documents.comparison) if documents.comparison is not None else [],
+        shrunk=shrinking.rows(documents.shrinking) if documents.shrinking is not None else [],
         config=json.dumps(documents.experiment.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False),
         command=f"hwnas {verb} {shlex.quote(documents.folder)} --out {shlex.quote(documents.folder + '-again')}",
     )
@@ -244,6 +245,7 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
         "held_out": charts.held_out(judged) if judged is not None and judged.pairs else None,
         "ranking": ranking.scatters(documents.study) if documents.study is not None else [],
         "comparing": comparing.ranks(documents.comparison) if documents.comparison is not None else None,
+        "shrinking": shrinking.course(documents.shrinking) if documents.shrinking is not None else None,
         "entries": charts.entries(table.entries) if table is not None and table.entries else None,
     }
 

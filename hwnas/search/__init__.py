@@ -26,3 +26,14 @@ FINDERS = Registry(
         "random": "hwnas.search.random:RandomFinder",
     },
 )
+
+SHRINK_METRICS = Registry(
+    "metric",
+    {
+        "angle": "hwnas.search.shrinking:Angle",
+        "accuracy": "hwnas.search.shrinking:Accuracy",
+        "magnitude": "hwnas.search.shrinking:Magnitude",
+        "random": "hwnas.search.shrinking:Random",
+    },
+)
+"""By what a space is shrunk: ``hwnas.search.shrinking.Metric``."""

@@ -169,7 +169,7 @@ def _limit_table(path: str) -> LatencyTable:
 def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
     """Raise ConfigError where the super-net's or the batch's settings do not fit the strategy."""
     supernet = experiment.search.supernet
-    if strategy.mixes and (supernet.operation_on == "edge" or supernet.wsbn):
+    if strategy.mixes and (supernet.operation_on != "node" or supernet.wsbn):
         raise ConfigError(
             f"strategy {experiment.search.strategy.name!r} mixes options, so an input has no one producer: "
             "set search.supernet.operation_on = 'node' and wsbn = false, or use a strategy that samples paths."

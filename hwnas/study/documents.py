@@ -1,4 +1,4 @@
-"""The results of studies as documents."""
+"""The results of studies as documents: of ranking, of comparing methods, and of shrinking a space."""
 
 from __future__ import annotations
 
@@ -185,3 +185,87 @@ class CompareStudy(Document):
     methods: tuple[MethodResult, ...]
     random: RandomSearch
     duels: tuple[Duel, ...]
+
+
+class ShrinkStep(Document):
+    """One stage of shrinking: a super-net of ``size`` architectures was trained, its operators scored, and the worst dropped.
+
+    ``scores`` are by choice and option, ``children`` the sampled architectures they are means over (0: none were needed), ``params``
+    the super-net's parameters (none: there was no super-net). ``refreshed``: W0 became the present weights after this drop.
+    """
+
+    SCHEMA: ClassVar[str] = "hwnas.shrink-step"
+
+    size: int
+    epochs: float
+    operation_on: str | None = None
+    params: int | None = None
+    children: int
+    scores: dict[str, dict[str, float]]
+    dropped: tuple[tuple[str, str], ...]
+    size_after: int
+    refreshed: bool = False
+
+
+class ShrinkPath(Document):
+    """How a metric has shrunk a space, stage by stage; ``space.json`` beside it is what is left."""
+
+    SCHEMA: ClassVar[str] = "hwnas.shrink-path"
+
+    metric: str
+    space: str
+    space_sha256: str
+    seed: int
+    steps: tuple[ShrinkStep, ...]
+    shrunk_sha256: str
+
+
+class Remaining(_Part):
+    """What is left of the networks whose accuracy is known: how many, their mean and best accuracy in 0..1, and the worst.
+
+    ``best_tenth`` is the part of the whole file's best tenth that is still there.
+    """
+
+    networks: int
+    mean: float | None = None
+    best: float | None = None
+    worst: float | None = None
+    best_tenth: float | None = None
+
+
+class ShrinkCurve(_Part):
+    """The course of a shrinking by the ground truth: before, and after every drop.
+
+    ``operator_kendall`` says of every drop how well the scores ranked the operators: tau with the mean true accuracy of the networks, of
+    those left, that contain each.
+    """
+
+    name: str
+    remaining: tuple[Remaining, ...]
+    operator_kendall: tuple[float | None, ...] = ()
+
+
+class Chance(_Part):
+    """Random shrinking, many times: mean and the 5 and 95 % quantiles of the mean true accuracy and of the best tenth's part, by stage."""
+
+    repeats: int
+    mean: tuple[tuple[float, float, float], ...]
+    best_tenth: tuple[tuple[float, float, float], ...]
+
+
+class ShrinkStudy(Document):
+    """A space shrunk by several metrics, and, where accuracies are known, what each has left.
+
+    ``oracle`` drops the operators of lowest mean true accuracy by the same rule, drop by drop: what a perfect score of operators does.
+    """
+
+    SCHEMA: ClassVar[str] = "hwnas.shrink-study"
+
+    space: str
+    space_sha256: str
+    seed: int
+    paths: tuple[ShrinkPath, ...]
+    truth: TruthInfo | None = None
+    curves: tuple[ShrinkCurve, ...] = ()
+    oracle: ShrinkCurve | None = None
+    chance: Chance | None = None

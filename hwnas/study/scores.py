@@ -5,9 +5,8 @@
 ``loss``           its cross-entropy (lower is better)
 ``unrecalibrated`` top-1 of the super-net as it stands: BN by its tracked statistics (``supernet.bn_track``), else by
                    those of the batch that is judged
-``angle``          arccos of the one cosine between all convolution and linear weights of the one-path network at
-                   initialisation and after training, in radians; identity contributes nothing (Hu et al., ECCV
-                   2020, arXiv 2004.13431). Needs no images
+``angle``          by which training has turned the weights of the one-path network, in radians (see search/angle.py).
+                   Needs no images
 ``macs, params``   multiply-accumulates and parameters: what any score must beat
 ``grad_norm``      norm of the loss's gradient by the weights at initialisation, on one batch of
                    ``search.batch_size`` held-out images
@@ -23,7 +22,7 @@ for each; synflow leaves BN out (its statistics are 0 and 1 and its scale is 1 t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ from hwnas.core.arch import Picks
 from hwnas.data.images import Batch
 from hwnas.nn.network import Network
 from hwnas.nn.supernet import Supernet, resized
+from hwnas.search.angle import Angles, initial_supernet, weights
 from hwnas.search.judge import Judge
 from hwnas.search.proposal import one_hot
 
@@ -50,11 +50,12 @@ class Scorer:
         assert isinstance(judge.supernet, Supernet)
         self.judge, self.supernet = judge, judge.supernet
         self.initial = initial_supernet(self.supernet, seed)
+        self.angles = Angles(self.initial, self.supernet)
         self.calculations: dict[ScoreName, Callable[[Picks], dict[str, float]]] = {
             "accuracy": self._recalibrated,
             "loss": self._recalibrated,
             "unrecalibrated": self._as_it_stands,
-            "angle": lambda picks: {"angle": angle(_classifier(self.initial, picks), _classifier(self.supernet, picks))},
+            "angle": lambda picks: {"angle": self.angles.of(picks)},
             "macs": self._shape,
             "params": self._shape,
             "grad_norm": self._gradients,
@@ -93,40 +94,23 @@ class Scorer:
         x_NCHW = resized(x_NCHW.to(_device(network)), network.arch.resolution)
         network.train()
         F.cross_entropy(network(x_NCHW), y.to(x_NCHW.device)).backward()  # type: ignore[no-untyped-call]
-        pairs = [(weight.detach(), weight.grad) for weight in _weights(network) if weight.grad is not None]
+        pairs = [(weight.detach(), weight.grad) for weight in weights(network) if weight.grad is not None]
         return {
             "grad_norm": math.sqrt(sum(float(grad.double().square().sum()) for _, grad in pairs)),
             "snip": sum(float((weight * grad).double().abs().sum()) for weight, grad in pairs),
         }
 
 
-def initial_supernet(supernet: Supernet, seed: int) -> Supernet:
-    """A trained super-net as it was when ``seed`` initialised it."""
-    fresh = Supernet(supernet.space, torch.Generator().manual_seed(seed), supernet.config)
-    return fresh.to(_device(supernet)).eval()
-
-
-@torch.no_grad()
-def angle(initial: Network, trained: Network) -> float:
-    """The angle between the weights of two networks of one architecture, in radians, 0 to pi."""
-    product = norms = others = 0.0
-    for before, after in zip(_weights(initial), _weights(trained), strict=True):
-        a, b = before.double().flatten(), after.double().flatten()
-        product, norms, others = product + float(a @ b), norms + float(a @ a), others + float(b @ b)
-    cosine = product / math.sqrt(norms * others)
-    return math.acos(max(-1.0, min(1.0, cosine))) if math.isfinite(cosine) else math.nan
-
-
 def synflow(network: Network) -> float:
     """Sum of abs(weight * derivative of the summed logits) with all weights positive, an input of ones, and no BN. Logarithm."""
     network = network.double().eval()
     with torch.no_grad():
-        for weight in _weights(network):
+        for weight in weights(network):
             weight.abs_()
     arch = network.arch
     device = _device(network)
     network(torch.ones(1, arch.in_channels, arch.resolution, arch.resolution, dtype=torch.float64, device=device)).sum().backward()
-    pairs = [(weight.detach(), weight.grad) for weight in _weights(network) if weight.grad is not None]
+    pairs = [(weight.detach(), weight.grad) for weight in weights(network) if weight.grad is not None]
     total = sum(float((weight * grad).abs().sum()) for weight, grad in pairs)
     return math.log(total) if total > 0 else -math.inf
 
@@ -136,13 +120,6 @@ def _classifier(supernet: Supernet, picks: Picks) -> Network:
     network = supernet.extract(picks)
     assert isinstance(network, Network)
     return network
-
-
-def _weights(network: Network) -> Iterator[Tensor]:
-    """Convolution and linear weights, input to output: no BN, no biases."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            yield module.weight
 
 
 @torch.inference_mode()

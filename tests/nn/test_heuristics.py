@@ -172,7 +172,7 @@ def test_operation_on_node_or_edge() -> None:
 
 
 @pytest.mark.parametrize("make", [groups_space, depths_space, skippable_space])
-@pytest.mark.parametrize("config", [{"wsbn": True}, {"operation_on": "edge"}])
+@pytest.mark.parametrize("config", [{"wsbn": True}, {"operation_on": "edge"}, {"operation_on": "op"}])
 def test_the_producer_may_stand_in_any_stage_before(make: Any, config: dict[str, Any]) -> None:
     """Also where a stage's first slot is skipped, or its depth leaves the last ones out."""
     space = make()
@@ -374,6 +374,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "ofa": {"kernels": "ofa"},
     "ofa_transform": {"kernels": "ofa_transform"},
     "edge": {"operation_on": "edge"},
+    "op": {"operation_on": "op"},
     "wsbn": {"wsbn": True},
     "depth": {"proxy_depth": 1},
     "width": {"proxy_width": 0.8},

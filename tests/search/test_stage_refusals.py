@@ -97,9 +97,10 @@ def test_strategies_that_mix_refuse_open_resolutions(strategy: str, table: Laten
         run(tmp_path / "search", experiment(strategy), synthetic_table(elastic), space=elastic)
 
 
-def test_strategies_that_mix_refuse_weights_per_edge(table: LatencyTable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", ["edge", "op"])
+def test_strategies_that_mix_refuse_weights_per_edge(level: str, table: LatencyTable, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="strategy 'fbnet' mixes options, so an input has no one producer"):
-        run(tmp_path / "search", experiment("fbnet", supernet={"operation_on": "edge"}), table)
+        run(tmp_path / "search", experiment("fbnet", supernet={"operation_on": level}), table)
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)

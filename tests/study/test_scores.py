@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from hwnas.config import Experiment
 from hwnas.nn.supernet import Supernet
+from hwnas.search.angle import angle, initial_supernet
 from hwnas.search.judge import Judge
-from hwnas.study.scores import Scorer, angle, initial_supernet, synflow
+from hwnas.study.scores import Scorer, synflow
 from tests.search.staging import experiment, tiny_space
 
 SPACE = tiny_space()
