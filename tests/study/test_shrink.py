@@ -21,6 +21,7 @@ from hwnas.nn.supernet import read_supernet
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.search.shrinking import shrinkable
+from hwnas.studies import study_shrink
 from hwnas.study.documents import ShrinkPath, ShrinkStep, ShrinkStudy
 from hwnas.study.supernets import macs_table
 from tests.search.staging import OPTIONS, Killed, Killing, experiment, run, tiny_space
@@ -57,7 +58,7 @@ def study(folder: Path, search: dict[str, Any] | None = None, truth: bool = True
 
 
 def shrunk(config: Experiment, root: Path, progress: Progress | None = None) -> ShrinkStudy:
-    Pipeline(config, root, progress or Progress()).study_shrink()
+    study_shrink(Pipeline(config, root, progress or Progress()))
     return ShrinkStudy.load(root / "shrink" / "shrink.json")
 
 
