@@ -170,7 +170,7 @@ class SupernetConfig(Section):
     low fidelity: ``proxy_depth`` (layers), ``proxy_width`` (channels), ``search.data_portion`` and ``search.batch_size``, and, ours,
     ``proxy_resolution`` (pixels); protocol:
     ``bn_affine`` and ``bn_track``, ``search.optimizer.lr`` with ``search.epochs``, ``search.optimizer.weight_decay``, and
-    the sampling of paths (``sampling`` of the strategy spos).
+    the sampling of paths (``sampling`` of the strategy spos). Options of cells share no weights, so of the mapping they have ``dropout``.
     """
 
     sharing: Literal["auto", "collapsed", "separate"] = Field(
@@ -192,7 +192,7 @@ class SupernetConfig(Section):
     bn_track: bool = Field(False, description="BN keeps running statistics, and scores with them")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
     path_dropout: float = Field(0.0, ge=0, lt=1, description="of residual branches, at the last layer at the end; rises with both (NAO)")
-    proxy_depth: int | None = Field(None, ge=1, description="train with only so many slots per stage; default all")
+    proxy_depth: int | None = Field(None, ge=1, description="train with only so many slots, or cells, per stage; default all")
     proxy_width: float = Field(1.0, gt=0, le=1, description="train with widths scaled down")
     proxy_resolution: int | None = Field(None, ge=8, description="train on images scaled down to so many pixels; default none (ours)")
     full_resolution: float = Field(0.0, ge=0, le=1, description="proxy_resolution: this last part of the steps is on images as they are")

@@ -39,7 +39,7 @@ class Stage:
     run: Callable[[StageContext], Any]
 
 
-def experiment_space(experiment: Experiment) -> MacroSpace:
+def experiment_space(experiment: Experiment) -> SearchSpace:
     """The space of an experiment: built-in ones take classes, channels and resolution from the data."""
     name, data = experiment.space.name, experiment.data
     overrides: dict[str, Any] = {}
@@ -49,8 +49,6 @@ def experiment_space(experiment: Experiment) -> MacroSpace:
     overrides |= {"act": experiment.space.act} if experiment.space.act else {}
     overrides |= {"width": experiment.space.width} if experiment.space.width != 1.0 else {}
     space: SearchSpace = load_space(name, **overrides)
-    if not isinstance(space, MacroSpace):
-        raise ConfigError(f"space {name!r} is not a macro space: this stage needs one.")
     if (space.classes, space.resolution, space.in_channels) != (data.classes, data.resolution, data.channels):
         raise ConfigError(
             f"space {name!r} has {space.classes} classes, {space.resolution} px and {space.in_channels} channels, but the data "
@@ -62,8 +60,10 @@ def experiment_space(experiment: Experiment) -> MacroSpace:
     return space if not detects or space.detector is not None else _with_detector(space, experiment)
 
 
-def _with_detector(space: MacroSpace, experiment: Experiment) -> MacroSpace:
+def _with_detector(space: SearchSpace, experiment: Experiment) -> SearchSpace:
     """The space of detectors. Where an architecture is named, one without them is good enough for what is left to do."""
+    if not isinstance(space, MacroSpace):
+        raise ConfigError(f"space {space.name!r} is one of cells, and detectors are searched on blocks in a row: choose another space.")
     try:
         return space.with_detector(extras=experiment.detector.extras, scores=experiment.detector.scores)
     except SpaceError:
@@ -120,7 +120,8 @@ class Pipeline:
 
     def stage(self, name: str) -> Stage:
         """A stage by name. Raises SpaceError where a detector is searched, and the space carries none."""
-        if self.experiment.task == "detect" and name in ("profile", "search") and self.space.detector is None:
+        detects = self.experiment.task == "detect" and name in ("profile", "search")
+        if detects and isinstance(self.space, MacroSpace) and self.space.detector is None:
             self.space.with_detector()  # says why it carries none
         stages: dict[str, Callable[[], Stage]] = {
             "profile": self._profile,
@@ -289,7 +290,7 @@ class Pipeline:
             arch = train.architecture(self.experiment, searched)
             if self.experiment.train.weights == "supernet" and arch != Architecture.load(searched):
                 raise ConfigError("train.weights = 'supernet' fits the searched architecture alone: set train.weights = 'scratch'.")
-            if self.experiment.train.weights == "supernet" and load_network(inherited).arch.blocks != arch.blocks:
+            if self.experiment.train.weights == "supernet" and load_network(inherited).arch.identity != arch.identity:
                 raise ConfigError(
                     "train.weights = 'supernet' needs a super-net of full size, and this one was a proxy: set train.weights = 'scratch'."
                 )

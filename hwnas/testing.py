@@ -148,6 +148,9 @@ class KnownWeights:
         """There is nothing to teach."""
         self.problem.space.check(picks)
 
+    def grow(self, number: int) -> None:
+        """Weights that are known do not begin anew."""
+
     def _check(self, gates: Gates) -> None:
         gains = self.problem.gains
         assert gates.keys() == gains.keys(), f"gates for {sorted(gates)}, but the choices are {sorted(gains)}"
@@ -211,7 +214,7 @@ class StrategyConformance(ABC):
                     problem.space.check(picks)
                     latency = problem.cost.latency_ms(picks)
                     assert abs(latency / target_ms - 1) <= ctx.tolerance, f"{latency} ms is not within 2 % of {target_ms} ms"
-                names = {problem.space.decode(picks).blocks for picks in proposals}
+                names = {problem.space.decode(picks).identity for picks in proposals}
                 assert len(names) == len(proposals), "a proposal came twice"
 
     def test_metrics_are_finite_numbers(self) -> None:

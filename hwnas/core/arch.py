@@ -1,4 +1,7 @@
-"""Architectures: one concrete network, as the list of its blocks, with a detector on them or without."""
+"""Architectures: one concrete network, as the list of its blocks, with a detector on them or without.
+
+A network of cells is no chain: its ``graph`` says which block reads what.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hwnas.core.detector import Detector
+from hwnas.core.graph import StepKey, shapes
 from hwnas.core.op import Op, OpKey
 from hwnas.document import Document
 
@@ -31,6 +35,8 @@ class Origin(BaseModel):
 class Architecture(Document):
     """A network as a chain of ops, input to output (the phenotype), and the detector on it, if it is not a classifier.
 
+    Where there is a ``graph``, it takes the chain's place, and ``blocks`` are its ops in the order they run.
+
     Everything downstream needs only this: building, counting, pricing, exporting. ``bn_eps`` is part of it because it
     is part of the function the weights compute.
     """
@@ -41,14 +47,19 @@ class Architecture(Document):
     in_channels: int = 3
     bn_eps: float = Field(default=1e-3, gt=0)
     blocks: tuple[OpKey, ...] = Field(min_length=1)
+    graph: tuple[StepKey, ...] = ()
     detector: Detector | None = None
     origin: Origin | None = None
 
     @model_validator(mode="after")
     def _chain(self) -> Self:
         channels, size = self.in_channels, self.blocks[0].size
+        if self.graph:
+            shapes(self.graph, self.blocks, (channels, size))
+            if self.detector is not None:
+                raise ValueError("a network with a graph carries no detector")
         for position, op in enumerate(self.blocks):
-            if (op.in_ch, op.size) != (channels, size):
+            if not self.graph and (op.in_ch, op.size) != (channels, size):
                 raise ValueError(f"block {position} ({op.key}) takes {op.in_ch} channels at {op.size} px, but gets {channels} at {size} px")
             if op.kind in _ENDS and op is not self.blocks[-1]:
                 raise ValueError(f"block {position} ({op.key}) is {_ENDS[op.kind]}, but not the last block")
@@ -59,12 +70,17 @@ class Architecture(Document):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``detector`` where there is none, so that documents from before it keep their hash."""
-        return {name: value for name, value in handler(self).items() if name != "detector" or value}
+        """Without ``detector`` and ``graph`` where there are none, so that documents from before them keep their hash."""
+        return {name: value for name, value in handler(self).items() if name not in ("detector", "graph") or value}
 
     def ops(self) -> tuple[Op, ...]:
         """The measurable units of the network: blocks, then extras and heads of the detector. Its latency is the sum over them."""
         return self.blocks if self.detector is None else (*self.blocks, *self.detector.extras, *self.detector.heads)
+
+    @property
+    def identity(self) -> str:
+        """Equal for architectures with the same blocks, which read the same."""
+        return "|".join([*(op.key for op in self.blocks), *(step.key for step in self.graph)])
 
     @property
     def resolution(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from hwnas.core.cost import missing_ops
+from hwnas.core.nasbench101 import NASBench101Space
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.table import LatencyTable
 
@@ -26,9 +27,12 @@ def describe_space(space: SearchSpace, table: LatencyTable | None = None) -> str
         pixels = " or ".join(f"{space.in_channels} x {size} x {size}" for size in space.resolutions or (space.resolution,))
         lines.append(f"input        {pixels}, {space.classes} classes, {space.act}")
         lines.append(f"decisions    {space.decisions:.3g} raw combinations (kernel, expansion, skip, width, depth, resolution apart)")
+    else:
+        lines.append(f"input        {space.in_channels} x {space.resolution} x {space.resolution}, {space.classes} classes")
     lines.append(f"choices      {len(space.choices)}, {space.size:.3g} architectures")
-    lines.append(f"plan         {len(space.ops)} ops to measure:")
-    lines += [f"  {op.key}" for op in space.ops]
+    if not isinstance(space, NASBench101Space):
+        lines.append(f"plan         {len(space.ops)} ops to measure:")
+        lines += [f"  {op.key}" for op in space.ops]
     lines.append(f"sample       {arch.name}: {arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters")
     lines += [f"  {op.key}" for op in arch.ops()]
     if table is not None:

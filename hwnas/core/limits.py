@@ -32,7 +32,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.cost import CostModel
 from hwnas.core.op import Op
 from hwnas.core.priced import PricedSpace
-from hwnas.core.space import Option, SearchSpace
+from hwnas.core.space import MacroSpace, Option, SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.errors import TargetError
 
@@ -198,7 +198,11 @@ class ActivationLimit(_Limit):
     dtype: Dtype = "fp32"
 
     def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
-        """The maximum over ops."""
+        """The maximum over ops. Raises TargetError of cells, in which several ops' maps are alive at once."""
+        if not isinstance(space, MacroSpace):
+            raise TargetError(
+                f"a limit of activation_bytes counts blocks in a row, and space {space.name} is one of cells: limit something else."
+            )
         return self._of_ops(space, f"activation_bytes in {self.dtype}", partial(activation_bytes, dtype=self.dtype), "max")
 
 

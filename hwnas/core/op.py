@@ -6,8 +6,9 @@ An op is written as a key, for instance::
 
 kind, then fields by their letters: ``h`` input height = width, ``i``/``o`` input/output channels, ``m`` channels of the
 expanded (middle) part, ``k`` kernel, ``s`` stride, ``g`` groups, ``q`` hidden channels of squeeze-and-excitation, ``a`` anchors
-of each cell, ``hsig`` where SE's gate is a hard sigmoid, the activation, and ``id`` where the input is added to the output. Fields
-at their defaults are left out, so a field added later leaves old keys as they are. ``Op.parse(op.key) == op``.
+of each cell, ``hsig`` where SE's gate is a hard sigmoid, ``bn`` where BN follows pooling, the activation, and ``id`` where the input is
+added to the output. Fields at their defaults are left out, so a field added later leaves old keys as they are.
+``Op.parse(op.key) == op``.
 
 Kinds:
 
@@ -17,6 +18,14 @@ Kinds:
 - ``head``: global average pooling, 1 x 1 convolution with bias and no BN, activation (MobileNetV3's last layer but one)
 - ``classifier``: global average pooling and a fully connected layer with bias
 - ``extra``: 1 x 1, BN, act; depthwise k x k, BN, act; 1 x 1, BN, act (SSDLite's layer that makes the next feature map)
+- ``preconv``: act, k x k convolution, BN (an edge of a cell)
+- ``sepconv``: act, depthwise k x k, 1 x 1, BN; and again with stride 1 (DARTS's separable convolution)
+- ``dilconv``: act, depthwise k x k with dilation 2, 1 x 1, BN
+- ``avgpool``, ``maxpool``: k x k pooling that does not count its padding (none where k is even: then it is the stride); with ``bn``,
+  a BN without scale and shift behind it
+- ``facreduce``: act, two 1 x 1 convolutions of stride 2 to half the channels each, the second one pixel further, BN (DARTS)
+- ``resreduce``: act, k x k with a stride, BN; act, k x k, BN; added to 2 x 2 average pooling and 1 x 1 (NAS-Bench-201's reduction)
+- ``norm``: BN, act
 - ``ssd``: what SSDLite predicts from one feature map, two branches of depthwise k x k, BN, act; 1 x 1 convolution with bias: class
   logits, o = a * (classes + 1 for the background) channels, and box codes, 4 a channels
 
@@ -35,7 +44,10 @@ from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
 from hwnas.errors import SpaceError
 
-KINDS = ("conv", "dsconv", "mbconv", "head", "classifier", "extra", "ssd")
+POOLS = ("avgpool", "maxpool")
+CELL_KINDS = ("preconv", "sepconv", "dilconv", *POOLS, "facreduce", "resreduce", "norm")
+"""Ops of networks of cells, which have no groups and no residual."""
+KINDS = ("conv", "dsconv", "mbconv", "head", "classifier", "extra", "ssd", *CELL_KINDS)
 ACTIVATIONS = ("none", "relu", "relu6", "hswish")
 SE_GATES = ("sigmoid", "hsig")
 """Gates of squeeze-and-excitation: TuNAS's, and MobileNetV3's relu6(x + 3) / 6."""
@@ -52,15 +64,19 @@ _LETTERS = {
 }
 
 
+_FLAGS = {"id": "residual", "bn": "norm"}
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One convolution or fully connected layer inside an op, the unit of counting and of building.
+    """One convolution, fully connected layer, local pooling or BN inside an op, the unit of counting and of building.
 
-    ``kind`` is ``conv`` or ``linear``; ``size`` is the input height = width; padding is ``kernel // 2`` on each side.
+    ``size`` is the input height = width; padding is ``dilation * (kernel // 2)`` on each side. What has no ``norm`` has a bias, but
+    for pooling and what is ``bare``. ``pre`` is an activation before the layer, ``act`` one behind it.
     """
 
     name: str
-    kind: Literal["conv", "linear"]
+    kind: Literal["conv", "linear", "avgpool", "maxpool", "norm"]
     in_ch: int
     out_ch: int
     size: int = 1
@@ -69,6 +85,9 @@ class Layer:
     groups: int = 1
     norm: bool = True
     act: str = "none"
+    pre: str = "none"
+    dilation: int = 1
+    bare: bool = False
 
     @property
     def out_size(self) -> int:
@@ -77,13 +96,18 @@ class Layer:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulate operations for one image."""
+        """Multiply-accumulate operations for one image; pooling and BN have none."""
+        if self.kind not in ("conv", "linear"):
+            return 0
         return self.out_size**2 * self.kernel**2 * (self.in_ch // self.groups) * self.out_ch
 
     @property
     def params(self) -> int:
-        """Weights, plus BN scale and shift, or a bias where there is no BN."""
-        return self.kernel**2 * (self.in_ch // self.groups) * self.out_ch + (2 if self.norm else 1) * self.out_ch
+        """Weights, plus BN scale and shift, or a bias where there is no BN. The BN behind pooling has neither."""
+        if self.kind in POOLS:
+            return 0
+        weights = 0 if self.kind == "norm" else self.kernel**2 * (self.in_ch // self.groups) * self.out_ch
+        return weights + (0 if self.bare else 2 if self.norm else 1) * self.out_ch
 
 
 def out_size(size: int, stride: int) -> int:
@@ -108,6 +132,7 @@ class Op:
     residual: bool = False
     se_gate: str = "sigmoid"
     anchors: int = 0
+    norm: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -121,8 +146,8 @@ class Op:
             or min(self.mid_ch, self.se_ch, self.anchors) < 0
         ):
             raise SpaceError(f"op {self.key} has a size, width, kernel, stride or group count below 1.")
-        if self.kernel % 2 == 0:
-            raise SpaceError(f"op {self.key}: kernels are odd here, padded by kernel // 2.")
+        if self.kernel % 2 == 0 and not (self.kind in POOLS and self.kernel == self.stride):
+            raise SpaceError(f"op {self.key}: kernels are odd here, padded by kernel // 2; those of pooling may be as large as its stride.")
         if (self.kind in ("mbconv", "extra")) != (self.mid_ch > 0):
             raise SpaceError(f"op {self.key}: expanded channels (m) belong to mbconv and extra, and to them alone.")
         if self.se_ch and self.kind not in ("dsconv", "mbconv"):
@@ -139,6 +164,10 @@ class Op:
             raise SpaceError(
                 f"op {self.key}: output channels are anchors (a) x (classes + 1), a multiple of {self.anchors} from {2 * self.anchors} on."
             )
+        if self.kind in CELL_KINDS:
+            self._check_of_cell()
+        elif self.norm:
+            raise SpaceError(f"op {self.key}: bn belongs to {' and '.join(POOLS)}.")
         if self.kind == "classifier" and self.act != "none":
             raise SpaceError(f"op {self.key}: a classifier has no activation.")
         if any(layer.in_ch % layer.groups or layer.out_ch % layer.groups for layer in self.layers):
@@ -146,12 +175,30 @@ class Op:
         if self.residual and (self.in_ch != self.out_ch or self.stride != 1):
             raise SpaceError(f"op {self.key}: a residual needs equal input and output shapes.")
 
+    def _check_of_cell(self) -> None:
+        """Raise SpaceError where the shape of an op of a cell makes no sense."""
+        if (self.groups, self.residual) != (1, False):
+            raise SpaceError(f"op {self.key}: an op of a cell has no groups and no residual.")
+        if self.norm and self.kind not in POOLS:
+            raise SpaceError(f"op {self.key}: bn belongs to {' and '.join(POOLS)}.")
+        if self.kind in (*POOLS, "norm") and self.in_ch != self.out_ch:
+            raise SpaceError(f"op {self.key}: a {self.kind} does not change the width.")
+        if self.kind in POOLS and self.act != "none":
+            raise SpaceError(f"op {self.key}: pooling has no activation.")
+        if self.kind in ("facreduce", "resreduce") and (self.stride != 2 or self.size % 2):
+            raise SpaceError(f"op {self.key}: a {self.kind} halves an even size, so it has stride 2.")
+        if self.kind == "facreduce" and (self.kernel > 1 or self.out_ch % 2):
+            raise SpaceError(f"op {self.key}: a facreduce has 1 x 1 kernels and an even number of output channels.")
+        if self.kind == "norm" and (self.kernel, self.stride) != (1, 1):
+            raise SpaceError(f"op {self.key}: a norm has no kernel and no stride.")
+
     @cached_property
     def key(self) -> str:
         """The op's name in tables and files: ``[a-z0-9-]+``."""
         parts = [self.kind]
         parts += [f"{letter}{getattr(self, name)}" for letter, name in _LETTERS.items() if getattr(self, name) != _DEFAULTS.get(name)]
         parts += [self.se_gate] if self.se_gate != "sigmoid" else []
+        parts += ["bn"] if self.norm else []
         parts += [self.act] if self.act != "none" else []
         parts += ["id"] if self.residual else []
         return "-".join(parts)
@@ -167,8 +214,8 @@ class Op:
                 values["act"] = part
             elif part in SE_GATES:
                 values["se_gate"] = part
-            elif part == "id":
-                values["residual"] = True
+            elif part in _FLAGS:
+                values[_FLAGS[part]] = True
             elif match and match[1] in _LETTERS:
                 values[_LETTERS[match[1]]] = int(match[2])
             else:
@@ -207,6 +254,8 @@ class Op:
             return (Layer("conv", "conv", self.in_ch, self.out_ch, norm=False, act=self.act),)
         if self.kind == "ssd":
             return (*self._branch("classes", self.out_ch), *self._branch("boxes", 4 * self.anchors))
+        if self.kind in CELL_KINDS:
+            return self._cell_layers()
         mid = self.mid_ch or self.in_ch
         inner = out_size(self.size, self.stride)
         layers = [Layer("depthwise", "conv", mid, mid, self.size, self.kernel, self.stride, mid, act=self.act)]
@@ -218,6 +267,42 @@ class Op:
         act = self.act if self.kind == "extra" else "none"
         layers.append(Layer("project", "conv", mid, self.out_ch, inner, groups=self.groups, act=act))
         return tuple(layers)
+
+    def _cell_layers(self) -> tuple[Layer, ...]:
+        inner, half = out_size(self.size, self.stride), self.out_ch // 2
+        if self.kind == "preconv":
+            return (Layer("conv", "conv", self.in_ch, self.out_ch, self.size, self.kernel, self.stride, pre=self.act),)
+        if self.kind == "sepconv":
+            return (
+                self._separable("depthwise", self.size, self.stride),
+                Layer("pointwise", "conv", self.in_ch, self.in_ch, inner),
+                self._separable("depthwise2", inner),
+                Layer("pointwise2", "conv", self.in_ch, self.out_ch, inner),
+            )
+        if self.kind == "dilconv":
+            return (
+                self._separable("depthwise", self.size, self.stride, dilation=2),
+                Layer("pointwise", "conv", self.in_ch, self.out_ch, inner),
+            )
+        if self.kind == "facreduce":
+            halves = (("even", half), ("odd", self.out_ch - half))
+            convs = (Layer(name, "conv", self.in_ch, out, self.size, stride=2, norm=False, bare=True) for name, out in halves)
+            return (*convs, Layer("norm", "norm", self.out_ch, self.out_ch, inner))
+        if self.kind == "resreduce":
+            return (
+                Layer("first", "conv", self.in_ch, self.out_ch, self.size, self.kernel, self.stride, pre=self.act),
+                Layer("second", "conv", self.out_ch, self.out_ch, inner, self.kernel, pre=self.act),
+                Layer("shortcut", "conv", self.in_ch, self.out_ch, inner, norm=False, bare=True),
+            )
+        if self.kind == "norm":
+            return (Layer("norm", "norm", self.in_ch, self.out_ch, self.size, act=self.act),)
+        pool: Any = self.kind
+        return (Layer("pool", pool, self.in_ch, self.out_ch, self.size, self.kernel, self.stride, norm=self.norm),)
+
+    def _separable(self, name: str, size: int, stride: int = 1, dilation: int = 1) -> Layer:
+        """A depthwise convolution with neither BN nor bias, for a 1 x 1 convolution follows."""
+        shape: dict[str, Any] = {"kernel": self.kernel, "stride": stride, "groups": self.in_ch, "dilation": dilation}
+        return Layer(name, "conv", self.in_ch, self.in_ch, size, **shape, norm=False, bare=True, pre=self.act)
 
     def _branch(self, name: str, columns: int) -> tuple[Layer, Layer]:
         depthwise = Layer(f"{name}.depthwise", "conv", self.in_ch, self.in_ch, self.size, self.kernel, groups=self.in_ch, act=self.act)

@@ -7,12 +7,14 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.op import Op
+from hwnas.core.ssdlite import DetectorSpec
 from hwnas.document import Document, nearest
 from hwnas.errors import SpaceError
 
@@ -25,13 +27,13 @@ RESOLUTION = "resolution"
 class Choice:
     """One decision of a search.
 
-    ``kind`` is ``"op"`` for a slot's block, ``"width"`` for a stage's channels, ``"depth"`` for a stage's number of slots and
-    ``"resolution"`` for the height = width of the image.
+    ``kind`` is ``"op"`` for a slot's block, ``"width"`` for a stage's channels, ``"depth"`` for a stage's number of slots,
+    ``"resolution"`` for the height = width of the image and ``"inputs"`` for the edges that a node of a cell keeps.
     """
 
     key: str
     options: tuple[Option, ...]
-    kind: Literal["op", "width", "depth", "resolution"]
+    kind: Literal["op", "width", "depth", "resolution", "inputs"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,19 @@ class SearchSpace(Document):
     """What every kind of space can do. ``kind`` tells the kinds apart in a file."""
 
     SCHEMA: ClassVar[str] = "hwnas.space"
+    LATER: ClassVar[tuple[str, ...]] = ("detector",)
 
     name: str
+    resolution: int = Field(gt=0)
+    in_channels: int = 3
+    classes: int = Field(gt=0)
+    bn_eps: float = Field(default=1e-3, gt=0)
+    detector: DetectorSpec | None = None
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the ``LATER`` fields where they are empty, so that documents from before them keep their hash."""
+        return {name: value for name, value in handler(self).items() if name not in self.LATER or value}
 
     @cached_property
     @abstractmethod
@@ -77,6 +90,10 @@ class SearchSpace(Document):
     @abstractmethod
     def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
         """A new space with only the ``allowed`` options at the named choices."""
+
+    def read(self, text: str) -> Picks:
+        """The picks that ``text`` stands for in the space's own notation. Raises SpaceError where it has none, or the text is wrong."""
+        raise SpaceError(f"{text!r} is no architecture: give the positions of its options, or its picks as a JSON object.")
 
     @property
     def ops(self) -> tuple[Op, ...]:

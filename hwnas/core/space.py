@@ -5,7 +5,7 @@ A space offers *choices* (``"s2.b1"``: which block; ``"s2.width"``: how many cha
 ``encode`` does the reverse. ``terms`` is the one walk from which the profiling plan, coverage, prices and gradients of prices all
 come.
 
-``MacroSpace`` is a chain of stages, each a chain of slots. Cell spaces will be a second subclass of ``SearchSpace``.
+``MacroSpace`` is a chain of stages, each a chain of slots; ``hwnas.core.cells`` holds the spaces of cells.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from hwnas.core.arch import Architecture, Origin, Picks
 from hwnas.core.detector import Scores
@@ -43,15 +43,12 @@ class MacroSpace(SearchSpace):
         True
     """
 
+    LATER = ("resolutions", "detector")
+
     kind: Literal["macro"] = "macro"
-    resolution: int = Field(gt=0)
     resolutions: tuple[int, ...] = ()
-    in_channels: int = 3
-    classes: int = Field(gt=0)
     act: str = "relu"
-    bn_eps: float = Field(default=1e-3, gt=0)
     stages: tuple[Stage, ...] = Field(min_length=1)
-    detector: DetectorSpec | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -88,11 +85,6 @@ class MacroSpace(SearchSpace):
         """The last stage at each resolution, fine to coarse."""
         last = {slot.out_sizes[0]: slot.stage for slot in self.slots if not slot.pooled}
         return tuple(last.values())
-
-    @model_serializer(mode="wrap")
-    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``resolutions`` and ``detector`` where there are none, so that documents from before them keep their hash."""
-        return {name: value for name, value in handler(self).items() if name not in ("resolutions", "detector") or value}
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from hwnas.core.cell_families import CellShape, darts, darts_imagenet, nasbench101, nasbench201
+from hwnas.core.cells import CellSpace
 from hwnas.core.families import (
     Shape,
     fairnas,
@@ -21,21 +24,29 @@ from hwnas.core.families import (
     proxylessnas_enlarged,
     proxylessnas_original,
 )
+from hwnas.core.nasbench101 import NASBench101Space
 from hwnas.core.published import picks_of_codes, published
 from hwnas.core.space import MacroSpace, SearchSpace
-from hwnas.document import explain, nearest
+from hwnas.document import explain, nearest, read_bytes
 from hwnas.errors import SpaceError
 
 __all__ = [
+    "CELL_SPACES",
+    "MACRO_SPACES",
     "SPACES",
+    "darts",
+    "darts_imagenet",
     "fairnas",
     "fbnet",
     "fbnet_no_expand",
     "load_space",
     "mobile32",
     "mobilenet_v3_like",
+    "nasbench101",
+    "nasbench201",
     "nasbench_macro",
     "ofa_mobilenet_v3",
+    "parse_space",
     "picks_of_codes",
     "proxylessnas",
     "proxylessnas_enlarged",
@@ -55,7 +66,11 @@ _BUILDERS: tuple[Callable[..., MacroSpace], ...] = (
     nasbench_macro,
     mobile32,
 )
-SPACES: dict[str, Callable[..., MacroSpace]] = {build.__name__: build for build in _BUILDERS}
+_CELL_BUILDERS: tuple[Callable[..., CellSpace], ...] = (nasbench201, darts, darts_imagenet)
+MACRO_SPACES: dict[str, Callable[..., MacroSpace]] = {build.__name__: build for build in _BUILDERS}
+CELL_SPACES: dict[str, Callable[..., CellSpace]] = {build.__name__: build for build in _CELL_BUILDERS}
+SPACES: dict[str, Callable[..., SearchSpace]] = {**MACRO_SPACES, **CELL_SPACES, "nasbench101": nasbench101}
+_KINDS: dict[str, type[SearchSpace]] = {"macro": MacroSpace, "cell": CellSpace, "nasbench101": NASBench101Space}
 
 
 def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
@@ -66,19 +81,28 @@ def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
         True
     """
     if name_or_path in SPACES:
-        unknown = sorted(overrides.keys() - Shape.__annotations__.keys())
+        known = CellShape.__annotations__ if name_or_path not in MACRO_SPACES else Shape.__annotations__
+        unknown = sorted(overrides.keys() - known.keys())
         if unknown:
-            raise SpaceError(
-                f"space {name_or_path!r} takes no such override as {unknown[0]!r}; {nearest(unknown[0], Shape.__annotations__)}"
-            )
+            raise SpaceError(f"space {name_or_path!r} takes no such override as {unknown[0]!r}; {nearest(unknown[0], known)}")
         try:
             return SPACES[name_or_path](**overrides)
         except ValidationError as error:
-            raise SpaceError(f"space {name_or_path!r}: {explain(error, MacroSpace)}") from error
+            raise SpaceError(f"space {name_or_path!r}: {explain(error, SearchSpace)}") from error
     if Path(name_or_path).suffix == ".json":
         if overrides:
             raise SpaceError(
                 f"a space from a file ({name_or_path}) takes no overrides: edit the document, or remove {', '.join(overrides)}."
             )
-        return MacroSpace.load(name_or_path)
+        return parse_space(read_bytes(name_or_path), name_or_path)
     raise SpaceError(f"unknown space {name_or_path!r}; {nearest(name_or_path, SPACES)} A path must end in .json.")
+
+
+def parse_space(text: str | bytes, source: str = "document") -> SearchSpace:
+    """The space of a document, of whatever kind it is. Raises DocumentError naming ``source`` where it is none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None  # the parser of macro spaces says what is wrong
+    kind = str(content.get("kind", "macro")) if isinstance(content, dict) else "macro"
+    return _KINDS.get(kind, MacroSpace).parse(text, source)

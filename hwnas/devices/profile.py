@@ -62,7 +62,7 @@ class Plan:
         """What the file of an item is made of."""
         number = name.removeprefix("net-")
         arch = (*self.fit, *self.test)[int(number)] if number != name else None
-        return arch if arch is not None and arch.detector is not None else self.items[name]
+        return arch if arch is not None and (arch.detector is not None or arch.graph) else self.items[name]
 
 
 def make_plan(space: SearchSpace, config: ProfileConfig, seed: int) -> Plan:

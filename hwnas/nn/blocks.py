@@ -14,21 +14,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hwnas.core.op import Layer, Op
+from hwnas.core.op import POOLS, Layer, Op
 
 
-def activation(name: str) -> nn.Module:
+def activation(name: str, inplace: bool = True) -> nn.Module:
     """The activation module of an op's ``act``."""
     modules: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hswish": nn.Hardswish, "none": nn.Identity}
-    return modules[name](**({} if name == "none" else {"inplace": True}))
+    return modules[name](**({} if name == "none" else {"inplace": inplace}))
 
 
 def conv_layer(layer: Layer, bn_eps: float) -> nn.Sequential:
-    """Convolution, BN (or a bias), activation."""
-    conv = nn.Conv2d(layer.in_ch, layer.out_ch, layer.kernel, layer.stride, layer.kernel // 2, groups=layer.groups, bias=not layer.norm)
-    parts: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
+    """Activation where one comes first; convolution or pooling; BN (or a bias); activation."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    if layer.pre != "none":
+        parts["pre"] = activation(layer.pre, inplace=False)  # others read the same map
+    if layer.kind == "conv":
+        parts["conv"] = nn.Conv2d(
+            layer.in_ch,
+            layer.out_ch,
+            layer.kernel,
+            layer.stride,
+            layer.dilation * (layer.kernel // 2),
+            layer.dilation,
+            layer.groups,
+            bias=not (layer.norm or layer.bare),
+        )
+    elif layer.kind == "avgpool":
+        parts["pool"] = nn.AvgPool2d(layer.kernel, layer.stride, layer.kernel % 2 * (layer.kernel // 2), count_include_pad=False)
+    elif layer.kind == "maxpool":
+        parts["pool"] = nn.MaxPool2d(layer.kernel, layer.stride, layer.kernel % 2 * (layer.kernel // 2))
     if layer.norm:
-        parts["norm"] = nn.BatchNorm2d(layer.out_ch, eps=bn_eps)
+        parts["norm"] = nn.BatchNorm2d(layer.out_ch, eps=bn_eps, affine=layer.kind not in POOLS)
     if layer.act != "none":
         parts["act"] = activation(layer.act)
     return nn.Sequential(parts)
@@ -102,6 +118,36 @@ class Block(nn.Module):
         return x_NCHW + y_NCHW if self.residual else y_NCHW
 
 
+class FactorizedReduce(nn.Module):
+    """DARTS's reduction: every other pixel goes to the first half of the channels, the pixels beside them to the second; BN."""
+
+    def __init__(self, op: Op, bn_eps: float = 1e-3) -> None:
+        super().__init__()
+        self.act = activation(op.act, inplace=False)
+        self.layers = nn.ModuleDict({layer.name: conv_layer(layer, bn_eps) for layer in op.layers})
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, in_ch, size, size] -> [N, out_ch, size / 2, size / 2]."""
+        x_NCHW = self.act(x_NCHW)
+        halves = [self.layers["even"](x_NCHW), self.layers["odd"](x_NCHW[:, :, 1:, 1:])]
+        y_NCHW: Tensor = self.layers["norm"](torch.cat(halves, dim=1))
+        return y_NCHW
+
+
+class ResidualReduce(nn.Module):
+    """NAS-Bench-201's reduction: two convolutions, added to pooling and a 1 x 1 convolution."""
+
+    def __init__(self, op: Op, bn_eps: float = 1e-3) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2)
+        self.layers = nn.ModuleDict({layer.name: conv_layer(layer, bn_eps) for layer in op.layers})
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, in_ch, size, size] -> [N, out_ch, size / 2, size / 2]."""
+        y_NCHW: Tensor = self.layers["second"](self.layers["first"](x_NCHW)) + self.layers["shortcut"](self.pool(x_NCHW))
+        return y_NCHW
+
+
 class Classifier(nn.Module):
     """Global average pooling, dropout, fully connected layer."""
 
@@ -135,7 +181,8 @@ def build(op: Op, *, bn_eps: float = 1e-3, dropout: float = 0.0) -> nn.Module:
     """The module of an op, uninitialised beyond torch's defaults; see ``initialise``."""
     if op.kind == "classifier":
         return Classifier(op, dropout)
-    return Predictors(op, bn_eps) if op.kind == "ssd" else Block(op, bn_eps)
+    special = {"ssd": Predictors, "facreduce": FactorizedReduce, "resreduce": ResidualReduce}
+    return special.get(op.kind, Block)(op, bn_eps)
 
 
 @torch.no_grad()

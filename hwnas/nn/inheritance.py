@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hwnas.core.stage import Slot
 from hwnas.errors import ConfigError
+from hwnas.nn.cells import CellSupernet
 from hwnas.nn.elastic import ElasticConv
-from hwnas.nn.supernet import IMAGE, Producer, Supernet, read_supernet
+from hwnas.nn.supernet import IMAGE, Producer, SharedNetwork, Supernet, read_supernet
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ def inherit(supernet: Supernet, path: Path) -> Inherited:
     Sizes of images may differ. Raises CheckpointError where the file is corrupt, ConfigError where no slot is the same.
     """
     source = read_supernet(path)
+    if not isinstance(source, Supernet):
+        raise ConfigError(f"the super-net {path} is one of cells, which no detector has: name one of {supernet.space.name}'s blocks.")
     there = {_sizeless(slot): module for slot, module in zip(source.proxy.slots, source.slots, strict=True)}
     taken, left = [], []
     for slot, module in zip(supernet.proxy.slots, supernet.slots, strict=True):
@@ -64,12 +67,22 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def carry(source: Supernet, target: Supernet) -> None:
+def carry(source: SharedNetwork, target: SharedNetwork) -> None:
     """Give the super-net of a shrunk space the weights of the one it was shrunk from: every network left is what it was.
 
     Where ``target`` shares less (``operation_on``), each of its copies begins as the weights that were shared until then. Exact unless
     narrower layers are averages of wider ones (``channels = "interpolation"``) and the widest option has gone.
     """
+    if isinstance(target, CellSupernet):
+        there = source.state_dict()
+        target.load_state_dict({name: there[name] for name in target.state_dict()})
+    else:
+        assert isinstance(source, Supernet) and isinstance(target, Supernet)
+        _carry_slots(source, target)
+
+
+def _carry_slots(source: Supernet, target: Supernet) -> None:
+    """``carry`` for blocks in a row."""
     training = source.training
     source.eval()  # random channels are for training: here the first ones
     there = {slot.key: position for position, slot in enumerate(source.proxy.slots)}

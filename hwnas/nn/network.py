@@ -1,8 +1,9 @@
-"""Stand-alone networks: the blocks of an architecture one after another. Checkpoint files, of classifiers and of detectors."""
+"""Stand-alone networks: the blocks of an architecture one after another, or as its graph says. Checkpoint files of all kinds."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture
+from hwnas.core.graph import Step
 from hwnas.document import read_bytes, write_atomic
 from hwnas.errors import CheckpointError, DocumentError
 from hwnas.nn.blocks import build, initialise
@@ -41,8 +43,38 @@ class Network(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Images [N, channels, size, size] -> logits [N, classes]."""
-        logits: Tensor = self.blocks(x_NCHW)
+        logits: Tensor = run_graph(self.arch.graph, self.blocks, x_NCHW) if self.arch.graph else self.blocks(x_NCHW)
         return logits
+
+
+def run_graph(graph: Sequence[Step], blocks: Iterable[nn.Module], x_NCHW: Tensor) -> Tensor:
+    """The last point of a graph (``hwnas.core.graph``); each point is let go after its last use."""
+    last = {point: position for position, step in enumerate(graph) for point in step.of}
+    points: dict[int, Tensor] = {0: x_NCHW}
+    each = iter(blocks)
+    for position, step in enumerate(graph):
+        points[position + 1] = _made(step, [points[point] for point in step.of], each, x_NCHW)
+        for point in set(step.of):
+            if last[point] == position:
+                del points[point]
+    return points[len(graph)]
+
+
+def _made(step: Step, read: list[Tensor], blocks: Iterator[nn.Module], x_NCHW: Tensor) -> Tensor:
+    if step.kind == "op":
+        made: Tensor = next(blocks)(read[0])
+        return made
+    if step.kind == "concat":
+        return torch.cat(read, dim=1)
+    if step.kind == "cut":
+        return read[0][:, : step.channels]
+    if step.kind == "zero":
+        zeros = x_NCHW.new_zeros(x_NCHW.shape[0], step.channels, step.size, step.size)
+        return zeros.contiguous(memory_format=torch.channels_last)
+    total = read[0]
+    for term in read[1:]:
+        total = total + term
+    return total
 
 
 AnyNetwork = Network | DetectionNetwork

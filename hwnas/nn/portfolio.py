@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture, Picks
-from hwnas.core.space import MacroSpace, Option
+from hwnas.core.space import Option, SearchSpace
 from hwnas.nn.detector import DetectionNetwork, Outputs
 from hwnas.nn.network import AnyNetwork, network_of
 from hwnas.nn.supernet import Gates, Probes, resized
@@ -22,7 +22,7 @@ class Portfolio(nn.Module):
     Networks that a step does not run get no gradient, so training them in turns is training each of them alone.
     """
 
-    def __init__(self, space: MacroSpace, members: Sequence[Picks], generator: torch.Generator) -> None:
+    def __init__(self, space: SearchSpace, members: Sequence[Picks], generator: torch.Generator) -> None:
         super().__init__()
         self.space = space
         self.members = [tuple(int(i) for i in space.index(picks)) for picks in members]

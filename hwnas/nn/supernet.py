@@ -15,9 +15,9 @@ runs at a time: images of different sizes have no weighted sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,40 +25,42 @@ from torch import Tensor, nn
 
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.cells import CellSpace
 from hwnas.core.op import Op
 from hwnas.core.option import SKIP
-from hwnas.core.space import MacroSpace, Option, Slot
+from hwnas.core.space import MacroSpace, Option, SearchSpace, Slot
+from hwnas.core.spaces import parse_space
 from hwnas.errors import CheckpointError, ConfigError
 from hwnas.nn.blocks import initialise
+from hwnas.nn.cells import CellSupernet
 from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
 from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of, save_tensors_atomically
+from hwnas.nn.shared import Gates, Probes, SharedNetwork, resized
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
-Gates = Mapping[str, Any]
-"""Choice key -> weight vector [options], numpy or torch. Options at zero are not executed."""
-
-Probes = Mapping[str, Sequence[int]]
-"""Choice key -> options at weight zero whose gradient is wanted all the same."""
+__all__ = ["Gates", "Probes", "SharedNetwork", "Supernet", "load_supernet", "make_supernet", "read_supernet", "resized", "save_supernet"]
 
 Producer = tuple[int, str]
 """Where an input comes from: the slot's position, and, with ``operation_on = "op"``, its option (else nothing)."""
+
+PathStep = tuple[int, str, Op, int]
+"""A slot that runs: its position, the option and the op there, and which of its sources its input comes from."""
 
 IMAGE: Producer = (-1, "")
 """The producer of the first slot's input."""
 
 
-class Supernet(nn.Module):
+class Supernet(SharedNetwork):
     """All architectures of a macro space in one module.
-
-    ``fraction`` is how much of the training is over; path dropout grows with it. ``tracking`` lets passes in training mode update
-    the running statistics of BN, where it keeps any (``bn_track``).
 
     Example:
         >>> supernet = Supernet(space, torch.Generator().manual_seed(0))      # doctest: +SKIP
         >>> logits = supernet(images, one_hot(picks, space))            # doctest: +SKIP
     """
+
+    space: MacroSpace
 
     def __init__(self, space: MacroSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> None:
         super().__init__()
@@ -99,7 +101,7 @@ class Supernet(nn.Module):
         See the module for mixtures.
         """
         probes, maps = probes or {}, []
-        x_NCHW = resized(x_NCHW, self._proxy_resolution() or _resolution(self.space, gates))
+        x_NCHW = resized(x_NCHW, self.proxy_resolution() or _resolution(self.space, gates))
         width, producer = Width(self.proxy.in_channels, self.proxy.in_channels), IMAGE
         for position, (module, slot) in enumerate(zip(self.slots, self.proxy.slots, strict=True)):
             out = _width(slot, gates, probes, x_NCHW) if slot.first else width
@@ -121,10 +123,6 @@ class Supernet(nn.Module):
             return outputs
         pooled_NC = self.dropout(F.adaptive_avg_pool2d(x_NCHW, 1).flatten(1))
         return F.linear(pooled_NC, self.classifier.weight[:, : pooled_NC.shape[1]], self.classifier.bias)
-
-    def _proxy_resolution(self) -> int | None:
-        """The height = width of the images that the training is on at present, where it is not the network's."""
-        return self.config.proxy_resolution if self.training and self.fraction < 1 - self.config.full_resolution else None
 
     def _left_out(self, slot: Slot) -> bool:
         """Whether the proxy depth cuts a slot off."""
@@ -176,12 +174,26 @@ class Supernet(nn.Module):
         self.train(training)
         return network
 
+    def angle_parts(self, picks: Mapping[str, Option]) -> list[tuple[Hashable, int]]:
+        """The slots that ``picks`` execute, as ``path`` has them, and the classifier's width."""
+        assert self.space.detector is None, "studies have no detectors"
+        path = self.path(picks)
+        return [*((step, 1) for step in path), (path[-1][2].out_ch, 1)]
+
+    def angle_weights(self, part: Hashable) -> list[Tensor]:
+        """The convolutions of a slot, or the classifier's weights; no BN and no biases."""
+        if isinstance(part, int):
+            return [self.classifier.weight[:, :part]]
+        position, option, op, source = cast(PathStep, part)
+        slot: Any = self.slots[position]
+        return [weight for name, weight in slot.weights(option, op, source).items() if name.endswith("conv.weight")]
+
     def _proxied(self, picks: Mapping[str, Option]) -> dict[str, Option]:
         """The same picks in the proxy space, whose options stand in the same order."""
         pairs = zip(self.space.choices, self.proxy.choices, strict=True)
         return {mine.key: theirs.options[mine.options.index(picks[mine.key])] for mine, theirs in pairs}
 
-    def path(self, picks: Mapping[str, Option]) -> list[tuple[int, str, Op, int]]:
+    def path(self, picks: Mapping[str, Option]) -> list[PathStep]:
         """(position, option, op, source) of the slots that ``picks`` execute."""
         picks = self._proxied(picks)
         at = self.proxy.resolutions.index(int(picks["resolution"])) if "resolution" in picks else 0
@@ -197,24 +209,33 @@ class Supernet(nn.Module):
         return path
 
 
-def save_supernet(supernet: Supernet, path: Path) -> None:
+def make_supernet(space: SearchSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> SharedNetwork:
+    """The super-net of a space, of the kind that the space is."""
+    if isinstance(space, CellSpace):
+        return CellSupernet(space, generator, config)
+    assert isinstance(space, MacroSpace), f"space {space.name} has no super-net"
+    return Supernet(space, generator, config)
+
+
+def save_supernet(supernet: SharedNetwork, path: Path) -> None:
     """The whole super-net as safetensors, its space and configuration in the metadata, written atomically."""
-    save_tensors_atomically(supernet, path, {"space": supernet.space.to_json(), "supernet": supernet.config.model_dump_json()})
+    kept = supernet.finished()
+    save_tensors_atomically(kept, path, {"space": kept.space.to_json(), "supernet": kept.config.model_dump_json()})
 
 
-def read_supernet(path: Path) -> Supernet:
+def read_supernet(path: Path) -> SharedNetwork:
     """The super-net of a file. Raises CheckpointError where the file is corrupt, or no super-net's."""
     tensors, metadata = load_tensors_checked(path)
     try:
-        space = MacroSpace.parse(metadata["space"], str(path))
-        supernet = Supernet(space, torch.Generator().manual_seed(0), SupernetConfig.model_validate_json(metadata["supernet"]))
+        space = parse_space(metadata["space"], str(path))
+        supernet = make_supernet(space, torch.Generator().manual_seed(0), SupernetConfig.model_validate_json(metadata["supernet"]))
         supernet.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"super-net {path} does not fit this version of hwnas ({error}): train it again.") from error
     return supernet
 
 
-def load_supernet(path: Path, space: MacroSpace) -> Supernet:
+def load_supernet(path: Path, space: SearchSpace) -> SharedNetwork:
     """The super-net of a file, for ``space``. Raises CheckpointError where the file is corrupt, ConfigError where the space differs."""
     supernet = read_supernet(path)
     trained = supernet.space
@@ -223,13 +244,6 @@ def load_supernet(path: Path, space: MacroSpace) -> Supernet:
             f"super-net {path} is of space {trained.name} ({trained.sha256[:12]}), not of {space.name} ({space.sha256[:12]}): name its own."
         )
     return supernet
-
-
-def resized(x_NCHW: Tensor, size: int | None) -> Tensor:
-    """Images scaled to a height = width; as they are where they have it, or where it is None."""
-    if size is None or x_NCHW.shape[-1] == size:
-        return x_NCHW
-    return F.interpolate(x_NCHW, size=(size, size), mode="bilinear", antialias=True).contiguous(memory_format=torch.channels_last)
 
 
 def _proxy(space: MacroSpace, config: SupernetConfig) -> MacroSpace:

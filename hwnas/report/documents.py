@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
+from hwnas.core.cells import CellSpace
 from hwnas.core.cost import latency_ms, missing_ops
 from hwnas.core.op import Op
-from hwnas.core.space import MacroSpace
+from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.document import Document, file_sha256
 from hwnas.export.bundle import Bundle
@@ -74,7 +75,7 @@ class RunDocuments:
 
     experiment: Experiment
     folder: str
-    space: MacroSpace
+    space: SearchSpace
     table: LatencyTable | None
     search: SearchResult | None
     search_rows: Rows
@@ -125,6 +126,11 @@ class RunDocuments:
         origin = self.arch.origin
         if origin is None or origin.space_sha256 != self.space.sha256:
             return tuple(Place(name, op, op.out_ch, op.out_size) for name, op in zip(_names(self.arch), self.arch.ops(), strict=True))
+        if isinstance(self.space, CellSpace):
+            blocks = self.space.walk(origin.picks, self.space.places)[1]
+            slots = (self.space.places[block.place].slot for block in blocks)
+            return tuple(Place(slot, block.op, block.op.out_ch, block.op.out_size) for slot, block in zip(slots, blocks, strict=True))
+        assert isinstance(self.space, MacroSpace)
         places, channels, size = [], self.arch.in_channels, self.arch.resolution
         for slot, op in self.space.walk(origin.picks):
             channels, size = (channels, size) if op is None else (op.out_ch, op.out_size)
@@ -135,7 +141,7 @@ class RunDocuments:
         return (*places, *(Place(name, op, op.out_ch, op.out_size) for name, op in zip(ends, ops[first:], strict=True)))
 
 
-def read(ctx: StageContext, space: MacroSpace, table_path: Path) -> RunDocuments:
+def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocuments:
     """Read the run folder of ``ctx``. Raises DocumentError where a document is corrupt."""
     search = _load(SearchResult, ctx.path("search", "search.json"))
     bundle = _load(Bundle, ctx.path("export", "bundle.json"))

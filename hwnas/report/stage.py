@@ -19,7 +19,7 @@ from markupsafe import Markup
 from hwnas import __version__
 from hwnas.config import ValidateConfig
 from hwnas.core.op import Op
-from hwnas.core.space import MacroSpace
+from hwnas.core.space import SearchSpace
 from hwnas.data.coco_eval import NUMBERS
 from hwnas.document import write_atomic
 from hwnas.export.bundle import BundleFile
@@ -34,7 +34,7 @@ from hwnas.validate import FileVerdict, drift_note
 __all__ = ["SOURCES", "render", "run"]
 
 
-def run(ctx: StageContext, space: MacroSpace, table_path: Path) -> None:
+def run(ctx: StageContext, space: SearchSpace, table_path: Path) -> None:
     """Write ``report.html`` from what the run folder holds."""
     page = render(read(ctx, space, table_path))
     write_atomic(ctx.folder / "report.html", page.encode())

@@ -7,7 +7,8 @@ one long vector, and W0 what they were at first (equation 2):
     angle(A) = arccos( <V(A; W0), V(A; W)> / (|V(A; W0)| * |V(A; W)|) )
 
 One cosine, and no mean of those of layers. Of a chain, V holds the convolution and linear weights of stem, blocks, head and
-classifier; identity contributes nothing, nor do BN and biases. A larger angle is taken for better. It needs no images.
+classifier; identity contributes nothing, nor do BN and biases. Of cells, V goes along every path from a cell's inputs to its output
+(``CellSupernet.angle_parts``). A larger angle is taken for better. It needs no images.
 
 *Differences from the paper*: squeeze-and-excitation's convolutions count as convolutions.
 """
@@ -15,15 +16,14 @@ classifier; identity contributes nothing, nor do BN and biases. A larger angle i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hwnas.core.space import Option
 from hwnas.nn.network import Network
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import SharedNetwork, make_supernet
 
 Moments = tuple[float, float, float]
 """<a, b>, <a, a>, <b, b> of two vectors: what an angle is made of. Those of a concatenation are the sums of its parts'."""
@@ -52,54 +52,36 @@ def arc(found: Moments) -> float:
     return math.acos(max(-1.0, min(1.0, cosine))) if math.isfinite(cosine) else math.nan
 
 
-def angle(initial: Network, trained: Network) -> float:
-    """The angle between the weights of two networks of one architecture, in radians."""
-    return arc(moments(zip(weights(initial), weights(trained), strict=True)))
-
-
 class Angles:
     """The angles of the architectures of two super-nets of classifiers, of one space and one way to share weights.
 
-    Slot by slot the moments are kept, so that the angle of a further architecture costs next to nothing.
+    Part by part the moments are kept, so that the angle of a further architecture costs next to nothing.
 
     Example:
-        >>> Angles(initial, trained).of(picks) == angle(initial.extract(picks), trained.extract(picks))   # doctest: +SKIP
-        True
+        >>> Angles(initial, trained).of(picks)   # doctest: +SKIP
+        0.4171
     """
 
-    def __init__(self, initial: Supernet, trained: Supernet) -> None:
+    def __init__(self, initial: SharedNetwork, trained: SharedNetwork) -> None:
         self.initial, self.trained = initial.eval(), trained.eval()  # random channels are for training
-        self._known: dict[Any, Moments] = {}
+        self._known: dict[Hashable, Moments] = {}
 
     def of(self, picks: Mapping[str, Option]) -> float:
         """The angle of an architecture, in radians."""
-        path = self.trained.path(picks)
-        parts = [self._slot(*step) for step in path]
-        product, norm_a, norm_b = (math.fsum(column) for column in zip(*parts, self._classifier(path[-1][2].out_ch), strict=True))
+        parts = self.trained.angle_parts(picks)
+        counted = ([times * number for number in self._part(part)] for part, times in parts)
+        product, norm_a, norm_b = (math.fsum(column) for column in zip(*counted, strict=True))
         return arc((product, norm_a, norm_b))
 
-    def _slot(self, position: int, option: str, op: Any, source: int) -> Moments:
-        key = (position, option, op, source)
-        if key not in self._known:
-            before, after = (self._tensors(supernet, *key) for supernet in (self.initial, self.trained))
-            self._known[key] = moments((before[name], after[name]) for name in after if name.endswith("conv.weight"))
-        return self._known[key]
-
-    @staticmethod
-    def _tensors(supernet: Supernet, position: int, option: str, op: Any, source: int) -> dict[str, Tensor]:
-        slot: Any = supernet.slots[position]
-        tensors: dict[str, Tensor] = slot.weights(option, op, source)
-        return tensors
-
-    def _classifier(self, width: int) -> Moments:
-        if width not in self._known:
-            self._known[width] = moments([(self.initial.classifier.weight[:, :width], self.trained.classifier.weight[:, :width])])
-        return self._known[width]
+    def _part(self, part: Hashable) -> Moments:
+        if part not in self._known:
+            self._known[part] = moments(zip(self.initial.angle_weights(part), self.trained.angle_weights(part), strict=True))
+        return self._known[part]
 
 
-def initial_supernet(supernet: Supernet, seed: int) -> Supernet:
+def initial_supernet(supernet: SharedNetwork, seed: int) -> SharedNetwork:
     """A trained super-net as it was when ``seed`` initialised it."""
-    fresh = Supernet(supernet.space, torch.Generator().manual_seed(seed), supernet.config)
+    fresh = make_supernet(supernet.space, torch.Generator().manual_seed(seed), supernet.config)
     return fresh.to(next(supernet.parameters()).device).eval()
 
 

@@ -15,7 +15,8 @@ Per step:
 
 2. the weights, on the training batch, under the same mixture.
 
-The architecture is the argmax of every choice.
+The architecture is the argmax of every choice. On spaces of cells with pairs of edges to keep (``darts``), all edges run while
+searching, and the cell is derived as published: ``hwnas.search.genotype``.
 
 *Differences from the paper*:
 
@@ -26,22 +27,26 @@ The architecture is the argmax of every choice.
   do, and the search stage ranks them by recalibrated held-out accuracy.
 - ``warmup`` (ours, off by default): a first part of the steps that trains the weights alone.
 - ``alpha_lr``: the paper's 3e-4 is for 50 epochs of 391 steps; short searches need a larger one (ours).
-- Spaces are macro spaces: slots and widths, and no edges of which a node keeps two. A mixture cannot run at several resolutions,
-  so spaces that leave theirs open are refused.
+- On macro spaces slots and widths are mixed; there are no edges of which a node keeps two. A mixture cannot run at several
+  resolutions, so spaces that leave theirs open are refused. On cells, any pair of edges is taken to be as likely for E[latency] (ours).
 - The gradient of alpha is not clipped; an early version of the code clips its norm at 10.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from hwnas.core.arch import Picks
 from hwnas.core.objective import penalised
 from hwnas.core.space import SearchSpace
 from hwnas.search.alphas import Alphas, refuse_resolutions
+from hwnas.search.genotype import all_edges, any_pair, derived
 from hwnas.search.proposal import likely_within
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
@@ -63,6 +68,7 @@ class DARTS(Strategy):
     """The DARTS strategy: one stage in which alpha and the weights take turns."""
 
     Config: ClassVar[type[BaseModel]] = DARTSConfig
+    cells = True
     rate = "alpha_lr"
     mixes = True
 
@@ -105,18 +111,20 @@ class DARTS(Strategy):
         dropout = self.skip_dropout(stage, over)
         metrics: Metrics = {}
         if over >= self.config.warmup:
-            gates = self.alphas.softmax()
-            held_out = ctx.loss(gates, order=self.config.order, skip_dropout=dropout)
-            expected = ctx.cost.expected_ms(gates, torch)
+            mixture = self.alphas.softmax()
+            held_out = ctx.loss(all_edges(ctx.space, mixture), order=self.config.order, skip_dropout=dropout)
+            expected = ctx.cost.expected_ms(any_pair(ctx.space, mixture), torch)
             self.alphas.update(penalised(held_out, expected, ctx.target_ms, "absolute", scale=self.config.latency_weight))
             metrics["held_out_loss"] = float(held_out.detach())
-        policy = self.alphas.policy()
-        metrics |= ctx.train(policy, skip_dropout=dropout)
-        return {**metrics, "entropy": self.alphas.entropy(), "expected_ms": float(ctx.cost.expected_ms(policy))}
+        with torch.no_grad():
+            mixture = self.alphas.softmax()
+        metrics |= ctx.train(_arrays(all_edges(ctx.space, mixture)), skip_dropout=dropout)
+        expected_ms = float(ctx.cost.expected_ms(_arrays(any_pair(ctx.space, mixture))))
+        return {**metrics, "entropy": self.alphas.entropy(), "expected_ms": expected_ms}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The argmax first, where it is within the tolerance, then likely samples of the softmax that are."""
-        return likely_within(ctx, self.alphas.policy(), count)
+        return likely_within(ctx, derived(ctx.space, self.alphas.policy()), count)
 
     def state_dict(self) -> dict[str, Any]:
         """Alpha and the stage."""
@@ -126,3 +134,7 @@ class DARTS(Strategy):
         """Restore them."""
         self.stage = state["stage"]
         self.alphas.load_state_dict(state["alphas"])
+
+
+def _arrays(gates: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {key: gate.numpy() for key, gate in gates.items()}

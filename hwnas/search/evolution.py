@@ -34,7 +34,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.core.arch import Picks
-from hwnas.core.op import Op
 from hwnas.search.finder import Finder, Leaderboard
 from hwnas.search.proposal import random_within, uniform_index, within_target
 from hwnas.search.steering import towards_target
@@ -91,7 +90,7 @@ class Evolution(Finder):
         """The next generation: new architectures within the budget, by mutation, by crossover, and random ones for want of these."""
         mutations, crossovers = self.config.mutations, self.config.crossovers
         parents_PC = np.array([ctx.space.index(picks) for picks in board.best(self.config.parents)])
-        children: dict[tuple[Op, ...], Picks] = {}
+        children: dict[str, Picks] = {}
         _adopt(ctx, self._mutants(ctx, parents_PC, TRIES * mutations), mutations, board, children)
         _adopt(ctx, _crosses(ctx, parents_PC, TRIES * crossovers), crossovers, board, children)
         missing = mutations + crossovers - len(children)
@@ -121,7 +120,7 @@ def _crosses(ctx: SearchContext, parents_PC: np.ndarray, count: int) -> np.ndarr
 
 
 def _adopt(
-    ctx: SearchContext, rows: Sequence[np.ndarray] | np.ndarray, wanted: int, board: Leaderboard, children: dict[tuple[Op, ...], Picks]
+    ctx: SearchContext, rows: Sequence[np.ndarray] | np.ndarray, wanted: int, board: Leaderboard, children: dict[str, Picks]
 ) -> None:
     """Add up to ``wanted`` of the rows to ``children``, in order: those within the budget, not judged before and not there yet."""
     rows_NC = np.array(rows, dtype=np.int64).reshape(-1, len(ctx.space.choices))
@@ -130,6 +129,6 @@ def _adopt(
         if len(children) == full:
             return
         picks = ctx.space.at(row)
-        blocks = ctx.space.decode(picks).blocks
-        if blocks not in board:
-            children.setdefault(blocks, picks)
+        identity = ctx.space.decode(picks).identity
+        if identity not in board:
+            children.setdefault(identity, picks)

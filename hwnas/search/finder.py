@@ -9,7 +9,6 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from hwnas.core.arch import Picks
-from hwnas.core.op import Op
 from hwnas.progress import Task
 from hwnas.search.strategy import SearchContext
 
@@ -45,25 +44,25 @@ class Leaderboard:
 
     def __init__(self, ctx: SearchContext, task: Task) -> None:
         self._ctx, self._task = ctx, task
-        self._judged: dict[tuple[Op, ...], Judgement] = {}
+        self._judged: dict[str, Judgement] = {}
         self._best_reward = -float("inf")
 
     def __len__(self) -> int:
         return len(self._judged)
 
-    def __contains__(self, blocks: tuple[Op, ...]) -> bool:
-        return blocks in self._judged
+    def __contains__(self, identity: str) -> bool:
+        return identity in self._judged
 
     def judge(self, picks: Picks) -> Judgement:
         """The judgement of an architecture, by ``ctx.evaluate`` where it is new."""
-        blocks = self._ctx.space.decode(picks).blocks
-        if blocks not in self._judged:
+        identity = self._ctx.space.decode(picks).identity
+        if identity not in self._judged:
             accuracy, latency = self._ctx.evaluate(picks), self._ctx.cost.latency_ms(picks)
             judgement = Judgement(picks, latency, accuracy, self._ctx.reward(accuracy, latency))
-            self._judged[blocks] = judgement
+            self._judged[identity] = judgement
             self._best_reward = max(self._best_reward, judgement.reward)
             self._task.advance(note=f"best reward {self._best_reward:.4f}")
-        return self._judged[blocks]
+        return self._judged[identity]
 
     def best(self, count: int) -> list[Picks]:
         """Up to ``count`` architectures, best reward first; of equal ones the first judged."""

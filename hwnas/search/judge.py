@@ -18,7 +18,7 @@ from hwnas.data.images import Batch, Images, evaluation_batches, load_images
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.network import AnyNetwork
 from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import Supernet, resized
+from hwnas.nn.supernet import SharedNetwork, resized
 from hwnas.runs import JsonLines
 from hwnas.search.quality import quality_of
 
@@ -29,7 +29,7 @@ class Judge:
     Once ``keep`` has named a file, judgements are also kept there, so that a finder that is stopped goes on where it was.
     """
 
-    def __init__(self, supernet: Supernet | Portfolio, experiment: Experiment) -> None:
+    def __init__(self, supernet: SharedNetwork | Portfolio, experiment: Experiment) -> None:
         self.supernet, self.config, self.workers = supernet, experiment.search, experiment.data.workers
         self.train, self.held_out = load_images(experiment.data, "train"), load_images(experiment.data, "held_out")
         self.quality = quality_of(experiment, supernet.space)
@@ -53,8 +53,7 @@ class Judge:
 
     def evaluate(self, picks: Picks) -> float:
         """Quality in 0..1 on ``search.evaluation_images`` held-out images. Left-out slots make no difference, so blocks are remembered."""
-        blocks = "|".join(op.key for op in self.supernet.space.decode(picks).blocks)
-        name = hashlib.sha256(blocks.encode()).hexdigest()[:32]
+        name = hashlib.sha256(self.supernet.space.decode(picks).identity.encode()).hexdigest()[:32]
         if name not in self._known:
             network, limit = self.network(picks), self.config.evaluation_images
             self._known[name] = self.quality.of_network(network, self.held_out, self.evaluation(), limit)

@@ -7,8 +7,8 @@ that are not zero, and those probed. DARTS's second order is four gradients: at 
 finite difference. An architecture that is judged passes its recalibration images and its evaluation images forward, once.
 
 Not counted: optimiser steps, reading images, and what mixtures compute twice to save memory (``supernet.remat``). Options that share
-computations (``sharing = "collapsed"``), coupled widths that run at once and slots that ``supernet.proxy_depth`` leaves out count as if
-they did not, or were not: an upper bound there.
+computations (``sharing = "collapsed"``), coupled widths that run at once, slots that ``supernet.proxy_depth`` leaves out and pixels that
+``supernet.proxy_resolution`` leaves out count as if they did not, or were not: an upper bound there.
 """
 
 from __future__ import annotations

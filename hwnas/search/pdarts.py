@@ -19,14 +19,15 @@ its next best option (M = 2 of the 8 edges that a cell keeps).
 
 *Differences from the paper*:
 
-- Depth does not grow (5, 11, 17 cells there): on a macro space every slot is itself searched, so there is no cell to stack.
-- The weights go on from stage to stage, and their learning rate follows one schedule; the code starts both anew.
+- On cells, depth grows as published (5, 11, 17 cells) and the weights of each stage are new. On a macro space every slot is itself
+  searched, so there is no cell to stack: depth stays, and the weights go on from stage to stage.
+- The weights' learning rate follows one schedule; the code starts it anew in each stage.
 - Slots with n options keep round(5/8 n) and round(3/8 n) of them, halves rounded up, and at least one. Widths drop none.
 - A stage's part that is over, times 25, is the epoch.
 - Latency and proposals are those of ``hwnas.search.darts``, and ours: alpha descends L_val + latency_weight * |E[latency] / target - 1|,
   and the last cut, to one option per slot, is made by the proposals. Refused are the same spaces, too.
-- ``max_skips`` defaults to a quarter, rounded up, of the slots that offer skip (ours, after 2 of 8): a skip is no edge here but a
-  shallower network. A slot whose kept options end with skip takes any of its others alike.
+- On macro spaces ``max_skips`` defaults to a quarter, rounded up, of the slots that offer skip (ours, after 2 of 8): a skip is no edge but
+  a shallower network. A slot whose kept options end with skip takes any of its others alike.
 - The budget comes first: where no architecture within the skip limit was found to meet it, the proposals exceed the skip limit, and
   where too few of the kept options do, some have options that were dropped.
 - The gradient of alpha is not clipped (the code: its norm at 5). The README's command starts with dropout rate 0.1.
@@ -44,14 +45,19 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 
 from hwnas.core.arch import Picks
+from hwnas.core.cells import CellSpace
 from hwnas.core.limits import Compiled, Limits
 from hwnas.core.option import SKIP
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import SearchSpace, Term
 from hwnas.core.table import LatencyTable
 from hwnas.search.darts import DARTS, DARTSConfig
+from hwnas.search.genotype import count_of_skips, with_few_skips_in_cells
 from hwnas.search.proposal import Policy, likely_within
-from hwnas.search.strategy import SearchContext
+from hwnas.search.strategy import Metrics, SearchContext
+
+MAX_SKIPS = 2
+"""Skips of a normal cell in the paper."""
 
 EPOCHS = 25
 """Epochs of a stage in the paper, the unit of the dropout's decay."""
@@ -65,12 +71,17 @@ class PDARTSConfig(DARTSConfig):
     warmup: float = Field(0.4, ge=0, lt=1, description="part of every stage that trains only the weights: 10 of 25 epochs")
     keep: tuple[float, ...] = Field((1.0, 5 / 8, 3 / 8), min_length=1, description="part of a slot's options that each stage keeps")
     dropout: tuple[float, ...] = Field((0.0, 0.4, 0.7), description="initial dropout rate behind skips in each stage")
-    max_skips: int | None = Field(None, ge=0, description="skips of a proposal; default a quarter of the slots that offer one (ours)")
+    max_skips: int | None = Field(
+        None, ge=0, description="skips of a proposal: of a normal cell, default 2; elsewhere a quarter of the slots that offer one (ours)"
+    )
+    cells: tuple[int, ...] = Field((1, 3, 5), description="of cells: normal cells between reductions in each stage; 5, 11, 17 in all")
 
     @model_validator(mode="after")
     def _one_per_stage(self) -> Self:
         if len(self.dropout) != len(self.keep):
             raise ValueError(f"dropout has {len(self.dropout)} rates and keep {len(self.keep)} parts: give one of each per stage")
+        if len(self.cells) < len(self.keep) or min(self.cells) < 1:
+            raise ValueError(f"cells {list(self.cells)} must be a number above 0 for each of the {len(self.keep)} stages, the last ones")
         if any(not 0 <= rate < 1 for rate in self.dropout):
             raise ValueError(f"dropout rates {list(self.dropout)} must be at least 0 and below 1")
         if list(self.keep) != sorted(self.keep, reverse=True) or not (self.keep[-1] > 0 and self.keep[0] == 1):
@@ -86,6 +97,17 @@ class PDARTS(DARTS):
 
     def __init__(self, config: PDARTSConfig) -> None:
         super().__init__(config)
+
+    def growth(self, space: CellSpace) -> tuple[int, ...]:
+        """Deeper super-nets from stage to stage."""
+        del space
+        return self.config.cells[-len(self.config.keep) :]
+
+    def step(self, ctx: SearchContext) -> Metrics:
+        """As DARTS; on cells, with the super-net of the stage."""
+        if isinstance(ctx.space, CellSpace):
+            ctx.grow(self.position(ctx)[0])
+        return super().step(ctx)
 
     def position(self, ctx: SearchContext) -> tuple[int, float]:
         """Stages of equal length, in whole steps."""
@@ -113,6 +135,10 @@ class PDARTS(DARTS):
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """As DARTS, from the kept options with few skips; *Differences from the paper* say what gives way where not all can be met."""
         most = self.config.max_skips
+        if isinstance(ctx.space, CellSpace):
+            most = MAX_SKIPS if most is None else most
+            policy = with_few_skips_in_cells(ctx.space, self.alphas.policy(), most)
+            return likely_within(_limited(ctx, most, count_of_skips(ctx.space)), policy, count) or likely_within(ctx, policy, count)
         most = most if most is not None else math.ceil(len(_skips(ctx.space)) / 4)
         policy = with_few_skips(ctx.space, self.alphas.policy(), most)
         return likely_within(_at_most(ctx, most), policy, count) or likely_within(ctx, policy, count)
@@ -154,5 +180,9 @@ def _at_most(ctx: SearchContext, most: int) -> SearchContext:
             count[positions[term.slot]] = 1.0
         return count
 
+    return _limited(ctx, most, PricedSpace(ctx.space, skips))
+
+
+def _limited(ctx: SearchContext, most: int, skips: PricedSpace) -> SearchContext:
     limits = Limits(ctx.space, (), LatencyTable.load) if ctx.limits is None else ctx.limits
-    return replace(ctx, limits=limits.also(Compiled("skips", "max_skips", most, PricedSpace(ctx.space, skips))))
+    return replace(ctx, limits=limits.also(Compiled("skips", "max_skips", most, skips)))

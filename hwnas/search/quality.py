@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hwnas.config import Experiment
-from hwnas.core.space import MacroSpace
+from hwnas.core.space import SearchSpace
 from hwnas.data.coco import CocoImages
 from hwnas.data.images import Batch, Images, evaluation_order
 from hwnas.detection import DetectionCriterion, average_precision, detections
@@ -69,7 +69,7 @@ class Accuracy(Quality):
 class DetectionQuality(Quality):
     """Detection: AP or the loss, as ``search.detection_quality`` says. See the module."""
 
-    def __init__(self, experiment: Experiment, space: MacroSpace) -> None:
+    def __init__(self, experiment: Experiment, space: SearchSpace) -> None:
         self.by_loss = experiment.search.detection_quality == "loss"
         self.title = "1 / (1 + loss)" if self.by_loss else "AP"
         self.post_processing = experiment.detector.post_processing
@@ -112,6 +112,6 @@ def _of_loss(loss: float) -> float:
     return 1 / (1 + loss) if math.isfinite(loss) else 0.0
 
 
-def quality_of(experiment: Experiment, space: MacroSpace) -> Quality:
+def quality_of(experiment: Experiment, space: SearchSpace) -> Quality:
     """The quality of an experiment's task."""
     return Accuracy() if space.detector is None else DetectionQuality(experiment, space)

@@ -44,6 +44,7 @@ class RandomSearch(Strategy):
     """Uniform sampling of paths while training, and of architectures within the budget in the end."""
 
     Config: ClassVar[type[BaseModel]] = RandomConfig
+    cells = True
 
     def __init__(self, config: RandomConfig) -> None:
         self.config = config
@@ -77,6 +78,7 @@ class RandomStandalone(Strategy):
     """
 
     Config: ClassVar[type[BaseModel]] = RandomStandaloneConfig
+    cells = True
     shares = False
 
     def __init__(self, config: RandomStandaloneConfig) -> None:

@@ -53,7 +53,7 @@ from hwnas.core.option import SKIP
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import Choice, SearchSpace
 from hwnas.errors import SpaceError
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import SharedNetwork
 from hwnas.progress import Progress
 from hwnas.search.angle import Angles
 from hwnas.search.judge import Judge
@@ -78,8 +78,8 @@ class Evidence:
     space: SearchSpace
     rng: np.random.Generator
     children: Sequence[Picks] = ()
-    initial: Supernet | None = None
-    trained: Supernet | None = None
+    initial: SharedNetwork | None = None
+    trained: SharedNetwork | None = None
     judge: Judge | None = None
     alphas: Scores = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)

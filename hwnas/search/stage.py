@@ -12,19 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.config import Experiment, Plugin, SearchConfig, SupernetConfig
 from hwnas.core.arch import Architecture, Picks
+from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import Limits
 from hwnas.core.objective import Objective
-from hwnas.core.space import MacroSpace
+from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Images, Portion, load_images
 from hwnas.document import Document, file_sha256
 from hwnas.engine import Engine, best_device, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
+from hwnas.nn.cells import CellSupernet, GrowingSupernet
 from hwnas.nn.inheritance import inherit
 from hwnas.nn.network import save_network
 from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import Supernet, load_supernet, save_supernet
+from hwnas.nn.supernet import SharedNetwork, Supernet, load_supernet, make_supernet, save_supernet
 from hwnas.progress import Progress
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES
@@ -133,7 +135,7 @@ def _finder_plugin(config: SearchConfig) -> Plugin | None:
     return config.finder or (TRAINED_FINDER if config.weights is not None else None)
 
 
-def search_context(experiment: Experiment, space: MacroSpace, table: LatencyTable) -> SearchContext:
+def search_context(experiment: Experiment, space: SearchSpace, table: LatencyTable) -> SearchContext:
     """The budget of a search, checked: the target and every limit are within the space's reach, and can be met together.
 
     So are the strategy's demands on space and batch, or those of ``search.weights``. The context has no weights and no steps yet.
@@ -148,6 +150,11 @@ def search_context(experiment: Experiment, space: MacroSpace, table: LatencyTabl
         trained_supernet(config.backbone, "search.backbone")
     if config.weights is None:
         strategy = search_strategy(config)
+        if isinstance(space, CellSpace) and not strategy.cells:
+            raise SpaceError(
+                f"strategy {config.strategy.name!r} is for spaces of blocks in a row, and {space.name} is one of cells: "
+                f"choose one of {', '.join(sorted(name for name in STRATEGIES if STRATEGIES.get(name).cells))}."
+            )
         strategy.check(space)
         _check_settings(experiment, strategy)
     else:
@@ -188,7 +195,7 @@ def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
             )
 
 
-def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
+def run(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     """Search, and write the winner, the result and the weights.
 
     ``arch.json`` and ``supernet.safetensors`` are the winner and its inherited weights, ``search.json`` the result, and
@@ -214,13 +221,13 @@ def run(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
     engine.resume()
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
     _warn_of_a_still_policy(engine.metrics.read(), strategy, progress)
-    if isinstance(judge.supernet, Supernet):
+    if isinstance(judge.supernet, SharedNetwork):
         save_supernet(judge.supernet, ctx.folder / SHARED)
     _find(ctx, search, judge, finder, strategy)
     engine.finish()
 
 
-def _sized(experiment: Experiment, space: MacroSpace) -> Experiment:
+def _sized(experiment: Experiment, space: SearchSpace) -> Experiment:
     """The experiment with images of the space's size, which ``space.restrict`` may have made smaller than the data's."""
     return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
@@ -240,7 +247,7 @@ class Prepared:
         return self.strategy.step(self.search)
 
 
-def prepare(experiment: Experiment, space: MacroSpace, search: SearchContext, folder: Path) -> Prepared:
+def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, folder: Path) -> Prepared:
     """Set the strategy up, and build the weights that it trains: a super-net, or networks of their own."""
     config, seed = experiment.search, experiment.seed
     train, held_out = _images(experiment), load_images(experiment.data, "held_out")
@@ -268,8 +275,8 @@ def prepare(experiment: Experiment, space: MacroSpace, search: SearchContext, fo
     return Prepared(search, strategy, engine, judge)
 
 
-def _meter(config: SearchConfig, supernet: Supernet | Portfolio) -> Meter:
-    proxy = supernet.proxy if isinstance(supernet, Supernet) else supernet.space
+def _meter(config: SearchConfig, supernet: SharedNetwork | Portfolio) -> Meter:
+    proxy = supernet.proxy if isinstance(supernet, Supernet | CellSupernet) else supernet.space
     return Meter(supernet.space, proxy, config.batch_size, config.recalibration_images + config.evaluation_images)
 
 
@@ -308,17 +315,20 @@ def trained_supernet(folder: str, key: str = "search.weights") -> Path:
     raise ConfigError(f"{key} = {folder!r} holds no {SHARED}: name the search folder of a finished run that trained a super-net.")
 
 
-def _make_supernet(experiment: Experiment, space: MacroSpace, strategy: Strategy) -> Supernet | Portfolio:
+def _make_supernet(experiment: Experiment, space: SearchSpace, strategy: Strategy) -> SharedNetwork | Portfolio:
     generator = torch.Generator().manual_seed(experiment.seed)
     if strategy.alone:
         return Portfolio(space, strategy.alone, generator)
     config = experiment.search.supernet
+    if isinstance(space, CellSpace):
+        growth = strategy.growth(space)
+        return GrowingSupernet(space, generator, config, growth) if growth else make_supernet(space, generator, config)
     sharing = strategy.sharing if config.sharing == "auto" else config.sharing
     kernels = strategy.kernels if config.kernels == "auto" else config.kernels
-    return Supernet(space, generator, config.model_copy(update={"sharing": sharing, "kernels": kernels}))
+    return make_supernet(space, generator, config.model_copy(update={"sharing": sharing, "kernels": kernels}))
 
 
-def _trained(config: SearchConfig, space: MacroSpace) -> Supernet:
+def _trained(config: SearchConfig, space: SearchSpace) -> SharedNetwork:
     """The super-net of ``search.weights``, which brings its own sharing. Raises ConfigError where the configuration contradicts it."""
     assert config.weights is not None
     supernet = load_supernet(trained_supernet(config.weights), space)
@@ -365,7 +375,7 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
     cost = search.meter.cost  # the random ones below are for the report alone
     random: list[Candidate] = []
     spread: list[Candidate] = []
-    if isinstance(judge.supernet, Supernet):  # networks that were trained alone say nothing about others
+    if isinstance(judge.supernet, SharedNetwork):  # networks that were trained alone say nothing about others
         within = random_within(search, config.random_samples, search.rng)
         random = _ranked(search, judge, within, "scoring random architectures in the budget")
         anywhere = [space.sample(search.rng) for _ in range(config.random_samples)]

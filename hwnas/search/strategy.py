@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from hwnas.core.arch import Picks
+from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import Limits
 from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObjective
@@ -51,6 +52,9 @@ class SharedWeights(Protocol):
 
     def remember_teacher(self, picks: Picks) -> None:
         """Keep the present weights as teacher. See ``SearchContext.remember_teacher``."""
+
+    def grow(self, number: int) -> None:
+        """Go on with another super-net. See ``SearchContext.grow``."""
 
 
 @dataclass
@@ -134,6 +138,11 @@ class SearchContext:
             self.meter.remember_teacher(picks)
         self.weights.remember_teacher(picks)
 
+    def grow(self, number: int) -> None:
+        """Train super-net ``number`` of ``Strategy.growth`` from here on, which begins anew. To be said in every step."""
+        assert self.weights is not None
+        self.weights.grow(number)
+
     def reward(self, quality: float, latency_ms: float) -> float:
         """The objective at this context's target."""
         return self.objective.reward(quality, latency_ms, self.target_ms)
@@ -145,7 +154,8 @@ class Strategy(ABC):
     ``sharing`` and ``kernels`` are the paper's way to share weights between a slot's options and kernel sizes, used where the
     configuration leaves it open. ``mixes`` says that several options of a choice run at once, with weights. A method with
     ``shares = False`` trains architectures each by itself instead of a super-net: ``setup`` puts them into ``alone``.
-    ``rate`` names the option that sets how fast the policy learns, where there is one.
+    ``rate`` names the option that sets how fast the policy learns, where there is one. ``cells`` says that the method runs on spaces
+    of cells too.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -154,10 +164,16 @@ class Strategy(ABC):
     mixes: ClassVar[bool] = False
     shares: ClassVar[bool] = True
     rate: ClassVar[str | None] = None
+    cells: ClassVar[bool] = False
     alone: Sequence[Picks] = ()
 
     def check(self, space: SearchSpace) -> None:  # noqa: B027 (most methods run on every space)
         """Raise SpaceError where this method cannot run on ``space``."""
+
+    def growth(self, space: CellSpace) -> tuple[int, ...]:
+        """Cells of each stage in the super-nets that follow one another on ``space``, where the method grows them (``ctx.grow``)."""
+        del space
+        return ()
 
     def parts(self) -> tuple[int, int]:
         """In how many parts a step splits its training batch, and each held-out batch; BN needs two images in a part."""

@@ -14,9 +14,10 @@ from hwnas.config import DataConfig
 from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, training_batches
 from hwnas.engine import Criterion, Engine, Part
+from hwnas.nn.cells import GrowingSupernet
 from hwnas.nn.network import AnyNetwork
 from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import Supernet, resized
+from hwnas.nn.supernet import SharedNetwork, resized
 from hwnas.nn.unrolled import unrolled_gate_gradients
 from hwnas.search.judge import Judge
 from hwnas.search.strategy import Gates, Metrics, Probes
@@ -71,7 +72,7 @@ class SupernetWeights:
     Detectors are trained without a teacher: a distillation of boxes is a method of its own.
     """
 
-    def __init__(self, engine: Engine, supernet: Supernet | Portfolio, batches: Batches, judge: Judge) -> None:
+    def __init__(self, engine: Engine, supernet: SharedNetwork | Portfolio, batches: Batches, judge: Judge) -> None:
         self.engine, self.supernet, self.batches, self.judge = engine, supernet, batches, judge
         self.quality = judge.quality
         self.held_out_loss = self.quality.criterion().to(engine.device)
@@ -123,7 +124,7 @@ class SupernetWeights:
 
         Weights, their ``grad`` and BN's running statistics stay as they are. The second order takes no probes.
         """
-        assert isinstance(self.supernet, Supernet), "networks that share nothing have no gates to differentiate"
+        assert isinstance(self.supernet, SharedNetwork), "networks that share nothing have no gates to differentiate"
         self._set_fraction()
         self.supernet.train()
         self.supernet.tracking = False
@@ -183,6 +184,13 @@ class SupernetWeights:
     def remember_teacher(self, picks: Picks) -> None:
         """Extract and keep the network of ``picks``."""
         self.teacher, self._taught = self.supernet.extract(picks).to(memory_format=torch.channels_last), dict(picks)
+
+    def grow(self, number: int) -> None:
+        """Go on with super-net ``number``; judgements of the earlier one are forgotten."""
+        assert isinstance(self.supernet, GrowingSupernet), "this super-net does not grow"
+        if self.supernet.grown != number:
+            self.supernet.grown = number
+            self.judge.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's picks and weights."""

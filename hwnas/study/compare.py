@@ -42,7 +42,7 @@ from pydantic import ValidationError
 
 from hwnas.config import Experiment, MethodConfig, StudyConfig
 from hwnas.core.arch import Picks
-from hwnas.core.space import MacroSpace
+from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.document import explain, merged, write_atomic
 from hwnas.errors import ConfigError, HwnasError
@@ -131,7 +131,7 @@ def searching(experiment: Experiment, method: MethodConfig, seed: int) -> Experi
         raise ConfigError(f"study.compare.methods, {method.name!r}: {explain(error, Experiment)}") from error
 
 
-def arena(experiment: Experiment, space: MacroSpace) -> Arena:
+def arena(experiment: Experiment, space: SearchSpace) -> Arena:
     """The budget and what the truth has in it, checked, and every method's settings with it, before anything is trained.
 
     Raises ConfigError, TargetError or TableError in one sentence.
@@ -189,7 +189,7 @@ def _position(config: StudyConfig, found: Arena, picks: Picks, who: str) -> int:
     return position
 
 
-def search(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
+def search(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     """A search of the study, in its folder: ``SEARCHED`` remains."""
     interrupted, started = any(ctx.folder.glob("*.pt")), time.process_time()
     search_stage.run(ctx, space, table)
@@ -204,7 +204,7 @@ Searches = Mapping[tuple[str, int], Path]
 """(method, seed) -> the folder of a search that is done."""
 
 
-def run(ctx: StageContext, space: MacroSpace, found: Arena, searches: Searches, failed: Mapping[tuple[str, int], str]) -> None:
+def run(ctx: StageContext, space: SearchSpace, found: Arena, searches: Searches, failed: Mapping[tuple[str, int], str]) -> None:
     """Look up what the searches found, and write ``compare.json``."""
     config = ctx.experiment.study
     if not searches:

@@ -13,7 +13,7 @@ import numpy as np
 
 from hwnas import __version__
 from hwnas.config import Experiment, ScoreName, StudyConfig
-from hwnas.core.space import MacroSpace
+from hwnas.core.space import SearchSpace
 from hwnas.data import fingerprint
 from hwnas.document import content_sha256, file_sha256
 from hwnas.engine import best_device
@@ -36,7 +36,7 @@ Rows = dict[str, dict[str, float]]
 """Architecture -> its scores by name."""
 
 
-def load_truth(experiment: Experiment, space: MacroSpace) -> Truth:
+def load_truth(experiment: Experiment, space: SearchSpace) -> Truth:
     """The ground truth of an experiment, checked to be enough. Raises ConfigError, or TableError naming the line."""
     config = experiment.study
     truth = configured_truth(config, space)
@@ -45,7 +45,7 @@ def load_truth(experiment: Experiment, space: MacroSpace) -> Truth:
     return truth
 
 
-def run(ctx: StageContext, space: MacroSpace, truth: Truth, supernets: Sequence[Trained], failed_trainings: Mapping[str, str]) -> None:
+def run(ctx: StageContext, space: SearchSpace, truth: Truth, supernets: Sequence[Trained], failed_trainings: Mapping[str, str]) -> None:
     """Score the architectures by every super-net, and write ``study.json``."""
     experiment = ctx.experiment.model_copy(update={"data": ctx.experiment.data.at(space.resolution)})
     config = experiment.study
@@ -79,7 +79,7 @@ def run(ctx: StageContext, space: MacroSpace, truth: Truth, supernets: Sequence[
 
 
 def _scored(
-    ctx: StageContext, experiment: Experiment, space: MacroSpace, truth: Truth, chosen: np.ndarray, trained: Trained
+    ctx: StageContext, experiment: Experiment, space: SearchSpace, truth: Truth, chosen: np.ndarray, trained: Trained
 ) -> tuple[Rows, dict[str, str]]:
     """Scores by a super-net, and why some architectures have none. What a file already holds is not computed again."""
     names, search = experiment.study.scores, experiment.search
@@ -116,7 +116,7 @@ def _scored(
     return rows, failed
 
 
-def _scorer(experiment: Experiment, space: MacroSpace, trained: Trained) -> Scorer:
+def _scorer(experiment: Experiment, space: SearchSpace, trained: Trained) -> Scorer:
     supernet = load_supernet(trained.path, space)
     if not experiment.search.recalibration_images and not supernet.config.bn_track:
         raise ConfigError(f"the super-net in {trained.path.parent} tracks no BN statistics: set search.recalibration_images to 2 or more.")

@@ -32,7 +32,7 @@ from hwnas.config import ScoreName
 from hwnas.core.arch import Picks
 from hwnas.data.images import Batch
 from hwnas.nn.network import Network
-from hwnas.nn.supernet import Supernet, resized
+from hwnas.nn.supernet import SharedNetwork, resized
 from hwnas.search.angle import Angles, initial_supernet, weights
 from hwnas.search.judge import Judge
 from hwnas.search.proposal import one_hot
@@ -47,7 +47,7 @@ class Scorer:
     """Scores architectures by a trained super-net. ``seed`` is the one that it was initialised with."""
 
     def __init__(self, judge: Judge, seed: int) -> None:
-        assert isinstance(judge.supernet, Supernet)
+        assert isinstance(judge.supernet, SharedNetwork)
         self.judge, self.supernet = judge, judge.supernet
         self.initial = initial_supernet(self.supernet, seed)
         self.angles = Angles(self.initial, self.supernet)
@@ -115,7 +115,7 @@ def synflow(network: Network) -> float:
     return math.log(total) if total > 0 else -math.inf
 
 
-def _classifier(supernet: Supernet, picks: Picks) -> Network:
+def _classifier(supernet: SharedNetwork, picks: Picks) -> Network:
     """The one-path network. Studies have no detectors."""
     network = supernet.extract(picks)
     assert isinstance(network, Network)

@@ -22,13 +22,15 @@ import numpy as np
 import torch
 
 from hwnas.config import Experiment, ShrinkConfig
+from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
-from hwnas.core.space import MacroSpace
-from hwnas.document import content_sha256, write_atomic
+from hwnas.core.space import SearchSpace
+from hwnas.core.spaces import parse_space
+from hwnas.document import content_sha256, read_bytes, write_atomic
 from hwnas.engine import best_device
 from hwnas.errors import ConfigError, SpaceError
 from hwnas.nn.inheritance import carry
-from hwnas.nn.supernet import Supernet, read_supernet, save_supernet
+from hwnas.nn.supernet import SharedNetwork, make_supernet, read_supernet, save_supernet
 from hwnas.runs import StageContext
 from hwnas.search import SHRINK_METRICS, STRATEGIES
 from hwnas.search.alphas import Alphas, refuse_resolutions
@@ -50,8 +52,8 @@ STEP = "step.json"
 class _Begin:
     """What a stage begins with: the super-nets W0 and W of the space before, and alpha there."""
 
-    initial: Supernet
-    trained: Supernet
+    initial: SharedNetwork
+    trained: SharedNetwork
     alphas: Scores
 
 
@@ -61,7 +63,7 @@ def metric(name: str) -> Metric:
     return made()
 
 
-def check(experiment: Experiment, space: MacroSpace) -> None:
+def check(experiment: Experiment, space: SearchSpace) -> None:
     """Raise ConfigError or SpaceError where the configuration cannot shrink ``space``."""
     config, search = experiment.shrink, experiment.search
     if experiment.task == "detect":
@@ -79,6 +81,10 @@ def check(experiment: Experiment, space: MacroSpace) -> None:
             f"strategy {search.strategy.name!r} does not train single paths of a super-net, which shrinking is about: use spos or fairnas."
         )
     search_strategy(search).check(space)
+    if isinstance(space, CellSpace) and set(config.operation_on) - {"node"}:
+        raise ConfigError(
+            f"shrink.operation_on = {list(config.operation_on)}, but the cells of space {space.name} share no weights between inputs: leave it empty."
+        )
     if any(each.alphas for each in found):
         refuse_resolutions(space, "magnitude")
         if search.supernet.wsbn or {search.supernet.operation_on, *config.operation_on} != {"node"}:
@@ -106,12 +112,12 @@ def first_sha256(experiment: Experiment) -> str:
     return content_sha256([search, config.first_epochs, config.operation_on[:1], beside])
 
 
-def train_first(ctx: StageContext, space: MacroSpace) -> None:
+def train_first(ctx: StageContext, space: SearchSpace) -> None:
     """Train the super-net of the whole space, which all metrics share."""
     _train(ctx, space, ctx.folder, 0, None, wants_alphas(ctx.experiment.shrink), "training the super-net of all metrics")
 
 
-def run(ctx: StageContext, space: MacroSpace, name: str, first: Path | None) -> None:
+def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) -> None:
     """Shrink by a metric: ``space.json`` and ``path.json``. ``first`` is the folder of the first training; None where none is needed."""
     experiment, config, found = ctx.experiment, ctx.experiment.shrink, metric(name)
     steps: list[ShrinkStep] = []
@@ -132,7 +138,11 @@ def run(ctx: StageContext, space: MacroSpace, name: str, first: Path | None) -> 
         steps.append(step)
         if not step.dropped:
             break
-        present, dropped, refreshed = MacroSpace.load(folder / SPACE), dropped + len(step.dropped), refreshed or step.refreshed
+        present, dropped, refreshed = (
+            parse_space(read_bytes(folder / SPACE), str(folder / SPACE)),
+            dropped + len(step.dropped),
+            refreshed or step.refreshed,
+        )
     present.save(ctx.folder / SPACE)
     ShrinkPath(
         metric=name, space=space.name, space_sha256=space.sha256, seed=experiment.seed, steps=tuple(steps), shrunk_sha256=present.sha256
@@ -140,7 +150,7 @@ def run(ctx: StageContext, space: MacroSpace, name: str, first: Path | None) -> 
 
 
 def _score(
-    ctx: StageContext, space: MacroSpace, name: str, folder: Path, trained: Path | None, number: int, dropped: int, refreshed: bool
+    ctx: StageContext, space: SearchSpace, name: str, folder: Path, trained: Path | None, number: int, dropped: int, refreshed: bool
 ) -> None:
     """Score the operators, drop the worst, and write what is left."""
     experiment, config, found = _sized(ctx.experiment, space), ctx.experiment.shrink, metric(name)
@@ -196,12 +206,12 @@ def _read_alphas(folder: Path) -> Scores:
     return {(key, option): value for key, values in json.loads((folder / ALPHAS).read_text()).items() for option, value in values.items()}
 
 
-def _sized(experiment: Experiment, space: MacroSpace) -> Experiment:
+def _sized(experiment: Experiment, space: SearchSpace) -> Experiment:
     return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
 
 def _train(
-    ctx: StageContext, space: MacroSpace, folder: Path, number: int, begin: _Begin | None, with_alphas: bool, description: str
+    ctx: StageContext, space: SearchSpace, folder: Path, number: int, begin: _Begin | None, with_alphas: bool, description: str
 ) -> None:
     """Train the super-net of a stage into ``folder``, with W0 beside it, going on where it was."""
     config = ctx.experiment.shrink
@@ -214,9 +224,9 @@ def _train(
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, folder)
     engine, supernet = prepared.engine, prepared.judge.supernet
-    assert isinstance(supernet, Supernet)  # see ``check``
+    assert isinstance(supernet, SharedNetwork)  # see ``check``
     if begin is not None:
-        initial = Supernet(space, torch.Generator().manual_seed(0), supernet.config)
+        initial = make_supernet(space, torch.Generator().manual_seed(0), supernet.config)
         carry(begin.initial, initial)
         carry(begin.trained.to(engine.device), supernet)
         save_supernet(initial, folder / INITIAL)
@@ -249,7 +259,7 @@ def _train(
     engine.finish()
 
 
-def _training(experiment: Experiment, space: MacroSpace, number: int) -> Experiment:
+def _training(experiment: Experiment, space: SearchSpace, number: int) -> Experiment:
     """The experiment that trains the super-net of a stage: each sees other batches and paths."""
     config, search = experiment.shrink, experiment.search
     levels = config.operation_on or (search.supernet.operation_on,)
@@ -260,7 +270,7 @@ def _training(experiment: Experiment, space: MacroSpace, number: int) -> Experim
     )
 
 
-def _carry_alphas(space: MacroSpace, before: Scores, alphas: Alphas) -> None:
+def _carry_alphas(space: SearchSpace, before: Scores, alphas: Alphas) -> None:
     with torch.no_grad():
         for choice in space.choices:
             for position, option in enumerate(choice.options):

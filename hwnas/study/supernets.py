@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hwnas.config import Experiment, SearchConfig
-from hwnas.core.space import MacroSpace
+from hwnas.core.space import SearchSpace
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import ConfigError
-from hwnas.nn.supernet import Supernet, save_supernet
+from hwnas.nn.supernet import SharedNetwork, save_supernet
 from hwnas.runs import StageContext
 from hwnas.search import STRATEGIES
 from hwnas.search.stage import SHARED, SearchResult, prepare, search_context, trained_supernet
@@ -30,7 +30,7 @@ class Trained:
     strategy: str
 
 
-def macs_table(space: MacroSpace) -> LatencyTable:
+def macs_table(space: SearchSpace) -> LatencyTable:
     """A table of a device that takes a millisecond for a million MACs: strategies want a latency, and a study of ranks has none."""
     unknown = dict.fromkeys(TableHeader.model_fields, "unknown")
     header = TableHeader.model_validate({**unknown, "device": "MACs", "space": space.name})
@@ -65,7 +65,7 @@ def check(experiment: Experiment) -> None:
         )
 
 
-def train(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
+def train(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     """Train the super-net of ``ctx.experiment`` (see ``training``) into ``shared.safetensors``, going on where it was."""
     experiment = ctx.experiment.model_copy(update={"data": ctx.experiment.data.at(space.resolution)})
     search = search_context(experiment, space, table)
@@ -74,7 +74,7 @@ def train(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
     engine = prepared.engine
     engine.resume()
     engine.fit(prepared.step, ctx.progress, f"training a super-net ({experiment.search.strategy.name}, seed {experiment.seed})")
-    assert isinstance(prepared.judge.supernet, Supernet)  # see ``check``
+    assert isinstance(prepared.judge.supernet, SharedNetwork)  # see ``check``
     save_supernet(prepared.judge.supernet, ctx.folder / SHARED)
     engine.finish()
 

@@ -43,7 +43,8 @@ from typing import Any, TextIO
 
 import hwnas
 from hwnas.config import Experiment, StudyConfig
-from hwnas.core.space import MacroSpace
+from hwnas.core.space import SearchSpace
+from hwnas.core.spaces import parse_space
 from hwnas.core.table import LatencyTable
 from hwnas.document import write_atomic
 from hwnas.engine import flush_denormals
@@ -76,7 +77,7 @@ class Training:
     name: str
     function: str
     experiment: Experiment
-    space: MacroSpace
+    space: SearchSpace
     table: LatencyTable
     root: Path
     inputs: Mapping[str, str]
@@ -107,7 +108,7 @@ class Training:
             name=order["name"],
             function=order["function"],
             experiment=Experiment.model_validate(order["experiment"]),
-            space=MacroSpace.parse(order["space"]),
+            space=parse_space(order["space"]),
             table=LatencyTable.parse(order["table"]),
             root=Path(order["root"]),
             inputs=order["inputs"],
@@ -155,7 +156,7 @@ def _here(trainings: Sequence[Training], threads: int | None, progress: Progress
 def perform(training: Training, threads: int | None, progress: Progress) -> None:
     """Do a training in this process, with so many threads, going on where its folder says."""
     module, _, name = training.function.partition(":")
-    function: Callable[[StageContext, MacroSpace, LatencyTable], None] = getattr(importlib.import_module(module), name)
+    function: Callable[[StageContext, SearchSpace, LatencyTable], None] = getattr(importlib.import_module(module), name)
     ctx = StageContext(training.experiment, training.root, training.folder, progress)
     training.folder.mkdir(parents=True, exist_ok=True)
     with stage(training.folder, training.name, training.inputs, list(training.outputs)), _threads(threads):

@@ -6,7 +6,8 @@ one of
 
 - the positions of the picked options in the order of the space's choices, as digits (``22212220``: NAS-Bench-Macro) or apart
   (``2 2 10 1``);
-- picks as a JSON object (``{"s1.b0": "ir_k3_e3", ...}``).
+- picks as a JSON object (``{"s1.b0": "ir_k3_e3", ...}``);
+- the space's own notation (``|nor_conv_3x3~0|+|...``: NAS-Bench-201, whose column ``arch_str`` is understood too).
 
 Repeated trainings (``acc1``, ``acc2``, ... or a list) are averaged, and say how much two trainings of the same networks agree: no
 score can be expected to do better. Accuracies are parts of 1, or percentages where one is above 1.
@@ -36,7 +37,7 @@ from hwnas.study.documents import TruthInfo
 from hwnas.study.metrics import best_tenth, kendall
 from hwnas.tables.reading import Source
 
-NAMES = ("architecture", "arch")
+NAMES = ("architecture", "arch", "arch_str")
 """Columns that say which architecture a line is about."""
 ACCURACY = re.compile(r"(test_|val_)?acc(uracy)?_?\d*")
 """Columns that are taken for accuracies where none are named."""
@@ -200,7 +201,7 @@ def _picks(text: str, space: SearchSpace) -> Picks:
             raise SpaceError(f"{text!r} is not valid JSON ({error}): write picks as an object.") from error
     parts = text.split() if " " in text else list(text)
     if not parts or not all(part.isascii() and part.isdigit() for part in parts):
-        raise SpaceError(f"{text!r} is no architecture: give the positions of its options, or its picks as a JSON object.")
+        return space.read(text)
     if len(parts) != len(space.choices):
         raise SpaceError(
             f"{text!r} has {len(parts)} positions, but space {space.name} has {len(space.choices)} choices: give one for each."

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwnas.core.op import ACTIVATIONS, KINDS, SE_GATES, Op, OpKey, out_size
+from hwnas.core.op import ACTIVATIONS, CELL_KINDS, KINDS, POOLS, SE_GATES, Op, OpKey, out_size
 from hwnas.document import Document
 from hwnas.errors import SpaceError
 
@@ -28,6 +28,14 @@ def ops(draw: st.DrawFn) -> Op:
         in_ch, anchors, classes = (draw(st.integers(1, 500)) for _ in range(3))
         kernel, act = draw(st.sampled_from((1, 3, 5))), draw(st.sampled_from(ACTIVATIONS))
         return Op(kind, size, in_ch, anchors * (classes + 1), kernel=kernel, act=act, anchors=anchors)
+    if kind in CELL_KINDS:
+        in_ch, act = draw(st.integers(1, 500)), "none" if kind in POOLS else draw(st.sampled_from(ACTIVATIONS))
+        halves = kind in ("facreduce", "resreduce")
+        out_ch = in_ch if kind in (*POOLS, "norm") else 2 * draw(st.integers(1, 250))
+        kernel = 1 if kind in ("facreduce", "norm") else draw(st.sampled_from((1, 3, 5)))
+        stride = 2 if halves else 1 if kind == "norm" else draw(st.integers(1, 3))
+        norm = kind in POOLS and draw(st.booleans())
+        return Op(kind, 2 * size if halves else size, in_ch, out_ch, kernel=kernel, stride=stride, act=act, norm=norm)
     groups = 1 if kind == "extra" else draw(st.sampled_from((1, 1, 1, 2, 3, 4)))
     in_ch, out_ch = (groups * draw(st.integers(1, 500)) for _ in range(2))
     mid_ch = groups * draw(st.integers(1, 500)) if kind in ("mbconv", "extra") else 0

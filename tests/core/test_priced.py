@@ -54,7 +54,7 @@ def spaces(draw: st.DrawFn) -> AnySpace:
     count = draw(st.integers(1, 5))
     options = draw(st.lists(st.integers(2, 4), min_size=count, max_size=count))
     axes = st.lists(st.integers(0, count - 1), max_size=min(count, 4), unique=True).map(tuple)
-    return AnySpace(name="any", options=tuple(options), axes=tuple(draw(st.lists(axes, min_size=1, max_size=6))))
+    return AnySpace(name="any", resolution=8, classes=2, options=tuple(options), axes=tuple(draw(st.lists(axes, min_size=1, max_size=6))))
 
 
 def prices_of(space: SearchSpace, seed: int = 0) -> dict[str, np.ndarray]:
@@ -184,7 +184,7 @@ def test_any_function_of_an_op_is_what_the_walk_over_the_architecture_gives(make
 
 def test_a_choice_that_every_term_shares_is_eliminated_last() -> None:
     """The terms of forty choices meet in one shared choice: eliminating that first would take 4^40 numbers, more than 64 bits count."""
-    space = AnySpace(name="star", options=(3, *[4] * 40), axes=tuple((i, 0) for i in range(1, 41)))
+    space = AnySpace(name="star", resolution=8, classes=2, options=(3, *[4] * 40), axes=tuple((i, 0) for i in range(1, 41)))
     prices = prices_of(space)
     each = np.stack([prices[term.slot] for term in space.terms()])  # [terms, 4, 3]
     expected = each.min(axis=1).sum(axis=0).min(), each.max(axis=1).sum(axis=0).max()

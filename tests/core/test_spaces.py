@@ -9,7 +9,7 @@ from hwnas.core.arch import Architecture, Picks
 from hwnas.core.families import ENLARGED_FILTERS
 from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace
-from hwnas.core.spaces import SPACES, load_space, mobilenet_v3_like, ofa_mobilenet_v3, picks_of_codes, proxylessnas
+from hwnas.core.spaces import MACRO_SPACES, load_space, mobilenet_v3_like, ofa_mobilenet_v3, picks_of_codes, proxylessnas
 from hwnas.errors import SpaceError
 
 MOBILENET_V2 = (32, 16, 24, 32, 64, 96, 160, 320, 1280)
@@ -35,7 +35,7 @@ def corner(space: MacroSpace, at: int) -> Picks:
 )
 def test_tunas_spaces_have_as_many_decisions_as_its_readme_says(name: str, decisions: int) -> None:
     expected = {"proxylessnas": "2.16e+21", "proxylessnas_enlarged": "1.39e+28", "mobilenet_v3_like": "8.48e+42"}  # nas-facts T6
-    space = SPACES[name]()
+    space = MACRO_SPACES[name]()
     assert space.decisions == decisions
     assert f"{space.decisions:.2e}" == expected[name]
 
@@ -53,18 +53,18 @@ def test_tunas_spaces_have_as_many_decisions_as_its_readme_says(name: str, decis
     ],
 )
 def test_sizes(name: str, size: int) -> None:
-    assert SPACES[name]().size == size
+    assert MACRO_SPACES[name]().size == size
 
 
 def test_identities_of_spaces_that_tables_and_runs_name() -> None:
     """Fields that came later leave the hash alone: a committed table was made for the first of these."""
     assert proxylessnas().sha256.startswith("03b8e15211a6e774")
-    assert SPACES["mobile32"]().sha256.startswith("bc5345c2f8be68cd")
+    assert MACRO_SPACES["mobile32"]().sha256.startswith("bc5345c2f8be68cd")
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", MACRO_SPACES)
 def test_decode_undoes_encode(name: str) -> None:
-    space, rng = SPACES[name](), np.random.default_rng(0)
+    space, rng = MACRO_SPACES[name](), np.random.default_rng(0)
     assert space.name == name
     assert MacroSpace.parse(space.to_json()) == space
     for picks in (corner(space, 0), corner(space, -1), *(space.sample(rng) for _ in range(20))):
@@ -76,9 +76,9 @@ def test_decode_undoes_encode(name: str) -> None:
         assert space.decode(found).blocks == arch.blocks
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", MACRO_SPACES)
 def test_terms_are_the_ops_of_samples(name: str) -> None:
-    space, rng = SPACES[name](), np.random.default_rng(1)
+    space, rng = MACRO_SPACES[name](), np.random.default_rng(1)
     positions = {choice.key: i for i, choice in enumerate(space.choices)}
     terms = space.terms()
     for _ in range(20):
@@ -91,11 +91,11 @@ def test_terms_are_the_ops_of_samples(name: str) -> None:
         assert tuple(op for op in found if op is not None) == space.decode(picks).ops()
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", MACRO_SPACES)
 def test_width_resolution_and_the_rest_are_taken_by_every_space(name: str) -> None:
     space = load_space(name, width=0.5, resolution=32, classes=7, in_channels=1, act="relu6", bn_eps=1e-5, name="small")
     assert isinstance(space, MacroSpace)
-    whole = SPACES[name](resolution=32, classes=7, in_channels=1)
+    whole = MACRO_SPACES[name](resolution=32, classes=7, in_channels=1)
     first, last = space.decode(corner(space, -1)), whole.decode(corner(whole, -1))
     assert (first.resolution, first.classes, first.in_channels, first.bn_eps, space.name) == (32, 7, 1, 1e-5, "small")
     assert (first.ops()[0].act, first.ops()[-1].in_ch) == ("relu6", last.ops()[-1].in_ch)
@@ -112,7 +112,7 @@ def test_a_scaled_mobilenet_v2_counts_what_its_authors_counted(width: float, mac
 
 
 def test_scaled_widths_merge_and_keep_their_order() -> None:
-    space = SPACES["proxylessnas_enlarged"]()
+    space = MACRO_SPACES["proxylessnas_enlarged"]()
     halved = space.scaled(0.25)
     assert space.stages[0].widths == (8, 16, 24, 32)
     assert halved.stages[0].widths == (8,)
@@ -127,9 +127,9 @@ def test_scaled_widths_merge_and_keep_their_order() -> None:
 
 
 def test_searched_widths_are_tunas_multipliers() -> None:
-    widths = [len(stage.widths) for stage in SPACES["proxylessnas_enlarged"]().stages]
+    widths = [len(stage.widths) for stage in MACRO_SPACES["proxylessnas_enlarged"]().stages]
     assert widths == [4, 4, 4, 6, 7, 7, 7, 7, 7]
-    assert all(base in stage.widths for base, stage in zip(ENLARGED_FILTERS, SPACES["proxylessnas_enlarged"]().stages, strict=True))
+    assert all(base in stage.widths for base, stage in zip(ENLARGED_FILTERS, MACRO_SPACES["proxylessnas_enlarged"]().stages, strict=True))
 
 
 def test_the_mobilenet_v3_like_space_is_that_of_nas_facts() -> None:
@@ -163,9 +163,9 @@ def test_the_once_for_all_space_is_elastic_in_depth_and_resolution() -> None:
 
 
 def test_fbnet_skips_the_first_layer_and_convolves_where_the_shape_changes() -> None:
-    space = SPACES["fbnet"]()
+    space = MACRO_SPACES["fbnet"]()
     arch = space.decode({choice.key: choice.options[-1] for choice in space.choices})
     assert [op.kind for op in arch.ops()] == ["conv"] * 8 + ["classifier"]
     assert [(op.out_ch, op.stride) for op in arch.ops()[1:7]] == [(24, 2), (32, 2), (64, 2), (112, 1), (184, 2), (352, 1)]
-    assert "ds_k3_g2" in SPACES["fbnet_no_expand"]().choices[0].options
+    assert "ds_k3_g2" in MACRO_SPACES["fbnet_no_expand"]().choices[0].options
     assert "ir_k3_e1_g2" in space.choices[0].options

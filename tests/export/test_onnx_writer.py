@@ -15,7 +15,7 @@ from torch import nn
 
 from hwnas import __version__
 from hwnas.core.op import Op
-from hwnas.core.spaces import SPACES, published
+from hwnas.core.spaces import MACRO_SPACES, published
 from hwnas.errors import ExportError
 from hwnas.export.onnx import IR_VERSION, OPSET, to_onnx
 from hwnas.export.onnx_writer import write_onnx, write_op
@@ -99,7 +99,7 @@ def test_the_file_says_what_the_exporters_says(case: Case) -> None:
     assert len(written.graph.value_info) == len(written.graph.node) - 1
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", MACRO_SPACES)
 def test_networks_of_every_space_compute_what_pytorch_does(name: str) -> None:
     network = spaces.network_of(name, "random")
     found_NC = run(write_onnx(network), spaces.images(network).permute(0, 2, 3, 1).numpy())

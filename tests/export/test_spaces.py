@@ -13,7 +13,7 @@ from torch import nn
 
 from hwnas.core.arch import Architecture
 from hwnas.core.option import parse_option
-from hwnas.core.spaces import SPACES, load_space
+from hwnas.core.spaces import MACRO_SPACES, load_space
 from hwnas.export.onnx import to_onnx
 from hwnas.export.tflite_writer import write_tflite
 from hwnas.nn.network import Network
@@ -77,7 +77,7 @@ def assert_same(found_NC: np.ndarray, network: Network) -> None:
 
 
 @pytest.mark.parametrize("which", ["smallest", "largest", "random"])
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", MACRO_SPACES)
 def test_litert_computes_what_pytorch_does(name: str, which: str) -> None:
     network = network_of(name, which)
     interpreter = Interpreter(model_content=write_tflite(network), num_threads=1)
@@ -100,6 +100,6 @@ def test_onnxruntime_computes_what_pytorch_does(name: str, tmp_path: Path) -> No
 
 
 def test_the_corners_are_corners() -> None:
-    for name in SPACES:
+    for name in MACRO_SPACES:
         small, middle, large = (arch_of(name, which).macs for which in ("smallest", "random", "largest"))
         assert small < middle < large

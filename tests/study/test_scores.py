@@ -74,7 +74,7 @@ def test_opposite_weights_are_pi_apart(config: Experiment) -> None:
     with torch.no_grad():
         for weight in one.supernet.parameters():
             weight.neg_()
-    assert angle(one.initial.extract(PICKS[0]), one.supernet.extract(PICKS[0])) == pytest.approx(math.pi)
+    assert angle(one.initial.angle_weights(PICKS[0]), one.supernet.angle_weights(PICKS[0])) == pytest.approx(math.pi)
 
 
 def test_recalibrated_accuracy_is_the_judges_and_loss_is_of_the_same_network(config: Experiment) -> None:

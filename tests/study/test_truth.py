@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hwnas.core.spaces import nasbench_macro
+from hwnas.core.spaces import nasbench201, nasbench_macro
 from hwnas.errors import DocumentError, TableError
 from hwnas.study.truth import read_truth
 
@@ -50,6 +50,19 @@ def test_json_of_lists_of_objects_and_of_numbers(tmp_path: Path) -> None:
         truth = read_truth(written(tmp_path, json.dumps(content), "truth.json"), SPACE)
         assert truth.mean.tolist() == pytest.approx([0.9305, 0.454])
         assert SPACE.index(truth.picks[1]).tolist() == [0] * 8
+
+
+def test_the_strings_of_nasbench201(tmp_path: Path) -> None:
+    space = nasbench201()
+    best = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_1x1~2|"
+    none = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
+    path = written(tmp_path, f"idx,arch_str,cifar10_test_200\n6111,{best},94.37\n5374,{none},10.0\n")
+    truth = read_truth(path, space, ["cifar10_test_200"])
+    assert truth.names == (best, none)
+    assert truth.mean.tolist() == pytest.approx([0.9437, 0.1])
+    assert space.index(truth.picks[0]).tolist() == [3, 3, 3, 1, 3, 2]  # edges node by node, options in the benchmark's order
+    with pytest.raises(TableError, match=r"line 2: edge c\.e0-1 .* cannot be 'conv'"):
+        read_truth(written(tmp_path, "arch,acc\n|conv~0|+|none~0|none~1|+|none~0|none~1|none~2|,94\n"), space)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""The built-in spaces of cells.
+
+=====================  ==============================================================================================
+``nasbench201``        NAS-Bench-201 (Dong, Yang, ICLR 2020, arXiv 2001.00326): 6 edges of 5 options, all 15,625 trained
+``darts``              DARTS (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055): 20 cells of 36 channels on CIFAR-10
+``nasbench101``        NAS-Bench-101 (Ying et al., ICML 2019, arXiv 1902.09635): cells as graphs, 423,624 trained; to decode and
+                       to train, see ``hwnas.core.nasbench101``
+``darts_imagenet``     the same cells 14 deep and 48 channels wide, with the stem for 224 pixels
+=====================  ==============================================================================================
+
+DARTS searches on 8 cells of 16 channels: ``search.supernet = {proxy_depth = 2, proxy_width = 0.444}`` here. P-DARTS brings its own depths.
+
+*Differences from the papers' code*: DARTS's auxiliary classifier, which only training has, is left out, as the papers' own parameter
+counts leave it out.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TypedDict, Unpack
+
+from hwnas.core.cell_plan import KEPT, NONE, SKIP_CONNECT, edge_key, inputs_key
+from hwnas.core.cells import CellSpace
+from hwnas.core.nasbench101 import NASBench101Space
+from hwnas.errors import SpaceError
+
+NASBENCH201_OPTIONS = (NONE, SKIP_CONNECT, "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+"""In the benchmark's order."""
+DARTS_OPTIONS = (
+    NONE, "max_pool_3x3", "avg_pool_3x3", SKIP_CONNECT, "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5",
+)  # fmt: skip
+"""In the order of DARTS's code."""
+DARTS_CELLS = ("normal", "reduce")
+
+
+class CellShape(TypedDict, total=False):
+    """What every built-in space of cells may be given. ``width`` multiplies the channels."""
+
+    name: str
+    resolution: int
+    in_channels: int
+    classes: int
+    act: str
+    bn_eps: float
+    width: float
+
+
+def nasbench201(**shape: Unpack[CellShape]) -> CellSpace:
+    """NAS-Bench-201: three stages of five cells with 16, 32 and 64 channels; nodes 0 to 3, every earlier one joined to every later."""
+    edges = {edge_key("c", source, node): NASBENCH201_OPTIONS for node in range(1, 4) for source in range(node)}
+    return _space(CellShape(name="nasbench201") | shape, skeleton="nasbench201", channels=16, cells=(5, 5, 5), nodes=4, edges=edges)
+
+
+def darts(*, channels: int = 36, layers: int = 20, stem: str = "small", **shape: Unpack[CellShape]) -> CellSpace:
+    """DARTS's cells: nodes 0 and 1 are the cells before, each of nodes 2 to 5 keeps two of its edges.
+
+    ``layers`` are cells in all; those after a third and two thirds of them are reductions. NDS's networks of DARTS's cells (Radosavovic et
+    al., ICCV 2019, arXiv 1905.13214) are these at other ``channels`` and ``layers``.
+
+    Example:
+        >>> [darts(layers=layers).cells for layers in (5, 8, 20)]
+        [(1, 1, 1), (2, 2, 2), (6, 6, 6)]
+    """
+    first, second = layers // 3, 2 * layers // 3
+    cells = (first, second - first - 1, layers - second - 1)
+    nodes = range(2, 6)
+    edges = {edge_key(cell, source, node): DARTS_OPTIONS for cell in DARTS_CELLS for node in nodes for source in range(node)}
+    inputs = {
+        inputs_key(cell, node): tuple("+".join(map(str, pair)) for pair in combinations(range(node), KEPT))
+        for cell in DARTS_CELLS
+        for node in nodes[1:]
+    }
+    return _space(
+        CellShape(name="darts") | shape,
+        skeleton="darts", stem=stem, channels=channels, cells=cells, nodes=6, edges=edges, inputs=inputs,
+    )  # fmt: skip
+
+
+def darts_imagenet(**shape: Unpack[CellShape]) -> CellSpace:
+    """DARTS's network for ImageNet: 14 cells, 48 channels."""
+    return darts(channels=48, layers=14, stem="imagenet", **CellShape(name="darts_imagenet", resolution=224, classes=1000) | shape)
+
+
+def nasbench101(**shape: Unpack[CellShape]) -> NASBench101Space:
+    """NAS-Bench-101: nine cells of 128, 256 and 512 channels. Its activation is always ReLU."""
+    if shape.pop("act", "relu") != "relu":
+        raise SpaceError("space nasbench101 has no other activation than relu: leave act out.")
+    channels = round(128 * shape.pop("width", 1.0))
+    return NASBench101Space.model_validate({"name": "nasbench101", "resolution": 32, "classes": 10, **shape, "channels": channels})
+
+
+def _space(shape: CellShape, *, channels: int, **fields: object) -> CellSpace:
+    width = shape.pop("width", 1.0)
+    small = CellShape(resolution=32, classes=10, bn_eps=1e-5) | shape
+    return CellSpace.model_validate({**fields, **small, "channels": max(2, 2 * round(channels * width / 2))})

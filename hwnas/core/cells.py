@@ -1,0 +1,339 @@
+"""Spaces of cells: a small graph of options is searched, and stacked many times into a network.
+
+A *cell* has nodes in a row. Every edge from an earlier node to a later one has a choice of options, which all cells of its kind share
+(``"c.e0-1"``: from node 0 to node 1 of the cell ``c``); a node is the sum of its edges. Two skeletons:
+
+``nasbench201``  (Dong, Yang, ICLR 2020, arXiv 2001.00326) stem, three stages of cells with one kind ``c`` of cell whose node 0 is what
+                 comes before; a residual block halves the map between stages; BN, ReLU, pooling, classifier. The last node is the output.
+``darts``        (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055) two kinds of cells, ``normal`` and ``reduce``, whose nodes 0 and 1 are
+                 the two cells before, through a 1 x 1 convolution each (or a factorised reduction where the maps' sizes differ). Every
+                 further node keeps two of its edges: which ones is a choice of its own (``"normal.n3.inputs"``: ``"0+2"``). The output is
+                 all these nodes, one after another. In ``reduce`` the edges from nodes 0 and 1 have stride 2.
+
+Options are named as in the papers' code: ``none``, ``skip_connect``, ``nor_conv_3x3``, ``sep_conv_5x5``, ``dil_conv_3x3``,
+``avg_pool_3x3``, ``max_pool_3x3``. ``none`` is no connection; a node without any is zero, and what reads it is computed all the same, as
+in the benchmark.
+
+``plan`` is the one walk over such a network: decoding, prices and the super-net all come from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, product
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from hwnas.core.arch import Architecture, Origin, Picks
+from hwnas.core.cell_plan import KEPT, NONE, Place, edge_key, inputs_key, plan_of
+from hwnas.core.graph import GraphBuilder
+from hwnas.core.op import Op
+from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
+from hwnas.document import nearest
+from hwnas.errors import SpaceError
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a network, and where it comes from: the position of its place in the plan, and the option of an edge."""
+
+    place: int
+    option: str
+    op: Op
+
+
+class CellSpace(SearchSpace):
+    """Networks of cells. ``edges`` holds the options of every edge, ``inputs`` the pairs of edges that a DARTS node may keep.
+
+    ``cells`` are the numbers of cells of each stage, reductions not counted; ``channels`` is the width of a node in the first stage,
+    which doubles from stage to stage. ``stem`` is the skeleton's for small images or DARTS's for ImageNet, which halves the image thrice.
+
+    Example:
+        >>> from hwnas.core.cell_families import nasbench201
+        >>> space = nasbench201()
+        >>> space.decode(space.read("|nor_conv_3x3~0|+|none~0|none~1|+|skip_connect~0|none~1|skip_connect~2|")).params
+        101306
+    """
+
+    LATER = ("detector", "inputs")
+
+    kind: Literal["cell"] = "cell"
+    skeleton: Literal["nasbench201", "darts"]
+    stem: Literal["small", "imagenet"] = "small"
+    channels: int = Field(gt=0)
+    cells: tuple[int, ...] = Field(min_length=1)
+    nodes: int = Field(ge=2)
+    edges: dict[str, tuple[str, ...]]
+    inputs: dict[str, tuple[str, ...]] = {}
+    act: str = "relu"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if min(self.cells) < 1:
+            raise ValueError(f"every stage needs cells, got {list(self.cells)}")
+        if self.stem == "imagenet" and self.skeleton != "darts":
+            raise ValueError("only the skeleton darts has a stem for ImageNet")
+        halvings = len(self.cells) - 1 + (3 if self.stem == "imagenet" else 0)
+        if self.resolution % 2**halvings:
+            raise ValueError(f"resolution {self.resolution} is halved {halvings} times, so it is a multiple of {2**halvings}")
+        for given, wanted, what in ((self.edges, self._edge_keys, "edges"), (self.inputs, self._input_keys, "inputs")):
+            if set(given) != set(wanted):
+                raise ValueError(f"{what} are {', '.join(sorted(set(wanted) ^ set(given)))} amiss: give options for {', '.join(wanted)}")
+            for key, options in given.items():
+                if not options or len(set(options)) != len(options):
+                    raise ValueError(f"{key} needs one or more different options, got {list(options)}")
+        for key, pairs in self.inputs.items():
+            unknown = [pair for pair in pairs if pair not in self._pairs(int(key.rpartition(".n")[2].partition(".")[0]))]
+            if unknown:
+                raise ValueError(f"{key} cannot be {unknown[0]!r}: name two earlier nodes, as in '0+1'")
+        self.plan()
+        return self
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of cells, in the order of their choices."""
+        return ("c",) if self.skeleton == "nasbench201" else ("normal", "reduce")
+
+    @property
+    def sources(self) -> int:
+        """Nodes of a cell that come from before it."""
+        return 1 if self.skeleton == "nasbench201" else 2
+
+    @property
+    def _edge_keys(self) -> tuple[str, ...]:
+        nodes = range(self.sources, self.nodes)
+        return tuple(edge_key(cell, source, node) for cell in self.kinds for node in nodes for source in range(node))
+
+    @property
+    def _input_keys(self) -> tuple[str, ...]:
+        if self.skeleton == "nasbench201":
+            return ()
+        return tuple(inputs_key(cell, node) for cell in self.kinds for node in range(self.sources + 1, self.nodes))
+
+    @staticmethod
+    def _pairs(node: int) -> tuple[str, ...]:
+        return tuple("+".join(map(str, pair)) for pair in combinations(range(node), KEPT))
+
+    @cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        """Cell by cell and node by node: the edges that come in, then which of them are kept."""
+        found = []
+        for cell in self.kinds:
+            for node in range(self.sources, self.nodes):
+                found += [Choice(key, self.edges[key], "op") for key in (edge_key(cell, source, node) for source in range(node))]
+                key = inputs_key(cell, node)
+                found += [Choice(key, self.inputs[key], "inputs")] if key in self.inputs else []
+        return tuple(choice for choice in found if len(choice.options) > 1)
+
+    def plan(self, pool_norm: bool = False) -> tuple[Place, ...]:
+        """All places of the network in order. ``pool_norm``: with the BN that DARTS has behind pooling while it searches."""
+        return plan_of(self, pool_norm)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """The plan of the networks that are trained in the end."""
+        return self.plan()
+
+    def terms(self) -> tuple[Term, ...]:
+        """One term per op that always runs and per edge of every cell; those of one edge depend on the same choices."""
+        return tuple(_term(place) for place in self.places if place.kind in ("op", "edge"))
+
+    def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
+        """The network of ``picks``."""
+        return self.network(picks, self.places, name)
+
+    def network(self, picks: Mapping[str, Option], places: Sequence[Place], name: str | None = None) -> Architecture:
+        """The network of ``picks`` on the ``places`` of a plan."""
+        self.check(picks)
+        builder, _ = self.walk(picks, places)
+        return Architecture(
+            name=name or f"{self.name}-sample",
+            in_channels=self.in_channels,
+            bn_eps=self.bn_eps,
+            blocks=tuple(builder.blocks),
+            graph=tuple(builder.steps),
+            origin=Origin(space=self.name, space_sha256=self.sha256, picks=dict(picks)),
+        )
+
+    def walk(self, picks: Mapping[str, Option], places: Sequence[Place]) -> tuple[GraphBuilder, tuple[Block, ...]]:
+        """The graph of ``picks`` on the ``places`` of a plan, and where each of its blocks comes from."""
+        builder, blocks = GraphBuilder(), []
+        points: list[int | None] = [0]
+        for position, place in enumerate(places):
+            option = str(picks.get(place.key, place.options[0])) if place.kind == "edge" else ""
+            before = len(builder.blocks)
+            points.append(_step(builder, place, points, option, _keeps(place, picks)))
+            blocks += [Block(position, option, op) for op in builder.blocks[before:]]
+        return builder, tuple(blocks)
+
+    def canonical(self, index_C: np.ndarray) -> np.ndarray:
+        """Option positions [choices], those of edges that are not kept at 0."""
+        picks, found = self.at(index_C), index_C.copy()
+        for position, choice in enumerate(self.choices):
+            if choice.kind == "op" and not self.kept(choice.key, picks):
+                found[position] = 0
+        return found
+
+    def _inputs_of(self, key: str, picks: Mapping[str, Option]) -> tuple[int, ...] | None:
+        """The nodes whose edges are kept where an edge ends; None where all are."""
+        cell, _, edge = key.partition(".e")
+        node = edge.partition("-")[2]
+        options = self.inputs.get(f"{cell}.n{node}.inputs")
+        if options is None:
+            return None
+        kept = str(picks.get(f"{cell}.n{node}.inputs", options[0]))
+        return tuple(int(number) for number in kept.split("+"))
+
+    def paths(self, picks: Mapping[str, Option]) -> dict[str, int]:
+        """By edge: how many paths from an input of its cell to the cell's output lead over it, which ``none`` does not interrupt.
+
+        Example:
+            >>> from hwnas.core.cell_families import nasbench201
+            >>> picks = nasbench201().read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|nor_conv_1x1~1|nor_conv_1x1~2|")
+            >>> nasbench201().paths(picks)
+            {'c.e0-1': 2, 'c.e0-2': 0, 'c.e1-2': 1, 'c.e0-3': 1, 'c.e1-3': 1, 'c.e2-3': 1}
+        """
+        self.check(picks)
+        found: dict[str, int] = {}
+        for cell in self.kinds:
+            edges = [(source, node) for node in range(self.sources, self.nodes) for source in range(node)]
+            keys = {edge: edge_key(cell, *edge) for edge in edges}
+            there = [edge for edge, key in keys.items() if self.kept(key, picks) and picks.get(key, self.edges[key][0]) != NONE]
+            before = [1] * self.sources + [0] * (self.nodes - self.sources)
+            after = [int(self.skeleton == "darts" or node == self.nodes - 1) for node in range(self.nodes)]
+            for source, node in there:
+                before[node] += before[source]
+            for source, node in reversed(there):
+                after[source] += after[node]
+            found |= {key: before[edge[0]] * after[edge[1]] if edge in there else 0 for edge, key in keys.items()}
+        return found
+
+    def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
+        """Whether the node at its end keeps an edge."""
+        kept = self._inputs_of(key, picks)
+        return kept is None or _source(key) in kept
+
+    def encode(self, arch: Architecture) -> Picks:
+        """Picks of ``arch``, from its origin where that is this space, else by matching its graph. Edges not kept get some option."""
+        if arch.origin is not None and arch.origin.space_sha256 == self.sha256:
+            if self.decode(arch.origin.picks).identity != arch.identity:
+                raise SpaceError(
+                    f"the blocks of architecture {arch.name!r} are not those of its origin's picks: correct or remove its origin."
+                )
+            return dict(arch.origin.picks)
+        matched = self._match(arch, {}, GraphBuilder(), [0])
+        if matched is None or arch.in_channels != self.in_channels:
+            raise SpaceError(f"architecture {arch.name!r} is not in space {self.name}: no picks give its {len(arch.blocks)} blocks.")
+        return {choice.key: matched.get(choice.key, choice.options[0]) for choice in self.choices}
+
+    def _match(self, arch: Architecture, picks: Picks, builder: GraphBuilder, points: list[int | None]) -> Picks | None:
+        """Picks that make the rest of ``arch``, beginning with what ``builder`` has: a choice is open until its first place."""
+        while len(points) <= len(self.places):
+            place = self.places[len(points) - 1]
+            for key, options in ((place.keep_key, self.inputs.get(place.keep_key, ())), (place.key, place.options)):
+                if key and key not in picks and (key != place.key or _keeps(place, picks)):
+                    branches = (self._match(arch, {**picks, key: each}, _copy(builder), list(points)) for each in options)
+                    return next((found for found in branches if found is not None), None)
+            points.append(_step(builder, place, points, str(picks.get(place.key, "")), _keeps(place, picks)))
+            made, blocks = len(builder.steps), len(builder.blocks)
+            if arch.graph[:made] != tuple(builder.steps) or arch.blocks[:blocks] != tuple(builder.blocks):
+                return None
+        return picks if len(builder.steps) == len(arch.graph) else None
+
+    def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
+        """A new space with only the ``allowed`` options, in this space's order. Fixed choices may be named too."""
+        changed = {"edges": dict(self.edges), "inputs": dict(self.inputs)}
+        for key, options in allowed.items():
+            if key == RESOLUTION and list(options) == [self.resolution]:
+                continue
+            part = next((part for part in changed.values() if key in part), None)
+            if part is None:
+                raise SpaceError(f"space {self.name} has no choice {key!r}; {nearest(key, {*self.edges, *self.inputs})}")
+            if not options or not set(options) <= set(part[key]):
+                raise SpaceError(
+                    f"choice {key!r} of space {self.name} cannot be restricted to {list(options)}; known: {', '.join(part[key])}."
+                )
+            part[key] = tuple(option for option in part[key] if option in options)
+        return self.changed(name or self.name, **changed)
+
+    def changed(self, name: str, **update: object) -> Self:
+        """A new space with other fields: more ``cells``, for instance, or other ``channels``."""
+        return type(self).model_validate({**self.model_dump(), **update, "name": name})
+
+    def read(self, text: str) -> Picks:
+        """NAS-Bench-201's notation: ``|nor_conv_3x3~0|+|none~0|...|``, node by node ``option~source``. Raises SpaceError elsewhere."""
+        if self.skeleton != "nasbench201" or not text.startswith("|"):
+            return super().read(text)
+        picks: Picks = {}
+        groups = text.split("+")
+        for node, group in enumerate(groups, 1):
+            for source, part in enumerate(group.strip("|").split("|")):
+                option, _, number = part.partition("~")
+                if number != str(source) or (key := edge_key("c", source, node)) not in self.edges:
+                    raise SpaceError(f"{text!r} is no cell of space {self.name}: {part!r} should be an option and '~{source}'.")
+                if option not in self.edges[key]:
+                    raise SpaceError(f"edge {key} of {text!r} cannot be {option!r}; {nearest(option, self.edges[key])}")
+                picks[key] = option
+        if len(picks) != len(self.edges):
+            raise SpaceError(f"{text!r} is no cell of space {self.name}: it has {len(picks)} edges instead of {len(self.edges)}.")
+        return {choice.key: picks[choice.key] for choice in self.choices}
+
+    def write(self, picks: Mapping[str, Option]) -> str:
+        """The reverse of ``read``."""
+        assert self.skeleton == "nasbench201", "the other skeletons have no notation"
+        self.check(picks)
+        nodes = range(1, self.nodes)
+        keys = [[edge_key("c", source, node) for source in range(node)] for node in nodes]
+        options = [[picks.get(key, self.edges[key][0]) for key in row] for row in keys]
+        return "+".join("|" + "|".join(f"{option}~{source}" for source, option in enumerate(row)) + "|" for row in options)
+
+
+def _source(key: str) -> int:
+    """The node that an edge comes from."""
+    return int(key.rpartition(".e")[2].partition("-")[0])
+
+
+def _copy(builder: GraphBuilder) -> GraphBuilder:
+    return GraphBuilder(list(builder.blocks), list(builder.steps))
+
+
+def _keeps(place: Place, picks: Mapping[str, Option]) -> bool:
+    """Whether the picks keep an edge."""
+    if not place.kept:
+        return True
+    if len(place.kept) == 1:
+        return place.kept[0]
+    wanted = str(picks[place.keep_key])
+    return str(_source(place.key)) in wanted.split("+")
+
+
+def _step(builder: GraphBuilder, place: Place, points: Sequence[int | None], option: str, kept: bool) -> int | None:
+    """Add a place to a graph; the point it makes, None for no connection."""
+    read = [points[point] for point in place.of]
+    present = [point for point in read if point is not None]
+    if place.kind == "sum":
+        return builder.sum(present) if present else builder.zero(place.channels, place.size)
+    assert len(present) == len(read), f"{place.slot} reads what is not there"
+    if place.kind == "concat":
+        return builder.concat(present)
+    if place.kind == "op":
+        assert place.op is not None
+        return builder.op(place.op, present[0])
+    if not kept or option == NONE:
+        return None
+    op = place.ops[place.options.index(option)]
+    return present[0] if op is None else builder.op(op, present[0])
+
+
+def _term(place: Place) -> Term:
+    """The term of an op or an edge."""
+    if place.kind == "op":
+        return Term(place.slot, (), (), (place.op,))
+    kept = place.kept or (True,)
+    ops = tuple(op if keeps else None for op, keeps in product(place.ops, kept))
+    shape = {key: count for key, count in ((place.key, len(place.options)), (place.keep_key, len(kept))) if key and count > 1}
+    return Term(place.slot, tuple(shape), tuple(shape.values()), ops, place.options)

@@ -1,0 +1,202 @@
+"""The super-net of cells: a single path is its stand-alone network, a mixture is the sum, and what is off costs nothing."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.config import SupernetConfig
+from hwnas.core.cell_plan import NONE
+from hwnas.core.cells import CellSpace
+from hwnas.core.spaces import darts, nasbench201
+from hwnas.errors import ConfigError
+from hwnas.nn.cells import CellSupernet, GrowingSupernet, with_values
+from hwnas.nn.network import load_network, save_network
+from hwnas.nn.supernet import load_supernet, make_supernet, save_supernet
+from hwnas.search.proposal import one_hot
+
+SPACES = {"nasbench201": nasbench201(width=0.25, resolution=8), "darts": darts(channels=4, layers=5, resolution=8)}
+
+
+def images(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def supernet_of(space: CellSpace, **config: object) -> CellSupernet:
+    return CellSupernet(space, torch.Generator().manual_seed(0), SupernetConfig.model_validate(config))
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_single_path_is_the_network_that_is_extracted(name: str, affine: bool, tmp_path: Path) -> None:
+    space, rng = SPACES[name], np.random.default_rng(0)
+    supernet = supernet_of(space, bn_affine=affine)
+    for _ in range(6):
+        picks = space.sample(rng)
+        network = supernet.extract(picks).train()
+        torch.testing.assert_close(supernet(images(), one_hot(picks, space)), network(images()))
+        assert network.arch.macs == space.decode(picks).macs
+    save_network(network, tmp_path / "network.safetensors")
+    again = load_network(tmp_path / "network.safetensors").train()
+    torch.testing.assert_close(again(images()), network(images()))
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_single_path_gives_no_other_weight_a_gradient(name: str) -> None:
+    space = SPACES[name]
+    supernet = supernet_of(space)
+    picks = space.sample(np.random.default_rng(3))
+    supernet(images(), one_hot(picks, space)).sum().backward()
+    trained = sum(weight.numel() for weight in supernet.parameters() if weight.grad is not None)
+    alone = supernet.extract(picks)
+    assert 0 < trained <= sum(weight.numel() for weight in alone.parameters())  # behind a zero node nothing learns
+
+
+def test_a_mixture_is_the_weighted_sum_of_options() -> None:
+    """With one edge open on a space whose only path leads over it, logits before the classifier are linear in nothing but BN: by hand."""
+    space = SPACES["nasbench201"]
+    supernet = supernet_of(space)
+    position, place = next((i, place) for i, place in enumerate(supernet.places) if place.key == "c.e1-3")
+    x_NCHW = torch.randn(2, place.channels, place.size, place.size, generator=torch.Generator().manual_seed(2))
+    weights = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4], requires_grad=True)
+    part = supernet.parts[position]
+    mixed = supernet._edge(place, part, x_NCHW, with_values({"c.e1-3": weights}), 0.0)
+    by_hand = 0.2 * x_NCHW + 0.3 * part["nor_conv_3x3"](x_NCHW) + 0.4 * part["avg_pool_3x3"](x_NCHW)
+    assert mixed is not None
+    torch.testing.assert_close(mixed, by_hand)
+    mixed.square().sum().backward()
+    assert weights.grad is not None and weights.grad[[1, 3, 4]].abs().min() > 0 and weights.grad[[0, 2]].abs().max() == 0
+    assert all(weight.grad is None for weight in part["nor_conv_1x1"].parameters())
+
+
+def test_edges_weigh_as_the_pairs_that_keep_them() -> None:
+    space = SPACES["darts"]
+    supernet = supernet_of(space)
+    picks = space.sample(np.random.default_rng(0))
+    gates = {key: torch.tensor(gate) for key, gate in one_hot(picks, space).items()}
+    key = "normal.n4.inputs"
+    gates["normal.e0-4"] = gates["normal.e3-4"] = torch.eye(8)[3].double()
+    gates[key] = torch.tensor([0.5 if pair in ("0+1", "0+2") else 0.0 for pair in space.inputs[key]])
+    position, place = next((i, place) for i, place in enumerate(supernet.places) if place.key == "normal.e0-4")
+    x_NCHW = torch.randn(2, place.channels, place.size, place.size)
+    kept = supernet._edge(place, supernet.parts[position], x_NCHW, with_values(gates), 0.0)
+    assert kept is not None
+    torch.testing.assert_close(kept, x_NCHW)
+    left_out = next(i for i, place in enumerate(supernet.places) if place.key == "normal.e3-4")
+    assert supernet._edge(supernet.places[left_out], supernet.parts[left_out], x_NCHW, with_values(gates), 0.0) is None
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_rematerialisation_changes_no_gradient(name: str) -> None:
+    space = SPACES[name]
+    gates = {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in space.choices}
+    found = []
+    for remat in (True, False):
+        supernet = supernet_of(space, remat=remat)
+        torch.manual_seed(0)
+        supernet(images(), gates, skip_dropout=0.3).square().sum().backward()
+        found.append([weight.grad for weight in supernet.parameters()])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+
+def test_statistics_are_tracked_where_they_are_kept() -> None:
+    space = SPACES["darts"]
+    supernet = supernet_of(space, bn_track=True)
+    gates = {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in space.choices}
+    norm = next(module for module in supernet.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    supernet.tracking = False
+    supernet.train()(images(), gates)
+    assert norm.running_mean is not None and norm.running_mean.abs().max() == 0
+    supernet.tracking = True
+    supernet(images(), gates)
+    assert norm.running_mean.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_files_and_proxies(name: str, tmp_path: Path) -> None:
+    space = SPACES[name].changed("deeper", cells=(2, 2), channels=8)
+    supernet = supernet_of(space, proxy_depth=1, proxy_width=0.5, bn_affine=False)
+    picks = space.sample(np.random.default_rng(0))
+    assert supernet.arch(picks).macs < space.decode(picks).macs
+    save_supernet(supernet, tmp_path / "shared.safetensors")
+    again = load_supernet(tmp_path / "shared.safetensors", space)
+    torch.testing.assert_close(again(images(), one_hot(picks, space)), supernet(images(), one_hot(picks, space)))
+    with pytest.raises(ConfigError, match="is of space deeper"):
+        load_supernet(tmp_path / "shared.safetensors", SPACES[name])
+
+
+def test_a_super_net_that_grows(tmp_path: Path) -> None:
+    space = SPACES["darts"].changed("deep", cells=(3, 3))
+    growing = GrowingSupernet(space, torch.Generator().manual_seed(0), SupernetConfig(), (1, 2, 3))
+    picks = space.sample(np.random.default_rng(0))
+    macs = []
+    for growing.grown in range(3):
+        growing.zero_grad()
+        growing(images(), one_hot(picks, space)).sum().backward()
+        learnt = {name.split(".")[1] for name, weight in growing.named_parameters() if weight.grad is not None and weight.grad.any()}
+        assert learnt == {str(growing.grown)}
+        macs.append(growing.arch(picks).macs)
+    assert macs == sorted(set(macs))
+    save_supernet(growing, tmp_path / "shared.safetensors")
+    again = load_supernet(tmp_path / "shared.safetensors", space)
+    torch.testing.assert_close(again(images(), one_hot(picks, space)), growing(images(), one_hot(picks, space)))
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"channels": "random"}, "channels = 'random'"),
+        ({"wsbn": True}, "wsbn = True"),
+        ({"operation_on": "edge"}, "operation_on = 'edge'"),
+        ({"path_dropout": 0.1}, "path_dropout = 0.1"),
+        ({"sharing": "collapsed"}, "share no weights"),
+        ({"kernels": "ofa"}, "share no weights"),
+    ],
+)
+def test_heuristics_that_do_not_apply(config: dict[str, object], word: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        make_supernet(SPACES["darts"], torch.Generator(), SupernetConfig.model_validate(config))
+    assert word in str(raised.value)
+
+
+def angle_vector(supernet: CellSupernet, text: str) -> list[torch.Tensor]:
+    """AngleNAS's vector of a NAS-Bench-201 cell, path by path and cell by cell."""
+    space = supernet.space
+    picks = space.read(text)
+    parts = {place.slot: part for place, part in zip(supernet.places, supernet.parts, strict=True)}
+    found: list[torch.Tensor] = []
+    for slot in ("stem", "cell5", "cell11", "norm", "classifier"):
+        found += [weight.flatten() for weight in parts[slot].parameters()]
+    for path in ((0, 3), (0, 2, 3), (0, 1, 2, 3), (0, 1, 3)):
+        for cell in (*range(5), *range(6, 11), *range(12, 17)):
+            weights: list[torch.Tensor] = []
+            for source, node in pairwise(path):
+                option = str(picks[f"c.e{source}-{node}"])
+                if option == NONE:
+                    weights = []
+                    break
+                if option == "avg_pool_3x3":
+                    channels = next(place.channels for place in supernet.places if place.slot == f"cell{cell}.c.e{source}-{node}")
+                    weights.append(torch.full((channels * 9,), 1 / 9))
+                elif option != "skip_connect":
+                    weights.append(parts[f"cell{cell}.c.e{source}-{node}"][option].layers.conv.conv.weight.flatten())
+            found += weights
+    return found
+
+
+def test_the_angle_s_weights_are_anglenas_s() -> None:
+    """Sums over them as often as they occur are those of the long vector."""
+    space, rng = SPACES["nasbench201"], np.random.default_rng(0)
+    supernet = supernet_of(space)
+    for _ in range(10):
+        picks = space.sample(rng)
+        vector = torch.cat(angle_vector(supernet, space.write(picks))).detach()
+        weights = [(weight, times) for part, times in supernet.angle_parts(picks) for weight in supernet.angle_weights(part)]
+        assert sum(weight.numel() * times for weight, times in weights) == len(vector)
+        squares = sum(float(weight.detach().square().sum()) * times for weight, times in weights)
+        assert squares == pytest.approx(float(vector.square().sum()), rel=1e-4)
