@@ -83,7 +83,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
     search_strategy(search).check(space)
     if isinstance(space, CellSpace) and set(config.operation_on) - {"node"}:
         raise ConfigError(
-            f"shrink.operation_on = {list(config.operation_on)}, but the cells of space {space.name} share no weights between inputs: leave it empty."
+            f"shrink.operation_on = {list(config.operation_on)}, but an edge of space {space.name} has one input: leave it empty."
         )
     if any(each.alphas for each in found):
         refuse_resolutions(space, "magnitude")
