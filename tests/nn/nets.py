@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Picks
@@ -14,6 +14,7 @@ from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.core.spaces import fbnet, mobile32, mobilenet_v3_like
 from hwnas.nn.supernet import Supernet
+from hwnas.search.angle import arc, moments, weights
 
 PLAIN = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
 WITH_SE = (*PLAIN, *(f"{option}_se0.25" for option in PLAIN))
@@ -121,3 +122,8 @@ def shared_name(option: str, layer_name: str, kernel: int, groups: int, sharing:
     name = layer_name + (f"_k{kernel}" if layer_name in ("depthwise", "conv") else "")
     name += f"_g{groups}" if groups > 1 and layer_name != "depthwise" else ""
     return name if sharing == "collapsed" else f"{option.replace('.', '_')}|{name}"
+
+
+def angle(initial: nn.Module, trained: nn.Module) -> float:
+    """The angle between the convolutions and linear layers of two networks of one architecture."""
+    return arc(moments(zip(weights(initial), weights(trained), strict=True)))  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from hwnas.config import ShrinkConfig, SupernetConfig
 from hwnas.core.space import MacroSpace, Stage
@@ -17,7 +16,7 @@ from hwnas.core.spaces import nasbench_macro
 from hwnas.errors import ConfigError, SpaceError
 from hwnas.nn.supernet import Supernet
 from hwnas.search import SHRINK_METRICS
-from hwnas.search.angle import Angles, arc, moments, weights
+from hwnas.search.angle import Angles, arc, moments
 from hwnas.search.shrinking import (
     Angle,
     Evidence,
@@ -30,18 +29,13 @@ from hwnas.search.shrinking import (
     without,
     worst,
 )
-from tests.nn.nets import random_picks, widths_space
+from tests.nn.nets import angle, random_picks, widths_space
 from tests.search.staging import tiny_space
 
 
 def two_layers() -> MacroSpace:
     """A 1 x 1 convolution, or one of 3 x 3 in its place, of one channel, and a classifier."""
     return MacroSpace(name="two", resolution=4, in_channels=1, classes=2, stages=(Stage(widths=(1,), slots=(("cn_k1", "cn_k3"),)),))
-
-
-def angle(initial: nn.Module, trained: nn.Module) -> float:
-    """Of all convolutions and linear layers of two networks of one architecture."""
-    return arc(moments(zip(weights(initial), weights(trained), strict=True)))  # type: ignore[arg-type]
 
 
 def test_the_angle_of_two_layers_by_hand() -> None:

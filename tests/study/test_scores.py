@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hwnas.config import Experiment
 from hwnas.nn.supernet import Supernet
-from hwnas.search.angle import angle, initial_supernet
+from hwnas.search.angle import initial_supernet
 from hwnas.search.judge import Judge
 from hwnas.study.scores import Scorer, synflow
 from tests.search.staging import experiment, tiny_space
@@ -74,7 +74,7 @@ def test_opposite_weights_are_pi_apart(config: Experiment) -> None:
     with torch.no_grad():
         for weight in one.supernet.parameters():
             weight.neg_()
-    assert angle(one.initial.angle_weights(PICKS[0]), one.supernet.angle_weights(PICKS[0])) == pytest.approx(math.pi)
+    assert one.angles.of(PICKS[0]) == pytest.approx(math.pi)
 
 
 def test_recalibrated_accuracy_is_the_judges_and_loss_is_of_the_same_network(config: Experiment) -> None:
