@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from hwnas.config import Experiment
-from hwnas.core.spaces import nasbench201
+from hwnas.core.cells import CellSpace
+from hwnas.core.spaces import load_space, nasbench201
+from hwnas.errors import ConfigError
+from hwnas.nn.supernet import read_supernet
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from hwnas.study.documents import RankStudy
+from hwnas.studies import study_rank, study_shrink
+from hwnas.study.documents import RankStudy, ShrinkStudy
 from tests.search.staging import experiment
 
 SPACE = nasbench201(width=0.25, resolution=8, in_channels=1).changed("cells", cells=(1, 1))
@@ -33,7 +37,7 @@ def test_a_study_of_cells(tmp_path: Path) -> None:
         "combinations": [("accuracy", "angle")],
     }  # fmt: skip
     content = plain.model_dump(mode="json", by_alias=True) | {"space": {"name": str(tmp_path / "cells.json")}, "study": study}
-    Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()).study_rank()
+    study_rank(Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()))
     found = RankStudy.load(tmp_path / "run" / "rank" / "study.json")
     assert found.space == "cells" and found.supernets[0].scored == 8
     by_name = {score.name: score.supernets[0]["kendall"].value for score in found.scores}
@@ -44,3 +48,26 @@ def test_a_study_of_cells(tmp_path: Path) -> None:
         assert 0 < point.scores["angle"] < np.pi
     Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()).run_stage("report")
     assert "accuracy+angle" in (tmp_path / "run" / "report" / "report.html").read_text()
+
+
+def test_cells_are_shrunk(tmp_path: Path) -> None:
+    """Stage by stage, with the weights of the stage before; the space that is left is a document that is searched."""
+    SPACE.save(tmp_path / "cells.json")
+    plain = experiment("spos", evaluation_images=64, target_range=None, epochs=0.3, recalibration_images=64)
+    shrink = {
+        "metrics": ["angle", "magnitude"], "samples": 4, "dropped": 12, "until": 80, "first_epochs": 0.3, "epochs": 0.1, "alpha_every": 2,
+    }  # fmt: skip
+    content = plain.model_dump(mode="json", by_alias=True) | {"space": {"name": str(tmp_path / "cells.json")}, "shrink": shrink}
+    study_shrink(Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()))
+    found = ShrinkStudy.load(tmp_path / "run" / "shrink" / "shrink.json")
+    for path in found.paths:
+        left = load_space(str(tmp_path / "run" / f"shrink-{path.metric}" / "space.json"))
+        assert isinstance(left, CellSpace) and left.sha256 == path.shrunk_sha256
+        assert [step.size_after for step in path.steps][-1] == left.size <= 80 < SPACE.size and len(path.steps) == 2
+        before = read_supernet(tmp_path / "run" / "shrink-first" / "shared.safetensors").state_dict()
+        begin = read_supernet(tmp_path / "run" / f"shrink-{path.metric}" / "stage-1" / "initial.safetensors").state_dict()
+        first = read_supernet(tmp_path / "run" / "shrink-first" / "initial.safetensors").state_dict()
+        assert begin.keys() < before.keys() and all(tensor.equal(first[name]) for name, tensor in begin.items())
+    edges = Experiment.model_validate(content | {"shrink": {**shrink, "operation_on": ["edge"]}})
+    with pytest.raises(ConfigError, match="an edge of space cells has one input"):
+        study_shrink(Pipeline(edges, tmp_path / "no", Progress()))
