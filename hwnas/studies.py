@@ -69,7 +69,7 @@ def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
         failed = _trained(pipeline, list(wanted.values()), threads, fresh)
         done = {key: training.folder for key, training in wanted.items() if training.name not in failed}
         reasons = {key: failed[training.name] for key, training in wanted.items() if training.name in failed}
-        inputs = {"space.json": space.sha256, "truth": arena.truth.sha256, "table": arena.table.sha256}
+        inputs = {"space.json": space.sha256, "truth": arena.truth.sha256, "table": arena.table.sha256, **limit_hashes(experiment.search)}
         inputs |= {"study": _numbers(experiment), "search": content_sha256(experiment.search.model_dump(mode="json"))}
         inputs |= {f"{folder.name}/{name}": file_sha256(folder / name) for folder in done.values() for name in compare.SEARCHED}
         inputs |= {f"{method}-{seed}": "failed" for method, seed in reasons}
@@ -98,6 +98,7 @@ def study_shrink(pipeline: Pipeline, *, fresh: bool = False) -> None:
             pipeline.perform(_shrinking(pipeline, name, first, {**common, "shrink": schedule}), fresh)
         paths = {f"{name}/{shrink.PATH}": file_sha256(root / f"shrink-{name}" / shrink.PATH) for name in config.metrics}
         last = {**common, **paths, "truth": "none" if truth is None else truth.sha256, "shrink": schedule}
+        last |= {"columns": ", ".join(experiment.study.accuracies)}
         compared = Stage("shrink", [remaining.RESULT], lambda: last, lambda ctx: remaining.compare(ctx, space, truth))
         pipeline.perform(compared, fresh)
 

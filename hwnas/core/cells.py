@@ -77,9 +77,8 @@ class CellSpace(SearchSpace):
             raise ValueError(f"every stage needs cells, got {list(self.cells)}")
         if self.stem == "imagenet" and self.skeleton != "darts":
             raise ValueError("only the skeleton darts has a stem for ImageNet")
-        halvings = len(self.cells) - 1 + (3 if self.stem == "imagenet" else 0)
-        if self.resolution % 2**halvings:
-            raise ValueError(f"resolution {self.resolution} is halved {halvings} times, so it is a multiple of {2**halvings}")
+        if self.resolution % self.multiple:
+            raise ValueError(f"resolution {self.resolution} is halved again and again, so it is a multiple of {self.multiple}")
         for given, wanted, what in ((self.edges, self._edge_keys, "edges"), (self.inputs, self._input_keys, "inputs")):
             if set(given) != set(wanted):
                 raise ValueError(f"{what} are {', '.join(sorted(set(wanted) ^ set(given)))} amiss: give options for {', '.join(wanted)}")
@@ -92,6 +91,12 @@ class CellSpace(SearchSpace):
                 raise ValueError(f"{key} cannot be {unknown[0]!r}: name two earlier nodes, as in '0+1'")
         self.plan()
         return self
+
+    @property
+    def multiple(self) -> int:
+        """What images' height = width is a multiple of: 2 to the power of how often the network halves it."""
+        halvings = len(self.cells) - 1 + (3 if self.stem == "imagenet" else 0)
+        return 1 << halvings
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -118,6 +118,10 @@ class SearchSpace(Document):
         """The reverse of ``index``."""
         return {choice.key: choice.options[int(i)] for choice, i in zip(self.choices, index, strict=True)}
 
+    def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
+        """Whether what a choice of blocks decides is in the network of ``picks``: the depth, or a node, may leave it out."""
+        return True
+
     def canonical(self, index_C: np.ndarray) -> np.ndarray:
         """Option positions [choices] with those choices at 0 that make no difference: equal for equal architectures."""
         return index_C

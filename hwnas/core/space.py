@@ -209,6 +209,11 @@ class MacroSpace(SearchSpace):
             name=name, in_channels=self.in_channels, bn_eps=self.bn_eps, blocks=tuple(blocks), detector=detector, origin=origin
         )
 
+    def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
+        """Whether the depth keeps a block."""
+        slot = next((slot for slot in self.slots if slot.key == key), None)
+        return slot is None or slot.index < int(picks.get(slot.depth_key, slot.index + 1))
+
     def canonical(self, index_C: np.ndarray) -> np.ndarray:
         """Option positions [choices], those of blocks that the depth leaves out at 0."""
         position = {choice.key: i for i, choice in enumerate(self.choices)}

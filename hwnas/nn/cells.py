@@ -30,7 +30,7 @@ from hwnas.core.space import Option
 from hwnas.errors import ConfigError
 from hwnas.nn.blocks import build, initialise
 from hwnas.nn.network import Network
-from hwnas.nn.shared import Gates, Probes, SharedNetwork, resized
+from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized
 
 _MEANINGLESS = {"channels": "first", "operation_on": "node", "wsbn": False, "path_dropout": 0.0}
 """Settings that say how options share weights, which options of cells do not, and the values that leave them off."""
@@ -215,12 +215,20 @@ class GrowingSupernet(SharedNetwork):
         self.space, self.config, self.grown = space, config, len(cells) - 1
         sized = [config.model_copy(update={"proxy_depth": count}) for count in cells]
         self.stages = nn.ModuleList(CellSupernet(space, generator, each) for each in sized)
-        self.fraction = 0.0
 
     @property
     def present(self) -> CellSupernet:
         """The super-net that runs."""
         return cast(CellSupernet, self.stages[self.grown])
+
+    @property
+    def fraction(self) -> float:
+        """How much of the training is over."""
+        return self.present.fraction
+
+    @fraction.setter
+    def fraction(self, part: float) -> None:
+        self.present.fraction = part
 
     @property
     def tracking(self) -> bool:
@@ -263,6 +271,7 @@ class GrowingSupernet(SharedNetwork):
 
 def _check(space: CellSpace, config: SupernetConfig) -> None:
     """Raise ConfigError where a setting has no meaning for cells."""
+    check_proxy_resolution(space, config, space.multiple)
     for key, usual in _MEANINGLESS.items():
         if getattr(config, key) != usual:
             raise ConfigError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.space import Option, SearchSpace
+from hwnas.errors import ConfigError
 from hwnas.nn.detector import Outputs
 from hwnas.nn.network import AnyNetwork
 
@@ -73,3 +74,14 @@ def resized(x_NCHW: Tensor, size: int | None) -> Tensor:
     if size is None or x_NCHW.shape[-1] == size:
         return x_NCHW
     return F.interpolate(x_NCHW, size=(size, size), mode="bilinear", antialias=True).contiguous(memory_format=torch.channels_last)
+
+
+def check_proxy_resolution(space: SearchSpace, config: SupernetConfig, multiple: int = 1) -> None:
+    """Raise ConfigError where ``proxy_resolution`` is no size below the space's that its networks can halve as often as they do."""
+    size = config.proxy_resolution
+    if size is not None and (size >= space.resolution or size % multiple):
+        of = f", in multiples of {multiple}" if multiple > 1 else ""
+        raise ConfigError(
+            f"search.supernet.proxy_resolution = {size} is no size below the {space.resolution} px of space {space.name}{of}: "
+            "choose another, or remove it."
+        )

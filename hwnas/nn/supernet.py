@@ -37,7 +37,7 @@ from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
 from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of, save_tensors_atomically
-from hwnas.nn.shared import Gates, Probes, SharedNetwork, resized
+from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
 __all__ = ["Gates", "Probes", "SharedNetwork", "Supernet", "load_supernet", "make_supernet", "read_supernet", "resized", "save_supernet"]
@@ -66,7 +66,8 @@ class Supernet(SharedNetwork):
         super().__init__()
         self.config = config = config or SupernetConfig()
         self.space, self.proxy = space, _proxy(space, config)
-        _check_proxy_resolution(space, config)
+        _check_one_resolution(space, config)
+        check_proxy_resolution(space, config)
         kernels = "own" if config.kernels == "auto" else config.kernels
         sharing = Sharing(config.channels, kernels, config.bn_affine, config.bn_track)
         self.fraction, self.tracking = 0.0, True
@@ -258,15 +259,11 @@ def _proxy(space: MacroSpace, config: SupernetConfig) -> MacroSpace:
     return proxy
 
 
-def _check_proxy_resolution(space: MacroSpace, config: SupernetConfig) -> None:
-    size, key = config.proxy_resolution, f"search.supernet.proxy_resolution = {config.proxy_resolution}"
-    if size is None:
-        return
-    if space.detector is not None or len(space.resolutions) > 1:
+def _check_one_resolution(space: MacroSpace, config: SupernetConfig) -> None:
+    """Raise ConfigError where images of another size than the network's make no sense."""
+    if config.proxy_resolution is not None and (space.detector is not None or len(space.resolutions) > 1):
         kind = "a detector's anchors are" if space.detector is not None else "a space with resolutions to choose from is"
-        raise ConfigError(f"{key}, but {kind} for images as they are: remove it.")
-    if size >= space.resolution:
-        raise ConfigError(f"{key} is no less than the {space.resolution} px of space {space.name}: choose it smaller, or remove it.")
+        raise ConfigError(f"search.supernet.proxy_resolution = {config.proxy_resolution}, but {kind} for images as they are: remove it.")
 
 
 def _resolution(space: MacroSpace, gates: Gates) -> int | None:

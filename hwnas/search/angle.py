@@ -10,7 +10,9 @@ One cosine, and no mean of those of layers. Of a chain, V holds the convolution 
 classifier; identity contributes nothing, nor do BN and biases. Of cells, V goes along every path from a cell's inputs to its output
 (``CellSupernet.angle_parts``). A larger angle is taken for better. It needs no images.
 
-*Differences from the paper*: squeeze-and-excitation's convolutions count as convolutions.
+*Differences from the paper*: squeeze-and-excitation's convolutions count as convolutions. In DARTS's cells only the edges that a node
+keeps count, and a path ends at every node, as all of them are the output; the paper's code has one operator on every edge there, and 16
+paths, which end at the last node.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from hwnas.core.arch import Picks
-from hwnas.core.op import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import SearchSpace
 
@@ -44,27 +43,32 @@ class SearchCost(BaseModel):
 class Meter:
     """Counts what a search of ``space`` asks of its weights.
 
-    ``proxy`` is the space whose MACs they have, which differs where ``supernet.proxy_width`` does. ``judged_images`` are passed forward to
-    judge an architecture.
+    ``proxies`` are the spaces whose MACs they have: smaller ones where the super-net is a proxy, several where it grows (``grow``).
+    ``judged_images`` are passed forward to judge an architecture.
 
     Example:
         >>> from hwnas.testing import tiny_space
-        >>> meter = Meter(tiny_space(), tiny_space(), batch_size=64, judged_images=1000)
+        >>> meter = Meter(tiny_space(), [tiny_space()], batch_size=64, judged_images=1000)
         >>> meter.judge(tiny_space().sample(np.random.default_rng(0)))
         >>> meter.cost.judged
         1
     """
 
-    def __init__(self, space: SearchSpace, proxy: SearchSpace, batch_size: int, judged_images: int) -> None:
-        self._priced = PricedSpace.of_ops(proxy, lambda op: op.macs)
+    def __init__(self, space: SearchSpace, proxies: Sequence[SearchSpace], batch_size: int, judged_images: int) -> None:
+        self._proxies = [PricedSpace.of_ops(proxy, lambda op: op.macs) for proxy in proxies]
+        self._priced = self._proxies[-1]
         self._space, self._batch_size, self._judged_images = space, batch_size, judged_images
         self._macs = self._images = self._judged = self._teacher = 0
-        self._known: set[tuple[Op, ...]] = set()
+        self._known: set[str] = set()
 
     @property
     def cost(self) -> SearchCost:
         """All so far."""
         return SearchCost(macs=self._macs, training_images=self._images, judged=self._judged)
+
+    def grow(self, number: int) -> None:
+        """From now on the super-net of this number is used."""
+        self._priced = self._proxies[number]
 
     def train(self, gates: Sequence[Mapping[str, Any]], *, split: bool, teach: bool) -> None:
         """An update of the weights: each of the gates on the whole batch, or on its part of it."""
@@ -90,10 +94,10 @@ class Meter:
 
     def judge(self, picks: Picks, images: int | None = None) -> None:
         """An architecture is judged: on ``images`` where they are given, else by ``ctx.evaluate``, which remembers what it has judged."""
-        blocks = self._space.decode(picks).blocks
-        if images is None and blocks in self._known:
+        identity = self._space.decode(picks).identity
+        if images is None and identity in self._known:
             return
-        self._known.add(blocks)
+        self._known.add(identity)
         self._judged += 1
         self._macs += FORWARD * (self._judged_images if images is None else images) * self._of(picks)
 

@@ -35,7 +35,8 @@ per slot that the input comes from (``edge``), or per operator that it comes fro
 - ``magnitude`` in the papers is of a super-net that is trained as DARTS trains it, as a mixture. Here the weights are trained by single
   paths, as for the other metrics, which can then share the first and longest training; every ``alpha_every`` steps alpha descends
   the held-out loss of the mixture (first order). Alpha goes on from stage to stage, without the operators that left.
-- Warm-up before W0 is kept (5 epochs in their DARTS space) is a part of cell spaces, which are not here yet.
+- W0 is the initialisation everywhere; their DARTS space keeps it after 5 epochs of warm-up. There, every edge has one operator; here a
+  node keeps two edges, and an architecture counts for the operators of those that are kept.
 """
 
 from __future__ import annotations
@@ -184,14 +185,15 @@ def operator_means(space: SearchSpace, children: Sequence[Picks], values: Sequen
     found: dict[Operator, list[float]] = {operator: [] for operator in operators(space)}
     for picks, value in zip(children, values, strict=True):
         for choice in shrinkable(space):
-            found[choice.key, str(picks[choice.key])].append(value)
+            if space.kept(choice.key, picks):
+                found[choice.key, str(picks[choice.key])].append(value)
     return {operator: float(np.mean(each)) for operator, each in found.items() if each}
 
 
 def sample_children(space: SearchSpace, config: ShrinkConfig, samples: int, rng: np.random.Generator) -> list[Picks]:
     """Different architectures within ``max_macs``, so that each operator is in ``samples`` of them, where that many were found.
 
-    Raises SpaceError where an operator is in none.
+    Operators on edges that no node keeps are in none. Raises SpaceError where ``max_macs`` leaves an operator none.
     """
     position = {choice.key: i for i, choice in enumerate(space.choices)}
     macs = PricedSpace.of_ops(space, lambda op: op.macs) if config.max_macs is not None else None
@@ -208,12 +210,12 @@ def sample_children(space: SearchSpace, config: ShrinkConfig, samples: int, rng:
                 if macs is not None:
                     drawn_NC = drawn_NC[macs.of_many(drawn_NC) <= config.max_macs]
                 for row in drawn_NC:
-                    name = space.canonical(row).tobytes()
-                    if name not in found and counts[choice.key][number] < most:
+                    name, picks = space.canonical(row).tobytes(), space.at(row)
+                    if name not in found and counts[choice.key][number] < most and space.kept(choice.key, picks):
                         found[name] = row
                         for other in counts:
-                            counts[other][row[position[other]]] += 1
-            if not counts[choice.key][number]:
+                            counts[other][row[position[other]]] += space.kept(other, picks)
+            if macs is not None and not counts[choice.key][number]:
                 raise SpaceError(
                     f"no architecture of space {space.name} with {choice.key} = {option} within shrink.max_macs = {config.max_macs:g} was "
                     "found: raise it, or remove that option by space.restrict."

@@ -276,8 +276,9 @@ def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, f
 
 
 def _meter(config: SearchConfig, supernet: SharedNetwork | Portfolio) -> Meter:
-    proxy = supernet.proxy if isinstance(supernet, Supernet | CellSupernet) else supernet.space
-    return Meter(supernet.space, proxy, config.batch_size, config.recalibration_images + config.evaluation_images)
+    stages = supernet.stages if isinstance(supernet, GrowingSupernet) else (supernet,)
+    proxies = [each.proxy if isinstance(each, Supernet | CellSupernet) else supernet.space for each in stages]
+    return Meter(supernet.space, proxies, config.batch_size, config.recalibration_images + config.evaluation_images)
 
 
 def _images(experiment: Experiment) -> Images:

@@ -141,6 +141,8 @@ class SearchContext:
     def grow(self, number: int) -> None:
         """Train super-net ``number`` of ``Strategy.growth`` from here on, which begins anew. To be said in every step."""
         assert self.weights is not None
+        if self.meter is not None:
+            self.meter.grow(number)
         self.weights.grow(number)
 
     def reward(self, quality: float, latency_ms: float) -> float:

@@ -191,13 +191,16 @@ def _position(config: StudyConfig, found: Arena, picks: Picks, who: str) -> int:
 
 def search(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     """A search of the study, in its folder: ``SEARCHED`` remains."""
-    interrupted, started = any(ctx.folder.glob("*.pt")), time.process_time()
-    search_stage.run(ctx, space, table)
+    started = time.process_time()
+    found = all((ctx.folder / name).exists() for name in ("arch.json", "search.json"))  # it was killed while weights were removed
+    interrupted = found or any(ctx.folder.glob("*.pt"))
+    if not found:
+        search_stage.run(ctx, space, table)
     seconds = None if interrupted else round(time.process_time() - started, 1)
     write_atomic(ctx.folder / "seconds.json", json.dumps({"cpu_seconds": seconds}).encode())
     for name in search_stage.outputs(ctx.experiment.search):
         if name not in SEARCHED:
-            (ctx.folder / name).unlink()
+            (ctx.folder / name).unlink(missing_ok=True)
 
 
 Searches = Mapping[tuple[str, int], Path]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -31,7 +32,10 @@ class Known:
         self.accuracy_N = truth.mean
         self.top_N = np.zeros(len(truth.names), dtype=bool)
         self.top_N[best_tenth(truth.mean)] = True
-        columns = {choice.key: [str(picks[choice.key]) for picks in truth.picks] for choice in shrinkable(space)}
+        columns = {
+            choice.key: [str(picks[choice.key]) if space.kept(choice.key, picks) else None for picks in truth.picks]
+            for choice in shrinkable(space)
+        }
         self._holds = {(key, option): np.array([each == option for each in columns[key]]) for key, option in operators(space)}
 
     def left(self, dropped: Sequence[Operator]) -> np.ndarray:
@@ -100,7 +104,10 @@ def oracle(known: Known, space: SearchSpace, config: ShrinkConfig) -> ShrinkCurv
 
 
 def chance(known: Known, space: SearchSpace, config: ShrinkConfig, seed: int) -> Chance:
-    """Random shrinking, ``REPEATS`` times. A run that reached its end earlier counts with what it had left."""
+    """Random shrinking, ``REPEATS`` times, as long as any of them has known networks left.
+
+    A run that reached its end earlier counts with what it had left.
+    """
     runs = []
     for repeat in range(REPEATS):
         rng = np.random.default_rng([seed, repeat, 4])
@@ -108,7 +115,8 @@ def chance(known: Known, space: SearchSpace, config: ShrinkConfig, seed: int) ->
     stages = max(map(len, runs))
     padded = [run + [run[-1]] * (stages - len(run)) for run in runs]
     means = [[run[stage].mean for run in padded if run[stage].mean is not None] for stage in range(stages)]
-    tenths = [[run[stage].best_tenth or 0.0 for run in padded] for stage in range(stages)]
+    means = list(takewhile(bool, means))
+    tenths = [[run[stage].best_tenth or 0.0 for run in padded] for stage in range(len(means))]
     return Chance(repeats=REPEATS, mean=tuple(map(_band, means)), best_tenth=tuple(map(_band, tenths)))
 
 

@@ -13,8 +13,8 @@ tries it again from its checkpoint. Within one process a kill ends the study, wh
 
 **A cluster** shares no disk with this computer. The package itself, the space and the latency table travel with each training, and so
 do the files of its folder, as bytes, there and back: a checkpoint comes home at most every ``HOME_SECONDS``, so that a training whose
-machine is lost goes on elsewhere. Images, and tables that ``search.limits`` name, are read where the training runs: they must be there,
-under the same path. So must Python, torch and what else hwnas imports, in the same versions.
+machine is lost goes on elsewhere with the next command. Images, and tables that ``search.limits`` name, are read where the training
+runs: they must be there, under the same path. So must Python, torch and what else hwnas imports, in the same versions.
 
 A child process reads its order from standard input, one line of JSON, and ends with it: no orphan goes on writing after its parent was
 killed. It answers in events, a line of JSON each.
@@ -145,7 +145,7 @@ def _here(trainings: Sequence[Training], threads: int | None, progress: Progress
         started = time.monotonic()
         try:
             perform(training, threads, line)
-        except (HwnasError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError, where a GPU has no memory left for one
+        except Exception as error:  # as in a process of its own: whatever it is, the others go on
             failed[training.name] = reason(error)
             line.warn(failed[training.name])
         else:
@@ -241,12 +241,15 @@ def _local(trainings: Sequence[Training], processes: int, threads: int | None) -
         waiting.put(training)
 
     def work() -> None:
-        with contextlib.suppress(queue.Empty):
+        try:
             while not stopped.is_set():
                 training = waiting.get_nowait()
                 for event in _child({**training.order(), "threads": threads}, alive):
                     events.put((training, event))
-        events.put(None)
+        except queue.Empty:
+            pass
+        finally:
+            events.put(None)  # whatever happens, or the study would wait for ever
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(min(processes, len(trainings)))]
     for worker in workers:
@@ -293,8 +296,11 @@ def _child(order: Mapping[str, Any], alive: set[subprocess.Popen[str]] | None = 
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
         for line in process.stdout:
-            event: Event = json.loads(line)
-            last = event["event"]
+            try:
+                event: Event = json.loads(line)
+                last = event["event"]
+            except (ValueError, LookupError, TypeError):
+                continue  # cut off by a kill, or a library's own words
             yield event
         code = process.wait()
         if last not in ("done", "failed"):

@@ -16,7 +16,7 @@ from hwnas.core.spaces import darts, nasbench201
 from hwnas.errors import ConfigError
 from hwnas.nn.cells import CellSupernet, GrowingSupernet, with_values
 from hwnas.nn.network import load_network, save_network
-from hwnas.nn.supernet import load_supernet, make_supernet, save_supernet
+from hwnas.nn.supernet import load_supernet, make_supernet, resized, save_supernet
 from hwnas.search.proposal import one_hot
 
 SPACES = {"nasbench201": nasbench201(width=0.25, resolution=8), "darts": darts(channels=4, layers=5, resolution=8)}
@@ -200,3 +200,30 @@ def test_the_angle_s_weights_are_anglenas_s() -> None:
         assert sum(weight.numel() * times for weight, times in weights) == len(vector)
         squares = sum(float(weight.detach().square().sum()) * times for weight, times in weights)
         assert squares == pytest.approx(float(vector.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_smaller_images_up_to_the_last_part_of_the_training(name: str) -> None:
+    space, x_NCHW = SPACES[name].changed(name, resolution=16), resized(images(), 16)
+    supernet = supernet_of(space, proxy_resolution=8, full_resolution=0.5)
+    for seed in range(5):
+        picks = space.sample(np.random.default_rng(seed))
+        network, gates = supernet.extract(picks).train(), one_hot(picks, space)
+        assert supernet.train()(x_NCHW, gates).shape == (4, 10)
+        if any(step.kind == "zero" for step in network.arch.graph):
+            continue  # those of the network alone are of one size
+        for supernet.fraction, size in ((0.0, 8), (0.5, 16)):
+            torch.testing.assert_close(supernet.train()(x_NCHW, gates), network(resized(x_NCHW, size)))
+    for size in (10, 16):
+        with pytest.raises(ConfigError, match=rf"proxy_resolution = {size} is no size below the 16 px of space \w+, in multiples of 4"):
+            supernet_of(space, proxy_resolution=size)
+
+
+def test_every_stage_of_a_super_net_that_grows_knows_how_far_the_training_is() -> None:
+    config = SupernetConfig(proxy_resolution=8, full_resolution=0.5)
+    growing = GrowingSupernet(SPACES["darts"].changed("larger", resolution=16), torch.Generator().manual_seed(0), config, (1, 1))
+    for growing.grown in range(2):
+        growing.fraction = 0.0
+        assert growing.present.proxy_resolution() == 8
+        growing.fraction = 0.5
+        assert growing.present.proxy_resolution() is None

@@ -271,7 +271,7 @@ def test_number_of_pixels() -> None:
     for fraction, mode, expected in ((0.0, True, small), (0.74, True, small), (0.75, True, full), (0.0, False, full)):
         supernet.fraction = fraction
         assert torch.allclose(supernet.train(mode)(x_NCHW, gates), expected, atol=1e-5), (fraction, mode)
-    with pytest.raises(ConfigError, match=r"proxy_resolution = 16 is no less than the 16 px of space mobile32"):
+    with pytest.raises(ConfigError, match=r"proxy_resolution = 16 is no size below the 16 px of space mobile32"):
         supernet_of(space, SupernetConfig(proxy_resolution=16))
     with pytest.raises(ConfigError, match="resolutions to choose from"):
         supernet_of(depths_space(), SupernetConfig(proxy_resolution=8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hwnas.core.spaces import nasbench201
 from hwnas.search.meter import Meter
 from hwnas.search.proposal import one_hot
 from tests.search.staging import tiny_space
@@ -15,7 +16,7 @@ MACS_A, MACS_B = (SPACE.decode(picks).macs for picks in (A, B))
 
 
 def meter() -> Meter:
-    return Meter(SPACE, SPACE, batch_size=30, judged_images=100)
+    return Meter(SPACE, [SPACE], batch_size=30, judged_images=100)
 
 
 def test_training_counts_three_forward_passes_of_every_path() -> None:
@@ -68,3 +69,28 @@ def test_an_architecture_is_judged_once_until_the_weights_change() -> None:
     found.train([one_hot(A, SPACE)], split=False, teach=False)
     found.judge(A)
     assert found.cost.judged == 4
+
+
+def test_cells_of_the_same_blocks_are_judged_one_by_one() -> None:
+    space = nasbench201(width=0.25, resolution=8)
+    texts = (
+        "|nor_conv_3x3~0|+|none~0|none~1|+|none~0|nor_conv_3x3~1|none~2|",
+        "|nor_conv_3x3~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|none~2|",
+    )
+    one, other = (space.read(text) for text in texts)
+    assert space.decode(one).blocks == space.decode(other).blocks
+    found = Meter(space, [space], batch_size=4, judged_images=10)
+    for picks in (one, other, one):
+        found.judge(picks)
+    assert found.cost.judged == 2
+
+
+def test_a_super_net_that_grows_costs_what_it_is() -> None:
+    large = SPACE.model_validate({**SPACE.model_dump(), "resolution": 2 * SPACE.resolution})
+    found, macs = Meter(large, [SPACE, large], batch_size=30, judged_images=100), large.decode(A).macs
+    found.grow(0)
+    found.train([one_hot(A, SPACE)], split=False, teach=False)
+    assert found.cost.macs == 90 * MACS_A < 90 * macs
+    found.grow(1)
+    found.train([one_hot(A, SPACE)], split=False, teach=False)
+    assert found.cost.macs == 90 * (MACS_A + macs)

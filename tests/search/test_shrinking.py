@@ -12,7 +12,7 @@ import torch
 
 from hwnas.config import ShrinkConfig, SupernetConfig
 from hwnas.core.space import MacroSpace, Stage
-from hwnas.core.spaces import nasbench_macro
+from hwnas.core.spaces import darts, nasbench_macro
 from hwnas.errors import ConfigError, SpaceError
 from hwnas.nn.supernet import Supernet
 from hwnas.search import SHRINK_METRICS
@@ -185,3 +185,18 @@ def test_settings_that_contradict_themselves(settings: dict[str, Any], words: st
 def test_an_unknown_metric_is_said() -> None:
     with pytest.raises(ConfigError, match="unknown metric 'angel'; did you mean 'angle'"):
         SHRINK_METRICS.get("angel")
+
+
+def test_an_operator_counts_where_its_edge_is_kept() -> None:
+    """Of a DARTS cell every node keeps two edges: what stands on the others says nothing."""
+    space = darts(channels=4, layers=5, resolution=8).restrict({"normal.n3.inputs": ["0+1"], "normal.n5.inputs": ["0+1", "3+4"]})
+    config = ShrinkConfig(samples=2)
+    children = sample_children(space, config, 2, np.random.default_rng(0))
+    kept = [picks for picks in children if picks["normal.n5.inputs"] == "3+4"]
+    assert 0 < len(kept) < len(children)
+    for option in {str(picks["normal.e3-5"]) for picks in children}:
+        having = [picks for picks in kept if picks["normal.e3-5"] == option]
+        assert len(having) >= 2
+        means = operator_means(space, children, [float(picks in having) for picks in children])
+        assert means["normal.e3-5", option] == 1.0
+    assert ("normal.e2-3", "none") not in operator_means(space, children, [0.0] * len(children))

@@ -187,3 +187,14 @@ def test_ray_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"needs Ray, which is not installed: run pip install 'hwnas\[ray\]'"):
         trainings.run([training(tmp_path, 1)], StudyConfig(ray_address="127.0.0.1:6379"), 1, Progress())
+
+
+def test_words_that_are_no_event_do_not_stop_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed in the middle of a line, and one that says something of its own, have failed, and that is all."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nread order\necho welcome\nprintf \'{"event": "adv\'\nexit 3\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    failed = trainings.run([training(tmp_path, 1), training(tmp_path, 2)], StudyConfig(processes=2), 1, Progress())
+    assert failed.keys() == {"search-1", "search-2"}
+    assert all("ended with exit code 3" in why for why in failed.values())
