@@ -16,7 +16,7 @@ from hwnas.core.limits import activation_bytes
 from hwnas.core.op import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import MacroSpace, Stage
-from hwnas.core.spaces import SPACES, mobile32, ofa_mobilenet_v3
+from hwnas.core.spaces import MACRO_SPACES, mobile32, ofa_mobilenet_v3
 from hwnas.core.ssdlite import with_detector
 from hwnas.errors import DocumentError, SpaceError
 from hwnas.testing import synthetic_table
@@ -99,9 +99,9 @@ def test_expected_latency_is_the_mean_over_all_picks() -> None:
     assert float(cost.expected_ms(gates)) == pytest.approx(float(weight_N @ cost.latencies_ms(index_NC)))
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", MACRO_SPACES)
 def test_every_built_in_space_carries_what_its_architectures_do(name: str) -> None:
-    space = SPACES[name](classes=2, resolution=96 if name in ("mobile32", "nasbench_macro") else 320)
+    space = MACRO_SPACES[name](classes=2, resolution=96 if name in ("mobile32", "nasbench_macro") else 320)
     space = space.restrict({"resolution": [space.resolution]})
     boxes = space.with_detector()
     for seed in range(3):
