@@ -134,7 +134,7 @@ def test_cores_are_kept_awake_for_several_threads_and_no_longer(files: dict[str,
             time.sleep(0.02)
         assert [(os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in loops] == wanted
         assert json.loads(process.stdout.readline())["ms"]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # idle processes need a moment of their core to end, and it may be busy
     while any(Path(f"/proc/{pid}").exists() for pid in loops) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in loops if Path(f"/proc/{pid}").exists()]

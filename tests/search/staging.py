@@ -41,7 +41,7 @@ def run(folder: Path, config: Experiment, table: LatencyTable, progress: Progres
     stage.run(StageContext(config, folder.parent, folder, progress or Progress()), space or tiny_space(), table)
 
 
-class Killed(Exception):  # noqa: N818 - stands for a kill
+class Killed(BaseException):  # stands for a kill
     pass
 
 
