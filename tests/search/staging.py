@@ -41,6 +41,19 @@ def run(folder: Path, config: Experiment, table: LatencyTable, progress: Progres
     stage.run(StageContext(config, folder.parent, folder, progress or Progress()), space or tiny_space(), table)
 
 
+class Saying(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+
 class Killed(BaseException):  # stands for a kill
     pass
 

@@ -24,7 +24,7 @@ from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.studies import study_compare
 from hwnas.study.compare import QUANTILES, arena, chosen_by_random, random_search, searching
 from hwnas.study.documents import CompareStudy
-from tests.search.staging import EVOLUTION, Killed, Killing, experiment, tiny_space
+from tests.search.staging import EVOLUTION, Killed, Killing, Saying, experiment, tiny_space
 
 SPACE = tiny_space()
 MAX_MACS = 200_000
@@ -75,17 +75,6 @@ def counted(found: CompareStudy) -> dict[str, Any]:
         for row in method["found"]:
             del row["cpu_seconds"]
     return content
-
-
-class Saying(Progress):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from hwnas.studies import study_rank
 from hwnas.study.documents import RankStudy
 from hwnas.study.rank import METRICS
 from hwnas.study.scores import Scorer
-from tests.search.staging import Killed, Killing, experiment, tiny_space
+from tests.search.staging import Killed, Killing, Saying, experiment, tiny_space
 
 SPACE = tiny_space()
 SCORES = ("accuracy", "loss", "angle", "macs")
@@ -61,17 +61,6 @@ def study(folder: Path, search: dict[str, Any] | None = None, **settings: Any) -
 def ranked(config: Experiment, root: Path, progress: Progress | None = None) -> RankStudy:
     study_rank(Pipeline(config, root, progress or Progress()))
     return RankStudy.load(root / "rank" / "study.json")
-
-
-class Saying(Progress):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture(scope="module")

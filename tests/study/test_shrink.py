@@ -24,8 +24,7 @@ from hwnas.search.shrinking import shrinkable
 from hwnas.studies import study_shrink
 from hwnas.study.documents import ShrinkPath, ShrinkStep, ShrinkStudy
 from hwnas.study.supernets import macs_table
-from tests.search.staging import OPTIONS, Killed, Killing, experiment, run, tiny_space
-from tests.study.test_rank import Saying
+from tests.search.staging import OPTIONS, Killed, Killing, Saying, experiment, run, tiny_space
 
 SPACE = tiny_space()
 METRICS = ("angle", "accuracy", "magnitude", "random")

@@ -21,7 +21,7 @@ from hwnas.progress import Progress
 from hwnas.study import trainings
 from hwnas.study.supernets import macs_table
 from hwnas.study.trainings import Training
-from tests.search.staging import EVOLUTION, experiment, tiny_space
+from tests.search.staging import EVOLUTION, Saying, experiment, tiny_space
 
 SPACE = tiny_space()
 TABLE = macs_table(SPACE)
@@ -37,17 +37,6 @@ def training(root: Path, seed: int, function: str = "tests.study.jobs:searches",
 
 def contents(root: Path, seed: int) -> dict[str, bytes]:
     return {name: (root / f"search-{seed}" / name).read_bytes() for name in FILES}
-
-
-class Saying(Progress):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture(scope="module")
