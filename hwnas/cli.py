@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -287,18 +287,21 @@ def table_fit(
     typer.echo(f"{out}\n{table.provenance['more_networks']}\n{table.provenance['prior_alone']}")
 
 
+def _study(study: Callable[..., None], result: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
+    with _interruptible():
+        study(pipeline, fresh=fresh)
+    _print_result(pipeline.root / result, as_json)
+
+
 @study_app.command("rank")
 def study_rank(
     config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Does a super-net rank architectures right? Its scores against accuracies that are known."""
-    from hwnas import studies
+    from hwnas.studies import study_rank as study
 
-    pipeline = _pipeline(config, overrides, out, quiet, verbose)
-    with _interruptible():
-        studies.study_rank(pipeline, fresh=fresh)
-    _print_result(pipeline.root / "rank" / "study.json", as_json)
+    _study(study, "rank/study.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @study_app.command("compare")
@@ -307,12 +310,9 @@ def study_compare(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Do search methods beat random search at equal cost? What each finds, by accuracies that are known."""
-    from hwnas import studies
+    from hwnas.studies import study_compare as study
 
-    pipeline = _pipeline(config, overrides, out, quiet, verbose)
-    with _interruptible():
-        studies.study_compare(pipeline, fresh=fresh)
-    _print_result(pipeline.root / "compare" / "compare.json", as_json)
+    _study(study, "compare/compare.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @study_app.command("shrink")
@@ -321,12 +321,9 @@ def study_shrink(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Shrink a space by what a super-net says of its operators; what of the good networks is left?"""
-    from hwnas import studies
+    from hwnas.studies import study_shrink as study
 
-    pipeline = _pipeline(config, overrides, out, quiet, verbose)
-    with _interruptible():
-        studies.study_shrink(pipeline, fresh=fresh)
-    _print_result(pipeline.root / "shrink" / "shrink.json", as_json)
+    _study(study, "shrink/shrink.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()

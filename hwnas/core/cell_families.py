@@ -17,10 +17,11 @@ counts leave it out.
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from hwnas.core.cell_plan import KEPT, NONE, SKIP_CONNECT, edge_key, inputs_key
 from hwnas.core.cells import CellSpace
+from hwnas.core.families import Shape
 from hwnas.core.nasbench101 import NASBench101Space
 from hwnas.errors import SpaceError
 
@@ -33,25 +34,13 @@ DARTS_OPTIONS = (
 DARTS_CELLS = ("normal", "reduce")
 
 
-class CellShape(TypedDict, total=False):
-    """What every built-in space of cells may be given. ``width`` multiplies the channels."""
-
-    name: str
-    resolution: int
-    in_channels: int
-    classes: int
-    act: str
-    bn_eps: float
-    width: float
-
-
-def nasbench201(**shape: Unpack[CellShape]) -> CellSpace:
+def nasbench201(**shape: Unpack[Shape]) -> CellSpace:
     """NAS-Bench-201: three stages of five cells with 16, 32 and 64 channels; nodes 0 to 3, every earlier one joined to every later."""
     edges = {edge_key("c", source, node): NASBENCH201_OPTIONS for node in range(1, 4) for source in range(node)}
-    return _space(CellShape(name="nasbench201") | shape, skeleton="nasbench201", channels=16, cells=(5, 5, 5), nodes=4, edges=edges)
+    return _space(Shape(name="nasbench201") | shape, skeleton="nasbench201", channels=16, cells=(5, 5, 5), nodes=4, edges=edges)
 
 
-def darts(*, channels: int = 36, layers: int = 20, stem: str = "small", **shape: Unpack[CellShape]) -> CellSpace:
+def darts(*, channels: int = 36, layers: int = 20, stem: str = "small", **shape: Unpack[Shape]) -> CellSpace:
     """DARTS's cells: nodes 0 and 1 are the cells before, each of nodes 2 to 5 keeps two of its edges.
 
     ``layers`` are cells in all; those after a third and two thirds of them are reductions. NDS's networks of DARTS's cells (Radosavovic et
@@ -71,17 +60,17 @@ def darts(*, channels: int = 36, layers: int = 20, stem: str = "small", **shape:
         for node in nodes[1:]
     }
     return _space(
-        CellShape(name="darts") | shape,
+        Shape(name="darts") | shape,
         skeleton="darts", stem=stem, channels=channels, cells=cells, nodes=6, edges=edges, inputs=inputs,
     )  # fmt: skip
 
 
-def darts_imagenet(**shape: Unpack[CellShape]) -> CellSpace:
+def darts_imagenet(**shape: Unpack[Shape]) -> CellSpace:
     """DARTS's network for ImageNet: 14 cells, 48 channels."""
-    return darts(channels=48, layers=14, stem="imagenet", **CellShape(name="darts_imagenet", resolution=224, classes=1000) | shape)
+    return darts(channels=48, layers=14, stem="imagenet", **Shape(name="darts_imagenet", resolution=224, classes=1000) | shape)
 
 
-def nasbench101(**shape: Unpack[CellShape]) -> NASBench101Space:
+def nasbench101(**shape: Unpack[Shape]) -> NASBench101Space:
     """NAS-Bench-101: nine cells of 128, 256 and 512 channels. Its activation is always ReLU."""
     if shape.pop("act", "relu") != "relu":
         raise SpaceError("space nasbench101 has no other activation than relu: leave act out.")
@@ -89,7 +78,7 @@ def nasbench101(**shape: Unpack[CellShape]) -> NASBench101Space:
     return NASBench101Space.model_validate({"name": "nasbench101", "resolution": 32, "classes": 10, **shape, "channels": channels})
 
 
-def _space(shape: CellShape, *, channels: int, **fields: object) -> CellSpace:
+def _space(shape: Shape, *, channels: int, **fields: object) -> CellSpace:
     width = shape.pop("width", 1.0)
-    small = CellShape(resolution=32, classes=10, bn_eps=1e-5) | shape
+    small = Shape(resolution=32, classes=10, bn_eps=1e-5) | shape
     return CellSpace.model_validate({**fields, **small, "channels": max(2, 2 * round(channels * width / 2))})

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hwnas.core.cell_families import CellShape, darts, darts_imagenet, nasbench101, nasbench201
+from hwnas.core.cell_families import darts, darts_imagenet, nasbench101, nasbench201
 from hwnas.core.cells import CellSpace
 from hwnas.core.families import (
     Shape,
@@ -81,7 +81,7 @@ def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
         True
     """
     if name_or_path in SPACES:
-        known = CellShape.__annotations__ if name_or_path not in MACRO_SPACES else Shape.__annotations__
+        known = Shape.__annotations__
         unknown = sorted(overrides.keys() - known.keys())
         if unknown:
             raise SpaceError(f"space {name_or_path!r} takes no such override as {unknown[0]!r}; {nearest(unknown[0], known)}")
