@@ -91,7 +91,10 @@ def configured_truth(config: StudyConfig, space: SearchSpace) -> Truth:
     """The ground truth of a study. Raises ConfigError where none is named, or TableError naming the line."""
     if config.truth is None:
         raise ConfigError("study.truth is not set: name a file of architectures and their accuracies (.csv or .json).")
-    return read_truth(Path(config.truth).expanduser(), space, config.accuracies)
+    path = Path(config.truth).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"study.truth = {config.truth!r} does not exist: name a file of architectures and accuracies (.csv or .json).")
+    return read_truth(path, space, config.accuracies)
 
 
 def read_truth(path: str | Path, space: SearchSpace, columns: Sequence[str] = ()) -> Truth:
