@@ -6,7 +6,8 @@ chance: Kendall tau 0.04 against 0.54 with it on NAS-Bench-201 (computed from An
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,17 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Reset all running statistics and set them to the plain average over ``batches`` of images [N, C, H, W].
+    """Set all running statistics to the plain average over ``batches`` of images [N, C, H, W]. Weights are not touched."""
+    with recalibrating(network):
+        for x_NCHW in batches:
+            network(x_NCHW)
 
-    ``momentum = None`` makes torch average cumulatively, so every batch counts the same. Weights are not touched; the
-    network is left in eval mode.
+
+@contextmanager
+def recalibrating(network: nn.Module) -> Iterator[None]:
+    """While it lasts, batches that pass are normalised by their own statistics, which are averaged. Then the network is in eval mode.
+
+    ``momentum = None`` makes torch average cumulatively, so every batch counts the same.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -26,8 +34,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    for x_NCHW in batches:
-        network(x_NCHW)
+    yield
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

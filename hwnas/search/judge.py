@@ -42,14 +42,19 @@ class Judge:
         """The network of ``picks`` with the super-net's weights and re-estimated BN statistics (or tracked ones, where none are)."""
         network = self.supernet.extract(picks)
         network.to(memory_format=torch.channels_last)
-        images = self.config.recalibration_images
-        if images:
+        batches = self.recalibration()
+        if batches:
             device, size = next(network.parameters()).device, network.arch.resolution
-            count, size_of_batch = min(images, len(self.train)), self.config.batch_size
-            count -= count > 1 and count % size_of_batch == 1  # BN needs two images where the map is 1 x 1
-            self._recalibration = self._recalibration or list(self._batches(self.train, size_of_batch, count))
-            recalibrate(network, (_placed(x_NCHW, device, size) for x_NCHW, _ in self._recalibration))
+            recalibrate(network, (placed(x_NCHW, device, size) for x_NCHW, _ in batches))
         return network
+
+    def recalibration(self) -> list[Batch]:
+        """The ``search.recalibration_images`` training images that BN statistics are of, at the data's resolution."""
+        if self.config.recalibration_images and not self._recalibration:
+            count, size = min(self.config.recalibration_images, len(self.train)), self.config.batch_size
+            count -= count > 1 and count % size == 1  # BN needs two images where the map is 1 x 1
+            self._recalibration = list(self._batches(self.train, size, count))
+        return self._recalibration
 
     def evaluate(self, picks: Picks) -> float:
         """Quality in 0..1 on ``search.evaluation_images`` held-out images. Left-out slots make no difference, so blocks are remembered."""
@@ -84,5 +89,6 @@ class Judge:
         return evaluation_batches(images, size, limit=limit, workers=self.workers)
 
 
-def _placed(x_NCHW: Tensor, device: torch.device, size: int) -> Tensor:
+def placed(x_NCHW: Tensor, device: torch.device, size: int) -> Tensor:
+    """Images where a network of ``size`` pixels wants them, and how."""
     return resized(x_NCHW.to(device, memory_format=torch.channels_last), size)

@@ -96,6 +96,7 @@ def _scored(
     failed: dict[str, str] = {}
     wanted = [int(i) for i in chosen]
     left = [i for i in wanted if any(name not in known.get(truth.names[i], {}) for name in names)]
+    left.sort(key=lambda i: tuple(space.index(truth.picks[i])))  # neighbours have their first blocks in common (study/prefixes.py)
     title = f"scoring architectures (seed {trained.seed})"
     with ctx.progress.task(title, len(wanted), len(wanted) - len(left)) as task, file.appending() as append:
         for i in left:

@@ -34,8 +34,8 @@ from hwnas.data.images import Batch
 from hwnas.nn.network import Network
 from hwnas.nn.supernet import SharedNetwork, resized
 from hwnas.search.angle import Angles, initial_supernet, weights
-from hwnas.search.judge import Judge
-from hwnas.search.proposal import one_hot
+from hwnas.search.judge import Judge, placed
+from hwnas.study.prefixes import Maps, Prefixes
 
 LOWER_IS_BETTER = ("loss",)
 ZERO_COST = ("grad_norm", "snip", "synflow")
@@ -51,6 +51,7 @@ class Scorer:
         self.judge, self.supernet = judge, judge.supernet
         self.initial = initial_supernet(self.supernet, seed)
         self.angles = Angles(self.initial, self.supernet)
+        self._prefixes: dict[tuple[int, bool], Prefixes] = {}
         self.calculations: dict[ScoreName, Callable[[Picks], dict[str, float]]] = {
             "accuracy": self._recalibrated,
             "loss": self._recalibrated,
@@ -74,15 +75,25 @@ class Scorer:
         return {name: found[name] for name in names}
 
     def _recalibrated(self, picks: Picks) -> dict[str, float]:
-        network = self.judge.network(picks)
-        size = network.arch.resolution
-        return _judged(lambda x_NCHW: network(resized(x_NCHW, size)), self.judge.evaluation(), _device(network))
+        return self._judged(picks, recalibrated=True)
 
     def _as_it_stands(self, picks: Picks) -> dict[str, float]:
-        self.supernet.eval()
-        gates = one_hot(picks, self.supernet.space)
-        found = _judged(lambda x_NCHW: self.supernet(x_NCHW, gates), self.judge.evaluation(), _device(self.supernet))
-        return {"unrecalibrated": found["accuracy"]}
+        return {"unrecalibrated": self._judged(picks, recalibrated=False)["accuracy"]}
+
+    def _judged(self, picks: Picks, recalibrated: bool) -> dict[str, float]:
+        """Top-1 in 0..1 and mean cross-entropy over the images that are judged."""
+        network = _classifier(self.supernet, picks).to(memory_format=torch.channels_last)
+        logits_NK = torch.cat(self._prefixes_of(network.arch.resolution, recalibrated).logits(network)).float()
+        y_N = torch.cat([y for _, y in self.judge.evaluation()]).to(logits_NK.device)
+        return {"accuracy": int((logits_NK.argmax(1) == y_N).sum()) / len(y_N), "loss": float(F.cross_entropy(logits_NK, y_N))}
+
+    def _prefixes_of(self, size: int, recalibrated: bool) -> Prefixes:
+        """What runs the networks of a resolution."""
+        if (size, recalibrated) not in self._prefixes:
+            recalibration, evaluation = self.judge.recalibration() if recalibrated else (), self.judge.evaluation()
+            images = Maps(*([placed(x_NCHW, _device(self.supernet), size) for x_NCHW, _ in each] for each in (recalibration, evaluation)))
+            self._prefixes[size, recalibrated] = Prefixes(images, by_batch=not recalibrated and not self.supernet.config.bn_track)
+        return self._prefixes[size, recalibrated]
 
     def _shape(self, picks: Picks) -> dict[str, float]:
         arch = self.supernet.space.decode(picks)
@@ -120,18 +131,6 @@ def _classifier(supernet: SharedNetwork, picks: Picks) -> Network:
     network = supernet.extract(picks)
     assert isinstance(network, Network)
     return network
-
-
-@torch.inference_mode()
-def _judged(forward: Callable[[Tensor], Tensor], batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
-    """Top-1 in 0..1 and mean cross-entropy of ``forward`` over batches."""
-    correct, loss, total = 0, 0.0, 0
-    for x_NCHW, y in batches:
-        logits = forward(x_NCHW.to(device, memory_format=torch.channels_last)).float().cpu()
-        correct += int((logits.argmax(1) == y).sum())
-        loss += float(F.cross_entropy(logits, y, reduction="sum"))
-        total += len(y)
-    return {"accuracy": correct / total, "loss": loss / total}
 
 
 def _device(module: nn.Module) -> torch.device:
