@@ -156,6 +156,9 @@ class OptimizerConfig(Section):
     options: dict[str, float] | None = Field(None, description="further arguments; default for rmsproptf: alpha 0.9, eps 1 (TuNAS)")
     warmup: float = Field(0.025, ge=0, lt=1, description="part of the steps with linearly rising rate; then cosine to 0")
     clip_norm: float | None = Field(None, description="clip the gradient's global norm")
+    unused: Literal["rest", "move"] = Field(
+        "rest", description="weights that a step does not use: rest as they are (SPOS), or move on by momentum and decay (NAS-Bench-201)"
+    )
 
 
 OperationOn = Literal["node", "edge", "op"]
@@ -188,6 +191,9 @@ class SupernetConfig(Section):
         "node", description="edge: own weights per slot that the input comes from; op: per slot and option that it comes from"
     )
     wsbn: bool = Field(False, description="own BN per slot that the input comes from (with operation_on = 'op', and per option)")
+    initialisation: Literal["auto", "he", "torch"] = Field(
+        "auto", description="he: normal by fan-in (TuNAS); torch: PyTorch's own, a sixth of its variance; auto: torch for cells, else he"
+    )
     bn_affine: bool = Field(True, description="BN with scale and shift")
     bn_track: bool = Field(False, description="BN keeps running statistics, and scores with them")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
@@ -401,6 +407,9 @@ class StudyConfig(Section):
     scores: tuple[ScoreName, ...] = Field(("accuracy", "loss", "unrecalibrated", "angle", "macs", "params"), min_length=1)
     combinations: tuple[tuple[ScoreName, ...], ...] = Field((), description="scores whose ranks are added up, such as accuracy and angle")
     threshold: float = Field(0.001, gt=0, lt=1, description="bins of the true accuracy in the sparse Kendall tau; 0.001: 0.1 %")
+    base_epochs: float = Field(
+        0, ge=0, description="the angle is from the weights after so many epochs; 0: from the initialisation (AngleNAS on NAS-Bench-201: 1)"
+    )
     top_k: int = Field(10, ge=1, description="of regret, P@k and the comparison with random search")
     bootstrap: int = Field(1000, ge=10, description="resamples of the architectures, for the intervals")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
@@ -451,6 +460,7 @@ class ShrinkConfig(Section):
     until: int = Field(1_000_000, ge=1, description="stop when the space is no larger")
     first_epochs: float = Field(100, gt=0, description="of training before the first drop, which all metrics share")
     epochs: float = Field(5, gt=0, description="of training before each further drop")
+    base_epochs: float = Field(0, ge=0, description="W0 is of so many epochs into the first training (AngleNAS on DARTS's cells: 5)")
     refresh_after: int | None = Field(50, ge=0, description="W0 becomes the present weights, once, when more operators are dropped")
     operation_on: tuple[OperationOn, ...] = Field(
         (), description="search.supernet.operation_on of each stage, the last for all later ones: fewer operators, less sharing (PWSNAS)"
@@ -460,6 +470,8 @@ class ShrinkConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.base_epochs >= self.first_epochs:
+            raise ValueError(f"shrink.base_epochs = {self.base_epochs:g} is no part of first_epochs = {self.first_epochs:g}; lower it")
         twice = [name for name in self.metrics if self.metrics.count(name) > 1]
         if twice:
             raise ValueError(f"shrink.metrics has {twice[0]!r} twice; give each metric once")

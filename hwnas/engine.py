@@ -168,11 +168,14 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)  # weights without a gradient then get no decay and no momentum
+        self.optimizer.zero_grad(set_to_none=True)  # weights without a gradient get no decay and no momentum
         means: Metrics = {}
         for part in parts:
             for name, value in self._backward(part).items():
                 means[name] = means.get(name, 0.0) + value / len(parts)
+        if self.optimizer_config.unused == "move":
+            for weight in self.optimizer.state:  # those that were used before, also by the run that this one resumes
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         if self.optimizer_config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip_norm)
         self.optimizer.step()

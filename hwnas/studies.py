@@ -36,7 +36,8 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
     for seed in seeds:
         each = supernets.training(experiment, seed)
         search_context(each, space, table)  # refuses what cannot be trained before anything is
-        wanted[seed] = _training(pipeline, f"supernet-{seed}", "hwnas.study.supernets:train", each, table, [SHARED], threads)
+        function, made = "hwnas.study.supernets:train", supernets.outputs(each)
+        wanted[seed] = _training(pipeline, f"supernet-{seed}", function, each, table, made, threads)
     prepare(root)
     with locked(root):
         if fresh and (root / "scores").exists():
@@ -44,7 +45,8 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
         failed = _trained(pipeline, list(wanted.values()), threads, fresh)
         for seed, training in wanted.items():
             if training.name not in failed:
-                found.append(supernets.Trained(seed, training.folder / SHARED, experiment.search.strategy.name))
+                base = training.folder / supernets.BASE if config.base_epochs else None
+                found.append(supernets.Trained(seed, training.folder / SHARED, experiment.search.strategy.name, base))
         reasons = {str(seed): failed[each.name] for seed, each in wanted.items() if each.name in failed}
         inputs = {"space.json": space.sha256, "truth": truth.sha256, **_data(experiment)}
         inputs |= {"study": _numbers(experiment, "compare"), "search": content_sha256(experiment.search.model_dump(mode="json"))}
@@ -127,6 +129,8 @@ def _training(
         **limit_hashes(experiment.search),
         **_data(experiment),
     }
+    if supernets.BASE in outputs:
+        inputs["base"] = str(experiment.study.base_epochs)
     return Training(name, function, experiment, pipeline.space, table, pipeline.root, inputs, outputs)
 
 

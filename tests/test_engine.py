@@ -21,7 +21,7 @@ from hwnas.config import DataConfig, OptimizerConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.data.images import evaluation_batches, load_images, training_batches
-from hwnas.engine import Engine, Metrics, accuracy, schedule, steps_of
+from hwnas.engine import Engine, Metrics, Part, accuracy, schedule, steps_of
 from hwnas.errors import CheckpointError, ConfigError, DivergenceError
 from hwnas.nn.network import Network
 from hwnas.progress import Progress, Task
@@ -376,3 +376,65 @@ def test_accuracy_counts_images_not_batches(tmp_path: Path) -> None:
     x_NCHW = torch.from_numpy(np.eye(4, dtype=np.float32))[:, :, None, None]
     batches = [(x_NCHW[:3], torch.tensor([0, 1, 2])), (x_NCHW[3:], torch.tensor([0]))]
     assert accuracy(Fixed(), batches) == 0.75
+
+
+class Either(nn.Module):
+    """Two layers, of which a pass uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 2, bias=False) for _ in range(2))
+        with torch.no_grad():
+            for number, layer in enumerate(self.layers):
+                layer.weight.copy_(torch.arange(6.0).reshape(2, 3) / 6 - number)
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    def forward(self, x_NF: Tensor, which: int) -> Tensor:
+        return self.layers[which](x_NF)
+
+
+USED = [0, 0, 1, 0, 1, 1, 0]
+
+
+def either(folder: Path, unused: str, stop_at: int | None = None) -> list[Tensor]:
+    """The weights after steps that use one layer each."""
+    optimizer = OptimizerConfig.model_validate(
+        {"name": "momentum", "lr": 1.6, "weight_decay": 0.1, "warmup": 0.0, "options": {}, "unused": unused}
+    )
+    engine = Engine(Either(), optimizer, len(USED), 32, 1, folder, label_smoothing=0.0, checkpoint_seconds=0.0)
+    x_NF, y = torch.tensor([[1.0, 2.0, -1.0]]), torch.tensor([1])
+
+    def step(number: int) -> Metrics:
+        if number == stop_at:
+            raise Stopped
+        return engine.update([Part(x_NF, y, (USED[number],))])
+
+    engine.to_device = lambda *batch: batch  # type: ignore[method-assign]  # these are no images
+    engine.resume()
+    engine.fit(step, Progress(), "training")
+    return [layer.weight.detach().clone() for layer in engine.model.layers]
+
+
+@pytest.mark.parametrize("unused", ["rest", "move"])
+def test_weights_that_a_step_does_not_use(unused: str, tmp_path: Path) -> None:
+    """They rest, or momentum and decay go on: against torch's own optimiser, with gradients of zero. Killed and resumed, the same."""
+    model = Either()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.1)
+    seen: set[int] = set()
+    for number, which in enumerate(USED):
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(torch.tensor([[1.0, 2.0, -1.0]]), which), torch.tensor([1])).backward()
+        seen.add(which)
+        if unused == "move" and 1 - which in seen:
+            model.layers[1 - which].weight.grad = torch.zeros(2, 3)
+        optimizer.param_groups[0]["lr"] = 0.2 * schedule(number, len(USED), 0.0)
+        optimizer.step()
+    expected = [layer.weight.detach() for layer in model.layers]
+    found = either(tmp_path / "straight", unused)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(Stopped):
+        either(tmp_path / "killed", unused, stop_at=3)
+    assert all(torch.equal(a, b) for a, b in zip(either(tmp_path / "killed", unused), found, strict=True))

@@ -1,14 +1,15 @@
 """From an op to the torch module that is timed, trained and exported: one builder for all three.
 
-Initialisation follows TuNAS: He normal with fan-in (for depthwise kernels the fan-in of one channel), N(0, 0.01) for the
-classifier, zero biases. Layer order is that of timm and torchvision, so that weights can be copied one after another. Pooling is
-written as ``adaptive_avg_pool2d``, because as a mean over two axes it exports with a transpose.
+Initialisation follows TuNAS, where PyTorch's own is not asked for: He normal with fan-in (for depthwise kernels the fan-in of
+one channel), N(0, 0.01) for the classifier, zero biases. Layer order is that of timm and torchvision, so that weights can be copied one
+after another. Pooling is written as ``adaptive_avg_pool2d``, because as a mean over two axes it exports with a transpose.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -186,14 +187,20 @@ def build(op: Op, *, bn_eps: float = 1e-3, dropout: float = 0.0) -> nn.Module:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Fill a module's weights as TuNAS does, from ``generator`` alone."""
+def initialise(module: nn.Module, generator: torch.Generator, how: Literal["he", "torch"] = "he") -> None:
+    """Fill a module's weights from ``generator`` alone: ``he`` as TuNAS does, ``torch`` as PyTorch does by itself.
+
+    PyTorch's are uniform within 1 / sqrt(fan-in), biases of convolutions and classifier, too: a sixth of He's variance.
+    """
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            fan_in = part.weight[0].numel()
-            part.weight.normal_(0.0, math.sqrt(2.0 / fan_in), generator=generator)
-        elif isinstance(part, nn.Linear):
-            part.weight.normal_(0.0, 0.01, generator=generator)
         bias = getattr(part, "bias", None)
         if isinstance(bias, Tensor):
             bias.zero_()
+        if not isinstance(part, nn.Conv2d | nn.Linear):
+            continue
+        fan_in = part.weight[0].numel()
+        if how == "torch":
+            for tensor in (part.weight, *([part.bias] if part.bias is not None else [])):
+                tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+        else:
+            part.weight.normal_(0.0, math.sqrt(2.0 / fan_in) if isinstance(part, nn.Conv2d) else 0.01, generator=generator)

@@ -8,7 +8,7 @@ are trained in the end.
 
 ``bn_affine = false`` leaves scale and shift to the stem, the reductions and the last BN, as DARTS's and NAS-Bench-201's super-nets do.
 
-*Difference from the papers' code*: weights begin as TuNAS's do (``hwnas.nn.blocks``).
+Weights begin as PyTorch's do, as in the papers' code; ``initialisation = "he"`` is TuNAS's.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class CellSupernet(SharedNetwork):
         self.parts = nn.ModuleList(self._part(place) for place in self.places)
         self._last_use = {point: position for position, place in enumerate(self.places) for point in place.of}
         self.fraction, self._tracking = 0.0, True
-        initialise(self, generator)
+        initialise(self, generator, "torch" if config.initialisation == "auto" else config.initialisation)
 
     def _part(self, place: Place) -> nn.Module:
         """The weights of a place."""

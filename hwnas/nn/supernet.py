@@ -78,14 +78,15 @@ class Supernet(SharedNetwork):
             norms = len(producers) if config.wsbn else 1
             self.slots.append(ElasticSlot(slot, space.bn_eps, sharing, config.sharing == "separate", sources, norms))
         self.tapped = self._tapped()
+        how = "he" if config.initialisation == "auto" else config.initialisation
         if space.detector is not None:
             self.detector = ElasticDetector(self.proxy, sharing)
-            initialise(self.slots, generator)
+            initialise(self.slots, generator, how)
             initialise_detector(self.detector.extras, self.detector.heads, space.detector.scores, generator)
             return
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(max(self.proxy.stages[-1].widths), space.classes)
-        initialise(self, generator)
+        initialise(self, generator, how)
 
     def _tapped(self) -> frozenset[int]:
         """Positions of the slots after which the detector looks at the feature map."""

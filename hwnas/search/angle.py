@@ -6,6 +6,9 @@ one long vector, and W0 what they were at first (equation 2):
 
     angle(A) = arccos( <V(A; W0), V(A; W)> / (|V(A; W0)| * |V(A; W)|) )
 
+W0 may also be the weights after some training: in the released code after the first epoch on NAS-Bench-201, after the fifth on DARTS's
+cells (``study.base_epochs``, ``shrink.base_epochs``).
+
 One cosine, and no mean of those of layers. Of a chain, V holds the convolution and linear weights of stem, blocks, head and
 classifier; identity contributes nothing, nor do BN and biases. Of cells, V goes along every path from a cell's inputs to its output
 (``CellSupernet.angle_parts``). A larger angle is taken for better. It needs no images.

@@ -35,8 +35,8 @@ per slot that the input comes from (``edge``), or per operator that it comes fro
 - ``magnitude`` in the papers is of a super-net that is trained as DARTS trains it, as a mixture. Here the weights are trained by single
   paths, as for the other metrics, which can then share the first and longest training; every ``alpha_every`` steps alpha descends
   the held-out loss of the mixture (first order). Alpha goes on from stage to stage, without the operators that left.
-- W0 is the initialisation everywhere; their DARTS space keeps it after 5 epochs of warm-up. There, every edge has one operator; here a
-  node keeps two edges, and an architecture counts for the operators of those that are kept.
+- W0 is the initialisation, or the weights after ``shrink.base_epochs``: 5 in their DARTS space. There, every edge has one operator; here
+  a node keeps two edges, and an architecture counts for the operators of those that are kept.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from hwnas.engine import best_device
 from hwnas.errors import ConfigError, HwnasError
 from hwnas.nn.supernet import load_supernet
 from hwnas.runs import JsonLines, StageContext
+from hwnas.search.angle import initial_supernet
 from hwnas.search.judge import Judge
 from hwnas.study import metrics
 from hwnas.study.documents import Estimate, Gap, Point, RankStudy, ScoreResult, Spread, SupernetResult
@@ -87,7 +88,7 @@ def _scored(
         "hwnas": __version__, "supernet": file_sha256(trained.path), "seed": trained.seed, "images": fingerprint(experiment.data),
         "data": experiment.data.model_dump(mode="json"), "recalibration": search.recalibration_images,
         "evaluation": search.evaluation_images, "batch": search.batch_size,
-    }  # fmt: skip
+    } | ({} if trained.base is None else {"base": file_sha256(trained.base)})  # fmt: skip
     file = JsonLines(ctx.root / "scores" / f"{content_sha256(decides)[:16]}.jsonl")
     known: Rows = {}
     for row in file.read():
@@ -121,7 +122,9 @@ def _scorer(experiment: Experiment, space: SearchSpace, trained: Trained) -> Sco
     supernet = load_supernet(trained.path, space)
     if not experiment.search.recalibration_images and not supernet.config.bn_track:
         raise ConfigError(f"the super-net in {trained.path.parent} tracks no BN statistics: set search.recalibration_images to 2 or more.")
-    return Scorer(Judge(supernet.to(best_device()), experiment), trained.seed)
+    judge = Judge(supernet.to(best_device()), experiment)
+    base = None if trained.base is None else load_supernet(trained.base, space).to(best_device())
+    return Scorer(judge, initial_supernet(supernet, trained.seed), base)
 
 
 def _supernet(truth: Truth, trained: Trained, scored: Rows, failed: dict[str, str]) -> SupernetResult:

@@ -5,8 +5,8 @@
 ``loss``           its cross-entropy (lower is better)
 ``unrecalibrated`` top-1 of the super-net as it stands: BN by its tracked statistics (``supernet.bn_track``), else by
                    those of the batch that is judged
-``angle``          by which training has turned the weights of the one-path network, in radians (see search/angle.py).
-                   Needs no images
+``angle``          by which training has turned the weights of the one-path network, in radians (see search/angle.py),
+                   from their initialisation or from ``study.base_epochs`` on. Needs no images
 ``macs, params``   multiply-accumulates and parameters: what any score must beat
 ``grad_norm``      norm of the loss's gradient by the weights at initialisation, on one batch of
                    ``search.batch_size`` held-out images
@@ -26,14 +26,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from hwnas.config import ScoreName
 from hwnas.core.arch import Picks
-from hwnas.data.images import Batch
 from hwnas.nn.network import Network
 from hwnas.nn.supernet import SharedNetwork, resized
-from hwnas.search.angle import Angles, initial_supernet, weights
+from hwnas.search.angle import Angles, weights
 from hwnas.search.judge import Judge, placed
 from hwnas.study.prefixes import Maps, Prefixes
 
@@ -44,13 +43,13 @@ OF_SHAPE = ("macs", "params")
 
 
 class Scorer:
-    """Scores architectures by a trained super-net. ``seed`` is the one that it was initialised with."""
+    """Scores architectures by a trained super-net. ``initial`` is what it was at first; the angle is from there, or from ``base``."""
 
-    def __init__(self, judge: Judge, seed: int) -> None:
+    def __init__(self, judge: Judge, initial: SharedNetwork, base: SharedNetwork | None = None) -> None:
         assert isinstance(judge.supernet, SharedNetwork)
         self.judge, self.supernet = judge, judge.supernet
-        self.initial = initial_supernet(self.supernet, seed)
-        self.angles = Angles(self.initial, self.supernet)
+        self.initial = initial.eval()
+        self.angles = Angles(base or self.initial, self.supernet)
         self._prefixes: dict[tuple[int, bool], Prefixes] = {}
         self.calculations: dict[ScoreName, Callable[[Picks], dict[str, float]]] = {
             "accuracy": self._recalibrated,

@@ -39,7 +39,7 @@ from hwnas.search.shrinking import Evidence, Metric, Scores, operators, sample_c
 from hwnas.search.stage import SHARED, prepare, search_strategy
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.study.documents import ShrinkPath, ShrinkStep
-from hwnas.study.supernets import macs_table
+from hwnas.study.supernets import base_step, macs_table, saving_at
 
 INITIAL = "initial.safetensors"
 ALPHAS = "alphas.json"
@@ -109,7 +109,7 @@ def first_sha256(experiment: Experiment) -> str:
     config = experiment.shrink
     search = experiment.search.model_dump(mode="json", exclude={"recalibration_images", "evaluation_images", "limits", "epochs"})
     beside = (config.alpha_lr, config.alpha_every) if wants_alphas(config) else None
-    return content_sha256([search, config.first_epochs, config.operation_on[:1], beside])
+    return content_sha256([search, config.first_epochs, config.base_epochs, config.operation_on[:1], beside])
 
 
 def train_first(ctx: StageContext, space: SearchSpace) -> None:
@@ -247,8 +247,9 @@ def _train(
             metrics |= {"held_out_loss": float(held_out.detach()), "entropy": alphas.entropy()}
         return metrics
 
+    base = None if begin is not None else base_step(config.base_epochs, config.first_epochs, engine.steps)
     engine.resume()
-    engine.fit(step, ctx.progress, description)
+    engine.fit(saving_at(step, base, supernet, folder / INITIAL), ctx.progress, description)
     if alphas is not None:
         values = {
             choice.key: {str(option): value for option, value in zip(choice.options, alphas.values[choice.key].tolist(), strict=True)}

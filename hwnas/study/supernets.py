@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,21 +14,32 @@ from hwnas.nn.supernet import SharedNetwork, save_supernet
 from hwnas.runs import StageContext
 from hwnas.search import STRATEGIES
 from hwnas.search.stage import SHARED, SearchResult, prepare, search_context, trained_supernet
+from hwnas.search.strategy import Metrics
 
 OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
 """Settings of a search that its super-net's training has nothing to do with."""
 
+BASE = "base.safetensors"
+"""The super-net as it was after ``study.base_epochs``."""
+
 MS_PER_MAC = 1e-6
 """Of the table that stands in where none is configured."""
+
+Step = Callable[[int], Metrics]
+"""What an engine fits: the number of a step -> what it logs."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The file of a trained super-net, the seed that initialised it, and the strategy that trained it."""
+    """The file of a trained super-net, the seed that initialised it, and the strategy that trained it.
+
+    ``base`` is the file of the weights that the angle is from; None: those of the initialisation.
+    """
 
     seed: int
     path: Path
     strategy: str
+    base: Path | None = None
 
 
 def macs_table(space: SearchSpace) -> LatencyTable:
@@ -59,6 +71,11 @@ def check(experiment: Experiment) -> None:
     config = experiment.search
     if config.weights is not None:
         raise ConfigError(f"search.weights = {config.weights!r} is for 'hwnas search': name the folder in study.supernets.")
+    base = experiment.study.base_epochs
+    if base and experiment.study.supernets:
+        raise ConfigError(f"study.base_epochs = {base:g}, but only the last weights of study.supernets are there: leave it at 0.")
+    if base >= config.epochs:
+        raise ConfigError(f"study.base_epochs = {base:g} is no part of search.epochs = {config.epochs:g}: lower it.")
     if not experiment.study.supernets and not STRATEGIES.get(config.strategy.name).shares:
         raise ConfigError(
             f"strategy {config.strategy.name!r} trains networks that share no weights, so there is no super-net to study: choose another."
@@ -71,12 +88,35 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     search = search_context(experiment, space, table)
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, ctx.folder)
-    engine = prepared.engine
+    engine, supernet = prepared.engine, prepared.judge.supernet
+    assert isinstance(supernet, SharedNetwork)  # see ``check``
+    base = experiment.study.base_epochs
+    step = saving_at(prepared.step, base_step(base, experiment.search.epochs, engine.steps), supernet, ctx.folder / BASE)
     engine.resume()
-    engine.fit(prepared.step, ctx.progress, f"training a super-net ({experiment.search.strategy.name}, seed {experiment.seed})")
-    assert isinstance(prepared.judge.supernet, SharedNetwork)  # see ``check``
-    save_supernet(prepared.judge.supernet, ctx.folder / SHARED)
+    engine.fit(step, ctx.progress, f"training a super-net ({experiment.search.strategy.name}, seed {experiment.seed})")
+    save_supernet(supernet, ctx.folder / SHARED)
     engine.finish()
+
+
+def outputs(experiment: Experiment) -> list[str]:
+    """The files of a training."""
+    return [SHARED, *([BASE] if experiment.study.base_epochs else [])]
+
+
+def base_step(base_epochs: float, epochs: float, steps: int) -> int | None:
+    """The step before which ``base_epochs`` of ``epochs`` are over; None where that is at the beginning."""
+    return min(steps - 1, round(steps * base_epochs / epochs)) if base_epochs else None
+
+
+def saving_at(step: Step, at: int | None, supernet: SharedNetwork, path: Path) -> Step:
+    """A training's steps, with the super-net saved before step ``at``."""
+
+    def saving(number: int) -> Metrics:
+        if number == at:
+            save_supernet(supernet, path)
+        return step(number)
+
+    return saving
 
 
 def earlier(folder: str) -> Trained:

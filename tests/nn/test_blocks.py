@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from hwnas.core.op import Op
-from hwnas.nn.blocks import ChannelShuffle, build, se_gate
+from hwnas.nn.blocks import ChannelShuffle, build, initialise, se_gate
 
 torch.set_num_threads(1)
 
@@ -52,3 +54,18 @@ def test_a_head_pools_before_its_convolution() -> None:
     found = head(x_NCHW)
     assert found.shape == (2, 16, 1, 1)
     torch.testing.assert_close(found[:, :, 0, 0], expected)
+
+
+def test_weights_begin_as_asked() -> None:
+    """He's normal as TuNAS has it, or PyTorch's own: of the spread that torch gives by itself, from the generator alone."""
+    own = nn.ModuleList([nn.Conv2d(64, 64, 3, bias=True), nn.Conv2d(64, 64, 5, groups=64, bias=False), nn.Linear(256, 100)])
+    spread = [float(tensor.detach().std()) for tensor in own.parameters()]
+    made = [copy.deepcopy(own) for _ in range(3)]
+    for module, how in zip(made, ("torch", "torch", "he"), strict=True):
+        initialise(module, torch.Generator().manual_seed(0), how)  # type: ignore[arg-type]
+    torchs, again, he = ([tensor.detach() for tensor in module.parameters()] for module in made)
+    assert all(torch.equal(*pair) for pair in zip(torchs, again, strict=True))
+    assert [float(tensor.std()) for tensor in torchs] == pytest.approx(spread, rel=0.2)
+    fans = (576, 576, 25, 256, 256)
+    assert all(float(tensor.abs().max()) <= fan**-0.5 for tensor, fan in zip(torchs, fans, strict=True))
+    assert [float(tensor.std()) for tensor in he] == pytest.approx([(2 / 576) ** 0.5, 0, (2 / 25) ** 0.5, 0.01, 0], rel=0.05)

@@ -15,14 +15,17 @@ from scipy.stats import kendalltau
 from hwnas.config import Experiment
 from hwnas.core.arch import Picks
 from hwnas.errors import ConfigError, DivergenceError, HwnasError, TableError
+from hwnas.nn.supernet import load_supernet
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
+from hwnas.search.angle import Angles
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.studies import study_rank
 from hwnas.study.documents import RankStudy
 from hwnas.study.rank import METRICS
 from hwnas.study.scores import Scorer
+from hwnas.study.truth import read_truth
 from tests.search.staging import Killed, Killing, Saying, experiment, tiny_space
 
 SPACE = tiny_space()
@@ -234,3 +237,27 @@ def test_what_cannot_be_studied_is_said_before_any_training(
 def test_settings_that_contradict_each_other(folder: Path, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         study(folder, **settings)
+
+
+def test_the_angle_is_from_the_weights_after_the_base_epochs(folder: Path, tmp_path: Path) -> None:
+    """Killed before and behind them: the same file, and the angles of a training that was not killed."""
+    config = study(folder, scores=["angle"], combinations=[], base_epochs=0.1)
+    straight = ranked(config, tmp_path / "straight")
+    base, last = (load_supernet(tmp_path / "straight/supernet-5" / name, SPACE) for name in ("base.safetensors", "shared.safetensors"))
+    angles = Angles(base, last)
+    truth = read_truth(folder / "truth.csv", SPACE)
+    picks = dict(zip(truth.names, truth.picks, strict=True))
+    assert all(point.scores["angle"] == angles.of(picks[point.name]) > 0 for point in straight.points)
+    from_the_start = ranked(study(folder, scores=["angle"], combinations=[]), tmp_path / "whole")
+    assert all(a.scores != b.scores for a, b in zip(straight.points, from_the_start.points, strict=True))
+    for steps in (1, 4):
+        with pytest.raises(Killed):
+            ranked(config, tmp_path / "killed", Killing("training a super-net", steps))
+    assert ranked(config, tmp_path / "killed").points == straight.points
+
+
+def test_base_epochs_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"base_epochs = 0\.3 is no part of search\.epochs = 0\.3"):
+        ranked(study(folder, base_epochs=0.3), tmp_path)
+    with pytest.raises(ConfigError, match=r"only the last weights of study\.supernets"):
+        ranked(study(folder, base_epochs=0.1, supernets=["x"]), tmp_path)

@@ -238,3 +238,16 @@ def test_steps_are_documents(finished: tuple[Path, ShrinkStudy]) -> None:
     for path in finished[1].paths:
         for number, step in enumerate(path.steps):
             assert ShrinkStep.load(finished[0] / f"shrink-{path.metric}" / f"stage-{number}" / "step.json") == step
+
+
+def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
+    """Of the first training alone; the last weights are the same."""
+    roots = [tmp_path / "at-once", tmp_path / "later"]
+    for root, base in zip(roots, (0.0, 0.2), strict=True):
+        shrunk(study(folder, metrics=["angle"], until=300, base_epochs=base), root)
+    files = ("initial.safetensors", "shared.safetensors")
+    initial, last = ([read_supernet(root / "shrink-first" / file) for root in roots] for file in files)
+    same = [all(torch.equal(*pair) for pair in zip(*(each.parameters() for each in both), strict=True)) for both in (initial, last)]
+    assert same == [False, True]
+    with pytest.raises(ValueError, match=r"base_epochs = 0\.3 is no part of first_epochs = 0\.3"):
+        study(folder, base_epochs=0.3)
