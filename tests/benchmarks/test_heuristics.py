@@ -45,6 +45,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no weight decay": ("search.optimizer.weight_decay=0",),
     "weight decay x 5": ("search.optimizer.weight_decay=0.1",),
     "SGD, rate 0.4, decay 4e-5": (SGD,),
+    "SGD, PyTorch's initialisation": (SGD, "search.supernet.initialisation='torch'"),
+    "SGD, decay 5e-4, all weights": (SGD.replace("4e-5", "5e-4").replace("}", ", unused = 'move'}"),),
     "BN without scale and shift": ("search.supernet.bn_affine=false",),
     "BN with tracked statistics": ("search.supernet.bn_track=true",),
     "fair sampling": ("search.strategy.sampling='fair'",),
