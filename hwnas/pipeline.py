@@ -11,6 +11,7 @@ from typing import Any
 from hwnas import __version__
 from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.describe import counted
 from hwnas.core.limits import LatencyLimit
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.spaces import SPACES, load_space, published
@@ -199,7 +200,7 @@ class Pipeline:
         texts = {
             "profile": f"measure {measured} of space {space.name} on {device.name} ({device.runtime}, "
             f"{device.dtype}, {device.threads} thread{'s' if device.threads > 1 else ''}) in {experiment.profile.rounds} rounds",
-            "search": f"{searcher} over {space.size:.3g} architectures, {target}",
+            "search": f"{searcher} over {counted(space.architectures)} architectures, {target}",
             "train": f"{arch} for {experiment.train.epochs:g} epochs, weights from {experiment.train.backbone or experiment.train.weights}",
             "export": ", ".join(experiment.export_formats),
             "validate": f"latency within {experiment.validation.latency_tolerance:.0%} of predicted, "

@@ -19,6 +19,7 @@ in the benchmark.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -183,6 +184,23 @@ class CellSpace(SearchSpace):
                 found[position] = 0
         return found
 
+    @property
+    def architectures(self) -> int:
+        """Edges that a node does not keep do not count; edges without a connection (``none``) do.
+
+        Example:
+            >>> from hwnas.core.cell_families import darts
+            >>> f"{darts().size:.3g}", f"{darts().architectures:.3g}"
+            ('6.27e+29', '9.12e+18')
+        """
+        found = 1
+        for cell in self.kinds:
+            for node in range(self.sources, self.nodes):
+                every = "+".join(map(str, range(node)))
+                kept = [pair.split("+") for pair in self.inputs.get(inputs_key(cell, node), (every,))]
+                found *= sum(math.prod(len(self.edges[edge_key(cell, int(source), node)]) for source in sources) for sources in kept)
+        return found
+
     def _inputs_of(self, key: str, picks: Mapping[str, Option]) -> tuple[int, ...] | None:
         """The nodes whose edges are kept where an edge ends; None where all are."""
         cell, _, edge = key.partition(".e")
@@ -288,13 +306,26 @@ class CellSpace(SearchSpace):
         return {choice.key: picks[choice.key] for choice in self.choices}
 
     def write(self, picks: Mapping[str, Option]) -> str:
-        """The reverse of ``read``."""
-        assert self.skeleton == "nasbench201", "the other skeletons have no notation"
+        """The reverse of ``read``; of DARTS's cells, the genotype as DARTS's code writes it: two pairs of option and source a node.
+
+        Example:
+            >>> from hwnas.core.cell_families import darts
+            >>> space = darts()
+            >>> space.write({choice.key: choice.options[-1] for choice in space.choices})[:58]
+            "Genotype(normal=[('dil_conv_5x5', 0), ('dil_conv_5x5', 1), "
+        """
         self.check(picks)
-        nodes = range(1, self.nodes)
-        keys = [[edge_key("c", source, node) for source in range(node)] for node in nodes]
-        options = [[picks.get(key, self.edges[key][0]) for key in row] for row in keys]
-        return "+".join("|" + "|".join(f"{option}~{source}" for source, option in enumerate(row)) + "|" for row in options)
+        nodes = range(self.sources, self.nodes)
+        if self.skeleton == "nasbench201":
+            return "+".join("|" + "|".join(f"{option}~{source}" for option, source in self._into("c", node, picks)) + "|" for node in nodes)
+        concat = f"range({self.sources}, {self.nodes})"
+        cells = {cell: [pair for node in nodes for pair in self._into(cell, node, picks)] for cell in self.kinds}
+        return "Genotype(" + ", ".join(f"{cell}={pairs}, {cell}_concat={concat}" for cell, pairs in cells.items()) + ")"
+
+    def _into(self, cell: str, node: int, picks: Mapping[str, Option]) -> list[tuple[str, int]]:
+        """Option and source of the edges that a node keeps."""
+        keys = [edge_key(cell, source, node) for source in range(node)]
+        return [(str(picks.get(key, self.edges[key][0])), _source(key)) for key in keys if self.kept(key, picks)]
 
 
 def _source(key: str) -> int:

@@ -19,21 +19,35 @@ def columns(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in kept)
 
 
+def counted(number: int) -> str:
+    """A count in full below 1e9, else to three digits.
+
+    Example:
+        >>> counted(15_625), counted(5**20)
+        ('15,625', '9.54e+13')
+    """
+    return f"{number:,}" if number < 10**9 else f"{number:.3g}"
+
+
 def describe_space(space: SearchSpace, table: LatencyTable | None = None) -> str:
     """Size, plan, a sample, and the coverage by ``table``."""
-    arch = space.decode(space.sample(np.random.default_rng(0)), f"{space.name}-sample-0")
+    picks = space.sample(np.random.default_rng(0))
+    arch = space.decode(picks, f"{space.name}-sample-0")
     lines = [f"space {space.name}  (sha256 {space.sha256[:12]})"]
     if isinstance(space, MacroSpace):
         pixels = " or ".join(f"{space.in_channels} x {size} x {size}" for size in space.resolutions or (space.resolution,))
         lines.append(f"input        {pixels}, {space.classes} classes, {space.act}")
-        lines.append(f"decisions    {space.decisions:.3g} raw combinations (kernel, expansion, skip, width, depth, resolution apart)")
+        lines.append(f"decisions    {counted(space.decisions)} raw combinations (kernel, expansion, skip, width, depth, resolution apart)")
     else:
         lines.append(f"input        {space.in_channels} x {space.resolution} x {space.resolution}, {space.classes} classes")
-    lines.append(f"choices      {len(space.choices)}, {space.size:.3g} architectures")
+    alike = f" ({counted(space.size)} combinations of options; the others make the same networks, or no network)"
+    different = f"{counted(space.architectures)} architectures{alike if space.size > space.architectures else ''}"
+    lines.append(f"choices      {len(space.choices)}, {different}")
     if not isinstance(space, NASBench101Space):
         lines.append(f"plan         {len(space.ops)} ops to measure:")
         lines += [f"  {op.key}" for op in space.ops]
     lines.append(f"sample       {arch.name}: {arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters")
+    lines.append(f"genotype     {space.write(picks)}")
     lines += [f"  {op.key}" for op in arch.ops()]
     if table is not None:
         missing = missing_ops(space.ops, table)

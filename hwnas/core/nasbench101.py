@@ -37,6 +37,8 @@ CONV3, CONV1, POOL3 = "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3"
 OPS = (CONV3, CONV1, POOL3)
 """Options of a vertex, named and ordered as in the benchmark."""
 VERTICES, EDGES = 7, 9
+CELLS = 423_624
+"""Different cells, as published."""
 
 
 class NASBench101Space(SearchSpace):
@@ -136,6 +138,17 @@ class NASBench101Space(SearchSpace):
         picks |= {f"e{place[source]}-{place[vertex]}": 1 for source, vertex in np.argwhere(matrix_VV)}
         self._cell(picks)
         return picks
+
+    def write(self, picks: Mapping[str, Option]) -> str:
+        """The reverse of ``read``, without the vertices that no way from the input to the output leads over."""
+        self.check(picks)
+        matrix_VV, ops = self._cell(picks)
+        return json.dumps({"matrix": matrix_VV.tolist(), "ops": ops})
+
+    @property
+    def architectures(self) -> int:
+        """Cells that differ by ``fingerprint``, as published. Most picks are no cell, or one of these in another order."""
+        return CELLS
 
     def fingerprint(self, picks: Mapping[str, Option]) -> str:
         """Equal for cells that are the same but for the order of their vertices: the benchmark's hash of the pruned graph (MD5)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -100,10 +101,20 @@ class SearchSpace(Document):
         """The profiling plan: every op that any architecture of the space can contain, in order of appearance."""
         return tuple(dict.fromkeys(op for term in self.terms() for op in term.ops if op is not None))
 
+    def write(self, picks: Mapping[str, Option]) -> str:
+        """Picks as text: in the space's own notation, or, where it has none, as a JSON object. Raises SpaceError as ``check`` does."""
+        self.check(picks)
+        return json.dumps(dict(picks))
+
     @property
     def size(self) -> int:
         """Number of picks: the product of the option counts."""
         return math.prod(len(choice.options) for choice in self.choices)
+
+    @property
+    def architectures(self) -> int:
+        """Number of picks that ``canonical`` tells apart: those that differ in what a network leaves out count once."""
+        return self.size
 
     def sample(self, rng: np.random.Generator) -> Picks:
         """Uniform random picks."""

@@ -133,6 +133,12 @@ class MacroSpace(SearchSpace):
         slots = math.prod(n for slot in self.slots for n in slot.factors.decisions)
         return slots * math.prod(len(choice.options) for choice in self.choices if choice.kind != "op")
 
+    @property
+    def architectures(self) -> int:
+        """Blocks that the depth leaves out do not count."""
+        depths = (sum(math.prod(map(len, stage.slots[:depth])) for depth in stage.depths or (len(stage.slots),)) for stage in self.stages)
+        return math.prod(depths) * math.prod(len(choice.options) for choice in self.choices if choice.kind in ("width", "resolution"))
+
     def terms(self) -> tuple[Term, ...]:
         """One term per slot and one for the classifier, or one per extra and one per head of the detector."""
         ends = (self._classifier_term(),) if self.detector is None else self._detector_terms(self.detector)

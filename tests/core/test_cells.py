@@ -52,6 +52,30 @@ def test_the_size_of_darts() -> None:
     assert math.isqrt(kept) * 7**8 == math.prod((k + 1) * k // 2 * 7**2 for k in range(1, 5)) == pytest.approx(1e9, rel=0.05)
     assert space.restrict(edges).size == kept * 7**28
     assert len(space.choices) == 2 * (14 + 3)
+    cell = math.prod(math.comb(node, 2) * 8**2 for node in range(2, 6))
+    assert space.architectures == cell**2 and space.size == math.isqrt(kept) ** 2 * 8**28
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_architectures_are_counted_as_they_are_told_apart(name: str) -> None:
+    few = {choice.key: choice.options[:2] for choice in SMALL[name].choices if choice.kind == "op" and not choice.key.startswith("reduce")}
+    one = {choice.key: choice.options[:1] for choice in SMALL[name].choices if choice.key.startswith("reduce") or choice.key.endswith("-5")}
+    space = SMALL[name].restrict(few | one)
+    indices = np.array(list(np.ndindex(*(len(choice.options) for choice in space.choices))))
+    assert len(indices) == space.size
+    assert len({space.canonical(index_C).tobytes() for index_C in indices}) == space.architectures
+
+
+def test_darts_s_notation() -> None:
+    picks = darts_picks(darts(), DARTS_V2)
+    reduce = (
+        "('max_pool_3x3', 0), ('max_pool_3x3', 1), ('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 0), ('skip_connect', 2), "
+    )
+    assert darts().write(picks) == (
+        "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('skip_connect', 0), "
+        "('sep_conv_3x3', 1), ('skip_connect', 0), ('dil_conv_3x3', 2)], normal_concat=range(2, 6), "
+        f"reduce=[{reduce}('max_pool_3x3', 1), ('skip_connect', 2)], reduce_concat=range(2, 6))"
+    )
 
 
 def test_nasbench201_s_notation() -> None:

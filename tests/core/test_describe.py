@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hwnas.core.describe import columns, describe_space, describe_table
-from hwnas.core.spaces import mobile32, proxylessnas
+from hwnas.core.spaces import darts, mobile32, nasbench101, nasbench201, proxylessnas
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, judge
 
 
@@ -35,6 +35,18 @@ def test_a_space_shows_its_size_plan_and_a_sample() -> None:
     arch = proxylessnas().decode(proxylessnas().sample(np.random.default_rng(0)))
     assert f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters" in text
     assert "coverage" not in text
+
+
+def test_spaces_of_cells_show_how_many_networks_differ_and_the_genotype_of_the_sample() -> None:
+    lines = describe_space(nasbench201()).splitlines()
+    assert "choices      6, 15,625 architectures" in lines
+    picks = nasbench201().sample(np.random.default_rng(0))
+    assert f"genotype     {nasbench201().write(picks)}" in lines
+    assert nasbench201().read(nasbench201().write(picks)) == picks
+    darts_lines = describe_space(darts()).splitlines()
+    assert any(line.startswith("choices      34, 9.12e+18 architectures (6.27e+29 combinations of options;") for line in darts_lines)
+    assert any(line.startswith("genotype     Genotype(normal=[('") for line in darts_lines)
+    assert "26, 423,624 architectures (509,607,936 combinations" in describe_space(nasbench101())
 
 
 def test_coverage_names_what_is_missing() -> None:

@@ -85,6 +85,13 @@ def test_at_most_nine_edges() -> None:
         assert Architecture.parse(arch.to_json()) == arch
 
 
+def test_the_notation_back() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(5):
+        picks = SPACE.sample(rng)
+        assert SPACE.fingerprint(SPACE.read(SPACE.write(picks))) == SPACE.fingerprint(picks)
+
+
 def test_the_fingerprint_knows_no_order() -> None:
     matrix = np.array([[0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
     labels = [-1, 0, 1, 2, -2]

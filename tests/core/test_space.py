@@ -113,6 +113,13 @@ def test_choices_are_the_open_decisions_in_post_order() -> None:
     assert SPACES["elastic"].decisions == 2 * (2 * 2) * (4 * 8 * 8) * (4 * 4) * 8 * (2 * 2 * 3 * 3 * 2 * 2)
 
 
+def test_architectures_are_counted_as_they_are_told_apart() -> None:
+    space = deep().restrict({"resolution": [16], "s2.width": [16], "s4.width": [32]})
+    indices_NC = np.array(list(np.ndindex(*(len(choice.options) for choice in space.choices))))
+    assert len({space.canonical(index_C).tobytes() for index_C in indices_NC}) == space.architectures < space.size == len(indices_NC)
+    assert deep().architectures == 12 * space.architectures
+
+
 def test_choices_of_depth_come_after_the_width_and_the_resolution_last() -> None:
     space = SPACES["deep"]
     keys = "s1.b0 s2.b0 s2.b1 s2.b2 s2.b3 s2.width s2.depth s3.b0 s3.b1 s3.b2 s3.depth s4.width resolution"

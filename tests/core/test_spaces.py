@@ -145,6 +145,11 @@ def test_the_mobilenet_v3_like_space_is_that_of_nas_facts() -> None:
     assert [op.key for op in ops[-3:]] == ["conv-h7-i512-o1024-hswish", "head-h7-i1024-o2048-hswish", "classifier-h1-i2048-o1000"]
 
 
+def test_once_for_all_s_count() -> None:
+    """The paper: 2 x 10^19 networks at each of its resolutions."""
+    assert ofa_mobilenet_v3().architectures == 4 * (9**2 + 9**3 + 9**4) ** 5
+
+
 def test_the_once_for_all_space_is_elastic_in_depth_and_resolution() -> None:
     space = ofa_mobilenet_v3()
     kinds = [choice.kind for choice in space.choices]
