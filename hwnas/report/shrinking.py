@@ -9,9 +9,10 @@ from itertools import pairwise
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
+from hwnas.core.describe import counted
 from hwnas.report.charts import FULL
 from hwnas.report.style import LIGHT, canvas, inline_svg
-from hwnas.study.documents import Remaining, ShrinkCurve, ShrinkPath, ShrinkStudy
+from hwnas.study.documents import Remaining, ShrinkCurve, ShrinkPath, ShrinkStep, ShrinkStudy
 
 LOOKS = (("blue", "o"), ("orange", "s"), ("green", "^"), ("red", "D"), ("ink", "v"))
 """Colour and marker of each metric in turn."""
@@ -21,10 +22,12 @@ LOOKS = (("blue", "o"), ("orange", "s"), ("green", "^"), ("red", "D"), ("ink", "
 class ShrinkRow:
     """A way to shrink, as texts: the sizes of the space, mean accuracy before and after every drop, what is left in the end.
 
-    ``rises``: whether the mean accuracy rose at every drop. ``kendall``: how the scores ranked operators, drop by drop.
+    ``dropped``: how many of the scored operators left at every drop. ``rises``: whether the mean accuracy rose at every drop. ``kendall``:
+    how the scores ranked operators, drop by drop.
     """
 
     name: str
+    dropped: str
     sizes: str
     means: str
     rises: str
@@ -43,12 +46,13 @@ def rows(study: ShrinkStudy) -> list[ShrinkRow]:
         span = f"{_percent(means[-1])} ({_percent(low)} to {_percent(high)})"
         tenth = _percent(study.chance.best_tenth[-1][0])
         name = f"mean of {study.chance.repeats} random shrinkings (5 to 95 %)"
-        found.append(ShrinkRow(name, "–", _arrows([*map(_percent, means[:-1]), span]), "–", tenth, "–", "–"))
+        found.append(ShrinkRow(name, "–", "–", _arrows([*map(_percent, means[:-1]), span]), "–", tenth, "–", "–"))
     if study.oracle is not None:
         left = study.oracle.remaining
         found.append(
             ShrinkRow(
                 "by the true accuracies themselves",
+                "–",
                 _arrows(f"{each.networks:,}" for each in left),
                 _arrows(_percent(each.mean) for each in left),
                 _rises(left),
@@ -61,13 +65,18 @@ def rows(study: ShrinkStudy) -> list[ShrinkRow]:
 
 
 def _row(path: ShrinkPath, curve: ShrinkCurve | None) -> ShrinkRow:
-    sizes = _arrows(f"{size:,}" for size in (*(step.size for step in path.steps[:1]), *(step.size_after for step in path.steps)))
+    sizes = _arrows(counted(size) for size in (*(step.size for step in path.steps[:1]), *(step.size_after for step in path.steps)))
+    dropped = ", ".join(f"{len(step.dropped)}\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}{_scored(step)}" for step in path.steps)
     if curve is None:
-        return ShrinkRow(path.metric, sizes, "–", "–", "–", "–", "–")
+        return ShrinkRow(path.metric, dropped, sizes, "–", "–", "–", "–", "–")
     left = curve.remaining
     taus = ", ".join("–" if tau is None else f"{tau:+.2f}".replace("-", "−") for tau in curve.operator_kendall)
     means = _arrows(_percent(each.mean) for each in left)
-    return ShrinkRow(path.metric, sizes, means, _rises(left), _percent(left[-1].best_tenth), _percent(left[-1].best), taus)
+    return ShrinkRow(path.metric, dropped, sizes, means, _rises(left), _percent(left[-1].best_tenth), _percent(left[-1].best), taus)
+
+
+def _scored(step: ShrinkStep) -> int:
+    return sum(map(len, step.scores.values()))
 
 
 def _rises(left: tuple[Remaining, ...]) -> str:

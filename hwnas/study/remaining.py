@@ -12,6 +12,7 @@ from itertools import takewhile
 import numpy as np
 
 from hwnas.config import ShrinkConfig
+from hwnas.core.describe import counted
 from hwnas.core.space import SearchSpace
 from hwnas.runs import StageContext
 from hwnas.search.shrinking import Operator, Scores, operators, shrinkable, without, worst
@@ -148,7 +149,7 @@ def lines(study: ShrinkStudy) -> list[str]:
     found = []
     for path in study.paths:
         sizes = [step.size for step in path.steps[:1]] + [step.size_after for step in path.steps]
-        found.append(f"{path.metric}: {' -> '.join(f'{size:,}' for size in sizes)} architectures")
+        found.append(f"{path.metric}: {' -> '.join(map(counted, sizes))} architectures")
     for each in (*study.curves, *([study.oracle] if study.oracle is not None else [])):
         means = " -> ".join(_percent(left.mean) for left in each.remaining)
         last = each.remaining[-1]

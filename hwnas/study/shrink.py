@@ -24,6 +24,7 @@ import torch
 from hwnas.config import Experiment, ShrinkConfig
 from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
+from hwnas.core.describe import counted
 from hwnas.core.space import SearchSpace
 from hwnas.core.spaces import parse_space
 from hwnas.document import content_sha256, read_bytes, write_atomic
@@ -132,7 +133,7 @@ def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) ->
                 before = first if number == 1 else ctx.folder / f"stage-{number - 1}"
                 assert before is not None
                 begin = _beginning(before, found.alphas, steps[-1].refreshed)
-                _train(ctx, present, folder, number, begin, found.alphas, f"{name}: training a super-net of {present.size:.3g}")
+                _train(ctx, present, folder, number, begin, found.alphas, f"{name}: training a super-net of {counted(present.size)}")
             _score(ctx, present, name, folder, trained if found.trains else None, number, dropped, refreshed)
         step = ShrinkStep.load(folder / STEP)
         steps.append(step)
@@ -187,8 +188,9 @@ def _score(
         refreshed=refresh,
     ).save(folder / STEP)
     ctx.progress.say(
-        f"{name}, stage {number}: {len(gone)} of {len(scores)} operators dropped "
-        f"({', '.join(f'{key} {option}' for key, option in gone)}); {space.size:,} architectures -> {left.size:,}"
+        f"{name}, stage {number}: {len(gone)} of {len(scores)} scored operators dropped "
+        f"({', '.join(f'{key} {option}' for key, option in gone)}; a choice's last operator stays, and is not scored); "
+        f"{counted(space.size)} architectures -> {counted(left.size)}"
     )
 
 

@@ -51,6 +51,7 @@ def make_study(truth: bool = True) -> ShrinkStudy:
 def test_the_rows_in_words() -> None:
     angle, random, luck, truth = shrinking.rows(make_study())
     assert (angle.sizes, angle.means) == ("6,561 → 1,944 → 576", "90.00 → 91.00 → 92.00")
+    assert angle.dropped.replace("\N{NO-BREAK SPACE}", " ") == "1 of 2, 1 of 2"
     assert (angle.rises, angle.best_tenth, angle.best, angle.kendall) == ("yes", "50.00", "93.10", "+0.50, −0.25")
     assert (random.rises, random.best_tenth, random.kendall) == ("0 of 2", "–", "–, –")
     assert luck.means == "90.00 → 90.10 (89.00 to 91.00)"

@@ -182,11 +182,13 @@ def test_less_sharing_stage_by_stage(folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_truth_there_is_nothing_to_compare(folder: Path, tmp_path: Path) -> None:
-    found = shrunk(study(folder, truth=False, metrics=("random",), drop="each", keep=2), tmp_path / "run")
+    found = shrunk(study(folder, truth=False, metrics=("random",), drop="each", keep=2), tmp_path / "run", said := Saying())
     assert (found.truth, found.curves, found.oracle, found.chance) == (None, (), None, None)
     assert not (tmp_path / "run" / "shrink-first").exists()
     sizes = [step.size_after for step in found.paths[0].steps]
     assert sizes == [3 * 4 * 4 * 4, 2 * 3 * 3 * 4, 2 * 2 * 2 * 4]
+    assert any(line.startswith("random, stage 0: 3 of 14 scored operators dropped (") for line in said.said)
+    assert any("; a choice's last operator stays, and is not scored); 400 architectures -> 192" in line for line in said.said)
 
 
 def test_it_ends_where_nothing_may_leave(folder: Path, tmp_path: Path) -> None:
