@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from hwnas.core.describe import counted
 from hwnas.report.charts import FULL
 from hwnas.report.style import LIGHT, canvas, inline_svg
-from hwnas.study.documents import Remaining, ShrinkCurve, ShrinkPath, ShrinkStep, ShrinkStudy
+from hwnas.study.documents import Remaining, ShrinkCurve, ShrinkPath, ShrinkStudy
+from hwnas.study.remaining import shown
 
 LOOKS = (("blue", "o"), ("orange", "s"), ("green", "^"), ("red", "D"), ("ink", "v"))
 """Colour and marker of each metric in turn."""
@@ -37,7 +38,7 @@ class ShrinkRow:
 
 
 def rows(study: ShrinkStudy) -> list[ShrinkRow]:
-    """The metrics in their order, then what luck and full knowledge leave."""
+    """The metrics in their order, then chance and the oracle."""
     curves = {curve.name: curve for curve in study.curves}
     found = [_row(path, curves.get(path.metric)) for path in study.paths]
     if study.chance is not None:
@@ -45,13 +46,12 @@ def rows(study: ShrinkStudy) -> list[ShrinkRow]:
         _, low, high = study.chance.mean[-1]
         span = f"{_percent(means[-1])} ({_percent(low)} to {_percent(high)})"
         tenth = _percent(study.chance.best_tenth[-1][0])
-        name = f"mean of {study.chance.repeats} random shrinkings (5 to 95 %)"
-        found.append(ShrinkRow(name, "–", "–", _arrows([*map(_percent, means[:-1]), span]), "–", tenth, "–", "–"))
+        found.append(ShrinkRow("chance", "–", "–", _arrows([*map(_percent, means[:-1]), span]), "–", tenth, "–", "–"))
     if study.oracle is not None:
         left = study.oracle.remaining
         found.append(
             ShrinkRow(
-                "by the true accuracies themselves",
+                study.oracle.name,
                 "–",
                 _arrows(f"{each.networks:,}" for each in left),
                 _arrows(_percent(each.mean) for each in left),
@@ -66,17 +66,13 @@ def rows(study: ShrinkStudy) -> list[ShrinkRow]:
 
 def _row(path: ShrinkPath, curve: ShrinkCurve | None) -> ShrinkRow:
     sizes = _arrows(counted(size) for size in (*(step.size for step in path.steps[:1]), *(step.size_after for step in path.steps)))
-    dropped = ", ".join(f"{len(step.dropped)}\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}{_scored(step)}" for step in path.steps)
+    dropped = ", ".join(f"{len(step.dropped)}/{sum(map(len, step.scores.values()))}" for step in path.steps)
     if curve is None:
-        return ShrinkRow(path.metric, dropped, sizes, "–", "–", "–", "–", "–")
+        return ShrinkRow(shown(path.metric), dropped, sizes, "–", "–", "–", "–", "–")
     left = curve.remaining
     taus = ", ".join("–" if tau is None else f"{tau:+.2f}".replace("-", "−") for tau in curve.operator_kendall)
     means = _arrows(_percent(each.mean) for each in left)
-    return ShrinkRow(path.metric, dropped, sizes, means, _rises(left), _percent(left[-1].best_tenth), _percent(left[-1].best), taus)
-
-
-def _scored(step: ShrinkStep) -> int:
-    return sum(map(len, step.scores.values()))
+    return ShrinkRow(shown(path.metric), dropped, sizes, means, _rises(left), _percent(left[-1].best_tenth), _percent(left[-1].best), taus)
 
 
 def _rises(left: tuple[Remaining, ...]) -> str:
@@ -103,18 +99,18 @@ def course(study: ShrinkStudy) -> Markup | None:
             if study.chance is not None:
                 bands = getattr(study.chance, field)
                 _, low, high = ([100 * value for value in column] for column in zip(*bands, strict=True))
-                axes.fill_between(range(len(bands)), low, high, color=LIGHT["wash"], lw=0, label="random, 5 to 95 %")
+                axes.fill_between(range(len(bands)), low, high, color=LIGHT["line"], lw=0, label="chance, 5 to 95 %")
             drawn = [(curve, *LOOKS[number % len(LOOKS)], "-") for number, curve in enumerate(study.curves)]
             drawn += [(study.oracle, "muted", "", ":")] if study.oracle is not None else []
             for curve, colour, marker, line in drawn:
                 values = [getattr(each, field) for each in curve.remaining]
                 points = [(stage, 100 * value) for stage, value in enumerate(values) if value is not None]
-                axes.plot(*zip(*points, strict=True), color=LIGHT[colour], marker=marker, ls=line, lw=1.6, ms=5, label=curve.name)
+                axes.plot(*zip(*points, strict=True), color=LIGHT[colour], marker=marker, ls=line, lw=1.6, ms=5, label=shown(curve.name))
             axes.set_xlabel("drops")
             axes.set_ylabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(*left_axes.get_legend_handles_labels(), loc="outside upper left", ncols=7)
-        ends = ", ".join(f"{curve.name} {_percent(curve.remaining[-1].mean)}" for curve in study.curves)
+        ends = ", ".join(f"{shown(curve.name)} {_percent(curve.remaining[-1].mean)}" for curve in study.curves)
         return inline_svg(figure, "shrinking", f"Mean true accuracy of the networks left after each drop; in the end: {ends}.")
 
 

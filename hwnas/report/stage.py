@@ -161,9 +161,9 @@ def notices(documents: RunDocuments) -> list[str]:
 
 
 def conditions(documents: RunDocuments) -> list[tuple[str, str]]:
-    """Where and how latency was measured, as (name, value)."""
+    """Where and how latency was measured, as (name, value); without a table the device, but for studies, which use none then."""
     if documents.table is None:
-        return [("device", documents.experiment.device.name)]
+        return [] if documents.only_study else [("device", documents.experiment.device.name)]
     header = documents.table.header
     cores = header.cores if isinstance(header.cores, str) else ", ".join(map(str, header.cores))
     return [

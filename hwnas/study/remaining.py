@@ -1,4 +1,4 @@
-"""What a shrinking has left, by the accuracies of networks that were trained alone; and what luck, and full knowledge, would leave.
+"""What a shrinking has left, by the accuracies of networks that were trained alone; and what chance, and an oracle, would leave.
 
 ``chance`` drops random operators by the same rule, ``oracle`` those whose networks, among those left, have the lowest mean accuracy.
 """
@@ -144,17 +144,23 @@ def _simulated(
     return found
 
 
+def shown(name: str) -> str:
+    """What a curve is called beside ``chance``: the metric random is one draw, not the mean of many."""
+    return "random (one run)" if name == "random" else name
+
+
 def lines(study: ShrinkStudy) -> list[str]:
     """The result in words."""
     found = []
     for path in study.paths:
         sizes = [step.size for step in path.steps[:1]] + [step.size_after for step in path.steps]
-        found.append(f"{path.metric}: {' -> '.join(map(counted, sizes))} architectures")
+        found.append(f"{shown(path.metric)}: {' -> '.join(map(counted, sizes))} architectures")
     for each in (*study.curves, *([study.oracle] if study.oracle is not None else [])):
         means = " -> ".join(_percent(left.mean) for left in each.remaining)
         last = each.remaining[-1]
         found.append(
-            f"{each.name}: mean true accuracy {means}; {_percent(last.best_tenth)} of the best tenth left, the best {_percent(last.best)}"
+            f"{shown(each.name)}: mean true accuracy {means}; {_percent(last.best_tenth)} of the best tenth left, "
+            f"the best {_percent(last.best)}"
         )
     if study.chance is not None:
         mean, low, high = study.chance.mean[-1]

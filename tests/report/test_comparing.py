@@ -70,6 +70,7 @@ def test_a_comparison_has_its_strips_and_its_tables(tmp_path: Path) -> None:
         assert words in page.text, words
     assert "hwnas study compare" in page.text and "a study of methods" in page.text
     assert "Not finished yet" not in page.text and "not validated" not in page.text
+    assert "Latency: batch 1" not in page.text and "MACs: multiply-accumulates" in page.text
 
 
 def test_the_best_median_comes_first_and_duels_are_seen_from_both_sides() -> None:

@@ -66,6 +66,7 @@ def test_a_study_has_its_table_and_a_plot_per_score(tmp_path: Path) -> None:
         assert words in page.text, words
     assert "hwnas study rank" in page.text
     assert "Not finished yet" not in page.text and "not validated" not in page.text
+    assert "Latency: batch 1" not in page.text and "MACs: multiply-accumulates" in page.text
 
 
 def test_the_best_score_comes_first_and_several_supernets_show_their_spread(tmp_path: Path) -> None:

@@ -51,11 +51,12 @@ def make_study(truth: bool = True) -> ShrinkStudy:
 def test_the_rows_in_words() -> None:
     angle, random, luck, truth = shrinking.rows(make_study())
     assert (angle.sizes, angle.means) == ("6,561 → 1,944 → 576", "90.00 → 91.00 → 92.00")
-    assert angle.dropped.replace("\N{NO-BREAK SPACE}", " ") == "1 of 2, 1 of 2"
+    assert angle.dropped == "1/2, 1/2"
     assert (angle.rises, angle.best_tenth, angle.best, angle.kendall) == ("yes", "50.00", "93.10", "+0.50, −0.25")
     assert (random.rises, random.best_tenth, random.kendall) == ("0 of 2", "–", "–, –")
     assert luck.means == "90.00 → 90.10 (89.00 to 91.00)"
     assert truth.rises == "yes"
+    assert [row.name for row in (angle, random, luck, truth)] == ["angle", "random (one run)", "chance", "oracle"]
 
 
 def test_the_page_has_the_table_and_the_figure(tmp_path: Path) -> None:
@@ -71,4 +72,7 @@ def test_the_page_has_the_table_and_the_figure(tmp_path: Path) -> None:
         assert page.ids.count("shrinking") == 1 and page.tags["svg"] == (name == "with")
         assert "hwnas study shrink" in page.text and "6,561 → 1,944 → 576" in page.text
         assert ("6,561 networks in truth.csv" in page.text) == (name == "with")
+        named = {"random (one run)": 2, "chance, 5 to 95 %": 1} if name == "with" else {"random (one run)": 1, "chance": 0, "oracle": 0}
+        assert {words: page.text.count(words) for words in named} == named
+        assert "Latency: batch 1" not in page.text and "device" not in page.text.partition("Provenance")[0]
         assert "Not finished yet" not in page.text and "not validated" not in page.text
