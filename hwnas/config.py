@@ -528,7 +528,6 @@ class Experiment(Section):
 def load_experiment(path: str | Path | None, overrides: list[str] | None = None) -> Experiment:
     """Read an experiment from TOML; ``overrides`` are ``key.path=value`` strings. Raises ConfigError in one sentence."""
     content: dict[str, Any] = {}
-    source = str(path) if path is not None else "the default configuration"
     if path is not None:
         try:
             content = tomllib.loads(located(Path(path)).read_text())
@@ -536,12 +535,33 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
             raise ConfigError(f"configuration {path} does not exist: check the path, or see 'hwnas run --help'.") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from error
+    set_content = content
     for override in overrides or []:
-        content = merged(content, _override(override), replace=("strategy", "objective", "optimizer"))
+        set_content = merged(set_content, _override(override), replace=("strategy", "objective", "optimizer"))
     try:
-        return Experiment.model_validate(content)
+        return Experiment.model_validate(set_content)
     except ValidationError as error:
+        source = str(path) if _is_wrong(content, error) else ", ".join(f"-s {text}" for text in _to_blame(overrides or [], error))
         raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
+
+
+def _is_wrong(content: dict[str, Any], error: ValidationError) -> bool:
+    """Whether a configuration has an error by itself, without what the command line sets."""
+    try:
+        Experiment.model_validate(content)
+    except ValidationError as own:
+        first = error.errors()[0]
+        alike = [each for each in own.errors() if (each["loc"], each["msg"]) == (first["loc"], first["msg"])]
+        return any(each["input"] == first["input"] or isinstance(first["input"], dict) for each in alike)  # tables hold other keys, too
+    return False
+
+
+def _to_blame(overrides: list[str], error: ValidationError) -> list[str]:
+    """The override whose value is wrong; where a rule of a whole table is broken, all that set something in it."""
+    place = [str(part) for part in error.errors()[0]["loc"]]
+    keys = {text: text.partition("=")[0].strip().split(".") for text in overrides}
+    of_value = [text for text, key in keys.items() if all(part in place for part in key)]  # tags of unions stand between the parts
+    return of_value[-1:] or [text for text, key in keys.items() if key[: len(place)] == place] or overrides
 
 
 def located(path: Path) -> Path:

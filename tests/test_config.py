@@ -143,7 +143,7 @@ def test_later_overrides_win_and_earlier_ones_stay() -> None:
     [
         ("seed", r"-s 'seed' is not KEY=VALUE; write for instance -s search\.target_ms=1\.5"),
         ("=3", "-s '=3' is not KEY=VALUE"),
-        ("search.taget_ms=3", r"the default configuration: unknown key 'search\.taget_ms'; did you mean 'target_ms'\?"),
+        ("search.taget_ms=3", r"^-s search\.taget_ms=3: unknown key 'search\.taget_ms'; did you mean 'target_ms'\?"),
         ("search.target_ms=fast", r"search\.target_ms = 'fast': input should be a valid number"),
         ("search=fast", "search = 'fast'"),
         ("search.epochs.x=3", r"search\.epochs = {'x': 3}"),
@@ -153,6 +153,31 @@ def test_later_overrides_win_and_earlier_ones_stay() -> None:
 def test_wrong_overrides(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_experiment(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "source"),
+    [
+        ("seed = 1", ["seed=-1"], "-s seed=-1: seed = -1"),
+        ("seed = -1", ["search.epochs=3"], r"\S*x\.toml: seed = -1"),
+        ("seed = -1", ["seed=-2"], "-s seed=-2: seed = -2"),
+        ("seed = -1", ["search.epochs=0"], r"\S*x\.toml: seed = -1"),
+        ("", ["search.objective.name=mnas", "search.objective.betta=1"], r"-s search\.objective\.betta=1: unknown key"),
+        ("", ["search.supernet.full_resolution=0.5", "seed=3"], r"-s search\.supernet\.full_resolution=0\.5: full_resolution = 0\.5 says"),
+        ("[search.supernet]\nfull_resolution = 0.5", ["search.epochs=3"], r"\S*x\.toml: full_resolution = 0\.5 says"),
+        ("task = 'detect'", ["seed=3"], r"\S*x\.toml: task = 'detect' needs boxes"),
+        (
+            "task = 'detect'\ndata.name = 'coco'\ndata.augment = 'none'",
+            ["data.name=digits"],
+            r"-s data\.name=digits: task = 'detect' needs boxes",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_to_come_from_where_it_was_set(tmp_path: Path, text: str, overrides: list[str], source: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"^{source}"):
+        load_experiment(path, overrides)
 
 
 def test_both_targets_may_be_set_so_that_one_override_is_enough(tmp_path: Path) -> None:
