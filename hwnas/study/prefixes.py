@@ -56,7 +56,7 @@ class Prefixes:
         self._kept: list[_Kept] = []
 
     @torch.inference_mode()
-    def logits(self, network: Network) -> Sequence[Tensor]:
+    def logits(self, network: Network) -> list[Tensor]:
         """Of the batches that are judged: [N, classes] each. The network's BN statistics are re-estimated on the way."""
         blocks = [network] if network.arch.graph else list(network.blocks)
         kinds: Sequence[object] = [network.arch.identity] if network.arch.graph else list(network.arch.ops())
@@ -70,7 +70,7 @@ class Prefixes:
             left -= maps.size
             if left >= 0:
                 self._kept.append(_Kept(kind, tensors, maps))
-        return maps.judged
+        return list(maps.judged)
 
     def _common(self, blocks: Sequence[nn.Module], kinds: Sequence[object]) -> int:
         """How many blocks at the front are those that are kept."""

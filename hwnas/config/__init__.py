@@ -1,0 +1,61 @@
+"""The experiment: one TOML file, one table per stage, every key typed.
+
+    seed = 0
+    [space]    name = "mobile32"
+    [device]   name = "host"      # where it is measured and must run
+    [data]     name = "digits"
+    [search]   target_ms = 1.5
+               strategy = {name = "tunas"}
+
+Unknown keys are errors that name the nearest known one. ``-s search.target_ms=1.5`` sets one key from the command line. The
+resolved configuration, defaults included, is written into the run folder. Each field's description is its documentation.
+"""
+
+from hwnas.config.base import Plugin, Section
+from hwnas.config.experiment import Experiment, load_experiment, located
+from hwnas.config.search import OperationOn, OptimizerConfig, SearchConfig, SupernetConfig
+from hwnas.config.study import FIXED_BY_THE_STUDY, CompareConfig, MethodConfig, ScoreName, ShrinkConfig, StudyConfig
+from hwnas.config.tables import (
+    FORMATS,
+    IMAGE_LABELS,
+    NMS_FORMATS,
+    DataConfig,
+    DetectorConfig,
+    DeviceConfig,
+    ExportConfig,
+    Format,
+    ProfileConfig,
+    SpaceConfig,
+    TrainConfig,
+    ValidateConfig,
+)
+
+__all__ = [
+    "FIXED_BY_THE_STUDY",
+    "FORMATS",
+    "IMAGE_LABELS",
+    "NMS_FORMATS",
+    "CompareConfig",
+    "DataConfig",
+    "DetectorConfig",
+    "DeviceConfig",
+    "Experiment",
+    "ExportConfig",
+    "Format",
+    "MethodConfig",
+    "OperationOn",
+    "OptimizerConfig",
+    "Plugin",
+    "ProfileConfig",
+    "ScoreName",
+    "SearchConfig",
+    "Section",
+    "ShrinkConfig",
+    "SpaceConfig",
+    "StudyConfig",
+    "SupernetConfig",
+    "TrainConfig",
+    "ValidateConfig",
+    "load_experiment",
+    "located",
+]

@@ -1,0 +1,134 @@
+"""An experiment from its TOML file and the command line."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from hwnas.config.base import Section
+from hwnas.config.search import SearchConfig
+from hwnas.config.study import ShrinkConfig, StudyConfig
+from hwnas.config.tables import (
+    FORMATS,
+    IMAGE_LABELS,
+    NMS_FORMATS,
+    DataConfig,
+    DetectorConfig,
+    DeviceConfig,
+    ExportConfig,
+    Format,
+    ProfileConfig,
+    SpaceConfig,
+    TrainConfig,
+    ValidateConfig,
+)
+from hwnas.document import explain, merged
+from hwnas.errors import ConfigError
+from hwnas.share import share_folder
+
+
+class Experiment(Section):
+    """A whole experiment: what ``hwnas run`` needs to know."""
+
+    name: str = "experiment"
+    task: Literal["classify", "detect"] = Field("classify", description="one label per image, or boxes with labels")
+    seed: int = Field(0, ge=0, lt=2**31)
+    checkpoint_seconds: float = Field(20.0, ge=0, description="how often a running search or training saves its state")
+    space: SpaceConfig = SpaceConfig()
+    device: DeviceConfig = DeviceConfig()
+    data: DataConfig = DataConfig()
+    profile: ProfileConfig = ProfileConfig()
+    search: SearchConfig = SearchConfig()
+    detector: DetectorConfig = DetectorConfig()
+    train: TrainConfig = TrainConfig()
+    export: ExportConfig = ExportConfig()
+    validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    study: StudyConfig = StudyConfig()
+    shrink: ShrinkConfig = ShrinkConfig()
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if self.task == "detect" and self.data.name in IMAGE_LABELS:
+            raise ValueError(f"task = 'detect' needs boxes, and data.name = {self.data.name!r} has none; choose data.name = 'coco'")
+        if self.task == "classify" and self.data.name == "coco":
+            raise ValueError("data.name = 'coco' has boxes instead of one label per image; set task = 'detect'")
+        if self.task == "classify" and self.train.backbone is not None:
+            raise ValueError("train.backbone begins a detector; remove it, or set task = 'detect'")
+        of_boxes = [name for name in self.export.formats or () if name in NMS_FORMATS and self.task == "classify"]
+        if of_boxes:
+            raise ValueError(f"export.formats has {of_boxes[0]!r}, which is for boxes; remove it, or set task = 'detect'")
+        if self.task == "classify" and self.search.backbone is not None:
+            raise ValueError("search.backbone begins a super-net of detectors; remove it, or set task = 'detect'")
+        if self.task == "detect" and self.search.supernet.dropout > 0:
+            raise ValueError("search.supernet.dropout is before a classifier, and a detector has none; remove it")
+        if self.train.backbone is not None and self.train.weights != "scratch":
+            raise ValueError("train.backbone and train.weights = 'supernet' both say what to begin with; remove one of them")
+        return self
+
+    @property
+    def export_formats(self) -> tuple[Format, ...]:
+        """The configured formats, else all of the task's."""
+        return self.export.formats or (FORMATS if self.task == "classify" else (*FORMATS, *NMS_FORMATS))
+
+
+def load_experiment(path: str | Path | None, overrides: list[str] | None = None) -> Experiment:
+    """Read an experiment from TOML; ``overrides`` are ``key.path=value`` strings. Raises ConfigError in one sentence."""
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            content = tomllib.loads(located(Path(path)).read_text())
+        except FileNotFoundError as error:
+            raise ConfigError(f"configuration {path} does not exist: check the path, or see 'hwnas run --help'.") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from error
+    set_content = content
+    for override in overrides or []:
+        set_content = merged(set_content, _override(override), replace=("strategy", "objective", "optimizer"))
+    try:
+        return Experiment.model_validate(set_content)
+    except ValidationError as error:
+        source = str(path) if _is_wrong(content, error) else ", ".join(f"-s {text}" for text in _to_blame(overrides or [], error))
+        raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
+
+
+def _is_wrong(content: dict[str, Any], error: ValidationError) -> bool:
+    """Whether a configuration has an error by itself, without what the command line sets."""
+    try:
+        Experiment.model_validate(content)
+    except ValidationError as own:
+        first = error.errors()[0]
+        alike = [each for each in own.errors() if (each["loc"], each["msg"]) == (first["loc"], first["msg"])]
+        return any(each["input"] == first["input"] or isinstance(first["input"], dict) for each in alike)  # tables hold other keys, too
+    return False
+
+
+def _to_blame(overrides: list[str], error: ValidationError) -> list[str]:
+    """The override whose value is wrong; where a rule of a whole table is broken, all that set something in it."""
+    place = [str(part) for part in error.errors()[0]["loc"]]
+    keys = {text: text.partition("=")[0].strip().split(".") for text in overrides}
+    of_value = [text for text, key in keys.items() if all(part in place for part in key)]  # tags of unions stand between the parts
+    return of_value[-1:] or [text for text, key in keys.items() if key[: len(place)] == place] or overrides
+
+
+def located(path: Path) -> Path:
+    """The path itself, or, for ``configs/...`` where there is no checkout, the one that ships with the package."""
+    if path.exists() or path.parts[:1] != ("configs",):
+        return path
+    return share_folder("configs").joinpath(*path.parts[1:])
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"-s {text!r} is not KEY=VALUE; write for instance -s search.target_ms=1.5.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    out: Any = parsed
+    for part in reversed(key.strip().split(".")):
+        out = {part: out}
+    return dict(out)

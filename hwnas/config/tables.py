@@ -1,0 +1,175 @@
+"""The tables of the stages: space, device, data, profile, detector, train, export, validate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from hwnas.config.base import Section
+from hwnas.config.search import OptimizerConfig
+from hwnas.core.detector import PostProcessing, Scores
+from hwnas.core.ssdlite import EXTRAS
+
+
+class SpaceConfig(Section):
+    """What is searched."""
+
+    name: str = Field("mobile32", description="a built-in space, or the path of a space document (.json)")
+    act: str | None = Field(None, description="activation, where the space leaves it open")
+    restrict: dict[str, tuple[str | int, ...]] = Field({}, description="options that are kept, by choice: {resolution = [224]}")
+    width: float = Field(1.0, gt=0, description="multiplier of all widths, rounded to multiples of 8")
+
+
+class DeviceConfig(Section):
+    """Where latency is measured."""
+
+    name: str = Field("host", description="'host': this computer; or the path of a device document (.json)")
+    runtime: Literal["litert", "onnxruntime"] = "litert"
+    dtype: Literal["fp32", "int8"] = "fp32"
+    threads: int = Field(1, ge=1)
+    cores: tuple[int, ...] | None = Field(None, description="cores to pin to; default: the device's last `threads` cores")
+
+    @model_validator(mode="after")
+    def _enough_cores(self) -> Self:
+        if self.cores is not None and len(set(self.cores)) < self.threads:
+            raise ValueError(f"device.cores names {len(set(self.cores))} cores for {self.threads} threads; name one per thread")
+        return self
+
+
+IMAGE_LABELS = ("digits", "npz", "cifar10", "folder")
+"""Our data sets that have one label per image; plug-ins may be of either kind."""
+
+
+class DataConfig(Section):
+    """Images and labels. ``classes``, ``channels`` and ``resolution`` also shape the network."""
+
+    name: str = Field("digits", description="digits, npz, cifar10, folder, coco (detection), or a plug-in")
+    path: str | None = Field(None, description="file or folder of the images; ~ and relative paths are understood")
+    resolution: int = Field(32, ge=8, description="input height = width in pixels")
+    channels: Literal[1, 3] = 3
+    classes: int = Field(10, ge=1, description="of images, at least 2; of objects, at least 1: the background is not counted")
+    held_out: float = Field(0.2, gt=0, lt=1, description="part of the training images kept for the search's rewards and rankings")
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, images scaled to 0..1")
+    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), description="per channel, images scaled to 0..1")
+    augment: Literal["none", "crop", "crop_flip", "imagenet", "ssd", "ssdlite"] = Field(
+        "crop_flip", description="imagenet: for folder; ssd, ssdlite: for coco, torchvision's presets, the latter also MobileDet's"
+    )
+    workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+
+    @model_validator(mode="after")
+    def _per_channel(self) -> Self:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(f"data.{name} has {len(getattr(self, name))} values for {self.channels} channels; give one per channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std has {min(self.std):g}; give standard deviations above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        of_boxes = self.augment in ("ssd", "ssdlite")
+        if self.name in IMAGE_LABELS and of_boxes:
+            raise ValueError(f"data.augment = {self.augment!r} is for boxes; choose crop, crop_flip or none for {self.name!r}")
+        if self.name in IMAGE_LABELS and self.classes < 2:
+            raise ValueError(f"data.classes = {self.classes} leaves {self.name!r} nothing to tell apart; give 2 or more")
+        if self.name == "coco" and not of_boxes and self.augment != "none":
+            raise ValueError(f"data.augment = {self.augment!r} is for images without boxes; choose ssd, ssdlite or none for 'coco'")
+        return self
+
+    def at(self, resolution: int) -> DataConfig:
+        """The same data at another input size: that of an architecture whose space searches it."""
+        return self if resolution == self.resolution else self.model_copy(update={"resolution": resolution})
+
+
+class ProfileConfig(Section):
+    """How the device is measured. See devices/profile.py for the procedure."""
+
+    mode: Literal["ops", "networks"] = Field(
+        "ops", description="ops: every op of the space; networks: whole networks alone, to which the entries are fitted"
+    )
+    networks: int = Field(40, ge=3, description="mode networks: how many are measured")
+    prior: tuple[str, ...] = Field(
+        (), description="mode networks: other devices' tables of the space, beside a roofline, as where the fit starts"
+    )
+    rounds: int = Field(7, ge=1, description="shuffled passes over everything; medians are taken over their medians")
+    max_rounds: int = Field(15, ge=1, description="noisy entries are measured again up to this many rounds, then flagged")
+    max_spread: float = Field(0.10, gt=0, description="spread between rounds (interquartile range / median) above which an entry is noisy")
+    min_ms: float = Field(20.0, gt=0, description="time one model for at least this long per round ...")
+    min_runs: int = Field(5, ge=1, description="... and at least this many runs")
+    fit_networks: int = Field(12, ge=0, description="whole networks that the calibration is fitted on")
+    test_networks: int = Field(8, ge=0, description="whole networks that judge it, never seen in the fit")
+
+
+class DetectorConfig(Section):
+    """The detector that is put on an architecture that has none, and how its outputs become detections (all detectors').
+
+    The defaults are torchvision's SSDLite. MobileDet's are ``scores = "sigmoid"`` and ``post_processing = {min_score = 1e-8,
+    candidates = 100, nms_iou = 0.6, detections = 100}``; its whole recipe is configs/experiments/coco.toml.
+    """
+
+    extras: tuple[Annotated[int, Field(ge=2)], ...] = Field(EXTRAS, description="output channels of the layers after the backbone")
+    scores: Scores = Field(
+        "softmax", description="softmax: over classes and background, by SSD's loss with hard negatives; sigmoid: per class, by focal loss"
+    )
+    post_processing: PostProcessing = PostProcessing()
+
+
+class TrainConfig(Section):
+    """How the winner is trained."""
+
+    arch: str | None = Field(None, description="an architecture document, or a published network's name, instead of searching")
+    weights: Literal["scratch", "supernet"] = "scratch"
+    backbone: str | None = Field(
+        None, description="detection: the run folder of a trained classifier, or its train folder, whose weights the backbone begins with"
+    )
+    epochs: float = Field(30, gt=0)
+    batch_size: int = Field(64, ge=2)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    bn_momentum: float = Field(
+        0.1, gt=0, le=1, description="part of a new batch in BN's running statistics; torchvision's SSDLite and MobileDet: 0.03"
+    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="of a classifier's labels")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier; TuNAS: 0.15 for 360 epochs, 0 below 150")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0: none")
+
+
+Format = Literal["tflite-fp32", "tflite-int8", "onnx", "onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks"]
+FORMATS: tuple[Format, ...] = ("tflite-fp32", "tflite-int8", "onnx")
+"""What every network is exported to."""
+NMS_FORMATS: tuple[Format, ...] = ("onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks")
+"""Detectors with post-processing in the graph."""
+
+
+class ExportConfig(Section):
+    """Which files are made."""
+
+    formats: tuple[Format, ...] | None = Field(
+        None,
+        min_length=1,
+        description="default: tflite-fp32, tflite-int8 and onnx; of detectors also those with NMS in the graph: onnx-nms, "
+        "tflite-fp32-tasks and tflite-int8-tasks (TFLite_Detection_PostProcess)",
+    )
+    calibration_images: int = Field(128, ge=1, description="training images that set the int8 ranges")
+    parity_images: int = Field(64, ge=1, description="test images that each file's outputs are compared on, kept in the bundle")
+
+
+class ValidateConfig(Section):
+    """When an exported file counts as fast and accurate as promised."""
+
+    latency_tolerance: float = Field(
+        0.05, gt=0, description="measured against predicted latency, for files of the table's runtime and dtype"
+    )
+    max_drift: float = Field(0.25, gt=0, description="a device this much faster or slower than when profiled fails: profile it again")
+    parity_tolerance: float = Field(
+        1e-4,
+        gt=0,
+        description="outputs of float files against PyTorch's, relative to the largest; of detectors, in parts of the image or of a score",
+    )
+    accuracy_tolerance: float = Field(0.002, ge=0, description="top-1 of float files against PyTorch")
+    int8_accuracy_tolerance: float = Field(0.02, ge=0, description="top-1 of int8 files against PyTorch")
+    ap_tolerance: float = Field(0.005, ge=0, description="AP of a detector's float files against PyTorch")
+    int8_ap_tolerance: float = Field(0.03, ge=0, description="AP of a detector's int8 files against PyTorch")
+    images: int | None = Field(None, ge=1, description="test images to use; default all")
+    rounds: int = Field(7, ge=1, description="interleaved passes over the files; up to twice as many while they are noisy")
+    max_spread: float = Field(0.10, gt=0, description="spread between rounds above which a file is measured again")
