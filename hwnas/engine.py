@@ -168,7 +168,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)  # weights without a gradient get no decay and no momentum
+        self.optimizer.zero_grad(set_to_none=True)  # no decay and no momentum without a gradient
         means: Metrics = {}
         for part in parts:
             for name, value in self._backward(part).items():
@@ -179,6 +179,11 @@ class Engine:
         if self.optimizer_config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip_norm)
         self.optimizer.step()
+        if self.optimizer_config.unused == "move" and not self.optimizer.state:
+            raise ConfigError(
+                f"optimizer.unused = 'move', but {self.optimizer_config.name!r} without momentum keeps nothing by which weights move on: "
+                "set optimizer.momentum, or unused = 'rest'."
+            )
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         return means

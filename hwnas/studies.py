@@ -26,7 +26,7 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
     """Train the super-nets of a ranking study, each a stage of its own, and then rank. A training that fails leaves the others."""
     flush_denormals()
     experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
-    supernets.check(experiment)
+    supernets.check(experiment, space)
     truth, config = rank.load_truth(experiment, space), experiment.study
     found = [supernets.earlier(each) for each in config.supernets]
     seeds = () if found else config.seeds or (experiment.seed,)
@@ -45,7 +45,7 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
         failed = _trained(pipeline, list(wanted.values()), threads, fresh)
         for seed, training in wanted.items():
             if training.name not in failed:
-                base = training.folder / supernets.BASE if config.base_epochs else None
+                base = training.folder / supernets.BASE if supernets.BASE in training.outputs else None
                 found.append(supernets.Trained(seed, training.folder / SHARED, experiment.search.strategy.name, base))
         reasons = {str(seed): failed[each.name] for seed, each in wanted.items() if each.name in failed}
         inputs = {"space.json": space.sha256, "truth": truth.sha256, **_data(experiment)}

@@ -159,6 +159,7 @@ def test_wrong_overrides(override: str, message: str) -> None:
     ("text", "overrides", "source"),
     [
         ("seed = 1", ["seed=-1"], "-s seed=-1: seed = -1"),
+        ("", ["data.name=3", "name=foo"], r"^-s data\.name=3: data\.name = 3"),
         ("seed = -1", ["search.epochs=3"], r"\S*x\.toml: seed = -1"),
         ("seed = -1", ["seed=-2"], "-s seed=-2: seed = -2"),
         ("seed = -1", ["search.epochs=0"], r"\S*x\.toml: seed = -1"),

@@ -438,3 +438,10 @@ def test_weights_that_a_step_does_not_use(unused: str, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         either(tmp_path / "killed", unused, stop_at=3)
     assert all(torch.equal(a, b) for a, b in zip(either(tmp_path / "killed", unused), found, strict=True))
+
+
+def test_unused_weights_cannot_move_on_without_momentum(tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(name="momentum", momentum=0.0, options={}, unused="move")
+    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
+    with pytest.raises(ConfigError, match=r"set optimizer\.momentum, or unused = 'rest'"):
+        make(tmp_path, 2, optimizer).weight_step(x_NCHW, y)

@@ -109,8 +109,14 @@ def _to_blame(overrides: list[str], error: ValidationError) -> list[str]:
     """The override whose value is wrong; where a rule of a whole table is broken, all that set something in it."""
     place = [str(part) for part in error.errors()[0]["loc"]]
     keys = {text: text.partition("=")[0].strip().split(".") for text in overrides}
-    of_value = [text for text, key in keys.items() if all(part in place for part in key)]  # tags of unions stand between the parts
+    of_value = [text for text, key in keys.items() if place and key[0] == place[0] and _in_order(key, place)]
     return of_value[-1:] or [text for text, key in keys.items() if key[: len(place)] == place] or overrides
+
+
+def _in_order(key: list[str], place: list[str]) -> bool:
+    """Whether a place holds the parts of a key; tags of unions stand between them."""
+    parts = iter(place)
+    return all(part in parts for part in key)
 
 
 def located(path: Path) -> Path:

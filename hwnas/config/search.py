@@ -25,7 +25,8 @@ class OptimizerConfig(Section):
     warmup: float = Field(0.025, ge=0, lt=1, description="part of the steps with linearly rising rate; then cosine to 0")
     clip_norm: float | None = Field(None, description="clip the gradient's global norm")
     unused: Literal["rest", "move"] = Field(
-        "rest", description="weights that a step does not use: rest as they are (SPOS), or move on by momentum and decay (NAS-Bench-201)"
+        "rest",
+        description="weights that a step does not use rest (SPOS), or, once used, move on by momentum and decay (NAS-Bench-201's code)",
     )
 
 
@@ -60,7 +61,8 @@ class SupernetConfig(Section):
     )
     wsbn: bool = Field(False, description="own BN per slot that the input comes from (with operation_on = 'op', and per option)")
     initialisation: Literal["auto", "he", "torch"] = Field(
-        "auto", description="he: normal by fan-in (TuNAS); torch: PyTorch's own, a sixth of its variance; auto: torch for cells, else he"
+        "auto",
+        description="of blocks; he: normal by fan-in (TuNAS); torch: PyTorch's, a sixth of its variance; auto: torch for cells, else he",
     )
     bn_affine: bool = Field(True, description="BN with scale and shift")
     bn_track: bool = Field(False, description="BN keeps running statistics, and scores with them")

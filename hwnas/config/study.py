@@ -81,7 +81,7 @@ class StudyConfig(Section):
     combinations: tuple[tuple[ScoreName, ...], ...] = Field((), description="scores whose ranks are added up, such as accuracy and angle")
     threshold: float = Field(0.001, gt=0, lt=1, description="bins of the true accuracy in the sparse Kendall tau; 0.001: 0.1 %")
     base_epochs: float = Field(
-        0, ge=0, description="the angle is from the weights after so many epochs; 0: from the initialisation (AngleNAS on NAS-Bench-201: 1)"
+        0, ge=0, description="the angle is from the weights after so many epochs; 0: from the initialisation. NAS-Bench-201's: 391 steps"
     )
     top_k: int = Field(10, ge=1, description="of regret, P@k and the comparison with random search")
     bootstrap: int = Field(1000, ge=10, description="resamples of the architectures, for the intervals")

@@ -306,7 +306,7 @@ class CellSpace(SearchSpace):
         return {choice.key: picks[choice.key] for choice in self.choices}
 
     def write(self, picks: Mapping[str, Option]) -> str:
-        """The reverse of ``read``; of DARTS's cells, the genotype as DARTS's code writes it: two pairs of option and source a node.
+        """The reverse of ``read``; of DARTS's cells, the genotype as DARTS's code writes it, which ``read`` does not take.
 
         Example:
             >>> from hwnas.core.cell_families import darts

@@ -47,7 +47,8 @@ def describe_space(space: SearchSpace, table: LatencyTable | None = None) -> str
         lines.append(f"plan         {len(space.ops)} ops to measure:")
         lines += [f"  {op.key}" for op in space.ops]
     lines.append(f"sample       {arch.name}: {arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters")
-    lines.append(f"genotype     {space.write(picks)}")
+    if not isinstance(space, MacroSpace):
+        lines.append(f"genotype     {space.write(picks)}")
     lines += [f"  {op.key}" for op in arch.ops()]
     if table is not None:
         missing = missing_ops(space.ops, table)

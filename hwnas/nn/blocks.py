@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +186,7 @@ def build(op: Op, *, bn_eps: float = 1e-3, dropout: float = 0.0) -> nn.Module:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, generator: torch.Generator, how: Literal["he", "torch"] = "he") -> None:
+def initialise(module: nn.Module, generator: torch.Generator, how: str = "he") -> None:
     """Fill a module's weights from ``generator`` alone: ``he`` as TuNAS does, ``torch`` as PyTorch does by itself.
 
     PyTorch's are uniform within 1 / sqrt(fan-in), biases of convolutions and classifier, too: a sixth of He's variance.

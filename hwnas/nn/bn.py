@@ -34,7 +34,9 @@ def recalibrating(network: nn.Module) -> Iterator[None]:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    yield
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()

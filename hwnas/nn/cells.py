@@ -30,7 +30,7 @@ from hwnas.core.space import Option
 from hwnas.errors import ConfigError
 from hwnas.nn.blocks import build, initialise
 from hwnas.nn.network import Network
-from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized
+from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
 
 _MEANINGLESS = {"channels": "first", "operation_on": "node", "wsbn": False, "path_dropout": 0.0}
 """Settings that say how options share weights, which options of cells do not, and the values that leave them off."""
@@ -55,14 +55,14 @@ class CellSupernet(SharedNetwork):
 
     def __init__(self, space: CellSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or SupernetConfig()
+        self.config = config = settled(config, "torch")
         _check(space, config)
         self.space, self.proxy = space, _proxy(space, config)
         self.places = self.proxy.plan(pool_norm=space.skeleton == "darts")
         self.parts = nn.ModuleList(self._part(place) for place in self.places)
         self._last_use = {point: position for position, place in enumerate(self.places) for point in place.of}
         self.fraction, self._tracking = 0.0, True
-        initialise(self, generator, "torch" if config.initialisation == "auto" else config.initialisation)
+        initialise(self, generator, config.initialisation)
 
     def _part(self, place: Place) -> nn.Module:
         """The weights of a place."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,12 @@ def resized(x_NCHW: Tensor, size: int | None) -> Tensor:
     if size is None or x_NCHW.shape[-1] == size:
         return x_NCHW
     return F.interpolate(x_NCHW, size=(size, size), mode="bilinear", antialias=True).contiguous(memory_format=torch.channels_last)
+
+
+def settled(config: SupernetConfig | None, initialisation: Literal["he", "torch"]) -> SupernetConfig:
+    """The settings with the initialisation that ``auto`` stands for: a file of a super-net says how it began."""
+    config = config or SupernetConfig()
+    return config.model_copy(update={"initialisation": initialisation}) if config.initialisation == "auto" else config
 
 
 def check_proxy_resolution(space: SearchSpace, config: SupernetConfig, multiple: int = 1) -> None:

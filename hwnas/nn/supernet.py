@@ -7,14 +7,15 @@ the widest (FBNetV2, arXiv 2004.05565), depths weigh the slots they keep. ``slot
 BN uses the statistics of the batch, also when scoring; nothing is tracked unless ``bn_track`` is set, as in TuNAS's code.
 
 *Differences from the papers*: TuNAS masks channels of the widest weights; **slicing** computes the same. Shared weights that
-a step does not touch at all get no decay and no momentum; of those it does touch, the channels outside the slice do. A
-mixture over kernels is averaged before the shared projection, as in TuNAS. In a mixture over widths, expansions are relative to
-the widest, and a BN that follows a depthwise convolution of the masked channels (``ds``) scales them up again. One resolution
-runs at a time: images of different sizes have no weighted sum.
+a step does not touch at all get no decay and no momentum, unless ``optimizer.unused`` says so; of those it does touch, the channels
+outside the slice do. A mixture over kernels is averaged before the shared projection, as in TuNAS. In a mixture over widths, expansions
+are relative to the widest, and a BN that follows a depthwise convolution of the masked channels (``ds``) scales them up again. One
+resolution runs at a time: images of different sizes have no weighted sum.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,7 +38,7 @@ from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
 from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of, save_tensors_atomically
-from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized
+from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
 __all__ = ["Gates", "Probes", "SharedNetwork", "Supernet", "load_supernet", "make_supernet", "read_supernet", "resized", "save_supernet"]
@@ -64,7 +65,7 @@ class Supernet(SharedNetwork):
 
     def __init__(self, space: MacroSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or SupernetConfig()
+        self.config = config = settled(config, "he")
         self.space, self.proxy = space, _proxy(space, config)
         _check_one_resolution(space, config)
         check_proxy_resolution(space, config)
@@ -78,15 +79,14 @@ class Supernet(SharedNetwork):
             norms = len(producers) if config.wsbn else 1
             self.slots.append(ElasticSlot(slot, space.bn_eps, sharing, config.sharing == "separate", sources, norms))
         self.tapped = self._tapped()
-        how = "he" if config.initialisation == "auto" else config.initialisation
         if space.detector is not None:
             self.detector = ElasticDetector(self.proxy, sharing)
-            initialise(self.slots, generator, how)
+            initialise(self.slots, generator, config.initialisation)
             initialise_detector(self.detector.extras, self.detector.heads, space.detector.scores, generator)
             return
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(max(self.proxy.stages[-1].widths), space.classes)
-        initialise(self, generator, how)
+        initialise(self, generator, config.initialisation)
 
     def _tapped(self) -> frozenset[int]:
         """Positions of the slots after which the detector looks at the feature map."""
@@ -230,7 +230,8 @@ def read_supernet(path: Path) -> SharedNetwork:
     tensors, metadata = load_tensors_checked(path)
     try:
         space = parse_space(metadata["space"], str(path))
-        supernet = make_supernet(space, torch.Generator().manual_seed(0), SupernetConfig.model_validate_json(metadata["supernet"]))
+        settings = {"initialisation": "he", **json.loads(metadata["supernet"])}  # as every file began that does not say
+        supernet = make_supernet(space, torch.Generator().manual_seed(0), SupernetConfig.model_validate(settings))
         supernet.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"super-net {path} does not fit this version of hwnas ({error}): train it again.") from error

@@ -30,8 +30,8 @@ per slot that the input comes from (``edge``), or per operator that it comes fro
 
 - The learning rate follows a whole schedule (warm-up, cosine to 0) at every stage, and momentum starts at 0; the code goes on along
   one schedule. Operators are scored by weights that have settled, then.
-- The released code drops the gradients of weights that are not sampled, and so does the engine; it clips gradients by value, the
-  engine by norm (``search.optimizer.clip_norm``).
+- The released code drops the gradients of weights that are not sampled, as does ``optimizer.unused = "rest"``; it clips gradients by
+  value, the engine by norm (``search.optimizer.clip_norm``).
 - ``magnitude`` in the papers is of a super-net that is trained as DARTS trains it, as a mixture. Here the weights are trained by single
   paths, as for the other metrics, which can then share the first and longest training; every ``alpha_every`` steps alpha descends
   the held-out loss of the mixture (first order). Alpha goes on from stage to stage, without the operators that left.

@@ -94,6 +94,7 @@ class RankStudy(Document):
     top_k: int
     bootstrap: int
     confidence: float
+    base_epochs: float = Field(0, description="into the training, from where on the angle is; 0: from the initialisation")
     recalibration_images: int
     evaluation_images: int
     supernets: tuple[SupernetResult, ...]

@@ -4,22 +4,23 @@ What a block makes depends on what came before it, BN's re-estimated statistics 
 are alike up to there, so the second goes on from what the first has made. Judged in the order of their blocks, N random networks of
 L slots with K options run about sum_i min(1, K^i / N) of L slots anew. The numbers are those of whole passes, bit for bit.
 
-A network whose cells read each other is one block here.
+Networks of cells, whose blocks are no row, share nothing here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hwnas.core.op import Op
 from hwnas.nn.bn import recalibrating
 from hwnas.nn.network import Network
 
-MEMORY = 2 * 2**30
-"""Bytes of maps that are kept (ours). What does not fit runs anew."""
+MEMORY = 2**30
+"""Bytes of maps that are kept (ours). Behind the last block whose maps fit, batches pass one by one."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,20 @@ class Maps:
     estimating: Sequence[Tensor]
     judged: Sequence[Tensor]
 
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return sum(each.nbytes for each in (*self.estimating, *self.judged))
+    def size(self, op: Op) -> int:
+        """Bytes of what ``op`` makes of them."""
+        images = sum(len(x_NCHW) for x_NCHW in (*self.estimating, *self.judged))
+        return images * op.out_ch * op.out_size**2 * self.judged[0].element_size()
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A block, as it was extracted, and what was made by the blocks up to it."""
+    """A block, as it was extracted, and what was made by the blocks up to it, of so many bytes."""
 
-    kind: object
+    op: Op
     tensors: Mapping[str, Tensor]
     maps: Maps
+    size: int
 
 
 class Prefixes:
@@ -57,31 +59,31 @@ class Prefixes:
 
     @torch.inference_mode()
     def logits(self, network: Network) -> list[Tensor]:
-        """Of the batches that are judged: [N, classes] each. The network's BN statistics are re-estimated on the way."""
-        blocks = [network] if network.arch.graph else list(network.blocks)
-        kinds: Sequence[object] = [network.arch.identity] if network.arch.graph else list(network.arch.ops())
-        common = self._common(blocks, kinds)
-        del self._kept[common:]
+        """Of the batches that are judged: [N, classes] each. The network is used up: BN is estimated only of blocks that ran."""
+        if network.arch.graph:
+            return list(self._through(network, self.images).judged)
+        blocks, ops = list(network.blocks), list(network.arch.ops())
+        at = self._common(blocks, ops)
+        del self._kept[at:]
         maps = self._kept[-1].maps if self._kept else self.images
-        left = self.memory - sum(each.maps.size for each in self._kept)
-        for block, kind in zip(blocks[common:], kinds[common:], strict=True):
-            tensors = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-            maps = self._through(block, maps)
-            left -= maps.size
-            if left >= 0:
-                self._kept.append(_Kept(kind, tensors, maps))
-        return list(maps.judged)
+        left = self.memory - sum(each.size for each in self._kept)
+        while at < len(blocks) and (size := maps.size(ops[at])) <= left:
+            tensors = {name: tensor.clone() for name, tensor in blocks[at].state_dict().items()}
+            maps = self._through(blocks[at], maps)
+            self._kept.append(_Kept(ops[at], tensors, maps, size))
+            at, left = at + 1, left - size
+        return list(self._through(nn.Sequential(*blocks[at:]), maps).judged)
 
-    def _common(self, blocks: Sequence[nn.Module], kinds: Sequence[object]) -> int:
+    def _common(self, blocks: Sequence[nn.Module], ops: Iterable[Op]) -> int:
         """How many blocks at the front are those that are kept."""
-        for number, (kept, block, kind) in enumerate(zip(self._kept, blocks, kinds, strict=False)):
+        for number, (kept, block, op) in enumerate(zip(self._kept, blocks, ops, strict=False)):
             tensors = block.state_dict()
-            if kept.kind != kind or not all(torch.equal(tensor, tensors[name]) for name, tensor in kept.tensors.items()):
+            if kept.op != op or not all(torch.equal(tensor, tensors[name]) for name, tensor in kept.tensors.items()):
                 return number
         return min(len(self._kept), len(blocks))
 
     def _through(self, block: nn.Module, maps: Maps) -> Maps:
-        """What a block makes of the maps before it."""
+        """What a block, or several in a row, make of the maps before."""
         block.eval()
         if not maps.estimating and not self.by_batch:
             return Maps((), [block(x_NCHW) for x_NCHW in maps.judged])

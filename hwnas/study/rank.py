@@ -13,6 +13,7 @@ import numpy as np
 
 from hwnas import __version__
 from hwnas.config import Experiment, ScoreName, StudyConfig
+from hwnas.core.arch import Picks
 from hwnas.core.space import SearchSpace
 from hwnas.data import fingerprint
 from hwnas.document import content_sha256, file_sha256
@@ -25,7 +26,7 @@ from hwnas.search.judge import Judge
 from hwnas.study import metrics
 from hwnas.study.documents import Estimate, Gap, Point, RankStudy, ScoreResult, Spread, SupernetResult
 from hwnas.study.scores import LOWER_IS_BETTER, Scorer
-from hwnas.study.supernets import Trained
+from hwnas.study.supernets import Trained, base_epochs
 from hwnas.study.truth import Truth, configured_truth
 
 RESULT = "study.json"
@@ -67,6 +68,7 @@ def run(ctx: StageContext, space: SearchSpace, truth: Truth, supernets: Sequence
         top_k=config.top_k,
         bootstrap=config.bootstrap,
         confidence=config.confidence,
+        base_epochs=base_epochs(experiment),
         recalibration_images=experiment.search.recalibration_images,
         evaluation_images=experiment.search.evaluation_images,
         supernets=tuple(results),
@@ -97,7 +99,7 @@ def _scored(
     failed: dict[str, str] = {}
     wanted = [int(i) for i in chosen]
     left = [i for i in wanted if any(name not in known.get(truth.names[i], {}) for name in names)]
-    left.sort(key=lambda i: tuple(space.index(truth.picks[i])))  # neighbours have their first blocks in common (study/prefixes.py)
+    left.sort(key=lambda i: _blocks(space, truth.picks[i]))  # neighbours have their first blocks in common (study/prefixes.py)
     title = f"scoring architectures (seed {trained.seed})"
     with ctx.progress.task(title, len(wanted), len(wanted) - len(left)) as task, file.appending() as append:
         for i in left:
@@ -116,6 +118,12 @@ def _scored(
         truth.names[i]: {str(each): known[truth.names[i]][each] for each in names} for i in wanted if truth.names[i] not in failed
     }
     return rows, failed
+
+
+def _blocks(space: SearchSpace, picks: Picks) -> tuple[int, list[str]]:
+    """Resolution and blocks of an architecture."""
+    arch = space.decode(picks)
+    return arch.resolution, [op.key for op in arch.ops()]
 
 
 def _scorer(experiment: Experiment, space: SearchSpace, trained: Trained) -> Scorer:

@@ -87,8 +87,9 @@ class Scorer:
         return {"accuracy": int((logits_NK.argmax(1) == y_N).sum()) / len(y_N), "loss": float(F.cross_entropy(logits_NK, y_N))}
 
     def _prefixes_of(self, size: int, recalibrated: bool) -> Prefixes:
-        """What runs the networks of a resolution."""
+        """What runs the networks of a resolution; that of another one is let go."""
         if (size, recalibrated) not in self._prefixes:
+            self._prefixes = {key: each for key, each in self._prefixes.items() if key[0] == size}
             recalibration, evaluation = self.judge.recalibration() if recalibrated else (), self.judge.evaluation()
             images = Maps(*([placed(x_NCHW, _device(self.supernet), size) for x_NCHW, _ in each] for each in (recalibration, evaluation)))
             self._prefixes[size, recalibrated] = Prefixes(images, by_batch=not recalibrated and not self.supernet.config.bn_track)

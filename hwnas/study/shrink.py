@@ -232,8 +232,6 @@ def _train(
         carry(begin.initial, initial)
         carry(begin.trained.to(engine.device), supernet)
         save_supernet(initial, folder / INITIAL)
-    else:
-        save_supernet(supernet, folder / INITIAL)
     rng = np.random.default_rng([experiment.seed, number, 3])
     alphas = Alphas(space, rng, init_std=1e-3, lr=config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3) if with_alphas else None
     if alphas is not None:
@@ -249,7 +247,7 @@ def _train(
             metrics |= {"held_out_loss": float(held_out.detach()), "entropy": alphas.entropy()}
         return metrics
 
-    base = None if begin is not None else base_step(config.base_epochs, config.first_epochs, engine.steps)
+    base = base_step(config.base_epochs, config.first_epochs, engine.steps) if begin is None else None
     engine.resume()
     engine.fit(saving_at(step, base, supernet, folder / INITIAL), ctx.progress, description)
     if alphas is not None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hwnas.config import Experiment, SearchConfig
+from hwnas.core.cells import CellSpace
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import ConfigError
 from hwnas.nn.supernet import SharedNetwork, save_supernet
 from hwnas.runs import StageContext
 from hwnas.search import STRATEGIES
-from hwnas.search.stage import SHARED, SearchResult, prepare, search_context, trained_supernet
+from hwnas.search.stage import SHARED, SearchResult, prepare, search_context, search_strategy, trained_supernet
 from hwnas.search.strategy import Metrics
 
 OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
@@ -64,8 +65,8 @@ def training(experiment: Experiment, seed: int) -> Experiment:
     return experiment.model_copy(update={"seed": seed, "search": search})
 
 
-def check(experiment: Experiment) -> None:
-    """Raise ConfigError where the configuration names no super-net that a study can use."""
+def check(experiment: Experiment, space: SearchSpace) -> None:
+    """Raise ConfigError where the configuration names no super-net that a study can use, or none with an angle."""
     if experiment.task == "detect":
         raise ConfigError("task = 'detect' has no study: the accuracies that are known are those of classifiers.")
     config = experiment.search
@@ -80,6 +81,12 @@ def check(experiment: Experiment) -> None:
         raise ConfigError(
             f"strategy {config.strategy.name!r} trains networks that share no weights, so there is no super-net to study: choose another."
         )
+    grows = isinstance(space, CellSpace) and not experiment.study.supernets and bool(search_strategy(config).growth(space))
+    if grows and "angle" in experiment.study.scores:
+        raise ConfigError(
+            f"strategy {config.strategy.name!r} begins its super-net anew as it grows, so an angle from its first weights says nothing: "
+            "remove angle from study.scores."
+        )
 
 
 def train(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
@@ -90,8 +97,9 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     prepared = prepare(experiment, space, search, ctx.folder)
     engine, supernet = prepared.engine, prepared.judge.supernet
     assert isinstance(supernet, SharedNetwork)  # see ``check``
-    base = experiment.study.base_epochs
-    step = saving_at(prepared.step, base_step(base, experiment.search.epochs, engine.steps), supernet, ctx.folder / BASE)
+    base = base_epochs(experiment)
+    at = base_step(base, experiment.search.epochs, engine.steps) if base else None
+    step = saving_at(prepared.step, at, supernet, ctx.folder / BASE)
     engine.resume()
     engine.fit(step, ctx.progress, f"training a super-net ({experiment.search.strategy.name}, seed {experiment.seed})")
     save_supernet(supernet, ctx.folder / SHARED)
@@ -100,12 +108,17 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
 
 def outputs(experiment: Experiment) -> list[str]:
     """The files of a training."""
-    return [SHARED, *([BASE] if experiment.study.base_epochs else [])]
+    return [SHARED, *([BASE] if base_epochs(experiment) else [])]
 
 
-def base_step(base_epochs: float, epochs: float, steps: int) -> int | None:
-    """The step before which ``base_epochs`` of ``epochs`` are over; None where that is at the beginning."""
-    return min(steps - 1, round(steps * base_epochs / epochs)) if base_epochs else None
+def base_epochs(experiment: Experiment) -> float:
+    """``study.base_epochs``, where an angle is asked for."""
+    return experiment.study.base_epochs if "angle" in experiment.study.scores else 0.0
+
+
+def base_step(base_epochs: float, epochs: float, steps: int) -> int:
+    """The step before which ``base_epochs`` of ``epochs`` are over."""
+    return min(steps - 1, round(steps * base_epochs / epochs))
 
 
 def saving_at(step: Step, at: int | None, supernet: SharedNetwork, path: Path) -> Step:

@@ -227,3 +227,14 @@ def test_every_stage_of_a_super_net_that_grows_knows_how_far_the_training_is() -
         assert growing.present.proxy_resolution() == 8
         growing.fraction = 0.5
         assert growing.present.proxy_resolution() is None
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("auto", "torch"), ("torch", "torch"), ("he", "he")])
+def test_weights_begin_as_the_papers_code_does_or_as_asked(asked: str, kept: str, tmp_path: Path) -> None:
+    """PyTorch's uniform ones end at 1 / sqrt(fan-in), of which a third of He's normal ones are beyond. The file says which they are."""
+    supernet = supernet_of(SPACES["nasbench201"], initialisation=asked)
+    convs = [part.weight for part in supernet.modules() if isinstance(part, torch.nn.Conv2d)]
+    beyond = [float((weight.abs() > weight[0].numel() ** -0.5).float().mean()) for weight in convs]
+    assert max(beyond) == 0 if kept == "torch" else min(beyond) > 0.2
+    save_supernet(supernet, tmp_path / "shared.safetensors")
+    assert load_supernet(tmp_path / "shared.safetensors", SPACES["nasbench201"]).config.initialisation == kept

@@ -10,12 +10,13 @@ import pytest
 
 from hwnas.config import Experiment
 from hwnas.core.cells import CellSpace
-from hwnas.core.spaces import load_space, nasbench201
+from hwnas.core.spaces import darts, load_space, nasbench201
 from hwnas.errors import ConfigError
 from hwnas.nn.supernet import read_supernet
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.studies import study_rank, study_shrink
+from hwnas.study import supernets
 from hwnas.study.documents import RankStudy, ShrinkStudy
 from tests.search.staging import experiment
 
@@ -48,6 +49,18 @@ def test_a_study_of_cells(tmp_path: Path) -> None:
         assert 0 < point.scores["angle"] < np.pi
     Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()).run_stage("report")
     assert "accuracy+angle" in (tmp_path / "run" / "report" / "report.html").read_text()
+
+
+def test_a_super_net_that_begins_anew_has_no_angle() -> None:
+    space = darts(channels=4, layers=8, resolution=8, in_channels=1)
+    for scores in (["angle", "loss"], ["loss"]):
+        plain = experiment("pdarts", target_range=None).model_dump(mode="json", by_alias=True)
+        config = Experiment.model_validate(plain | {"study": {"scores": scores}})
+        if "angle" in scores:
+            with pytest.raises(ConfigError, match=r"begins its super-net anew as it grows.* remove angle from study\.scores"):
+                supernets.check(config, space)
+        else:
+            supernets.check(config, space)
 
 
 def test_cells_are_shrunk(tmp_path: Path) -> None:

@@ -122,3 +122,16 @@ def test_other_weights_are_noticed() -> None:
         weight[1] += 0.5
     after = prefixes.logits(changed)
     assert not torch.equal(before[0], after[0])
+
+
+def test_maps_that_do_not_fit_are_not_kept() -> None:
+    supernet = supernet_of(SPACES["chain"])
+    estimating, judged, row = images(supernet.space, 3, 1), images(supernet.space, 2, 2), rows(supernet.space, 1)[0]
+    network = network_of(supernet, row)
+    first = network.arch.ops()[0]
+    bytes_of_first = 5 * 6 * first.out_ch * first.out_size**2 * 4
+    for memory, kept in ((bytes_of_first - 1, 0), (bytes_of_first, 1)):
+        runs, prefixes = Runs(), Prefixes(Maps(estimating, judged), memory=memory)
+        prefixes.logits(network_of(supernet, row))
+        prefixes.logits(runs.of(network_of(supernet, row)))
+        assert runs.count == 5 * (len(network.blocks) - kept)

@@ -249,6 +249,12 @@ def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
         shrunk(study(folder, metrics=["angle"], until=300, base_epochs=base), root)
     files = ("initial.safetensors", "shared.safetensors")
     initial, last = ([read_supernet(root / "shrink-first" / file) for root in roots] for file in files)
+    with pytest.raises(Killed):  # behind the base epochs
+        shrunk(study(folder, metrics=["angle"], until=300, base_epochs=0.1), tmp_path / "killed", Killing("super-net of all metrics", 5))
+    shrunk(study(folder, metrics=["angle"], until=300, base_epochs=0.1), tmp_path / "killed")
+    shrunk(study(folder, metrics=["angle"], until=300, base_epochs=0.1), tmp_path / "straight")
+    files_of = [(root / "shrink-first/initial.safetensors").read_bytes() for root in (tmp_path / "killed", tmp_path / "straight", roots[0])]
+    assert files_of[0] == files_of[1] != files_of[2]
     same = [all(torch.equal(*pair) for pair in zip(*(each.parameters() for each in both), strict=True)) for both in (initial, last)]
     assert same == [False, True]
     with pytest.raises(ValueError, match=r"base_epochs = 0\.3 is no part of first_epochs = 0\.3"):
