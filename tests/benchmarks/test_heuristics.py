@@ -76,7 +76,7 @@ def data() -> Path:
 
 def study(data: Path, settings: tuple[str, ...], out: Path) -> float:
     """Seconds that the study took, or 0 where it had been done before."""
-    done, started = (out / "study" / "study.json").exists(), time.monotonic()
+    done, started = (out / "rank" / "study.json").exists(), time.monotonic()
     sources = (f"data.path={data / 'cifar10'}", f"study.truth={data / 'macro.csv'}")
     options = [argument for setting in (*sources, *SMALL, *settings) for argument in ("-s", setting)]
     command = [sys.executable, "-m", "hwnas", "study", "rank", CONFIG, *options, "--out", str(out), "-q"]
@@ -93,8 +93,8 @@ def test_one_setting_at_a_time(benchmark: Any, data: Path) -> None:
     seconds = benchmark.pedantic(measure, rounds=1, iterations=1)
     print(f"\n{'':28} {'accuracy':26} {'loss':>8} {'not rec.':>8} {'angle':>8} {'MACs':>8} {'seconds':>8}")
     for name, folder in folders.items():
-        scores = {score.name: score.supernets[0]["kendall"] for score in RankStudy.load(folder / "study" / "study.json").scores}
+        scores = {score.name: score.supernets[0]["kendall"] for score in RankStudy.load(folder / "rank" / "study.json").scores}
         tau = scores["accuracy"]
         others = "".join(f" {scores[each].value:8.3f}" for each in SCORES[1:])
         print(f"{name:28} {tau.value:.3f} ({tau.low:.3f} to {tau.high:.3f})   {others} {seconds[name]:8.0f}")
-        assert tau.value is not None and tau.value > 0.2
+        assert scores["loss"].value > 0.3  # beyond chance: 100 networks at random stay below 0.14 in 95 % of cases
