@@ -3,7 +3,7 @@
 pytest tests/benchmarks/test_scoring.py --benchmark-only -s
 
 300 random networks of NAS-Bench-Macro in the order of their blocks, as ``hwnas study rank`` scores them: BN statistics of 64 images of
-32 px, logits of 192 others. Whole passes and shared ones take turns, network by network, in one process and on one thread.
+32 px, logits of 64 others. Whole passes and shared ones take turns, network by network, in one process and on one thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def test_shared_passes_against_whole_ones(benchmark: Any) -> None:
     torch.set_num_threads(1)
     space = nasbench_macro()
     supernet = make_supernet(space, torch.Generator().manual_seed(0)).eval()
-    estimating, judged = images(1, 1), images(3, 2)
+    estimating, judged = images(1, 1), images(1, 2)
     prefixes = Prefixes(Maps(estimating, judged))
     drawn = np.random.default_rng(0).choice(space.size, NETWORKS, replace=False)
     rows = sorted(
