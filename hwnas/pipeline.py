@@ -49,6 +49,7 @@ def experiment_space(experiment: Experiment) -> SearchSpace:
     detects = experiment.task == "detect"
     overrides |= {"act": experiment.space.act} if experiment.space.act else {}
     overrides |= {"width": experiment.space.width} if experiment.space.width != 1.0 else {}
+    overrides |= {"layers": experiment.space.layers} if experiment.space.layers is not None else {}
     space: SearchSpace = load_space(name, **overrides)
     if (space.classes, space.resolution, space.in_channels) != (data.classes, data.resolution, data.channels):
         raise ConfigError(

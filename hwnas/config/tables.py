@@ -19,6 +19,7 @@ class SpaceConfig(Section):
     act: str | None = Field(None, description="activation, where the space leaves it open")
     restrict: dict[str, tuple[str | int, ...]] = Field({}, description="options that are kept, by choice: {resolution = [224]}")
     width: float = Field(1.0, gt=0, description="multiplier of all widths, rounded to multiples of 8")
+    layers: int | None = Field(None, ge=3, description="cells in all, where the space is of DARTS's cells")
 
 
 class DeviceConfig(Section):

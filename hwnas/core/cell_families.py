@@ -6,9 +6,11 @@
 ``nasbench101``        NAS-Bench-101 (Ying et al., ICML 2019, arXiv 1902.09635): cells as graphs, 423,624 trained; to decode and
                        to train, see ``hwnas.core.nasbench101``
 ``darts_imagenet``     the same cells 14 deep and 48 channels wide, with the stem for 224 pixels
+``nds_darts``          the same cells in NDS's networks (Radosavovic et al., ICCV 2019, arXiv 1905.13214): choose how many, and how wide
 =====================  ==============================================================================================
 
-DARTS searches on 8 cells of 16 channels: ``search.supernet = {proxy_depth = 2, proxy_width = 0.444}`` here. P-DARTS brings its own depths.
+The spaces of DARTS's cells take ``layers``, the number of cells in all. DARTS searches on 8 cells of 16 channels:
+``search.supernet = {proxy_depth = 2, proxy_width = 0.444}`` here. P-DARTS brings its own depths.
 
 *Differences from the papers' code*: DARTS's auxiliary classifier, which only training has, is left out, as the papers' own parameter
 counts leave it out.
@@ -43,13 +45,14 @@ def nasbench201(**shape: Unpack[Shape]) -> CellSpace:
 def darts(*, channels: int = 36, layers: int = 20, stem: str = "small", **shape: Unpack[Shape]) -> CellSpace:
     """DARTS's cells: nodes 0 and 1 are the cells before, each of nodes 2 to 5 keeps two of its edges.
 
-    ``layers`` are cells in all; those after a third and two thirds of them are reductions. NDS's networks of DARTS's cells (Radosavovic et
-    al., ICCV 2019, arXiv 1905.13214) are these at other ``channels`` and ``layers``.
+    ``layers`` are cells in all, at least 3; those after a third and two thirds of them are reductions.
 
     Example:
-        >>> [darts(layers=layers).cells for layers in (5, 8, 20)]
-        [(1, 1, 1), (2, 2, 2), (6, 6, 6)]
+        >>> [darts(layers=layers).cells for layers in (4, 8, 20)]
+        [(1, 0, 1), (2, 2, 2), (6, 6, 6)]
     """
+    if layers < 3:
+        raise SpaceError(f"DARTS's networks have two reductions behind other cells: layers is at least 3, got {layers}.")
     first, second = layers // 3, 2 * layers // 3
     cells = (first, second - first - 1, layers - second - 1)
     nodes = range(2, 6)
@@ -65,9 +68,22 @@ def darts(*, channels: int = 36, layers: int = 20, stem: str = "small", **shape:
     )  # fmt: skip
 
 
-def darts_imagenet(**shape: Unpack[Shape]) -> CellSpace:
+def darts_imagenet(*, layers: int = 14, **shape: Unpack[Shape]) -> CellSpace:
     """DARTS's network for ImageNet: 14 cells, 48 channels."""
-    return darts(channels=48, layers=14, stem="imagenet", **Shape(name="darts_imagenet", resolution=224, classes=1000) | shape)
+    return darts(channels=48, layers=layers, stem="imagenet", **Shape(name="darts_imagenet", resolution=224, classes=1000) | shape)
+
+
+def nds_darts(*, layers: int = 20, **shape: Unpack[Shape]) -> CellSpace:
+    """One shape of NDS's networks of DARTS's cells; by itself the largest, 20 cells of 32 channels.
+
+    NDS has ``layers`` of 4, 8, 12, 16 and 20, and 16, 24 and 32 channels (``width`` 0.5, 0.75 and 1), as in NNI's model hub. Each of the
+    15 shapes is a space of its own here, in which the cells are searched.
+
+    Example:
+        >>> [nds_darts(layers=4, width=width).channels for width in (0.5, 0.75, 1.0)]
+        [16, 24, 32]
+    """
+    return darts(channels=32, layers=layers, **Shape(name="nds_darts") | shape)
 
 
 def nasbench101(**shape: Unpack[Shape]) -> NASBench101Space:

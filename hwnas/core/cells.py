@@ -74,8 +74,8 @@ class CellSpace(SearchSpace):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if min(self.cells) < 1:
-            raise ValueError(f"every stage needs cells, got {list(self.cells)}")
+        if self.cells[0] < 1 or min(self.cells) < (1 if self.skeleton == "nasbench201" else 0):
+            raise ValueError(f"every stage needs cells (DARTS's later ones have a reduction), got {list(self.cells)}")
         if self.stem == "imagenet" and self.skeleton != "darts":
             raise ValueError("only the skeleton darts has a stem for ImageNet")
         if self.resolution % self.multiple:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hwnas.core.cell_families import darts, darts_imagenet, nasbench101, nasbench201
+from hwnas.core.cell_families import darts, darts_imagenet, nasbench101, nasbench201, nds_darts
 from hwnas.core.cells import CellSpace
 from hwnas.core.families import (
     Shape,
@@ -45,6 +45,7 @@ __all__ = [
     "nasbench101",
     "nasbench201",
     "nasbench_macro",
+    "nds_darts",
     "ofa_mobilenet_v3",
     "parse_space",
     "picks_of_codes",
@@ -66,7 +67,8 @@ _BUILDERS: tuple[Callable[..., MacroSpace], ...] = (
     nasbench_macro,
     mobile32,
 )
-_CELL_BUILDERS: tuple[Callable[..., CellSpace], ...] = (nasbench201, darts, darts_imagenet)
+_DARTS_BUILDERS: tuple[Callable[..., CellSpace], ...] = (darts, darts_imagenet, nds_darts)
+_CELL_BUILDERS: tuple[Callable[..., CellSpace], ...] = (nasbench201, *_DARTS_BUILDERS)
 MACRO_SPACES: dict[str, Callable[..., MacroSpace]] = {build.__name__: build for build in _BUILDERS}
 CELL_SPACES: dict[str, Callable[..., CellSpace]] = {build.__name__: build for build in _CELL_BUILDERS}
 SPACES: dict[str, Callable[..., SearchSpace]] = {**MACRO_SPACES, **CELL_SPACES, "nasbench101": nasbench101}
@@ -74,15 +76,16 @@ _KINDS: dict[str, type[SearchSpace]] = {"macro": MacroSpace, "cell": CellSpace, 
 
 
 def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
-    """A built-in space by name (``overrides``: those of ``Shape``), or a space document from a file.
+    """A built-in space by name (``overrides``: those of ``Shape``, and DARTS's ``layers``), or a space document from a file.
 
     Example:
         >>> load_space("fbnet", width=0.5, resolution=32, classes=10).size == 9**22
         True
     """
     if name_or_path in SPACES:
-        known = Shape.__annotations__
-        unknown = sorted(overrides.keys() - known.keys())
+        layered = name_or_path in {build.__name__ for build in _DARTS_BUILDERS}
+        known = [*Shape.__annotations__, *(["layers"] if layered else [])]
+        unknown = sorted(overrides.keys() - set(known))
         if unknown:
             raise SpaceError(f"space {name_or_path!r} takes no such override as {unknown[0]!r}; {nearest(unknown[0], known)}")
         try:

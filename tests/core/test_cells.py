@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hwnas.core.cell_plan import NONE, edge_op
 from hwnas.core.cells import CellSpace
 from hwnas.core.op import Op
 from hwnas.core.priced import PricedSpace
-from hwnas.core.spaces import CELL_SPACES, darts, darts_imagenet, load_space, nasbench201, parse_space
+from hwnas.core.spaces import CELL_SPACES, darts, darts_imagenet, load_space, nasbench201, nds_darts, parse_space
 from hwnas.errors import DocumentError, SpaceError
 
 SMALL = {"nasbench201": nasbench201(width=0.25, resolution=8), "darts": darts(channels=4, layers=5, resolution=8)}
@@ -42,6 +43,26 @@ def test_darts_s_published_network() -> None:
     assert darts().decode(darts_picks(darts(), DARTS_V2)).params == 3_349_342
     arch = darts_imagenet().decode(darts_picks(darts_imagenet(), DARTS_V2))
     assert (round(arch.params / 1e6, 1), round(arch.macs / 1e6)) == (4.7, 530)
+
+
+@pytest.mark.parametrize("layers", [3, 4, 8, 12, 16, 20])
+def test_the_reductions_of_nds(layers: int) -> None:
+    """As in NDS's released code (pycls, ``NetworkCIFAR``): cell i is a reduction where i is layers // 3 or 2 * layers // 3."""
+    space = load_space("nds_darts", layers=layers, width=0.5)
+    arch = space.decode(darts_picks(cast(CellSpace, space), DARTS_V2))
+    slots = [place.slot for place in cast(CellSpace, space).plan() if place.kind == "sum"]
+    cells = dict.fromkeys((slot.partition(".")[0], slot.split(".")[1]) for slot in slots)
+    assert [kind for _, kind in cells] == ["reduce" if i in (layers // 3, 2 * layers // 3) else "normal" for i in range(layers)]
+    assert [op.out_ch for op in arch.ops() if op.kind == "conv"] == [3 * 16]
+    assert next(op.in_ch for op in arch.ops() if op.kind == "classifier") == 4 * 4 * 16
+
+
+def test_layers_belong_to_darts_s_cells() -> None:
+    assert nds_darts() == load_space("nds_darts") and load_space("darts", layers=20) == darts()
+    with pytest.raises(SpaceError, match="layers is at least 3, got 2"):
+        load_space("darts", layers=2)
+    with pytest.raises(SpaceError, match="takes no such override as 'layers'"):
+        load_space("nasbench201", layers=8)
 
 
 def test_the_size_of_darts() -> None:

@@ -12,14 +12,18 @@ import torch
 from hwnas.config import SupernetConfig
 from hwnas.core.cell_plan import NONE
 from hwnas.core.cells import CellSpace
-from hwnas.core.spaces import darts, nasbench201
+from hwnas.core.spaces import darts, nasbench201, nds_darts
 from hwnas.errors import ConfigError
 from hwnas.nn.cells import CellSupernet, GrowingSupernet, with_values
 from hwnas.nn.network import load_network, save_network
 from hwnas.nn.supernet import load_supernet, make_supernet, resized, save_supernet
 from hwnas.search.proposal import one_hot
 
-SPACES = {"nasbench201": nasbench201(width=0.25, resolution=8), "darts": darts(channels=4, layers=5, resolution=8)}
+SPACES = {
+    "nasbench201": nasbench201(width=0.25, resolution=8),
+    "darts": darts(channels=4, layers=5, resolution=8),
+    "nds_darts": nds_darts(width=0.125, layers=4, resolution=8),  # whose second stage is one reduction
+}
 
 
 def images(count: int = 4) -> torch.Tensor:
