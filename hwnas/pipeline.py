@@ -13,8 +13,9 @@ from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.describe import counted
 from hwnas.core.limits import LatencyLimit
+from hwnas.core.published import named
 from hwnas.core.space import MacroSpace, SearchSpace
-from hwnas.core.spaces import SPACES, load_space, published
+from hwnas.core.spaces import SPACES, load_space
 from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
@@ -74,7 +75,7 @@ def _with_detector(space: SearchSpace, experiment: Experiment) -> SearchSpace:
         return space
 
 
-def check_names(experiment: Experiment) -> None:
+def check_names(experiment: Experiment, space: SearchSpace) -> None:
     """Look up everything the experiment names, so that a misspelling is found before any work is done."""
     find_device(experiment.device.name)
     DATASETS.get(experiment.data.name)
@@ -83,7 +84,7 @@ def check_names(experiment: Experiment) -> None:
             plugin.options(known.get(plugin.name).Config)
     name = experiment.train.arch
     if name is not None and Path(name).suffix != ".json":
-        published(name)
+        named(name, space, resolution=experiment.data.resolution, classes=experiment.data.classes)
 
 
 def limit_hashes(config: SearchConfig) -> dict[str, str]:
@@ -105,7 +106,7 @@ class Pipeline:
     def __init__(self, experiment: Experiment, root: Path, progress: Progress) -> None:
         self.experiment, self.root, self.progress = experiment, root, progress
         self.space = experiment_space(experiment)
-        check_names(experiment)
+        check_names(experiment, self.space)
 
     @property
     def table_path(self) -> Path:
@@ -289,7 +290,7 @@ class Pipeline:
             found = {} if self.experiment.train.arch else self._file(searched, "search")
             if self.experiment.train.weights == "supernet":
                 found |= self._file(inherited, "search")
-            arch = train.architecture(self.experiment, searched)
+            arch = train.architecture(self.experiment, self.space, searched)
             if self.experiment.train.weights == "supernet" and arch != Architecture.load(searched):
                 raise ConfigError("train.weights = 'supernet' fits the searched architecture alone: set train.weights = 'scratch'.")
             if self.experiment.train.weights == "supernet" and load_network(inherited).arch.identity != arch.identity:
@@ -303,7 +304,7 @@ class Pipeline:
             return {"architecture": arch.sha256, **found, **self._data(), **self._config("train", "seed")}
 
         outputs = train.outputs(self.experiment)
-        return Stage("train", outputs, inputs, lambda ctx: train.run(ctx, train.architecture(self.experiment, searched)))
+        return Stage("train", outputs, inputs, lambda ctx: train.run(ctx, train.architecture(self.experiment, self.space, searched)))
 
     def _export(self) -> Stage:
         from hwnas.export import stage as export

@@ -20,9 +20,10 @@ from hwnas.core.cost import latency_ms
 from hwnas.core.spaces import load_space
 from hwnas.core.table import LatencyTable
 from hwnas.document import file_sha256
-from hwnas.errors import ConfigError
+from hwnas.errors import ConfigError, SpaceError
+from hwnas.nn.network import load_network
 from hwnas.nn.supernet import load_supernet, save_supernet
-from hwnas.pipeline import STAGES, Pipeline
+from hwnas.pipeline import STAGES, Pipeline, experiment_space
 from hwnas.progress import Progress
 from hwnas.runs import MANIFEST, JsonLines, StageManifest
 from hwnas.search.stage import SearchResult
@@ -102,6 +103,18 @@ def test_a_published_network_needs_no_search_and_no_table(tmp_path: Path) -> Non
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["export", "report", "train", "validate"]
     verdict = Verdict.load(tmp_path / "run" / "validate" / "verdict.json")
     assert verdict.unpredicted == "there is no table of this device" and verdict.files[0].measured_ms > 0
+
+
+def test_an_architecture_of_the_space_is_named_in_its_notation(tmp_path: Path) -> None:
+    cell = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
+    overrides = [f"train.arch='{cell}'", "space.name=nasbench201", "space.width=0.25", "train.epochs=0.01"]
+    experiment = load_experiment(write_tiny(tmp_path), overrides)
+    Pipeline(experiment, tmp_path / "run", Progress()).run_stage("train")
+    trained = load_network(tmp_path / "run" / "train" / "model.safetensors").arch
+    assert trained.identity == experiment_space(experiment).decode(experiment_space(experiment).read(cell)).identity
+    with pytest.raises(SpaceError, match="did you mean 'nor_conv_3x3'"):
+        wrong = load_experiment(tmp_path / "tiny.toml", [*overrides, f"train.arch='{cell.replace('3x3', '3x4')}'"])
+        Pipeline(wrong, tmp_path / "other", Progress())
 
 
 def test_a_tampered_output_is_redone(finished_run: Path, tmp_path: Path) -> None:

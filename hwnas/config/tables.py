@@ -119,7 +119,9 @@ class DetectorConfig(Section):
 class TrainConfig(Section):
     """How the winner is trained."""
 
-    arch: str | None = Field(None, description="an architecture document, or a published network's name, instead of searching")
+    arch: str | None = Field(
+        None, description="instead of searching: an architecture document, a published network's name, or one of the space, as a genotype"
+    )
     weights: Literal["scratch", "supernet"] = "scratch"
     backbone: str | None = Field(
         None, description="detection: the run folder of a trained classifier, or its train folder, whose weights the backbone begins with"

@@ -20,6 +20,8 @@ in the benchmark.
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +38,9 @@ from hwnas.core.op import Op
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
+
+_GENOTYPE = re.compile(r"(\w+)\s*=\s*(\[[^\]]*\]|range\([^)]*\))")
+_EDGE = re.compile(r"\(\s*['\"](\w+)['\"],\s*(\d+)\s*\)")
 
 
 @dataclass(frozen=True)
@@ -288,25 +293,64 @@ class CellSpace(SearchSpace):
         return type(self).model_validate({**self.model_dump(), **update, "name": name})
 
     def read(self, text: str) -> Picks:
-        """NAS-Bench-201's notation: ``|nor_conv_3x3~0|+|none~0|...|``, node by node ``option~source``. Raises SpaceError elsewhere."""
-        if self.skeleton != "nasbench201" or not text.startswith("|"):
-            return super().read(text)
+        """The cells in their papers' notation, or as in every space. Raises SpaceError where the text is none of these.
+
+        NAS-Bench-201's: ``|nor_conv_3x3~0|+|none~0|...|``, node by node ``option~source``. DARTS's genotypes, as its code and what followed
+        print them: ``Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=range(2, 6), reduce=..., ...)``, two edges a node.
+        """
+        if self.skeleton == "nasbench201" and text.startswith("|"):
+            return self._read_nasbench201(text)
+        if self.skeleton == "darts" and text.startswith("Genotype("):
+            return self._read_genotype(text)
+        return super().read(text)
+
+    def _read_nasbench201(self, text: str) -> Picks:
         picks: Picks = {}
-        groups = text.split("+")
-        for node, group in enumerate(groups, 1):
+        for node, group in enumerate(text.split("+"), 1):
             for source, part in enumerate(group.strip("|").split("|")):
                 option, _, number = part.partition("~")
                 if number != str(source) or (key := edge_key("c", source, node)) not in self.edges:
                     raise SpaceError(f"{text!r} is no cell of space {self.name}: {part!r} should be an option and '~{source}'.")
-                if option not in self.edges[key]:
-                    raise SpaceError(f"edge {key} of {text!r} cannot be {option!r}; {nearest(option, self.edges[key])}")
-                picks[key] = option
+                picks[key] = self._option(key, option, text)
         if len(picks) != len(self.edges):
             raise SpaceError(f"{text!r} is no cell of space {self.name}: it has {len(picks)} edges instead of {len(self.edges)}.")
         return {choice.key: picks[choice.key] for choice in self.choices}
 
+    def _read_genotype(self, text: str) -> Picks:
+        """Edges that are not kept get some option."""
+        parts = dict(_GENOTYPE.findall(text))
+        picks: Picks = {}
+        every = list(range(self.sources, self.nodes))
+        for cell in self.kinds:
+            edges = [(option, int(source)) for option, source in _EDGE.findall(parts.get(cell, ""))]
+            if len(edges) != KEPT * len(every):
+                raise SpaceError(
+                    f"{_short(text)}: {cell} has {len(edges)} edges ('option', source) instead of {KEPT * len(every)}, {KEPT} a node."
+                )
+            concat = parts.get(f"{cell}_concat", "").replace(" ", "")
+            if concat.strip("[]") not in (f"range({every[0]},{every[-1] + 1})", ",".join(map(str, every))):
+                raise SpaceError(
+                    f"{_short(text)}: {cell}_concat is {concat or 'missing'}, but cells of space {self.name} put all nodes together."
+                )
+            for number, node in enumerate(every):
+                pairs = edges[KEPT * number : KEPT * (number + 1)]
+                key, inputs = inputs_key(cell, node), "+".join(str(source) for source in sorted(source for _, source in pairs))
+                if inputs not in self.inputs.get(key, self._pairs(node)):
+                    raise SpaceError(
+                        f"{_short(text)}: node {node} of {cell} cannot have the inputs {inputs}: name two different earlier nodes."
+                    )
+                picks |= {key: inputs} | {
+                    edge_key(cell, source, node): self._option(edge_key(cell, source, node), option, text) for option, source in pairs
+                }
+        return {choice.key: picks.get(choice.key, choice.options[0]) for choice in self.choices}
+
+    def _option(self, key: str, option: str, text: str) -> str:
+        if option not in self.edges[key]:
+            raise SpaceError(f"edge {key} of {_short(text)} cannot be {option!r}; {nearest(option, self.edges[key])}")
+        return option
+
     def write(self, picks: Mapping[str, Option]) -> str:
-        """The reverse of ``read``; of DARTS's cells, the genotype as DARTS's code writes it, which ``read`` does not take.
+        """The reverse of ``read``, in the papers' notation.
 
         Example:
             >>> from hwnas.core.cell_families import darts
@@ -326,6 +370,11 @@ class CellSpace(SearchSpace):
         """Option and source of the edges that a node keeps."""
         keys = [edge_key(cell, source, node) for source in range(node)]
         return [(str(picks.get(key, self.edges[key][0])), _source(key)) for key in keys if self.kept(key, picks)]
+
+
+def _short(text: str) -> str:
+    """The beginning of a notation, for messages."""
+    return repr(textwrap.shorten(text, 60, placeholder=" ..."))
 
 
 def _source(key: str) -> int:

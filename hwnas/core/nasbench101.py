@@ -119,7 +119,12 @@ class NASBench101Space(SearchSpace):
         return int(matrix_VV.sum()) <= EDGES and pruned(matrix_VV) is not None
 
     def read(self, text: str) -> Picks:
-        """A cell in the benchmark's terms, as JSON: ``{"matrix": [[0, 1], [0, 0]], "ops": ["input", "output"]}``, of up to 7 vertices."""
+        """A cell in the benchmark's terms, as JSON: ``{"matrix": [[0, 1], [0, 0]], "ops": ["input", "output"]}``, of up to 7 vertices.
+
+        Or picks, as in every space.
+        """
+        if "matrix" not in text:
+            return super().read(text)
         try:
             content = json.loads(text)
             matrix_VV, ops = np.array(content["matrix"], dtype=np.int64), list(content["ops"])

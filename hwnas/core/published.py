@@ -12,12 +12,14 @@ FBNets are counted with the expansion convolution of e = 1 (timm, HW-NAS-Bench) 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hwnas.core.arch import Architecture
 from hwnas.core.families import PROXYLESSNAS_FILTERS, Shape, fairnas, fbnet, proxylessnas
 from hwnas.core.op import Op
+from hwnas.core.search_space import SearchSpace
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.core.ssdlite import split_expansion, ssdlite
 from hwnas.core.stage import Residual
@@ -186,6 +188,16 @@ _SSDLITE_BACKBONE = _Written(
 _NAMES = (*_PROXYLESSNAS, *_FAIRNAS, *_FBNETS, *(f"{name}_no_expand" for name in _FBNETS), *_WRITTEN, _SSDLITE)
 NETWORKS: tuple[str, ...] = tuple(sorted(_NAMES))
 """Names that ``published`` knows."""
+
+
+def named(name: str, space: SearchSpace, *, resolution: int, classes: int) -> Architecture:
+    """A published network by its name, or an architecture of ``space`` in its notation (``SearchSpace.read``).
+
+    Raises SpaceError where it is neither.
+    """
+    if name.isdigit() or re.fullmatch(r"[\w.-]+", name) is None:
+        return space.decode(space.read(name))
+    return published(name, resolution=resolution, classes=classes)
 
 
 def published(name: str, *, resolution: int | None = None, classes: int | None = None, bn_eps: float = 1e-3) -> Architecture:

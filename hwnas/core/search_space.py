@@ -93,8 +93,28 @@ class SearchSpace(Document):
         """A new space with only the ``allowed`` options at the named choices."""
 
     def read(self, text: str) -> Picks:
-        """The picks that ``text`` stands for in the space's own notation. Raises SpaceError where it has none, or the text is wrong."""
-        raise SpaceError(f"{text!r} is no architecture: give the positions of its options, or its picks as a JSON object.")
+        """The picks that ``text`` stands for: a JSON object of picks, or the positions of all options, ``"0 12 3"`` or ``"0123"``.
+
+        Spaces with a notation of their own take that, too. Raises SpaceError where the text is none of these.
+        """
+        if text.startswith("{"):
+            try:
+                picks: Picks = dict(json.loads(text))
+            except (ValueError, RecursionError) as error:
+                raise SpaceError(f"{text!r} is not valid JSON ({error}): write picks as an object.") from error
+            self.check(picks)
+            return picks
+        parts = text.split() if " " in text else list(text)
+        if not parts or not all(part.isascii() and part.isdigit() for part in parts):
+            raise SpaceError(f"{text!r} is no architecture: give the positions of its options, or its picks as a JSON object.")
+        if len(parts) != len(self.choices):
+            raise SpaceError(
+                f"{text!r} has {len(parts)} positions, but space {self.name} has {len(self.choices)} choices: give one for each."
+            )
+        for part, choice in zip(parts, self.choices, strict=True):
+            if int(part) >= len(choice.options):
+                raise SpaceError(f"position {part} at choice {choice.key!r} of {text!r}: its options are 0 to {len(choice.options) - 1}.")
+        return self.at([int(part) for part in parts])
 
     @property
     def ops(self) -> tuple[Op, ...]:

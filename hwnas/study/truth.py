@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from hwnas.config import StudyConfig
 from hwnas.core.arch import Picks
 from hwnas.core.space import SearchSpace
 from hwnas.document import nearest
-from hwnas.errors import ConfigError, SpaceError, UserError
+from hwnas.errors import ConfigError, UserError
 from hwnas.study.documents import TruthInfo
 from hwnas.study.metrics import best_tenth, kendall
 from hwnas.tables.reading import Source
@@ -111,8 +110,7 @@ def read_truth(path: str | Path, space: SearchSpace, columns: Sequence[str] = ()
     seen: dict[bytes, str] = {}
     for place, name, values in rows:
         try:
-            found = _picks(name, space)
-            space.check(found)
+            found = space.read(name)
         except UserError as error:
             raise source.wrong(f"{place}: {error}") from error
         blocks = space.canonical(space.index(found)).tobytes()
@@ -193,23 +191,3 @@ def _columns(source: Source, header: Sequence[str], columns: Sequence[str]) -> t
     if not found:
         raise source.wrong(f"has no column that looks like an accuracy ({', '.join(header)[:80]}): name it in study.accuracies.")
     return found
-
-
-def _picks(text: str, space: SearchSpace) -> Picks:
-    """The picks that a cell stands for. Raises SpaceError where it stands for none."""
-    if text.startswith("{"):
-        try:
-            return dict(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise SpaceError(f"{text!r} is not valid JSON ({error}): write picks as an object.") from error
-    parts = text.split() if " " in text else list(text)
-    if not parts or not all(part.isascii() and part.isdigit() for part in parts):
-        return space.read(text)
-    if len(parts) != len(space.choices):
-        raise SpaceError(
-            f"{text!r} has {len(parts)} positions, but space {space.name} has {len(space.choices)} choices: give one for each."
-        )
-    for part, choice in zip(parts, space.choices, strict=True):
-        if int(part) >= len(choice.options):
-            raise SpaceError(f"position {part} at choice {choice.key!r} of {text!r}: its options are 0 to {len(choice.options) - 1}.")
-    return space.at([int(part) for part in parts])

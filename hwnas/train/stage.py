@@ -12,7 +12,8 @@ from torch import nn
 
 from hwnas.config import DataConfig, Experiment, located
 from hwnas.core.arch import Architecture
-from hwnas.core.spaces import published
+from hwnas.core.published import named
+from hwnas.core.search_space import SearchSpace
 from hwnas.core.ssdlite import with_detector
 from hwnas.data.coco import CocoImages
 from hwnas.data.coco_eval import CocoMetrics
@@ -67,8 +68,8 @@ class TrainResult(Document):
         return f"{self.test_accuracy:.2%} of {self.test_images:,} test images right"
 
 
-def architecture(experiment: Experiment, searched: Path) -> Architecture:
-    """What is to be trained: ``train.arch`` (a document, or a published network's name), else the searched one.
+def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> Architecture:
+    """What is to be trained: ``train.arch`` (a document, a published network's name, or one of ``space``), else the searched one.
 
     For detection, SSDLite is put on it where it has no detector. Raises ConfigError where it does not fit the data or the task.
     """
@@ -78,7 +79,7 @@ def architecture(experiment: Experiment, searched: Path) -> Architecture:
     elif Path(name).suffix == ".json":
         arch = Architecture.load(located(Path(name)))
     else:
-        arch = published(name, resolution=data.resolution, classes=data.classes)
+        arch = named(name, space, resolution=data.resolution, classes=data.classes)
     if experiment.task == "classify" and arch.detector is not None:
         raise ConfigError(f"architecture {arch.name!r} has a detector: set task = 'detect' and name data with boxes, or train another.")
     if experiment.task == "detect" and arch.detector is None:

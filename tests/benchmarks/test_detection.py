@@ -31,6 +31,7 @@ from hwnas.data.images import load_images
 from hwnas.detection import average_precision, detect
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.ssd import Detections
+from hwnas.pipeline import experiment_space
 from hwnas.train.stage import TrainResult, architecture
 
 CONFIG, CLASSIFIER = "configs/experiments/raccoon.toml", "configs/experiments/methods-cifar10.toml"
@@ -78,7 +79,9 @@ def test_raccoons(benchmark: Any, data: Path) -> None:
     experiment = load_experiment(CONFIG, settings)
     images, test = load_images(experiment.data, "all"), load_images(experiment.data, "test")
     assert isinstance(images, CocoImages) and isinstance(test, CocoImages)
-    untrained = DetectionNetwork(architecture(experiment, root()), generator=torch.Generator().manual_seed(experiment.seed))
+    untrained = DetectionNetwork(
+        architecture(experiment, experiment_space(experiment), root()), generator=torch.Generator().manual_seed(experiment.seed)
+    )
     cifar = [f"data.path={data / 'cifar10'}", f"train.arch={experiment.train.arch}", f"train.epochs={CIFAR_EPOCHS}"]
     seconds = {
         "scratch": benchmark.pedantic(train, args=(CONFIG, *settings), kwargs={"out": root() / "scratch"}, rounds=1, iterations=1),

@@ -20,6 +20,7 @@ from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import Scores
 from hwnas.core.published import published
+from hwnas.core.spaces import mobile32
 from hwnas.data.coco_eval import NUMBERS
 from hwnas.document import file_sha256
 from hwnas.errors import ConfigError, DivergenceError, DocumentError, SpaceError, UserError
@@ -188,24 +189,26 @@ def test_a_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
 
 def test_the_architecture_of_a_detection_experiment(tmp_path: Path) -> None:
     config = settings(tmp_path)
-    attached = architecture(Experiment.model_validate(config), tmp_path)
+    attached = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
     assert attached.detector is not None and attached.detector.scores == "softmax"
     config["detector"] = {"extras": [32], "scores": "sigmoid"}
     config["data"]["resolution"] = 96
-    attached = architecture(Experiment.model_validate(config), tmp_path)
+    attached = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
     assert attached.detector is not None and attached.resolution == 96
     assert (attached.detector.scores, [op.out_ch for op in attached.detector.extras]) == ("sigmoid", [32])
     attached.save(tmp_path / "own.json")
     config["train"]["arch"] = str(tmp_path / "own.json")
     config["detector"] = {}
-    assert architecture(Experiment.model_validate(config), tmp_path) == attached, "a detector of its own stays"
+    assert architecture(Experiment.model_validate(config), mobile32(), tmp_path) == attached, "a detector of its own stays"
     config["train"]["arch"] = "ssdlite320_mobilenet_v3_large"
-    assert architecture(Experiment.model_validate(config), tmp_path) == published("ssdlite320_mobilenet_v3_large", resolution=96, classes=2)
+    assert architecture(Experiment.model_validate(config), mobile32(), tmp_path) == published(
+        "ssdlite320_mobilenet_v3_large", resolution=96, classes=2
+    )
 
 
 def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = settings(tmp_path)
-    own = architecture(Experiment.model_validate(config), tmp_path)
+    own = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
     own.save(tmp_path / "own.json")
     three: dict[str, Any] = {**config, "data": {**config["data"], "resolution": 64}, "train": {"arch": str(tmp_path / "own.json")}}
     assert "has 2 classes, 48 px and 3 channels, but the data 2, 64 and 3" in refused(Experiment.model_validate(three), tmp_path / "run")
