@@ -9,6 +9,7 @@ Networks of cells, whose blocks are no row, share nothing here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,18 @@ from hwnas.core.op import Op
 from hwnas.nn.bn import recalibrating
 from hwnas.nn.network import Network
 
-MEMORY = 2**30
-"""Bytes of maps that are kept (ours). Behind the last block whose maps fit, batches pass one by one."""
+PART_OF_MEMORY = 1 / 6
+"""Of this machine's memory, or its accelerator's, for the maps that are kept (ours). Two are in use where networks are judged with BN
+statistics estimated anew and as they stand. Behind the last block whose maps fit, batches pass one by one."""
+
+
+def memory_for_maps(device: torch.device) -> int:
+    """Bytes of maps to keep on a device."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(PART_OF_MEMORY * total)
 
 
 @dataclass(frozen=True)
@@ -50,11 +61,12 @@ class Prefixes:
     """Runs networks on the same images.
 
     BN's statistics are averages over ``images.estimating``, whose batches pass by their own. Without such images they are those that the
-    network has, or with ``by_batch`` those of each batch that is judged.
+    network has, or with ``by_batch`` those of each batch that is judged. ``memory``: bytes of maps that are kept; None: see above.
     """
 
-    def __init__(self, images: Maps, *, by_batch: bool = False, memory: int = MEMORY) -> None:
-        self.images, self.by_batch, self.memory = images, by_batch, memory
+    def __init__(self, images: Maps, *, by_batch: bool = False, memory: int | None = None) -> None:
+        self.images, self.by_batch = images, by_batch
+        self.memory = memory_for_maps(images.judged[0].device) if memory is None else memory
         self._kept: list[_Kept] = []
 
     @torch.inference_mode()
