@@ -107,8 +107,9 @@ class SearchConfig(Section):
     backbone: str | None = Field(
         None, description="detection: the search folder of a classification run, whose super-net's backbone weights this one begins with"
     )
-    detection_quality: Literal["ap", "loss"] = Field(
-        "ap", description="detection: what architectures are judged by on held-out images: AP, or 1 / (1 + loss) where they are few"
+    quality: Literal["metric", "loss"] = Field(
+        "metric",
+        description="what architectures are judged by on held-out images: accuracy or AP; or 1 / (1 + loss), for few images or epochs",
     )
     finder: Plugin | None = Field(None, description="how architectures are found; default: the strategy's own way")
     limits: tuple[Limit, ...] = Field(

@@ -262,7 +262,7 @@ def _found(config: StudyConfig, found: Arena, method: str, seed: int, folder: Pa
         accuracy=accuracy,
         rank=found.rank(accuracy),
         regret=float(found.mean_N.max()) - accuracy,
-        supernet_accuracy=chosen.accuracy,
+        supernet_quality=chosen.accuracy,
         cost=result.cost,
         cpu_seconds=json.loads((folder / "seconds.json").read_text())["cpu_seconds"],
     )

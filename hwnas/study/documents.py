@@ -117,7 +117,7 @@ class Found(_Part):
     accuracy: float
     rank: int
     regret: float
-    supernet_accuracy: float
+    supernet_quality: float
     cost: SearchCost
     cpu_seconds: float | None = None
 

@@ -25,7 +25,7 @@ def method(name: str, ranks: tuple[int, ...], **changes: Any) -> MethodResult:
     found = tuple(
         Found(
             seed=seed, name=f"{rank:08}", picks={}, macs=50_000_000, accuracy=0.93 - rank / 1e4, rank=rank, regret=rank / 1e4,
-            supernet_accuracy=0.5, cost=SearchCost(macs=10**15, training_images=1000, judged=8), cpu_seconds=61.0 if seed else None,
+            supernet_quality=0.5, cost=SearchCost(macs=10**15, training_images=1000, judged=8), cpu_seconds=61.0 if seed else None,
         )
         for seed, rank in enumerate(ranks)
     )  # fmt: skip

@@ -162,9 +162,9 @@ def test_the_quality_of_a_batch_is_by_its_loss(tmp_path: Path) -> None:
     assert found == pytest.approx(1 / (1 + float(loss)), rel=1e-5) and 0.05 < found < 0.5
 
 
-@pytest.mark.parametrize("quality", ["ap", "loss"])
+@pytest.mark.parametrize("quality", ["metric", "loss"])
 def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path: Path) -> None:
-    config = experiment(tmp_path, detection_quality=quality, evaluation_images=4)
+    config = experiment(tmp_path, quality=quality, evaluation_images=4)
     judge, supernet = judge_of(config)
     picks = supernet.space.sample(np.random.default_rng(1))
     train, held_out = load_images(config.data, "train"), load_images(config.data, "held_out")
@@ -173,7 +173,7 @@ def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path
     assert isinstance(network, DetectionNetwork)
     recalibrate(network, (x for x, _ in judge._batches(train, 6, 12)))
     for limit, found in ((4, judge.evaluate(picks)), (None, judge.accuracy(judge.network(picks)))):
-        if quality == "ap":
+        if quality == "metric":
             expected = average_precision(held_out, detect(network, held_out, config.detector.post_processing, batch_size=8, limit=limit)).AP
         else:
             batches = list(judge._batches(held_out, 24, limit))
@@ -181,7 +181,7 @@ def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path
                 loss, _ = DetectionCriterion(network.arch)(network.eval()(batches[0][0]), batches[0][1])
             expected = 1 / (1 + float(loss))
         assert found == pytest.approx(expected, abs=1e-6)
-    assert judge.quality.title == ("AP" if quality == "ap" else "1 / (1 + loss)")
+    assert judge.quality.title == ("AP" if quality == "metric" else "1 / (1 + loss)")
 
 
 # what it begins with
@@ -255,7 +255,7 @@ def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:
     [
         ({"backbone": "a", "weights": "b"}, r"search\.backbone and search\.weights both say"),
         ({"supernet": {"dropout": 0.1}}, r"search\.supernet\.dropout is before a classifier"),
-        ({"detection_quality": "AP"}, r"search\.detection_quality = 'AP'"),
+        ({"quality": "AP"}, r"search\.quality = 'AP'"),
     ],
 )
 def test_settings_that_contradict_are_refused(search: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -57,6 +57,20 @@ def test_a_finder_asks_for_few_images_and_the_last_ranking_for_all() -> None:
     assert judge.accuracy(judge.network(picks)) == pytest.approx(every)
 
 
+def test_architectures_are_judged_by_their_loss_on_demand() -> None:
+    config = experiment(evaluation_images=70, quality="loss")
+    supernet = supernet_of(tiny_space())
+    judge = Judge(supernet, config)
+    picks = tiny_space().at([0] * len(tiny_space().choices))
+    network = judge.network(picks).eval()
+    batches = list(evaluation_batches(load_images(config.data, "held_out"), 50, limit=70))
+    with torch.no_grad():
+        logits_NK = torch.cat([network(x_NCHW) for x_NCHW, _ in batches])
+    loss = torch.nn.functional.cross_entropy(logits_NK, torch.cat([y for _, y in batches]))
+    assert judge.evaluate(picks) == pytest.approx(1 / (1 + float(loss)), rel=1e-5)
+    assert judge.quality.title == "1 / (1 + loss)"
+
+
 def test_an_architecture_is_judged_at_its_own_resolution() -> None:
     """Recalibrated and evaluated on images of its size: the same blocks at 8 and at 16 pixels."""
     elastic = MacroSpace.model_validate({**tiny_space().model_dump(), "resolution": 16, "resolutions": [8, 16]})
