@@ -15,7 +15,8 @@ its super-net's weights W and their base W0:
 Metrics, by name (``SHRINK_METRICS``); a higher score is better:
 
 - ``angle`` (ABS): by how far training has turned the architecture's weights, see ``hwnas.search.angle``;
-- ``accuracy``: held-out accuracy of the architecture with the super-net's weights, BN statistics re-estimated;
+- ``accuracy``: held-out accuracy of the architecture with the super-net's weights, BN statistics re-estimated; with
+  ``search.quality = "loss"`` 1 / (1 + loss) there;
 - ``magnitude``: no architecture is sampled: the architecture parameter of the operator, trained beside the weights as in DARTS;
 - ``random``: a uniform number, which needs no super-net at all.
 

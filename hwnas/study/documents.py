@@ -217,6 +217,7 @@ class ShrinkPath(Document):
     space: str
     space_sha256: str
     seed: int
+    base_epochs: float = Field(0, description="into the first training, from where on its angle is; 0: from the initialisation")
     steps: tuple[ShrinkStep, ...]
     shrunk_sha256: str
 

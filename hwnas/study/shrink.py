@@ -108,7 +108,7 @@ def outputs_of_first(config: ShrinkConfig) -> list[str]:
 def first_sha256(experiment: Experiment) -> str:
     """Identity of what decides the first training, beside space, seed and images: what only scoring asks for does not."""
     config = experiment.shrink
-    search = experiment.search.model_dump(mode="json", exclude={"recalibration_images", "evaluation_images", "limits", "epochs"})
+    search = experiment.search.model_dump(mode="json", exclude={"recalibration_images", "evaluation_images", "quality", "limits", "epochs"})
     beside = (config.alpha_lr, config.alpha_every) if wants_alphas(config) else None
     return content_sha256([search, config.first_epochs, config.base_epochs, config.operation_on[:1], beside])
 
@@ -146,7 +146,13 @@ def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) ->
         )
     present.save(ctx.folder / SPACE)
     ShrinkPath(
-        metric=name, space=space.name, space_sha256=space.sha256, seed=experiment.seed, steps=tuple(steps), shrunk_sha256=present.sha256
+        metric=name,
+        space=space.name,
+        space_sha256=space.sha256,
+        seed=experiment.seed,
+        base_epochs=config.base_epochs,
+        steps=tuple(steps),
+        shrunk_sha256=present.sha256,
     ).save(ctx.folder / PATH)
 
 

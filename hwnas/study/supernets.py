@@ -17,7 +17,7 @@ from hwnas.search import STRATEGIES
 from hwnas.search.stage import SHARED, SearchResult, prepare, search_context, search_strategy, trained_supernet
 from hwnas.search.strategy import Metrics
 
-OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
+OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder", "quality")
 """Settings of a search that its super-net's training has nothing to do with."""
 
 BASE = "base.safetensors"

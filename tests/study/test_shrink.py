@@ -257,5 +257,6 @@ def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
     assert files_of[0] == files_of[1] != files_of[2]
     same = [all(torch.equal(*pair) for pair in zip(*(each.parameters() for each in both), strict=True)) for both in (initial, last)]
     assert same == [False, True]
+    assert [ShrinkPath.load(root / "shrink-angle" / "path.json").base_epochs for root in roots] == [0.0, 0.2]
     with pytest.raises(ValueError, match=r"base_epochs = 0\.3 is no part of first_epochs = 0\.3"):
         study(folder, base_epochs=0.3)
