@@ -15,7 +15,7 @@ from hwnas.core.describe import counted
 from hwnas.core.limits import LatencyLimit
 from hwnas.core.published import named
 from hwnas.core.space import MacroSpace, SearchSpace
-from hwnas.core.spaces import SPACES, load_space
+from hwnas.core.spaces import DARTS_SPACES, SPACES, load_space
 from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
@@ -50,7 +50,13 @@ def experiment_space(experiment: Experiment) -> SearchSpace:
     detects = experiment.task == "detect"
     overrides |= {"act": experiment.space.act} if experiment.space.act else {}
     overrides |= {"width": experiment.space.width} if experiment.space.width != 1.0 else {}
-    overrides |= {"layers": experiment.space.layers} if experiment.space.layers is not None else {}
+    if experiment.space.layers is not None:
+        if name not in DARTS_SPACES:
+            known = ", ".join(DARTS_SPACES)
+            raise ConfigError(
+                f"space.layers = {experiment.space.layers} is for {known}, not for {name!r}: remove it; a document has its number of cells."
+            )
+        overrides["layers"] = experiment.space.layers
     space: SearchSpace = load_space(name, **overrides)
     if (space.classes, space.resolution, space.in_channels) != (data.classes, data.resolution, data.channels):
         raise ConfigError(
@@ -186,7 +192,6 @@ class Pipeline:
         """What ``run`` would do, in words; nothing is read but the configuration, and the table where one is named."""
         experiment, space = self.experiment, self.space
         device, data = experiment.device, experiment.data
-        nets = experiment.profile.fit_networks + experiment.profile.test_networks
         if experiment.search.target_ms is not None:
             target = f"at {experiment.search.target_ms:g} ms"
         elif experiment.search.target_range is not None:
@@ -196,11 +201,8 @@ class Pipeline:
         arch = experiment.train.arch or "the searched architecture"
         trains = experiment.search.weights is None
         searcher = f"{experiment.search.strategy.name} for {experiment.search.epochs:g} epochs" if trains else "a trained super-net"
-        measured = (
-            f"{len(space.ops)} ops and {nets} networks" if experiment.profile.mode == "ops" else f"{experiment.profile.networks} networks"
-        )
         texts = {
-            "profile": f"measure {measured} of space {space.name} on {device.name} ({device.runtime}, "
+            "profile": f"measure {self._measured()} of space {space.name} on {device.name} ({device.runtime}, "
             f"{device.dtype}, {device.threads} thread{'s' if device.threads > 1 else ''}) in {experiment.profile.rounds} rounds",
             "search": f"{searcher} over {counted(space.architectures)} architectures, {target}",
             "train": f"{arch} for {experiment.train.epochs:g} epochs, weights from {experiment.train.backbone or experiment.train.weights}",
@@ -217,6 +219,13 @@ class Pipeline:
             f"data: {data.name}{f' in {data.path}' if data.path else ''}, {data.classes} classes, {data.channels} x {data.resolution} px"
         )
         return "\n".join([f"experiment {experiment.name} in {self.root}", source, *(f"{name:9} {texts[name]}" for name in self.needed)])
+
+    def _measured(self) -> str:
+        """What would be profiled. Spaces without a price by choice, which are never profiled, are not asked for their ops."""
+        profile = self.experiment.profile
+        if profile.mode != "ops" or "profile" not in self.needed:
+            return f"{profile.networks} networks"
+        return f"{len(self.space.ops)} ops and {profile.fit_networks + profile.test_networks} networks"
 
     def _config(self, *sections: str) -> dict[str, str]:
         content = self.experiment.model_dump(mode="json", by_alias=True)

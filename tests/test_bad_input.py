@@ -165,6 +165,8 @@ REFUSED = [
     (("search.limits=[{kind = 'watts', max_watts = 10}]",), ("search.limits", "watts", "macs")),
     (("space.width=0.5",), ("space.json", "takes no overrides", "edit the document, or remove width")),
     (("space.act=hswish",), ("space.json", "takes no overrides", "remove act")),
+    (("space.layers=8",), ("space.layers = 8 is for darts, darts_imagenet, nds_darts", "space.json")),
+    (("train.arch='mobilenet v2'",), ("'mobilenet v2' is no architecture", "positions of its options")),
     (("space.restrict={resolutoin = [8]}",), ("has no choice 'resolutoin'", "did you mean 'resolution'?")),
     (("space.restrict={resolution = [4]}",), ("'resolution' cannot be restricted to [4]", "its options are 8")),
     (("search.weights={run}", "search.supernet.dropout=0.5"), ("search.supernet.dropout = 0.5", "has 0.0", "remove the key")),

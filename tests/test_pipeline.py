@@ -117,6 +117,19 @@ def test_an_architecture_of_the_space_is_named_in_its_notation(tmp_path: Path) -
         Pipeline(wrong, tmp_path / "other", Progress())
 
 
+def test_cells_of_nasbench101_and_positions_are_trained(tmp_path: Path) -> None:
+    """Its space prices nothing by choice, so neither the plan nor the report may ask for that."""
+    cell = """'{"matrix": [[0, 1, 0], [0, 0, 1], [0, 0, 0]], "ops": ["input", "conv1x1-bn-relu", "output"]}'"""
+    overrides = ["space.name=nasbench101", "space.width=0.0625", "train.epochs=0.01", f"train.arch={cell}"]
+    pipeline = Pipeline(load_experiment(write_tiny(tmp_path), overrides), tmp_path / "run", Progress())
+    assert "train" in pipeline.plan() and "profile" not in pipeline.plan()
+    pipeline.run_stage("train")
+    pipeline.run_stage("report")
+    assert 'id="course"' in (tmp_path / "run" / "report" / "report.html").read_text()
+    by_positions = load_experiment(tmp_path / "tiny.toml", ["space.name=nasbench_macro", "train.arch=22212220"])
+    assert by_positions.train.arch == "22212220" and Pipeline(by_positions, tmp_path / "other", Progress()).plan()
+
+
 def test_a_tampered_output_is_redone(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)

@@ -120,7 +120,9 @@ class TrainConfig(Section):
     """How the winner is trained."""
 
     arch: str | None = Field(
-        None, description="instead of searching: an architecture document, a published network's name, or one of the space, as a genotype"
+        None,
+        coerce_numbers_to_str=True,  # TOML's 22212220, positions of options, is a number
+        description="instead of searching: an architecture document, a published network's name, or one of the space in its notation",
     )
     weights: Literal["scratch", "supernet"] = "scratch"
     backbone: str | None = Field(

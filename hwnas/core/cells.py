@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,11 +34,11 @@ from hwnas.core.arch import Architecture, Origin, Picks
 from hwnas.core.cell_plan import KEPT, NONE, Place, edge_key, inputs_key, plan_of
 from hwnas.core.graph import GraphBuilder
 from hwnas.core.op import Op
-from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
+from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term, shortened
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
 
-_GENOTYPE = re.compile(r"(\w+)\s*=\s*(\[[^\]]*\]|range\([^)]*\))")
+_GENOTYPE = re.compile(r"(\w+)\s*=\s*(\[[^\]]*\]|\([^)]*\)|(?:list\()?range\([^)]*\))")
 _EDGE = re.compile(r"\(\s*['\"](\w+)['\"],\s*(\d+)\s*\)")
 
 
@@ -292,15 +291,20 @@ class CellSpace(SearchSpace):
         """A new space with other fields: more ``cells``, for instance, or other ``channels``."""
         return type(self).model_validate({**self.model_dump(), **update, "name": name})
 
+    @property
+    def notation(self) -> str:
+        """See ``read``."""
+        return "|option~0|+|option~0|option~1|+..." if self.skeleton == "nasbench201" else "Genotype(normal=[('option', 0), ...], ...)"
+
     def read(self, text: str) -> Picks:
         """The cells in their papers' notation, or as in every space. Raises SpaceError where the text is none of these.
 
         NAS-Bench-201's: ``|nor_conv_3x3~0|+|none~0|...|``, node by node ``option~source``. DARTS's genotypes, as its code and what followed
         print them: ``Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=range(2, 6), reduce=..., ...)``, two edges a node.
         """
-        if self.skeleton == "nasbench201" and text.startswith("|"):
-            return self._read_nasbench201(text)
-        if self.skeleton == "darts" and text.startswith("Genotype("):
+        if self.skeleton == "nasbench201" and text.strip().startswith("|"):
+            return self._read_nasbench201(text.strip())
+        if self.skeleton == "darts" and "Genotype(" in text:
             return self._read_genotype(text)
         return super().read(text)
 
@@ -310,10 +314,10 @@ class CellSpace(SearchSpace):
             for source, part in enumerate(group.strip("|").split("|")):
                 option, _, number = part.partition("~")
                 if number != str(source) or (key := edge_key("c", source, node)) not in self.edges:
-                    raise SpaceError(f"{text!r} is no cell of space {self.name}: {part!r} should be an option and '~{source}'.")
+                    raise SpaceError(f"{shortened(text)} is no cell of space {self.name}: {part!r} should be an option and '~{source}'.")
                 picks[key] = self._option(key, option, text)
         if len(picks) != len(self.edges):
-            raise SpaceError(f"{text!r} is no cell of space {self.name}: it has {len(picks)} edges instead of {len(self.edges)}.")
+            raise SpaceError(f"{shortened(text)} is no cell of space {self.name}: it has {len(picks)} edges instead of {len(self.edges)}.")
         return {choice.key: picks[choice.key] for choice in self.choices}
 
     def _read_genotype(self, text: str) -> Picks:
@@ -325,28 +329,29 @@ class CellSpace(SearchSpace):
             edges = [(option, int(source)) for option, source in _EDGE.findall(parts.get(cell, ""))]
             if len(edges) != KEPT * len(every):
                 raise SpaceError(
-                    f"{_short(text)}: {cell} has {len(edges)} edges ('option', source) instead of {KEPT * len(every)}, {KEPT} a node."
+                    f"{shortened(text)}: {cell} has {len(edges)} edges ('option', source) instead of {KEPT * len(every)}, {KEPT} a node."
                 )
             concat = parts.get(f"{cell}_concat", "").replace(" ", "")
-            if concat.strip("[]") not in (f"range({every[0]},{every[-1] + 1})", ",".join(map(str, every))):
+            if concat.removeprefix("list(").strip("[]()") not in (f"range({every[0]},{every[-1] + 1}", ",".join(map(str, every))):
                 raise SpaceError(
-                    f"{_short(text)}: {cell}_concat is {concat or 'missing'}, but cells of space {self.name} put all nodes together."
+                    f"{shortened(text)}: {cell}_concat is {concat or 'missing'}, but cells of space {self.name} put all nodes together."
                 )
             for number, node in enumerate(every):
-                pairs = edges[KEPT * number : KEPT * (number + 1)]
-                key, inputs = inputs_key(cell, node), "+".join(str(source) for source in sorted(source for _, source in pairs))
-                if inputs not in self.inputs.get(key, self._pairs(node)):
+                into = edges[KEPT * number : KEPT * (number + 1)]
+                key, inputs = inputs_key(cell, node), "+".join(str(source) for source in sorted(source for _, source in into))
+                pairs = self.inputs.get(key, self._pairs(node))
+                if inputs not in pairs:
                     raise SpaceError(
-                        f"{_short(text)}: node {node} of {cell} cannot have the inputs {inputs}: name two different earlier nodes."
+                        f"{shortened(text)}: node {node} of {cell} cannot have the inputs {inputs}; known: {', '.join(pairs)}."
                     )
                 picks |= {key: inputs} | {
-                    edge_key(cell, source, node): self._option(edge_key(cell, source, node), option, text) for option, source in pairs
+                    edge_key(cell, source, node): self._option(edge_key(cell, source, node), option, text) for option, source in into
                 }
         return {choice.key: picks.get(choice.key, choice.options[0]) for choice in self.choices}
 
     def _option(self, key: str, option: str, text: str) -> str:
         if option not in self.edges[key]:
-            raise SpaceError(f"edge {key} of {_short(text)} cannot be {option!r}; {nearest(option, self.edges[key])}")
+            raise SpaceError(f"edge {key} of {shortened(text)} cannot be {option!r}; {nearest(option, self.edges[key])}")
         return option
 
     def write(self, picks: Mapping[str, Option]) -> str:
@@ -370,11 +375,6 @@ class CellSpace(SearchSpace):
         """Option and source of the edges that a node keeps."""
         keys = [edge_key(cell, source, node) for source in range(node)]
         return [(str(picks.get(key, self.edges[key][0])), _source(key)) for key in keys if self.kept(key, picks)]
-
-
-def _short(text: str) -> str:
-    """The beginning of a notation, for messages."""
-    return repr(textwrap.shorten(text, 60, placeholder=" ..."))
 
 
 def _source(key: str) -> int:

@@ -30,7 +30,7 @@ from pydantic import Field
 from hwnas.core.arch import Architecture, Origin, Picks
 from hwnas.core.graph import GraphBuilder
 from hwnas.core.op import Op
-from hwnas.core.search_space import Choice, Option, SearchSpace, Term
+from hwnas.core.search_space import Choice, Option, SearchSpace, Term, shortened
 from hwnas.errors import SpaceError
 
 CONV3, CONV1, POOL3 = "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3"
@@ -118,23 +118,30 @@ class NASBench101Space(SearchSpace):
         matrix_VV, _ = self._drawn(picks)
         return int(matrix_VV.sum()) <= EDGES and pruned(matrix_VV) is not None
 
+    @property
+    def notation(self) -> str:
+        """See ``read``."""
+        return '{"matrix": [[0, 1], [0, 0]], "ops": ["input", "output"]}'
+
     def read(self, text: str) -> Picks:
         """A cell in the benchmark's terms, as JSON: ``{"matrix": [[0, 1], [0, 0]], "ops": ["input", "output"]}``, of up to 7 vertices.
 
-        Or picks, as in every space.
+        Or picks or positions, as in every space. Raises SpaceError where they make no cell.
         """
         if "matrix" not in text:
-            return super().read(text)
+            given = super().read(text)
+            self._cell(given)
+            return given
         try:
             content = json.loads(text)
             matrix_VV, ops = np.array(content["matrix"], dtype=np.int64), list(content["ops"])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise SpaceError(f"{text[:80]!r} is no cell of space {self.name}: give matrix and ops as a JSON object.") from error
+            raise SpaceError(f"{shortened(text)} is no cell of space {self.name}: give matrix and ops as a JSON object.") from error
         count = len(ops)
         fits = matrix_VV.shape == (count, count) and 2 <= count <= VERTICES and not np.tril(matrix_VV).any()
         if not fits or not set(matrix_VV.ravel().tolist()) <= {0, 1} or not set(ops[1:-1]) <= set(OPS):
             raise SpaceError(
-                f"{text[:80]!r} is no cell of space {self.name}: the matrix has 0 and 1 above its diagonal, a row for each of 2 to "
+                f"{shortened(text)} is no cell of space {self.name}: the matrix has 0 and 1 above its diagonal, a row for each of 2 to "
                 f"{VERTICES} vertices, and the ops between input and output are {', '.join(OPS)}."
             )
         place = [*range(count - 1), VERTICES - 1]  # the output is always the last

@@ -193,11 +193,11 @@ NETWORKS: tuple[str, ...] = tuple(sorted(_NAMES))
 def named(name: str, space: SearchSpace, *, resolution: int, classes: int) -> Architecture:
     """A published network by its name, or an architecture of ``space`` in its notation (``SearchSpace.read``).
 
-    Raises SpaceError where it is neither.
+    Names begin with a letter and have neither blanks nor brackets. Raises SpaceError where it is neither.
     """
-    if name.isdigit() or re.fullmatch(r"[\w.-]+", name) is None:
-        return space.decode(space.read(name))
-    return published(name, resolution=resolution, classes=classes)
+    if re.fullmatch(r"[A-Za-z][\w.-]*", name):
+        return published(name, resolution=resolution, classes=classes)
+    return space.decode(space.read(name), f"{space.name}-named")
 
 
 def published(name: str, *, resolution: int | None = None, classes: int | None = None, bn_eps: float = 1e-3) -> Architecture:

@@ -92,28 +92,38 @@ class SearchSpace(Document):
     def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
         """A new space with only the ``allowed`` options at the named choices."""
 
+    @property
+    def notation(self) -> str:
+        """How architectures are written in the space's own notation, for messages; empty where it has none."""
+        return ""
+
     def read(self, text: str) -> Picks:
         """The picks that ``text`` stands for: a JSON object of picks, or the positions of all options, ``"0 12 3"`` or ``"0123"``.
 
-        Spaces with a notation of their own take that, too. Raises SpaceError where the text is none of these.
+        Spaces with a ``notation`` of their own take that, too. Raises SpaceError where the text is none of these.
         """
+        text = text.strip()
         if text.startswith("{"):
             try:
                 picks: Picks = dict(json.loads(text))
             except (ValueError, RecursionError) as error:
-                raise SpaceError(f"{text!r} is not valid JSON ({error}): write picks as an object.") from error
+                raise SpaceError(f"{shortened(text)} is not valid JSON ({error}): write picks as an object.") from error
             self.check(picks)
             return picks
         parts = text.split() if " " in text else list(text)
         if not parts or not all(part.isascii() and part.isdigit() for part in parts):
-            raise SpaceError(f"{text!r} is no architecture: give the positions of its options, or its picks as a JSON object.")
+            own = f"{self.notation}, " if self.notation else ""
+            how = f"{own}the positions of its options, or its picks as a JSON object"
+            raise SpaceError(f"{shortened(text)} is no architecture of space {self.name}: give {how}.")
         if len(parts) != len(self.choices):
             raise SpaceError(
-                f"{text!r} has {len(parts)} positions, but space {self.name} has {len(self.choices)} choices: give one for each."
+                f"{shortened(text)} has {len(parts)} positions, but space {self.name} has {len(self.choices)} choices: give one for each."
             )
         for part, choice in zip(parts, self.choices, strict=True):
             if int(part) >= len(choice.options):
-                raise SpaceError(f"position {part} at choice {choice.key!r} of {text!r}: its options are 0 to {len(choice.options) - 1}.")
+                raise SpaceError(
+                    f"position {part} at choice {choice.key!r} of {shortened(text)}: its options are 0 to {len(choice.options) - 1}."
+                )
         return self.at([int(part) for part in parts])
 
     @property
@@ -170,3 +180,8 @@ class SearchSpace(Document):
             raise SpaceError(
                 f"picks for space {self.name} lack {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: pick an option there."
             )
+
+
+def shortened(text: str) -> str:
+    """An architecture's text as messages quote it."""
+    return repr(text if len(text) <= 60 else f"{text[:56]} ...")

@@ -32,6 +32,7 @@ from hwnas.errors import SpaceError
 
 __all__ = [
     "CELL_SPACES",
+    "DARTS_SPACES",
     "MACRO_SPACES",
     "SPACES",
     "darts",
@@ -71,6 +72,8 @@ _DARTS_BUILDERS: tuple[Callable[..., CellSpace], ...] = (darts, darts_imagenet, 
 _CELL_BUILDERS: tuple[Callable[..., CellSpace], ...] = (nasbench201, *_DARTS_BUILDERS)
 MACRO_SPACES: dict[str, Callable[..., MacroSpace]] = {build.__name__: build for build in _BUILDERS}
 CELL_SPACES: dict[str, Callable[..., CellSpace]] = {build.__name__: build for build in _CELL_BUILDERS}
+DARTS_SPACES = tuple(build.__name__ for build in _DARTS_BUILDERS)
+"""Those that ``layers`` belongs to."""
 SPACES: dict[str, Callable[..., SearchSpace]] = {**MACRO_SPACES, **CELL_SPACES, "nasbench101": nasbench101}
 _KINDS: dict[str, type[SearchSpace]] = {"macro": MacroSpace, "cell": CellSpace, "nasbench101": NASBench101Space}
 
@@ -83,8 +86,7 @@ def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
         True
     """
     if name_or_path in SPACES:
-        layered = name_or_path in {build.__name__ for build in _DARTS_BUILDERS}
-        known = [*Shape.__annotations__, *(["layers"] if layered else [])]
+        known = [*Shape.__annotations__, *(["layers"] if name_or_path in DARTS_SPACES else [])]
         unknown = sorted(overrides.keys() - set(known))
         if unknown:
             raise SpaceError(f"space {name_or_path!r} takes no such override as {unknown[0]!r}; {nearest(unknown[0], known)}")

@@ -124,13 +124,15 @@ class RunDocuments:
         if self.arch is None:
             return ()
         origin = self.arch.origin
+        plain = tuple(Place(name, op, op.out_ch, op.out_size) for name, op in zip(_names(self.arch), self.arch.ops(), strict=True))
         if origin is None or origin.space_sha256 != self.space.sha256:
-            return tuple(Place(name, op, op.out_ch, op.out_size) for name, op in zip(_names(self.arch), self.arch.ops(), strict=True))
+            return plain
         if isinstance(self.space, CellSpace):
             blocks = self.space.walk(origin.picks, self.space.places)[1]
             slots = (self.space.places[block.place].slot for block in blocks)
             return tuple(Place(slot, block.op, block.op.out_ch, block.op.out_size) for slot, block in zip(slots, blocks, strict=True))
-        assert isinstance(self.space, MacroSpace)
+        if not isinstance(self.space, MacroSpace):
+            return plain
         places, channels, size = [], self.arch.in_channels, self.arch.resolution
         for slot, op in self.space.walk(origin.picks):
             channels, size = (channels, size) if op is None else (op.out_ch, op.out_size)

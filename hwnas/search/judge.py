@@ -1,6 +1,6 @@
 """How good an architecture is by the super-net: the quality of its extracted, BN-recalibrated network on held-out images.
 
-``quality`` says what that is: the accuracy of a classifier, AP of a detector.
+``quality`` says what that is: accuracy or AP, or 1 / (1 + loss); see ``hwnas.search.quality``.
 """
 
 from __future__ import annotations

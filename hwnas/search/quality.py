@@ -1,10 +1,9 @@
 """What a search trains the shared weights by, and how good it takes an architecture to be: a number in 0..1, by the task.
 
-Classification: cross-entropy; accuracy, on a batch and on all held-out images.
+Classification: cross-entropy; the quality on one batch (the reward of reinforcement learning) is the accuracy.
 
-Detection: the detector's loss L. The AP of a few images is mostly noise, and no gradient has it, so the quality on one batch (the reward
-of reinforcement learning) is 1 / (1 + L), which is 1 where nothing is wrong and still tells large losses apart, where exp(-L) has no
-slope left.
+Detection: the detector's loss L. The AP of a few images is mostly noise, and no gradient has it, so the quality on one batch is
+1 / (1 + L), which is 1 where nothing is wrong and still tells large losses apart, where exp(-L) has no slope left.
 
 Architectures are judged in the end, and by finders, by their accuracy or AP on held-out images; with ``search.quality = "loss"`` by
 1 / (1 + L) there. That tells architectures apart where images or epochs are few: on NAS-Bench-Macro, tau of a super-net of two epochs on

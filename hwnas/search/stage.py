@@ -55,7 +55,7 @@ STILL = 0.05
 class Candidate(BaseModel):
     """An architecture judged by the super-net: predicted latency, and ``accuracy``, the recalibrated held-out quality in 0..1.
 
-    That is what ``SearchResult.quality`` names: of detectors, AP or 1 / (1 + loss).
+    That is what ``SearchResult.quality`` names: accuracy, AP or 1 / (1 + loss).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -125,7 +125,7 @@ class SearchContext:
         return total
 
     def evaluate(self, picks: Picks) -> float:
-        """Held-out quality in 0..1 (accuracy, AP) of the extracted network after BN recalibration. Kept, so asking twice costs nothing."""
+        """Held-out quality in 0..1 (``search.quality``) of the extracted network, BN recalibrated. Kept, so asking twice costs nothing."""
         assert self.evaluator is not None
         if self.meter is not None:
             self.meter.judge(picks)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ PART_OF_MEMORY = 1 / 6
 """Of this machine's memory, or its accelerator's, for the maps that are kept (ours). Two are in use where networks are judged with BN
 statistics estimated anew and as they stand. Behind the last block whose maps fit, batches pass one by one."""
 
+CGROUP = Path("/sys/fs/cgroup/memory.max")
+"""Where Linux says what a container may have of the machine's memory: bytes, or ``max``."""
+
 
 def memory_for_maps(device: torch.device) -> int:
     """Bytes of maps to keep on a device."""
@@ -31,6 +35,8 @@ def memory_for_maps(device: torch.device) -> int:
         total = torch.cuda.get_device_properties(device).total_memory
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = CGROUP.read_text().strip() if CGROUP.is_file() else ""
+        total = min(total, int(limit)) if limit.isdigit() else total
     return int(PART_OF_MEMORY * total)
 
 

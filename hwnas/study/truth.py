@@ -7,7 +7,8 @@ one of
 - the positions of the picked options in the order of the space's choices, as digits (``22212220``: NAS-Bench-Macro) or apart
   (``2 2 10 1``);
 - picks as a JSON object (``{"s1.b0": "ir_k3_e3", ...}``);
-- the space's own notation (``|nor_conv_3x3~0|+|...``: NAS-Bench-201, whose column ``arch_str`` is understood too).
+- the space's own notation (``|nor_conv_3x3~0|+|...``: NAS-Bench-201, whose column ``arch_str`` is understood too; DARTS's genotypes;
+  NAS-Bench-101's matrix and ops as JSON).
 
 Repeated trainings (``acc1``, ``acc2``, ... or a list) are averaged, and say how much two trainings of the same networks agree: no
 score can be expected to do better. Accuracies are parts of 1, or percentages where one is above 1.

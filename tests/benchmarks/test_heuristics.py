@@ -3,9 +3,10 @@
 HWNAS_TEST_DATA=../shared/data pytest tests/benchmarks/test_heuristics.py --benchmark-only -s
 
 Every row is ``hwnas study rank configs/experiments/nasbench-macro-rank.toml`` with the settings ``SMALL`` and those of the row: images
-of 16 px, half of the channels and few epochs, or the study would take days on a CPU. Kendall's tau with the true accuracies, of the same
-``ARCHITECTURES`` networks, by the recalibrated accuracy and its 95 % interval over architectures, the recalibrated loss, the accuracy
-without recalibration and the angle; what MACs reach stands beside it. One seed: the interval says nothing of other seeds.
+of 16 px, half of the channels and few epochs, or the study would take days on a CPU, and options with weights of their own, as in SPOS.
+Kendall's tau with the true accuracies, of the same ``ARCHITECTURES`` networks, by the recalibrated accuracy and its 95 % interval over
+architectures, the recalibrated loss, the accuracy without recalibration and the angle; what MACs reach stands beside it. One seed: the
+interval says nothing of other seeds.
 
 Runs are kept in ``$HWNAS_HEURISTICS`` (default runs/heuristics): stopped and started again, it goes on.
 """
@@ -29,8 +30,9 @@ CONFIG = "configs/experiments/nasbench-macro-rank.toml"
 ARCHITECTURES = 100
 SMALL = (
     "data.resolution=16",
+    "data.held_out=0.1",
     "search.epochs=2",
-    "search.supernet.proxy_width=0.5",
+    "search.supernet={sharing = 'separate', proxy_width = 0.5, proxy_resolution = 8, full_resolution = 1.0}",  # no step at 8 px
     "search.evaluation_images=1000",
     f"study.architectures={ARCHITECTURES}",
     "study.scores=['accuracy', 'loss', 'unrecalibrated', 'angle', 'macs']",
@@ -38,7 +40,7 @@ SMALL = (
 )
 SGD = "search.optimizer={name = 'sgd', lr = 0.4, momentum = 0.9, weight_decay = 4e-5, warmup = 0.1, clip_norm = 5.0}"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "as in the recipe": (),
+    "the base": (),
     "all channels": ("search.supernet.proxy_width=1.0",),
     "half the epochs": ("search.epochs=1",),
     "twice the epochs": ("search.epochs=4",),

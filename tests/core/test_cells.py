@@ -114,8 +114,8 @@ def test_genotypes_are_read() -> None:
     assert space.read(space.write(picks)) == picks
     random = space.sample(np.random.default_rng(0))
     assert space.decode(space.read(space.write(random))).identity == space.decode(random).identity
-    listed = PDARTS.replace("range(2, 6)", "[2, 3, 4, 5]").replace("normal=", "normal = ")
-    assert space.read(listed) == picks
+    for concat in ("[2, 3, 4, 5]", "(2, 3, 4, 5)", "list(range(2, 6))"):
+        assert space.read(f"\ngenotype = {PDARTS}".replace("range(2, 6)", concat).replace("normal=", "normal = ")) == picks
     for wrong, word in (
         (PDARTS.replace("dil_conv_3x3", "dil_conv_33"), "did you mean 'dil_conv_3x3'"),
         (PDARTS.replace("('sep_conv_5x5', 1)", "('sep_conv_5x5', 0)"), "node 2 of reduce cannot have the inputs 0\\+0"),
@@ -123,9 +123,14 @@ def test_genotypes_are_read() -> None:
         (PDARTS.replace("('skip_connect', 0), ", "", 1), "normal has 7 edges"),
         (PDARTS.replace("normal_concat=range(2, 6)", "normal_concat=range(4, 6)"), "normal_concat is range"),
         ("Genotype(normal=[])", "instead of 8"),
+        ("sep_conv_3x3", r"no architecture of space darts: give Genotype\(normal="),
     ):
-        with pytest.raises(SpaceError, match=word):
+        with pytest.raises(SpaceError, match=word) as caught:
             space.read(wrong)
+        assert len(str(caught.value)) < 300
+    few = space.restrict({"normal.n3.inputs": ["1+2", "0+2"]})
+    with pytest.raises(SpaceError, match=r"node 3 of normal cannot have the inputs 0\+1; known: 0\+2, 1\+2\."):
+        few.read(PDARTS)
 
 
 def test_nasbench201_s_notation() -> None:
@@ -136,7 +141,7 @@ def test_nasbench201_s_notation() -> None:
     assert picks["c.e0-1"] == "avg_pool_3x3" and picks["c.e2-3"] == "none"
     for wrong, word in (
         (text.replace("skip_connect~1", "skip_connect~0", 1), "'~1'"),
-        (text.replace("avg_pool_3x3", "avg_pool_5x5"), "did you mean 'avg_pool_3x3'"),
+        (text.replace("avg_pool_3x3", "avg_pool_5x5"), "'avg_pool_5x5'; did you mean 'avg_pool_3x3'"),
         (text.rpartition("+")[0], "3 edges instead of 6"),
         ("conv", "'conv' is no architecture"),
     ):

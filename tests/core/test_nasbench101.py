@@ -124,6 +124,7 @@ def test_what_this_space_does_not_do() -> None:
         (lambda: SPACE.restrict({"v1": [C3]}), "cannot be restricted"),
         (lambda: SPACE.encode(SPACE.decode(SPACE.read(EXAMPLE)).model_copy(update={"origin": None})), "does not come from"),
         (lambda: SPACE.read('{"matrix": []}'), "give matrix and ops"),
+        (lambda: SPACE.read("0" * 26), "no way of these picks"),
         (lambda: SPACE.read(EXAMPLE.replace(C1, "conv5x5")), "ops between input and output"),
         (lambda: load_space("nasbench101", act="relu6"), "no other activation"),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.op import Op
+from hwnas.core.published import named
 from hwnas.core.space import Choice, MacroSpace, Stage
 from hwnas.core.spaces import load_space, mobile32, proxylessnas
 from hwnas.errors import DocumentError, SpaceError
@@ -373,6 +376,24 @@ def test_names_of_spaces() -> None:
         load_space("mobile32", depth=3)
     with pytest.raises(SpaceError, match=r"space 'mobile32': .*activation 'gelu' is unknown"):
         load_space("mobile32", act="gelu")
+
+
+def test_architectures_as_text() -> None:
+    space = load_space("nasbench_macro")
+    picks = space.at([0, 1, 2, 0, 1, 2, 0, 1])
+    for text in ("01201201", " 0 1 2 0 1 2 0 1\n", json.dumps(picks), f"\n{json.dumps(picks, indent=1)}"):
+        assert space.read(text) == picks
+    assert named("01201201", space, resolution=32, classes=10).identity == space.decode(picks).identity
+    assert named("mobilenet_v2", space, resolution=32, classes=10).name == "mobilenet_v2"
+    for wrong, words in (
+        ("0120120", "7 positions, but space nasbench_macro has 8 choices"),
+        ("01201203", "position 3 at choice"),
+        ("{1}", "not valid JSON"),
+        ('{"s0.b0": "skip"}', "lack|no choice"),
+        ("a b", "'a b' is no architecture of space nasbench_macro: give the positions"),
+    ):
+        with pytest.raises(SpaceError, match=words):
+            named(wrong, space, resolution=32, classes=10)
 
 
 def test_a_space_from_a_file_takes_no_overrides(tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,8 @@ from hwnas.nn.bn import recalibrate
 from hwnas.nn.network import Network
 from hwnas.nn.supernet import SharedNetwork, make_supernet
 from hwnas.search.proposal import one_hot
-from hwnas.study.prefixes import Maps, Prefixes
+from hwnas.study import prefixes as module
+from hwnas.study.prefixes import PART_OF_MEMORY, Maps, Prefixes, memory_for_maps
 from tests.search.staging import tiny_space
 
 torch.set_num_threads(1)
@@ -135,3 +138,12 @@ def test_maps_that_do_not_fit_are_not_kept() -> None:
         prefixes.logits(network_of(supernet, row))
         prefixes.logits(runs.of(network_of(supernet, row)))
         assert runs.count == 5 * (len(network.blocks) - kept)
+
+
+def test_maps_take_a_part_of_what_a_container_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CGROUP", tmp_path / "memory.max")
+    whole = memory_for_maps(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_for_maps(torch.device("cpu")) == whole > 2**20
+    (tmp_path / "memory.max").write_text("6000000\n")
+    assert memory_for_maps(torch.device("cpu")) == int(PART_OF_MEMORY * 6_000_000)
