@@ -122,9 +122,11 @@ class LatencyTable(Document):
 
     @property
     def title(self) -> str:
-        """Short name: device, runtime, dtype, threads."""
+        """Short name: device, and of runtime, dtype and threads those that are known."""
         header = self.header
-        return f"{header.device}/{header.runtime}-{header.dtype}-{header.threads}t"
+        parts = (header.runtime, header.dtype, f"{header.threads}t")
+        known = "-".join(part for part in parts if not part.startswith("unknown"))
+        return f"{header.device}/{known}" if known else header.device
 
 
 FIT_COLD_FROM = 8
