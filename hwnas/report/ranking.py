@@ -74,10 +74,10 @@ def _tau(result: ScoreResult) -> float:
 
 def _cell(result: ScoreResult, metric: str) -> tuple[str, str]:
     """A metric, and below it the spread over super-nets, or the interval where there is one super-net."""
-    spread: Spread = result.spread[metric]
+    spread = result.spread.get(metric, Spread(mean=None, std=None))
     if spread.std is not None:
         return _shown(metric, spread.mean), f"± {_shown(metric, spread.std)}"
-    only = next((each[metric] for each in result.supernets if each[metric].value is not None), Estimate(value=None))
+    only = next((each[metric] for each in result.supernets if metric in each and each[metric].value is not None), Estimate(value=None))
     if only.low is None or only.high is None:
         return _shown(metric, only.value), ""
     return _shown(metric, only.value), f"{_shown(metric, only.low)} to {_shown(metric, only.high)}"

@@ -4,6 +4,8 @@
 correlation is undefined and comes out as nan.
 
 - ``kendall``: tau-b (Kendall 1945), (concordant - discordant) / sqrt((pairs - ties in a) * (pairs - ties in b)).
+- ``over_macs``: tau of the score minus tau of the MACs of the same architectures. Its interval is of the difference, so it can tell
+  a score from counting MACs where the intervals of the two taus overlap.
 - ``sparse_kendall``: the same after the truth is cut into bins of ``threshold``, so that accuracies that differ by less than
   training noise mostly count as ties (Yu, Ranftl, Salzmann, arXiv 2003.04276; their code uses 0.001). The score is not cut.
 - ``spearman``: the correlation of ranks, ties sharing their mean rank.

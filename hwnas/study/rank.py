@@ -31,7 +31,7 @@ from hwnas.study.truth import Truth, configured_truth
 
 RESULT = "study.json"
 
-METRICS = ("kendall", "sparse_kendall", "kendall_top", "spearman", "regret", "precision", "random_reaches")
+METRICS = ("kendall", "over_macs", "sparse_kendall", "kendall_top", "spearman", "regret", "precision", "random_reaches")
 """The numbers of every score; see study/metrics.py."""
 
 Rows = dict[str, dict[str, float]]
@@ -159,18 +159,23 @@ def _results(config: StudyConfig, truth: Truth, tables: Sequence[Rows], ctx: Sta
                 truth_N = np.array([alone[name] for name in rows])
                 columns = [np.array([row[name] for row in rows.values()]) * (-1 if name in LOWER_IS_BETTER else 1) for name in names]
                 score_N = columns[0] if len(columns) == 1 else metrics.rank_sum(columns)
-                per_supernet.append(estimates(config, score_N, truth_N))
+                macs_N = np.array([row["macs"] for row in rows.values()]) if "macs" in config.scores else None
+                per_supernet.append(estimates(config, score_N, truth_N, macs_N))
                 task.advance()
             spread = {metric: _spread([each[metric].value for each in per_supernet]) for metric in METRICS}
             results.append(ScoreResult(name="+".join(names), supernets=tuple(per_supernet), spread=spread))
     return tuple(results)
 
 
-def estimates(config: StudyConfig, score_N: np.ndarray, truth_N: np.ndarray) -> dict[str, Estimate]:
-    """Every metric of a score (higher is better) with its interval; the same resamples for every score."""
+def estimates(config: StudyConfig, score_N: np.ndarray, truth_N: np.ndarray, macs_N: np.ndarray | None = None) -> dict[str, Estimate]:
+    """Every metric of a score (higher is better) with its interval; the same resamples for every score.
+
+    Without ``macs_N`` there is nothing to be better than, and ``over_macs`` has no value.
+    """
     k = min(config.top_k, len(truth_N))
     functions: dict[str, metrics.Metric] = {
         "kendall": metrics.kendall,
+        "over_macs": lambda both, truth: metrics.kendall(both[:, 0], truth) - metrics.kendall(both[:, 1], truth),
         "sparse_kendall": lambda score, truth: metrics.sparse_kendall(score, truth, config.threshold),
         "kendall_top": metrics.kendall_top,
         "spearman": metrics.spearman,
@@ -180,12 +185,15 @@ def estimates(config: StudyConfig, score_N: np.ndarray, truth_N: np.ndarray) -> 
     }
     found = {}
     for name in METRICS:
-        value = functions[name](score_N, truth_N) if len(truth_N) else float("nan")
+        paired = name == "over_macs"
+        scores = np.stack([score_N, macs_N], axis=1) if paired and macs_N is not None else score_N
+        defined = len(truth_N) and not (paired and macs_N is None)
+        value = functions[name](scores, truth_N) if defined else float("nan")
         if not math.isfinite(value):
             found[name] = Estimate(value=None)
             continue
         rng = np.random.default_rng(0)
-        interval = metrics.bootstrap(functions[name], score_N, truth_N, rng, config.bootstrap, config.confidence)
+        interval = metrics.bootstrap(functions[name], scores, truth_N, rng, config.bootstrap, config.confidence)
         low, high = interval or (None, None)
         found[name] = Estimate(value=value, low=low, high=high)
     return found
@@ -219,7 +227,13 @@ def lines(study: RankStudy) -> list[str]:
         interval = "" if first.low is None else f" ({study.confidence:.0%}: {first.low:.3f} to {first.high:.3f})"
         over = "" if spread.std is None else f"; over {len(result.supernets)} super-nets {spread.mean:.3f} ± {spread.std:.3f}"
         value = "undefined" if first.value is None else f"{first.value:.3f}"
-        found.append(f"{result.name}: tau {value}{interval}{over}")
+        better = next((each["over_macs"] for each in result.supernets if each["over_macs"].value is not None), Estimate(value=None))
+        than_macs = (
+            ""
+            if better.low is None or result.name == "macs"
+            else f", over MACs {better.value:+.3f} ({better.low:+.3f} to {better.high:+.3f})"
+        )
+        found.append(f"{result.name}: tau {value}{interval}{than_macs}{over}")
     for supernet in study.supernets:
         if supernet.gap is not None:
             gap = supernet.gap

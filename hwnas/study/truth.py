@@ -10,8 +10,9 @@ one of
 - the space's own notation (``|nor_conv_3x3~0|+|...``: NAS-Bench-201, whose column ``arch_str`` is understood too; DARTS's genotypes;
   NAS-Bench-101's matrix and ops as JSON).
 
-Repeated trainings (``acc1``, ``acc2``, ... or a list) are averaged, and say how much two trainings of the same networks agree: no
-score can be expected to do better. Accuracies are parts of 1, or percentages where one is above 1.
+Repeated trainings (``acc1``, ``acc2``, ... or a list) are averaged, and say how much two trainings of the same networks agree. The mean
+is steadier than one training, so that a score may agree with it a little better. Accuracies are parts of 1, or percentages where one is
+above 1.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Truth:
 
     def info(self, file: str) -> TruthInfo:
         """What a document says of it; ``file`` is where it was read from."""
-        everywhere, top = (value if math.isfinite(value) else None for value in self.ceiling() or (math.nan, math.nan))
+        everywhere, top = (value if math.isfinite(value) else None for value in self.agreement() or (math.nan, math.nan))
         return TruthInfo(
             file=Path(file).name,
             sha256=self.sha256,
@@ -77,7 +78,7 @@ class Truth:
             kendall_top=top,
         )
 
-    def ceiling(self) -> tuple[float, float] | None:
+    def agreement(self) -> tuple[float, float] | None:
         """Tau between repeats, the mean over all pairs of them: of all architectures, and of the best tenth. None without repeats."""
         pairs = list(combinations(range(self.accuracy_NR.shape[1]), 2))
         if not pairs:

@@ -29,7 +29,7 @@ def test_the_noise_ceiling(truth: Truth) -> None:
     top = best_tenth(truth.mean)
     assert len(top) == 656
     assert kendall(first[top], second[top]) == pytest.approx(0.1822, abs=5e-5)
-    assert truth.ceiling() == pytest.approx((0.881, 0.185), abs=5e-4)  # means over the three pairs of repeats
+    assert truth.agreement() == pytest.approx((0.881, 0.185), abs=5e-4)  # means over the three pairs of repeats
     best = np.flatnonzero(truth.mean == truth.mean.max())
     assert {truth.names[i] for i in best} == {"22212202", "22212220"}  # the same blocks, and in the file the same accuracies
     assert truth.mean.max() == pytest.approx(0.93127, abs=5e-6)

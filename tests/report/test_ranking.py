@@ -26,7 +26,7 @@ def make_study(seeds: tuple[int, ...] = (0,), **changes: Any) -> RankStudy:
     config = StudyConfig(bootstrap=40)
     results = []
     for name, score in scores.items():
-        per_supernet = tuple(estimates(config, score, truth) for _ in seeds)
+        per_supernet = tuple(estimates(config, score, truth, scores["macs"]) for _ in seeds)
         std = 0.012 if len(seeds) > 1 else None
         spread = {metric: Spread(mean=per_supernet[0][metric].value, std=std) for metric in METRICS}
         results.append(ScoreResult(name=name, supernets=per_supernet, spread=spread))
@@ -64,7 +64,7 @@ def test_a_study_has_its_table_and_a_plot_per_score(tmp_path: Path) -> None:
     assert tau.value is not None and tau.low is not None
     for words in (f"{tau.value:.3f}", f"{tau.low:.3f} to", "0.881", "0.185", "56.0% with", "87.0% trained alone", "P@10"):
         assert words in page.text, words
-    assert "hwnas study rank" in page.text
+    assert "hwnas study rank" in page.text and "no score can be expected" not in page.text
     assert "Not finished yet" not in page.text and "not validated" not in page.text
     assert "Latency: batch 1" not in page.text and "MACs: multiply-accumulates" in page.text
 
@@ -96,3 +96,15 @@ def test_undefined_and_negative_numbers(value: float | None) -> None:
     shown = ranking.score_rows(study)[0].cells[0]
     assert shown == ("–" if value is None else "−0.250", "")
     assert len(ranking.scatters(study)) == 1
+
+
+def test_a_study_of_before_is_shown_without_the_metric_that_it_lacks() -> None:
+    full = make_study().scores[0]
+    older = full.model_copy(
+        update={
+            "supernets": tuple({name: value for name, value in each.items() if name != "over_macs"} for each in full.supernets),
+            "spread": {name: value for name, value in full.spread.items() if name != "over_macs"},
+        }
+    )
+    rows = ranking.score_rows(make_study(scores=(older,)))
+    assert rows[0].cells[METRICS.index("over_macs")] == ("–", "")

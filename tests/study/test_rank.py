@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from hwnas.config import Experiment
+from hwnas.config import Experiment, StudyConfig
 from hwnas.core.arch import Picks
 from hwnas.errors import ConfigError, DivergenceError, HwnasError, TableError
 from hwnas.nn.supernet import load_supernet
@@ -22,8 +22,8 @@ from hwnas.runs import JsonLines
 from hwnas.search.angle import Angles
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.studies import study_rank
-from hwnas.study.documents import RankStudy
-from hwnas.study.rank import METRICS
+from hwnas.study.documents import Estimate, RankStudy
+from hwnas.study.rank import METRICS, estimates
 from hwnas.study.scores import Scorer
 from hwnas.study.truth import read_truth
 from tests.search.staging import Killed, Killing, Saying, experiment, tiny_space
@@ -81,6 +81,9 @@ def test_metrics_are_those_of_the_scores(finished: tuple[Path, RankStudy]) -> No
     of_macs = next(result for result in found.scores if result.name == "macs")
     assert of_macs.supernets[0]["kendall"].value == pytest.approx(kendalltau(macs, truth).statistic)
     assert of_macs.spread["kendall"].std == 0
+    assert all(each["over_macs"] == Estimate(value=0, low=0, high=0) for each in of_macs.supernets)
+    loss = next(result for result in found.scores if result.name == "loss").supernets[0]
+    assert loss["over_macs"].value == pytest.approx(loss["kendall"].value - kendalltau(macs, truth).statistic)  # type: ignore[operator]
     for result in found.scores:
         for each in result.supernets:
             assert set(each) == set(METRICS)
@@ -261,3 +264,15 @@ def test_base_epochs_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         ranked(study(folder, base_epochs=0.3), tmp_path)
     with pytest.raises(ConfigError, match=r"only the last weights of study\.supernets"):
         ranked(study(folder, base_epochs=0.1, supernets=["x"]), tmp_path)
+
+
+def test_a_difference_to_macs_is_of_the_same_networks() -> None:
+    """A score that follows the MACs closely is told from them where the intervals of the two taus overlap."""
+    rng = np.random.default_rng(0)
+    truth_N = rng.normal(size=200)
+    macs_N = truth_N + rng.normal(size=200)
+    score_N = 0.8 * macs_N + 0.2 * truth_N
+    config = StudyConfig(bootstrap=200)
+    found, macs = estimates(config, score_N, truth_N, macs_N), estimates(config, macs_N, truth_N)
+    assert found["kendall"].low < macs["kendall"].high and found["over_macs"].low > 0  # type: ignore[operator]
+    assert macs["over_macs"] == Estimate(value=None)

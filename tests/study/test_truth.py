@@ -36,7 +36,7 @@ def test_gzip_named_columns_and_positions_apart(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b"\xef\xbb\xbfarchitecture,top1\n2 2 2 1 2 2 2 0,0.93\n0 0 0 0 0 0 0 0,0.45\n"))
     truth = read_truth(path, SPACE, ["top1"])
     assert truth.mean.tolist() == [0.93, 0.45]
-    assert truth.ceiling() is None
+    assert truth.agreement() is None
 
 
 def test_json_of_lists_of_objects_and_of_numbers(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_misspelt_column_and_a_missing_file(tmp_path: Path) -> None:
 def test_repeats_say_how_much_can_be_expected(tmp_path: Path) -> None:
     lines = "".join(f"{name},{a},{b}\n" for name, a, b in (("00000000", 1, 1), ("00000001", 2, 3), ("00000002", 3, 2), ("00000010", 4, 4)))
     truth = read_truth(written(tmp_path, "arch,acc1,acc2\n" + lines), SPACE)
-    assert truth.ceiling() == pytest.approx((4 / 6, 1.0))  # the best tenth is two here: 4 before 2 or 3
+    assert truth.agreement() == pytest.approx((4 / 6, 1.0))  # the best tenth is two here: 4 before 2 or 3
 
 
 def test_means_of_the_same_accuracies_are_ties(tmp_path: Path) -> None:
