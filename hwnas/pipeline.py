@@ -23,7 +23,7 @@ from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, SpaceError, UserError
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
-from hwnas.search import FINDERS, STRATEGIES
+from hwnas.search import FINDERS, STRATEGIES, check_space
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
 
@@ -147,6 +147,8 @@ class Pipeline:
         config = self.experiment.search
         if "search" in self.needed and config.target_ms is None and config.target_range is None:
             raise ConfigError("search.target_ms is not set: set it to your latency budget in milliseconds, or search.target_range to 0..1.")
+        if "search" in self.needed and config.weights is None:
+            check_space(config.strategy.name, self.space)
         fingerprint(self.experiment.data)
         for name in self.needed:
             self.run_stage(name, fresh=fresh)

@@ -130,6 +130,13 @@ def test_cells_of_nasbench101_and_positions_are_trained(tmp_path: Path) -> None:
     assert by_positions.train.arch == "22212220" and Pipeline(by_positions, tmp_path / "other", Progress()).plan()
 
 
+def test_a_strategy_that_cannot_search_the_space_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    wrong = load_experiment(write_tiny(tmp_path), ["space.name=nasbench201"])
+    with pytest.raises(SpaceError, match="'tunas' is for spaces of blocks in a row"):
+        Pipeline(wrong, tmp_path / "run", Progress()).run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tampered_output_is_redone(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)

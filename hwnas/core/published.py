@@ -190,12 +190,17 @@ NETWORKS: tuple[str, ...] = tuple(sorted(_NAMES))
 """Names that ``published`` knows."""
 
 
+def is_name(text: str) -> bool:
+    """Whether a text is the name of a network, right or wrong, and no architecture of a space: a letter first, no blanks or brackets."""
+    return re.fullmatch(r"[A-Za-z][\w.-]*", text) is not None
+
+
 def named(name: str, space: SearchSpace, *, resolution: int, classes: int) -> Architecture:
     """A published network by its name, or an architecture of ``space`` in its notation (``SearchSpace.read``).
 
-    Names begin with a letter and have neither blanks nor brackets. Raises SpaceError where it is neither.
+    Raises SpaceError where it is neither.
     """
-    if re.fullmatch(r"[A-Za-z][\w.-]*", name):
+    if is_name(name):
         return published(name, resolution=resolution, classes=classes)
     return space.decode(space.read(name), f"{space.name}-named")
 

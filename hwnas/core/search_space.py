@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,12 +109,15 @@ class SearchSpace(Document):
                 picks: Picks = dict(json.loads(text))
             except (ValueError, RecursionError) as error:
                 raise SpaceError(f"{shortened(text)} is not valid JSON ({error}): write picks as an object.") from error
+            wrong = next((key for key, option in picks.items() if type(option) not in (str, int)), None)  # True equals 1
+            if wrong is not None:
+                raise SpaceError(f"pick {wrong!r} is {picks[wrong]!r}: give the name or number of an option.")
             self.check(picks)
             return picks
         parts = text.split() if " " in text else list(text)
-        if not parts or not all(part.isascii() and part.isdigit() for part in parts):
+        if not parts or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
             own = f"{self.notation}, " if self.notation else ""
-            how = f"{own}the positions of its options, or its picks as a JSON object"
+            how = f"{own}the positions of its options ('0 12 3', or '0123'), or its picks as a JSON object"
             raise SpaceError(f"{shortened(text)} is no architecture of space {self.name}: give {how}.")
         if len(parts) != len(self.choices):
             raise SpaceError(

@@ -1,5 +1,8 @@
 """Search: strategies (one file per method), finders, the super-net's evaluator, and the stage that runs them."""
 
+from hwnas.core.cells import CellSpace
+from hwnas.core.search_space import SearchSpace
+from hwnas.errors import SpaceError
 from hwnas.registry import Registry
 
 STRATEGIES = Registry(
@@ -37,3 +40,12 @@ SHRINK_METRICS = Registry(
     },
 )
 """By what a space is shrunk: ``hwnas.search.shrinking.Metric``."""
+
+
+def check_space(strategy: str, space: SearchSpace) -> None:
+    """Raise SpaceError where a strategy cannot search spaces of cells, and this is one."""
+    if isinstance(space, CellSpace) and not STRATEGIES.get(strategy).cells:
+        raise SpaceError(
+            f"strategy {strategy!r} is for spaces of blocks in a row, and {space.name} is one of cells: "
+            f"choose one of {', '.join(sorted(name for name in STRATEGIES if STRATEGIES.get(name).cells))}."
+        )

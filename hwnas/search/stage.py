@@ -29,7 +29,7 @@ from hwnas.nn.portfolio import Portfolio
 from hwnas.nn.supernet import SharedNetwork, Supernet, load_supernet, make_supernet, save_supernet
 from hwnas.progress import Progress
 from hwnas.runs import StageContext
-from hwnas.search import FINDERS, STRATEGIES
+from hwnas.search import FINDERS, STRATEGIES, check_space
 from hwnas.search.finder import Finder
 from hwnas.search.judge import Judge
 from hwnas.search.meter import Meter, SearchCost
@@ -150,11 +150,7 @@ def search_context(experiment: Experiment, space: SearchSpace, table: LatencyTab
         trained_supernet(config.backbone, "search.backbone")
     if config.weights is None:
         strategy = search_strategy(config)
-        if isinstance(space, CellSpace) and not strategy.cells:
-            raise SpaceError(
-                f"strategy {config.strategy.name!r} is for spaces of blocks in a row, and {space.name} is one of cells: "
-                f"choose one of {', '.join(sorted(name for name in STRATEGIES if STRATEGIES.get(name).cells))}."
-            )
+        check_space(config.strategy.name, space)
         strategy.check(space)
         _check_settings(experiment, strategy)
     else:

@@ -4,8 +4,8 @@
 
 - a published network's name (``mobilenet_v2``), at the space's largest resolution and number of classes;
 - the path of an architecture document (``nets/a.json``, relative to the CSV file);
-- positions of the picked options in the order of the space's choices (``7 8 1 8 4``), as HW-NAS-Bench and HELP write networks;
-- picks as a JSON object (``{"s1.b0": "ir_k3_e3", ...}``).
+- positions of the picked options in the order of the space's choices (``7 8 1 8 4``), as HW-NAS-Bench and HELP write networks, picks as a
+  JSON object (``{"s1.b0": "ir_k3_e3", ...}``), or the space's own notation (``|nor_conv_3x3~0|+|...``); see ``SearchSpace.read``.
 
 Other columns are ignored. A network that comes several times has the median of its times.
 """
@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from hwnas.core.arch import Architecture, Picks
+from hwnas.core.arch import Architecture
 from hwnas.core.op import Op
-from hwnas.core.published import NETWORKS, published
+from hwnas.core.published import NETWORKS, is_name, published
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable, TableHeader
 from hwnas.document import file_sha256, nearest
@@ -89,44 +87,15 @@ def read_networks(path: str | Path, space: SearchSpace) -> list[tuple[Architectu
 def architecture(text: str, space: SearchSpace, folder: Path) -> Architecture:
     """The network that ``text`` stands for in ``space``; paths are relative to ``folder``. Raises SpaceError or DocumentError."""
     if text.endswith(".json"):
-        arch = Architecture.load(folder / text)
-    elif text.startswith("{"):
-        arch = space.decode(_picks(text), "picks")
-    elif text and all(re.fullmatch("-?[0-9]{1,9}", part) for part in text.split()):
-        arch = space.decode(_at([int(part) for part in text.split()], space), "positions")
-    elif text in NETWORKS:
-        arch = published(text, resolution=max(op.size for op in space.ops), classes=space.ops[-1].out_ch)
-    else:
+        return Architecture.load(folder / text)
+    if not is_name(text):
+        return space.decode(space.read(text), "picks")
+    if text not in NETWORKS:
         raise SpaceError(
             f"{text!r} is no architecture: give a published network, the path of a .json document, positions of options, or picks as JSON; "
             f"of published networks, {nearest(text, NETWORKS)}"
         )
-    return arch
-
-
-def _picks(text: str) -> Picks:
-    try:
-        picks = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SpaceError(
-            f"{text!r} is not valid JSON ({error}): write picks as an object, its quotes doubled inside a CSV cell."
-        ) from error
-    assert isinstance(picks, dict)  # it begins with a brace
-    wrong = [key for key, option in picks.items() if type(option) not in (str, int)]
-    if wrong:
-        raise SpaceError(f"pick {wrong[0]!r} is {picks[wrong[0]]!r}: give the name or number of an option.")
-    return picks
-
-
-def _at(positions: list[int], space: SearchSpace) -> Picks:
-    if len(positions) != len(space.choices):
-        raise SpaceError(
-            f"there are {len(positions)} positions, but space {space.name} has {len(space.choices)} choices: give one for each."
-        )
-    for position, choice in zip(positions, space.choices, strict=True):
-        if not 0 <= position < len(choice.options):
-            raise SpaceError(f"position {position} at choice {choice.key!r}: its options are 0 to {len(choice.options) - 1}.")
-    return space.at(positions)
+    return published(text, resolution=max(op.size for op in space.ops), classes=space.ops[-1].out_ch)
 
 
 def _columns(source: Source, cells: list[str]) -> tuple[int, int]:

@@ -48,6 +48,13 @@ def test_positions_picks_documents_and_names_stand_for_the_same_network(tmp_path
     assert ms == 11.5  # the median of 10, 11, 12 and 13
 
 
+def test_cells_are_written_in_their_benchmark_s_notation(tmp_path: Path) -> None:
+    cell = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
+    space = load_space("nasbench201")
+    networks = read_networks(written(tmp_path, f"architecture,ms\n{cell},2\n"), space)
+    assert [(arch.identity, ms) for arch, ms in networks] == [(space.decode(space.read(cell)).identity, 2.0)]
+
+
 def test_names_are_built_at_the_spaces_largest_resolution_and_classes(tmp_path: Path) -> None:
     space = ofa_mobilenet_v3(resolution=160, classes=10)
     path = written(tmp_path, "architecture,ms\nmobilenet_v2,3\n")
@@ -103,9 +110,9 @@ ROW = "architecture,ms\n0 0 0,1\n"
         (ROW + "0 0 1,-2\n", "line 3: ms is '-2': give"),
         (ROW + "0 0 1,nan\n", "line 3: ms is 'nan': give"),
         (ROW + "0 0 1,inf\n", "line 3: ms is 'inf': give"),
-        (ROW + "\n0 0,2\n", "line 4: there are 2 positions, but space tiny has 3 choices: give one for each."),
-        (ROW + "0 0 4,2\n", "line 3: position 4 at choice 's2.b0': its options are 0 to 3."),
-        (ROW + "0 -1 0,2\n", "line 3: position -1 at choice 's1.b1': its options are 0 to 4."),
+        (ROW + "\n0 0,2\n", "line 4: '0 0' has 2 positions, but space tiny has 3 choices: give one for each."),
+        (ROW + "0 0 4,2\n", "line 3: position 4 at choice 's2.b0' of '0 0 4': its options are 0 to 3."),
+        (ROW + "0 -1 0,2\n", "line 3: '0 -1 0' is no architecture of space tiny: give the positions"),
         (ROW + "mobilenet_v2,2\n", "line 3: network 'mobilenet_v2' holds conv-h8-i3-o32-k3-s2-relu6, which space tiny does not: remove it"),
         (ROW + "mobilnet_v2,2\n", "line 3: 'mobilnet_v2' is no architecture: give a published network, the path of a .json document, "),
         (ROW + "mobilnet_v2,2\n", "or picks as JSON; of published networks, did you mean 'mobilenet_v2'?"),
