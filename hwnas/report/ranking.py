@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup
 
 from hwnas.report.charts import HALF
@@ -16,8 +17,8 @@ LABELS = {
     "loss": "recalibrated loss",
     "unrecalibrated": "accuracy without recalibration",
     "angle": "angle, radians",
-    "macs": "MACs",
-    "params": "parameters",
+    "macs": "MACs, millions",
+    "params": "parameters, millions",
     "grad_norm": "gradient norm at initialisation",
     "snip": "SNIP at initialisation",
     "synflow": "SynFlow at initialisation (log)",
@@ -25,6 +26,7 @@ LABELS = {
 """What a score is called beside an axis."""
 
 PERCENTAGES = ("accuracy", "unrecalibrated")
+MILLIONS = ("macs", "params")
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,36 @@ def scatters(study: RankStudy) -> list[tuple[str, Markup]]:
     found = []
     for result in sorted(single, key=lambda result: -_tau(result)):
         label = LABELS[result.name]
-        scale = 100.0 if result.name in PERCENTAGES else 1.0
+        scale = 100.0 if result.name in PERCENTAGES else 1e-6 if result.name in MILLIONS else 1.0
+        title = label.partition(",")[0]
         with canvas(HALF, 300) as figure:
             axes = figure.subplots()
-            x = [scale * point.scores[result.name] for point in study.points]
-            y = [100 * point.truth for point in study.points]
-            axes.scatter(x, y, s=16, color=LIGHT["blue"], edgecolors=LIGHT["paper"], lw=0.4, zorder=3)
+            x = np.array([scale * point.scores[result.name] for point in study.points])
+            y = np.array([100 * point.truth for point in study.points])
+            shown = _near(x) & _near(y)
+            axes.scatter(x[shown], y[shown], s=16, color=LIGHT["blue"], edgecolors=LIGHT["paper"], lw=0.4, zorder=3)
             axes.margins(0.06)
+            if not shown.all():
+                axes.set_title(f"{(~shown).sum()} of {len(shown)} lie outside", fontsize="small", loc="right")
             axes.set_xlabel(label + (", %" if result.name in PERCENTAGES else ""))
             axes.set_ylabel("accuracy trained alone, %")
             tau = "undefined" if result.spread["kendall"].mean is None else f"{result.spread['kendall'].mean:.3f}"
             description = f"Scatter plot of accuracy trained alone over {label} of {len(x)} architectures: Kendall tau {tau}."
             found.append(
                 (
-                    f"{label[0].upper()}{label[1:]}: τ {_signed(result.spread['kendall'].mean)}",
+                    f"{title[0].upper()}{title[1:]}: τ {_signed(result.spread['kendall'].mean)}",
                     inline_svg(figure, f"rank-{result.name}", description),
                 )
             )
     return found
+
+
+def _near(values_N: np.ndarray) -> np.ndarray:
+    """Which of them a figure shows: bool [N]. A few networks that are no better than chance would leave no room for all others."""
+    low, high = np.quantile(values_N, [0.1, 0.9])
+    room = 2 * (high - low)
+    near: np.ndarray = (values_N >= low - room) & (values_N <= high + room)
+    return near
 
 
 def _tau(result: ScoreResult) -> float:

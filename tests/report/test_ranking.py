@@ -108,3 +108,10 @@ def test_a_study_of_before_is_shown_without_the_metric_that_it_lacks() -> None:
     )
     rows = ranking.score_rows(make_study(scores=(older,)))
     assert rows[0].cells[METRICS.index("over_macs")] == ("–", "")
+
+
+def test_a_few_networks_that_learnt_nothing_are_counted_and_not_drawn() -> None:
+    study = make_study()
+    assert "lie outside" not in ranking.scatters(study)[0][1]
+    points = [point.model_copy(update={"truth": 0.1}) if i < 2 else point for i, point in enumerate(study.points)]
+    assert "2 of 40 lie outside" in ranking.scatters(study.model_copy(update={"points": tuple(points)}))[0][1]
