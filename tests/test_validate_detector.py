@@ -14,6 +14,7 @@ import torch
 
 from hwnas.config import Experiment
 from hwnas.core.detector import PostProcessing
+from hwnas.core.spaces import mobile32
 from hwnas.data.coco import CocoImages
 from hwnas.data.images import load_images
 from hwnas.devices.device import HOST, connect
@@ -216,7 +217,7 @@ def test_parity_of_detections() -> None:
 @pytest.mark.parametrize(("task", "said"), [("classify", "'small-ssdlite' is a detector"), ("detect", "'small' is a classifier")])
 def test_a_network_of_the_other_task_is_not_exported(task: str, said: str, tmp_path: Path) -> None:
     boxes = Experiment.model_validate(settings(tmp_path))
-    network = network_of(architecture(boxes, tmp_path) if task == "classify" else classifier())
+    network = network_of(architecture(boxes, mobile32(), tmp_path) if task == "classify" else classifier())
     save_network(network, tmp_path / "run" / "train" / "model.safetensors", {})
     config = boxes if task == "detect" else Experiment()
     with pytest.raises(ConfigError, match=f"{said}, but task = '{task}': set task = "):

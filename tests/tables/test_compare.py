@@ -57,7 +57,7 @@ def test_ops_at_no_cost_have_no_ratio() -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    with pytest.raises(TableError, match=r"tables a/.* and b/.* have no op in common \(mbconv-h14.*same space"):
+    with pytest.raises(TableError, match=r"tables a and b have no op in common \(mbconv-h14.*same space"):
         compare(table({KEYS[0]: 1.0}), table({KEYS[1]: 1.0}, "b"))
     positional = table({KEYS[0]: 1.0}).model_copy(update={"entries": {}, "slots": {"s1.b0": {"skip": -1.0}}})
     for pair in ((positional, table({KEYS[0]: 1.0})), (table({KEYS[0]: 1.0}), positional)):
