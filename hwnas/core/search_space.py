@@ -114,7 +114,7 @@ class SearchSpace(Document):
                 raise SpaceError(f"pick {wrong!r} is {picks[wrong]!r}: give the name or number of an option.")
             self.check(picks)
             return picks
-        parts = text.split() if " " in text else list(text)
+        parts = text.split() if len(text.split()) > 1 else list(text)
         if not parts or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
             own = f"{self.notation}, " if self.notation else ""
             how = f"{own}the positions of its options ('0 12 3', or '0123'), or its picks as a JSON object"

@@ -381,7 +381,7 @@ def test_names_of_spaces() -> None:
 def test_architectures_as_text() -> None:
     space = load_space("nasbench_macro")
     picks = space.at([0, 1, 2, 0, 1, 2, 0, 1])
-    for text in ("01201201", " 0 1 2 0 1 2 0 1\n", json.dumps(picks), f"\n{json.dumps(picks, indent=1)}"):
+    for text in ("01201201", " 0 1 2 0 1 2 0 1\n", "0\t1\t2\t0\t1\t2\t0\t1", json.dumps(picks), f"\n{json.dumps(picks, indent=1)}"):
         assert space.read(text) == picks
     assert named("01201201", space, resolution=32, classes=10).identity == space.decode(picks).identity
     assert named("mobilenet_v2", space, resolution=32, classes=10).name == "mobilenet_v2"
