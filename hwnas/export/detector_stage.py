@@ -73,7 +73,7 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
     return Bundle(
         architecture=arch,
         labels=test.names,
-        preprocessing=preprocessing(data, test.resizing),
+        preprocessing=preprocessing(data, test),
         macs=arch.macs,
         params=arch.params,
         torch_ap=ap,
