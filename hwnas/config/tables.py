@@ -196,6 +196,11 @@ class ExportConfig(Section):
     )
     calibration_images: int = Field(128, ge=1, description="training images that set the int8 ranges")
     parity_images: int = Field(64, ge=1, description="test images that each file's outputs are compared on, kept in the bundle")
+    score_calibration: bool = Field(
+        False,
+        description="classifiers: TFLite files tell MediaPipe how to calibrate their scores, by a sigmoid per label that is fitted to "
+        "half of the test images, the only ones that training has not seen; the other half is left to judge it by",
+    )
 
 
 class ValidateConfig(Section):

@@ -5,6 +5,7 @@ export/
     model-fp32.tflite       NHWC float32 in, logits out
     model-int8.tflite       the same interface, int8 inside
     model.onnx              NCHW float32 in, logits out; the architecture is in its metadata
+    labels.txt              one label a line, in the order of the outputs; the TFLite files carry it in their metadata
     parity.npz              some test images as the model gets them, PyTorch's logits of them and classes of all
 
 Of a detector, the three files return a row per anchor, ``parity.npz`` holds PyTorch's rows and what it finds in all test images, and
@@ -17,7 +18,7 @@ there may be files that choose the detections themselves:
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -32,6 +33,8 @@ from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.data.images import Batch, Images
 from hwnas.document import Document, file_sha256, write_atomic
+from hwnas.export.metadata import LABELS_FILE, labels_text
+from hwnas.export.score_calibration import Transformation
 
 FILES: dict[str, tuple[str, str, str]] = {
     "tflite-fp32": ("model-fp32.tflite", "litert", "fp32"),
@@ -74,6 +77,24 @@ class BundleFile(_Part):
     size_bytes: int
     sha256: str
     parity: Parity
+
+
+class TextFile(_Part):
+    """A file beside the models."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class CalibrationPart(_Part):
+    """How the score calibration in the metadata of a classifier's TFLite files was fitted (``score_calibration`` has the formula)."""
+
+    images: int
+    source: str
+    transformation: Transformation
+    slopes: tuple[float, ...]
+    offsets: tuple[float, ...]
 
 
 class Preprocessing(_Part):
@@ -145,6 +166,8 @@ class Bundle(Document):
     test_images: int
     files: tuple[BundleFile, ...]
     detector: DetectorPart | None = None
+    labels_file: TextFile | None = None
+    score_calibration: CalibrationPart | None = None
     versions: dict[str, str]
 
     @model_validator(mode="after")
@@ -158,7 +181,7 @@ class Bundle(Document):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what belongs to the other task, so that bundles from before detectors keep their hash."""
+        """Without what belongs to the other task, and what came later, so that older bundles keep their hash."""
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
@@ -205,6 +228,13 @@ def describe_file(folder: Path, kind: str, measured: Parity) -> BundleFile:
             "parity": measured,
         }
     )
+
+
+def write_labels(folder: Path, labels: Sequence[str]) -> TextFile:
+    """Write ``labels.txt``, and return its entry."""
+    path = folder / LABELS_FILE
+    write_atomic(path, labels_text(labels).encode())
+    return TextFile(name=path.name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,10 @@ from hwnas.export.bundle import (
     preprocessing,
     save_parity,
     tool_versions,
+    write_labels,
 )
 from hwnas.export.detector import Decoded, columns
+from hwnas.export.metadata import ModelCard, Normalisation, with_metadata
 from hwnas.export.onnx import onnx_file
 from hwnas.export.post_processing import NMS_COLUMNS, READERS, Found, iou
 from hwnas.export.tflite import quantize_int8
@@ -55,7 +58,8 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
         raise ConfigError(f"data.name = {data.name!r} has no boxes, but {arch.name!r} is a detector: name the data it was trained on.")
     found = detect(network, test, settings, batch_size=BATCH, workers=data.workers)
     ap = average_precision(test, found).AP
-    writer = _Writer(network, settings, sampled_images(train, config.calibration_images))
+    card = ModelCard(arch.name, data.channels, test.names, "decoded", Normalisation.of_parts(data.mean, data.std))
+    writer = _Writer(network, settings, sampled_images(train, config.calibration_images), card)
     images = sampled_images(test, min(config.parity_images, max(1, ROWS_BYTES // (4 * writer.anchors * columns(network)))))
     rows = torch_rows(writer.decoded, images)
     kept = [torch.cat((each.boxes_D4, each.scores_D[:, None], each.classes_D[:, None]), dim=1).numpy() for each in found.values()]
@@ -84,6 +88,7 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
             post_processing=settings,
             files={FILES[kind][0]: described(kind, writer.anchors, columns(network), settings.detections) for kind in formats},
         ),
+        labels_file=write_labels(ctx.folder, test.names),
         versions=tool_versions(),
     )
 
@@ -91,8 +96,8 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
 class _Writer:
     """Writes files of one network; what several of them begin with is made once."""
 
-    def __init__(self, network: DetectionNetwork, settings: PostProcessing, calibration_NHWC: np.ndarray) -> None:
-        self.network, self.settings, self.calibration_NHWC = network, settings, calibration_NHWC
+    def __init__(self, network: DetectionNetwork, settings: PostProcessing, calibration_NHWC: np.ndarray, card: ModelCard) -> None:
+        self.network, self.settings, self.calibration_NHWC, self.card = network, settings, calibration_NHWC, card
         self.decoded = Decoded(network).eval()
         self.anchors = len(self.decoded.get_buffer("centres_A4"))
         self._heads: dict[str, bytes] = {}
@@ -104,10 +109,15 @@ class _Writer:
             write_atomic(path, self.onnx())
         elif kind == "onnx-nms":
             write_atomic(path, onnx_detector.with_nms(self.onnx(), self.settings))
-        elif kind in GRAPHS:
-            write_atomic(path, tflite_detector.tasks(self.heads(FILES[kind][2]), self.network, self.settings))
         else:
-            write_atomic(path, tflite_detector.decoded(self.heads(FILES[kind][2]), self.network))
+            write_atomic(path, self.tflite(kind))
+
+    def tflite(self, kind: str) -> bytes:
+        """A TFLite file, with metadata."""
+        heads = self.heads(FILES[kind][2])
+        if kind in GRAPHS:
+            return with_metadata(tflite_detector.tasks(heads, self.network, self.settings), replace(self.card, output="tasks"))
+        return with_metadata(tflite_detector.decoded(heads, self.network), self.card)
 
     def heads(self, dtype: str) -> bytes:
         """The TFLite file of the network without what follows its predictions."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hwnas.data.images import evaluation_batches, load_images, sampled_images
+from hwnas.data.images import Images, Portion, evaluation_batches, load_images, sampled_images
 from hwnas.document import write_atomic
 from hwnas.errors import ConfigError
-from hwnas.export import detector_stage
+from hwnas.export import detector_stage, score_calibration
 from hwnas.export.bundle import (
     FILES,
     Bundle,
+    CalibrationPart,
     describe_file,
     parity,
     preprocessing,
@@ -21,18 +23,24 @@ from hwnas.export.bundle import (
     tool_versions,
     torch_logits,
     torch_predictions,
+    write_labels,
 )
+from hwnas.export.metadata import LABELS_FILE, ModelCard, Normalisation, with_metadata
 from hwnas.export.onnx import to_onnx
+from hwnas.export.score_calibration import ScoreCalibration
 from hwnas.export.tflite import quantize_int8, to_tflite
 from hwnas.nn.network import Network, load_network
 from hwnas.runs import StageContext
 
 Predict = Callable[[Path, np.ndarray, Path], np.ndarray]
 
+CALIBRATION_PORTION = 0.5
+"""Of the test images, what score calibration is fitted to."""
+
 
 def outputs(formats: tuple[str, ...]) -> list[str]:
     """The files the stage writes."""
-    return ["bundle.json", "parity.npz", *(FILES[kind][0] for kind in formats)]
+    return ["bundle.json", "parity.npz", LABELS_FILE, *(FILES[kind][0] for kind in formats)]
 
 
 def run(ctx: StageContext, predict: Predict) -> None:
@@ -61,11 +69,20 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
     reference = torch_logits(network, images)
     predictions, labels = torch_predictions(network, evaluation_batches(test, 256, workers=data.workers))
     save_parity(ctx.folder / "parity.npz", images=images, logits=reference, predictions=predictions)
+    calibrated = _score_calibration(network, test, data.workers) if config.score_calibration else None
+    card = ModelCard(
+        name=network.arch.name,
+        channels=data.channels,
+        labels=test.names,
+        output="logits",
+        normalisation=Normalisation.of_parts(data.mean, data.std),
+        calibration=None if calibrated is None else calibrated.fitted,
+    )
     files = []
     with ctx.progress.task("exporting", len(formats)) as task:
         for kind in formats:
             path = ctx.folder / FILES[kind][0]
-            _write(kind, network, calibration, path)
+            _write(kind, network, calibration, card, path)
             files.append(describe_file(ctx.folder, kind, parity(predict(path, images, ctx.folder), reference)))
             task.advance(note=path.name)
     return Bundle(
@@ -77,11 +94,42 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
         torch_accuracy=float((predictions == labels).mean()),
         test_images=len(test),
         files=tuple(files),
+        labels_file=write_labels(ctx.folder, test.names),
+        score_calibration=None if calibrated is None else calibrated.part(),
         versions=tool_versions(),
     )
 
 
-def _write(kind: str, network: Network, calibration_NHWC: np.ndarray, path: Path) -> None:
+@dataclass(frozen=True)
+class _Calibrated:
+    """A score calibration, and the images that it was fitted to."""
+
+    fitted: ScoreCalibration
+    images: int
+
+    def part(self) -> CalibrationPart:
+        """What the bundle says of it."""
+        return CalibrationPart(
+            images=self.images,
+            source="a fixed random half of the test images; judge it by the others (training has seen all images that are not for tests)",
+            transformation=self.fitted.transformation,
+            slopes=self.fitted.slopes,
+            offsets=self.fitted.offsets,
+        )
+
+
+def _score_calibration(network: Network, test: Images, workers: int) -> _Calibrated:
+    """Fitted to PyTorch's logits of half of the test images: the final training has seen all others."""
+    half = Portion(test, CALIBRATION_PORTION)
+    pairs = [
+        (torch_logits(network, x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy())
+        for x_NCHW, y in evaluation_batches(half, 256, workers=workers)
+    ]
+    logits, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    return _Calibrated(score_calibration.fit(logits, labels, "IDENTITY"), len(labels))
+
+
+def _write(kind: str, network: Network, calibration_NHWC: np.ndarray, card: ModelCard, path: Path) -> None:
     arch = network.arch
     shape = (1, arch.in_channels, arch.resolution, arch.resolution)
     if kind == "onnx":
@@ -90,4 +138,4 @@ def _write(kind: str, network: Network, calibration_NHWC: np.ndarray, path: Path
     model = to_tflite(network, shape)
     if kind == "tflite-int8":
         model = quantize_int8(model, [calibration_NHWC], float_io=True)
-    write_atomic(path, model)
+    write_atomic(path, with_metadata(model, card))
