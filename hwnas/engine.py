@@ -39,6 +39,10 @@ DEFAULT_OPTIONS = {"rmsproptf": {"alpha": 0.9, "eps": 1.0}}
 """TuNAS's decay and epsilon, where the configuration names no options."""
 
 
+SHOWN_FIRST = ("loss", "quality", "train_accuracy", "latency_ms", "expected_ms", "reward", "entropy")
+"""What people look at first: of a note, a narrow terminal shows only the beginning."""
+
+
 class Stateful(Protocol):
     """Anything that a checkpoint carries beside the weights (a strategy)."""
 
@@ -229,7 +233,7 @@ class Engine:
                 metrics = step(self.step)
                 log({"step": self.step, **metrics})
                 self.step += 1
-                task.advance(note="  ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+                task.advance(note=note_of(metrics))
                 if time.monotonic() - saved > self.checkpoint_seconds or self.step == self.steps:
                     self.save()
                     saved = time.monotonic()
@@ -286,6 +290,18 @@ class Engine:
     def finish(self) -> None:
         """Remove the checkpoint: the stage's own outputs replace it."""
         self.checkpoint.unlink(missing_ok=True)
+
+
+def note_of(metrics: Metrics) -> str:
+    """The numbers of a step for a progress bar: ``loss 1.23  quality 0.45  latency 0.5 ms``, what is in ``SHOWN_FIRST`` first."""
+    order = [*(name for name in SHOWN_FIRST if name in metrics), *(name for name in metrics if name not in SHOWN_FIRST)]
+    return "  ".join(_shown(name, metrics[name]) for name in order)
+
+
+def _shown(name: str, value: float) -> str:
+    if name.endswith("_ms"):
+        return f"{name.removesuffix('_ms')} {value:.3g} ms"
+    return f"{name.removeprefix('train_')} {value:.3g}"
 
 
 def steps_of(epochs: float, images: int, batch_size: int) -> int:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+PACE_SECONDS = 60.0
+"""How far back the pace of a task is looked for: long enough for checkpoints to even out, short enough to follow a busy computer."""
 
 
 class Progress:
@@ -33,7 +38,70 @@ class Task:
     """A running bar. The base is silent."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """``steps`` more are done; ``note`` shows the numbers that matter now."""
+        """``steps`` more are done; ``note`` shows the numbers that matter now, the most important first, two blanks between them."""
 
     def end(self) -> None:
         """No more of it; what runs beside it goes on."""
+
+
+class Pace:
+    """How fast a task goes, from when its steps ended, and so how long the rest takes.
+
+    Steps that were done before it began say nothing of its pace, nor does the first one once there are others: it compiles, opens
+    files or fills caches. ``clock`` gives seconds.
+    """
+
+    def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.done, self._clock = total, done, clock
+        self.begun_at = clock()
+        self._begun_with = done
+        self._marks: deque[tuple[float, int]] = deque()
+        """When so many steps were done: all within ``PACE_SECONDS``, and at least two."""
+
+    def advance(self, steps: int) -> None:
+        """``steps`` more are done."""
+        self.done += steps
+        now = self._clock()
+        self._marks.append((now, self.done))
+        while len(self._marks) > 2 and self._marks[1][0] < now - PACE_SECONDS:
+            self._marks.popleft()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return self._clock() - self.begun_at
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that the rest will take; None where no step has been done yet."""
+        per_step = self._seconds_per_step()
+        if self.done >= self.total:
+            return 0.0
+        if per_step is None:
+            return None
+        since_the_last = self._clock() - self._marks[-1][0]
+        return max(0.0, (self.total - self.done) * per_step - since_the_last)
+
+    def _seconds_per_step(self) -> float | None:
+        if not self._marks:
+            return None
+        last_at, last_done = self._marks[-1]
+        first_at, first_done = self._marks[0] if len(self._marks) > 1 else (self.begun_at, self._begun_with)
+        steps = last_done - first_done
+        return (last_at - first_at) / steps if steps > 0 else None
+
+
+def duration(seconds: float) -> str:
+    """A length of time in one or two words, as a person would say it: ``40 s``, ``3 min``, ``1 h 20 min``, ``2 d 5 h``."""
+    if seconds < 0.95:
+        return "less than 1 s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        hours, rest = divmod(minutes, 60)
+        return f"{hours} h {rest} min" if rest else f"{hours} h"
+    days, rest = divmod(round(minutes / 60), 24)
+    return f"{days} d {rest} h" if rest else f"{days} d"
