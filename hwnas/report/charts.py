@@ -16,12 +16,11 @@ from hwnas.core.op import KINDS, Op
 from hwnas.core.table import Entry, HeldOut
 from hwnas.report.documents import Rows
 from hwnas.report.style import KERNEL_MARKERS, LIGHT, canvas, inline_svg, kernel_colour
+from hwnas.report.ticks import Ticks
 from hwnas.search.stage import Candidate, SearchResult
 
 HALF, FULL = 464, 952
 """Widths in CSS pixels of a figure in two columns and of one across the page."""
-
-_PERCENT = FuncFormatter(lambda value, _: f"{value:.3g}".rstrip(".") + "%")
 
 
 def pareto(search: SearchResult) -> Markup:
@@ -46,7 +45,7 @@ def pareto(search: SearchResult) -> Markup:
         left, right = min(*latencies, low), max(*latencies, high)
         axes.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))
         axes.margins(y=0.15)
-        axes.yaxis.set_major_formatter(_PERCENT)
+        axes.yaxis.set_major_formatter(Ticks("%"))
         axes.set_xlabel("predicted latency, ms")
         axes.set_ylabel(f"super-net {search.quality}, held-out images")
         figure.legend(loc="outside upper left", ncols=5)
@@ -106,7 +105,7 @@ def course(
         axes.set_xlim(0, max(1, int(rows[-1]["step"])))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if percent:
-            axes.yaxis.set_major_formatter(_PERCENT)
+            axes.yaxis.set_major_formatter(Ticks("%"))
         axes.set_xlabel("step")
         if len(columns) > 1 or target is not None:
             figure.legend(loc="outside upper right", ncols=3)
@@ -181,8 +180,8 @@ def entries(table_entries: dict[str, Entry]) -> Markup:
                 _dot(axes, row + 0.24 * (kernels.index(op.kernel) - (len(kernels) - 1) / 2), op, entry)
         if min(values) > 0 and max(values) > 12 * min(values):
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-            axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.4g}" if f"{value:e}"[0] in "25" else ""))
+            axes.xaxis.set_major_formatter(FuncFormatter(Ticks()))  # each by itself: 0.001 and 1, not 0.001 and 1.000
+            axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: Ticks()(value) if f"{value:e}"[0] in "25" else ""))
             axes.grid(which="minor", axis="x", alpha=0.5)
         axes.set_yticks(range(len(order)), [f"{kind}  {size}×{size}" for kind, size in order])
         axes.set_ylim(len(order) - 0.4, -0.6)

@@ -17,6 +17,8 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from hwnas.report.ticks import plain_ticks
+
 LIGHT = {
     "ink": "#1b2430",
     "muted": "#5a6572",
@@ -110,6 +112,7 @@ def kernel_colour(kernel: int) -> str:
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     """The figure as an SVG element that can stand in any page: ids prefixed by ``name``, no prolog, no metadata, no URLs."""
+    plain_ticks(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     drawn = buffer.getvalue()
