@@ -90,7 +90,8 @@ def check_names(experiment: Experiment, space: SearchSpace) -> None:
             plugin.options(known.get(plugin.name).Config)
     name = experiment.train.arch
     if name is not None and Path(name).suffix != ".json":
-        named(name, space, resolution=experiment.data.resolution, classes=experiment.data.classes)
+        data, width = experiment.data, experiment.space.width
+        named(name, space, resolution=data.resolution, classes=data.classes, in_channels=data.channels, width=width)
 
 
 def limit_hashes(config: SearchConfig) -> dict[str, str]:

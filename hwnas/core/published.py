@@ -8,6 +8,16 @@ fairnas/FairNAS (arXiv 1907.01845); torchvision's ``ssdlite320_mobilenet_v3_larg
 are half as wide (MobileNetV3, section 6.3) and whose first tap is the expansion of the first block of stride 32.
 
 FBNets are counted with the expansion convolution of e = 1 (timm, HW-NAS-Bench) and without (mobile-vision: ``_no_expand``).
+
+*Width multipliers* (``mobilenet_v2-w0.35``, or ``width``) make every layer's width a multiple of 8 and never less than 90 % of what is
+asked for. The head, the last layer before the classifier, differs by family:
+
+- MobileNetV2: only ever widened (torchvision's ``width_mult``, timm's ``mobilenetv2_050``);
+- MnasNet, Single-Path NAS, MobileNetV3, FBNet: always as published (torchvision's ``mnasnet0_5``, timm's ``mnasnet_140``,
+  ``mobilenetv3_large_075`` and code for the others). MobileNetV3 below 0.75 also keeps its stem, as timm's ``mobilenetv3_small_050`` does;
+  expansions are multiples of the scaled input, as in timm, where torchvision scales the rounded products;
+- ProxylessNAS, FairNAS, Multi-AVG, Multi-MAX: no rule is published, so they follow MobileNetV2's (ours);
+- the detector: none is published either; every layer of its backbone is scaled as MobileNetV3's, the last one too (ours), its extras are not.
 """
 
 from __future__ import annotations
@@ -94,12 +104,16 @@ _FBNETS: dict[str, tuple[int, str]] = {
 
 @dataclass(frozen=True)
 class _Written:
-    """A network stage by stage: width, stride, blocks. ``se_of_input`` takes SE's hidden width from a block's input, unrounded."""
+    """A network stage by stage: width, stride, blocks. ``se_of_input`` takes SE's hidden width from a block's input, unrounded.
+
+    ``head_scales`` says that a width multiplier above 1 widens the head, too.
+    """
 
     act: str
     stages: tuple[tuple[int, int, str], ...]
     residual: Residual = "matching"
     se_of_input: bool = False
+    head_scales: bool = False
 
 
 _WRITTEN = {
@@ -158,6 +172,7 @@ _WRITTEN = {
             (1280, 1, "hd"),
         ),
         residual="after_first",
+        head_scales=True,
     ),
     "multi_max": _Written(
         "relu",
@@ -172,6 +187,7 @@ _WRITTEN = {
             (1280, 1, "hd"),
         ),
         residual="after_first",
+        head_scales=True,
     ),
 }
 
@@ -190,69 +206,124 @@ NETWORKS: tuple[str, ...] = tuple(sorted(_NAMES))
 """Names that ``published`` knows."""
 
 
+_FIXED_HEADS = ("mnasnet_b1", "single_path_nas")
+"""Networks of ProxylessNAS's form whose head no multiplier changes."""
+
+_FIXED_STEM_BELOW = 0.75
+"""MobileNetV3's stem stays as it is for smaller multipliers (timm)."""
+
+
 def is_name(text: str) -> bool:
     """Whether a text is the name of a network, right or wrong, and no architecture of a space: a letter first, no blanks or brackets."""
     return re.fullmatch(r"[A-Za-z][\w.-]*", text) is not None
 
 
-def named(name: str, space: SearchSpace, *, resolution: int, classes: int) -> Architecture:
-    """A published network by its name, or an architecture of ``space`` in its notation (``SearchSpace.read``).
+def named(
+    name: str, space: SearchSpace, *, resolution: int, classes: int, in_channels: int = 3, width: float = 1.0
+) -> Architecture:  # fmt: skip
+    """A published network by its name, ``width`` times as wide, or an architecture of ``space`` in its notation (``SearchSpace.read``).
 
     Raises SpaceError where it is neither.
     """
-    if is_name(name):
-        return published(name, resolution=resolution, classes=classes)
-    return space.decode(space.read(name), f"{space.name}-named")
+    if not is_name(name):
+        return space.decode(space.read(name), f"{space.name}-named")
+    _, own = split_width(name)
+    if own is not None and width not in (1.0, own):
+        raise SpaceError(f"{name!r} says its width, and so does space.width = {width:g}: remove one of them.")
+    return published(name, resolution=resolution, classes=classes, in_channels=in_channels, width=width if own is None else 1.0)
 
 
-def published(name: str, *, resolution: int | None = None, classes: int | None = None, bn_eps: float = 1e-3) -> Architecture:
+def split_width(name: str) -> tuple[str, float | None]:
+    """A network's name and the multiplier at its end, None where there is none.
+
+    Example:
+        >>> split_width("mobilenet_v2-w0.35"), split_width("fbnet_a")
+        (('mobilenet_v2', 0.35), ('fbnet_a', None))
+    """
+    match = re.fullmatch(r"(?P<base>.+)-w(?P<width>\d+(?:\.\d+)?)", name)
+    return (match["base"], float(match["width"])) if match else (name, None)
+
+
+def published(
+    name: str,
+    *,
+    resolution: int | None = None,
+    classes: int | None = None,
+    bn_eps: float = 1e-3,
+    in_channels: int = 3,
+    width: float = 1.0,
+) -> Architecture:
     """A published network. Those that are picks carry the space of their own widths and activation as their origin.
 
     ``resolution`` and ``classes`` are ImageNet's 224 px and 1000 where they are not given, of a detector COCO's 320 px and 90.
+    ``width`` multiplies its widths, which the name may do, too (``mobilenet_v2-w0.35``); see the module.
 
     Example:
-        >>> published("mobilenet_v2").params
-        3504872
+        >>> published("mobilenet_v2").params, published("mobilenet_v2-w0.35").params
+        (3504872, 1677128)
     """
-    usual_resolution, usual_classes = (320, 90) if name == _SSDLITE else (224, 1000)
-    resolution = usual_resolution if resolution is None else resolution
-    classes = usual_classes if classes is None else classes
-    shape = Shape(name=f"{name}-space", resolution=resolution, classes=classes, bn_eps=bn_eps)
-    if name in _PROXYLESSNAS:
-        filters, act, blocks = _PROXYLESSNAS[name]
-        space = proxylessnas(filters, **shape | Shape(act=act))
-        return space.decode(picks_of_codes(space, [0, *_codes(blocks, _MOBILE)]), name)
-    if name in _FAIRNAS:
-        space = fairnas(**shape)
-        return space.decode(picks_of_codes(space, _codes(_FAIRNAS[name], _MOBILE)), name)
-    if name.removesuffix("_no_expand") in _FBNETS:
-        head, blocks = _FBNETS[name.removesuffix("_no_expand")]
-        space = fbnet(head=head, expand=not name.endswith("_no_expand"), **shape)
-        return space.decode(picks_of_codes(space, _codes(blocks, _FBNET)), name)
-    if name == _SSDLITE:
-        return _ssdlite320_mobilenet_v3_large(resolution, classes, bn_eps)
-    if name in _WRITTEN:
-        return Architecture(name=name, bn_eps=bn_eps, blocks=_written(_WRITTEN[name], resolution, classes))
-    raise SpaceError(f"unknown network {name!r}; {nearest(name, NETWORKS)}")
-
-
-def _written(network: _Written, resolution: int, classes: int) -> tuple[Op, ...]:
-    stages = tuple(
-        Stage(widths=(width,), stride=stride, slots=tuple((option,) for option in blocks.split()), residual=network.residual)
-        for width, stride, blocks in network.stages
+    base, own = split_width(name)
+    width *= 1.0 if own is None else own
+    if base not in NETWORKS:
+        raise SpaceError(f"unknown network {name!r}; {nearest(base, NETWORKS)}")
+    usual_resolution, usual_classes = (320, 90) if base == _SSDLITE else (224, 1000)
+    name = base if width == 1.0 else f"{base}-w{width:g}"
+    shape = Shape(
+        name=f"{name}-space",
+        resolution=usual_resolution if resolution is None else resolution,
+        classes=usual_classes if classes is None else classes,
+        in_channels=in_channels,
+        bn_eps=bn_eps,
     )
-    ops = MacroSpace(name="written", resolution=resolution, classes=classes, act=network.act, stages=stages).decode({}).blocks
+    if base in _PROXYLESSNAS:
+        filters, act, blocks = _PROXYLESSNAS[base]
+        space = _widened(proxylessnas(filters, **shape | Shape(act=act)), width, last=1.0 if base in _FIXED_HEADS else None)
+        return space.decode(picks_of_codes(space, [0, *_codes(blocks, _MOBILE)]), name)
+    if base in _FAIRNAS:
+        space = _widened(fairnas(**shape), width)
+        return space.decode(picks_of_codes(space, _codes(_FAIRNAS[base], _MOBILE)), name)
+    if base.removesuffix("_no_expand") in _FBNETS:
+        head, blocks = _FBNETS[base.removesuffix("_no_expand")]
+        space = _widened(fbnet(head=head, expand=not base.endswith("_no_expand"), **shape), width, last=1.0)
+        return space.decode(picks_of_codes(space, _codes(blocks, _FBNET)), name)
+    if base == _SSDLITE:
+        return _ssdlite320_mobilenet_v3_large(name, shape, width)
+    network = _WRITTEN[base]
+    return Architecture(name=name, in_channels=in_channels, bn_eps=bn_eps, blocks=_written(network, shape, width))
+
+
+def _widened(space: MacroSpace, width: float, *, first: float | None = None, last: float | None = None) -> MacroSpace:
+    return space if width == 1.0 else space.scaled(width, name=space.name, first=first, last=last)
+
+
+def _written(network: _Written, shape: Shape, width: float, *, last: float | None = 1.0) -> tuple[Op, ...]:
+    stages = tuple(
+        Stage(widths=(channels,), stride=stride, slots=tuple((option,) for option in blocks.split()), residual=network.residual)
+        for channels, stride, blocks in network.stages
+    )
+    space = MacroSpace(
+        name=shape["name"],
+        resolution=shape["resolution"],
+        in_channels=shape["in_channels"],
+        classes=shape["classes"],
+        act=network.act,
+        stages=stages,
+    )
+    fixed_stem = network.act == "hswish" and width < _FIXED_STEM_BELOW  # only MobileNetV3 is written with hard-swish
+    ops = _widened(space, width, first=1.0 if fixed_stem else None, last=None if network.head_scales else last).decode({}).blocks
     if network.se_of_input:
         ops = tuple(replace(op, se_ch=op.in_ch // 4) if op.se_ch else op for op in ops)
     return ops
 
 
-def _ssdlite320_mobilenet_v3_large(resolution: int, classes: int, bn_eps: float) -> Architecture:
-    *blocks, _ = _written(_SSDLITE_BACKBONE, resolution, classes)
+def _ssdlite320_mobilenet_v3_large(name: str, shape: Shape, width: float) -> Architecture:
+    *blocks, _ = _written(_SSDLITE_BACKBONE, shape, width, last=width)
     tap = max(position for position, op in enumerate(blocks) if op.stride == 2)
     blocks[tap : tap + 1] = split_expansion(blocks[tap])
-    detector = ssdlite(blocks, (tap, len(blocks) - 1), classes)
-    return Architecture(name=_SSDLITE, bn_eps=bn_eps, blocks=tuple(blocks), detector=detector)
+    detector = ssdlite(blocks, (tap, len(blocks) - 1), shape["classes"])
+    return Architecture(
+        name=name, in_channels=shape["in_channels"], bn_eps=shape["bn_eps"], blocks=tuple(blocks), detector=detector
+    )  # fmt: skip
 
 
 def _codes(blocks: str, names: Sequence[str]) -> list[int]:

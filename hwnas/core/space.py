@@ -290,10 +290,11 @@ class MacroSpace(SearchSpace):
         sizes = _kept(RESOLUTION, self.resolutions or (self.resolution,), allowed)
         return self._changed(stages, name, resolution=max(sizes), resolutions=sizes if len(sizes) > 1 else ())
 
-    def scaled(self, width: float, *, name: str | None = None) -> Self:
+    def scaled(self, width: float, *, name: str | None = None, first: float | None = None, last: float | None = None) -> Self:
         """A new space with every stage ``width`` times as wide, rounded to multiples of 8; equal widths merge.
 
-        The last stage before a classifier is only ever widened, as in MobileNetV2 and ProxylessNAS: it needs the features.
+        The last stage before a classifier is only ever widened, as in MobileNetV2 and ProxylessNAS: it needs the features. ``first``
+        and ``last`` are factors of the first and the last stage, where a network's own rule has others.
 
         Example:
             >>> from hwnas.core.spaces import proxylessnas
@@ -302,7 +303,10 @@ class MacroSpace(SearchSpace):
         """
         if not 0 < width < math.inf:
             raise SpaceError(f"space {self.name} cannot be {width} times as wide: give a width above 0, for instance 0.5.")
-        factors = [*[width] * (len(self.stages) - 1), max(width, 1.0) if self.detector is None else width]
+        factors = [width] * len(self.stages)
+        factors[0] = width if first is None else first
+        usual = max(width, 1.0) if self.detector is None else width
+        factors[-1] = usual if last is None else last
         stages = [
             stage.model_copy(update={"widths": tuple(dict.fromkeys(make_divisible(channels * factor) for channels in stage.widths))})
             for stage, factor in zip(self.stages, factors, strict=True)

@@ -79,7 +79,8 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
     elif Path(name).suffix == ".json":
         arch = Architecture.load(located(Path(name)))
     else:
-        arch = named(name, space, resolution=data.resolution, classes=data.classes)
+        width = experiment.space.width
+        arch = named(name, space, resolution=data.resolution, classes=data.classes, in_channels=data.channels, width=width)
     if experiment.task == "classify" and arch.detector is not None:
         raise ConfigError(f"architecture {arch.name!r} has a detector: set task = 'detect' and name data with boxes, or train another.")
     if experiment.task == "detect" and arch.detector is None:

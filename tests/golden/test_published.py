@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from hwnas.core.arch import Architecture
-from hwnas.core.published import NETWORKS
+from hwnas.core.published import NETWORKS, named
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import fairnas, fbnet, fbnet_no_expand, picks_of_codes, proxylessnas, published
 from hwnas.errors import SpaceError
@@ -180,3 +180,32 @@ def test_an_unknown_network_is_answered_with_the_nearest() -> None:
         published("mobilenetv2")
     with pytest.raises(SpaceError, match=r"known: fairnas_a, .*, mobilenet_v2, .*, ssdlite320_mobilenet_v3_large\."):
         published("x")
+
+
+def test_a_multiplier_in_the_name_and_one_beside_it_are_the_same() -> None:
+    assert published("mobilenet_v2-w0.35") == published("mobilenet_v2", width=0.35)
+    assert published("mobilenet_v2", width=1.0) == published("mobilenet_v2-w1") == published("mobilenet_v2")
+    assert [op.out_ch for op in published("mobilenet_v2-w0.35").ops()][:3] == [16, 8, 8]
+    assert published("mobilenet_v2-w0.35").ops()[-1].in_ch == 1280  # the head is never narrowed
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_scaled(name: str) -> None:
+    narrow, usual, wide = (published(name, width=width).macs for width in (0.5, 1.0, 1.5))
+    assert 0.2 < narrow / usual < 0.6 and 1.5 < wide / usual < 2.4
+
+
+def test_a_network_and_the_configuration_do_not_both_say_a_width() -> None:
+    space = proxylessnas()
+    assert named("mobilenet_v2", space, resolution=32, classes=10, width=0.5).name == "mobilenet_v2-w0.5"
+    assert named("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.5).name == "mobilenet_v2-w0.5"
+    with pytest.raises(SpaceError, match=r"'mobilenet_v2-w0.5' says its width, and so does space\.width = 0\.75: remove one"):
+        named("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.75)
+    with pytest.raises(SpaceError, match=r"unknown network 'mobilenetv2-w0.5'; did you mean 'mobilenet_v2'\?"):
+        published("mobilenetv2-w0.5")
+
+
+def test_grey_images_shape_a_published_network() -> None:
+    grey = published("mobilenet_v3_small", resolution=32, classes=10, in_channels=1)
+    assert (grey.in_channels, grey.ops()[0].in_ch) == (1, 1)
+    assert grey.params == published("mobilenet_v3_small", resolution=32, classes=10).params - 2 * 9 * 16

@@ -23,6 +23,37 @@ TIMM = {
     "fbnet_c": "fbnetc_100",
 }
 THEIRS = {f"timm-{name}": (name, lambda theirs=theirs: timm.create_model(theirs)) for name, theirs in TIMM.items()}
+WIDER_AND_NARROWER = {
+    "mobilenetv2_035": "mobilenet_v2-w0.35",
+    "mobilenetv2_050": "mobilenet_v2-w0.5",
+    "mobilenetv2_140": "mobilenet_v2-w1.4",
+    "mnasnet_050": "mnasnet_b1-w0.5",
+    "mnasnet_140": "mnasnet_b1-w1.4",
+    "semnasnet_075": "mnasnet_a1-w0.75",
+    "mobilenetv3_large_075": "mobilenet_v3_large-w0.75",
+    "mobilenetv3_small_075": "mobilenet_v3_small-w0.75",
+    "mobilenetv3_small_050": "mobilenet_v3_small-w0.5",
+}
+THEIRS |= {f"timm-{theirs}": (name, lambda theirs=theirs: timm.create_model(theirs)) for theirs, name in WIDER_AND_NARROWER.items()}
+THEIRS |= {
+    f"torchvision-mobilenet_v2-{width}": (f"mobilenet_v2-w{width}", lambda width=width: torchvision.models.mobilenet_v2(width_mult=width))
+    for width in (0.35, 0.5, 0.75, 1.4)
+}
+THEIRS |= {
+    f"torchvision-mnasnet-{width}": (f"mnasnet_b1-w{width}", lambda width=width: torchvision.models.MNASNet(width))
+    for width in (0.5, 0.75, 1.3)
+}
+THEIRS |= {
+    f"timm-spnasnet-{width}": (
+        f"single_path_nas-w{width}",
+        lambda width=width: timm.models.efficientnet._gen_spnasnet("spnasnet_100", width),
+    )
+    for width in (0.5, 1.4)
+}
+THEIRS |= {
+    f"timm-fbnetc-{width}": (f"fbnet_c-w{width}", lambda width=width: timm.models.efficientnet._gen_fbnetc("fbnetc_100", width))
+    for width in (0.75, 1.4)
+}
 THEIRS |= {
     "torchvision-mobilenet_v2": ("mobilenet_v2", lambda: torchvision.models.mobilenet_v2()),
     "torchvision-mnasnet_b1": ("mnasnet_b1", lambda: torchvision.models.mnasnet1_0()),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
@@ -204,6 +205,18 @@ def test_the_architecture_of_a_detection_experiment(tmp_path: Path) -> None:
     assert architecture(Experiment.model_validate(config), mobile32(), tmp_path) == published(
         "ssdlite320_mobilenet_v3_large", resolution=96, classes=2
     )
+
+
+@pytest.mark.parametrize(("width", "channels"), [(0.35, 3), (1.4, 1)])
+def test_a_published_network_has_the_width_and_the_channels_that_are_set(tmp_path: Path, width: float, channels: int) -> None:
+    one_each = {"mean": [0.5] * channels, "std": [0.5] * channels}
+    data = {"name": "digits", "resolution": 32, "channels": channels, **one_each}
+    config = {"space": {"width": width}, "data": data, "train": {"arch": "mobilenet_v2"}}
+    found = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
+    assert found == published("mobilenet_v2", resolution=32, classes=10, in_channels=channels, width=width)
+    theirs = torchvision.models.mobilenet_v2(num_classes=10, width_mult=width)
+    of_colours = (3 - channels) * 9 * found.ops()[0].out_ch
+    assert found.params == sum(parameter.numel() for parameter in theirs.parameters()) - of_colours
 
 
 def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
