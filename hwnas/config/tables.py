@@ -157,6 +157,10 @@ class ExportConfig(Section):
     )
     calibration_images: int = Field(128, ge=1, description="training images that set the int8 ranges")
     parity_images: int = Field(64, ge=1, description="test images that each file's outputs are compared on, kept in the bundle")
+    input: Literal["float32", "uint8"] = Field(
+        "float32", description="what the files take: normalised images, or pixels 0 to 255, which they normalise themselves"
+    )
+    softmax: bool = Field(False, description="classifiers: probabilities come out of the files instead of logits")
 
 
 class ValidateConfig(Section):

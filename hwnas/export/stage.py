@@ -15,6 +15,8 @@ from hwnas.export.bundle import (
     FILES,
     Bundle,
     describe_file,
+    described_input,
+    described_output,
     parity,
     preprocessing,
     save_parity,
@@ -22,7 +24,8 @@ from hwnas.export.bundle import (
     torch_logits,
     torch_predictions,
 )
-from hwnas.export.onnx import to_onnx
+from hwnas.export.interface import Interface
+from hwnas.export.onnx import onnx_file
 from hwnas.export.tflite import quantize_int8, to_tflite
 from hwnas.nn.network import Network, load_network
 from hwnas.runs import StageContext
@@ -57,16 +60,20 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
     data = ctx.experiment.data.at(network.arch.resolution)
     train, test = load_images(data, "train"), load_images(data, "test")
     calibration = sampled_images(train, config.calibration_images)
-    images = sampled_images(test, config.parity_images)
-    reference = torch_logits(network, images)
+    interface = Interface(config.input, config.softmax, data.mean, data.std)
+    images = interface.fed(sampled_images(test, config.parity_images))
+    reference = torch_logits(network, interface.seen(images))
     predictions, labels = torch_predictions(network, evaluation_batches(test, 256, workers=data.workers))
     save_parity(ctx.folder / "parity.npz", images=images, logits=reference, predictions=predictions)
     files = []
     with ctx.progress.task("exporting", len(formats)) as task:
         for kind in formats:
-            path = ctx.folder / FILES[kind][0]
-            _write(kind, network, calibration, path)
-            files.append(describe_file(ctx.folder, kind, parity(predict(path, images, ctx.folder), reference)))
+            name, runtime, _ = FILES[kind]
+            path = ctx.folder / name
+            write_atomic(path, interface.around(_network_file(kind, network, calibration), runtime))
+            measured = parity(predict(path, images, ctx.folder), interface.outputs_of(reference))
+            described = described_input(runtime, interface, network.arch), (described_output(interface, network.arch),)
+            files.append(describe_file(ctx.folder, kind, measured, *described))
             task.advance(note=path.name)
     return Bundle(
         architecture=network.arch,
@@ -81,13 +88,11 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
     )
 
 
-def _write(kind: str, network: Network, calibration_NHWC: np.ndarray, path: Path) -> None:
+def _network_file(kind: str, network: Network, calibration_NHWC: np.ndarray) -> bytes:
+    """The file of a format with the network alone: normalised float32 images in, logits out."""
     arch = network.arch
     shape = (1, arch.in_channels, arch.resolution, arch.resolution)
     if kind == "onnx":
-        to_onnx(network, shape, metadata={"architecture": arch.to_json()}, path=path)
-        return
+        return onnx_file(network, shape, metadata={"architecture": arch.to_json()})
     model = to_tflite(network, shape)
-    if kind == "tflite-int8":
-        model = quantize_int8(model, [calibration_NHWC], float_io=True)
-    write_atomic(path, model)
+    return quantize_int8(model, [calibration_NHWC], float_io=True) if kind == "tflite-int8" else model
