@@ -234,7 +234,12 @@ class Pipeline:
         return {section: content_sha256(content[section]) for section in sections}
 
     def _data(self) -> dict[str, str]:
-        return {**self._config("data"), "images": fingerprint(self.experiment.data)}
+        data = self.experiment.data
+        found = {**self._config("data"), "images": fingerprint(data)}
+        if data.name == "folder" and data.augment != "imagenet":
+            # These were evaluated on a centre crop, whatever they were trained on: what was found out that way does not stand.
+            found["geometry"] = content_sha256(data.resize_mode)
+        return found
 
     def _file(self, path: Path, made_by: str) -> dict[str, str]:
         if not path.is_file() and path == self.table_path and self.experiment.search.table is not None:

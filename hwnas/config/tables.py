@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hwnas.config.base import Section
 from hwnas.config.search import OptimizerConfig
@@ -38,6 +38,9 @@ class DeviceConfig(Section):
         return self
 
 
+Resize: TypeAlias = Literal["squash", "crop", "pad"]
+Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+
 IMAGE_LABELS = ("digits", "npz", "cifar10", "folder")
 """Our data sets that have one label per image; plug-ins may be of either kind."""
 
@@ -56,7 +59,43 @@ class DataConfig(Section):
     augment: Literal["none", "crop", "crop_flip", "imagenet", "ssd", "ssdlite"] = Field(
         "crop_flip", description="imagenet: for folder; ssd, ssdlite: for coco, torchvision's presets, the latter also MobileDet's"
     )
+    resize: Resize | None = Field(
+        None,
+        description="how an image becomes the network's size, in training and in evaluation. squash (default): both sides to the "
+        "resolution, as MediaPipe and ML Kit do; crop (default of augment = 'imagenet'): the middle of a larger one, not for boxes; "
+        "pad: all of it, on a border of the mean colour",
+    )
+    crop_fraction: float | None = Field(
+        None, gt=0, le=1, description="resize crop: part of the shorter side that is kept; default 0.875 (224 of 256 pixels)"
+    )
+    interpolation: Interpolation | None = Field(
+        None, description="of the resizing, with antialiasing; default: bilinear, with augment = 'imagenet' bicubic"
+    )
     workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+
+    @property
+    def resize_mode(self) -> Resize:
+        """``resize``, or what it is by default."""
+        usual: Resize = "crop" if self.augment == "imagenet" else "squash"
+        return self.resize or usual
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not set of the geometry, so that run folders from before it could be chosen stay up to date."""
+        unset = [name for name in ("resize", "crop_fraction", "interpolation") if getattr(self, name) is None]
+        return {name: value for name, value in handler(self).items() if name not in unset}
+
+    @model_validator(mode="after")
+    def _one_geometry(self) -> Self:
+        if self.crop_fraction is not None and self.resize_mode != "crop":
+            raise ValueError(
+                f"data.crop_fraction is of data.resize = 'crop', and this is {self.resize_mode!r}; remove it, or choose 'crop'"
+            )
+        if self.resize == "crop" and (self.name == "coco" or self.augment in ("ssd", "ssdlite")):
+            raise ValueError("data.resize = 'crop' would cut objects off at the edges; choose squash or pad for boxes")
+        if self.resize == "pad" and self.augment == "imagenet":
+            raise ValueError("data.resize = 'pad' shows borders that no crop of data.augment = 'imagenet' has; choose crop or squash")
+        return self
 
     @model_validator(mode="after")
     def _per_channel(self) -> Self:

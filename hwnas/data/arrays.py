@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hwnas.config import DataConfig
 from hwnas.data import data_folder
+from hwnas.data.geometry import Geometry
 from hwnas.data.images import Batch, Images, Request, split_indices
 from hwnas.errors import DataError
 
@@ -20,6 +21,8 @@ CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 class ArrayImages(Images):
     """uint8 images [N, H, W, C] in memory, resized and augmented per batch on the fly."""
+
+    geometry: Geometry
 
     def __init__(self, x_NHWC: np.ndarray, labels: np.ndarray, names: tuple[str, ...], config: DataConfig, augment: bool) -> None:
         pixels = torch.from_numpy(np.ascontiguousarray(x_NHWC)).permute(0, 3, 1, 2)
@@ -30,8 +33,8 @@ class ArrayImages(Images):
                 f"data {config.name!r} has {pixels.shape[1]} channels, but data.channels = {config.channels}: set it to {pixels.shape[1]}."
             )
         self.pixels_NCHW = pixels.contiguous()
-        self.resolution = config.resolution
-        self.resizing = f"to {config.resolution} x {config.resolution}, bilinear with antialiasing"
+        self.geometry = geometry = Geometry.of(config)
+        self.resizing = geometry.words
         self.labels = labels.astype(np.int64)
         self.names = names
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.mean, config.std))
@@ -41,32 +44,31 @@ class ArrayImages(Images):
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         indices = torch.tensor([index for index, _ in requests])
-        x_NCHW = _resized(self.pixels_NCHW[indices], self.resolution)
-        if self.augment != "none":
-            x_NCHW = _shifted(x_NCHW, self.augment == "crop_flip", np.random.default_rng(requests[0][1]))
+        x_NCHW = _scaled(self.pixels_NCHW[indices], self.geometry)
+        rng = np.random.default_rng(requests[0][1])
+        x_NCHW = self.geometry.cut(x_NCHW) if self.augment == "none" else _shifted(x_NCHW, self.geometry, self.augment == "crop_flip", rng)
         normalised = (x_NCHW.float() / 255.0 - self.mean) / self.std
         return normalised.contiguous(), torch.from_numpy(self.labels[indices.numpy()])
 
 
-def _resized(pixels_NCHW: Tensor, resolution: int) -> Tensor:
-    """Bilinear with antialiasing, only where the size differs."""
-    if pixels_NCHW.shape[-2:] == (resolution, resolution):
-        return pixels_NCHW
-    size = (resolution, resolution)
-    resized = F.interpolate(pixels_NCHW.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.round().clamp(0, 255).to(torch.uint8)
+def _scaled(pixels_NCHW: Tensor, geometry: Geometry) -> Tensor:
+    """Images at the network's scale, computed in float32, only where the size differs."""
+    height, width = pixels_NCHW.shape[-2:]
+    if geometry.frame(width, height)[:2] == (width, height):
+        return geometry.scaled(pixels_NCHW)
+    return geometry.scaled(pixels_NCHW.float()).round().clamp(0, 255).to(torch.uint8)
 
 
-def _shifted(x_NCHW: Tensor, flip: bool, rng: np.random.Generator) -> Tensor:
-    """Random crop after zero padding by an eighth of the size (CIFAR's 4 of 32), and a horizontal flip of every second image."""
-    count, _, size, _ = x_NCHW.shape
-    pad = max(1, size // 8)
-    padded = F.pad(x_NCHW, (pad, pad, pad, pad))
-    tops, lefts = torch.from_numpy(rng.integers(0, 2 * pad + 1, size=(2, count)))
+def _shifted(x_NCHW: Tensor, geometry: Geometry, flip: bool, rng: np.random.Generator) -> Tensor:
+    """Each scaled image shifted by up to ``geometry.room`` pixels, black beyond its edges, and every second one flipped."""
+    count, size, room = len(x_NCHW), geometry.resolution, geometry.room
+    left, top = geometry.corner(x_NCHW)
+    padded = F.pad(x_NCHW, (room, room, room, room))
+    downs, rights = torch.from_numpy(rng.integers(0, 2 * room + 1, size=(2, count)))
     flips = torch.from_numpy(rng.random(count) < 0.5) if flip else torch.zeros(count, dtype=torch.bool)
     steps = torch.arange(size)
-    rows = tops[:, None] + steps
-    columns = lefts[:, None] + torch.where(flips[:, None], size - 1 - steps, steps)
+    rows = top + downs[:, None] + steps
+    columns = left + rights[:, None] + torch.where(flips[:, None], size - 1 - steps, steps)
     return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 

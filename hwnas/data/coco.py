@@ -5,7 +5,8 @@
 
 Augmentation is that of SSD (Liu et al., ECCV 2016, arXiv 1512.02325, section 2.2) by torchvision's transforms, in the two presets of
 torchvision's reference training: ``ssd`` (photometric distortion, zoom-out, crop by IoU, flip) and ``ssdlite`` (crop and flip), which
-is also MobileDet's recipe. Images are then resized to the network's square input without keeping the aspect ratio.
+is also MobileDet's recipe. What comes out of it becomes the network's input as an evaluated image does (``data/geometry.py``): by
+default without keeping the aspect ratio.
 
 *Differences* from MobileDet's recipe (TensorFlow's ``ssd_random_crop``): a crop is accepted by its IoU with an object, as in SSD,
 not by how much of the object it covers.
@@ -32,6 +33,7 @@ from torchvision.transforms import v2
 from hwnas.config import DataConfig
 from hwnas.data import data_folder
 from hwnas.data.coco_file import Annotations, read_annotations
+from hwnas.data.geometry import Geometry
 from hwnas.data.images import Batch, Images, Request, split_indices
 from hwnas.errors import DataError
 
@@ -48,21 +50,24 @@ class CocoImages(Images):
     pixel of the network's input, are left out. ``labels`` holds the class of every object, crowds included.
     """
 
+    geometry: Geometry
+
     def __init__(self, annotations: Annotations, chosen: np.ndarray, folder: Path, config: DataConfig, augment: bool) -> None:
         self.annotations, self.chosen, self.folder = annotations, chosen, folder
-        self.channels, self.resolution = config.channels, config.resolution
+        self.channels = config.channels
+        self.geometry = geometry = Geometry.of(config)
+        self.resizing = geometry.words
         self.names = tuple(annotations.categories.values())
         self.category_ids = tuple(annotations.categories)
         self.ids, self.sizes = annotations.ids[chosen], annotations.sizes[chosen]
         self.labels = self.labels_of(np.arange(len(chosen)))
-        self.resizing = f"to {config.resolution} x {config.resolution} without keeping the aspect ratio, bilinear with antialiasing"
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.mean, config.std))
         self.augment = config.augment if augment else "none"
-        fill = [round(255 * value) for value in config.mean]
-        crop = [_Crop(), v2.RandomHorizontalFlip()]
-        geometry = {"ssd": [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill), *crop], "ssdlite": crop, "none": []}[self.augment]
+        crop, out = [_Crop(), v2.RandomHorizontalFlip()], v2.RandomZoomOut(list(geometry.border))
+        augmented = {"ssd": [v2.RandomPhotometricDistort(), out, *crop], "ssdlite": crop, "none": []}[self.augment]
+        fitted = v2.Lambda(geometry.fitted, tv_tensors.Image, tv_tensors.BoundingBoxes)
         tidy = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=itemgetter(2))]
-        self.transform = v2.Compose([v2.ToImage(), *geometry, v2.Resize((config.resolution, config.resolution)), *tidy])
+        self.transform = v2.Compose([v2.ToImage(), *augmented, fitted, *tidy])
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -99,7 +104,7 @@ class CocoImages(Images):
             with Image.open(path) as image:
                 size = image.size
                 if self.augment != "none":
-                    image.thumbnail((LARGEST * self.resolution,) * 2, Image.Resampling.BILINEAR)
+                    image.thumbnail((LARGEST * self.geometry.resolution,) * 2, Image.Resampling.BILINEAR)
                 decoded = image.convert("RGB" if self.channels == 3 else "L")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"image {path} does not decode ({error}): replace it, or remove it from {self.annotations.path}.") from error
@@ -115,13 +120,18 @@ class CocoImages(Images):
         """The COCO ground truth of the split, or of some of its images: what ``coco_eval.evaluate`` compares with."""
         return self.annotations.ground_truth((self.chosen if indices is None else self.chosen[indices]).tolist())
 
+    def in_photograph(self, index: int, boxes: np.ndarray) -> np.ndarray:
+        """Boxes [D, 4] in pixels of the network's input -> float64 [D, 4] in pixels of the image as it is stored."""
+        width, height = self.sizes[index].tolist()
+        return self.geometry.to_photograph(boxes, width, height)
+
     def results(self, index: int, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> list[dict[str, Any]]:
         """The detections in one image as rows of a COCO results file.
 
         ``boxes`` [D, 4] are x1, y1, x2, y2 in pixels of the network's input, ``classes`` [D] indices from 0; the rows have pixels of
         the image as it is stored, and COCO's category ids.
         """
-        x1, y1, x2, y2 = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T * np.tile(self.sizes[index] / self.resolution, 2)[:, None]
+        x1, y1, x2, y2 = self.in_photograph(index, boxes).T
         return [
             {"image_id": int(self.ids[index]), "category_id": self.category_ids[label], "bbox": box, "score": score}
             for box, score, label in zip(

@@ -7,34 +7,34 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import UnidentifiedImageError
+from PIL.Image import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from hwnas.config import DataConfig
 from hwnas.data import data_folder
+from hwnas.data.geometry import MODES, Geometry
 from hwnas.data.images import Batch, Images, Request, split_indices
 from hwnas.errors import DataError
 
 
 class FolderImages(Images):
-    """Images decoded on demand. Training: random-area crop 0.08 to 1, flip; evaluation: centre crop of size / (size + 32)."""
+    """Images decoded on demand. ``imagenet`` trains on crops of a random part, 0.08 to 1 of the area; see the geometry for all else."""
+
+    geometry: Geometry
 
     def __init__(self, folder: ImageFolder, chosen: np.ndarray, config: DataConfig, augment: bool) -> None:
         self.folder, self.chosen, self.channels = folder, chosen, config.channels
         self.labels = np.asarray(folder.targets, dtype=np.int64)[chosen]
         self.names = tuple(folder.classes)
-        size, bicubic = config.resolution, InterpolationMode.BICUBIC
-        self.resizing = f"shorter side to {size + size // 7}, bicubic; centre crop {size}"
-        resize_crop = [v2.Resize(size + size // 7, interpolation=bicubic), v2.CenterCrop(size)]
-        geometry = {
-            "imagenet": [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=bicubic), v2.RandomHorizontalFlip()],
-            "crop_flip": [v2.Resize((size, size)), v2.RandomCrop(size, padding=max(1, size // 8)), v2.RandomHorizontalFlip()],
-            "crop": [v2.Resize((size, size)), v2.RandomCrop(size, padding=max(1, size // 8))],
-            "none": resize_crop,
-        }[config.augment if augment else "none"]
+        self.geometry = geometry = Geometry.of(config)
+        self.resizing = geometry.words
+        self.augment = config.augment if augment else "none"
+        self.part = v2.RandomResizedCrop(geometry.resolution, scale=(0.08, 1.0), interpolation=MODES[geometry.interpolation])
         to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(config.mean), list(config.std))]
-        self.transform = v2.Compose([*geometry, *to_tensor])
+        self.normalised = v2.Compose(to_tensor)
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         images = [self._image(index, draw) for index, draw in requests]
@@ -48,8 +48,21 @@ class FolderImages(Images):
             raise DataError(f"image {path} does not decode ({error}): replace or remove it.") from error
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed((draw + index) % 2**63)
-            tensor: torch.Tensor = self.transform(image)
+            tensor: torch.Tensor = self.normalised(self._fitted(image))
         return tensor
+
+    def _fitted(self, image: Image) -> Image:
+        """An image at the network's size, augmented."""
+        if self.augment == "none":
+            return self.geometry.fitted(image)
+        if self.augment == "imagenet":
+            fitted: Image = self.part(image)
+        else:
+            room = self.geometry.room
+            down, right = (int(torch.randint(-room, room + 1, ())) for _ in range(2))
+            fitted = self.geometry.cut(self.geometry.scaled(image), right, down)
+        flipped = self.augment != "crop" and bool(torch.rand(1) < 0.5)
+        return F.horizontal_flip(fitted) if flipped else fitted
 
 
 def folder(config: DataConfig, split: str, augment: bool) -> Images:

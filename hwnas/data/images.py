@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hwnas.config import DataConfig
 from hwnas.data import DATASETS
+from hwnas.data.geometry import Geometry
 from hwnas.errors import DataError
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -30,10 +31,12 @@ class Images(Dataset[Batch]):
     """A split of a data set. Subclasses read and augment; ``labels`` is int64 [N], ``names`` the class names.
 
     Where images have any number of objects, ``labels`` is int64 [objects], and ``__len__`` and ``labels_of`` are of their own.
-    ``resizing`` says in words how an image becomes the model's size, for the people who use an exported file.
+    ``resizing`` says in words how an image becomes the model's size, for the people who use an exported file; ``geometry`` says it in
+    numbers, where the data set has one.
     """
 
     resizing: str
+    geometry: Geometry | None = None
 
     labels: np.ndarray
     names: tuple[str, ...]
@@ -74,7 +77,8 @@ class Portion(Images):
     """A fixed random part of a split, in every seed the same."""
 
     def __init__(self, images: Images, portion: float) -> None:
-        self.images, self.resizing, self.names = images, images.resizing, images.names
+        self.images, self.names = images, images.names
+        self.resizing, self.geometry = images.resizing, images.geometry
         count = max(1, round(portion * len(images)))
         self.kept = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
         self.labels = images.labels_of(self.kept)

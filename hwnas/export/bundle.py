@@ -30,10 +30,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hwnas import __version__
-from hwnas.config import DataConfig, Format
+from hwnas.config import DataConfig, Format, Interpolation, Resize
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
-from hwnas.data.images import Batch
+from hwnas.data.images import Batch, Images
 from hwnas.document import Document, file_sha256, write_atomic
 from hwnas.export.interface import Interface
 from hwnas.export.tflite_interface import PROBABILITIES
@@ -111,6 +111,14 @@ class Preprocessing(_Part):
     """From an RGB or grey image to the network's input: resize, scale to 0..1, subtract ``mean``, divide by ``std``.
 
     A file that takes uint8 pixels does all but the resizing itself.
+    ``resize`` says the first in words, ``mode`` and what follows in numbers; of older bundles and of plug-ins' data there are words alone.
+
+    squash  both sides become ``resolution``
+    crop    the shorter side becomes ``shorter_side``, then the middle ``resolution`` x ``resolution`` is cut out
+    pad     the longer side becomes ``resolution``, then the image lies in the middle of the colour ``padding``
+
+    The other side of crop and pad is in proportion, rounded down; a middle between two pixels is rounded to the even one. Pillow's
+    filters of the same name always smooth (``antialias``) where they make an image smaller.
     """
 
     resolution: int
@@ -118,6 +126,17 @@ class Preprocessing(_Part):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: str
+    mode: Resize | None = None
+    interpolation: Interpolation | None = None
+    antialias: bool | None = None
+    crop_fraction: float | None = Field(None, description="of crop: resolution / shorter_side, as configured")
+    shorter_side: int | None = Field(None, description="of crop, in pixels")
+    padding: tuple[int, ...] | None = Field(None, description="of pad: the border's colour per channel, 0..255, before the normalisation")
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not set, so that bundles from before the geometry was in numbers keep their hash."""
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class DetectorFile(_Part):
@@ -175,9 +194,23 @@ class Bundle(Document):
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
-def preprocessing(data: DataConfig, resizing: str) -> Preprocessing:
+def preprocessing(data: DataConfig, images: Images) -> Preprocessing:
     """What the data loader does to a test image, in words and numbers."""
-    return Preprocessing(resolution=data.resolution, channels=data.channels, mean=data.mean, std=data.std, resize=resizing)
+    said = {"resolution": data.resolution, "channels": data.channels, "mean": data.mean, "std": data.std, "resize": images.resizing}
+    geometry = images.geometry
+    if geometry is None:
+        return Preprocessing.model_validate(said)
+    return Preprocessing.model_validate(
+        {
+            **said,
+            "mode": geometry.mode,
+            "interpolation": geometry.interpolation,
+            "antialias": True,
+            "crop_fraction": geometry.crop_fraction,
+            "shorter_side": geometry.shorter_side,
+            "padding": geometry.border if geometry.mode == "pad" else None,
+        }
+    )
 
 
 def parity(outputs: np.ndarray, reference: np.ndarray) -> Parity:

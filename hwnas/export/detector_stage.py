@@ -77,7 +77,7 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
     return Bundle(
         architecture=arch,
         labels=test.names,
-        preprocessing=preprocessing(data, test.resizing),
+        preprocessing=preprocessing(data, test),
         macs=arch.macs,
         params=arch.params,
         torch_ap=ap,
@@ -154,7 +154,7 @@ def described(kind: str, anchors: int, width: int, detections: int) -> DetectorF
         return DetectorFile(graph=graph, outputs=(Output(name="chosen", shape=(1, detections, NMS_COLUMNS), meaning=row),))
     shapes = ((1, detections, 4), (1, detections), (1, detections), (1,))
     meanings = (
-        "best first: ymin, xmin, ymax, xmax in parts of the image, not cut off at its edges",
+        "best first: ymin, xmin, ymax, xmax in parts of the model's input, not cut off at its edges",
         "position of the label",
         "score in 0..1",
         "number of detections; what follows them is undefined",

@@ -78,7 +78,7 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
     return Bundle(
         architecture=network.arch,
         labels=test.names,
-        preprocessing=preprocessing(data, test.resizing),
+        preprocessing=preprocessing(data, test),
         macs=network.arch.macs,
         params=network.arch.params,
         torch_accuracy=float((predictions == labels).mean()),

@@ -48,7 +48,7 @@ def decoded(heads: bytes, network: DetectionNetwork) -> bytes:
 def tasks(heads: bytes, network: DetectionNetwork, config: PostProcessing) -> bytes:
     """The file with the four outputs of ``TFLite_Detection_PostProcess``, for ``config.detections`` detections D:
 
-    ``boxes`` [1, D, 4] as ymin, xmin, ymax, xmax in parts of the image, ``classes`` [1, D], ``scores`` [1, D], ``count`` [1].
+    ``boxes`` [1, D, 4] as ymin, xmin, ymax, xmax in parts of the input, ``classes`` [1, D], ``scores`` [1, D], ``count`` [1].
     """
     tail = _Tail(heads, network)
     shapes = ((1, config.detections, 4), (1, config.detections), (1, config.detections), (1,))

@@ -59,15 +59,14 @@ def _picture(images: CocoImages, index: int, found: Detections) -> Picture:
     objects = annotations.objects(image)
     single = ~annotations.crowds[objects]
     x_y_w_h = annotations.boxes[objects][single]
-    truth = np.concatenate([x_y_w_h[:, :2], x_y_w_h[:, :2] + x_y_w_h[:, 2:]], axis=1) / np.tile(images.sizes[index], 2)
+    sides = np.tile(images.sizes[index], 2)
+    truth = np.concatenate([x_y_w_h[:, :2], x_y_w_h[:, :2] + x_y_w_h[:, 2:]], axis=1) / sides
+    boxes = images.in_photograph(index, found.boxes_D4.numpy()) / sides
     best = [row for row in range(len(found.scores_D)) if found.scores_D[row] >= MIN_SCORE][:MOST]
     return Picture(
         jpeg=base64.b64encode(_jpeg(images, image)),
         truth=tuple(_box(box, images.names[label]) for box, label in zip(truth, annotations.classes[objects][single], strict=True)),
-        found=tuple(
-            _box(found.boxes_D4[row].numpy() / images.resolution, images.names[int(found.classes_D[row])], float(found.scores_D[row]))
-            for row in best
-        ),
+        found=tuple(_box(boxes[row], images.names[int(found.classes_D[row])], float(found.scores_D[row])) for row in best),
     )
 
 
