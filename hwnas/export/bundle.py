@@ -5,6 +5,7 @@ export/
     model-fp32.tflite       NHWC float32 in, logits out
     model-int8.tflite       the same interface, int8 inside
     model.onnx              NCHW float32 in, logits out; the architecture is in its metadata
+    labels.txt              one label a line, in the order of the outputs; the TFLite files carry it in their metadata
     parity.npz              some test images as the files take them, PyTorch's logits of them and classes of all
 
 ``export.input`` and ``export.softmax`` have all files take uint8 pixels and return probabilities (``interface``); ``input`` and
@@ -20,7 +21,7 @@ there may be files that choose the detections themselves:
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -36,6 +37,8 @@ from hwnas.core.detector import PostProcessing
 from hwnas.data.images import Batch, Images
 from hwnas.document import Document, file_sha256, write_atomic
 from hwnas.export.interface import Interface
+from hwnas.export.metadata import LABELS_FILE, labels_text
+from hwnas.export.score_calibration import Transformation
 from hwnas.export.tflite_interface import PROBABILITIES
 
 FILES: dict[str, tuple[str, str, str]] = {
@@ -107,6 +110,24 @@ class BundleFile(_Part):
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
+class TextFile(_Part):
+    """A file beside the models."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class CalibrationPart(_Part):
+    """How the score calibration in the metadata of a classifier's TFLite files was fitted (``score_calibration`` has the formula)."""
+
+    images: int
+    source: str
+    transformation: Transformation
+    slopes: tuple[float, ...]
+    offsets: tuple[float, ...]
+
+
 class Preprocessing(_Part):
     """From an RGB or grey image to the network's input: resize, scale to 0..1, subtract ``mean``, divide by ``std``.
 
@@ -169,6 +190,8 @@ class Bundle(Document):
     test_images: int
     files: tuple[BundleFile, ...]
     detector: DetectorPart | None = None
+    labels_file: TextFile | None = None
+    score_calibration: CalibrationPart | None = None
     versions: dict[str, str]
 
     @model_validator(mode="after")
@@ -190,7 +213,7 @@ class Bundle(Document):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what belongs to the other task, so that bundles from before detectors keep their hash."""
+        """Without what belongs to the other task, and what came later, so that older bundles keep their hash."""
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
@@ -260,6 +283,13 @@ def describe_file(folder: Path, kind: str, measured: Parity, entry: FileInput, o
             "parity": measured,
         }
     )
+
+
+def write_labels(folder: Path, labels: Sequence[str]) -> TextFile:
+    """Write ``labels.txt``, and return its entry."""
+    path = folder / LABELS_FILE
+    write_atomic(path, labels_text(labels).encode())
+    return TextFile(name=path.name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 @torch.inference_mode()

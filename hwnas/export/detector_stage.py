@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,11 @@ from hwnas.export.bundle import (
     preprocessing,
     save_parity,
     tool_versions,
+    write_labels,
 )
 from hwnas.export.detector import Decoded, columns
 from hwnas.export.interface import Interface
+from hwnas.export.metadata import ModelCard, with_metadata
 from hwnas.export.onnx import onnx_file
 from hwnas.export.post_processing import NMS_COLUMNS, READERS, Found, iou
 from hwnas.export.tflite import quantize_int8
@@ -58,7 +61,8 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
     found = detect(network, test, settings, batch_size=BATCH, workers=data.workers)
     ap = average_precision(test, found).AP
     interface = Interface(config.input, False, data.mean, data.std)
-    writer = _Writer(network, settings, interface, sampled_images(train, config.calibration_images))
+    card = ModelCard(arch.name, data.channels, test.names, "decoded", interface.normalisation)
+    writer = _Writer(network, settings, interface, sampled_images(train, config.calibration_images), card)
     count = min(config.parity_images, max(1, ROWS_BYTES // (4 * writer.anchors * columns(network))))
     images = interface.fed(sampled_images(test, count))
     rows = torch_rows(writer.decoded, interface.seen(images))
@@ -88,6 +92,7 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
             post_processing=settings,
             files={FILES[kind][0]: described(kind, writer.anchors, columns(network), settings.detections) for kind in formats},
         ),
+        labels_file=write_labels(ctx.folder, test.names),
         versions=tool_versions(),
     )
 
@@ -95,8 +100,11 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
 class _Writer:
     """Writes files of one network; what several of them begin with is made once."""
 
-    def __init__(self, network: DetectionNetwork, settings: PostProcessing, interface: Interface, calibration_NHWC: np.ndarray) -> None:
-        self.network, self.settings, self.interface, self.calibration_NHWC = network, settings, interface, calibration_NHWC
+    def __init__(
+        self, network: DetectionNetwork, settings: PostProcessing, interface: Interface, calibration_NHWC: np.ndarray, card: ModelCard
+    ) -> None:
+        self.network, self.settings, self.interface = network, settings, interface
+        self.calibration_NHWC, self.card = calibration_NHWC, card
         self.decoded = Decoded(network).eval()
         self.anchors = len(self.decoded.get_buffer("centres_A4"))
         self._heads: dict[str, bytes] = {}
@@ -108,10 +116,15 @@ class _Writer:
             write_atomic(path, self.onnx())
         elif kind == "onnx-nms":
             write_atomic(path, onnx_detector.with_nms(self.onnx(), self.settings))
-        elif kind in GRAPHS:
-            write_atomic(path, tflite_detector.tasks(self.heads(FILES[kind][2]), self.network, self.settings))
         else:
-            write_atomic(path, tflite_detector.decoded(self.heads(FILES[kind][2]), self.network))
+            write_atomic(path, self.tflite(kind))
+
+    def tflite(self, kind: str) -> bytes:
+        """A TFLite file, with metadata."""
+        heads = self.heads(FILES[kind][2])
+        if kind in GRAPHS:
+            return with_metadata(tflite_detector.tasks(heads, self.network, self.settings), replace(self.card, output="tasks"))
+        return with_metadata(tflite_detector.decoded(heads, self.network), self.card)
 
     def heads(self, dtype: str) -> bytes:
         """The TFLite file of the network without what follows its predictions."""

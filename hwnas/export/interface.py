@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hwnas.export import onnx_interface, tflite_interface
+from hwnas.export.metadata import Normalisation
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -35,9 +36,14 @@ class Interface:
     std: tuple[float, ...]
 
     @property
-    def output(self) -> str:
+    def output(self) -> Literal["logits", "probabilities"]:
         """The name of a classifier's output."""
         return "probabilities" if self.softmax else "logits"
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """What an app has to do to pixels; None where the file does it."""
+        return Normalisation.of_parts(self.mean, self.std) if self.input == "float32" else None
 
     @property
     def range(self) -> tuple[float, float]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hwnas.data.images import evaluation_batches, load_images, sampled_images
+from hwnas.data.images import Images, Portion, evaluation_batches, load_images, sampled_images
 from hwnas.document import write_atomic
 from hwnas.errors import ConfigError
-from hwnas.export import detector_stage
+from hwnas.export import detector_stage, score_calibration
 from hwnas.export.bundle import (
     FILES,
     Bundle,
+    CalibrationPart,
     describe_file,
     described_input,
     described_output,
@@ -23,19 +25,25 @@ from hwnas.export.bundle import (
     tool_versions,
     torch_logits,
     torch_predictions,
+    write_labels,
 )
 from hwnas.export.interface import Interface
+from hwnas.export.metadata import LABELS_FILE, ModelCard, with_metadata
 from hwnas.export.onnx import onnx_file
+from hwnas.export.score_calibration import ScoreCalibration, Transformation
 from hwnas.export.tflite import quantize_int8, to_tflite
 from hwnas.nn.network import Network, load_network
 from hwnas.runs import StageContext
 
 Predict = Callable[[Path, np.ndarray, Path], np.ndarray]
 
+CALIBRATION_PORTION = 0.5
+"""Of the test images, what score calibration is fitted to."""
+
 
 def outputs(formats: tuple[str, ...]) -> list[str]:
     """The files the stage writes."""
-    return ["bundle.json", "parity.npz", *(FILES[kind][0] for kind in formats)]
+    return ["bundle.json", "parity.npz", LABELS_FILE, *(FILES[kind][0] for kind in formats)]
 
 
 def run(ctx: StageContext, predict: Predict) -> None:
@@ -65,12 +73,22 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
     reference = torch_logits(network, interface.seen(images))
     predictions, labels = torch_predictions(network, evaluation_batches(test, 256, workers=data.workers))
     save_parity(ctx.folder / "parity.npz", images=images, logits=reference, predictions=predictions)
+    calibrated = _score_calibration(network, test, interface, data.workers) if config.score_calibration else None
+    card = ModelCard(
+        name=network.arch.name,
+        channels=data.channels,
+        labels=test.names,
+        output=interface.output,
+        normalisation=interface.normalisation,
+        calibration=None if calibrated is None else calibrated.fitted,
+    )
     files = []
     with ctx.progress.task("exporting", len(formats)) as task:
         for kind in formats:
             name, runtime, _ = FILES[kind]
             path = ctx.folder / name
-            write_atomic(path, interface.around(_network_file(kind, network, calibration), runtime))
+            model = interface.around(_network_file(kind, network, calibration), runtime)
+            write_atomic(path, with_metadata(model, card) if runtime == "litert" else model)
             measured = parity(predict(path, images, ctx.folder), interface.outputs_of(reference))
             described = described_input(runtime, interface, network.arch), (described_output(interface, network.arch),)
             files.append(describe_file(ctx.folder, kind, measured, *described))
@@ -84,8 +102,40 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
         torch_accuracy=float((predictions == labels).mean()),
         test_images=len(test),
         files=tuple(files),
+        labels_file=write_labels(ctx.folder, test.names),
+        score_calibration=None if calibrated is None else calibrated.part(),
         versions=tool_versions(),
     )
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    """A score calibration, and the images that it was fitted to."""
+
+    fitted: ScoreCalibration
+    images: int
+
+    def part(self) -> CalibrationPart:
+        """What the bundle says of it."""
+        return CalibrationPart(
+            images=self.images,
+            source="a fixed random half of the test images; judge it by the others (training has seen all images that are not for tests)",
+            transformation=self.fitted.transformation,
+            slopes=self.fitted.slopes,
+            offsets=self.fitted.offsets,
+        )
+
+
+def _score_calibration(network: Network, test: Images, interface: Interface, workers: int) -> _Calibrated:
+    """Fitted to PyTorch's outputs for half of the test images: the final training has seen all others."""
+    half = Portion(test, CALIBRATION_PORTION)
+    pairs = [
+        (torch_logits(network, x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy())
+        for x_NCHW, y in evaluation_batches(half, 256, workers=workers)
+    ]
+    logits, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    transformation: Transformation = "INVERSE_LOGISTIC" if interface.softmax else "IDENTITY"
+    return _Calibrated(score_calibration.fit(interface.outputs_of(logits), labels, transformation), len(labels))
 
 
 def _network_file(kind: str, network: Network, calibration_NHWC: np.ndarray) -> bytes:

@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 from hwnas.errors import ExportError
+from hwnas.export.tflite_file import holds_data, inlined
 from hwnas.nn.blocks import ChannelShuffle
 
 
@@ -74,7 +75,7 @@ def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> byte
         model = litert_torch.convert(channels_last.eval(), (torch.zeros(n, h, w, c),)).model_content()
     except Exception as error:  # tracing, lowering and the converter each raise types of their own
         raise ExportError(f"LiteRT cannot convert {name} at {input_shape}: {_first_line(error)}") from error
-    return bytes(model)
+    return inlined(bytes(model))
 
 
 def quantize_int8(model: bytes, calibration: Sequence[npt.NDArray[np.float32]], *, float_io: bool = False) -> bytes:
@@ -137,17 +138,18 @@ def _quantized(model: bytes, ranges: Any, rules: Any, dequantized_outputs: int) 
 
     with _quantizing():
         work = quantizer.Quantizer(model, rules).quantize(ranges, enable_progress_report=False)
-    quantized = bytes(work.quantized_model)
+    quantized = inlined(bytes(work.quantized_model))
     _require_int8(quantized, dequantized_outputs)
     return quantized
 
 
 def _assumed_ranges(model: bytes) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
-    """[-1, 1] for every tensor without a buffer of its own, in the form that the quantizer's calibration has."""
+    """[-1, 1] for every tensor that is no constant, in the form that the quantizer's calibration has."""
     from ai_edge_litert import schema_py_generated as schema
 
-    graph = schema.Model.GetRootAs(model).Subgraphs(0)
-    activations = [tensor for tensor in map(graph.Tensors, range(graph.TensorsLength())) if tensor.Buffer() == 0]
+    parsed = schema.Model.GetRootAs(model)
+    graph = parsed.Subgraphs(0)
+    activations = [tensor for tensor in map(graph.Tensors, range(graph.TensorsLength())) if not holds_data(parsed, tensor)]
     ones = {tensor.Name().decode(): np.ones((1,) * tensor.ShapeLength(), np.float32) for tensor in activations}
     return {name: {"min": -one, "max": one} for name, one in ones.items()}
 

@@ -20,10 +20,9 @@ for: 1, but 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self
 
-import flatbuffers
 import numpy as np
 import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
@@ -32,12 +31,11 @@ from torch import nn
 from hwnas import __version__
 from hwnas.core.op import Layer, Op
 from hwnas.export.block_writer import BlockWriter, folded
+from hwnas.export.tflite_file import read_model, write_model
 from hwnas.nn.detector import JOINED, DetectionNetwork
 from hwnas.nn.network import AnyNetwork
 
 _SCHEMA_VERSION = 3
-_FILE_IDENTIFIER = b"TFL3"
-_ALIGNMENT_BYTES = 16
 _HEIGHT, _WIDTH = 1, 2
 _FUSED = {
     "relu": schema.ActivationFunctionType.RELU,
@@ -110,11 +108,10 @@ class Graph:
 
     @classmethod
     def opened(cls, model: bytes) -> tuple[Self, int, list[int]]:
-        """The graph of a file, to go on with; its only input, and its outputs."""
-        parsed, opened = schema.ModelT.InitFromPackedBuf(model), cls()
+        """The graph of a file, to go on with; its only input, and its outputs. Metadata are left out."""
+        parsed, opened = read_model(model), cls()
         [graph] = parsed.subgraphs
-        names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
-        codes = [(names[max(code.builtinCode, code.deprecatedBuiltinCode)], code.version) for code in parsed.operatorCodes]
+        codes = [(_code_name(code), code.version) for code in parsed.operatorCodes]
         for name, version in codes:
             opened._versions[name] = max(version, opened._versions.get(name, 1))
         opened.tensors, opened._operators = graph.tensors, graph.operators
@@ -122,7 +119,8 @@ class Graph:
             operator.opcodeIndex = list(opened._versions).index(codes[operator.opcodeIndex][0])
         for tensor in opened.tensors:
             tensor.name = tensor.name.decode()
-        opened._buffers += [_Buffer(b"" if buffer.data is None else bytes(buffer.data)) for buffer in parsed.buffers[1:]]
+        used = {int(tensor.buffer) for tensor in opened.tensors}
+        opened._buffers += [buffer if i in used else schema.BufferT() for i, buffer in enumerate(parsed.buffers) if i > 0]
         [entry] = graph.inputs
         return opened, int(entry), [int(exit_) for exit_ in graph.outputs]
 
@@ -167,7 +165,9 @@ class Graph:
     def constant(self, name: str, values: npt.NDArray[np.float64] | npt.NDArray[np.int32]) -> int:
         """Add a tensor with values: int32 as they are, float64 as float32."""
         integers = values.dtype == np.int32
-        self._buffers.append(_Buffer(values.astype("<i4" if integers else "<f4").tobytes()))
+        buffer = schema.BufferT()
+        buffer.data = values.astype("<i4" if integers else "<f4").tobytes()
+        self._buffers.append(buffer)
         dtype = schema.TensorType.INT32 if integers else schema.TensorType.FLOAT32
         return self.tensor(name, values.shape, dtype, len(self._buffers) - 1)
 
@@ -231,10 +231,7 @@ class Graph:
         model.version, model.description = _SCHEMA_VERSION, f"hwnas {__version__}"
         model.operatorCodes = [_operator_code(*code) for code in self._versions.items()]
         model.subgraphs, model.buffers, model.signatureDefs = [graph], self._buffers, [signature]
-        # Room for all the weights at once: a builder that has to grow copies what it has.
-        builder = flatbuffers.Builder(sum(len(buffer.data) for buffer in self._buffers[1:]) + 65_536)
-        builder.Finish(model.Pack(builder), _FILE_IDENTIFIER)
-        return bytes(builder.Output())
+        return write_model(model)
 
     def _named(self, tensor: int) -> Any:
         entry = schema.TensorMapT()
@@ -330,6 +327,15 @@ def _same_padding(layer: Layer) -> bool:
     return layer.kernel > 1 and (layer.out_size - 1) * layer.stride + layer.kernel - layer.size == 2 * (layer.kernel // 2)
 
 
+def _code_name(code: Any) -> str:
+    """An operator as the schema spells it, or as a custom one calls itself."""
+    # Codes past 127 live in the newer of the two fields, and old files fill only the older one.
+    number = max(code.builtinCode, code.deprecatedBuiltinCode)
+    if number == schema.BuiltinOperator.CUSTOM:
+        return str(code.customCode.decode())
+    return next(str(name) for name, value in vars(schema.BuiltinOperator).items() if value == number)
+
+
 def _operator_code(name: str, version: int) -> Any:
     code = schema.OperatorCodeT()
     code.builtinCode, code.version = getattr(schema.BuiltinOperator, name, schema.BuiltinOperator.CUSTOM), version
@@ -337,23 +343,3 @@ def _operator_code(name: str, version: int) -> Any:
     # Runtimes from before 2021 read a signed byte here, in which 127 stands for all the codes that do not fit.
     code.deprecatedBuiltinCode = min(code.builtinCode, schema.BuiltinOperator.PLACEHOLDER_FOR_GREATER_OP_CODES)
     return code
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """A buffer whose data is aligned as schema.fbs demands; the generated BufferT aligns to one byte."""
-
-    data: bytes
-
-    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802 - what the generated ModelT calls
-        """Write the buffer, and return its offset. An empty one stands for a tensor that only exists while the graph runs."""
-        if not self.data:
-            schema.BufferStart(builder)
-            empty: int = schema.BufferEnd(builder)
-            return empty
-        builder.Prep(_ALIGNMENT_BYTES, len(self.data))
-        vector = builder.CreateByteVector(self.data)
-        schema.BufferStart(builder)
-        schema.BufferAddData(builder, vector)
-        offset: int = schema.BufferEnd(builder)
-        return offset

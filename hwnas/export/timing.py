@@ -18,7 +18,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.op import CELL_KINDS, Op
 from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.errors import ConfigError
-from hwnas.export import block_writer, onnx, onnx_writer, tflite, tflite_writer
+from hwnas.export import block_writer, onnx, onnx_writer, tflite, tflite_file, tflite_writer
 from hwnas.export.tflite import quantize_int8_uncalibrated
 from hwnas.nn import blocks, detector, network
 from hwnas.nn.network import network_of
@@ -54,7 +54,7 @@ def timing_file(timed: Sequence[Op] | Architecture, runtime: str, dtype: str) ->
 @cache
 def _makers(runtime: str, dtype: str) -> str:
     """A hash of everything that shapes a timing file beside its ops: our own modules, and the packages that write it."""
-    modules = (arch, graph, op, blocks, detector, network, block_writer, onnx, onnx_writer, tflite, tflite_writer)
+    modules = (arch, graph, op, blocks, detector, network, block_writer, onnx, onnx_writer, tflite, tflite_file, tflite_writer)
     packages = {"onnxruntime": ("onnx",), "litert": ("ai-edge-quantizer",) if dtype == "int8" else ()}[runtime]
     sources = [file_sha256(str(module.__file__)) for module in modules]
     return content_sha256([__version__, *sources, *map(version, packages)])[:16]
