@@ -18,9 +18,9 @@ whole graph: true, false, or "unknown" where the runtime does not tell.
 With several threads, idle-priority loops keep the pinned cores awake (``keep_awake`` says why), and after the header a
 line ``{"conditions": {"cores": "kept awake"}}`` says so.
 
-``predict`` feeds float32 images [N, H, W, C] one by one and writes float32 outputs [N, ...]. It quantises and
-dequantises for integer models, and transposes to NCHW for ONNX files. Several outputs become one row per image:
-each is flattened, and they follow one another in the file's order.
+``predict`` feeds images [N, H, W, C] one by one and writes float32 outputs [N, ...]. It quantises and dequantises for
+integer models, and transposes to NCHW for ONNX files. Several outputs become one row per image: each is flattened, and
+they follow one another in the file's order. Images are float32, or uint8 for a model that takes pixels as they are.
 
 ``inspect`` writes a JSON line: what this machine is, its cores, and for each runtime the package and version that
 would run, or else, under "missing", a sentence with the command that installs it.
@@ -29,7 +29,8 @@ A computer that drives this one through a connection needs no files here but the
 
 - ``measure -`` reads the plan from a line of stdin, and ends when stdin does.
 - ``predict MODEL - -`` reads a line with the shape and then the images from stdin, and writes the outputs to stdout in
-  the same form: ``[2, 224, 224, 3]``, then float32 values, little-endian.
+  the same form: ``[2, 224, 224, 3]``, then float32 values, little-endian. Images of bytes come after
+  ``[2, 224, 224, 3, "uint8"]``.
 - ``--receive FOLDER``, for both, takes files first: from stdin a line ``{"name": bytes, ...}``; to stdout a line that
   lists the names which FOLDER does not have in these sizes; from stdin their contents, one after the other. A file is
   either whole or not there. Relative paths of models begin in FOLDER, which begins in the home folder, and one job at
@@ -98,7 +99,8 @@ class LiteRTModel:
 
     def predict(self, image_NHWC: Any) -> Any:
         entry = only(self._inputs, "input")
-        self._interpreter.set_tensor(entry["index"], quantise(image_NHWC, entry))
+        image_NHWC = image_NHWC if pixels(image_NHWC, entry["dtype"]) else quantise(image_NHWC, entry)
+        self._interpreter.set_tensor(entry["index"], image_NHWC)
         self.invoke()
         return in_a_row([dequantise(self._interpreter.get_tensor(exit_["index"]), exit_) for exit_ in self._outputs])
 
@@ -152,6 +154,8 @@ class OnnxModel:
 
     def predict(self, image_NHWC: Any) -> Any:
         entry = only(self._session.get_inputs(), "input")
+        if pixels(image_NHWC, self.dtypes[entry.type]) != (self.dtypes[entry.type] == "uint8"):
+            raise Refusal("This model takes uint8 images, pixels as they are, and these are float32")
         self._binding.bind_cpu_input(entry.name, np.ascontiguousarray(image_NHWC.transpose(0, 3, 1, 2)))
         self.invoke()
         return in_a_row([output.astype(np.float32) for output in self._binding.copy_outputs_to_cpu()])
@@ -235,6 +239,13 @@ def noise(shape: Any, dtype: Any) -> Any:
         return rng.standard_normal(tuple(shape)).astype(dtype)
     limits = np.iinfo(dtype)
     return rng.integers(limits.min, limits.max, tuple(shape), dtype=dtype, endpoint=True)
+
+
+def pixels(images: Any, dtype: Any) -> bool:
+    """Whether images are pixels, for an input of ``dtype`` that takes them as they are."""
+    if images.dtype == np.uint8 and np.dtype(dtype) != np.uint8:
+        raise Refusal(f"These images are uint8, and the model takes {np.dtype(dtype)}: normalise them first")
+    return bool(images.dtype == np.uint8)
 
 
 def quantise(values: Any, tensor: Any) -> Any:
@@ -439,18 +450,19 @@ def images_of(path: str) -> Iterator[Any]:
     """The images one by one, [1, H, W, C] each, so that memory holds one of them."""
     if path != "-":
         images_NHWC = np.load(path, mmap_mode="r")
-        if images_NHWC.dtype != np.float32 or images_NHWC.ndim != 4 or len(images_NHWC) == 0:
-            raise ValueError(f"inputs are {images_NHWC.dtype} {images_NHWC.shape}, not float32 [N, H, W, C]")
+        if images_NHWC.dtype not in (np.float32, np.uint8) or images_NHWC.ndim != 4 or len(images_NHWC) == 0:
+            raise ValueError(f"inputs are {images_NHWC.dtype} {images_NHWC.shape}, not float32 or uint8 [N, H, W, C]")
         for row in range(len(images_NHWC)):
             yield np.array(images_NHWC[row : row + 1])
         return
     count, *shape = json.loads(sys.stdin.buffer.readline())
-    size = 4 * shape[0] * shape[1] * shape[2]
+    dtype = np.dtype(shape.pop() if len(shape) == 4 else "<f4")
+    size = dtype.itemsize * shape[0] * shape[1] * shape[2]
     for row in range(count):
         data = sys.stdin.buffer.read(size)
         if len(data) < size:
             raise EOFError(f"the images ended after {row} of {count}")
-        yield np.frombuffer(data, "<f4").astype(np.float32).reshape(1, *shape)
+        yield np.frombuffer(data, dtype).astype(dtype.newbyteorder("=")).reshape(1, *shape)
 
 
 def inspect() -> None:
@@ -549,7 +561,7 @@ def main(arguments: list[str]) -> int:
     measuring.add_argument("plan", help="the plan, a JSON file; or -")
     predicting = jobs.add_parser("predict", help="run a model over images")
     predicting.add_argument("model", help="a .tflite or .onnx file")
-    predicting.add_argument("inputs", help="float32 images [N, H, W, C], a .npy file; or -")
+    predicting.add_argument("inputs", help="float32 or uint8 images [N, H, W, C], a .npy file; or -")
     predicting.add_argument("outputs", help="where to write the float32 outputs [N, ...], a .npy file; or -")
     predicting.add_argument("--threads", type=int, default=1)
     for job in (measuring, predicting):

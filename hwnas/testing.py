@@ -28,6 +28,7 @@ from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.devices.device import Connection
+from hwnas.export.interface import Interface
 from hwnas.export.timing import timing_file
 from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Gates, Metrics, Probes, SearchContext, Strategy
@@ -366,3 +367,16 @@ class DeviceConformance(ABC):
         assert np.abs(outputs[0] - outputs[1]).max() > 0
         alone = self.connection().predict(model, images[1:2], tmp_path)
         assert np.allclose(alone[0], outputs[1], atol=1e-6)
+
+    def test_predicts_from_pixels(self, tmp_path: Path) -> None:
+        """Images of uint8 go into a file that takes them as they are."""
+        network = timing_file(self.OPS, "litert", "fp32").read_bytes()
+        interface = Interface("uint8", False, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+        files = {"network": network, "pixels": interface.around(network, "litert")}
+        for name, content in files.items():
+            (tmp_path / f"{name}.tflite").write_bytes(content)
+        images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+        found = self.connection().predict(tmp_path / "pixels.tflite", images, tmp_path)
+        wanted = self.connection().predict(tmp_path / "network.tflite", interface.seen(images), tmp_path)
+        assert found.shape == (3, 10) and found.dtype == np.float32
+        assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()

@@ -9,9 +9,11 @@ profiled. And a table of another device never predicts anything here.
 Outputs are compared on the device, too: each file gets the bundle's real images there, and its outputs are held against PyTorch's. A
 file whose runtime the device lacks is left out, and the verdict says so.
 
-Detectors are judged by their AP (``validate_detector``). A prediction is of the network: of a TFLite file it is held against the time
-without decoding (``network_ms``). ONNX files decode, or choose, in the same graph, and so have no prediction, nor has a file with NMS: its
-measured time stands beside that of the file without, and the time that NumPy takes for the same.
+A prediction is of the network alone. Where a file holds more, a normalisation, a softmax or a detector's decoding, the network is timed
+alone, too, in the same rounds, and that time is the one that is held against the prediction (``network_ms``).
+
+Detectors are judged by their AP (``validate_detector``). Their ONNX files decode, or choose, in the same graph, and so have no prediction,
+nor has a file with NMS: its measured time stands beside that of the file without, and the time that NumPy takes for the same.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from hwnas.devices.profile import spread_of
 from hwnas.document import file_sha256, write_atomic
 from hwnas.errors import DeviceError, DocumentError
 from hwnas.export.bundle import GRAPHS, Bundle, BundleFile, Parity, parity
+from hwnas.export.interface import network_alone
 from hwnas.export.tflite_detector import without_decoding
 from hwnas.progress import Progress
 from hwnas.verdict import FileVerdict, Verdict, drift_note, lines
@@ -132,7 +135,7 @@ def _quality(
     progress: Progress,
 ) -> _Quality:
     if bundle.detector is None:
-        parities = _parities(files, folder, connection, work)
+        parities = _parities(bundle, files, folder, connection, work)
         accuracies, torch, images = _accuracies(bundle, files, folder, data, config.images, connection, work, progress)
         allowed = {"fp32": config.accuracy_tolerance, "int8": config.int8_accuracy_tolerance}
         fields = {file.name: _field("accuracy", accuracies[file.name], torch, allowed[file.dtype]) for file in files}
@@ -150,11 +153,11 @@ def _field(name: str, value: float, torch: float, tolerance: float) -> dict[str,
     return {name: value, f"{name}_loss": torch - value, f"{name}_passed": torch - value <= tolerance}
 
 
-def _parities(files: Sequence[BundleFile], folder: Path, connection: Connection, work: Path) -> dict[str, Parity]:
-    """Each file's logits of the bundle's images, computed on the device, against PyTorch's."""
+def _parities(bundle: Bundle, files: Sequence[BundleFile], folder: Path, connection: Connection, work: Path) -> dict[str, Parity]:
+    """Each file's outputs for the bundle's images, computed on the device, against PyTorch's."""
     with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
-        images_NHWC, logits = arrays["images"], arrays["logits"]
-    return {file.name: parity(connection.predict(folder / file.name, images_NHWC, work), logits) for file in files}
+        images_NHWC, wanted = arrays["images"], bundle.interface.outputs_of(arrays["logits"])
+    return {file.name: parity(connection.predict(folder / file.name, images_NHWC, work), wanted) for file in files}
 
 
 def _accuracies(
@@ -175,7 +178,7 @@ def _accuracies(
         predictions = arrays["predictions"]
     with progress.task("running the test images on the device", len(test) if limit is None else min(limit, len(test))) as task:
         for x_NCHW, y in evaluation_batches(test, IMAGES_AT_ONCE, limit=limit, workers=data.workers):
-            images_NHWC, labels = np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy()
+            images_NHWC, labels = bundle.interface.fed(np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy())), y.numpy()
             for file in files:
                 right[file.name] += int((connection.predict(folder / file.name, images_NHWC, work).argmax(1) == labels).sum())
             torch_right += int((predictions[total : total + len(labels)] == labels).sum())
@@ -194,6 +197,14 @@ def _unpredicted(bundle: Bundle, device: Device, settings: DeviceConfig, table: 
         return f"the table is for {table.header.threads} threads, not {settings.threads}"
     missing = missing_ops(bundle.architecture.ops(), table)
     return f"the table lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}" if missing else None
+
+
+def _network(bundle: Bundle, file: BundleFile, model: bytes) -> bytes | None:
+    """Of a file that holds more than the network, the network alone; None where it holds no more."""
+    if bundle.detector is not None:
+        return without_decoding(model)
+    interface = bundle.interface
+    return network_alone(model, file.runtime) if interface.softmax or interface.input == "uint8" else None
 
 
 class _Measurement:
@@ -218,13 +229,16 @@ class _Measurement:
         self.rounds: dict[str, Rounds] = defaultdict(list)
         chain = [op.key for op in self.arch.ops()]
         self.items: dict[str, list[dict[str, object]]] = defaultdict(list)
-        self.alone = {file.name for file in files} if bundle.detector is None else set()  # files whose network can be timed alone
+        self.alone: set[str] = set()  # files whose network can be timed alone
         for file in files:
             self.items[file.runtime].append({"id": file.name, "path": str((folder / file.name).resolve()), "ops": chain})
-            if bundle.detector is not None and file.runtime == "litert" and file.format not in GRAPHS:
-                self.alone.add(file.name)
+            if bundle.detector is not None and (file.runtime != "litert" or file.format in GRAPHS):
+                continue
+            self.alone.add(file.name)
+            network = _network(bundle, file, (folder / file.name).read_bytes())
+            if network is not None:
                 path = networks / f"network-{file.name}"
-                write_atomic(path, without_decoding((folder / file.name).read_bytes()))
+                write_atomic(path, network)
                 self.items[file.runtime].append({"id": path.name, "path": str(path.resolve()), "ops": chain})
         self.blocks: tuple[Op, ...] = ()
         self.unpredicted = _unpredicted(bundle, device, settings, table)

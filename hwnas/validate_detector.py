@@ -82,7 +82,7 @@ def judge(
     options = part.post_processing.model_dump()
     with progress.task("running the test images on the device", len(order)) as task:
         for x_NCHW, _ in evaluation_batches(test, at_once, limit=limit, workers=data.workers):
-            images_NHWC = np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy())
+            images_NHWC = bundle.interface.fed(np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy()))
             for file in files:
                 described = part.files[file.name]
                 for row in _outputs(file, described, images_NHWC, folder, connection, work):

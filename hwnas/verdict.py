@@ -11,13 +11,14 @@ from hwnas.document import Document
 from hwnas.export.bundle import Parity
 
 CLASSIFIERS_FIELDS = ("accuracy", "accuracy_loss", "accuracy_passed", "torch_accuracy")
-DETECTORS_FIELDS = ("ap", "ap_loss", "ap_passed", "network_ms", "post_processing_ms", "torch_ap")
+DETECTORS_FIELDS = ("ap", "ap_loss", "ap_passed", "post_processing_ms", "torch_ap")
 """What verdicts have of one task alone."""
+OPTIONAL_FIELDS = (*CLASSIFIERS_FIELDS, *DETECTORS_FIELDS, "network_ms")
 
 
 def _sparse(content: dict[str, Any]) -> dict[str, Any]:
-    """Without what belongs to the other task."""
-    return {name: value for name, value in content.items() if value is not None or name not in (*CLASSIFIERS_FIELDS, *DETECTORS_FIELDS)}
+    """Without what belongs to the other task, or to files with more in their graph."""
+    return {name: value for name, value in content.items() if value is not None or name not in OPTIONAL_FIELDS}
 
 
 class _Part(BaseModel):
@@ -47,7 +48,9 @@ class FileVerdict(_Part):
     ap_loss: float | None = None
     ap_passed: bool | None = None
     network_ms: float | None = Field(
-        None, description="of a detector's TFLite file: the time without decoding, which is judged where a table predicts it"
+        None,
+        description="of a file with more in its graph (a detector's decoding, normalisation, softmax): the time of the network alone, "
+        "which is judged where a table predicts it",
     )
     post_processing_ms: float | None = Field(
         None, description="median time of the NumPy post-processing of one image, on the computer that validates; not in measured_ms"
@@ -116,7 +119,7 @@ def lines(verdict: Verdict) -> list[str]:
         mark = "ok" if file.quality_passed and file.parity_passed is not False else "OUT OF TOLERANCE"
         outputs = "" if file.parity is None else f", outputs within {file.parity.relative_error:.1e}"
         if file.network_ms is not None:
-            latency += f" ({file.network_ms:.4g} without decoding)"
+            latency += f" ({file.network_ms:.4g} for the network alone)"
         if file.post_processing_ms is not None:
             latency += f" and {file.post_processing_ms:.3g} ms of post-processing in NumPy"
         if file.ap is not None:

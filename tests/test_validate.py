@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from hwnas.devices.simulated import Simulated
 from hwnas.errors import DocumentError
 from hwnas.export.bundle import Bundle
 from hwnas.export.timing import timing_file
+from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.validate import Verdict, drift_note, lines, validate
 
@@ -166,3 +168,83 @@ def test_documents_of_classifiers_have_nothing_of_detectors(finished_run: Path) 
         assert document.to_json() == content
         words = ('"ap"', '"torch_ap"', '"detector": {"', '"post_processing_ms"', '"detector": null,\n "files"', '"ap_loss"')
         assert not [word for word in words if word in content] and '"torch_accuracy"' in content
+
+
+@pytest.fixture(scope="module")
+def app_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same network, in files that take pixels and return probabilities. Do not write into it."""
+    run = tmp_path_factory.mktemp("app") / "run"
+    shutil.copytree(finished_run, run)
+    overrides = ["export.input=uint8", "export.softmax=true"]
+    Pipeline(load_experiment(finished_run.parent / "tiny.toml", overrides), run, Progress()).run_stage("export")
+    return run
+
+
+class Slower(Throttled):
+    """A device on which everything around a network, or the networks alone, take half as long again."""
+
+    slow = "model-"
+
+    def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+        for row in super().measure(plan, folder):
+            yield {**row, "ms": [1.5 * ms for ms in row["ms"]]} if row.get("id", "").startswith(self.slow) else row
+
+
+class SlowNetworks(Slower):
+    slow = "network-"
+
+
+def test_files_for_apps_are_validated(app_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    """Accuracy and outputs with pixels in and probabilities out; what stands around the network is no part of the prediction."""
+    found = verdict(app_run, device, experiment, tmp_path, connect=Slower)
+    assert found.passed and [file.name for file in found.files] == ["model-fp32.tflite", "model-int8.tflite", "model.onnx"]
+    for file in found.files:
+        assert file.parity is not None and file.parity.agreement > 0.9
+        assert file.network_ms is not None and file.measured_ms == pytest.approx(1.5 * file.network_ms, rel=0.05)
+    assert judged(found).latency_passed is True and abs(judged(found).latency_error or 1) < 0.05
+    assert "for the network alone" in lines(found)[0]
+    plain = verdict(app_run.parent / "run", device, experiment, tmp_path, connect=SlowNetworks)
+    assert not plain.passed and judged(plain).latency_error == pytest.approx(0.5, abs=0.05)
+
+
+def test_files_for_apps_are_as_accurate(app_run: Path, finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    app, plain = (verdict(run, device, experiment, tmp_path) for run in (app_run, finished_run))
+    assert app.torch_accuracy == plain.torch_accuracy
+    assert [file.accuracy for file in app.files] == pytest.approx([file.accuracy for file in plain.files], abs=0.03)
+    assert (judged(app).accuracy, judged(plain).network_ms) == (judged(plain).accuracy, None)
+
+
+def test_a_bundle_says_what_its_files_take(app_run: Path, finished_run: Path) -> None:
+    app, plain = (Bundle.load(run / "export" / "bundle.json") for run in (app_run, finished_run))
+    for file in app.files:
+        assert file.input is not None and file.outputs is not None
+        layout, shape = ("NHWC", (1, 8, 8, 1)) if file.runtime == "litert" else ("NCHW", (1, 1, 8, 8))
+        assert (file.input.dtype, file.input.layout, file.input.shape, file.input.range) == ("uint8", layout, shape, (0, 255))
+        assert "the file normalises" in file.input.meaning
+        assert [(output.name, output.shape) for output in file.outputs] == [("probabilities", (1, 10))]
+    for file in plain.files:
+        assert file.input is not None and file.outputs is not None
+        assert (file.input.dtype, file.input.range) == ("float32", (pytest.approx(-0.75), pytest.approx(1.75)))
+        assert [output.name for output in file.outputs] == ["logits"]
+    with np.load(app_run / "export" / "parity.npz") as fed, np.load(finished_run / "export" / "parity.npz") as normalised:
+        assert fed["images"].dtype == np.uint8 and fed["images"].std() > 10
+        np.testing.assert_allclose((fed["images"] / 255 - 0.3) / 0.4, normalised["images"], atol=1e-5)
+        np.testing.assert_allclose(fed["logits"], normalised["logits"], atol=1e-4)
+    for file in app.files:
+        assert file.dtype == "int8" or file.parity.relative_error <= 1e-5
+
+
+def test_bundles_that_do_not_say_it_are_read_as_they_were(
+    finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
+) -> None:
+    """Those of earlier versions, whose hash stays theirs."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    path = run / "export" / "bundle.json"
+    content = json.loads(path.read_text())
+    content["files"] = [{name: value for name, value in file.items() if name not in ("input", "outputs")} for file in content["files"]]
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    bundle = Bundle.load(path)
+    assert bundle.to_json() == path.read_text() and bundle.files[0].input is None
+    assert (bundle.interface.input, bundle.interface.softmax) == ("float32", False)
+    assert verdict(run, device, experiment, tmp_path).passed

@@ -195,6 +195,32 @@ def test_the_report_of_a_validated_detector(run: Path) -> None:
     assert "Top-1, " not in text
 
 
+@pytest.mark.slow
+def test_files_that_take_pixels(run: Path, experiment: Experiment, tmp_path: Path) -> None:
+    """As good as those that do not, by outputs and AP; and the network is timed alone, without what normalises."""
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    formats = ("tflite-fp32", "tflite-int8", "onnx", "onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks")
+    app = experiment.model_copy(update={"export": experiment.export.model_copy(update={"input": "uint8", "formats": formats})})
+    Pipeline(app, copied, Progress()).run_stage("export")
+    before, after = (Bundle.load(folder / "export" / "bundle.json") for folder in (run, copied))
+    for one, other in zip(before.files, after.files, strict=True):
+        assert one.input is not None and other.input is not None
+        assert (one.input.dtype, other.input.dtype, other.outputs) == ("float32", "uint8", None)
+        assert other.parity.relative_error == pytest.approx(one.parity.relative_error, abs=0.02 if one.dtype == "int8" else 1e-5)
+    found = validate(copied / "export", HOST, Host(HOST), app.device, app.data, app.validation, None, timing_file, tmp_path, Progress())
+    known = {file.name: file for file in Verdict.load(run / "validate" / "verdict.json").files}
+    assert found.passed
+    for file in found.files:
+        assert file.ap == pytest.approx(known[file.name].ap, abs=0.03 if file.dtype == "int8" else 1e-3)
+        assert (file.network_ms is None) == (known[file.name].network_ms is None)
+
+
+def test_scores_are_no_logits(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"export\.softmax is for classifiers, and a detector's files have scores already; remove it"):
+        Experiment.model_validate({**settings(tmp_path), "export": {"softmax": True}})
+
+
 def test_parity_of_detections() -> None:
     """Over all anchors, or over PyTorch's detections and what is nearest to them."""
     config = PostProcessing(min_score=0.1, detections=2)

@@ -60,6 +60,8 @@ class Experiment(Section):
         of_boxes = [name for name in self.export.formats or () if name in NMS_FORMATS and self.task == "classify"]
         if of_boxes:
             raise ValueError(f"export.formats has {of_boxes[0]!r}, which is for boxes; remove it, or set task = 'detect'")
+        if self.task == "detect" and self.export.softmax:
+            raise ValueError("export.softmax is for classifiers, and a detector's files have scores already; remove it")
         if self.task == "classify" and self.search.backbone is not None:
             raise ValueError("search.backbone begins a super-net of detectors; remove it, or set task = 'detect'")
         if self.task == "detect" and self.search.supernet.dropout > 0:

@@ -196,11 +196,21 @@ class ExportConfig(Section):
     )
     calibration_images: int = Field(128, ge=1, description="training images that set the int8 ranges")
     parity_images: int = Field(64, ge=1, description="test images that each file's outputs are compared on, kept in the bundle")
+    input: Literal["float32", "uint8"] = Field(
+        "float32", description="what the files take: normalised images, or pixels 0 to 255, which they normalise themselves"
+    )
+    softmax: bool = Field(False, description="classifiers: probabilities come out of the files instead of logits")
     score_calibration: bool = Field(
         False,
         description="classifiers: TFLite files tell MediaPipe how to calibrate their scores, by a sigmoid per label that is fitted to "
         "half of the test images, the only ones that training has not seen; the other half is left to judge it by",
     )
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is as it always was, so that bundles from before it could be chosen stay up to date."""
+        usual = {"input": "float32", "softmax": False, "score_calibration": False}
+        return {name: value for name, value in handler(self).items() if name not in usual or value != usual[name]}
 
 
 class ValidateConfig(Section):

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from hwnas.errors import DeviceError
+
 DELEGATES = {
     "xnnpack": ("--use_xnnpack=true",),  # said explicitly, or the tool does not say how much of the graph it took
     "gpu": ("--use_gpu=true",),
@@ -157,8 +159,15 @@ def abi(head: bytes) -> str | None:
 
 
 def to_inputs(images_NHWC: np.ndarray, tensor: dict[str, Any]) -> bytes:
-    """The bytes of N input tensors (TFLite's details of one) for float32 images: quantised where the tensor is an integer's."""
+    """The bytes of N input tensors (TFLite's details of one) for images: float32, quantised where the tensor is an integer's, or pixels.
+
+    Raises DeviceError where images are uint8 and the tensor is not.
+    """
     dtype = np.dtype(tensor["dtype"])
+    if images_NHWC.dtype == np.uint8:
+        if dtype != np.uint8:
+            raise DeviceError(f"the model takes {dtype} images, and these are uint8: normalise them first.")
+        return np.ascontiguousarray(images_NHWC).tobytes()
     if dtype.kind == "f":
         return images_NHWC.astype(dtype).tobytes()
     scale, zero_point = tensor["quantization"]

@@ -48,7 +48,7 @@ class Connection(Protocol):
         """
 
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
-        """Outputs float32 [N, ...] of a model file for float32 images. Raises DeviceError.
+        """Outputs float32 [N, ...] of a model file for float32 images, or for uint8 ones where it takes pixels. Raises DeviceError.
 
         Several outputs become one row per image, [N, numbers of all], each flattened, in the file's order.
         """

@@ -159,10 +159,11 @@ class Ssh:
         """Outputs of a model file for images. Images and outputs are streams; neither becomes a file on the board."""
         del folder
         models = {_name_there(model): model}
-        images = np.ascontiguousarray(images_NHWC, "<f4")
+        pixels = images_NHWC.dtype == np.uint8
+        images = np.ascontiguousarray(images_NHWC, np.uint8 if pixels else "<f4")
         with self._runner("predict", *models, "-", "-", models=models) as process:
             self._send(process, self._lacking(process, models))
-            _write(process, json.dumps(images.shape).encode() + b"\n")
+            _write(process, json.dumps([*images.shape, *(["uint8"] if pixels else [])]).encode() + b"\n")
             _write(process, images.data)
             shape = self._json(_line(process), list)
             content = _stdout(process).read()

@@ -6,7 +6,10 @@ export/
     model-int8.tflite       the same interface, int8 inside
     model.onnx              NCHW float32 in, logits out; the architecture is in its metadata
     labels.txt              one label a line, in the order of the outputs; the TFLite files carry it in their metadata
-    parity.npz              some test images as the model gets them, PyTorch's logits of them and classes of all
+    parity.npz              some test images as the files take them, PyTorch's logits of them and classes of all
+
+``export.input`` and ``export.softmax`` have all files take uint8 pixels and return probabilities (``interface``); ``input`` and
+``outputs`` of each file say what it takes and returns.
 
 Of a detector, the three files return a row per anchor, ``parity.npz`` holds PyTorch's rows and what it finds in all test images, and
 there may be files that choose the detections themselves:
@@ -33,8 +36,10 @@ from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.data.images import Batch, Images
 from hwnas.document import Document, file_sha256, write_atomic
+from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, labels_text
 from hwnas.export.score_calibration import Transformation
+from hwnas.export.tflite_interface import PROBABILITIES
 
 FILES: dict[str, tuple[str, str, str]] = {
     "tflite-fp32": ("model-fp32.tflite", "litert", "fp32"),
@@ -67,8 +72,27 @@ class Parity(_Part):
     agreement: float
 
 
+class Output(_Part):
+    """One output of a file, of batch 1."""
+
+    name: str
+    shape: tuple[int, ...]
+    meaning: str
+
+
+class FileInput(_Part):
+    """What a file takes: one image, of batch 1. ``range`` has the smallest and the largest value that any channel can have."""
+
+    name: str
+    dtype: Literal["float32", "uint8"]
+    layout: Literal["NHWC", "NCHW"]
+    shape: tuple[int, int, int, int]
+    range: tuple[float, float]
+    meaning: str
+
+
 class BundleFile(_Part):
-    """One exported file."""
+    """One exported file. What a detector's file returns is in the bundle's ``detector``; older bundles do not say what it takes."""
 
     name: str
     format: Format
@@ -77,6 +101,13 @@ class BundleFile(_Part):
     size_bytes: int
     sha256: str
     parity: Parity
+    input: FileInput | None = None
+    outputs: tuple[Output, ...] | None = None
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not set, so that older bundles keep their hash."""
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class TextFile(_Part):
@@ -98,8 +129,9 @@ class CalibrationPart(_Part):
 
 
 class Preprocessing(_Part):
-    """From an RGB or grey image to the model's input: resize, scale to 0..1, subtract ``mean``, divide by ``std``.
+    """From an RGB or grey image to the network's input: resize, scale to 0..1, subtract ``mean``, divide by ``std``.
 
+    A file that takes uint8 pixels does all but the resizing itself.
     ``resize`` says the first in words, ``mode`` and what follows in numbers; of older bundles and of plug-ins' data there are words alone.
 
     squash  both sides become ``resolution``
@@ -126,14 +158,6 @@ class Preprocessing(_Part):
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what is not set, so that bundles from before the geometry was in numbers keep their hash."""
         return {name: value for name, value in handler(self).items() if value is not None}
-
-
-class Output(_Part):
-    """One output of a detector's file, of batch 1."""
-
-    name: str
-    shape: tuple[int, ...]
-    meaning: str
 
 
 class DetectorFile(_Part):
@@ -179,6 +203,14 @@ class Bundle(Document):
             raise ValueError("detector.files must name the same files as files: export again")
         return self
 
+    @property
+    def interface(self) -> Interface:
+        """What its files take and return."""
+        takes = {file.input.dtype for file in self.files if file.input is not None}
+        returns = {output.name for file in self.files for output in file.outputs or ()}
+        pixels: Literal["float32", "uint8"] = "uint8" if takes == {"uint8"} else "float32"
+        return Interface(pixels, returns == {PROBABILITIES}, self.preprocessing.mean, self.preprocessing.std)
+
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what belongs to the other task, and what came later, so that older bundles keep their hash."""
@@ -213,13 +245,36 @@ def parity(outputs: np.ndarray, reference: np.ndarray) -> Parity:
     )
 
 
-def describe_file(folder: Path, kind: str, measured: Parity) -> BundleFile:
+def described_input(runtime: str, interface: Interface, arch: Architecture) -> FileInput:
+    """What a file of ``runtime`` takes, in words and numbers."""
+    size, channels = arch.resolution, arch.in_channels
+    colours = "red, green and blue" if channels == 3 else "grey"
+    normalised = f"{colours} scaled to 0..1, less preprocessing.mean, divided by preprocessing.std"
+    return FileInput(
+        name="image",
+        dtype=interface.input,
+        layout="NHWC" if runtime == "litert" else "NCHW",
+        shape=(1, size, size, channels) if runtime == "litert" else (1, channels, size, size),
+        range=interface.range,
+        meaning=f"{colours} from 0 to 255, as they are: the file normalises them" if interface.input == "uint8" else normalised,
+    )
+
+
+def described_output(interface: Interface, arch: Architecture) -> Output:
+    """What a classifier's file returns."""
+    adding = "between 0 and 1, and their sum is 1" if interface.softmax else "of which a softmax makes probabilities"
+    return Output(name=interface.output, shape=(1, arch.classes), meaning=f"one number per label, {adding}")
+
+
+def describe_file(folder: Path, kind: str, measured: Parity, entry: FileInput, outputs: tuple[Output, ...] | None = None) -> BundleFile:
     """The entry of an exported file."""
     name, runtime, dtype = FILES[kind]
     path = folder / name
     return BundleFile.model_validate(
         {
             "name": name,
+            "input": entry,
+            "outputs": outputs,
             "format": kind,
             "runtime": runtime,
             "dtype": dtype,

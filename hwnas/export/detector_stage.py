@@ -25,13 +25,15 @@ from hwnas.export.bundle import (
     Output,
     Parity,
     describe_file,
+    described_input,
     preprocessing,
     save_parity,
     tool_versions,
     write_labels,
 )
 from hwnas.export.detector import Decoded, columns
-from hwnas.export.metadata import ModelCard, Normalisation, with_metadata
+from hwnas.export.interface import Interface
+from hwnas.export.metadata import ModelCard, with_metadata
 from hwnas.export.onnx import onnx_file
 from hwnas.export.post_processing import NMS_COLUMNS, READERS, Found, iou
 from hwnas.export.tflite import quantize_int8
@@ -58,10 +60,12 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
         raise ConfigError(f"data.name = {data.name!r} has no boxes, but {arch.name!r} is a detector: name the data it was trained on.")
     found = detect(network, test, settings, batch_size=BATCH, workers=data.workers)
     ap = average_precision(test, found).AP
-    card = ModelCard(arch.name, data.channels, test.names, "decoded", Normalisation.of_parts(data.mean, data.std))
-    writer = _Writer(network, settings, sampled_images(train, config.calibration_images), card)
-    images = sampled_images(test, min(config.parity_images, max(1, ROWS_BYTES // (4 * writer.anchors * columns(network)))))
-    rows = torch_rows(writer.decoded, images)
+    interface = Interface(config.input, False, data.mean, data.std)
+    card = ModelCard(arch.name, data.channels, test.names, "decoded", interface.normalisation)
+    writer = _Writer(network, settings, interface, sampled_images(train, config.calibration_images), card)
+    count = min(config.parity_images, max(1, ROWS_BYTES // (4 * writer.anchors * columns(network))))
+    images = interface.fed(sampled_images(test, count))
+    rows = torch_rows(writer.decoded, interface.seen(images))
     kept = [torch.cat((each.boxes_D4, each.scores_D[:, None], each.classes_D[:, None]), dim=1).numpy() for each in found.values()]
     counts = np.array([len(each) for each in kept])
     save_parity(ctx.folder / "parity.npz", images=images, rows=rows, found=np.concatenate(kept).astype(np.float32), counts=counts)
@@ -71,7 +75,7 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
             path = ctx.folder / FILES[kind][0]
             writer.write(kind, path)
             measured = detector_parity(kind, predict(path, images, ctx.folder), rows, settings, arch.resolution)
-            files.append(describe_file(ctx.folder, kind, measured))
+            files.append(describe_file(ctx.folder, kind, measured, described_input(FILES[kind][1], interface, arch)))
             task.advance(note=path.name)
     ctx.progress.say(f"PyTorch: AP {ap:.1%} on {len(test)} test images")
     return Bundle(
@@ -96,8 +100,11 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
 class _Writer:
     """Writes files of one network; what several of them begin with is made once."""
 
-    def __init__(self, network: DetectionNetwork, settings: PostProcessing, calibration_NHWC: np.ndarray, card: ModelCard) -> None:
-        self.network, self.settings, self.calibration_NHWC, self.card = network, settings, calibration_NHWC, card
+    def __init__(
+        self, network: DetectionNetwork, settings: PostProcessing, interface: Interface, calibration_NHWC: np.ndarray, card: ModelCard
+    ) -> None:
+        self.network, self.settings, self.interface = network, settings, interface
+        self.calibration_NHWC, self.card = calibration_NHWC, card
         self.decoded = Decoded(network).eval()
         self.anchors = len(self.decoded.get_buffer("centres_A4"))
         self._heads: dict[str, bytes] = {}
@@ -123,7 +130,9 @@ class _Writer:
         """The TFLite file of the network without what follows its predictions."""
         if dtype not in self._heads:
             model = write_heads(self.network)
-            self._heads[dtype] = quantize_int8(model, [self.calibration_NHWC], float_io=True) if dtype == "int8" else model
+            if dtype == "int8":
+                model = quantize_int8(model, [self.calibration_NHWC], float_io=True)
+            self._heads[dtype] = self.interface.around(model, "litert")
         return self._heads[dtype]
 
     def onnx(self) -> bytes:
@@ -131,7 +140,8 @@ class _Writer:
         if self._onnx is None:
             arch = self.network.arch
             shape, metadata = (1, arch.in_channels, arch.resolution, arch.resolution), {"architecture": arch.to_json()}
-            self._onnx = onnx_file(self.decoded, shape, metadata=metadata, output_name=onnx_detector.OUTPUT_NAME)
+            model = onnx_file(self.decoded, shape, metadata=metadata, output_name=onnx_detector.OUTPUT_NAME)
+            self._onnx = self.interface.around(model, "onnxruntime")
         return self._onnx
 
 

@@ -17,6 +17,8 @@ from hwnas.export.bundle import (
     Bundle,
     CalibrationPart,
     describe_file,
+    described_input,
+    described_output,
     parity,
     preprocessing,
     save_parity,
@@ -25,9 +27,10 @@ from hwnas.export.bundle import (
     torch_predictions,
     write_labels,
 )
-from hwnas.export.metadata import LABELS_FILE, ModelCard, Normalisation, with_metadata
-from hwnas.export.onnx import to_onnx
-from hwnas.export.score_calibration import ScoreCalibration
+from hwnas.export.interface import Interface
+from hwnas.export.metadata import LABELS_FILE, ModelCard, with_metadata
+from hwnas.export.onnx import onnx_file
+from hwnas.export.score_calibration import ScoreCalibration, Transformation
 from hwnas.export.tflite import quantize_int8, to_tflite
 from hwnas.nn.network import Network, load_network
 from hwnas.runs import StageContext
@@ -65,25 +68,30 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
     data = ctx.experiment.data.at(network.arch.resolution)
     train, test = load_images(data, "train"), load_images(data, "test")
     calibration = sampled_images(train, config.calibration_images)
-    images = sampled_images(test, config.parity_images)
-    reference = torch_logits(network, images)
+    interface = Interface(config.input, config.softmax, data.mean, data.std)
+    images = interface.fed(sampled_images(test, config.parity_images))
+    reference = torch_logits(network, interface.seen(images))
     predictions, labels = torch_predictions(network, evaluation_batches(test, 256, workers=data.workers))
     save_parity(ctx.folder / "parity.npz", images=images, logits=reference, predictions=predictions)
-    calibrated = _score_calibration(network, test, data.workers) if config.score_calibration else None
+    calibrated = _score_calibration(network, test, interface, data.workers) if config.score_calibration else None
     card = ModelCard(
         name=network.arch.name,
         channels=data.channels,
         labels=test.names,
-        output="logits",
-        normalisation=Normalisation.of_parts(data.mean, data.std),
+        output=interface.output,
+        normalisation=interface.normalisation,
         calibration=None if calibrated is None else calibrated.fitted,
     )
     files = []
     with ctx.progress.task("exporting", len(formats)) as task:
         for kind in formats:
-            path = ctx.folder / FILES[kind][0]
-            _write(kind, network, calibration, card, path)
-            files.append(describe_file(ctx.folder, kind, parity(predict(path, images, ctx.folder), reference)))
+            name, runtime, _ = FILES[kind]
+            path = ctx.folder / name
+            model = interface.around(_network_file(kind, network, calibration), runtime)
+            write_atomic(path, with_metadata(model, card) if runtime == "litert" else model)
+            measured = parity(predict(path, images, ctx.folder), interface.outputs_of(reference))
+            described = described_input(runtime, interface, network.arch), (described_output(interface, network.arch),)
+            files.append(describe_file(ctx.folder, kind, measured, *described))
             task.advance(note=path.name)
     return Bundle(
         architecture=network.arch,
@@ -118,24 +126,23 @@ class _Calibrated:
         )
 
 
-def _score_calibration(network: Network, test: Images, workers: int) -> _Calibrated:
-    """Fitted to PyTorch's logits of half of the test images: the final training has seen all others."""
+def _score_calibration(network: Network, test: Images, interface: Interface, workers: int) -> _Calibrated:
+    """Fitted to PyTorch's outputs for half of the test images: the final training has seen all others."""
     half = Portion(test, CALIBRATION_PORTION)
     pairs = [
         (torch_logits(network, x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy())
         for x_NCHW, y in evaluation_batches(half, 256, workers=workers)
     ]
     logits, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    return _Calibrated(score_calibration.fit(logits, labels, "IDENTITY"), len(labels))
+    transformation: Transformation = "INVERSE_LOGISTIC" if interface.softmax else "IDENTITY"
+    return _Calibrated(score_calibration.fit(interface.outputs_of(logits), labels, transformation), len(labels))
 
 
-def _write(kind: str, network: Network, calibration_NHWC: np.ndarray, card: ModelCard, path: Path) -> None:
+def _network_file(kind: str, network: Network, calibration_NHWC: np.ndarray) -> bytes:
+    """The file of a format with the network alone: normalised float32 images in, logits out."""
     arch = network.arch
     shape = (1, arch.in_channels, arch.resolution, arch.resolution)
     if kind == "onnx":
-        to_onnx(network, shape, metadata={"architecture": arch.to_json()}, path=path)
-        return
+        return onnx_file(network, shape, metadata={"architecture": arch.to_json()})
     model = to_tflite(network, shape)
-    if kind == "tflite-int8":
-        model = quantize_int8(model, [calibration_NHWC], float_io=True)
-    write_atomic(path, with_metadata(model, card))
+    return quantize_int8(model, [calibration_NHWC], float_io=True) if kind == "tflite-int8" else model

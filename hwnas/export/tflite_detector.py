@@ -22,6 +22,7 @@ from flatbuffers import flexbuffers
 
 from hwnas.core.detector import PostProcessing
 from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres
+from hwnas.export.tflite_interface import network_alone
 from hwnas.export.tflite_writer import Graph
 from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 
@@ -59,12 +60,12 @@ def tasks(heads: bytes, network: DetectionNetwork, config: PostProcessing) -> by
 
 
 def without_decoding(model: bytes) -> bytes:
-    """Of a ``decoded`` file the network alone, as ``heads`` was: for timing.
+    """Of a ``decoded`` file the network alone, as ``heads`` was, and without normalisation: for timing.
 
     A latency table prices the network; its calibration also what little joins the maps, which is not in here.
     """
     graph, entry, _ = Graph.opened(model)
-    return graph.pack(entry, *graph.cut(_SCOPE))
+    return network_alone(graph.pack(entry, *graph.cut(_SCOPE)))
 
 
 def task_options(config: PostProcessing, classes: int) -> bytes:

@@ -132,6 +132,24 @@ class Graph:
         self.tensors, self._operators = self.tensors[:first], ours
         return list(dict.fromkeys(used))
 
+    def lead(self, count: int, entry: int, exit_: int) -> None:
+        """Move the last ``count`` operators, from ``entry`` to ``exit_``, before the others, which then take ``exit_`` for ``entry``."""
+        leading, others = self._operators[-count:], self._operators[:-count]
+        self._retake(others, entry, exit_)
+        self._operators = [*leading, *others]
+
+    def drop_lead(self, count: int, entry: int) -> None:
+        """Leave out the first ``count`` operators, which ``lead`` put there; the others take ``entry`` again."""
+        leading, others = self._operators[:count], self._operators[count:]
+        [exit_] = leading[-1].outputs
+        self._retake(others, int(exit_), entry)
+        self._operators = others
+
+    @staticmethod
+    def _retake(operators: Sequence[Any], old: int, new: int) -> None:
+        for operator in operators:
+            operator.inputs = [int(tensor) if tensor != old else new for tensor in operator.inputs]
+
     def shape(self, tensor: int) -> tuple[int, ...]:
         """Height and width in the middle: NHWC, or [1, classes]."""
         return tuple(int(size) for size in self.tensors[tensor].shape)

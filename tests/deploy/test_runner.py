@@ -18,11 +18,13 @@ import pytest
 import torch
 from torch import nn
 
+from hwnas.export.interface import Interface
 from hwnas.export.onnx import to_onnx
 from hwnas.export.tflite import quantize_int8, to_tflite
 
 RUNNER = Path(__file__).parents[2] / "deploy" / "runner.py"
 SHAPE = (1, 3, 16, 16)
+TAKES_PIXELS = Interface("uint8", False, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +290,44 @@ def test_predict_from_stdin_to_stdout(images: np.ndarray[Any, Any], files: dict[
     done = stream("predict", files["net.onnx"], "-", "-", content=sent[:-1000])
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"the images ended after 5 of 6" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def pixels(images: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return TAKES_PIXELS.fed(images)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["fp32.tflite", "float_io.tflite", "net.onnx"])
+def test_predict_from_pixels(name: str, pixels: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path) -> None:
+    """As they are into a file that takes them, from an array and from a stream; what does not fit is one sentence."""
+    runtime = "onnxruntime" if name.endswith("onnx") else "litert"
+    model = tmp_path / name
+    model.write_bytes(TAKES_PIXELS.around(files[name].read_bytes(), runtime))
+    np.save(tmp_path / "pixels.npy", pixels)
+    np.save(tmp_path / "floats.npy", TAKES_PIXELS.seen(pixels))
+    for entry, images in ((files[name], "floats.npy"), (model, "pixels.npy")):
+        done = run("predict", entry, tmp_path / images, tmp_path / f"{entry.parent.name}.npy")
+        assert done.returncode == 0, done.stderr
+    wanted, found = np.load(tmp_path / f"{files[name].parent.name}.npy"), np.load(tmp_path / f"{tmp_path.name}.npy")
+    limit = 0.02 if name == "float_io.tflite" else 1e-5
+    assert np.abs(found - wanted).max() <= limit * np.abs(wanted).max()
+    done = stream("predict", model, "-", "-", content=json.dumps([*pixels.shape, "uint8"]).encode() + b"\n" + pixels.tobytes())
+    assert done.returncode == 0, done.stderr
+    shape, _, values = done.stdout.partition(b"\n")
+    assert np.array_equal(np.frombuffer(values, np.float32).reshape(json.loads(shape)), found)
+    refused = run("predict", files[name], tmp_path / "pixels.npy", tmp_path / "out.npy")
+    assert refused.returncode == 2 and "These images are uint8, and the model takes float32: normalise them first" in refused.stderr
+
+
+def test_floats_are_no_pixels(files: dict[str, Path], images: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    """An ONNX file has no scale to make pixels of floats with."""
+    (tmp_path / "net.onnx").write_bytes(TAKES_PIXELS.around(files["net.onnx"].read_bytes(), "onnxruntime"))
+    np.save(tmp_path / "in.npy", images)
+    refused = run("predict", tmp_path / "net.onnx", tmp_path / "in.npy", tmp_path / "out.npy")
+    assert refused.returncode == 2 and "This model takes uint8 images, pixels as they are, and these are float32" in refused.stderr
+    items = [{"id": "net", "path": str(tmp_path / "net.onnx")}]
+    _, [line] = measure(tmp_path, runtime="onnxruntime", items=items)
+    assert len(line["ms"]) >= 5
 
 
 def test_receives_what_is_missing(files: dict[str, Path], tmp_path: Path) -> None:
