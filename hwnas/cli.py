@@ -108,12 +108,12 @@ def _check_verdict(pipeline: Pipeline) -> None:
 def run(
     config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-    plan: Annotated[bool, typer.Option("--plan", help="print what would be done, and do nothing")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="print what would be done, and how long (-q: without timing a few steps)")] = False,
 ) -> None:  # fmt: skip
     """All stages: profile, search, train, export, validate, report. Current ones are skipped."""
     pipeline = _pipeline(config, overrides, out, quiet, verbose)
     if plan:
-        typer.echo(pipeline.plan())
+        typer.echo(pipeline.plan(timed=not quiet))
         return
     with _interruptible():
         pipeline.run(fresh=fresh)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hwnas import __version__
 from hwnas.config import Experiment, SearchConfig
@@ -20,10 +20,13 @@ from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
-from hwnas.errors import ConfigError, SpaceError, UserError
+from hwnas.errors import ConfigError, HwnasError, SpaceError, UserError
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
 from hwnas.search import FINDERS, STRATEGIES, check_space
+
+if TYPE_CHECKING:  # it imports all stages
+    from hwnas.estimate.plan import Estimates
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
 
@@ -165,7 +168,7 @@ class Pipeline:
 
     def perform(self, current: Stage, fresh: bool) -> None:
         """A stage of a locked run folder, unless it is current."""
-        inputs = {"hwnas": content_sha256(__version__), **current.inputs()}
+        inputs = self._inputs(current)
         if not self.begins(current.name, inputs, fresh):
             return
         folder, started = self.root / current.name, time.monotonic()
@@ -191,8 +194,11 @@ class Pipeline:
         folder.mkdir(exist_ok=True)
         return True
 
-    def plan(self) -> str:
-        """What ``run`` would do, in words; nothing is read but the configuration, and the table where one is named."""
+    def plan(self, *, timed: bool = False) -> str:
+        """What ``run`` would do, in words; nothing is read but the configuration, and the table where one is named.
+
+        With ``timed``, a few steps of every stage are done in a temporary folder, and each stage is said to take how long.
+        """
         experiment, space = self.experiment, self.space
         device, data = experiment.device, experiment.data
         if experiment.search.target_ms is not None:
@@ -221,7 +227,52 @@ class Pipeline:
         source = (
             f"data: {data.name}{f' in {data.path}' if data.path else ''}, {data.classes} classes, {data.channels} x {data.resolution} px"
         )
-        return "\n".join([f"experiment {experiment.name} in {self.root}", source, *(f"{name:9} {texts[name]}" for name in self.needed)])
+        lines = [f"experiment {experiment.name} in {self.root}", source]
+        if not timed:
+            return "\n".join([*lines, *(f"{name:9} {texts[name]}" for name in self.needed)])
+        found = self._estimates()
+        for name in self.needed:
+            lines.append(f"{name:9} {texts[name]}")
+            lines += [f"{'':9} {found.stages[name]}"] if name in found.stages else []
+        return "\n".join([*lines, f"{'in all':9} {found.summary}"])
+
+    def _estimates(self) -> Estimates:
+        """How long the stages take that are not up to date."""
+        from hwnas.estimate.plan import Estimates
+        from hwnas.train import stage as train
+
+        self.progress.say("timing a few steps of every stage")
+        current = self._up_to_date()
+        profiled = self.experiment.search.table is not None or "profile" in current
+        searched = self.root / "search" / "arch.json"
+        known = "search" in current or self.experiment.train.arch is not None
+        return Estimates(
+            self.experiment,
+            self.space,
+            self.needed,
+            current=current,
+            table=LatencyTable.load(self.table_path) if profiled and self.table_path.is_file() else None,
+            arch=train.architecture(self.experiment, self.space, searched) if known else None,
+        )
+
+    def _up_to_date(self) -> list[str]:
+        """The first stages, as far as a run would skip them."""
+        found: list[str] = []
+        for name in self.needed:
+            folder = self.root / name
+            if not folder.is_dir():
+                break
+            try:
+                state = state_of(folder, self._inputs(self.stage(name)))
+            except HwnasError:  # an input is missing, or is refused: there is something to do
+                break
+            if state != "done":
+                break
+            found.append(name)
+        return found
+
+    def _inputs(self, of: Stage) -> dict[str, str]:
+        return {"hwnas": content_sha256(__version__), **of.inputs()}
 
     def _measured(self) -> str:
         """What would be profiled. Spaces without a price by choice, which are never profiled, are not asked for their ops."""

@@ -120,7 +120,12 @@ class SearchConfig(Section):
         1024, ge=0, description="training images that re-estimate BN statistics before any ranking; 0: tracked ones (supernet.bn_track)"
     )
     evaluation_images: int = Field(1000, ge=1, description="held-out images that a finder judges on; the last ranking is on all of them")
-    random_samples: int = Field(8, ge=0, description="random architectures scored for the report's comparison")
+    random_samples: int | None = Field(
+        None,
+        ge=0,
+        description="random architectures scored for comparison, within the budget and anywhere each; default: up to 8, as many as keep "
+        "the last ranking and this within a fifth of the search's cost, at least 4",
+    )
 
     @model_validator(mode="after")
     def _statistics(self) -> Self:

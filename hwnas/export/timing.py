@@ -29,26 +29,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HWNAS_CACHE", "~/.cache/hwnas")).expanduser()
 
 
-def timing_file(timed: Sequence[Op] | Architecture, runtime: str, dtype: str) -> Path:
+def timing_file(timed: Sequence[Op] | Architecture, runtime: str, dtype: str, folder: Path | None = None) -> Path:
     """The model file of a chain of ops for a runtime (``litert`` or ``onnxruntime``) and dtype (``fp32`` or ``int8``).
 
     A network with a detector, or of cells, is no chain, and is given as its architecture; cells and their ops are converted by the
     runtime's exporter, which takes seconds each, where everything else is written directly. Files are made on first use and kept under
     the ops' keys.
-    Inputs and outputs are channels-last for LiteRT, and int8 for int8.
+    Inputs and outputs are channels-last for LiteRT, and int8 for int8. ``folder`` (default: ``cache_folder``) is where.
     """
+    path = timing_path(timed, runtime, dtype, folder)
+    if not path.exists():
+        _make(_architecture(timed), runtime, dtype, path)
+    return path
+
+
+def timing_path(timed: Sequence[Op] | Architecture, runtime: str, dtype: str, folder: Path | None = None) -> Path:
+    """Where ``timing_file`` keeps a file, which need not be there yet."""
     if (runtime, dtype) not in {("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")}:
         raise ConfigError(f"device.runtime = {runtime!r} with device.dtype = {dtype!r} is not supported: onnxruntime runs fp32 only.")
+    built = _architecture(timed)
     ops = timed.ops() if isinstance(timed, Architecture) else timed
-    built = timed if isinstance(timed, Architecture) else Architecture(name="timing", in_channels=ops[0].in_ch, blocks=tuple(ops))
     taps = [f"tap{tap}" for tap in built.detector.taps] if built.detector is not None else []
     parts = [*(op.key for op in ops), *taps, *(step.key for step in built.graph)]
     name = ops[0].key if len(ops) == 1 else "net-" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
     suffix = "onnx" if runtime == "onnxruntime" else "tflite"
-    path = cache_folder() / f"{runtime}-{dtype}-{_makers(runtime, dtype)}" / f"{name}.{suffix}"
-    if not path.exists():
-        _make(built, runtime, dtype, path)
-    return path
+    return (folder or cache_folder()) / f"{runtime}-{dtype}-{_makers(runtime, dtype)}" / f"{name}.{suffix}"
+
+
+def _architecture(timed: Sequence[Op] | Architecture) -> Architecture:
+    if isinstance(timed, Architecture):
+        return timed
+    return Architecture(name="timing", in_channels=timed[0].in_ch, blocks=tuple(timed))
 
 
 @cache

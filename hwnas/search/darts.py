@@ -34,6 +34,7 @@ searching, and the cell is derived as published: ``hwnas.search.genotype``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -92,6 +93,10 @@ class DARTS(Strategy):
     def position(self, ctx: SearchContext) -> tuple[int, float]:
         """The number of the stage at this step, and which part of it is over. DARTS has one stage."""
         return 0, ctx.fraction
+
+    def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
+        """The end of the warm-up."""
+        return (math.ceil(self.config.warmup * ctx.steps),)
 
     def begin(self, ctx: SearchContext, stage: int) -> None:
         """Start a stage with a new alpha."""

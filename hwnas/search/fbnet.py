@@ -121,6 +121,10 @@ class FBNet(Strategy):
         """The masks' temperature at this step: 5 at the start, 0.087 at the end."""
         return self.config.temperature * math.exp(-self.config.annealing * EPOCHS * ctx.fraction)
 
+    def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
+        """The end of the warm-up."""
+        return (math.ceil(self.config.warmup * ctx.steps),)
+
     def learns(self, ctx: SearchContext) -> bool:
         """Whether this step updates theta: every ``theta_every``-th after the warm-up."""
         return ctx.fraction >= self.config.warmup and (ctx.step + 1) % self.config.theta_every == 0

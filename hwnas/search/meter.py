@@ -99,7 +99,11 @@ class Meter:
             return
         self._known.add(identity)
         self._judged += 1
-        self._macs += FORWARD * (self._judged_images if images is None else images) * self._of(picks)
+        self._macs += self.judging(picks, self._judged_images if images is None else images)
+
+    def judging(self, picks: Picks, images: int) -> int:
+        """MACs of judging an architecture on so many images; nothing is counted."""
+        return FORWARD * images * self._of(picks)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""

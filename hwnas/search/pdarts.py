@@ -114,6 +114,11 @@ class PDARTS(DARTS):
         stage, steps_over = divmod(ctx.step * len(self.config.keep), ctx.steps)
         return stage, steps_over / ctx.steps
 
+    def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
+        """The ends of the stages, and of the warm-up in each."""
+        count = len(self.config.keep)
+        return tuple(math.ceil((stage + over) * ctx.steps / count) for stage in range(count) for over in (0.0, self.config.warmup))
+
     def begin(self, ctx: SearchContext, stage: int) -> None:
         """Drop the least likely options of every slot, then start with a new alpha."""
         policy, kept = self.alphas.policy(), self.alphas.kept

@@ -188,6 +188,11 @@ class ProgressiveShrinking(Strategy):
         until = np.cumsum([phase.share for phase in self.phases])
         self.ends = [max(1, round(ctx.steps * float(part))) for part in until / until[-1]]
 
+    def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
+        """The ends of the phases."""
+        del ctx
+        return tuple(self.ends[:-1])
+
     def step(self, ctx: SearchContext) -> Metrics:
         """One update by the sub-networks of the present phase. ``latency_ms`` is their mean."""
         number = bisect_right(self.ends, ctx.step)

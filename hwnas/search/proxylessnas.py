@@ -45,6 +45,7 @@ only; and a choice whose active option is ``skip`` (Zero) gets no update in that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -152,10 +153,17 @@ class ProxylessNAS(Strategy):
             return add_linear(loss, expected_ms, target_ms, config.add_linear_lambda)
         return penalised(loss, expected_ms, target_ms, "absolute", "add", config.latency_weight)
 
+    def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
+        """The first step that may update alpha."""
+        return (math.ceil(self._first() * ctx.steps),)
+
+    def _first(self) -> float:
+        """Which part of the steps is over when alpha begins to learn: the warm-up and the first joint epoch."""
+        return self.config.warmup + (1 - self.config.warmup) / JOINT_EPOCHS
+
     def learns(self, ctx: SearchContext) -> bool:
         """Whether this step updates the alphas: every ``arch_every``-th, after the warm-up and the first joint epoch."""
-        first = self.config.warmup + (1 - self.config.warmup) / JOINT_EPOCHS
-        return ctx.fraction >= first and (ctx.step + 1) % self.config.arch_every == 0
+        return ctx.fraction >= self._first() and (ctx.step + 1) % self.config.arch_every == 0
 
     def step(self, ctx: SearchContext) -> Metrics:
         """One weight update of a sampled path and, when it is time, one update of the alphas."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -30,6 +32,7 @@ from hwnas.nn.supernet import SharedNetwork, Supernet, load_supernet, make_super
 from hwnas.progress import Progress
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES, check_space
+from hwnas.search.comparison import compared_with
 from hwnas.search.finder import Finder
 from hwnas.search.judge import Judge
 from hwnas.search.meter import Meter, SearchCost
@@ -154,7 +157,7 @@ def search_context(experiment: Experiment, space: SearchSpace, table: LatencyTab
         strategy.check(space)
         _check_settings(experiment, strategy)
     else:
-        _trained(config, space)
+        trained(config, space)
     search = SearchContext(space, cost, config.objective, target_ms, config.tolerance, 0, config.batch_size, limits=limits)
     if not random_within(search, 1, np.random.default_rng(experiment.seed)):
         together = "".join(f", {each.title} <= {each.most:g}" for each in limits.compiled)
@@ -200,13 +203,13 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     config, progress = ctx.experiment.search, ctx.progress
     search = search_context(ctx.experiment, space, table)
     search.progress = progress
-    experiment = _sized(ctx.experiment, space)
+    experiment = sized(ctx.experiment, space)
     low, high = search.cost.range_ms()
     progress.say(f"target {search.target_ms:.4g} ms on {table.title}; {space.name} reaches {low:.4g} to {high:.4g} ms")
     finder = search_finder(config)
     if config.weights is not None:
-        judge = Judge(_trained(config, space), experiment)
-        search.meter = _meter(config, judge.supernet)
+        judge = Judge(trained(config, space), experiment)
+        search.meter = meter_of(config, judge.supernet)
         _find(ctx, search, judge, finder, None)
         return
 
@@ -215,7 +218,10 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     if config.backbone is not None and isinstance(judge.supernet, Supernet):
         progress.say(str(inherit(judge.supernet, trained_supernet(config.backbone, "search.backbone"))))
     engine.resume()
+    begun_at, begun_with = time.monotonic(), engine.step
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
+    if begun_with < search.steps:
+        search.seconds = (time.monotonic() - begun_at) * search.steps / (search.steps - begun_with)
     _warn_of_a_still_policy(engine.metrics.read(), strategy, progress)
     if isinstance(judge.supernet, SharedNetwork):
         save_supernet(judge.supernet, ctx.folder / SHARED)
@@ -223,7 +229,7 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     engine.finish()
 
 
-def _sized(experiment: Experiment, space: SearchSpace) -> Experiment:
+def sized(experiment: Experiment, space: SearchSpace) -> Experiment:
     """The experiment with images of the space's size, which ``space.restrict`` may have made smaller than the data's."""
     return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
@@ -253,7 +259,7 @@ def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, f
     strategy.setup(search)
     supernet = _make_supernet(experiment, space, strategy)
     judge = Judge(supernet, experiment)
-    search.meter = _meter(config, supernet)
+    search.meter = meter_of(config, supernet)
     engine = Engine(
         supernet,
         config.optimizer,
@@ -271,7 +277,8 @@ def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, f
     return Prepared(search, strategy, engine, judge)
 
 
-def _meter(config: SearchConfig, supernet: SharedNetwork | Portfolio) -> Meter:
+def meter_of(config: SearchConfig, supernet: SharedNetwork | Portfolio) -> Meter:
+    """What counts the cost of a search with these weights."""
     stages = supernet.stages if isinstance(supernet, GrowingSupernet) else (supernet,)
     proxies = [each.proxy if isinstance(each, Supernet | CellSupernet) else supernet.space for each in stages]
     return Meter(supernet.space, proxies, config.batch_size, config.recalibration_images + config.evaluation_images)
@@ -325,7 +332,7 @@ def _make_supernet(experiment: Experiment, space: SearchSpace, strategy: Strateg
     return make_supernet(space, generator, config.model_copy(update={"sharing": sharing, "kernels": kernels}))
 
 
-def _trained(config: SearchConfig, space: SearchSpace) -> SharedNetwork:
+def trained(config: SearchConfig, space: SearchSpace) -> SharedNetwork:
     """The super-net of ``search.weights``, which brings its own sharing. Raises ConfigError where the configuration contradicts it."""
     assert config.weights is not None
     supernet = load_supernet(trained_supernet(config.weights), space)
@@ -351,11 +358,13 @@ def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder
     judge.keep(ctx.folder / JUDGED)
     search.evaluator = judge
     search.step, search.rng = search.steps, np.random.default_rng([seed, search.steps])
+    begun_at = time.monotonic()
     if finder is not None:
         proposals = finder.find(search, config.candidates)
     else:
         assert strategy is not None
         proposals = strategy.propose(search, config.candidates)
+    search.seconds += time.monotonic() - begun_at
     proposals = proposals or random_within(search, 1, np.random.default_rng(seed))
     _conclude(ctx, search, judge, proposals)
 
@@ -365,18 +374,15 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
     config, space, progress = ctx.experiment.search, judge.supernet.space, ctx.progress
     name = config.strategy.name if config.weights is None else "trained super-net"
     title = judge.quality.title
-    candidates = _ranked(search, judge, proposals, "ranking proposals")
     assert search.meter is not None
+    comparison = compared_with(search, judge, proposals)
+    progress.say(comparison.sentence)
+    candidates = _ranked(search, judge, proposals, f"ranking {len(proposals)} proposals")
     for picks in proposals:
         search.meter.judge(picks, config.recalibration_images + len(judge.held_out))
     cost = search.meter.cost  # the random ones below are for the report alone
-    random: list[Candidate] = []
-    spread: list[Candidate] = []
-    if isinstance(judge.supernet, SharedNetwork):  # networks that were trained alone say nothing about others
-        within = random_within(search, config.random_samples, search.rng)
-        random = _ranked(search, judge, within, "scoring random architectures in the budget")
-        anywhere = [space.sample(search.rng) for _ in range(config.random_samples)]
-        spread = _ranked(search, judge, anywhere, "scoring random architectures anywhere")
+    random = _ranked(search, judge, comparison.within, f"scoring {len(comparison.within)} random in budget")
+    spread = _ranked(search, judge, comparison.anywhere, f"scoring {len(comparison.anywhere)} random anywhere", judge.evaluate)
     best = candidates[0]
     arch = space.decode(best.picks, f"{space.name}-{name.replace(' ', '-')}")
     arch.save(ctx.folder / "arch.json")
@@ -402,12 +408,15 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
     progress.say(_summary(arch, best, search.target_ms, title))
 
 
-def _ranked(search: SearchContext, judge: Judge, proposals: list[Picks], description: str) -> list[Candidate]:
-    """Judge each proposal; best reward first."""
+def _ranked(
+    search: SearchContext, judge: Judge, proposals: Sequence[Picks], description: str, quality_of: Callable[[Picks], float] | None = None
+) -> list[Candidate]:
+    """Judge each proposal, by default on all held-out images; best reward first."""
     judged, title = [], judge.quality.title
+    of_all = quality_of or (lambda picks: judge.accuracy(judge.network(picks)))
     with search.progress.task(description, len(proposals)) as task:
         for picks in proposals:
-            quality, latency = judge.accuracy(judge.network(picks)), search.cost.latency_ms(picks)
+            quality, latency = of_all(picks), search.cost.latency_ms(picks)
             values = {} if search.limits is None else search.limits.describe(picks)
             reward = search.reward(quality, latency)
             judged.append(Candidate(picks=picks, latency_ms=latency, accuracy=quality, reward=reward, limits=values))

@@ -63,7 +63,8 @@ class SearchContext:
 
     ``rng`` is renewed for every step from (seed, step), which makes strategies resume exactly as long as they draw from nothing
     else. ``weights`` are not there yet during ``Strategy.setup``, nor where a finder works on an already trained super-net;
-    ``evaluator`` is there once weights are trained. ``meter`` counts what all this costs.
+    ``evaluator`` is there once weights are trained. ``meter`` counts what all this costs. ``seconds`` is what the search has taken,
+    as far as this process knows: for what is said to people, and for nothing that decides.
     """
 
     space: SearchSpace
@@ -78,6 +79,7 @@ class SearchContext:
     limits: Limits | None = None
     meter: Meter | None = None
     step: int = 0
+    seconds: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     progress: Progress = field(default_factory=Progress)
 
@@ -175,6 +177,11 @@ class Strategy(ABC):
     def growth(self, space: CellSpace) -> tuple[int, ...]:
         """Cells of each stage in the super-nets that follow one another on ``space``, where the method grows them (``ctx.grow``)."""
         del space
+        return ()
+
+    def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
+        """The steps at which steps begin to be of another kind, and so to take another time; the first is always 0, and left out."""
+        del ctx
         return ()
 
     def parts(self) -> tuple[int, int]:

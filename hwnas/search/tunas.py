@@ -32,6 +32,7 @@ uses *all* its options, averaged (op warm-up); an expansion or width decision us
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -235,6 +236,10 @@ class TuNAS(Strategy):
     def parts(self) -> tuple[int, int]:
         """Every architecture has its part of both batches."""
         return self.config.architectures, self.config.architectures
+
+    def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
+        """The ends of the warm-up and of the delay."""
+        return math.ceil(self.config.warmup * ctx.steps), math.ceil(self.config.rl_delay * ctx.steps)
 
     def rl_rate(self, ctx: SearchContext) -> float:
         """The controller's learning rate at this step; 0 during the delay."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,7 +18,7 @@ from hwnas.core.search_space import SearchSpace
 from hwnas.core.ssdlite import with_detector
 from hwnas.data.coco import CocoImages
 from hwnas.data.coco_eval import CocoMetrics
-from hwnas.data.images import Images, evaluation_batches, load_images, training_batches
+from hwnas.data.images import Batch, Images, evaluation_batches, load_images, training_batches
 from hwnas.detection import DetectionCriterion, average_precision, detect
 from hwnas.document import Document
 from hwnas.engine import Engine, Metrics, accuracy, steps_of
@@ -111,8 +112,22 @@ def trained_backbone(folder: str, arch: Architecture) -> Path:
     return path
 
 
-def run(ctx: StageContext, arch: Architecture) -> None:
-    """Train and write ``model.safetensors`` (averaged weights, BN statistics), ``train.json`` and the other ``outputs``."""
+@dataclass(frozen=True)
+class Training:
+    """A training that is ready to run, or to go on."""
+
+    engine: Engine
+    test: Images
+    batches: Iterator[Batch]
+
+    def step(self, number: int) -> Metrics:
+        """One update on the next batch."""
+        del number  # the loader is already at this step
+        return self.engine.weight_step(*next(self.batches))
+
+
+def begin(ctx: StageContext, arch: Architecture) -> Training:
+    """Build what is trained, and take up what the stage's folder holds of it."""
     config, data, seed = ctx.experiment.train, _sized(ctx.experiment, arch), ctx.experiment.seed
     train, test = load_images(data, "all", augment=True), load_images(data, "test")
     network = network_of(arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed))
@@ -132,19 +147,21 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     )
     engine.resume()
     batches = training_batches(train, config.batch_size, seed=seed, first=engine.step, last=steps, workers=data.workers)
+    return Training(engine, test, batches)
 
-    def step(number: int) -> Metrics:
-        del number  # the loader is already at this step
-        return engine.weight_step(*next(batches))
 
-    engine.fit(step, ctx.progress, f"training {arch.name}")
+def run(ctx: StageContext, arch: Architecture) -> None:
+    """Train and write ``model.safetensors`` (averaged weights, BN statistics), ``train.json`` and the other ``outputs``."""
+    config, training = ctx.experiment.train, begin(ctx, arch)
+    engine, test = training.engine, training.test
+    engine.fit(training.step, ctx.progress, f"training {arch.name}")
     trained = engine.averaged
     assert isinstance(trained, AnyNetwork)
     result = TrainResult(
         architecture_sha256=arch.sha256,
         weights=config.weights if config.backbone is None else "backbone",
-        steps=steps,
-        seed=seed,
+        steps=engine.steps,
+        seed=engine.seed,
         test_images=len(test),
         class_names=test.names,
         **_judged(ctx, trained, test),

@@ -1,0 +1,142 @@
+"""The stages that ask the device: a few models are built and measured as profiling and validation do it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hwnas.config import Experiment
+from hwnas.core.arch import Architecture
+from hwnas.core.op import Op
+from hwnas.core.search_space import SearchSpace
+from hwnas.devices.device import connect, find_device
+from hwnas.devices.profile import spread_networks
+from hwnas.errors import DeviceError
+from hwnas.estimate.parts import Estimate, Part, peak_memory
+from hwnas.export.timing import timing_file, timing_path
+
+OPS, NETWORKS = 4, 2
+"""How many of either are built and measured."""
+
+Timed = Sequence[Op] | Architecture
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Means of items of one kind: seconds of building and of a round, bytes of the file, milliseconds of a run."""
+
+    building: float
+    measuring: float
+    size_bytes: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What building and measuring a few ops and networks took. ``start`` is the runner's, once in a round."""
+
+    ops: Costs
+    networks: Costs
+    start: float
+
+
+def sample(experiment: Experiment, space: SearchSpace, arch: Architecture | None, folder: Path) -> Sample:
+    """Build and measure in an empty ``folder``: ops and networks of the space, or of an architecture alone.
+
+    Raises DeviceError where the device cannot be reached, or does not run the files.
+    """
+    ops: Sequence[Op] = tuple(dict.fromkeys(arch.ops())) if arch is not None else space.ops
+    networks = [arch] if arch is not None else spread_networks(space, NETWORKS, np.random.default_rng([experiment.seed, 77]))
+    chosen = [(op,) for op in _spread(ops, OPS)]
+    chains: dict[str, Timed] = {op[0].key: op for op in chosen}
+    chains |= {f"net-{i}": network if _whole(network) else network.ops() for i, network in enumerate(networks)}
+    building, paths = {}, {}
+    for name, timed in chains.items():
+        begun_at = time.perf_counter()
+        paths[name] = timing_file(timed, experiment.device.runtime, experiment.device.dtype, folder)
+        building[name] = time.perf_counter() - begun_at
+    keys = {name: [op.key for op in (timed.ops() if isinstance(timed, Architecture) else timed)] for name, timed in chains.items()}
+    start, measuring, ms = _measured(experiment, paths, keys, folder)
+
+    def costs(names: list[str]) -> Costs:
+        means = (np.mean([of[name] for name in names]) for of in (building, measuring, _sizes(paths), ms))
+        return Costs(*map(float, means))
+
+    found = [name for name in chains if name.startswith("net-")]
+    return Sample(costs([name for name in chains if name not in found]), costs(found), start)
+
+
+def _whole(network: Architecture) -> bool:
+    return network.detector is not None or bool(network.graph)
+
+
+def _sizes(paths: dict[str, Path]) -> dict[str, int]:
+    return {name: path.stat().st_size for name, path in paths.items()}
+
+
+def _spread(ops: Sequence[Op], count: int) -> list[Op]:
+    """Ops from the middle of each of ``count`` parts, by their size: their mean is near that of all."""
+    ordered = sorted(ops, key=lambda op: op.macs)
+    count = min(count, len(ordered))
+    return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
+
+
+def _measured(
+    experiment: Experiment, paths: dict[str, Path], keys: dict[str, list[str]], folder: Path
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Seconds until the runner has started, seconds of each item, and milliseconds of a run of each."""
+    settings, config = experiment.device, experiment.profile
+    connection = connect(find_device(settings.name))
+    plan = {
+        "runtime": settings.runtime,
+        "threads": settings.threads,
+        "cores": list(settings.cores or connection.cores(settings.threads)),
+        "min_ms": config.min_ms,
+        "min_runs": config.min_runs,
+        "items": [{"id": name, "path": str(path), "round": 0, "ops": keys[name]} for name, path in paths.items()],
+    }
+    begun_at = last_at = time.perf_counter()
+    start, seconds, ms = 0.0, dict[str, float](), dict[str, float]()
+    for row in connection.measure(plan, folder):
+        if "error" in row:
+            raise DeviceError(f"{row['id']} does not run with {settings.runtime}: {row['error']}")
+        now = time.perf_counter()
+        if "id" in row:
+            seconds[row["id"]], ms[row["id"]] = now - last_at, float(np.median(row["ms"]))
+        elif "runner" in row:
+            start = now - begun_at
+        last_at = now
+    return start, seconds, ms
+
+
+def of_profile(experiment: Experiment, space: SearchSpace, found: Sample) -> Estimate:
+    """Building what the cache lacks, then all rounds; noisy entries are measured again in up to ``profile.max_rounds``."""
+    config, device = experiment.profile, experiment.device
+    fitted = config.mode == "networks"
+    networks = config.networks if fitted else config.fit_networks + config.test_networks
+    ops: Sequence[Op] = () if fitted else space.ops
+    missing = sum(not timing_path((op,), device.runtime, device.dtype).exists() for op in ops)
+    per_round = found.start + len(ops) * found.ops.measuring + networks * found.networks.measuring
+    parts = [
+        Part("building", 1, missing * found.ops.building + networks * found.networks.building),
+        Part("measuring", config.rounds, per_round, max(config.rounds, config.max_rounds)),
+    ]
+    disk = missing * found.ops.size_bytes + networks * found.networks.size_bytes
+    return Estimate(tuple(parts), peak_memory(), disk)
+
+
+def of_validation(experiment: Experiment, arch: Architecture, test_images: int, found: Sample) -> Estimate:
+    """Every file on all test images, then files and blocks in rounds, up to twice as many while they are noisy."""
+    config, files = experiment.validation, len(experiment.export_formats)
+    images = min(test_images, config.images or test_images)
+    blocks = len(dict.fromkeys(arch.ops()))
+    per_round = 2 * found.start + files * found.networks.measuring + blocks * found.ops.measuring
+    parts = (
+        Part("accuracy of the files", files, found.start + images * found.networks.ms / 1e3),
+        Part("measuring", config.rounds, per_round, 2 * config.rounds),
+    )
+    return Estimate(parts, peak_memory())

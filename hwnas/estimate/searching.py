@@ -1,0 +1,196 @@
+"""The search stage: a few real steps of the strategy in every one of its phases, and a few images through one judged network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from hwnas.config import Experiment
+from hwnas.core.arch import Picks
+from hwnas.core.search_space import SearchSpace
+from hwnas.core.table import Entry, LatencyTable, TableHeader
+from hwnas.devices.simulated import simulated_ms
+from hwnas.engine import Engine
+from hwnas.errors import HwnasError
+from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
+from hwnas.nn.bn import recalibrate
+from hwnas.search import stage
+from hwnas.search.comparison import compared_with, image_counts
+from hwnas.search.judge import KEPT_BYTES, Judge, placed
+from hwnas.search.proposal import random_within
+from hwnas.search.strategy import SearchContext, Strategy
+
+STEPS = 0.3
+"""Part of the timing's seconds for steps of the strategy."""
+STEPS_OF_A_PHASE = 9
+"""Steps that are timed of a phase, at most, the first of which warms up."""
+JUDGING = 3.0
+"""Seconds for judging one network, about."""
+MOST_WEIGHTS = 100_000_000
+"""Weights of the largest super-net that is built for an estimate: 0.4 GB, and a few times as much while it trains (ours)."""
+
+
+def stand_in(space: SearchSpace) -> LatencyTable:
+    """Prices by a formula for a space that has not been profiled yet: only which architectures are drawn depends on them."""
+    unknown = dict.fromkeys(("cpu", "machine", "runtime_version", "governor", "date"), "unknown")
+    header = TableHeader(
+        device="formula", runtime="litert", dtype="fp32", threads=1, cores="unknown", layout="NHWC", batch=1, space=space.name, **unknown
+    )
+    return LatencyTable(header=header, entries={op.key: Entry(ms=simulated_ms(op)) for op in space.ops})
+
+
+def context(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> tuple[Experiment, SearchContext]:
+    """A checked budget by the table, or by a stand-in, whose milliseconds no target and no limit is about."""
+    if table is None:
+        target = experiment.search.target_range if experiment.search.target_range is not None else 0.5
+        loose = {"target_ms": None, "target_range": target, "limits": (), "allow_uncalibrated": True}
+        experiment = experiment.model_copy(update={"search": experiment.search.model_copy(update=loose)})
+    return experiment, stage.search_context(experiment, space, table or stand_in(space))
+
+
+def weights_of(space: SearchSpace) -> int:
+    """Weights of a super-net whose options share none, about: what it may need."""
+    options = {choice.key: len(choice.options) for choice in space.choices}
+    found = 0
+    for term in space.terms():
+        largest = max((op.params for op in term.ops if op is not None), default=0)
+        found += largest * options.get(term.slot, 1)
+    return found
+
+
+def of_search(experiment: Experiment, space: SearchSpace, table: LatencyTable | None, folder: Path, watch: Stopwatch) -> Estimate:
+    """Time a search in an empty ``folder``. Raises HwnasError where it could not run."""
+    config = experiment.search
+    weights = weights_of(space)
+    if weights > MOST_WEIGHTS:
+        return Estimate(unknown=f"a super-net of {weights / 1e6:.0f} M weights is not built for a plan")
+    experiment, search = context(experiment, space, table)
+    experiment = stage.sized(experiment, space)
+    if config.weights is not None:
+        judge = Judge(stage.trained(config, space), experiment)
+        search.meter = stage.meter_of(config, judge.supernet)
+        return _of_finding(experiment, search, judge, None, watch)
+    prepared = stage.prepare(experiment, space, search, folder)
+    per_step, macs_per_step = _step_seconds(prepared, watch)
+    assert search.meter is not None
+    search.meter.load_state_dict({**search.meter.state_dict(), "macs": round(macs_per_step * search.steps)})
+    training = Part("training", search.steps, per_step)
+    saving, checkpoint_bytes = checkpoints(prepared.engine, training, experiment.checkpoint_seconds, watch)
+    rest = _of_finding(experiment, search, prepared.judge, prepared.strategy, watch)
+    return replace(rest, parts=(training, saving, *rest.parts), disk_bytes=rest.disk_bytes + checkpoint_bytes)
+
+
+class _Steps:
+    """Steps of a search, out of turn."""
+
+    def __init__(self, prepared: stage.Prepared) -> None:
+        self.prepared, self.numbers = prepared, list[int]()
+
+    def __call__(self, number: int) -> None:
+        self.prepared.engine.step = number
+        self.prepared.step(number)
+        self.numbers.append(number)
+
+
+def _step_seconds(prepared: stage.Prepared, watch: Stopwatch) -> tuple[float, float]:
+    """Mean seconds of a step, and its multiply-accumulates, over all phases of a strategy, each as long as it is."""
+    search = prepared.search
+    assert search.meter is not None
+    begins = sorted({min(step, search.steps - 1) for step in (0, *prepared.strategy.milestones(search))})
+    seconds = macs = 0.0
+    timed = _Steps(prepared)
+    for begin, end in pairwise((*begins, search.steps)):
+        before, timed.numbers = search.meter.cost.macs, []
+        middle = min((begin + end) // 2, end - 1)  # warm-ups fade, so that neither end is like the whole
+        numbers = [begin, *range(middle, min(end, middle + STEPS_OF_A_PHASE))]
+        each = watch.mean([partial(timed, number) for number in numbers], STEPS / len(begins))
+        seconds += (end - begin) * each
+        macs += (end - begin) * (search.meter.cost.macs - before) / len(timed.numbers)
+    return seconds / search.steps, macs / search.steps
+
+
+def checkpoints(engine: Engine, training: Part, every_seconds: float, watch: Stopwatch) -> tuple[Part, float]:
+    """Saving the state while training, and how large it is. The stage's own weights, written in the end, are smaller."""
+    each = watch.once(engine.save)
+    size_bytes = engine.checkpoint.stat().st_size
+    engine.finish()
+    count = training.seconds / (every_seconds + each) if every_seconds else training.count
+    return Part("checkpoints", 2 + min(count, training.count), each), size_bytes
+
+
+class _Counting:
+    """An evaluator that takes no time: what a strategy asks for when it proposes, counted."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space, self.known = space, dict[str, float]()
+
+    def evaluate(self, picks: Picks) -> float:
+        """A number that depends on nothing but the architecture's turn."""
+        identity = self.space.decode(picks).identity
+        return self.known.setdefault(identity, (0.618 * len(self.known)) % 1.0)
+
+
+def _of_finding(experiment: Experiment, search: SearchContext, judge: Judge, strategy: Strategy | None, watch: Stopwatch) -> Estimate:
+    """What comes after the training: finding, ranking, scoring random architectures."""
+    config, meter = experiment.search, search.meter
+    assert meter is not None
+    counting = _Counting(search.space)
+    search.evaluator, search.meter = counting, None
+    search.step, search.rng = search.steps, np.random.default_rng([experiment.seed, search.steps])
+    finder = stage.search_finder(config)
+    found = finder.find(search, config.candidates) if finder is not None else strategy and strategy.propose(search, config.candidates)
+    proposals = found or random_within(search, 1, search.rng)
+    search.meter = meter
+    of_part = image_counts(judge)[1]
+    for _ in counting.known:
+        meter.judge(proposals[0], of_part)
+    comparison = compared_with(search, judge, proposals)
+    extraction, estimating, judging = _judging_seconds(judge, proposals[0])
+    recalibration = extraction + config.recalibration_images * estimating
+    full = recalibration + len(judge.held_out) * judging
+    part = recalibration + min(len(judge.held_out), config.evaluation_images) * judging
+    parts = (
+        Part("finding", len(counting.known), part),
+        Part("ranking", len(proposals), full),
+        Part("scoring random networks", len(comparison.within) + len(comparison.anywhere) * part / full, full),
+    )
+    image_bytes = judge.recalibration()[0][0][0].nbytes if judge.recalibration() else 0
+    kept = min(KEPT_BYTES, image_bytes * len(judge.held_out))
+    weights_bytes = sum(tensor.nbytes for tensor in judge.supernet.state_dict().values())
+    trained_bytes = weights_bytes if config.weights is None else 0
+    network_bytes = 4.0 * search.space.decode(proposals[0]).params
+    return Estimate(tuple(part for part in parts if part.count), peak_memory() + kept, trained_bytes + network_bytes)
+
+
+def _judging_seconds(judge: Judge, picks: Picks) -> tuple[float, float, float]:
+    """Seconds of extracting a network, and per image of estimating its BN statistics and of judging it."""
+    watch = Stopwatch(math.inf)
+    networks = []
+    extraction = watch.once(lambda: networks.append(judge.supernet.extract(picks)))
+    network = networks[0]
+    device, size_px = next(network.parameters()).device, network.arch.resolution
+    batches = judge.recalibration()[:1]
+    estimating = 0.0
+    if batches:
+        x_NCHW = placed(batches[0][0], device, size_px)
+        few = x_NCHW[:8]
+        warm = watch.once(lambda: recalibrate(network, [few])) / len(few)
+        x_NCHW = x_NCHW[: max(8, int(JUDGING / 2 / warm))]
+        estimating = watch.once(lambda: recalibrate(network, [x_NCHW])) / len(x_NCHW)
+    per_image = estimating or watch.once(lambda: judge.judged(network, 8)) / 8
+    count = min(len(judge.held_out), 4 * judge.config.batch_size, max(8, int(JUDGING / 2 / per_image)))
+    return extraction, estimating, watch.once(lambda: judge.judged(network, count)) / count
+
+
+def sampled(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> Picks:
+    """An architecture within the budget, as the search may find one. Raises HwnasError where there is none."""
+    _, search = context(experiment, space, table)
+    found = random_within(search, 1, np.random.default_rng(experiment.seed))
+    if not found:
+        raise HwnasError("no architecture within the budget was found")
+    return found[0]

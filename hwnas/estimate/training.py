@@ -1,0 +1,54 @@
+"""The training stage: a few real steps of the network itself, or of one that the search may find."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hwnas.config import Experiment
+from hwnas.core.arch import Architecture
+from hwnas.data.coco import CocoImages
+from hwnas.data.images import evaluation_batches
+from hwnas.detection import detect
+from hwnas.engine import accuracy
+from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
+from hwnas.estimate.searching import checkpoints
+from hwnas.nn.detector import DetectionNetwork
+from hwnas.runs import StageContext
+from hwnas.train import stage
+
+STEPS = 0.15
+"""Part of the timing's seconds for steps."""
+MOST_STEPS = 12
+"""... and at most so many."""
+TESTING = "testing"
+"""The part that counts the test images."""
+TESTED = 64
+"""Test images that are timed."""
+
+
+def of_training(experiment: Experiment, arch: Architecture, folder: Path, watch: Stopwatch) -> Estimate:
+    """Time a training in an empty ``folder``. Raises HwnasError where it could not run."""
+    fresh = {"weights": "scratch", "backbone": None}  # what it begins with takes no longer
+    experiment = experiment.model_copy(update={"train": experiment.train.model_copy(update=fresh)})
+    training = stage.begin(StageContext(experiment, folder, folder), arch)
+    engine = training.engine
+
+    def step() -> None:
+        training.step(engine.step)
+        engine.step += 1
+
+    per_step = watch.mean([step] * min(MOST_STEPS, engine.steps), STEPS)
+    steps = Part("training", engine.steps, per_step)
+    saving, checkpoint_bytes = checkpoints(engine, steps, experiment.checkpoint_seconds, watch)
+    count = min(TESTED, len(training.test))
+    network = engine.averaged
+    size, workers = experiment.train.batch_size, experiment.data.workers
+    if isinstance(network, DetectionNetwork):
+        post = experiment.detector.post_processing
+        assert isinstance(training.test, CocoImages)
+        images = training.test
+        testing = watch.once(lambda: detect(network, images, post, batch_size=size, limit=count, workers=workers))
+    else:
+        testing = watch.once(lambda: accuracy(network, evaluation_batches(training.test, size, limit=count, workers=workers)))
+    parts = (steps, saving, Part(TESTING, len(training.test), testing / count))
+    return Estimate(parts, peak_memory(), checkpoint_bytes + 4.0 * arch.params)

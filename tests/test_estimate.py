@@ -1,0 +1,159 @@
+"""What a plan says of time, memory and disk, from timing a few steps."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from hwnas.config import Experiment, load_experiment
+from hwnas.core.published import named
+from hwnas.estimate import plan, searching
+from hwnas.estimate.parts import Estimate, Part, Stopwatch, size, span, total
+from hwnas.pipeline import Pipeline, experiment_space
+from hwnas.progress import Progress
+from tests.conftest import write_tiny
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 7.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_stage_is_the_sum_of_its_parts() -> None:
+    estimate = Estimate((Part("measuring", 7, 10.0, most=15), Part("building", 61, 0.5)), 4 * 10**8, 2.5e6)
+    assert estimate.seconds == 7 * 10 + 61 * 0.5
+    assert estimate.most_seconds == 15 * 10 + 61 * 0.5
+    assert str(estimate) == "about 2 to 3 min (measuring 70 s to 2 min, building 30 s), 400 MB of memory, 2.5 MB on disk"
+    assert str(Estimate(unknown="no images")) == "unknown: no images"
+    assert str(Estimate(current=True)) == "up to date, skipped"
+
+
+def test_all_stages_together() -> None:
+    stages = [Estimate((Part("a", 1, 600),), 10**9, 1e6), Estimate((Part("b", 1, 60),), 2 * 10**9, 3e6), Estimate(current=True)]
+    assert total(stages) == "about 11 min, 2 GB of memory, 4 MB on disk"
+    assert total([*stages, Estimate(unknown="no device")]) == "at least 11 min, 2 GB of memory, 4 MB on disk"
+    assert total([Estimate(current=True)]) == "nothing to do"
+    assert total([Estimate(unknown="no device")]) == "unknown"
+
+
+@pytest.mark.parametrize(("least", "most", "words"), [(100, 110, "2 min"), (170, 360, "3 to 6 min"), (40, 300, "40 s to 5 min")])
+def test_spans(least: float, most: float, words: str) -> None:
+    assert span(least, most) == words
+
+
+def test_sizes() -> None:
+    assert [size(each) for each in (3_400, 2_500_000, 39_400_000, 1.25e9)] == ["3 kB", "2.5 MB", "39 MB", "1.2 GB"]
+
+
+def test_the_first_call_only_warms_up_and_time_is_bounded() -> None:
+    clock = Clock()
+    watch = Stopwatch(100, clock)
+    calls = [lambda seconds=seconds: clock.work(seconds) for seconds in (9.0, 2.0, 4.0, 3.0)]
+    assert watch.mean(calls, 0.5) == 3.0
+    assert watch.mean([lambda: clock.work(60.0), *calls], 0.1) == 60.0, "all that is known, where the first takes all the time"
+    assert watch.used == 78.0
+    assert not watch.over
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    return load_experiment(write_tiny(tmp_path_factory.mktemp("tiny")), ["search.epochs=6", "train.epochs=6"])
+
+
+def estimates(experiment: Experiment, *needed: str) -> plan.Estimates:
+    return plan.Estimates(experiment, experiment_space(experiment), needed)
+
+
+@pytest.mark.slow
+def test_every_stage_of_a_small_experiment_has_an_estimate(tiny: Experiment) -> None:
+    found = estimates(tiny, "profile", "search", "train", "export", "validate", "report")
+    assert list(found.stages) == ["profile", "search", "train", "export", "validate"]
+    for name, stage in found.stages.items():
+        assert stage.seconds == sum(part.count * part.each for part in stage.parts)
+        assert all(math.isfinite(part.seconds) and part.seconds > 0 for part in stage.parts), name
+        assert stage.memory_bytes and 5e7 < stage.memory_bytes < 2e10
+        assert not stage.unknown or (name, bool(stage.parts)) == ("export", True)
+    counts = {part.name: part.count for stage in found.stages.values() for part in stage.parts}
+    train_images = 1438  # four fifths of 1,797 digits
+    assert counts["training"] == round(6 * train_images / 64)
+    assert counts["ranking"] == tiny.search.candidates
+    assert counts["testing"] == 1797 - train_images
+    assert 2 < counts["scoring random networks"] <= 4, "two of either kind, one of them on no more images"
+    disk = found.stages["search"].disk_bytes
+    assert 4 * searching.weights_of(experiment_space(tiny)) / 10 < disk < 1e8
+    assert found.summary.startswith("about ") or found.summary.startswith("at least ")
+
+
+@pytest.mark.slow
+def test_twice_the_epochs_take_about_twice_as_long(tiny: Experiment) -> None:
+    longer = {"search": tiny.search.model_copy(update={"epochs": 12}), "train": tiny.train.model_copy(update={"epochs": 12})}
+    short, long = (estimates(each, "search", "train").stages for each in (tiny, tiny.model_copy(update=longer)))
+    for stage in ("search", "train"):
+        first, second = (next(part for part in found[stage].parts if part.name == "training") for found in (short, long))
+        assert second.count == pytest.approx(2 * first.count, abs=1)
+        assert 0.5 < second.seconds / (2 * first.seconds) < 2, "one step takes as long in both, give or take a busy computer"
+
+
+@pytest.mark.parametrize("strategy", ["tunas", "progressive_shrinking", "fbnet", "proxylessnas", "pdarts", "spos"])
+def test_every_phase_of_a_strategy_is_timed(tiny: Experiment, strategy: str, tmp_path: Path) -> None:
+    """Steps out of turn, among them the first of every phase: a teacher is remembered there, a stage begins."""
+    changed = tiny.search.model_copy(update={"strategy": tiny.search.strategy.model_validate({"name": strategy})})
+    found = searching.of_search(
+        tiny.model_copy(update={"search": changed}), experiment_space(tiny), None, tmp_path, Stopwatch(0.5)
+    )
+    assert not found.unknown
+    assert found.parts[0].name == "training"
+    assert found.parts[0].seconds > 0
+    assert ("finding" in {part.name for part in found.parts}) == (strategy in ("progressive_shrinking", "spos"))
+
+
+def test_what_is_missing_is_unknown_and_the_rest_is_timed(tiny: Experiment) -> None:
+    data = tiny.data.model_copy(update={"name": "npz", "path": "absent"})
+    found = estimates(tiny.model_copy(update={"data": data}), "profile", "search", "train").stages
+    assert str(found["search"]) == str(found["train"])
+    assert str(found["search"]).startswith("unknown: data.path 'absent' is not a")
+    assert found["profile"].seconds > 0
+
+
+def test_a_device_out_of_reach_is_unknown(tiny: Experiment) -> None:
+    device = tiny.device.model_copy(update={"name": "ssh:nobody@host.invalid"})
+    found = estimates(tiny.model_copy(update={"device": device}), "profile").stages["profile"]
+    assert found.unknown
+    assert not found.parts
+
+
+def test_a_super_net_too_large_to_try_is_unknown(tiny: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(searching, "MOST_WEIGHTS", 1000)
+    found = searching.of_search(tiny, experiment_space(tiny), None, tmp_path, Stopwatch(1))
+    assert re.fullmatch(r"a super-net of \d+ M weights is not built for a plan", found.unknown)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_named_architecture_needs_no_search(tiny: Experiment) -> None:
+    data = tiny.data.model_copy(update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3})
+    arch = named("mobilenet_v2", None, resolution=32, classes=10)
+    experiment = tiny.model_copy(update={"data": data})
+    found = plan.Estimates(experiment, experiment_space(tiny), ("train",), arch=arch).stages["train"]
+    assert found.disk_bytes > 4 * 2 * arch.params, "weights, and the checkpoint's with their momenta"
+
+
+@pytest.mark.slow
+def test_a_finished_run_has_nothing_to_do(finished_run: Path) -> None:
+    from hwnas.runs import load_config
+
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    text = Pipeline(load_config(finished_run), finished_run, Progress()).plan(timed=True)
+    assert text.count("up to date, skipped") == 6
+    assert "in all    nothing to do" in text
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
