@@ -55,8 +55,16 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _pipeline(config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool, verbose: bool) -> Pipeline:
-    """The experiment of a TOML file, of a run folder, or of the defaults, with its run folder."""
+def _pipeline(verb: str, config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool, verbose: bool) -> Pipeline:
+    """The experiment of a TOML file, of a run folder, or of the defaults, with its run folder; what it sets does something."""
+    from hwnas.unused import check_used
+
+    pipeline = _unchecked(config, overrides, out, quiet, verbose)
+    check_used(pipeline.experiment, verb, overrides or [], pipeline.progress)
+    return pipeline
+
+
+def _unchecked(config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool, verbose: bool) -> Pipeline:
     from hwnas.config import load_experiment
     from hwnas.pipeline import Pipeline
     from hwnas.runs import load_config
@@ -111,7 +119,7 @@ def run(
     plan: Annotated[bool, typer.Option("--plan", help="print what would be done, and how long (-q: without timing a few steps)")] = False,
 ) -> None:  # fmt: skip
     """All stages: profile, search, train, export, validate, report. Current ones are skipped."""
-    pipeline = _pipeline(config, overrides, out, quiet, verbose)
+    pipeline = _pipeline("run", config, overrides, out, quiet, verbose)
     if plan:
         typer.echo(pipeline.plan(timed=not quiet))
         return
@@ -127,7 +135,7 @@ def profile(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure a device: every op of the space, and whole networks, into a calibrated latency table."""
-    _run_stage("profile", "table.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("profile", "table.json", _pipeline("profile", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -136,7 +144,7 @@ def search(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Search the space for the most accurate architecture at the target latency."""
-    _run_stage("search", "arch.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("search", "arch.json", _pipeline("search", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -145,7 +153,7 @@ def train(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Train the searched architecture, or the one that train.arch names."""
-    _run_stage("train", "train.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("train", "train.json", _pipeline("train", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -154,7 +162,7 @@ def export(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write TFLite and ONNX files with labels, preprocessing and parity numbers: a bundle."""
-    _run_stage("export", "bundle.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("export", "bundle.json", _pipeline("export", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -163,7 +171,7 @@ def validate(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Run the bundle on the device: latency as predicted, accuracy as trained? Exit code 1 where not."""
-    pipeline = _pipeline(config, overrides, out, quiet, verbose)
+    pipeline = _pipeline("validate", config, overrides, out, quiet, verbose)
     _run_stage("validate", "verdict.json", pipeline, fresh, as_json)
     _check_verdict(pipeline)
 
@@ -174,7 +182,7 @@ def report(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Draw what a run folder holds: one self-contained HTML file."""
-    _run_stage("report", "report.html", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("report", "report.html", _pipeline("report", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -301,7 +309,7 @@ def study_rank(
     """Does a super-net rank architectures right? Its scores against accuracies that are known."""
     from hwnas.studies import study_rank as study
 
-    _study(study, "rank/study.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _study(study, "rank/study.json", _pipeline("study rank", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @study_app.command("compare")
@@ -312,7 +320,7 @@ def study_compare(
     """Do search methods beat random search at equal cost? What each finds, by accuracies that are known."""
     from hwnas.studies import study_compare as study
 
-    _study(study, "compare/compare.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _study(study, "compare/compare.json", _pipeline("study compare", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @study_app.command("shrink")
@@ -323,7 +331,7 @@ def study_shrink(
     """Shrink a space by what a super-net says of its operators; what of the good networks is left?"""
     from hwnas.studies import study_shrink as study
 
-    _study(study, "shrink/shrink.json", _pipeline(config, overrides, out, quiet, verbose), fresh, as_json)
+    _study(study, "shrink/shrink.json", _pipeline("study shrink", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()

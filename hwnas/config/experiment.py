@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hwnas.config.base import Section
 from hwnas.config.search import SearchConfig
@@ -94,6 +95,47 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     except ValidationError as error:
         source = str(path) if _is_wrong(content, error) else ", ".join(f"-s {text}" for text in _to_blame(overrides or [], error))
         raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
+
+
+def keys_given(section: Section) -> dict[str, Any]:
+    """The keys that were given, not left at their default, as they are written in a file, with their values.
+
+    A table that is no ``Section``, such as a plug-in's or an objective, is one key.
+    """
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), field.alias or name
+        if name in section.model_fields_set:
+            found |= {f"{key}.{inner}": each for inner, each in keys_given(value).items()} if isinstance(value, Section) else {key: value}
+    return found
+
+
+def all_keys(table: type[BaseModel] = Experiment) -> tuple[str, ...]:
+    """Every key that ``keys_given`` may name."""
+    found: list[str] = []
+    for name, field in table.model_fields.items():
+        key, inner = field.alias or name, _table(field.annotation)
+        found += [key] if inner is None else [f"{key}.{each}" for each in all_keys(inner)]
+    return tuple(found)
+
+
+def _table(annotation: Any) -> type[Section] | None:
+    """The table that a key is, None where it is a value."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def without_defaults(content: Mapping[str, Any], table: type[BaseModel] = Experiment) -> dict[str, Any]:
+    """A resolved configuration without what it says only because it is the default: nobody asked for that."""
+    usual = table().model_dump(mode="json", by_alias=True)
+    tables = {field.alias or name: _table(field.annotation) for name, field in table.model_fields.items()}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = tables.get(key)
+        if inner is not None and isinstance(value, Mapping):
+            found[key] = without_defaults(value, inner)
+        elif key not in usual or value != usual[key]:
+            found[key] = value
+    return found
 
 
 def _is_wrong(content: dict[str, Any], error: ValidationError) -> bool:

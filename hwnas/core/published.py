@@ -17,7 +17,7 @@ asked for. The head, the last layer before the classifier, differs by family:
   ``mobilenetv3_large_075`` and code for the others). MobileNetV3 below 0.75 also keeps its stem, as timm's ``mobilenetv3_small_050`` does;
   expansions are multiples of the scaled input, as in timm, where torchvision scales the rounded products;
 - ProxylessNAS, FairNAS, Multi-AVG, Multi-MAX: no rule is published, so they follow MobileNetV2's (ours);
-- the detector: none is published either; every layer of its backbone is scaled as MobileNetV3's, the last one too (ours), its extras are not.
+- the detector: none is published either; all of its backbone is scaled as MobileNetV3 is, the last layer too (ours), its extras are not.
 """
 
 from __future__ import annotations
@@ -231,6 +231,11 @@ def named(
     if own is not None and width not in (1.0, own):
         raise SpaceError(f"{name!r} says its width, and so does space.width = {width:g}: remove one of them.")
     return published(name, resolution=resolution, classes=classes, in_channels=in_channels, width=width if own is None else 1.0)
+
+
+def has_detector(name: str) -> bool:
+    """Whether the published network of a name has a detector of its own."""
+    return split_width(name)[0] == _SSDLITE
 
 
 def split_width(name: str) -> tuple[str, float | None]:

@@ -161,6 +161,7 @@ class ProgressiveShrinking(Strategy):
     """Once-for-all. What is open is a function of the step, so there is no state; the teacher is kept with the weights."""
 
     Config: ClassVar[type[BaseModel]] = ProgressiveShrinkingConfig
+    judges = True
     sharing = "collapsed"
     kernels = "ofa_transform"
 

@@ -78,6 +78,7 @@ class RandomStandalone(Strategy):
     """
 
     Config: ClassVar[type[BaseModel]] = RandomStandaloneConfig
+    judges = True
     cells = True
     shares = False
 

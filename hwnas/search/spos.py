@@ -79,6 +79,7 @@ class SPOS(Strategy):
     """Uniform single paths, then evolution."""
 
     Config: ClassVar[type[BaseModel]] = SPOSConfig
+    judges = True
     cells = True
 
     def __init__(self, config: SPOSConfig) -> None:

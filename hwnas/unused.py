@@ -1,0 +1,449 @@
+"""Settings that do nothing: every key of an experiment, and when it has no effect.
+
+``KEYS`` is the one table. A key is judged only where it was given, in the file or by ``-s``; a run folder's own configuration asks for
+nothing that is a default (``hwnas.runs.load_config``). What happens then is said by the case:
+
+- given by ``-s``: refused, whatever the reason is;
+- in the file, as is the reason: as ``Case.file`` says;
+- in the file, while ``-s`` gives the reason (one file serves many commands): as ``Case.overridden`` says.
+
+Keys of stages that a verb does not run are not judged: the same file, and the same ``-s``, serve ``hwnas profile`` and ``hwnas train``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel
+
+from hwnas.config import Experiment, keys_given, located
+from hwnas.core.arch import Architecture
+from hwnas.core.published import has_detector, is_name
+from hwnas.devices.device import find_device
+from hwnas.errors import ConfigError
+from hwnas.progress import Progress
+from hwnas.search import SHRINK_METRICS, STRATEGIES
+
+Level = Literal["refuse", "warn", "quiet"]
+
+STUDIES = ("study rank", "study compare", "study shrink")
+STAGES = ("run", "profile", "search", "train", "export", "validate", "report", "space")
+
+
+@dataclass(frozen=True)
+class Situation:
+    """An experiment that a verb is about to be carried out with."""
+
+    experiment: Experiment
+    verb: str
+    overridden: tuple[str, ...] = ()
+    """Keys that the command line gave."""
+
+    def overrides(self, key: str) -> bool:
+        """Whether the command line gave a key, a part of it, or the table that it is in."""
+        return any(f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.") for given in self.overridden)
+
+    @cached_property
+    def strategy(self) -> Any:
+        """The strategy's class."""
+        return STRATEGIES.get(self.experiment.search.strategy.name)
+
+    @cached_property
+    def formats(self) -> tuple[str, ...]:
+        """The files that are exported."""
+        return self.experiment.export_formats
+
+    @property
+    def has_own_arch(self) -> bool:
+        """Whether the architecture is no member of the space: a document, or a published network."""
+        name = self.experiment.train.arch
+        return name is not None and (Path(name).suffix == ".json" or is_name(name))
+
+    @cached_property
+    def arch_detects(self) -> bool:
+        """Whether the architecture that is named has a detector of its own."""
+        name = self.experiment.train.arch
+        if name is None:
+            return False
+        if Path(name).suffix == ".json":
+            return Architecture.load(located(Path(name))).detector is not None
+        return has_detector(name)
+
+
+class Holds(Protocol):
+    """When a case is at hand."""
+
+    def __call__(self, situation: Situation) -> bool:
+        """Whether it is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A circumstance in which keys do nothing. ``why`` is half a sentence, formatted with the experiment as ``e``.
+
+    ``by`` are the keys that bring it about.
+    """
+
+    holds: Holds
+    why: str
+    by: tuple[str, ...]
+    verbs: tuple[str, ...] = STAGES
+    fix: str = "remove it"
+    file: Level = "refuse"
+    overridden: Level = "warn"
+
+
+def _all(situation: Situation) -> bool:
+    return True
+
+
+def _lacks_momentum(table: Literal["search", "train"]) -> Holds:
+    def holds(situation: Situation) -> bool:
+        from timm.optim import list_optimizers
+
+        name = getattr(situation.experiment, table).optimizer.name
+        return name in list_optimizers() and not _has_momentum(name)
+
+    return holds
+
+
+def _has_momentum(name: str) -> bool:
+    from timm.optim import get_optimizer_info
+
+    return bool(get_optimizer_info(name).has_momentum)
+
+
+def _no_metric(attribute: str) -> Holds:
+    """No metric of the shrinking has the attribute."""
+
+    def holds(situation: Situation) -> bool:
+        return not any(getattr(SHRINK_METRICS.get(name), attribute) for name in situation.experiment.shrink.metrics)
+
+    return holds
+
+
+def _is_int8(format_name: str) -> bool:
+    return "int8" in format_name
+
+
+# What is trained is named, so nothing is profiled or searched.
+NAMED = Case(
+    lambda s: s.experiment.train.arch is not None,
+    "train.arch = {e.train.arch!r} is trained without a search",
+    ("train.arch",),
+    ("run",),
+    file="warn",
+)
+APART = Case(
+    lambda s: s.has_own_arch,
+    "train.arch = {e.train.arch!r} is a network by itself, not one of the space",
+    ("train.arch",),
+    ("run", "train"),
+    file="warn",
+)
+WRITTEN = Case(
+    lambda s: s.experiment.train.arch is not None and Path(s.experiment.train.arch).suffix == ".json",
+    "train.arch = {e.train.arch!r} has the widths that the document says",
+    ("train.arch",),
+    ("run", "train"),
+    file="warn",
+)
+# profile
+TABLE = Case(
+    lambda s: s.experiment.search.table is not None,
+    "search.table = {e.search.table!r} is used instead of a profile",
+    ("search.table",),
+    ("run",),
+    file="warn",
+)
+OPS = Case(
+    lambda s: s.experiment.profile.mode == "ops",
+    "profile.mode = 'ops' measures ops, and no table or number of networks begins it",
+    ("profile.mode",),
+    ("run", "profile"),
+    fix="set profile.mode = 'networks', or remove it",
+)
+A_NUMBER = Case(
+    lambda s: s.experiment.profile.mode == "ops" and isinstance(s.experiment.profile.networks, int),
+    "profile.mode = 'ops' takes names of networks, and the number of sampled ones is fit_networks + test_networks",
+    ("profile.mode",),
+    ("run", "profile"),
+    fix="set profile.mode = 'networks', or profile.fit_networks",
+)
+NETWORKS = Case(
+    lambda s: s.experiment.profile.mode == "networks",
+    "profile.mode = 'networks' fits the table to profile.networks",
+    ("profile.mode",),
+    ("run", "profile"),
+)
+SIMULATED = Case(
+    lambda s: find_device(s.experiment.device.name).connection == "simulated",
+    "device.name = {e.device.name!r} is a formula without cores",
+    ("device.name",),
+    ("run", "profile", "validate"),
+)
+# search
+TARGETED = Case(
+    lambda s: s.experiment.search.target_ms is not None,
+    "search.target_ms = {e.search.target_ms:g} is the budget",
+    ("search.target_ms",),
+    ("run", "search"),
+    fix="remove one of them",
+    overridden="quiet",  # one override of a file with a range is enough
+)
+READY = Case(
+    lambda s: s.experiment.search.weights is not None,
+    "search.weights = {e.search.weights!r} is a trained super-net",
+    ("search.weights",),
+    ("run", "search"),
+    file="warn",
+    overridden="quiet",  # the usual way: the file that the super-net was trained with
+)
+ALONE = Case(
+    lambda s: not s.strategy.shares,
+    "strategy {e.search.strategy.name!r} trains networks that share no weights",
+    ("search.strategy",),
+    ("run", "search"),
+    overridden="quiet",
+)
+NOT_FOUND = Case(
+    lambda s: not s.strategy.shares,
+    "strategy {e.search.strategy.name!r} chooses among the networks that it has trained",
+    ("search.strategy",),
+    ("run", "search"),
+    overridden="refuse",
+)
+OWN_WAY = Case(
+    lambda s: s.experiment.search.finder is None and s.experiment.search.weights is None and not s.strategy.judges,
+    "strategy {e.search.strategy.name!r} proposes without judging on part of the held-out images, and the last ranking is on all of them",
+    ("search.strategy", "search.finder"),
+    ("run", "search"),
+    fix="name a search.finder, or remove it",
+    file="quiet",  # files that compare methods change the strategy alone
+    overridden="quiet",
+)
+# task
+DETECTS = Case(lambda s: s.experiment.task == "detect", "task = 'detect' has no labels of whole images and no top-1", ("task",))
+CLASSIFIES = Case(lambda s: s.experiment.task == "classify", "task = 'classify' has no boxes", ("task",), (*STAGES, *STUDIES))
+OWN_DETECTOR = Case(
+    lambda s: s.arch_detects,
+    "train.arch = {e.train.arch!r} has a detector of its own",
+    ("train.arch",),
+    ("run", "train", "export"),
+)
+# optimisers
+SEARCH_MOMENTUM = Case(
+    _lacks_momentum("search"),
+    "search.optimizer.name = {e.search.optimizer.name!r} takes no momentum",
+    ("search.optimizer.name",),
+    ("run", "search", *STUDIES),
+    fix="remove it, or set its betas in search.optimizer.options",
+)
+TRAIN_MOMENTUM = Case(
+    _lacks_momentum("train"),
+    "train.optimizer.name = {e.train.optimizer.name!r} takes no momentum",
+    ("train.optimizer.name",),
+    ("run", "train"),
+    fix="remove it, or set its betas in train.optimizer.options",
+)
+ALL_USED = Case(_all, "a training uses every weight in every step", (), fix="remove it; search.optimizer.unused is of super-nets")
+# data, export, validation
+DIGITS = Case(
+    lambda s: s.experiment.data.name == "digits",
+    "data.name = 'digits' ships with scikit-learn",
+    ("data.name",),
+    (*STAGES, *STUDIES),
+    fix="remove it, or set data.name = 'npz', 'folder' or 'cifar10'",
+    overridden="quiet",
+)
+NO_INT8 = Case(
+    lambda s: not any(map(_is_int8, s.formats)),
+    "export.formats has no int8 file",
+    ("export.formats",),
+    ("run", "export", "validate"),
+)
+NO_FLOAT = Case(
+    lambda s: all(map(_is_int8, s.formats)), "export.formats has no float file", ("export.formats",), ("run", "export", "validate")
+)
+# studies
+STAGE = Case(_all, "only hwnas study reads it", (), STAGES, file="quiet")
+NOT_RANK = Case(_all, "'hwnas study rank' does not read it", (), ("study rank",), file="quiet")
+NOT_COMPARE = Case(_all, "'hwnas study compare' does not read it", (), ("study compare",), file="quiet")
+NOT_SHRINK = Case(_all, "'hwnas study shrink' does not read it", (), ("study shrink",), file="quiet")
+NO_ANGLE = Case(
+    lambda s: "angle" not in s.experiment.study.scores,
+    "it is where the angle starts, which study.scores does not have",
+    ("study.scores",),
+    ("study rank",),
+)
+MACS = Case(
+    lambda s: s.experiment.study.compare.max_macs is not None,
+    "study.compare.max_macs = {e.study.compare.max_macs} is the budget",
+    ("study.compare.max_macs",),
+    ("study compare",),
+    overridden="quiet",
+)
+NO_RAY = Case(
+    lambda s: s.experiment.study.ray_address is None,
+    "there is no cluster",
+    ("study.ray_address",),
+    STUDIES,
+    fix="set study.ray_address, or remove it",
+)
+RAY = Case(
+    lambda s: s.experiment.study.ray_address is not None,
+    "study.ray_address = {e.study.ray_address!r} runs as many trainings as it has room for",
+    ("study.ray_address",),
+    STUDIES,
+)
+EACH = Case(
+    lambda s: s.experiment.shrink.drop == "each",
+    "shrink.drop = 'each' drops one operator of every choice",
+    ("shrink.drop",),
+    ("study shrink",),
+)
+NO_JUDGE = Case(_no_metric("judges"), "no metric of shrink.metrics judges on images", ("shrink.metrics",), ("study shrink",))
+NO_ALPHAS = Case(_no_metric("alphas"), "only the metric magnitude has it", ("shrink.metrics",), ("study shrink",))
+NO_START = Case(
+    lambda s: "angle" not in s.experiment.shrink.metrics, "only the metric angle has it", ("shrink.metrics",), ("study shrink",)
+)
+UNTRAINED = Case(_no_metric("trains"), "no metric of shrink.metrics trains a super-net", ("shrink.metrics",), ("study shrink",))
+
+ALWAYS: tuple[Case, ...] = ()
+"""Read whenever the stage runs that it belongs to, or checked by that stage with a reason of its own."""
+
+_PROFILE = (NAMED, TABLE)
+_SHARED = (NAMED, ALONE)
+_TRAINED = (NAMED, READY)
+_RANKED = (NAMED, NOT_RANK, NOT_SHRINK)
+_STUDIED = (STAGE,)
+_RANK_ONLY = (STAGE, NOT_COMPARE, NOT_SHRINK)
+_RANK_AND_COMPARE = (STAGE, NOT_SHRINK)
+_COMPARE_ONLY = (STAGE, NOT_RANK, NOT_SHRINK)
+_SHRINK_ONLY = (STAGE, NOT_RANK, NOT_COMPARE)
+
+KEYS: dict[str, tuple[Case, ...]] = {
+    **dict.fromkeys(("name", "task", "seed", "checkpoint_seconds"), ALWAYS),
+    "space.name": ALWAYS,  # the report names it
+    "space.act": (APART,),
+    "space.restrict": (APART,),
+    "space.width": (WRITTEN,),  # published networks are scaled
+    "space.layers": (APART,),  # of other spaces it is refused where the space is made
+    **dict.fromkeys(("device.name", "device.runtime", "device.dtype", "device.threads"), ALWAYS),
+    "device.cores": (SIMULATED,),
+    "data.path": (DIGITS,),
+    **dict.fromkeys(
+        ("data.name", "data.resolution", "data.channels", "data.classes", "data.mean", "data.std", "data.augment", "data.workers"), ALWAYS
+    ),
+    "data.held_out": ALWAYS,  # without a search, int8 ranges are of the other training images
+    "profile.mode": _PROFILE,
+    "profile.networks": (*_PROFILE, A_NUMBER),
+    "profile.prior": (*_PROFILE, OPS),
+    "profile.fit_networks": (*_PROFILE, NETWORKS),
+    "profile.test_networks": (*_PROFILE, NETWORKS),
+    **dict.fromkeys(("profile.rounds", "profile.max_rounds", "profile.max_spread", "profile.min_ms", "profile.min_runs"), _PROFILE),
+    "search.strategy": (*_TRAINED, NOT_COMPARE),
+    "search.objective": (NAMED,),
+    "search.target_ms": (NAMED, MACS, NOT_SHRINK),
+    "search.target_range": (NAMED, TARGETED, MACS, NOT_SHRINK),
+    "search.tolerance": (NAMED, NOT_SHRINK),
+    "search.table": (NOT_SHRINK,),  # with train.arch it predicts what validation compares with
+    "search.allow_uncalibrated": (NAMED, NOT_SHRINK),
+    "search.epochs": (*_TRAINED, NOT_SHRINK),
+    "search.batch_size": (NAMED,),
+    **{f"search.optimizer.{key}": _TRAINED for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")},
+    "search.optimizer.momentum": (*_TRAINED, SEARCH_MOMENTUM),
+    "search.optimizer.unused": (*_TRAINED, ALONE),
+    "search.label_smoothing": (*_TRAINED, DETECTS),
+    **{
+        f"search.supernet.{key}": _SHARED  # what contradicts a space of cells or a trained super-net is refused with its own reason
+        for key in (
+            *("sharing", "kernels", "channels", "operation_on", "wsbn", "initialisation", "bn_affine", "bn_track", "dropout"),
+            *("path_dropout", "proxy_depth", "proxy_width", "proxy_resolution", "full_resolution", "remat"),
+        )
+    },
+    "search.data_portion": _TRAINED,
+    "search.weights": (NAMED,),
+    "search.backbone": (NAMED,),
+    "search.quality": (NAMED,),
+    "search.finder": (NAMED, NOT_FOUND, NOT_RANK, NOT_SHRINK),
+    "search.limits": (NAMED,),
+    "search.candidates": _RANKED,
+    "search.recalibration_images": (NAMED,),
+    "search.evaluation_images": (NAMED, OWN_WAY),
+    "search.random_samples": (NAMED, ALONE, NOT_RANK, NOT_COMPARE, NOT_SHRINK),
+    "detector.extras": (CLASSIFIES, OWN_DETECTOR),
+    "detector.scores": (CLASSIFIES, OWN_DETECTOR),
+    "detector.post_processing": (CLASSIFIES,),
+    **dict.fromkeys(("train.arch", "train.weights", "train.backbone", "train.epochs", "train.batch_size"), ALWAYS),
+    **{f"train.optimizer.{key}": ALWAYS for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")},
+    "train.optimizer.momentum": (TRAIN_MOMENTUM,),
+    "train.optimizer.unused": (ALL_USED,),
+    "train.bn_momentum": ALWAYS,
+    "train.label_smoothing": (DETECTS,),
+    "train.dropout": (DETECTS,),
+    "train.ema_decay": ALWAYS,
+    "export.formats": ALWAYS,
+    "export.calibration_images": (NO_INT8,),
+    "export.parity_images": ALWAYS,
+    "validate.latency_tolerance": ALWAYS,  # wherever there is a table, which an earlier profile may have left
+    "validate.max_drift": ALWAYS,
+    "validate.parity_tolerance": (NO_FLOAT,),
+    "validate.accuracy_tolerance": (DETECTS, NO_FLOAT),
+    "validate.int8_accuracy_tolerance": (DETECTS, NO_INT8),
+    "validate.ap_tolerance": (CLASSIFIES, NO_FLOAT),
+    "validate.int8_ap_tolerance": (CLASSIFIES, NO_INT8),
+    **dict.fromkeys(("validate.images", "validate.rounds", "validate.max_spread"), ALWAYS),
+    "study.truth": _STUDIED,
+    "study.accuracies": _STUDIED,
+    **dict.fromkeys(
+        ("study.architectures", "study.supernets", "study.scores", "study.combinations", "study.threshold", "study.top_k"), _RANK_ONLY
+    ),
+    "study.base_epochs": (*_RANK_ONLY, NO_ANGLE),
+    **dict.fromkeys(("study.seeds", "study.bootstrap", "study.confidence", "study.threads", "study.ray_address"), _RANK_AND_COMPARE),
+    "study.processes": (*_RANK_AND_COMPARE, RAY),
+    "study.ray_gpus": (*_RANK_AND_COMPARE, NO_RAY),
+    **{f"study.compare.{key}": _COMPARE_ONLY for key in ("methods", "max_macs", "standalone_epochs", "standalone_images")},
+    **{f"shrink.{key}": _SHRINK_ONLY for key in ("metrics", "samples", "tries", "max_macs", "sampling", "drop", "keep", "until")},
+    "shrink.dropped": (*_SHRINK_ONLY, EACH),
+    "shrink.judged_samples": (*_SHRINK_ONLY, NO_JUDGE),
+    **{f"shrink.{key}": (*_SHRINK_ONLY, UNTRAINED) for key in ("first_epochs", "epochs", "operation_on")},
+    **{f"shrink.{key}": (*_SHRINK_ONLY, NO_START) for key in ("base_epochs", "refresh_after")},
+    **{f"shrink.{key}": (*_SHRINK_ONLY, NO_ALPHAS) for key in ("alpha_lr", "alpha_every")},
+}
+"""Every key of every table: the cases in which it does nothing."""
+
+
+def check_used(experiment: Experiment, verb: str, overrides: Sequence[str], progress: Progress) -> None:
+    """Refuse keys that were given and do nothing, or say so in a warning; see the module. Raises ConfigError for the first.
+
+    ``overrides`` are those of the command line, ``key.path=value``.
+    """
+    situation = Situation(experiment, verb, tuple(text.partition("=")[0].strip() for text in overrides))
+    idle: dict[Case, list[str]] = defaultdict(list)
+    for key, value in keys_given(experiment).items():
+        case = next((case for case in KEYS[key] if verb in case.verbs and case.holds(situation)), None)
+        level = "quiet" if case is None else _level(case, key, situation)
+        if case is not None and level == "refuse":
+            raise ConfigError(f"{key} = {_shown(value)} does nothing: {case.why.format(e=experiment)}; {case.fix}.")
+        if case is not None and level == "warn":
+            idle[case].append(key)
+    for case, keys in idle.items():
+        progress.warn(f"{case.why.format(e=experiment)}, so {', '.join(keys)} {'do' if len(keys) > 1 else 'does'} nothing.")
+
+
+def _level(case: Case, key: str, situation: Situation) -> Level:
+    if situation.overrides(key):
+        return "refuse"
+    return case.overridden if any(map(situation.overrides, case.by)) else case.file
+
+
+def _shown(value: Any) -> str:
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    text = repr(plain)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,170 @@
+"""Settings that do nothing are refused or said; every key of every table is classified."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from hwnas.config import all_keys, keys_given, load_experiment
+from hwnas.errors import ConfigError
+from hwnas.progress import Progress
+from hwnas.runs import load_config, save_config
+from hwnas.share import share_folder
+from hwnas.unused import KEYS, STAGES, STUDIES, check_used
+from tests.conftest import write_tiny
+from tests.test_readme import commands
+
+SHIPPED = sorted(share_folder("configs").rglob("*.toml"))
+COCO = ["task=detect", "data.name=coco", "data.augment=ssdlite"]
+
+
+class Heard(Progress):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def warned(config: Path | None, overrides: Sequence[str] = (), verb: str = "run") -> list[str]:
+    heard = Heard()
+    check_used(load_experiment(config, list(overrides)), verb, overrides, heard)
+    return heard.warnings
+
+
+def test_every_key_of_every_table_is_classified() -> None:
+    assert set(KEYS) == set(all_keys())
+
+
+def test_every_case_names_keys_and_verbs_that_exist() -> None:
+    for case in {case for cases in KEYS.values() for case in cases}:
+        assert set(case.verbs) <= {*STAGES, *STUDIES}
+        for key in case.by:
+            assert any(f"{known}.".startswith(f"{key}.") for known in all_keys()), key
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configurations_set_nothing_in_vain(path: Path) -> None:
+    for verb in ("run", "profile", "search", "train", "export", "validate"):
+        assert warned(path, verb=verb) == []
+
+
+def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
+    seen = 0
+    for _, *arguments in commands():
+        text = shlex.join(arguments)
+        if ".toml" not in text or "[" in text.replace("[0", ""):
+            continue
+        verb = " ".join(arguments[:2]) if arguments[0] == "study" else arguments[0]
+        overrides = [value for flag, value in itertools.pairwise(arguments) if flag == "-s"]
+        config = next(argument for argument in arguments if argument.endswith(".toml"))
+        said = warned(Path(config), overrides, verb)
+        assert all("profile.mode = 'networks'" in line for line in said), said  # that file is for both modes
+        seen += 1
+    assert seen >= 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "verb", "message"),
+    [
+        (["train.arch=mobilenet_v2", "profile.rounds=3"], "run", "profile.rounds = 3 does nothing: train.arch = 'mobilenet_v2' is trained"),
+        (["train.arch=mobilenet_v2", "search.epochs=3"], "run", "search.epochs = 3.0 does nothing"),
+        (["train.arch=mobilenet_v2", "space.act=relu6"], "train", "space.act = 'relu6' does nothing: .* a network by itself"),
+        (["train.arch=x.json", "space.width=0.5"], "train", "space.width = 0.5 does nothing: .* widths that the document says; remove it"),
+        (["search.table=x.json", "profile.rounds=3"], "run", "profile.rounds = 3 does nothing: search.table = 'x.json' is used instead"),
+        (["profile.networks=30"], "profile", "profile.networks = 30 does nothing: .*; set profile.mode = 'networks', or profile.fit_n"),
+        (["profile.prior=['x.json']"], "profile", "profile.prior = .'x.json',. does nothing: profile.mode = 'ops'"),
+        (["profile.mode=networks", "profile.fit_networks=30"], "profile", "profile.fit_networks = 30 does nothing"),
+        (["search.target_ms=3", "search.target_range=0.5"], "search", "search.target_range = 0.5 does nothing: search.target_ms = 3 is"),
+        (["search.weights=x", "search.strategy=spos"], "search", "search.strategy = {'name': 'spos'} does nothing: search.weights = 'x'"),
+        (["search.strategy=random_standalone", "search.supernet.wsbn=true"], "run", "share no weights"),
+        (["search.strategy=random_standalone", "search.finder=evolution"], "run", "search.finder = .* does nothing: strategy 'random_st"),
+        (["search.evaluation_images=50"], "run", "search.evaluation_images = 50 does nothing: strategy 'tunas' proposes without judging"),
+        (["search.optimizer.name=adamw", "search.optimizer.momentum=0.8"], "search", "momentum = 0.8 does nothing: .*'adamw' takes no"),
+        (["train.optimizer.name=adamw", "train.optimizer.momentum=0.8"], "train", "momentum = 0.8 does nothing: .*'adamw' takes no"),
+        (["train.optimizer.unused=move"], "train", "train.optimizer.unused = 'move' does nothing: a training uses every weight"),
+        ([*COCO, "train.dropout=0.1"], "train", "train.dropout = 0.1 does nothing: task = 'detect'"),
+        ([*COCO, "train.label_smoothing=0.1"], "train", "train.label_smoothing = 0.1 does nothing: task = 'detect'"),
+        ([*COCO, "search.label_smoothing=0.1"], "search", "search.label_smoothing = 0.1 does nothing: task = 'detect'"),
+        ([*COCO, "validate.accuracy_tolerance=0.1"], "validate", "does nothing: task = 'detect'"),
+        ([*COCO, "train.arch=ssdlite320_mobilenet_v3_large", "detector.scores=sigmoid"], "train", "has a detector of its own"),
+        (["detector.extras=[64, 32]"], "run", r"detector.extras = \(64, 32\) does nothing: task = 'classify' has no boxes"),
+        (["validate.int8_ap_tolerance=0.1"], "run", "does nothing: task = 'classify' has no boxes"),
+        (["export.formats=['onnx']", "export.calibration_images=9"], "export", "does nothing: export.formats has no int8 file"),
+        (["export.formats=['tflite-int8']", "validate.parity_tolerance=9"], "validate", "export.formats has no float file"),
+        (["data.path=/x"], "run", "data.path = '/x' does nothing: data.name = 'digits' ships with scikit-learn"),
+        (["study.top_k=3"], "run", "study.top_k = 3 does nothing: only hwnas study reads it"),
+        (["study.top_k=3"], "study compare", "study.top_k = 3 does nothing: 'hwnas study compare' does not read it"),
+        (["study.compare.max_macs=3"], "study rank", "does nothing: 'hwnas study rank' does not read it"),
+        (["shrink.samples=3"], "study rank", "does nothing: 'hwnas study rank' does not read it"),
+        (["search.target_ms=3"], "study shrink", "does nothing: 'hwnas study shrink' does not read it"),
+        (["study.scores=['macs']", "study.base_epochs=1"], "study rank", "does nothing: it is where the angle starts"),
+        (["study.ray_gpus=1"], "study rank", "does nothing: there is no cluster; set study.ray_address"),
+        (["study.ray_address=auto", "study.processes=2"], "study compare", "does nothing: study.ray_address = 'auto' runs"),
+        (["study.compare.max_macs=3", "search.target_ms=1"], "study compare", "does nothing: study.compare.max_macs = 3 is the budget"),
+        (["shrink.drop=each", "shrink.dropped=3"], "study shrink", "shrink.dropped = 3 does nothing: shrink.drop = 'each'"),
+        (["shrink.judged_samples=3"], "study shrink", "shrink.judged_samples = 3 does nothing: no metric .* judges on images"),
+        (["shrink.alpha_lr=0.1"], "study shrink", "shrink.alpha_lr = 0.1 does nothing: only the metric magnitude has it"),
+        (["shrink.metrics=['random']", "shrink.epochs=3"], "study shrink", "shrink.epochs = 3.0 does nothing: no metric .* trains"),
+        (["shrink.metrics=['random']", "shrink.base_epochs=3"], "study shrink", "does nothing: only the metric angle has it"),
+    ],
+)  # fmt: skip
+def test_what_the_command_line_sets_in_vain_is_refused(overrides: list[str], verb: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        warned(None, overrides, verb)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "verb"),
+    [
+        (["train.arch=22", "space.act=relu6", "space.width=0.5"], "train"),  # an architecture in the space's notation is of the space
+        (["train.arch=mobilenet_v2", "space.width=0.5"], "train"),
+        (["train.arch=mobilenet_v2", "profile.rounds=3"], "profile"),  # what the verb does is done all the same
+        (["profile.mode=networks", "profile.networks=30"], "profile"),
+        (["search.strategy=spos", "search.evaluation_images=50"], "search"),
+        (["search.finder=evolution", "search.evaluation_images=50"], "search"),
+        (["search.optimizer.name=sgd", "search.optimizer.momentum=0.8"], "search"),
+        (["search.epochs=3"], "train"),  # the same keys are given to one stage after another
+    ],
+)
+def test_what_is_used_is_let_be(overrides: list[str], verb: str) -> None:
+    assert warned(None, overrides, verb) == []
+
+
+def test_a_file_for_many_commands_is_warned_of_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[search]\ntarget_range = 0.5\nepochs = 3\n[profile]\nrounds = 3\n[space]\nwidth = 0.5\n")
+    assert warned(tmp_path / "x.toml") == []
+    (line,) = warned(tmp_path / "x.toml", ["train.arch=mobilenet_v2"])
+    expected = "profile.rounds, search.target_range, search.epochs do nothing."
+    assert line == f"train.arch = 'mobilenet_v2' is trained without a search, so {expected}"
+
+
+def test_a_range_in_the_file_gives_way_to_a_budget_and_never_the_other_way_round(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[search]\ntarget_range = 0.5\n")
+    assert warned(tmp_path / "x.toml", ["search.target_ms=3"]) == []
+    (tmp_path / "x.toml").write_text("[search]\ntarget_ms = 3\n")
+    with pytest.raises(ConfigError, match=r"search\.target_range = 0\.5 does nothing: search\.target_ms = 3 is the budget"):
+        warned(tmp_path / "x.toml", ["search.target_range=0.5"])
+    (tmp_path / "x.toml").write_text("[search]\ntarget_ms = 3\ntarget_range = 0.5\n")
+    with pytest.raises(ConfigError, match=r"remove one of them"):
+        warned(tmp_path / "x.toml")
+
+
+def test_a_run_folder_asks_for_nothing_that_is_a_default(tmp_path: Path) -> None:
+    experiment = load_experiment(write_tiny(tmp_path / "tiny"), ["train.arch=mobilenet_v2"])
+    save_config(tmp_path, experiment)
+    again = load_config(tmp_path)
+    assert again == experiment
+    assert set(keys_given(again)) <= set(keys_given(experiment))
+    assert "profile.max_spread" not in keys_given(again) and "profile.rounds" in keys_given(again)
+    heard = Heard()
+    check_used(again, "run", (), heard)
+    (line,) = [line for line in heard.warnings if "without a search" in line]
+    assert "profile.rounds" in line and "profile.max_spread" not in line
