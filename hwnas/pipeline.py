@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hwnas import __version__
 from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.caution import Caution
 from hwnas.core.describe import counted
 from hwnas.core.limits import LatencyLimit
 from hwnas.core.published import named
@@ -384,17 +385,39 @@ class Pipeline:
         formats = self.experiment.export_formats
         return Stage("export", export.outputs(formats), inputs, lambda ctx: export.run(ctx, connect(HOST).predict))
 
+    def _cautions(self) -> tuple[Caution, ...]:
+        """What the search and the training of the exported network say against themselves."""
+        from hwnas.export.bundle import Bundle
+        from hwnas.search.result import SearchResult
+        from hwnas.train.stage import TrainResult
+
+        arch = Bundle.load(self.root / "export" / "bundle.json").architecture
+        searched, found = self.root / "search" / "arch.json", self.root / "search" / "search.json"
+        trained = self.root / "train" / "train.json"
+        cautions: list[Caution] = []
+        if searched.is_file() and found.is_file() and Architecture.load(searched) == arch:
+            learning = SearchResult.load(found).learning
+            cautions += learning.cautions if learning is not None else ()
+        if trained.is_file():
+            result = TrainResult.load(trained)
+            if result.architecture_sha256 == arch.sha256 and result.caution is not None:
+                cautions.append(result.caution)
+        return tuple(cautions)
+
     def _validate(self) -> Stage:
         from hwnas import validate
         from hwnas.export.timing import timing_file
 
         def inputs() -> dict[str, str]:
             table = self._file(self.table_path, "profile") if self.table_path.exists() else {}
+            bundle = self._file(self.root / "export" / "bundle.json", "export")
+            cautions = [caution.model_dump() for caution in self._cautions()]
             return {
-                **self._file(self.root / "export" / "bundle.json", "export"),
+                **bundle,
                 **table,
                 **self._data(),
                 **self._config("validate", "device"),
+                **({"warnings": content_sha256(cautions)} if cautions else {}),  # a verdict without them stays current
             }
 
         def run(ctx: StageContext) -> None:
@@ -413,6 +436,7 @@ class Pipeline:
                 ctx.folder,
                 ctx.progress,
             )
+            verdict = verdict.model_copy(update={"warnings": self._cautions()})
             verdict.save(ctx.folder / "verdict.json")
             for line in validate.lines(verdict):
                 ctx.progress.say(line)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from hwnas.config import ValidateConfig
+from hwnas.core.caution import Caution
 from hwnas.document import Document
 from hwnas.export.bundle import Parity
 
@@ -17,8 +18,11 @@ OPTIONAL_FIELDS = (*CLASSIFIERS_FIELDS, *DETECTORS_FIELDS, "network_ms")
 
 
 def _sparse(content: dict[str, Any]) -> dict[str, Any]:
-    """Without what belongs to the other task, or to files with more in their graph."""
-    return {name: value for name, value in content.items() if value is not None or name not in OPTIONAL_FIELDS}
+    """Without what belongs to the other task or to files with more in their graph, and without a list of no warnings."""
+    found = {name: value for name, value in content.items() if value is not None or name not in OPTIONAL_FIELDS}
+    if not found.get("warnings", True):
+        del found["warnings"]
+    return found
 
 
 class _Part(BaseModel):
@@ -67,7 +71,11 @@ class FileVerdict(_Part):
 
 
 class Verdict(Document):
-    """What validation found. ``passed`` only if every judged number is within its tolerance."""
+    """What validation found. ``passed`` only if every judged number is within its tolerance.
+
+    That is about promises of latency and parity. ``warnings`` are about the search and the training that came before: promises are
+    kept just as well by a network that learned nothing.
+    """
 
     SCHEMA: ClassVar[str] = "hwnas.verdict"
 
@@ -89,6 +97,7 @@ class Verdict(Document):
     files: tuple[FileVerdict, ...]
     not_run: dict[str, str] = Field({}, description="files of the bundle that were left out, and why")
     passed: bool
+    warnings: tuple[Caution, ...] = Field((), description="why the network is less than it looks like")
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -129,4 +138,12 @@ def lines(verdict: Verdict) -> list[str]:
         out.append(f"{file.name}: {latency}; {quality} in PyTorch{outputs} ({mark})")
     out += [f"{name}: not run, {why}" for name, why in verdict.not_run.items()]
     note = drift_note(verdict) or (f"latency is not judged: {verdict.unpredicted}." if verdict.unpredicted else None)
-    return [*out, *([f"note: {note}"] if note else []), f"verdict: {'passed' if verdict.passed else 'FAILED'}"]
+    return [*out, *([f"note: {note}"] if note else []), _conclusion(verdict)]
+
+
+def _conclusion(verdict: Verdict) -> str:
+    """The last line: passed or failed, and what else is wrong."""
+    if not verdict.warnings:
+        return f"verdict: {'passed' if verdict.passed else 'FAILED'}"
+    beside = "; ".join(str(caution) for caution in verdict.warnings)
+    return f"verdict: passed, but {beside}" if verdict.passed else f"verdict: FAILED, and {beside}"

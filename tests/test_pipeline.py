@@ -26,7 +26,7 @@ from hwnas.nn.supernet import load_supernet, save_supernet
 from hwnas.pipeline import STAGES, Pipeline, experiment_space
 from hwnas.progress import Progress
 from hwnas.runs import MANIFEST, JsonLines, StageManifest
-from hwnas.search.stage import SearchResult
+from hwnas.search.result import SearchResult
 from hwnas.validate import Verdict
 from tests.conftest import write_tiny
 

@@ -109,7 +109,8 @@ class SearchConfig(Section):
     )
     quality: Literal["metric", "loss"] = Field(
         "metric",
-        description="what architectures are judged by on held-out images: accuracy or AP; or 1 / (1 + loss), for few images or epochs",
+        description="what architectures are judged by on held-out images, and classifiers rewarded for: accuracy or AP; "
+        "or 1 / (1 + loss), for few images or epochs",
     )
     finder: Plugin | None = Field(None, description="how architectures are found; default: the strategy's own way")
     limits: tuple[Limit, ...] = Field(

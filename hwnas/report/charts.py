@@ -17,7 +17,8 @@ from hwnas.core.table import Entry, HeldOut
 from hwnas.report.documents import Rows
 from hwnas.report.style import KERNEL_MARKERS, LIGHT, canvas, inline_svg, kernel_colour
 from hwnas.report.ticks import Ticks
-from hwnas.search.stage import Candidate, SearchResult
+from hwnas.search.metric import OF_LOSS, shown
+from hwnas.search.result import Candidate, SearchResult
 
 HALF, FULL = 464, 952
 """Widths in CSS pixels of a figure in two columns and of one across the page."""
@@ -25,7 +26,8 @@ HALF, FULL = 464, 952
 
 def pareto(search: SearchResult) -> Markup:
     """Super-net quality over predicted latency: random architectures, the strategy's proposals, the winner, the budget."""
-    best = search.candidates[0]
+    best, percentages = search.candidates[0], search.metric != OF_LOSS
+    scale = 100 if percentages else 1
     with canvas(FULL, 310) as figure:
         axes = figure.subplots()
         low, high = (search.target_ms * (1 + sign * search.tolerance) for sign in (-1, 1))
@@ -39,21 +41,23 @@ def pareto(search: SearchResult) -> Markup:
         )
         for label, members, look in groups:
             if members:
-                points = ([c.latency_ms for c in members], [100 * c.accuracy for c in members])
+                points = ([c.latency_ms for c in members], [scale * c.quality for c in members])
                 axes.scatter(*points, label=label, **{"s": 42, "zorder": 3, **look})
         latencies = [c.latency_ms for c in (*search.candidates, *search.random, *search.spread)]
         left, right = min(*latencies, low), max(*latencies, high)
         axes.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))
         axes.margins(y=0.15)
-        axes.yaxis.set_major_formatter(Ticks("%"))
+        if percentages:
+            axes.yaxis.set_major_formatter(Ticks("%"))
         axes.set_xlabel("predicted latency, ms")
-        axes.set_ylabel(f"super-net {search.quality}, held-out images")
+        axes.set_ylabel(f"super-net {search.metric}, held-out images")
         figure.legend(loc="outside upper left", ncols=5)
         return inline_svg(
             figure,
             "pareto",
-            f"Scatter plot of super-net {search.quality} over predicted latency. Chosen: {best.latency_ms:.3g} ms and {best.accuracy:.1%}; "
-            f"budget {search.target_ms:.3g} ms; {len(search.random)} random architectures and {len(search.candidates)} proposals.",
+            f"Scatter plot of super-net {search.metric} over predicted latency. Chosen: {best.latency_ms:.3g} ms and "
+            f"{shown(search.metric, best.quality)}; budget {search.target_ms:.3g} ms; {len(search.random)} random architectures and "
+            f"{len(search.candidates)} proposals.",
         )
 
 

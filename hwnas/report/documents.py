@@ -16,7 +16,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.document import Document, file_sha256
 from hwnas.export.bundle import Bundle
 from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest
-from hwnas.search.stage import SearchResult
+from hwnas.search.result import SearchResult
 from hwnas.study.documents import CompareStudy, RankStudy, ShrinkStudy
 from hwnas.train.pictures import Pictures
 from hwnas.train.stage import TrainResult

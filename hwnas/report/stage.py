@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from hwnas import __version__
 from hwnas.config import ValidateConfig
+from hwnas.core.caution import Caution
 from hwnas.core.op import Op
 from hwnas.core.space import SearchSpace
 from hwnas.data.coco_eval import NUMBERS
@@ -28,6 +29,7 @@ from hwnas.report.charts import Series
 from hwnas.report.documents import SOURCES, Place, RunDocuments, read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import StageContext
+from hwnas.search.metric import shown
 from hwnas.train.pictures import MIN_SCORE
 from hwnas.validate import FileVerdict, drift_note
 
@@ -55,6 +57,8 @@ def render(documents: RunDocuments) -> str:
         "big": big,
         "huge": huge,
         "amount": amount,
+        "quality": quality,
+        "sentence": sentence,
     }
     verb = (documents.study_verb if documents.only_study else None) or "run"
     return environment.get_template("template.html").render(
@@ -64,6 +68,7 @@ def render(documents: RunDocuments) -> str:
         files=file_rows(documents),
         judged=judged_file(documents),
         failures=failures(documents),
+        cautions=cautions(documents),
         notices=notices(documents),
         conditions=conditions(documents),
         blocks=block_rows(documents),
@@ -154,10 +159,21 @@ def notices(documents: RunDocuments) -> list[str]:
         found.append("The verdict is about an earlier bundle than the one shown here.")
     found += [f"{name} was not validated: {why}." for name, why in (verdict.not_run if verdict is not None else {}).items()]
     note = drift_note(verdict) if verdict is not None else None
-    found += [note[0].upper() + note[1:]] if note is not None else []
+    found += [sentence(note)] if note is not None else []
     if table is not None and table.calibration is None:
         found.append("The latency table has no calibration against whole networks: its sums are not latencies of networks.")
     return found
+
+
+def cautions(documents: RunDocuments) -> list[Caution]:
+    """Why a result is less than it looks like: what the verdict says, and what the search and the training say themselves."""
+    verdict, search, train = documents.verdict, documents.search, documents.train
+    found = list(verdict.warnings) if verdict is not None else []
+    if search is not None and search.learning is not None:
+        found += search.learning.cautions
+    if train is not None and train.caution is not None:
+        found.append(train.caution)
+    return list(dict.fromkeys(found))
 
 
 def conditions(documents: RunDocuments) -> list[tuple[str, str]]:
@@ -268,6 +284,21 @@ def percent(value: float | str | None, digits: int = 1) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else f"{value:.{digits}%}"
+
+
+def quality(value: float, metric: str) -> str:
+    """A quality of a search, whose metric says how it is written."""
+    return shown(metric, value)
+
+
+def sentence(clause: str) -> str:
+    """A clause with a capital at its start.
+
+    Example:
+        >>> sentence("the search learned nothing")
+        'The search learned nothing'
+    """
+    return clause[:1].upper() + clause[1:]
 
 
 def signed(value: float | None, digits: int = 1) -> str:

@@ -14,7 +14,7 @@ from hwnas.search.strategy import SearchContext
 
 
 class Finder(ABC):
-    """Finding is separate from training weights: a finder asks ``ctx.evaluate`` for accuracies and nothing else.
+    """Finding is separate from training weights: a finder asks ``ctx.evaluate`` for qualities and nothing else.
 
     ``Config`` holds its own options (the keys beside ``name`` in ``search.finder``).
     """
@@ -28,11 +28,11 @@ class Finder(ABC):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the super-net says of an architecture: recalibrated accuracy in 0..1, and the objective at its latency."""
+    """What the super-net says of an architecture: recalibrated quality in 0..1, and the objective at its latency."""
 
     picks: Picks
     latency_ms: float
-    accuracy: float
+    quality: float
     reward: float
 
 
@@ -57,8 +57,8 @@ class Leaderboard:
         """The judgement of an architecture, by ``ctx.evaluate`` where it is new."""
         identity = self._ctx.space.decode(picks).identity
         if identity not in self._judged:
-            accuracy, latency = self._ctx.evaluate(picks), self._ctx.cost.latency_ms(picks)
-            judgement = Judgement(picks, latency, accuracy, self._ctx.reward(accuracy, latency))
+            quality, latency = self._ctx.evaluate(picks), self._ctx.cost.latency_ms(picks)
+            judgement = Judgement(picks, latency, quality, self._ctx.reward(quality, latency))
             self._judged[identity] = judgement
             self._best_reward = max(self._best_reward, judgement.reward)
             self._task.advance(note=f"best reward {self._best_reward:.4f}")

@@ -70,7 +70,7 @@ class Judge:
             self._known[name] = self.quality.of_network(network, self.held_out, self.evaluation(), limit)
             if self._file is not None:
                 with self._file.appending() as append:
-                    append({"blocks": name, "accuracy": self._known[name]})
+                    append({"blocks": name, "quality": self._known[name]})
         return self._known[name]
 
     def evaluation(self) -> list[Batch]:
@@ -78,7 +78,7 @@ class Judge:
         self._evaluation = self._evaluation or list(self._batches(self.held_out, 4 * self.config.batch_size, self.config.evaluation_images))
         return self._evaluation
 
-    def accuracy(self, network: AnyNetwork) -> float:
+    def on_all_images(self, network: AnyNetwork) -> float:
         """Quality in 0..1 on all held-out images."""
         return self.quality.of_network(network, self.held_out, self.all_held_out(), None)
 
@@ -100,7 +100,7 @@ class Judge:
     def keep(self, path: Path) -> None:
         """The weights are final: take over the judgements in a file, and add further ones to it."""
         self._file = JsonLines(path)
-        self._known = {row["blocks"]: row["accuracy"] for row in self._file.read()}
+        self._known = {row["blocks"]: row["quality"] for row in self._file.read() if "quality" in row}
 
     def forget(self) -> None:
         """The weights have changed."""

@@ -75,8 +75,8 @@ class NSGA2(Finder):
                 index_NC = ctx.space.index(picks)[None]
                 for name, excess in _excess(ctx, index_NC).items():
                     trial.set_constraint(name, excess)
-                accuracy = board.judge(picks).accuracy if within_target(ctx, index_NC)[0] else 0.0
-                study.tell(trial, [accuracy, ctx.cost.latency_ms(picks), params.of(picks)])
+                quality = board.judge(picks).quality if within_target(ctx, index_NC)[0] else 0.0
+                study.tell(trial, [quality, ctx.cost.latency_ms(picks), params.of(picks)])
                 task.advance(1 - (len(board) - judged))  # the leaderboard counts what is new to it
         return board.best(count)
 

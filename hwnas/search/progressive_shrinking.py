@@ -205,6 +205,10 @@ class ProgressiveShrinking(Strategy):
         latency = float(np.mean([ctx.cost.latency_ms(picks) for picks in paths]))
         return {**metrics, "phase": float(number), "latency_ms": latency}
 
+    def cross_entropies(self, row: Metrics) -> int:
+        """All phases but the first have a teacher."""
+        return 2 if row["phase"] > 0 else 1
+
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The best of an evolution."""
         return Evolution(self.config).find(ctx, count)

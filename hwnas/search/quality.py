@@ -1,12 +1,13 @@
 """What a search trains the shared weights by, and how good it takes an architecture to be: a number in 0..1, by the task.
 
-Classification: cross-entropy; the quality on one batch (the reward of reinforcement learning) is the accuracy.
+Classification: cross-entropy L. The quality on one batch (the reward of reinforcement learning) is the accuracy, and so is that on the
+held-out images by which finders and the last ranking judge. With ``search.quality = "loss"`` all of these are 1 / (1 + L), which is 1 where
+nothing is wrong and still tells large losses apart, where exp(-L) has no slope left.
 
-Detection: the detector's loss L. The AP of a few images is mostly noise, and no gradient has it, so the quality on one batch is
-1 / (1 + L), which is 1 where nothing is wrong and still tells large losses apart, where exp(-L) has no slope left.
+Detection: the detector's loss L. The AP of a few images is mostly noise, and no gradient has it, so the quality on one batch is always
+1 / (1 + L). Architectures are judged by their AP on held-out images; with ``search.quality = "loss"`` by 1 / (1 + L) there, too.
 
-Architectures are judged in the end, and by finders, by their accuracy or AP on held-out images; with ``search.quality = "loss"`` by
-1 / (1 + L) there. That tells architectures apart where images or epochs are few: on NAS-Bench-Macro, tau of a super-net of two epochs on
+Judging by the loss tells architectures apart where images or epochs are few: on NAS-Bench-Macro, tau of a super-net of two epochs on
 1,000 images is 0.28 by accuracy and 0.71 by loss (README).
 """
 
@@ -17,7 +18,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hwnas.config import Experiment
@@ -30,14 +33,13 @@ from hwnas.errors import ConfigError
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import AnyNetwork
 from hwnas.nn.supernet import resized
-
-LOSS_TITLE = "1 / (1 + loss)"
+from hwnas.search.metric import ACCURACY, AP, OF_LOSS
 
 
 class Quality(ABC):
-    """What a task calls good. ``title`` names what ``of_network`` gives."""
+    """What a task calls good. ``metric`` names what ``of_network`` gives; see ``hwnas.search.metric``."""
 
-    title: str
+    metric: str
 
     @abstractmethod
     def criterion(self, label_smoothing: float = 0.0) -> Criterion:
@@ -46,6 +48,14 @@ class Quality(ABC):
     @abstractmethod
     def of_outputs(self, outputs: Any, y: Tensor) -> float:
         """The quality in 0..1 of a network's outputs on the targets of one batch."""
+
+    @abstractmethod
+    def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
+        """The training loss of the best answer that does not look at the image; None where that is no simple number."""
+
+    @abstractmethod
+    def of_a_guess(self, labels_N: np.ndarray) -> float | None:
+        """What ``of_network`` gives for a network that does not look at the image, on images of these labels; None: not known."""
 
     @abstractmethod
     def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
@@ -57,15 +67,29 @@ class ClassificationQuality(Quality):
 
     def __init__(self, experiment: Experiment) -> None:
         self.by_loss = experiment.search.quality == "loss"
-        self.title = LOSS_TITLE if self.by_loss else "accuracy"
+        self.metric = OF_LOSS if self.by_loss else ACCURACY
+        self.classes = experiment.data.classes
 
     def criterion(self, label_smoothing: float = 0.0) -> Criterion:
         """Cross-entropy."""
         return CrossEntropy(label_smoothing)
 
     def of_outputs(self, outputs: Any, y: Tensor) -> float:
-        """Accuracy of the logits [N, classes]."""
+        """Accuracy of the logits [N, classes], or 1 / (1 + mean loss)."""
+        if self.by_loss:
+            return _of_loss(float(F.cross_entropy(outputs.float(), y)))
         return float((outputs.argmax(1) == y).float().mean())
+
+    def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
+        """The entropy of the smoothed class frequencies; ln(classes) where all classes are as frequent, whatever the smoothing."""
+        frequencies_K = np.bincount(labels_N, minlength=self.classes) / len(labels_N)
+        smoothed_K = (1 - label_smoothing) * frequencies_K + label_smoothing / self.classes
+        present = smoothed_K[smoothed_K > 0]
+        return float(-(present * np.log(present)).sum())
+
+    def of_a_guess(self, labels_N: np.ndarray) -> float | None:
+        """The share of the most frequent class."""
+        return None if self.by_loss else float(np.bincount(labels_N).max() / len(labels_N))
 
     def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
         """Accuracy at the network's own resolution, or 1 / (1 + mean loss of an image)."""
@@ -78,7 +102,7 @@ class DetectionQuality(Quality):
 
     def __init__(self, experiment: Experiment, space: SearchSpace) -> None:
         self.by_loss = experiment.search.quality == "loss"
-        self.title = LOSS_TITLE if self.by_loss else "AP"
+        self.metric = OF_LOSS if self.by_loss else AP
         self.post_processing = experiment.detector.post_processing
         self.arch = space.decode(space.at([0] * len(space.choices)))  # anchors and classes are those of all
         self._loss = DetectionCriterion(self.arch)
@@ -92,6 +116,16 @@ class DetectionQuality(Quality):
         """1 / (1 + loss)."""
         loss, _ = self._loss.to(y.device)(outputs, y)
         return _of_loss(float(loss))
+
+    def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
+        """None: that depends on how many anchors have an object."""
+        del labels_N, label_smoothing
+        return None
+
+    def of_a_guess(self, labels_N: np.ndarray) -> float | None:
+        """An AP of 0."""
+        del labels_N
+        return None if self.by_loss else 0.0
 
     def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
         """AP, or 1 / (1 + mean loss of an image)."""

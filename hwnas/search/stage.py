@@ -6,22 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.config import Experiment, Plugin, SearchConfig, SupernetConfig
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import Limits
-from hwnas.core.objective import Objective
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Images, Portion, load_images
-from hwnas.document import Document, file_sha256
+from hwnas.document import file_sha256
 from hwnas.engine import Engine, best_device, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
 from hwnas.nn.cells import CellSupernet, GrowingSupernet
@@ -29,14 +26,16 @@ from hwnas.nn.inheritance import inherit
 from hwnas.nn.network import save_network
 from hwnas.nn.portfolio import Portfolio
 from hwnas.nn.supernet import SharedNetwork, Supernet, load_supernet, make_supernet, save_supernet
-from hwnas.progress import Progress
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES, check_space
 from hwnas.search.comparison import compared_with
 from hwnas.search.finder import Finder
 from hwnas.search.judge import Judge
-from hwnas.search.meter import Meter, SearchCost
+from hwnas.search.learning import Course, Ranking, learning_of
+from hwnas.search.meter import Meter
+from hwnas.search.metric import shown
 from hwnas.search.proposal import random_within
+from hwnas.search.result import Candidate, SearchResult
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 from hwnas.search.weights import Batches, SupernetWeights
 
@@ -50,50 +49,6 @@ TRAINED_FINDER = Plugin.model_validate(
 
 JUDGED = "judged.jsonl"
 """Judgements that a finder has asked for."""
-
-STILL = 0.05
-"""Part of its entropy that a policy should have lost or won in a search (ours)."""
-
-
-class Candidate(BaseModel):
-    """An architecture judged by the super-net: predicted latency, and ``accuracy``, the recalibrated held-out quality in 0..1.
-
-    That is what ``SearchResult.quality`` names: accuracy, AP or 1 / (1 + loss).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    picks: Picks
-    latency_ms: float
-    accuracy: float
-    reward: float
-    limits: dict[str, float] = Field({}, description="what search.limits limits, by name")
-
-
-class SearchResult(Document):
-    """What a search found. ``candidates`` are the strategy's proposals, best reward first.
-
-    For comparison, ``random`` are random architectures within the budget, and ``spread`` over the whole space.
-    """
-
-    SCHEMA: ClassVar[str] = "hwnas.search"
-
-    strategy: str
-    quality: str = Field("accuracy", description="what the candidates' accuracy is")
-    space_sha256: str
-    objective: Objective
-    target_ms: float
-    tolerance: float
-    reachable_ms: tuple[float, float]
-    table_sha256: str
-    steps: int
-    seed: int
-    finder: Plugin | None = Field(None, description="what found the candidates, where it was not the strategy itself")
-    weights_sha256: str | None = Field(None, description="the super-net file, where an already trained one was used")
-    cost: SearchCost | None = Field(None, description="of training, finding and the last ranking; see search/meter.py")
-    candidates: tuple[Candidate, ...] = Field(min_length=1)
-    random: tuple[Candidate, ...] = ()
-    spread: tuple[Candidate, ...] = ()
 
 
 def outputs(config: SearchConfig) -> list[str]:
@@ -214,7 +169,7 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
         return
 
     prepared = prepare(experiment, space, search, ctx.folder)
-    engine, strategy, judge = prepared.engine, prepared.strategy, prepared.judge
+    engine, judge = prepared.engine, prepared.judge
     if config.backbone is not None and isinstance(judge.supernet, Supernet):
         progress.say(str(inherit(judge.supernet, trained_supernet(config.backbone, "search.backbone"))))
     engine.resume()
@@ -222,10 +177,9 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
     if begun_with < search.steps:
         search.seconds = (time.monotonic() - begun_at) * search.steps / (search.steps - begun_with)
-    _warn_of_a_still_policy(engine.metrics.read(), strategy, progress)
     if isinstance(judge.supernet, SharedNetwork):
         save_supernet(judge.supernet, ctx.folder / SHARED)
-    _find(ctx, search, judge, finder, strategy)
+    _find(ctx, search, judge, finder, prepared)
     engine.finish()
 
 
@@ -295,14 +249,13 @@ def _images(experiment: Experiment) -> Images:
     return Portion(images, config.data_portion) if config.data_portion < 1 else images
 
 
-def _warn_of_a_still_policy(rows: list[dict[str, float]], strategy: Strategy, progress: Progress) -> None:
-    """Say so where a policy has learnt next to nothing: the papers' rates are for tens of thousands of steps."""
-    entropies = [row["entropy"] for row in rows if "entropy" in row]
-    if strategy.rate is not None and entropies and abs(entropies[-1] - entropies[0]) < STILL * entropies[0]:
-        progress.warn(
-            f"the policy has hardly moved in {len(rows)} steps (entropy {entropies[0]:.3g} -> {entropies[-1]:.3g} nats), so the result is "
-            f"close to random search: raise {strategy.rate} of search.strategy, or search.epochs."
-        )
+def _course(prepared: Prepared, config: SearchConfig) -> Course:
+    """What the search has logged, its losses per cross-entropy."""
+    strategy, judge = prepared.strategy, prepared.judge
+    rows = prepared.engine.metrics.read()
+    if judge.supernet.space.detector is None:
+        rows = [{**row, "loss": row["loss"] / strategy.cross_entropies(row)} for row in rows]
+    return Course(rows, strategy.rate, judge.quality.loss_of_a_guess(judge.train.labels, config.label_smoothing))
 
 
 def trained_supernet(folder: str, key: str = "search.weights") -> Path:
@@ -349,10 +302,11 @@ def trained(config: SearchConfig, space: SearchSpace) -> SharedNetwork:
     return supernet.to(best_device())
 
 
-def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder | None, strategy: Strategy | None) -> None:
+def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder | None, trained: Prepared | None) -> None:
     """Architectures from trained weights: by the finder, else by the strategy; then the last ranking and the outputs.
 
-    An architecture within the budget was found before the search began; it is proposed where nothing else is.
+    ``trained`` is None where the weights are those of another run. An architecture within the budget was found before the search began;
+    it is proposed where nothing else is.
     """
     config, seed = ctx.experiment.search, ctx.experiment.seed
     judge.keep(ctx.folder / JUDGED)
@@ -362,19 +316,19 @@ def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder
     if finder is not None:
         proposals = finder.find(search, config.candidates)
     else:
-        assert strategy is not None
-        proposals = strategy.propose(search, config.candidates)
+        assert trained is not None
+        proposals = trained.strategy.propose(search, config.candidates)
     search.seconds += time.monotonic() - begun_at
     proposals = proposals or random_within(search, 1, np.random.default_rng(seed))
-    _conclude(ctx, search, judge, proposals)
+    _conclude(ctx, search, judge, proposals, None if trained is None else _course(trained, config))
 
 
-def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals: list[Picks]) -> None:
-    """Rank the proposals, score random architectures beside them, write the outputs."""
+def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals: list[Picks], course: Course | None) -> None:
+    """Rank the proposals, score random architectures beside them, write the outputs, say what was found and whether to believe it."""
     config, space, progress = ctx.experiment.search, judge.supernet.space, ctx.progress
     name = config.strategy.name if config.weights is None else "trained super-net"
-    title = judge.quality.title
     assert search.meter is not None
+    judged = search.meter.cost.judged
     comparison = compared_with(search, judge, proposals)
     progress.say(comparison.sentence)
     candidates = _ranked(search, judge, proposals, f"ranking {len(proposals)} proposals")
@@ -387,9 +341,19 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
     arch = space.decode(best.picks, f"{space.name}-{name.replace(' ', '-')}")
     arch.save(ctx.folder / "arch.json")
     save_network(judge.network(best.picks), ctx.folder / "supernet.safetensors")
+    ranking = Ranking(
+        metric=judge.quality.metric,
+        proposals=[candidate.quality for candidate in candidates],
+        random=[candidate.quality for candidate in random],
+        images=len(judge.held_out),
+        judged_images=config.evaluation_images,
+        judged=judged,
+        chance=judge.quality.of_a_guess(judge.held_out.labels),
+    )
+    learning = learning_of(course, ranking)
     SearchResult(
         strategy=name,
-        quality=title,
+        metric=judge.quality.metric,
         space_sha256=space.sha256,
         objective=config.objective,
         target_ms=search.target_ms,
@@ -401,33 +365,36 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
         finder=_finder_plugin(config),
         weights_sha256=file_sha256(trained_supernet(config.weights)) if config.weights is not None else None,
         cost=cost,
+        learning=learning,
         candidates=tuple(candidates),
         random=tuple(random),
         spread=tuple(spread),
     ).save(ctx.folder / "search.json")
-    progress.say(_summary(arch, best, search.target_ms, title))
+    progress.say(_summary(arch, best, search.target_ms, judge.quality.metric))
+    for caution in learning.cautions:
+        progress.warn(str(caution))
 
 
 def _ranked(
     search: SearchContext, judge: Judge, proposals: Sequence[Picks], description: str, quality_of: Callable[[Picks], float] | None = None
 ) -> list[Candidate]:
     """Judge each proposal, by default on all held-out images; best reward first."""
-    judged, title = [], judge.quality.title
-    of_all = quality_of or (lambda picks: judge.accuracy(judge.network(picks)))
+    judged, metric = [], judge.quality.metric
+    of_all = quality_of or (lambda picks: judge.on_all_images(judge.network(picks)))
     with search.progress.task(description, len(proposals)) as task:
         for picks in proposals:
             quality, latency = of_all(picks), search.cost.latency_ms(picks)
             values = {} if search.limits is None else search.limits.describe(picks)
             reward = search.reward(quality, latency)
-            judged.append(Candidate(picks=picks, latency_ms=latency, accuracy=quality, reward=reward, limits=values))
-            task.advance(note=f"{title} {quality:.1%}")
+            judged.append(Candidate(picks=picks, latency_ms=latency, quality=quality, reward=reward, limits=values))
+            task.advance(note=f"{metric} {shown(metric, quality)}")
             named = ", ".join(f"{key} {option}" for key, option in picks.items())
-            search.progress.detail(f"{latency:.4g} ms, {title} {quality:.1%}: {named}")
+            search.progress.detail(f"{latency:.4g} ms, {metric} {shown(metric, quality)}: {named}")
     return sorted(judged, key=lambda candidate: -candidate.reward)
 
 
-def _summary(arch: Architecture, best: Candidate, target_ms: float, title: str) -> str:
+def _summary(arch: Architecture, best: Candidate, target_ms: float, metric: str) -> str:
     return (
         f"found {arch.name}: {best.latency_ms:.4g} ms predicted ({best.latency_ms / target_ms - 1:+.1%} of the target), "
-        f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters, super-net {title} {best.accuracy:.1%}"
+        f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters, super-net {metric} {shown(metric, best.quality)}"
     )

@@ -185,6 +185,11 @@ class Strategy(ABC):
         del ctx
         return ()
 
+    def cross_entropies(self, row: Metrics) -> int:
+        """How many cross-entropies the loss that a step has logged (its ``row``) is the sum of: one, and that with a teacher."""
+        del row
+        return 1
+
     def parts(self) -> tuple[int, int]:
         """In how many parts a step splits its training batch, and each held-out batch; BN needs two images in a part."""
         return 1, 1

@@ -50,7 +50,8 @@ from hwnas.runs import StageContext
 from hwnas.search import stage as search_stage
 from hwnas.search.meter import GRADIENT
 from hwnas.search.proposal import random_within, within_target
-from hwnas.search.stage import SearchResult, search_context, search_finder
+from hwnas.search.result import SearchResult
+from hwnas.search.stage import search_context, search_finder
 from hwnas.search.strategy import SearchContext
 from hwnas.study import metrics
 from hwnas.study.documents import CompareStudy, Duel, Estimate, Found, MethodResult, RandomSearch
@@ -262,7 +263,7 @@ def _found(config: StudyConfig, found: Arena, method: str, seed: int, folder: Pa
         accuracy=accuracy,
         rank=found.rank(accuracy),
         regret=float(found.mean_N.max()) - accuracy,
-        supernet_quality=chosen.accuracy,
+        supernet_quality=chosen.quality,
         cost=result.cost,
         cpu_seconds=json.loads((folder / "seconds.json").read_text())["cpu_seconds"],
     )

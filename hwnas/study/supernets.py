@@ -14,10 +14,11 @@ from hwnas.errors import ConfigError
 from hwnas.nn.supernet import SharedNetwork, save_supernet
 from hwnas.runs import StageContext
 from hwnas.search import STRATEGIES
-from hwnas.search.stage import SHARED, SearchResult, prepare, search_context, search_strategy, trained_supernet
+from hwnas.search.result import SearchResult
+from hwnas.search.stage import SHARED, prepare, search_context, search_strategy, trained_supernet
 from hwnas.search.strategy import Metrics
 
-OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder", "quality")
+OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
 """Settings of a search that its super-net's training has nothing to do with."""
 
 BASE = "base.safetensors"

@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import nn
 
 from hwnas.config import DataConfig, Experiment, located
 from hwnas.core.arch import Architecture
+from hwnas.core.caution import Caution
 from hwnas.core.published import named
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.ssdlite import with_detector
+from hwnas.core.statistics import NO_AP, better_than_guessing
 from hwnas.data.coco import CocoImages
 from hwnas.data.coco_eval import CocoMetrics
 from hwnas.data.images import Batch, Images, evaluation_batches, load_images, training_batches
@@ -48,6 +51,7 @@ class TrainResult(Document):
     test_accuracy: float | None = None
     test_coco: CocoMetrics | None = None
     test_images: int
+    test_guess: float | None = Field(None, description="what always naming the most frequent class of the test images gets right")
     class_names: tuple[str, ...]
 
     @model_validator(mode="after")
@@ -67,6 +71,22 @@ class TrainResult(Document):
         if self.test_coco is not None:
             return f"AP {self.test_coco.AP:.1%}, AP50 {self.test_coco.AP50:.1%} on {self.test_images:,} test images"
         return f"{self.test_accuracy:.2%} of {self.test_images:,} test images right"
+
+    @property
+    def caution(self) -> Caution | None:
+        """Said where the network is no better than a guess: by a binomial test of its right answers, or by an AP of 0."""
+        advice = "raise train.epochs, change train.optimizer.lr, and check the data"
+        if self.test_coco is not None:
+            if self.test_coco.AP > NO_AP:
+                return None
+            text = f"AP {self.test_coco.AP:.1%} on {self.test_images:,} test images: {advice}."
+            return Caution(headline="the trained network finds nothing", text=text)
+        assert self.test_accuracy is not None
+        guess = self.test_guess if self.test_guess is not None else 1 / len(self.class_names)
+        if better_than_guessing(round(self.test_accuracy * self.test_images), self.test_images, guess):
+            return None
+        text = f"{self.quality}, where a guess gets {guess:.2%} right: {advice}."
+        return Caution(headline="the trained network learned nothing", text=text)
 
 
 def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> Architecture:
@@ -171,6 +191,8 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     result.save(ctx.folder / "train.json")
     engine.finish()
     ctx.progress.say(f"trained {arch.name}: {result.quality}")
+    if result.caution is not None:
+        ctx.progress.warn(str(result.caution))
 
 
 def _sized(experiment: Experiment, arch: Architecture) -> DataConfig:
@@ -195,7 +217,8 @@ def _judged(ctx: StageContext, network: AnyNetwork, test: Images) -> dict[str, A
     """The quality of a trained network, as ``TrainResult`` has it. Of a detector, what else there is to see is written too."""
     size, workers = ctx.experiment.train.batch_size, ctx.experiment.data.workers
     if not isinstance(network, DetectionNetwork):
-        return {"test_accuracy": accuracy(network, evaluation_batches(test, 4 * size, workers=workers))}
+        top1 = accuracy(network, evaluation_batches(test, 4 * size, workers=workers))
+        return {"test_accuracy": top1, "test_guess": float(np.bincount(test.labels).max() / len(test))}
     assert isinstance(test, CocoImages)
     found = detect(network, test, ctx.experiment.detector.post_processing, batch_size=size, workers=workers)
     network.arch.save(ctx.folder / "arch.json")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hwnas.document import read_bytes
-from hwnas.search.stage import SearchResult
+from hwnas.search.result import SearchResult
 from hwnas.validate import Verdict
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"

@@ -33,7 +33,7 @@ from hwnas.report.charts import smoothed
 from hwnas.report.documents import Place, read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import JsonLines, StageContext, StageManifest
-from hwnas.search.stage import Candidate, SearchResult
+from hwnas.search.result import Candidate, SearchResult
 from hwnas.train.pictures import Box, Picture, Pictures
 from hwnas.train.stage import TrainResult
 from hwnas.validate import FileVerdict, Verdict
@@ -115,7 +115,7 @@ def make_search(space: MacroSpace, table: LatencyTable) -> SearchResult:
             if abs(latency / target - 1) < 0.02:
                 accuracy = float(rng.normal(quality, 0.008))
                 reward = accuracy - abs(latency / target - 1) / 10
-                found.append(Candidate(picks=picks, latency_ms=latency, accuracy=accuracy, reward=reward))
+                found.append(Candidate(picks=picks, latency_ms=latency, quality=accuracy, reward=reward))
         return tuple(sorted(found, key=lambda candidate: -candidate.reward))
 
     return SearchResult(

@@ -21,7 +21,7 @@ from hwnas.nn.cells import GrowingSupernet
 from hwnas.search.darts import DARTS, DARTSConfig
 from hwnas.search.genotype import all_edges, any_pair, count_of_skips, derived, with_few_skips_in_cells
 from hwnas.search.pdarts import PDARTS, PDARTSConfig
-from hwnas.search.stage import SearchResult
+from hwnas.search.result import SearchResult
 from hwnas.search.strategy import Gates, SearchContext
 from hwnas.testing import KnownWeights, prepared, proposed, searched, synthetic_table
 from tests.search.staging import experiment, run
@@ -199,7 +199,7 @@ def test_methods_search_cells(method: str, name: str, tmp_path: Path) -> None:
     arch = Architecture.load(tmp_path / "search" / "arch.json")
     assert space.encode(arch) == result.candidates[0].picks
     assert abs(result.candidates[0].latency_ms / result.target_ms - 1) <= 0.3
-    assert 0 <= result.candidates[0].accuracy <= 1
+    assert 0 <= result.candidates[0].quality <= 1
 
 
 def test_methods_that_are_for_blocks_in_a_row_say_so(tmp_path: Path) -> None:

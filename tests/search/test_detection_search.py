@@ -28,7 +28,8 @@ from hwnas.pipeline import Pipeline, experiment_space
 from hwnas.progress import Progress
 from hwnas.search.judge import Judge
 from hwnas.search.proposal import one_hot
-from hwnas.search.stage import SearchResult, prepare, search_context
+from hwnas.search.result import SearchResult
+from hwnas.search.stage import prepare, search_context
 from hwnas.testing import synthetic_table
 from tests.train.rectangles import write_rectangles
 
@@ -110,7 +111,7 @@ def test_the_whole_way_meets_the_budget(tmp_path: Path) -> None:
     result, table = SearchResult.load(run / "search" / "search.json"), LatencyTable.load(run / "profile" / "table.json")
     arch = Architecture.load(run / "search" / "arch.json")
     assert abs(latency_ms(arch, table) / result.target_ms - 1) <= 0.02
-    assert result.quality == "AP" and arch.detector is not None and arch.detector.heads[0].key in table.entries
+    assert result.metric == "AP" and arch.detector is not None and arch.detector.heads[0].key in table.entries
     assert table.calibration is not None and table.calibration.held_out is not None and table.calibration.held_out.mape < 0.03
     network = load_network(run / "train" / "model.safetensors")
     assert isinstance(network, DetectionNetwork) and (network.arch.blocks, network.arch.detector) == (arch.blocks, arch.detector)
@@ -172,7 +173,7 @@ def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path
     network = supernet.extract(picks)
     assert isinstance(network, DetectionNetwork)
     recalibrate(network, (x for x, _ in judge._batches(train, 6, 12)))
-    for limit, found in ((4, judge.evaluate(picks)), (None, judge.accuracy(judge.network(picks)))):
+    for limit, found in ((4, judge.evaluate(picks)), (None, judge.on_all_images(judge.network(picks)))):
         if quality == "metric":
             expected = average_precision(held_out, detect(network, held_out, config.detector.post_processing, batch_size=8, limit=limit)).AP
         else:
@@ -181,7 +182,7 @@ def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path
                 loss, _ = DetectionCriterion(network.arch)(network.eval()(batches[0][0]), batches[0][1])
             expected = 1 / (1 + float(loss))
         assert found == pytest.approx(expected, abs=1e-6)
-    assert judge.quality.title == ("AP" if quality == "metric" else "1 / (1 + loss)")
+    assert judge.quality.metric == ("AP" if quality == "metric" else "1 / (1 + loss)")
 
 
 # what it begins with

@@ -20,7 +20,7 @@ from hwnas.nn.supernet import Supernet, resized
 from hwnas.runs import JsonLines
 from hwnas.search import stage
 from hwnas.search.judge import Judge
-from hwnas.search.stage import SearchResult
+from hwnas.search.result import SearchResult
 from hwnas.testing import synthetic_table
 from tests.search.staging import EVOLUTION, Killed, Killing, experiment, run, tiny_space
 
@@ -54,7 +54,7 @@ def test_a_finder_asks_for_few_images_and_the_last_ranking_for_all() -> None:
     few, every = (by_hand(supernet, config, picks, 8, images) for images in (70, None))
     assert few != every
     assert judge.evaluate(picks) == pytest.approx(few)
-    assert judge.accuracy(judge.network(picks)) == pytest.approx(every)
+    assert judge.on_all_images(judge.network(picks)) == pytest.approx(every)
 
 
 def test_architectures_are_judged_by_their_loss_on_demand() -> None:
@@ -68,7 +68,7 @@ def test_architectures_are_judged_by_their_loss_on_demand() -> None:
         logits_NK = torch.cat([network(x_NCHW) for x_NCHW, _ in batches])
     loss = torch.nn.functional.cross_entropy(logits_NK, torch.cat([y for _, y in batches]))
     assert judge.evaluate(picks) == pytest.approx(1 / (1 + float(loss)), rel=1e-5)
-    assert judge.quality.title == "1 / (1 + loss)"
+    assert judge.quality.metric == "1 / (1 + loss)"
 
 
 def test_an_architecture_is_judged_at_its_own_resolution() -> None:
@@ -85,7 +85,7 @@ def test_an_architecture_is_judged_at_its_own_resolution() -> None:
         found[size] = judge.evaluate(at)
         assert judge.network(at).arch.resolution == size
         assert found[size] == pytest.approx(by_hand(supernet, config, at, size, 200))
-        assert judge.accuracy(judge.network(at)) == pytest.approx(by_hand(supernet, config, at, size, None))
+        assert judge.on_all_images(judge.network(at)) == pytest.approx(by_hand(supernet, config, at, size, None))
     assert found[8] != found[16]
     wrong = judge.network({**picks, "resolution": 8})
     held_out = load_images(config.data, "held_out")

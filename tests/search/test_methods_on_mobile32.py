@@ -12,7 +12,7 @@ from hwnas.config import Experiment
 from hwnas.core.spaces import mobile32
 from hwnas.core.table import LatencyTable
 from hwnas.search import STRATEGIES
-from hwnas.search.stage import SearchResult
+from hwnas.search.result import SearchResult
 from hwnas.testing import synthetic_table
 from tests.search.staging import run
 

@@ -26,7 +26,7 @@ from hwnas.pipeline import experiment_space
 from hwnas.progress import Progress
 from hwnas.search import STRATEGIES, stage
 from hwnas.search.proposal import random_within, within_target
-from hwnas.search.stage import SearchResult
+from hwnas.search.result import SearchResult
 from hwnas.search.weights import Batches
 from hwnas.testing import synthetic_table
 from tests.search.staging import DATA, EVOLUTION, OPTIONS, Killed, Killing, experiment, run, tiny_space
@@ -69,15 +69,15 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
         for candidate in candidates:
             assert candidate.latency_ms == pytest.approx(latency_ms(space.decode(candidate.picks), table))
             assert abs(candidate.latency_ms / result.target_ms - 1) <= 0.02
-            assert candidate.reward == pytest.approx(candidate.accuracy - 0.1 * abs(candidate.latency_ms / result.target_ms - 1))
+            assert candidate.reward == pytest.approx(candidate.quality - 0.1 * abs(candidate.latency_ms / result.target_ms - 1))
     best = result.candidates[0]
-    assert best.accuracy > 0.2  # of 10 classes, after four epochs
+    assert best.quality > 0.2  # of 10 classes, after four epochs
     arch = Architecture.load(tmp_path / "search/arch.json")
     assert arch.blocks == space.decode(best.picks).blocks
     network = load_network(tmp_path / "search/supernet.safetensors")
     assert network.arch.blocks == arch.blocks
     held_out = load_images(DataConfig.model_validate(DATA), "held_out")
-    assert accuracy(network, evaluation_batches(held_out, 128)) == pytest.approx(best.accuracy, abs=0.01)
+    assert accuracy(network, evaluation_batches(held_out, 128)) == pytest.approx(best.quality, abs=0.01)
     assert not (tmp_path / "search/checkpoint.pt").exists()
     lines = (tmp_path / "search/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(144))

@@ -19,7 +19,7 @@ from hwnas.errors import ConfigError, DivergenceError, HwnasError, TargetError
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
-from hwnas.search.stage import SearchResult
+from hwnas.search.result import SearchResult
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.studies import study_compare
 from hwnas.study.compare import QUANTILES, arena, chosen_by_random, random_search, searching

@@ -1,0 +1,118 @@
+"""The few statistics that tell a result from noise: means with standard errors, and Welch's test of two of them.
+
+Successive steps of a training are alike, so the mean of n of them has a larger error than n independent values would. Their *block
+means* are nearly independent once a block is longer than that likeness lasts (Flyvbjerg and Petersen, J. Chem. Phys. 91, 461, 1989).
+
+Of many networks that were judged on the same images the best are better there than elsewhere: part of what they were chosen for is
+noise. With a noise of variance v in a spread of variance s^2, the best of many owe v / s standard units of their selection to it
+(regression to the mean), times the *selection intensity*: the mean of the largest k of N normal deviates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from scipy import stats
+
+LEVEL = 0.05
+"""Probability at which a difference counts as told from noise."""
+
+NO_AP = 0.0005
+"""An AP that reads as 0.0 %."""
+
+BLOCKS = 8
+"""Blocks that a part of a training is cut into."""
+
+
+class Average(BaseModel):
+    """A mean with its standard error, of ``count`` independent values: block means, or networks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: float
+    error: float
+    count: int
+
+
+class Difference(BaseModel):
+    """A difference of two means with its standard error, and the two-sided p-value of Welch's t-test."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    error: float
+    p_value: float = Field(ge=0, le=1)
+
+    @property
+    def positive(self) -> bool:
+        """Whether it is above 0 by more than noise."""
+        return self.value > 0 and self.p_value < LEVEL
+
+    @property
+    def negative(self) -> bool:
+        """Whether it is below 0 by more than noise."""
+        return self.value < 0 and self.p_value < LEVEL
+
+
+def average(values: Sequence[float], least_variance: float = 0.0) -> Average:
+    """The mean of two or more independent values. ``least_variance`` is a variance that each is known to have at least.
+
+    Example:
+        >>> average([1.0, 3.0])
+        Average(mean=2.0, error=1.0, count=2)
+    """
+    array = np.asarray(values, dtype=np.float64)
+    variance = max(float(array.var(ddof=1)), least_variance)
+    return Average(mean=float(array.mean()), error=math.sqrt(variance / len(array)), count=len(array))
+
+
+def block_average(values: Sequence[float]) -> Average:
+    """The mean of two or more successive values of a training, with the error of its block means."""
+    blocks = np.array_split(np.asarray(values, dtype=np.float64), min(BLOCKS, len(values)))
+    of_blocks = average([float(block.mean()) for block in blocks])
+    return of_blocks.model_copy(update={"mean": float(np.mean(values))})
+
+
+def welch(first: Average, second: Average, offset: float = 0.0) -> Difference:
+    """``second`` minus ``first`` minus ``offset``, by Welch's t-test. Two exact means are equal or are not.
+
+    B. L. Welch, Biometrika 34, 28 (1947); scipy.stats.ttest_ind with equal_var=False.
+    """
+    value = second.mean - first.mean - offset
+    variances = (first.error**2, second.error**2)
+    error = math.sqrt(sum(variances))
+    if error == 0.0:
+        return Difference(value=value, error=0.0, p_value=float(value == 0.0))
+    counts = (first.count, second.count)
+    freedom = error**4 / sum(variance**2 / (count - 1) for variance, count in zip(variances, counts, strict=True))
+    p_value = 2 * float(stats.t.sf(abs(value) / error, freedom))
+    return Difference(value=value, error=error, p_value=min(1.0, p_value))
+
+
+def below(found: Average, level: float) -> bool:
+    """Whether a mean is below ``level`` by more than noise: a one-sided t-test."""
+    if found.error == 0.0:
+        return found.mean < level
+    return bool(stats.t.sf((level - found.mean) / found.error, found.count - 1) < LEVEL)
+
+
+def better_than_guessing(right: int, total: int, chance: float) -> bool:
+    """Whether ``right`` of ``total`` answers are more than guesses that are right with probability ``chance``: a binomial test."""
+    if chance >= 1:
+        return False
+    return bool(stats.binom.sf(right - 1, total, chance) < LEVEL)
+
+
+def selection_intensity(chosen: int, total: int) -> float:
+    """The expected mean of the largest ``chosen`` of ``total`` standard normal deviates, by Blom's approximation.
+
+    Example:
+        >>> selection_intensity(8, 8), round(selection_intensity(1, 8), 2)
+        (0.0, 1.42)
+    """
+    ranks = np.arange(1, min(chosen, total) + 1)
+    scores = stats.norm.isf((ranks - 0.375) / (total + 0.25))
+    return abs(round(float(scores.mean()), 12))
