@@ -10,7 +10,7 @@ from PIL import UnidentifiedImageError
 from PIL.Image import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
 from hwnas.config import DataConfig
@@ -18,6 +18,9 @@ from hwnas.data import data_folder
 from hwnas.data.geometry import MODES, Geometry
 from hwnas.data.images import Batch, Images, Request, split_indices
 from hwnas.errors import DataError
+
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+"""Of the random parts that ``imagenet`` trains on: part of the image's area, and width / height (torchvision's defaults)."""
 
 
 class FolderImages(Images):
@@ -32,7 +35,6 @@ class FolderImages(Images):
         self.geometry = geometry = Geometry.of(config)
         self.resizing = geometry.words
         self.augment = config.augment if augment else "none"
-        self.part = v2.RandomResizedCrop(geometry.resolution, scale=(0.08, 1.0), interpolation=MODES[geometry.interpolation])
         to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(config.mean), list(config.std))]
         self.normalised = v2.Compose(to_tensor)
 
@@ -56,13 +58,21 @@ class FolderImages(Images):
         if self.augment == "none":
             return self.geometry.fitted(image)
         if self.augment == "imagenet":
-            fitted: Image = self.part(image)
+            fitted = self._random_area(image)
         else:
             room = self.geometry.room
             down, right = (int(torch.randint(-room, room + 1, ())) for _ in range(2))
             fitted = self.geometry.cut(self.geometry.scaled(image), right, down)
         flipped = self.augment != "crop" and bool(torch.rand(1) < 0.5)
         return F.horizontal_flip(fitted) if flipped else fitted
+
+    def _random_area(self, image: Image) -> Image:
+        """A random part of an image, which is about as wide as it is high where it is looked at: squashed, with ``squash``."""
+        aspect = image.width / image.height if self.geometry.mode == "squash" else 1.0
+        area = RandomResizedCrop.get_params(image, [*AREA], [aspect * ratio for ratio in RATIO])
+        size, interpolation = [self.geometry.resolution] * 2, MODES[self.geometry.interpolation]
+        cut: Image = F.resized_crop(image, *area, size=size, interpolation=interpolation, antialias=True)
+        return cut
 
 
 def folder(config: DataConfig, split: str, augment: bool) -> Images:
