@@ -1,10 +1,11 @@
 # make demo   set-up, then the whole job on this computer: profile, search, train, export, validate, report
 # make test   set-up, then style, types, import rules and all tests
+# make judges set-up of other people's programs that tests take our files to: MediaPipe, and tflite-runtime (Python 3.11)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check setup benchmark clean
+.PHONY: demo test check setup judges benchmark clean
 
 demo: setup
 	$(BIN)/hwnas run configs/quickstart.toml
@@ -28,5 +29,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+judges: .venv-mediapipe/installed .venv-tflite-runtime/installed
+
+.venv-%/installed: tests/apps/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-mediapipe .venv-tflite-runtime runs .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -119,8 +119,7 @@ class Graph:
             operator.opcodeIndex = list(opened._versions).index(codes[operator.opcodeIndex][0])
         for tensor in opened.tensors:
             tensor.name = tensor.name.decode()
-        used = {int(tensor.buffer) for tensor in opened.tensors}
-        opened._buffers += [buffer if i in used else schema.BufferT() for i, buffer in enumerate(parsed.buffers) if i > 0]
+        opened._buffers += parsed.buffers[1:]
         [entry] = graph.inputs
         return opened, int(entry), [int(exit_) for exit_ in graph.outputs]
 
@@ -221,6 +220,7 @@ class Graph:
 
     def pack(self, entry: int, *exits: int) -> bytes:
         """The file of the graph from tensor ``entry`` to the tensors ``exits``."""
+        self._leave_out_unused_buffers()
         graph = schema.SubGraphT()
         graph.name, graph.tensors, graph.operators = "main", self.tensors, self._operators
         graph.inputs, graph.outputs = [entry], list(exits)
@@ -232,6 +232,14 @@ class Graph:
         model.operatorCodes = [_operator_code(*code) for code in self._versions.items()]
         model.subgraphs, model.buffers, model.signatureDefs = [graph], self._buffers, [signature]
         return write_model(model)
+
+    def _leave_out_unused_buffers(self) -> None:
+        """Those of what was cut off, and of a file's metadata."""
+        used = sorted({0, *(int(tensor.buffer) for tensor in self.tensors)})
+        places = {before: after for after, before in enumerate(used)}
+        for tensor in self.tensors:
+            tensor.buffer = places[int(tensor.buffer)]
+        self._buffers = [self._buffers[before] for before in used]
 
     def _named(self, tensor: int) -> Any:
         entry = schema.TensorMapT()

@@ -43,13 +43,17 @@ def calibration() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(4, 64, 64, 3)).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def network() -> DetectionNetwork:
+def large_network(classes: int = 3) -> DetectionNetwork:
     """A detector with the default extras, of over 256 KiB of weights in int8."""
     arch = Architecture(name="large", blocks=tuple(Op.parse(key) for key in BLOCKS))
-    made = DetectionNetwork(with_detector(arch, 3, resolution=64)).eval()
+    made = DetectionNetwork(with_detector(arch, classes, resolution=64)).eval()
     assert made.arch.params > 256 * 1024
     return made
+
+
+@pytest.fixture(scope="module")
+def network() -> DetectionNetwork:
+    return large_network()
 
 
 @pytest.fixture(scope="module")
