@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from hwnas.config import Experiment, load_experiment
+from hwnas.core.caution import Caution
 from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Device
 from hwnas.devices.simulated import Simulated
@@ -166,3 +168,18 @@ def test_documents_of_classifiers_have_nothing_of_detectors(finished_run: Path) 
         assert document.to_json() == content
         words = ('"ap"', '"torch_ap"', '"detector": {"', '"post_processing_ms"', '"detector": null,\n "files"', '"ap_loss"')
         assert not [word for word in words if word in content] and '"torch_accuracy"' in content
+
+
+def test_a_verdict_with_warnings_is_no_plain_passed(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    """The last line says them; without any, the document is what it was before there were warnings, in every byte."""
+    plain = verdict(finished_run, device, experiment, tmp_path)
+    assert "warnings" not in json.loads(plain.to_json()) and lines(plain)[-1] == "verdict: passed"
+    assert plain.model_copy(update={"warnings": ()}).sha256 == plain.sha256
+    cautions = (
+        Caution(headline="the search learned nothing", text="the loss is 2.303."),
+        Caution(headline="the network is odd", text="so."),
+    )
+    warned = plain.model_copy(update={"warnings": cautions})
+    assert lines(warned)[-1] == "verdict: passed, but the search learned nothing: the loss is 2.303.; the network is odd: so."
+    assert lines(warned.model_copy(update={"passed": False}))[-1].startswith("verdict: FAILED, and the search learned nothing: ")
+    assert Verdict.parse(warned.to_json()) == warned and warned.sha256 != plain.sha256
