@@ -106,11 +106,13 @@ def test_the_command_ends_in_no_plain_passed(command: tuple[Path, subprocess.Com
     assert "; the trained network learned nothing: " in last
 
 
-def test_the_documents_carry_it(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_documents_carry_it(command: tuple[Path, subprocess.CompletedProcess[str]], shuffled: Path) -> None:
     root, _ = command
     learning = SearchResult.load(root / "search/search.json").learning
     trained = TrainResult.load(root / "train/train.json")
     assert learning is not None and learning.learned is False and trained.caution is not None
+    with np.load(shuffled / "test.npz") as arrays:
+        assert trained.test_guess == np.bincount(arrays["y"]).max() / 397
     verdict = Verdict.load(root / "validate/verdict.json")
     assert verdict.passed and verdict.warnings == (*learning.cautions, trained.caution)
     assert [each.headline for each in verdict.warnings] == ["the search learned nothing", "the trained network learned nothing"]
