@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hwnas.config import Experiment, load_experiment
+from hwnas.core.caution import Caution
 from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Device
 from hwnas.devices.simulated import Simulated
@@ -248,3 +249,18 @@ def test_bundles_that_do_not_say_it_are_read_as_they_were(
     assert bundle.to_json() == path.read_text() and bundle.files[0].input is None
     assert (bundle.interface.input, bundle.interface.softmax) == ("float32", False)
     assert verdict(run, device, experiment, tmp_path).passed
+
+
+def test_a_verdict_with_warnings_is_no_plain_passed(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    """The last line says them; without any, the document is what it was before there were warnings, in every byte."""
+    plain = verdict(finished_run, device, experiment, tmp_path)
+    assert "warnings" not in json.loads(plain.to_json()) and lines(plain)[-1] == "verdict: passed"
+    assert plain.model_copy(update={"warnings": ()}).sha256 == plain.sha256
+    cautions = (
+        Caution(headline="the search learned nothing", text="the loss is 2.303."),
+        Caution(headline="the network is odd", text="so."),
+    )
+    warned = plain.model_copy(update={"warnings": cautions})
+    assert lines(warned)[-1] == "verdict: passed, but the search learned nothing: the loss is 2.303.; the network is odd: so."
+    assert lines(warned.model_copy(update={"passed": False}))[-1].startswith("verdict: FAILED, and the search learned nothing: ")
+    assert Verdict.parse(warned.to_json()) == warned and warned.sha256 != plain.sha256

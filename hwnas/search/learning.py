@@ -46,6 +46,9 @@ LEAST_NETWORKS = 4
 NEAR_CHANCE = 0.01
 """Part of a guess's loss that training must have taken off: in a long search less than that is told from noise, and still nothing."""
 
+NOTHING = 0.0005
+"""A part of a quality that reads as none."""
+
 STILL = 0.05
 """Part of its entropy that a policy should have lost or won in a search (ours)."""
 
@@ -174,7 +177,7 @@ class AgainstRandom(_Part):
 
     @property
     def _less(self) -> str:
-        if self.selection <= 0:
+        if self.selection < NOTHING:
             return ""
         return f", {shown_points(self.metric, self.selection)} for the choice of the best on these images taken off"
 

@@ -108,7 +108,10 @@ def outputs_of_first(config: ShrinkConfig) -> list[str]:
 def first_sha256(experiment: Experiment) -> str:
     """Identity of what decides the first training, beside space, seed and images: what only scoring asks for does not."""
     config = experiment.shrink
-    search = experiment.search.model_dump(mode="json", exclude={"recalibration_images", "evaluation_images", "quality", "limits", "epochs"})
+    ignored = {"recalibration_images", "evaluation_images", "limits", "epochs"}
+    if experiment.search.quality == "metric":  # the loss is also what a policy is rewarded by
+        ignored.add("quality")
+    search = experiment.search.model_dump(mode="json", exclude=ignored)
     beside = (config.alpha_lr, config.alpha_every) if wants_alphas(config) else None
     return content_sha256([search, config.first_epochs, config.base_epochs, config.operation_on[:1], beside])
 

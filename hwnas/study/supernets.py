@@ -19,7 +19,7 @@ from hwnas.search.stage import SHARED, prepare, search_context, search_strategy,
 from hwnas.search.strategy import Metrics
 
 OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
-"""Settings of a search that its super-net's training has nothing to do with."""
+"""Settings of a search that its super-net's training has nothing to do with. ``quality`` is none of them: policies are rewarded by it."""
 
 BASE = "base.safetensors"
 """The super-net as it was after ``study.base_epochs``."""

@@ -217,8 +217,8 @@ def _judged(ctx: StageContext, network: AnyNetwork, test: Images) -> dict[str, A
     """The quality of a trained network, as ``TrainResult`` has it. Of a detector, what else there is to see is written too."""
     size, workers = ctx.experiment.train.batch_size, ctx.experiment.data.workers
     if not isinstance(network, DetectionNetwork):
-        top1 = accuracy(network, evaluation_batches(test, 4 * size, workers=workers))
-        return {"test_accuracy": top1, "test_guess": float(np.bincount(test.labels).max() / len(test))}
+        right = accuracy(network, evaluation_batches(test, 4 * size, workers=workers))
+        return {"test_accuracy": right, "test_guess": float(np.bincount(test.labels).max() / len(test))}
     assert isinstance(test, CocoImages)
     found = detect(network, test, ctx.experiment.detector.post_processing, batch_size=size, workers=workers)
     network.arch.save(ctx.folder / "arch.json")

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 
 from hwnas.config import FORMATS, Experiment, ValidateConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.caution import Caution
 from hwnas.core.cost import CostModel
 from hwnas.core.detector import PostProcessing
 from hwnas.core.objective import AbsoluteObjective
@@ -33,6 +35,7 @@ from hwnas.report.charts import smoothed
 from hwnas.report.documents import Place, read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import JsonLines, StageContext, StageManifest
+from hwnas.search.learning import Course, Learning, Ranking, learning_of
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.train.pictures import Box, Picture, Pictures
 from hwnas.train.stage import TrainResult
@@ -294,6 +297,64 @@ def test_a_failed_verdict_says_why(tmp_path: Path) -> None:
     page = Page(written(fill(tmp_path / "run", experiment(), passed=False)))
     assert "✗ FAILED" in page.text
     assert "model-int8.tflite loses 3.10 points of top-1 against PyTorch; 2.00 are allowed." in page.text
+
+
+NOTHING = Caution(headline="the search learned nothing", text="the super-net's loss ended at 2.303: raise search.epochs.")
+
+
+def test_a_search_that_learned_nothing_has_no_green_badge(tmp_path: Path) -> None:
+    """Whether the verdict says so, or, where an earlier hwnas validated, the search alone."""
+    for told in ("verdict", "search"):
+        ctx = fill(tmp_path / told, experiment())
+        if told == "verdict":
+            path = ctx.path("validate", "verdict.json")
+            Verdict.load(path).model_copy(update={"warnings": (NOTHING,)}).save(path)
+        else:
+            path = ctx.path("search", "search.json")
+            SearchResult.load(path).model_copy(update={"learning": Learning(learned=False, cautions=(NOTHING,))}).save(path)
+        page = Page(text := written(ctx))
+        assert '<span class="badge caution">✓ passed · search learned nothing</span>' in text and "badge good" not in text
+        assert "The search learned nothing" in page.text and "The super-net's loss ended at 2.303: raise search.epochs." in page.text
+
+
+def test_a_network_that_guesses_has_no_green_badge(tmp_path: Path) -> None:
+    ctx = fill(tmp_path, experiment())
+    path = ctx.path("train", "train.json")
+    TrainResult.load(path).model_copy(update={"test_accuracy": 0.1, "test_guess": 0.1}).save(path)
+    text = written(ctx)
+    assert '<span class="badge caution">✓ passed · trained network learned nothing</span>' in text
+
+
+def test_found_against_random_concludes(tmp_path: Path) -> None:
+    """In the sentence of hwnas.search.learning, with what flatters a policy beside it."""
+    ctx = fill(tmp_path, experiment())
+    path = ctx.path("search", "search.json")
+    search = SearchResult.load(path)
+    assert "of the same latency" not in written(ctx)  # of before there was a conclusion
+    qualities = ([each.quality for each in group] for group in (search.candidates, search.random))
+    ranking = Ranking("accuracy", *qualities, images=360, judged_images=360, judged=0, chance=0.1)
+    for course in (None, Course(search_rows(search.target_ms, 800), "rl_lr", 2.3)):
+        learning = learning_of(course, ranking)
+        if course is None:
+            learning = learning_of(None, replace(ranking, judged=30))
+        assert learning.against_random is not None
+        search.model_copy(update={"learning": learning}).save(path)
+        text = Page(written(ctx)).text
+        assert learning.against_random.sentence in text and "standard error, of 8 proposals and 8 random networks" in text
+        assert ("trained on the policy’s own paths" in text) == (course is not None)
+
+
+def test_a_loss_is_not_written_as_a_percentage(tmp_path: Path) -> None:
+    ctx = fill(tmp_path, experiment())
+    path = ctx.path("search", "search.json")
+    search = SearchResult.load(path).model_copy(update={"metric": "1 / (1 + loss)"})
+    search.save(path)
+    page = Page(text := written(ctx))
+    best, mean = search.candidates[0].quality, np.mean([each.quality for each in search.random])
+    assert f"Chosen: {best:.3f} at" in page.text and f"same budget: {mean:.3f} on average" in page.text
+    assert "1 / (1 + loss) is that of the shared weights" in page.text and "super-net 1 / (1 + loss), held-out images" in text
+    pareto = re.search(r'aria-label="(Scatter plot of super-net[^"]*)"', text)
+    assert pareto is not None and f"and {best:.3f}; budget" in pareto[1] and "%" not in pareto[1]
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

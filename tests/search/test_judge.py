@@ -22,7 +22,9 @@ from hwnas.nn.supernet import Supernet, resized
 from hwnas.runs import JsonLines
 from hwnas.search import stage
 from hwnas.search.judge import Judge
+from hwnas.search.proposal import one_hot
 from hwnas.search.result import SearchResult
+from hwnas.search.stage import prepare, search_context
 from hwnas.search.weights import Batches
 from hwnas.testing import synthetic_table
 from tests.search.staging import EVOLUTION, Killed, Killing, experiment, run, tiny_space
@@ -92,6 +94,25 @@ def test_architectures_are_judged_by_their_loss_on_demand() -> None:
     loss = torch.nn.functional.cross_entropy(logits_NK, torch.cat([y for _, y in batches]))
     assert judge.evaluate(picks) == pytest.approx(1 / (1 + float(loss)), rel=1e-5)
     assert judge.quality.metric == "1 / (1 + loss)"
+
+
+@pytest.mark.parametrize("quality", ["metric", "loss"])
+def test_rewards_are_by_what_architectures_are_judged_by(quality: str, tmp_path: Path) -> None:
+    """The quality that TuNAS is rewarded for, on each step's held-out batch: accuracy, or 1 / (1 + cross-entropy)."""
+    config = experiment(strategy={"name": "tunas", "rl_lr": 0.05, "rl_delay": 0.0, "warmup": 0.0}, quality=quality, epochs=0.2)
+    space = tiny_space()
+    prepared = prepare(config, space, search_context(config, space, synthetic_table(space)), tmp_path)
+    prepared.step(0)
+    picks = space.at([1] * len(space.choices))
+    [found] = prepared.search.qualities(one_hot(picks, space), multiple=4)
+    x_NCHW, y = Batches(prepared.judge.train, prepared.judge.held_out, config.data, 32, 5, prepared.search.steps).held_out(0, 4)
+    supernet = prepared.judge.supernet.eval()
+    with torch.no_grad():
+        logits_NK = supernet(x_NCHW.to(memory_format=torch.channels_last), one_hot(picks, space))
+    loss = float(torch.nn.functional.cross_entropy(logits_NK, y))
+    right = float((logits_NK.argmax(1) == y).float().mean())
+    assert found == pytest.approx(right if quality == "metric" else 1 / (1 + loss), rel=1e-5)
+    assert abs(right - 1 / (1 + loss)) > 0.01
 
 
 def test_an_architecture_is_judged_at_its_own_resolution() -> None:

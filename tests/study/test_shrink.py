@@ -22,6 +22,7 @@ from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.search.shrinking import shrinkable
 from hwnas.studies import study_shrink
+from hwnas.study import shrink, supernets
 from hwnas.study.documents import ShrinkPath, ShrinkStep, ShrinkStudy
 from hwnas.study.supernets import macs_table
 from tests.search.staging import OPTIONS, Killed, Killing, Saying, experiment, run, tiny_space
@@ -260,3 +261,11 @@ def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
     assert [ShrinkPath.load(root / "shrink-angle" / "path.json").base_epochs for root in roots] == [0.0, 0.2]
     with pytest.raises(ValueError, match=r"base_epochs = 0\.3 is no part of first_epochs = 0\.3"):
         study(folder, base_epochs=0.3)
+
+
+def test_what_policies_are_rewarded_by_decides_a_training() -> None:
+    """Judging by the loss is of rewards, too, so neither study takes over a super-net that was trained by accuracy."""
+    by_metric, by_loss, fewer = (experiment("tunas", **each) for each in ({}, {"quality": "loss"}, {"evaluation_images": 7}))
+    assert shrink.first_sha256(by_metric) == shrink.first_sha256(fewer) != shrink.first_sha256(by_loss)
+    assert supernets.training(by_metric, 0) == supernets.training(fewer, 0) != supernets.training(by_loss, 0)
+    assert supernets.training(by_loss, 0).search.quality == "loss"

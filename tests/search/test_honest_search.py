@@ -1,0 +1,134 @@
+"""Real searches that learned nothing, and what they say of themselves, up to the verdict and the report."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from hwnas.config import Experiment
+from hwnas.runs import JsonLines
+from hwnas.search.result import SearchResult
+from hwnas.testing import synthetic_table
+from hwnas.train.stage import TrainResult
+from hwnas.validate import Verdict
+from tests.conftest import write_tiny
+from tests.search.staging import OPTIONS, Saying, experiment, run, tiny_space
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's digits with their labels shuffled: there is nothing to learn but which is most frequent."""
+    folder = tmp_path_factory.mktemp("shuffled")
+    pixels, labels = load_digits(return_X_y=True)
+    x_NHWC = (pixels.reshape(-1, 8, 8, 1) / 16 * 255).astype(np.uint8)
+    labels = np.random.default_rng(0).permutation(labels)
+    np.savez(folder / "train.npz", x=x_NHWC[:1400], y=labels[:1400])
+    np.savez(folder / "test.npz", x=x_NHWC[1400:], y=labels[1400:])
+    return folder
+
+
+def on_noise(folder: Path, name: str, **search: Any) -> Experiment:
+    config = experiment(strategy={"name": name, **OPTIONS[name], **search.pop("options", {})}, **search)
+    content = config.model_dump(mode="json", by_alias=True)
+    content["data"] |= {"name": "npz", "path": str(folder)}
+    return Experiment.model_validate(content)
+
+
+@pytest.mark.parametrize("strategy", ["tunas", "darts", "fairnas", "progressive_shrinking", "random_standalone"])
+def test_a_search_on_shuffled_labels_says_that_it_learned_nothing(strategy: str, shuffled: Path, tmp_path: Path) -> None:
+    """By every kind of training: paths, mixtures, several passes, a teacher's second cross-entropy, networks that share nothing."""
+    progress = Saying()
+    options = {"order": 1} if strategy == "darts" else {}
+    config = on_noise(shuffled, strategy, options=options, epochs=1.5, candidates=2, random_samples=1, recalibration_images=64)
+    run(tmp_path / "search", config, synthetic_table(tiny_space()), progress)
+    learning = SearchResult.load(tmp_path / "search/search.json").learning
+    assert learning is not None and learning.learned is False
+    assert learning.weights is not None and not learning.weights.learned
+    assert learning.weights.chance == pytest.approx(math.log(10), abs=0.003)  # ten classes, nearly as frequent
+    assert learning.weights.last.mean == pytest.approx(math.log(10), abs=0.12)
+    [caution] = learning.cautions
+    assert caution.headline == "the search learned nothing" and "search.epochs" in caution.text
+    assert progress.said[-1] == str(caution)
+
+
+def test_a_search_that_learns_says_so(tmp_path: Path) -> None:
+    """The same digits with their labels. Random search, whose proposals are random networks, is not compared with them."""
+    progress = Saying()
+    run(tmp_path / "search", experiment("random", epochs=3.0), synthetic_table(tiny_space()), progress)
+    learning = SearchResult.load(tmp_path / "search/search.json").learning
+    assert learning is not None and learning.learned is True and learning.cautions == ()
+    assert learning.weights is not None and learning.weights.learned and learning.held_out is not None and learning.held_out.learned
+    assert not any("learned nothing" in line for line in progress.said)
+
+
+def test_a_policy_that_learns_is_told_from_one_that_does_not(tmp_path: Path) -> None:
+    """TuNAS with a rate at which it moves; rewards rise as the weights train."""
+    config = experiment(strategy={"name": "tunas", "rl_lr": 0.05}, epochs=4.0, random_samples=0)
+    run(tmp_path / "search", config, synthetic_table(tiny_space()))
+    learning = SearchResult.load(tmp_path / "search/search.json").learning
+    assert learning is not None and learning.policy is not None and learning.policy.rise is not None
+    rewards = [row["reward"] for row in JsonLines(tmp_path / "search/metrics.jsonl").read() if "reward" in row]
+    fifth = round(len(rewards) / 5)
+    assert learning.policy.rise.value == pytest.approx(np.mean(rewards[-fifth:]) - np.mean(rewards[:fifth]))
+    assert learning.policy.moved and learning.policy.rise.positive and learning.learned is True
+
+
+@pytest.fixture(scope="module")
+def command(shuffled: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """``hwnas run`` on shuffled labels: its folder, and what it said."""
+    folder = tmp_path_factory.mktemp("nothing")
+    overrides = ["data.name=npz", f"data.path={shuffled}", "validate.images=300", "train.epochs=1"]
+    arguments = [sys.executable, "-m", "hwnas", "run", str(write_tiny(folder)), "--out", str(folder / "run")]
+    for override in overrides:
+        arguments += ["-s", override]
+    return folder / "run", subprocess.run(arguments, check=False, capture_output=True, text=True)
+
+
+def test_the_command_ends_in_no_plain_passed(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """Latency and parity were as promised, so the exit code is 0."""
+    _, finished = command
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stderr.splitlines()
+    assert any(line.startswith("warning: the search learned nothing: the super-net's loss ended at 2.3") for line in lines)
+    assert any(line.startswith("warning: the trained network learned nothing: ") for line in lines)
+    [last] = [line for line in lines if line.startswith("verdict: ")]
+    assert last.startswith("verdict: passed, but the search learned nothing: the super-net's loss ended at 2.3")
+    assert "; the trained network learned nothing: " in last
+
+
+def test_the_documents_carry_it(command: tuple[Path, subprocess.CompletedProcess[str]], shuffled: Path) -> None:
+    root, _ = command
+    learning = SearchResult.load(root / "search/search.json").learning
+    trained = TrainResult.load(root / "train/train.json")
+    assert learning is not None and learning.learned is False and trained.caution is not None
+    with np.load(shuffled / "test.npz") as arrays:
+        assert trained.test_guess == np.bincount(arrays["y"]).max() / 397
+    verdict = Verdict.load(root / "validate/verdict.json")
+    assert verdict.passed and verdict.warnings == (*learning.cautions, trained.caution)
+    assert [each.headline for each in verdict.warnings] == ["the search learned nothing", "the trained network learned nothing"]
+
+
+def test_the_report_carries_it(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    root, _ = command
+    page = (root / "report/report.html").read_text()
+    assert '<span class="badge caution">✓ passed · search learned nothing · trained network learned nothing</span>' in page
+    assert "badge good" not in page
+    assert "<p>The search learned nothing</p>The super-net&#39;s loss ended at 2.3" in page
+
+
+def test_a_second_run_is_current(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """What the verdict takes over is one of its inputs, and stays so."""
+    root, _ = command
+    arguments = [sys.executable, "-m", "hwnas", "validate", str(root)]
+    finished = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert "validate: current, skipped" in finished.stderr

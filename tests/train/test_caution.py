@@ -1,0 +1,36 @@
+"""What a training says of a network that is no better than a guess."""
+
+from __future__ import annotations
+
+import pytest
+from scipy import stats
+
+from hwnas.data.coco_eval import NUMBERS, CocoMetrics
+from hwnas.train.stage import TrainResult
+
+
+@pytest.mark.parametrize(("right", "cautious"), [(9, True), (15, True), (16, False), (90, False)])
+def test_a_classifier_that_guesses_is_named(right: int, cautious: bool) -> None:
+    """Of 100 images in ten classes: 15 right may be guesses (p = 0.073), 16 are not (p = 0.040)."""
+    common = {"architecture_sha256": "0", "weights": "scratch", "steps": 1, "seed": 0, "test_images": 100}
+    found = TrainResult.model_validate({**common, "class_names": list("0123456789"), "test_accuracy": right / 100})
+    assert (stats.binomtest(right, 100, 0.1, alternative="greater").pvalue >= 0.05) == cautious
+    assert (found.caution is not None) == cautious
+    if found.caution is not None:
+        assert str(found.caution).startswith(
+            f"the trained network learned nothing: {right}.00% of 100 test images right, where a guess gets 10"
+        )
+        assert "train.epochs" in found.caution.text and "train.optimizer.lr" in found.caution.text
+    frequent = found.model_copy(update={"test_guess": 0.9})
+    assert frequent.caution is not None, "always naming the most frequent class is as good"
+    assert "test_guess" not in found.to_json() and TrainResult.parse(frequent.to_json()) == frequent
+
+
+@pytest.mark.parametrize(("ap", "cautious"), [(0.0, True), (0.0004, True), (0.02, False)])
+def test_a_detector_that_finds_nothing_is_named(ap: float, cautious: bool) -> None:
+    coco = CocoMetrics.model_validate({**dict.fromkeys(NUMBERS, ap), "AP_per_class": {"a": ap}})
+    common = {"architecture_sha256": "0", "weights": "scratch", "steps": 1, "seed": 0, "test_images": 5, "class_names": ("a",)}
+    found = TrainResult.model_validate({**common, "test_coco": coco})
+    assert (found.caution is not None) == cautious
+    if found.caution is not None:
+        assert str(found.caution).startswith("the trained network finds nothing: AP 0.0% on 5 test images: raise train.epochs")
