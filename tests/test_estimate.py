@@ -109,9 +109,7 @@ def test_twice_the_epochs_take_about_twice_as_long(tiny: Experiment) -> None:
 def test_every_phase_of_a_strategy_is_timed(tiny: Experiment, strategy: str, tmp_path: Path) -> None:
     """Steps out of turn, among them the first of every phase: a teacher is remembered there, a stage begins."""
     changed = tiny.search.model_copy(update={"strategy": tiny.search.strategy.model_validate({"name": strategy})})
-    found = searching.of_search(
-        tiny.model_copy(update={"search": changed}), experiment_space(tiny), None, tmp_path, Stopwatch(0.5)
-    )
+    found = searching.of_search(tiny.model_copy(update={"search": changed}), experiment_space(tiny), None, tmp_path, Stopwatch(0.5))
     assert not found.unknown
     assert found.parts[0].name == "training"
     assert found.parts[0].seconds > 0
