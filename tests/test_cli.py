@@ -284,7 +284,7 @@ def test_doctor_finds_this_installation_in_order(hwnas: Hwnas) -> None:
 
 
 def test_a_plan_touches_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
-    code, out, err = hwnas("run", QUICKSTART, "--plan", "-s", "profile.fit_networks=5")
+    code, out, err = hwnas("run", QUICKSTART, "--plan", "-q", "-s", "profile.fit_networks=5")
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["profile", "search", "train", "export", "validate", "report"]
     assert "41 ops and 13 networks of space mobile32 on host (litert, fp32, 1 thread)" in out
@@ -292,14 +292,14 @@ def test_a_plan_touches_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
 
 
 def test_the_plan_names_the_target_and_milliseconds_win(hwnas: Hwnas) -> None:
-    assert "at 35% of the way from the fastest to the slowest" in hwnas("run", QUICKSTART, "--plan")[1]
-    assert "at 2.5 ms" in hwnas("run", QUICKSTART, "--plan", "-s", "search.target_ms=2.5", "-s", "search.target_range=0.5")[1]
+    assert "at 35% of the way from the fastest to the slowest" in hwnas("run", QUICKSTART, "--plan", "-q")[1]
+    assert "at 2.5 ms" in hwnas("run", QUICKSTART, "--plan", "-q", "-s", "search.target_ms=2.5", "-s", "search.target_range=0.5")[1]
 
 
 def test_a_plan_leaves_out_what_is_given(hwnas: Hwnas, tmp_path: Path) -> None:
-    out = hwnas("run", QUICKSTART, "--plan", "--out", tmp_path / "x", "-s", "search.table=t.json", "-s", "search.target_range=0.5")[1]
+    out = hwnas("run", QUICKSTART, "--plan", "-q", "--out", tmp_path / "x", "-s", "search.table=t.json", "-s", "search.target_range=0.5")[1]
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["search", "train", "export", "validate", "report"]
-    out = hwnas("run", QUICKSTART, "--plan", "--out", tmp_path / "x", "-s", "train.arch=mobilenet_v2")[1]
+    out = hwnas("run", QUICKSTART, "--plan", "-q", "--out", tmp_path / "x", "-s", "train.arch=mobilenet_v2")[1]
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["train", "export", "validate", "report"]
     assert "mobilenet_v2 for 30 epochs" in out
     assert str(tmp_path / "x" / "report" / "report.html") in out
@@ -307,12 +307,12 @@ def test_a_plan_leaves_out_what_is_given(hwnas: Hwnas, tmp_path: Path) -> None:
 
 
 def test_the_builtin_settings_have_a_plan_too(hwnas: Hwnas) -> None:
-    assert hwnas("run", "--plan")[0] == 0
+    assert hwnas("run", "--plan", "-q")[0] == 0
 
 
 @pytest.mark.parametrize("space", ["mobile32", "proxylessnas"])
 def test_every_space_can_be_planned(hwnas: Hwnas, space: str) -> None:
-    code, out, err = hwnas("run", "--plan", "-s", f"space.name={space}", "-s", "space.act=hswish", "-s", "data.resolution=64")
+    code, out, err = hwnas("run", "--plan", "-q", "-s", f"space.name={space}", "-s", "space.act=hswish", "-s", "data.resolution=64")
     assert (code, err) == (0, "")
     assert f"of space {space} on host" in out
 

@@ -71,13 +71,13 @@ def test_the_commands_run(tmp_path: Path) -> None:
         if "study.truth" in text:  # needs CIFAR-10, its accuracies and an hour: tests/study does it on digits
             continue
         if "device.name" in text:  # needs a board or a phone: tests/devices has both; here, that the configuration is accepted
-            command = [command[0], "run", *command[2:], "--plan"]
+            command = [command[0], "run", *command[2:], "--plan", "-q"]
         elif text.startswith("profile"):
             command += shlex.split(SHORTER)
         elif text.startswith("table fit"):
             timed_networks(tmp_path)
         elif text.startswith("run") and "--plan" not in text:
-            command += ["--plan"]
+            command += ["--plan", "-q"]
         output = run(command[1:], tmp_path)
         ran += 1
         if text.startswith("space"):

@@ -1,0 +1,138 @@
+"""Random architectures beside the proposals: how many, on which images, and what is said before they are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.core.table import LatencyTable
+from hwnas.data.images import Batch, Images, Request
+from hwnas.search import comparison
+from hwnas.search import judge as judging
+from hwnas.search.comparison import affordable, compared_with, image_counts
+from hwnas.search.judge import Judge
+from hwnas.search.proposal import random_within
+from hwnas.search.stage import SearchResult, meter_of, search_context
+from hwnas.search.strategy import SearchContext
+from hwnas.testing import synthetic_table
+from tests.search.staging import Saying, experiment, run, tiny_space
+from tests.search.test_judge import supernet_of
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    return synthetic_table(tiny_space())
+
+
+def after(table: LatencyTable, macs: int, **settings: Any) -> tuple[SearchContext, Judge]:
+    """A search that has cost so many multiply-accumulates."""
+    config = experiment(**settings)
+    search, judge = search_context(config, tiny_space(), table), Judge(supernet_of(tiny_space()), config)
+    search.meter = meter_of(config.search, judge.supernet)
+    search.meter.load_state_dict({**search.meter.state_dict(), "macs": macs})
+    search.rng = np.random.default_rng(3)
+    return search, judge
+
+
+def test_how_many_pairs_are_affordable() -> None:
+    within, anywhere = [10.0] * 8, [5.0] * 8
+    assert affordable(1000, within, anywhere) == 8
+    assert affordable(90, within, anywhere) == 6
+    assert affordable(89, within, anywhere) == 5
+    assert affordable(-7, within, anywhere) == 4, "fewer would say nothing"
+
+
+def test_a_short_search_scores_fewer_and_a_long_one_eight(table: LatencyTable) -> None:
+    counts = {}
+    for macs in (10**6, 10**10, 10**12):
+        search, judge = after(table, macs, random_samples=None)
+        proposals = random_within(search, 3, np.random.default_rng(0))
+        found = compared_with(search, judge, proposals)
+        counts[macs] = len(found.within)
+        assert len(found.anywhere) == len(found.within)
+        if len(found.within) > comparison.FEWEST:
+            assert search.meter is not None
+            of_all, of_part = image_counts(judge)
+            spent = sum(search.meter.judging(each, of_all) for each in (*proposals, *found.within))
+            spent += sum(search.meter.judging(each, of_part) for each in found.anywhere)
+            assert spent <= comparison.SHARE * macs
+    assert counts[10**6] == comparison.FEWEST
+    assert counts[10**12] == comparison.MOST
+
+
+def test_a_number_that_is_set_holds(table: LatencyTable) -> None:
+    search, judge = after(table, 1, random_samples=6)
+    found = compared_with(search, judge, random_within(search, 3, np.random.default_rng(0)))
+    assert (len(found.within), len(found.anywhere)) == (6, 6)
+
+
+def test_what_is_said_before(table: LatencyTable) -> None:
+    search, judge = after(table, 10**10, evaluation_images=100)
+    search.seconds = 1000.0
+    sentence = compared_with(search, judge, random_within(search, 3, np.random.default_rng(0))).sentence
+    held_out = len(judge.held_out)
+    begin = f"ranking 3 proposals, beside 2 random in the budget on {held_out} held-out images each and 2 anywhere on 100: "
+    assert sentence.startswith(begin)
+    share = int(sentence.removeprefix(begin).split("%")[0])
+    assert 0 < share < 20
+    assert sentence.endswith(f"% of the search's cost, about {share * 10} s") or "about" in sentence
+
+
+def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywhere_few(
+    table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []
+    of_network = judging.quality_of
+
+    def counting(*arguments: Any) -> Any:
+        quality = of_network(*arguments)
+        original = quality.of_network
+
+        def counted(network: Any, images: Any, batches: Any, limit: int | None) -> float:
+            batches = list(batches)
+            judged.append(sum(len(y) for _, y in batches))
+            value: float = original(network, images, batches, limit)
+            return value
+
+        quality.of_network = counted
+        return quality
+
+    monkeypatch.setattr(judging, "quality_of", counting)
+    progress = Saying()
+    run(tmp_path / "search", experiment("random", evaluation_images=100, epochs=0.5), table, progress)
+    result = SearchResult.load(tmp_path / "search/search.json")
+    every = max(judged)
+    assert every > 100
+    assert judged == [every] * (len(result.candidates) + len(result.random)) + [100] * len(result.spread)
+    assert len(result.random) == len(result.spread) == 2
+    assert any(line.startswith("ranking 3 proposals, beside 2 random in the budget on") for line in progress.said)
+
+
+def test_held_out_images_are_read_once_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Judge(supernet_of(tiny_space()), experiment())
+    picks = tiny_space().at([0] * len(tiny_space().choices))
+    reads = 0
+    kind = type(judge.held_out)
+    original = kind.__getitems__
+
+    def counted(images: Images, requests: Sequence[Request]) -> Batch:
+        nonlocal reads
+        reads += len(requests) if images is judge.held_out else 0
+        return original(images, requests)
+
+    monkeypatch.setattr(kind, "__getitems__", counted)
+    first, second = (judge.accuracy(judge.network(picks)) for _ in range(2))
+    assert first == second
+    assert reads == len(judge.held_out)
+    monkeypatch.setattr(judging, "KEPT_BYTES", 1000)
+    streaming = Judge(judge.supernet, experiment())
+    streaming.held_out, reads = judge.held_out, 0
+    assert [streaming.accuracy(streaming.network(picks)) for _ in range(2)] == [first, first]
+    assert reads == 2 * len(judge.held_out)
