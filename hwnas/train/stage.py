@@ -26,6 +26,7 @@ from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import AnyNetwork, load_network, network_of, save_network
 from hwnas.runs import StageContext
 from hwnas.train.pictures import pictures_of
+from hwnas.train.validation import Validation
 
 WEIGHTS = "model.safetensors"
 
@@ -111,7 +112,10 @@ def trained_backbone(folder: str, arch: Architecture) -> Path:
 
 
 def run(ctx: StageContext, arch: Architecture) -> None:
-    """Train and write ``model.safetensors`` (averaged weights, BN statistics), ``train.json`` and the other ``outputs``."""
+    """Train and write ``model.safetensors`` (averaged weights, BN statistics), ``train.json`` and the other ``outputs``.
+
+    On the way, ``validation.jsonl`` gets the validation curve.
+    """
     config, data, seed = ctx.experiment.train, _sized(ctx.experiment, arch), ctx.experiment.seed
     train, test = load_images(data, "all", augment=True), load_images(data, "test")
     network = network_of(arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed))
@@ -130,13 +134,15 @@ def run(ctx: StageContext, arch: Architecture) -> None:
         checkpoint_seconds=ctx.experiment.checkpoint_seconds,
     )
     engine.resume()
+    validation = Validation(ctx, engine, test, len(train) / config.batch_size)
+    validation.resume()
     batches = training_batches(train, config.batch_size, seed=seed, first=engine.step, last=steps, workers=data.workers)
 
     def step(number: int) -> Metrics:
         del number  # the loader is already at this step
         return engine.weight_step(*next(batches))
 
-    engine.fit(step, ctx.progress, f"training {arch.name}")
+    engine.fit(step, ctx.progress, f"training {arch.name}", validation)
     trained = engine.averaged
     assert isinstance(trained, AnyNetwork)
     result = TrainResult(
