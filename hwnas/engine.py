@@ -222,8 +222,11 @@ class Engine:
             f"lower optimizer.lr or set optimizer.clip_norm; the last good state is kept in {self.checkpoint}."
         )
 
-    def fit(self, step: Callable[[int], Metrics], progress: Progress, description: str) -> None:
-        """Call ``step(t)`` for the steps that are left, log each, checkpoint now and then."""
+    def fit(self, step: Callable[[int], Metrics], progress: Progress, description: str, after: Callable[[], None] = lambda: None) -> None:
+        """Call ``step(t)`` for the steps that are left, log each, checkpoint now and then.
+
+        ``after`` is called between a step and its checkpoint, so that what it writes about a state is there when the state is kept.
+        """
         saved = time.monotonic()
         if not self.checkpoint.exists():
             self.save()
@@ -234,6 +237,7 @@ class Engine:
                 log({"step": self.step, **metrics})
                 self.step += 1
                 task.advance(note=note_of(metrics))
+                after()
                 if time.monotonic() - saved > self.checkpoint_seconds or self.step == self.steps:
                     self.save()
                     saved = time.monotonic()

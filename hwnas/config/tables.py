@@ -176,6 +176,12 @@ class TrainConfig(Section):
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="of a classifier's labels")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier; TuNAS: 0.15 for 360 epochs, 0 below 150")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0: none")
+    validate_every: float | None = Field(
+        None,
+        ge=0,
+        description="epochs between evaluations on test images (2,000 at most; 500 of a detector), which choose nothing: the last weights "
+        "are kept; 0: none; default: ten in the whole training, fewer where they would take more than a twentieth of its time",
+    )
 
 
 Format = Literal["tflite-fp32", "tflite-int8", "onnx", "onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks"]

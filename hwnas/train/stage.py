@@ -30,6 +30,7 @@ from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import AnyNetwork, load_network, network_of, save_network
 from hwnas.runs import StageContext
 from hwnas.train.pictures import pictures_of
+from hwnas.train.validation import Validation
 
 WEIGHTS = "model.safetensors"
 
@@ -139,6 +140,7 @@ class Training:
     engine: Engine
     test: Images
     batches: Iterator[Batch]
+    validation: Validation
 
     def step(self, number: int) -> Metrics:
         """One update on the next batch."""
@@ -166,15 +168,20 @@ def begin(ctx: StageContext, arch: Architecture) -> Training:
         checkpoint_seconds=ctx.experiment.checkpoint_seconds,
     )
     engine.resume()
+    validation = Validation(ctx, engine, test, len(train) / config.batch_size)
+    validation.resume()
     batches = training_batches(train, config.batch_size, seed=seed, first=engine.step, last=steps, workers=data.workers)
-    return Training(engine, test, batches)
+    return Training(engine, test, batches, validation)
 
 
 def run(ctx: StageContext, arch: Architecture) -> None:
-    """Train and write ``model.safetensors`` (averaged weights, BN statistics), ``train.json`` and the other ``outputs``."""
+    """Train and write ``model.safetensors`` (averaged weights, BN statistics), ``train.json`` and the other ``outputs``.
+
+    On the way, ``validation.jsonl`` gets the validation curve.
+    """
     config, training = ctx.experiment.train, begin(ctx, arch)
     engine, test = training.engine, training.test
-    engine.fit(training.step, ctx.progress, f"training {arch.name}")
+    engine.fit(training.step, ctx.progress, f"training {arch.name}", training.validation)
     trained = engine.averaged
     assert isinstance(trained, AnyNetwork)
     result = TrainResult(

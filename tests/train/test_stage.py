@@ -65,7 +65,7 @@ def test_it_learns(scores: Scores, tmp_path: Path) -> None:
     config = settings(tmp_path, epochs=40)
     result, lines = trained(Experiment.model_validate({**config, "detector": {"extras": [48, 32], "scores": scores}}), tmp_path / "run")
     assert result.test_coco is not None and result.test_coco.AP50 > 0.7
-    assert lines.said[0] == f"trained small-ssdlite: AP {result.test_coco.AP:.1%}, AP50 {result.test_coco.AP50:.1%} on 8 test images"
+    assert lines.said[-2] == f"trained small-ssdlite: AP {result.test_coco.AP:.1%}, AP50 {result.test_coco.AP50:.1%} on 8 test images"
 
 
 def test_what_it_writes(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_what_it_writes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
     """SIGKILL in the middle of the training, with augmentation, average and crops, and the same command again."""
-    config = settings(tmp_path, epochs=6, ema_decay=0.9)
+    config = settings(tmp_path, epochs=6, ema_decay=0.9, validate_every=1)
     config["data"]["augment"] = "ssd"
     config["checkpoint_seconds"] = 0
     (tmp_path / "straight").mkdir()
@@ -108,7 +108,7 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
     subprocess.run(commands["killed"], check=True, stdout=subprocess.DEVNULL)
-    for name in (*outputs(Experiment.model_validate(config)), "metrics.jsonl"):
+    for name in (*outputs(Experiment.model_validate(config)), "metrics.jsonl", "validation.jsonl"):
         assert file_sha256(tmp_path / "killed" / "train" / name) == file_sha256(tmp_path / "straight" / "train" / name), name
 
 

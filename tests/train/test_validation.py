@@ -1,0 +1,139 @@
+"""The validation curve: the right values, nothing else changed by looking, and the same rows after a kill at the worst moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.config import Experiment
+from hwnas.core.arch import Architecture
+from hwnas.core.op import Op
+from hwnas.data.images import evaluation_batches, load_images
+from hwnas.document import file_sha256
+from hwnas.engine import Engine
+from hwnas.nn.network import Network, load_network
+from hwnas.pipeline import Pipeline
+from hwnas.progress import Progress
+from hwnas.runs import JsonLines, StageContext
+from hwnas.train import validation
+from hwnas.train.stage import TrainResult
+from hwnas.train.validation import Validation
+from tests.train.rectangles import settings
+
+torch.set_num_threads(1)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+class Lines(Progress):
+    """Keeps what a stage says, and kills it as it says something for the time number ``last``."""
+
+    def __init__(self, last: int = -1) -> None:
+        self.said: list[str] = []
+        self.last = last
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+        if len(self.said) == self.last:
+            raise Killed
+
+
+def digits(**train: Any) -> Experiment:
+    content = {
+        "data": {"name": "digits", "resolution": 8, "channels": 1, "classes": 10, "mean": [0.31], "std": [0.37]},
+        "space": {"name": "mobile32"},
+        "checkpoint_seconds": 1e9,
+        "train": {"arch": "first", "epochs": 3, "batch_size": 96, "dropout": 0.2, "ema_decay": 0.9, **train},
+    }
+    return Experiment.model_validate(content)
+
+
+def small(root: Path, **train: Any) -> Experiment:
+    """A convolution and a classifier on digits."""
+    path = root / "arch.json"
+    blocks = (Op.parse("conv-h8-i1-o8-k3-relu6"), Op.parse("classifier-h8-i8-o10"))
+    Architecture(name="tiny", in_channels=1, blocks=blocks).save(path)
+    return digits(arch=str(path), **train)
+
+
+def trained(experiment: Experiment, run: Path, progress: Progress | None = None) -> Path:
+    Pipeline(experiment, run, progress or Progress()).run_stage("train")
+    return run / "train"
+
+
+def test_looking_changes_no_bit(tmp_path: Path) -> None:
+    """With dropout, an average and BN statistics; and the last row is what the stage ends in."""
+    without = trained(small(tmp_path, validate_every=0), tmp_path / "without")
+    folder = trained(small(tmp_path, validate_every=0.5), tmp_path / "with", lines := Lines())
+    for name in ("model.safetensors", "train.json", "metrics.jsonl"):
+        assert file_sha256(folder / name) == file_sha256(without / name), name
+    assert JsonLines(without / validation.FILE).read() == []
+    rows, result = JsonLines(folder / validation.FILE).read(), TrainResult.load(folder / "train.json")
+    assert [row["step"] for row in rows] == [7, 14, 21, 28, 35, 42, 45]
+    assert [row["epoch"] for row in rows] == [pytest.approx(row["step"] * 96 / 1438, abs=1e-3) for row in rows]
+    assert {row["images"] for row in rows} == {result.test_images} and rows[-1]["test_accuracy"] == result.test_accuracy
+    assert len({row["test_accuracy"] for row in rows}) > 3
+    assert lines.said[0] == f"epoch 0.467: {rows[0]['test_accuracy']:.1%} of 359 test images"
+
+
+def test_it_is_of_the_averaged_weights_on_the_first_images_of_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(validation, "IMAGES", 100)
+    experiment = small(tmp_path, validate_every=1)
+    folder = trained(experiment, tmp_path / "run")
+    network = load_network(folder / "model.safetensors").eval()
+    [(x_NCHW, y)] = evaluation_batches(load_images(experiment.data, "test"), 360)
+    with torch.no_grad():
+        right = (network(x_NCHW[:100]).argmax(1) == y[:100]).float().mean()
+    last = JsonLines(folder / validation.FILE).read()[-1]
+    assert last["images"] == 100 and last["test_accuracy"] == pytest.approx(float(right))
+
+
+@pytest.mark.parametrize("last", [2, 3])
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
+def test_killed_between_a_row_and_its_checkpoint(last: int, checkpoint_seconds: float, tmp_path: Path) -> None:
+    straight = trained(small(tmp_path, validate_every=0.5), tmp_path / "straight")
+    experiment = small(tmp_path, validate_every=0.5).model_copy(update={"checkpoint_seconds": checkpoint_seconds})
+    with pytest.raises(Killed):
+        trained(experiment, tmp_path / "killed", Lines(last))
+    assert len(JsonLines(tmp_path / "killed" / "train" / validation.FILE).read()) == last
+    killed = trained(experiment, tmp_path / "killed", lines := Lines())
+    assert lines.said[0].startswith("train: ") and "epoch" in lines.said[1]
+    for name in ("model.safetensors", "metrics.jsonl", validation.FILE):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_of_a_detector(tmp_path: Path) -> None:
+    experiment = Experiment.model_validate(settings(tmp_path, epochs=6, validate_every=2))
+    folder = trained(experiment, tmp_path / "run", lines := Lines())
+    without = trained(Experiment.model_validate(settings(tmp_path, epochs=6, validate_every=0)), tmp_path / "without")
+    assert file_sha256(folder / "model.safetensors") == file_sha256(without / "model.safetensors")
+    rows, result = JsonLines(folder / validation.FILE).read(), TrainResult.load(folder / "train.json")
+    assert [row["step"] for row in rows] == [6, 12, 18] and result.test_coco is not None
+    assert (rows[-1]["test_ap"], rows[-1]["test_ap50"]) == (result.test_coco.AP, result.test_coco.AP50)
+    assert lines.said[2] == f"epoch 6: AP {result.test_coco.AP:.1%} on 8 test images"
+
+
+@pytest.mark.parametrize(("epochs", "points"), [(1, 0), (3, 0), (6, 3), (12, 7), (30, 10), (3000, 10)])
+def test_the_default_costs_a_twentieth_at_most(epochs: int, points: int, tmp_path: Path) -> None:
+    """359 test images, forward only, a third of the 1438 training images of an epoch: 0.05 * 1438 / 120 = 0.6 evaluations an epoch."""
+    experiment = small(tmp_path, epochs=epochs)
+    steps = round(epochs * 1438 / 96)
+    network = Network(Architecture.load(tmp_path / "arch.json"), generator=torch.Generator().manual_seed(0))
+    engine = Engine(network, experiment.train.optimizer, steps, 96, 0, tmp_path)
+    due = Validation(StageContext(experiment, tmp_path, tmp_path), engine, load_images(experiment.data, "test"), 1438 / 96).due
+    assert len(due) == points and (not due or max(due) == steps)
+    assert len(due) * 359 / 3 <= 0.05 * epochs * 1438 * 1.01
+    distances = np.diff(sorted(due))
+    assert not len(distances) or distances.max() - distances.min() <= 1
+
+
+def test_test_images_without_objects_have_no_curve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("hwnas.data.coco.CocoImages.labels_of", lambda images, indices: np.zeros(0, np.int64))
+    folder = trained(Experiment.model_validate(settings(tmp_path, validate_every=1)), tmp_path / "run")
+    assert JsonLines(folder / validation.FILE).read() == []
