@@ -187,17 +187,25 @@ def report(
 
 @app.command()
 def space(
-    name: Annotated[str, typer.Argument(help="a built-in space, or a space document (.json)")],
+    config: Annotated[str, typer.Argument(help="a space, an experiment (.toml) or a run folder")],
     table: Annotated[Path | None, typer.Argument(help="a latency table, to show its coverage")] = None,
-    as_json: Json = False, debug: Debug = False,
+    overrides: Set = None, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Show a space: its size, what profiling it would measure, a sample, and what a table covers."""
-    from hwnas.core.describe import describe_space
-    from hwnas.core.spaces import load_space
+    """Show a space, of an experiment as its data shape it: size, plan, a sample, what a table covers and predicts."""
+    from hwnas.core.describe import coverage, describe_space
     from hwnas.core.table import LatencyTable
+    from hwnas.shown import shown_space
 
-    found = load_space(name)
-    typer.echo(found.to_json() if as_json else describe_space(found, LatencyTable.load(table) if table else None), nl=not as_json)
+    found = shown_space(config, overrides or [])
+    path = table or found.table_path
+    known = LatencyTable.load(path) if path is not None else None
+    if as_json:
+        typer.echo(
+            found.space.to_json() if known is None else json.dumps(coverage(found.space, known, found.networks), indent=1),
+            nl=known is not None,
+        )
+        return
+    typer.echo(describe_space(found.space, known, found.networks))
 
 
 @app.command()

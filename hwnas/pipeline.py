@@ -12,7 +12,7 @@ from hwnas import __version__
 from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.caution import Caution
-from hwnas.core.describe import counted
+from hwnas.core.describe import counted, describe_networks
 from hwnas.core.limits import LatencyLimit
 from hwnas.core.published import named
 from hwnas.core.space import MacroSpace, SearchSpace
@@ -22,6 +22,7 @@ from hwnas.data import DATASETS, fingerprint
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, HwnasError, SpaceError, UserError
+from hwnas.networks import named_networks
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
 from hwnas.search import FINDERS, STRATEGIES, check_space
@@ -92,6 +93,7 @@ def check_names(experiment: Experiment, space: SearchSpace) -> None:
     for plugin, known in ((experiment.search.strategy, STRATEGIES), (experiment.search.finder, FINDERS)):
         if plugin is not None:
             plugin.options(known.get(plugin.name).Config)
+    named_networks(experiment, space)
     name = experiment.train.arch
     if name is not None and Path(name).suffix != ".json":
         data, width = experiment.data, experiment.space.width
@@ -277,10 +279,13 @@ class Pipeline:
 
     def _measured(self) -> str:
         """What would be profiled. Spaces without a price by choice, which are never profiled, are not asked for their ops."""
+        from hwnas.devices.profile import planned_ops
+
         profile = self.experiment.profile
         if profile.mode != "ops" or "profile" not in self.needed:
-            return f"{profile.networks} networks"
-        return f"{len(self.space.ops)} ops and {profile.fit_networks + profile.test_networks} networks"
+            return f"{profile.sampled + len(named_networks(self.experiment, self.space))} networks"
+        ops = planned_ops(self.space, named_networks(self.experiment, self.space))
+        return f"{len(ops)} ops and {profile.fit_networks + profile.test_networks} networks"
 
     def _config(self, *sections: str) -> dict[str, str]:
         content = self.experiment.model_dump(mode="json", by_alias=True)
@@ -309,7 +314,7 @@ class Pipeline:
             device = find_device(self.experiment.device.name)
             settings, config = self.experiment.device, self.experiment.profile
             table = profile(
-                self.space, device, connect(device), timing_file, settings, config, ctx.folder, ctx.progress, self.experiment.seed
+                self.space, device, connect(device), timing_file, settings, config, ctx.folder, ctx.progress, self.experiment.seed, networks
             )
             table.save(ctx.folder / "table.json")
             held_out = table.calibration.held_out if table.calibration else None
@@ -320,9 +325,13 @@ class Pipeline:
                     f"table of {len(table.entries)} ops; {held_out.networks} held-out networks: mean error {held_out.mape:.1%}, "
                     f"largest {held_out.max_error:.1%} (uncalibrated sum: {held_out.raw_mape:.1%})"
                 )
+            for line in describe_networks(networks, table):
+                ctx.progress.say(line)
 
+        networks = named_networks(self.experiment, self.space)
         device = find_device(self.experiment.device.name)
-        inputs = {"space.json": self.space.sha256, "device.json": device.sha256, **self._config("device", "profile", "seed")}
+        inputs = {f"network {arch.name}": arch.sha256 for arch in networks}
+        inputs |= {"space.json": self.space.sha256, "device.json": device.sha256, **self._config("device", "profile", "seed")}
         for i, prior in enumerate(self.experiment.profile.prior if self.experiment.profile.mode == "networks" else ()):
             inputs[f"profile.prior[{i}]"] = LatencyTable.load(Path(prior).expanduser()).sha256
         if self.experiment.device.cores is None and device.connection not in ADDRESSES:  # those that may be out of reach are asked later

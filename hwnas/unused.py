@@ -3,7 +3,7 @@
 ``KEYS`` is the one table. A key is judged only where it was given, in the file or by ``-s``; a run folder's own configuration asks for
 nothing that is a default (``hwnas.runs.load_config``). What happens then is said by the case:
 
-- given by ``-s``: refused, whatever the reason is;
+- given by ``-s``: refused; where the reason is given by ``-s``, too, as ``Case.both`` says;
 - in the file, as is the reason: as ``Case.file`` says;
 - in the file, while ``-s`` gives the reason (one file serves many commands): as ``Case.overridden`` says.
 
@@ -96,6 +96,7 @@ class Case:
     fix: str = "remove it"
     file: Level = "refuse"
     overridden: Level = "warn"
+    both: Level = "refuse"
 
 
 def _all(situation: Situation) -> bool:
@@ -195,6 +196,7 @@ TARGETED = Case(
     ("run", "search"),
     fix="remove one of them",
     overridden="quiet",  # one override of a file with a range is enough
+    both="warn",
 )
 READY = Case(
     lambda s: s.experiment.search.weights is not None,
@@ -438,9 +440,10 @@ def check_used(experiment: Experiment, verb: str, overrides: Sequence[str], prog
 
 
 def _level(case: Case, key: str, situation: Situation) -> Level:
+    reason_overridden = any(map(situation.overrides, case.by))
     if situation.overrides(key):
-        return "refuse"
-    return case.overridden if any(map(situation.overrides, case.by)) else case.file
+        return case.both if reason_overridden else "refuse"
+    return case.overridden if reason_overridden else case.file
 
 
 def _shown(value: Any) -> str:

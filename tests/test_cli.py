@@ -32,7 +32,7 @@ VERBS = {  # frozen: a knob goes into the configuration, not here
     "study rank": (["config"], COMMON),
     "study compare": (["config"], COMMON),
     "study shrink": (["config"], COMMON),
-    "space": (["name", "table"], LOOK),
+    "space": (["config", "table"], LOOK | {"-s"}),
     "devices": ([], LOOK),
     "doctor": ([], LOOK),
     "table show": (["path"], LOOK),

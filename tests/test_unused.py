@@ -81,7 +81,6 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         (["profile.networks=30"], "profile", "profile.networks = 30 does nothing: .*; set profile.mode = 'networks', or profile.fit_n"),
         (["profile.prior=['x.json']"], "profile", "profile.prior = .'x.json',. does nothing: profile.mode = 'ops'"),
         (["profile.mode=networks", "profile.fit_networks=30"], "profile", "profile.fit_networks = 30 does nothing"),
-        (["search.target_ms=3", "search.target_range=0.5"], "search", "search.target_range = 0.5 does nothing: search.target_ms = 3 is"),
         (["search.weights=x", "search.strategy=spos"], "search", "search.strategy = {'name': 'spos'} does nothing: search.weights = 'x'"),
         (["search.strategy=random_standalone", "search.supernet.wsbn=true"], "run", "share no weights"),
         (["search.strategy=random_standalone", "search.finder=evolution"], "run", "search.finder = .* does nothing: strategy 'random_st"),
@@ -128,6 +127,8 @@ def test_what_the_command_line_sets_in_vain_is_refused(overrides: list[str], ver
         (["train.arch=mobilenet_v2", "space.width=0.5"], "train"),
         (["train.arch=mobilenet_v2", "profile.rounds=3"], "profile"),  # what the verb does is done all the same
         (["profile.mode=networks", "profile.networks=30"], "profile"),
+        (["profile.networks=['mobilenet_v2']"], "profile"),
+        (["profile.mode=networks", "profile.networks=mobilenet_v2"], "profile"),
         (["search.strategy=spos", "search.evaluation_images=50"], "search"),
         (["search.finder=evolution", "search.evaluation_images=50"], "search"),
         (["search.optimizer.name=sgd", "search.optimizer.momentum=0.8"], "search"),
@@ -152,6 +153,9 @@ def test_a_range_in_the_file_gives_way_to_a_budget_and_never_the_other_way_round
     (tmp_path / "x.toml").write_text("[search]\ntarget_ms = 3\n")
     with pytest.raises(ConfigError, match=r"search\.target_range = 0\.5 does nothing: search\.target_ms = 3 is the budget"):
         warned(tmp_path / "x.toml", ["search.target_range=0.5"])
+    assert warned(None, ["search.target_ms=3", "search.target_range=0.5"]) == [
+        "search.target_ms = 3 is the budget, so search.target_range does nothing."
+    ]
     (tmp_path / "x.toml").write_text("[search]\ntarget_ms = 3\ntarget_range = 0.5\n")
     with pytest.raises(ConfigError, match=r"remove one of them"):
         warned(tmp_path / "x.toml")

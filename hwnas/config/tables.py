@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from hwnas.config.base import Section
 from hwnas.config.search import OptimizerConfig
@@ -122,13 +122,21 @@ class DataConfig(Section):
         return self if resolution == self.resolution else self.model_copy(update={"resolution": resolution})
 
 
+SAMPLED = 40
+"""Networks that mode ``networks`` measures where no number is given."""
+
+
 class ProfileConfig(Section):
     """How the device is measured. See devices/profile.py for the procedure."""
 
     mode: Literal["ops", "networks"] = Field(
         "ops", description="ops: every op of the space; networks: whole networks alone, to which the entries are fitted"
     )
-    networks: int = Field(40, ge=3, description="mode networks: how many are measured")
+    networks: Annotated[int, Field(ge=3)] | tuple[str, ...] = Field(
+        SAMPLED,
+        description="a number, mode networks: how many sampled ones are measured; names, as in train.arch: networks whose blocks are "
+        "measured, too (mode ops), or that are measured beside 40 sampled ones (mode networks), and whose latency is then predicted",
+    )
     prior: tuple[str, ...] = Field(
         (), description="mode networks: other devices' tables of the space, beside a roofline, as where the fit starts"
     )
@@ -139,6 +147,16 @@ class ProfileConfig(Section):
     min_runs: int = Field(5, ge=1, description="... and at least this many runs")
     fit_networks: int = Field(12, ge=0, description="whole networks that the calibration is fitted on")
     test_networks: int = Field(8, ge=0, description="whole networks that judge it, never seen in the fit")
+
+    @field_validator("networks", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value  # -s profile.networks=mobilenet_v2
+
+    @property
+    def sampled(self) -> int:
+        """How many networks mode ``networks`` draws from the space."""
+        return self.networks if isinstance(self.networks, int) else SAMPLED
 
 
 class DetectorConfig(Section):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from hwnas.core.cost import missing_ops
+from hwnas.core.arch import Architecture
+from hwnas.core.cost import latency_ms, missing_ops
 from hwnas.core.nasbench101 import NASBench101Space
+from hwnas.core.op import Op
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.table import LatencyTable
 
@@ -29,8 +32,8 @@ def counted(number: int) -> str:
     return f"{number:,}" if number < 10**9 else f"{number:.3g}"
 
 
-def describe_space(space: SearchSpace, table: LatencyTable | None = None) -> str:
-    """Size, plan, a sample, and the coverage by ``table``."""
+def describe_space(space: SearchSpace, table: LatencyTable | None = None, networks: Sequence[Architecture] = ()) -> str:
+    """Size, plan, a sample, the coverage by ``table``, and what it predicts of ``networks``."""
     picks = space.sample(np.random.default_rng(0))
     arch = space.decode(picks, f"{space.name}-sample-0")
     lines = [f"space {space.name}  (sha256 {space.sha256[:12]})"]
@@ -54,8 +57,76 @@ def describe_space(space: SearchSpace, table: LatencyTable | None = None) -> str
         missing = missing_ops(space.ops, table)
         covered = len(space.ops) - len(missing)
         lines.append(f"coverage     {covered} of {len(space.ops)} ops in table {table.title}{'; missing:' if missing else ''}")
+        reason = why_uncovered(space.ops, table)
+        lines += [f"  {reason}"] if reason else []
         lines += [f"  {key}" for key in missing]
+        lines += describe_networks(networks, table)
     return "\n".join(lines)
+
+
+def describe_networks(networks: Sequence[Architecture], table: LatencyTable) -> list[str]:
+    """A line for each network: its name, its latency as ``table`` predicts it, or what is missing for that, its size."""
+    rows: list[tuple[str, ...]] = []
+    for arch in networks:
+        missing = missing_ops(arch.ops(), table)
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        predicted = (
+            f"{latency_ms(arch, table):.4g} ms predicted" if not missing else f"lacks {len(missing)} of {len(arch.ops())} ops: {shown}"
+        )
+        rows.append((f"network      {arch.name}", f"{arch.macs / 1e6:.1f} M MACs", f"{arch.params / 1e6:.2f} M parameters", predicted))
+    return columns(rows).splitlines()
+
+
+def coverage(space: SearchSpace, table: LatencyTable, networks: Sequence[Architecture] = ()) -> dict[str, Any]:
+    """What a table covers of a space, and predicts of networks, as JSON values; ``ms`` is None where ops are missing."""
+    predicted = []
+    for arch in networks:
+        missing = missing_ops(arch.ops(), table)
+        ms = None if missing else latency_ms(arch, table)
+        predicted.append({"name": arch.name, "macs": arch.macs, "params": arch.params, "ms": ms, "missing": missing})
+    missing = missing_ops(space.ops, table)
+    return {
+        "space": space.name,
+        "space_sha256": space.sha256,
+        "table_sha256": table.sha256,
+        "ops": len(space.ops),
+        "covered": len(space.ops) - len(missing),
+        "missing": missing,
+        "reason": why_uncovered(space.ops, table),
+        "networks": predicted,
+    }
+
+
+COVERED = 0.1
+"""Part of a space's ops below which a table is for something else (ours)."""
+
+
+def why_uncovered(ops: Sequence[Op], table: LatencyTable) -> str | None:
+    """In one line, why a table has next to none of some ops; None where it has many, or prices no ops."""
+    known = [Op.parse(key) for key in table.entries]
+    covered = sum(op.key in table.entries for op in ops)
+    if not known or not ops or covered >= COVERED * len(ops):
+        return None
+    theirs, ours = _traits(known), _traits(ops)
+    other = [f"{theirs[name]} {noun}, this space of {ours[name]} {noun}" for name, noun in _NOUNS.items() if theirs[name] != ours[name]]
+    if not other:
+        return f"the table (made for {table.header.space}) has ops of other kinds or widths than this space."
+    return f"the table (made for {table.header.space}) has ops of {'; of '.join(other)}."
+
+
+_NOUNS = {"size": "px", "channels": "input channels", "classes": "classes", "acts": "activations"}
+
+
+def _traits(ops: Sequence[Op]) -> dict[str, str]:
+    """What tells the ops of one space from those of another: input size and channels, classes, activations."""
+    size = max(op.size for op in ops)
+    ends = {op.out_ch for op in ops if op.kind == "classifier"}
+    return {
+        "size": str(size),
+        "channels": str(min(op.in_ch for op in ops if op.size == size)),
+        "classes": "/".join(map(str, sorted(ends))) or "no",
+        "acts": "/".join(sorted({op.act for op in ops if op.act != "none"})) or "no",
+    }
 
 
 def describe_table(table: LatencyTable) -> str:

@@ -17,7 +17,7 @@ Rows are appended to ``samples.jsonl`` as they come, so that a killed profile go
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -65,21 +65,26 @@ class Plan:
         return arch if arch is not None and (arch.detector is not None or arch.graph) else self.items[name]
 
 
-def make_plan(space: SearchSpace, config: ProfileConfig, seed: int) -> Plan:
-    """Every op of the space and the calibration networks, fit and test networks alternating over the range of sizes.
+def make_plan(space: SearchSpace, config: ProfileConfig, seed: int, named: Sequence[Architecture] = ()) -> Plan:
+    """Every op of the space and of ``named`` networks, and the calibration networks: fit and test ones alternate over the range of sizes.
 
-    In mode ``networks``: as many networks as asked for, and no op.
+    In mode ``networks``: as many networks as asked for, the named ones beside them, and no op.
     """
     if config.mode == "networks":
-        return Plan((), tuple(spread_networks(space, config.networks, np.random.default_rng([seed, 77]))), ())
+        return Plan((), (*spread_networks(space, config.sampled, np.random.default_rng([seed, 77])), *named), ())
     count = config.fit_networks + config.test_networks
     networks = spread_networks(space, count, np.random.default_rng([seed, 77]))
     test = {int((i + 0.5) * count / config.test_networks) for i in range(config.test_networks)} if config.test_networks else set()
     return Plan(
-        space.ops,
+        planned_ops(space, named),
         tuple(arch for i, arch in enumerate(networks) if i not in test),
         tuple(arch for i, arch in enumerate(networks) if i in test),
     )
+
+
+def planned_ops(space: SearchSpace, named: Sequence[Architecture]) -> tuple[Op, ...]:
+    """The ops of a space, then those of named networks that it lacks, each once."""
+    return tuple(dict.fromkeys((*space.ops, *(op for arch in named for op in arch.ops()))))
 
 
 def spread_networks(space: SearchSpace, count: int, rng: np.random.Generator) -> list[Architecture]:
@@ -126,15 +131,19 @@ def profile(
     folder: Path,
     progress: Progress,
     seed: int = 0,
+    named: Sequence[Architecture] = (),
 ) -> LatencyTable:
-    """Measure ``space`` on ``device`` and return its table. ``build(ops, runtime, dtype)`` gives the file of a chain of ops."""
+    """Measure ``space``, and the ops of ``named`` networks, on ``device`` and return the table.
+
+    ``build(ops, runtime, dtype)`` gives the file of a chain of ops.
+    """
     known = [LatencyTable.load(Path(path).expanduser()) for path in config.prior] if config.mode == "networks" else []
-    Prior.of(space.ops, known)  # refuses a table that is no prior of this space before anything is measured
+    Prior.of(planned_ops(space, named), known)  # refuses a table that is no prior of this space before anything is measured
     usable = connection.runtimes()
     if settings.runtime not in usable:
         has = ", ".join(usable.values()) or "no runtime"
         raise DeviceError(f"{device.id} does not run {settings.runtime} (it has {has}): install it there, or set device.runtime.")
-    plan = make_plan(space, config, seed)
+    plan = make_plan(space, config, seed, named)
     files = {}
     with progress.task(f"building {len(plan.items)} models", len(plan.items)) as task:
         for name in plan.items:
@@ -156,7 +165,7 @@ def profile(
     _warn(found, progress)
     header, provenance = _header(space, device, settings, measure.header), _provenance(space, config, measure.conditions)
     if config.mode == "networks":
-        return _fitted(space, plan, found, known, header, provenance, np.random.default_rng([seed, 78]))
+        return _fitted(planned_ops(space, named), plan, found, known, header, provenance, np.random.default_rng([seed, 78]))
     return LatencyTable(
         header=header, entries={op.key: found[op.key] for op in plan.ops}, calibration=_calibration(plan, found), provenance=provenance
     )
@@ -274,7 +283,7 @@ def _provenance(space: SearchSpace, config: ProfileConfig, conditions: dict[str,
 
 
 def _fitted(
-    space: SearchSpace,
+    ops: Sequence[Op],
     plan: Plan,
     found: dict[str, Entry],
     known: list[LatencyTable],
@@ -290,7 +299,7 @@ def _fitted(
             f"{len(networks) - len(quiet)} of {len(networks)} networks stayed noisy, and a fit needs {MIN_NETWORKS} quiet ones: "
             "measure on a quieter device, more networks, or with a larger profile.max_spread."
         )
-    fitted = fit_table(space.ops, quiet, header, rng, known=known)
+    fitted = fit_table(ops, quiet, header, rng, known=known)
     assert fitted.calibration is not None
     calibration = fitted.calibration.model_copy(update={"noisy_networks": len(networks) - len(quiet)})
     method = f"{provenance['method']} of whole networks; {fitted.provenance['method']}"

@@ -14,10 +14,11 @@ from hwnas.core.arch import Architecture
 from hwnas.core.op import Op
 from hwnas.core.search_space import SearchSpace
 from hwnas.devices.device import connect, find_device
-from hwnas.devices.profile import spread_networks
+from hwnas.devices.profile import planned_ops, spread_networks
 from hwnas.errors import DeviceError
 from hwnas.estimate.parts import Estimate, Part, peak_memory
 from hwnas.export.timing import timing_file, timing_path
+from hwnas.networks import named_networks
 
 OPS, NETWORKS = 4, 2
 """How many of either are built and measured."""
@@ -117,8 +118,9 @@ def of_profile(experiment: Experiment, space: SearchSpace, found: Sample) -> Est
     """Building what the cache lacks, then all rounds; noisy entries are measured again in up to ``profile.max_rounds``."""
     config, device = experiment.profile, experiment.device
     fitted = config.mode == "networks"
-    networks = config.networks if fitted else config.fit_networks + config.test_networks
-    ops: Sequence[Op] = () if fitted else space.ops
+    named = named_networks(experiment, space)
+    networks = config.sampled + len(named) if fitted else config.fit_networks + config.test_networks
+    ops: Sequence[Op] = () if fitted else planned_ops(space, named)
     missing = sum(not timing_path((op,), device.runtime, device.dtype).exists() for op in ops)
     per_round = found.start + len(ops) * found.ops.measuring + networks * found.networks.measuring
     parts = [
