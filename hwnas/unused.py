@@ -220,15 +220,6 @@ NOT_FOUND = Case(
     ("run", "search"),
     overridden="refuse",
 )
-OWN_WAY = Case(
-    lambda s: s.experiment.search.finder is None and s.experiment.search.weights is None and not s.strategy.judges,
-    "strategy {e.search.strategy.name!r} proposes without judging on part of the held-out images, and the last ranking is on all of them",
-    ("search.strategy", "search.finder"),
-    ("run", "search"),
-    fix="name a search.finder, or remove it",
-    file="quiet",  # files that compare methods change the strategy alone
-    overridden="quiet",
-)
 # task
 DETECTS = Case(lambda s: s.experiment.task == "detect", "task = 'detect' has no labels of whole images and no top-1", ("task",))
 CLASSIFIES = Case(lambda s: s.experiment.task == "classify", "task = 'classify' has no boxes", ("task",), (*STAGES, *STUDIES))
@@ -268,6 +259,12 @@ NO_INT8 = Case(
     "export.formats has no int8 file",
     ("export.formats",),
     ("run", "export", "validate"),
+)
+NO_TFLITE = Case(
+    lambda s: not any(name.startswith("tflite") for name in s.formats),
+    "export.formats has no TFLite file, whose metadata hold it",
+    ("export.formats",),
+    ("run", "export"),
 )
 NO_FLOAT = Case(
     lambda s: all(map(_is_int8, s.formats)), "export.formats has no float file", ("export.formats",), ("run", "export", "validate")
@@ -377,7 +374,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "search.limits": (NAMED,),
     "search.candidates": _RANKED,
     "search.recalibration_images": (NAMED,),
-    "search.evaluation_images": (NAMED, OWN_WAY),
+    "search.evaluation_images": (NAMED,),  # without a finder, random architectures of the report are scored on so many
     "search.random_samples": (NAMED, ALONE, NOT_RANK, NOT_COMPARE, NOT_SHRINK),
     "detector.extras": (CLASSIFIES, OWN_DETECTOR),
     "detector.scores": (CLASSIFIES, OWN_DETECTOR),
@@ -390,7 +387,11 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "train.label_smoothing": (DETECTS,),
     "train.dropout": (DETECTS,),
     "train.ema_decay": ALWAYS,
+    **dict.fromkeys(("data.resize", "data.crop_fraction", "data.interpolation"), ALWAYS),  # contradictions are refused by the data's table
+    "train.validate_every": ALWAYS,
     "export.formats": ALWAYS,
+    **dict.fromkeys(("export.input", "export.softmax"), ALWAYS),  # softmax of boxes is refused by the experiment
+    "export.score_calibration": (DETECTS, NO_TFLITE),
     "export.calibration_images": (NO_INT8,),
     "export.parity_images": ALWAYS,
     "validate.latency_tolerance": ALWAYS,  # wherever there is a table, which an earlier profile may have left

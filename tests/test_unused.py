@@ -84,7 +84,7 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         (["search.weights=x", "search.strategy=spos"], "search", "search.strategy = {'name': 'spos'} does nothing: search.weights = 'x'"),
         (["search.strategy=random_standalone", "search.supernet.wsbn=true"], "run", "share no weights"),
         (["search.strategy=random_standalone", "search.finder=evolution"], "run", "search.finder = .* does nothing: strategy 'random_st"),
-        (["search.evaluation_images=50"], "run", "search.evaluation_images = 50 does nothing: strategy 'tunas' proposes without judging"),
+        (["export.score_calibration=true", "export.formats=['onnx']"], "export", "has no TFLite file, whose metadata hold it; remove it"),
         (["search.optimizer.name=adamw", "search.optimizer.momentum=0.8"], "search", "momentum = 0.8 does nothing: .*'adamw' takes no"),
         (["train.optimizer.name=adamw", "train.optimizer.momentum=0.8"], "train", "momentum = 0.8 does nothing: .*'adamw' takes no"),
         (["train.optimizer.unused=move"], "train", "train.optimizer.unused = 'move' does nothing: a training uses every weight"),
