@@ -147,7 +147,7 @@ def test_image_classifier_takes_a_file_as_it_is(classifier: Exported, name: str,
     for answer, [logits] in zip(answers, classifier.run(name), strict=True):
         scores = dict(answer)
         assert set(scores) == set(labels) and answer[0][0] == labels[int(logits[0].argmax())]
-        assert [scores[label] for label in labels] == pytest.approx(logits[0], rel=0, abs=tolerance * np.abs(logits).max())
+        assert [scores[label] for label in labels] == pytest.approx(logits[0], rel=0, abs=tolerance * float(np.abs(logits).max()))
 
 
 @pytest.mark.slow

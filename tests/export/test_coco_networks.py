@@ -49,11 +49,12 @@ def shortened(name: str, folder: Path) -> Experiment:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["coco128.toml", "coco.toml"])
-def test_every_file_is_exported_and_agrees(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "validated"), [("coco128.toml", True), ("coco.toml", False)])
+def test_every_file_is_exported_and_agrees(name: str, validated: bool, tmp_path: Path) -> None:
+    """int8 files against the float one: after two steps of training, no class is much likelier than another."""
     experiment, root = shortened(name, tmp_path), tmp_path / "run"
     pipeline = Pipeline(experiment, root, Progress())
-    for stage in ("train", "export", "validate"):
+    for stage in ("train", "export"):
         pipeline.run_stage(stage)
     bundle = Bundle.load(root / "export" / "bundle.json")
     assert {file.format for file in bundle.files} == set(FILES)
@@ -69,6 +70,8 @@ def test_every_file_is_exported_and_agrees(name: str, tmp_path: Path) -> None:
         elif file.format not in GRAPHS:
             outputs = host.predict(root / "export" / file.name, images, tmp_path)
             assert detector_parity(file.format, outputs, float_rows, settings, resolution).relative_error < 0.1, file
-    verdict = Verdict.load(root / "validate" / "verdict.json")
-    assert {file.name for file in verdict.files} == {file.name for file in bundle.files}
+    if validated:
+        pipeline.run_stage("validate")
+        verdict = Verdict.load(root / "validate" / "verdict.json")
+        assert {file.name for file in verdict.files} == {file.name for file in bundle.files}
     assert (root / "export" / "labels.txt").read_text().splitlines() == list(bundle.labels)
