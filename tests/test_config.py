@@ -66,6 +66,13 @@ def test_the_resolved_configuration_loads_again() -> None:
         ("[data]\nchannels = 1", r"data\.mean has 3 values for 1 channels; give one per channel"),
         ("[data]\nstd = [0.2]", r"data\.std has 1 values for 3 channels; give one per channel"),
         ("[data]\nchannels = 2", "data.channels = 2: input should be 1 or 3"),
+        ('[data]\nresize = "letterbox"', "data.resize = 'letterbox': input should be 'squash', 'crop' or 'pad'"),
+        ('[data]\ninterpolation = "area"', "data.interpolation = 'area': input should be 'bilinear' or 'bicubic'"),
+        ('[data]\nresize = "crop"\ncrop_fraction = 1.1', "data.crop_fraction = 1.1: input should be less than or equal to 1"),
+        ("[data]\ncrop_fraction = 0.9", r"data\.crop_fraction is of data\.resize = 'crop', and this is 'squash'; remove it"),
+        ('[data]\nresize = "pad"\ncrop_fraction = 1', r"data\.crop_fraction is of data\.resize = 'crop', and this is 'pad'"),
+        ('[data]\nname = "folder"\naugment = "imagenet"\nresize = "pad"', r"data\.resize = 'pad' shows borders .*; choose crop or squash"),
+        (COCO + 'resize = "crop"', r"data\.resize = 'crop' would cut objects off at the edges; choose squash or pad"),
         ('[export]\nformats = ["tflite"]', "export.formats.0 = 'tflite'"),
         ('task = "segment"', "task = 'segment': input should be 'classify' or 'detect'"),
         ('task = "detect"', r"task = 'detect' needs boxes, and data\.name = 'digits' has none; choose data\.name = 'coco'"),
@@ -92,6 +99,24 @@ def test_mistakes_are_named_with_their_place(tmp_path: Path, text: str, message:
 def test_one_channel_with_one_mean_is_fine(tmp_path: Path) -> None:
     data = load_experiment(written(tmp_path, "[data]\nchannels = 1\nmean = [0.3]\nstd = [0.4]")).data
     assert (data.mean, data.std) == ((0.3,), (0.4,))
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [
+        ("", "squash"),
+        ('augment = "imagenet"\nname = "folder"\ncrop_fraction = 0.9', "crop"),
+        ('augment = "imagenet"\nname = "folder"\nresize = "squash"', "squash"),
+        ('resize = "pad"\ninterpolation = "bicubic"', "pad"),
+    ],
+)
+def test_the_geometry_of_an_experiment(tmp_path: Path, text: str, mode: str) -> None:
+    """What is not set is not in the resolved configuration either, whose hash tells a stage whether it is up to date."""
+    data = load_experiment(written(tmp_path, f"[data]\n{text}")).data
+    assert data.resize_mode == mode
+    assert {"resize", "crop_fraction", "interpolation"} & set(data.model_dump()) == {
+        line.split()[0] for line in text.splitlines() if line.split()[0] not in ("augment", "name")
+    }
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

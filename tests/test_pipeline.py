@@ -83,6 +83,22 @@ def test_a_changed_stage_is_redone_and_the_old_one_kept(finished_run: Path, tmp_
     assert file_sha256(run / "train" / "model.safetensors") != file_sha256(finished_run / "train" / "model.safetensors")
 
 
+def test_folders_that_were_evaluated_on_another_geometry_are_stale(tmp_path: Path) -> None:
+    """A key of its own tells their stages from those of before; others keep the inputs that they had."""
+    config = write_tiny(tmp_path)
+    found = {}
+    for name, augment in (("digits", "crop"), ("folder", "imagenet"), ("folder", "crop_flip"), ("folder", "none")):
+        overrides = [f"data.name={name}", f"data.augment={augment}", f"data.path={tmp_path}"]
+        found[name, augment] = set(Pipeline(load_experiment(config, overrides), tmp_path / "run", Progress())._data())
+    before = {"data", "images"}
+    assert found == {
+        ("digits", "crop"): before,
+        ("folder", "imagenet"): before,
+        ("folder", "crop_flip"): {*before, "geometry"},
+        ("folder", "none"): {*before, "geometry"},
+    }
+
+
 def test_training_starts_from_the_super_nets_weights(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)

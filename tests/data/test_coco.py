@@ -87,6 +87,16 @@ def test_coco_itself(unpacked: Callable[[str], Path], split: str) -> None:
     assert sum(value is None for value in metrics.AP_per_class.values()) == {"all": 9, "test": 7}[split]
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_on_a_border_nothing_is_lost_either(unpacked: Callable[[str], Path], interpolation: str) -> None:
+    """Photographs of every shape, at 320 x 320 on a border, and their boxes back in the photographs' pixels."""
+    config = coco_config(unpacked("raccoon"), classes=1, resolution=320, resize="pad", interpolation=interpolation)
+    images = load(config, "test")
+    assert len({round(width / height, 1) for width, height in images.sizes}) > 3
+    metrics = evaluate(images.ground_truth(), perfect_results(images))
+    assert pytest.approx((1, 1)) == (metrics.AP, metrics.AR100)
+
+
 def test_the_ground_truth_is_the_files(unpacked: Callable[[str], Path]) -> None:
     """Evaluated on ours or on the annotation file itself, imperfect detections get the same numbers to the last digit."""
     folder = unpacked("coco128")
@@ -213,11 +223,12 @@ def drawn(x_CHW: torch.Tensor, seen: torch.Tensor) -> tuple[float, float, float,
     return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
 
 
+@pytest.mark.parametrize("resize", ["squash", "pad"])
 @pytest.mark.parametrize("augment", ["ssdlite", "ssd"])
-def test_boxes_stay_on_their_objects(tmp_path: Path, augment: str) -> None:
+def test_boxes_stay_on_their_objects(tmp_path: Path, augment: str, resize: str) -> None:
     """A white object on black is where its box is, after any crop, zoom, flip and resizing; and the classes go along."""
     write_coco(tmp_path, {"a.png": scene(120, 90, (WHITE, [20, 30, 40, 24]))}, [(0, 8, [20, 30, 40, 24])])
-    images = load(coco_config(tmp_path, augment=augment, resolution=48), augment=True)
+    images = load(coco_config(tmp_path, augment=augment, resolution=48, resize=resize), augment=True)
     x_NCHW, y = images.__getitems__([(0, draw) for draw in range(150)])
     sides = []
     for x, (target,) in zip(x_NCHW, y, strict=True):

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Picks
@@ -21,6 +23,7 @@ from hwnas.runs import JsonLines
 from hwnas.search import stage
 from hwnas.search.judge import Judge
 from hwnas.search.stage import SearchResult
+from hwnas.search.weights import Batches
 from hwnas.testing import synthetic_table
 from tests.search.staging import EVOLUTION, Killed, Killing, experiment, run, tiny_space
 
@@ -55,6 +58,26 @@ def test_a_finder_asks_for_few_images_and_the_last_ranking_for_all() -> None:
     assert few != every
     assert judge.evaluate(picks) == pytest.approx(few)
     assert judge.accuracy(judge.network(picks)) == pytest.approx(every)
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_a_search_sees_images_as_an_evaluation_does(tmp_path: Path, resize: str) -> None:
+    """One photograph everywhere: statistics of BN, finders, the last ranking and rewards have it as the test images have it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50), dtype=np.uint8)
+    for folder in (tmp_path / part / name for part in ("train", "val") for name in "0123456789"):
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    settings = experiment(recalibration_images=8, evaluation_images=4, batch_size=4).model_dump(by_alias=True)
+    settings["data"] |= {"name": "folder", "path": str(tmp_path), "augment": "crop_flip", "resize": resize}
+    config = Experiment.model_validate(settings)
+    expected = load_images(config.data, "test").__getitems__([(0, 0)])[0]
+    judge = Judge(supernet_of(tiny_space()), config)
+    rewards = Batches(judge.train, load_images(config.data, "held_out"), config.data, 4, 0, 3)
+    seen = [*judge.recalibration(), *judge.evaluation(), *evaluation_batches(judge.held_out, 4), rewards.held_out(0, 1)]
+    assert sum(len(x_NCHW) for x_NCHW, _ in seen) >= 8 + 4 + 8 + 4
+    for x_NCHW, _ in seen:
+        assert torch.equal(x_NCHW, expected.expand_as(x_NCHW))
 
 
 def test_architectures_are_judged_by_their_loss_on_demand() -> None:

@@ -34,6 +34,15 @@ def test_boxes_are_fractions_of_the_image_and_crowds_are_left_out(tmp_path: Path
     assert [Image.open(io.BytesIO(picture.jpeg)).size for picture in (dog, none)] == [(60, 120), (80, 80)]
 
 
+def test_on_a_border_boxes_are_fractions_of_the_image_too(tmp_path: Path) -> None:
+    """The wide image is 64 x 32 pixels of the input, below a border of 16; what is found in the border is cut off."""
+    write_scenes(tmp_path)
+    images = load(coco_config(tmp_path, resize="pad"))
+    found = Detections(torch.tensor([[16.0, 24, 32, 40], [32, 0, 64, 32]]), torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
+    picture, *_ = pictures_of(images, {0: found}).pictures
+    assert [box.corners for box in picture.found] == [(0.25, 0.25, 0.5, 0.75), (0.5, 0.0, 1.0, 0.5)]
+
+
 def test_only_the_best_and_the_likely_are_shown(tmp_path: Path) -> None:
     write_scenes(tmp_path)
     images = load(coco_config(tmp_path))
