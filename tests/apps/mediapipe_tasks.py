@@ -1,6 +1,7 @@
 """Run a file in MediaPipe's ImageClassifier or ObjectDetector: ``mediapipe_tasks.py classify|detect MODEL IMAGES.npy``.
 
-Run by .venv-mediapipe's Python. Images are uint8 [N, H, W, 3]; for each, a JSON list of [label, score] or [label, score, box].
+Run by .venv-mediapipe's Python. Images are uint8 [N, H, W, 3]; for each, a JSON list of [label, score] or
+[label, score, left, top, width, height]. Detections of the same whole pixels are one to MediaPipe, with several categories.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ def detected(model: str, images: list[Any]) -> list[Any]:
     options = vision.ObjectDetectorOptions(base_options=BaseOptions(model_asset_path=model))
     with vision.ObjectDetector.create_from_options(options) as detector:
         results = [detector.detect(image).detections for image in images]
-    return [[found(detection) for detection in detections] for detections in results]
+    return [[row for detection in detections for row in rows(detection)] for detections in results]
 
 
-def found(detection: Any) -> list[Any]:
-    [category], box = detection.categories, detection.bounding_box
-    return [category.category_name, category.score, [box.origin_x, box.origin_y, box.origin_x + box.width, box.origin_y + box.height]]
+def rows(detection: Any) -> list[Any]:
+    box = detection.bounding_box
+    return [[each.category_name, each.score, box.origin_x, box.origin_y, box.width, box.height] for each in detection.categories]
 
 
 task, model, images_file = sys.argv[1:]
 pictures = [mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image) for image in np.load(images_file)]
 try:
     answer: Any = {"classify": classified, "detect": detected}[task](model, pictures)
-except (ValueError, RuntimeError, NotImplementedError) as error:
+except (RuntimeError, NotImplementedError) as error:
     answer = {"refused": str(error)}
 print(json.dumps(answer))
