@@ -74,6 +74,22 @@ def test_unknown_names(hwnas: Run, project: Path, override: str, hint: str) -> N
     refused(hwnas("run", project / "tiny.toml", "--out", project / "run", "-s", override), hint)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ("task=detect", "data.name=coco", "data.augment=ssd", "export.softmax=true"),
+            ("export.softmax is for classifiers", "scores already", "remove it"),
+        ),
+        (("export.input=int8",), ("export.input = 'int8'", "'float32' or 'uint8'")),
+    ],
+)
+def test_files_that_cannot_be(hwnas: Run, tmp_path: Path, overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
+    (tmp_path / "empty.toml").write_text("")
+    settings = [part for override in overrides for part in ("-s", override)]
+    refused(hwnas("export", tmp_path / "empty.toml", *settings), *words)
+
+
 def test_missing_configuration(hwnas: Run, tmp_path: Path) -> None:
     refused(hwnas("run", tmp_path / "no.toml"), "no.toml", "does not exist")
 

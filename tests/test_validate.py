@@ -184,7 +184,7 @@ def app_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 class Slower(Throttled):
     """A device on which everything around a network, or the networks alone, take half as long again."""
 
-    slow = "model-"
+    slow = "model"
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         for row in super().measure(plan, folder):

@@ -119,7 +119,7 @@ def test_python_finds_the_class_that_hwnas_finds(run: tuple[Experiment, Path], p
     x_NCHW, _ = test.__getitems__([(index, 0) for index in range(len(paths))])
     images = bundle.interface.fed(x_NCHW.permute(0, 2, 3, 1).contiguous().numpy())
     outputs = Host(HOST).predict(folder / "model-int8.tflite", images, folder)
-    wanted = [f"{bundle.labels[row.argmax()]} {bundle.interface.output} {row.max()}" for row in outputs]
+    wanted = [" ".join((bundle.labels[row.argmax()], bundle.interface.output, str(row.max()))) for row in outputs]
     assert len({line.partition(" logits")[0].partition(" prob")[0] for line in wanted}) > 1, "or any constant would do"
     for path, line in list(zip(paths, wanted, strict=True))[::2]:
         shutil.copy(path, folder / "photograph.jpg")
