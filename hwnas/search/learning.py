@@ -124,20 +124,28 @@ class Policy(_Part):
         return None if self.first is None or self.last is None else welch(self.first, self.last)
 
     @property
-    def caution(self) -> Caution | None:
-        """What is wrong with it."""
-        entropy = f"its entropy went from {self.entropy[0]:.3g} to {self.entropy[1]:.3g} nats"
-        if not self.moved:
-            headline = f"the policy has hardly moved in {self.steps} steps"
-            text = f"{entropy}, so the result is close to random search: raise {self.rate} of search.strategy, or search.epochs."
-            return Caution(headline=headline, text=text)
-        if self.rise is None or self.rise.positive:
+    def stillness(self) -> Caution | None:
+        """Said of a policy that has not moved."""
+        if self.moved:
+            return None
+        headline = f"the policy has hardly moved in {self.steps} steps"
+        text = f"{self._entropy}, so the result is close to random search: raise {self.rate} of search.strategy, or search.epochs."
+        return Caution(headline=headline, text=text)
+
+    @property
+    def _entropy(self) -> str:
+        return f"its entropy went from {self.entropy[0]:.3g} to {self.entropy[1]:.3g} nats"
+
+    @property
+    def vanity(self) -> Caution | None:
+        """Said of a policy that has moved for nothing."""
+        if not self.moved or self.rise is None or self.rise.positive:
             return None
         assert self.first is not None and self.last is not None
         sign, what = (-1, "held-out loss did not fall") if self.by_loss else (1, "reward did not rise")
         first, last = (_pm(each, sign) for each in (self.first, self.last))
         text = (
-            f"{entropy}, but its {what} by more than noise ({first} at first, {last} at the end, p = {self.rise.p_value:.2g}): raise "
+            f"{self._entropy}, but its {what} by more than noise ({first} at first, {last} at the end, p = {self.rise.p_value:.2g}): raise "
             f"search.epochs, or change {self.rate} of search.strategy or search.optimizer.lr."
         )
         return Caution(headline="the policy learned nothing", text=text)
@@ -224,7 +232,9 @@ def learning_of(course: Course | None, ranking: Ranking) -> Learning:
     held_out = _held_out(ranking)
     policy = None if course is None else _policy(course)
     compared = _against_random(ranking, policy is not None)
-    cautions = _basic(weights, held_out) or _further(policy, compared)
+    basic = _basic(weights, held_out)
+    still = None if policy is None else policy.stillness  # which its own rate mends, whatever the weights know
+    cautions = [*basic, *([still] if still is not None else []), *([] if basic else _further(policy, compared))]
     policy_judged = policy is not None and (not policy.moved or policy.rise is not None)
     judged = policy_judged or any(each is not None for each in (weights, held_out, compared))
     learned = not cautions if judged else None
@@ -241,7 +251,8 @@ def _basic(weights: Weights | None, held_out: HeldOut | None) -> list[Caution]:
 
 
 def _further(policy: Policy | None, compared: AgainstRandom | None) -> list[Caution]:
-    found = [policy.caution] if policy is not None and policy.caution is not None else []
+    vain = None if policy is None else policy.vanity
+    found = [] if vain is None else [vain]
     if compared is not None and not compared.difference.positive:
         advice = "raise search.epochs; more search.candidates and search.random_samples tell smaller differences"
         text = f"its proposals against random networks of the same latency: {compared.figures}; {advice}."

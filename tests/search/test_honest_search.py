@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,9 +57,10 @@ def test_a_search_on_shuffled_labels_says_that_it_learned_nothing(strategy: str,
     assert learning.weights is not None and not learning.weights.learned
     assert learning.weights.chance == pytest.approx(math.log(10), abs=0.003)  # ten classes, nearly as frequent
     assert learning.weights.last.mean == pytest.approx(math.log(10), abs=0.12)
-    [caution] = learning.cautions
-    assert caution.headline == "the search learned nothing" and "search.epochs" in caution.text
-    assert progress.said[-1] == str(caution)
+    first, *others = learning.cautions
+    assert first.headline == "the search learned nothing" and "search.epochs" in first.text
+    assert all("the policy has hardly moved" in other.headline for other in others)
+    assert progress.said[-1 - len(others) :] == [str(first), *map(str, others)]
 
 
 def test_a_search_that_learns_says_so(tmp_path: Path) -> None:
@@ -115,13 +117,15 @@ def test_the_documents_carry_it(command: tuple[Path, subprocess.CompletedProcess
         assert trained.test_guess == np.bincount(arrays["y"]).max() / 397
     verdict = Verdict.load(root / "validate/verdict.json")
     assert verdict.passed and verdict.warnings == (*learning.cautions, trained.caution)
-    assert [each.headline for each in verdict.warnings] == ["the search learned nothing", "the trained network learned nothing"]
+    headlines = [each.headline for each in verdict.warnings]
+    assert (headlines[0], headlines[-1]) == ("the search learned nothing", "the trained network learned nothing")
 
 
 def test_the_report_carries_it(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     root, _ = command
     page = (root / "report/report.html").read_text()
-    assert '<span class="badge caution">✓ passed · search learned nothing · trained network learned nothing</span>' in page
+    [badge] = re.findall(r'<span class="badge caution">(.*)</span>', page)
+    assert badge.startswith("✓ passed · search learned nothing") and badge.endswith(" · trained network learned nothing")
     assert "badge good" not in page
     assert "<p>The search learned nothing</p>The super-net&#39;s loss ended at 2.3" in page
 

@@ -168,6 +168,14 @@ def test_a_still_policy_is_named_whatever_its_reward() -> None:
     ]
 
 
+def test_a_still_policy_is_named_beside_weights_that_know_nothing() -> None:
+    """Its own rate mends it; the other figures mean nothing then."""
+    found = judged(rows(300, 0, loss=CHANCE, entropy=(14.0, 13.9), reward=0.1), rate="rl_lr")
+    assert [caution.headline for caution in found.cautions] == ["the search learned nothing", "the policy has hardly moved in 300 steps"]
+    moved = judged(rows(300, 0, loss=CHANCE, entropy=(14.0, 3.9), reward=0.1), rate="rl_lr")
+    assert [caution.headline for caution in moved.cautions] == ["the search learned nothing"]
+
+
 def test_a_method_without_a_policy_is_not_judged_by_one() -> None:
     assert judged(rows(300, 0, loss=(2.3, 1.0), entropy=(14.0, 13.9))).policy is None
 

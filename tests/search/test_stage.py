@@ -240,8 +240,9 @@ def test_a_policy_that_has_hardly_moved_is_warned_of(strategy: str, rate: str | 
     """At the papers' rates a short search ends where it began; the warning names the option. Random search has nothing that moves."""
     progress = Warnings()
     run(tmp_path / "search", experiment(strategy, epochs=0.2, candidates=1, random_samples=0), table, progress)
-    assert len(progress.warned) == (rate is not None)
-    for warning in progress.warned:
+    warned = [warning for warning in progress.warned if "the policy" in warning]  # weights of seven steps may know nothing, too
+    assert len(warned) == (rate is not None)
+    for warning in warned:
         assert "hardly moved in 7 steps" in warning and f"raise {rate} of search.strategy" in warning
         assert rate in STRATEGIES.get(strategy).Config.model_fields
 
@@ -250,7 +251,7 @@ def test_a_policy_that_has_moved_is_not(table: LatencyTable, tmp_path: Path) -> 
     progress = Warnings()
     config = experiment(strategy={"name": "proxylessnas", "alpha_lr": 0.5, "arch_every": 1}, epochs=0.5, candidates=1, random_samples=0)
     run(tmp_path / "search", config, table, progress)
-    assert progress.warned == []
+    assert not any("the policy" in warning for warning in progress.warned)
 
 
 def elastic_space() -> MacroSpace:
