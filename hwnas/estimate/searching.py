@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hwnas.config import Experiment
+from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Picks
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import Entry, LatencyTable, TableHeader
@@ -19,7 +19,7 @@ from hwnas.engine import Engine
 from hwnas.errors import HwnasError
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
 from hwnas.nn.bn import recalibrate
-from hwnas.search import stage
+from hwnas.search import STRATEGIES, stage
 from hwnas.search.comparison import compared_with, image_counts
 from hwnas.search.judge import KEPT_BYTES, Judge, placed
 from hwnas.search.proposal import random_within
@@ -53,20 +53,26 @@ def context(experiment: Experiment, space: SearchSpace, table: LatencyTable | No
     return experiment, stage.search_context(experiment, space, table or stand_in(space))
 
 
-def weights_of(space: SearchSpace) -> int:
-    """Weights of a super-net whose options share none, about: what it may need."""
+def weights_of(space: SearchSpace, *, collapsed: bool = False) -> int:
+    """Weights of a super-net, about: of the largest block of every slot where its options share them, else of all options."""
     options = {choice.key: len(choice.options) for choice in space.choices}
     found = 0
     for term in space.terms():
         largest = max((op.params for op in term.ops if op is not None), default=0)
-        found += largest * options.get(term.slot, 1)
+        found += largest if collapsed else largest * options.get(term.slot, 1)
     return found
+
+
+def _collapsed(config: SearchConfig) -> bool:
+    made: type[Strategy] = STRATEGIES.get(config.strategy.name)
+    sharing = made.sharing if config.supernet.sharing == "auto" else config.supernet.sharing
+    return sharing == "collapsed"
 
 
 def of_search(experiment: Experiment, space: SearchSpace, table: LatencyTable | None, folder: Path, watch: Stopwatch) -> Estimate:
     """Time a search in an empty ``folder``. Raises HwnasError where it could not run."""
     config = experiment.search
-    weights = weights_of(space)
+    weights = weights_of(space, collapsed=_collapsed(config))
     if weights > MOST_WEIGHTS:
         return Estimate(unknown=f"a super-net of {weights / 1e6:.0f} M weights is not built for a plan")
     experiment, search = context(experiment, space, table)
