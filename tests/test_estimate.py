@@ -173,5 +173,5 @@ def test_a_trained_super_net_is_only_asked(finished_run: Path, tiny: Experiment,
     experiment = tiny.model_copy(update={"search": tiny.search.model_copy(update={"weights": str(finished_run)})})
     found = searching.of_search(experiment, experiment_space(tiny), None, tmp_path, Stopwatch(5))
     counts = {part.name: part.count for part in found.parts}
-    assert list(counts) == ["finding", "ranking", "scoring random networks"]
+    assert list(counts) == ["reading images", "finding", "ranking", "scoring random networks"]
     assert 1 < counts["finding"] <= experiment_space(tiny).architectures
