@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from hwnas.config import Experiment, load_experiment
+from hwnas.config import Experiment, SupernetConfig, load_experiment
 from hwnas.core.published import named
 from hwnas.estimate import plan, searching
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, size, span, total
+from hwnas.nn.supernet import make_supernet
 from hwnas.pipeline import Pipeline, experiment_space
 from hwnas.progress import Progress
 from tests.conftest import write_tiny
@@ -138,6 +140,15 @@ def test_a_super_net_too_large_to_try_is_unknown(tiny: Experiment, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_weights_of_a_super_net_are_about_those_that_it_has(tiny: Experiment) -> None:
+    space = experiment_space(tiny)
+    for sharing in ("separate", "collapsed"):
+        config = SupernetConfig(sharing=sharing, kernels="own")
+        made = make_supernet(space, torch.Generator().manual_seed(0), config)
+        count = sum(weight.numel() for weight in made.parameters())
+        assert 0.6 < searching.weights_of(space, collapsed=sharing == "collapsed") / count < 1.7
+
+
 def test_a_named_architecture_needs_no_search(tiny: Experiment) -> None:
     data = tiny.data.model_copy(update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3})
     arch = named("mobilenet_v2", None, resolution=32, classes=10)
@@ -155,3 +166,12 @@ def test_a_finished_run_has_nothing_to_do(finished_run: Path) -> None:
     assert text.count("up to date, skipped") == 6
     assert "in all    nothing to do" in text
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_trained_super_net_is_only_asked(finished_run: Path, tiny: Experiment, tmp_path: Path) -> None:
+    experiment = tiny.model_copy(update={"search": tiny.search.model_copy(update={"weights": str(finished_run)})})
+    found = searching.of_search(experiment, experiment_space(tiny), None, tmp_path, Stopwatch(5))
+    counts = {part.name: part.count for part in found.parts}
+    assert list(counts) == ["reading images", "finding", "ranking", "scoring random networks"]
+    assert 1 < counts["finding"] <= experiment_space(tiny).architectures

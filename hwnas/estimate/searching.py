@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from hwnas.config import Experiment
+from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Picks
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import Entry, LatencyTable, TableHeader
+from hwnas.data.images import Batch, evaluation_batches
 from hwnas.devices.simulated import simulated_ms
 from hwnas.engine import Engine
 from hwnas.errors import HwnasError
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
 from hwnas.nn.bn import recalibrate
-from hwnas.search import stage
+from hwnas.search import STRATEGIES, stage
 from hwnas.search.comparison import compared_with, image_counts
 from hwnas.search.judge import KEPT_BYTES, Judge, placed
 from hwnas.search.proposal import random_within
@@ -31,6 +33,8 @@ STEPS_OF_A_PHASE = 9
 """Steps that are timed of a phase, at most, the first of which warms up."""
 JUDGING = 3.0
 """Seconds for judging one network, about."""
+FEW = 8
+"""Images that tell how many more there is time for."""
 MOST_WEIGHTS = 100_000_000
 """Weights of the largest super-net that is built for an estimate: 0.4 GB, and a few times as much while it trains (ours)."""
 
@@ -53,20 +57,26 @@ def context(experiment: Experiment, space: SearchSpace, table: LatencyTable | No
     return experiment, stage.search_context(experiment, space, table or stand_in(space))
 
 
-def weights_of(space: SearchSpace) -> int:
-    """Weights of a super-net whose options share none, about: what it may need."""
+def weights_of(space: SearchSpace, *, collapsed: bool = False) -> int:
+    """Weights of a super-net, about: of the largest block of every slot where its options share them, else of all options."""
     options = {choice.key: len(choice.options) for choice in space.choices}
     found = 0
     for term in space.terms():
         largest = max((op.params for op in term.ops if op is not None), default=0)
-        found += largest * options.get(term.slot, 1)
+        found += largest if collapsed else largest * options.get(term.slot, 1)
     return found
+
+
+def _collapsed(config: SearchConfig) -> bool:
+    made: type[Strategy] = STRATEGIES.get(config.strategy.name)
+    sharing = made.sharing if config.supernet.sharing == "auto" else config.supernet.sharing
+    return sharing == "collapsed"
 
 
 def of_search(experiment: Experiment, space: SearchSpace, table: LatencyTable | None, folder: Path, watch: Stopwatch) -> Estimate:
     """Time a search in an empty ``folder``. Raises HwnasError where it could not run."""
     config = experiment.search
-    weights = weights_of(space)
+    weights = weights_of(space, collapsed=_collapsed(config))
     if weights > MOST_WEIGHTS:
         return Estimate(unknown=f"a super-net of {weights / 1e6:.0f} M weights is not built for a plan")
     experiment, search = context(experiment, space, table)
@@ -74,14 +84,14 @@ def of_search(experiment: Experiment, space: SearchSpace, table: LatencyTable | 
     if config.weights is not None:
         judge = Judge(stage.trained(config, space), experiment)
         search.meter = stage.meter_of(config, judge.supernet)
-        return _of_finding(experiment, search, judge, None, watch)
+        return _of_finding(experiment, search, judge, None)
     prepared = stage.prepare(experiment, space, search, folder)
     per_step, macs_per_step = _step_seconds(prepared, watch)
     assert search.meter is not None
     search.meter.load_state_dict({**search.meter.state_dict(), "macs": round(macs_per_step * search.steps)})
     training = Part("training", search.steps, per_step)
     saving, checkpoint_bytes = checkpoints(prepared.engine, training, experiment.checkpoint_seconds, watch)
-    rest = _of_finding(experiment, search, prepared.judge, prepared.strategy, watch)
+    rest = _of_finding(experiment, search, prepared.judge, prepared.strategy)
     return replace(rest, parts=(training, saving, *rest.parts), disk_bytes=rest.disk_bytes + checkpoint_bytes)
 
 
@@ -135,7 +145,7 @@ class _Counting:
         return self.known.setdefault(identity, (0.618 * len(self.known)) % 1.0)
 
 
-def _of_finding(experiment: Experiment, search: SearchContext, judge: Judge, strategy: Strategy | None, watch: Stopwatch) -> Estimate:
+def _of_finding(experiment: Experiment, search: SearchContext, judge: Judge, strategy: Strategy | None) -> Estimate:
     """What comes after the training: finding, ranking, scoring random architectures."""
     config, meter = experiment.search, search.meter
     assert meter is not None
@@ -150,41 +160,52 @@ def _of_finding(experiment: Experiment, search: SearchContext, judge: Judge, str
     for _ in counting.known:
         meter.judge(proposals[0], of_part)
     comparison = compared_with(search, judge, proposals)
-    extraction, estimating, judging = _judging_seconds(judge, proposals[0])
-    recalibration = extraction + config.recalibration_images * estimating
-    full = recalibration + len(judge.held_out) * judging
-    part = recalibration + min(len(judge.held_out), config.evaluation_images) * judging
+    costs = _costs_of_judging(judge, proposals[0])
+    estimated = min(config.recalibration_images, len(judge.train))
+    recalibration = costs.extraction + estimated * costs.estimating
+    full = recalibration + len(judge.held_out) * costs.judging
+    part = recalibration + min(len(judge.held_out), config.evaluation_images) * costs.judging
     parts = (
+        Part("reading images", estimated + len(judge.held_out), costs.reading),
         Part("finding", len(counting.known), part),
         Part("ranking", len(proposals), full),
         Part("scoring random networks", len(comparison.within) + len(comparison.anywhere) * part / full, full),
     )
-    image_bytes = judge.recalibration()[0][0][0].nbytes if judge.recalibration() else 0
-    kept = min(KEPT_BYTES, image_bytes * len(judge.held_out))
+    kept = costs.image_bytes * estimated + min(KEPT_BYTES, costs.image_bytes * len(judge.held_out))
     weights_bytes = sum(tensor.nbytes for tensor in judge.supernet.state_dict().values())
     trained_bytes = weights_bytes if config.weights is None else 0
     network_bytes = 4.0 * search.space.decode(proposals[0]).params
     return Estimate(tuple(part for part in parts if part.count), peak_memory() + kept, trained_bytes + network_bytes)
 
 
-def _judging_seconds(judge: Judge, picks: Picks) -> tuple[float, float, float]:
-    """Seconds of extracting a network, and per image of estimating its BN statistics and of judging it."""
+@dataclass(frozen=True)
+class _Costs:
+    """Seconds of extracting a network, and per image of reading it, of estimating BN statistics and of judging; bytes of an image."""
+
+    extraction: float
+    reading: float
+    estimating: float
+    judging: float
+    image_bytes: int
+
+
+def _costs_of_judging(judge: Judge, picks: Picks) -> _Costs:
     watch = Stopwatch(math.inf)
     networks = []
     extraction = watch.once(lambda: networks.append(judge.supernet.extract(picks)))
     network = networks[0]
+    network.to(memory_format=torch.channels_last)
     device, size_px = next(network.parameters()).device, network.arch.resolution
-    batches = judge.recalibration()[:1]
-    estimating = 0.0
-    if batches:
-        x_NCHW = placed(batches[0][0], device, size_px)
-        few = x_NCHW[:8]
-        warm = watch.once(lambda: recalibrate(network, [few])) / len(few)
-        x_NCHW = x_NCHW[: max(8, int(JUDGING / 2 / warm))]
-        estimating = watch.once(lambda: recalibrate(network, [x_NCHW])) / len(x_NCHW)
-    per_image = estimating or watch.once(lambda: judge.judged(network, 8)) / 8
-    count = min(len(judge.held_out), 4 * judge.config.batch_size, max(8, int(JUDGING / 2 / per_image)))
-    return extraction, estimating, watch.once(lambda: judge.judged(network, count)) / count
+    size = 4 * judge.config.batch_size
+    few, _ = next(evaluation_batches(judge.held_out, size, limit=FEW, workers=judge.workers))
+    warm = watch.once(lambda: recalibrate(network, [placed(few, device, size_px)])) / len(few)
+    count = min(len(judge.held_out), size, max(len(few), int(JUDGING / 3 / warm)))
+    batches: list[Batch] = []
+    reading = watch.once(lambda: batches.extend(evaluation_batches(judge.held_out, size, limit=count, workers=judge.workers)))
+    x_NCHW = placed(batches[0][0][: judge.config.batch_size], device, size_px)
+    estimating = watch.once(lambda: recalibrate(network, [x_NCHW]))
+    judging = watch.once(lambda: judge.quality.of_network(network, judge.held_out, batches, count))
+    return _Costs(extraction, reading / count, estimating / len(x_NCHW), judging / count, few[0].nbytes)
 
 
 def sampled(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> Picks:

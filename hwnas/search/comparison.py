@@ -82,8 +82,7 @@ def _costs(meter: Meter, architectures: Sequence[Picks], images: int) -> list[fl
 def _sentence(search: SearchContext, judge: Judge, counts: tuple[int, int, int], share: float) -> str:
     proposals, within, anywhere = counts
     images, part = len(judge.held_out), min(len(judge.held_out), judge.config.evaluation_images)
-    beside = f", beside {within} random in the budget" if within else ""
-    cloud = f" and {anywhere} anywhere on {part:,}" if anywhere else ""
-    text = f"ranking {proposals} proposals{beside} on {images:,} held-out images each{cloud}"
-    about = f", about {duration(share * search.seconds)}" if search.seconds else ""
-    return f"{text}: {share:.0%} of the search's cost{about}" if share < 10 else f"{text}: it costs more than the search did"
+    scoring = f" and scoring {within} random architectures in the budget" if within else ""
+    cloud = f", and {anywhere} anywhere on {part:,}" if anywhere else ""
+    about = f"about {duration(share * search.seconds)}, " if search.seconds else ""
+    return f"ranking {proposals} proposals{scoring} on {images:,} held-out images each{cloud}: {about}{share:.0%} of the search's cost"

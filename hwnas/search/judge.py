@@ -82,10 +82,6 @@ class Judge:
         """Quality in 0..1 on all held-out images."""
         return self.quality.of_network(network, self.held_out, self.all_held_out(), None)
 
-    def judged(self, network: AnyNetwork, images: int) -> float:
-        """Quality in 0..1 on so many held-out images, read for the occasion."""
-        return self.quality.of_network(network, self.held_out, self._batches(self.held_out, 4 * self.config.batch_size, images), images)
-
     def all_held_out(self) -> Iterable[Batch]:
         """All held-out images at the data's resolution: read once where they fit into ``KEPT_BYTES``, else each time."""
         batches = self._batches(self.held_out, 4 * self.config.batch_size, None)
