@@ -19,7 +19,7 @@ for: 1, but 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -114,7 +114,11 @@ class Graph:
         parsed, opened = schema.ModelT.InitFromPackedBuf(model), cls()
         [graph] = parsed.subgraphs
         names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
-        codes = [(names[max(code.builtinCode, code.deprecatedBuiltinCode)], code.version) for code in parsed.operatorCodes]
+        builtin = [names[max(code.builtinCode, code.deprecatedBuiltinCode)] for code in parsed.operatorCodes]
+        codes = [
+            (code.customCode.decode() if name == "CUSTOM" else name, code.version)
+            for name, code in zip(builtin, parsed.operatorCodes, strict=True)
+        ]
         for name, version in codes:
             opened._versions[name] = max(version, opened._versions.get(name, 1))
         opened.tensors, opened._operators = graph.tensors, graph.operators
@@ -186,6 +190,13 @@ class Graph:
         """Add an operator that the schema does not know, with its options as flexbuffers, between tensors that are there."""
         operator = self._operator(code, inputs, outputs, 1)
         operator.customOptions, operator.customOptionsFormat = options, schema.CustomOptionsFormat.FLEXBUFFERS
+
+    def change_custom(self, code: str, change: Callable[[bytes], bytes]) -> None:
+        """Give a custom operator's options, flexbuffers, through a function."""
+        position = list(self._versions).index(code)
+        for operator in self._operators:
+            if operator.opcodeIndex == position:
+                operator.customOptions = change(bytes(operator.customOptions))
 
     def _operator(self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int) -> Any:
         operator = schema.OperatorT()
