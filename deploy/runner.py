@@ -9,12 +9,15 @@
 
     {"runtime": "litert" | "onnxruntime", "threads": 1, "cores": [0] | null,
      "warmup_ms": 5, "min_ms": 20, "min_runs": 5, "max_runs": 200,
-     "items": [{"id": "any", "path": "x.tflite", "round": 0}, ...]}
+     "items": [{"id": "any", "path": "x.tflite", "round": 0, "input": "image.npy"}, ...]}
 
-and writes JSON lines to stdout: a header that describes the machine, then for each item, in the plan's
-order, ``{"id", "round", "delegated", "ms": [every single run]}`` or ``{"id", "round", "error"}``. Times are
-the wall clock of one invocation, in milliseconds. ``delegated`` (LiteRT only) says whether XNNPACK took the
-whole graph: true, false, or "unknown" where the runtime does not tell.
+where ``input`` is optional: a file of one float32 image [1, H, W, C], as for ``predict``, for models whose time
+depends on what they see (NMS). Others get noise.
+
+JSON lines go to stdout: a header that describes the machine, then for each item, in the plan's order,
+``{"id", "round", "delegated", "ms": [every single run]}``, with ``"input": "image"`` where an image was fed, or
+``{"id", "round", "error"}``. Times are the wall clock of one invocation, in milliseconds. ``delegated`` (LiteRT only)
+says whether XNNPACK took the whole graph: true, false, or "unknown" where the runtime does not tell.
 With several threads, idle-priority loops keep the pinned cores awake (``keep_awake`` says why), and after the header a
 line ``{"conditions": {"cores": "kept awake"}}`` says so.
 
@@ -97,10 +100,13 @@ class LiteRTModel:
         for tensor in self._inputs:
             self._interpreter.set_tensor(tensor["index"], noise(tensor["shape"], tensor["dtype"]))
 
-    def predict(self, image_NHWC: Any) -> Any:
+    def feed(self, image_NHWC: Any) -> None:
         entry = only(self._inputs, "input")
         image_NHWC = image_NHWC if pixels(image_NHWC, entry["dtype"]) else quantise(image_NHWC, entry)
         self._interpreter.set_tensor(entry["index"], image_NHWC)
+
+    def predict(self, image_NHWC: Any) -> Any:
+        self.feed(image_NHWC)
         self.invoke()
         return in_a_row([dequantise(self._interpreter.get_tensor(exit_["index"]), exit_) for exit_ in self._outputs])
 
@@ -152,11 +158,14 @@ class OnnxModel:
         for tensor in self._session.get_inputs():
             self._binding.bind_cpu_input(tensor.name, noise(tensor.shape, self.dtypes[tensor.type]))
 
-    def predict(self, image_NHWC: Any) -> Any:
+    def feed(self, image_NHWC: Any) -> None:
         entry = only(self._session.get_inputs(), "input")
         if pixels(image_NHWC, self.dtypes[entry.type]) != (self.dtypes[entry.type] == "uint8"):
             raise Refusal("This model takes uint8 images, pixels as they are, and these are float32")
         self._binding.bind_cpu_input(entry.name, np.ascontiguousarray(image_NHWC.transpose(0, 3, 1, 2)))
+
+    def predict(self, image_NHWC: Any) -> Any:
+        self.feed(image_NHWC)
         self.invoke()
         return in_a_row([output.astype(np.float32) for output in self._binding.copy_outputs_to_cpu()])
 
@@ -267,8 +276,8 @@ def read_plan(path: str) -> dict[str, Any]:
     try:
         text = sys.stdin.buffer.readline().decode() if path == "-" else read(path)
         plan = {**DEFAULTS, "cores": None, **json.loads(text)}
-        keys = ("id", "path", "round")
-        plan["items"] = [{key: {"round": 0, **item}[key] for key in keys} for item in plan["items"]]
+        keys = ("id", "path", "round", "input")
+        plan["items"] = [{key: {"round": 0, "input": None, **item}[key] for key in keys} for item in plan["items"]]
         numbers = {key: plan[key] for key in ("threads", *DEFAULTS)}
         runtime = plan["runtime"]
     except OSError as error:
@@ -396,7 +405,11 @@ def measure(plan_path: str) -> None:
         line = {"id": item["id"], "round": item["round"]}
         try:
             model = model_class(module, item["path"], plan["threads"])
-            model.randomise()
+            if item["input"] is None:
+                model.randomise()
+            else:
+                model.feed(next(images_of(item["input"])))
+                line["input"] = "image"
             line.update(model.facts())
             line["ms"] = time_runs(model, plan)
         except Exception as error:  # a runtime may raise anything, and one bad file must not end the run

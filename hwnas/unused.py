@@ -399,6 +399,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "validate.parity_tolerance": (NO_FLOAT,),
     "validate.accuracy_tolerance": (DETECTS, NO_FLOAT),
     "validate.int8_accuracy_tolerance": (DETECTS, NO_INT8),
+    "validate.app_score": (CLASSIFIES,),
     "validate.ap_tolerance": (CLASSIFIES, NO_FLOAT),
     "validate.int8_ap_tolerance": (CLASSIFIES, NO_INT8),
     **dict.fromkeys(("validate.images", "validate.rounds", "validate.max_spread"), ALWAYS),

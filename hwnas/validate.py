@@ -13,7 +13,9 @@ A prediction is of the network alone. Where a file holds more, a normalisation, 
 alone, too, in the same rounds, and that time is the one that is held against the prediction (``network_ms``).
 
 Detectors are judged by their AP (``validate_detector``). Their ONNX files decode, or choose, in the same graph, and so have no prediction,
-nor has a file with NMS: its measured time stands beside that of the file without, and the time that NumPy takes for the same.
+nor has a file with NMS: its measured time stands beside that of the file without, and the time that NumPy takes for the same. How long NMS
+takes depends on how many boxes it looks at: it is timed on a test image, at the threshold of scores that AP needs and at an app's
+(``validate.app_score``).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from hwnas.document import file_sha256, write_atomic
 from hwnas.errors import DeviceError, DocumentError
 from hwnas.export.bundle import GRAPHS, Bundle, BundleFile, Parity, parity
 from hwnas.export.interface import network_alone
-from hwnas.export.tflite_detector import without_decoding
+from hwnas.export.onnx_detector import nms_at
+from hwnas.export.tflite_detector import tasks_at, without_decoding
 from hwnas.progress import Progress
 from hwnas.verdict import FileVerdict, Verdict, drift_note, lines
 
@@ -51,6 +54,8 @@ OUTPUTS = ["verdict.json"]
 Build = Callable[[Sequence[Op], str, str], Path]
 Rounds = list[list[float]]
 IMAGES_AT_ONCE = 512
+_AT: dict[str, Callable[[bytes, float], bytes]] = {"nms": nms_at, "tasks": tasks_at}
+"""What is in a file's graph -> how a copy with another threshold of scores is made."""
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -89,6 +94,8 @@ def validate(
     quality = _quality(bundle, files, folder, data, config, connection, work, progress)
     with TemporaryDirectory(dir=work, prefix=".networks-") as networks:
         measurement = _Measurement(bundle, files, folder, device, connection, settings, table, build, Path(networks))
+        if bundle.detector is not None:
+            measurement.add_nms(bundle, files, folder, config)
         measurement.run(config, work, progress)
     drift = measurement.drift()
     verdicts = tuple(_judged(file, measurement, drift, quality, config) for file in files)
@@ -108,10 +115,18 @@ def validate(
         tolerances=config,
         images=quality.images,
         **quality.torch,
+        **_thresholds(bundle, config),
         files=verdicts,
         not_run=not_run,
         passed=all(file.quality_passed and False not in (file.latency_passed, file.parity_passed) for file in verdicts),
     )
+
+
+def _thresholds(bundle: Bundle, config: ValidateConfig) -> dict[str, Any]:
+    """The scores at which a detector's NMS is timed, as the verdict has them."""
+    if bundle.detector is None:
+        return {}
+    return {"min_score": bundle.detector.post_processing.min_score, "app_score": validate_detector.app_score(bundle, config)}
 
 
 @dataclass(frozen=True)
@@ -141,11 +156,12 @@ def _quality(
         fields = {file.name: _field("accuracy", accuracies[file.name], torch, allowed[file.dtype]) for file in files}
         return _Quality({"torch_accuracy": torch}, fields, parities, images)
     parities = validate_detector.parities(bundle, files, folder, connection, work)
-    found = validate_detector.judge(bundle, files, folder, data, config.images, connection, work, progress)
+    found = validate_detector.judge(bundle, files, folder, data, config, connection, work, progress)
     allowed = {"fp32": config.ap_tolerance, "int8": config.int8_ap_tolerance}
     fields = {file.name: _field("ap", found.ap[file.name], found.torch_ap, allowed[file.dtype]) for file in files}
     for name, ms in found.post_processing_ms.items():
         fields[name]["post_processing_ms"] = ms
+        fields[name]["app_post_processing_ms"] = found.app_post_processing_ms.get(name)
     return _Quality({"torch_ap": found.torch_ap}, fields, parities, found.images)
 
 
@@ -227,12 +243,16 @@ class _Measurement:
         self.cores = tuple(settings.cores or connection.cores(settings.threads))
         self.headers: dict[str, dict[str, object]] = {}
         self.rounds: dict[str, Rounds] = defaultdict(list)
+        self.fed: set[str] = set()  # items that got an image instead of noise
+        self.networks = networks
         chain = [op.key for op in self.arch.ops()]
         self.items: dict[str, list[dict[str, object]]] = defaultdict(list)
         self.alone: set[str] = set()  # files whose network can be timed alone
         for file in files:
+            if bundle.detector is not None and file.format in GRAPHS:
+                continue  # add_nms
             self.items[file.runtime].append({"id": file.name, "path": str((folder / file.name).resolve()), "ops": chain})
-            if bundle.detector is not None and (file.runtime != "litert" or file.format in GRAPHS):
+            if bundle.detector is not None and file.runtime != "litert":
                 continue
             self.alone.add(file.name)
             network = _network(bundle, file, (folder / file.name).read_bytes())
@@ -248,6 +268,21 @@ class _Measurement:
             self.blocks = tuple(dict.fromkeys(self.arch.ops()))
             runtime, dtype = table.header.runtime, table.header.dtype
             self.items[runtime] += [{"id": op.key, "path": str(build((op,), runtime, dtype)), "ops": [op.key]} for op in self.blocks]
+
+    def add_nms(self, bundle: Bundle, files: Sequence[BundleFile], folder: Path, config: ValidateConfig) -> None:
+        """The files with NMS in their graph, on a test image, and copies of them with an app's threshold."""
+        app_score = validate_detector.app_score(bundle, config)
+        image = self.networks / "image.npy"
+        validate_detector.write_typical_image(folder, config.app_score, image)
+        for file in files:
+            if file.format not in GRAPHS:
+                continue
+            item = {"path": str((folder / file.name).resolve()), "ops": [op.key for op in self.arch.ops()], "input": str(image.resolve())}
+            self.items[file.runtime].append({**item, "id": file.name})
+            if app_score is not None:
+                path = self.networks / f"app-{file.name}"
+                write_atomic(path, _AT[GRAPHS[file.format]]((folder / file.name).read_bytes(), app_score))
+                self.items[file.runtime].append({**item, "id": path.name, "path": str(path.resolve())})
 
     def applies(self, file: BundleFile) -> bool:
         """Whether the table predicts this file."""
@@ -285,6 +320,7 @@ class _Measurement:
                     raise DeviceError(f"{row['id']} does not run with {runtime}: {row['error']}")
                 if "id" in row:
                     self.rounds[row["id"]].append(row["ms"])
+                    self.fed |= {row["id"]} if row.get("input") == "image" else set()
                 elif "note" in row:
                     progress.say(row["note"])
                 elif "runner" in row:
@@ -315,6 +351,8 @@ def _judged(
     judged = measurement.ms(network or file.name)
     error = None if predicted is None else judged / (drift or 1.0) / predicted - 1
     outputs, exact = quality.parities[file.name], file.dtype != "int8" and file.format not in GRAPHS
+    app = f"app-{file.name}" if f"app-{file.name}" in measurement.rounds else None
+    timed_on = ("test image" if file.name in measurement.fed else "noise") if file.format in GRAPHS else None
     return FileVerdict(
         name=file.name,
         runtime=file.runtime,
@@ -322,6 +360,8 @@ def _judged(
         dtype=file.dtype,
         measured_ms=measurement.ms(file.name),
         network_ms=None if network is None else judged,
+        app_ms=None if app is None else measurement.ms(app),
+        timed_on=timed_on,
         spread=spread_of(measurement.rounds[file.name]),
         predicted_ms=predicted,
         latency_error=error,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hwnas.config import DataConfig
+from hwnas.config import DataConfig, ValidateConfig
 from hwnas.data.coco import CocoImages
 from hwnas.data.images import evaluation_batches, evaluation_order, load_images
 from hwnas.detection import average_precision
@@ -23,7 +23,7 @@ from hwnas.devices.device import Connection
 from hwnas.errors import ConfigError, DeviceError, DocumentError
 from hwnas.export.bundle import Bundle, BundleFile, DetectorFile, DetectorPart, Parity
 from hwnas.export.detector_stage import detector_parity, torch_found
-from hwnas.export.post_processing import READERS, Found
+from hwnas.export.post_processing import BOX, READERS, Found
 from hwnas.nn.ssd import Detections
 from hwnas.progress import Progress
 
@@ -34,10 +34,14 @@ IMAGES_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Judgement:
-    """AP by file name, PyTorch's on the same images, and the median time of the NumPy post-processing of one image by file name."""
+    """AP by file name, PyTorch's on the same images, and the median time of the NumPy post-processing of one image by file name.
+
+    ``app_post_processing_ms``: of what scores ``validate.app_score`` or more; none where AP's threshold is not below that.
+    """
 
     ap: dict[str, float]
     post_processing_ms: dict[str, float]
+    app_post_processing_ms: dict[str, float]
     torch_ap: float
     images: int
 
@@ -61,13 +65,13 @@ def judge(
     files: Sequence[BundleFile],
     folder: Path,
     data: DataConfig,
-    limit: int | None,
+    config: ValidateConfig,
     connection: Connection,
     work: Path,
     progress: Progress,
 ) -> Judgement:
-    """The AP of each file on the device, on all test images or ``limit`` of them. Images go in parts, to bound memory."""
-    part, arch = _detector(bundle), bundle.architecture
+    """The AP of each file on the device, on all test images or ``config.images`` of them. Images go in parts, to bound memory."""
+    part, arch, limit = _detector(bundle), bundle.architecture, config.images
     test = load_images(data.at(arch.resolution), "test")
     if not isinstance(test, CocoImages):
         raise ConfigError(f"data.name = {data.name!r} has no boxes, but the bundle is a detector's: name the data it was exported with.")
@@ -78,6 +82,8 @@ def judge(
     order = evaluation_order(test, limit).tolist()
     found: dict[str, list[Found]] = defaultdict(list)
     times_ms: dict[str, list[float]] = defaultdict(list)
+    app_times_ms: dict[str, list[float]] = defaultdict(list)
+    app = app_score(bundle, config)
     at_once = max(1, min(IMAGES_AT_ONCE, OUTPUT_BYTES // max(4 * _size(each) for each in part.files.values())))
     options = part.post_processing.model_dump()
     with progress.task("running the test images on the device", len(order)) as task:
@@ -85,17 +91,45 @@ def judge(
             images_NHWC = bundle.interface.fed(np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy()))
             for file in files:
                 described = part.files[file.name]
+                read = READERS[described.graph]
                 for row in _outputs(file, described, images_NHWC, folder, connection, work):
                     start = time.perf_counter()
-                    found[file.name].append(READERS[described.graph](row, options, arch.resolution, arch.classes))
+                    found[file.name].append(read(row, options, arch.resolution, arch.classes))
                     times_ms[file.name].append(1e3 * (time.perf_counter() - start))
+                    if app is not None:
+                        start = time.perf_counter()
+                        read(row, {**options, "min_score": app}, arch.resolution, arch.classes)
+                        app_times_ms[file.name].append(1e3 * (time.perf_counter() - start))
             task.advance(len(images_NHWC))
     return Judgement(
         ap={name: _ap(test, order, each) for name, each in found.items()},
-        post_processing_ms={name: float(np.median(each)) for name, each in times_ms.items() if part.files[name].graph == "decoded"},
+        post_processing_ms=_medians(times_ms, part),
+        app_post_processing_ms=_medians(app_times_ms, part),
         torch_ap=_ap(test, order, reference[: len(order)]),
         images=len(order),
     )
+
+
+def app_score(bundle: Bundle, config: ValidateConfig) -> float | None:
+    """The threshold at which NMS is timed beside AP's; None where AP's is not below it."""
+    assert bundle.detector is not None
+    return config.app_score if config.app_score > bundle.detector.post_processing.min_score else None
+
+
+def write_typical_image(bundle_folder: Path, score: float, path: Path) -> None:
+    """Write the test image, of the bundle's, with as many scores above ``score`` as the median one has, float32 [1, H, W, C]: how long NMS
+    takes depends on that.
+    """
+    with np.load(bundle_folder / "parity.npz", allow_pickle=False) as arrays:
+        images_NHWC, rows = arrays["images"], arrays["rows"]
+    counts = (rows[..., BOX:] > score).sum(axis=(1, 2))
+    typical = int(np.argsort(counts, kind="stable")[len(counts) // 2])
+    np.save(path, images_NHWC[typical : typical + 1])
+
+
+def _medians(times_ms: dict[str, list[float]], part: DetectorPart) -> dict[str, float]:
+    """Of the files that leave post-processing to NumPy."""
+    return {name: float(np.median(each)) for name, each in times_ms.items() if part.files[name].graph == "decoded"}
 
 
 def _ap(images: CocoImages, order: list[int], found: list[Found]) -> float:

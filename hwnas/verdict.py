@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_serializer, model_serializer
 
 from hwnas.config import ValidateConfig
 from hwnas.core.caution import Caution
@@ -12,7 +12,10 @@ from hwnas.document import Document
 from hwnas.export.bundle import Parity
 
 CLASSIFIERS_FIELDS = ("accuracy", "accuracy_loss", "accuracy_passed", "torch_accuracy")
-DETECTORS_FIELDS = ("ap", "ap_loss", "ap_passed", "post_processing_ms", "torch_ap")
+DETECTORS_FIELDS = (
+    *("ap", "ap_loss", "ap_passed", "post_processing_ms", "torch_ap"),
+    *("app_ms", "app_post_processing_ms", "timed_on", "min_score", "app_score"),
+)
 """What verdicts have of one task alone."""
 OPTIONAL_FIELDS = (*CLASSIFIERS_FIELDS, *DETECTORS_FIELDS, "network_ms")
 
@@ -59,6 +62,11 @@ class FileVerdict(_Part):
     post_processing_ms: float | None = Field(
         None, description="median time of the NumPy post-processing of one image, on the computer that validates; not in measured_ms"
     )
+    app_post_processing_ms: float | None = Field(None, description="the same, of what scores app_score or more")
+    app_ms: float | None = Field(None, description="with NMS in the graph: measured_ms of the same file with the threshold app_score")
+    timed_on: Literal["test image", "noise"] | None = Field(
+        None, description="with NMS in the graph, whose time depends on what is seen: what measured_ms and app_ms are of"
+    )
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -94,6 +102,8 @@ class Verdict(Document):
     images: int
     torch_accuracy: float | None = Field(None, description="top-1 of a classifier on the same images")
     torch_ap: float | None = Field(None, description="COCO's AP of a detector on the same images")
+    min_score: float | None = Field(None, description="of a detector: the score from which detections count for AP")
+    app_score: float | None = Field(None, description="of a detector: the higher score at which NMS was timed, too, as an app needs it")
     files: tuple[FileVerdict, ...]
     not_run: dict[str, str] = Field({}, description="files of the bundle that were left out, and why")
     passed: bool
@@ -102,6 +112,12 @@ class Verdict(Document):
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return _sparse(handler(self))
+
+    @field_serializer("tolerances", mode="wrap")
+    def _known(self, value: ValidateConfig, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what verdicts had not when they began, while nobody chose it: their hashes stay."""
+        content: dict[str, Any] = handler(value)
+        return {name: each for name, each in content.items() if name != "app_score" or "app_score" in value.model_fields_set}
 
 
 def drift_note(verdict: Verdict) -> str | None:
@@ -113,6 +129,22 @@ def drift_note(verdict: Verdict) -> str | None:
     if abs(verdict.drift - 1) > verdict.tolerances.max_drift:
         return f"{said}, more than the {verdict.tolerances.max_drift:.0%} allowed: profile it again."
     return f"{said}; predictions are judged at the profiled speed."
+
+
+def _post_processing(verdict: Verdict, file: FileVerdict) -> str:
+    """What NMS takes beside a file's time, or in it, at both thresholds."""
+    for_ap = f"{verdict.min_score:g}, as AP needs" if verdict.min_score is not None else ""
+    if file.app_ms is not None:
+        return f" at score {for_ap}, {file.app_ms:.4g} ms at {verdict.app_score:g}, on {_A[file.timed_on or 'noise']}"
+    if file.app_post_processing_ms is not None and file.post_processing_ms is not None:
+        at_app = f" + {file.app_post_processing_ms:.3g} ms of post-processing in NumPy at score {verdict.app_score:g}"
+        return f"{at_app} ({file.post_processing_ms:.3g} ms at {for_ap})"
+    if file.post_processing_ms is not None:
+        return f" and {file.post_processing_ms:.3g} ms of post-processing in NumPy"
+    return ""
+
+
+_A = {"test image": "a test image", "noise": "noise"}
 
 
 def lines(verdict: Verdict) -> list[str]:
@@ -129,8 +161,7 @@ def lines(verdict: Verdict) -> list[str]:
         outputs = "" if file.parity is None else f", outputs within {file.parity.relative_error:.1e}"
         if file.network_ms is not None:
             latency += f" ({file.network_ms:.4g} for the network alone)"
-        if file.post_processing_ms is not None:
-            latency += f" and {file.post_processing_ms:.3g} ms of post-processing in NumPy"
+        latency += _post_processing(verdict, file)
         if file.ap is not None:
             quality = f"AP {file.ap:.2%} against {verdict.torch_ap:.2%}"
         else:

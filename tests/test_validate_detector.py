@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.train.stage import TrainResult, architecture
 from hwnas.validate import Verdict, lines, validate
+from hwnas.validate_detector import write_typical_image
 from tests.train.rectangles import classifier, settings
 
 torch.set_num_threads(1)
@@ -92,13 +94,17 @@ def test_all_files_are_as_good_as_pytorch(run: Path) -> None:
         assert file.ap is not None and file.ap > 0.25 and file.accuracy is None
         assert file.measured_ms > 0 and (file.predicted_ms, file.latency_passed) == (None, None)
         in_graph = "nms" in file.name or "tasks" in file.name
-        assert (file.post_processing_ms is None) == in_graph
+        assert (file.post_processing_ms is None) == (file.app_post_processing_ms is None) == in_graph
+        assert (file.app_ms is None) == (not in_graph) and file.timed_on == ("test image" if in_graph else None)
         assert (file.network_ms is None) == (in_graph or file.runtime == "onnxruntime")
         assert file.parity is not None and file.parity_passed is (None if in_graph or file.dtype == "int8" else True)
         if file.dtype == "fp32" and "tasks" not in file.name:  # whose NMS sees boxes that are not cut off at the edges
             assert file.parity.relative_error < 1e-5 and file.parity.agreement == 1
     said = lines(found)
-    assert "ms of post-processing in NumPy; AP " in said[0] and "note: latency is not judged: there is no table of this device." in said
+    assert (found.min_score, found.app_score) == (0.02, 0.3)
+    assert re.search(r" \+ [\d.]+ ms of post-processing in NumPy at score 0\.3 \([\d.]+ ms at 0\.02, as AP needs\); AP ", said[0])
+    assert re.search(r"^model-nms\.onnx: [\d.]+ ms at score 0\.02, as AP needs, [\d.]+ ms at 0\.3, on a test image; AP ", said[3])
+    assert "note: latency is not judged: there is no table of this device." in said
     assert said[-1] == "verdict: passed"
 
 
@@ -219,6 +225,71 @@ def test_files_that_take_pixels(run: Path, experiment: Experiment, tmp_path: Pat
 def test_scores_are_no_logits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"export\.softmax is for classifiers, and a detector's files have scores already; remove it"):
         Experiment.model_validate({**settings(tmp_path), "export": {"softmax": True}})
+
+
+@pytest.mark.parametrize(("score", "timed"), [(0.3, True), (0.02, False), (0.01, False)])
+def test_thresholds_of_an_app(score: float, timed: bool, run: Path, experiment: Experiment, tmp_path: Path) -> None:
+    """Copies for timing are the same files with another threshold, and there are none where AP's is no lower."""
+    plans: list[dict[str, Any]] = []
+
+    class Kept(Changed):
+        rows: ClassVar[dict[str, list[dict[str, Any]]]] = {}
+
+        def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+            plans.append(plan)
+            for item in plan["items"]:
+                if "nms" in item["id"] or "tasks" in item["id"]:
+                    [image] = np.load(item["input"])
+                    outputs[item["id"]] = Host(HOST).predict(Path(item["path"]), image[None], folder)
+            yield from super().measure(plan, folder)
+
+    outputs: dict[str, np.ndarray] = {}
+    found = verdict(run, experiment, tmp_path, Kept(), app_score=score)
+    assert all((file.app_ms is not None) == (timed and file.timed_on is not None) for file in found.files)
+    assert all((file.app_post_processing_ms is not None) == (timed and file.timed_on is None) for file in found.files)
+    assert found.app_score == (score if timed else None)
+    assert {name.removeprefix("app-") for name in outputs} == {"model-nms.onnx", "model-fp32-tasks.tflite", "model-int8-tasks.tflite"}
+    assert len(outputs) == (6 if timed else 3) and not any("input" in i for p in plans for i in p["items"] if i["id"] == "model.onnx")
+    for name in [name for name in outputs if name.startswith("app-")]:
+        graph = "nms" if "nms" in name else "tasks"
+        all_boxes, all_scores, all_labels = READERS[graph](outputs[name.removeprefix("app-")], {}, 48, 2)
+        boxes, scores, labels = READERS[graph](outputs[name], {}, 48, 2)
+        high = all_scores > score
+        assert 0 < len(scores) < len(all_scores)
+        np.testing.assert_array_equal(scores, all_scores[high])
+        np.testing.assert_array_equal(boxes, all_boxes[high])
+        np.testing.assert_array_equal(labels, all_labels[high])
+
+
+def test_old_verdicts_keep_their_hash() -> None:
+    """One without an app's threshold anywhere, as they were; and one with it comes back as it was."""
+    content = {
+        "schema": "hwnas.verdict/1", "device": "host", "cpu": "test", "cores": [0], "governor": "unknown", "threads": 1,
+        "date": "2026-01-01",
+        "bundle_sha256": "0" * 64, "table": None, "table_sha256": None, "unpredicted": None, "drift": None, "images": 8, "files": [],
+        "not_run": {}, "passed": True, "torch_ap": 0.5,
+        "tolerances": {
+            "latency_tolerance": 0.05, "max_drift": 0.25, "parity_tolerance": 1e-4, "accuracy_tolerance": 0.002,
+            "int8_accuracy_tolerance": 0.02, "ap_tolerance": 0.005, "int8_ap_tolerance": 0.03, "images": None, "rounds": 7,
+            "max_spread": 0.1,
+        },
+    }  # fmt: skip
+    old = Verdict.parse(json.dumps(content))
+    assert json.loads(old.to_json()) == content
+    tolerances = old.tolerances.model_copy(update={"app_score": 0.5})
+    new = old.model_copy(update={"tolerances": tolerances, "app_score": 0.5, "min_score": 0.001})
+    assert Verdict.parse(new.to_json()) == new and new.sha256 != old.sha256
+
+
+def test_the_typical_image(tmp_path: Path) -> None:
+    """The one with the median number of scores above the threshold."""
+    images, rows = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1), np.zeros((5, 9, 5), np.float32)
+    for image, count in enumerate((7, 0, 3, 9, 2)):
+        rows[image, :count, 4] = 0.5
+    rows[1, :, 4] = 0.3
+    np.savez(tmp_path / "parity.npz", images=images, rows=rows)
+    write_typical_image(tmp_path, 0.3, tmp_path / "image.npy")
+    assert np.load(tmp_path / "image.npy").tolist() == [[[[2.0]]]]
 
 
 def test_parity_of_detections() -> None:

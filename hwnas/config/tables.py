@@ -254,5 +254,12 @@ class ValidateConfig(Section):
     ap_tolerance: float = Field(0.005, ge=0, description="AP of a detector's float files against PyTorch")
     int8_ap_tolerance: float = Field(0.03, ge=0, description="AP of a detector's int8 files against PyTorch")
     images: int | None = Field(None, ge=1, description="test images to use; default all")
+    app_score: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="score from which an app shows what a detector finds: NMS is timed at it, too, for AP needs a far lower one "
+        "(detector.post_processing.min_score)",
+    )
     rounds: int = Field(7, ge=1, description="interleaved passes over the files; up to twice as many while they are noisy")
     max_spread: float = Field(0.10, gt=0, description="spread between rounds above which a file is measured again")

@@ -29,7 +29,8 @@ class Device(Document):
 
 
 class Connection(Protocol):
-    """Where measurements and predictions run. ``deploy/runner.py`` documents plan and rows.
+    """Where measurements and predictions run. ``deploy/runner.py`` documents plan and rows. A connection may not be able to feed an item's
+    ``input``: its rows say ``"input": "image"`` where it was fed.
 
     A connection is made from a Device document without contacting the device; wrong ``options`` are refused there and then.
     """

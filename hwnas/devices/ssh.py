@@ -134,9 +134,9 @@ class Ssh:
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         """Run a plan on the board and yield its rows as they are measured. Models that the board lacks are sent first."""
         del folder  # a job leaves no files
-        names = {item["path"]: _name_there(Path(item["path"])) for item in plan["items"]}
+        names = {path: _name_there(Path(path)) for item in plan["items"] for path in _files(item).values()}
         models = {name: Path(path) for path, name in names.items()}
-        items = [{**item, "path": names[item["path"]]} for item in plan["items"]]
+        items = [{**item, **{key: names[path] for key, path in _files(item).items()}} for item in plan["items"]]
         due = len(items)
         with self._runner("measure", "-", models=models) as process:
             lacking = self._lacking(process, models)
@@ -306,6 +306,11 @@ def _line(process: subprocess.Popen[bytes]) -> bytes:
     if not line.endswith(b"\n"):
         raise EOFError
     return line
+
+
+def _files(item: Mapping[str, Any]) -> dict[str, str]:
+    """The files that an item of a plan needs: its model, and an image to feed it where it has one."""
+    return {key: item[key] for key in ("path", "input") if key in item}
 
 
 def _name_there(path: Path) -> str:

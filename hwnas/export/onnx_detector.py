@@ -45,6 +45,15 @@ def with_nms(model: bytes, config: PostProcessing) -> bytes:
     return content
 
 
+def nms_at(model: bytes, min_score: float) -> bytes:
+    """A file of ``with_nms`` with another threshold of scores: for timing."""
+    parsed = onnx.load_model_from_string(model)
+    [threshold] = [constant for constant in parsed.graph.initializer if constant.name == "nms.min_score"]
+    threshold.CopyFrom(numpy_helper.from_array(np.array([min_score], np.float32), threshold.name))
+    content: bytes = parsed.SerializeToString(deterministic=True)
+    return content
+
+
 class _Tail:
     """Operators under construction; values are known by their names."""
 

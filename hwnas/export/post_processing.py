@@ -46,9 +46,8 @@ def post_process(detections: Floats, *, min_score: float, nms_iou: float, candid
     classes: list[npt.NDArray[np.int64]] = []
     for label in np.flatnonzero((scores > min_score).any(axis=0)):
         column = scores[:, label]
-        chosen = np.flatnonzero(column > min_score)
-        chosen = chosen[np.argsort(-column[chosen], kind="stable")[:candidates]]
-        kept.append(chosen[apart(boxes[chosen], nms_iou)[:detections_per_image]])
+        chosen = _best(column, np.flatnonzero(column > min_score), candidates)
+        kept.append(chosen[apart(boxes[chosen], nms_iou, detections_per_image)])
         classes.append(np.full(len(kept[-1]), label, np.int64))
     if not kept:
         return np.zeros((0, BOX), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
@@ -57,26 +56,45 @@ def post_process(detections: Floats, *, min_score: float, nms_iou: float, candid
     return boxes[anchors[best]], scores[anchors[best], labels[best]], labels[best]
 
 
-def apart(boxes: Floats, nms_iou: float) -> npt.NDArray[np.int64]:
-    """Positions of the boxes that remain, of boxes best first, when each removes those after it whose IoU with it is above ``nms_iou``."""
+def _best(scores: Floats, chosen: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """Of the ``chosen`` positions the ``count`` with the highest scores, best first; of equal ones the first."""
+    values = scores[chosen]
+    if len(chosen) > count:  # to sort those that may be among them is enough
+        last = np.partition(values, len(values) - count)[len(values) - count]
+        chosen, values = chosen[values >= last], values[values >= last]
+    return chosen[np.argsort(-values, kind="stable")[:count]]
+
+
+def apart(boxes: Floats, nms_iou: float, limit: int | None = None) -> npt.NDArray[np.int64]:
+    """Positions of the boxes that remain, at most ``limit``, of boxes best first, when each removes those after it whose IoU with it is
+    above ``nms_iou``.
+    """
     overlaps = iou(boxes) > nms_iou
     removed = np.zeros(len(boxes), bool)
-    remaining = []
-    for position in range(len(boxes)):
-        if not removed[position]:
-            remaining.append(position)
-            removed |= overlaps[position]
+    remaining: list[int] = []
+    limit = len(boxes) if limit is None else limit
+    position = 0
+    while position < len(boxes) and len(remaining) < limit:
+        remaining.append(position)
+        removed |= overlaps[position]
+        removed[: position + 1] = True
+        following = removed[position:].argmin()  # the first that is not removed, or 0 where there is none
+        position = position + int(following) if following else len(boxes)
     return np.array(remaining, np.int64)
 
 
 def iou(boxes: Floats) -> Floats:
     """IoU of all pairs, [N, N]; of boxes without area it is no number, which is above no threshold."""
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    corner = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    sides = np.clip(np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - corner, 0, None)
-    shared = sides[..., 0] * sides[..., 1]
+    x1, y1, x2, y2 = np.ascontiguousarray(boxes.T)  # whole rows of numbers at once take a third of the time of pairs
+    areas = (x2 - x1) * (y2 - y1)
+    widths = np.minimum(x2[:, None], x2) - np.maximum(x1[:, None], x1)
+    heights = np.minimum(y2[:, None], y2) - np.maximum(y1[:, None], y1)
+    shared = np.maximum(widths, 0, out=widths)
+    shared *= np.maximum(heights, 0, out=heights)
+    united = areas[:, None] + areas
+    united -= shared
     with np.errstate(invalid="ignore", divide="ignore"):
-        ious: Floats = shared / (areas[:, None] + areas[None, :] - shared)
+        ious: Floats = shared / united
     return ious
 
 

@@ -19,7 +19,7 @@ for: 1, but 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -203,6 +203,13 @@ class Graph:
         """Add an operator that the schema does not know, with its options as flexbuffers, between tensors that are there."""
         operator = self._operator(code, inputs, outputs, 1)
         operator.customOptions, operator.customOptionsFormat = options, schema.CustomOptionsFormat.FLEXBUFFERS
+
+    def change_custom(self, code: str, change: Callable[[bytes], bytes]) -> None:
+        """Give a custom operator's options, flexbuffers, through a function."""
+        position = list(self._versions).index(code)
+        for operator in self._operators:
+            if operator.opcodeIndex == position:
+                operator.customOptions = change(bytes(operator.customOptions))
 
     def _operator(self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int) -> Any:
         operator = schema.OperatorT()

@@ -22,6 +22,8 @@ from hwnas.search.result import Candidate, SearchResult
 
 HALF, FULL = 464, 952
 """Widths in CSS pixels of a figure in two columns and of one across the page."""
+DOTS = 40
+"""Exact values up to which each is marked."""
 
 
 def pareto(search: SearchResult) -> Markup:
@@ -101,9 +103,11 @@ def course(
             if not one.exact:
                 axes.plot(*_envelope(steps, values), color=LIGHT[one.colour], lw=0.7, alpha=0.35, zorder=2)
             line = values if one.exact else smoothed(values)
-            axes.plot(*_thinned(steps, line), color=LIGHT[one.colour], lw=1.8, zorder=3, label=one.label)
-        everything = np.concatenate([values for _, _, values in columns])
-        low, high = np.percentile(everything, [0.2, 99.8])
+            look: dict[str, Any] = {"marker": "o", "ms": 4.5} if one.exact and len(values) <= DOTS else {}
+            axes.plot(*_thinned(steps, line), color=LIGHT[one.colour], lw=1.8, zorder=3, label=one.label, **look)
+        # a few spikes of a noisy curve may be cut off, for the rest would be flat; a value without noise never is
+        ends = [np.percentile(values, [0, 100] if one.exact else [0.2, 99.8]) for one, _, values in columns]
+        low, high = min(end[0] for end in ends), max(end[1] for end in ends)
         low, high = min(low, target or low), max(high, target or high)
         axes.set_ylim(low - 0.08 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
         axes.set_xlim(0, max(1, int(rows[-1]["step"])))
@@ -113,8 +117,8 @@ def course(
         axes.set_xlabel("step")
         if len(columns) > 1 or target is not None:
             figure.legend(loc="outside upper right", ncols=3)
-        ends = "; ".join(f"{one.label} ends at {float(smoothed(values)[-1]):.3g}{'%' if percent else ''}" for one, _, values in columns)
-        return inline_svg(figure, name, f"Line chart of {title} over {len(rows)} steps: {ends}.")
+        last = "; ".join(f"{one.label} ends at {float(smoothed(values)[-1]):.3g}{'%' if percent else ''}" for one, _, values in columns)
+        return inline_svg(figure, name, f"Line chart of {title} over {len(rows)} steps: {last}.")
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

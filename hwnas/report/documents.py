@@ -31,6 +31,7 @@ SOURCES: tuple[tuple[str, str], ...] = (
     ("train", "arch.json"),
     ("train", "pictures.json"),
     ("train", "metrics.jsonl"),
+    ("train", "validation.jsonl"),
     ("export", "bundle.json"),
     ("validate", "verdict.json"),
     ("rank", "study.json"),
@@ -82,6 +83,7 @@ class RunDocuments:
     arch: Architecture | None
     train: TrainResult | None
     train_rows: Rows
+    validation_rows: Rows
     pictures: Pictures | None
     bundle: Bundle | None
     verdict: Verdict | None
@@ -164,6 +166,7 @@ def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocument
         arch=trained or searched or (bundle.architecture if bundle is not None else None),
         train=_load(TrainResult, ctx.path("train", "train.json")),
         train_rows=train_rows,
+        validation_rows=JsonLines(ctx.path("train", "validation.jsonl")).read(),
         pictures=_load(Pictures, ctx.path("train", "pictures.json")),
         bundle=bundle,
         verdict=_load(Verdict, ctx.path("validate", "verdict.json")),

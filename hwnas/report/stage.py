@@ -26,7 +26,7 @@ from hwnas.document import write_atomic
 from hwnas.export.bundle import BundleFile
 from hwnas.report import charts, comparing, drawing, pictures, ranking, shrinking
 from hwnas.report.charts import Series
-from hwnas.report.documents import SOURCES, Place, RunDocuments, read
+from hwnas.report.documents import SOURCES, Place, Rows, RunDocuments, read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import StageContext
 from hwnas.search.metric import shown
@@ -74,6 +74,7 @@ def render(documents: RunDocuments) -> str:
         blocks=block_rows(documents),
         figures=figures(documents),
         numbers=NUMBERS,
+        per_class=class_rows(documents),
         min_score=MIN_SCORE,
         ranks=ranking.score_rows(documents.study) if documents.study is not None else [],
         methods=comparing.method_rows(documents.comparison) if documents.comparison is not None else [],
@@ -248,7 +249,7 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
                 "trainparts", "parts of the loss", rows, [Series("class_loss", "classes"), Series("box_loss", "boxes", "orange")]
             ),
         ),
-        ("Accuracy on training batches", charts.course("trainaccuracy", "training accuracy", rows, accuracies, percent=True)),
+        _accuracy_course(rows, documents.validation_rows),
     ]
     judged = table.calibration.held_out if table is not None and table.calibration is not None else None
     return {
@@ -264,6 +265,27 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
         "shrinking": shrinking.course(documents.shrinking) if documents.shrinking is not None else None,
         "entries": charts.entries(table.entries) if table is not None and table.entries else None,
     }
+
+
+def _accuracy_course(rows: Rows, validation_rows: Rows) -> tuple[str, Markup | None]:
+    """How good a network was as it trained: on test images where it was looked at, beside training batches where they have an accuracy."""
+    together = sorted([*rows, *validation_rows], key=lambda row: float(row["step"]))
+    test = Series("test_accuracy", "test images", "orange", exact=True)
+    if any("test_ap" in row for row in validation_rows):
+        precision = [Series("test_ap", "AP", "orange", exact=True), Series("test_ap50", "AP50", exact=True)]
+        return "AP on test images during training", charts.course("trainap", "AP on test images", together, precision, percent=True)
+    batches = Series("train_accuracy", "training batch", "blue")
+    if not validation_rows:
+        return "Accuracy on training batches", charts.course("trainaccuracy", "training accuracy", rows, [batches], percent=True)
+    title = "Accuracy on test images during training"
+    return title, charts.course("trainaccuracy", title[0].lower() + title[1:], together, [batches, test], percent=True)
+
+
+def class_rows(documents: RunDocuments) -> list[tuple[str, float | None]]:
+    """The classes of a detector with their AP, the best first, those without objects last."""
+    coco = documents.train.test_coco if documents.train is not None else None
+    found = coco.AP_per_class.items() if coco is not None else ()
+    return sorted(found, key=lambda pair: -1.0 if pair[1] is None else pair[1], reverse=True)
 
 
 def _drawn(curves: list[tuple[str, Markup | None]]) -> list[tuple[str, Markup]]:

@@ -142,6 +142,19 @@ def test_cores_are_kept_awake_for_several_threads_and_no_longer(files: dict[str,
     assert not [pid for pid in loops if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.parametrize(("runtime", "name"), [("litert", "fp32.tflite"), ("litert", "int8.tflite"), ("onnxruntime", "net.onnx")])
+def test_measure_feeds_an_image_where_the_plan_names_one(
+    runtime: str, name: str, files: dict[str, Path], images: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "image.npy", images[:1])
+    np.save(tmp_path / "other.npy", images[:1, :5])
+    items = [{"id": name, "path": str(files[name]), **({"input": str(tmp_path / i)} if i else {})} for i in ("", "image.npy", "other.npy")]
+    _, [noise, fed, wrong] = measure(tmp_path, runtime=runtime, items=items)
+    assert "input" not in noise and noise["ms"]
+    assert fed["input"] == "image" and fed["ms"]
+    assert "error" in wrong, "an image of another shape does not fit, so it is this one that is fed"
+
+
 def test_measure_runs_onnx_files(files: dict[str, Path], tmp_path: Path) -> None:
     items = [{"id": "net", "path": str(files["net.onnx"])}]
     header, [line] = measure(tmp_path, runtime="onnxruntime", items=items)

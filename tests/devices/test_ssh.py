@@ -60,6 +60,17 @@ def test_models_are_sent_once(runtime: str, board: Ssh, server: Server, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_image_to_feed_travels_with_its_model(board: Ssh, server: Server, tmp_path: Path) -> None:
+    wanted = plan(OPS[:1])
+    [item] = wanted["items"]
+    op = OPS[0]
+    np.save(tmp_path / "image.npy", np.zeros((1, op.size, op.size, op.in_ch), np.float32))
+    fed = {**wanted, "items": [{**item, "input": str(tmp_path / "image.npy")}, {**item, "round": 1}]}
+    _, _, first, second = board.measure(fed, tmp_path)
+    assert first["input"] == "image" and first["ms"] and "input" not in second and second["ms"]
+    assert {Path(name).suffix for name in files_there(server)} == {".tflite", ".npy"}
+
+
 def test_models_may_be_deleted_or_cut_off_there(board: Ssh, server: Server, tmp_path: Path) -> None:
     list(board.measure(plan(), tmp_path))
     whole = {path.name: path.read_bytes() for path in (server.home / "models").glob("*.tflite")}

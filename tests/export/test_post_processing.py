@@ -87,6 +87,34 @@ def test_by_hand() -> None:
     assert apart(rows[:3, :4], 0.9).tolist() == [0, 1, 2], "as much as the threshold is not more"
 
 
+@pytest.mark.parametrize("limit", [None, 1, 7, 1000])
+@pytest.mark.parametrize("nms_iou", [0.0, 0.3, 0.6, 1.0])
+def test_greedy_suppression_box_by_box(nms_iou: float, limit: int | None) -> None:
+    """As the definition says it, of boxes some of which are equal and some without area."""
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 30, (80, 2))
+    boxes = np.hstack([corners, corners + rng.integers(0, 20, (80, 2))]).astype(np.float32)
+    kept: list[int] = []
+    for position, (x1, y1, x2, y2) in enumerate(boxes):
+        for a1, b1, a2, b2 in boxes[kept]:
+            shared = max(0, min(x2, a2) - max(x1, a1)) * max(0, min(y2, b2) - max(y1, b1))
+            united = (x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - shared
+            if united > 0 and shared / united > nms_iou:
+                break
+        else:
+            kept.append(position)
+    assert apart(boxes, nms_iou, limit).tolist() == kept[:limit]
+
+
+def test_of_equal_scores_the_first_are_candidates() -> None:
+    rows = np.zeros((9, 5), np.float32)
+    rows[:, 0] = rows[:, 1] = 10 * np.arange(9)
+    rows[:, 2:4] = rows[:, :2] + 5
+    rows[:, 4] = [0.5, 0.9, 0.5, 0.5, 0.7, 0.5, 0.2, 0.5, 0.5]
+    boxes, scores, _ = post_process(rows, min_score=0.3, nms_iou=0.5, candidates=4, detections_per_image=9)
+    assert boxes[:, 0].tolist() == [10, 40, 0, 20] and scores.tolist() == pytest.approx([0.9, 0.7, 0.5, 0.5])
+
+
 @pytest.mark.parametrize("read", [read_decoded, read_nms, read_tasks])
 def test_nothing_is_found_in_nothing(read: post_processing.Reader) -> None:
     row = np.zeros(7 * 6 + (read is read_tasks), np.float32)

@@ -26,6 +26,8 @@ from tests.train.rectangles import settings
 
 torch.set_num_threads(1)
 
+OPTIMIZER = {"name": "adamw", "lr": 0.05, "weight_decay": 0.01, "warmup": 0.1}
+
 
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
@@ -49,7 +51,7 @@ def digits(**train: Any) -> Experiment:
         "data": {"name": "digits", "resolution": 8, "channels": 1, "classes": 10, "mean": [0.31], "std": [0.37]},
         "space": {"name": "mobile32"},
         "checkpoint_seconds": 1e9,
-        "train": {"arch": "first", "epochs": 3, "batch_size": 96, "dropout": 0.2, "ema_decay": 0.9, **train},
+        "train": {"epochs": 3, "batch_size": 96, "dropout": 0.2, "ema_decay": 0.9, "optimizer": OPTIMIZER, **train},
     }
     return Experiment.model_validate(content)
 
