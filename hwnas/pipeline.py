@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hwnas import __version__
+from hwnas import __version__, preflight
 from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.describe import counted, describe_networks
@@ -18,13 +18,14 @@ from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.spaces import DARTS_SPACES, SPACES, load_space
 from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
+from hwnas.data.inspection import with_classes
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, SpaceError, UserError
 from hwnas.networks import named_networks
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
-from hwnas.search import FINDERS, STRATEGIES, check_space
+from hwnas.search import FINDERS, STRATEGIES
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
 
@@ -113,6 +114,8 @@ class Pipeline:
     """
 
     def __init__(self, experiment: Experiment, root: Path, progress: Progress) -> None:
+        data = with_classes(experiment.data)
+        experiment = experiment if data is experiment.data else experiment.model_copy(update={"data": data})
         self.experiment, self.root, self.progress = experiment, root, progress
         self.space = experiment_space(experiment)
         check_names(experiment, self.space)
@@ -147,17 +150,19 @@ class Pipeline:
 
     def run(self, *, fresh: bool = False) -> None:
         """All needed stages, skipping what is current. What the user forgot is asked for before the first one."""
-        config = self.experiment.search
-        if "search" in self.needed and config.target_ms is None and config.target_range is None:
-            raise ConfigError("search.target_ms is not set: set it to your latency budget in milliseconds, or search.target_range to 0..1.")
-        if "search" in self.needed and config.weights is None:
-            check_space(config.strategy.name, self.space)
-        fingerprint(self.experiment.data)
+        preflight.check(self.experiment, self.space, self.needed)
         for name in self.needed:
-            self.run_stage(name, fresh=fresh)
+            self._run_stage(name, fresh)
 
     def run_stage(self, name: str, *, fresh: bool = False) -> None:
-        """One stage: skipped where it is current, resumed where it was interrupted, started anew where its inputs changed."""
+        """One stage: skipped where it is current, resumed where it was interrupted, started anew where its inputs changed.
+
+        What the training after a search could not work with is refused before the search.
+        """
+        preflight.check(self.experiment, self.space, {"search": ("search", "train"), "train": ("train",)}.get(name, ()))
+        self._run_stage(name, fresh)
+
+    def _run_stage(self, name: str, fresh: bool) -> None:
         from hwnas.engine import flush_denormals
 
         flush_denormals()
@@ -243,8 +248,8 @@ class Pipeline:
         return {**self._config("data"), "images": fingerprint(self.experiment.data)}
 
     def _file(self, path: Path, made_by: str) -> dict[str, str]:
-        if not path.is_file() and path == self.table_path and self.experiment.search.table is not None:
-            raise UserError(f"search.table = {self.experiment.search.table!r} does not exist: check the path.")
+        if path == self.table_path and self.experiment.search.table is not None:
+            preflight.configured_table(self.experiment.search.table)
         if not path.is_file():
             raise UserError(f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or 'hwnas run'.")
         return {path.name: file_sha256(path)}

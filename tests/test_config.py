@@ -63,7 +63,7 @@ def test_the_resolved_configuration_loads_again() -> None:
         ('[search]\nobjective = {name = "mna"}', "search.objective"),
         ('[device]\nruntime = "ncnn"', "device.runtime = 'ncnn': input should be 'litert' or 'onnxruntime'"),
         ("[search]\ntarget_range = 1.5", "target_range = 1.5: input should be less than or equal to 1"),
-        ("[data]\nchannels = 1", r"data\.mean has 3 values for 1 channels; give one per channel"),
+        ("[data]\nchannels = 1\nmean = [0.5, 0.5, 0.5]", r"data\.mean has 3 values for 1 channels; give one per channel"),
         ("[data]\nstd = [0.2]", r"data\.std has 1 values for 3 channels; give one per channel"),
         ("[data]\nchannels = 2", "data.channels = 2: input should be 1 or 3"),
         ('[export]\nformats = ["tflite"]', "export.formats.0 = 'tflite'"),
