@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hwnas import __version__, preflight
-from hwnas.config import Experiment, SearchConfig
+from hwnas.config import DataConfig, Experiment, SearchConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.describe import counted, describe_networks
 from hwnas.core.limits import LatencyLimit
 from hwnas.core.published import named
 from hwnas.core.space import MacroSpace, SearchSpace
-from hwnas.core.spaces import DARTS_SPACES, SPACES, load_space
+from hwnas.core.spaces import DARTS_SPACES, SPACES, is_document, load_space
 from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
 from hwnas.data.inspection import with_classes
@@ -71,6 +71,13 @@ def experiment_space(experiment: Experiment) -> SearchSpace:
     return space if not detects or space.detector is not None else _with_detector(space, experiment)
 
 
+def _counted(experiment: Experiment) -> DataConfig:
+    """The data with ``classes`` where they are not given: those of a space document, whose hash they are part of, else those there are."""
+    if "classes" in experiment.data.model_fields_set or not is_document(experiment.space.name):
+        return with_classes(experiment.data)
+    return experiment.data.model_copy(update={"classes": load_space(experiment.space.name).classes})
+
+
 def _with_detector(space: SearchSpace, experiment: Experiment) -> SearchSpace:
     """The space of detectors. Where an architecture is named, one without them is good enough for what is left to do."""
     if not isinstance(space, MacroSpace):
@@ -114,8 +121,7 @@ class Pipeline:
     """
 
     def __init__(self, experiment: Experiment, root: Path, progress: Progress) -> None:
-        data = with_classes(experiment.data)
-        experiment = experiment if data is experiment.data else experiment.model_copy(update={"data": data})
+        experiment = experiment.model_copy(update={"data": _counted(experiment)})
         self.experiment, self.root, self.progress = experiment, root, progress
         self.space = experiment_space(experiment)
         check_names(experiment, self.space)

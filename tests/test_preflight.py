@@ -119,3 +119,11 @@ def test_splits_that_do_not_agree_are_refused_at_once(tmp_path: Path) -> None:
     assert "labels 0 to 11, but data.classes = 10" in refused(tmp_path, "data.name=npz", f"data.path={path}")
     colours = write_npz(tmp_path / "rgb", 10, channels=3)
     assert "has 3 channels, but data.channels = 1" in refused(tmp_path, "data.name=npz", f"data.path={colours}", "data.classes=10")
+
+
+def test_a_space_document_says_how_many_classes_there_are(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "npz", 4)
+    experiment = load_experiment(write_tiny(tmp_path / "tiny"), ["data.name=npz", f"data.path={path}"])
+    assert "classes" not in experiment.data.model_fields_set
+    pipeline = Pipeline(experiment, tmp_path / "run", Progress())
+    assert pipeline.experiment.data.classes == pipeline.space.classes == 10

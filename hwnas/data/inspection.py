@@ -39,13 +39,14 @@ def classes_in(config: DataConfig) -> int:
     return int(images.labels.max()) + 1
 
 
-def check_data(config: DataConfig, *, searches: bool) -> None:
+def check_data(config: DataConfig, *, searches: bool, exact: bool = True) -> None:
     """Open every split that a later stage needs: layout, labels, class folders and categories agree, and no part is empty.
 
+    ``exact``: there are as many class folders as classes, not fewer, which a space document with its own number leaves open.
     Raises DataError in one sentence.
     """
     training, _ = load_images(config, "all"), load_images(config, "test")
-    if config.name == "folder" and len(training.names) != config.classes:
+    if exact and config.name == "folder" and len(training.names) != config.classes:
         raise DataError(
             f"data.path {config.path!r} has {len(training.names)} class folders in train, but data.classes = {config.classes}: "
             f"set it to {len(training.names)}, or leave it out."
