@@ -43,6 +43,27 @@ SHOWN_FIRST = ("loss", "quality", "train_accuracy", "latency_ms", "expected_ms",
 """What people look at first: of a note, a narrow terminal shows only the beginning."""
 
 
+def make_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, table: str = "optimizer") -> torch.optim.Optimizer:
+    """The optimiser of a model at a rate; no decay of BN, of biases and of what the model's ``no_weight_decay()`` names.
+
+    Raises ConfigError, naming the configuration's ``table``, where timm has no such optimiser or it takes no such option.
+    """
+    options = config.options if config.options is not None else DEFAULT_OPTIONS.get(config.name, {})
+    try:
+        made = create_optimizer_v2(model, config.name, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, **options)
+    except (ValueError, TypeError, AssertionError, KeyError) as error:
+        raise ConfigError(
+            f"{table}.name = {config.name!r} with options {options} cannot be made ({error}): see timm's optimisers."
+        ) from error
+    assert isinstance(made, torch.optim.Optimizer)
+    return made
+
+
+def check_optimizer(config: OptimizerConfig, table: str) -> None:
+    """Raise ConfigError where an optimiser cannot be made, or keeps nothing by which unused weights could move on."""
+    make_optimizer(nn.Linear(2, 2), config, config.lr, table)
+
+
 class Stateful(Protocol):
     """Anything that a checkpoint carries beside the weights (a strategy)."""
 
@@ -131,15 +152,7 @@ class Engine:
         self.loss_of: Criterion = (self.criterion or CrossEntropy(self.label_smoothing)).to(self.device)
         config = self.optimizer_config
         self.base_lr = config.lr * self.batch_size / 256
-        options = config.options if config.options is not None else DEFAULT_OPTIONS.get(config.name, {})
-        try:
-            self.optimizer = create_optimizer_v2(  # decays no BN, no bias, and what the model's no_weight_decay() names
-                self.model, config.name, lr=self.base_lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
-            )
-        except (ValueError, TypeError, AssertionError, KeyError) as error:
-            raise ConfigError(
-                f"optimizer.name = {config.name!r} with options {options} cannot be made ({error}): see timm's optimisers."
-            ) from error
+        self.optimizer = make_optimizer(self.model, config, self.base_lr)
         self.ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True) if self.ema_decay else None
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.step = 0

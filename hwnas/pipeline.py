@@ -8,24 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwnas import __version__
-from hwnas.config import Experiment, SearchConfig
+from hwnas import __version__, preflight
+from hwnas.config import DataConfig, Experiment, SearchConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.caution import Caution
 from hwnas.core.describe import counted, describe_networks
 from hwnas.core.limits import LatencyLimit
 from hwnas.core.published import named
 from hwnas.core.space import MacroSpace, SearchSpace
-from hwnas.core.spaces import DARTS_SPACES, SPACES, load_space
+from hwnas.core.spaces import DARTS_SPACES, SPACES, is_document, load_space
 from hwnas.core.table import LatencyTable
 from hwnas.data import DATASETS, fingerprint
+from hwnas.data.inspection import with_classes
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, HwnasError, SpaceError, UserError
 from hwnas.networks import named_networks
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
-from hwnas.search import FINDERS, STRATEGIES, check_space
+from hwnas.search import FINDERS, STRATEGIES
 
 if TYPE_CHECKING:  # it imports all stages
     from hwnas.estimate.plan import Estimates
@@ -74,6 +75,13 @@ def experiment_space(experiment: Experiment) -> SearchSpace:
     return space if not detects or space.detector is not None else _with_detector(space, experiment)
 
 
+def _counted(experiment: Experiment) -> DataConfig:
+    """The data with ``classes`` where they are not given: those of a space document, whose hash they are part of, else those there are."""
+    if "classes" in experiment.data.model_fields_set or not is_document(experiment.space.name):
+        return with_classes(experiment.data)
+    return experiment.data.model_copy(update={"classes": load_space(experiment.space.name).classes})
+
+
 def _with_detector(space: SearchSpace, experiment: Experiment) -> SearchSpace:
     """The space of detectors. Where an architecture is named, one without them is good enough for what is left to do."""
     if not isinstance(space, MacroSpace):
@@ -117,6 +125,7 @@ class Pipeline:
     """
 
     def __init__(self, experiment: Experiment, root: Path, progress: Progress) -> None:
+        experiment = experiment.model_copy(update={"data": _counted(experiment)})
         self.experiment, self.root, self.progress = experiment, root, progress
         self.space = experiment_space(experiment)
         check_names(experiment, self.space)
@@ -151,17 +160,19 @@ class Pipeline:
 
     def run(self, *, fresh: bool = False) -> None:
         """All needed stages, skipping what is current. What the user forgot is asked for before the first one."""
-        config = self.experiment.search
-        if "search" in self.needed and config.target_ms is None and config.target_range is None:
-            raise ConfigError("search.target_ms is not set: set it to your latency budget in milliseconds, or search.target_range to 0..1.")
-        if "search" in self.needed and config.weights is None:
-            check_space(config.strategy.name, self.space)
-        fingerprint(self.experiment.data)
+        preflight.check(self.experiment, self.space, self.needed)
         for name in self.needed:
-            self.run_stage(name, fresh=fresh)
+            self._run_stage(name, fresh)
 
     def run_stage(self, name: str, *, fresh: bool = False) -> None:
-        """One stage: skipped where it is current, resumed where it was interrupted, started anew where its inputs changed."""
+        """One stage: skipped where it is current, resumed where it was interrupted, started anew where its inputs changed.
+
+        What the training after a search could not work with is refused before the search.
+        """
+        preflight.check(self.experiment, self.space, {"search": ("search", "train"), "train": ("train",)}.get(name, ()))
+        self._run_stage(name, fresh)
+
+    def _run_stage(self, name: str, fresh: bool) -> None:
         from hwnas.engine import flush_denormals
 
         flush_denormals()
@@ -300,8 +311,8 @@ class Pipeline:
         return found
 
     def _file(self, path: Path, made_by: str) -> dict[str, str]:
-        if not path.is_file() and path == self.table_path and self.experiment.search.table is not None:
-            raise UserError(f"search.table = {self.experiment.search.table!r} does not exist: check the path.")
+        if path == self.table_path and self.experiment.search.table is not None:
+            preflight.configured_table(self.experiment.search.table)
         if not path.is_file():
             raise UserError(f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or 'hwnas run'.")
         return {path.name: file_sha256(path)}

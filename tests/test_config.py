@@ -15,6 +15,7 @@ from hwnas.search import STRATEGIES
 from hwnas.share import share_folder
 
 COCO = 'task = "detect"\n[data]\nname = "coco"\naugment = "ssd"\n'
+TUNAS_S = ("quickstart.toml", "cifar10.toml", "cifar10-npz.toml", "imagenet.toml")
 SHIPPED = sorted(share_folder("configs").rglob("*.toml"))
 
 
@@ -63,7 +64,7 @@ def test_the_resolved_configuration_loads_again() -> None:
         ('[search]\nobjective = {name = "mna"}', "search.objective"),
         ('[device]\nruntime = "ncnn"', "device.runtime = 'ncnn': input should be 'litert' or 'onnxruntime'"),
         ("[search]\ntarget_range = 1.5", "target_range = 1.5: input should be less than or equal to 1"),
-        ("[data]\nchannels = 1", r"data\.mean has 3 values for 1 channels; give one per channel"),
+        ("[data]\nchannels = 1\nmean = [0.5, 0.5, 0.5]", r"data\.mean has 3 values for 1 channels; give one per channel"),
         ("[data]\nstd = [0.2]", r"data\.std has 1 values for 3 channels; give one per channel"),
         ("[data]\nchannels = 2", "data.channels = 2: input should be 1 or 3"),
         ('[data]\nresize = "letterbox"', "data.resize = 'letterbox': input should be 'squash', 'crop' or 'pad'"),
@@ -230,3 +231,27 @@ def test_all_objectives_can_be_written(tmp_path: Path) -> None:
 def test_a_plug_in_by_its_bare_name() -> None:
     """``-s search.strategy=fbnet`` says the same as a table with nothing but the name."""
     assert load_experiment(None, ["search.strategy=fbnet"]) == load_experiment(None, ['search.strategy={name = "fbnet"}'])
+
+
+def test_the_optimizer_that_is_named_has_its_own_defaults() -> None:
+    usual = load_experiment(None, []).train.optimizer
+    assert (usual.name, usual.lr, usual.weight_decay, usual.warmup) == ("rmsproptf", 0.165, 4e-5, 0.025)
+    named = load_experiment(None, ["search.optimizer.name=adamw", "search.optimizer.warmup=0.5"]).search.optimizer
+    assert (named.name, named.lr, named.weight_decay, named.warmup) == ("adamw", 0.024, 0.02, 0.5)
+    assert load_experiment(None, ["train.optimizer={name = 'sgd'}"]).train.optimizer.lr == 0.165
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path.name in TUNAS_S], ids=lambda path: path.name)
+def test_recipes_that_are_tunas_s_say_so(path: Path) -> None:
+    """Their results were published with these, whatever the defaults are."""
+    for optimizer in (load_experiment(path).search.optimizer, load_experiment(path).train.optimizer):
+        expected = ("rmsproptf", 0.165, 0.9, 4e-5, None, 0.025)
+        found = (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.options, optimizer.warmup)
+        assert found == expected
+
+
+def test_every_shipped_recipe_names_its_optimizers() -> None:
+    for path in SHIPPED:
+        experiment = load_experiment(path)
+        if path.name != "profile-224.toml":
+            assert "optimizer" in {*experiment.train.model_fields_set, *experiment.search.model_fields_set}, path

@@ -45,6 +45,13 @@ IMAGE_LABELS = ("digits", "npz", "cifar10", "folder")
 """Our data sets that have one label per image; plug-ins may be of either kind."""
 
 
+ARRAYS = ("digits", "npz", "cifar10")
+"""Those of them that are arrays in memory, all images of one size."""
+
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)
+"""ImageNet's mean and standard deviation, averaged over the colours (as timm does for one channel)."""
+
+
 class DataConfig(Section):
     """Images and labels. ``classes``, ``channels`` and ``resolution`` also shape the network."""
 
@@ -52,12 +59,20 @@ class DataConfig(Section):
     path: str | None = Field(None, description="file or folder of the images; ~ and relative paths are understood")
     resolution: int = Field(32, ge=8, description="input height = width in pixels")
     channels: Literal[1, 3] = 3
-    classes: int = Field(10, ge=1, description="of images, at least 2; of objects, at least 1: the background is not counted")
+    classes: int = Field(
+        10,
+        ge=1,
+        description="default: counted in the training images; of images, at least 2; of objects, at least 1: the background is not counted",
+    )
     held_out: float = Field(0.2, gt=0, lt=1, description="part of the training images kept for the search's rewards and rankings")
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, images scaled to 0..1")
-    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), description="per channel, images scaled to 0..1")
+    mean: tuple[float, ...] = Field(
+        (0.485, 0.456, 0.406), description="per channel, images scaled to 0..1; default: ImageNet's, of grey images their mean"
+    )
+    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), description="per channel, images scaled to 0..1; default as of the mean")
     augment: Literal["none", "crop", "crop_flip", "imagenet", "ssd", "ssdlite"] = Field(
-        "crop_flip", description="imagenet: for folder; ssd, ssdlite: for coco, torchvision's presets, the latter also MobileDet's"
+        "crop_flip",
+        description="imagenet: for folder; ssd, ssdlite: for coco, torchvision's presets, the latter also MobileDet's; "
+        "default: crop_flip, for coco ssdlite",
     )
     resize: Resize | None = Field(
         None,
@@ -72,6 +87,17 @@ class DataConfig(Section):
         None, description="of the resizing, with antialiasing; default: bilinear, with augment = 'imagenet' bicubic"
     )
     workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, given: Any) -> Any:
+        """The defaults that depend on what else is given."""
+        if not isinstance(given, dict):
+            return given
+        usual: dict[str, Any] = {"augment": "ssdlite"} if given.get("name") == "coco" else {}
+        if given.get("channels") == 1:
+            usual |= {"mean": GREY_MEAN, "std": GREY_STD}
+        return {**usual, **given}
 
     @property
     def resize_mode(self) -> Resize:
@@ -111,6 +137,8 @@ class DataConfig(Section):
         of_boxes = self.augment in ("ssd", "ssdlite")
         if self.name in IMAGE_LABELS and of_boxes:
             raise ValueError(f"data.augment = {self.augment!r} is for boxes; choose crop, crop_flip or none for {self.name!r}")
+        if self.name in ARRAYS and self.augment == "imagenet":
+            raise ValueError("data.augment = 'imagenet' needs a folder of images; choose crop_flip, crop or none here")
         if self.name in IMAGE_LABELS and self.classes < 2:
             raise ValueError(f"data.classes = {self.classes} leaves {self.name!r} nothing to tell apart; give 2 or more")
         if self.name == "coco" and not of_boxes and self.augment != "none":

@@ -78,6 +78,11 @@ SPACES: dict[str, Callable[..., SearchSpace]] = {**MACRO_SPACES, **CELL_SPACES, 
 _KINDS: dict[str, type[SearchSpace]] = {"macro": MacroSpace, "cell": CellSpace, "nasbench101": NASBench101Space}
 
 
+def is_document(name_or_path: str) -> bool:
+    """Whether ``load_space`` would read a space document."""
+    return name_or_path not in SPACES and Path(name_or_path).suffix == ".json"
+
+
 def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
     """A built-in space by name (``overrides``: those of ``Shape``, and DARTS's ``layers``), or a space document from a file.
 
@@ -94,7 +99,7 @@ def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
             return SPACES[name_or_path](**overrides)
         except ValidationError as error:
             raise SpaceError(f"space {name_or_path!r}: {explain(error, SearchSpace)}") from error
-    if Path(name_or_path).suffix == ".json":
+    if is_document(name_or_path):
         if overrides:
             raise SpaceError(
                 f"a space from a file ({name_or_path}) takes no overrides: edit the document, or remove {', '.join(overrides)}."

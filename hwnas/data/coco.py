@@ -155,13 +155,7 @@ class _Crop(v2.RandomIoUCrop):  # type: ignore[misc]
 def coco(config: DataConfig, split: str, augment: bool) -> Images:
     """The training images (split into train and held-out) and the validation images (the test split) below ``data.path``."""
     root, part = data_folder(config), "val" if split == "test" else "train"
-    name = _name(root, part)
-    if name is None:
-        raise DataError(
-            f"{root} has no annotations/instances_{part}2017.json (or instances_{part}.json): lay the data out as COCO's, with the images "
-            f"in {part}2017 (or {part})."
-        )
-    annotations, folder = read_annotations(_file(root, name)), root / name
+    annotations, folder = _annotated(root, part)
     if len(annotations.categories) != config.classes:
         raise DataError(
             f"{annotations.path} has {len(annotations.categories)} categories, but data.classes = {config.classes}: "
@@ -178,6 +172,23 @@ def coco(config: DataConfig, split: str, augment: bool) -> Images:
     total = len(annotations.ids)
     chosen = np.arange(total) if split == "test" else split_indices(total, config.held_out, split)
     return CocoImages(annotations, chosen, folder, config, augment)
+
+
+def training_categories(config: DataConfig) -> dict[int, str]:
+    """Names by category id of the training images: the classes there are."""
+    annotations, _ = _annotated(data_folder(config), "train")
+    return annotations.categories
+
+
+def _annotated(root: Path, part: str) -> tuple[Annotations, Path]:
+    """The annotations of ``train`` or ``val``, and the folder of its images. Raises DataError where there are none."""
+    name = _name(root, part)
+    if name is None:
+        raise DataError(
+            f"{root} has no annotations/instances_{part}2017.json (or instances_{part}.json): lay the data out as COCO's, with the images "
+            f"in {part}2017 (or {part})."
+        )
+    return read_annotations(_file(root, name)), root / name
 
 
 def _name(root: Path, part: str) -> str | None:

@@ -56,7 +56,7 @@ class CellSupernet(SharedNetwork):
     def __init__(self, space: CellSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> None:
         super().__init__()
         self.config = config = settled(config, "torch")
-        _check(space, config)
+        check_cells(space, config)
         self.space, self.proxy = space, _proxy(space, config)
         self.places = self.proxy.plan(pool_norm=space.skeleton == "darts")
         self.parts = nn.ModuleList(self._part(place) for place in self.places)
@@ -269,7 +269,7 @@ class GrowingSupernet(SharedNetwork):
         return cast(CellSupernet, self.stages[-1])
 
 
-def _check(space: CellSpace, config: SupernetConfig) -> None:
+def check_cells(space: CellSpace, config: SupernetConfig) -> None:
     """Raise ConfigError where a setting has no meaning for cells."""
     check_proxy_resolution(space, config, space.multiple)
     for key, usual in _MEANINGLESS.items():

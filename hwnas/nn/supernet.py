@@ -33,7 +33,7 @@ from hwnas.core.space import MacroSpace, Option, SearchSpace, Slot
 from hwnas.core.spaces import parse_space
 from hwnas.errors import CheckpointError, ConfigError
 from hwnas.nn.blocks import initialise
-from hwnas.nn.cells import CellSupernet
+from hwnas.nn.cells import CellSupernet, check_cells
 from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
@@ -41,7 +41,10 @@ from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of, save_
 from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
-__all__ = ["Gates", "Probes", "SharedNetwork", "Supernet", "load_supernet", "make_supernet", "read_supernet", "resized", "save_supernet"]
+__all__ = [
+    "Gates", "Probes", "SharedNetwork", "Supernet", "check_supernet", "load_supernet", "make_supernet", "read_supernet", "resized",
+    "save_supernet",
+]  # fmt: skip
 
 Producer = tuple[int, str]
 """Where an input comes from: the slot's position, and, with ``operation_on = "op"``, its option (else nothing)."""
@@ -66,9 +69,8 @@ class Supernet(SharedNetwork):
     def __init__(self, space: MacroSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> None:
         super().__init__()
         self.config = config = settled(config, "he")
+        check_supernet(space, config)
         self.space, self.proxy = space, _proxy(space, config)
-        _check_one_resolution(space, config)
-        check_proxy_resolution(space, config)
         kernels = "own" if config.kernels == "auto" else config.kernels
         sharing = Sharing(config.channels, kernels, config.bn_affine, config.bn_track)
         self.fraction, self.tracking = 0.0, True
@@ -217,6 +219,16 @@ def make_supernet(space: SearchSpace, generator: torch.Generator, config: Supern
         return CellSupernet(space, generator, config)
     assert isinstance(space, MacroSpace), f"space {space.name} has no super-net"
     return Supernet(space, generator, config)
+
+
+def check_supernet(space: SearchSpace, config: SupernetConfig) -> None:
+    """Raise ConfigError where a super-net of ``space`` cannot be made so, without making one."""
+    if isinstance(space, CellSpace):
+        check_cells(space, config)
+    elif isinstance(space, MacroSpace):
+        _proxy(space, config)
+        _check_one_resolution(space, config)
+        check_proxy_resolution(space, config)
 
 
 def save_supernet(supernet: SharedNetwork, path: Path) -> None:

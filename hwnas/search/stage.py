@@ -25,7 +25,7 @@ from hwnas.nn.cells import CellSupernet, GrowingSupernet
 from hwnas.nn.inheritance import inherit
 from hwnas.nn.network import save_network
 from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import SharedNetwork, Supernet, load_supernet, make_supernet, save_supernet
+from hwnas.nn.supernet import SharedNetwork, Supernet, check_supernet, load_supernet, make_supernet, save_supernet
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES, check_space
 from hwnas.search.comparison import compared_with
@@ -102,17 +102,7 @@ def search_context(experiment: Experiment, space: SearchSpace, table: LatencyTab
     config = experiment.search
     cost = CostModel(space, table, allow_uncalibrated=config.allow_uncalibrated)
     target_ms = resolve_target(experiment, cost)
-    limits = Limits(space, config.limits, _limit_table, allow_uncalibrated=config.allow_uncalibrated)
-    limits.check()
-    if config.backbone is not None:
-        trained_supernet(config.backbone, "search.backbone")
-    if config.weights is None:
-        strategy = search_strategy(config)
-        check_space(config.strategy.name, space)
-        strategy.check(space)
-        _check_settings(experiment, strategy)
-    else:
-        trained(config, space)
+    limits = check_search(experiment, space)
     search = SearchContext(space, cost, config.objective, target_ms, config.tolerance, 0, config.batch_size, limits=limits)
     if not random_within(search, 1, np.random.default_rng(experiment.seed)):
         together = "".join(f", {each.title} <= {each.most:g}" for each in limits.compiled)
@@ -121,6 +111,28 @@ def search_context(experiment: Experiment, space: SearchSpace, table: LatencyTab
             f"raise search.tolerance{', lower the target or raise a limit' if config.limits else ''}."
         )
     return search
+
+
+def check_search(experiment: Experiment, space: SearchSpace) -> Limits:
+    """What a search needs beside a table of its own: limits within reach, and the strategy's demands on space, super-net and batch.
+
+    Returns the limits. Raises TargetError, CoverageError, TableError, SpaceError or ConfigError in one sentence.
+    """
+    config = experiment.search
+    limits = Limits(space, config.limits, _limit_table, allow_uncalibrated=config.allow_uncalibrated)
+    limits.check()
+    if config.backbone is not None:
+        trained_supernet(config.backbone, "search.backbone")
+    if config.weights is not None:
+        trained(config, space)
+        return limits
+    strategy = search_strategy(config)
+    check_space(config.strategy.name, space)
+    strategy.check(space)
+    if strategy.shares:
+        check_supernet(space, config.supernet)
+    _check_settings(experiment, strategy)
+    return limits
 
 
 def _limit_table(path: str) -> LatencyTable:

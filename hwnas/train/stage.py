@@ -116,12 +116,18 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
     return arch
 
 
-def trained_backbone(folder: str, arch: Architecture) -> Path:
-    """The weights file of an earlier training, whose first blocks are those of ``arch``. Raises ConfigError where there is none."""
+def backbone_file(folder: str) -> Path:
+    """The weights file in the folder that ``train.backbone`` names. Raises ConfigError where there is none."""
     root = Path(folder).expanduser()
     path = next((path for path in (root / WEIGHTS, root / "train" / WEIGHTS) if path.is_file()), None)
     if path is None:
         raise ConfigError(f"train.backbone = {folder!r} holds no {WEIGHTS}: name the folder of a finished training.")
+    return path
+
+
+def trained_backbone(folder: str, arch: Architecture) -> Path:
+    """The weights file of an earlier training, whose first blocks are those of ``arch``. Raises ConfigError where there is none."""
+    path = backbone_file(folder)
     blocks = load_network(path).arch.blocks
     for position, op in enumerate(arch.blocks):
         there = replace(blocks[position], size=op.size) if position < len(blocks) else None
