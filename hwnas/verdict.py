@@ -176,5 +176,5 @@ def _conclusion(verdict: Verdict) -> str:
     """The last line: passed or failed, and what else is wrong."""
     if not verdict.warnings:
         return f"verdict: {'passed' if verdict.passed else 'FAILED'}"
-    beside = "; ".join(str(caution) for caution in verdict.warnings)
+    beside = "; ".join(str(caution).removesuffix(".") for caution in verdict.warnings) + "."
     return f"verdict: passed, but {beside}" if verdict.passed else f"verdict: FAILED, and {beside}"

@@ -261,6 +261,6 @@ def test_a_verdict_with_warnings_is_no_plain_passed(finished_run: Path, device: 
         Caution(headline="the network is odd", text="so."),
     )
     warned = plain.model_copy(update={"warnings": cautions})
-    assert lines(warned)[-1] == "verdict: passed, but the search learned nothing: the loss is 2.303.; the network is odd: so."
+    assert lines(warned)[-1] == "verdict: passed, but the search learned nothing: the loss is 2.303; the network is odd: so."
     assert lines(warned.model_copy(update={"passed": False}))[-1].startswith("verdict: FAILED, and the search learned nothing: ")
     assert Verdict.parse(warned.to_json()) == warned and warned.sha256 != plain.sha256
