@@ -176,7 +176,7 @@ def app_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The same network, in files that take pixels and return probabilities. Do not write into it."""
     run = tmp_path_factory.mktemp("app") / "run"
     shutil.copytree(finished_run, run)
-    overrides = ["export.input=uint8", "export.softmax=true"]
+    overrides = ["export.input=uint8", "export.softmax=true", "export.score_calibration=true"]
     Pipeline(load_experiment(finished_run.parent / "tiny.toml", overrides), run, Progress()).run_stage("export")
     return run
 
@@ -227,6 +227,7 @@ def test_a_bundle_says_what_its_files_take(app_run: Path, finished_run: Path) ->
         assert file.input is not None and file.outputs is not None
         assert (file.input.dtype, file.input.range) == ("float32", (pytest.approx(-0.75), pytest.approx(1.75)))
         assert [output.name for output in file.outputs] == ["logits"]
+    assert app.score_calibration is not None and app.score_calibration.transformation == "INVERSE_LOGISTIC"
     with np.load(app_run / "export" / "parity.npz") as fed, np.load(finished_run / "export" / "parity.npz") as normalised:
         assert fed["images"].dtype == np.uint8 and fed["images"].std() > 10
         np.testing.assert_allclose((fed["images"] / 255 - 0.3) / 0.4, normalised["images"], atol=1e-5)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hwnas.devices import benchmark_model as tool
+from hwnas.errors import DeviceError
 from hwnas.share import share_folder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -169,3 +170,11 @@ def test_several_outputs_become_a_row_per_image() -> None:
     assert rows.dtype == np.float32 and rows.tolist() == [[0, 1, 2, 3, 0, 1, -1], [1, 1, 1, 1, 0, 0, 0]]
     with pytest.raises(tool.BenchmarkError, match="37 bytes of outputs are no multiple of the 19 of one image"):
         tool.from_outputs(b"".join(images)[:-1], [floats, integers])
+
+
+def test_pixels_are_inputs_as_they_are() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3)
+    assert tool.to_inputs(pixels[:, :, ::-1], {"dtype": np.uint8, "quantization": (1 / 255, 0)}) == pixels[:, :, ::-1].tobytes()
+    assert tool.to_inputs(pixels / np.float32(255), {"dtype": np.uint8, "quantization": (1 / 255, 0)}) == pixels.tobytes()
+    with pytest.raises(DeviceError, match="the model takes float32 images, and these are uint8: normalise them first"):
+        tool.to_inputs(pixels, {"dtype": np.float32})
