@@ -67,6 +67,11 @@ class Normalisation:
         """From mean and std of images scaled to 0..1, as a configuration and a bundle have them."""
         return cls(tuple(_LARGEST_PIXEL * value for value in mean), tuple(_LARGEST_PIXEL * value for value in std))
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all channels have the same mean and the same std: MediaPipe takes no others."""
+        return len(set(self.mean)) == len(set(self.std)) == 1
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -162,8 +167,7 @@ def _input(card: ModelCard) -> tables.Table:
     }
     low, high = np.zeros(1, np.float32), np.full(1, _LARGEST_PIXEL, np.float32)
     if card.normalisation is not None:
-        # One number where all channels have the same: MediaPipe takes no others.
-        mean, std = _shortest(card.normalisation.mean, card.normalisation.std)
+        mean, std = _shortest(card.normalisation)
         options: tables.Table = {tables.Normalization.MEAN: mean, tables.Normalization.STD: std}
         tensor[tables.Tensor.PROCESS_UNITS] = [_unit(tables.UnitType.NORMALIZATION, options)]
         low, high = (low - mean) / std, (high - mean) / std
@@ -171,10 +175,10 @@ def _input(card: ModelCard) -> tables.Table:
     return tensor
 
 
-def _shortest(mean: Sequence[float], std: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    alike = len(set(mean)) == len(set(std)) == 1
-    kept = 1 if alike else len(mean)
-    return np.array(mean[:kept], np.float32), np.array(std[:kept], np.float32)
+def _shortest(normalisation: Normalisation) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std, as one number each where all channels have the same."""
+    kept = 1 if normalisation.is_uniform else len(normalisation.mean)
+    return np.array(normalisation.mean[:kept], np.float32), np.array(normalisation.std[:kept], np.float32)
 
 
 def _outputs(card: ModelCard) -> list[tables.Table]:

@@ -60,6 +60,18 @@ def run(ctx: StageContext, predict: Predict) -> None:
             f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error {file.parity.relative_error:.1e}, "
             f"same {same} on {file.parity.agreement:.1%} of {file.parity.images} images"
         )
+    if refused_by_mediapipe(bundle):
+        ctx.progress.say(
+            "note: MediaPipe's tasks normalise float32 input with one mean and std for all channels, so they "
+            "refuse these .tflite files; for them, set export.input = 'uint8'."
+        )
+
+
+def refused_by_mediapipe(bundle: Bundle) -> bool:
+    """Whether MediaPipe refuses a bundle's TFLite files for their normalisation; see ``metadata``."""
+    normalisation = bundle.interface.normalisation
+    has_tflite = any(file.runtime == "litert" for file in bundle.files)
+    return has_tflite and normalisation is not None and not normalisation.is_uniform
 
 
 def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from flatbuffers.table import Table
 from torch import nn
 
 from hwnas.export import metadata_schema as tables
+from hwnas.export.bundle import Bundle
 from hwnas.export.metadata import ENTRY, ModelCard, Normalisation, labels_text, with_metadata
 from hwnas.export.score_calibration import ScoreCalibration
+from hwnas.export.stage import refused_by_mediapipe
 from hwnas.export.tflite import graph_ops, quantize_int8, to_tflite
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
 from hwnas.export.tflite_writer import Graph, write_heads
@@ -171,3 +174,25 @@ def test_detectors_files_are_opened_again_without_their_metadata() -> None:
 
 def test_a_label_has_one_line() -> None:
     assert labels_text(("a\nb", " two  words ", "", "é")) == "a b\ntwo words\n2\né"
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "pixels", "refused"),
+    [
+        ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), False, False),
+        ((0.4, 0.5, 0.5), (0.2, 0.2, 0.2), False, True),
+        ((0.5, 0.5, 0.5), (0.2, 0.2, 0.3), False, True),
+        ((0.4, 0.5, 0.5), (0.2, 0.2, 0.3), True, False),
+    ],
+)
+def test_bundles_that_mediapipe_refuses(
+    mean: tuple[float, ...], std: tuple[float, ...], pixels: bool, refused: bool, finished_run: Path
+) -> None:
+    """Float input that is normalised per channel; MediaPipe itself says so in tests/apps."""
+    bundle = Bundle.load(finished_run / "export" / "bundle.json")
+    files = bundle.files
+    if pixels:
+        takes = [file.input.model_copy(update={"dtype": "uint8"}) for file in files if file.input is not None]
+        files = tuple(file.model_copy(update={"input": each}) for file, each in zip(files, takes, strict=True))
+    preprocessing = bundle.preprocessing.model_copy(update={"mean": mean, "std": std})
+    assert refused_by_mediapipe(bundle.model_copy(update={"files": files, "preprocessing": preprocessing})) == refused
