@@ -23,8 +23,8 @@ LEVEL = 0.05
 NO_AP = 0.0005
 """An AP that reads as 0.0 %."""
 
-BLOCKS = 8
-"""Blocks that a part of a training is cut into."""
+BLOCKS, BLOCK_STEPS = 8, 4
+"""A part of a training is cut into at most so many blocks, and, but for two, none is shorter than so many steps."""
 
 
 class Average(BaseModel):
@@ -71,7 +71,8 @@ def average(values: Sequence[float], least_variance: float = 0.0) -> Average:
 
 def block_average(values: Sequence[float]) -> Average:
     """The mean of two or more successive values of a training, with the error of its block means."""
-    blocks = np.array_split(np.asarray(values, dtype=np.float64), min(BLOCKS, len(values)))
+    count = max(2, min(BLOCKS, len(values) // BLOCK_STEPS))
+    blocks = np.array_split(np.asarray(values, dtype=np.float64), count)
     of_blocks = average([float(block.mean()) for block in blocks])
     return of_blocks.model_copy(update={"mean": float(np.mean(values))})
 

@@ -128,11 +128,11 @@ def test_held_out_images_are_read_once_where_they_fit(monkeypatch: pytest.Monkey
         return original(images, requests)
 
     monkeypatch.setattr(kind, "__getitems__", counted)
-    first, second = (judge.accuracy(judge.network(picks)) for _ in range(2))
+    first, second = (judge.on_all_images(judge.network(picks)) for _ in range(2))
     assert first == second
     assert reads == len(judge.held_out)
     monkeypatch.setattr(judging, "KEPT_BYTES", 1000)
     streaming = Judge(judge.supernet, experiment())
     streaming.held_out, reads = judge.held_out, 0
-    assert [streaming.accuracy(streaming.network(picks)) for _ in range(2)] == [first, first]
+    assert [streaming.on_all_images(streaming.network(picks)) for _ in range(2)] == [first, first]
     assert reads == 2 * len(judge.held_out)

@@ -75,7 +75,7 @@ def test_chance_hardly_ever_passes_for_learning() -> None:
     for _ in range(200):
         noise = np.convolve(rng.normal(0, 0.1, 43), np.full(4, 0.5), "valid")
         passed += bool(judged([{"loss": CHANCE + each} for each in noise]).learned)
-    assert passed <= 10
+    assert passed <= 15  # tests at 5 %: ten of 200 are expected, and more than fifteen in one case of twenty
 
 
 @pytest.mark.parametrize(("steps", "known"), [(17, False), (18, True)])
