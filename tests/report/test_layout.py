@@ -16,6 +16,7 @@ from hwnas.config import FORMATS, NMS_FORMATS, ValidateConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
+from hwnas.data.images import load_images
 from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity, preprocessing
 from hwnas.report import charts
 from hwnas.runs import JsonLines, StageContext
@@ -77,7 +78,7 @@ def detector_run(root: Path, classes: int = 80) -> StageContext:
         }))  # fmt: skip
     arch = Architecture.load(ctx.path("train", "arch.json"))
     bundle = Bundle(
-        architecture=arch, labels=tuple(names), preprocessing=preprocessing(ctx.experiment.data, "bilinear"), macs=arch.macs,
+        architecture=arch, labels=tuple(names), preprocessing=preprocessing(ctx.experiment.data, load_images(ctx.experiment.data, "test")), macs=arch.macs,
         params=arch.params, torch_ap=0.32, test_images=40, files=tuple(files), versions={},
         detector=DetectorPart(anchors=5, post_processing=PostProcessing(), files=described),
     )  # fmt: skip

@@ -28,6 +28,7 @@ from hwnas.core.spaces import mobile32, published
 from hwnas.core.ssdlite import with_detector
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, judge
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
+from hwnas.data.images import load_images
 from hwnas.errors import DocumentError
 from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity, preprocessing
 from hwnas.report import charts, drawing, pictures, stage
@@ -151,7 +152,7 @@ def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
         content = {"name": name, "format": kind, "runtime": runtime, "dtype": dtype, "sha256": "0" * 64, "parity": parity}
         files.append(BundleFile.model_validate({**content, "size_bytes": arch.params * (1 if int8 else 4) + 9000}))
     return Bundle(
-        architecture=arch, labels=tuple("0123456789"), preprocessing=preprocessing(config.data, "bilinear"),
+        architecture=arch, labels=tuple("0123456789"), preprocessing=preprocessing(config.data, load_images(config.data, "test")),
         macs=arch.macs, params=arch.params, torch_accuracy=0.9806, test_images=360, files=tuple(files),
         versions={"hwnas": "0.1.0", "torch": "2.14.1", "onnx": "1.19.0"},
     )  # fmt: skip
@@ -454,7 +455,7 @@ def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
             "post_processing_ms": ms,
         }))  # fmt: skip
     bundle = Bundle(
-        architecture=arch, labels=("<cat>", "dog"), preprocessing=preprocessing(ctx.experiment.data, "bilinear"), macs=arch.macs,
+        architecture=arch, labels=("<cat>", "dog"), preprocessing=preprocessing(ctx.experiment.data, load_images(ctx.experiment.data, "test")), macs=arch.macs,
         params=arch.params, torch_ap=0.32, test_images=40, files=tuple(files), versions={},
         detector=DetectorPart(anchors=5, post_processing=PostProcessing(), files=described),
     )  # fmt: skip
