@@ -16,14 +16,13 @@ from hwnas.config import FORMATS, NMS_FORMATS, ValidateConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
-from hwnas.data.images import load_images
-from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity, preprocessing
+from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity
 from hwnas.report import charts
 from hwnas.runs import JsonLines, StageContext
 from hwnas.train.stage import TrainResult
 from hwnas.validate import FileVerdict, Verdict
 from tests.report import test_comparing, test_ranking, test_shrinking
-from tests.report.test_report import Page, experiment, fill, fill_detection, written
+from tests.report.test_report import Page, experiment, fill, fill_detection, in_words, written
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (1280, 400)
@@ -78,7 +77,7 @@ def detector_run(root: Path, classes: int = 80) -> StageContext:
         }))  # fmt: skip
     arch = Architecture.load(ctx.path("train", "arch.json"))
     bundle = Bundle(
-        architecture=arch, labels=tuple(names), preprocessing=preprocessing(ctx.experiment.data, load_images(ctx.experiment.data, "test")), macs=arch.macs,
+        architecture=arch, labels=tuple(names), preprocessing=in_words(ctx.experiment.data), macs=arch.macs,
         params=arch.params, torch_ap=0.32, test_images=40, files=tuple(files), versions={},
         detector=DetectorPart(anchors=5, post_processing=PostProcessing(), files=described),
     )  # fmt: skip

@@ -17,7 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hwnas.config import FORMATS, Experiment, ValidateConfig
+from hwnas.config import FORMATS, DataConfig, Experiment, ValidateConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.caution import Caution
 from hwnas.core.cost import CostModel
@@ -28,9 +28,8 @@ from hwnas.core.spaces import mobile32, published
 from hwnas.core.ssdlite import with_detector
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, judge
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
-from hwnas.data.images import load_images
 from hwnas.errors import DocumentError
-from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity, preprocessing
+from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity, Preprocessing
 from hwnas.report import charts, drawing, pictures, stage
 from hwnas.report.charts import smoothed
 from hwnas.report.documents import Place, read
@@ -143,6 +142,11 @@ def search_rows(target: float, steps: int) -> list[dict[str, float]]:
     return rows
 
 
+def in_words(data: DataConfig) -> Preprocessing:
+    """As a plug-in's data have it."""
+    return Preprocessing(resolution=data.resolution, channels=data.channels, mean=data.mean, std=data.std, resize="bilinear")
+
+
 def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
     files = []
     for kind in FORMATS:
@@ -152,7 +156,7 @@ def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
         content = {"name": name, "format": kind, "runtime": runtime, "dtype": dtype, "sha256": "0" * 64, "parity": parity}
         files.append(BundleFile.model_validate({**content, "size_bytes": arch.params * (1 if int8 else 4) + 9000}))
     return Bundle(
-        architecture=arch, labels=tuple("0123456789"), preprocessing=preprocessing(config.data, load_images(config.data, "test")),
+        architecture=arch, labels=tuple("0123456789"), preprocessing=in_words(config.data),
         macs=arch.macs, params=arch.params, torch_accuracy=0.9806, test_images=360, files=tuple(files),
         versions={"hwnas": "0.1.0", "torch": "2.14.1", "onnx": "1.19.0"},
     )  # fmt: skip
@@ -455,7 +459,7 @@ def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
             "post_processing_ms": ms,
         }))  # fmt: skip
     bundle = Bundle(
-        architecture=arch, labels=("<cat>", "dog"), preprocessing=preprocessing(ctx.experiment.data, load_images(ctx.experiment.data, "test")), macs=arch.macs,
+        architecture=arch, labels=("<cat>", "dog"), preprocessing=in_words(ctx.experiment.data), macs=arch.macs,
         params=arch.params, torch_ap=0.32, test_images=40, files=tuple(files), versions={},
         detector=DetectorPart(anchors=5, post_processing=PostProcessing(), files=described),
     )  # fmt: skip
