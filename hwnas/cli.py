@@ -60,7 +60,9 @@ def _pipeline(verb: str, config: Path | None, overrides: list[str] | None, out: 
     from hwnas.unused import check_used
 
     pipeline = _unchecked(config, overrides, out, quiet, verbose)
-    check_used(pipeline.experiment, verb, overrides or [], pipeline.progress)
+    is_run_folder = config is not None and config.is_dir()
+    if not is_run_folder:  # its configuration says every key, so nobody asked for any
+        check_used(pipeline.experiment, verb, overrides or [], pipeline.progress)
     return pipeline
 
 

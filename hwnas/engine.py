@@ -61,7 +61,19 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, table: 
 
 def check_optimizer(config: OptimizerConfig, table: str) -> None:
     """Raise ConfigError where an optimiser cannot be made, or keeps nothing by which unused weights could move on."""
-    make_optimizer(nn.Linear(2, 2), config, config.lr, table)
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, config, config.lr, table)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()  # what it keeps of a weight is there after the first step
+    _require_state(optimizer, config, table)
+
+
+def _require_state(optimizer: torch.optim.Optimizer, config: OptimizerConfig, table: str = "optimizer") -> None:
+    if config.unused == "move" and not optimizer.state:
+        raise ConfigError(
+            f"{table}.unused = 'move', but {config.name!r} without momentum keeps nothing by which weights move on: "
+            f"set {table}.momentum, or unused = 'rest'."
+        )
 
 
 class Stateful(Protocol):
@@ -196,11 +208,7 @@ class Engine:
         if self.optimizer_config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip_norm)
         self.optimizer.step()
-        if self.optimizer_config.unused == "move" and not self.optimizer.state:
-            raise ConfigError(
-                f"optimizer.unused = 'move', but {self.optimizer_config.name!r} without momentum keeps nothing by which weights move on: "
-                "set optimizer.momentum, or unused = 'rest'."
-            )
+        _require_state(self.optimizer, self.optimizer_config)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         return means

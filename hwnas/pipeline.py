@@ -12,6 +12,7 @@ from hwnas import __version__, preflight
 from hwnas.config import DataConfig, Experiment, SearchConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.caution import Caution
+from hwnas.core.cost import missing_ops
 from hwnas.core.describe import counted, describe_networks
 from hwnas.core.limits import LatencyLimit
 from hwnas.core.published import named
@@ -341,10 +342,17 @@ class Pipeline:
 
         networks = named_networks(self.experiment, self.space)
         device = find_device(self.experiment.device.name)
-        inputs = {f"network {arch.name}": arch.sha256 for arch in networks}
+        inputs = {f"profile.networks[{i}]": arch.sha256 for i, arch in enumerate(networks)}
         inputs |= {"space.json": self.space.sha256, "device.json": device.sha256, **self._config("device", "profile", "seed")}
         for i, prior in enumerate(self.experiment.profile.prior if self.experiment.profile.mode == "networks" else ()):
-            inputs[f"profile.prior[{i}]"] = LatencyTable.load(Path(prior).expanduser()).sha256
+            table = LatencyTable.load(Path(prior).expanduser())
+            inputs[f"profile.prior[{i}]"] = table.sha256
+            missing = missing_ops([op for arch in networks for op in arch.ops()], table)
+            if missing:
+                raise ConfigError(
+                    f"profile.prior {prior!r} lacks {missing[0]} of profile.networks: profile those networks there, too, "
+                    "or remove one of the two keys."
+                )
         if self.experiment.device.cores is None and device.connection not in ADDRESSES:  # those that may be out of reach are asked later
             connect(device).cores(self.experiment.device.threads)  # refuses more threads than there are cores
         return Stage("profile", ["table.json"], lambda: inputs, run)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ValidationError
 
 from hwnas import __version__
-from hwnas.config import Experiment, without_defaults
+from hwnas.config import Experiment
 from hwnas.document import Document, explain, file_sha256, write_atomic
 from hwnas.errors import StorageError, UserError
 from hwnas.progress import Progress
@@ -134,10 +134,9 @@ def save_config(root: Path, experiment: Experiment) -> None:
 
 
 def load_config(root: Path) -> Experiment:
-    """The experiment of a run folder. What it holds as a default was not given: see ``hwnas.unused``."""
+    """The experiment of a run folder: every key as it was resolved, so that it is the same run whatever the defaults are now."""
     try:
-        content = json.loads((root / "config.json").read_text())
-        return Experiment.model_validate(without_defaults(content) if isinstance(content, dict) else content)
+        return Experiment.model_validate(json.loads((root / "config.json").read_text()))
     except ValidationError as error:
         raise UserError(f"{root / 'config.json'}: {explain(error, Experiment)}") from error
     except (OSError, ValueError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from hwnas.config import Experiment, load_experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.spaces import load_space
+from hwnas.core.spaces import SPACES, load_space
 from hwnas.errors import UserError
 from hwnas.networks import named_networks
 from hwnas.pipeline import Pipeline
@@ -32,7 +32,7 @@ def shown_space(name: str, overrides: list[str]) -> Shown:
     Raises UserError in one sentence.
     """
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() and name not in SPACES:
         if overrides:
             raise UserError(f"{name} is a run folder with its own configuration: give the .toml file to change {overrides[0]!r}.")
         return _of_experiment(load_config(path), path)

@@ -1,7 +1,7 @@
 """Settings that do nothing: every key of an experiment, and when it has no effect.
 
-``KEYS`` is the one table. A key is judged only where it was given, in the file or by ``-s``; a run folder's own configuration asks for
-nothing that is a default (``hwnas.runs.load_config``). What happens then is said by the case:
+``KEYS`` is the one table. A key is judged only where it was given, in the file or by ``-s``; a run folder's own configuration says every
+key, and is not judged. What happens then is said by the case:
 
 - given by ``-s``: refused; where the reason is given by ``-s``, too, as ``Case.both`` says;
 - in the file, as is the reason: as ``Case.file`` says;

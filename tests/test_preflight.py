@@ -10,6 +10,7 @@ from PIL import Image
 
 from hwnas.config import DataConfig, load_experiment
 from hwnas.data.inspection import classes_in, with_classes
+from hwnas.engine import check_optimizer
 from hwnas.errors import ConfigError, UserError
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
@@ -127,3 +128,22 @@ def test_a_space_document_says_how_many_classes_there_are(tmp_path: Path) -> Non
     assert "classes" not in experiment.data.model_fields_set
     pipeline = Pipeline(experiment, tmp_path / "run", Progress())
     assert pipeline.experiment.data.classes == pipeline.space.classes == 10
+
+
+def test_an_empty_file_of_arrays_is_a_sentence(tmp_path: Path) -> None:
+    path = write_npz(tmp_path, 5)
+    np.savez(path / "train.npz", x=np.zeros((0, 8, 8, 1), np.uint8), y=np.zeros(0, np.int64))
+    with pytest.raises(ConfigError, match=r"cannot be counted: data 'npz' has no training images: check data\.path"):
+        Pipeline(load_experiment(None, ["data.name=npz", f"data.path={path}"]), tmp_path, Progress())
+    np.savez(path / "train.npz", x=np.zeros((9, 8, 8, 1), np.uint8), y=np.full(9, -1))
+    with pytest.raises(ConfigError, match=r"data 'npz' has the label -1: labels count from 0"):
+        Pipeline(load_experiment(None, ["data.name=npz", f"data.path={path}"]), tmp_path, Progress())
+
+
+def test_an_optimiser_without_a_state_cannot_move_what_is_unused() -> None:
+    """Before the profile, not at the first step."""
+    overrides = ["search.optimizer.name=momentum", "search.optimizer.momentum=0.0", "search.optimizer.unused=move"]
+    config = load_experiment(None, overrides).search.optimizer
+    with pytest.raises(ConfigError, match=r"search\.optimizer\.unused = 'move', but 'momentum' without momentum keeps nothing"):
+        check_optimizer(config, "search.optimizer")
+    check_optimizer(config.model_copy(update={"momentum": 0.9}), "search.optimizer")

@@ -124,3 +124,20 @@ def test_names_are_answered_with_the_nearest_and_numbers_keep_their_meaning() ->
     assert [arch.name for arch in named_networks(both, experiment_space(both))] == ["mobilenet_v2"]  # as wide as published
     with pytest.raises(ConfigError, match=r"profile\.networks"):
         load_experiment(None, ["profile.networks=2"])
+
+
+def test_networks_of_one_name_are_two_inputs_of_a_profile(tmp_path: Path) -> None:
+    """What two searches have found has the same name."""
+    names = [str(tmp_path / f"{name}.json") for name in ("mobilenet_v2", "mnasnet_b1")]
+    for path in names:
+        arch = published(Path(path).stem, resolution=32, classes=10)
+        arch.model_copy(update={"name": "found", "origin": None}).save(Path(path))
+    experiment = load_experiment(None, [f"profile.networks={json.dumps(names)}"])
+    inputs = Pipeline(experiment, tmp_path, Progress()).stage("profile").inputs()
+    assert inputs["profile.networks[0]"] != inputs["profile.networks[1]"]
+
+
+def test_a_folder_does_not_hide_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mobile32").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert shown_space("mobile32", []).space.name == "mobile32"

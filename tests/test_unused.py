@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hwnas.cli import app
 from hwnas.config import all_keys, keys_given, load_experiment
 from hwnas.errors import ConfigError
 from hwnas.progress import Progress
@@ -161,14 +163,25 @@ def test_a_range_in_the_file_gives_way_to_a_budget_and_never_the_other_way_round
         warned(tmp_path / "x.toml")
 
 
-def test_a_run_folder_asks_for_nothing_that_is_a_default(tmp_path: Path) -> None:
-    experiment = load_experiment(write_tiny(tmp_path / "tiny"), ["train.arch=mobilenet_v2"])
-    save_config(tmp_path, experiment)
-    again = load_config(tmp_path)
-    assert again == experiment
-    assert set(keys_given(again)) <= set(keys_given(experiment))
-    assert "profile.max_spread" not in keys_given(again) and "profile.rounds" in keys_given(again)
-    heard = Heard()
-    check_used(again, "run", (), heard)
-    (line,) = [line for line in heard.warnings if "without a search" in line]
-    assert "profile.rounds" in line and "profile.max_spread" not in line
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.arch=mobilenet_v2"],  # its profile and search do nothing, and a run folder says every key of them
+        ['search.optimizer={name = "adamw", lr = 0.165, weight_decay = 4e-5, warmup = 0.025}'],  # a former default is no default of adamw's
+        ["data.classes=10"],  # a number, and not to be counted again
+        ["search.random_samples=8", "search.strategy=random_standalone"],
+    ],
+)
+def test_a_run_folder_is_the_run_that_it_was(overrides: list[str], tmp_path: Path) -> None:
+    """Whatever the defaults are now, and without asking for anything."""
+    config = write_tiny(tmp_path / "tiny")
+    experiment = load_experiment(config, overrides)
+    save_config(tmp_path / "tiny", experiment)
+    assert load_config(tmp_path / "tiny") == experiment
+    assert CliRunner().invoke(app, ["run", str(tmp_path / "tiny"), "--plan", "-q"]).exit_code == 0
+
+
+def test_usual_values_do_not_count_as_given() -> None:
+    grey = load_experiment(None, ["data.channels=1", "search.optimizer.name=adamw"])
+    assert (grey.data.mean, grey.search.optimizer.lr) == ((0.449,), 0.024)
+    assert {"data.channels", "search.optimizer.name"} == set(keys_given(grey))

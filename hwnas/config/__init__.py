@@ -12,7 +12,7 @@ resolved configuration, defaults included, is written into the run folder. Each 
 """
 
 from hwnas.config.base import Plugin, Section
-from hwnas.config.experiment import Experiment, all_keys, keys_given, load_experiment, located, without_defaults
+from hwnas.config.experiment import Experiment, all_keys, keys_given, load_experiment, located
 from hwnas.config.search import OperationOn, OptimizerConfig, SearchConfig, SupernetConfig
 from hwnas.config.study import FIXED_BY_THE_STUDY, CompareConfig, MethodConfig, ScoreName, ShrinkConfig, StudyConfig
 from hwnas.config.tables import (
@@ -64,5 +64,4 @@ __all__ = [
     "keys_given",
     "load_experiment",
     "located",
-    "without_defaults",
 ]

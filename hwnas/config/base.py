@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -14,6 +15,18 @@ class Section(BaseModel):
     """Base of all configuration tables: frozen, typed, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def with_usual(given: Any, usual: Mapping[str, Any], handler: Callable[[Any], AnySection]) -> AnySection:
+    """A table whose defaults depend on what else is given: ``usual`` stands in for what is not, and does not count as given."""
+    if not isinstance(given, dict) or not usual:
+        return handler(given)
+    made = handler({**usual, **given})
+    made.model_fields_set.difference_update(usual.keys() - given.keys())
+    return made
 
 
 class Plugin(BaseModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -122,20 +121,6 @@ def all_keys(table: type[BaseModel] = Experiment) -> tuple[str, ...]:
 def _table(annotation: Any) -> type[Section] | None:
     """The table that a key is, None where it is a value."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
-
-
-def without_defaults(content: Mapping[str, Any], table: type[BaseModel] = Experiment) -> dict[str, Any]:
-    """A resolved configuration without what it says only because it is the default: nobody asked for that."""
-    usual = table().model_dump(mode="json", by_alias=True)
-    tables = {field.alias or name: _table(field.annotation) for name, field in table.model_fields.items()}
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        inner = tables.get(key)
-        if inner is not None and isinstance(value, Mapping):
-            found[key] = without_defaults(value, inner)
-        elif key not in usual or value != usual[key]:
-            found[key] = value
-    return found
 
 
 def _is_wrong(content: dict[str, Any], error: ValidationError) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
-from hwnas.config.base import Plugin, Section
+from hwnas.config.base import Plugin, Section, with_usual
 from hwnas.core.limits import Limit
 from hwnas.core.objective import AbsoluteObjective, Objective
 
@@ -19,7 +19,7 @@ class OptimizerConfig(Section):
 
     The defaults are TuNAS's: rmsproptf, rate 0.165 per 256 images, momentum and decay 0.9, eps 1. Of ``adamw`` they are rate 0.024,
     decay 0.02 and warm-up 0.1. In short trainings neither was ahead on both: six epochs of 5,000 images of CIFAR-10 at 16 px ended with
-    41.0 % (AdamW) and 39.1 % of 2,000 test images right, in the mean of two seeds, fifteen of raccoon at 64 px with an AP of 18.7 %
+    41.0 % (AdamW) and 39.1 % of 2,000 test images right, mean of two seeds, fifteen of raccoon at 64 px with an AP of 18.7 %
     and 23.8 %, of one seed.
     """
 
@@ -35,11 +35,12 @@ class OptimizerConfig(Section):
         description="weights that a step does not use rest (SPOS), or, once used, move on by momentum and decay (NAS-Bench-201's code)",
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _usual(cls, given: Any) -> Any:
-        """The defaults of the optimiser that is named."""
-        return {**ADAMW, **given} if isinstance(given, dict) and given.get("name") == "adamw" else given
+    def _usual(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """The defaults of the optimiser that is named. They do not count as given."""
+        usual = ADAMW if isinstance(given, dict) and given.get("name") == "adamw" else {}
+        return with_usual(given, usual, handler)
 
 
 OperationOn = Literal["node", "edge", "op"]

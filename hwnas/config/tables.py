@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from hwnas.config.base import Section
+from hwnas.config.base import Section, with_usual
 from hwnas.config.search import OptimizerConfig
 from hwnas.core.detector import PostProcessing, Scores
 from hwnas.core.ssdlite import EXTRAS
@@ -88,16 +88,15 @@ class DataConfig(Section):
     )
     workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _usual(cls, given: Any) -> Any:
-        """The defaults that depend on what else is given."""
-        if not isinstance(given, dict):
-            return given
-        usual: dict[str, Any] = {"augment": "ssdlite"} if given.get("name") == "coco" else {}
-        if given.get("channels") == 1:
+    def _usual(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """The defaults that depend on what else is given. They do not count as given."""
+        known = given if isinstance(given, dict) else {}
+        usual: dict[str, Any] = {"augment": "ssdlite"} if known.get("name") == "coco" else {}
+        if known.get("channels") == 1:
             usual |= {"mean": GREY_MEAN, "std": GREY_STD}
-        return {**usual, **given}
+        return with_usual(given, usual, handler)
 
     @property
     def resize_mode(self) -> Resize:
@@ -228,6 +227,11 @@ class TrainConfig(Section):
         description="epochs between evaluations on test images (2,000 at most; 500 of a detector), which choose nothing: the last weights "
         "are kept; 0: none; default: ten in the whole training, fewer where they would take more than a twentieth of its time",
     )
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a validation curve that is as usual: it changes no weight, so trainings from before it stay up to date."""
+        return {name: value for name, value in handler(self).items() if name != "validate_every" or value is not None}
 
 
 Format = Literal["tflite-fp32", "tflite-int8", "onnx", "onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks"]

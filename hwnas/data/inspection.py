@@ -36,7 +36,12 @@ def classes_in(config: DataConfig) -> int:
     images: Images = DATASETS.get(config.name)(config.model_copy(update={"classes": 0}), "all", False)
     if config.name == "folder":
         return len(images.names)
-    return int(images.labels.max()) + 1
+    if len(images) == 0:
+        raise DataError(f"data {config.name!r} has no training images: check data.path.")
+    low, high = int(images.labels.min()), int(images.labels.max())
+    if low < 0:
+        raise DataError(f"data {config.name!r} has the label {low}: labels count from 0.")
+    return high + 1
 
 
 def check_data(config: DataConfig, *, searches: bool, exact: bool = True) -> None:
