@@ -198,10 +198,12 @@ def test_a_proxys_weights_do_not_start_a_training(finished_run: Path, tmp_path: 
     shutil.copytree(finished_run, run)
     for proxy in ("proxy_depth=1", "proxy_width=0.5"):
         short = [f"search.supernet.{proxy}", "search.epochs=0.2", "search.candidates=1", "search.random_samples=0"]
-        experiment = load_experiment(finished_run.parent / "tiny.toml", [*short, "train.weights=supernet"])
-        Pipeline(experiment, run, Progress()).run_stage("search")
+        config, inherits = finished_run.parent / "tiny.toml", "train.weights=supernet"
+        with pytest.raises(ConfigError, match=r"needs a super-net of full size, and search\.supernet\.proxy_width or proxy_depth makes it"):
+            Pipeline(load_experiment(config, [*short, inherits]), run, Progress()).run_stage("search")
+        Pipeline(load_experiment(config, short), run, Progress()).run_stage("search")
         with pytest.raises(ConfigError, match=r"needs a super-net of full size, and this one was a proxy: set train\.weights = 'scratch'"):
-            Pipeline(experiment, run, Progress()).run_stage("train")
+            Pipeline(load_experiment(config, [inherits]), run, Progress()).run_stage("train")
     assert file_sha256(run / "train" / "model.safetensors") == file_sha256(finished_run / "train" / "model.safetensors")
 
 
