@@ -203,7 +203,7 @@ class Pipeline:
             why = "starting anew" if fresh else "inputs changed"
             self.progress.say(f"{name}: {why}; the earlier results move to {set_aside(folder).name}")
         elif state == "resume":
-            self.progress.say(f"{name}: goes on where it was")
+            self.progress.say(f"{name}: resumes")
         save_config(self.root, self.experiment)  # not earlier: a refused configuration must not replace that of the results
         folder.mkdir(exist_ok=True)
         return True
