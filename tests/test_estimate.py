@@ -149,6 +149,13 @@ def test_the_weights_of_a_super_net_are_about_those_that_it_has(tiny: Experiment
         assert 0.6 < searching.weights_of(space, collapsed=sharing == "collapsed") / count < 1.7
 
 
+def test_a_single_class_is_one(tmp_path: Path) -> None:
+    overrides = ["space.name=mobile32", "data.resolution=64", "task=detect", "data.name=coco", "data.path=absent", "data.classes=1"]
+    config = load_experiment(write_tiny(tmp_path), overrides)
+    said = Pipeline(config, tmp_path / "run", Progress()).plan().splitlines()[1]
+    assert said == "data: coco in absent, 1 class, 1 x 64 px"
+
+
 def test_a_named_architecture_needs_no_search(tiny: Experiment) -> None:
     data = tiny.data.model_copy(update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3})
     arch = named("mobilenet_v2", None, resolution=32, classes=10)
