@@ -6,12 +6,13 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hwnas.config import Experiment, SupernetConfig, load_experiment
 from hwnas.core.published import named
-from hwnas.estimate import plan, searching
+from hwnas.estimate import plan, searching, training
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, size, span, total
 from hwnas.nn.supernet import make_supernet
 from hwnas.pipeline import Pipeline, experiment_space
@@ -95,6 +96,30 @@ def test_every_stage_of_a_small_experiment_has_an_estimate(tiny: Experiment) -> 
     disk = found.stages["search"].disk_bytes
     assert 4 * searching.weights_of(experiment_space(tiny)) / 10 < disk < 1e8
     assert found.summary.startswith("about ") or found.summary.startswith("at least ")
+
+
+@pytest.mark.parametrize(("every", "evaluations"), [(0.0, None), (2.0, 3), (4.0, 2)])
+def test_the_validation_curve_is_in_the_trainings_estimate(tiny: Experiment, every: float, evaluations: int | None, tmp_path: Path) -> None:
+    """Six epochs: after the second, fourth and last; or after the fourth and the last."""
+    changed = tiny.model_copy(update={"train": tiny.train.model_copy(update={"validate_every": every})})
+    arch = experiment_space(tiny).decode(experiment_space(tiny).sample(np.random.default_rng(0)))
+    found = training.of_training(changed, arch, tmp_path, Stopwatch(1))
+    parts = {part.name: part for part in found.parts}
+    curve = parts.get("validation curve")
+    assert (curve and curve.count) == evaluations
+    if curve is not None:
+        assert curve.each == pytest.approx(359 * parts["testing"].each), "all 359 test images, as there are less than 2,000"
+
+
+@pytest.mark.parametrize("needed", [("validate",), ("train", "validate")])
+def test_a_validation_counts_its_images_whether_or_not_a_training_did(tiny: Experiment, needed: tuple[str, ...]) -> None:
+    """Where the training is up to date, nothing has counted them before."""
+    arch = experiment_space(tiny).decode(experiment_space(tiny).sample(np.random.default_rng(0)))
+    found = plan.Estimates(tiny, experiment_space(tiny), needed, arch=arch)
+    sampled = found._sampled
+    assert sampled is not None
+    accuracy = next(part for part in found.stages["validate"].parts if part.name == "accuracy of the files")
+    assert accuracy.each == pytest.approx(sampled.start + 359 * sampled.networks.ms / 1e3)
 
 
 @pytest.mark.slow
