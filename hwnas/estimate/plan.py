@@ -101,7 +101,7 @@ class Estimates:
         """One for all stages that measure."""
         if self._sampled is None:
             alone = self.arch if self.experiment.train.arch is not None else None
-            self._sampled = measuring.sample(self.experiment, self.space, alone, folder)
+            self._sampled = measuring.sample(self.experiment, self.space, alone, folder, self.watch)
         return self._sampled
 
     @property
