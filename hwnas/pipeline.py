@@ -204,15 +204,18 @@ class Pipeline:
             why = "starting anew" if fresh else "inputs changed"
             self.progress.say(f"{name}: {why}; the earlier results move to {set_aside(folder).name}")
         elif state == "resume":
-            self.progress.say(f"{name}: goes on where it was")
+            self.progress.say(f"{name}: resumes")
         save_config(self.root, self.experiment)  # not earlier: a refused configuration must not replace that of the results
         folder.mkdir(exist_ok=True)
         return True
 
     def plan(self, *, timed: bool = False) -> str:
-        """What ``run`` would do, in words; nothing is read but the configuration, and the table where one is named.
+        """What ``run`` would do, in words. Nothing is written into the run folder.
 
-        With ``timed``, a few steps of every stage are done in a temporary folder, and each stage is said to take how long.
+        Read are the configuration and what it names beside the images: a space, a device, networks. The images or their labels were read
+        before, where ``data.classes`` was not given and had to be counted.
+        With ``timed``, a few steps of every stage are done in a temporary folder, and each stage is said to take how long; for that, the
+        images, the table and what the run folder already holds are read, too.
         """
         experiment, space = self.experiment, self.space
         device, data = experiment.device, experiment.data
@@ -239,9 +242,9 @@ class Pipeline:
             ),
             "report": str(self.root / "report" / "report.html"),
         }
-        source = (
-            f"data: {data.name}{f' in {data.path}' if data.path else ''}, {data.classes} classes, {data.channels} x {data.resolution} px"
-        )
+        where = f" in {data.path}" if data.path else ""
+        classes = f"{data.classes} class{'es' if data.classes != 1 else ''}"
+        source = f"data: {data.name}{where}, {classes}, {data.channels} x {data.resolution} px"
         lines = [f"experiment {experiment.name} in {self.root}", source]
         if not timed:
             return "\n".join([*lines, *(f"{name:9} {texts[name]}" for name in self.needed)])

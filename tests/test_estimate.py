@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hwnas.config import Experiment, SupernetConfig, load_experiment
 from hwnas.core.published import named
-from hwnas.estimate import plan, searching
+from hwnas.errors import HwnasError
+from hwnas.estimate import measuring, plan, searching, training
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, size, span, total
 from hwnas.nn.supernet import make_supernet
 from hwnas.pipeline import Pipeline, experiment_space
@@ -97,6 +100,64 @@ def test_every_stage_of_a_small_experiment_has_an_estimate(tiny: Experiment) -> 
     assert found.summary.startswith("about ") or found.summary.startswith("at least ")
 
 
+@pytest.mark.parametrize(("every", "evaluations"), [(0.0, None), (2.0, 3), (4.0, 2)])
+def test_the_validation_curve_is_in_the_trainings_estimate(tiny: Experiment, every: float, evaluations: int | None, tmp_path: Path) -> None:
+    """Six epochs: after the second, fourth and last; or after the fourth and the last."""
+    changed = tiny.model_copy(update={"train": tiny.train.model_copy(update={"validate_every": every})})
+    arch = experiment_space(tiny).decode(experiment_space(tiny).sample(np.random.default_rng(0)))
+    found = training.of_training(changed, arch, tmp_path, Stopwatch(1))
+    parts = {part.name: part for part in found.parts}
+    curve = parts.get("validation curve")
+    assert (curve and curve.count) == evaluations
+    if curve is not None:
+        assert curve.each == pytest.approx(359 * parts["testing"].each), "all 359 test images, as there are less than 2,000"
+
+
+@pytest.mark.parametrize("needed", [("validate",), ("train", "validate")])
+def test_a_validation_counts_its_images_whether_or_not_a_training_did(tiny: Experiment, needed: tuple[str, ...]) -> None:
+    """Where the training is up to date, nothing has counted them before."""
+    arch = experiment_space(tiny).decode(experiment_space(tiny).sample(np.random.default_rng(0)))
+    found = plan.Estimates(tiny, experiment_space(tiny), needed, arch=arch)
+    sampled = found._sampled
+    assert sampled is not None and sampled.networks is not None
+    accuracy = next(part for part in found.stages["validate"].parts if part.name == "accuracy of the files")
+    assert accuracy.each == pytest.approx(sampled.start + 359 * sampled.networks.ms / 1e3)
+
+
+def of_cells(tiny: Experiment) -> Experiment:
+    space = tiny.space.model_copy(update={"name": "nasbench201"})
+    data = tiny.data.model_copy(update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3})
+    return tiny.model_copy(update={"space": space, "data": data})
+
+
+def test_no_op_of_cells_is_converted_where_no_time_is_left(tiny: Experiment, tmp_path: Path) -> None:
+    experiment = of_cells(tiny)
+    with pytest.raises(HwnasError, match="no time was left to build an op of cells"):
+        measuring.sample(experiment, experiment_space(experiment), None, tmp_path, Stopwatch(0))
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_network_of_cells_is_never_converted(tiny: Experiment, tmp_path: Path) -> None:
+    """The converter takes minutes for one, seconds for the one op that is timed here: a clock moves on as it is read."""
+    experiment = of_cells(tiny)
+    readings = itertools.count()
+    found = measuring.sample(experiment, experiment_space(experiment), None, tmp_path, Stopwatch(1.5, lambda: float(next(readings))))
+    files = [path.name for path in tmp_path.rglob("*.tflite")]
+    assert len(files) == 1 and not files[0].startswith("net-")
+    assert found.networks is None
+    profile = measuring.of_profile(experiment, experiment_space(experiment), found)
+    assert profile.parts and profile.unknown == "a network of cells is not built for a plan"
+    arch = experiment_space(experiment).decode(experiment_space(experiment).sample(np.random.default_rng(0)))
+    validation = measuring.of_validation(experiment, arch, 359, found)
+    assert [part.name for part in validation.parts] == ["measuring"] and validation.unknown == profile.unknown
+
+
+def test_one_op_and_one_network_are_built_where_no_time_is_left(tiny: Experiment, tmp_path: Path) -> None:
+    found = measuring.sample(tiny, experiment_space(tiny), None, tmp_path, Stopwatch(0))
+    assert len(list(tmp_path.rglob("*.tflite"))) == 2
+    assert found.ops.size_bytes > 0 and found.networks is not None and found.networks.ms > 0
+
+
 @pytest.mark.slow
 def test_twice_the_epochs_take_about_twice_as_long(tiny: Experiment) -> None:
     longer = {"search": tiny.search.model_copy(update={"epochs": 12}), "train": tiny.train.model_copy(update={"epochs": 12})}
@@ -147,6 +208,13 @@ def test_the_weights_of_a_super_net_are_about_those_that_it_has(tiny: Experiment
         made = make_supernet(space, torch.Generator().manual_seed(0), config)
         count = sum(weight.numel() for weight in made.parameters())
         assert 0.6 < searching.weights_of(space, collapsed=sharing == "collapsed") / count < 1.7
+
+
+def test_a_single_class_is_one(tmp_path: Path) -> None:
+    overrides = ["space.name=mobile32", "data.resolution=64", "task=detect", "data.name=coco", "data.path=absent", "data.classes=1"]
+    config = load_experiment(write_tiny(tmp_path), overrides)
+    said = Pipeline(config, tmp_path / "run", Progress()).plan().splitlines()[1]
+    assert said == "data: coco in absent, 1 class, 1 x 64 px"
 
 
 def test_a_named_architecture_needs_no_search(tiny: Experiment) -> None:

@@ -25,7 +25,7 @@ from hwnas.nn.network import load_network
 from hwnas.nn.supernet import load_supernet, save_supernet
 from hwnas.pipeline import STAGES, Pipeline, experiment_space
 from hwnas.progress import Progress
-from hwnas.runs import MANIFEST, JsonLines, StageManifest
+from hwnas.runs import MANIFEST, JsonLines, StageManifest, stage
 from hwnas.search.result import SearchResult
 from hwnas.validate import Verdict
 from tests.conftest import write_tiny
@@ -46,6 +46,16 @@ class Lines(Progress):
 
 def hashes(run: Path) -> dict[str, str]:
     return {name: file_sha256(run / name) for name in LASTING}
+
+
+def test_an_interrupted_stage_says_that_it_resumes(tmp_path: Path) -> None:
+    lines, inputs = Lines(), {"seed": "0"}
+    pipeline = Pipeline(load_experiment(write_tiny(tmp_path)), tmp_path / "run", lines)
+    folder = tmp_path / "run" / "search"
+    with pytest.raises(KeyboardInterrupt), stage(folder, "search", inputs, ["arch.json"]):
+        raise KeyboardInterrupt
+    assert pipeline.begins("search", inputs, fresh=False)
+    assert lines.said == ["search: resumes"]
 
 
 def test_every_stage_ran_and_agrees(finished_run: Path) -> None:

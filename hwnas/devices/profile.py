@@ -11,7 +11,7 @@
 Where only whole networks can be timed, or op by op would take too long, ``profile.mode = "networks"`` measures sampled networks
 alone, and the entries are fitted to them (tables/fit.py).
 
-Rows are appended to ``samples.jsonl`` as they come, so that a killed profile goes on where it was.
+Rows are appended to ``samples.jsonl`` as they come, so that a killed profile resumes.
 """
 
 from __future__ import annotations

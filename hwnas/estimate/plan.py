@@ -14,6 +14,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data import data_folder
+from hwnas.data.images import load_images
 from hwnas.engine import flush_denormals
 from hwnas.errors import HwnasError
 from hwnas.estimate import exporting, measuring, searching, training
@@ -45,7 +46,7 @@ class Estimates:
         self.stages: dict[str, Estimate] = {}
         self._arch = arch
         self._sampled: measuring.Sample | None = None
-        self._test_images = 0
+        self._tested: int | None = None
         flush_denormals()
         timed: dict[str, Callable[[Path], Estimate]] = {  # what takes longest first: the others may find no time left
             "search": self._search,
@@ -75,7 +76,7 @@ class Estimates:
     def _train(self, folder: Path) -> Estimate:
         _check_data(self.experiment)
         found = training.of_training(self.experiment, self.arch, folder, self.watch)
-        self._test_images = round(next(part.count for part in found.parts if part.name == training.TESTING))
+        self._tested = round(next(part.count for part in found.parts if part.name == training.TESTING))
         return found
 
     def _profile(self, folder: Path) -> Estimate:
@@ -89,11 +90,18 @@ class Estimates:
         del folder
         return exporting.of_export(self.experiment, self.arch, self.watch)
 
+    @property
+    def _test_images(self) -> int:
+        """How many there are: as the training's estimate found, else counted."""
+        if self._tested is None:
+            self._tested = len(load_images(self.experiment.data, "test"))
+        return self._tested
+
     def _sample(self, folder: Path) -> measuring.Sample:
         """One for all stages that measure."""
         if self._sampled is None:
             alone = self.arch if self.experiment.train.arch is not None else None
-            self._sampled = measuring.sample(self.experiment, self.space, alone, folder)
+            self._sampled = measuring.sample(self.experiment, self.space, alone, folder, self.watch)
         return self._sampled
 
     @property

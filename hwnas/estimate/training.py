@@ -50,5 +50,8 @@ def of_training(experiment: Experiment, arch: Architecture, folder: Path, watch:
         testing = watch.once(lambda: detect(network, images, post, batch_size=size, limit=count, workers=workers))
     else:
         testing = watch.once(lambda: accuracy(network, evaluation_batches(training.test, size, limit=count, workers=workers)))
-    parts = (steps, saving, Part(TESTING, len(training.test), testing / count))
+    each_image = testing / count
+    validation = training.validation
+    curve = Part("validation curve", len(validation.due), validation.limit * each_image)
+    parts = (steps, saving, *([curve] if validation.due else []), Part(TESTING, len(training.test), each_image))
     return Estimate(parts, peak_memory(), checkpoint_bytes + 4.0 * arch.params)

@@ -31,7 +31,7 @@ KEPT_BYTES = 2**28
 class Judge:
     """Evaluates architectures, each one once until ``forget`` is called: what it says holds for the weights of the moment.
 
-    Once ``keep`` has named a file, judgements are also kept there, so that a finder that is stopped goes on where it was.
+    Once ``keep`` has named a file, judgements are also kept there, so that a finder that is stopped resumes.
     """
 
     def __init__(self, supernet: SharedNetwork | Portfolio, experiment: Experiment) -> None:
