@@ -275,7 +275,7 @@ class ValidateConfig(Section):
     parity_tolerance: float = Field(
         1e-4,
         gt=0,
-        description="outputs of float files against PyTorch's, relative to the largest; of detectors, in parts of the image or of a score",
+        description="outputs of float files against PyTorch's, relative to the largest; of detectors, in parts of the input or of a score",
     )
     accuracy_tolerance: float = Field(0.002, ge=0, description="top-1 of float files against PyTorch")
     int8_accuracy_tolerance: float = Field(0.02, ge=0, description="top-1 of int8 files against PyTorch")

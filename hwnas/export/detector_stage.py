@@ -179,7 +179,7 @@ def described(kind: str, anchors: int, width: int, detections: int) -> DetectorF
 def detector_parity(kind: str, outputs: np.ndarray, rows: np.ndarray, settings: PostProcessing, resolution: int) -> Parity:
     """Compare a file's outputs [N, ...] with PyTorch's rows [N, anchors, 4 + classes].
 
-    ``relative_error`` is the largest difference of a coordinate, in parts of the image, or of a score: over all anchors, and where the
+    ``relative_error`` is the largest difference of a coordinate, in parts of the input, or of a score: over all anchors, and where the
     graph chooses the detections, over PyTorch's best of each image and what is nearest to them; a missing one counts 1, and so does
     a file with an output that is no number.
     ``agreement`` is the part of images whose best detection is of the same class, and overlaps PyTorch's with an IoU of 0.5 or more.

@@ -208,7 +208,7 @@ def _detection_outputs() -> list[tables.Table]:
     location, category, score, number = (
         _feature(name, meaning)
         for name, meaning in zip(
-            _DETECTION, ("Boxes in parts of the image.", "Positions of labels.", "Scores in 0..1.", "How many there are."), strict=True
+            _DETECTION, ("Boxes in parts of the input.", "Positions of labels.", "Scores in 0..1.", "How many there are."), strict=True
         )
     )
     each: tables.Table = {tables.Range.MIN: np.int32(2), tables.Range.MAX: np.int32(2)}  # an item per detection, along axis 2

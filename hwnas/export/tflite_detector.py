@@ -169,5 +169,5 @@ class _Tail:
         return self.graph.operator("GATHER", "task.codes", [self.codes, order], self.graph.shape(self.codes), options)
 
     def task_anchors(self) -> int:
-        """Centre y, centre x, height, width [anchors, 4] in parts of the image."""
+        """Centre y, centre x, height, width [anchors, 4] in parts of the input."""
         return self.graph.constant("anchors", self.centres_A4[:, [1, 0, 3, 2]] / self.network.arch.resolution)
