@@ -287,7 +287,7 @@ class ValidateConfig(Section):
         gt=0,
         lt=1,
         description="score from which an app shows what a detector finds: NMS is timed at it, too, for AP needs a far lower one "
-        "(detector.post_processing.min_score)",
+        "(detector.post_processing.min_score; at or below that one it does nothing)",
     )
     rounds: int = Field(7, ge=1, description="interleaved passes over the files; up to twice as many while they are noisy")
     max_spread: float = Field(0.10, gt=0, description="spread between rounds above which a file is measured again")

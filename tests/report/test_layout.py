@@ -78,7 +78,8 @@ def detector_run(root: Path, classes: int = 80) -> StageContext:
         }))  # fmt: skip
     arch = Architecture.load(ctx.path("train", "arch.json"))
     bundle = Bundle(
-        architecture=arch, labels=tuple(names), preprocessing=preprocessing(ctx.experiment.data, load_images(ctx.experiment.data, "test")), macs=arch.macs,
+        architecture=arch, labels=tuple(names), macs=arch.macs,
+        preprocessing=preprocessing(ctx.experiment.data, load_images(ctx.experiment.data, "test")),
         params=arch.params, torch_ap=0.32, test_images=40, files=tuple(files), versions={},
         detector=DetectorPart(anchors=5, post_processing=PostProcessing(), files=described),
     )  # fmt: skip

@@ -455,7 +455,8 @@ def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
             "post_processing_ms": ms,
         }))  # fmt: skip
     bundle = Bundle(
-        architecture=arch, labels=("<cat>", "dog"), preprocessing=preprocessing(ctx.experiment.data, load_images(ctx.experiment.data, "test")), macs=arch.macs,
+        architecture=arch, labels=("<cat>", "dog"), macs=arch.macs,
+        preprocessing=preprocessing(ctx.experiment.data, load_images(ctx.experiment.data, "test")),
         params=arch.params, torch_ap=0.32, test_images=40, files=tuple(files), versions={},
         detector=DetectorPart(anchors=5, post_processing=PostProcessing(), files=described),
     )  # fmt: skip
