@@ -34,6 +34,7 @@ from hwnas.export.bundle import (
 from hwnas.export.detector import Decoded, columns
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard, with_metadata
+from hwnas.export.names import CHOSEN, DETECTIONS, TASK_OUTPUTS
 from hwnas.export.onnx import onnx_file
 from hwnas.export.post_processing import NMS_COLUMNS, READERS, Found, iou
 from hwnas.export.tflite import quantize_int8
@@ -140,7 +141,7 @@ class _Writer:
         if self._onnx is None:
             arch = self.network.arch
             shape, metadata = (1, arch.in_channels, arch.resolution, arch.resolution), {"architecture": arch.to_json()}
-            model = onnx_file(self.decoded, shape, metadata=metadata, output_name=onnx_detector.OUTPUT_NAME)
+            model = onnx_file(self.decoded, shape, metadata=metadata, output_name=DETECTIONS)
             self._onnx = self.interface.around(model, "onnxruntime")
         return self._onnx
 
@@ -158,13 +159,13 @@ def described(kind: str, anchors: int, width: int, detections: int) -> DetectorF
     graph = GRAPHS.get(kind, "decoded")
     if graph == "decoded":
         row = "per anchor: x1, y1, x2, y2 in pixels of the model's input, cut off at its edges; then a score in 0..1 per label"
-        return DetectorFile(graph=graph, outputs=(Output(name=tflite_detector.OUTPUT, shape=(1, anchors, width), meaning=row),))
+        return DetectorFile(graph=graph, outputs=(Output(name=DETECTIONS, shape=(1, anchors, width), meaning=row),))
     if graph == "nms":
         row = (
             "best first: x1, y1, x2, y2 in pixels of the model's input, cut off at its edges; score in 0..1; position of the label; "
             "rows after the last detection are 0"
         )
-        return DetectorFile(graph=graph, outputs=(Output(name="chosen", shape=(1, detections, NMS_COLUMNS), meaning=row),))
+        return DetectorFile(graph=graph, outputs=(Output(name=CHOSEN, shape=(1, detections, NMS_COLUMNS), meaning=row),))
     shapes = ((1, detections, 4), (1, detections), (1, detections), (1,))
     meanings = (
         "best first: ymin, xmin, ymax, xmax in parts of the model's input, not cut off at its edges",
@@ -172,7 +173,7 @@ def described(kind: str, anchors: int, width: int, detections: int) -> DetectorF
         "score in 0..1",
         "number of detections; what follows them is undefined",
     )
-    named = zip(tflite_detector.TASK_OUTPUTS, shapes, meanings, strict=True)
+    named = zip(TASK_OUTPUTS, shapes, meanings, strict=True)
     return DetectorFile(graph=graph, outputs=tuple(Output(name=name, shape=shape, meaning=meaning) for name, shape, meaning in named))
 
 

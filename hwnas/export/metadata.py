@@ -29,6 +29,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from hwnas import __version__
 from hwnas.export import metadata_schema as tables
+from hwnas.export.names import DETECTIONS, IMAGE, LOGITS, PROBABILITIES, TASK_OUTPUTS
 from hwnas.export.score_calibration import ScoreCalibration
 from hwnas.export.tflite_file import read_model, write_model
 
@@ -37,14 +38,13 @@ LABELS_FILE = "labels.txt"
 CALIBRATION_FILE = "score_calibration.txt"
 ENTRY = "TFLITE_METADATA"
 """The name of the model's metadata entry."""
-INPUT = "image"
 
 OutputKind = Literal["logits", "probabilities", "decoded", "tasks"]
 OUTPUTS: dict[OutputKind, tuple[str, ...]] = {
-    "logits": ("logits",),
-    "probabilities": ("probabilities",),
-    "decoded": ("detections",),
-    "tasks": ("boxes", "classes", "scores", "count"),
+    "logits": (LOGITS,),
+    "probabilities": (PROBABILITIES,),
+    "decoded": (DETECTIONS,),
+    "tasks": TASK_OUTPUTS,
 }
 """What a file gives -> the names of its outputs."""
 
@@ -94,7 +94,7 @@ def with_metadata(model: bytes, card: ModelCard) -> bytes:
     Raises ExportError where the file would have 2 GiB or more.
     """
     parsed = read_model(model)
-    _name_tensors(parsed, INPUT, OUTPUTS[card.output])
+    _name_tensors(parsed, IMAGE, OUTPUTS[card.output])
     entry, buffer = schema.MetadataT(), schema.BufferT()
     buffer.data = tables.packed(_model(card))
     others = [each for each in parsed.metadata or [] if each.name != ENTRY.encode()]
@@ -161,7 +161,7 @@ def _model(card: ModelCard) -> tables.Table:
 def _input(card: ModelCard) -> tables.Table:
     color = tables.ColorSpace.RGB if card.channels == 3 else tables.ColorSpace.GRAYSCALE
     tensor: tables.Table = {
-        tables.Tensor.NAME: INPUT,
+        tables.Tensor.NAME: IMAGE,
         tables.Tensor.DESCRIPTION: "The image, stretched to the input's size.",
         tables.Tensor.CONTENT: _content(tables.Properties.IMAGE, {0: np.int8(color)}),
     }
