@@ -62,7 +62,7 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
     found = detect(network, test, settings, batch_size=BATCH, workers=data.workers)
     ap = average_precision(test, found).AP
     interface = Interface(config.input, False, data.mean, data.std)
-    card = ModelCard(arch.name, data.channels, test.names, "decoded", interface.normalisation)
+    card = ModelCard(arch.name, data.channels, test.names, "decoded", interface.normalisation, test.resizing)
     writer = _Writer(network, settings, interface, sampled_images(train, config.calibration_images), card)
     count = min(config.parity_images, max(1, ROWS_BYTES // (4 * writer.anchors * columns(network))))
     images = interface.fed(sampled_images(test, count))

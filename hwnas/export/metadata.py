@@ -77,6 +77,7 @@ class Normalisation:
 class ModelCard:
     """All that the metadata of a file say.
 
+    ``resizing`` says in words how an image becomes the input's size; programs read no such thing, and people do.
     ``normalisation`` is None where the file takes pixels as they are, as uint8 in 0..255. ``calibration`` is of a classifier alone.
     """
 
@@ -85,6 +86,7 @@ class ModelCard:
     labels: tuple[str, ...]
     output: OutputKind
     normalisation: Normalisation | None
+    resizing: str
     calibration: ScoreCalibration | None = None
 
 
@@ -162,7 +164,7 @@ def _input(card: ModelCard) -> tables.Table:
     color = tables.ColorSpace.RGB if card.channels == 3 else tables.ColorSpace.GRAYSCALE
     tensor: tables.Table = {
         tables.Tensor.NAME: IMAGE,
-        tables.Tensor.DESCRIPTION: "The image, stretched to the input's size.",
+        tables.Tensor.DESCRIPTION: f"The image. Resizing: {card.resizing}.",
         tables.Tensor.CONTENT: _content(tables.Properties.IMAGE, {0: np.int8(color)}),
     }
     low, high = np.zeros(1, np.float32), np.full(1, _LARGEST_PIXEL, np.float32)
