@@ -11,8 +11,8 @@
      "warmup_ms": 5, "min_ms": 20, "min_runs": 5, "max_runs": 200,
      "items": [{"id": "any", "path": "x.tflite", "round": 0, "input": "image.npy"}, ...]}
 
-where ``input`` is optional: a file of one float32 image [1, H, W, C], as for ``predict``, for models whose time
-depends on what they see (NMS). Others get noise.
+where ``input`` is optional: a file of one image [1, H, W, C], float32 or uint8 as for ``predict``, for models whose
+time depends on what they see (NMS). Others get noise.
 
 JSON lines go to stdout: a header that describes the machine, then for each item, in the plan's order,
 ``{"id", "round", "delegated", "ms": [every single run]}``, with ``"input": "image"`` where an image was fed, or
@@ -22,7 +22,7 @@ With several threads, idle-priority loops keep the pinned cores awake (``keep_aw
 line ``{"conditions": {"cores": "kept awake"}}`` says so.
 
 ``predict`` feeds images [N, H, W, C] one by one and writes float32 outputs [N, ...]. It quantises and dequantises for
-integer models, and transposes to NCHW for ONNX files. Several outputs become one row per image: each is flattened, and
+int8 models, and transposes to NCHW for ONNX files. Several outputs become one row per image: each is flattened, and
 they follow one another in the file's order. Images are float32, or uint8 for a model that takes pixels as they are.
 
 ``inspect`` writes a JSON line: what this machine is, its cores, and for each runtime the package and version that
@@ -160,8 +160,7 @@ class OnnxModel:
 
     def feed(self, image_NHWC: Any) -> None:
         entry = only(self._session.get_inputs(), "input")
-        if pixels(image_NHWC, self.dtypes[entry.type]) != (self.dtypes[entry.type] == "uint8"):
-            raise Refusal("This model takes uint8 images, pixels as they are, and these are float32")
+        pixels(image_NHWC, self.dtypes[entry.type])
         self._binding.bind_cpu_input(entry.name, np.ascontiguousarray(image_NHWC.transpose(0, 3, 1, 2)))
 
     def predict(self, image_NHWC: Any) -> Any:
@@ -251,10 +250,13 @@ def noise(shape: Any, dtype: Any) -> Any:
 
 
 def pixels(images: Any, dtype: Any) -> bool:
-    """Whether images are pixels, for an input of ``dtype`` that takes them as they are."""
-    if images.dtype == np.uint8 and np.dtype(dtype) != np.uint8:
+    """Whether images are pixels, for an input of ``dtype`` that takes them as they are. The one is refused without the other."""
+    given, taken = images.dtype == np.uint8, np.dtype(dtype) == np.uint8
+    if given and not taken:
         raise Refusal(f"These images are uint8, and the model takes {np.dtype(dtype)}: normalise them first")
-    return bool(images.dtype == np.uint8)
+    if taken and not given:
+        raise Refusal(f"This model takes uint8 images, pixels as they are, and these are {images.dtype}: do not normalise them")
+    return bool(given)
 
 
 def quantise(values: Any, tensor: Any) -> Any:

@@ -117,8 +117,8 @@ def app_score(bundle: Bundle, config: ValidateConfig) -> float | None:
 
 
 def write_typical_image(bundle_folder: Path, score: float, path: Path) -> None:
-    """Write the test image, of the bundle's, with as many scores above ``score`` as the median one has, float32 [1, H, W, C]: how long NMS
-    takes depends on that.
+    """Write the test image, of the bundle's, with as many scores above ``score`` as the median one has, as the files take it, float32 or
+    uint8 [1, H, W, C]: how long NMS takes depends on that.
     """
     with np.load(bundle_folder / "parity.npz", allow_pickle=False) as arrays:
         images_NHWC, rows = arrays["images"], arrays["rows"]

@@ -99,6 +99,8 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         (["validate.int8_ap_tolerance=0.1"], "run", "does nothing: task = 'classify' has no boxes"),
         (["export.formats=['onnx']", "export.calibration_images=9"], "export", "does nothing: export.formats has no int8 file"),
         (["export.formats=['tflite-int8']", "validate.parity_tolerance=9"], "validate", "export.formats has no float file"),
+        ([*COCO, "validate.app_score=0.001"], "validate", "validate.app_score = 0.001 does nothing: .*min_score = 0.001 drops .* higher"),
+        ([*COCO, "detector.post_processing.min_score=0.5", "validate.app_score=0.4"], "run", "app_score = 0.4 does nothing: .* 0.5 drops"),
         (["data.path=/x"], "run", "data.path = '/x' does nothing: data.name = 'digits' ships with scikit-learn"),
         (["study.top_k=3"], "run", "study.top_k = 3 does nothing: only hwnas study reads it"),
         (["study.top_k=3"], "study compare", "study.top_k = 3 does nothing: 'hwnas study compare' does not read it"),
@@ -134,6 +136,9 @@ def test_what_the_command_line_sets_in_vain_is_refused(overrides: list[str], ver
         (["search.strategy=spos", "search.evaluation_images=50"], "search"),
         (["search.finder=evolution", "search.evaluation_images=50"], "search"),
         (["search.optimizer.name=sgd", "search.optimizer.momentum=0.8"], "search"),
+        ([*COCO, "detector.post_processing.min_score=0.5"], "run"),  # not below app_score's default, which nobody has asked for
+        ([*COCO, "detector.post_processing.min_score=0.5", "validate.app_score=0.6"], "run"),
+        ([*COCO, "validate.app_score=0.001"], "export"),
         (["search.epochs=3"], "train"),  # the same keys are given to one stage after another
     ],
 )

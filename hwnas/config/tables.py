@@ -279,7 +279,7 @@ class ValidateConfig(Section):
     parity_tolerance: float = Field(
         1e-4,
         gt=0,
-        description="outputs of float files against PyTorch's, relative to the largest; of detectors, in parts of the image or of a score",
+        description="outputs of float files against PyTorch's, relative to the largest; of detectors, in parts of the input or of a score",
     )
     accuracy_tolerance: float = Field(0.002, ge=0, description="top-1 of float files against PyTorch")
     int8_accuracy_tolerance: float = Field(0.02, ge=0, description="top-1 of int8 files against PyTorch")
@@ -291,7 +291,7 @@ class ValidateConfig(Section):
         gt=0,
         lt=1,
         description="score from which an app shows what a detector finds: NMS is timed at it, too, for AP needs a far lower one "
-        "(detector.post_processing.min_score)",
+        "(detector.post_processing.min_score; at or below that one it does nothing)",
     )
     rounds: int = Field(7, ge=1, description="interleaved passes over the files; up to twice as many while they are noisy")
     max_spread: float = Field(0.10, gt=0, description="spread between rounds above which a file is measured again")

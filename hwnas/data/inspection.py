@@ -8,9 +8,6 @@ from hwnas.data.coco import training_categories
 from hwnas.data.images import Images, load_images
 from hwnas.errors import ConfigError, DataError
 
-MANY = 2**31 - 1
-"""Classes of data of which nobody knows yet how many there are."""
-
 
 def with_classes(config: DataConfig) -> DataConfig:
     """The configuration with ``data.classes`` counted where it was not given.

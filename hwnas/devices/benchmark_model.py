@@ -159,11 +159,13 @@ def abi(head: bytes) -> str | None:
 
 
 def to_inputs(images_NHWC: np.ndarray, tensor: dict[str, Any]) -> bytes:
-    """The bytes of N input tensors (TFLite's details of one) for images: float32, quantised where the tensor is an integer's, or pixels.
+    """The bytes of N input tensors (TFLite's details of one) for images: float32, quantised where the tensor is int8, or pixels.
 
-    Raises DeviceError where images are uint8 and the tensor is not.
+    Raises DeviceError where either images or the tensor are uint8, and not both.
     """
     dtype = np.dtype(tensor["dtype"])
+    if dtype == np.uint8 and images_NHWC.dtype != np.uint8:
+        raise DeviceError(f"this model takes uint8 images, pixels as they are, and these are {images_NHWC.dtype}: do not normalise them.")
     if images_NHWC.dtype == np.uint8:
         if dtype != np.uint8:
             raise DeviceError(f"the model takes {dtype} images, and these are uint8: normalise them first.")

@@ -38,8 +38,8 @@ from hwnas.data.images import Batch, Images
 from hwnas.document import Document, file_sha256, write_atomic
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, labels_text
+from hwnas.export.names import IMAGE, PROBABILITIES
 from hwnas.export.score_calibration import Transformation
-from hwnas.export.tflite_interface import PROBABILITIES
 
 FILES: dict[str, tuple[str, str, str]] = {
     "tflite-fp32": ("model-fp32.tflite", "litert", "fp32"),
@@ -251,7 +251,7 @@ def described_input(runtime: str, interface: Interface, arch: Architecture) -> F
     colours = "red, green and blue" if channels == 3 else "grey"
     normalised = f"{colours} scaled to 0..1, less preprocessing.mean, divided by preprocessing.std"
     return FileInput(
-        name="image",
+        name=IMAGE,
         dtype=interface.input,
         layout="NHWC" if runtime == "litert" else "NCHW",
         shape=(1, size, size, channels) if runtime == "litert" else (1, channels, size, size),

@@ -34,6 +34,7 @@ from hwnas.export.bundle import (
 from hwnas.export.detector import Decoded, columns
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard, with_metadata
+from hwnas.export.names import CHOSEN, DETECTIONS, TASK_OUTPUTS
 from hwnas.export.onnx import onnx_file
 from hwnas.export.post_processing import NMS_COLUMNS, READERS, Found, iou
 from hwnas.export.tflite import quantize_int8
@@ -61,7 +62,7 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
     found = detect(network, test, settings, batch_size=BATCH, workers=data.workers)
     ap = average_precision(test, found).AP
     interface = Interface(config.input, False, data.mean, data.std)
-    card = ModelCard(arch.name, data.channels, test.names, "decoded", interface.normalisation)
+    card = ModelCard(arch.name, data.channels, test.names, "decoded", interface.normalisation, test.resizing)
     writer = _Writer(network, settings, interface, sampled_images(train, config.calibration_images), card)
     count = min(config.parity_images, max(1, ROWS_BYTES // (4 * writer.anchors * columns(network))))
     images = interface.fed(sampled_images(test, count))
@@ -140,7 +141,7 @@ class _Writer:
         if self._onnx is None:
             arch = self.network.arch
             shape, metadata = (1, arch.in_channels, arch.resolution, arch.resolution), {"architecture": arch.to_json()}
-            model = onnx_file(self.decoded, shape, metadata=metadata, output_name=onnx_detector.OUTPUT_NAME)
+            model = onnx_file(self.decoded, shape, metadata=metadata, output_name=DETECTIONS)
             self._onnx = self.interface.around(model, "onnxruntime")
         return self._onnx
 
@@ -158,13 +159,13 @@ def described(kind: str, anchors: int, width: int, detections: int) -> DetectorF
     graph = GRAPHS.get(kind, "decoded")
     if graph == "decoded":
         row = "per anchor: x1, y1, x2, y2 in pixels of the model's input, cut off at its edges; then a score in 0..1 per label"
-        return DetectorFile(graph=graph, outputs=(Output(name=tflite_detector.OUTPUT, shape=(1, anchors, width), meaning=row),))
+        return DetectorFile(graph=graph, outputs=(Output(name=DETECTIONS, shape=(1, anchors, width), meaning=row),))
     if graph == "nms":
         row = (
             "best first: x1, y1, x2, y2 in pixels of the model's input, cut off at its edges; score in 0..1; position of the label; "
             "rows after the last detection are 0"
         )
-        return DetectorFile(graph=graph, outputs=(Output(name="chosen", shape=(1, detections, NMS_COLUMNS), meaning=row),))
+        return DetectorFile(graph=graph, outputs=(Output(name=CHOSEN, shape=(1, detections, NMS_COLUMNS), meaning=row),))
     shapes = ((1, detections, 4), (1, detections), (1, detections), (1,))
     meanings = (
         "best first: ymin, xmin, ymax, xmax in parts of the model's input, not cut off at its edges",
@@ -172,14 +173,14 @@ def described(kind: str, anchors: int, width: int, detections: int) -> DetectorF
         "score in 0..1",
         "number of detections; what follows them is undefined",
     )
-    named = zip(tflite_detector.TASK_OUTPUTS, shapes, meanings, strict=True)
+    named = zip(TASK_OUTPUTS, shapes, meanings, strict=True)
     return DetectorFile(graph=graph, outputs=tuple(Output(name=name, shape=shape, meaning=meaning) for name, shape, meaning in named))
 
 
 def detector_parity(kind: str, outputs: np.ndarray, rows: np.ndarray, settings: PostProcessing, resolution: int) -> Parity:
     """Compare a file's outputs [N, ...] with PyTorch's rows [N, anchors, 4 + classes].
 
-    ``relative_error`` is the largest difference of a coordinate, in parts of the image, or of a score: over all anchors, and where the
+    ``relative_error`` is the largest difference of a coordinate, in parts of the input, or of a score: over all anchors, and where the
     graph chooses the detections, over PyTorch's best of each image and what is nearest to them; a missing one counts 1, and so does
     a file with an output that is no number.
     ``agreement`` is the part of images whose best detection is of the same class, and overlaps PyTorch's with an IoU of 0.5 or more.

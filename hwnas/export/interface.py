@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from hwnas.export import onnx_interface, tflite_interface
 from hwnas.export.metadata import Normalisation
+from hwnas.export.names import LOGITS, PROBABILITIES
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -38,7 +39,7 @@ class Interface:
     @property
     def output(self) -> Literal["logits", "probabilities"]:
         """The name of a classifier's output."""
-        return "probabilities" if self.softmax else "logits"
+        return PROBABILITIES if self.softmax else LOGITS
 
     @property
     def normalisation(self) -> Normalisation | None:

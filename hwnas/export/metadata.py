@@ -29,6 +29,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from hwnas import __version__
 from hwnas.export import metadata_schema as tables
+from hwnas.export.names import DETECTIONS, IMAGE, LOGITS, PROBABILITIES, TASK_OUTPUTS
 from hwnas.export.score_calibration import ScoreCalibration
 from hwnas.export.tflite_file import read_model, write_model
 
@@ -37,14 +38,13 @@ LABELS_FILE = "labels.txt"
 CALIBRATION_FILE = "score_calibration.txt"
 ENTRY = "TFLITE_METADATA"
 """The name of the model's metadata entry."""
-INPUT = "image"
 
 OutputKind = Literal["logits", "probabilities", "decoded", "tasks"]
 OUTPUTS: dict[OutputKind, tuple[str, ...]] = {
-    "logits": ("logits",),
-    "probabilities": ("probabilities",),
-    "decoded": ("detections",),
-    "tasks": ("boxes", "classes", "scores", "count"),
+    "logits": (LOGITS,),
+    "probabilities": (PROBABILITIES,),
+    "decoded": (DETECTIONS,),
+    "tasks": TASK_OUTPUTS,
 }
 """What a file gives -> the names of its outputs."""
 
@@ -77,6 +77,7 @@ class Normalisation:
 class ModelCard:
     """All that the metadata of a file say.
 
+    ``resizing`` says in words how an image becomes the input's size; programs read no such thing, and people do.
     ``normalisation`` is None where the file takes pixels as they are, as uint8 in 0..255. ``calibration`` is of a classifier alone.
     """
 
@@ -85,6 +86,7 @@ class ModelCard:
     labels: tuple[str, ...]
     output: OutputKind
     normalisation: Normalisation | None
+    resizing: str
     calibration: ScoreCalibration | None = None
 
 
@@ -94,7 +96,7 @@ def with_metadata(model: bytes, card: ModelCard) -> bytes:
     Raises ExportError where the file would have 2 GiB or more.
     """
     parsed = read_model(model)
-    _name_tensors(parsed, INPUT, OUTPUTS[card.output])
+    _name_tensors(parsed, IMAGE, OUTPUTS[card.output])
     entry, buffer = schema.MetadataT(), schema.BufferT()
     buffer.data = tables.packed(_model(card))
     others = [each for each in parsed.metadata or [] if each.name != ENTRY.encode()]
@@ -161,8 +163,8 @@ def _model(card: ModelCard) -> tables.Table:
 def _input(card: ModelCard) -> tables.Table:
     color = tables.ColorSpace.RGB if card.channels == 3 else tables.ColorSpace.GRAYSCALE
     tensor: tables.Table = {
-        tables.Tensor.NAME: INPUT,
-        tables.Tensor.DESCRIPTION: "The image, stretched to the input's size.",
+        tables.Tensor.NAME: IMAGE,
+        tables.Tensor.DESCRIPTION: f"The image. Resizing: {card.resizing}.",
         tables.Tensor.CONTENT: _content(tables.Properties.IMAGE, {0: np.int8(color)}),
     }
     low, high = np.zeros(1, np.float32), np.full(1, _LARGEST_PIXEL, np.float32)
@@ -208,7 +210,7 @@ def _detection_outputs() -> list[tables.Table]:
     location, category, score, number = (
         _feature(name, meaning)
         for name, meaning in zip(
-            _DETECTION, ("Boxes in parts of the image.", "Positions of labels.", "Scores in 0..1.", "How many there are."), strict=True
+            _DETECTION, ("Boxes in parts of the input.", "Positions of labels.", "Scores in 0..1.", "How many there are."), strict=True
         )
     )
     each: tables.Table = {tables.Range.MIN: np.int32(2), tables.Range.MAX: np.int32(2)}  # an item per detection, along axis 2

@@ -16,13 +16,11 @@ from torch import nn
 
 from hwnas.document import write_atomic
 from hwnas.errors import ExportError
+from hwnas.export.names import IMAGE, LOGITS
 
 OPSET = 18
 IR_VERSION = 8
 """The oldest that carries opset 18. The exporter writes 10, which onnxruntime before 1.18 refuses to load."""
-
-INPUT_NAME = "image"
-OUTPUT_NAME = "logits"
 
 
 def to_onnx(
@@ -40,7 +38,7 @@ def to_onnx(
 
 
 def onnx_file(
-    module: nn.Module, input_shape: tuple[int, int, int, int], *, metadata: Mapping[str, str], output_name: str = OUTPUT_NAME
+    module: nn.Module, input_shape: tuple[int, int, int, int], *, metadata: Mapping[str, str], output_name: str = LOGITS
 ) -> bytes:
     """The ONNX file of ``module`` in eval mode, weights inside, as ``onnx.checker`` accepts it.
 
@@ -72,7 +70,7 @@ def _traced(module: nn.Module, input_shape: tuple[int, int, int, int], output_na
         program = torch.onnx.export(
             eager,
             (torch.zeros(input_shape),),
-            input_names=[INPUT_NAME],
+            input_names=[IMAGE],
             output_names=[output_name],
             opset_version=OPSET,
             dynamo=True,

@@ -12,10 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hwnas.core.detector import PostProcessing
 from hwnas.errors import ExportError
+from hwnas.export.names import CHOSEN
 from hwnas.export.post_processing import BOX, NMS_COLUMNS
-
-OUTPUT_NAME = "detections"
-_CHOSEN = "chosen"
 
 
 def with_nms(model: bytes, config: PostProcessing) -> bytes:
@@ -36,7 +34,7 @@ def with_nms(model: bytes, config: PostProcessing) -> bytes:
     parsed.graph.node.extend(tail.nodes)
     parsed.graph.initializer.extend(tail.constants)
     parsed.graph.value_info.append(output)
-    parsed.graph.output[0].CopyFrom(helper.make_tensor_value_info(_CHOSEN, TensorProto.FLOAT, [1, config.detections, NMS_COLUMNS]))
+    parsed.graph.output[0].CopyFrom(helper.make_tensor_value_info(CHOSEN, TensorProto.FLOAT, [1, config.detections, NMS_COLUMNS]))
     try:
         onnx.checker.check_model(parsed, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -121,4 +119,4 @@ class _Tail:
         score = self._operator("Gather", "filled.score", filled, self._constant("score.number", BOX), axis=1)
         _, order = self._top("order", score, count, 0)
         sorted_ = self._operator("Gather", "sorted", filled, order, axis=0)
-        self.nodes.append(helper.make_node("Unsqueeze", [sorted_, "nms.image"], [_CHOSEN], _CHOSEN))
+        self.nodes.append(helper.make_node("Unsqueeze", [sorted_, "nms.image"], [CHOSEN], CHOSEN))

@@ -13,8 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from hwnas.errors import ExportError
-from hwnas.export.onnx import INPUT_NAME, OUTPUT_NAME
-from hwnas.export.tflite_interface import PROBABILITIES
+from hwnas.export.names import IMAGE, LOGITS, PROBABILITIES
 
 _NORMALISE = "normalise."
 """How the names begin of what stands before the network."""
@@ -27,10 +26,10 @@ def with_pixels(model: bytes, scale_C: npt.NDArray[np.float64], shift_C: npt.NDA
     """
     parsed = onnx.load_model_from_string(model)
     graph, names = parsed.graph, [f"{_NORMALISE}{part}" for part in ("cast", "scaled", "shifted")]
-    _rename_input(graph.node, INPUT_NAME, names[-1])
+    _rename_input(graph.node, IMAGE, names[-1])
     constants = [_constant(f"{name}.value", values) for name, values in zip(names[1:], (scale_C, shift_C), strict=True)]
     nodes = [
-        helper.make_node("Cast", [INPUT_NAME], names[:1], names[0], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [IMAGE], names[:1], names[0], to=TensorProto.FLOAT),
         helper.make_node("Mul", [names[0], constants[0].name], names[1:2], names[1]),
         helper.make_node("Add", [names[1], constants[1].name], names[2:], names[2]),
     ]
@@ -46,7 +45,7 @@ def with_softmax(model: bytes) -> bytes:
     """The file with the output ``probabilities``: the softmax of ``model``'s output ``logits`` [1, classes]."""
     parsed = onnx.load_model_from_string(model)
     graph = parsed.graph
-    graph.node.append(helper.make_node("Softmax", [OUTPUT_NAME], [PROBABILITIES], PROBABILITIES, axis=-1))
+    graph.node.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], PROBABILITIES, axis=-1))
     graph.value_info.append(graph.output[0])
     graph.output[0].name = PROBABILITIES
     return _packed(parsed)
@@ -57,14 +56,14 @@ def network_alone(model: bytes) -> bytes:
     parsed = onnx.load_model_from_string(model)
     graph = parsed.graph
     if graph.output[0].name == PROBABILITIES:
-        graph.output[0].name = OUTPUT_NAME
+        graph.output[0].name = LOGITS
         del graph.node[-1]
         del graph.value_info[-1]
     if graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8:
         graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
         network = [node for node in graph.node if not node.name.startswith(_NORMALISE)]
         constants = [tensor for tensor in graph.initializer if not tensor.name.startswith(_NORMALISE)]
-        _rename_input(network, f"{_NORMALISE}shifted", INPUT_NAME)
+        _rename_input(network, f"{_NORMALISE}shifted", IMAGE)
         del graph.node[:], graph.initializer[:]
         graph.node.extend(network)
         graph.initializer.extend(constants)

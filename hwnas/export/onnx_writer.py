@@ -24,7 +24,8 @@ from torch import nn
 from hwnas import __version__
 from hwnas.core.op import Layer, Op
 from hwnas.export.block_writer import BlockWriter, folded
-from hwnas.export.onnx import INPUT_NAME, IR_VERSION, OPSET, OUTPUT_NAME
+from hwnas.export.names import IMAGE, LOGITS
+from hwnas.export.onnx import IR_VERSION, OPSET
 from hwnas.nn.detector import JOINED, DetectionNetwork
 from hwnas.nn.network import AnyNetwork
 
@@ -46,8 +47,8 @@ def write_onnx(network: AnyNetwork) -> bytes:
     ops = network.arch.ops()
     writer = _Writer(ops[0])
     if isinstance(network, DetectionNetwork):
-        return writer.pack(dict(zip((OUTPUT_NAME, "codes"), writer.detector(INPUT_NAME, network), strict=True)))
-    return writer.pack({OUTPUT_NAME: writer.chain(INPUT_NAME, ops, list(network.blocks))})
+        return writer.pack(dict(zip((LOGITS, "codes"), writer.detector(IMAGE, network), strict=True)))
+    return writer.pack({LOGITS: writer.chain(IMAGE, ops, list(network.blocks))})
 
 
 def write_op(op: Op, module: nn.Module) -> bytes:
@@ -61,8 +62,8 @@ def write_op(op: Op, module: nn.Module) -> bytes:
     """
     writer = _Writer(op)
     if op.kind == "ssd":
-        return writer.pack(dict(zip(("classes", "boxes"), writer.predictors(INPUT_NAME, op, module), strict=True)))
-    return writer.pack({OUTPUT_NAME: writer.chain(INPUT_NAME, [op], [module])})
+        return writer.pack(dict(zip(("classes", "boxes"), writer.predictors(IMAGE, op, module), strict=True)))
+    return writer.pack({LOGITS: writer.chain(IMAGE, [op], [module])})
 
 
 class _Writer(BlockWriter[str]):
@@ -70,7 +71,7 @@ class _Writer(BlockWriter[str]):
 
     def __init__(self, first: Op) -> None:
         entry = (1, first.in_ch, first.size, first.size)
-        self.shapes: dict[str, tuple[int, ...]] = {INPUT_NAME: entry}  # from the input on, in the order of the graph
+        self.shapes: dict[str, tuple[int, ...]] = {IMAGE: entry}  # from the input on, in the order of the graph
         self._nodes: list[helper.NodeProto] = []
         self._constants: list[TensorProto] = []
 

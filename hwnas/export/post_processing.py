@@ -118,8 +118,8 @@ def read_nms(row: Floats, post_processing: dict[str, Any], resolution: int, clas
 
 
 def read_tasks(row: Floats, post_processing: dict[str, Any], resolution: int, classes: int) -> Found:
-    """The outputs of a ``tasks`` file for one image, flattened one after another: boxes (ymin, xmin, ymax, xmax in parts of the
-    image) [D * 4], classes [D], scores [D] and the number of detections. Boxes are cut off at the image's edges, as the op does not.
+    """The outputs of a ``tasks`` file for one image, flattened one after another: boxes [D * 4] (ymin, xmin, ymax, xmax in parts
+    of the model's input), classes [D], scores [D] and the number of detections. Boxes are cut off at its edges, as the op does not.
     """
     del post_processing
     flat = row.reshape(-1)

@@ -60,18 +60,42 @@ def run(ctx: StageContext, predict: Predict) -> None:
             f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error {file.parity.relative_error:.1e}, "
             f"same {same} on {file.parity.agreement:.1%} of {file.parity.images} images"
         )
-    if refused_by_mediapipe(bundle):
-        ctx.progress.say(
-            "note: MediaPipe's tasks normalise float32 input with one mean and std for all channels, so they "
-            "refuse these .tflite files; for them, set export.input = 'uint8'."
-        )
+    for reason in (refused_by_mediapipe(bundle), stretched_by_apps(bundle)):
+        if reason is not None:
+            ctx.progress.say(f"note: {reason}")
 
 
-def refused_by_mediapipe(bundle: Bundle) -> bool:
-    """Whether MediaPipe refuses a bundle's TFLite files for their normalisation; see ``metadata``."""
+def refused_by_mediapipe(bundle: Bundle) -> str | None:
+    """Why MediaPipe refuses a bundle's TFLite files, and what to set; None where it takes them, or there are none. See ``metadata``."""
+    if not _has_tflite(bundle):
+        return None
+    if bundle.preprocessing.channels != 3:
+        return "MediaPipe's tasks take RGB images only, so they refuse these .tflite files; for them, train with data.channels = 3."
     normalisation = bundle.interface.normalisation
-    has_tflite = any(file.runtime == "litert" for file in bundle.files)
-    return has_tflite and normalisation is not None and not normalisation.is_uniform
+    if normalisation is None or normalisation.is_uniform:
+        return None
+    return (
+        "MediaPipe's tasks normalise float32 input with one mean and std for all channels, so they refuse these .tflite files; "
+        "for them, set export.input = 'uint8'."
+    )
+
+
+def stretched_by_apps(bundle: Bundle) -> str | None:
+    """What to do where the readers of TFLite metadata resize a photograph in another way than the bundle's data; None where they do not.
+
+    Of a plug-in's data nobody knows.
+    """
+    mode = bundle.preprocessing.mode
+    if mode in (None, "squash") or not _has_tflite(bundle):
+        return None
+    return (
+        f"MediaPipe and ML Kit stretch a photograph to the model's square, and these files were made for {mode!r}: "
+        "resize it yourself before, or set data.resize = 'squash'."
+    )
+
+
+def _has_tflite(bundle: Bundle) -> bool:
+    return any(file.runtime == "litert" for file in bundle.files)
 
 
 def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle:
@@ -92,6 +116,7 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
         labels=test.names,
         output=interface.output,
         normalisation=interface.normalisation,
+        resizing=test.resizing,
         calibration=None if calibrated is None else calibrated.fitted,
     )
     files = []

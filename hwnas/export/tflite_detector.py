@@ -22,13 +22,11 @@ from flatbuffers import flexbuffers
 
 from hwnas.core.detector import PostProcessing
 from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres
+from hwnas.export.names import DETECTIONS, TASK_OUTPUTS
 from hwnas.export.tflite_interface import network_alone
 from hwnas.export.tflite_writer import Graph
 from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 
-OUTPUT = "detections"
-TASK_OUTPUTS = ("boxes", "classes", "scores", "count")
-"""In the order of the operator's outputs."""
 _SCOPE = "decode."
 """How the names begin of all that follows the network."""
 _CODE = "TFLite_Detection_PostProcess"
@@ -42,7 +40,7 @@ def decoded(heads: bytes, network: DetectionNetwork) -> bytes:
     tail = _Tail(heads, network)
     boxes, scores = tail.boxes(), tail.scores()
     tail.graph.scope = ""
-    return tail.graph.pack(tail.entry, tail.graph.concatenated(OUTPUT, [boxes, scores], axis=2))
+    return tail.graph.pack(tail.entry, tail.graph.concatenated(DETECTIONS, [boxes, scores], axis=2))
 
 
 def tasks(heads: bytes, network: DetectionNetwork, config: PostProcessing) -> bytes:
@@ -169,5 +167,5 @@ class _Tail:
         return self.graph.operator("GATHER", "task.codes", [self.codes, order], self.graph.shape(self.codes), options)
 
     def task_anchors(self) -> int:
-        """Centre y, centre x, height, width [anchors, 4] in parts of the image."""
+        """Centre y, centre x, height, width [anchors, 4] in parts of the input."""
         return self.graph.constant("anchors", self.centres_A4[:, [1, 0, 3, 2]] / self.network.arch.resolution)

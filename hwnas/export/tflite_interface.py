@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
+from hwnas.export.names import IMAGE, LOGITS, PROBABILITIES
 from hwnas.export.tflite_writer import Graph
 
-IMAGE, LOGITS, PROBABILITIES = "image", "logits", "probabilities"
-"""Names of a classifier's tensors."""
 _WHITE = 255
 _NORMALISING = 3
 """Operators before the network."""

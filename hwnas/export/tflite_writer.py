@@ -31,6 +31,7 @@ from torch import nn
 from hwnas import __version__
 from hwnas.core.op import Layer, Op
 from hwnas.export.block_writer import BlockWriter, folded
+from hwnas.export.names import IMAGE, LOGITS
 from hwnas.export.tflite_file import read_model, write_model
 from hwnas.nn.detector import JOINED, DetectionNetwork
 from hwnas.nn.network import AnyNetwork
@@ -56,10 +57,10 @@ def write_tflite(network: AnyNetwork) -> bytes:
     13
     """
     ops, graph = network.arch.ops(), _Writer()
-    entry = graph.tensor("image", (1, ops[0].size, ops[0].size, ops[0].in_ch))
+    entry = graph.tensor(IMAGE, (1, ops[0].size, ops[0].size, ops[0].in_ch))
     if isinstance(network, DetectionNetwork):
-        return graph.pack(entry, *graph.named(("logits", "codes"), graph.detector(entry, network)))
-    return graph.pack(entry, *graph.named(("logits",), (graph.chain(entry, ops, list(network.blocks)),)))
+        return graph.pack(entry, *graph.named((LOGITS, "codes"), graph.detector(entry, network)))
+    return graph.pack(entry, *graph.named((LOGITS,), (graph.chain(entry, ops, list(network.blocks)),)))
 
 
 def write_op(op: Op, module: nn.Module) -> bytes:
@@ -90,7 +91,7 @@ def write_heads(network: DetectionNetwork) -> bytes:
     them, and have names and scales of their own, so that a quantizer need not find one scale for all maps.
     """
     graph = _Writer()
-    entry = graph.tensor("image", (1, network.arch.resolution, network.arch.resolution, network.arch.in_channels))
+    entry = graph.tensor(IMAGE, (1, network.arch.resolution, network.arch.resolution, network.arch.in_channels))
     return graph.pack(entry, *(exit_ for pair in graph.predictions(entry, network) for exit_ in pair))
 
 

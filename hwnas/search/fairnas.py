@@ -54,7 +54,6 @@ class FairNAS(Strategy):
     """Strict fairness, then NSGA-II. It has no state of its own."""
 
     Config: ClassVar[type[BaseModel]] = FairNASConfig
-    judges = True
     cells = True
 
     def __init__(self, config: FairNASConfig) -> None:

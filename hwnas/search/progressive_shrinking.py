@@ -161,7 +161,6 @@ class ProgressiveShrinking(Strategy):
     """Once-for-all. What is open is a function of the step, so there is no state; the teacher is kept with the weights."""
 
     Config: ClassVar[type[BaseModel]] = ProgressiveShrinkingConfig
-    judges = True
     sharing = "collapsed"
     kernels = "ofa_transform"
 

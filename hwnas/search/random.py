@@ -78,7 +78,6 @@ class RandomStandalone(Strategy):
     """
 
     Config: ClassVar[type[BaseModel]] = RandomStandaloneConfig
-    judges = True
     cells = True
     shares = False
 

@@ -79,7 +79,6 @@ class SPOS(Strategy):
     """Uniform single paths, then evolution."""
 
     Config: ClassVar[type[BaseModel]] = SPOSConfig
-    judges = True
     cells = True
 
     def __init__(self, config: SPOSConfig) -> None:

@@ -159,7 +159,7 @@ class Strategy(ABC):
     configuration leaves it open. ``mixes`` says that several options of a choice run at once, with weights. A method with
     ``shares = False`` trains architectures each by itself instead of a super-net: ``setup`` puts them into ``alone``.
     ``rate`` names the option that sets how fast the policy learns, where there is one. ``cells`` says that the method runs on spaces
-    of cells too. ``judges`` says that it proposes what it has judged on held-out images (``ctx.evaluate``).
+    of cells too.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -169,7 +169,6 @@ class Strategy(ABC):
     shares: ClassVar[bool] = True
     rate: ClassVar[str | None] = None
     cells: ClassVar[bool] = False
-    judges: ClassVar[bool] = False
     alone: Sequence[Picks] = ()
 
     def check(self, space: SearchSpace) -> None:  # noqa: B027 (most methods run on every space)

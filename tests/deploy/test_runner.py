@@ -332,15 +332,20 @@ def test_predict_from_pixels(name: str, pixels: np.ndarray[Any, Any], files: dic
     assert refused.returncode == 2 and "These images are uint8, and the model takes float32: normalise them first" in refused.stderr
 
 
-def test_floats_are_no_pixels(files: dict[str, Path], images: np.ndarray[Any, Any], tmp_path: Path) -> None:
-    """An ONNX file has no scale to make pixels of floats with."""
-    (tmp_path / "net.onnx").write_bytes(TAKES_PIXELS.around(files["net.onnx"].read_bytes(), "onnxruntime"))
+@pytest.mark.parametrize("name", ["fp32.tflite", "float_io.tflite", "net.onnx"])
+def test_floats_are_no_pixels(name: str, files: dict[str, Path], images: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    """A TFLite file has a scale, but that of pixels, not of normalised images."""
+    runtime = "onnxruntime" if name.endswith("onnx") else "litert"
+    model = tmp_path / name
+    model.write_bytes(TAKES_PIXELS.around(files[name].read_bytes(), runtime))
     np.save(tmp_path / "in.npy", images)
-    refused = run("predict", tmp_path / "net.onnx", tmp_path / "in.npy", tmp_path / "out.npy")
-    assert refused.returncode == 2 and "This model takes uint8 images, pixels as they are, and these are float32" in refused.stderr
-    items = [{"id": "net", "path": str(tmp_path / "net.onnx")}]
-    _, [line] = measure(tmp_path, runtime="onnxruntime", items=items)
-    assert len(line["ms"]) >= 5
+    refused = run("predict", model, tmp_path / "in.npy", tmp_path / "out.npy")
+    sentence = "This model takes uint8 images, pixels as they are, and these are float32: do not normalise them"
+    assert refused.returncode == 2 and sentence in refused.stderr
+    assert not (tmp_path / "out.npy").exists()
+    fed = [{"id": "fed", "path": str(model), "input": str(tmp_path / "in.npy")}, {"id": "noise", "path": str(model)}]
+    _, [bad, line] = measure(tmp_path, runtime=runtime, items=fed)
+    assert sentence in bad["error"] and len(line["ms"]) >= 5
 
 
 def test_receives_what_is_missing(files: dict[str, Path], tmp_path: Path) -> None:

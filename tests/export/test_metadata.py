@@ -13,22 +13,29 @@ import torch
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from flatbuffers.table import Table
+from PIL import Image
 from torch import nn
 
+from hwnas.config import Experiment
+from hwnas.core.arch import Architecture
+from hwnas.core.op import Op
 from hwnas.export import metadata_schema as tables
 from hwnas.export.bundle import Bundle
 from hwnas.export.metadata import ENTRY, ModelCard, Normalisation, labels_text, with_metadata
 from hwnas.export.score_calibration import ScoreCalibration
-from hwnas.export.stage import refused_by_mediapipe
+from hwnas.export.stage import refused_by_mediapipe, stretched_by_apps
 from hwnas.export.tflite import graph_ops, quantize_int8, to_tflite
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
 from hwnas.export.tflite_writer import Graph, write_heads
+from hwnas.nn.network import network_of, save_network
+from hwnas.pipeline import Pipeline
+from hwnas.progress import Progress
 from tests.export.detectors import images, lively_network, run_tflite
 from tests.export.test_tflite_file import SETTINGS
 
 torch.set_num_threads(1)
 
-CARD = ModelCard("small", 3, ("cat", "dog", "red panda"), "logits", Normalisation.of_parts((0.5,) * 3, (0.5,) * 3))
+CARD = ModelCard("small", 3, ("cat", "dog", "red panda"), "logits", Normalisation.of_parts((0.5,) * 3, (0.5,) * 3), "to 16 x 16")
 
 
 @pytest.fixture(scope="module")
@@ -176,23 +183,86 @@ def test_a_label_has_one_line() -> None:
     assert labels_text(("a\nb", " two  words ", "", "é")) == "a b\ntwo words\n2\né"
 
 
+class Heard(Progress):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The bundle of a classifier of photographs with a border, normalised per channel, and what its export said."""
+    folder = tmp_path_factory.mktemp("padded")
+    for place in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (folder / place).mkdir(parents=True)
+        Image.new("RGB", (20, 12), (200, 100, 50)).save(folder / place / "0.png")
+    data = {"name": "folder", "path": str(folder), "resolution": 16, "classes": 2, "augment": "none", "resize": "pad"}
+    data.update(mean=(0.4, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    experiment = Experiment.model_validate({"data": data, "export": {"formats": ["tflite-fp32", "onnx"]}})
+    blocks = (Op("conv", 16, 3, 8, kernel=3, stride=2, act="relu6"), Op("classifier", 8, 8, 2))
+    network = network_of(Architecture(name="small", blocks=blocks), generator=torch.Generator().manual_seed(0))
+    save_network(network, folder / "run" / "train" / "model.safetensors", {})
+    heard = Heard()
+    Pipeline(experiment, folder / "run", heard).run_stage("export")
+    return folder / "run" / "export", heard.said
+
+
+def test_the_image_is_described_as_the_bundle_describes_it(padded: tuple[Path, list[str]]) -> None:
+    folder, _ = padded
+    model = root(entry((folder / "model-fp32.tflite").read_bytes()))
+    image = child(child(model, tables.Model.SUBGRAPHS, 0), tables.Subgraph.INPUTS, 0)
+    resize = Bundle.load(folder / "bundle.json").preprocessing.resize
+    assert "longer side to 16" in resize
+    assert text(image, tables.Tensor.DESCRIPTION) == f"The image. Resizing: {resize}."
+
+
+def test_export_says_once_what_apps_do_with_its_files(padded: tuple[Path, list[str]]) -> None:
+    _, said = padded
+    refused, stretched = (line for line in said if line.startswith("note: "))
+    assert refused.startswith("note: MediaPipe's tasks normalise float32 input with one mean and std") and "'uint8'" in refused
+    assert stretched == (
+        "note: MediaPipe and ML Kit stretch a photograph to the model's square, and these files were made for 'pad': "
+        "resize it yourself before, or set data.resize = 'squash'."
+    )
+
+
 @pytest.mark.parametrize(
-    ("mean", "std", "pixels", "refused"),
+    ("mean", "std", "pixels", "reason"),
     [
-        ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), False, False),
-        ((0.4, 0.5, 0.5), (0.2, 0.2, 0.2), False, True),
-        ((0.5, 0.5, 0.5), (0.2, 0.2, 0.3), False, True),
-        ((0.4, 0.5, 0.5), (0.2, 0.2, 0.3), True, False),
+        ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), False, None),
+        ((0.4, 0.5, 0.5), (0.2, 0.2, 0.2), False, "set export.input = 'uint8'"),
+        ((0.5, 0.5, 0.5), (0.2, 0.2, 0.3), False, "set export.input = 'uint8'"),
+        ((0.4, 0.5, 0.5), (0.2, 0.2, 0.3), True, None),
+        ((0.5,), (0.2,), False, "take RGB images only"),
+        ((0.5,), (0.2,), True, "take RGB images only"),
     ],
 )
 def test_bundles_that_mediapipe_refuses(
-    mean: tuple[float, ...], std: tuple[float, ...], pixels: bool, refused: bool, finished_run: Path
+    mean: tuple[float, ...], std: tuple[float, ...], pixels: bool, reason: str | None, padded: tuple[Path, list[str]]
 ) -> None:
-    """Float input that is normalised per channel; MediaPipe itself says so in tests/apps."""
-    bundle = Bundle.load(finished_run / "export" / "bundle.json")
+    """Grey images, and float input that is normalised per channel; MediaPipe itself says so in tests/apps."""
+    bundle = Bundle.load(padded[0] / "bundle.json")
     files = bundle.files
     if pixels:
         takes = [file.input.model_copy(update={"dtype": "uint8"}) for file in files if file.input is not None]
         files = tuple(file.model_copy(update={"input": each}) for file, each in zip(files, takes, strict=True))
-    preprocessing = bundle.preprocessing.model_copy(update={"mean": mean, "std": std})
-    assert refused_by_mediapipe(bundle.model_copy(update={"files": files, "preprocessing": preprocessing})) == refused
+    preprocessing = bundle.preprocessing.model_copy(update={"channels": len(mean), "mean": mean, "std": std})
+    found = refused_by_mediapipe(bundle.model_copy(update={"files": files, "preprocessing": preprocessing}))
+    assert found is None if reason is None else reason in str(found)
+    onnx = tuple(file for file in files if file.runtime == "onnxruntime")
+    assert onnx and refused_by_mediapipe(bundle.model_copy(update={"files": onnx, "preprocessing": preprocessing})) is None
+
+
+@pytest.mark.parametrize(("mode", "stretched"), [("squash", False), (None, False), ("crop", True), ("pad", True)])
+def test_bundles_whose_photographs_apps_stretch(mode: str | None, stretched: bool, padded: tuple[Path, list[str]]) -> None:
+    """Of a plug-in's data (None) nobody knows."""
+    bundle = Bundle.load(padded[0] / "bundle.json")
+    bundle = bundle.model_copy(update={"preprocessing": bundle.preprocessing.model_copy(update={"mode": mode})})
+    found = stretched_by_apps(bundle)
+    assert (found is not None) == stretched and (not stretched or f"made for {mode!r}" in str(found))
+    onnx = tuple(file for file in bundle.files if file.runtime == "onnxruntime")
+    assert stretched_by_apps(bundle.model_copy(update={"files": onnx})) is None
