@@ -32,7 +32,7 @@ from hwnas.search import SHRINK_METRICS, STRATEGIES
 Level = Literal["refuse", "warn", "quiet"]
 
 STUDIES = ("study rank", "study compare", "study shrink")
-STAGES = ("run", "profile", "search", "train", "export", "validate", "report", "space")
+STAGES = ("run", "profile", "search", "train", "export", "validate", "report")
 
 
 @dataclass(frozen=True)

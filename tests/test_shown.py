@@ -141,3 +141,10 @@ def test_a_folder_does_not_hide_a_space(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "mobile32").mkdir()
     monkeypatch.chdir(tmp_path)
     assert shown_space("mobile32", []).space.name == "mobile32"
+
+
+def test_networks_are_listed_without_a_table_too(tmp_path: Path) -> None:
+    """Their sizes need none."""
+    output = hwnas("space", "mobile32", "-s", 'profile.networks=["mobilenet_v2"]')
+    arch = published("mobilenet_v2", resolution=32, classes=10)
+    assert f"mobilenet_v2  {arch.macs / 1e6:.1f} M MACs  {arch.params / 1e6:.2f} M parameters" in output and "predicted" not in output

@@ -60,21 +60,25 @@ def describe_space(space: SearchSpace, table: LatencyTable | None = None, networ
         reason = why_uncovered(space.ops, table)
         lines += [f"  {reason}"] if reason else []
         lines += [f"  {key}" for key in missing]
-        lines += describe_networks(networks, table)
+    lines += describe_networks(networks, table)
     return "\n".join(lines)
 
 
-def describe_networks(networks: Sequence[Architecture], table: LatencyTable) -> list[str]:
-    """A line for each network: its name, its latency as ``table`` predicts it, or what is missing for that, its size."""
+def describe_networks(networks: Sequence[Architecture], table: LatencyTable | None) -> list[str]:
+    """A line for each network: its name, its size, and its latency as ``table`` predicts it, or what is missing for that."""
     rows: list[tuple[str, ...]] = []
     for arch in networks:
-        missing = missing_ops(arch.ops(), table)
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        predicted = (
-            f"{latency_ms(arch, table):.4g} ms predicted" if not missing else f"lacks {len(missing)} of {len(arch.ops())} ops: {shown}"
-        )
-        rows.append((f"network      {arch.name}", f"{arch.macs / 1e6:.1f} M MACs", f"{arch.params / 1e6:.2f} M parameters", predicted))
+        size = (f"{arch.macs / 1e6:.1f} M MACs", f"{arch.params / 1e6:.2f} M parameters")
+        rows.append((f"network      {arch.name}", *size, "" if table is None else _predicted(arch, table)))
     return columns(rows).splitlines()
+
+
+def _predicted(arch: Architecture, table: LatencyTable) -> str:
+    missing = missing_ops(arch.ops(), table)
+    if not missing:
+        return f"{latency_ms(arch, table):.4g} ms predicted"
+    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    return f"lacks {len(missing)} of {len(arch.ops())} ops: {shown}"
 
 
 def coverage(space: SearchSpace, table: LatencyTable, networks: Sequence[Architecture] = ()) -> dict[str, Any]:
