@@ -23,8 +23,8 @@ LEVEL = 0.05
 NO_AP = 0.0005
 """An AP that reads as 0.0 %."""
 
-BLOCKS, BLOCK_STEPS = 8, 4
-"""A part of a training is cut into at most so many blocks, and, but for two, none is shorter than so many steps."""
+BLOCKS, FEWEST_BLOCKS, BLOCK_STEPS = 8, 3, 4
+"""A part of a training is cut into at most 8 blocks of 4 steps or more; a short one into 3: of 2, no error can be told."""
 
 
 class Average(BaseModel):
@@ -70,8 +70,8 @@ def average(values: Sequence[float], least_variance: float = 0.0) -> Average:
 
 
 def block_average(values: Sequence[float]) -> Average:
-    """The mean of two or more successive values of a training, with the error of its block means."""
-    count = max(2, min(BLOCKS, len(values) // BLOCK_STEPS))
+    """The mean of three or more successive values of a training, with the error of its block means."""
+    count = max(FEWEST_BLOCKS, min(BLOCKS, len(values) // BLOCK_STEPS))
     blocks = np.array_split(np.asarray(values, dtype=np.float64), count)
     of_blocks = average([float(block.mean()) for block in blocks])
     return of_blocks.model_copy(update={"mean": float(np.mean(values))})
