@@ -86,7 +86,7 @@ def test_chance_hardly_ever_passes_for_learning() -> None:
 
 @pytest.mark.parametrize(("steps", "known"), [(17, False), (18, True)])
 def test_few_steps_say_nothing(steps: int, known: bool) -> None:
-    found = judged(rows(steps, 0, loss=CHANCE), ranking=Ranking(OF_LOSS, (0.3,), (), 500, 500, 0, None))
+    found = judged(rows(steps, 0, loss=1.1 * CHANCE), ranking=Ranking(OF_LOSS, (0.3,), (), 500, 500, 0, None))
     assert (found.weights is not None, found.learned) == ((True, False) if known else (False, None))
 
 
