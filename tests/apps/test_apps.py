@@ -210,9 +210,7 @@ def test_object_detector_takes_a_tasks_file_as_it_is(detector: Exported, dtype: 
     answers = detector.mediapipe("detect", name, tmp_path)
     labels, tolerance = detector.bundle.labels, 1e-4 if dtype == "fp32" else INT8_TOLERANCE
     for answer, outputs in zip(answers, detector.run(name), strict=True):
-        ours = detections(outputs)
-        corners, sizes = ours[:, :2], ours[:, 2:4] - ours[:, :2]
-        ours = np.hstack([np.maximum(corners, 0), sizes, ours[:, 4:]])
+        ours = in_mediapipes_boxes(detections(outputs))
         theirs = np.array([[*box, score, labels.index(label)] for label, score, *box in answer])
         assert len(theirs) == len(ours) > 5
         assert_found(theirs, ours, score=tolerance, pixels=1.01 if dtype == "fp32" else 2.0)
@@ -223,6 +221,12 @@ def detections(outputs: list[np.ndarray]) -> np.ndarray:
     """Of one image's outputs of a tasks file, what is found: x1, y1, x2, y2 in pixels, score, position of the label."""
     boxes, classes, scores, count = (output[0] for output in outputs)
     return np.column_stack([48 * boxes[:, [1, 0, 3, 2]], scores, classes])[: int(count)]
+
+
+def in_mediapipes_boxes(found: np.ndarray) -> np.ndarray:
+    """The same with x, y, width, height; a corner beyond the image is moved to its edge, and the size stays."""
+    corners, sizes = found[:, :2], found[:, 2:4] - found[:, :2]
+    return np.hstack([np.maximum(corners, 0), sizes, found[:, 4:]])
 
 
 def assert_found(theirs: np.ndarray, ours: np.ndarray, *, score: float, pixels: float) -> None:

@@ -16,11 +16,11 @@ from hwnas.core.arch import Architecture
 from hwnas.core.op import Op
 from hwnas.core.ssdlite import with_detector
 from hwnas.export.bundle import Bundle
-from hwnas.export.post_processing import READERS
 from hwnas.nn.network import network_of, save_network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from tests.apps.judges import judge
+from tests.apps.test_apps import INT8_TOLERANCE, assert_found, detections, in_mediapipes_boxes
 from tests.train.rectangles import BLOCKS, settings
 
 torch.set_num_threads(1)
@@ -89,14 +89,9 @@ def test_object_detector_takes_pixels(tmp_path: Path) -> None:
     backbone = Architecture(name="small", blocks=tuple(Op.parse(key) for key in BLOCKS[:4]))
     folder = exported(experiment, with_detector(backbone, 2, resolution=48), 20.0, tmp_path / "run")
     labels = Bundle.load(folder / "bundle.json").labels
-    for name in ("model-fp32-tasks.tflite", "model-int8-tasks.tflite"):
-        total = 0
+    for name, pixels in (("model-fp32-tasks.tflite", 1.01), ("model-int8-tasks.tflite", 2.0)):
         for answer, parts in zip(mediapipe("detect", folder / name, tmp_path), outputs(folder / name), strict=True):
-            row = np.concatenate([part.reshape(-1) for part in parts])
-            boxes, scores, classes = READERS["tasks"](row, {}, 48, 2)
-            assert [label for label, _, _ in answer] == [labels[label] for label in classes]
-            np.testing.assert_allclose([score for _, score, _ in answer], scores, atol=1e-4)
-            # It rounds corner and size down to whole pixels, each by less than one, and does not cut boxes off at the edges.
-            assert np.abs(np.clip([box for _, _, box in answer], 0, 48).reshape(-1, 4) - boxes).max(initial=0) < 2
-            total += len(scores)
-        assert total > 4
+            ours = in_mediapipes_boxes(detections(parts))
+            theirs = np.array([[*box, score, labels.index(label)] for label, score, *box in answer])
+            assert len(theirs) == len(ours) > 0
+            assert_found(theirs, ours, score=1e-4 if "fp32" in name else INT8_TOLERANCE, pixels=pixels)
