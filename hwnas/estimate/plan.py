@@ -1,4 +1,4 @@
-"""All stages of an experiment, timed one after another within half a minute or so; nothing is written but into a temporary folder.
+"""All stages of an experiment, timed one after another within a minute or so; nothing is written but into a temporary folder.
 
 What cannot be timed (images that are not there, a device out of reach) is said to be unknown, and why; the rest is timed all the same.
 """
