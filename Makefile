@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check setup judges benchmark clean
 
-demo: setup
+demo: $(VENV)/installed
 	$(BIN)/hwnas run configs/quickstart.toml
 
 test: check
@@ -22,10 +22,14 @@ check: setup
 benchmark: setup
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
 
-setup: $(VENV)/installed
+setup: $(VENV)/installed-dev
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 

@@ -16,11 +16,9 @@ PACKAGES = {
     "torch": "search and training",
     "torchvision": "image folders",
     "timm": "optimisers",
-    "litert-torch": "TFLite export",
     "ai-edge-quantizer": "int8 export",
-    "ai-edge-litert": "running TFLite files",
+    "ai-edge-litert": "TFLite export, running TFLite files",
     "onnx": "ONNX export",
-    "onnxscript": "ONNX export",
     "onnxruntime": "running ONNX files",
 }
 
@@ -67,7 +65,7 @@ def _torch() -> Finding:
 
 def _runtime(runtime: str) -> Finding:
     """Write one block, and time it in the runner's own process."""
-    from hwnas.core.op import Op
+    from hwnas.core.ops import Op
     from hwnas.devices.device import HOST, connect
     from hwnas.export.timing import timing_file
 

@@ -24,7 +24,7 @@ import numpy as np
 from hwnas.core.arch import Picks
 from hwnas.core.cost import CostModel
 from hwnas.core.objective import AbsoluteObjective
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv, MBConv, Op
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.devices.device import Connection
@@ -282,9 +282,9 @@ class DeviceConformance(ABC):
     """False where model files are not opened, so that a broken one cannot be noticed."""
 
     OPS: ClassVar[tuple[Op, ...]] = (
-        Op("conv", 8, 3, 8, kernel=3, act="relu"),
-        Op("mbconv", 8, 8, 8, 24, 3, act="relu", residual=True),
-        Op("classifier", 8, 8, 10),
+        Conv(8, 3, 8, kernel=3, act="relu"),
+        MBConv(8, 8, 8, 24, 3, act="relu", residual=True),
+        Classifier(8, 8, 10),
     )
 
     @abstractmethod

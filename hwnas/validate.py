@@ -34,7 +34,7 @@ from hwnas import validate_detector
 from hwnas.config import DataConfig, DeviceConfig, ValidateConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms, missing_ops
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import evaluation_batches, load_images
 from hwnas.devices.device import Connection, Device

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from hwnas.core.detector import Detector
 from hwnas.core.graph import StepKey, shapes
-from hwnas.core.op import Op, OpKey
+from hwnas.core.ops import Op, OpKey
 from hwnas.document import Document
 
 Picks = dict[str, str | int]

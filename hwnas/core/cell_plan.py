@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from hwnas.core.op import Op
+from hwnas.core.ops import AvgPool, Classifier, Conv, DilConv, FacReduce, MaxPool, Norm, Op, Pool, PreConv, ResReduce, SepConv
 from hwnas.errors import SpaceError
 
 if TYPE_CHECKING:
@@ -17,7 +17,13 @@ NONE, SKIP_CONNECT = "none", "skip_connect"
 KEPT = 2
 """Edges that a node of a DARTS cell keeps."""
 _OPTION = re.compile(r"(?P<name>nor_conv|sep_conv|dil_conv|avg_pool|max_pool)_(?P<kernel>[1-9])x(?P=kernel)")
-_KINDS = {"nor_conv": "preconv", "sep_conv": "sepconv", "dil_conv": "dilconv", "avg_pool": "avgpool", "max_pool": "maxpool"}
+_KINDS: dict[str, type[Pool | PreConv | SepConv | DilConv]] = {
+    "nor_conv": PreConv,
+    "sep_conv": SepConv,
+    "dil_conv": DilConv,
+    "avg_pool": AvgPool,
+    "max_pool": MaxPool,
+}
 
 
 @dataclass(frozen=True)
@@ -47,15 +53,14 @@ def edge_op(option: str, channels: int, size: int, stride: int, act: str, pool_n
     if option == NONE or (option == SKIP_CONNECT and stride == 1):
         return None
     if option == SKIP_CONNECT:
-        return Op("facreduce", size, channels, channels, stride=2, act=act)
+        return FacReduce(size, channels, channels, stride=2, act=act)
     match = _OPTION.fullmatch(option)
     if match is None:
         raise SpaceError(f"option {option!r} of a cell is unknown; write none, skip_connect, or one of {', '.join(_KINDS)} with a kernel.")
-    kind = _KINDS[match["name"]]
-    pools = kind.endswith("pool")
-    return Op(
-        kind, size, channels, channels, kernel=int(match["kernel"]), stride=stride, act="none" if pools else act, norm=pools and pool_norm
-    )
+    kind, kernel = _KINDS[match["name"]], int(match["kernel"])
+    if issubclass(kind, Pool):
+        return kind(size, channels, channels, kernel, stride, norm=pool_norm)
+    return kind(size, channels, channels, kernel, stride, act)
 
 
 def edge_key(cell: str, source: int, node: int) -> str:
@@ -106,7 +111,7 @@ class _Plan:
 
     def classifier(self, point: int) -> tuple[Place, ...]:
         last = self.places[point - 1]
-        self.op("classifier", Op("classifier", last.size, last.channels, self.space.classes), point)
+        self.op("classifier", Classifier(last.size, last.channels, self.space.classes), point)
         return tuple(self.places)
 
     def _add(self, place: Place) -> int:
@@ -118,16 +123,16 @@ def _resnet_plan(plan: _Plan) -> tuple[Place, ...]:
     """NAS-Bench-201's skeleton."""
     space = plan.space
     size, channels, number = space.resolution, space.channels, 0
-    point = plan.op("stem", Op("conv", size, space.in_channels, channels, kernel=3), 0)
+    point = plan.op("stem", Conv(size, space.in_channels, channels, kernel=3), 0)
     for stage, count in enumerate(space.cells):
         if stage:
-            reduction = Op("resreduce", size, channels, 2 * channels, kernel=3, stride=2, act=space.act)
+            reduction = ResReduce(size, channels, 2 * channels, kernel=3, stride=2, act=space.act)
             point = plan.op(f"cell{number}", reduction, point)
             size, channels, number = size // 2, 2 * channels, number + 1
         for _ in range(count):
             point = plan.cell(f"cell{number}", "c", [point], channels, size)[-1]
             number += 1
-    return plan.classifier(plan.op("norm", Op("norm", size, channels, channels, act=space.act), point))
+    return plan.classifier(plan.op("norm", Norm(size, channels, channels, act=space.act), point))
 
 
 def _darts_plan(plan: _Plan) -> tuple[Place, ...]:
@@ -151,19 +156,19 @@ def _darts_stem(plan: _Plan) -> tuple[int, int]:
     """The two points that the first cell reads."""
     space, size, channels = plan.space, plan.space.resolution, plan.space.channels
     if space.stem == "small":
-        point = plan.op("stem", Op("conv", size, space.in_channels, 3 * channels, kernel=3), 0)
+        point = plan.op("stem", Conv(size, space.in_channels, 3 * channels, kernel=3), 0)
         return point, point
-    half = plan.op("stem0", Op("conv", size, space.in_channels, channels // 2, kernel=3, stride=2, act=space.act), 0)
-    quarter = plan.op("stem1", Op("conv", size // 2, channels // 2, channels, kernel=3, stride=2), half)
-    return quarter, plan.op("stem2", Op("preconv", size // 4, channels, channels, kernel=3, stride=2, act=space.act), quarter)
+    half = plan.op("stem0", Conv(size, space.in_channels, channels // 2, kernel=3, stride=2, act=space.act), 0)
+    quarter = plan.op("stem1", Conv(size // 2, channels // 2, channels, kernel=3, stride=2), half)
+    return quarter, plan.op("stem2", PreConv(size // 4, channels, channels, kernel=3, stride=2, act=space.act), quarter)
 
 
 def _preprocessed(plan: _Plan, slot: str, point: int, channels: int, size: int) -> int:
     """An input of a cell at its width and size."""
     given = plan.places[point - 1]
     if given.size == size:
-        return plan.op(slot, Op("preconv", size, given.channels, channels, act=plan.space.act), point)
-    return plan.op(slot, Op("facreduce", given.size, given.channels, channels, stride=2, act=plan.space.act), point)
+        return plan.op(slot, PreConv(size, given.channels, channels, act=plan.space.act), point)
+    return plan.op(slot, FacReduce(given.size, given.channels, channels, stride=2, act=plan.space.act), point)
 
 
 def plan_of(space: CellSpace, pool_norm: bool) -> tuple[Place, ...]:

@@ -33,7 +33,7 @@ from pydantic import Field, model_validator
 from hwnas.core.arch import Architecture, Origin, Picks
 from hwnas.core.cell_plan import KEPT, NONE, Place, edge_key, inputs_key, plan_of
 from hwnas.core.graph import GraphBuilder
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term, shortened
 from hwnas.document import nearest
 from hwnas.errors import SpaceError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import Option, SearchSpace, Term
 from hwnas.core.table import LatencyTable

@@ -10,7 +10,7 @@ import numpy as np
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms, missing_ops
 from hwnas.core.nasbench101 import NASBench101Space
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Op
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.table import LatencyTable
 
@@ -124,7 +124,7 @@ _NOUNS = {"size": "px", "channels": "input channels", "classes": "classes", "act
 def _traits(ops: Sequence[Op]) -> dict[str, str]:
     """What tells the ops of one space from those of another: input size and channels, classes, activations."""
     size = max(op.size for op in ops)
-    ends = {op.out_ch for op in ops if op.kind == "classifier"}
+    ends = {op.out_ch for op in ops if isinstance(op, Classifier)}
     return {
         "size": str(size),
         "channels": str(min(op.in_ch for op in ops if op.size == size)),

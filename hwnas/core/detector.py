@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hwnas.core.op import Op, OpKey
+from hwnas.core.ops import SSD, Extra, Op, OpKey
 
 Scores = Literal["softmax", "sigmoid"]
 Ratio = Annotated[float, Field(gt=0)]
@@ -44,12 +44,16 @@ class Detector(BaseModel):
     @property
     def classes(self) -> int:
         """Number of classes, the background not counted."""
-        return self.heads[0].out_ch // self.heads[0].anchors - 1
+        return self._ssd[0].out_ch // self._ssd[0].anchors - 1
 
     @property
     def anchors(self) -> int:
         """Number of anchors of an image: the rows of the network's outputs."""
-        return sum(head.anchors * head.size**2 for head in self.heads)
+        return sum(head.anchors * head.size**2 for head in self._ssd)
+
+    @property
+    def _ssd(self) -> tuple[SSD, ...]:
+        return tuple(head for head in self.heads if isinstance(head, SSD))
 
     def maps(self, blocks: Sequence[Op]) -> tuple[Op, ...]:
         """The ops whose outputs are the feature maps."""
@@ -61,7 +65,7 @@ class Detector(BaseModel):
         if list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0 or self.taps[-1] != last:
             raise ValueError(f"the taps {list(self.taps)} are no ascending positions of blocks that end with {last}, the last block")
         for op in blocks:
-            if op.pooled or op.kind == "ssd":
+            if op.pooled or isinstance(op, SSD):
                 raise ValueError(f"block {op.key} leaves no feature map, so a network with a detector has none such")
         self._check_extras(blocks[-1])
         maps = self.maps(blocks)
@@ -77,13 +81,13 @@ class Detector(BaseModel):
 
     def _check_extras(self, source: Op) -> None:
         for position, extra in enumerate(self.extras):
-            if extra.kind != "extra":
+            if not isinstance(extra, Extra):
                 raise ValueError(f"extra {position} ({extra.key}) is a {extra.kind}: write an extra")
             _check_input(f"extra {position}", extra, source)
             source = extra
 
     def _check_head(self, position: int, source: Op, head: Op, anchors: int) -> None:
-        if head.kind != "ssd":
+        if not isinstance(head, SSD):
             raise ValueError(f"head {position} ({head.key}) is a {head.kind}: write an ssd")
         _check_input(f"head {position}", head, source)
         if head.anchors != anchors:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.errors import SpaceError
 
 Shape = tuple[int, int]

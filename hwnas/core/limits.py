@@ -19,7 +19,7 @@ together is left to the finder.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import CostModel
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import MacroSpace, Option, SearchSpace
 from hwnas.core.table import LatencyTable
@@ -51,43 +51,16 @@ def weight_bytes(params: int, dtype: Dtype = "fp32") -> int:
 
 
 def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
-    """Peak memory of feature maps while an op runs on one image, in bytes.
+    """Peak memory of feature maps while an op runs on one image, in bytes: the most that ``Program.live_numbers`` says.
 
-    The peak over the op's layers of: the layer's input + the layer's output + what is alive beside them, which is
-
-    - the block's input from the second layer on, where it is added to the output (residual);
-    - the depthwise output while squeeze-and-excitation computes its gate;
-    - the map that a detector's predictors read while the first of their branches runs, and that branch's output while the second does.
-
-    Global pooling and a channel shuffle are layers of their own here: they read one map and write another. Activations, BN, the
-    scaling by a gate and the residual sum work in place. This is the layer-by-layer execution of mobile runtimes; one that fuses
-    layers, or aligns and never reuses buffers, needs less or more.
+    This is the layer-by-layer execution of mobile runtimes; one that fuses layers, or aligns and never reuses buffers, needs less or
+    more.
 
     Example:
         >>> activation_bytes(Op.parse("mbconv-h8-i16-o16-m48-k3-relu-id"), "int8")  # depthwise: 48 + 48, and 16 kept, of 8 x 8
         7168
     """
-    return max(_live_numbers(op)) * BYTES[dtype]
-
-
-def _live_numbers(op: Op) -> Iterator[int]:
-    """How many numbers are alive while each layer of an op runs."""
-    block_input = op.in_ch * op.size**2
-    kept = expanded = 0
-    if op.pooled:
-        yield block_input + op.in_ch
-    for position, layer in enumerate(op.layers):
-        if op.kind == "ssd":
-            kept = (0, block_input, op.out_ch * op.size**2, op.out_ch * op.size**2)[position]
-        read, written = layer.in_ch * layer.size**2, layer.out_ch * layer.out_size**2
-        if layer.name == "depthwise":
-            expanded = written
-            if op.shuffled:
-                yield kept + 2 * read
-                kept = block_input if op.residual else 0
-        gated = expanded if layer.name in ("se_reduce", "se_expand") else 0
-        yield kept + gated + read + written
-        kept = block_input if op.residual else 0
+    return max(op.program.live_numbers()) * BYTES[dtype]
 
 
 def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from hwnas.core.arch import Architecture, Origin, Picks
 from hwnas.core.graph import GraphBuilder
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv, MaxPool, Op
 from hwnas.core.search_space import Choice, Option, SearchSpace, Term, shortened
 from hwnas.errors import SpaceError
 
@@ -76,15 +76,15 @@ class NASBench101Space(SearchSpace):
         matrix_VV, ops = self._cell(picks)
         builder = GraphBuilder()
         size, channels, into = self.resolution, self.channels, self.channels
-        point = builder.op(Op("conv", size, self.in_channels, channels, kernel=3, act="relu"), 0)
+        point = builder.op(Conv(size, self.in_channels, channels, kernel=3, act="relu"), 0)
         for stack in range(self.stacks):
             if stack:
-                point = builder.op(Op("maxpool", size, channels, channels, kernel=2, stride=2), point)
+                point = builder.op(MaxPool(size, channels, channels, kernel=2, stride=2), point)
                 size, channels = size // 2, 2 * channels
             for _ in range(self.cells):
                 point = _add_cell(builder, point, matrix_VV, ops, into, channels, size)
                 into = channels
-        builder.op(Op("classifier", size, channels, self.classes), point)
+        builder.op(Classifier(size, channels, self.classes), point)
         return Architecture(
             name=name or f"{self.name}-sample",
             in_channels=self.in_channels,
@@ -239,7 +239,7 @@ def _add_cell(builder: GraphBuilder, entry: int, matrix_VV: np.ndarray, ops: Seq
     def projected(vertex: int) -> list[int]:
         if not matrix_VV[0, vertex]:
             return []
-        return [builder.op(Op("conv", size, into, widths[vertex], act="relu"), entry)]
+        return [builder.op(Conv(size, into, widths[vertex], act="relu"), entry)]
 
     for vertex in range(1, last):
         sources = [source for source in range(1, vertex) if matrix_VV[source, vertex]]
@@ -251,5 +251,5 @@ def _add_cell(builder: GraphBuilder, entry: int, matrix_VV: np.ndarray, ops: Seq
 
 def _vertex_op(op: str, channels: int, size: int) -> Op:
     if op == POOL3:
-        return Op("maxpool", size, channels, channels, kernel=3)
-    return Op("conv", size, channels, channels, kernel=3 if op == CONV3 else 1, act="relu")
+        return MaxPool(size, channels, channels, kernel=3)
+    return Conv(size, channels, channels, kernel=3 if op == CONV3 else 1, act="relu")

@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Conv, Head, Op, separable
 from hwnas.errors import SpaceError
 
 SKIP = "skip"
@@ -59,13 +59,13 @@ class BlockOption:
         """The op this option becomes between two widths at an input size, in a stage with activation ``act``."""
         act = self.act or act
         if self.kind == "cn":
-            return Op("conv", size, in_ch, out_ch, kernel=self.kernel, stride=stride, groups=self.groups, act=act)
+            return Conv(size, in_ch, out_ch, kernel=self.kernel, stride=stride, groups=self.groups, act=act)
         if self.kind == "hd":
-            return Op("head", size, in_ch, out_ch, act=act)
+            return Head(size, in_ch, out_ch, act=act)
         mid = scale_width(in_ch, self.expansion) if self.kind == "ir" else 0
         se = make_divisible((mid or in_ch) * self.se_ratio) if self.se_ratio else 0
-        kind = "mbconv" if self.kind == "ir" else "dsconv"
-        return Op(kind, size, in_ch, out_ch, mid, self.kernel, stride, self.groups, se, act, residual, self.se_gate)
+        shape = {"kernel": self.kernel, "stride": stride, "groups": self.groups}
+        return separable(size, in_ch, out_ch, mid, **shape, se_ch=se, se_gate=self.se_gate, act=act, residual=residual)
 
 
 @cache

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import Option, SearchSpace, Term
 
 
@@ -42,7 +42,7 @@ class PricedSpace:
 
     Example:
         >>> from hwnas.core.spaces import mobile32, published
-        >>> from hwnas.core.op import Op
+        >>> from hwnas.core.ops import Op
         >>> macs = PricedSpace.of_ops(mobile32(), lambda op: op.macs)
         >>> picks = mobile32().sample(np.random.default_rng(0))
         >>> macs.of(picks) == mobile32().decode(picks).macs

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 from hwnas.core.arch import Architecture
 from hwnas.core.families import PROXYLESSNAS_FILTERS, Shape, fairnas, fbnet, proxylessnas
-from hwnas.core.op import Op
+from hwnas.core.ops import DSConv, MBConv, Op
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.core.ssdlite import split_expansion, ssdlite
@@ -317,7 +317,7 @@ def _written(network: _Written, shape: Shape, width: float, *, last: float | Non
     fixed_stem = network.act == "hswish" and width < _FIXED_STEM_BELOW  # only MobileNetV3 is written with hard-swish
     ops = _widened(space, width, first=1.0 if fixed_stem else None, last=None if network.head_scales else last).decode({}).blocks
     if network.se_of_input:
-        ops = tuple(replace(op, se_ch=op.in_ch // 4) if op.se_ch else op for op in ops)
+        ops = tuple(replace(op, se_ch=op.in_ch // 4) if isinstance(op, DSConv | MBConv) and op.se_ch else op for op in ops)
     return ops
 
 

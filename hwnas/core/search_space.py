@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from hwnas.core.arch import Architecture, Picks
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.ssdlite import DetectorSpec
 from hwnas.document import Document, nearest
 from hwnas.errors import SpaceError

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from hwnas.core.arch import Architecture, Origin, Picks
 from hwnas.core.detector import Scores
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Op
 from hwnas.core.option import make_divisible, parse_option
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
 from hwnas.core.ssdlite import EXTRAS, DetectorSpec, extra_op, head_op, ssdlite
@@ -181,7 +181,7 @@ class MacroSpace(SearchSpace):
         return (*extras, *heads)
 
     def _classifier(self, width: int, size: int) -> Op:
-        return Op("classifier", size, width, self.classes)
+        return Classifier(size, width, self.classes)
 
     def walk(self, picks: Mapping[str, Option]) -> tuple[tuple[Slot, Op | None], ...]:
         """Every slot with the op that ``picks`` put there; None where it is skipped, or left out by the depth."""

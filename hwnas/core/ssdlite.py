@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import Detector, Scores
-from hwnas.core.op import Op
+from hwnas.core.ops import SSD, Conv, DSConv, Extra, MBConv, Op
 from hwnas.errors import SpaceError
 
 EXTRAS = (512, 256, 256, 128)
@@ -78,12 +78,12 @@ def ssdlite(
 
 def extra_op(size: int, in_ch: int, width: int) -> Op:
     """The layer that makes the next feature map, ``width`` channels of it, of one of ``size`` px."""
-    return Op("extra", size, in_ch, width, width // 2, kernel=3, stride=2, act="relu6")
+    return Extra(size, in_ch, width, width // 2, kernel=3, stride=2, act="relu6")
 
 
 def head_op(size: int, in_ch: int, classes: int) -> Op:
     """The predictors on a feature map of ``size`` px."""
-    return Op("ssd", size, in_ch, ANCHORS * (classes + 1), kernel=3, act="relu6", anchors=ANCHORS)
+    return SSD(size, in_ch, ANCHORS * (classes + 1), kernel=3, act="relu6", anchors=ANCHORS)
 
 
 def split_expansion(op: Op) -> tuple[Op, Op]:
@@ -93,14 +93,15 @@ def split_expansion(op: Op) -> tuple[Op, Op]:
         >>> [part.key for part in split_expansion(Op.parse("mbconv-h20-i112-o80-m672-k5-s2-hswish"))]
         ['conv-h20-i112-o672-hswish', 'dsconv-h20-i672-o80-k5-s2-hswish']
     """
-    assert op.kind == "mbconv" and op.groups == 1 and not op.residual, op.key
-    return Op("conv", op.size, op.in_ch, op.mid_ch, act=op.act), replace(op, kind="dsconv", in_ch=op.mid_ch, mid_ch=0)
+    assert isinstance(op, MBConv) and op.groups == 1 and not op.residual, op.key
+    kept = {name: getattr(op, name) for name in ("kernel", "stride", "se_ch", "se_gate", "act")}
+    return Conv(op.size, op.in_ch, op.mid_ch, act=op.act), DSConv(op.size, op.mid_ch, op.out_ch, **kept)
 
 
 def _backbone(blocks: Sequence[Op]) -> tuple[Op, ...]:
     """Without what belongs to a classifier. A network without one is all backbone."""
     kept = [op for op in blocks if not op.pooled]
-    head = len(kept) < len(blocks) and (kept[-1].kind, kept[-1].kernel, kept[-1].stride) == ("conv", 1, 1)
+    head = len(kept) < len(blocks) and isinstance(kept[-1], Conv) and kept[-1].kernel == kept[-1].stride == 1
     return tuple(kept[:-1] if head else kept)
 
 

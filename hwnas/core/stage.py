@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from hwnas.core.op import Op, out_size
+from hwnas.core.ir import out_size
+from hwnas.core.ops import Op
 from hwnas.core.option import SKIP, Factors, factorise, parse_option
 
 Residual = Literal["after_first", "matching"]

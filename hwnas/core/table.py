@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.document import Document
 
 

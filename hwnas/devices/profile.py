@@ -27,7 +27,7 @@ import numpy as np
 
 from hwnas.config import DeviceConfig, ProfileConfig
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge
 from hwnas.devices.device import Connection, Device

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.devices.device import Device
 from hwnas.devices.host import Host
 

@@ -1,23 +1,24 @@
-"""The export stage: one block is converted as the whole network will be; sizes are of weights."""
+"""The export stage: a network of random weights is written as the trained one will be; sizes are of weights."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
 from hwnas.export.bundle import FILES
-from hwnas.export.onnx import onnx_file
-from hwnas.export.tflite import to_tflite
-from hwnas.export.tflite_writer import write_heads
+from hwnas.export.onnx_writer import write_onnx
+from hwnas.export.quantization import quantize_int8
+from hwnas.export.tflite_writer import write_heads, write_tflite
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.network import network_of
+from hwnas.nn.network import AnyNetwork, network_of
 
-BLOCKS = 2
-"""Blocks that are converted: the time of a conversion grows with their number."""
+CALIBRATED = 4
+"""Images that an int8 file is calibrated with here: most of its time goes into the file, not into them."""
 BYTES_OF_A_WEIGHT = {"fp32": 4.0, "int8": 1.1}
 """int8 files hold a scale and a bias per channel, too."""
 
@@ -29,33 +30,24 @@ def disk_bytes(experiment: Experiment, arch: Architecture) -> float:
 
 
 def of_export(experiment: Experiment, arch: Architecture, watch: Stopwatch) -> Estimate:
-    """Time the conversion of a short network; an int8 file is a float file first.
-
-    A detector's TFLite files are written without a converter, and from one graph: the whole is timed.
-    """
-    few = Architecture(name="timing", in_channels=arch.in_channels, blocks=arch.blocks[:BLOCKS])
-    made = network_of(few, generator=torch.Generator().manual_seed(0)).eval()
-    shape = (1, arch.in_channels, arch.resolution, arch.resolution)
-    formats = experiment.export_formats
-    factor = len(arch.ops()) / len(few.ops())
-    runtimes = [FILES[kind][1] for kind in formats]
+    """Time the writing of each kind of file with random weights, and the quantisation with a few calibration images."""
+    network = network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
+    images = np.zeros((CALIBRATED, arch.resolution, arch.resolution, arch.in_channels), np.float32)
+    seconds: dict[str, Callable[[], object]] = {
+        "onnxruntime-fp32": lambda: write_onnx(network),
+        "litert-fp32": lambda: _tflite(network),
+        "litert-int8": lambda: quantize_int8(_tflite(network), [images], float_io=True),
+    }
+    made = ["-".join(FILES[kind][1:]) for kind in experiment.export_formats]
     parts, late = [], []
-    for runtime, title in (("litert", "TFLite files"), ("onnxruntime", "ONNX files")):
-        count = runtimes.count(runtime)
-        if count and watch.over:
-            late.append(title)
-        elif count and runtime == "litert" and arch.detector is not None:
-            parts.append(Part(title, count, watch.once(partial(write_heads, _detector(arch)))))
-        elif count:
-            convert = partial(to_tflite, made, shape) if runtime == "litert" else partial(onnx_file, made, shape, metadata={})
-            first = watch.once(convert)  # imports the converter
-            each = watch.once(convert) if not watch.over else first
-            parts.append(Part(title, 1, max(0.0, first - each) + count * factor * each))
-    unknown = f"no time was left to convert a network to {' and '.join(late)}" if late else ""
+    for kind in dict.fromkeys(made):
+        if watch.over:
+            late.append(kind)
+        else:
+            parts.append(Part(f"{kind} files", made.count(kind), watch.once(seconds[kind])))
+    unknown = f"no time was left to write a network for {' and '.join(late)}" if late else ""
     return Estimate(tuple(parts), peak_memory(), disk_bytes(experiment, arch), unknown)
 
 
-def _detector(arch: Architecture) -> DetectionNetwork:
-    network = network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
-    assert isinstance(network, DetectionNetwork)
-    return network
+def _tflite(network: AnyNetwork) -> bytes:
+    return write_heads(network) if isinstance(network, DetectionNetwork) else write_tflite(network)

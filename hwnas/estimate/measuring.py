@@ -11,11 +11,11 @@ import numpy as np
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.op import CELL_KINDS, Op
+from hwnas.core.ops import Op
 from hwnas.core.search_space import SearchSpace
 from hwnas.devices.device import connect, find_device
 from hwnas.devices.profile import planned_ops, spread_networks
-from hwnas.errors import DeviceError, HwnasError
+from hwnas.errors import DeviceError
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
 from hwnas.export.timing import timing_file, timing_path
 from hwnas.networks import named_networks
@@ -36,39 +36,25 @@ class Costs:
     ms: float
 
 
-NOTHING = Costs(0.0, 0.0, 0.0, 0.0)
-"""Of networks that are not built, in a sum that says so."""
-NOT_BUILT = "a network of cells is not built for a plan"
-
-
 @dataclass(frozen=True)
 class Sample:
-    """What building and measuring a few ops and networks took. ``start`` is the runner's, once in a round.
-
-    Networks of cells are not built.
-    """
+    """What building and measuring a few ops and networks took. ``start`` is the runner's, once in a round."""
 
     ops: Costs
-    networks: Costs | None
+    networks: Costs
     start: float
 
 
 def sample(experiment: Experiment, space: SearchSpace, arch: Architecture | None, folder: Path, watch: Stopwatch) -> Sample:
     """Build and measure in an empty ``folder``: ops and networks of the space, or of an architecture alone.
 
-    One of either is built even where no time is left, if it is written directly. The converter takes seconds for an op of cells, which
-    needs time that is left, and may take minutes for a network of them, which is never built.
-    Raises DeviceError where the device cannot be reached, or does not run the files, and HwnasError where no time is left for an op.
+    One of either is built even where no time is left.
+    Raises DeviceError where the device cannot be reached, or does not run the files.
     """
     ops: Sequence[Op] = tuple(dict.fromkeys(arch.ops())) if arch is not None else space.ops
     networks = [arch] if arch is not None else spread_networks(space, NETWORKS, np.random.default_rng([experiment.seed, 77]))
-    chosen = sorted(_spread(ops, OPS), key=lambda op: op.kind not in CELL_KINDS)  # those that take time first
-    of_ops: dict[str, Timed] = {op.key: (op,) for op in chosen}
+    of_ops: dict[str, Timed] = {op.key: (op,) for op in _spread(ops, OPS)}
     of_networks: dict[str, Timed] = {f"net-{i}": network if _whole(network) else network.ops() for i, network in enumerate(networks)}
-    if watch.over and any(map(_of_cells, of_ops.values())):
-        raise HwnasError("no time was left to build an op of cells")
-    if any(map(_of_cells, of_networks.values())):
-        of_networks = {}
     building, paths = dict[str, float](), dict[str, Path]()
     for kind in (of_ops, of_networks):
         for count, (name, timed) in enumerate(kind.items()):
@@ -86,7 +72,7 @@ def sample(experiment: Experiment, space: SearchSpace, arch: Architecture | None
         return Costs(*map(float, means))
 
     found = [name for name in paths if name in of_networks]
-    return Sample(costs([name for name in paths if name in of_ops]), costs(found) if found else None, start)
+    return Sample(costs([name for name in paths if name in of_ops]), costs(found), start)
 
 
 def _whole(network: Architecture) -> bool:
@@ -95,12 +81,6 @@ def _whole(network: Architecture) -> bool:
 
 def _ops(timed: Timed) -> Sequence[Op]:
     return timed.ops() if isinstance(timed, Architecture) else timed
-
-
-def _of_cells(timed: Timed) -> bool:
-    """Whether the runtime's converter makes the file (see ``timing_file``)."""
-    graph = isinstance(timed, Architecture) and bool(timed.graph)
-    return graph or any(op.kind in CELL_KINDS for op in _ops(timed))
 
 
 def _sizes(paths: dict[str, Path]) -> dict[str, int]:
@@ -150,17 +130,14 @@ def of_profile(experiment: Experiment, space: SearchSpace, found: Sample) -> Est
     networks = config.sampled + len(named) if fitted else config.fit_networks + config.test_networks
     ops: Sequence[Op] = () if fitted else planned_ops(space, named)
     missing = sum(not timing_path((op,), device.runtime, device.dtype).exists() for op in ops)
-    if fitted and found.networks is None:
-        return Estimate(unknown=NOT_BUILT)
-    of_network = found.networks or NOTHING
+    of_network = found.networks
     per_round = found.start + len(ops) * found.ops.measuring + networks * of_network.measuring
     parts = [
         Part("building", 1, missing * found.ops.building + networks * of_network.building),
         Part("measuring", config.rounds, per_round, max(config.rounds, config.max_rounds)),
     ]
     disk = missing * found.ops.size_bytes + networks * of_network.size_bytes
-    unknown = NOT_BUILT if networks and found.networks is None else ""
-    return Estimate(tuple(parts), peak_memory(), disk, unknown)
+    return Estimate(tuple(parts), peak_memory(), disk)
 
 
 def of_validation(experiment: Experiment, arch: Architecture, test_images: int, found: Sample) -> Estimate:
@@ -168,10 +145,8 @@ def of_validation(experiment: Experiment, arch: Architecture, test_images: int, 
     config, files = experiment.validation, len(experiment.export_formats)
     images = min(test_images, config.images or test_images)
     blocks = len(dict.fromkeys(arch.ops()))
-    of_network = found.networks or NOTHING
+    of_network = found.networks
     per_round = 2 * found.start + files * of_network.measuring + blocks * found.ops.measuring
     measuring = Part("measuring", config.rounds, per_round, 2 * config.rounds)
-    if found.networks is None:
-        return Estimate((measuring,), peak_memory(), unknown=NOT_BUILT)
     accuracy = Part("accuracy of the files", files, found.start + images * of_network.ms / 1e3)
     return Estimate((accuracy, measuring), peak_memory())

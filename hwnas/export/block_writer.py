@@ -1,13 +1,14 @@
-"""What the direct writers of files share: the walk over an op's layers, and the weights with batch norms folded in.
+"""What the direct writers of files share: the walk over programs and networks, and weights with batch norms folded in.
 
-A latency table needs a file for every op of a search space. Converting a block takes a converter 1 to 3 s; since our blocks are
-few and known, ``tflite_writer`` and ``onnx_writer`` write the same graph in milliseconds. The converters judge them, in their tests.
+A latency table needs a file for every op of a search space, and a trained network needs one at its end. Converting takes a converter
+1 to 3 s for a block; since what a block computes is known (``core.ir``), ``tflite_writer`` and ``onnx_writer`` write the same graph in
+milliseconds. The converters judge them, in their tests.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -15,50 +16,124 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hwnas.core.op import Layer, Op
+from hwnas.core.graph import Step
+from hwnas.core.ir import INPUT, POOLS, Node
+from hwnas.core.ops import Op
 from hwnas.errors import ExportError
 from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
+from hwnas.nn.network import AnyNetwork
 
 V = TypeVar("V")
 """How a format refers to a value of its graph: by index or by name."""
 
+Numbers = npt.NDArray[np.float64]
+
 
 class BlockWriter(ABC, Generic[V]):
-    """Adds ops to a graph, in the order of ``nn.blocks.Block``. A subclass knows the operators of one format."""
+    """Interprets programs by adding operators to a graph. A subclass knows the operators of one format."""
 
     scope = ""
     """Goes before all names, so that they are unique in a network."""
 
-    def chain(self, x: V, ops: Sequence[Op], modules: Sequence[nn.Module]) -> V:
-        """Add ops one after another, and return the last one's output. Raises ExportError where a module is not its op's."""
-        return self.outputs(x, ops, modules, "blocks." if len(ops) > 1 else None)[-1]
+    def network(self, x: V, network: AnyNetwork) -> tuple[V, ...]:
+        """Add a network, and return its outputs: logits; of a detector, class logits and box codes, a row per anchor."""
+        if isinstance(network, DetectionNetwork):
+            return self.detector(x, network)
+        if network.arch.graph:
+            return (self._graph(x, network.arch.graph, zip(network.arch.blocks, network.blocks, strict=True)),)
+        return (self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")[-1],)
 
-    def outputs(self, x: V, ops: Sequence[Op], modules: Sequence[nn.Module], scope: str | None) -> list[V]:
-        """Add ops one after another, and return the outputs of all. Without a ``scope`` there is one op, and its names stand alone."""
+    def block(self, x: V, op: Op, module: nn.Module) -> tuple[V, ...]:
+        """Add an op, and return its outputs. Raises ExportError where ``module`` is not the op's."""
+        program = op.program
+        values = {INPUT: x}
+        for value, node in enumerate(program.nodes, start=1):
+            read = [values[each] for each in node.inputs]
+            if node.kind == "mean":
+                flat = any(value in other.inputs and other.kind == "linear" for other in program.nodes)
+                values[value] = self.mean(read[0], flat=flat)
+            else:
+                values[value] = self._node(node, read, op, module)
+        return tuple(values[each] for each in program.outputs)
+
+    def _node(self, node: Node, read: list[V], op: Op, module: nn.Module) -> V:
+        if node.kind == "conv":
+            return self.conv(read[0], node, *folded(node, _part(op, module, node)))
+        if node.kind == "linear":
+            weight_OI, bias_O = _linear(op, node, module)
+            return self.linear(read[0], node.name, weight_OI, bias_O)
+        if node.kind in POOLS:
+            pooled = self.pool(read[0], node)
+            return self.scaled(pooled, node, *_normed(node, _part(op, module, node))) if node.norm else pooled
+        if node.kind == "norm":
+            return self.scaled(read[0], node, *_normed(node, _part(op, module, node)))
+        if node.kind == "channels":
+            kernel = float64(_part(op, module, node).get_submodule("conv").get_parameter("weight")).reshape(-1)
+            return self.along_channels(read[0], node, kernel)
+        return self._plain(node, read)
+
+    def _plain(self, node: Node, read: list[V]) -> V:
+        """A node without weights."""
+        if node.kind == "act":
+            return self.act(read[0], node.name, node.act)
+        if node.kind == "add":
+            return self.add(read[0], read[1], node.name)
+        if node.kind == "mul":
+            return self.mul(read[0], read[1], node.name)
+        if node.kind == "concat":
+            return self.channels_joined(read, node.name)
+        if node.kind == "shuffle":
+            return self.shuffle(read[0], node.groups)
+        assert node.kind == "crop", node.kind
+        return self.crop(read[0], node.name)
+
+    def _chain(self, x: V, ops: Sequence[Op], modules: Sequence[nn.Module], scope: str) -> list[V]:
+        """Add ops one after another, and return the outputs of all."""
         outputs = []
         for position, (op, module) in enumerate(zip(ops, modules, strict=True)):
-            self.scope = "" if scope is None else f"{scope}{position}."
-            x = self._op(x, op, module)
+            self.scope = f"{scope}{position}."
+            (x,) = self.block(x, op, module)
             outputs.append(x)
+        self.scope = ""
         return outputs
 
-    def predictors(self, x: V, op: Op, module: nn.Module, scope: str = "") -> tuple[V, V]:
-        """Add an ``ssd`` op, and return its outputs: class logits and box codes of each cell's anchors."""
-        self.scope = scope
-        branches = {"classes": x, "boxes": x}
-        for layer in op.layers:
-            branch = layer.name.partition(".")[0]
-            branches[branch] = self.conv(branches[branch], layer, _part(op, module, layer.name))
-        return branches["classes"], branches["boxes"]
+    def _graph(self, x: V, graph: Sequence[Step], blocks: Iterator[tuple[Op, nn.Module]]) -> V:
+        """Add a network of cells, and return its last point."""
+        points, position = [x], 0
+        for number, step in enumerate(graph):
+            read = [points[point] for point in step.of]
+            self.scope = f"steps.{number}."
+            if step.kind == "op":
+                self.scope = f"blocks.{position}."
+                position += 1
+                (made,) = self.block(read[0], *next(blocks))
+            elif step.kind == "sum":
+                made = read[0]
+                for term, other in enumerate(read[1:]):
+                    made = self.add(made, other, f"add{term}")
+            elif step.kind == "concat":
+                made = self.channels_joined(read, "concat")
+            elif step.kind == "cut":
+                made = self.first_channels(read[0], "cut", step.channels)
+            else:
+                made = self.zeros("zero", step.channels, step.size)
+            points.append(made)
+        self.scope = ""
+        return points[-1]
 
     def predictions(self, x: V, network: DetectionNetwork) -> list[tuple[V, V]]:
         """Add a whole detector, and return the class logits and box codes of each of its maps."""
         detector = detector_of(network.arch)
-        blocks = self.outputs(x, network.arch.blocks, list(network.blocks), "blocks.")
-        extras = self.outputs(blocks[-1], detector.extras, list(network.extras), "extras.")
+        blocks = self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")
+        extras = self._chain(blocks[-1], detector.extras, list(network.extras), "extras.")
         maps = [*(blocks[tap] for tap in detector.taps), *extras]
-        heads = enumerate(zip(maps, detector.heads, network.heads, strict=True))
-        return [self.predictors(each, op, head, f"heads.{position}.") for position, (each, op, head) in heads]
+        predicted = []
+        for position, (each, op, head) in enumerate(zip(maps, detector.heads, network.heads, strict=True)):
+            self.scope = f"heads.{position}."
+            classes, boxes = self.block(each, op, head)
+            predicted.append((classes, boxes))
+        self.scope = ""
+        return predicted
 
     def detector(self, x: V, network: DetectionNetwork) -> tuple[V, V]:
         """Add a whole detector, and return its raw outputs: class logits [1, anchors, classes + 1] and box codes [1, anchors, 4]."""
@@ -70,48 +145,61 @@ class BlockWriter(ABC, Generic[V]):
         self.scope = ""
         return self.concatenated("logits", logits), self.concatenated("codes", codes)
 
-    def _op(self, x: V, op: Op, module: nn.Module) -> V:
-        if op.kind == "classifier":
-            linear = _part(op, module, "linear")
-            assert isinstance(linear, nn.Linear)
-            _require_shape(linear.weight, (op.out_ch, op.in_ch), op.key)
-            return self.classifier(x, float64(linear.weight), float64(linear.bias))
-        entry = x
-        if op.pooled:
-            x = self.pool(x)
-        layers = {layer.name: layer for layer in op.layers}
-        for name, layer in layers.items():
-            if name == "depthwise" and op.shuffled:
-                x = self.shuffle(x, op.groups)
-            if name == "se_reduce":
-                x = self.squeeze_excite(x, layer, layers["se_expand"], op.se_gate, _part(op, module, "layers.se"))
-            elif name != "se_expand":
-                x = self.conv(x, layer, _part(op, module, f"layers.{name}"))
-        return self.add(entry, x) if op.residual else x
+    @abstractmethod
+    def conv(self, x: V, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> V:
+        """Convolution with a bias, and the node's activation."""
 
     @abstractmethod
-    def conv(self, x: V, layer: Layer, module: nn.Module) -> V:
-        """Convolution, BN (or bias) and activation; ``folded(layer, module)`` gives the weights."""
+    def linear(self, x: V, name: str, weight_OI: Numbers, bias_O: Numbers) -> V:
+        """A fully connected layer on [1, in_ch]."""
+
+    @abstractmethod
+    def pool(self, x: V, node: Node) -> V:
+        """k x k pooling that does not count its padding."""
+
+    @abstractmethod
+    def scaled(self, x: V, node: Node, scale_C: Numbers, shift_C: Numbers) -> V:
+        """x * scale + shift, channel by channel, and the node's activation: a BN that nothing takes in."""
+
+    @abstractmethod
+    def along_channels(self, x: V, node: Node, kernel_K: Numbers) -> V:
+        """A 1-D convolution along the channels of one pixel, and the node's activation."""
+
+    @abstractmethod
+    def act(self, x: V, name: str, act: str) -> V:
+        """An activation."""
+
+    @abstractmethod
+    def mean(self, x: V, *, flat: bool) -> V:
+        """Global average pooling to one pixel, or ``flat`` to [1, channels]."""
+
+    @abstractmethod
+    def add(self, x: V, y: V, name: str) -> V:
+        """Two maps added up."""
+
+    @abstractmethod
+    def mul(self, x: V, gate: V, name: str) -> V:
+        """A map times a gate of one pixel."""
 
     @abstractmethod
     def shuffle(self, x: V, groups: int) -> V:
         """Channel i of group g becomes channel i * groups + g."""
 
     @abstractmethod
-    def squeeze_excite(self, x: V, reduce: Layer, expand: Layer, gate: str, module: nn.Module) -> V:
-        """x * gate(W2 relu(W1 mean(x))). ``module`` has the parts ``reduce`` and ``expand``."""
+    def crop(self, x: V, name: str) -> V:
+        """Without the first row and the first column."""
 
     @abstractmethod
-    def pool(self, x: V) -> V:
-        """Global average pooling that keeps the axes."""
+    def channels_joined(self, parts: Sequence[V], name: str) -> V:
+        """Channels one after another."""
 
     @abstractmethod
-    def add(self, x: V, y: V) -> V:
-        """The residual connection."""
+    def first_channels(self, x: V, name: str, channels: int) -> V:
+        """The first channels of a map."""
 
     @abstractmethod
-    def classifier(self, x: V, weight_OI: npt.NDArray[np.float64], bias_O: npt.NDArray[np.float64]) -> V:
-        """Global average pooling and a fully connected layer."""
+    def zeros(self, name: str, channels: int, size: int) -> V:
+        """A map of zeros."""
 
     @abstractmethod
     def rows(self, name: str, x: V, columns: int) -> V:
@@ -122,32 +210,50 @@ class BlockWriter(ABC, Generic[V]):
         """The rows of all maps one after another."""
 
 
-def folded(layer: Layer, module: nn.Module) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def folded(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
     """Weights [O, I / groups, k, k] and bias [O] of a convolution with the BN after it, if any, folded in.
 
-    A layer has a BN or a bias. BN(Wx) = sWx + beta - s mean, with s = gamma / sqrt(var + eps). Raises ExportError where the
-    module is not that layer's.
+    BN(Wx) = sWx + beta - s mean, with s = gamma / sqrt(var + eps); without BN and bias, the bias is 0. Raises ExportError where the
+    module is not that node's.
     """
     conv = module.get_submodule("conv")
     assert isinstance(conv, nn.Conv2d)
-    _require_shape(conv.weight, (layer.out_ch, layer.in_ch // layer.groups, layer.kernel, layer.kernel), layer.name)
+    _require_shape(conv.weight, (node.out_ch, node.in_ch // node.groups, node.kernel, node.kernel), node.name)
     weight_OIHW = float64(conv.weight)
-    if not layer.norm:
-        assert conv.bias is not None
-        return weight_OIHW, float64(conv.bias)
+    if node.norm:
+        scale_O, shift_O = _normed(node, module)
+        return weight_OIHW * scale_O[:, None, None, None], shift_O
+    return weight_OIHW, np.zeros(node.out_ch) if conv.bias is None else float64(conv.bias)
+
+
+def _normed(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
+    """The scale and the shift [C] of a node's BN in eval mode."""
     norm = module.get_submodule("norm")
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
-    scale_O = float64(norm.weight) / np.sqrt(float64(norm.running_var) + norm.eps)
-    return weight_OIHW * scale_O[:, None, None, None], float64(norm.bias) - scale_O * float64(norm.running_mean)
+    _require_shape(norm.running_mean, (node.out_ch,), node.name)
+    scale_C = 1 / np.sqrt(float64(norm.running_var) + norm.eps)
+    if not norm.affine:
+        return scale_C, -scale_C * float64(norm.running_mean)
+    scale_C = float64(norm.weight) * scale_C
+    return scale_C, float64(norm.bias) - scale_C * float64(norm.running_mean)
 
 
-def float64(values: Tensor) -> npt.NDArray[np.float64]:
+def _linear(op: Op, node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
+    linear = _part(op, module, node)
+    assert isinstance(linear, nn.Linear)
+    _require_shape(linear.weight, (node.out_ch, node.in_ch), op.key)
+    return float64(linear.weight), float64(linear.bias)
+
+
+def float64(values: Tensor) -> Numbers:
     """A tensor's values, on the CPU and apart from its graph."""
-    array: npt.NDArray[np.float64] = values.detach().to("cpu", torch.float64).numpy()
+    array: Numbers = values.detach().to("cpu", torch.float64).numpy()
     return array
 
 
-def _part(op: Op, module: nn.Module, path: str) -> nn.Module:
+def _part(op: Op, module: nn.Module, node: Node) -> nn.Module:
+    """The part of an op's module that holds the weights of a node."""
+    path = op.WEIGHTS + node.name
     try:
         return module.get_submodule(path)
     except AttributeError:

@@ -35,9 +35,8 @@ from hwnas.export.detector import Decoded, columns
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard, with_metadata
 from hwnas.export.names import CHOSEN, DETECTIONS, TASK_OUTPUTS
-from hwnas.export.onnx import onnx_file
 from hwnas.export.post_processing import NMS_COLUMNS, READERS, Found, iou
-from hwnas.export.tflite import quantize_int8
+from hwnas.export.quantization import quantize_int8
 from hwnas.export.tflite_writer import write_heads
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.runs import StageContext
@@ -139,9 +138,7 @@ class _Writer:
     def onnx(self) -> bytes:
         """The ONNX file without NMS."""
         if self._onnx is None:
-            arch = self.network.arch
-            shape, metadata = (1, arch.in_channels, arch.resolution, arch.resolution), {"architecture": arch.to_json()}
-            model = onnx_file(self.decoded, shape, metadata=metadata, output_name=DETECTIONS)
+            model = onnx_detector.decoded(self.network, {"architecture": self.network.arch.to_json()})
             self._onnx = self.interface.around(model, "onnxruntime")
         return self._onnx
 

@@ -1,19 +1,74 @@
-"""Post-processing inside a detector's ONNX file, with standard operators: thresholds, ``NonMaxSuppression`` per class, the best of all.
+"""What follows the network inside a detector's ONNX files, with standard operators: scores and boxes of all anchors, and NMS.
 
-What is chosen is what ``post_processing.post_process`` chooses: ``NonMaxSuppression`` itself has no limit on candidates, so scores below
-the last candidate's become 0 first.
+NMS are thresholds, ``NonMaxSuppression`` per class, the best of all. What is chosen is what ``post_processing.post_process`` chooses:
+``NonMaxSuppression`` itself has no limit on candidates, so scores below the last candidate's become 0 first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from hwnas.core.detector import PostProcessing
 from hwnas.errors import ExportError
-from hwnas.export.names import CHOSEN
+from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres, columns
+from hwnas.export.names import CHOSEN, DETECTIONS, IMAGE
+from hwnas.export.onnx_writer import OnnxWriter
 from hwnas.export.post_processing import BOX, NMS_COLUMNS
+from hwnas.nn.detector import DetectionNetwork, detector_of
+
+
+def decoded(network: DetectionNetwork, metadata: Mapping[str, str]) -> bytes:
+    """The file with one output, ``detections`` float32 [1, anchors, 4 + classes], as ``detector.Decoded`` has it.
+
+    ``metadata`` goes into its ``metadata_props``.
+    """
+    graph = OnnxWriter(network.arch.in_channels, network.arch.resolution)
+    logits, codes = graph.detector(IMAGE, network)
+    graph.scope = "decode."
+    boxes, scores = _boxes(graph, codes, network), _scores(graph, logits, network)
+    anchors = graph.shape(codes)[1]
+    rows = graph.operator("Concat", "rows", [boxes, scores], (1, anchors, columns(network)), axis=2)
+    return graph.pack({DETECTIONS: rows}, metadata)
+
+
+def _scores(graph: OnnxWriter, logits: str, network: DetectionNetwork) -> str:
+    """[1, anchors, classes]."""
+    classes, shape = network.arch.classes, graph.shape(logits)
+    if detector_of(network.arch).scores == "sigmoid":
+        of_classes = _part(graph, "classes", logits, 1, classes)
+        return graph.operator("Sigmoid", "scores", [of_classes], graph.shape(of_classes))
+    return _part(graph, "scores", graph.operator("Softmax", "softmax", [logits], shape, axis=2), 1, classes)
+
+
+def _boxes(graph: OnnxWriter, codes: str, network: DetectionNetwork) -> str:
+    """x1, y1, x2, y2 [1, anchors, 4] in pixels, cut off at the image's edges."""
+    centres_A4: npt.NDArray[np.float64] = centres(network).double().numpy()
+    anchors, sides = centres_A4[None, :, :2], centres_A4[None, :, 2:]
+
+    def apply(code: str, name: str, x: str, values: npt.NDArray[np.float64]) -> str:
+        return graph.operator(code, name, [x, graph.floats(f"{name}.value", values)], graph.shape(x))
+
+    centre = apply("Mul", "shift", _part(graph, "centre.codes", codes, 0, 2), sides / CODE_SCALES[:2])
+    centre = apply("Add", "centre", centre, anchors)
+    growth = apply("Mul", "growth", _part(graph, "size.codes", codes, 2, 2), 1 / np.array(CODE_SCALES[2:]))
+    growth = apply("Min", "growth.limited", growth, np.array(LARGEST_GROWTH))
+    half = graph.operator("Exp", "growth.factor", [growth], graph.shape(growth))
+    half = apply("Mul", "half", half, sides / 2)
+    corners = [graph.operator(code, name, [centre, half], graph.shape(half)) for code, name in (("Sub", "low"), ("Add", "high"))]
+    boxes = graph.operator("Concat", "boxes", corners, graph.shape(codes), axis=2)
+    edges = [graph.floats(f"edge.{name}", np.array(value)) for name, value in (("low", 0.0), ("high", network.arch.resolution))]
+    return graph.operator("Clip", "boxes.inside", [boxes, *edges], graph.shape(boxes))
+
+
+def _part(graph: OnnxWriter, name: str, x: str, first: int, width: int) -> str:
+    """Some columns of rows [1, anchors, columns]."""
+    batch, anchors, _ = graph.shape(x)
+    return graph.slice(name, x, (batch, anchors, width), {"starts": (first,), "ends": (first + width,), "axes": (2,)})
 
 
 def with_nms(model: bytes, config: PostProcessing) -> bytes:

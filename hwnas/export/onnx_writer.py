@@ -1,7 +1,7 @@
 """Ops and networks written straight into ONNX files, without an exporter.
 
 torch.onnx traces and translates a block in 1 to 3 s; this takes 1 ms (``block_writer`` says what for). The graph is the one that
-``onnx.to_onnx`` makes, operator by operator (its tests judge this one by it), in float32, channels-first, batch 1:
+``convert.to_onnx`` makes, operator by operator (its tests judge this one by it), in float32, channels-first, batch 1:
 
 - batch norms are folded into weights and biases, in float64; an activation is an operator of its own, which runtimes fuse;
 - every convolution pads by kernel // 2 on all sides, as in PyTorch;
@@ -14,7 +14,8 @@ Shapes of all values are in the file, as the exporter's files have them, so that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,33 +23,35 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from hwnas import __version__
-from hwnas.core.op import Layer, Op
-from hwnas.export.block_writer import BlockWriter, folded
+from hwnas.core.ir import Node
+from hwnas.core.ops import Op
+from hwnas.export.block_writer import BlockWriter, Numbers
 from hwnas.export.names import IMAGE, LOGITS
-from hwnas.export.onnx import IR_VERSION, OPSET
-from hwnas.nn.detector import JOINED, DetectionNetwork
+from hwnas.nn.detector import JOINED
 from hwnas.nn.network import AnyNetwork
 
+OPSET = 18
+IR_VERSION = 8
+"""The oldest that carries opset 18: onnxruntime before 1.18 refuses newer ones."""
 _HARD_SIGMOID = {"alpha": 1 / 6, "beta": 0.5}
+_ACTS = {"relu": "Relu", "hswish": "HardSwish", "sigmoid": "Sigmoid", "hsig": "HardSigmoid"}
 
 
-def write_onnx(network: AnyNetwork) -> bytes:
+def write_onnx(network: AnyNetwork, metadata: Mapping[str, str] | None = None) -> bytes:
     """The float32 ONNX file of a network: ``image`` [1, channels, size, size] in, ``logits`` [1, classes] out.
 
     A detector has two outputs: ``logits`` [1, anchors, classes + 1], the background first, and ``codes`` [1, anchors, 4].
 
     BN statistics are those it has now, as in eval mode; the network itself is left untouched. The same weights give
-    the same bytes. Takes about 40 ms for MobileNetV2.
+    the same bytes. ``metadata`` goes into the file's ``metadata_props``. Takes about 40 ms for MobileNetV2.
 
     >>> from hwnas.core.spaces import published
     >>> len(write_onnx(Network(published("mobilenet_v2")))) // 1_000_000  # MB
     13
     """
-    ops = network.arch.ops()
-    writer = _Writer(ops[0])
-    if isinstance(network, DetectionNetwork):
-        return writer.pack(dict(zip((LOGITS, "codes"), writer.detector(IMAGE, network), strict=True)))
-    return writer.pack({LOGITS: writer.chain(IMAGE, ops, list(network.blocks))})
+    writer = OnnxWriter(network.arch.in_channels, network.arch.resolution)
+    outputs = writer.network(IMAGE, network)
+    return writer.pack(dict(zip((LOGITS, "codes"), outputs, strict=False)), metadata or {})
 
 
 def write_op(op: Op, module: nn.Module) -> bytes:
@@ -60,99 +63,37 @@ def write_op(op: Op, module: nn.Module) -> bytes:
 
     Raises ExportError where ``module`` does not belong to ``op``.
     """
-    writer = _Writer(op)
-    if op.kind == "ssd":
-        return writer.pack(dict(zip(("classes", "boxes"), writer.predictors(IMAGE, op, module), strict=True)))
-    return writer.pack({LOGITS: writer.chain(IMAGE, [op], [module])})
+    writer = OnnxWriter(op.in_ch, op.size)
+    outputs = writer.block(IMAGE, op, module)
+    names = ("classes", "boxes") if len(outputs) > 1 else (LOGITS,)
+    return writer.pack(dict(zip(names, outputs, strict=True)))
 
 
-class _Writer(BlockWriter[str]):
-    """A graph under construction. Values are known by their names."""
+class Graph:
+    """An ONNX graph under construction. Values are known by their names."""
 
-    def __init__(self, first: Op) -> None:
-        entry = (1, first.in_ch, first.size, first.size)
+    scope = ""
+
+    def __init__(self, in_channels: int, size: int) -> None:
+        entry = (1, in_channels, size, size)
         self.shapes: dict[str, tuple[int, ...]] = {IMAGE: entry}  # from the input on, in the order of the graph
         self._nodes: list[helper.NodeProto] = []
         self._constants: list[TensorProto] = []
+        self._constant_shapes: dict[str, tuple[int, ...]] = {}
 
-    def conv(self, x: str, layer: Layer, module: nn.Module) -> str:
-        """Conv, and the activation."""
-        weight_OIHW, bias_O = folded(layer, module)
-        inputs = [x, self._floats(f"{layer.name}.weight", weight_OIHW), self._floats(f"{layer.name}.bias", bias_O)]
-        shape = (1, layer.out_ch, layer.out_size, layer.out_size)
-        x = self._operator(
-            "Conv",
-            layer.name,
-            inputs,
-            shape,
-            auto_pad="NOTSET",
-            dilations=[1, 1],
-            group=layer.groups,
-            kernel_shape=[layer.kernel] * 2,
-            pads=[layer.kernel // 2] * 4,
-            strides=[layer.stride] * 2,
-        )
-        return self._activation(x, layer)
+    def shape(self, x: str) -> tuple[int, ...]:
+        """The shape of a value or a constant."""
+        return self._constant_shapes[x] if x in self._constant_shapes else self.shapes[x]
 
-    def _activation(self, x: str, layer: Layer) -> str:
-        name, shape = f"{layer.name}.act", self.shapes[x]
-        if layer.act == "relu6":
-            low, high = (self._floats(f"{name}.{bound}", np.array(value)) for bound, value in (("min", 0.0), ("max", 6.0)))
-            return self._operator("Clip", name, [x, low, high], shape)
-        codes = {"relu": "Relu", "hswish": "HardSwish"}
-        return self._operator(codes[layer.act], name, [x], shape) if layer.act in codes else x
+    def slice(self, name: str, x: str, shape: tuple[int, ...], where: dict[str, tuple[int, ...]]) -> str:
+        """Slice to ``shape``; ``where`` has its ``starts``, ``ends`` and ``axes``."""
+        return self.operator("Slice", name, [x, *(self.integers(f"{name}.{each}", values) for each, values in where.items())], shape)
 
-    def shuffle(self, x: str, groups: int) -> str:
-        """Reshape, Transpose, Reshape."""
-        batch, channels, *image = self.shapes[x]
-        apart, swapped = (batch, groups, channels // groups, *image), (batch, channels // groups, groups, *image)
-        x = self._reshape("shuffle.groups", x, apart)
-        x = self._operator("Transpose", "shuffle.swapped", [x], swapped, perm=[0, 2, 1, 3, 4])
-        return self._reshape("shuffle", x, (batch, channels, *image))
+    def reshape(self, name: str, x: str, shape: tuple[int, ...]) -> str:
+        """Reshape."""
+        return self.operator("Reshape", name, [x, self.integers(f"{name}.shape", shape)], shape, allowzero=1)
 
-    def squeeze_excite(self, x: str, reduce: Layer, expand: Layer, gate: str, module: nn.Module) -> str:
-        """ReduceMean, two Conv, Sigmoid or HardSigmoid, Mul."""
-        factor = self.conv(self.pool(x), reduce, module.get_submodule("reduce"))
-        factor = self.conv(factor, expand, module.get_submodule("expand"))
-        code, options = ("Sigmoid", {}) if gate == "sigmoid" else ("HardSigmoid", _HARD_SIGMOID)
-        factor = self._operator(code, "gate", [factor], self.shapes[factor], **options)
-        return self._operator("Mul", "gated", [x, factor], self.shapes[x])
-
-    def pool(self, x: str) -> str:
-        """ReduceMean over height and width."""
-        axes = self._integers("pool.axes", (-1, -2))
-        return self._operator("ReduceMean", "pool", [x, axes], (*self.shapes[x][:2], 1, 1), keepdims=1, noop_with_empty_axes=0)
-
-    def add(self, x: str, y: str) -> str:
-        """Add."""
-        return self._operator("Add", "add", [x, y], self.shapes[y])
-
-    def classifier(self, x: str, weight_OI: npt.NDArray[np.float64], bias_O: npt.NDArray[np.float64]) -> str:
-        """ReduceMean, Reshape, Gemm."""
-        flat = self._reshape("flat", self.pool(x), self.shapes[x][:2])
-        inputs = [flat, self._floats("linear.weight", weight_OI), self._floats("linear.bias", bias_O)]
-        return self._operator("Gemm", "linear", inputs, (1, len(bias_O)), alpha=1.0, beta=1.0, transA=0, transB=1)
-
-    def rows(self, name: str, x: str, columns: int) -> str:
-        """Transpose, Reshape."""
-        batch, channels, height, width = self.shapes[x]
-        x = self._operator("Transpose", f"{name}.cells", [x], (batch, height, width, channels), perm=[0, 2, 3, 1])
-        return self._reshape(f"{name}.rows", x, (batch, height * width * channels // columns, columns))
-
-    def concatenated(self, name: str, parts: Sequence[str]) -> str:
-        """Concat, as the network does it."""
-        joined, width = list(parts), self.shapes[parts[0]][2]
-        while len(joined) > 1:
-            first = joined[:JOINED]
-            scope = name if len(joined) <= JOINED else f"{name}.{len(joined)}"
-            shape = (1, sum(self.shapes[part][1] for part in first), width)
-            joined[:JOINED] = [self._operator("Concat", scope, first, shape, axis=1)]
-        return joined[0]
-
-    def _reshape(self, name: str, x: str, shape: tuple[int, ...]) -> str:
-        return self._operator("Reshape", name, [x, self._integers(f"{name}.shape", shape)], shape, allowzero=1)
-
-    def _operator(
+    def operator(
         self, code: str, name: str, inputs: Sequence[str], shape: tuple[int, ...], **options: int | float | str | list[int]
     ) -> str:
         """Add an operator, and return its output, a value ``name`` of ``shape``."""
@@ -161,17 +102,19 @@ class _Writer(BlockWriter[str]):
         self.shapes[output] = shape
         return output
 
-    def _floats(self, name: str, values: npt.NDArray[np.float64]) -> str:
+    def floats(self, name: str, values: npt.NDArray[np.float64]) -> str:
+        """A constant in float32."""
         return self._constant(name, values.astype(np.float32))
 
-    def _integers(self, name: str, values: tuple[int, ...]) -> str:
+    def integers(self, name: str, values: tuple[int, ...]) -> str:
+        """A constant in int64."""
         return self._constant(name, np.array(values, np.int64))
 
     def _constant(self, name: str, values: npt.NDArray[np.float32] | npt.NDArray[np.int64]) -> str:
         self._constants.append(numpy_helper.from_array(values, self.scope + name))
         return self.scope + name
 
-    def pack(self, exits: dict[str, str]) -> bytes:
+    def pack(self, exits: dict[str, str], metadata: Mapping[str, str] | None = None) -> bytes:
         """The file of the graph from the first value to the values that ``exits`` maps names to."""
         named = {value: name for name, value in exits.items()}
         for node in self._nodes:
@@ -185,5 +128,134 @@ class _Writer(BlockWriter[str]):
             producer_name="hwnas",
             producer_version=__version__,
         )
+        if metadata:
+            helper.set_model_props(model, dict(metadata))
         content: bytes = model.SerializeToString(deterministic=True)
         return content
+
+
+class OnnxWriter(Graph, BlockWriter[str]):
+    """Nodes of programs in ONNX's operators."""
+
+    def conv(self, x: str, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> str:
+        """Conv, and the activation."""
+        inputs = [x, self.floats(f"{node.name}.weight", weight_OIHW), self.floats(f"{node.name}.bias", bias_O)]
+        shape = (1, node.out_ch, node.out_size, node.out_size)
+        x = self.operator(
+            "Conv",
+            node.name,
+            inputs,
+            shape,
+            auto_pad="NOTSET",
+            dilations=[node.dilation] * 2,
+            group=node.groups,
+            kernel_shape=[node.kernel] * 2,
+            pads=[node.dilation * (node.kernel // 2)] * 4,
+            strides=[node.stride] * 2,
+        )
+        return self.act(x, f"{node.name}.act", node.act)
+
+    def linear(self, x: str, name: str, weight_OI: Numbers, bias_O: Numbers) -> str:
+        """Gemm."""
+        inputs = [x, self.floats(f"{name}.weight", weight_OI), self.floats(f"{name}.bias", bias_O)]
+        return self.operator("Gemm", name, inputs, (1, len(bias_O)), alpha=1.0, beta=1.0, transA=0, transB=1)
+
+    def pool(self, x: str, node: Node) -> str:
+        """AveragePool or MaxPool."""
+        padding = node.kernel // 2 if node.kernel % 2 else 0
+        options: dict[str, Any] = {"kernel_shape": [node.kernel] * 2, "pads": [padding] * 4, "strides": [node.stride] * 2}
+        if node.kind == "avgpool":
+            options["count_include_pad"] = 0
+        shape = (1, node.out_ch, node.out_size, node.out_size)
+        return self.operator("AveragePool" if node.kind == "avgpool" else "MaxPool", node.name, [x], shape, **options)
+
+    def scaled(self, x: str, node: Node, scale_C: Numbers, shift_C: Numbers) -> str:
+        """Mul, Add, and the activation."""
+        scale, shift = (
+            self.floats(f"{node.name}.{name}", values[:, None, None]) for name, values in (("scale", scale_C), ("shift", shift_C))
+        )
+        x = self.operator("Mul", f"{node.name}.scaled", [x, scale], self.shape(x))
+        x = self.operator("Add", f"{node.name}.norm", [x, shift], self.shape(x))
+        return self.act(x, f"{node.name}.act", node.act)
+
+    def along_channels(self, x: str, node: Node, kernel_K: Numbers) -> str:
+        """Reshape to a row of channels, Conv, Reshape, and the activation."""
+        name, pixel = node.name, self.shape(x)
+        row = (1, 1, pixel[1])
+        x = self.reshape(f"{name}.row", x, row)
+        inputs = [x, self.floats(f"{name}.weight", kernel_K[None, None])]
+        x = self.operator("Conv", name, inputs, row, kernel_shape=[len(kernel_K)], pads=[len(kernel_K) // 2] * 2)
+        return self.act(self.reshape(f"{name}.pixel", x, pixel), f"{name}.act", node.act)
+
+    def act(self, x: str, name: str, act: str) -> str:
+        """The operator of an activation, or the operators."""
+        shape = self.shape(x)
+        if act == "none":
+            return x
+        if act == "relu6":
+            low, high = (self.floats(f"{name}.{bound}", np.array(value)) for bound, value in (("min", 0.0), ("max", 6.0)))
+            return self.operator("Clip", name, [x, low, high], shape)
+        if act == "silu":
+            return self.operator("Mul", name, [x, self.operator("Sigmoid", f"{name}.sigmoid", [x], shape)], shape)
+        return self.operator(_ACTS[act], name, [x], shape, **(_HARD_SIGMOID if act == "hsig" else {}))
+
+    def shuffle(self, x: str, groups: int) -> str:
+        """Reshape, Transpose, Reshape."""
+        batch, channels, *image = self.shape(x)
+        apart, swapped = (batch, groups, channels // groups, *image), (batch, channels // groups, groups, *image)
+        x = self.reshape("shuffle.groups", x, apart)
+        x = self.operator("Transpose", "shuffle.swapped", [x], swapped, perm=[0, 2, 1, 3, 4])
+        return self.reshape("shuffle", x, (batch, channels, *image))
+
+    def mean(self, x: str, *, flat: bool) -> str:
+        """ReduceMean over height and width, and where it is flattened a Reshape."""
+        axes, channels = self.integers("pool.axes", (-1, -2)), self.shape(x)[:2]
+        x = self.operator("ReduceMean", "pool", [x, axes], (*channels, 1, 1), keepdims=1, noop_with_empty_axes=0)
+        return self.reshape("flat", x, channels) if flat else x
+
+    def add(self, x: str, y: str, name: str) -> str:
+        """Add."""
+        return self.operator("Add", name, [x, y], self.shape(y))
+
+    def mul(self, x: str, gate: str, name: str) -> str:
+        """Mul."""
+        return self.operator("Mul", name, [x, gate], self.shape(x))
+
+    def crop(self, x: str, name: str) -> str:
+        """Slice."""
+        batch, channels, height, width = self.shape(x)
+        shape = (batch, channels, height - 1, width - 1)
+        return self.slice(name, x, shape, {"starts": (1, 1), "ends": (height, width), "axes": (2, 3)})
+
+    def channels_joined(self, parts: Sequence[str], name: str) -> str:
+        """Concat."""
+        batch, _, *image = self.shape(parts[0])
+        channels = sum(self.shape(part)[1] for part in parts)
+        return self.operator("Concat", name, parts, (batch, channels, *image), axis=1)
+
+    def first_channels(self, x: str, name: str, channels: int) -> str:
+        """Slice."""
+        batch, _, *image = self.shape(x)
+        return self.slice(name, x, (batch, channels, *image), {"starts": (0,), "ends": (channels,), "axes": (1,)})
+
+    def zeros(self, name: str, channels: int, size: int) -> str:
+        """A constant."""
+        made = self.floats(name, np.zeros((1, channels, size, size)))
+        self._constant_shapes[made] = (1, channels, size, size)
+        return made
+
+    def rows(self, name: str, x: str, columns: int) -> str:
+        """Transpose, Reshape."""
+        batch, channels, height, width = self.shape(x)
+        x = self.operator("Transpose", f"{name}.cells", [x], (batch, height, width, channels), perm=[0, 2, 3, 1])
+        return self.reshape(f"{name}.rows", x, (batch, height * width * channels // columns, columns))
+
+    def concatenated(self, name: str, parts: Sequence[str]) -> str:
+        """Concat, as the network does it."""
+        joined, width = list(parts), self.shape(parts[0])[2]
+        while len(joined) > 1:
+            first = joined[:JOINED]
+            scope = name if len(joined) <= JOINED else f"{name}.{len(joined)}"
+            shape = (1, sum(self.shape(part)[1] for part in first), width)
+            joined[:JOINED] = [self.operator("Concat", scope, first, shape, axis=1)]
+        return joined[0]

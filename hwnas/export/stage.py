@@ -29,9 +29,10 @@ from hwnas.export.bundle import (
 )
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, ModelCard, with_metadata
-from hwnas.export.onnx import onnx_file
+from hwnas.export.onnx_writer import write_onnx
+from hwnas.export.quantization import quantize_int8
 from hwnas.export.score_calibration import ScoreCalibration, Transformation
-from hwnas.export.tflite import quantize_int8, to_tflite
+from hwnas.export.tflite_writer import write_tflite
 from hwnas.nn.network import Network, load_network
 from hwnas.runs import StageContext
 
@@ -177,9 +178,7 @@ def _score_calibration(network: Network, test: Images, interface: Interface, wor
 
 def _network_file(kind: str, network: Network, calibration_NHWC: np.ndarray) -> bytes:
     """The file of a format with the network alone: normalised float32 images in, logits out."""
-    arch = network.arch
-    shape = (1, arch.in_channels, arch.resolution, arch.resolution)
     if kind == "onnx":
-        return onnx_file(network, shape, metadata={"architecture": arch.to_json()})
-    model = to_tflite(network, shape)
+        return write_onnx(network, {"architecture": network.arch.to_json()})
+    model = write_tflite(network)
     return quantize_int8(model, [calibration_NHWC], float_io=True) if kind == "tflite-int8" else model

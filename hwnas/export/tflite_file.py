@@ -13,7 +13,7 @@ Schema: tensorflow/lite/schema/schema.fbs, version 3; which offsets count: tenso
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flatbuffers
 import numpy as np
@@ -109,3 +109,27 @@ class _Aligned:
         schema.BufferAddData(builder, vector)
         offset: int = schema.BufferEnd(builder)
         return offset
+
+
+class GraphOp(NamedTuple):
+    """One operator of a TFLite graph: its name and its first output's type, as the schema spells them."""
+
+    name: str
+    dtype: str
+
+
+def graph_ops(model: bytes) -> tuple[GraphOp, ...]:
+    """The operators of a TFLite file's main graph, in execution order."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    dtypes = {code: name for name, code in vars(schema.TensorType).items() if not name.startswith("_")}
+    parsed = schema.Model.GetRootAs(model)
+    graph = parsed.Subgraphs(0)
+    ops = []
+    for operator in map(graph.Operators, range(graph.OperatorsLength())):
+        code = parsed.OperatorCodes(operator.OpcodeIndex())
+        # Codes past 127 live in the newer of the two fields, and old files fill only the older one.
+        name = names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+        ops.append(GraphOp(name, dtypes[graph.Tensors(operator.Outputs(0)).Type()]))
+    return tuple(ops)

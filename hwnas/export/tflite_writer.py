@@ -1,7 +1,7 @@
 """Ops and networks written straight into TFLite files, without a converter.
 
 litert-torch converts a block in 1 to 2 s; this takes 1 ms (``block_writer`` says what for). The graph is the one that
-``tflite.to_tflite`` makes, operator by operator (its tests judge this one by it), in float32, channels-last, batch 1:
+``convert.to_tflite`` makes, operator by operator (its tests judge this one by it), in float32, channels-last, batch 1:
 
 - batch norms are folded into weights and biases, in float64; ReLU and ReLU6 are fused, HARD_SWISH follows its layer;
 - where TFLite's SAME pads as PyTorch does, kernel // 2 on every side, it is SAME; else PAD and VALID;
@@ -20,7 +20,6 @@ for: 1, but 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -29,19 +28,22 @@ from ai_edge_litert import schema_py_generated as schema
 from torch import nn
 
 from hwnas import __version__
-from hwnas.core.op import Layer, Op
-from hwnas.export.block_writer import BlockWriter, folded
+from hwnas.core.ir import Node
+from hwnas.core.ops import Op
+from hwnas.export.block_writer import BlockWriter, Numbers
 from hwnas.export.names import IMAGE, LOGITS
 from hwnas.export.tflite_file import read_model, write_model
 from hwnas.nn.detector import JOINED, DetectionNetwork
 from hwnas.nn.network import AnyNetwork
 
 _SCHEMA_VERSION = 3
-_HEIGHT, _WIDTH = 1, 2
+_HEIGHT, _WIDTH, _CHANNELS = 1, 2, 3
 _FUSED = {
+    "none": schema.ActivationFunctionType.NONE,
     "relu": schema.ActivationFunctionType.RELU,
     "relu6": schema.ActivationFunctionType.RELU6,
 }
+_ACTS = {"relu": "RELU", "relu6": "RELU6", "hswish": "HARD_SWISH", "sigmoid": "LOGISTIC"}
 
 
 def write_tflite(network: AnyNetwork) -> bytes:
@@ -56,11 +58,10 @@ def write_tflite(network: AnyNetwork) -> bytes:
     >>> len(write_tflite(Network(published("mobilenet_v2")))) // 1_000_000  # MB
     13
     """
-    ops, graph = network.arch.ops(), _Writer()
-    entry = graph.tensor(IMAGE, (1, ops[0].size, ops[0].size, ops[0].in_ch))
-    if isinstance(network, DetectionNetwork):
-        return graph.pack(entry, *graph.named((LOGITS, "codes"), graph.detector(entry, network)))
-    return graph.pack(entry, *graph.named((LOGITS,), (graph.chain(entry, ops, list(network.blocks)),)))
+    graph = _Writer()
+    entry = graph.tensor(IMAGE, (1, network.arch.resolution, network.arch.resolution, network.arch.in_channels))
+    outputs = graph.network(entry, network)
+    return graph.pack(entry, *graph.named((LOGITS, "codes")[: len(outputs)], outputs))
 
 
 def write_op(op: Op, module: nn.Module) -> bytes:
@@ -79,9 +80,8 @@ def write_op(op: Op, module: nn.Module) -> bytes:
     """
     graph = _Writer()
     entry = graph.tensor("input", (1, op.size, op.size, op.in_ch))
-    if op.kind == "ssd":
-        return graph.pack(entry, *graph.named(("classes", "boxes"), graph.predictors(entry, op, module)))
-    return graph.pack(entry, *graph.named(("output",), (graph.chain(entry, [op], [module]),)))
+    outputs = graph.block(entry, op, module)
+    return graph.pack(entry, *graph.named(("classes", "boxes") if len(outputs) > 1 else ("output",), outputs))
 
 
 def write_heads(network: DetectionNetwork) -> bytes:
@@ -256,91 +256,201 @@ class Graph:
 
 
 class _Writer(Graph, BlockWriter[int]):
-    """Ops in TFLite's operators."""
+    """Nodes of programs in TFLite's operators."""
 
-    def conv(self, x: int, layer: Layer, module: nn.Module, *, shift: float = 0.0) -> int:
-        """[PAD], [DEPTHWISE_]CONV_2D, [HARD_SWISH], with ``shift`` added before the activation."""
-        weight_OIHW, bias_O = folded(layer, module)
-        depthwise = _depthwise(layer)
-        weight = self.constant(f"{layer.name}.weight", weight_OIHW.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1)))
-        bias = self.constant(f"{layer.name}.bias", bias_O + shift)
-        if layer.kernel > 1 and not _same_padding(layer):
-            x = self._padding(x, layer)
-        code, version = ("DEPTHWISE_CONV_2D", 1) if depthwise else ("CONV_2D", 1 if layer.groups == 1 else 6)
-        shape = (1, layer.out_size, layer.out_size, layer.out_ch)
-        x = self.operator(code, layer.name, [x, weight, bias], shape, _conv_options(layer), version=version)
-        return self.operator("HARD_SWISH", f"{layer.name}.act", [x], shape) if layer.act == "hswish" else x
+    def conv(self, x: int, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> int:
+        """[PAD], [DEPTHWISE_]CONV_2D, and what of the activation is not fused."""
+        depthwise = _depthwise(node)
+        weight = self.constant(f"{node.name}.weight", weight_OIHW.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1)))
+        act = node.act
+        if act == "hsig":  # relu6(x + 3) / 6, for which TFLite has no operator: the convolution takes the first two steps
+            act, bias_O = "relu6", bias_O + 3.0
+        bias = self.constant(f"{node.name}.bias", bias_O)
+        if not _same_padding(node):
+            x = self._padded(x, node)
+        code, version = ("DEPTHWISE_CONV_2D", 1) if depthwise else ("CONV_2D", 1 if node.groups == 1 else 6)
+        shape = (1, node.out_size, node.out_size, node.out_ch)
+        x = self.operator(code, node.name, [x, weight, bias], shape, _conv_options(node, act), version=version)
+        if node.act == "hsig":
+            return self._times(x, f"{node.name}.sixth", 1 / 6)
+        return x if act in _FUSED else self.act(x, f"{node.name}.act", act)
 
-    def _padding(self, x: int, layer: Layer) -> int:
-        pad, padded = layer.kernel // 2, layer.size + 2 * (layer.kernel // 2)
-        pads = self.constant(f"{layer.name}.pads", np.array([[0, 0], [pad, pad], [pad, pad], [0, 0]], np.int32))
-        return self.operator("PAD", f"{layer.name}.pad", [x, pads], (1, padded, padded, layer.in_ch), schema.PadOptionsT())
+    def _padded(self, x: int, node: Node) -> int:
+        """PAD, by as much on every side as PyTorch."""
+        pad = _padding(node)
+        if pad == 0:
+            return x
+        padded = node.size + 2 * pad
+        pads = self.constant(f"{node.name}.pads", np.array([[0, 0], [pad, pad], [pad, pad], [0, 0]], np.int32))
+        return self.operator("PAD", f"{node.name}.pad", [x, pads], (1, padded, padded, node.in_ch), schema.PadOptionsT())
+
+    def linear(self, x: int, name: str, weight_OI: Numbers, bias_O: Numbers) -> int:
+        """FULLY_CONNECTED."""
+        weight, bias = self.constant(f"{name}.weight", weight_OI), self.constant(f"{name}.bias", bias_O)
+        options = schema.FullyConnectedOptionsT()
+        options.keepNumDims = True
+        return self.operator("FULLY_CONNECTED", name, [x, weight, bias], (1, len(bias_O)), options, version=5)
+
+    def pool(self, x: int, node: Node) -> int:
+        """AVERAGE_POOL_2D or MAX_POOL_2D where SAME or VALID is PyTorch's padding.
+
+        Elsewhere the border is made first: for a maximum the first rows and columns once more, which no maximum notices, as their window
+        holds them anyway; for an average PAD with zeros, and the quotient of all cells and those inside for each window.
+        """
+        options = schema.Pool2DOptionsT()
+        options.filterHeight = options.filterWidth = node.kernel
+        options.strideH = options.strideW = node.stride
+        same = _same_padding(node)
+        options.padding = schema.Padding.SAME if same and _padding(node) else schema.Padding.VALID
+        shape = (1, node.out_size, node.out_size, node.out_ch)
+        code = "AVERAGE_POOL_2D" if node.kind == "avgpool" else "MAX_POOL_2D"
+        if same or _padding(node) == 0:
+            return self.operator(code, node.name, [x], shape, options)
+        if node.kind == "maxpool":
+            for axis in (_HEIGHT, _WIDTH):
+                x = self._repeated(x, node, axis)
+            return self.operator(code, node.name, [x], shape, options)
+        x = self.operator(code, node.name, [self._padded(x, node)], shape, options)
+        counts = self.constant(f"{node.name}.counts", _uncounted_padding(node)[None, :, :, None])
+        return self.operator("MUL", f"{node.name}.counted", [x, counts], shape, schema.MulOptionsT())
+
+    def _repeated(self, x: int, node: Node, axis: int) -> int:
+        """As many of the first and last rows or columns as windows reach beyond them, once more: SLICE, CONCATENATION."""
+        before = _padding(node)
+        behind = (node.out_size - 1) * node.stride + node.kernel - node.size - before
+        parts = [x]
+        for rows, begin in ((before, 0), (behind, node.size - behind)):
+            if rows > 0:
+                starts, size = [0, 0, 0, 0], list(self.shape(x))
+                starts[axis], size[axis] = begin, rows
+                border = self._slice(x, f"{node.name}.{axis}.{begin}", starts, size)
+                parts = [border, *parts] if begin == 0 else [*parts, border]
+        return self.concatenated(f"{node.name}.{axis}", parts, axis)
+
+    def scaled(self, x: int, node: Node, scale_C: Numbers, shift_C: Numbers) -> int:
+        """MUL, ADD."""
+        scale, shift = self.constant(f"{node.name}.scale", scale_C), self.constant(f"{node.name}.shift", shift_C)
+        x = self.operator("MUL", f"{node.name}.scaled", [x, scale], self.shape(x), schema.MulOptionsT())
+        options = schema.AddOptionsT()
+        options.fusedActivationFunction = _FUSED.get(node.act, schema.ActivationFunctionType.NONE)
+        x = self.operator("ADD", f"{node.name}.norm", [x, shift], self.shape(x), options)
+        return x if node.act in _FUSED else self.act(x, f"{node.name}.act", node.act)
+
+    def along_channels(self, x: int, node: Node, kernel_K: Numbers) -> int:
+        """RESHAPE to a row of channels, CONV_2D, RESHAPE, and the activation."""
+        channels = self.shape(x)[-1]
+        row, name = (1, 1, channels, 1), node.name
+        x = self._reshape(f"{name}.row", x, row)
+        weight = self.constant(f"{name}.weight", kernel_K[None, None, :, None])
+        bias = self.constant(f"{name}.bias", np.zeros(1))
+        options = schema.Conv2DOptionsT()
+        options.strideH = options.strideW = 1
+        options.padding = schema.Padding.SAME
+        x = self.operator("CONV_2D", name, [x, weight, bias], row, options)
+        return self.act(self._reshape(f"{name}.pixel", x, (1, 1, 1, channels)), f"{name}.act", node.act)
+
+    def act(self, x: int, name: str, act: str) -> int:
+        """The operator of an activation, or the operators."""
+        if act == "none":
+            return x
+        if act == "silu":
+            return self.mul(x, self.operator("LOGISTIC", f"{name}.sigmoid", [x], self.shape(x)), name)
+        if act == "hsig":
+            options = schema.AddOptionsT()
+            options.fusedActivationFunction = schema.ActivationFunctionType.RELU6
+            three = self.constant(f"{name}.three", np.array(3.0))
+            return self._times(self.operator("ADD", f"{name}.add", [x, three], self.shape(x), options), name, 1 / 6)
+        return self.operator(_ACTS[act], name, [x], self.shape(x))
+
+    def _times(self, x: int, name: str, factor: float) -> int:
+        """MUL by a number."""
+        return self.operator("MUL", name, [x, self.constant(f"{name}.factor", np.array(factor))], self.shape(x), schema.MulOptionsT())
 
     def shuffle(self, x: int, groups: int) -> int:
         """RESHAPE, TRANSPOSE, RESHAPE."""
         *image, channels = self.shape(x)
         apart, swapped = (*image, groups, channels // groups), (*image, channels // groups, groups)
-        x = self.operator("RESHAPE", "shuffle.groups", [x, self.constant("shuffle.apart", np.array(apart, np.int32))], apart)
+        x = self._reshape("shuffle.groups", x, apart)
         order = self.constant("shuffle.order", np.array([0, 1, 2, 4, 3], np.int32))
         x = self.operator("TRANSPOSE", "shuffle.swapped", [x, order], swapped, version=4)
-        shape = (*image, channels)
-        return self.operator("RESHAPE", "shuffle", [x, self.constant("shuffle.together", np.array(shape, np.int32))], shape)
+        return self._reshape("shuffle", x, (*image, channels))
 
-    def squeeze_excite(self, x: int, reduce: Layer, expand: Layer, gate: str, module: nn.Module) -> int:
-        """[MEAN], two CONV_2D, LOGISTIC or MUL by 1/6, MUL."""
-        factor = self.conv(self.pool(x), reduce, module.get_submodule("reduce"))
-        if gate == "sigmoid":
-            factor = self.conv(factor, expand, module.get_submodule("expand"))
-            factor = self.operator("LOGISTIC", "gate", [factor], self.shape(factor))
-        else:  # relu6(x + 3) / 6, for which TFLite has no operator: the convolution takes the first two steps
-            factor = self.conv(factor, replace(expand, act="relu6"), module.get_submodule("expand"), shift=3.0)
-            sixth = self.constant("gate.sixth", np.array(1 / 6))
-            factor = self.operator("MUL", "gate", [factor, sixth], self.shape(factor), schema.MulOptionsT())
-        return self.operator("MUL", "gated", [x, factor], self.shape(x), schema.MulOptionsT())
-
-    def pool(self, x: int) -> int:
-        """MEAN, or nothing where there is one pixel."""
-        return x if self.shape(x)[_HEIGHT] == self.shape(x)[_WIDTH] == 1 else self._mean(x, keep_dims=True)
-
-    def _mean(self, x: int, *, keep_dims: bool) -> int:
-        """Global average pooling to [1, 1, 1, C] or [1, C]."""
+    def mean(self, x: int, *, flat: bool) -> int:
+        """MEAN; of one pixel nothing, or SUM where it is flattened."""
         _, height, width, channels = self.shape(x)
+        if height == width == 1 and not flat:
+            return x
         options = schema.ReducerOptionsT()
-        options.keepDims = keep_dims
+        options.keepDims = not flat
         axes = self.constant("pool.axes", np.array([_HEIGHT, _WIDTH], np.int32))
-        shape = (1, 1, 1, channels) if keep_dims else (1, channels)
+        shape = (1, channels) if flat else (1, 1, 1, channels)
         return self.operator("SUM" if height == width == 1 else "MEAN", "pool", [x, axes], shape, options)
 
-    def add(self, x: int, y: int) -> int:
+    def add(self, x: int, y: int, name: str) -> int:
         """ADD."""
-        return self.operator("ADD", "add", [x, y], self.shape(y), schema.AddOptionsT())
+        return self.operator("ADD", name, [x, y], self.shape(y), schema.AddOptionsT())
 
-    def classifier(self, x: int, weight_OI: npt.NDArray[np.float64], bias_O: npt.NDArray[np.float64]) -> int:
-        """MEAN or SUM, FULLY_CONNECTED."""
-        weight, bias = self.constant("linear.weight", weight_OI), self.constant("linear.bias", bias_O)
-        options = schema.FullyConnectedOptionsT()
-        options.keepNumDims = True
-        pooled = self._mean(x, keep_dims=False)
-        return self.operator("FULLY_CONNECTED", "linear", [pooled, weight, bias], (1, len(bias_O)), options, version=5)
+    def mul(self, x: int, gate: int, name: str) -> int:
+        """MUL."""
+        return self.operator("MUL", name, [x, gate], self.shape(x), schema.MulOptionsT())
+
+    def crop(self, x: int, name: str) -> int:
+        """SLICE."""
+        batch, height, width, channels = self.shape(x)
+        return self._slice(x, name, [0, 1, 1, 0], [batch, height - 1, width - 1, channels])
+
+    def channels_joined(self, parts: Sequence[int], name: str) -> int:
+        """CONCATENATION."""
+        return self.concatenated(name, parts, _CHANNELS)
+
+    def first_channels(self, x: int, name: str, channels: int) -> int:
+        """SLICE."""
+        return self._slice(x, name, [0, 0, 0, 0], [*self.shape(x)[:-1], channels])
+
+    def zeros(self, name: str, channels: int, size: int) -> int:
+        """A constant."""
+        return self.constant(name, np.zeros((1, size, size, channels)))
+
+    def _slice(self, x: int, name: str, begin: Sequence[int], size: Sequence[int]) -> int:
+        starts, sizes = self.constant(f"{name}.begin", np.array(begin, np.int32)), self.constant(f"{name}.size", np.array(size, np.int32))
+        return self.operator("SLICE", name, [x, starts, sizes], tuple(size), schema.SliceOptionsT())
+
+    def _reshape(self, name: str, x: int, shape: tuple[int, ...]) -> int:
+        return self.operator("RESHAPE", name, [x, self.constant(f"{name}.shape", np.array(shape, np.int32))], shape)
 
 
-def _conv_options(layer: Layer) -> Any:
-    options = schema.DepthwiseConv2DOptionsT() if _depthwise(layer) else schema.Conv2DOptionsT()
-    if _depthwise(layer):
-        options.depthMultiplier = layer.out_ch // layer.in_ch
-    options.strideH = options.strideW = layer.stride
-    options.padding = schema.Padding.SAME if _same_padding(layer) else schema.Padding.VALID
-    options.fusedActivationFunction = _FUSED.get(layer.act, schema.ActivationFunctionType.NONE)
+def _conv_options(node: Node, act: str) -> Any:
+    options = schema.DepthwiseConv2DOptionsT() if _depthwise(node) else schema.Conv2DOptionsT()
+    if _depthwise(node):
+        options.depthMultiplier = node.out_ch // node.in_ch
+    options.strideH = options.strideW = node.stride
+    options.dilationHFactor = options.dilationWFactor = node.dilation
+    options.padding = schema.Padding.SAME if _padding(node) and _same_padding(node) else schema.Padding.VALID
+    options.fusedActivationFunction = _FUSED.get(act, schema.ActivationFunctionType.NONE)
     return options
 
 
-def _depthwise(layer: Layer) -> bool:
-    return layer.groups == layer.in_ch
+def _depthwise(node: Node) -> bool:
+    return node.groups == node.in_ch
 
 
-def _same_padding(layer: Layer) -> bool:
-    """Whether TFLite's SAME puts kernel // 2 on every side. At stride 2 it does on odd images only."""
-    return layer.kernel > 1 and (layer.out_size - 1) * layer.stride + layer.kernel - layer.size == 2 * (layer.kernel // 2)
+def _padding(node: Node) -> int:
+    """How much PyTorch pads every side: nothing for pooling with even kernels."""
+    return node.dilation * (node.kernel // 2) if node.kernel % 2 else 0
+
+
+def _same_padding(node: Node) -> bool:
+    """Whether TFLite's SAME puts as much on every side as PyTorch. At stride 2 it does on odd images only."""
+    covered = (node.out_size - 1) * node.stride + node.dilation * (node.kernel - 1) + 1
+    return max(0, covered - node.size) == 2 * _padding(node)
+
+
+def _uncounted_padding(node: Node) -> Numbers:
+    """All cells of a window / those inside the image, for every window [out_size, out_size]."""
+    starts = np.arange(node.out_size) * node.stride - _padding(node)
+    inside = np.minimum(starts + node.kernel, node.size) - np.maximum(starts, 0)
+    quotients: Numbers = node.kernel**2 / np.outer(inside, inside)
+    return quotients
 
 
 def _code_name(code: Any) -> str:

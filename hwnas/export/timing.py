@@ -10,16 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from hwnas import __version__
-from hwnas.core import arch, graph, op
+from hwnas.core import arch, graph, ir, ops
 from hwnas.core.arch import Architecture
-from hwnas.core.op import CELL_KINDS, Op
+from hwnas.core.ops import Op
 from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.errors import ConfigError
-from hwnas.export import block_writer, onnx, onnx_writer, tflite, tflite_file, tflite_writer
-from hwnas.export.tflite import quantize_int8_uncalibrated
+from hwnas.export import block_writer, onnx_writer, quantization, tflite_file, tflite_writer
+from hwnas.export.quantization import quantize_int8_uncalibrated
 from hwnas.nn import blocks, detector, network
 from hwnas.nn.network import network_of
 
@@ -32,8 +31,7 @@ def cache_folder() -> Path:
 def timing_file(timed: Sequence[Op] | Architecture, runtime: str, dtype: str, folder: Path | None = None) -> Path:
     """The model file of a chain of ops for a runtime (``litert`` or ``onnxruntime``) and dtype (``fp32`` or ``int8``).
 
-    A network with a detector, or of cells, is no chain, and is given as its architecture; cells and their ops are converted by the
-    runtime's exporter, which takes seconds each, where everything else is written directly. Files are made on first use and kept under
+    A network with a detector, or of cells, is no chain, and is given as its architecture. Files are made on first use and kept under
     the ops' keys.
     Inputs and outputs are channels-last for LiteRT, and int8 for int8. ``folder`` (default: ``cache_folder``) is where.
     """
@@ -65,24 +63,29 @@ def _architecture(timed: Sequence[Op] | Architecture) -> Architecture:
 @cache
 def _makers(runtime: str, dtype: str) -> str:
     """A hash of everything that shapes a timing file beside its ops: our own modules, and the packages that write it."""
-    modules = (arch, graph, op, blocks, detector, network, block_writer, onnx, onnx_writer, tflite, tflite_file, tflite_writer)
+    modules = (
+        arch,
+        graph,
+        ir,
+        *ops.MODULES,
+        blocks,
+        detector,
+        network,
+        block_writer,
+        onnx_writer,
+        quantization,
+        tflite_file,
+        tflite_writer,
+    )
     packages = {"onnxruntime": ("onnx",), "litert": ("ai-edge-quantizer",) if dtype == "int8" else ()}[runtime]
     sources = [file_sha256(str(module.__file__)) for module in modules]
     return content_sha256([__version__, *sources, *map(version, packages)])[:16]
 
 
-def _converted(built: Architecture, made: nn.Module, runtime: str) -> bytes:
-    """The file of a network that no writer of ours knows the ops of."""
-    shape = (1, built.in_channels, built.resolution, built.resolution)
-    return onnx.onnx_file(made, shape, metadata={}) if runtime == "onnxruntime" else tflite.to_tflite(made, shape)
-
-
 def _make(built: Architecture, runtime: str, dtype: str, path: Path) -> None:
     made = network_of(built, generator=torch.Generator().manual_seed(0)).eval()
     alone = len(built.ops()) == 1
-    if built.graph or any(each.kind in CELL_KINDS for each in built.blocks):
-        model = _converted(built, made, runtime)
-    elif runtime == "onnxruntime":
+    if runtime == "onnxruntime":
         model = onnx_writer.write_op(built.blocks[0], made.blocks[0]) if alone else onnx_writer.write_onnx(made)
     else:
         model = tflite_writer.write_op(built.blocks[0], made.blocks[0]) if alone else tflite_writer.write_tflite(made)

@@ -9,50 +9,59 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hwnas.core.op import POOLS, Layer, Op
+from hwnas.core.ir import INPUT, POOLS, Node
+from hwnas.core.ops import Op
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor, bool], Tensor]] = {
+    "none": lambda x, inplace: x,
+    "relu": lambda x, inplace: F.relu(x, inplace=inplace),
+    "relu6": lambda x, inplace: F.relu6(x, inplace=inplace),
+    "hswish": lambda x, inplace: F.hardswish(x, inplace=inplace),
+    "silu": lambda x, inplace: F.silu(x, inplace=inplace),
+    "sigmoid": lambda x, inplace: torch.sigmoid(x),
+    "hsig": lambda x, inplace: F.hardsigmoid(x),
+}
+"""Activations of nodes by their names: of a tensor, and whether it may be overwritten."""
 
 
-def activation(name: str, inplace: bool = True) -> nn.Module:
-    """The activation module of an op's ``act``."""
-    modules: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hswish": nn.Hardswish, "none": nn.Identity}
-    return modules[name](**({} if name == "none" else {"inplace": inplace}))
+class Activation(nn.Module):
+    """An activation as a module. ``inplace`` where nobody else reads the map."""
+
+    def __init__(self, name: str, inplace: bool = True) -> None:
+        super().__init__()
+        self.name, self.inplace = name, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        return ACTIVATIONS[self.name](x, self.inplace)
+
+    def extra_repr(self) -> str:
+        """Its name."""
+        return self.name
 
 
-def conv_layer(layer: Layer, bn_eps: float) -> nn.Sequential:
-    """Activation where one comes first; convolution or pooling; BN (or a bias); activation."""
+def conv_layer(node: Node, bn_eps: float) -> nn.Sequential:
+    """A layer of a program: convolution or pooling; BN (or a bias); activation."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    if layer.pre != "none":
-        parts["pre"] = activation(layer.pre, inplace=False)  # others read the same map
-    if layer.kind == "conv":
-        parts["conv"] = nn.Conv2d(
-            layer.in_ch,
-            layer.out_ch,
-            layer.kernel,
-            layer.stride,
-            layer.dilation * (layer.kernel // 2),
-            layer.dilation,
-            layer.groups,
-            bias=not (layer.norm or layer.bare),
-        )
-    elif layer.kind == "avgpool":
-        parts["pool"] = nn.AvgPool2d(layer.kernel, layer.stride, layer.kernel % 2 * (layer.kernel // 2), count_include_pad=False)
-    elif layer.kind == "maxpool":
-        parts["pool"] = nn.MaxPool2d(layer.kernel, layer.stride, layer.kernel % 2 * (layer.kernel // 2))
-    if layer.norm:
-        parts["norm"] = nn.BatchNorm2d(layer.out_ch, eps=bn_eps, affine=layer.kind not in POOLS)
-    if layer.act != "none":
-        parts["act"] = activation(layer.act)
+    if node.kind == "conv":
+        padding = node.dilation * (node.kernel // 2)
+        shape = (node.in_ch, node.out_ch, node.kernel, node.stride, padding, node.dilation, node.groups)
+        parts["conv"] = nn.Conv2d(*shape, bias=node.bias)
+    elif node.kind in POOLS:
+        padding = node.kernel // 2 if node.kernel % 2 else 0
+        average = nn.AvgPool2d(node.kernel, node.stride, padding, count_include_pad=False)
+        parts["pool"] = average if node.kind == "avgpool" else nn.MaxPool2d(node.kernel, node.stride, padding)
+    if node.norm:
+        parts["norm"] = nn.BatchNorm2d(node.out_ch, eps=bn_eps, affine=node.kind not in POOLS)
+    if node.act != "none":
+        parts["act"] = Activation(node.act)
     return nn.Sequential(parts)
-
-
-def se_gate(x_NC11: Tensor, name: str) -> Tensor:
-    """The gate of squeeze-and-excitation by an op's ``se_gate``: TuNAS's sigmoid, or MobileNetV3's relu6(x + 3) / 6."""
-    return torch.sigmoid(x_NC11) if name == "sigmoid" else F.hardsigmoid(x_NC11)
 
 
 def shuffle_channels(x_NCHW: Tensor, groups: int) -> Tensor:
@@ -81,108 +90,97 @@ class ChannelShuffle(nn.Module):
         return x_NHWGC.transpose(3, 4).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-class SqueezeExcite(nn.Module):
-    """x * gate(W2 relu(W1 mean(x)))."""
+class Linear(nn.Linear):
+    """A fully connected layer on a map of one pixel, with ``dropout`` before it."""
 
-    def __init__(self, reduce: Layer, expand: Layer, gate: str, bn_eps: float) -> None:
+    def __init__(self, node: Node, dropout: float) -> None:
+        super().__init__(node.in_ch, node.out_ch)
+        self.dropout = dropout
+
+    def forward(self, x_NC11: Tensor) -> Tensor:
+        """[N, in_ch, 1, 1] -> [N, out_ch]."""
+        return super().forward(F.dropout(x_NC11.flatten(1), self.dropout, self.training))
+
+
+class AlongChannels(nn.Module):
+    """A 1-D convolution along the channels of a map of one pixel: one kernel for all channels, without a bias."""
+
+    def __init__(self, node: Node) -> None:
         super().__init__()
-        self.reduce = conv_layer(reduce, bn_eps)
-        self.expand = conv_layer(expand, bn_eps)
-        self.gate = gate
+        self.conv = nn.Conv1d(1, 1, node.kernel, padding=node.kernel // 2, bias=False)
+        self.act = Activation(node.act)
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
-        return x_NCHW * se_gate(self.expand(self.reduce(F.adaptive_avg_pool2d(x_NCHW, 1))), self.gate)
+    def forward(self, x_NC11: Tensor) -> Tensor:
+        """[N, C, 1, 1] -> the same shape."""
+        y_N1C: Tensor = self.act(self.conv(x_NC11.flatten(1).unsqueeze(1)))
+        return y_N1C.view_as(x_NC11)
+
+
+PLAIN: Mapping[str, Callable[[Node, list[Tensor]], Tensor]] = {
+    "act": lambda node, read: ACTIVATIONS[node.act](read[0], False),
+    "mean": lambda node, read: F.adaptive_avg_pool2d(read[0], 1),
+    "add": lambda node, read: read[0] + read[1],
+    "mul": lambda node, read: read[0] * read[1],
+    "concat": lambda node, read: torch.cat(read, dim=1),
+    "shuffle": lambda node, read: shuffle_channels(read[0], node.groups),
+    "crop": lambda node, read: read[0][:, :, 1:, 1:],
+}
+"""What nodes without weights compute from the maps that they read."""
 
 
 class Block(nn.Module):
-    """An op as a module: its layers in order, plus the input where the op is residual."""
+    """An op as a module: an interpreter of its program.
 
-    def __init__(self, op: Op, bn_eps: float = 1e-3) -> None:
+    Weights of a node have the node's name, behind the op's ``WEIGHTS``: ``layers.expand.conv.weight``.
+    """
+
+    def __init__(self, op: Op, bn_eps: float = 1e-3, dropout: float = 0.0) -> None:
         super().__init__()
-        self.residual = op.residual
-        layers = {layer.name: layer for layer in op.layers}
-        parts: OrderedDict[str, nn.Module] = OrderedDict(pool=nn.AdaptiveAvgPool2d(1)) if op.pooled else OrderedDict()
-        for name, layer in layers.items():
-            if name == "depthwise" and op.shuffled:
-                parts["shuffle"] = ChannelShuffle(op.groups)
-            if name == "se_reduce":
-                parts["se"] = SqueezeExcite(layer, layers["se_expand"], op.se_gate, bn_eps)
-            elif name != "se_expand":
-                parts[name] = conv_layer(layer, bn_eps)
-        self.layers = nn.Sequential(parts)
+        self.program = op.program
+        steps: list[tuple[Node, nn.Module | None, tuple[int, ...]]] = []
+        for node, ending in zip(self.program.nodes, self.program.endings, strict=True):
+            module = _module(node, bn_eps, dropout)
+            if module is not None:
+                place(self, op.WEIGHTS + node.name, module)
+            steps.append((node, module, ending))
+        self._steps = tuple(steps)
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_ch, size, size] -> [N, out_ch, out_size, out_size]."""
-        y_NCHW: Tensor = self.layers(x_NCHW)
-        return x_NCHW + y_NCHW if self.residual else y_NCHW
-
-
-class FactorizedReduce(nn.Module):
-    """DARTS's reduction: every other pixel goes to the first half of the channels, the pixels beside them to the second; BN."""
-
-    def __init__(self, op: Op, bn_eps: float = 1e-3) -> None:
-        super().__init__()
-        self.act = activation(op.act, inplace=False)
-        self.layers = nn.ModuleDict({layer.name: conv_layer(layer, bn_eps) for layer in op.layers})
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_ch, size, size] -> [N, out_ch, size / 2, size / 2]."""
-        x_NCHW = self.act(x_NCHW)
-        halves = [self.layers["even"](x_NCHW), self.layers["odd"](x_NCHW[:, :, 1:, 1:])]
-        y_NCHW: Tensor = self.layers["norm"](torch.cat(halves, dim=1))
-        return y_NCHW
+    def forward(self, x_NCHW: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """[N, in_ch, size, size] -> [N, out_ch, out_size, out_size]; a classifier's [N, out_ch]; all outputs of several."""
+        values: dict[int, Tensor] = {INPUT: x_NCHW}
+        for value, (node, module, ending) in enumerate(self._steps, start=1):
+            read = [values[each] for each in node.inputs]
+            values[value] = module(read[0]) if module is not None else PLAIN[node.kind](node, read)
+            for each in ending:
+                del values[each]
+        outputs = tuple(values[value] for value in self.program.outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
-class ResidualReduce(nn.Module):
-    """NAS-Bench-201's reduction: two convolutions, added to pooling and a 1 x 1 convolution."""
-
-    def __init__(self, op: Op, bn_eps: float = 1e-3) -> None:
-        super().__init__()
-        self.pool = nn.AvgPool2d(2)
-        self.layers = nn.ModuleDict({layer.name: conv_layer(layer, bn_eps) for layer in op.layers})
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_ch, size, size] -> [N, out_ch, size / 2, size / 2]."""
-        y_NCHW: Tensor = self.layers["second"](self.layers["first"](x_NCHW)) + self.layers["shortcut"](self.pool(x_NCHW))
-        return y_NCHW
+def _module(node: Node, bn_eps: float, dropout: float) -> nn.Module | None:
+    """The module of a node that has weights or something to set; None for the others."""
+    if node.kind == "linear":
+        return Linear(node, dropout)
+    if node.kind == "channels":
+        return AlongChannels(node)
+    if node.kind == "shuffle":
+        return ChannelShuffle(node.groups)
+    return None if node.kind in PLAIN else conv_layer(node, bn_eps)
 
 
-class Classifier(nn.Module):
-    """Global average pooling, dropout, fully connected layer."""
-
-    def __init__(self, op: Op, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(op.in_ch, op.out_ch)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_ch, H, W] -> logits [N, out_ch]."""
-        logits: Tensor = self.linear(self.dropout(F.adaptive_avg_pool2d(x_NCHW, 1).flatten(1)))
-        return logits
-
-
-class Predictors(nn.Module):
-    """What SSDLite predicts from one feature map: class logits and box codes of each cell's anchors, from branches of their own."""
-
-    def __init__(self, op: Op, bn_eps: float = 1e-3) -> None:
-        super().__init__()
-        layers = {layer.name: conv_layer(layer, bn_eps) for layer in op.layers}
-        parts = ("depthwise", "predict")
-        self.classes = nn.Sequential(OrderedDict((part, layers[f"classes.{part}"]) for part in parts))
-        self.boxes = nn.Sequential(OrderedDict((part, layers[f"boxes.{part}"]) for part in parts))
-
-    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, in_ch, size, size] -> class logits [N, out_ch, size, size] and box codes [N, 4 anchors, size, size]."""
-        return self.classes(x_NCHW), self.boxes(x_NCHW)
+def place(owner: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path, with containers on the way."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if not hasattr(owner, parent):
+            owner.add_module(parent, nn.Module())
+        owner = owner.get_submodule(parent)
+    owner.add_module(name, module)
 
 
 def build(op: Op, *, bn_eps: float = 1e-3, dropout: float = 0.0) -> nn.Module:
-    """The module of an op, uninitialised beyond torch's defaults; see ``initialise``."""
-    if op.kind == "classifier":
-        return Classifier(op, dropout)
-    special = {"ssd": Predictors, "facreduce": FactorizedReduce, "resreduce": ResidualReduce}
-    return special.get(op.kind, Block)(op, bn_eps)
+    """The module of an op, uninitialised beyond torch's defaults; see ``initialise``. ``dropout`` goes before a fully connected layer."""
+    return Block(op, bn_eps, dropout)
 
 
 @torch.no_grad()

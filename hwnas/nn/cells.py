@@ -25,7 +25,7 @@ from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.cell_plan import NONE, Place
 from hwnas.core.cells import CellSpace
-from hwnas.core.op import POOLS
+from hwnas.core.ops import Pool
 from hwnas.core.space import Option
 from hwnas.errors import ConfigError
 from hwnas.nn.blocks import build, initialise
@@ -198,7 +198,7 @@ class CellSupernet(SharedNetwork):
         position, option = cast(tuple[int, str], part)
         place = self.places[position]
         op = place.ops[place.options.index(option)] if option else None
-        if op is not None and op.kind in POOLS:
+        if isinstance(op, Pool):
             return [next(self.parameters()).new_full((op.in_ch, op.kernel, op.kernel), 1 / op.kernel**2)]
         everything = not option and self.space.skeleton == "nasbench201"
         return [weight for weight in self._shared(position, option).parameters() if everything or weight.dim() > 1]

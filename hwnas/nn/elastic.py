@@ -14,7 +14,6 @@ Your Super-Net" (arXiv 2003.04276; arXiv 2110.01154), named here as in ``Superne
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -22,19 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hwnas.core.op import Layer
+from hwnas.core.ir import Node
+from hwnas.nn.blocks import ACTIVATIONS
 
 Channels: TypeAlias = Literal["first", "chunk", "random", "interpolation"]
 Kernels: TypeAlias = Literal["own", "ofa", "ofa_transform"]
 
 BN_MOMENTUM = 0.1
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": lambda x: F.relu(x, inplace=True),
-    "relu6": lambda x: F.relu6(x, inplace=True),
-    "hswish": lambda x: F.hardswish(x, inplace=True),
-}
 
 
 @dataclass(frozen=True)
@@ -82,30 +75,30 @@ def narrowing(total: int, kept: int, channels: Channels, training: bool) -> Narr
 
 
 class ElasticConv(nn.Module):
-    """A convolution and its BN allocated at the widest, used at any narrower layer.
+    """A convolution and its BN allocated at the widest, used at any narrower node.
 
     ``weight`` is [max_out, max_in / groups, k, k] with the largest k; depthwise layers have one input channel per group. ``norms``
     BNs are kept, of which ``forward`` uses one (``wsbn``).
     """
 
-    def __init__(self, widest: Layer, kernels: tuple[int, ...], bn_eps: float, sharing: Sharing, norms: int = 1) -> None:
+    def __init__(self, widest: Node, kernels: tuple[int, ...], bn_eps: float, sharing: Sharing, norms: int = 1) -> None:
         super().__init__()
         self.sharing, self.widest = sharing, widest
-        self.conv = nn.Conv2d(widest.in_ch, widest.out_ch, max(kernels), groups=widest.groups, bias=not widest.norm)
+        self.conv = nn.Conv2d(widest.in_ch, widest.out_ch, max(kernels), groups=widest.groups, bias=widest.bias)
         options: Any = {"eps": bn_eps, "momentum": BN_MOMENTUM, "affine": sharing.bn_affine, "track_running_stats": sharing.bn_track}
         self.norms = nn.ModuleList(nn.BatchNorm2d(widest.out_ch, **options) for _ in range(norms if widest.norm else 0))
         smaller = [kernel for kernel in sorted(kernels) if kernel < max(kernels)] if sharing.kernels == "ofa_transform" else []
         self.transforms = nn.ParameterDict({str(kernel): nn.Parameter(torch.eye(kernel**2)) for kernel in smaller})
 
-    def narrow(self, layer: Layer) -> tuple[Narrowing, Narrowing]:
-        """The output and input channels that ``layer`` uses."""
+    def narrow(self, node: Node) -> tuple[Narrowing, Narrowing]:
+        """The output and input channels that ``node`` uses."""
         channels, training = self.sharing.channels, self.training
-        out = narrowing(self.widest.out_ch, layer.out_ch, channels, training)
-        return out, narrowing(self.widest.in_ch // self.widest.groups, layer.in_ch // layer.groups, channels, training)
+        out = narrowing(self.widest.out_ch, node.out_ch, channels, training)
+        return out, narrowing(self.widest.in_ch // self.widest.groups, node.in_ch // node.groups, channels, training)
 
-    def sliced(self, layer: Layer, out: Narrowing, into: Narrowing, norm: int = 0) -> dict[str, Tensor]:
-        """The weights that ``layer`` uses, under the names of a stand-alone ``conv_layer``."""
-        weights = {"conv.weight": into.of(out.of(self._kernel(layer.kernel), 0), 1)}
+    def sliced(self, node: Node, out: Narrowing, into: Narrowing, norm: int = 0) -> dict[str, Tensor]:
+        """The weights that ``node`` uses, under the names of a stand-alone ``conv_layer``."""
+        weights = {"conv.weight": into.of(out.of(self._kernel(node.kernel), 0), 1)}
         if self.conv.bias is not None:
             weights["conv.bias"] = out.of(self.conv.bias, 0)
         if len(self.norms):
@@ -127,10 +120,12 @@ class ElasticConv(nn.Module):
                 weight = (weight.flatten(2) @ self.transforms[str(size)].T).view_as(weight)
         return weight
 
-    def forward(self, x_NCHW: Tensor, layer: Layer, norm: int = 0, tracks: bool = True) -> Tensor:
-        """Run as ``layer``: [N, layer.in_ch, H, W] -> [N, layer.out_ch, H', W']. ``tracks``: BN may update its running statistics."""
-        weights = self.sliced(layer, *self.narrow(layer), norm)
-        x_NCHW = F.conv2d(x_NCHW, weights["conv.weight"], weights.get("conv.bias"), layer.stride, layer.kernel // 2, groups=layer.groups)
+    def forward(self, x_NCHW: Tensor, node: Node, norm: int = 0, tracks: bool = True) -> Tensor:
+        """Run as ``node``: [N, node.in_ch, H, W] -> [N, node.out_ch, H', W']. ``tracks``: BN may update its running statistics."""
+        weights = self.sliced(node, *self.narrow(node), norm)
+        padding = node.dilation * (node.kernel // 2)
+        shape = (node.stride, padding, node.dilation, node.groups)
+        x_NCHW = F.conv2d(x_NCHW, weights["conv.weight"], weights.get("conv.bias"), *shape)
         if len(self.norms):
             x_NCHW = F.batch_norm(
                 x_NCHW,
@@ -142,4 +137,4 @@ class ElasticConv(nn.Module):
                 momentum=BN_MOMENTUM if tracks else 0.0,
                 eps=self.norms[norm].eps,  # type: ignore[arg-type]
             )
-        return ACTIVATIONS[layer.act](x_NCHW)
+        return ACTIVATIONS[node.act](x_NCHW, True)

@@ -13,53 +13,48 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hwnas.core.op import Layer, Op
+from hwnas.core.ir import INPUT, Node
+from hwnas.core.ops import SSD, Extra, Op
 from hwnas.core.space import MacroSpace
+from hwnas.nn.blocks import place
 from hwnas.nn.detector import DetectionNetwork, Outputs, predictions_of
 from hwnas.nn.elastic import ElasticConv, Sharing
 from hwnas.nn.slot import Width, fitted
 
 
 class ElasticOp(nn.Module):
-    """An ``extra`` or ``ssd`` op allocated for its widest input, run at any narrower one. Its layers have the names of the block's."""
+    """An op of a detector allocated for its widest input, run at any narrower one. Its layers have the names of the block's."""
 
     def __init__(self, widest: Op, bn_eps: float, sharing: Sharing) -> None:
         super().__init__()
         self.op = widest
-        for layer in widest.layers:
-            *parents, name = layer.name.split(".")
-            owner: nn.Module = self
-            for parent in parents:
-                if not hasattr(owner, parent):
-                    owner.add_module(parent, nn.Module())
-                owner = owner.get_submodule(parent)
-            owner.add_module(name, ElasticConv(layer, (layer.kernel,), bn_eps, sharing))
+        for node in widest.layers:
+            place(self, node.name, ElasticConv(node, (node.kernel,), bn_eps, sharing))
 
     def narrowed(self, in_ch: int) -> Op:
         """The op with so many input channels."""
         return replace(self.op, in_ch=in_ch)
 
     def forward(self, x_NCHW: Tensor, op: Op, tracks: bool = True) -> tuple[Tensor, ...]:
-        """The outputs of the op's chains of layers: one feature map, or class logits and box codes, [N, columns, size, size] each."""
-        outputs: dict[str, Tensor] = {}
-        for layer in op.layers:
-            chain = layer.name.rpartition(".")[0]
-            outputs[chain] = self._conv(layer)(outputs.get(chain, x_NCHW), layer, tracks=tracks)
-        return tuple(outputs.values())
+        """The op's outputs: one feature map, or class logits and box codes, [N, columns, size, size] each."""
+        values = {INPUT: x_NCHW}
+        for value, node in enumerate(op.program.nodes, start=1):
+            assert node.kind == "conv", f"{node.kind} in {op.key}"
+            values[value] = self._conv(node)(values[node.inputs[0]], node, tracks=tracks)
+        return tuple(values[value] for value in op.program.outputs)
 
-    def _conv(self, layer: Layer) -> ElasticConv:
-        conv = self.get_submodule(layer.name)
+    def _conv(self, node: Node) -> ElasticConv:
+        conv = self.get_submodule(node.name)
         assert isinstance(conv, ElasticConv)
         return conv
 
     def weights(self, op: Op) -> dict[str, Tensor]:
         """State of a stand-alone block of ``op``, taken from the shared weights."""
-        prefix = "layers." if op.kind == "extra" else ""
         state: dict[str, Tensor] = {}
-        for layer in op.layers:
-            shared = self._conv(layer)
-            tensors = shared.sliced(layer, *shared.narrow(layer))
-            state |= {f"{prefix}{layer.name}.{name}": tensor for name, tensor in tensors.items()}
+        for node in op.layers:
+            shared = self._conv(node)
+            tensors = shared.sliced(node, *shared.narrow(node))
+            state |= {f"{op.WEIGHTS}{node.name}.{name}": tensor for name, tensor in tensors.items()}
         return state
 
 
@@ -72,11 +67,11 @@ class ElasticDetector(nn.Module):
         widest: dict[str, Op] = {}
         for term in space.terms():
             for op in term.ops:
-                if op is not None and op.kind in ("extra", "ssd") and op.in_ch >= widest.get(term.slot, op).in_ch:
+                if isinstance(op, Extra | SSD) and op.in_ch >= widest.get(term.slot, op).in_ch:
                     widest[term.slot] = op
-        made = [(op.kind, ElasticOp(op, space.bn_eps, sharing)) for op in widest.values()]
-        self.extras = nn.ModuleList(module for kind, module in made if kind == "extra")
-        self.heads = nn.ModuleList(module for kind, module in made if kind == "ssd")
+        made = [ElasticOp(op, space.bn_eps, sharing) for op in widest.values()]
+        self.extras = nn.ModuleList(module for module in made if isinstance(module.op, Extra))
+        self.heads = nn.ModuleList(module for module in made if isinstance(module.op, SSD))
 
     def forward(self, maps: Sequence[tuple[Tensor, Width]], tracks: bool = True) -> Outputs:
         """The tapped feature maps with their widths -> class logits [N, anchors, classes + 1] and box codes [N, anchors, 4]."""

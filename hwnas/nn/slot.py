@@ -8,7 +8,7 @@ kernel). ``sources`` (operation on edge) gives each producer of the input weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Any
@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hwnas.core.op import Layer, Op
+from hwnas.core.ir import INPUT, Node, Program
+from hwnas.core.ops import Op
 from hwnas.core.option import SKIP
 from hwnas.core.space import Slot
-from hwnas.nn.blocks import se_gate, shuffle_channels
+from hwnas.nn.blocks import PLAIN
 from hwnas.nn.elastic import ElasticConv, Sharing
 
-_KERNEL_LAYERS = ("depthwise", "conv")
-"""Layers whose kernel size an option chooses; all others are 1 x 1."""
+_OWN_KERNELS = ("depthwise", "conv")
+"""Nodes that have weights per kernel size even where theirs is 1; the others have them where a kernel is larger."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,20 @@ class Run:
 
 @dataclass(frozen=True)
 class _Member:
-    """An option to run, the op it is at the widths that are run, and its weight."""
+    """An option to run, what it computes at the widths that are run (its residual apart), and its weight."""
 
     option: str
-    op: Op
+    program: Program
     weight: Any
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """What an option computes between two widths, beside whether its input is added; and what it can be run together with."""
+
+    program: Program
+    residual: bool
+    runs_with: Hashable
 
 
 class ElasticSlot(nn.Module):
@@ -81,52 +91,51 @@ class ElasticSlot(nn.Module):
         super().__init__()
         self.slot, self.separate, self.sharing = slot, separate, sharing
         self._names: dict[tuple[str, str], str] = {}
-        self._ops: dict[tuple[str, int, int, int, int], tuple[Op | None, bool]] = {}
-        self._runs_with = {option: option if separate else _without_kernel(option) for option in slot.options}
-        widest: dict[str, Layer] = {}
+        self._branches: dict[tuple[str, int, int, int, int], _Branch | None] = {}
+        widest: dict[str, Node] = {}
         kernels: dict[str, set[int]] = {}
         for option in slot.options:
             for in_ch, out_ch in slot.widths:
                 op = slot.op(option, in_ch, out_ch)
-                for layer in op.layers if op is not None else ():
-                    name = self._names[option, layer.name] = self._shared_name(option, layer)
-                    known = widest.get(name, layer)
-                    kernels.setdefault(name, set()).add(layer.kernel)
+                for node in op.layers if op is not None else ():
+                    name = self._names[option, node.name] = self._shared_name(option, node)
+                    known = widest.get(name, node)
+                    kernels.setdefault(name, set()).add(node.kernel)
                     widest[name] = replace(
-                        layer,
-                        in_ch=max(layer.in_ch, known.in_ch),
-                        out_ch=max(layer.out_ch, known.out_ch),
-                        groups=max(layer.groups, known.groups),  # equal, but for depthwise layers: their widest has most groups
+                        node,
+                        in_ch=max(node.in_ch, known.in_ch),
+                        out_ch=max(node.out_ch, known.out_ch),
+                        groups=max(node.groups, known.groups),  # equal, but for depthwise nodes: their widest has most groups
                     )
         self.copies = nn.ModuleList(
-            nn.ModuleDict({name: ElasticConv(layer, tuple(kernels[name]), bn_eps, sharing, norms) for name, layer in widest.items()})
+            nn.ModuleDict({name: ElasticConv(node, tuple(kernels[name]), bn_eps, sharing, norms) for name, node in widest.items()})
             for _ in range(sources)
         )
         self.norms = norms
 
-    def _shared_name(self, option: str, layer: Layer) -> str:
-        """Which shared weights a layer of an option uses."""
-        own = layer.name in _KERNEL_LAYERS and self.sharing.kernels == "own"
-        kernel = f"_k{layer.kernel}" if own else ""
-        groups = f"_g{layer.groups}" if layer.groups > 1 and layer.name != "depthwise" else ""
+    def _shared_name(self, option: str, node: Node) -> str:
+        """Which shared weights a node of an option uses."""
+        own = self.sharing.kernels == "own" and (node.kernel > 1 or node.name in _OWN_KERNELS)
+        kernel = f"_k{node.kernel}" if own else ""
+        groups = f"_g{node.groups}" if node.groups > 1 and not node.depthwise else ""
         owner = option if self.sharing.kernels == "own" else _without_kernel(option)
         prefix = f"{owner.replace('.', '_')}|" if self.separate else ""
-        return f"{prefix}{layer.name}{kernel}{groups}"
+        return f"{prefix}{node.name.replace('.', '_')}{kernel}{groups}"
 
     def forward(self, x_NCHW: Tensor, gates: SlotGates, into: Width, out: Width, run: Run = Run()) -> Tensor:
         """The gated sum of the slot's options: [N, into.run, H, W] -> [N, out.run, H', W']."""
-        groups: dict[str, list[_Member]] = {}
+        groups: dict[Hashable, list[_Member]] = {}
         identity: Any = 0.0  # how much of the input passes beside the options: the weights of those with a residual
         skipped: Any = 0.0
         all_residual = True
         for option, weight in gates.executed:
-            op, residual = self._op(option, into, out)
-            if op is None:
+            option_branch = self._branch(option, into, out)
+            if option_branch is None:
                 skipped = skipped + weight
                 continue
-            identity = identity + weight if residual else identity
-            all_residual = all_residual and residual
-            groups.setdefault(self._runs_with[option], []).append(_Member(option, op, weight))
+            identity = identity + weight if option_branch.residual else identity
+            all_residual = all_residual and option_branch.residual
+            groups.setdefault(option_branch.runs_with, []).append(_Member(option, option_branch.program, weight))
         branch = _sum(fitted(self._gated(x_NCHW, members, run), out.run) for members in groups.values())
         if branch is not None and all_residual and self.training and run.keep_path < 1.0:
             branch = _drop_path(branch, run.keep_path)
@@ -144,22 +153,26 @@ class ElasticSlot(nn.Module):
             total = _Probed.apply(total, x_NCHW.detach(), gates.vector, probes)
         return total
 
-    def _op(self, option: str, into: Width, out: Width) -> tuple[Op | None, bool]:
-        """The option's op at the active widths, stretched to those that are run; and whether the input is added to its output.
+    def _branch(self, option: str, into: Width, out: Width) -> _Branch | None:
+        """What an option computes at the active widths, stretched to those that are run; None for skip.
 
-        A depthwise convolution on the input is not stretched, as its BN would make something of channels that are 0; nor is a
-        convolution in groups, where other channels would meet. Both leave the further channels out.
+        A convolution in groups that reads the input is not stretched, where other channels would meet, and a depthwise one neither,
+        as its BN would make something of channels that are 0. Nor is a grouped one that makes the output. Both leave the further
+        channels out.
         """
         key = (option, into.active, into.run, out.active, out.run)
-        if key not in self._ops:
+        if key not in self._branches:
             op = self.slot.op(option, into.active, out.active)
-            residual = op is not None and op.residual
-            if op is not None and (into.active, out.active) != (into.run, out.run):
-                grouped = op.groups > 1
-                in_ch = into.active if grouped or op.kind == "dsconv" else into.run
-                op = replace(op, in_ch=in_ch, out_ch=out.active if grouped else out.run, residual=False)
-            self._ops[key] = op, residual
-        return self._ops[key]
+            self._branches[key] = None if op is None else self._stretched(option, op, into, out)
+        return self._branches[key]
+
+    def _stretched(self, option: str, op: Op, into: Width, out: Width) -> _Branch:
+        program = op.branch.program
+        nodes, [output] = program.nodes, program.outputs
+        in_ch = into.active if any(node.groups > 1 for node in nodes if INPUT in node.inputs) else into.run
+        out_ch = out.active if nodes[output - 1].groups > 1 else out.run
+        program = op.resized(in_ch, out_ch).program
+        return _Branch(program, op.residual, option if self.separate else _without_kernels(program))
 
     def _gated(self, x_NCHW: Tensor, members: list[_Member], run: Run) -> Tensor:
         """A group, without what its backward pass needs where that is to be computed again. Statistics count once."""
@@ -171,30 +184,34 @@ class ElasticSlot(nn.Module):
         return gated
 
     def _group(self, x_NCHW: Tensor, members: list[_Member], run: Run) -> Tensor:
-        """Options that differ in their kernel only: their depthwise outputs are mixed, the rest runs once."""
-        option, first = members[0].option, members[0].op
+        """Options that differ in kernels only: what these make is mixed, the rest runs once."""
+        first = members[0]
         weight_sum = _sum(member.weight for member in members)
-        x_NCHW = fitted(x_NCHW, first.in_ch)
-        if first.pooled:
-            x_NCHW = F.adaptive_avg_pool2d(x_NCHW, 1)
-        for position, layer in enumerate(first.layers):
-            if layer.name == "depthwise" and first.shuffled:
-                x_NCHW = shuffle_channels(x_NCHW, first.groups)
-            if layer.name == "se_expand":
-                continue
-            if layer.name == "se_reduce":
-                squeezed = self._run(F.adaptive_avg_pool2d(x_NCHW, 1), option, layer, run)
-                x_NCHW = x_NCHW * se_gate(self._run(squeezed, option, first.layers[position + 1], run), first.se_gate)
-            elif len(members) > 1 and layer.name in _KERNEL_LAYERS:
-                mixed = [each.weight / weight_sum * self._run(x_NCHW, each.option, each.op.layers[position], run) for each in members]
-                x_NCHW = sum(mixed[1:], mixed[0])
+        values = {INPUT: fitted(x_NCHW, first.program.in_ch)}
+        for position, node in enumerate(first.program.nodes):
+            read = [values[value] for value in node.inputs]
+            if node.kind in PLAIN:
+                made = PLAIN[node.kind](node, read)
+            elif len(members) > 1 and any(member.program.nodes[position] != node for member in members[1:]):
+                made = self._mixed(read[0], members, position, run)
             else:
-                x_NCHW = self._run(x_NCHW, option, layer, run)
-        return _weighted(x_NCHW, weight_sum)
+                made = self._run(read[0], first.option, node, run)
+            values[position + 1] = made
+            for value in first.program.endings[position]:
+                del values[value]
+        [output] = first.program.outputs
+        return _weighted(values[output], weight_sum)
 
-    def _run(self, x_NCHW: Tensor, option: str, layer: Layer, run: Run) -> Tensor:
+    def _mixed(self, x_NCHW: Tensor, members: list[_Member], position: int, run: Run) -> Tensor:
+        """The weighted mean of what a node makes with the kernels of several options."""
+        weight_sum = _sum(member.weight for member in members)
+        mixed = [member.weight / weight_sum * self._run(x_NCHW, member.option, member.program.nodes[position], run) for member in members]
+        total: Tensor = sum(mixed[1:], mixed[0])
+        return total
+
+    def _run(self, x_NCHW: Tensor, option: str, node: Node, run: Run) -> Tensor:
         module: Any = self.copies[run.source if len(self.copies) > 1 else 0]
-        y_NCHW: Tensor = module[self._names[option, layer.name]](x_NCHW, layer, run.source if self.norms > 1 else 0, run.tracks)
+        y_NCHW: Tensor = module[self._names[option, node.name]](x_NCHW, node, run.source if self.norms > 1 else 0, run.tracks)
         return y_NCHW
 
     def _probe(self, option: str, into: Width, out: Width, run: Run) -> Callable[[Tensor], Tensor]:
@@ -206,11 +223,10 @@ class ElasticSlot(nn.Module):
         """State of a stand-alone block of ``op``, taken from the shared weights."""
         module: Any = self.copies[source if len(self.copies) > 1 else 0]
         state: dict[str, Tensor] = {}
-        for layer in op.layers:
-            shared = module[self._names[option, layer.name]]
-            prefix = layer.name.replace("se_", "se.")
-            tensors = shared.sliced(layer, *shared.narrow(layer), source if self.norms > 1 else 0)
-            state |= {f"layers.{prefix}.{name}": tensor for name, tensor in tensors.items()}
+        for node in op.layers:
+            shared = module[self._names[option, node.name]]
+            tensors = shared.sliced(node, *shared.narrow(node), source if self.norms > 1 else 0)
+            state |= {f"{op.WEIGHTS}{node.name}.{name}": tensor for name, tensor in tensors.items()}
         return state
 
 
@@ -259,6 +275,11 @@ def skips(gates: SlotGates) -> bool:
 def _without_kernel(option: str) -> str:
     """What options that differ in their kernel only have in common."""
     return "_".join(part for part in option.split("_") if not part.startswith("k"))
+
+
+def _without_kernels(program: Program) -> Program:
+    """What programs that differ in the sizes of their kernels only have in common."""
+    return replace(program, nodes=tuple(replace(node, kernel=0) for node in program.nodes))
 
 
 def _differentiable(gate: Any) -> bool:

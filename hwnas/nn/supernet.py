@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.cells import CellSpace
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.option import SKIP
 from hwnas.core.space import MacroSpace, Option, SearchSpace, Slot
 from hwnas.core.spaces import parse_space

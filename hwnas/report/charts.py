@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hwnas.core.op import KINDS, Op
+from hwnas.core.ops import Op, kinds
 from hwnas.core.table import Entry, HeldOut
 from hwnas.report.documents import Rows
 from hwnas.report.style import KERNEL_MARKERS, LIGHT, canvas, inline_svg, kernel_colour
@@ -178,7 +178,8 @@ def entries(table_entries: dict[str, Entry]) -> Markup:
     for key, entry in table_entries.items():
         op = Op.parse(key)
         groups[op.kind, op.size].append((op, entry))
-    order = sorted(groups, key=lambda group: (-group[1], KINDS.index(group[0])))
+    order_of = kinds()
+    order = sorted(groups, key=lambda group: (-group[1], order_of.index(group[0])))
     values = [entry.ms for entry in table_entries.values()]
     with canvas(FULL, 90 + 40 * len(order)) as figure:
         axes = figure.subplots()

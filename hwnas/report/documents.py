@@ -10,7 +10,7 @@ from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.cells import CellSpace
 from hwnas.core.cost import latency_ms, missing_ops
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.document import Document, file_sha256

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.patches import Arc, Rectangle
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.report.charts import FULL
 from hwnas.report.documents import Place
 from hwnas.report.style import LIGHT, canvas, inline_svg, kernel_colour
@@ -113,7 +113,7 @@ def _labels(axes: Axes, places: Sequence[Place], gutter: float) -> None:
 
 def _words(op: Op) -> tuple[str, str, str, str]:
     """Block, kernel, expansion and stride of an op as the drawing writes them."""
-    kind = {"classifier": "fc", "dsconv": "ds", "mbconv": "mb"}.get(op.kind, op.kind) + ("+se" if op.se_ch else "")
+    kind = (op.WORD or op.kind) + ("+se" if op.se_ch else "")
     expansion = f"×{op.mid_ch / op.in_ch:.2g}" if op.mid_ch else ""
     return kind, "pool" if op.pooled else f"{op.kernel}×{op.kernel}", expansion, f"↓ {op.stride}" if op.stride > 1 else ""
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from hwnas import __version__
 from hwnas.config import ValidateConfig
 from hwnas.core.caution import Caution
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import SearchSpace
 from hwnas.data.coco_eval import NUMBERS
 from hwnas.document import write_atomic

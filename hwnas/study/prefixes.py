@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.nn.bn import recalibrating
 from hwnas.nn.network import Network
 

@@ -28,7 +28,8 @@ from typing import Any, Literal
 
 import yaml
 
-from hwnas.core.op import Op, out_size
+from hwnas.core.ir import out_size
+from hwnas.core.ops import Classifier, Conv, DSConv, Head, MBConv, Op, separable
 from hwnas.core.option import make_divisible
 from hwnas.errors import SpaceError
 from hwnas.tables.reading import CLAMPS, UNKNOWN, Reading, Source, Timed, entries_of
@@ -88,7 +89,7 @@ def ofa(source: Source, column: str) -> Reading:
         if in_ch not in pooling:
             unmapped[key] = "the pooling before it has no entry"
         else:
-            timed.append(Timed(Op("head", pooling[in_ch][1], in_ch, out_ch, act="hswish"), ms + pooling[in_ch][2], runs))
+            timed.append(Timed(Head(pooling[in_ch][1], in_ch, out_ch, act="hswish"), ms + pooling[in_ch][2], runs))
     unmapped |= {
         key: "the convolution after it has no entry" for in_ch, (key, _, _) in pooling.items() if in_ch not in {one[1] for one in after}
     }
@@ -104,11 +105,11 @@ def _op(key: str, act: str, *, absolute: bool) -> Op:
         stride = next((stride for stride in (1, 2) if out_size(size, stride) == out), None)
         if stride is None:
             raise SpaceError(f"no stride leads from {size} to {out} pixels")
-        return Op("conv", size, in_ch, out_ch, kernel=3 if kind == "Conv" else 1, stride=stride, act=act)
+        return Conv(size, in_ch, out_ch, kernel=3 if kind == "Conv" else 1, stride=stride, act=act)
     if match := _LOGITS.fullmatch(key):
         size, width, in_ch, out_ch = map(int, match.groups())
         _check_square((size, width))
-        return Op("classifier", size, in_ch, out_ch)
+        return Classifier(size, in_ch, out_ch)
     match = _BLOCK.fullmatch(key)
     if match is None or (match[12] is not None) != absolute:
         raise SpaceError("not a key of this format")
@@ -118,14 +119,13 @@ def _op(key: str, act: str, *, absolute: bool) -> Op:
         raise SpaceError(f"stride {stride} does not lead from {size} to {out} pixels")
     mid = expand if absolute else in_ch * expand
     squeezed = match[11] == "1"
-    return Op(
-        "dsconv" if mid == in_ch else "mbconv",
+    return separable(
         size,
         in_ch,
         out_ch,
         0 if mid == in_ch else mid,
-        kernel,
-        stride,
+        kernel=kernel,
+        stride=stride,
         se_ch=make_divisible(mid * 0.25) if squeezed else 0,
         act="relu" if match[12] == "0" else act,
         residual=skip == 1,
@@ -140,7 +140,7 @@ def _check_square(*sizes: tuple[int, int]) -> None:
 
 
 def _check_blocks(source: Source, timed: Iterable[Timed], name: str, other: str) -> None:
-    if not any(row.op.kind in ("dsconv", "mbconv") for row in timed):
+    if not any(isinstance(row.op, DSConv | MBConv) for row in timed):
         raise source.wrong(f"holds no block of format {name!r}: try --format {other}, or another of the formats.")
 
 

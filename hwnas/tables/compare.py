@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from hwnas.core.describe import columns
-from hwnas.core.op import Op
 from hwnas.core.table import LatencyTable, spearman
 from hwnas.errors import TableError
 
@@ -90,8 +89,7 @@ def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
 
 def _clamped(key: str) -> str:
     """The key with ReLU for ReLU6."""
-    op = Op.parse(key)
-    return replace(op, act="relu").key if op.act == "relu6" else key
+    return key.replace("-relu6", "-relu")
 
 
 def _alone(table: LatencyTable, common: list[str]) -> tuple[str, ...]:

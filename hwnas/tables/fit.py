@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, held_out
 from hwnas.errors import CoverageError, TableError
 from hwnas.tables.prior import ROOFLINE, Prior

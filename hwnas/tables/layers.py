@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from hwnas.core.families import fbnet as fbnet_space
 from hwnas.core.families import proxylessnas_original
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, Term
 from hwnas.tables.reading import CLAMPS, Reading, Source, Timed, entries_of
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.published import NETWORKS, is_name, published
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable, TableHeader

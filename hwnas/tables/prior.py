@@ -22,11 +22,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from hwnas.core.cost import check_coverage, op_ms
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.table import LatencyTable
 from hwnas.errors import TableError
 
@@ -103,11 +104,7 @@ class Prior:
     @cached_property
     def _fields(self) -> np.ndarray:
         """What may differ between ops, as integers [fields, ops]."""
-        rows = [
-            (op.kind, op.size, op.in_ch, op.out_ch, op.mid_ch / op.in_ch, op.kernel, op.stride, op.groups, op.se_ch > 0, op.act,
-             op.residual, op.se_gate)
-            for op in self.ops
-        ]  # fmt: skip
+        rows = [_traits(op) for op in self.ops]
         return np.array([np.unique(np.array(column), return_inverse=True)[1] for column in zip(*rows, strict=True)])
 
     def alike(self, of: np.ndarray, to: np.ndarray) -> np.ndarray:
@@ -134,6 +131,12 @@ class Prior:
         found = [Belief(name, known[i], np.delete(known, i, axis=0) - known[i], EXACT) for i, name in enumerate(self.names)]
         centre = counted.mean(axis=0)
         return [*found, Belief(ROOFLINE, centre, counted - centre, exact=0.0)]
+
+
+def _traits(op: Op) -> tuple[Any, ...]:
+    """What may differ between two ops; an expansion is relative to the input's width."""
+    shape = (op.kind, op.size, op.in_ch, op.out_ch, op.mid_ch / op.in_ch, op.kernel, op.stride, op.groups)
+    return *shape, op.se_ch > 0, op.act, op.residual, getattr(op, "se_gate", "sigmoid")
 
 
 def _counts(op: Op) -> tuple[float, ...]:

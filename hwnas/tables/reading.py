@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.table import Entry
 from hwnas.document import read_bytes
 from hwnas.errors import TableError

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op, separable
 from hwnas.errors import SpaceError
 from hwnas.tables.reading import Reading, Source, Timed, entries_of
 
@@ -70,17 +70,6 @@ def _op(name: str, width: str) -> Op | None:
         raise SpaceError(f"not a block and width of this format (width {width[:20]!r})")
     size, in_ch, se_ch, out_ch, kernel, stride = map(int, match.groups()[:6])
     act, mid = _ACTS.get(match[7], match[7]), int(width)
-    plain = mid <= in_ch
-    op = Op(
-        "dsconv" if plain else "mbconv",
-        size,
-        in_ch,
-        out_ch,
-        0 if plain else mid,
-        kernel,
-        stride,
-        se_ch=se_ch,
-        act=act,
-        residual=in_ch == out_ch and stride == 1,
-    )
+    expanded, residual = 0 if mid <= in_ch else mid, in_ch == out_ch and stride == 1
+    op = separable(size, in_ch, out_ch, expanded, kernel=kernel, stride=stride, se_ch=se_ch, act=act, residual=residual)
     return None if mid < in_ch else op

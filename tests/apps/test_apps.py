@@ -16,11 +16,11 @@ from sklearn.datasets import load_sample_images
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.export.bundle import Bundle
 from hwnas.export.metadata import Normalisation, with_metadata
+from hwnas.export.quantization import quantize_int8
 from hwnas.export.score_calibration import ScoreCalibration
-from hwnas.export.tflite import quantize_int8
 from hwnas.export.tflite_detector import tasks
 from hwnas.export.tflite_file import read_model, write_model
 from hwnas.export.tflite_writer import Graph, write_heads

@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.ssdlite import with_detector
 from hwnas.export.bundle import Bundle
 from hwnas.nn.network import network_of, save_network

@@ -43,7 +43,7 @@ import pytest
 from hwnas.config import DeviceConfig, ProfileConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.families import fbnet
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv, Head, Op
 from hwnas.core.option import make_divisible
 from hwnas.core.published import published
 from hwnas.core.space import MacroSpace
@@ -228,16 +228,16 @@ def test_whether_more_networks_would_help(benchmark: Any) -> None:
 
 def chain(name: str, stem: int, blocks: Sequence[tuple[int, int, int, int, bool, str]], head: int, hidden: int, act: str) -> Architecture:
     """``blocks`` are (width, expanded width, kernel, stride, SE, activation); an expanded width of 0 is a separable block."""
-    ops = [Op("conv", 224, 3, stem, kernel=3, stride=2, act=act)]
+    ops = [Conv(224, 3, stem, kernel=3, stride=2, act=act)]
     for width, mid, kernel, stride, squeezed, block_act in blocks:
         size, in_ch = ops[-1].out_size, ops[-1].out_ch
         se_ch = make_divisible((mid or in_ch) / 4) if squeezed else 0
         kind, residual = "mbconv" if mid else "dsconv", in_ch == width and stride == 1
         ops.append(Op(kind, size, in_ch, width, mid, kernel, stride, 1, se_ch, block_act, residual, "hsig" if squeezed else "sigmoid"))
-    ops.append(Op("conv", ops[-1].out_size, ops[-1].out_ch, head, act=act))
+    ops.append(Conv(ops[-1].out_size, ops[-1].out_ch, head, act=act))
     if hidden:
-        ops.append(Op("head", ops[-1].out_size, head, hidden, act=act))
-    ops.append(Op("classifier", ops[-1].out_size, ops[-1].out_ch, 1000))
+        ops.append(Head(ops[-1].out_size, head, hidden, act=act))
+    ops.append(Classifier(ops[-1].out_size, ops[-1].out_ch, 1000))
     return Architecture(name=name, blocks=tuple(ops))
 
 

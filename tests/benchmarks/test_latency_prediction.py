@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hwnas.config import DeviceConfig, ProfileConfig
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.spaces import proxylessnas
 from hwnas.core.table import HeldOut, LatencyTable, fit_calibration, judge
 from hwnas.devices.device import HOST, connect

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 import torch
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.spaces import load_space
 from hwnas.core.table import LatencyTable
 from hwnas.devices.device import HOST, connect
-from hwnas.export.onnx import to_onnx
-from hwnas.export.tflite import quantize_int8, to_tflite
+from hwnas.export.convert import to_onnx, to_tflite
+from hwnas.export.quantization import quantize_int8
 from hwnas.export.timing import timing_file
 from hwnas.nn.blocks import build, initialise
 

@@ -17,7 +17,8 @@ import torch
 
 from hwnas.core.spaces import proxylessnas, published
 from hwnas.devices.device import HOST, connect
-from hwnas.export.tflite import quantize_int8, to_tflite
+from hwnas.export.convert import to_tflite
+from hwnas.export.quantization import quantize_int8
 from hwnas.export.tflite_writer import write_op, write_tflite
 from hwnas.nn.blocks import build
 from hwnas.nn.network import Network

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from hwnas.core.arch import Architecture, Origin
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv, MBConv
 from hwnas.core.spaces import mobile32, published
 from hwnas.errors import DocumentError
 
 BLOCKS = (
-    Op("conv", 16, 3, 8, kernel=3, stride=2, act="relu"),
-    Op("mbconv", 8, 8, 8, 24, 3, act="relu", residual=True),
-    Op("classifier", 8, 8, 5),
+    Conv(16, 3, 8, kernel=3, stride=2, act="relu"),
+    MBConv(8, 8, 8, 24, 3, act="relu", residual=True),
+    Classifier(8, 8, 5),
 )
 
 

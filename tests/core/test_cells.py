@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cell_plan import NONE, edge_op
 from hwnas.core.cells import CellSpace
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.spaces import CELL_SPACES, darts, darts_imagenet, load_space, nasbench201, nds_darts, parse_space
 from hwnas.errors import DocumentError, SpaceError

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwnas.core.cost import CostModel, latency_ms, missing_ops
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.spaces import mobile32, proxylessnas
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import Detector, PostProcessing
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.published import NETWORKS, published
 from hwnas.errors import DocumentError
 

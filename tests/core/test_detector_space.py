@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import activation_bytes
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.core.spaces import MACRO_SPACES, mobile32, ofa_mobilenet_v3

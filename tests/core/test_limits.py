@@ -27,7 +27,7 @@ from hwnas.core.limits import (
     peak_activation_bytes,
     weight_bytes,
 )
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.spaces import mobile32, published
@@ -101,15 +101,16 @@ class Watch:
         self.peak = 0
         self.kept: list[Tensor] = []
         for block in network.blocks:
-            if getattr(block, "residual", False):
+            parts = dict(block.named_modules())
+            if any(node.kind == "add" for node in block.program.nodes):
                 block.register_forward_pre_hook(lambda _, inputs: self.kept.append(inputs[0]))
                 block.register_forward_hook(self.drop)
-            for part in block.modules():
+            for part in parts.values():
                 if isinstance(part, nn.Conv2d | nn.Linear):
                     part.register_forward_hook(lambda _, inputs, output: self.see(inputs[0], output))
-                if type(part).__name__ == "SqueezeExcite":
-                    part.register_forward_pre_hook(lambda _, inputs: self.kept.append(inputs[0]))
-                    part.register_forward_hook(self.drop)
+            if "layers.se" in parts:
+                parts["layers.depthwise"].register_forward_hook(lambda _, inputs, output: self.kept.append(output))
+                parts["layers.se.expand"].register_forward_hook(self.drop)
 
     def drop(self, *_: Any) -> None:
         self.kept.pop()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Conv, DSConv, Head, MBConv
 from hwnas.core.option import BlockOption, Factors, factorise, make_divisible, parse_option, scale_width
 from hwnas.errors import SpaceError
 
@@ -62,19 +62,19 @@ def test_what_is_no_option_is_refused(text: str) -> None:
 def test_options_become_ops() -> None:
     plain = parse_option("ir_k5_e6_se0.25_g2")
     assert plain is not None
-    assert plain.op(32, 40, 56, 2, "relu", False) == Op("mbconv", 56, 32, 40, 192, 5, 2, 2, 48, "relu")
+    assert plain.op(32, 40, 56, 2, "relu", False) == MBConv(56, 32, 40, 192, 5, 2, 2, 48, act="relu")
     separable = parse_option("ds_k3_se0.25")
     assert separable is not None
-    assert separable.op(32, 32, 56, 1, "relu6", True) == Op("dsconv", 56, 32, 32, 0, 3, 1, 1, 8, "relu6", True)
+    assert separable.op(32, 32, 56, 1, "relu6", True) == DSConv(56, 32, 32, 3, 1, 1, 8, act="relu6", residual=True)
     conv = parse_option("cn_k3")
     assert conv is not None
-    assert conv.op(3, 32, 224, 2, "relu", False) == Op("conv", 224, 3, 32, 0, 3, 2, 1, 0, "relu")
+    assert conv.op(3, 32, 224, 2, "relu", False) == Conv(224, 3, 32, 0, 3, 2, 1, 0, "relu")
     gated = parse_option("ds_k3_se0.25_hsig_g2_nhs")
     assert gated is not None
-    assert gated.op(32, 32, 56, 1, "relu6", True) == Op("dsconv", 56, 32, 32, 0, 3, 1, 2, 8, "hswish", True, "hsig")
+    assert gated.op(32, 32, 56, 1, "relu6", True) == DSConv(56, 32, 32, 3, 1, 2, 8, "hsig", "hswish", True)
     head = parse_option("hd")
     assert head is not None
-    assert head.op(960, 1280, 7, 1, "hswish", False) == Op("head", 7, 960, 1280, act="hswish")
+    assert head.op(960, 1280, 7, 1, "hswish", False) == Head(7, 960, 1280, act="hswish")
 
 
 @FAST

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwnas.core.arch import Architecture, Picks
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Op
 from hwnas.core.published import named
 from hwnas.core.space import Choice, MacroSpace, Stage
 from hwnas.core.spaces import load_space, mobile32, proxylessnas
@@ -232,7 +232,7 @@ def test_a_plain_convolution_is_never_residual() -> None:
 def test_shapes_follow_strides_and_odd_sizes() -> None:
     arch = SPACES["elastic"].decode(SPACES["elastic"].at([0] * len(SPACES["elastic"].choices)))
     assert [op.size for op in arch.ops()] == [33, 17, 17, 17, 9, 9, 9, 9, 9, 5, 5, 5]
-    assert arch.ops()[-1] == Op("classifier", 5, 64, 7)
+    assert arch.ops()[-1] == Classifier(5, 64, 7)
 
 
 def test_a_space_without_choices_is_one_architecture() -> None:

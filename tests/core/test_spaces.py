@@ -7,7 +7,7 @@ import pytest
 
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.families import ENLARGED_FILTERS
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import MACRO_SPACES, load_space, mobilenet_v3_like, ofa_mobilenet_v3, picks_of_codes, proxylessnas
 from hwnas.errors import SpaceError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv, Op
 from hwnas.core.published import published
 from hwnas.core.spaces import mobile32, proxylessnas
 from hwnas.core.ssdlite import split_expansion, with_detector
@@ -64,7 +64,7 @@ def test_samples_of_a_space_for_small_images_are_tapped_at_their_own_strides() -
 
 
 def test_one_resolution_is_too_few() -> None:
-    flat = Architecture(name="flat", blocks=(Op("conv", 32, 3, 8, kernel=3), Op("classifier", 32, 8, 10)))
+    flat = Architecture(name="flat", blocks=(Conv(32, 3, 8, kernel=3), Classifier(32, 8, 10)))
     with pytest.raises(SpaceError, match=r"^architecture 'flat' cannot carry a detector: it has no two resolutions to tap\.$"):
         with_detector(flat, 2)
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hwnas.core import table as table_module
-from hwnas.core.op import Op
+from hwnas.core.ops import MBConv, Op
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge, spearman
 from hwnas.errors import DocumentError
 
@@ -118,7 +118,7 @@ def random_networks(rng: np.random.Generator, count: int) -> list[tuple[Op, ...]
     """Chains of blocks with few weights on large images and many on small ones, in all proportions."""
     return [
         tuple(
-            Op("mbconv", int(size), int(width), int(width), 6 * int(width), 3, act="relu")
+            MBConv(int(size), int(width), int(width), 6 * int(width), 3, act="relu")
             for size, width in zip(rng.choice([7, 14, 28, 56, 112], 8), rng.choice([8, 16, 32, 96, 160], 8), strict=True)
         )
         for _ in range(count)

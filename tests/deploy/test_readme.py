@@ -25,7 +25,7 @@ from torchvision import tv_tensors
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv, MBConv, Op
 from hwnas.core.ssdlite import with_detector
 from hwnas.data.geometry import Geometry
 from hwnas.data.images import evaluation_order, load_images
@@ -45,9 +45,9 @@ README = (ROOT / "deploy" / "README.md").read_text()
 NETWORK = Architecture(
     name="photographs",
     blocks=(
-        Op("conv", 40, 3, 8, kernel=3, stride=2, act="relu6"),
-        Op("mbconv", 20, 8, 16, 24, 3, act="relu6"),
-        Op("classifier", 20, 16, 4),
+        Conv(40, 3, 8, kernel=3, stride=2, act="relu6"),
+        MBConv(20, 8, 16, 24, 3, act="relu6"),
+        Classifier(20, 16, 4),
     ),
 )
 INTERFACES = {

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import nn
 
+from hwnas.export.convert import to_onnx, to_tflite
 from hwnas.export.interface import Interface
-from hwnas.export.onnx import to_onnx
-from hwnas.export.tflite import quantize_int8, to_tflite
+from hwnas.export.quantization import quantize_int8
 
 RUNNER = Path(__file__).parents[2] / "deploy" / "runner.py"
 SHAPE = (1, 3, 16, 16)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from hwnas.core.op import Op
+from hwnas.core.ops import MBConv
 from hwnas.devices.device import Device
 from hwnas.export.timing import timing_file
 from tests.devices import fake_benchmark_model
@@ -48,7 +48,7 @@ BATTERY = """Current Battery Service state:
   technology: Li-ion
 """
 
-OPS = tuple(Op("mbconv", 8, 8, 8, expanded, 3, act="relu", residual=True) for expanded in (16, 24, 32, 40, 48, 56))
+OPS = tuple(MBConv(8, 8, 8, expanded, 3, act="relu", residual=True) for expanded in (16, 24, 32, 40, 48, 56))
 
 STAND_INS = {
     "getprop": 'cat "$PHONE/properties"',

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv, MBConv, Op
 from hwnas.devices.device import Device
 from hwnas.export.timing import timing_file
 
 OPS = (
-    Op("conv", 8, 3, 8, kernel=3, act="relu"),
-    Op("mbconv", 8, 8, 8, 24, 3, act="relu", residual=True),
-    Op("classifier", 8, 8, 10),
+    Conv(8, 3, 8, kernel=3, act="relu"),
+    MBConv(8, 8, 8, 24, 3, act="relu", residual=True),
+    Classifier(8, 8, 10),
 )
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 PRIVILEGE_SEPARATION = Path("/run/sshd")

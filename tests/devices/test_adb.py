@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hwnas.core.detector import PostProcessing
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier
 from hwnas.devices import adb as adb_module
 from hwnas.devices.adb import Adb
 from hwnas.devices.adb_session import AdbSession
@@ -355,7 +355,7 @@ def test_two_runs_on_one_phone(phone: FakePhone, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_predicts_as_this_computer_does(dtype: str, phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several parts, and through an unplugging."""
-    model = timing_file((OPS[1], Op("classifier", 8, 8, 10)), "litert", dtype)
+    model = timing_file((OPS[1], Classifier(8, 8, 10)), "litert", dtype)
     images = np.random.default_rng(0).standard_normal((7, 8, 8, 8)).astype(np.float32)
     monkeypatch.setattr(adb_module, "INPUT_BYTES", 3 * 8 * 8 * 8 * (4 if dtype == "fp32" else 1))
 

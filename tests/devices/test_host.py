@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, MBConv, Op
 from hwnas.devices.device import HOST, Device, connect, find_device
 from hwnas.devices.host import Host
 from hwnas.errors import ConfigError, DeviceError
 from hwnas.export.timing import timing_file
 
-SMALL = Op("mbconv", 8, 8, 8, 24, 3, act="relu", residual=True)
-LARGE = Op("mbconv", 32, 48, 48, 288, 5, act="relu", residual=True)
+SMALL = MBConv(8, 8, 8, 24, 3, act="relu", residual=True)
+LARGE = MBConv(32, 48, 48, 288, 5, act="relu", residual=True)
 
 
 def plan(ops: list[Op], runtime: str, dtype: str, cores: list[int], rounds: int = 1) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def test_predict(tmp_path: Path) -> None:
     """Like TFLite's own interpreter, image by image."""
     from ai_edge_litert.interpreter import Interpreter
 
-    model = timing_file((SMALL, Op("classifier", 8, 8, 10)), "litert", "fp32")
+    model = timing_file((SMALL, Classifier(8, 8, 10)), "litert", "fp32")
     images = np.random.default_rng(0).standard_normal((3, 8, 8, 8)).astype(np.float32)
     found = Host(HOST).predict(model, images, tmp_path)
     interpreter = Interpreter(str(model))

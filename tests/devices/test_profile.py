@@ -13,7 +13,7 @@ import pytest
 
 from hwnas.config import DeviceConfig, ProfileConfig
 from hwnas.core.cost import latency_ms
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.spaces import mobile32, proxylessnas
 from hwnas.core.table import LatencyTable

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.devices import ssh
 from hwnas.devices.device import HOST, Device, connect, find_device
 from hwnas.devices.host import Host

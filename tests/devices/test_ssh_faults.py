@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hwnas.config import DeviceConfig, ProfileConfig
-from hwnas.core.op import Op
+from hwnas.core.ops import MBConv
 from hwnas.devices import ssh
 from hwnas.devices.device import Device, connect
 from hwnas.devices.profile import profile
@@ -234,7 +234,7 @@ def test_a_full_disk(kind: str, board: Ssh, server: Server, tmp_path: Path) -> N
     """One sentence; and with space again, it goes on."""
     models = server.home / "models"
     models.mkdir()
-    wanted = plan((Op("mbconv", 32, 48, 48, 288, 5, act="relu", residual=True),))
+    wanted = plan((MBConv(32, 48, 48, 288, 5, act="relu", residual=True),))
     if kind == "limit":
         (server.home / ".bashrc").write_text("ulimit -f 8\n")
     elif subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", models], capture_output=True, check=False).returncode != 0:

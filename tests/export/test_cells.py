@@ -11,7 +11,7 @@ import torch
 from ai_edge_litert.interpreter import Interpreter
 
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.spaces import nasbench201
 from hwnas.export.timing import timing_file
 from hwnas.nn.network import network_of

@@ -16,12 +16,13 @@ from hwnas.core.detector import PostProcessing, Scores
 from hwnas.core.ssdlite import with_detector
 from hwnas.devices.device import HOST
 from hwnas.devices.host import Host
+from hwnas.export.convert import onnx_file
 from hwnas.export.detector import Decoded
-from hwnas.export.onnx import onnx_file
 from hwnas.export.onnx_detector import with_nms
 from hwnas.export.post_processing import Found, read_decoded, read_nms, read_tasks
-from hwnas.export.tflite import graph_ops, quantize_int8
+from hwnas.export.quantization import quantize_int8
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
+from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import Graph, write_heads
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.ssd import PostProcessor

@@ -12,7 +12,7 @@ import torch
 from ai_edge_litert.interpreter import Interpreter
 from torch import Tensor, nn
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.ssdlite import with_detector
 from hwnas.export import onnx_writer, tflite_writer
 from hwnas.export.timing import timing_file

@@ -13,14 +13,15 @@ import torch
 from ai_edge_litert.interpreter import Interpreter
 
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv, MBConv
 from hwnas.core.spaces import nasbench201
 from hwnas.devices.device import HOST
 from hwnas.devices.host import Host
+from hwnas.export.convert import onnx_file, to_tflite
 from hwnas.export.interface import Interface, network_alone, softmax
-from hwnas.export.onnx import onnx_file
-from hwnas.export.tflite import graph_ops, quantize_int8, to_tflite
+from hwnas.export.quantization import quantize_int8
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
+from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import write_heads
 from hwnas.nn.network import AnyNetwork, network_of
 from tests.export.detectors import lively_network, run_tflite
@@ -34,9 +35,9 @@ PIXELS = Interface("uint8", False, MEAN, STD)
 BLOCKS = Architecture(
     name="blocks",
     blocks=(
-        Op("conv", 16, 3, 8, kernel=3, stride=2, act="relu6"),
-        Op("mbconv", 8, 8, 8, 24, 3, act="relu6", residual=True),
-        Op("classifier", 8, 8, 5),
+        Conv(16, 3, 8, kernel=3, stride=2, act="relu6"),
+        MBConv(8, 8, 8, 24, 3, act="relu6", residual=True),
+        Classifier(8, 8, 5),
     ),
 )
 CELL = nasbench201(width=0.25, resolution=16)

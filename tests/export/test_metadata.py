@@ -18,14 +18,16 @@ from torch import nn
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv
 from hwnas.export import metadata_schema as tables
 from hwnas.export.bundle import Bundle
+from hwnas.export.convert import to_tflite
 from hwnas.export.metadata import ENTRY, ModelCard, Normalisation, labels_text, with_metadata
+from hwnas.export.quantization import quantize_int8
 from hwnas.export.score_calibration import ScoreCalibration
 from hwnas.export.stage import refused_by_mediapipe, stretched_by_apps
-from hwnas.export.tflite import graph_ops, quantize_int8, to_tflite
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
+from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import Graph, write_heads
 from hwnas.nn.network import network_of, save_network
 from hwnas.pipeline import Pipeline
@@ -203,7 +205,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     data = {"name": "folder", "path": str(folder), "resolution": 16, "classes": 2, "augment": "none", "resize": "pad"}
     data.update(mean=(0.4, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     experiment = Experiment.model_validate({"data": data, "export": {"formats": ["tflite-fp32", "onnx"]}})
-    blocks = (Op("conv", 16, 3, 8, kernel=3, stride=2, act="relu6"), Op("classifier", 8, 8, 2))
+    blocks = (Conv(16, 3, 8, kernel=3, stride=2, act="relu6"), Classifier(8, 8, 2))
     network = network_of(Architecture(name="small", blocks=blocks), generator=torch.Generator().manual_seed(0))
     save_network(network, folder / "run" / "train" / "model.safetensors", {})
     heard = Heard()

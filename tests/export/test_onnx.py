@@ -13,7 +13,8 @@ import torchvision
 from torch import nn
 
 from hwnas.errors import ExportError
-from hwnas.export.onnx import OPSET, to_onnx
+from hwnas.export.convert import to_onnx
+from hwnas.export.onnx_writer import OPSET
 
 SHAPE = (1, 3, 64, 64)
 

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from hwnas import __version__
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.spaces import MACRO_SPACES, published
 from hwnas.errors import ExportError
-from hwnas.export.onnx import IR_VERSION, OPSET, to_onnx
-from hwnas.export.onnx_writer import write_onnx, write_op
+from hwnas.export.convert import to_onnx
+from hwnas.export.onnx_writer import IR_VERSION, OPSET, write_onnx, write_op
 from hwnas.nn.blocks import build
 from hwnas.nn.network import Network
 from tests.export import test_spaces as spaces

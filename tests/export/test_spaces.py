@@ -14,7 +14,7 @@ from torch import nn
 from hwnas.core.arch import Architecture
 from hwnas.core.option import parse_option
 from hwnas.core.spaces import MACRO_SPACES, load_space
-from hwnas.export.onnx import to_onnx
+from hwnas.export.convert import to_onnx
 from hwnas.export.tflite_writer import write_tflite
 from hwnas.nn.network import Network
 

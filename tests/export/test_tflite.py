@@ -11,7 +11,9 @@ from ai_edge_litert.interpreter import Interpreter
 from torch import nn
 
 from hwnas.errors import ExportError
-from hwnas.export.tflite import graph_ops, quantize_int8, to_tflite
+from hwnas.export.convert import to_tflite
+from hwnas.export.quantization import quantize_int8
+from hwnas.export.tflite_file import graph_ops
 
 SHAPE = (1, 16, 14, 14)
 

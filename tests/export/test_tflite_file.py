@@ -13,13 +13,14 @@ from torch import nn
 
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.ssdlite import with_detector
 from hwnas.errors import ExportError
-from hwnas.export import tflite, tflite_file
-from hwnas.export.tflite import graph_ops, quantize_int8, quantize_int8_uncalibrated, to_tflite
+from hwnas.export import quantization, tflite_file
+from hwnas.export.convert import to_tflite
+from hwnas.export.quantization import quantize_int8, quantize_int8_uncalibrated
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
-from hwnas.export.tflite_file import inlined, read_model, write_model
+from hwnas.export.tflite_file import graph_ops, inlined, read_model, write_model
 from hwnas.export.tflite_writer import Graph, write_heads, write_tflite
 from hwnas.nn.blocks import build
 from hwnas.nn.detector import DetectionNetwork
@@ -60,7 +61,7 @@ def network() -> DetectionNetwork:
 def raw(network: DetectionNetwork) -> bytes:
     """What the quantizer itself returns."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tflite, "inlined", lambda content: content)
+        patch.setattr(quantization, "inlined", lambda content: content)
         return quantize_int8(write_heads(network), [calibration()], float_io=True)
 
 

@@ -14,10 +14,12 @@ from torch import nn
 
 from hwnas import __version__
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.spaces import published
 from hwnas.errors import ExportError
-from hwnas.export.tflite import graph_ops, quantize_int8, to_tflite
+from hwnas.export.convert import to_tflite
+from hwnas.export.quantization import quantize_int8
+from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import write_op, write_tflite
 from hwnas.nn.blocks import build, initialise
 from hwnas.nn.network import Network

@@ -12,9 +12,10 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.errors import ConfigError
-from hwnas.export.tflite import graph_ops, quantize_int8, quantize_int8_uncalibrated
+from hwnas.export.quantization import quantize_int8, quantize_int8_uncalibrated
+from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import write_op, write_tflite
 from hwnas.export.timing import timing_file
 from hwnas.nn.blocks import build

@@ -11,7 +11,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.ssd import SSD
 
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Conv, DSConv, MBConv, Op
 from hwnas.core.option import scale_width
 from hwnas.core.published import published
 from hwnas.core.ssdlite import with_detector
@@ -121,9 +121,9 @@ def macs_of(model: nn.Module, x: object) -> int:
 
 def mobiledet_cpu() -> Iterator[Op]:
     """The backbone of MobileDet-CPU: tensorflow/models, object_detection/models/ssd_mobiledet_feature_extractor.py."""
-    op = Op("conv", 320, 3, 16, kernel=3, stride=2, act="hswish")
+    op = Conv(320, 3, 16, kernel=3, stride=2, act="hswish")
     yield op
-    op = Op("dsconv", 160, 16, 8, kernel=3, se_ch=8, act="hswish")
+    op = DSConv(160, 16, 8, kernel=3, se_ch=8, act="hswish")
     yield op
     blocks = [
         "16 4 3 2", "32 8 3 2", *["32 4 3 1"] * 3,
@@ -133,7 +133,7 @@ def mobiledet_cpu() -> Iterator[Op]:
     for block in blocks:
         width, expansion, kernel, stride = map(int, block.split())
         mid = op.out_ch * expansion
-        op = Op("mbconv", op.out_size, op.out_ch, width, mid, kernel, stride, se_ch=scale_width(mid, 0.25), act="hswish")
+        op = MBConv(op.out_size, op.out_ch, width, mid, kernel, stride, se_ch=scale_width(mid, 0.25), act="hswish")
         yield op
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import Scores
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.ssdlite import with_detector
 from hwnas.nn.detector import DetectionNetwork
 

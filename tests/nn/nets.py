@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Picks
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.core.spaces import fbnet, mobile32, mobilenet_v3_like
 from hwnas.nn.supernet import Supernet
@@ -121,6 +121,7 @@ def shared_name(option: str, layer_name: str, kernel: int, groups: int, sharing:
     """Where the super-net keeps a layer's weights, kernels having their own."""
     name = layer_name + (f"_k{kernel}" if layer_name in ("depthwise", "conv") else "")
     name += f"_g{groups}" if groups > 1 and layer_name != "depthwise" else ""
+    name = name.replace(".", "_")
     return name if sharing == "collapsed" else f"{option.replace('.', '_')}|{name}"
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hwnas.core.op import Op
-from hwnas.nn.blocks import ChannelShuffle, build, initialise, se_gate
+from hwnas.core.ops import Op
+from hwnas.nn.blocks import ACTIVATIONS, ChannelShuffle, build, initialise
 
 torch.set_num_threads(1)
 
@@ -42,8 +42,8 @@ def test_every_input_channel_of_a_grouped_block_reaches_every_group(key: str) ->
 
 def test_the_gates_are_torchs() -> None:
     x_NC11 = torch.linspace(-5, 5, 41).reshape(1, 41, 1, 1)
-    assert torch.equal(se_gate(x_NC11, "sigmoid"), torch.sigmoid(x_NC11))
-    torch.testing.assert_close(se_gate(x_NC11, "hsig"), torch.clamp(x_NC11 + 3, 0, 6) / 6)
+    assert torch.equal(ACTIVATIONS["sigmoid"](x_NC11, False), torch.sigmoid(x_NC11))
+    torch.testing.assert_close(ACTIVATIONS["hsig"](x_NC11, False), torch.clamp(x_NC11 + 3, 0, 6) / 6)
 
 
 def test_a_head_pools_before_its_convolution() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Classifier, Conv
 from hwnas.core.published import NETWORKS, published
 from hwnas.core.ssdlite import with_detector
 from hwnas.errors import CheckpointError
@@ -64,7 +64,7 @@ def test_scores_of_sigmoids_begin_at_one_percent() -> None:
 
 
 def test_blocks_take_the_weights_of_a_classifiers() -> None:
-    arch = Architecture(name="classifier", blocks=(*BLOCKS, Op("conv", 8, 40, 64, act="relu6"), Op("classifier", 8, 64, 7)))
+    arch = Architecture(name="classifier", blocks=(*BLOCKS, Conv(8, 40, 64, act="relu6"), Classifier(8, 64, 7)))
     classifier = Network(arch, generator=torch.Generator().manual_seed(5))
     network = small_network()
     left_out = network.load_state_dict(

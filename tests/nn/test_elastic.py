@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hwnas.core.op import Layer
+from hwnas.core.ir import Node
 from hwnas.nn.blocks import conv_layer
 from hwnas.nn.elastic import Channels, ElasticConv, Kernels, Narrowing, Sharing, narrowing
 
 torch.set_num_threads(1)
 
-DENSE = Layer("conv", "conv", 12, 16, size=6, kernel=5, act="relu")
-DEPTHWISE = Layer("depthwise", "conv", 16, 16, size=6, kernel=5, groups=16, act="hswish")
-PLAIN_BIAS = Layer("se_reduce", "conv", 12, 16, norm=False, act="relu")
+DENSE = Node("conv", "conv", 12, 16, size=6, kernel=5, norm=True, act="relu")
+DEPTHWISE = Node("depthwise", "conv", 16, 16, size=6, kernel=5, groups=16, norm=True, act="hswish")
+PLAIN_BIAS = Node("se.reduce", "conv", 12, 16, bias=True, act="relu")
 
 
-def elastic(widest: Layer, sharing: Sharing, kernels: tuple[int, ...] = (3, 5), norms: int = 1) -> ElasticConv:
+def elastic(widest: Node, sharing: Sharing, kernels: tuple[int, ...] = (3, 5), norms: int = 1) -> ElasticConv:
     """In float64, with BN and biases away from 1 and 0."""
     torch.manual_seed(0)
     made = ElasticConv(widest, kernels if widest.kernel > 1 else (1,), 1e-3, sharing, norms).double()
@@ -33,7 +33,7 @@ def elastic(widest: Layer, sharing: Sharing, kernels: tuple[int, ...] = (3, 5), 
     return made
 
 
-def narrower(widest: Layer, out_ch: int) -> Layer:
+def narrower(widest: Node, out_ch: int) -> Node:
     groups = out_ch if widest.groups > 1 else 1
     return replace(widest, in_ch=out_ch if widest.groups > 1 else 8, out_ch=out_ch, groups=groups)
 
@@ -42,7 +42,7 @@ def narrower(widest: Layer, out_ch: int) -> Layer:
 @pytest.mark.parametrize("kernels", ["own", "ofa", "ofa_transform"])
 @pytest.mark.parametrize("track", [False, True])
 @pytest.mark.parametrize("widest", [DENSE, DEPTHWISE, PLAIN_BIAS])
-def test_it_is_a_stand_alone_layer_with_the_sliced_weights(widest: Layer, channels: Channels, kernels: Kernels, track: bool) -> None:
+def test_it_is_a_stand_alone_layer_with_the_sliced_weights(widest: Node, channels: Channels, kernels: Kernels, track: bool) -> None:
     """In training and evaluation mode, at every width and kernel, whatever was drawn."""
     made = elastic(widest, Sharing(channels, kernels, bn_track=track))
     for training, out_ch, kernel in itertools.product((True, False), (16, 10, 7), {widest.kernel, min(3, widest.kernel)}):

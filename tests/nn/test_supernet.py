@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hwnas.config import OptimizerConfig, SupernetConfig
 from hwnas.core.arch import Picks
-from hwnas.core.op import Layer, Op
+from hwnas.core.ir import Node
+from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.engine import Engine
 from hwnas.nn.network import Network
@@ -97,7 +98,7 @@ class MaskedSupernet:
     def __init__(self, supernet: Supernet, sharing: str) -> None:
         self.supernet, self.sharing = supernet, sharing
 
-    def layer(self, position: int, option: str, layer: Layer, x_NCHW: Tensor) -> Tensor:
+    def layer(self, position: int, option: str, layer: Node, x_NCHW: Tensor) -> Tensor:
         name = shared_name(option, layer.name, layer.kernel, layer.groups, self.sharing)
         elastic = self.supernet.slots[position].copies[0][name]
         weight, channels = elastic.conv.weight, elastic.conv.in_channels
@@ -118,20 +119,20 @@ class MaskedSupernet:
             x_NCHW = (x_NCHW - mean) / (var + elastic.norms[0].eps).sqrt()
             x_NCHW = x_NCHW * elastic.norms[0].weight[:, None, None] + elastic.norms[0].bias[:, None, None]
             x_NCHW = x_NCHW * out_mask[:, None, None]
-        return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6, "hswish": F.hardswish}[layer.act](x_NCHW)
+        gates = {"sigmoid": torch.sigmoid, "hsig": lambda v: (v + 3).clamp(0, 6) / 6}
+        return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6, "hswish": F.hardswish, **gates}[layer.act](x_NCHW)
 
     def block(self, position: int, option: str, op: Op, x_NCHW: Tensor) -> Tensor:
         layers = {layer.name: layer for layer in op.layers}
         x_NCHW = x_NCHW.mean((2, 3), keepdim=True) if op.pooled else x_NCHW
         for name, layer in layers.items():
-            if name == "depthwise" and op.shuffled:
+            if name == "depthwise" and op.groups > 1:
                 x_NCHW = x_NCHW[:, : layer.in_ch].unflatten(1, (op.groups, -1)).transpose(1, 2).flatten(1, 2)
-            if name == "se_reduce":
+            if name == "se.reduce":
                 hidden = self.layer(position, option, layer, x_NCHW.mean((2, 3), keepdim=True))
-                gate = self.layer(position, option, layers["se_expand"], hidden)
-                gate = torch.sigmoid(gate) if op.se_gate == "sigmoid" else (gate + 3).clamp(0, 6) / 6
+                gate = self.layer(position, option, layers["se.expand"], hidden)
                 x_NCHW = x_NCHW * gate[:, : x_NCHW.shape[1]]
-            elif name != "se_expand":
+            elif name != "se.expand":
                 x_NCHW = self.layer(position, option, layer, x_NCHW)
         return x_NCHW
 

@@ -15,7 +15,7 @@ from hwnas.core.arch import Picks
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import ActivationLimit, LatencyLimit, Limit, Limits, MacsLimit
 from hwnas.core.objective import AbsoluteObjective
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.space import SearchSpace
 from hwnas.core.spaces import load_space
 from hwnas.core.table import Entry, LatencyTable

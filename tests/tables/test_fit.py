@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import CostModel, latency_ms, op_ms
 from hwnas.core.families import fbnet
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.published import published
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32

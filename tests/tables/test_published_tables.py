@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from hwnas.core.cost import CostModel, check_coverage, latency_ms
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.core.published import published
 from hwnas.core.spaces import fbnet, ofa_mobilenet_v3, proxylessnas_original
 from hwnas.core.table import LatencyTable

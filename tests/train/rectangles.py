@@ -9,7 +9,7 @@ import numpy as np
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from tests.data.scenes import write_coco
 
 COLOURS = ((220, 40, 40), (40, 60, 220))

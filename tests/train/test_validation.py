@@ -11,7 +11,7 @@ import torch
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.op import Op
+from hwnas.core.ops import Op
 from hwnas.data.images import evaluation_batches, load_images
 from hwnas.document import file_sha256
 from hwnas.engine import Engine

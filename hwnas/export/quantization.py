@@ -1,81 +1,26 @@
-"""PyTorch modules to TFLite files, in float32 and in static int8.
+"""Static int8 forms of float32 TFLite files, made by ai-edge-quantizer.
 
-Graphs are channels-last inside and out. Batch norms fold into the convolutions before them, ReLU and ReLU6
-fuse into them, a padded stride-1 convolution becomes SAME, and a padded stride-2 one becomes PAD and VALID,
-because TFLite's SAME pads an even image on the other side than PyTorch does. The same module gives the same
-bytes.
-
-What to write in PyTorch so that this holds (litert-torch 0.10, LiteRT 2.3):
-
-- pool globally with ``adaptive_avg_pool2d(x, 1)`` and ``flatten(1)``: one MEAN. ``x.mean([2, 3])`` brings a
-  TRANSPOSE;
-- put activations after a convolution or an addition, where they fuse. A RELU6 on its own has no int8 form
-  in the quantizer, and XNNPACK leaves int8 RELU, HARD_SWISH and AVERAGE_POOL_2D to kernels over ten times
-  slower than its float ones;
-- shuffle channels with reshapes: indexing makes a GATHER_ND, which XNNPACK does not take. ``ChannelShuffle`` is converted in its
-  channels-last form, RESHAPE, TRANSPOSE and RESHAPE; the other one brings two more TRANSPOSE.
+What to write in a graph so that this works well (ai-edge-quantizer 0.7, LiteRT 2.3): put activations after a convolution or an
+addition, where they fuse. A RELU6 on its own has no int8 form in the quantizer, and XNNPACK leaves int8 RELU, HARD_SWISH and
+AVERAGE_POOL_2D to kernels over ten times slower than its float ones.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
 from hwnas.errors import ExportError
-from hwnas.export.tflite_file import holds_data, inlined
-from hwnas.nn.blocks import ChannelShuffle
-
-
-class GraphOp(NamedTuple):
-    """One operator of a TFLite graph: its name and its first output's type, as the schema spells them."""
-
-    name: str
-    dtype: str
-
-
-def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> bytes:
-    """A float32 TFLite file that computes what ``module`` computes in eval mode.
-
-    ``input_shape`` is NCHW with batch 1; the file takes [1, H, W, C]. Four-dimensional outputs come out
-    channels-last too, others (logits [1, classes]) as they are. The module itself is left untouched: a copy
-    on the CPU is converted. Takes 1 to 2 s for a block and 10 s for MobileNetV2, after 5 s for the first
-    import of the converter.
-
-    Raises ExportError where the converter refuses the module, or where the module does not run on that shape.
-
-    >>> model = to_tflite(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
-    >>> [op.name for op in graph_ops(model)]
-    ['CONV_2D']
-    """
-    if len(input_shape) != 4 or input_shape[0] != 1:
-        raise ExportError(f"The input shape is {input_shape}; exported files take NCHW with batch 1")
-    name = type(module).__name__
-    eager = copy.deepcopy(module).cpu().eval()
-    for part in eager.modules():
-        if isinstance(part, ChannelShuffle):
-            part.channels_last = True
-    litert_torch = _litert_torch()
-    try:
-        outputs = _image_outputs(eager, input_shape)
-        channels_last = litert_torch.to_channel_last_io(eager, args=[0], outputs=outputs)
-        n, c, h, w = input_shape
-        model = litert_torch.convert(channels_last.eval(), (torch.zeros(n, h, w, c),)).model_content()
-    except Exception as error:  # tracing, lowering and the converter each raise types of their own
-        raise ExportError(f"LiteRT cannot convert {name} at {input_shape}: {_first_line(error)}") from error
-    return inlined(bytes(model))
+from hwnas.export.tflite_file import graph_ops, holds_data, inlined
 
 
 def quantize_int8(model: bytes, calibration: Sequence[npt.NDArray[np.float32]], *, float_io: bool = False) -> bytes:
@@ -114,23 +59,6 @@ def quantize_int8_uncalibrated(model: bytes) -> bytes:
     from ai_edge_quantizer import recipe
 
     return _quantized(model, _assumed_ranges(model), recipe.static_wi8_ai8(), 0)
-
-
-def graph_ops(model: bytes) -> tuple[GraphOp, ...]:
-    """The operators of a TFLite file's main graph, in execution order."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
-    dtypes = {code: name for name, code in vars(schema.TensorType).items() if not name.startswith("_")}
-    parsed = schema.Model.GetRootAs(model)
-    graph = parsed.Subgraphs(0)
-    ops = []
-    for operator in map(graph.Operators, range(graph.OperatorsLength())):
-        code = parsed.OperatorCodes(operator.OpcodeIndex())
-        # Codes past 127 live in the newer of the two fields, and old files fill only the older one.
-        name = names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
-        ops.append(GraphOp(name, dtypes[graph.Tensors(operator.Outputs(0)).Type()]))
-    return tuple(ops)
 
 
 def _quantized(model: bytes, ranges: Any, rules: Any, dequantized_outputs: int) -> bytes:
@@ -180,25 +108,16 @@ def _require_int8(model: bytes, dequantized_outputs: int) -> None:
         raise ExportError(f"No int8 form exists for {', '.join(culprits)}, which would run in float32")
 
 
-def _image_outputs(module: nn.Module, input_shape: tuple[int, int, int, int]) -> list[int]:
-    """The positions of the outputs that are feature maps, found by running the module once."""
-    with torch.no_grad():
-        outputs = module(torch.zeros(input_shape))
-    if isinstance(outputs, torch.Tensor):
-        outputs = (outputs,)
-    return [index for index, output in enumerate(outputs) if output.ndim == 4]
-
-
 def _signature(model: bytes) -> tuple[str, str, tuple[int, ...], int]:
     """Signature key, name of the only input, its shape, and the number of outputs."""
     from ai_edge_litert.interpreter import Interpreter
 
     try:
-        with _hushed_stderr():  # the first interpreter of a process announces XNNPACK there
+        with hushed_stderr():  # the first interpreter of a process announces XNNPACK there
             interpreter = Interpreter(model_content=model, num_threads=1)
             interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
-        raise ExportError(f"This is not a TFLite file that LiteRT can load: {_first_line(error)}") from error
+        raise ExportError(f"This is not a TFLite file that LiteRT can load: {first_line(error)}") from error
     signatures = interpreter.get_signature_list()
     if len(signatures) != 1:
         raise ExportError(f"The file has {len(signatures)} signatures; the quantizer needs exactly one")
@@ -214,26 +133,8 @@ def _checked(batch: npt.NDArray[np.float32], shape_NHWC: tuple[int, ...]) -> npt
     return batch
 
 
-@functools.cache
-def _litert_torch() -> Any:
-    """The converter, imported on first use (5 s) and kept quiet."""
-    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # read once, at import: no line of MAC counts per conversion
-    try:
-        # oneDNN's greeting and a deprecation inside torchao, both before any logger is set up.
-        with _hushed_stderr():
-            import litert_torch
-    finally:
-        if level is None:
-            del os.environ["TF_CPP_MIN_LOG_LEVEL"]
-        else:
-            os.environ["TF_CPP_MIN_LOG_LEVEL"] = level
-    litert_torch.config.show_progress = False  # thirty lines on stdout per conversion otherwise
-    return litert_torch
-
-
 @contextlib.contextmanager
-def _hushed_stderr() -> Iterator[None]:
+def hushed_stderr() -> Iterator[None]:
     """Drop what native code writes to file descriptor 2, which no Python logger or redirect sees."""
     sys.stderr.flush()
     saved = os.dup(2)
@@ -251,13 +152,14 @@ def _hushed_stderr() -> Iterator[None]:
 def _quantizing() -> Iterator[None]:
     """Turn the quantizer's errors into ours; hide its tqdm bars, and its warning that keeping all tensors takes memory."""
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), _hushed_stderr():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), hushed_stderr():
             warnings.filterwarnings("ignore", message=".*experimental_preserve_all_tensors")
             yield
     except Exception as error:  # plain ValueError, RuntimeError and KeyError
-        raise ExportError(f"The graph cannot be quantised: {_first_line(error)}") from error
+        raise ExportError(f"The graph cannot be quantised: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

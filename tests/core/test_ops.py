@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwnas.core.op import ACTIVATIONS, CELL_KINDS, KINDS, POOLS, SE_GATES, Op, OpKey, out_size
+from hwnas.core.ir import out_size
+from hwnas.core.ops import (
+    ACTIVATIONS,
+    SE_GATES,
+    SSD,
+    AvgPool,
+    Classifier,
+    Conv,
+    DilConv,
+    DSConv,
+    Extra,
+    FacReduce,
+    Head,
+    MaxPool,
+    MBConv,
+    Norm,
+    Op,
+    OpKey,
+    Pool,
+    PreConv,
+    ResReduce,
+    SepConv,
+    kinds,
+    separable,
+)
 from hwnas.document import Document
 from hwnas.errors import SpaceError
 
@@ -18,34 +43,50 @@ FAST = settings(deadline=None, derandomize=True, max_examples=500)
 @st.composite
 def ops(draw: st.DrawFn) -> Op:
     """Any valid op."""
-    kind = draw(st.sampled_from(KINDS))
-    size = draw(st.integers(1, 512))
+    kind = draw(st.sampled_from(kinds()))
+    size, act = draw(st.integers(1, 512)), draw(st.sampled_from(ACTIVATIONS))
     if kind == "classifier":
-        return Op(kind, size, draw(st.integers(1, 4096)), draw(st.integers(1, 20_000)))
+        return Classifier(size, draw(st.integers(1, 4096)), draw(st.integers(1, 20_000)))
     if kind == "head":
-        return Op(kind, size, draw(st.integers(1, 4096)), draw(st.integers(1, 4096)), act=draw(st.sampled_from(ACTIVATIONS)))
+        return Head(size, draw(st.integers(1, 4096)), draw(st.integers(1, 4096)), act=act)
     if kind == "ssd":
         in_ch, anchors, classes = (draw(st.integers(1, 500)) for _ in range(3))
-        kernel, act = draw(st.sampled_from((1, 3, 5))), draw(st.sampled_from(ACTIVATIONS))
-        return Op(kind, size, in_ch, anchors * (classes + 1), kernel=kernel, act=act, anchors=anchors)
-    if kind in CELL_KINDS:
-        in_ch, act = draw(st.integers(1, 500)), "none" if kind in POOLS else draw(st.sampled_from(ACTIVATIONS))
-        halves = kind in ("facreduce", "resreduce")
-        out_ch = in_ch if kind in (*POOLS, "norm") else 2 * draw(st.integers(1, 250))
-        kernel = 1 if kind in ("facreduce", "norm") else draw(st.sampled_from((1, 3, 5)))
-        stride = 2 if halves else 1 if kind == "norm" else draw(st.integers(1, 3))
-        norm = kind in POOLS and draw(st.booleans())
-        return Op(kind, 2 * size if halves else size, in_ch, out_ch, kernel=kernel, stride=stride, act=act, norm=norm)
+        return SSD(size, in_ch, anchors * (classes + 1), kernel=draw(st.sampled_from((1, 3, 5))), act=act, anchors=anchors)
+    if kind in CELLS:
+        return draw(ops_of_cells(CELLS[kind], size, act))
     groups = 1 if kind == "extra" else draw(st.sampled_from((1, 1, 1, 2, 3, 4)))
     in_ch, out_ch = (groups * draw(st.integers(1, 500)) for _ in range(2))
-    mid_ch = groups * draw(st.integers(1, 500)) if kind in ("mbconv", "extra") else 0
-    se_ch = draw(st.integers(0, 64)) if kind not in ("conv", "extra") else 0
+    mid_ch = groups * draw(st.integers(1, 500))
     residual = kind != "extra" and draw(st.booleans())
-    stride = 1 if residual else draw(st.integers(1, 3))
+    shape = {"kernel": draw(st.sampled_from((1, 3, 5, 7, 9))), "stride": 1 if residual else draw(st.integers(1, 3))}
     out_ch = in_ch if residual else out_ch
-    kernel = draw(st.sampled_from((1, 3, 5, 7, 9)))
+    if kind == "extra":
+        return Extra(size, in_ch, out_ch, mid_ch, **shape, act=act)
+    if kind == "conv":
+        return Conv(size, in_ch, out_ch, **shape, groups=groups, act=act, residual=residual)
+    se_ch = draw(st.integers(0, 64))
     gate = draw(st.sampled_from(SE_GATES)) if se_ch else SE_GATES[0]
-    return Op(kind, size, in_ch, out_ch, mid_ch, kernel, stride, groups, se_ch, draw(st.sampled_from(ACTIVATIONS)), residual, gate)
+    fields = {**shape, "groups": groups, "se_ch": se_ch, "se_gate": gate, "act": act, "residual": residual}
+    return separable(size, in_ch, out_ch, mid_ch if kind == "mbconv" else 0, **fields)
+
+
+CELLS = {kind.KIND: kind for kind in (PreConv, SepConv, DilConv, AvgPool, MaxPool, FacReduce, ResReduce, Norm)}
+
+
+@st.composite
+def ops_of_cells(draw: st.DrawFn, kind: type[Op], size: int, act: str) -> Op:
+    """A valid op of a kind that cells have."""
+    in_ch, out_ch = draw(st.integers(1, 500)), 2 * draw(st.integers(1, 250))
+    kernel, stride = draw(st.sampled_from((1, 3, 5))), draw(st.integers(1, 3))
+    if issubclass(kind, Pool):
+        return kind(size, in_ch, in_ch, kernel, stride, norm=draw(st.booleans()))
+    if kind is Norm:
+        return Norm(size, in_ch, in_ch, act=act)
+    if kind is FacReduce:
+        return FacReduce(2 * size, in_ch, out_ch, stride=2, act=act)
+    if kind is ResReduce:
+        return ResReduce(2 * size, in_ch, out_ch, kernel, 2, act)
+    return kind(size, in_ch, out_ch, kernel, stride, act)  # type: ignore[call-arg]
 
 
 @FAST
@@ -62,18 +103,18 @@ def test_different_ops_have_different_keys(a: Op, b: Op) -> None:
 
 
 def test_keys_are_written_as_documented() -> None:
-    assert Op("mbconv", 56, 32, 32, 96, 5, act="relu", residual=True).key == "mbconv-h56-i32-o32-m96-k5-relu-id"
-    assert Op("mbconv", 28, 40, 80, 240, 3, 2, 2, 64, "hswish").key == "mbconv-h28-i40-o80-m240-k3-s2-g2-q64-hswish"
-    assert Op("mbconv", 28, 24, 40, 72, 5, 2, se_ch=24, act="relu", se_gate="hsig").key == "mbconv-h28-i24-o40-m72-k5-s2-q24-hsig-relu"
-    assert Op("head", 7, 960, 1280, act="hswish").key == "head-h7-i960-o1280-hswish"
-    assert Op("classifier", 7, 1280, 1000).key == "classifier-h7-i1280-o1000"
-    assert Op("conv", 224, 3, 32, kernel=3, stride=2, act="relu6").key == "conv-h224-i3-o32-k3-s2-relu6"
-    assert Op("extra", 10, 480, 512, 256, 3, 2, act="relu6").key == "extra-h10-i480-o512-m256-k3-s2-relu6"
-    assert Op("ssd", 20, 672, 546, kernel=3, act="relu6", anchors=6).key == "ssd-h20-i672-o546-k3-a6-relu6"
+    assert MBConv(56, 32, 32, 96, 5, act="relu", residual=True).key == "mbconv-h56-i32-o32-m96-k5-relu-id"
+    assert MBConv(28, 40, 80, 240, 3, 2, 2, 64, act="hswish").key == "mbconv-h28-i40-o80-m240-k3-s2-g2-q64-hswish"
+    assert MBConv(28, 24, 40, 72, 5, 2, se_ch=24, act="relu", se_gate="hsig").key == "mbconv-h28-i24-o40-m72-k5-s2-q24-hsig-relu"
+    assert Head(7, 960, 1280, act="hswish").key == "head-h7-i960-o1280-hswish"
+    assert Classifier(7, 1280, 1000).key == "classifier-h7-i1280-o1000"
+    assert Conv(224, 3, 32, kernel=3, stride=2, act="relu6").key == "conv-h224-i3-o32-k3-s2-relu6"
+    assert Extra(10, 480, 512, 256, 3, 2, act="relu6").key == "extra-h10-i480-o512-m256-k3-s2-relu6"
+    assert SSD(20, 672, 546, kernel=3, act="relu6", anchors=6).key == "ssd-h20-i672-o546-k3-a6-relu6"
 
 
 def test_the_key_in_the_documentation_is_a_key() -> None:
-    import hwnas.core.op as module
+    import hwnas.core.ops.base as module
 
     shown = next(line.strip() for line in (module.__doc__ or "").splitlines() if line.strip().startswith("mbconv-"))
     assert Op.parse(shown).key == shown
@@ -136,24 +177,24 @@ def test_what_is_no_key_is_refused_with_its_text(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("made", "message"),
     [
-        (("conv", 8, 3, 8, -1), "below"),
-        (("mbconv", 8, 8, 8, 24, 3, 1, 1, -8), "below"),
-        (("conv", 8, 3, 8, 0, 3, 0), "below"),
-        (("conv", 8, 3, 8, 0, 4), "odd"),
-        (("dsconv", 8, 8, 8, 0, 3, 1, 1, 4, "relu", False, "tanh"), "SE gate 'tanh' is unknown; known: sigmoid, hsig"),
-        (("block", 8, 3, 8), "known: conv, dsconv, mbconv, head, classifier"),
+        (lambda: Conv(8, 3, 8, groups=-1), "below"),
+        (lambda: MBConv(8, 8, 8, 24, 3, 1, 1, -8), "below"),
+        (lambda: Conv(8, 3, 8, 3, 0), "below"),
+        (lambda: Conv(8, 3, 8, 4), "odd"),
+        (lambda: DSConv(8, 8, 8, 3, 1, 1, 4, "tanh", "relu"), "SE gate 'tanh' is unknown; known: sigmoid, hsig"),
+        (lambda: Op.parse("block-h8-i3-o8"), "known: conv, dsconv, mbconv, head, classifier"),
     ],
 )
-def test_impossible_ops_cannot_be_made(fields: tuple[object, ...], message: str) -> None:
+def test_impossible_ops_cannot_be_made(made: Callable[[], Op], message: str) -> None:
     with pytest.raises(SpaceError, match=message):
-        Op(*fields)
+        made()
 
 
 def test_counts_of_an_mbconv_with_squeeze_and_groups_by_hand() -> None:
-    op = Op("mbconv", 14, 16, 24, 64, 5, 2, 2, 8, "relu")
-    assert [layer.name for layer in op.layers] == ["expand", "depthwise", "se_reduce", "se_expand", "project"]
+    op = MBConv(14, 16, 24, 64, 5, 2, 2, 8, act="relu")
+    assert [layer.name for layer in op.layers] == ["expand", "depthwise", "se.reduce", "se.expand", "project"]
     expand = 14 * 14 * (16 // 2) * 64
     depthwise = 7 * 7 * 25 * 64
     squeeze = 64 * 8 + 8 * 64
@@ -163,26 +204,26 @@ def test_counts_of_an_mbconv_with_squeeze_and_groups_by_hand() -> None:
     norms, biases = 2 * (64 + 64 + 24), 8 + 64
     assert op.params == weights + norms + biases == 4_280
     assert op.out_size == 7
-    assert [layer.act for layer in op.layers] == ["relu", "relu", "relu", "none", "none"]
+    assert [layer.act for layer in op.layers] == ["relu", "relu", "relu", "sigmoid", "none"]
 
 
 def test_counts_of_the_other_kinds_by_hand() -> None:
-    conv = Op("conv", 15, 3, 16, kernel=3, stride=2, act="relu")
+    conv = Conv(15, 3, 16, kernel=3, stride=2, act="relu")
     assert (conv.out_size, conv.macs, conv.params) == (8, 64 * 9 * 3 * 16, 9 * 3 * 16 + 32)
-    separable = Op("dsconv", 8, 32, 16, kernel=3, act="relu")
+    separable = DSConv(8, 32, 16, kernel=3, act="relu")
     assert separable.macs == 64 * (9 * 32 + 32 * 16)
     assert separable.params == 9 * 32 + 2 * 32 + 32 * 16 + 2 * 16
-    classifier = Op("classifier", 7, 320, 1000)
+    classifier = Classifier(7, 320, 1000)
     assert (classifier.out_size, classifier.macs, classifier.params) == (1, 320_000, 321_000)
 
 
 def test_counts_of_the_layers_of_a_detector_by_hand() -> None:
-    extra = Op("extra", 10, 480, 512, 256, 3, 2, act="relu6")
+    extra = Extra(10, 480, 512, 256, 3, 2, act="relu6")
     assert extra.out_size == 5
     assert extra.macs == 100 * 480 * 256 + 25 * 9 * 256 + 25 * 256 * 512
     assert extra.params == 480 * 256 + 9 * 256 + 256 * 512 + 2 * (256 + 256 + 512)
     assert [layer.act for layer in extra.layers] == ["relu6"] * 3
-    ssd = Op("ssd", 20, 96, 6 * 21, kernel=3, act="relu6", anchors=6)
+    ssd = SSD(20, 96, 6 * 21, kernel=3, act="relu6", anchors=6)
     assert (ssd.out_size, ssd.pooled) == (20, False)
     assert ssd.macs == 400 * (2 * 9 * 96 + 96 * 126 + 96 * 24)
     assert ssd.params == 2 * (9 * 96 + 2 * 96) + 96 * 126 + 126 + 96 * 24 + 24
@@ -195,17 +236,21 @@ def test_counts_of_the_layers_of_a_detector_by_hand() -> None:
 
 
 def test_a_head_pools_and_has_a_bias_instead_of_a_norm() -> None:
-    head = Op("head", 7, 960, 1280, act="hswish")
+    head = Head(7, 960, 1280, act="hswish")
     assert (head.out_size, head.macs, head.params) == (1, 960 * 1280, 960 * 1280 + 1280)
     assert [(layer.size, layer.norm, layer.act) for layer in head.layers] == [(1, False, "hswish")]
 
 
+def shuffles(op: Op) -> int:
+    return sum(node.kind == "shuffle" for node in op.program.nodes)
+
+
 def test_groups_shuffle_between_the_convolutions_of_a_block_and_cost_nothing() -> None:
-    assert Op("mbconv", 8, 8, 8, 24, 3, groups=2).shuffled
-    assert Op("dsconv", 8, 8, 8, kernel=3, groups=2).shuffled
-    assert not Op("conv", 8, 8, 8, kernel=3, groups=2).shuffled
-    assert not Op("mbconv", 8, 8, 8, 24, 3).shuffled
-    assert Op("mbconv", 8, 8, 8, 24, 3, groups=2).macs == 64 * (4 * 24 + 9 * 24 + 12 * 8)
+    assert shuffles(MBConv(8, 8, 8, 24, 3, groups=2)) == 1
+    assert shuffles(DSConv(8, 8, 8, kernel=3, groups=2)) == 1
+    assert shuffles(Conv(8, 8, 8, kernel=3, groups=2)) == 0
+    assert shuffles(MBConv(8, 8, 8, 24, 3)) == 0
+    assert MBConv(8, 8, 8, 24, 3, groups=2).macs == 64 * (4 * 24 + 9 * 24 + 12 * 8)
 
 
 @FAST
@@ -219,6 +264,6 @@ def test_ops_in_documents_are_their_keys() -> None:
         SCHEMA = "test.holder"
         op: OpKey
 
-    op = Op("conv", 8, 3, 8, kernel=3)
+    op = Conv(8, 3, 8, kernel=3)
     assert json.loads(Holder(op=op).to_json())["op"] == op.key
     assert Holder.parse(Holder(op=op).to_json()).op == op

@@ -1,0 +1,194 @@
+"""Ops of networks of cells: edges of DARTS's and NAS-Bench's cells, and what stands between the cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hwnas.core.ir import INPUT, ProgramWriter
+from hwnas.core.ops.base import Op, activation, flag, number, register
+from hwnas.errors import SpaceError
+
+
+@register
+@dataclass(frozen=True)
+class PreConv(Op):
+    """Act, k x k convolution, BN."""
+
+    KIND: ClassVar[str] = "preconv"
+
+    kernel: int = number("k", 1)
+    stride: int = number("s", 1)
+    act: str = activation()
+
+    def write(self, write: ProgramWriter) -> int:
+        """An activation and a convolution."""
+        x = write.act(INPUT, self.act)
+        return write.conv("conv", x, self.out_ch, kernel=self.kernel, stride=self.stride)
+
+
+@register
+@dataclass(frozen=True)
+class SepConv(Op):
+    """Act, depthwise k x k, 1 x 1, BN; and again with stride 1: DARTS's separable convolution."""
+
+    KIND: ClassVar[str] = "sepconv"
+
+    kernel: int = number("k", 1)
+    stride: int = number("s", 1)
+    act: str = activation()
+
+    def write(self, write: ProgramWriter) -> int:
+        """Two depthwise-separable convolutions."""
+        x = write.act(INPUT, self.act)
+        x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, norm=False)
+        x = write.act(write.conv("pointwise", x, self.in_ch), self.act)
+        x = write.depthwise("depthwise2", x, kernel=self.kernel, norm=False)
+        return write.conv("pointwise2", x, self.out_ch)
+
+
+@register
+@dataclass(frozen=True)
+class DilConv(Op):
+    """Act, depthwise k x k with dilation 2, 1 x 1, BN."""
+
+    KIND: ClassVar[str] = "dilconv"
+
+    kernel: int = number("k", 1)
+    stride: int = number("s", 1)
+    act: str = activation()
+
+    def write(self, write: ProgramWriter) -> int:
+        """One depthwise-separable convolution, dilated."""
+        x = write.act(INPUT, self.act)
+        x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, dilation=2, norm=False)
+        return write.conv("pointwise", x, self.out_ch)
+
+
+@dataclass(frozen=True)
+class Pool(Op):
+    """k x k pooling that does not count its padding; without padding where k is even, which is then the stride.
+
+    ``norm`` puts a BN without scale and shift behind it.
+    """
+
+    kernel: int = number("k", 1)
+    stride: int = number("s", 1)
+    norm: bool = flag("bn")
+
+    @property
+    def even_kernel(self) -> bool:
+        """Where windows do not overlap."""
+        return self.kernel == self.stride
+
+    def check(self) -> None:
+        """Pooling keeps the channels, and windows that do not overlap fill the map."""
+        if self.in_ch != self.out_ch:
+            raise SpaceError(f"op {self.key}: a {self.KIND} does not change the width.")
+        if self.kernel % 2 == 0 and self.size % self.kernel:
+            raise SpaceError(f"op {self.key}: windows of {self.kernel} pixels do not fill {self.size} of them.")
+
+    def pool(self, write: ProgramWriter, kind: Literal["avgpool", "maxpool"]) -> int:
+        """One node of that kind."""
+        return write.pool("pool", kind, INPUT, kernel=self.kernel, stride=self.stride, norm=self.norm)
+
+
+@register
+@dataclass(frozen=True)
+class AvgPool(Pool):
+    """Average pooling."""
+
+    KIND: ClassVar[str] = "avgpool"
+
+    def write(self, write: ProgramWriter) -> int:
+        """One node."""
+        return self.pool(write, "avgpool")
+
+
+@register
+@dataclass(frozen=True)
+class MaxPool(Pool):
+    """Maximum pooling."""
+
+    KIND: ClassVar[str] = "maxpool"
+
+    def write(self, write: ProgramWriter) -> int:
+        """One node."""
+        return self.pool(write, "maxpool")
+
+
+@dataclass(frozen=True)
+class _Halving(Op):
+    """An op that halves an even size."""
+
+    def check_halving(self) -> None:
+        """Raise SpaceError where the stride is not 2 or the size is odd."""
+        if self.stride != 2 or self.size % 2:
+            raise SpaceError(f"op {self.key}: a {self.KIND} halves an even size, so it has stride 2.")
+
+
+@register
+@dataclass(frozen=True)
+class FacReduce(_Halving):
+    """Act, two 1 x 1 convolutions of stride 2 to half the channels each, the second one pixel further, BN (DARTS)."""
+
+    KIND: ClassVar[str] = "facreduce"
+
+    stride: int = number("s", 1)
+    act: str = activation()
+
+    def check(self) -> None:
+        """An even size is halved, and an even number of channels."""
+        self.check_halving()
+        if self.out_ch % 2:
+            raise SpaceError(f"op {self.key}: a facreduce has an even number of output channels.")
+
+    def write(self, write: ProgramWriter) -> int:
+        """Two halves, one after another."""
+        x, half = write.act(INPUT, self.act), self.out_ch // 2
+        even = write.conv("even", x, half, stride=2, norm=False)
+        odd = write.conv("odd", write.crop(x), half, stride=2, norm=False)
+        return write.norm("norm", write.concat([even, odd]))
+
+
+@register
+@dataclass(frozen=True)
+class ResReduce(_Halving):
+    """Act, k x k with stride 2, BN; act, k x k, BN; added to 2 x 2 average pooling and 1 x 1 (NAS-Bench-201's reduction)."""
+
+    KIND: ClassVar[str] = "resreduce"
+
+    kernel: int = number("k", 1)
+    stride: int = number("s", 1)
+    act: str = activation()
+
+    def check(self) -> None:
+        """An even size is halved."""
+        self.check_halving()
+
+    def write(self, write: ProgramWriter) -> int:
+        """Two convolutions and a shortcut."""
+        x = write.act(INPUT, self.act)
+        x = write.conv("first", x, self.out_ch, kernel=self.kernel, stride=2)
+        x = write.conv("second", write.act(x, self.act), self.out_ch, kernel=self.kernel)
+        pooled = write.pool("pool", "avgpool", INPUT, kernel=2, stride=2)
+        return write.add(x, write.conv("shortcut", pooled, self.out_ch, norm=False))
+
+
+@register
+@dataclass(frozen=True)
+class Norm(Op):
+    """BN, activation."""
+
+    KIND: ClassVar[str] = "norm"
+
+    act: str = activation()
+
+    def check(self) -> None:
+        """BN keeps the channels."""
+        if self.in_ch != self.out_ch:
+            raise SpaceError(f"op {self.key}: a norm does not change the width.")
+
+    def write(self, write: ProgramWriter) -> int:
+        """One node."""
+        return write.norm("norm", INPUT, act=self.act)
