@@ -211,6 +211,28 @@ def ofa_mobilenet_v3(**shape: Unpack[Shape]) -> MacroSpace:
     return _space(stages, resolutions=resolutions if len(resolutions) > 1 else (), **Shape(name="ofa_mobilenet_v3", act="hswish") | shape)
 
 
+def mobilenet_v4(**shape: Unpack[Shape]) -> MacroSpace:
+    """A space around MobileNetV4-Conv (arXiv 2404.10518), whose Small and Medium are picks of it; ours, as the paper's is not published.
+
+    At 1/4 and 1/8 of the resolution plain, fused and universal blocks; then two stages of universal inverted bottlenecks with start and
+    middle kernels {none, 3, 5} and expansions {2, 3, 4, 6}, of 4 to 8 and 4 to 11 blocks. Widths are Small's or Medium's.
+    """
+    kernels = [(start, middle) for start in (0, 3, 5) for middle in (0, 3, 5)]
+    universal = tuple(f"uir_a{start}_k{middle}_e{e}" for start, middle in kernels for e in (2, 3, 4, 6))
+    strided = tuple(option for option in universal if not option.startswith("uir_a0_k0"))  # a stride needs a depthwise convolution
+    stages = [
+        Stage(widths=(32,), stride=2, slots=(("cn_k3",),)),
+        Stage(widths=(32, 48), stride=2, slots=(("cn_k3", "er_k3_e4"), ("cn_k1", SKIP))),
+        Stage(widths=(80, 96), stride=2, slots=(("cn_k3", "er_k3_e4", "uir_a3_k5_e4"),)),
+        Stage(widths=(64, 80), residual="matching", slots=(("cn_k1", "uir_a3_k3_e2", "uir_a3_k3_e4"),)),
+        Stage(widths=(96, 160), stride=2, depths=(4, 5, 6, 7, 8), slots=(strided, *[universal] * 7)),
+        Stage(widths=(128, 256), stride=2, depths=(4, 6, 8, 11), slots=(strided, *[universal] * 10)),
+        Stage(widths=(960,), slots=(("cn_k1",),)),
+        Stage(widths=(1280,), slots=(("hd_bn",),)),
+    ]
+    return _space(stages, **Shape(name="mobilenet_v4") | shape)
+
+
 def nasbench_macro(**shape: Unpack[Shape]) -> MacroSpace:
     """NAS-Bench-Macro: 8 layers of {identity, k3 e3, k5 e6}, 6,561 networks whose CIFAR-10 accuracy is published.
 

@@ -1,11 +1,11 @@
 """Published networks as documents: picks where a built-in space holds the network, written out where none does.
 
 Sources: TuNAS's model archive (google-research:tunas/mobile_model_archive.py) for MobileNetV2 (arXiv 1801.04381), MnasNet-B1
-(arXiv 1807.11626), ProxylessNAS-Mobile and the Multi-Hardware models (arXiv 2008.08178); the authors' configurations
-(han-cai/files) for the other ProxylessNAS networks (arXiv 1812.00332); timm's architecture strings for MnasNet-A1,
-MobileNetV3 (arXiv 1905.02244) and Single-Path NAS (arXiv 1904.02877); facebookresearch/mobile-vision for FBNet (arXiv 1812.03443);
-fairnas/FairNAS (arXiv 1907.01845); torchvision's ``ssdlite320_mobilenet_v3_large`` for the detector of that name, whose last stages
-are half as wide (MobileNetV3, section 6.3) and whose first tap is the expansion of the first block of stride 32.
+(arXiv 1807.11626) and ProxylessNAS-Mobile; the authors' configurations (han-cai/files) for the other ProxylessNAS networks
+(arXiv 1812.00332); timm's architecture string for Single-Path NAS (arXiv 1904.02877); facebookresearch/mobile-vision for FBNet
+(arXiv 1812.03443); fairnas/FairNAS (arXiv 1907.01845); ``written`` for those that are no picks; torchvision's
+``ssdlite320_mobilenet_v3_large`` for the detector of that name, whose last stages are half as wide (MobileNetV3, section 6.3) and whose
+first tap is the expansion of the first block of stride 32.
 
 FBNets are counted with the expansion convolution of e = 1 (timm, HW-NAS-Bench) and without (mobile-vision: ``_no_expand``).
 
@@ -16,6 +16,7 @@ asked for. The head, the last layer before the classifier, differs by family:
 - MnasNet, Single-Path NAS, MobileNetV3, FBNet: always as published (torchvision's ``mnasnet0_5``, timm's ``mnasnet_140``,
   ``mobilenetv3_large_075`` and code for the others). MobileNetV3 below 0.75 also keeps its stem, as timm's ``mobilenetv3_small_050`` does;
   expansions are multiples of the scaled input, as in timm, where torchvision scales the rounded products;
+- MobileNetV4: always as published (timm's ``mobilenetv4_conv_small_050``; its stem, too, below 1);
 - ProxylessNAS, FairNAS, Multi-AVG, Multi-MAX: no rule is published, so they follow MobileNetV2's (ours);
 - the detector: none is published either; all of its backbone is scaled as MobileNetV3 is, the last layer too (ours), its extras are not.
 """
@@ -24,15 +25,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 from hwnas.core.arch import Architecture
 from hwnas.core.families import PROXYLESSNAS_FILTERS, Shape, fairnas, fbnet, proxylessnas
-from hwnas.core.ops import DSConv, MBConv, Op
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace
 from hwnas.core.ssdlite import split_expansion, ssdlite
-from hwnas.core.stage import Residual
+from hwnas.core.written import WRITTEN, Written, widened, written
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
 
@@ -102,115 +101,24 @@ _FBNETS: dict[str, tuple[int, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A network stage by stage: width, stride, blocks. ``se_of_input`` takes SE's hidden width from a block's input, unrounded.
-
-    ``head_scales`` says that a width multiplier above 1 widens the head, too.
-    """
-
-    act: str
-    stages: tuple[tuple[int, int, str], ...]
-    residual: Residual = "matching"
-    se_of_input: bool = False
-    head_scales: bool = False
-
-
-_WRITTEN = {
-    "mnasnet_a1": _Written(
-        "relu",
-        (
-            (32, 2, "cn_k3"),
-            (16, 1, "ds_k3"),
-            (24, 2, "ir_k3_e6 ir_k3_e6"),
-            (40, 2, "ir_k5_e3_se0.25 ir_k5_e3_se0.25 ir_k5_e3_se0.25"),
-            (80, 2, "ir_k3_e6 ir_k3_e6 ir_k3_e6 ir_k3_e6"),
-            (112, 1, "ir_k3_e6_se0.25 ir_k3_e6_se0.25"),
-            (160, 2, "ir_k5_e6_se0.25 ir_k5_e6_se0.25 ir_k5_e6_se0.25"),
-            (320, 1, "ir_k3_e6"),
-            (1280, 1, "cn_k1"),
-        ),
-        se_of_input=True,
-    ),
-    "mobilenet_v3_large": _Written(
-        "hswish",
-        (
-            (16, 2, "cn_k3"),
-            (16, 1, "ds_k3_nre"),
-            (24, 2, "ir_k3_e4_nre ir_k3_e3_nre"),
-            (40, 2, "ir_k5_e3_se0.25_hsig_nre ir_k5_e3_se0.25_hsig_nre ir_k5_e3_se0.25_hsig_nre"),
-            (80, 2, "ir_k3_e6 ir_k3_e2.5 ir_k3_e2.3 ir_k3_e2.3"),
-            (112, 1, "ir_k3_e6_se0.25_hsig ir_k3_e6_se0.25_hsig"),
-            (160, 2, "ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig"),
-            (960, 1, "cn_k1"),
-            (1280, 1, "hd"),
-        ),
-    ),
-    "mobilenet_v3_small": _Written(
-        "hswish",
-        (
-            (16, 2, "cn_k3"),
-            (16, 2, "ds_k3_se0.25_hsig_nre"),
-            (24, 2, "ir_k3_e4.5_nre ir_k3_e3.67_nre"),
-            (40, 2, "ir_k5_e4_se0.25_hsig ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig"),
-            (48, 1, "ir_k5_e3_se0.25_hsig ir_k5_e3_se0.25_hsig"),
-            (96, 2, "ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig"),
-            (576, 1, "cn_k1"),
-            (1024, 1, "hd"),
-        ),
-    ),
-    "multi_avg": _Written(  # the archive gives absolute sizes: e96 after 32 channels is e3
-        "relu",
-        (
-            (32, 2, "cn_k3"),
-            (32, 2, "ir_k3_e3 ir_k3_e2"),
-            (64, 2, "ir_k5_e5 ir_k3_e3 ir_k3_e2 ir_k3_e3"),
-            (128, 2, "ir_k5_e6 ir_k3_e3 ir_k3_e3 ir_k3_e3"),
-            (160, 1, "ir_k3_e6 ir_k3_e4"),
-            (192, 2, "ir_k3_e6 ir_k5_e4 ir_k5_e4 ir_k5_e4"),
-            (960, 1, "cn_k1"),
-            (1280, 1, "hd"),
-        ),
-        residual="after_first",
-        head_scales=True,
-    ),
-    "multi_max": _Written(
-        "relu",
-        (
-            (32, 2, "cn_k3"),
-            (32, 2, "ir_k3_e3"),
-            (64, 2, "ir_k5_e6 ir_k3_e2 ir_k3_e2"),
-            (128, 2, "ir_k5_e6 ir_k3_e4 ir_k3_e3 ir_k3_e3"),
-            (128, 1, "ir_k3_e6 ir_k3_e3"),
-            (160, 2, "ir_k3_e6 ir_k5_e4 ir_k3_e5 ir_k5_e4"),
-            (960, 1, "cn_k1"),
-            (1280, 1, "hd"),
-        ),
-        residual="after_first",
-        head_scales=True,
-    ),
-}
-
 _SSDLITE = "ssdlite320_mobilenet_v3_large"
-_SSDLITE_BACKBONE = _Written(
+_SSDLITE_BACKBONE = Written(
     "hswish",
     (
-        *_WRITTEN["mobilenet_v3_large"].stages[:6],
+        *WRITTEN["mobilenet_v3_large"].stages[:6],
         (80, 2, "ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig ir_k5_e6_se0.25_hsig"),
         (480, 1, "cn_k1"),
     ),
+    fixed_stem_below=0.75,
 )
 
-_NAMES = (*_PROXYLESSNAS, *_FAIRNAS, *_FBNETS, *(f"{name}_no_expand" for name in _FBNETS), *_WRITTEN, _SSDLITE)
+_NAMES = (*_PROXYLESSNAS, *_FAIRNAS, *_FBNETS, *(f"{name}_no_expand" for name in _FBNETS), *WRITTEN, _SSDLITE)
 NETWORKS: tuple[str, ...] = tuple(sorted(_NAMES))
 """Names that ``published`` knows."""
 
 
 _FIXED_HEADS = ("mnasnet_b1", "single_path_nas")
 """Networks of ProxylessNAS's form whose head no multiplier changes."""
-
-_FIXED_STEM_BELOW = 0.75
-"""MobileNetV3's stem stays as it is for smaller multipliers (timm)."""
 
 
 def is_name(text: str) -> bool:
@@ -260,8 +168,9 @@ def published(
 ) -> Architecture:
     """A published network. Those that are picks carry the space of their own widths and activation as their origin.
 
-    ``resolution`` and ``classes`` are ImageNet's 224 px and 1000 where they are not given, of a detector COCO's 320 px and 90.
-    ``width`` multiplies its widths, which the name may do, too (``mobilenet_v2-w0.35``); see the module.
+    ``resolution`` and ``classes`` are those of the publication where they are not given: 224 px for most, and ImageNet's 1000
+    classes; of a detector COCO's 320 px and 90. ``width`` multiplies its widths, which the name may do, too
+    (``mobilenet_v2-w0.35``); see the module.
 
     Example:
         >>> published("mobilenet_v2").params, published("mobilenet_v2-w0.35").params
@@ -271,7 +180,7 @@ def published(
     width *= 1.0 if own is None else own
     if base not in NETWORKS:
         raise SpaceError(f"unknown network {name!r}; {nearest(base, NETWORKS)}")
-    usual_resolution, usual_classes = (320, 90) if base == _SSDLITE else (224, 1000)
+    usual_resolution, usual_classes = (320, 90) if base == _SSDLITE else (WRITTEN[base].resolution if base in WRITTEN else 224, 1000)
     name = base if width == 1.0 else f"{base}-w{width:g}"
     shape = Shape(
         name=f"{name}-space",
@@ -282,47 +191,23 @@ def published(
     )
     if base in _PROXYLESSNAS:
         filters, act, blocks = _PROXYLESSNAS[base]
-        space = _widened(proxylessnas(filters, **shape | Shape(act=act)), width, last=1.0 if base in _FIXED_HEADS else None)
+        space = widened(proxylessnas(filters, **shape | Shape(act=act)), width, last=1.0 if base in _FIXED_HEADS else None)
         return space.decode(picks_of_codes(space, [0, *_codes(blocks, _MOBILE)]), name)
     if base in _FAIRNAS:
-        space = _widened(fairnas(**shape), width)
+        space = widened(fairnas(**shape), width)
         return space.decode(picks_of_codes(space, _codes(_FAIRNAS[base], _MOBILE)), name)
     if base.removesuffix("_no_expand") in _FBNETS:
         head, blocks = _FBNETS[base.removesuffix("_no_expand")]
-        space = _widened(fbnet(head=head, expand=not base.endswith("_no_expand"), **shape), width, last=1.0)
+        space = widened(fbnet(head=head, expand=not base.endswith("_no_expand"), **shape), width, last=1.0)
         return space.decode(picks_of_codes(space, _codes(blocks, _FBNET)), name)
     if base == _SSDLITE:
         return _ssdlite320_mobilenet_v3_large(name, shape, width)
-    network = _WRITTEN[base]
-    return Architecture(name=name, in_channels=in_channels, bn_eps=bn_eps, blocks=_written(network, shape, width))
-
-
-def _widened(space: MacroSpace, width: float, *, first: float | None = None, last: float | None = None) -> MacroSpace:
-    return space if width == 1.0 else space.scaled(width, name=space.name, first=first, last=last)
-
-
-def _written(network: _Written, shape: Shape, width: float, *, last: float | None = 1.0) -> tuple[Op, ...]:
-    stages = tuple(
-        Stage(widths=(channels,), stride=stride, slots=tuple((option,) for option in blocks.split()), residual=network.residual)
-        for channels, stride, blocks in network.stages
-    )
-    space = MacroSpace(
-        name=shape["name"],
-        resolution=shape["resolution"],
-        in_channels=shape["in_channels"],
-        classes=shape["classes"],
-        act=network.act,
-        stages=stages,
-    )
-    fixed_stem = network.act == "hswish" and width < _FIXED_STEM_BELOW  # only MobileNetV3 is written with hard-swish
-    ops = _widened(space, width, first=1.0 if fixed_stem else None, last=None if network.head_scales else last).decode({}).blocks
-    if network.se_of_input:
-        ops = tuple(replace(op, se_ch=op.in_ch // 4) if isinstance(op, DSConv | MBConv) and op.se_ch else op for op in ops)
-    return ops
+    network = WRITTEN[base]
+    return Architecture(name=name, in_channels=in_channels, bn_eps=bn_eps, blocks=written(network, shape, width))
 
 
 def _ssdlite320_mobilenet_v3_large(name: str, shape: Shape, width: float) -> Architecture:
-    *blocks, _ = _written(_SSDLITE_BACKBONE, shape, width, last=width)
+    *blocks, _ = written(_SSDLITE_BACKBONE, shape, width, last=width)
     tap = max(position for position, op in enumerate(blocks) if op.stride == 2)
     blocks[tap : tap + 1] = split_expansion(blocks[tap])
     detector = ssdlite(blocks, (tap, len(blocks) - 1), shape["classes"])

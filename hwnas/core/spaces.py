@@ -18,6 +18,7 @@ from hwnas.core.families import (
     fbnet_no_expand,
     mobile32,
     mobilenet_v3_like,
+    mobilenet_v4,
     nasbench_macro,
     ofa_mobilenet_v3,
     proxylessnas,
@@ -43,6 +44,7 @@ __all__ = [
     "load_space",
     "mobile32",
     "mobilenet_v3_like",
+    "mobilenet_v4",
     "nasbench101",
     "nasbench201",
     "nasbench_macro",
@@ -65,6 +67,7 @@ _BUILDERS: tuple[Callable[..., MacroSpace], ...] = (
     fbnet_no_expand,
     fairnas,
     ofa_mobilenet_v3,
+    mobilenet_v4,
     nasbench_macro,
     mobile32,
 )

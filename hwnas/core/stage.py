@@ -101,7 +101,7 @@ class Slot:
         block = parse_option(option)
         if block is None:
             return None
-        matching = in_ch == out_ch and self.stride == 1 and block.kind in ("ir", "ds")
+        matching = in_ch == out_ch and self.stride == 1 and block.adds_input
         residual = matching and (not self.first or self.residual == "matching")
         return block.op(in_ch, out_ch, self.size if size is None else size, self.stride, self.act, residual)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hwnas.core.ir import Node
-from hwnas.nn.blocks import ACTIVATIONS
+from hwnas.nn.blocks import ACTIVATIONS, AlongChannels
 
 Channels: TypeAlias = Literal["first", "chunk", "random", "interpolation"]
 Kernels: TypeAlias = Literal["own", "ofa", "ofa_transform"]
@@ -72,6 +72,27 @@ def narrowing(total: int, kept: int, channels: Channels, training: bool) -> Narr
     if kept < total and training and channels == "random":
         return Narrowing(total, kept, index=torch.randperm(total)[:kept].sort().values)
     return Narrowing(total, kept)
+
+
+class ElasticChannels(nn.Module):
+    """A convolution along channels, whose kernel is the same at every width, in the form of an ``ElasticConv``."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self.along = AlongChannels(node)
+
+    def narrow(self, node: Node) -> tuple[Narrowing, Narrowing]:
+        """All of it."""
+        return Narrowing(1, 1), Narrowing(1, 1)
+
+    def sliced(self, node: Node, out: Narrowing, into: Narrowing, norm: int = 0) -> dict[str, Tensor]:
+        """All of it."""
+        return {"conv.weight": self.along.conv.weight}
+
+    def forward(self, x_NC11: Tensor, node: Node, norm: int = 0, tracks: bool = True) -> Tensor:
+        """[N, C, 1, 1] -> the same shape."""
+        y_NC11: Tensor = self.along(x_NC11)
+        return y_NC11
 
 
 class ElasticConv(nn.Module):
@@ -138,3 +159,11 @@ class ElasticConv(nn.Module):
                 eps=self.norms[norm].eps,  # type: ignore[arg-type]
             )
         return ACTIVATIONS[node.act](x_NCHW, True)
+
+
+def elastic(widest: Node, kernels: tuple[int, ...], bn_eps: float, sharing: Sharing, norms: int = 1) -> ElasticConv | ElasticChannels:
+    """The shared weights of a layer of a block that options and widths share."""
+    if widest.kind == "channels":
+        return ElasticChannels(widest)
+    assert widest.kind == "conv", f"no weights of a {widest.kind} are shared"
+    return ElasticConv(widest, kernels, bn_eps, sharing, norms)

@@ -23,7 +23,7 @@ from hwnas.core.ops import Op
 from hwnas.core.option import SKIP
 from hwnas.core.space import Slot
 from hwnas.nn.blocks import PLAIN
-from hwnas.nn.elastic import ElasticConv, Sharing
+from hwnas.nn.elastic import Sharing, elastic
 
 _OWN_KERNELS = ("depthwise", "conv")
 """Nodes that have weights per kernel size even where theirs is 1; the others have them where a kernel is larger."""
@@ -108,14 +108,14 @@ class ElasticSlot(nn.Module):
                         groups=max(node.groups, known.groups),  # equal, but for depthwise nodes: their widest has most groups
                     )
         self.copies = nn.ModuleList(
-            nn.ModuleDict({name: ElasticConv(node, tuple(kernels[name]), bn_eps, sharing, norms) for name, node in widest.items()})
+            nn.ModuleDict({name: elastic(node, tuple(kernels[name]), bn_eps, sharing, norms) for name, node in widest.items()})
             for _ in range(sources)
         )
         self.norms = norms
 
     def _shared_name(self, option: str, node: Node) -> str:
         """Which shared weights a node of an option uses."""
-        own = self.sharing.kernels == "own" and (node.kernel > 1 or node.name in _OWN_KERNELS)
+        own = node.kind == "channels" or (self.sharing.kernels == "own" and (node.kernel > 1 or node.name in _OWN_KERNELS))
         kernel = f"_k{node.kernel}" if own else ""
         groups = f"_g{node.groups}" if node.groups > 1 and not node.depthwise else ""
         owner = option if self.sharing.kernels == "own" else _without_kernel(option)

@@ -64,6 +64,18 @@ def depths_space() -> MacroSpace:
     return MacroSpace(name="depths", resolution=12, resolutions=(8, 12), classes=6, act="hswish", stages=stages)
 
 
+def universal_space() -> MacroSpace:
+    """All four cases of the universal inverted bottleneck, fused blocks, channel attention, SiLU, a pooled head with BN."""
+    cases = ("uir_a0_k0_e2", "uir_a3_k5_e4", "uir_a3_k3_e4", "uir_a5_k3_e4", "skip")
+    others = ("er_k3_e2_nsw", "er_k5_e2_nsw", "ir_k3_e2_eca3", "ir_k5_e2_eca3", "ir_k3_e2_eca5", "uir_a3_k0_e2")
+    stages = (
+        Stage(widths=(8,), slots=(("cn_k3",),)),
+        Stage(widths=(8, 16), stride=2, slots=(("uir_a3_k0_e2", "uir_a0_k3_e4", "uir_a5_k3_e2"), cases, others)),
+        Stage(widths=(24, 32), slots=(("hd_bn",),)),
+    )
+    return MacroSpace(name="universal", resolution=12, classes=6, act="relu", stages=stages)
+
+
 def small_v3() -> MacroSpace:
     """TuNAS's MobileNetV3-like space at 32 pixels, three of its widths each."""
     space = mobilenet_v3_like(resolution=32, classes=10, width=0.5)
@@ -77,6 +89,7 @@ SPACES: dict[str, Callable[[], MacroSpace]] = {
     "widths-hswish": lambda: widths_space("hswish"),
     "groups": groups_space,
     "depths": depths_space,
+    "universal": universal_space,
     "fbnet": lambda: fbnet(resolution=32, classes=10, width=0.5),
     "mobilenet_v3_like": small_v3,
 }
@@ -119,8 +132,8 @@ def picked_ops(space: MacroSpace, picks: Picks) -> Iterator[tuple[int, str, Op]]
 
 def shared_name(option: str, layer_name: str, kernel: int, groups: int, sharing: str) -> str:
     """Where the super-net keeps a layer's weights, kernels having their own."""
-    name = layer_name + (f"_k{kernel}" if layer_name in ("depthwise", "conv") else "")
-    name += f"_g{groups}" if groups > 1 and layer_name != "depthwise" else ""
+    name = layer_name + (f"_k{kernel}" if kernel > 1 or layer_name in ("depthwise", "conv") else "")
+    name += f"_g{groups}" if groups > 1 and layer_name not in ("depthwise", "start") else ""
     name = name.replace(".", "_")
     return name if sharing == "collapsed" else f"{option.replace('.', '_')}|{name}"
 

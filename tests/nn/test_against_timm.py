@@ -21,6 +21,8 @@ TIMM = {
     "mobilenet_v3_small": "mobilenetv3_small_100",
     "single_path_nas": "spnasnet_100",
     "fbnet_c": "fbnetc_100",
+    **{f"efficientnet_lite{size}": f"efficientnet_lite{size}" for size in range(5)},
+    **{f"mobilenet_v4_conv_{size}": f"mobilenetv4_conv_{size}" for size in ("small", "medium", "large")},
 }
 THEIRS = {f"timm-{name}": (name, lambda theirs=theirs: timm.create_model(theirs)) for name, theirs in TIMM.items()}
 WIDER_AND_NARROWER = {
@@ -33,8 +35,17 @@ WIDER_AND_NARROWER = {
     "mobilenetv3_large_075": "mobilenet_v3_large-w0.75",
     "mobilenetv3_small_075": "mobilenet_v3_small-w0.75",
     "mobilenetv3_small_050": "mobilenet_v3_small-w0.5",
+    "mobilenetv4_conv_small_035": "mobilenet_v4_conv_small-w0.35",
+    "mobilenetv4_conv_small_050": "mobilenet_v4_conv_small-w0.5",
 }
 THEIRS |= {f"timm-{theirs}": (name, lambda theirs=theirs: timm.create_model(theirs)) for theirs, name in WIDER_AND_NARROWER.items()}
+THEIRS |= {
+    f"timm-efficientnet_v2_b{size}": (
+        f"efficientnet_v2_b{size}",
+        lambda size=size: timm.create_model(f"tf_efficientnetv2_b{size}", pad_type="", bn_eps=1e-5),
+    )
+    for size in range(4)
+}
 THEIRS |= {
     f"torchvision-mobilenet_v2-{width}": (f"mobilenet_v2-w{width}", lambda width=width: torchvision.models.mobilenet_v2(width_mult=width))
     for width in (0.35, 0.5, 0.75, 1.4)

@@ -34,10 +34,13 @@ PATHS = [
 def shared_tensors(supernet: Supernet, picks: Picks, network: Network, sharing: str) -> Iterator[tuple[Tensor, Tensor]]:
     """(the super-net's parameter, the extracted network's) for each parameter of the network, found by shape and place only."""
     for block, (position, option, op) in zip(network.blocks, picked_ops(supernet.space, picks), strict=False):
-        convs = [part for part in block.modules() if isinstance(part, nn.Conv2d)]
+        convs = [part for part in block.modules() if isinstance(part, nn.Conv2d | nn.Conv1d)]
         norms = iter(part for part in block.modules() if isinstance(part, nn.BatchNorm2d))
         for conv, layer in zip(convs, op.layers, strict=True):
             elastic = supernet.slots[position].copies[0][shared_name(option, layer.name, layer.kernel, layer.groups, sharing)]
+            if isinstance(conv, nn.Conv1d):
+                yield elastic.along.conv.weight, conv.weight
+                continue
             yield elastic.conv.weight, conv.weight
             if conv.bias is not None:
                 yield elastic.conv.bias, conv.bias
@@ -104,7 +107,7 @@ class MaskedSupernet:
         weight, channels = elastic.conv.weight, elastic.conv.in_channels
         out_mask = prefix(layer.out_ch, weight.shape[0])
         masked, groups = weight * out_mask[:, None, None, None], 1
-        if layer.name == "depthwise":
+        if layer.name in ("depthwise", "start"):
             groups = weight.shape[0]
         else:
             own_in, own_out = layer.in_ch // layer.groups, layer.out_ch // layer.groups
@@ -120,7 +123,7 @@ class MaskedSupernet:
             x_NCHW = x_NCHW * elastic.norms[0].weight[:, None, None] + elastic.norms[0].bias[:, None, None]
             x_NCHW = x_NCHW * out_mask[:, None, None]
         gates = {"sigmoid": torch.sigmoid, "hsig": lambda v: (v + 3).clamp(0, 6) / 6}
-        return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6, "hswish": F.hardswish, **gates}[layer.act](x_NCHW)
+        return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6, "hswish": F.hardswish, "silu": F.silu, **gates}[layer.act](x_NCHW)
 
     def block(self, position: int, option: str, op: Op, x_NCHW: Tensor) -> Tensor:
         layers = {layer.name: layer for layer in op.layers}
@@ -132,6 +135,10 @@ class MaskedSupernet:
                 hidden = self.layer(position, option, layer, x_NCHW.mean((2, 3), keepdim=True))
                 gate = self.layer(position, option, layers["se.expand"], hidden)
                 x_NCHW = x_NCHW * gate[:, : x_NCHW.shape[1]]
+            elif name == "eca":
+                kernel = self.supernet.slots[position].copies[0][shared_name(option, name, layer.kernel, 1, self.sharing)].along.conv.weight
+                along = F.conv1d(x_NCHW[:, : layer.in_ch].mean((2, 3))[:, None], kernel, padding=layer.kernel // 2)
+                x_NCHW = x_NCHW[:, : layer.in_ch] * torch.sigmoid(along).transpose(1, 2)[..., None]
             elif name != "se.expand":
                 x_NCHW = self.layer(position, option, layer, x_NCHW)
         return x_NCHW

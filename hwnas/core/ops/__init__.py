@@ -1,16 +1,19 @@
 """The kinds of ops: one registered class each. See ``base`` for what an op is and how it is written."""
 
-from hwnas.core.ops import base, blocks, cells, detector
+from hwnas.core.ops import base, blocks, cells, detector, fused, uib
 from hwnas.core.ops.base import ACTIVATIONS, Op, OpKey, kinds, register
 from hwnas.core.ops.blocks import SE_GATES, Classifier, Conv, DSConv, Head, MBConv, separable
 from hwnas.core.ops.cells import AvgPool, DilConv, FacReduce, MaxPool, Norm, Pool, PreConv, ResReduce, SepConv
 from hwnas.core.ops.detector import SSD, Extra
+from hwnas.core.ops.fused import Fused
+from hwnas.core.ops.uib import UIB
 
 __all__ = [
     "ACTIVATIONS",
     "MODULES",
     "SE_GATES",
     "SSD",
+    "UIB",
     "AvgPool",
     "Classifier",
     "Conv",
@@ -18,6 +21,7 @@ __all__ = [
     "DilConv",
     "Extra",
     "FacReduce",
+    "Fused",
     "Head",
     "MBConv",
     "MaxPool",
@@ -33,5 +37,5 @@ __all__ = [
     "separable",
 ]
 
-MODULES = (base, blocks, cells, detector)
+MODULES = (base, blocks, cells, detector, fused, uib)
 """Where the kinds are written."""

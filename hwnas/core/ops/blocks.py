@@ -49,19 +49,22 @@ class DSConv(Op):
     groups: int = number("g", 1)
     se_ch: int = number("q", 0)
     se_gate: str = word(SE_GATES, "sigmoid")
+    se_act: bool = flag("qact")
+    eca: int = number("c", 0)
     act: str = activation()
     residual: bool = flag("id")
 
     def check(self) -> None:
-        """A gate needs squeeze-and-excitation."""
-        check_gate(self, self.se_ch, self.se_gate)
+        """Squeeze-and-excitation is whole, and channels are attended to by an odd kernel."""
+        check_gates(self, self.se_ch, self.se_gate, self.se_act, self.eca)
 
     def write(self, write: ProgramWriter) -> int:
         """From the depthwise convolution on."""
         x = write.shuffle(INPUT, self.groups)
         x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, act=self.act)
-        x = squeeze_excite(write, x, self.se_ch, self.se_gate)
+        x = squeeze_excite(write, x, self.se_ch, self.se_gate, self.act if self.se_act else "relu")
         x = write.conv("project", x, self.out_ch, groups=self.groups)
+        x = attend_to_channels(write, x, self.eca)
         return write.add(INPUT, x) if self.residual else x
 
 
@@ -82,30 +85,37 @@ class MBConv(Op):
     groups: int = number("g", 1)
     se_ch: int = number("q", 0)
     se_gate: str = word(SE_GATES, "sigmoid")
+    se_act: bool = flag("qact")
+    eca: int = number("c", 0)
     act: str = activation()
     residual: bool = flag("id")
 
     def check(self) -> None:
-        """A gate needs squeeze-and-excitation."""
-        check_gate(self, self.se_ch, self.se_gate)
+        """Squeeze-and-excitation is whole, and channels are attended to by an odd kernel."""
+        check_gates(self, self.se_ch, self.se_gate, self.se_act, self.eca)
 
     def write(self, write: ProgramWriter) -> int:
         """Expansion, depthwise convolution, projection."""
         x = write.conv("expand", INPUT, self.mid_ch, groups=self.groups, act=self.act)
         x = write.shuffle(x, self.groups)
         x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, act=self.act)
-        x = squeeze_excite(write, x, self.se_ch, self.se_gate)
+        x = squeeze_excite(write, x, self.se_ch, self.se_gate, self.act if self.se_act else "relu")
         x = write.conv("project", x, self.out_ch, groups=self.groups)
+        x = attend_to_channels(write, x, self.eca)
         return write.add(INPUT, x) if self.residual else x
 
 
 @register
 @dataclass(frozen=True)
 class Head(Op):
-    """Global average pooling, 1 x 1 convolution with bias and no BN, activation (MobileNetV3's last layer but one)."""
+    """Global average pooling, 1 x 1 convolution with bias and no BN, activation (MobileNetV3's last layer but one).
+
+    ``norm`` has a BN instead of the bias (MobileNetV4).
+    """
 
     KIND: ClassVar[str] = "head"
 
+    norm: bool = flag("bn")
     act: str = activation()
 
     @property
@@ -120,7 +130,7 @@ class Head(Op):
 
     def write(self, write: ProgramWriter) -> int:
         """Pooling and a convolution."""
-        return write.conv("conv", write.mean(INPUT), self.out_ch, norm=False, bias=True, act=self.act)
+        return write.conv("conv", write.mean(INPUT), self.out_ch, norm=self.norm, bias=not self.norm, act=self.act)
 
 
 @register
@@ -152,10 +162,14 @@ def separable(size: int, in_ch: int, out_ch: int, mid_ch: int = 0, **fields: Any
     return MBConv(size, in_ch, out_ch, mid_ch, **fields) if mid_ch else DSConv(size, in_ch, out_ch, **fields)
 
 
-def check_gate(op: Op, se_ch: int, se_gate: str) -> None:
-    """Raise SpaceError where there is a gate of no squeeze-and-excitation."""
+def check_gates(op: Op, se_ch: int, se_gate: str, se_act: bool, eca: int = 0) -> None:
+    """Raise SpaceError where squeeze-and-excitation has a gate or an activation, but no channels, or ECA an even kernel."""
     if se_gate != SE_GATES[0] and not se_ch:
         raise SpaceError(f"op {op.key}: a gate ({se_gate}) needs squeeze-and-excitation (q).")
+    if se_act and not se_ch:
+        raise SpaceError(f"op {op.key}: an activation inside squeeze-and-excitation (qact) needs its channels (q).")
+    if eca and eca % 2 == 0:
+        raise SpaceError(f"op {op.key}: channels are attended to (c) by an odd kernel.")
 
 
 def squeeze_excite(write: ProgramWriter, value: int, hidden: int, gate: str, act: str = "relu") -> int:
@@ -165,3 +179,13 @@ def squeeze_excite(write: ProgramWriter, value: int, hidden: int, gate: str, act
     squeezed = write.conv("se.reduce", write.mean(value), hidden, norm=False, bias=True, act=act)
     factor = write.conv("se.expand", squeezed, write.channels_of(value), norm=False, bias=True, act=gate)
     return write.mul(value, factor)
+
+
+def attend_to_channels(write: ProgramWriter, value: int, kernel: int) -> int:
+    """A map times sigmoid(1-D convolution along the channels of mean(map)); the map itself without a kernel.
+
+    Efficient channel attention (ECA-Net, Wang et al., arXiv 1910.03151): one kernel for all channels, so it has as good as no weights.
+    """
+    if not kernel:
+        return value
+    return write.mul(value, write.along_channels("eca", write.mean(value), kernel, "sigmoid"))
