@@ -13,7 +13,7 @@ The last step is the last block. What is written as a key here is a string in a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -93,6 +93,26 @@ def shapes(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> list[Sh
     if next(ops, None) is not None or not graph or graph[-1].kind != "op":
         raise ValueError("the graph has one op step for every block, the last step being the last block")
     return found
+
+
+def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> Iterator[int]:
+    """How many numbers of feature maps are alive at most while each step runs: what it needs, and what later steps read.
+
+    A sum works in place where nobody reads its first point afterwards; see ``ir.Program.live_numbers`` for what an op needs.
+    """
+    sizes = [channels * size**2 for channels, size in shapes(graph, blocks, image)]
+    last = {point: position for position, step in enumerate(graph) for point in step.of}
+    alive, ops = {0}, iter(blocks)
+    for position, step in enumerate(graph):
+        ending = {point for point in step.of if last[point] == position}
+        if step.kind == "op":
+            [point] = step.of
+            needed = next(ops).program.live_numbers(keep_input=point not in ending)
+            yield sum(sizes[each] for each in alive - {point}) + max(needed)
+        else:
+            in_place = step.kind == "sum" and step.of[0] in ending
+            yield sum(sizes[each] for each in alive) + (0 if in_place else sizes[position + 1])
+        alive = (alive - ending) | {position + 1}
 
 
 @dataclass

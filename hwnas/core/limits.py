@@ -21,7 +21,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import CostModel
+from hwnas.core.graph import live_numbers
 from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import MacroSpace, Option, SearchSpace
@@ -64,12 +65,39 @@ def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
 
 
 def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:
-    """Peak memory of feature maps of a network on one image: the largest ``activation_bytes`` of its ops, as they run in a chain.
+    """Peak memory of feature maps of a network on one image: of a chain the largest ``activation_bytes`` of its ops.
+
+    In a network of cells the maps that later steps read are alive beside an op; see ``core.graph.live_numbers``.
 
     A detector's predictors are taken to run as soon as there is a map for them, and what they predict to be the output: a runtime that
     leaves the predictors for the end keeps the tapped maps until then.
     """
+    if arch.graph:
+        image = (arch.in_channels, arch.resolution)
+        return max(live_numbers(arch.graph, arch.blocks, image)) * BYTES[dtype]
     return max(activation_bytes(op, dtype) for op in arch.ops())
+
+
+class PeakOfNetworks:
+    """Peak activations of the networks of a space of cells: what is alive depends on all picks, so each network is looked at.
+
+    It has the methods of a ``PricedSpace`` that limits need.
+    """
+
+    def __init__(self, space: SearchSpace, alone: PricedSpace, dtype: Dtype) -> None:
+        self.space, self.alone, self.dtype = space, alone, dtype
+
+    def of(self, picks: Mapping[str, Option]) -> float:
+        """The peak of picks, in bytes."""
+        return float(peak_activation_bytes(self.space.decode(picks), self.dtype))
+
+    def of_many(self, index_NC: np.ndarray) -> np.ndarray:
+        """The peaks of many picks: option positions int [N, choices] -> float64 [N]."""
+        return np.array([self.of(self.space.at(index_C)) for index_C in np.asarray(index_NC)])
+
+    def range(self) -> tuple[float, float]:
+        """A lower bound of all networks: their largest op alone needs as much. And no upper bound."""
+        return self.alone.range()[0], np.inf
 
 
 @dataclass(frozen=True)
@@ -82,13 +110,16 @@ class Compiled:
     title: str
     field: str
     most: float
-    priced: PricedSpace
+    priced: PricedSpace | PeakOfNetworks
     over: PricedSpace | None = None
 
     @property
     def as_sum(self) -> tuple[PricedSpace, float]:
         """A sum and its maximum that say the same, for what needs expectations: for a peak, no op is above the limit."""
-        return (self.priced, self.most) if self.over is None else (self.over, 0.5)
+        if self.over is not None:
+            return self.over, 0.5
+        assert isinstance(self.priced, PricedSpace), "what is no sum of ops says which ops are above the limit"
+        return self.priced, self.most
 
 
 class _Limit(BaseModel):
@@ -171,12 +202,12 @@ class ActivationLimit(_Limit):
     dtype: Dtype = "fp32"
 
     def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
-        """The maximum over ops. Raises TargetError of cells, in which several ops' maps are alive at once."""
-        if not isinstance(space, MacroSpace):
-            raise TargetError(
-                f"a limit of activation_bytes counts blocks in a row, and space {space.name} is one of cells: limit something else."
-            )
-        return self._of_ops(space, f"activation_bytes in {self.dtype}", partial(activation_bytes, dtype=self.dtype), "max")
+        """The maximum over ops; of cells, in which several ops' maps are alive at once, over the steps of each network."""
+        of_ops = self._of_ops(space, f"activation_bytes in {self.dtype}", partial(activation_bytes, dtype=self.dtype), "max")
+        if isinstance(space, MacroSpace):
+            return of_ops
+        assert isinstance(of_ops.priced, PricedSpace)
+        return replace(of_ops, priced=PeakOfNetworks(space, of_ops.priced, self.dtype))
 
 
 Limit = Annotated[LatencyLimit | MacsLimit | ParamsLimit | SizeLimit | ActivationLimit, Field(discriminator="kind")]

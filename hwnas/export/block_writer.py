@@ -8,6 +8,7 @@ milliseconds. The converters judge them, in their tests.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hwnas.core.graph import Step
-from hwnas.core.ir import INPUT, POOLS, Node
+from hwnas.core.ir import INPUT, POOLS, Node, Program
 from hwnas.core.ops import Op
 from hwnas.errors import ExportError
 from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
@@ -46,19 +47,28 @@ class BlockWriter(ABC, Generic[V]):
     def block(self, x: V, op: Op, module: nn.Module) -> tuple[V, ...]:
         """Add an op, and return its outputs. Raises ExportError where ``module`` is not the op's."""
         program = op.program
+        moved = _moved_norms(program)
         values = {INPUT: x}
         for value, node in enumerate(program.nodes, start=1):
             read = [values[each] for each in node.inputs]
-            if node.kind == "mean":
+            if node.kind == "conv":
+                weight_OIHW, bias_O = folded(node, _part(op, module, node))
+                if value in moved:
+                    norm, channels = moved[value]
+                    scale_C, shift_C = _normed(norm, _part(op, module, norm))
+                    weight_OIHW = weight_OIHW * scale_C[channels, None, None, None]
+                    bias_O = bias_O * scale_C[channels] + shift_C[channels]
+                values[value] = self.conv(read[0], node, weight_OIHW, bias_O)
+            elif any(node is norm for norm, _ in moved.values()):
+                values[value] = self.act(read[0], f"{node.name}.act", node.act)
+            elif node.kind == "mean":
                 flat = any(value in other.inputs and other.kind == "linear" for other in program.nodes)
-                values[value] = self.mean(read[0], flat=flat)
+                values[value] = self.mean(read[0], node.name, flat=flat)
             else:
                 values[value] = self._node(node, read, op, module)
         return tuple(values[each] for each in program.outputs)
 
     def _node(self, node: Node, read: list[V], op: Op, module: nn.Module) -> V:
-        if node.kind == "conv":
-            return self.conv(read[0], node, *folded(node, _part(op, module, node)))
         if node.kind == "linear":
             weight_OI, bias_O = _linear(op, node, module)
             return self.linear(read[0], node.name, weight_OI, bias_O)
@@ -83,7 +93,7 @@ class BlockWriter(ABC, Generic[V]):
         if node.kind == "concat":
             return self.channels_joined(read, node.name)
         if node.kind == "shuffle":
-            return self.shuffle(read[0], node.groups)
+            return self.shuffle(read[0], node.name, node.groups)
         assert node.kind == "crop", node.kind
         return self.crop(read[0], node.name)
 
@@ -170,7 +180,7 @@ class BlockWriter(ABC, Generic[V]):
         """An activation."""
 
     @abstractmethod
-    def mean(self, x: V, *, flat: bool) -> V:
+    def mean(self, x: V, name: str, *, flat: bool) -> V:
         """Global average pooling to one pixel, or ``flat`` to [1, channels]."""
 
     @abstractmethod
@@ -182,7 +192,7 @@ class BlockWriter(ABC, Generic[V]):
         """A map times a gate of one pixel."""
 
     @abstractmethod
-    def shuffle(self, x: V, groups: int) -> V:
+    def shuffle(self, x: V, name: str, groups: int) -> V:
         """Channel i of group g becomes channel i * groups + g."""
 
     @abstractmethod
@@ -208,6 +218,26 @@ class BlockWriter(ABC, Generic[V]):
     @abstractmethod
     def concatenated(self, name: str, parts: Sequence[V]) -> V:
         """The rows of all maps one after another."""
+
+
+def _moved_norms(program: Program) -> dict[int, tuple[Node, slice]]:
+    """Convolutions that can take in a BN behind a concatenation of them: their value -> the BN's node, and which channels are theirs.
+
+    A BN is a scale and a shift of every channel, so each convolution takes those of its own channels.
+    """
+    readers = Counter(value for node in program.nodes for value in node.inputs)
+    moved: dict[int, tuple[Node, slice]] = {}
+    for norm in program.nodes:
+        joined = program.nodes[norm.inputs[0] - 1]
+        if norm.kind != "norm" or norm.inputs[0] == INPUT or joined.kind != "concat" or readers[norm.inputs[0]] > 1:
+            continue
+        parts = [program.nodes[value - 1] for value in joined.inputs]
+        plain = all(part.kind == "conv" and not part.norm and part.act == "none" for part in parts)
+        if plain and all(readers[value] == 1 for value in joined.inputs):
+            ends = np.cumsum([part.out_ch for part in parts])
+            spans = (slice(int(end) - part.out_ch, int(end)) for part, end in zip(parts, ends, strict=True))
+            moved |= {value: (norm, span) for value, span in zip(joined.inputs, spans, strict=True)}
+    return moved
 
 
 def folded(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:

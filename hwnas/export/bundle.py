@@ -317,5 +317,5 @@ def save_parity(path: Path, **arrays: np.ndarray) -> None:
 
 def tool_versions() -> dict[str, str]:
     """Versions of everything that shaped the files."""
-    packages = ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert", "onnx", "onnxruntime")
+    packages = ("torch", "ai-edge-quantizer", "ai-edge-litert", "onnx", "onnxruntime")
     return {"hwnas": __version__, **{package: version(package) for package in packages}}

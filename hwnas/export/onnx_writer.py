@@ -199,19 +199,19 @@ class OnnxWriter(Graph, BlockWriter[str]):
             return self.operator("Mul", name, [x, self.operator("Sigmoid", f"{name}.sigmoid", [x], shape)], shape)
         return self.operator(_ACTS[act], name, [x], shape, **(_HARD_SIGMOID if act == "hsig" else {}))
 
-    def shuffle(self, x: str, groups: int) -> str:
+    def shuffle(self, x: str, name: str, groups: int) -> str:
         """Reshape, Transpose, Reshape."""
         batch, channels, *image = self.shape(x)
         apart, swapped = (batch, groups, channels // groups, *image), (batch, channels // groups, groups, *image)
-        x = self.reshape("shuffle.groups", x, apart)
-        x = self.operator("Transpose", "shuffle.swapped", [x], swapped, perm=[0, 2, 1, 3, 4])
-        return self.reshape("shuffle", x, (batch, channels, *image))
+        x = self.reshape(f"{name}.groups", x, apart)
+        x = self.operator("Transpose", f"{name}.swapped", [x], swapped, perm=[0, 2, 1, 3, 4])
+        return self.reshape(name, x, (batch, channels, *image))
 
-    def mean(self, x: str, *, flat: bool) -> str:
+    def mean(self, x: str, name: str, *, flat: bool) -> str:
         """ReduceMean over height and width, and where it is flattened a Reshape."""
-        axes, channels = self.integers("pool.axes", (-1, -2)), self.shape(x)[:2]
-        x = self.operator("ReduceMean", "pool", [x, axes], (*channels, 1, 1), keepdims=1, noop_with_empty_axes=0)
-        return self.reshape("flat", x, channels) if flat else x
+        axes, channels = self.integers(f"{name}.axes", (-1, -2)), self.shape(x)[:2]
+        x = self.operator("ReduceMean", name, [x, axes], (*channels, 1, 1), keepdims=1, noop_with_empty_axes=0)
+        return self.reshape(f"{name}.flat", x, channels) if flat else x
 
     def add(self, x: str, y: str, name: str) -> str:
         """Add."""

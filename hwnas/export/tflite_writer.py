@@ -366,25 +366,25 @@ class _Writer(Graph, BlockWriter[int]):
         """MUL by a number."""
         return self.operator("MUL", name, [x, self.constant(f"{name}.factor", np.array(factor))], self.shape(x), schema.MulOptionsT())
 
-    def shuffle(self, x: int, groups: int) -> int:
+    def shuffle(self, x: int, name: str, groups: int) -> int:
         """RESHAPE, TRANSPOSE, RESHAPE."""
         *image, channels = self.shape(x)
         apart, swapped = (*image, groups, channels // groups), (*image, channels // groups, groups)
-        x = self._reshape("shuffle.groups", x, apart)
-        order = self.constant("shuffle.order", np.array([0, 1, 2, 4, 3], np.int32))
-        x = self.operator("TRANSPOSE", "shuffle.swapped", [x, order], swapped, version=4)
-        return self._reshape("shuffle", x, (*image, channels))
+        x = self._reshape(f"{name}.groups", x, apart)
+        order = self.constant(f"{name}.order", np.array([0, 1, 2, 4, 3], np.int32))
+        x = self.operator("TRANSPOSE", f"{name}.swapped", [x, order], swapped, version=4)
+        return self._reshape(name, x, (*image, channels))
 
-    def mean(self, x: int, *, flat: bool) -> int:
+    def mean(self, x: int, name: str, *, flat: bool) -> int:
         """MEAN; of one pixel nothing, or SUM where it is flattened."""
         _, height, width, channels = self.shape(x)
         if height == width == 1 and not flat:
             return x
         options = schema.ReducerOptionsT()
         options.keepDims = not flat
-        axes = self.constant("pool.axes", np.array([_HEIGHT, _WIDTH], np.int32))
+        axes = self.constant(f"{name}.axes", np.array([_HEIGHT, _WIDTH], np.int32))
         shape = (1, channels) if flat else (1, 1, 1, channels)
-        return self.operator("SUM" if height == width == 1 else "MEAN", "pool", [x, axes], shape, options)
+        return self.operator("SUM" if height == width == 1 else "MEAN", name, [x, axes], shape, options)
 
     def add(self, x: int, y: int, name: str) -> int:
         """ADD."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms
+from hwnas.core.graph import GraphBuilder, live_numbers
 from hwnas.core.limits import (
     ActivationLimit,
     Compiled,
@@ -30,7 +32,7 @@ from hwnas.core.limits import (
 from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
-from hwnas.core.spaces import mobile32, published
+from hwnas.core.spaces import darts, mobile32, nasbench201, published
 from hwnas.core.table import LatencyTable
 from hwnas.errors import CoverageError, TableError, TargetError
 from hwnas.nn.network import Network
@@ -284,3 +286,30 @@ def test_limits_of_a_configuration() -> None:
             read((one,))
     with pytest.raises(ValidationError, match="frozen"):
         read(tomllib.loads(text)["limits"])[1].max_macs = 5  # type: ignore[union-attr]
+
+
+def test_maps_that_are_read_later_are_alive_in_a_network_of_cells() -> None:
+    builder = GraphBuilder()
+    conv = Op.parse("conv-h4-i2-o2-relu")  # every map has 32 numbers
+    first, second = builder.op(conv, 0), builder.op(conv, 0)
+    joined = builder.concat([builder.sum([first, second]), 0])
+    builder.op(Op.parse("classifier-h4-i4-o10"), joined)
+    found = live_numbers(builder.steps, builder.blocks, (2, 4))
+    # in and out; in, out and the first map; the sum in place of the first, and the image; the sum, the image and both; 64 and their mean
+    assert list(found) == [64, 96, 96, 128, 64 + 4]
+    arch = Architecture(name="cells", in_channels=2, blocks=tuple(builder.blocks), graph=tuple(builder.steps))
+    assert peak_activation_bytes(arch, "int8") == 128
+
+
+@pytest.mark.parametrize("build", [nasbench201, lambda: darts(layers=3)])
+def test_a_limit_of_activations_holds_in_a_space_of_cells(build: Callable[[], SearchSpace]) -> None:
+    space, rng = build(), np.random.default_rng(0)
+    index_NC = np.stack([space.index(space.sample(rng)) for _ in range(12)])
+    peaks = [peak_activation_bytes(space.decode(space.at(index_C)), "int8") for index_C in index_NC]
+    limit = ActivationLimit(kind="activation_bytes", max_bytes=int(np.median(peaks)), dtype="int8")
+    limits = Limits(space, [limit], LatencyTable.load)
+    assert limits.feasible(index_NC).tolist() == [peak <= limit.max_bytes for peak in peaks]
+    limits.check()
+    assert limits.compiled[0].priced.range()[0] <= min(peaks)
+    with pytest.raises(TargetError, match="out of reach"):
+        Limits(space, [ActivationLimit(kind="activation_bytes", max_bytes=10, dtype="int8")], LatencyTable.load).check()

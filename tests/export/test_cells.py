@@ -12,7 +12,8 @@ from ai_edge_litert.interpreter import Interpreter
 
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
-from hwnas.core.spaces import nasbench201
+from hwnas.core.search_space import SearchSpace
+from hwnas.core.spaces import darts, nasbench101, nasbench201
 from hwnas.export.timing import timing_file
 from hwnas.nn.network import network_of
 
@@ -41,25 +42,34 @@ def onnx_outputs(path: Path, x_NCHW: torch.Tensor) -> np.ndarray:
     return outputs
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_ops_in_onnx(key: str) -> None:
-    op = Op.parse(key)
-    network, x_NCHW = network_and_input(op)
+NETWORKS = {
+    "nasbench201": lambda: CELL.decode(CELL.read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|")),
+    "darts": lambda: sampled(darts(layers=3, resolution=16)),
+    "nasbench101": lambda: sampled(nasbench101()),
+}
+
+
+def sampled(space: SearchSpace) -> Architecture:
+    return space.decode(space.sample(np.random.default_rng(3)))
+
+
+@pytest.mark.parametrize("runtime", ["litert", "onnxruntime"])
+@pytest.mark.parametrize("name", [*KEYS, *NETWORKS])
+def test_files_compute_what_pytorch_does(name: str, runtime: str) -> None:
+    timed = NETWORKS[name]() if name in NETWORKS else Op.parse(name)
+    network, x_NCHW = network_and_input(timed)
     expected = network(x_NCHW).detach().numpy()
-    assert expected.std() > 0.01
-    np.testing.assert_allclose(onnx_outputs(timing_file((op,), "onnxruntime", "fp32"), x_NCHW), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.005
+    path = timing_file(timed if isinstance(timed, Architecture) else (timed,), runtime, "fp32")
+    found = onnx_outputs(path, x_NCHW) if runtime == "onnxruntime" else litert_outputs(path, x_NCHW)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-def test_an_op_and_a_network_in_litert() -> None:
-    arch = CELL.decode(CELL.read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|"))
-    for timed, given in ((arch, arch), (Op.parse("facreduce-h8-i4-o6-s2-relu"), None)):
-        network, x_NCHW = network_and_input(timed)
-        path = timing_file(given if given is not None else (timed,), "litert", "fp32")  # type: ignore[arg-type]
-        interpreter = Interpreter(model_path=str(path))
-        interpreter.allocate_tensors()
-        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x_NCHW.permute(0, 2, 3, 1).numpy())
-        interpreter.invoke()
-        found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-        expected = network(x_NCHW).detach()
-        expected = expected.permute(0, 2, 3, 1) if expected.dim() == 4 else expected
-        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-4)
+def litert_outputs(path: Path, x_NCHW: torch.Tensor) -> np.ndarray:
+    """Channels first."""
+    interpreter = Interpreter(model_path=str(path))
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x_NCHW.permute(0, 2, 3, 1).numpy())
+    interpreter.invoke()
+    found: np.ndarray = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    return found.transpose(0, 3, 1, 2) if found.ndim == 4 else found

@@ -39,7 +39,30 @@ OPS = (
     "mbconv-h14-i16-o24-m48-k5-s2-q16-hsig-hswish",  # a gate without an operator of its own
     "mbconv-h8-i8-o8-m24-k3-g2-relu-id",  # a channel shuffle
     "dsconv-h7-i12-o24-k3-g4-relu",
+    "conv-h8-i6-o8-k3-silu",
+    "conv-h8-i8-o8-k3-relu-id",
+    "fused-h8-i8-o16-m32-k3-s2-q8-qact-silu",
+    "uib-h8-i8-o8-m16-b3-k5-relu-id",
+    "uib-h8-i8-o16-m16-b3-s2-relu",
 )
+OPS_OF_CELLS = (
+    "preconv-h8-i6-o8-k3-s2-relu",
+    "sepconv-h8-i6-o6-k5-s2-relu",
+    "dilconv-h8-i6-o6-k3-relu",
+    "dilconv-h8-i6-o6-k5-s2-relu",
+    "resreduce-h8-i6-o8-k3-s2-relu",
+)
+LEANER = {
+    # ours, where the converter takes more operators, or slower ones
+    "avgpool-h8-i6-o6-k3-s2": ["PAD", "AVERAGE_POOL_2D", "MUL"],  # two STABLEHLO_REDUCE_WINDOW and DIV
+    "maxpool-h8-i6-o6-k3-s2": ["SLICE", "CONCATENATION", "SLICE", "CONCATENATION", "MAX_POOL_2D"],  # PADV2, which XNNPACK leaves
+    "maxpool-h8-i6-o6-k3-bn": ["MAX_POOL_2D", "MUL", "ADD"],  # SUB instead of ADD
+    "facreduce-h8-i6-o8-s2-relu": ["RELU", "CONV_2D", "SLICE", "CONV_2D", "CONCATENATION"],  # two SLICE, and four for the BN
+    "mbconv-h8-i8-o8-m16-k3-c3-relu": [
+        *("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D", "MEAN", "RESHAPE", "CONV_2D", "RESHAPE", "LOGISTIC", "MUL"),  # two TRANSPOSE more
+    ],
+    "head-h7-i32-o48-bn-relu": ["MEAN", "CONV_2D"],
+}
 NETWORKS = {
     "network": (
         "conv-h28-i3-o8-k3-s2-hswish",
@@ -75,7 +98,8 @@ def randomised(module: M) -> M:
             if isinstance(part, nn.BatchNorm2d):
                 part.running_mean.normal_(0, 0.3, generator=generator)
                 part.running_var.uniform_(0.5, 2, generator=generator)
-                part.weight.uniform_(0.5, 1.5, generator=generator)
+                if part.affine:
+                    part.weight.uniform_(0.5, 1.5, generator=generator)
             if isinstance(part, nn.Linear):
                 part.weight.normal_(0, 0.3, generator=generator)
             if getattr(part, "bias", None) is not None:
@@ -91,7 +115,7 @@ def network_of(keys: tuple[str, ...]) -> Network:
     return randomised(Network(Architecture(name="small", blocks=tuple(Op.parse(key) for key in keys))))
 
 
-@pytest.fixture(scope="module", params=[*OPS, *NETWORKS])
+@pytest.fixture(scope="module", params=[*OPS, *OPS_OF_CELLS, *NETWORKS])
 def case(request: pytest.FixtureRequest) -> Case:
     if request.param in NETWORKS:
         network = network_of(NETWORKS[request.param])
@@ -174,6 +198,18 @@ def test_what_begins_with_pooling_is_written_alone_as_at_the_end_of_a_network(ke
     assert "TRANSPOSE" in [node.name for node in graph_ops(converted)], "the converter got better: add this op to OPS"
     images_NHWC = random_images(7, 32)
     assert relative_error(run_litert(written, images_NHWC), run_litert(converted, images_NHWC)) < 1e-5
+
+
+@pytest.mark.parametrize("key", LEANER)
+def test_leaner_than_the_converter_and_the_same_numbers(key: str) -> None:
+    op = Op.parse(key)
+    module = randomised(build(op))
+    written, converted = write_op(op, module), to_tflite(module, (1, op.in_ch, op.size, op.size))
+    assert [node.name for node in graph_ops(written)] == LEANER[key]
+    assert graph_ops(written) != graph_ops(converted), "the converter got better: add this op to OPS"
+    images_NHWC = random_images(op.size, op.in_ch)
+    assert relative_error(run_litert(written, images_NHWC), run_litert(converted, images_NHWC)) < 1e-5
+    assert [node["op_name"] for node in interpreter_of(written)._get_ops_details()].count("DELEGATE") == 1
 
 
 def test_files_name_their_maker_and_their_ends() -> None:

@@ -42,7 +42,7 @@ class SepConv(Op):
         """Two depthwise-separable convolutions."""
         x = write.act(INPUT, self.act)
         x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, norm=False)
-        x = write.act(write.conv("pointwise", x, self.in_ch), self.act)
+        x = write.conv("pointwise", x, self.in_ch, act=self.act)
         x = write.depthwise("depthwise2", x, kernel=self.kernel, norm=False)
         return write.conv("pointwise2", x, self.out_ch)
 
@@ -169,8 +169,8 @@ class ResReduce(_Halving):
     def write(self, write: ProgramWriter) -> int:
         """Two convolutions and a shortcut."""
         x = write.act(INPUT, self.act)
-        x = write.conv("first", x, self.out_ch, kernel=self.kernel, stride=2)
-        x = write.conv("second", write.act(x, self.act), self.out_ch, kernel=self.kernel)
+        x = write.conv("first", x, self.out_ch, kernel=self.kernel, stride=2, act=self.act)
+        x = write.conv("second", x, self.out_ch, kernel=self.kernel)
         pooled = write.pool("pool", "avgpool", INPUT, kernel=2, stride=2)
         return write.add(x, write.conv("shortcut", pooled, self.out_ch, norm=False))
 
