@@ -173,6 +173,20 @@ class OnnxModel:
 
 
 MODELS: dict[str, Any] = {"litert": LiteRTModel, "onnxruntime": OnnxModel}
+SUFFIXES = {".tflite": "litert", ".onnx": "onnxruntime"}
+FURTHER = "HWNAS_RUNNER_MODELS"
+
+
+def learn() -> None:
+    """Add the runtimes of the Python files that an environment variable names: each has MODELS and SUFFIXES as above."""
+    for path in filter(None, os.environ.get(FURTHER, "").split(os.pathsep)):
+        specification = importlib.util.spec_from_file_location("hwnas_runner_models", path)
+        if specification is None or specification.loader is None:
+            raise Refusal(f"{FURTHER} names {path}, which is not a Python file")
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        MODELS.update(module.MODELS)
+        SUFFIXES.update(module.SUFFIXES)
 
 
 def import_runtime(runtime: str) -> tuple[str, Any]:
@@ -441,7 +455,8 @@ def one_sentence(error: Exception) -> str:
 
 
 def predict(model_path: str, inputs_path: str, outputs_path: str, threads: int) -> None:
-    runtime = "onnxruntime" if model_path.endswith(".onnx") else "litert"
+    suffix = os.path.splitext(model_path)[1]
+    runtime = SUFFIXES.get(suffix, "litert")
     _, module = import_runtime(runtime)
     try:
         model = MODELS[runtime](module, model_path, threads)
@@ -583,6 +598,7 @@ def main(arguments: list[str]) -> int:
         job.add_argument("--receive", metavar="FOLDER", help="take files from stdin first; paths of models begin there")
     options = parser.parse_args(arguments)
     try:
+        learn()
         if getattr(options, "receive", None) is not None:
             enter(options.receive)
             receive()

@@ -29,6 +29,7 @@ class Registry:
 
     def __init__(self, noun: str, builtin: Mapping[str, str]) -> None:
         self.noun = noun
+        self.builtin = tuple(builtin)
         self._targets: dict[str, str] = dict(builtin)
         self._discovered = False
 

@@ -16,20 +16,25 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
-from hwnas.core.arch import Picks
+from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cost import CostModel
 from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.ops import Classifier, Conv, MBConv, Op
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
-from hwnas.devices.device import Connection
+from hwnas.devices.device import HOST, Connection, connect
 from hwnas.export.interface import Interface
+from hwnas.export.metadata import ModelCard
+from hwnas.export.target import Target, Trained
 from hwnas.export.timing import timing_file
+from hwnas.nn.network import Network
 from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Gates, Metrics, Probes, SearchContext, Strategy
 
@@ -255,8 +260,6 @@ class StrategyConformance(ABC):
 
     def test_state_survives_a_checkpoint(self, tmp_path: Path) -> None:
         """The state is what ``torch.load(weights_only=True)`` reads: tensors, numbers, strings and containers of them."""
-        import torch
-
         strategy, ctx, _ = self._search(Problem(0), 2, 40)
         torch.save(strategy.state_dict(), tmp_path / "state.pt")
         again = self.strategy()
@@ -380,3 +383,63 @@ class DeviceConformance(ABC):
         wanted = self.connection().predict(tmp_path / "network.tflite", interface.seen(images), tmp_path)
         assert found.shape == (3, 10) and found.dtype == np.float32
         assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+class TargetConformance(ABC):
+    """What every target has to do. Inherit, and name the class in ``target``. Its runtime has to be installed on this computer."""
+
+    target: ClassVar[type[Target]]
+    tolerance: ClassVar[float] = 1e-4
+    """Largest error of an exact target's outputs, relative to the largest."""
+
+    KEYS: ClassVar[tuple[str, ...]] = ("conv-h16-i3-o8-k3-s2-relu", "mbconv-h8-i8-o8-m24-k3-q8-relu-id", "classifier-h8-i8-o10")
+
+    def network(self, keys: Sequence[str] | None = None) -> Network:
+        """A small classifier, or the ops of other keys."""
+        blocks = tuple(map(Op.parse, keys or self.KEYS))
+        arch = Architecture(name="small", in_channels=blocks[0].in_ch, blocks=blocks)
+        return Network(arch, generator=torch.Generator().manual_seed(0)).eval()
+
+    def trained(self) -> Trained:
+        """The classifier with plain ends."""
+        images = np.random.default_rng(1).standard_normal((8, 16, 16, 3)).astype(np.float32)
+        interface = Interface("float32", False, (0.5,) * 3, (0.25,) * 3)
+        card = ModelCard("small", 3, tuple("abcdefghij"), "logits", interface.normalisation, "as it is")
+        return Trained(self.network(), interface, images, card)
+
+    def test_its_fields(self) -> None:
+        """A plain file name, an order of axes, installed packages."""
+        made = self.target()
+        assert made.file == Path(made.file).name and Path(made.file).suffix
+        assert made.layout in ("NHWC", "NCHW") and made.runtime and made.dtype
+        for package in made.packages:
+            assert version(package)
+
+    def test_its_files_compute_what_pytorch_does(self, tmp_path: Path) -> None:
+        """Up to rounding where it is exact; the same best class of most images where it is not."""
+        made, trained = self.target(), self.trained()
+        path = tmp_path / made.file
+        path.write_bytes(made.write(trained))
+        images_NHWC = np.random.default_rng(2).standard_normal((16, 16, 16, 3)).astype(np.float32)
+        found = connect(HOST).predict(path, images_NHWC, tmp_path)
+        with torch.inference_mode():
+            wanted = trained.network(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)).numpy()
+        assert found.shape == wanted.shape and found.dtype == np.float32
+        if made.exact:
+            assert np.abs(found - wanted).max() <= self.tolerance * np.abs(wanted).max()
+        else:
+            assert (found.argmax(1) == wanted.argmax(1)).mean() >= 0.7
+
+    def test_ops_and_networks_are_timed(self, tmp_path: Path) -> None:
+        """Files of one op and of several, by the runner."""
+        made, items = self.target(), list[dict[str, Any]]()
+        for keys in ((self.KEYS[0],), (self.KEYS[1],), self.KEYS):
+            path = tmp_path / f"{len(items)}{Path(made.file).suffix}"
+            path.write_bytes(made.timing_file(self.network(keys)))
+            items.append({"id": path.name, "path": str(path), "round": 0, "ops": list(keys)})
+        host = connect(HOST)
+        plan = {"runtime": made.runtime, "threads": 1, "cores": list(host.cores(1)), "min_ms": 1.0, "min_runs": 3, "items": items}
+        header, *rows = host.measure(plan, tmp_path)
+        assert header["runtime"] == made.runtime
+        assert [row["id"] for row in rows] == [item["id"] for item in items]
+        assert all(min(row["ms"]) > 0 for row in rows), rows

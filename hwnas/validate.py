@@ -41,10 +41,8 @@ from hwnas.devices.device import Connection, Device
 from hwnas.devices.profile import spread_of
 from hwnas.document import file_sha256, write_atomic
 from hwnas.errors import DeviceError, DocumentError
-from hwnas.export.bundle import GRAPHS, Bundle, BundleFile, Parity, parity
-from hwnas.export.interface import network_alone
-from hwnas.export.onnx_detector import nms_at
-from hwnas.export.tflite_detector import tasks_at, without_decoding
+from hwnas.export.bundle import Bundle, BundleFile, Parity, parity
+from hwnas.export.target import target
 from hwnas.progress import Progress
 from hwnas.verdict import FileVerdict, Verdict, drift_note, lines
 
@@ -54,7 +52,6 @@ OUTPUTS = ["verdict.json"]
 Build = Callable[[Sequence[Op], str, str], Path]
 Rounds = list[list[float]]
 IMAGES_AT_ONCE = 512
-_AT: dict[str, Callable[[bytes, float], bytes]] = {"nms": nms_at, "tasks": tasks_at}
 """What is in a file's graph -> how a copy with another threshold of scores is made."""
 
 
@@ -215,12 +212,9 @@ def _unpredicted(bundle: Bundle, device: Device, settings: DeviceConfig, table: 
     return f"the table lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}" if missing else None
 
 
-def _network(bundle: Bundle, file: BundleFile, model: bytes) -> bytes | None:
-    """Of a file that holds more than the network, the network alone; None where it holds no more."""
-    if bundle.detector is not None:
-        return without_decoding(model)
-    interface = bundle.interface
-    return network_alone(model, file.runtime) if interface.softmax or interface.input == "uint8" else None
+def _holds_more(bundle: Bundle) -> bool:
+    """Whether the files hold more than the network."""
+    return bundle.detector is not None or bundle.interface.softmax or bundle.interface.input == "uint8"
 
 
 class _Measurement:
@@ -249,14 +243,16 @@ class _Measurement:
         self.items: dict[str, list[dict[str, object]]] = defaultdict(list)
         self.alone: set[str] = set()  # files whose network can be timed alone
         for file in files:
-            if bundle.detector is not None and file.format in GRAPHS:
+            made = target(file.format)
+            if made.graph != "decoded":
                 continue  # add_nms
             self.items[file.runtime].append({"id": file.name, "path": str((folder / file.name).resolve()), "ops": chain})
-            if bundle.detector is not None and file.runtime != "litert":
+            if not _holds_more(bundle):
+                self.alone.add(file.name)
                 continue
-            self.alone.add(file.name)
-            network = _network(bundle, file, (folder / file.name).read_bytes())
+            network = made.network_alone((folder / file.name).read_bytes(), detector=bundle.detector is not None)
             if network is not None:
+                self.alone.add(file.name)
                 path = networks / f"network-{file.name}"
                 write_atomic(path, network)
                 self.items[file.runtime].append({"id": path.name, "path": str(path.resolve()), "ops": chain})
@@ -275,13 +271,14 @@ class _Measurement:
         image = self.networks / "image.npy"
         validate_detector.write_typical_image(folder, config.app_score, image)
         for file in files:
-            if file.format not in GRAPHS:
+            made = target(file.format)
+            if made.graph == "decoded":
                 continue
             item = {"path": str((folder / file.name).resolve()), "ops": [op.key for op in self.arch.ops()], "input": str(image.resolve())}
             self.items[file.runtime].append({**item, "id": file.name})
             if app_score is not None:
                 path = self.networks / f"app-{file.name}"
-                write_atomic(path, _AT[GRAPHS[file.format]]((folder / file.name).read_bytes(), app_score))
+                write_atomic(path, made.at_score((folder / file.name).read_bytes(), app_score))
                 self.items[file.runtime].append({**item, "id": path.name, "path": str(path.resolve())})
 
     def applies(self, file: BundleFile) -> bool:
@@ -350,9 +347,9 @@ def _judged(
     network = f"network-{file.name}" if f"network-{file.name}" in measurement.rounds else None
     judged = measurement.ms(network or file.name)
     error = None if predicted is None else judged / (drift or 1.0) / predicted - 1
-    outputs, exact = quality.parities[file.name], file.dtype != "int8" and file.format not in GRAPHS
+    outputs, made = quality.parities[file.name], target(file.format)
     app = f"app-{file.name}" if f"app-{file.name}" in measurement.rounds else None
-    timed_on = ("test image" if file.name in measurement.fed else "noise") if file.format in GRAPHS else None
+    timed_on = ("test image" if file.name in measurement.fed else "noise") if made.graph != "decoded" else None
     return FileVerdict(
         name=file.name,
         runtime=file.runtime,
@@ -367,6 +364,6 @@ def _judged(
         latency_error=error,
         latency_passed=None if error is None else abs(error) <= config.latency_tolerance and abs((drift or 1.0) - 1) <= config.max_drift,
         parity=outputs,
-        parity_passed=outputs.relative_error <= config.parity_tolerance if exact else None,
+        parity_passed=outputs.relative_error <= config.parity_tolerance if made.exact else None,
         **quality.files[file.name],
     )

@@ -24,6 +24,7 @@ from hwnas.errors import ConfigError, DeviceError, DocumentError
 from hwnas.export.bundle import Bundle, BundleFile, DetectorFile, DetectorPart, Parity
 from hwnas.export.detector_stage import detector_parity, torch_found
 from hwnas.export.post_processing import BOX, READERS, Found
+from hwnas.export.target import target
 from hwnas.nn.ssd import Detections
 from hwnas.progress import Progress
 
@@ -52,12 +53,11 @@ def parities(bundle: Bundle, files: Sequence[BundleFile], folder: Path, connecti
     with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
         images_NHWC, rows = arrays["images"], arrays["rows"]
     resolution, settings = bundle.architecture.resolution, part.post_processing
-    return {
-        file.name: detector_parity(
-            file.format, _outputs(file, part.files[file.name], images_NHWC, folder, connection, work), rows, settings, resolution
-        )
-        for file in files
-    }
+    found: dict[str, Parity] = {}
+    for file in files:
+        outputs = _outputs(file, part.files[file.name], images_NHWC, folder, connection, work)
+        found[file.name] = detector_parity(target(file.format).graph, outputs, rows, settings, resolution)
+    return found
 
 
 def judge(

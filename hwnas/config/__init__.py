@@ -13,17 +13,15 @@ resolved configuration, defaults included, is written into the run folder. Each 
 
 from hwnas.config.base import Plugin, Section
 from hwnas.config.experiment import Experiment, all_keys, keys_given, load_experiment, located
+from hwnas.config.formats import FORMATS, NMS_FORMATS, TARGETS, Format
 from hwnas.config.search import OperationOn, OptimizerConfig, SearchConfig, SupernetConfig
 from hwnas.config.study import FIXED_BY_THE_STUDY, CompareConfig, MethodConfig, ScoreName, ShrinkConfig, StudyConfig
 from hwnas.config.tables import (
-    FORMATS,
     IMAGE_LABELS,
-    NMS_FORMATS,
     DataConfig,
     DetectorConfig,
     DeviceConfig,
     ExportConfig,
-    Format,
     Interpolation,
     ProfileConfig,
     Resize,
@@ -37,6 +35,7 @@ __all__ = [
     "FORMATS",
     "IMAGE_LABELS",
     "NMS_FORMATS",
+    "TARGETS",
     "CompareConfig",
     "DataConfig",
     "DetectorConfig",

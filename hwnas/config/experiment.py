@@ -9,17 +9,15 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hwnas.config.base import Section
+from hwnas.config.formats import FORMATS, NMS_FORMATS, Format
 from hwnas.config.search import SearchConfig
 from hwnas.config.study import ShrinkConfig, StudyConfig
 from hwnas.config.tables import (
-    FORMATS,
     IMAGE_LABELS,
-    NMS_FORMATS,
     DataConfig,
     DetectorConfig,
     DeviceConfig,
     ExportConfig,
-    Format,
     ProfileConfig,
     SpaceConfig,
     TrainConfig,

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from hwnas.config.base import Section, with_usual
+from hwnas.config.formats import Format, known_dtype, known_runtime
 from hwnas.config.search import OptimizerConfig
 from hwnas.core.detector import PostProcessing, Scores
 from hwnas.core.ssdlite import EXTRAS
@@ -26,8 +35,8 @@ class DeviceConfig(Section):
     """Where latency is measured."""
 
     name: str = Field("host", description="'host': this computer; or the path of a device document (.json)")
-    runtime: Literal["litert", "onnxruntime"] = "litert"
-    dtype: Literal["fp32", "int8"] = "fp32"
+    runtime: Annotated[str, AfterValidator(known_runtime)] = Field("litert", description="litert, onnxruntime, or that of a target plug-in")
+    dtype: Annotated[str, AfterValidator(known_dtype)] = Field("fp32", description="fp32, int8 (litert), or that of a target plug-in")
     threads: int = Field(1, ge=1)
     cores: tuple[int, ...] | None = Field(None, description="cores to pin to; default: the device's last `threads` cores")
 
@@ -234,13 +243,6 @@ class TrainConfig(Section):
         return {name: value for name, value in handler(self).items() if name != "validate_every" or value is not None}
 
 
-Format = Literal["tflite-fp32", "tflite-int8", "onnx", "onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks"]
-FORMATS: tuple[Format, ...] = ("tflite-fp32", "tflite-int8", "onnx")
-"""What every network is exported to."""
-NMS_FORMATS: tuple[Format, ...] = ("onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks")
-"""Detectors with post-processing in the graph."""
-
-
 class ExportConfig(Section):
     """Which files are made."""
 
@@ -248,7 +250,7 @@ class ExportConfig(Section):
         None,
         min_length=1,
         description="default: tflite-fp32, tflite-int8 and onnx; of detectors also those with NMS in the graph: onnx-nms, "
-        "tflite-fp32-tasks and tflite-int8-tasks (TFLite_Detection_PostProcess)",
+        "tflite-fp32-tasks and tflite-int8-tasks (TFLite_Detection_PostProcess); or the names of target plug-ins",
     )
     calibration_images: int = Field(128, ge=1, description="training images that set the int8 ranges")
     parity_images: int = Field(64, ge=1, description="test images that each file's outputs are compared on, kept in the bundle")

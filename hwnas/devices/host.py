@@ -16,6 +16,7 @@ import numpy as np
 from hwnas.devices.device import Device
 from hwnas.document import write_atomic
 from hwnas.errors import DeviceError, StorageError
+from hwnas.export.target import runner_files
 from hwnas.share import share_folder
 
 
@@ -25,6 +26,11 @@ class Host:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.runner = share_folder("deploy") / "runner.py"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, with what teaches the runner the runtimes of further targets."""
+        return {**os.environ, "HWNAS_RUNNER_MODELS": os.pathsep.join(map(str, runner_files()))}
 
     def cores(self, threads: int) -> tuple[int, ...]:
         """The device document's cores, else the last ones allowed: the first serves the system's interrupts."""
@@ -36,7 +42,9 @@ class Host:
 
     def runtimes(self) -> dict[str, str]:
         """What the runner finds installed here."""
-        done = subprocess.run([sys.executable, str(self.runner), "inspect"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, str(self.runner), "inspect"], capture_output=True, text=True, check=False, env=self.environment
+        )
         if done.returncode != 0:
             raise DeviceError(f"the runner does not start on {self.device.id}: {_last_line(done.stderr)}")
         found: dict[str, str] = self._row(done.stdout)["runtimes"]
@@ -48,7 +56,8 @@ class Host:
         write_atomic(path, json.dumps(plan).encode())
         command = [sys.executable, str(self.runner), "measure", str(path)]
         # a file for stderr: nobody reads it while rows come, and a full pipe would stop the runner for good
-        with TemporaryFile("w+") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        piped: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": self.environment}
+        with TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **piped) as process:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
@@ -76,7 +85,7 @@ class Host:
             except OSError as error:
                 raise StorageError(f"{folder} takes no {images_NHWC.nbytes / 1e6:.0f} MB ({error.strerror}): free some space.") from error
             command = [sys.executable, str(self.runner), "predict", str(model), str(inputs), str(outputs)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=self.environment)
             if done.returncode != 0:
                 raise DeviceError(f"{model.name} does not run on {self.device.id}: {_last_line(done.stderr)}")
             result: np.ndarray = np.load(outputs)

@@ -40,20 +40,7 @@ from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, labels_text
 from hwnas.export.names import IMAGE, PROBABILITIES
 from hwnas.export.score_calibration import Transformation
-
-FILES: dict[str, tuple[str, str, str]] = {
-    "tflite-fp32": ("model-fp32.tflite", "litert", "fp32"),
-    "tflite-int8": ("model-int8.tflite", "litert", "int8"),
-    "onnx": ("model.onnx", "onnxruntime", "fp32"),
-    "onnx-nms": ("model-nms.onnx", "onnxruntime", "fp32"),
-    "tflite-fp32-tasks": ("model-fp32-tasks.tflite", "litert", "fp32"),
-    "tflite-int8-tasks": ("model-int8-tasks.tflite", "litert", "int8"),
-}
-"""Format -> (file name, runtime, dtype)."""
-
-Graph = Literal["decoded", "nms", "tasks"]
-GRAPHS: dict[str, Graph] = {"onnx-nms": "nms", "tflite-fp32-tasks": "tasks", "tflite-int8-tasks": "tasks"}
-"""Format -> what a detector's file has in its graph; ``decoded`` where it is not listed (``post_processing`` says what they are)."""
+from hwnas.export.target import Graph, Target, target
 
 
 class _Part(BaseModel):
@@ -245,16 +232,16 @@ def parity(outputs: np.ndarray, reference: np.ndarray) -> Parity:
     )
 
 
-def described_input(runtime: str, interface: Interface, arch: Architecture) -> FileInput:
-    """What a file of ``runtime`` takes, in words and numbers."""
+def described_input(of: Target, interface: Interface, arch: Architecture) -> FileInput:
+    """What a target's file takes, in words and numbers."""
     size, channels = arch.resolution, arch.in_channels
     colours = "red, green and blue" if channels == 3 else "grey"
     normalised = f"{colours} scaled to 0..1, less preprocessing.mean, divided by preprocessing.std"
     return FileInput(
         name=IMAGE,
         dtype=interface.input,
-        layout="NHWC" if runtime == "litert" else "NCHW",
-        shape=(1, size, size, channels) if runtime == "litert" else (1, channels, size, size),
+        layout=of.layout,
+        shape=(1, size, size, channels) if of.layout == "NHWC" else (1, channels, size, size),
         range=interface.range,
         meaning=f"{colours} from 0 to 255, as they are: the file normalises them" if interface.input == "uint8" else normalised,
     )
@@ -268,16 +255,16 @@ def described_output(interface: Interface, arch: Architecture) -> Output:
 
 def describe_file(folder: Path, kind: str, measured: Parity, entry: FileInput, outputs: tuple[Output, ...] | None = None) -> BundleFile:
     """The entry of an exported file."""
-    name, runtime, dtype = FILES[kind]
-    path = folder / name
+    made = target(kind)
+    path = folder / made.file
     return BundleFile.model_validate(
         {
-            "name": name,
+            "name": made.file,
             "input": entry,
             "outputs": outputs,
             "format": kind,
-            "runtime": runtime,
-            "dtype": dtype,
+            "runtime": made.runtime,
+            "dtype": made.dtype,
             "size_bytes": path.stat().st_size,
             "sha256": file_sha256(path),
             "parity": measured,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,7 @@ from hwnas.data.images import load_images, sampled_images
 from hwnas.detection import average_precision, detect
 from hwnas.document import write_atomic
 from hwnas.errors import ConfigError
-from hwnas.export import onnx_detector, tflite_detector
 from hwnas.export.bundle import (
-    FILES,
-    GRAPHS,
     Bundle,
     DetectorFile,
     DetectorPart,
@@ -33,11 +29,10 @@ from hwnas.export.bundle import (
 )
 from hwnas.export.detector import Decoded, columns
 from hwnas.export.interface import Interface
-from hwnas.export.metadata import ModelCard, with_metadata
+from hwnas.export.metadata import ModelCard
 from hwnas.export.names import CHOSEN, DETECTIONS, TASK_OUTPUTS
 from hwnas.export.post_processing import NMS_COLUMNS, READERS, Found, iou
-from hwnas.export.quantization import quantize_int8
-from hwnas.export.tflite_writer import write_heads
+from hwnas.export.target import Graph, Trained, target
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.runs import StageContext
 
@@ -62,20 +57,23 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
     ap = average_precision(test, found).AP
     interface = Interface(config.input, False, data.mean, data.std)
     card = ModelCard(arch.name, data.channels, test.names, "decoded", interface.normalisation, test.resizing)
-    writer = _Writer(network, settings, interface, sampled_images(train, config.calibration_images), card)
-    count = min(config.parity_images, max(1, ROWS_BYTES // (4 * writer.anchors * columns(network))))
+    trained = Trained(network, interface, sampled_images(train, config.calibration_images), card, settings)
+    decoded = Decoded(network).eval()
+    anchors, width = len(decoded.get_buffer("centres_A4")), columns(network)
+    count = min(config.parity_images, max(1, ROWS_BYTES // (4 * anchors * width)))
     images = interface.fed(sampled_images(test, count))
-    rows = torch_rows(writer.decoded, interface.seen(images))
+    rows = torch_rows(decoded, interface.seen(images))
     kept = [torch.cat((each.boxes_D4, each.scores_D[:, None], each.classes_D[:, None]), dim=1).numpy() for each in found.values()]
     counts = np.array([len(each) for each in kept])
     save_parity(ctx.folder / "parity.npz", images=images, rows=rows, found=np.concatenate(kept).astype(np.float32), counts=counts)
     files = []
     with ctx.progress.task("exporting", len(formats)) as task:
         for kind in formats:
-            path = ctx.folder / FILES[kind][0]
-            writer.write(kind, path)
-            measured = detector_parity(kind, predict(path, images, ctx.folder), rows, settings, arch.resolution)
-            files.append(describe_file(ctx.folder, kind, measured, described_input(FILES[kind][1], interface, arch)))
+            made = target(kind)
+            path = ctx.folder / made.file
+            write_atomic(path, made.write(trained))
+            measured = detector_parity(made.graph, predict(path, images, ctx.folder), rows, settings, arch.resolution)
+            files.append(describe_file(ctx.folder, kind, measured, described_input(made, interface, arch)))
             task.advance(note=path.name)
     ctx.progress.say(f"PyTorch: AP {ap:.1%} on {len(test)} test images")
     return Bundle(
@@ -88,59 +86,13 @@ def run(ctx: StageContext, network: DetectionNetwork, predict: Predict) -> Bundl
         test_images=len(test),
         files=tuple(files),
         detector=DetectorPart(
-            anchors=writer.anchors,
+            anchors=anchors,
             post_processing=settings,
-            files={FILES[kind][0]: described(kind, writer.anchors, columns(network), settings.detections) for kind in formats},
+            files={target(kind).file: described(target(kind).graph, anchors, width, settings.detections) for kind in formats},
         ),
         labels_file=write_labels(ctx.folder, test.names),
         versions=tool_versions(),
     )
-
-
-class _Writer:
-    """Writes files of one network; what several of them begin with is made once."""
-
-    def __init__(
-        self, network: DetectionNetwork, settings: PostProcessing, interface: Interface, calibration_NHWC: np.ndarray, card: ModelCard
-    ) -> None:
-        self.network, self.settings, self.interface = network, settings, interface
-        self.calibration_NHWC, self.card = calibration_NHWC, card
-        self.decoded = Decoded(network).eval()
-        self.anchors = len(self.decoded.get_buffer("centres_A4"))
-        self._heads: dict[str, bytes] = {}
-        self._onnx: bytes | None = None
-
-    def write(self, kind: str, path: Path) -> None:
-        """Write the file of a format."""
-        if kind == "onnx":
-            write_atomic(path, self.onnx())
-        elif kind == "onnx-nms":
-            write_atomic(path, onnx_detector.with_nms(self.onnx(), self.settings))
-        else:
-            write_atomic(path, self.tflite(kind))
-
-    def tflite(self, kind: str) -> bytes:
-        """A TFLite file, with metadata."""
-        heads = self.heads(FILES[kind][2])
-        if kind in GRAPHS:
-            return with_metadata(tflite_detector.tasks(heads, self.network, self.settings), replace(self.card, output="tasks"))
-        return with_metadata(tflite_detector.decoded(heads, self.network), self.card)
-
-    def heads(self, dtype: str) -> bytes:
-        """The TFLite file of the network without what follows its predictions."""
-        if dtype not in self._heads:
-            model = write_heads(self.network)
-            if dtype == "int8":
-                model = quantize_int8(model, [self.calibration_NHWC], float_io=True)
-            self._heads[dtype] = self.interface.around(model, "litert")
-        return self._heads[dtype]
-
-    def onnx(self) -> bytes:
-        """The ONNX file without NMS."""
-        if self._onnx is None:
-            model = onnx_detector.decoded(self.network, {"architecture": self.network.arch.to_json()})
-            self._onnx = self.interface.around(model, "onnxruntime")
-        return self._onnx
 
 
 @torch.inference_mode()
@@ -151,9 +103,8 @@ def torch_rows(decoded: Decoded, images_NHWC: np.ndarray) -> np.ndarray:
     return rows
 
 
-def described(kind: str, anchors: int, width: int, detections: int) -> DetectorFile:
-    """What comes out of a format's file, in words and shapes."""
-    graph = GRAPHS.get(kind, "decoded")
+def described(graph: Graph, anchors: int, width: int, detections: int) -> DetectorFile:
+    """What comes out of a file with this in its graph, in words and shapes."""
     if graph == "decoded":
         row = "per anchor: x1, y1, x2, y2 in pixels of the model's input, cut off at its edges; then a score in 0..1 per label"
         return DetectorFile(graph=graph, outputs=(Output(name=DETECTIONS, shape=(1, anchors, width), meaning=row),))
@@ -174,7 +125,7 @@ def described(kind: str, anchors: int, width: int, detections: int) -> DetectorF
     return DetectorFile(graph=graph, outputs=tuple(Output(name=name, shape=shape, meaning=meaning) for name, shape, meaning in named))
 
 
-def detector_parity(kind: str, outputs: np.ndarray, rows: np.ndarray, settings: PostProcessing, resolution: int) -> Parity:
+def detector_parity(graph: Graph, outputs: np.ndarray, rows: np.ndarray, settings: PostProcessing, resolution: int) -> Parity:
     """Compare a file's outputs [N, ...] with PyTorch's rows [N, anchors, 4 + classes].
 
     ``relative_error`` is the largest difference of a coordinate, in parts of the input, or of a score: over all anchors, and where the
@@ -184,7 +135,7 @@ def detector_parity(kind: str, outputs: np.ndarray, rows: np.ndarray, settings: 
     """
     if not np.isfinite(outputs).all():
         return Parity(images=len(rows), relative_error=1.0, agreement=0.0)
-    graph, classes, options = GRAPHS.get(kind, "decoded"), rows.shape[-1] - 4, settings.model_dump()
+    classes, options = rows.shape[-1] - 4, settings.model_dump()
     wanted = [READERS["decoded"](row, options, resolution, classes) for row in rows]
     found = [READERS[graph](row, options, resolution, classes) for row in outputs]
     if graph == "decoded":

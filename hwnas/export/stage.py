@@ -13,7 +13,6 @@ from hwnas.document import write_atomic
 from hwnas.errors import ConfigError
 from hwnas.export import detector_stage, score_calibration
 from hwnas.export.bundle import (
-    FILES,
     Bundle,
     CalibrationPart,
     describe_file,
@@ -28,11 +27,9 @@ from hwnas.export.bundle import (
     write_labels,
 )
 from hwnas.export.interface import Interface
-from hwnas.export.metadata import LABELS_FILE, ModelCard, with_metadata
-from hwnas.export.onnx_writer import write_onnx
-from hwnas.export.quantization import quantize_int8
+from hwnas.export.metadata import LABELS_FILE, ModelCard
 from hwnas.export.score_calibration import ScoreCalibration, Transformation
-from hwnas.export.tflite_writer import write_tflite
+from hwnas.export.target import Trained, target
 from hwnas.nn.network import Network, load_network
 from hwnas.runs import StageContext
 
@@ -44,7 +41,7 @@ CALIBRATION_PORTION = 0.5
 
 def outputs(formats: tuple[str, ...]) -> list[str]:
     """The files the stage writes."""
-    return ["bundle.json", "parity.npz", LABELS_FILE, *(FILES[kind][0] for kind in formats)]
+    return ["bundle.json", "parity.npz", LABELS_FILE, *(target(kind).file for kind in formats)]
 
 
 def run(ctx: StageContext, predict: Predict) -> None:
@@ -120,15 +117,15 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
         resizing=test.resizing,
         calibration=None if calibrated is None else calibrated.fitted,
     )
+    trained = Trained(network, interface, calibration, card)
     files = []
     with ctx.progress.task("exporting", len(formats)) as task:
         for kind in formats:
-            name, runtime, _ = FILES[kind]
-            path = ctx.folder / name
-            model = interface.around(_network_file(kind, network, calibration), runtime)
-            write_atomic(path, with_metadata(model, card) if runtime == "litert" else model)
+            made = target(kind)
+            path = ctx.folder / made.file
+            write_atomic(path, made.write(trained))
             measured = parity(predict(path, images, ctx.folder), interface.outputs_of(reference))
-            described = described_input(runtime, interface, network.arch), (described_output(interface, network.arch),)
+            described = described_input(made, interface, network.arch), (described_output(interface, network.arch),)
             files.append(describe_file(ctx.folder, kind, measured, *described))
             task.advance(note=path.name)
     return Bundle(
@@ -174,11 +171,3 @@ def _score_calibration(network: Network, test: Images, interface: Interface, wor
     logits, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
     transformation: Transformation = "INVERSE_LOGISTIC" if interface.softmax else "IDENTITY"
     return _Calibrated(score_calibration.fit(interface.outputs_of(logits), labels, transformation), len(labels))
-
-
-def _network_file(kind: str, network: Network, calibration_NHWC: np.ndarray) -> bytes:
-    """The file of a format with the network alone: normalised float32 images in, logits out."""
-    if kind == "onnx":
-        return write_onnx(network, {"architecture": network.arch.to_json()})
-    model = write_tflite(network)
-    return quantize_int8(model, [calibration_NHWC], float_io=True) if kind == "tflite-int8" else model

@@ -68,10 +68,10 @@ def test_options_become_ops() -> None:
     assert separable.op(32, 32, 56, 1, "relu6", True) == DSConv(56, 32, 32, 3, 1, 1, 8, act="relu6", residual=True)
     conv = parse_option("cn_k3")
     assert conv is not None
-    assert conv.op(3, 32, 224, 2, "relu", False) == Conv(224, 3, 32, 0, 3, 2, 1, 0, "relu")
+    assert conv.op(3, 32, 224, 2, "relu", False) == Conv(224, 3, 32, 3, 2, act="relu")
     gated = parse_option("ds_k3_se0.25_hsig_g2_nhs")
     assert gated is not None
-    assert gated.op(32, 32, 56, 1, "relu6", True) == DSConv(56, 32, 32, 3, 1, 2, 8, "hsig", "hswish", True)
+    assert gated.op(32, 32, 56, 1, "relu6", True) == DSConv(56, 32, 32, 3, 1, 2, 8, "hsig", act="hswish", residual=True)
     head = parse_option("hd")
     assert head is not None
     assert head.op(960, 1280, 7, 1, "hswish", False) == Head(7, 960, 1280, act="hswish")

@@ -1,7 +1,6 @@
 """The kinds of ops: one registered class each. See ``base`` for what an op is and how it is written."""
 
-from hwnas.core.ops import base, blocks, cells, detector, fused, uib
-from hwnas.core.ops.base import ACTIVATIONS, Op, OpKey, kinds, register
+from hwnas.core.ops.base import ACTIVATIONS, Op, OpKey, kinds, register, source_files
 from hwnas.core.ops.blocks import SE_GATES, Classifier, Conv, DSConv, Head, MBConv, separable
 from hwnas.core.ops.cells import AvgPool, DilConv, FacReduce, MaxPool, Norm, Pool, PreConv, ResReduce, SepConv
 from hwnas.core.ops.detector import SSD, Extra
@@ -10,7 +9,6 @@ from hwnas.core.ops.uib import UIB
 
 __all__ = [
     "ACTIVATIONS",
-    "MODULES",
     "SE_GATES",
     "SSD",
     "UIB",
@@ -35,7 +33,5 @@ __all__ = [
     "kinds",
     "register",
     "separable",
+    "source_files",
 ]
-
-MODULES = (base, blocks, cells, detector, fused, uib)
-"""Where the kinds are written."""

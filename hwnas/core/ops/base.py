@@ -14,11 +14,13 @@ building, sharing weights, training, files, drawing.
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
@@ -60,6 +62,11 @@ def register(kind: O) -> O:
     if known is not kind:
         raise SpaceError(f"op kind {kind.KIND!r} is taken by {known.__module__}.{known.__qualname__}: choose another name.")
     return kind
+
+
+def source_files() -> tuple[Path, ...]:
+    """Where the registered kinds are written, and what all have in common."""
+    return tuple(sorted({Path(__file__), *(Path(inspect.getfile(kind)) for kind in _KINDS.values())}))
 
 
 def kinds() -> tuple[str, ...]:

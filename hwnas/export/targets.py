@@ -1,0 +1,157 @@
+"""The built-in targets: TFLite in float32 and static int8, ONNX in float32, and a detector's files that choose detections themselves."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from types import ModuleType
+from typing import ClassVar, Literal
+
+from hwnas.export import (
+    block_writer,
+    onnx_detector,
+    onnx_interface,
+    onnx_writer,
+    quantization,
+    tflite_detector,
+    tflite_file,
+    tflite_interface,
+    tflite_writer,
+)
+from hwnas.export.metadata import with_metadata
+from hwnas.export.onnx_writer import write_onnx
+from hwnas.export.quantization import quantize_int8, quantize_int8_uncalibrated
+from hwnas.export.target import Graph, Target, Trained
+from hwnas.export.tflite_writer import write_heads, write_tflite
+from hwnas.nn.detector import DetectionNetwork
+from hwnas.nn.network import AnyNetwork
+
+
+class _TFLite(Target):
+    """A TFLite file with metadata for apps, for LiteRT."""
+
+    runtime = "litert"
+    layout: ClassVar[Literal["NHWC", "NCHW"]] = "NHWC"
+    modules: ClassVar[tuple[ModuleType, ...]] = (block_writer, tflite_file, tflite_writer)
+
+    def write(self, trained: Trained) -> bytes:
+        """The network, what goes around it, what follows a detector's predictions, and metadata."""
+        model = trained.once(f"tflite-{self.dtype}", lambda: trained.interface.around(self._network(trained), "litert"))
+        if isinstance(trained.network, DetectionNetwork):
+            return self._detector(model, trained.network, trained)
+        return with_metadata(model, trained.card)
+
+    def _network(self, trained: Trained) -> bytes:
+        network = trained.network
+        model = write_heads(network) if isinstance(network, DetectionNetwork) else write_tflite(network)
+        return self.typed(model, trained)
+
+    @abstractmethod
+    def typed(self, model: bytes, trained: Trained) -> bytes:
+        """A float32 file in the number format."""
+
+    def _detector(self, heads: bytes, network: DetectionNetwork, trained: Trained) -> bytes:
+        if self.graph == "tasks":
+            card = replace(trained.card, output="tasks")
+            return with_metadata(tflite_detector.tasks(heads, network, trained.post_processing), card)
+        return with_metadata(tflite_detector.decoded(heads, network), trained.card)
+
+    def network_alone(self, model: bytes, *, detector: bool) -> bytes:
+        """Without decoding or interface."""
+        return tflite_detector.without_decoding(model) if detector else tflite_interface.network_alone(model)
+
+    def at_score(self, model: bytes, min_score: float) -> bytes:
+        """Another option of the operator."""
+        return tflite_detector.tasks_at(model, min_score)
+
+    def timing_file(self, network: AnyNetwork) -> bytes:
+        """An op alone has the ends of an op."""
+        ops = network.arch.ops()
+        return tflite_writer.write_op(ops[0], network.blocks[0]) if len(ops) == 1 else write_tflite(network)
+
+
+class TFLiteFloat(_TFLite):
+    """Float32."""
+
+    dtype = "fp32"
+    file = "model-fp32.tflite"
+
+    def typed(self, model: bytes, trained: Trained) -> bytes:
+        """As it is."""
+        return model
+
+
+class TFLiteInt8(_TFLite):
+    """Static int8 inside, float32 outside."""
+
+    dtype = "int8"
+    file = "model-int8.tflite"
+    packages = ("ai-edge-quantizer",)
+    modules = (*_TFLite.modules, quantization)
+
+    def typed(self, model: bytes, trained: Trained) -> bytes:
+        """Quantised, with the ranges of the calibration images."""
+        return quantize_int8(model, [trained.calibration_NHWC], float_io=True)
+
+    def timing_file(self, network: AnyNetwork) -> bytes:
+        """Inputs and outputs are int8, too."""
+        return quantize_int8_uncalibrated(super().timing_file(network))
+
+
+class TFLiteFloatTasks(TFLiteFloat):
+    """A detector with ``TFLite_Detection_PostProcess``, which Android's task libraries read."""
+
+    file = "model-fp32-tasks.tflite"
+    graph: ClassVar[Graph] = "tasks"
+
+
+class TFLiteInt8Tasks(TFLiteInt8):
+    """The same in int8."""
+
+    file = "model-int8-tasks.tflite"
+    graph: ClassVar[Graph] = "tasks"
+
+
+class Onnx(Target):
+    """An ONNX file with the architecture in its metadata, for ONNX Runtime."""
+
+    runtime = "onnxruntime"
+    dtype = "fp32"
+    file = "model.onnx"
+    layout: ClassVar[Literal["NHWC", "NCHW"]] = "NCHW"
+    packages = ("onnx",)
+    modules = (block_writer, onnx_writer)
+
+    def write(self, trained: Trained) -> bytes:
+        """The network and what goes around it; a detector's boxes decoded."""
+        return trained.once("onnx", lambda: trained.interface.around(self._network(trained.network), "onnxruntime"))
+
+    def _network(self, network: AnyNetwork) -> bytes:
+        metadata = {"architecture": network.arch.to_json()}
+        if isinstance(network, DetectionNetwork):
+            return onnx_detector.decoded(network, metadata)
+        return write_onnx(network, metadata)
+
+    def network_alone(self, model: bytes, *, detector: bool) -> bytes | None:
+        """Without the interface; a detector's decoding stays."""
+        return None if detector else onnx_interface.network_alone(model)
+
+    def timing_file(self, network: AnyNetwork) -> bytes:
+        """An op alone has the ends of an op."""
+        ops = network.arch.ops()
+        return onnx_writer.write_op(ops[0], network.blocks[0]) if len(ops) == 1 else write_onnx(network)
+
+
+class OnnxNMS(Onnx):
+    """A detector with ONNX's NonMaxSuppression."""
+
+    file = "model-nms.onnx"
+    graph: ClassVar[Graph] = "nms"
+
+    def write(self, trained: Trained) -> bytes:
+        """The decoded file, and NMS behind it."""
+        return onnx_detector.with_nms(super().write(trained), trained.post_processing)
+
+    def at_score(self, model: bytes, min_score: float) -> bytes:
+        """Another constant."""
+        return onnx_detector.nms_at(model, min_score)

@@ -1,0 +1,99 @@
+"""Every built-in target, and one of a third party that is found by its entry point: exported, profiled, timed and validated."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hwnas.config import TARGETS, load_experiment
+from hwnas.export.target import Target, target
+from hwnas.export.targets import Onnx, TFLiteFloat, TFLiteInt8
+from hwnas.pipeline import Pipeline
+from hwnas.progress import Progress
+from hwnas.testing import TargetConformance
+from tests.conformance.torch_target import TorchProgram
+
+
+class TestTFLiteFloat(TargetConformance):
+    """Float32."""
+
+    target = TFLiteFloat
+
+
+class TestTFLiteInt8(TargetConformance):
+    """Static int8."""
+
+    target = TFLiteInt8
+
+
+class TestOnnx(TargetConformance):
+    """Float32."""
+
+    target = Onnx
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A distribution with an entry point, as pip would leave it."""
+    info = tmp_path / "site" / "acme_target-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-target\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hwnas.target]\ntorch-program = tests.conformance.torch_target:TorchProgram\n")
+    monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
+    for name in ("_targets", "_discovered"):
+        monkeypatch.setattr(TARGETS, name, type(getattr(TARGETS, name))(getattr(TARGETS, name)))
+    monkeypatch.setattr(TARGETS, "_discovered", False)
+    return "torch-program"
+
+
+class TestTorchProgram(TargetConformance):
+    """The third party's."""
+
+    target = TorchProgram
+
+    @pytest.fixture(autouse=True)
+    def found(self, installed: str) -> None:
+        """By its entry point."""
+        assert isinstance(target(installed), TorchProgram)
+
+
+@pytest.mark.slow
+def test_a_target_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Path) -> None:
+    """Profiled, exported, timed and validated, by its names alone."""
+    overrides = [
+        "data.resolution=16",
+        "device.runtime=torch",
+        f"export.formats=['tflite-fp32', '{installed}']",
+        "profile.rounds=1",
+        "profile.max_rounds=1",
+        "profile.min_ms=1",
+        "profile.fit_networks=2",
+        "profile.test_networks=1",
+        "search.epochs=1",
+        "search.target_range=0.5",
+        "search.candidates=2",
+        "search.random_samples=1",
+        "train.epochs=1",
+        "validate.rounds=1",
+        "validate.latency_tolerance=100",
+        "validate.max_drift=100",
+    ]
+    experiment = load_experiment("configs/quickstart.toml", overrides)
+    Pipeline(experiment, tmp_path / "run", Progress()).run()
+    header = json.loads((tmp_path / "run/profile/table.json").read_text())["header"]
+    assert (header["runtime"], header["layout"]) == ("torch", "NCHW")
+    files = {file["name"]: file for file in json.loads((tmp_path / "run/export/bundle.json").read_text())["files"]}
+    assert files["model.pt2"]["runtime"] == "torch" and files["model.pt2"]["parity"]["relative_error"] < 1e-5
+    verdict = {file["name"]: file for file in json.loads((tmp_path / "run/validate/verdict.json").read_text())["files"]}
+    assert verdict["model.pt2"]["predicted_ms"] > 0 and verdict["model-fp32.tflite"]["predicted_ms"] is None
+
+
+def test_targets_differ(installed: str) -> None:
+    """Names of files, and pairs of runtime and number format among those that are timed."""
+    made: list[Target] = [target(name) for name in TARGETS]
+    assert len({each.file for each in made}) == len(made) == 7
+    timed = [(each.runtime, each.dtype) for each in made if each.graph == "decoded"]
+    assert len(set(timed)) == len(timed) == 4
