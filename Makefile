@@ -3,6 +3,7 @@
 # make judges set-up of other people's programs that tests take our files to: MediaPipe, and tflite-runtime (Python 3.11)
 PYTHON ?= python3
 VENV ?= .venv
+PROCESSES ?= auto
 BIN := $(VENV)/bin
 
 .PHONY: demo test check setup judges benchmark clean
@@ -11,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/hwnas run configs/quickstart.toml
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check -q .

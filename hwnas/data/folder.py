@@ -81,9 +81,9 @@ def folder(config: DataConfig, split: str, augment: bool) -> Images:
     try:
         images = ImageFolder(str(root))
     except (FileNotFoundError, OSError) as error:
-        raise DataError(
-            f"{root} holds no class folders with images ({error}): lay the images out as {root.name}/<class>/<image>."
-        ) from error
+        reason = f"holds no class folders with images ({error})" if root.is_dir() else "does not exist"
+        boxes = " (a folder with annotations/ is data.name = 'coco')" if (root.parent / "annotations").is_dir() else ""
+        raise DataError(f"{root} {reason}: lay the images out as {root.name}/<class>/<image>{boxes}.") from error
     if split == "test" and (root.parent / "train").is_dir() and images.classes != (trained := find_classes(str(root.parent / "train"))[0]):
         odd = ", ".join(sorted({*images.classes} ^ {*trained})[:3])
         raise DataError(f"{root} and its train folder differ in classes ({odd}), so labels would not agree: give both the same folders.")
