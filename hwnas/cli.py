@@ -107,7 +107,7 @@ def _print_result(path: Path, as_json: bool) -> None:
 
 def _check_verdict(pipeline: Pipeline) -> None:
     """Exit code 1 where validation failed."""
-    from hwnas.validate import Verdict
+    from hwnas.verdict import Verdict
 
     path = pipeline.root / "validate" / "verdict.json"
     if path.exists() and not Verdict.load(path).passed:

@@ -29,7 +29,8 @@ from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
 from hwnas.search import FINDERS, STRATEGIES
 
-if TYPE_CHECKING:  # it imports all stages
+if TYPE_CHECKING:  # the estimates import all stages
+    from hwnas.devices.session import Bench
     from hwnas.estimate.plan import Estimates
 
 STAGES = ("profile", "search", "train", "export", "validate", "report")
@@ -321,16 +322,19 @@ class Pipeline:
             raise UserError(f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or 'hwnas run'.")
         return {path.name: file_sha256(path)}
 
-    def _profile(self) -> Stage:
-        from hwnas.devices.profile import profile
+    def _bench(self, ctx: StageContext) -> Bench:
+        from hwnas.devices.session import Bench
         from hwnas.export.timing import timing_file
 
+        device = find_device(self.experiment.device.name)
+        return Bench(device, connect(device), self.experiment.device, timing_file, ctx.folder, ctx.progress)
+
+    def _profile(self) -> Stage:
+        from hwnas.devices.profile import profile
+
         def run(ctx: StageContext) -> None:
-            device = find_device(self.experiment.device.name)
-            settings, config = self.experiment.device, self.experiment.profile
-            table = profile(
-                self.space, device, connect(device), timing_file, settings, config, ctx.folder, ctx.progress, self.experiment.seed, networks
-            )
+            bench = self._bench(ctx)
+            table = profile(bench, self.space, self.experiment.profile, self.experiment.seed, networks)
             table.save(ctx.folder / "table.json")
             held_out = table.calibration.held_out if table.calibration else None
             if "more_networks" in table.provenance:
@@ -436,8 +440,8 @@ class Pipeline:
         return tuple(cautions)
 
     def _validate(self) -> Stage:
-        from hwnas import validate
-        from hwnas.export.timing import timing_file
+        from hwnas.validate.stage import OUTPUTS, validate
+        from hwnas.verdict import lines
 
         def inputs() -> dict[str, str]:
             table = self._file(self.table_path, "profile") if self.table_path.exists() else {}
@@ -452,27 +456,15 @@ class Pipeline:
             }
 
         def run(ctx: StageContext) -> None:
-            experiment = self.experiment
-            device = find_device(experiment.device.name)
             table = LatencyTable.load(self.table_path) if self.table_path.exists() else None
-            verdict = validate.validate(
-                self.root / "export",
-                device,
-                connect(device),
-                experiment.device,
-                experiment.data,
-                experiment.validation,
-                table,
-                timing_file,
-                ctx.folder,
-                ctx.progress,
-            )
+            bundle = self.root / "export"
+            verdict = validate(self._bench(ctx), bundle, self.experiment.data, self.experiment.validation, table)
             verdict = verdict.model_copy(update={"warnings": self._cautions()})
             verdict.save(ctx.folder / "verdict.json")
-            for line in validate.lines(verdict):
+            for line in lines(verdict):
                 ctx.progress.say(line)
 
-        return Stage("validate", validate.OUTPUTS, inputs, run)
+        return Stage("validate", OUTPUTS, inputs, run)
 
     def _report(self) -> Stage:
         from hwnas.report import stage as report

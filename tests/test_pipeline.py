@@ -27,7 +27,7 @@ from hwnas.pipeline import STAGES, Pipeline, experiment_space
 from hwnas.progress import Progress
 from hwnas.runs import MANIFEST, JsonLines, StageManifest, stage
 from hwnas.search.result import SearchResult
-from hwnas.validate import Verdict
+from hwnas.verdict import Verdict
 from tests.conftest import write_tiny
 
 LASTING = ("profile/table.json", "search/arch.json", "search/search.json", "search/supernet.safetensors", "train/model.safetensors",

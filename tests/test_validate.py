@@ -15,13 +15,15 @@ from hwnas.config import Experiment, load_experiment
 from hwnas.core.caution import Caution
 from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Device
+from hwnas.devices.session import Bench
 from hwnas.devices.simulated import Simulated
 from hwnas.errors import DocumentError
 from hwnas.export.bundle import Bundle
 from hwnas.export.timing import timing_file
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from hwnas.validate import Verdict, drift_note, lines, validate
+from hwnas.validate.stage import validate
+from hwnas.verdict import Verdict, drift_note, lines
 
 
 class Throttled(Simulated):
@@ -61,8 +63,8 @@ def verdict(
     connection.factor, connection.network_factor = factor, network_factor
     found = LatencyTable.load(run / "profile" / "table.json")
     found = found.model_copy(update={"header": found.header.model_copy(update=header or {})})
-    settings = (experiment.device, experiment.data, experiment.validation)
-    return validate(run / "export", device, connection, *settings, found, timing_file, work, Progress())
+    bench = Bench(device, connection, experiment.device, timing_file, work)
+    return validate(bench, run / "export", experiment.data, experiment.validation, found)
 
 
 def judged(found: Verdict) -> Any:

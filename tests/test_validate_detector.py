@@ -20,6 +20,7 @@ from hwnas.data.coco import CocoImages
 from hwnas.data.images import load_images
 from hwnas.devices.device import HOST, connect
 from hwnas.devices.host import Host
+from hwnas.devices.session import Bench
 from hwnas.errors import ConfigError, DeviceError, DocumentError
 from hwnas.export.bundle import FILES, Bundle
 from hwnas.export.detector_stage import detector_parity
@@ -29,8 +30,9 @@ from hwnas.nn.network import network_of, save_network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.train.stage import TrainResult, architecture
-from hwnas.validate import Verdict, lines, validate
-from hwnas.validate_detector import write_typical_image
+from hwnas.validate.detector import write_typical_image
+from hwnas.validate.stage import validate
+from hwnas.verdict import Verdict, lines
 from tests.train.rectangles import classifier, settings
 
 torch.set_num_threads(1)
@@ -78,8 +80,8 @@ class Changed(Host):
 
 def verdict(run: Path, experiment: Experiment, work: Path, connection: Any = None, **changes: Any) -> Verdict:
     config = experiment.validation.model_copy(update=changes)
-    connection = connection or Changed()
-    return validate(run / "export", HOST, connection, experiment.device, experiment.data, config, None, timing_file, work, Progress())
+    bench = Bench(HOST, connection or Changed(), experiment.device, timing_file, work)
+    return validate(bench, run / "export", experiment.data, config, None)
 
 
 @pytest.mark.slow
@@ -175,9 +177,8 @@ def test_another_file_under_the_name_of_one(run: Path, experiment: Experiment, t
 def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     digits = Experiment.model_validate({"data": {"name": "digits"}}).data
     with pytest.raises(ConfigError, match=r"data\.name = 'digits' has no boxes, but the bundle is a detector's"):
-        validate(
-            run / "export", HOST, connect(HOST), experiment.device, digits, experiment.validation, None, timing_file, tmp_path, Progress()
-        )
+        bench = Bench(HOST, connect(HOST), experiment.device, timing_file, tmp_path)
+        validate(bench, run / "export", digits, experiment.validation, None)
     less = tmp_path / "data"
     shutil.copytree(Path(str(experiment.data.path)), less)
     path = less / "annotations" / "instances_val.json"
@@ -214,7 +215,8 @@ def test_files_that_take_pixels(run: Path, experiment: Experiment, tmp_path: Pat
         assert one.input is not None and other.input is not None
         assert (one.input.dtype, other.input.dtype, other.outputs) == ("float32", "uint8", None)
         assert other.parity.relative_error == pytest.approx(one.parity.relative_error, abs=0.02 if one.dtype == "int8" else 1e-5)
-    found = validate(copied / "export", HOST, Host(HOST), app.device, app.data, app.validation, None, timing_file, tmp_path, Progress())
+    bench = Bench(HOST, Host(HOST), app.device, timing_file, tmp_path)
+    found = validate(bench, copied / "export", app.data, app.validation, None)
     known = {file.name: file for file in Verdict.load(run / "validate" / "verdict.json").files}
     assert found.passed
     for file in found.files:

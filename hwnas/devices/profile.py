@@ -3,45 +3,36 @@
 1. *Plan*: every op of the space, and whole networks sampled over the space's range of sizes, some to fit the calibration and
    some to judge it.
 2. *Build*: a model file for each, cached by op key.
-3. *Measure* in rounds. A round is one process that goes once through everything in a new random order, so that whatever drifts
-   (clock, temperature, neighbours) hits all entries alike. An entry is the median over rounds of the median over runs.
-4. *Judge the noise*: entries whose rounds spread more than allowed get further rounds; those that still do are flagged.
+3. *Measure* in rounds (``session``): entries whose rounds spread more than allowed get further rounds.
+4. *Judge the noise*: entries whose rounds still spread are flagged.
 5. *Calibrate*: a map from entries to networks (core/table.py), fitted on some networks, judged on the others.
 
 Where only whole networks can be timed, or op by op would take too long, ``profile.mode = "networks"`` measures sampled networks
 alone, and the entries are fitted to them (tables/fit.py).
 
-Rows are appended to ``samples.jsonl`` as they come, so that a killed profile resumes.
+Rows are kept in ``samples.jsonl`` as they come, so that a killed profile resumes.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from hwnas.config import DeviceConfig, ProfileConfig
+from hwnas.config import ProfileConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge
-from hwnas.devices.device import Connection, Device
+from hwnas.devices.session import Bench, Item, Schedule, Session, spread_of
 from hwnas.errors import DeviceError, TableError
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 from hwnas.tables.fit import MIN_NETWORKS, fit_table
 from hwnas.tables.prior import Prior
-
-Build = Callable[[tuple[Op, ...] | Architecture, str, str], Path]
-"""From a chain of ops (or from a network with a detector, which is no chain), a runtime and a dtype to the file to time."""
-Row = dict[str, Any]
-CONDITIONS = ("cpu", "machine", "runtime_package", "runtime_version", "cores", "governor", "threads")
-"""What must be the same in all rounds of a table."""
 
 
 @dataclass(frozen=True)
@@ -121,152 +112,73 @@ def _cheap_first(space: SearchSpace) -> dict[str, np.ndarray]:
     return {key: np.argsort(values, kind="stable") for key, values in macs.items()}
 
 
-def profile(
-    space: SearchSpace,
-    device: Device,
-    connection: Connection,
-    build: Build,
-    settings: DeviceConfig,
-    config: ProfileConfig,
-    folder: Path,
-    progress: Progress,
-    seed: int = 0,
-    named: Sequence[Architecture] = (),
-) -> LatencyTable:
-    """Measure ``space``, and the ops of ``named`` networks, on ``device`` and return the table.
-
-    ``build(ops, runtime, dtype)`` gives the file of a chain of ops.
-    """
+def profile(bench: Bench, space: SearchSpace, config: ProfileConfig, seed: int = 0, named: Sequence[Architecture] = ()) -> LatencyTable:
+    """Measure ``space``, and the ops of ``named`` networks, on a device and return the table. Raises DeviceError or TableError."""
+    settings, progress = bench.settings, bench.progress
     known = [LatencyTable.load(Path(path).expanduser()) for path in config.prior] if config.mode == "networks" else []
     Prior.of(planned_ops(space, named), known)  # refuses a table that is no prior of this space before anything is measured
-    usable = connection.runtimes()
+    usable = bench.connection.runtimes()
     if settings.runtime not in usable:
         has = ", ".join(usable.values()) or "no runtime"
-        raise DeviceError(f"{device.id} does not run {settings.runtime} (it has {has}): install it there, or set device.runtime.")
+        raise DeviceError(f"{bench.device.id} does not run {settings.runtime} (it has {has}): install it there, or set device.runtime.")
     plan = make_plan(space, config, seed, named)
-    files = {}
-    with progress.task(f"building {len(plan.items)} models", len(plan.items)) as task:
-        for name in plan.items:
-            files[name] = build(plan.built(name), settings.runtime, settings.dtype)
-            task.advance()
-    samples = JsonLines(folder / "samples.jsonl")
-    measure = _Measurement(plan, files, connection, settings, config, samples, folder, seed, progress.say)
-    with progress.task("measuring", config.rounds * len(files), measure.rows) as task:
-        for number in range(config.rounds):
-            measure.round(number, list(files), task.advance)
-    for number in range(config.rounds, config.max_rounds):
-        noisy = [name for name in files if spread_of(measure.rounds(name)) > config.max_spread]
-        if not noisy:
-            break
-        progress.detail(f"noisy after {number} rounds: {', '.join(noisy)}")
-        with progress.task(f"measuring {len(noisy)} noisy entries again", len(noisy)) as task:
-            measure.round(number, noisy, task.advance)
-    found = {name: _entry(measure.rounds(name), config.max_spread, measure.delegated[name]) for name in plan.items}
+    session = Session(bench, _items(plan, bench), _schedule(config, seed), JsonLines(bench.folder / "samples.jsonl"))
+    session.run("measuring")
+    found = {name: _entry(session, name) for name in plan.items}
     _warn(found, progress)
-    header, provenance = _header(space, device, settings, measure.header), _provenance(space, config, measure.conditions)
+    measured = _Measured(plan, found, _header(space, session), _provenance(space, config, session.conditions))
     if config.mode == "networks":
-        return _fitted(planned_ops(space, named), plan, found, known, header, provenance, np.random.default_rng([seed, 78]))
-    return LatencyTable(
-        header=header, entries={op.key: found[op.key] for op in plan.ops}, calibration=_calibration(plan, found), provenance=provenance
+        return _fitted(measured, planned_ops(space, named), known, np.random.default_rng([seed, 78]))
+    entries = {op.key: found[op.key] for op in plan.ops}
+    calibration = _calibration(plan, found)
+    return LatencyTable(header=measured.header, entries=entries, calibration=calibration, provenance=measured.provenance)
+
+
+def _items(plan: Plan, bench: Bench) -> list[Item]:
+    """The file of every op and network, built where the cache lacks it."""
+    runtime, dtype = bench.settings.runtime, bench.settings.dtype
+    items = []
+    with bench.progress.task(f"building {len(plan.items)} models", len(plan.items)) as task:
+        for name, ops in plan.items.items():
+            items.append(Item(name, runtime, bench.build(plan.built(name), runtime, dtype), ops))
+            task.advance()
+    return items
+
+
+def _schedule(config: ProfileConfig, seed: int) -> Schedule:
+    return Schedule(
+        rounds=config.rounds,
+        max_rounds=config.max_rounds,
+        max_spread=config.max_spread,
+        min_ms=config.min_ms,
+        min_runs=config.min_runs,
+        seed=(seed,),
     )
 
 
-class _Measurement:
-    """The rows measured so far, and how to get more."""
+@dataclass(frozen=True)
+class _Measured:
+    """What was planned, the entry of every item, and what the table says of the measurement."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        files: dict[str, Path],
-        connection: Connection,
-        settings: DeviceConfig,
-        config: ProfileConfig,
-        samples: JsonLines,
-        folder: Path,
-        seed: int,
-        say: Callable[[str], None],
-    ) -> None:
-        self.plan, self.files, self.connection, self.settings = plan, files, connection, settings
-        self.config, self.samples, self.folder, self.seed, self.say = config, samples, folder, seed, say
-        self.header: Row = {}
-        self.conditions: dict[str, list[float | str]] = defaultdict(list)
-        self.done: dict[str, dict[int, list[float]]] = {name: {} for name in files}
-        self.delegated: dict[str, bool | str] = {}
-        for row in samples.read():
-            self._keep(row)
-
-    def _keep(self, row: Row) -> None:
-        if "runner" in row:
-            changed = [name for name in CONDITIONS if self.header and self.header.get(name) != row.get(name)]
-            if changed:
-                raise DeviceError(
-                    f"{changed[0]} was {self.header.get(changed[0])!r} when this profile began and is {row.get(changed[0])!r} now: "
-                    "the rounds do not belong together, so start again with --fresh."
-                )
-            self.header = row
-        elif "conditions" in row:
-            for name, value in row["conditions"].items():
-                self.conditions[name].append(value)
-        elif row["id"] in self.done:
-            self.done[row["id"]][row["round"]] = row["ms"]
-            self.delegated[row["id"]] = row.get("delegated", "unknown")
-
-    @property
-    def rows(self) -> int:
-        """How many items have been measured, rounds counted apart."""
-        return sum(map(len, self.done.values()))
-
-    def rounds(self, name: str) -> list[list[float]]:
-        """The runs of each round of an item, in milliseconds."""
-        return [runs for _, runs in sorted(self.done[name].items())]
-
-    def round(self, number: int, names: list[str], advance: Callable[[], None]) -> None:
-        """Measure what is missing of a round, in the round's own random order."""
-        order = np.random.default_rng([self.seed, number]).permutation(len(names))
-        todo = [names[i] for i in order if number not in self.done[names[i]]]
-        if not todo:
-            return
-        items = self.plan.items
-        plan = {
-            "runtime": self.settings.runtime,
-            "threads": self.settings.threads,
-            "cores": list(self.settings.cores or self.connection.cores(self.settings.threads)),
-            "min_ms": self.config.min_ms,
-            "min_runs": self.config.min_runs,
-            "items": [{"id": name, "path": str(self.files[name]), "round": number, "ops": [op.key for op in items[name]]} for name in todo],
-        }
-        with self.samples.appending() as append:
-            for row in self.connection.measure(plan, self.folder):
-                if "note" in row:
-                    self.say(row["note"])
-                    continue
-                if "error" in row:
-                    raise DeviceError(f"{row['id']} does not run with {self.settings.runtime}: {row['error']}")
-                append(row)
-                self._keep(row)
-                if "id" in row:
-                    advance()
+    plan: Plan
+    found: dict[str, Entry]
+    header: TableHeader
+    provenance: dict[str, str]
 
 
-def spread_of(rounds: Iterable[list[float]]) -> float:
-    """Interquartile range of the rounds' medians divided by their median."""
-    medians = [float(np.median(runs)) for runs in rounds]
-    low, middle, high = np.percentile(medians, [25, 50, 75])
-    return float((high - low) / middle)
-
-
-def _header(space: SearchSpace, device: Device, settings: DeviceConfig, header: Row) -> TableHeader:
-    runs: dict[str, str] = defaultdict(lambda: "unknown", {key: str(value) for key, value in header.items()})
+def _header(space: SearchSpace, session: Session) -> TableHeader:
+    settings = session.bench.settings
+    said = session.header(settings.runtime)
     return TableHeader(
-        device=device.id,
-        cpu=runs["cpu"],
-        machine=runs["machine"],
+        device=session.bench.device.id,
+        cpu=said.cpu,
+        machine=said.machine,
         runtime=settings.runtime,
-        runtime_version=f"{runs['runtime_package']} {runs['runtime_version']}",
+        runtime_version=f"{said.runtime_package} {said.runtime_version}",
         dtype=settings.dtype,
         threads=settings.threads,
-        cores=tuple(header["cores"]) if isinstance(header.get("cores"), list) else "unknown",
-        governor=runs["governor"],
+        cores=tuple(said.cores) if isinstance(said.cores, list) else "unknown",
+        governor=said.governor,
         layout="NHWC" if settings.runtime == "litert" else "NCHW",
         batch=1,
         date=date.today().isoformat(),
@@ -282,24 +194,17 @@ def _provenance(space: SearchSpace, config: ProfileConfig, conditions: dict[str,
     }
 
 
-def _fitted(
-    ops: Sequence[Op],
-    plan: Plan,
-    found: dict[str, Entry],
-    known: list[LatencyTable],
-    header: TableHeader,
-    provenance: dict[str, str],
-    rng: np.random.Generator,
-) -> LatencyTable:
+def _fitted(measured: _Measured, ops: Sequence[Op], known: list[LatencyTable], rng: np.random.Generator) -> LatencyTable:
     """The table of whole networks alone; noisy ones are left out, and counted."""
-    networks = {arch.ops(): (arch, found[f"net-{i}"]) for i, arch in enumerate(plan.fit)}
+    provenance = measured.provenance
+    networks = {arch.ops(): (arch, measured.found[f"net-{i}"]) for i, arch in enumerate(measured.plan.fit)}
     quiet = [(arch, entry.ms) for arch, entry in networks.values() if not entry.noisy]
     if len(quiet) < MIN_NETWORKS:
         raise TableError(
             f"{len(networks) - len(quiet)} of {len(networks)} networks stayed noisy, and a fit needs {MIN_NETWORKS} quiet ones: "
             "measure on a quieter device, more networks, or with a larger profile.max_spread."
         )
-    fitted = fit_table(ops, quiet, header, rng, known=known)
+    fitted = fit_table(ops, quiet, measured.header, rng, known=known)
     assert fitted.calibration is not None
     calibration = fitted.calibration.model_copy(update={"noisy_networks": len(networks) - len(quiet)})
     method = f"{provenance['method']} of whole networks; {fitted.provenance['method']}"
@@ -339,18 +244,19 @@ def _calibration(plan: Plan, found: dict[str, Entry]) -> Calibration | None:
     return calibration.model_copy(update={"held_out": held_out, "noisy_networks": quiet.count(False)})
 
 
-def _entry(rounds: list[list[float]], max_spread: float, delegated: Any) -> Entry:
+def _entry(session: Session, name: str) -> Entry:
+    rounds = session.rounds(name)
     runs = np.concatenate([np.asarray(ms) for ms in rounds])
     spread = spread_of(rounds)
     return Entry(
-        ms=_rounded(np.median([np.median(ms) for ms in rounds])),
+        ms=_rounded(session.ms(name)),
         p10_ms=_rounded(np.percentile(runs, 10)),
         p90_ms=_rounded(np.percentile(runs, 90)),
         runs=len(runs),
         rounds=len(rounds),
         spread=_rounded(spread),
-        noisy=spread > max_spread,
-        delegated=delegated,
+        noisy=spread > session.schedule.max_spread,
+        delegated=session.delegated[name],
     )
 
 

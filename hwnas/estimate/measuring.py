@@ -15,7 +15,7 @@ from hwnas.core.ops import Op
 from hwnas.core.search_space import SearchSpace
 from hwnas.devices.device import connect, find_device
 from hwnas.devices.profile import planned_ops, spread_networks
-from hwnas.errors import DeviceError
+from hwnas.devices.session import Bench, Header, Item, Measurement, Plan, Schedule, answers
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
 from hwnas.export.timing import timing_file, timing_path
 from hwnas.networks import named_networks
@@ -64,8 +64,8 @@ def sample(experiment: Experiment, space: SearchSpace, arch: Architecture | None
             paths[name] = timing_file(timed, experiment.device.runtime, experiment.device.dtype, folder)
             building[name] = time.perf_counter() - begun_at
     chains = of_ops | of_networks
-    keys = {name: [op.key for op in _ops(chains[name])] for name in paths}
-    start, measuring, ms = _measured(experiment, paths, keys, folder)
+    items = [Item(name, experiment.device.runtime, path, tuple(_ops(chains[name]))) for name, path in paths.items()]
+    start, measuring, ms = _measured(experiment, items, folder)
 
     def costs(names: list[str]) -> Costs:
         means = (np.mean([of[name] for name in names]) for of in (building, measuring, _sizes(paths), ms))
@@ -94,29 +94,19 @@ def _spread(ops: Sequence[Op], count: int) -> list[Op]:
     return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
 
-def _measured(
-    experiment: Experiment, paths: dict[str, Path], keys: dict[str, list[str]], folder: Path
-) -> tuple[float, dict[str, float], dict[str, float]]:
+def _measured(experiment: Experiment, items: Sequence[Item], folder: Path) -> tuple[float, dict[str, float], dict[str, float]]:
     """Seconds until the runner has started, seconds of each item, and milliseconds of a run of each."""
     settings, config = experiment.device, experiment.profile
-    connection = connect(find_device(settings.name))
-    plan = {
-        "runtime": settings.runtime,
-        "threads": settings.threads,
-        "cores": list(settings.cores or connection.cores(settings.threads)),
-        "min_ms": config.min_ms,
-        "min_runs": config.min_runs,
-        "items": [{"id": name, "path": str(path), "round": 0, "ops": keys[name]} for name, path in paths.items()],
-    }
+    device = find_device(settings.name)
+    bench = Bench(device, connect(device), settings, timing_file, folder)
+    plan = Plan(tuple(items), 0, settings.threads, bench.cores, Schedule(min_ms=config.min_ms, min_runs=config.min_runs))
     begun_at = last_at = time.perf_counter()
     start, seconds, ms = 0.0, dict[str, float](), dict[str, float]()
-    for row in connection.measure(plan, folder):
-        if "error" in row:
-            raise DeviceError(f"{row['id']} does not run with {settings.runtime}: {row['error']}")
+    for row, _ in answers(bench.connection, plan, folder):
         now = time.perf_counter()
-        if "id" in row:
-            seconds[row["id"]], ms[row["id"]] = now - last_at, float(np.median(row["ms"]))
-        elif "runner" in row:
+        if isinstance(row, Measurement):
+            seconds[row.name], ms[row.name] = now - last_at, float(np.median(row.ms))
+        elif isinstance(row, Header):
             start = now - begun_at
         last_at = now
     return start, seconds, ms

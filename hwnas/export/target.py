@@ -58,6 +58,7 @@ class Target(ABC):
 
     ``file`` is the name in a bundle; ``layout`` the order of the input's axes; ``packages`` the installed distributions, and ``modules``
     our own source files, that shape a file beside the network (both are part of the key under which timing files are cached).
+    ``parts_detectors`` says that ``network_alone`` takes a detector's network out of its file, so that its latency can be predicted.
     ``runner`` is a Python file that teaches the runner a runtime it lacks, on this computer: it has ``MODELS`` (runtime -> class, see
     ``deploy/runner.py``) and ``SUFFIXES`` (suffix of a file -> runtime).
     """
@@ -67,6 +68,7 @@ class Target(ABC):
     file: ClassVar[str]
     layout: ClassVar[Literal["NHWC", "NCHW"]]
     graph: ClassVar[Graph] = "decoded"
+    parts_detectors: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
     modules: ClassVar[tuple[ModuleType, ...]] = ()
     runner: ClassVar[Path | None] = None
@@ -87,7 +89,7 @@ class Target(ABC):
     def network_alone(self, model: bytes, *, detector: bool) -> bytes | None:
         """Of a file that holds more than the network (an interface, a detector's decoding), the network alone, for timing.
 
-        None where it cannot be taken out; then no latency is predicted of the file.
+        None where it cannot be taken out: then an interface is timed with it.
         """
         return None
 

@@ -32,6 +32,7 @@ class _TFLite(Target):
 
     runtime = "litert"
     layout: ClassVar[Literal["NHWC", "NCHW"]] = "NHWC"
+    parts_detectors = True
     modules: ClassVar[tuple[ModuleType, ...]] = (block_writer, tflite_file, tflite_writer)
 
     def write(self, trained: Trained) -> bytes:
@@ -103,6 +104,7 @@ class TFLiteFloatTasks(TFLiteFloat):
 
     file = "model-fp32-tasks.tflite"
     graph: ClassVar[Graph] = "tasks"
+    parts_detectors = False
 
 
 class TFLiteInt8Tasks(TFLiteInt8):
@@ -110,6 +112,7 @@ class TFLiteInt8Tasks(TFLiteInt8):
 
     file = "model-int8-tasks.tflite"
     graph: ClassVar[Graph] = "tasks"
+    parts_detectors = False
 
 
 class Onnx(Target):

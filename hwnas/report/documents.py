@@ -20,7 +20,7 @@ from hwnas.search.result import SearchResult
 from hwnas.study.documents import CompareStudy, RankStudy, ShrinkStudy
 from hwnas.train.pictures import Pictures
 from hwnas.train.stage import TrainResult
-from hwnas.validate import Verdict
+from hwnas.verdict import Verdict
 
 SOURCES: tuple[tuple[str, str], ...] = (
     ("profile", "table.json"),

@@ -31,7 +31,7 @@ from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import StageContext
 from hwnas.search.metric import shown
 from hwnas.train.pictures import MIN_SCORE
-from hwnas.validate import FileVerdict, drift_note
+from hwnas.verdict import FileVerdict, drift_note
 
 __all__ = ["SOURCES", "render", "run"]
 

@@ -51,8 +51,8 @@ from hwnas.core.spaces import mobile32
 from hwnas.core.table import LatencyTable, TableHeader, spearman
 from hwnas.devices import profile as profiling
 from hwnas.devices.device import HOST, connect
+from hwnas.devices.session import Bench
 from hwnas.export.timing import timing_file
-from hwnas.progress import Progress
 from hwnas.tables.fit import count_ops, fit_table
 from hwnas.tables.prior import Prior
 from hwnas.tables.regression import fit_prices
@@ -322,7 +322,7 @@ def cpu_table(dtype: str, folder: Path) -> LatencyTable:
         settings, config = DeviceConfig(runtime="litert", dtype=dtype), ProfileConfig()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(profiling, "make_plan", lambda *_: plan)  # a profile is of a space, and these networks are of none
-            table = profiling.profile(mobile32(), HOST, connect(HOST), timing_file, settings, config, path.parent / path.stem, Progress())
+            table = profiling.profile(Bench(HOST, connect(HOST), settings, timing_file, path.parent / path.stem), mobile32(), config)
         header = table.header.model_copy(update={"space": "phone_networks"})
         table.model_copy(update={"header": header, "provenance": {"method": table.provenance["method"]}}).save(path)
     return LatencyTable.load(path)

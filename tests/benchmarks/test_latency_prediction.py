@@ -21,8 +21,8 @@ from hwnas.core.spaces import proxylessnas
 from hwnas.core.table import HeldOut, LatencyTable, fit_calibration, judge
 from hwnas.devices.device import HOST, connect
 from hwnas.devices.profile import Plan, make_plan, profile
+from hwnas.devices.session import Bench
 from hwnas.export.timing import timing_file
-from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 
 CONFIG = ProfileConfig(rounds=9, fit_networks=20, test_networks=20)
@@ -71,7 +71,7 @@ def test_held_out_error(benchmark: Any, tmp_path: Path, runtime: Any, dtype: Any
     space = proxylessnas()
     settings = DeviceConfig(runtime=runtime, dtype=dtype)
     table = benchmark.pedantic(
-        profile, args=(space, HOST, connect(HOST), timing_file, settings, CONFIG, tmp_path, Progress(), SEED), rounds=1, iterations=1
+        profile, args=(Bench(HOST, connect(HOST), settings, timing_file, tmp_path), space, CONFIG, SEED), rounds=1, iterations=1
     )
     assert table.calibration is not None and table.calibration.held_out is not None
     held_out = table.calibration.held_out

@@ -16,7 +16,7 @@ import pytest
 
 from hwnas.document import read_bytes
 from hwnas.search.result import SearchResult
-from hwnas.validate import Verdict
+from hwnas.verdict import Verdict
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 

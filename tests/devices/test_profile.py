@@ -18,7 +18,8 @@ from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.spaces import mobile32, proxylessnas
 from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Connection, Device, connect
-from hwnas.devices.profile import make_plan, profile, spread_networks, spread_of
+from hwnas.devices.profile import make_plan, profile, spread_networks
+from hwnas.devices.session import Bench, spread_of
 from hwnas.devices.simulated import Simulated, simulated_ms
 from hwnas.errors import CoverageError, DeviceError, TableError
 from hwnas.progress import Progress, Task
@@ -51,8 +52,8 @@ def profiled(
     space: SearchSpace | None = None,
     settings: DeviceConfig | None = None,
 ) -> LatencyTable:
-    settings, connection, progress = settings or DeviceConfig(), connection or connect(DEVICE), progress or Progress()
-    return profile(space or tiny_space(), DEVICE, connection, unread, settings, config, folder, progress)
+    bench = Bench(DEVICE, connection or connect(DEVICE), settings or DeviceConfig(), unread, folder, progress or Progress())
+    return profile(bench, space or tiny_space(), config)
 
 
 def test_the_table_is_the_formula(tmp_path: Path) -> None:
@@ -366,7 +367,7 @@ def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_built(tmp
         raise AssertionError("nothing is built")
 
     with pytest.raises(DeviceError, match=r"simulated does not run litert \(it has onnxruntime 1.20\)"):
-        profile(tiny_space(), DEVICE, Lacking(DEVICE), build, DeviceConfig(), CONFIG, tmp_path, Progress())
+        profile(Bench(DEVICE, Lacking(DEVICE), DeviceConfig(), build, tmp_path), tiny_space(), CONFIG)
 
 
 def test_too_few_quiet_networks_say_that_they_were_noisy(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from hwnas.core.ops import MBConv
 from hwnas.devices import ssh
 from hwnas.devices.device import Device, connect
 from hwnas.devices.profile import profile
+from hwnas.devices.session import Bench
 from hwnas.devices.ssh import Ssh
 from hwnas.errors import ConfigError, DeviceError
 from hwnas.export.timing import timing_file
-from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 from tests.conftest import tiny_space
 from tests.devices.sshd import OPS, Server, endless, plan
@@ -63,13 +63,12 @@ def test_a_lost_connection_loses_no_row(board: Ssh, server: Server, tmp_path: Pa
     """The server's side dies in the middle of a profile; started again, it measures only what is missing."""
     space, config = tiny_space(), ProfileConfig(rounds=1, max_rounds=1, fit_networks=2, test_networks=2, min_ms=0.1, min_runs=2)
     lost = Losing(server.device(), server, after=5)
-    settings = DeviceConfig(runtime="litert")
-    arguments = (timing_file, settings, config, tmp_path, Progress())
+    arguments = (DeviceConfig(runtime="litert"), timing_file, tmp_path)
     with pytest.raises(DeviceError, match=r"the connection to board was lost .*: check it, and run the command again to go on\.$"):
-        profile(space, server.device(), lost, *arguments)
+        profile(Bench(server.device(), lost, *arguments), space, config)
     samples = JsonLines(tmp_path / "samples.jsonl")
     assert len([row for row in samples.read() if "id" in row]) >= 5
-    table = profile(space, server.device(), board, *arguments)
+    table = profile(Bench(server.device(), board, *arguments), space, config)
     assert set(table.entries) == {op.key for op in space.ops}
     measured = [row["id"] for row in samples.read() if "id" in row]
     assert len(measured) == len(set(measured)) == len(space.ops) + 4

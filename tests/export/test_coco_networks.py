@@ -15,7 +15,7 @@ from hwnas.export.bundle import FILES, GRAPHS, Bundle
 from hwnas.export.detector_stage import detector_parity
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from hwnas.validate import Verdict
+from hwnas.verdict import Verdict
 from tests.data.scenes import write_coco
 
 torch.set_num_threads(1)

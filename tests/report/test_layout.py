@@ -20,7 +20,7 @@ from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile,
 from hwnas.report import charts
 from hwnas.runs import JsonLines, StageContext
 from hwnas.train.stage import TrainResult
-from hwnas.validate import FileVerdict, Verdict
+from hwnas.verdict import FileVerdict, Verdict
 from tests.report import test_comparing, test_ranking, test_shrinking
 from tests.report.test_report import Page, experiment, fill, fill_detection, in_words, written
 

@@ -39,7 +39,7 @@ from hwnas.search.learning import Course, Learning, Ranking, learning_of
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.train.pictures import Box, Picture, Pictures
 from hwnas.train.stage import TrainResult
-from hwnas.validate import FileVerdict, Verdict
+from hwnas.verdict import FileVerdict, Verdict
 
 SECTIONS = ["files", "architecture", "pareto", "course", "table", "provenance"]
 VOID = {"meta", "br", "link", "img", "hr", "input"}

@@ -19,7 +19,7 @@ from hwnas.runs import JsonLines
 from hwnas.search.result import SearchResult
 from hwnas.testing import synthetic_table
 from hwnas.train.stage import TrainResult
-from hwnas.validate import Verdict
+from hwnas.verdict import Verdict
 from tests.conftest import write_tiny
 from tests.search.staging import OPTIONS, Saying, experiment, run, tiny_space
 

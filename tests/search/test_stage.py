@@ -18,6 +18,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.data.images import evaluation_batches, load_images
 from hwnas.devices.device import Device, connect
 from hwnas.devices.profile import profile
+from hwnas.devices.session import Bench
 from hwnas.engine import accuracy
 from hwnas.errors import TargetError
 from hwnas.nn.network import load_network
@@ -39,8 +40,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
     device = Device(id="simulated", soc="none", connection="simulated")
     config = ProfileConfig(rounds=3, max_rounds=3)
     folder = tmp_path_factory.mktemp("profile")
-    settings = DeviceConfig(name="simulated")
-    return profile(tiny_space(), device, connect(device), lambda ops, runtime, dtype: Path("unread"), settings, config, folder, Progress())
+    bench = Bench(device, connect(device), DeviceConfig(name="simulated"), lambda ops, runtime, dtype: Path("unread"), folder)
+    return profile(bench, tiny_space(), config)
 
 
 def test_every_strategy_is_tested_here() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +18,14 @@ from hwnas.config import DataConfig, ValidateConfig
 from hwnas.data.coco import CocoImages
 from hwnas.data.images import evaluation_batches, evaluation_order, load_images
 from hwnas.detection import average_precision
-from hwnas.devices.device import Connection
+from hwnas.devices.session import Bench
 from hwnas.errors import ConfigError, DeviceError, DocumentError
 from hwnas.export.bundle import Bundle, BundleFile, DetectorFile, DetectorPart, Parity
 from hwnas.export.detector_stage import detector_parity, torch_found
 from hwnas.export.post_processing import BOX, READERS, Found
 from hwnas.export.target import target
 from hwnas.nn.ssd import Detections
-from hwnas.progress import Progress
+from hwnas.validate.exported import Exported
 
 OUTPUT_BYTES = 64 * 2**20
 """Outputs of a file that are in memory at once."""
@@ -47,35 +46,27 @@ class Judgement:
     images: int
 
 
-def parities(bundle: Bundle, files: Sequence[BundleFile], folder: Path, connection: Connection, work: Path) -> dict[str, Parity]:
+def parities(exported: Exported, bench: Bench) -> dict[str, Parity]:
     """Each file's outputs for the bundle's images, computed on the device, against PyTorch's."""
-    part = _detector(bundle)
-    with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
+    bundle = exported.bundle
+    settings, resolution = _detector(bundle).post_processing, bundle.architecture.resolution
+    with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
         images_NHWC, rows = arrays["images"], arrays["rows"]
-    resolution, settings = bundle.architecture.resolution, part.post_processing
-    found: dict[str, Parity] = {}
-    for file in files:
-        outputs = _outputs(file, part.files[file.name], images_NHWC, folder, connection, work)
+    found = {}
+    for file in exported.files:
+        outputs = _outputs(exported, file, images_NHWC, bench)
         found[file.name] = detector_parity(target(file.format).graph, outputs, rows, settings, resolution)
     return found
 
 
-def judge(
-    bundle: Bundle,
-    files: Sequence[BundleFile],
-    folder: Path,
-    data: DataConfig,
-    config: ValidateConfig,
-    connection: Connection,
-    work: Path,
-    progress: Progress,
-) -> Judgement:
+def judge(exported: Exported, bench: Bench, data: DataConfig, config: ValidateConfig) -> Judgement:
     """The AP of each file on the device, on all test images or ``config.images`` of them. Images go in parts, to bound memory."""
-    part, arch, limit = _detector(bundle), bundle.architecture, config.images
+    bundle, limit = exported.bundle, config.images
+    part, arch = _detector(bundle), bundle.architecture
     test = load_images(data.at(arch.resolution), "test")
     if not isinstance(test, CocoImages):
         raise ConfigError(f"data.name = {data.name!r} has no boxes, but the bundle is a detector's: name the data it was exported with.")
-    with np.load(folder / "parity.npz", allow_pickle=False) as arrays:
+    with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
         reference = torch_found(arrays["counts"], arrays["found"])
     if len(reference) != len(test):
         raise DocumentError(f"the bundle was made with {len(reference)} test images, and the data have {len(test)}: export again.")
@@ -86,13 +77,12 @@ def judge(
     app = app_score(bundle, config)
     at_once = max(1, min(IMAGES_AT_ONCE, OUTPUT_BYTES // max(4 * _size(each) for each in part.files.values())))
     options = part.post_processing.model_dump()
-    with progress.task("running the test images on the device", len(order)) as task:
+    with bench.progress.task("running the test images on the device", len(order)) as task:
         for x_NCHW, _ in evaluation_batches(test, at_once, limit=limit, workers=data.workers):
             images_NHWC = bundle.interface.fed(np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy()))
-            for file in files:
-                described = part.files[file.name]
-                read = READERS[described.graph]
-                for row in _outputs(file, described, images_NHWC, folder, connection, work):
+            for file in exported.files:
+                read = READERS[part.files[file.name].graph]
+                for row in _outputs(exported, file, images_NHWC, bench):
                     start = time.perf_counter()
                     found[file.name].append(read(row, options, arch.resolution, arch.classes))
                     times_ms[file.name].append(1e3 * (time.perf_counter() - start))
@@ -137,14 +127,13 @@ def _ap(images: CocoImages, order: list[int], found: list[Found]) -> float:
     return average_precision(images, dict(zip(order, detections, strict=True))).AP
 
 
-def _outputs(
-    file: BundleFile, described: DetectorFile, images_NHWC: np.ndarray, folder: Path, connection: Connection, work: Path
-) -> np.ndarray:
+def _outputs(exported: Exported, file: BundleFile, images_NHWC: np.ndarray, bench: Bench) -> np.ndarray:
     """One row per image, [N, numbers of all outputs]."""
-    outputs = connection.predict(folder / file.name, images_NHWC, work)
-    if outputs.size != len(images_NHWC) * _size(described):
+    outputs = exported.predict(file, images_NHWC, bench)
+    size = _size(_detector(exported.bundle).files[file.name])
+    if outputs.size != len(images_NHWC) * size:
         raise DeviceError(
-            f"{file.name} gave outputs {list(outputs.shape)} for {len(images_NHWC)} images, but bundle.json says {_size(described)} "
+            f"{file.name} gave outputs {list(outputs.shape)} for {len(images_NHWC)} images, but bundle.json says {size} "
             "numbers an image: export again."
         )
     return outputs.reshape(len(images_NHWC), -1)

@@ -1,0 +1,146 @@
+"""How fast the files are on the device, beside what a table predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hwnas.config import ValidateConfig
+from hwnas.core.cost import latency_ms, missing_ops
+from hwnas.core.ops import Op
+from hwnas.core.table import LatencyTable
+from hwnas.devices.session import Bench, Item, Schedule, Session
+from hwnas.document import write_atomic
+from hwnas.export.bundle import Bundle, BundleFile
+from hwnas.export.target import target
+from hwnas.validate import detector
+from hwnas.validate.exported import Exported
+
+"""What is in a file's graph -> how a copy with another threshold of scores is made."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a table says of a bundle's network on this device.
+
+    ``table`` is None where it predicts nothing, and ``unpredicted`` says why. ``blocks`` tell the drift; there are none
+    where the table cannot.
+    """
+
+    bundle: Bundle
+    table: LatencyTable | None
+    unpredicted: str | None
+    blocks: tuple[Op, ...]
+
+    def drift(self, session: Session) -> float | None:
+        """The time of the network's blocks now against their entries in the table."""
+        if self.table is None or not self.blocks:
+            return None
+        return session.drift(self.bundle.architecture.ops(), self.table)
+
+    def predicted_ms(self, file: BundleFile) -> float | None:
+        """The latency of a file's network by the table; None where it is of another runtime or dtype, or cannot be timed alone."""
+        if self.table is None or not is_timed_alone(self.bundle, file):
+            return None
+        header = self.table.header
+        same = (header.runtime, header.dtype) == (file.runtime, file.dtype)
+        return latency_ms(self.bundle.architecture, self.table) if same else None
+
+
+def promise_of(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> Promise:
+    """What the table, if there is one, says of a bundle on this device."""
+    unpredicted = _unpredicted(bundle, bench, table)
+    if table is None or unpredicted is not None:
+        return Promise(bundle, None, unpredicted, ())
+    # Prices that were fitted to whole networks are not times of blocks alone, so no block can tell how they have changed.
+    is_measured = all(entry.runs != "unknown" for entry in table.entries.values())
+    blocks = bundle.architecture.ops() if is_measured else ()
+    return Promise(bundle, table, None, tuple(dict.fromkeys(blocks)))
+
+
+def _unpredicted(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> str | None:
+    """Why the table predicts nothing about this bundle on this device; None where it does."""
+    if table is None:
+        return "there is no table of this device"
+    if table.header.device != bench.device.id:
+        return f"the table is of {table.header.device}, not of {bench.device.id}"
+    if table.header.threads != bench.settings.threads:
+        return f"the table is for {table.header.threads} threads, not {bench.settings.threads}"
+    missing = missing_ops(bundle.architecture.ops(), table)
+    return f"the table lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}" if missing else None
+
+
+def measured(exported: Exported, bench: Bench, promise: Promise, config: ValidateConfig) -> Session:
+    """The exported files, and the blocks that tell the drift, measured in interleaved rounds.
+
+    All get as many rounds again while a file's rounds spread too widely: the drift is that of the rounds of the files.
+    """
+    most = 2 * config.rounds
+    schedule = Schedule(rounds=config.rounds, max_rounds=most, max_spread=config.max_spread, together=True)
+    with TemporaryDirectory(dir=bench.folder, prefix=".networks-") as work:
+        networks = Path(work)
+        items = [*_network_items(exported, networks), *_block_items(promise, bench), *_nms_items(exported, networks, config)]
+        session = Session(bench, items, schedule)
+        session.run("measuring the exported files")
+    if session.noisy:
+        bench.progress.warn(f"{', '.join(session.noisy)} stayed noisy after {most} rounds: measure on a quieter device.")
+    return session
+
+
+def _network_items(exported: Exported, networks: Path) -> Iterator[Item]:
+    """The files without NMS in their graph, each followed by its network alone where it holds more."""
+    for file in exported.files:
+        if target(file.format).graph != "decoded":
+            continue  # _nms_items
+        yield exported.item(file)
+        network = _network_alone(exported, file)
+        if network is not None:
+            path = networks / f"network-{file.name}"
+            write_atomic(path, network)
+            yield exported.item(file, path)
+
+
+def is_timed_alone(bundle: Bundle, file: BundleFile) -> bool:
+    """Whether the network of a file can be timed without what else is in its graph."""
+    return bundle.detector is None or target(file.format).parts_detectors
+
+
+def _network_alone(exported: Exported, file: BundleFile) -> bytes | None:
+    """Of a file that holds more than the network, the network alone; None where it holds no more, or cannot be parted from it."""
+    bundle = exported.bundle
+    if not is_timed_alone(bundle, file):
+        return None
+    if bundle.detector is None and not bundle.interface.softmax and bundle.interface.input == "float32":
+        return None
+    return target(file.format).network_alone(exported.path(file).read_bytes(), detector=bundle.detector is not None)
+
+
+def _block_items(promise: Promise, bench: Bench) -> Iterator[Item]:
+    """The network's blocks, as they were profiled."""
+    if promise.table is None:
+        return
+    header = promise.table.header
+    for op in promise.blocks:
+        path = bench.build((op,), header.runtime, header.dtype)
+        yield Item(op.key, header.runtime, path, (op,), judged=False)
+
+
+def _nms_items(exported: Exported, networks: Path, config: ValidateConfig) -> Iterator[Item]:
+    """The files with NMS in their graph, on a test image, and copies of them with an app's threshold."""
+    bundle = exported.bundle
+    if bundle.detector is None:
+        return
+    app_score = detector.app_score(bundle, config)
+    image = networks / "image.npy"
+    detector.write_typical_image(exported.folder, config.app_score, image)
+    for file in exported.files:
+        made = target(file.format)
+        if made.graph == "decoded":
+            continue
+        yield exported.item(file, image=image)
+        if app_score is not None:
+            path = networks / f"app-{file.name}"
+            write_atomic(path, made.at_score(exported.path(file).read_bytes(), app_score))
+            yield exported.item(file, path, image)
