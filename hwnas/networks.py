@@ -1,14 +1,46 @@
-"""Networks that ``profile.networks`` names, as the experiment's data shape them: what is priced beside the space."""
+"""Networks that a configuration names, as the experiment's data shape them: what is trained, and what is priced beside the space."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from hwnas.config import Experiment
+from hwnas.config import DataConfig, Experiment, located
 from hwnas.core.arch import Architecture
+from hwnas.core.published import named
 from hwnas.core.search_space import SearchSpace
-from hwnas.errors import SpaceError, UserError
-from hwnas.train.stage import architecture
+from hwnas.core.ssdlite import with_detector
+from hwnas.errors import ConfigError, SpaceError, UserError
+
+
+def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> Architecture:
+    """What is to be trained: ``train.arch`` (a document, a published network's name, or one of ``space``), else the searched one.
+
+    For detection, SSDLite is put on it where it has no detector. Raises ConfigError where it does not fit the data or the task.
+    """
+    name, data, detector = experiment.train.arch, experiment.data, experiment.detector
+    if name is None:
+        arch = Architecture.load(searched)
+    elif Path(name).suffix == ".json":
+        arch = Architecture.load(located(Path(name)))
+    else:
+        width = experiment.space.width
+        arch = named(name, space, resolution=data.resolution, classes=data.classes, in_channels=data.channels, width=width)
+    if experiment.task == "classify" and arch.detector is not None:
+        raise ConfigError(f"architecture {arch.name!r} has a detector: set task = 'detect' and name data with boxes, or train another.")
+    if experiment.task == "detect" and arch.detector is None:
+        arch = with_detector(arch, data.classes, resolution=data.resolution, extras=detector.extras, scores=detector.scores)
+    data = sized(experiment, arch)
+    if (arch.classes, arch.resolution, arch.in_channels) != (data.classes, data.resolution, data.channels):
+        raise ConfigError(
+            f"architecture {arch.name!r} has {arch.classes} classes, {arch.resolution} px and {arch.in_channels} channels, but the data "
+            f"{data.classes}, {data.resolution} and {data.channels}: make data.classes, data.resolution and data.channels agree."
+        )
+    return arch
+
+
+def sized(experiment: Experiment, arch: Architecture) -> DataConfig:
+    """The data at the size that the search chose; of an architecture that the user names, at the size that the user names."""
+    return experiment.data.at(arch.resolution) if experiment.train.arch is None else experiment.data
 
 
 def named_networks(experiment: Experiment, space: SearchSpace) -> tuple[Architecture, ...]:

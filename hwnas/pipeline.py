@@ -24,7 +24,7 @@ from hwnas.data.inspection import with_classes
 from hwnas.devices.device import ADDRESSES, HOST, connect, find_device
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import ConfigError, HwnasError, SpaceError, UserError
-from hwnas.networks import named_networks
+from hwnas.networks import architecture, named_networks
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
 from hwnas.search import FINDERS, STRATEGIES
@@ -258,7 +258,6 @@ class Pipeline:
     def _estimates(self) -> Estimates:
         """How long the stages take that are not up to date."""
         from hwnas.estimate.plan import Estimates
-        from hwnas.train import stage as train
 
         self.progress.say("timing a few steps of every stage")
         current = self._up_to_date()
@@ -271,7 +270,7 @@ class Pipeline:
             self.needed,
             current=current,
             table=LatencyTable.load(self.table_path) if profiled and self.table_path.is_file() else None,
-            arch=train.architecture(self.experiment, self.space, searched) if known else None,
+            arch=architecture(self.experiment, self.space, searched) if known else None,
         )
 
     def _up_to_date(self) -> list[str]:
@@ -394,7 +393,7 @@ class Pipeline:
             found = {} if self.experiment.train.arch else self._file(searched, "search")
             if self.experiment.train.weights == "supernet":
                 found |= self._file(inherited, "search")
-            arch = train.architecture(self.experiment, self.space, searched)
+            arch = architecture(self.experiment, self.space, searched)
             if self.experiment.train.weights == "supernet" and arch != Architecture.load(searched):
                 raise ConfigError("train.weights = 'supernet' fits the searched architecture alone: set train.weights = 'scratch'.")
             if self.experiment.train.weights == "supernet" and load_network(inherited).arch.identity != arch.identity:
@@ -408,7 +407,7 @@ class Pipeline:
             return {"architecture": arch.sha256, **found, **self._data(), **self._config("train", "seed")}
 
         outputs = train.outputs(self.experiment)
-        return Stage("train", outputs, inputs, lambda ctx: train.run(ctx, train.architecture(self.experiment, self.space, searched)))
+        return Stage("train", outputs, inputs, lambda ctx: train.run(ctx, architecture(self.experiment, self.space, searched)))
 
     def _export(self) -> Stage:
         from hwnas.export import stage as export
@@ -424,7 +423,7 @@ class Pipeline:
         """What the search and the training of the exported network say against themselves."""
         from hwnas.export.bundle import Bundle
         from hwnas.search.result import SearchResult
-        from hwnas.train.stage import TrainResult
+        from hwnas.train.result import TrainResult
 
         arch = Bundle.load(self.root / "export" / "bundle.json").architecture
         searched, found = self.root / "search" / "arch.json", self.root / "search" / "search.json"

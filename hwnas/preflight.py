@@ -16,8 +16,9 @@ from hwnas.core.table import LatencyTable
 from hwnas.data.inspection import check_data
 from hwnas.engine import check_optimizer
 from hwnas.errors import ConfigError, UserError
+from hwnas.networks import architecture
 from hwnas.search.stage import check_search, search_context
-from hwnas.train.stage import architecture, backbone_file, trained_backbone
+from hwnas.train.stage import backbone_file, trained_backbone
 
 
 def check(experiment: Experiment, space: SearchSpace, stages: Collection[str]) -> None:

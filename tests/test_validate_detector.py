@@ -26,10 +26,11 @@ from hwnas.export.bundle import FILES, Bundle
 from hwnas.export.detector_stage import detector_parity
 from hwnas.export.post_processing import READERS
 from hwnas.export.timing import timing_file
+from hwnas.networks import architecture
 from hwnas.nn.network import network_of, save_network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from hwnas.train.stage import TrainResult, architecture
+from hwnas.train.result import TrainResult
 from hwnas.validate.detector import write_typical_image
 from hwnas.validate.stage import validate
 from hwnas.verdict import Verdict, lines

@@ -19,7 +19,7 @@ from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest
 from hwnas.search.result import SearchResult
 from hwnas.study.documents import CompareStudy, RankStudy, ShrinkStudy
 from hwnas.train.pictures import Pictures
-from hwnas.train.stage import TrainResult
+from hwnas.train.result import TrainResult
 from hwnas.verdict import Verdict
 
 SOURCES: tuple[tuple[str, str], ...] = (

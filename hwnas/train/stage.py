@@ -5,31 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import nn
 
-from hwnas.config import DataConfig, Experiment, located
+from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.core.caution import Caution
-from hwnas.core.published import named
-from hwnas.core.search_space import SearchSpace
-from hwnas.core.ssdlite import with_detector
-from hwnas.core.statistics import NO_AP, better_than_guessing
 from hwnas.data.coco import CocoImages
-from hwnas.data.coco_eval import CocoMetrics
 from hwnas.data.images import Batch, Images, evaluation_batches, load_images, training_batches
 from hwnas.detection import DetectionCriterion, average_precision, detect
-from hwnas.document import Document
 from hwnas.engine import Engine, Metrics, accuracy, steps_of
 from hwnas.errors import ConfigError
+from hwnas.networks import sized
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import AnyNetwork, load_network, network_of, save_network
 from hwnas.runs import StageContext
 from hwnas.train.pictures import pictures_of
+from hwnas.train.result import TrainResult
 from hwnas.train.validation import Validation
 
 WEIGHTS = "model.safetensors"
@@ -38,82 +32,6 @@ WEIGHTS = "model.safetensors"
 def outputs(experiment: Experiment) -> list[str]:
     """The files the stage writes. The architecture is among them where the detector was put on it here."""
     return [WEIGHTS, "train.json", *(("arch.json", "pictures.json") if experiment.task == "detect" else ())]
-
-
-class TrainResult(Document):
-    """How good the trained network is on the test images: ``test_accuracy`` of a classifier, COCO's numbers of a detector."""
-
-    SCHEMA: ClassVar[str] = "hwnas.train"
-
-    architecture_sha256: str
-    weights: str
-    steps: int
-    seed: int
-    test_accuracy: float | None = None
-    test_coco: CocoMetrics | None = None
-    test_images: int
-    test_guess: float | None = Field(None, description="what always naming the most frequent class of the test images gets right")
-    class_names: tuple[str, ...]
-
-    @model_validator(mode="after")
-    def _one_quality(self) -> Self:
-        if (self.test_accuracy is None) == (self.test_coco is None):
-            raise ValueError("a training ends in test_accuracy or in test_coco: give one of them")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the quality of the other task."""
-        return {name: value for name, value in handler(self).items() if value is not None}
-
-    @property
-    def quality(self) -> str:
-        """The quality in words."""
-        if self.test_coco is not None:
-            return f"AP {self.test_coco.AP:.1%}, AP50 {self.test_coco.AP50:.1%} on {self.test_images:,} test images"
-        return f"{self.test_accuracy:.2%} of {self.test_images:,} test images right"
-
-    @property
-    def caution(self) -> Caution | None:
-        """Said where the network is no better than a guess: by a binomial test of its right answers, or by an AP of 0."""
-        advice = "raise train.epochs, change train.optimizer.lr, and check the data"
-        if self.test_coco is not None:
-            if self.test_coco.AP > NO_AP:
-                return None
-            text = f"AP {self.test_coco.AP:.1%} on {self.test_images:,} test images: {advice}."
-            return Caution(headline="the trained network finds nothing", text=text)
-        assert self.test_accuracy is not None
-        guess = self.test_guess if self.test_guess is not None else 1 / len(self.class_names)
-        if better_than_guessing(round(self.test_accuracy * self.test_images), self.test_images, guess):
-            return None
-        text = f"{self.quality}, where a guess gets {guess:.2%} right: {advice}."
-        return Caution(headline="the trained network learned nothing", text=text)
-
-
-def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> Architecture:
-    """What is to be trained: ``train.arch`` (a document, a published network's name, or one of ``space``), else the searched one.
-
-    For detection, SSDLite is put on it where it has no detector. Raises ConfigError where it does not fit the data or the task.
-    """
-    name, data, detector = experiment.train.arch, experiment.data, experiment.detector
-    if name is None:
-        arch = Architecture.load(searched)
-    elif Path(name).suffix == ".json":
-        arch = Architecture.load(located(Path(name)))
-    else:
-        width = experiment.space.width
-        arch = named(name, space, resolution=data.resolution, classes=data.classes, in_channels=data.channels, width=width)
-    if experiment.task == "classify" and arch.detector is not None:
-        raise ConfigError(f"architecture {arch.name!r} has a detector: set task = 'detect' and name data with boxes, or train another.")
-    if experiment.task == "detect" and arch.detector is None:
-        arch = with_detector(arch, data.classes, resolution=data.resolution, extras=detector.extras, scores=detector.scores)
-    data = _sized(experiment, arch)
-    if (arch.classes, arch.resolution, arch.in_channels) != (data.classes, data.resolution, data.channels):
-        raise ConfigError(
-            f"architecture {arch.name!r} has {arch.classes} classes, {arch.resolution} px and {arch.in_channels} channels, but the data "
-            f"{data.classes}, {data.resolution} and {data.channels}: make data.classes, data.resolution and data.channels agree."
-        )
-    return arch
 
 
 def backbone_file(folder: str) -> Path:
@@ -156,7 +74,7 @@ class Training:
 
 def begin(ctx: StageContext, arch: Architecture) -> Training:
     """Build what is trained, and take up what the stage's folder holds of it."""
-    config, data, seed = ctx.experiment.train, _sized(ctx.experiment, arch), ctx.experiment.seed
+    config, data, seed = ctx.experiment.train, sized(ctx.experiment, arch), ctx.experiment.seed
     train, test = load_images(data, "all", augment=True), load_images(data, "test")
     network = network_of(arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed))
     _begin(network, ctx)
@@ -206,11 +124,6 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     ctx.progress.say(f"trained {arch.name}: {result.quality}")
     if result.caution is not None:
         ctx.progress.warn(str(result.caution))
-
-
-def _sized(experiment: Experiment, arch: Architecture) -> DataConfig:
-    """The data at the size that the search chose; of an architecture that the user names, at the size that the user names."""
-    return experiment.data.at(arch.resolution) if experiment.train.arch is None else experiment.data
 
 
 def _begin(network: AnyNetwork, ctx: StageContext) -> None:

@@ -19,7 +19,7 @@ from hwnas.data.coco_eval import NUMBERS, CocoMetrics
 from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity
 from hwnas.report import charts
 from hwnas.runs import JsonLines, StageContext
-from hwnas.train.stage import TrainResult
+from hwnas.train.result import TrainResult
 from hwnas.verdict import FileVerdict, Verdict
 from tests.report import test_comparing, test_ranking, test_shrinking
 from tests.report.test_report import Page, experiment, fill, fill_detection, in_words, written

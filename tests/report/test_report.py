@@ -38,7 +38,7 @@ from hwnas.runs import JsonLines, StageContext, StageManifest
 from hwnas.search.learning import Course, Learning, Ranking, learning_of
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.train.pictures import Box, Picture, Pictures
-from hwnas.train.stage import TrainResult
+from hwnas.train.result import TrainResult
 from hwnas.verdict import FileVerdict, Verdict
 
 SECTIONS = ["files", "architecture", "pareto", "course", "table", "provenance"]

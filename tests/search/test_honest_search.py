@@ -18,7 +18,7 @@ from hwnas.config import Experiment
 from hwnas.runs import JsonLines
 from hwnas.search.result import SearchResult
 from hwnas.testing import synthetic_table
-from hwnas.train.stage import TrainResult
+from hwnas.train.result import TrainResult
 from hwnas.verdict import Verdict
 from tests.conftest import write_tiny
 from tests.search.staging import OPTIONS, Saying, experiment, run, tiny_space

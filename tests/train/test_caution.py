@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
-from hwnas.train.stage import TrainResult
+from hwnas.train.result import TrainResult
 
 
 @pytest.mark.parametrize(("right", "cautious"), [(9, True), (15, True), (16, False), (90, False)])

@@ -25,12 +25,14 @@ from hwnas.core.spaces import mobile32
 from hwnas.data.coco_eval import NUMBERS
 from hwnas.document import file_sha256
 from hwnas.errors import ConfigError, DivergenceError, DocumentError, SpaceError, UserError
+from hwnas.networks import architecture
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import Network, load_network, save_network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
-from hwnas.train.stage import TrainResult, architecture, outputs
+from hwnas.train.result import TrainResult
+from hwnas.train.stage import outputs
 from tests.train.rectangles import classifier, experiment, settings, write_rectangles
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines, StageContext
 from hwnas.train import validation
-from hwnas.train.stage import TrainResult
+from hwnas.train.result import TrainResult
 from hwnas.train.validation import Validation
 from tests.train.rectangles import settings
 
