@@ -91,11 +91,11 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _run_stage(name: str, result: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
+def _run_stage(name: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
     """Run one stage and print its result: the document, or the path."""
     with _interruptible():
         pipeline.run_stage(name, fresh=fresh)
-    _print_result(pipeline.root / name / result, as_json)
+    _print_result(pipeline.root / name / pipeline.stage(name).result, as_json)
 
 
 def _print_result(path: Path, as_json: bool) -> None:
@@ -137,7 +137,7 @@ def profile(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure a device: every op of the space, and whole networks, into a calibrated latency table."""
-    _run_stage("profile", "table.json", _pipeline("profile", config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("profile", _pipeline("profile", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -146,7 +146,7 @@ def search(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Search the space for the most accurate architecture at the target latency."""
-    _run_stage("search", "arch.json", _pipeline("search", config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("search", _pipeline("search", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -155,7 +155,7 @@ def train(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Train the searched architecture, or the one that train.arch names."""
-    _run_stage("train", "train.json", _pipeline("train", config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("train", _pipeline("train", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -164,7 +164,7 @@ def export(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write TFLite and ONNX files with labels, preprocessing and parity numbers: a bundle."""
-    _run_stage("export", "bundle.json", _pipeline("export", config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("export", _pipeline("export", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
@@ -174,7 +174,7 @@ def validate(
 ) -> None:  # fmt: skip
     """Run the bundle on the device: latency as predicted, accuracy as trained? Exit code 1 where not."""
     pipeline = _pipeline("validate", config, overrides, out, quiet, verbose)
-    _run_stage("validate", "verdict.json", pipeline, fresh, as_json)
+    _run_stage("validate", pipeline, fresh, as_json)
     _check_verdict(pipeline)
 
 
@@ -184,7 +184,7 @@ def report(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Draw what a run folder holds: one self-contained HTML file."""
-    _run_stage("report", "report.html", _pipeline("report", config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage("report", _pipeline("report", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()

@@ -15,9 +15,10 @@ from hwnas.core.spaces import is_document
 from hwnas.core.table import LatencyTable
 from hwnas.data.inspection import check_data
 from hwnas.engine import check_optimizer
-from hwnas.errors import ConfigError, UserError
+from hwnas.errors import ConfigError
 from hwnas.networks import architecture
 from hwnas.search.stage import check_search, search_context
+from hwnas.stages import configured_table
 from hwnas.train.stage import backbone_file, trained_backbone
 
 
@@ -34,14 +35,6 @@ def check(experiment: Experiment, space: SearchSpace, stages: Collection[str]) -
         _check_training(experiment, space)
     if searches or "train" in stages:
         check_data(experiment.data, searches=searches, exact=not is_document(experiment.space.name))
-
-
-def configured_table(table: str) -> Path:
-    """The file of ``search.table``. Raises UserError where there is none."""
-    path = Path(table).expanduser()
-    if not path.is_file():
-        raise UserError(f"search.table = {table!r} does not exist: check the path.")
-    return path
 
 
 def _check_search(experiment: Experiment, space: SearchSpace) -> None:

@@ -48,6 +48,6 @@ def shown_space(name: str, overrides: list[str]) -> Shown:
 def _of_experiment(experiment: Experiment, root: Path | None) -> Shown:
     """The table is the configured one, else the one that this run has profiled."""
     pipeline = Pipeline(experiment, root or Path(), Progress())
-    has_table = experiment.search.table is not None or (root is not None and pipeline.table_path.is_file())
+    has_table = experiment.search.table is not None or (root is not None and pipeline.folder.table_path.is_file())
     networks = named_networks(pipeline.experiment, pipeline.space)
-    return Shown(pipeline.space, networks, pipeline.table_path if has_table else None)
+    return Shown(pipeline.space, networks, pipeline.folder.table_path if has_table else None)

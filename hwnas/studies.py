@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hwnas import __version__
@@ -11,15 +12,29 @@ from hwnas.core.table import LatencyTable
 from hwnas.data import fingerprint
 from hwnas.document import content_sha256, file_sha256
 from hwnas.engine import flush_denormals
-from hwnas.pipeline import Pipeline, Stage, limit_hashes
-from hwnas.runs import locked, prepare, set_aside
-from hwnas.search.stage import SHARED, search_context
+from hwnas.pipeline import Pipeline
+from hwnas.runs import StageContext, locked, prepare, set_aside
+from hwnas.search.stage import SHARED, limit_hashes, search_context
 from hwnas.study import compare, rank, remaining, shrink, supernets, trainings
 from hwnas.study.trainings import Training
 from hwnas.study.truth import configured_truth
 
 HOW = ("processes", "ray_address", "ray_gpus")
 """Keys of ``study`` that decide where and when trainings run, and no number."""
+
+
+@dataclass(frozen=True)
+class StudyStage:
+    """A part of a study: a folder of its own, the files in it, and the function that makes them."""
+
+    name: str
+    outputs: list[str]
+    made_from: Mapping[str, str]
+    run: Callable[[StageContext], object]
+
+    def inputs(self) -> dict[str, str]:
+        """The hashes of all that it depends on, by name."""
+        return dict(self.made_from)
 
 
 def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
@@ -31,7 +46,7 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
     found = [supernets.earlier(each) for each in config.supernets]
     seeds = () if found else config.seeds or (experiment.seed,)
     threads = trainings.threads_of(config, len(seeds))
-    table = supernets.macs_table(space) if experiment.search.table is None else LatencyTable.load(pipeline.table_path)
+    table = supernets.macs_table(space) if experiment.search.table is None else LatencyTable.load(pipeline.folder.table_path)
     wanted = {}
     for seed in seeds:
         each = supernets.training(experiment, seed)
@@ -52,7 +67,7 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
         inputs |= {"study": _numbers(experiment, "compare"), "search": content_sha256(experiment.search.model_dump(mode="json"))}
         inputs |= {f"super-net {position}": file_sha256(each.path) for position, each in enumerate(found)}
         inputs |= {f"super-net of seed {seed}": "failed" for seed in reasons}
-        pipeline.perform(Stage("rank", [rank.RESULT], lambda: inputs, lambda ctx: rank.run(ctx, space, truth, found, reasons)), fresh)
+        pipeline.perform(StudyStage("rank", [rank.RESULT], inputs, lambda ctx: rank.run(ctx, space, truth, found, reasons)), fresh)
 
 
 def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
@@ -75,7 +90,7 @@ def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
         inputs |= {"study": _numbers(experiment), "search": content_sha256(experiment.search.model_dump(mode="json"))}
         inputs |= {f"{folder.name}/{name}": file_sha256(folder / name) for folder in done.values() for name in compare.SEARCHED}
         inputs |= {f"{method}-{seed}": "failed" for method, seed in reasons}
-        current = Stage("compare", [compare.RESULT], lambda: inputs, lambda ctx: compare.run(ctx, space, arena, done, reasons))
+        current = StudyStage("compare", [compare.RESULT], inputs, lambda ctx: compare.run(ctx, space, arena, done, reasons))
         pipeline.perform(current, fresh)
 
 
@@ -94,25 +109,25 @@ def study_shrink(pipeline: Pipeline, *, fresh: bool = False) -> None:
         if any(shrink.metric(name).trains for name in config.metrics):
             inputs = {**common, "first training": shrink.first_sha256(experiment), **_data(experiment)}
             outputs = shrink.outputs_of_first(config)
-            pipeline.perform(Stage("shrink-first", outputs, lambda: inputs, lambda ctx: shrink.train_first(ctx, space)), fresh)
+            pipeline.perform(StudyStage("shrink-first", outputs, inputs, lambda ctx: shrink.train_first(ctx, space)), fresh)
             first = root / "shrink-first"
         for name in config.metrics:
             pipeline.perform(_shrinking(pipeline, name, first, {**common, "shrink": schedule}), fresh)
         paths = {f"{name}/{shrink.PATH}": file_sha256(root / f"shrink-{name}" / shrink.PATH) for name in config.metrics}
         last = {**common, **paths, "truth": "none" if truth is None else truth.sha256, "shrink": schedule}
         last |= {"columns": ", ".join(experiment.study.accuracies)}
-        compared = Stage("shrink", [remaining.RESULT], lambda: last, lambda ctx: remaining.compare(ctx, space, truth))
+        compared = StudyStage("shrink", [remaining.RESULT], last, lambda ctx: remaining.compare(ctx, space, truth))
         pipeline.perform(compared, fresh)
 
 
-def _shrinking(pipeline: Pipeline, name: str, first: Path | None, common: Mapping[str, str]) -> Stage:
+def _shrinking(pipeline: Pipeline, name: str, first: Path | None, common: Mapping[str, str]) -> StudyStage:
     """The shrinking of the space by a metric."""
     experiment, inputs = pipeline.experiment, dict(common)
     begin = first if shrink.metric(name).trains else None
     if begin is not None:
         search = content_sha256(experiment.search.model_dump(mode="json"))
         inputs |= {"first super-net": file_sha256(begin / SHARED), "search": search, **_data(experiment)}
-    return Stage(f"shrink-{name}", [shrink.SPACE, shrink.PATH], lambda: inputs, lambda ctx: shrink.run(ctx, pipeline.space, name, begin))
+    return StudyStage(f"shrink-{name}", [shrink.SPACE, shrink.PATH], inputs, lambda ctx: shrink.run(ctx, pipeline.space, name, begin))
 
 
 def _training(

@@ -10,7 +10,7 @@ from hwnas.config import Experiment, Plugin, load_experiment
 from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObjective
 from hwnas.devices.device import known_devices
 from hwnas.errors import ConfigError
-from hwnas.pipeline import experiment_space
+from hwnas.experiments import experiment_space
 from hwnas.search import STRATEGIES
 from hwnas.share import share_folder
 

@@ -14,8 +14,9 @@ from hwnas.config import Experiment, SupernetConfig, load_experiment
 from hwnas.core.published import named
 from hwnas.estimate import measuring, plan, searching, training
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, size, span, total
+from hwnas.experiments import experiment_space
 from hwnas.nn.supernet import make_supernet
-from hwnas.pipeline import Pipeline, experiment_space
+from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from tests.conftest import write_tiny
 

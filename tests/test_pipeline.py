@@ -21,9 +21,10 @@ from hwnas.core.spaces import load_space
 from hwnas.core.table import LatencyTable
 from hwnas.document import file_sha256
 from hwnas.errors import ConfigError, SpaceError
+from hwnas.experiments import experiment_space
 from hwnas.nn.network import load_network
 from hwnas.nn.supernet import load_supernet, save_supernet
-from hwnas.pipeline import STAGES, Pipeline, experiment_space
+from hwnas.pipeline import STAGES, Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import MANIFEST, JsonLines, StageManifest, stage
 from hwnas.search.result import SearchResult
@@ -99,7 +100,7 @@ def test_folders_that_were_evaluated_on_another_geometry_are_stale(tmp_path: Pat
     found = {}
     for name, augment in (("digits", "crop"), ("folder", "imagenet"), ("folder", "crop_flip"), ("folder", "none")):
         overrides = [f"data.name={name}", f"data.augment={augment}", f"data.path={tmp_path}"]
-        found[name, augment] = set(Pipeline(load_experiment(config, overrides), tmp_path / "run", Progress())._data())
+        found[name, augment] = set(Pipeline(load_experiment(config, overrides), tmp_path / "run", Progress()).folder.hashes_of_data())
     before = {"data", "images"}
     assert found == {
         ("digits", "crop"): before,

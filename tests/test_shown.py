@@ -16,8 +16,9 @@ from hwnas.core.published import published
 from hwnas.core.spaces import mobile32
 from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError, SpaceError, UserError
+from hwnas.experiments import experiment_space
 from hwnas.networks import named_networks
-from hwnas.pipeline import Pipeline, experiment_space
+from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.shown import shown_space
 from hwnas.testing import synthetic_table

@@ -163,7 +163,7 @@ SAMPLED = 40
 
 
 class ProfileConfig(Section):
-    """How the device is measured. See devices/profile.py for the procedure."""
+    """How the device is measured. See hwnas/profile for the procedure."""
 
     mode: Literal["ops", "networks"] = Field(
         "ops", description="ops: every op of the space; networks: whole networks alone, to which the entries are fitted"

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from hwnas.config import TARGETS
 from hwnas.devices.device import Device
 from hwnas.document import write_atomic
 from hwnas.errors import DeviceError, StorageError
-from hwnas.export.target import runner_files
 from hwnas.share import share_folder
 
 
@@ -30,7 +30,8 @@ class Host:
     @property
     def environment(self) -> dict[str, str]:
         """This process's, with what teaches the runner the runtimes of further targets."""
-        return {**os.environ, "HWNAS_RUNNER_MODELS": os.pathsep.join(map(str, runner_files()))}
+        further = (TARGETS.get(name).runner for name in TARGETS if name not in TARGETS.builtin)  # the runner knows the others
+        return {**os.environ, "HWNAS_RUNNER_MODELS": os.pathsep.join(str(path) for path in further if path is not None)}
 
     def cores(self, threads: int) -> tuple[int, ...]:
         """The device document's cores, else the last ones allowed: the first serves the system's interrupts."""

@@ -13,12 +13,12 @@ from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
 from hwnas.core.search_space import SearchSpace
-from hwnas.devices.device import connect, find_device
-from hwnas.devices.profile import planned_ops, spread_networks
-from hwnas.devices.session import Bench, Header, Item, Measurement, Plan, Schedule, answers
+from hwnas.devices.session import Header, Item, Measurement, Plan, Schedule, answers
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
-from hwnas.export.timing import timing_file, timing_path
+from hwnas.export.timing import bench_of, timing_file, timing_path
 from hwnas.networks import named_networks
+from hwnas.profile.plan import planned_ops, spread_networks
+from hwnas.progress import Progress
 
 OPS, NETWORKS = 4, 2
 """How many of either are built and measured."""
@@ -97,8 +97,7 @@ def _spread(ops: Sequence[Op], count: int) -> list[Op]:
 def _measured(experiment: Experiment, items: Sequence[Item], folder: Path) -> tuple[float, dict[str, float], dict[str, float]]:
     """Seconds until the runner has started, seconds of each item, and milliseconds of a run of each."""
     settings, config = experiment.device, experiment.profile
-    device = find_device(settings.name)
-    bench = Bench(device, connect(device), settings, timing_file, folder)
+    bench = bench_of(settings, folder, Progress())
     plan = Plan(tuple(items), 0, settings.threads, bench.cores, Schedule(min_ms=config.min_ms, min_runs=config.min_runs))
     begun_at = last_at = time.perf_counter()
     start, seconds, ms = 0.0, dict[str, float](), dict[str, float]()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hwnas.data.images import Images, Portion, evaluation_batches, load_images, sampled_images
+from hwnas.devices.device import HOST, connect
 from hwnas.document import write_atomic
 from hwnas.errors import ConfigError
 from hwnas.export import detector_stage, score_calibration
@@ -32,6 +33,7 @@ from hwnas.export.score_calibration import ScoreCalibration, Transformation
 from hwnas.export.target import Trained, target
 from hwnas.nn.network import Network, load_network
 from hwnas.runs import StageContext
+from hwnas.stages import Stage
 
 Predict = Callable[[Path, np.ndarray, Path], np.ndarray]
 
@@ -171,3 +173,29 @@ def _score_calibration(network: Network, test: Images, interface: Interface, wor
     logits, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
     transformation: Transformation = "INVERSE_LOGISTIC" if interface.softmax else "IDENTITY"
     return _Calibrated(score_calibration.fit(interface.outputs_of(logits), labels, transformation), len(labels))
+
+
+class Export(Stage):
+    """Writes the trained network's files, and compares each with PyTorch on this computer."""
+
+    name = "export"
+    result = "bundle.json"
+
+    @property
+    def outputs(self) -> list[str]:
+        """The bundle and its files."""
+        return outputs(self.at.experiment.export_formats)
+
+    def inputs(self) -> dict[str, str]:
+        """The weights, the data and the settings."""
+        sections = ("export", "detector") if self.at.experiment.task == "detect" else ("export",)
+        trained = self.at.hash_of(self.at.path("train", "model.safetensors"), "train")
+        return {**trained, **self.at.hashes_of_data(), **self.at.hashes_of_config(*sections)}
+
+    def summary(self) -> str:
+        """The formats."""
+        return ", ".join(self.at.experiment.export_formats)
+
+    def run(self, ctx: StageContext) -> None:
+        """Write them."""
+        run(ctx, connect(HOST).predict)

@@ -112,9 +112,3 @@ def timing_target(runtime: str, dtype: str) -> Target:
             return each
     known = ", ".join(sorted(f"{each.runtime} with {each.dtype}" for each in found))
     raise ConfigError(f"device.runtime = {runtime!r} with device.dtype = {dtype!r} is not supported; there are {known}.")
-
-
-def runner_files() -> list[Path]:
-    """The files that teach the runner further runtimes."""
-    further = (target(name).runner for name in TARGETS if name not in TARGETS.builtin)  # the runner knows the others
-    return [path for path in further if path is not None]

@@ -12,13 +12,17 @@ from pathlib import Path
 import torch
 
 from hwnas import __version__
+from hwnas.config import DeviceConfig
 from hwnas.core import arch, graph, ir
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op, source_files
+from hwnas.devices.device import connect, find_device
+from hwnas.devices.session import Bench
 from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.export.target import Target, timing_target
 from hwnas.nn import blocks, detector, network
 from hwnas.nn.network import network_of
+from hwnas.progress import Progress
 
 
 def cache_folder() -> Path:
@@ -38,6 +42,12 @@ def timing_file(timed: Sequence[Op] | Architecture, runtime: str, dtype: str, fo
         network = network_of(_architecture(timed), generator=torch.Generator().manual_seed(0)).eval()
         write_atomic(path, timing_target(runtime, dtype).timing_file(network))
     return path
+
+
+def bench_of(settings: DeviceConfig, folder: Path, progress: Progress) -> Bench:
+    """The device of a configuration, and files of random weights from the cache. Raises ConfigError on an unknown device."""
+    device = find_device(settings.name)
+    return Bench(device, connect(device), settings, timing_file, folder, progress)
 
 
 def timing_path(timed: Sequence[Op] | Architecture, runtime: str, dtype: str, folder: Path | None = None) -> Path:

@@ -9,8 +9,7 @@ from markupsafe import Markup
 
 from hwnas.report.charts import HALF
 from hwnas.report.style import LIGHT, canvas, inline_svg
-from hwnas.study.documents import Estimate, RankStudy, ScoreResult, Spread
-from hwnas.study.rank import METRICS
+from hwnas.study.documents import METRICS, Estimate, RankStudy, ScoreResult, Spread
 
 LABELS = {
     "accuracy": "recalibrated accuracy",

@@ -22,7 +22,7 @@ from hwnas.core.caution import Caution
 from hwnas.core.ops import Op
 from hwnas.core.space import SearchSpace
 from hwnas.data.coco_eval import NUMBERS
-from hwnas.document import write_atomic
+from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.export.bundle import BundleFile
 from hwnas.report import charts, comparing, drawing, pictures, ranking, shrinking
 from hwnas.report.charts import Series
@@ -30,10 +30,34 @@ from hwnas.report.documents import SOURCES, Place, Rows, RunDocuments, read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import StageContext
 from hwnas.search.metric import shown
+from hwnas.stages import Stage
 from hwnas.train.pictures import MIN_SCORE
 from hwnas.verdict import FileVerdict, drift_note
 
-__all__ = ["SOURCES", "render", "run"]
+__all__ = ["SOURCES", "Report", "render", "run"]
+
+
+class Report(Stage):
+    """Draws what the run folder holds."""
+
+    name = "report"
+    result = "report.html"
+    outputs = ["report.html"]
+
+    def inputs(self) -> dict[str, str]:
+        """The documents that are there, and the configuration."""
+        sources = [self.at.path(stage, name) for stage, name in SOURCES]
+        found = [path for path in [*sources, self.at.table_path] if path.is_file()]
+        hashes = {f"{path.parent.name}/{path.name}": file_sha256(path) for path in found}
+        return {**hashes, "config": content_sha256(self.at.experiment.model_dump(mode="json", by_alias=True))}
+
+    def summary(self) -> str:
+        """Where it will be."""
+        return str(self.at.path("report", "report.html"))
+
+    def run(self, ctx: StageContext) -> None:
+        """Write ``report.html``."""
+        run(ctx, self.at.space, self.at.table_path)
 
 
 def run(ctx: StageContext, space: SearchSpace, table_path: Path) -> None:

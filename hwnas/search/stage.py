@@ -14,7 +14,8 @@ from hwnas.config import Experiment, Plugin, SearchConfig, SupernetConfig
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
-from hwnas.core.limits import Limits
+from hwnas.core.describe import counted
+from hwnas.core.limits import LatencyLimit, Limits
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Images, Portion, load_images
@@ -38,6 +39,7 @@ from hwnas.search.proposal import random_within
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 from hwnas.search.weights import Batches, SupernetWeights
+from hwnas.stages import Stage
 
 SHARED = "shared.safetensors"
 """The whole trained super-net, which ``search.weights`` of another run takes."""
@@ -410,3 +412,61 @@ def _summary(arch: Architecture, best: Candidate, target_ms: float, metric: str)
         f"found {arch.name}: {best.latency_ms:.4g} ms predicted ({best.latency_ms / target_ms - 1:+.1%} of the target), "
         f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters, super-net {metric} {shown(metric, best.quality)}"
     )
+
+
+class Search(Stage):
+    """Searches the space, where no architecture is named."""
+
+    name = "search"
+    result = "arch.json"
+    checked = ("search", "train")
+
+    @classmethod
+    def is_needed(cls, experiment: Experiment) -> bool:
+        """Not where an architecture is named."""
+        return experiment.train.arch is None
+
+    @property
+    def outputs(self) -> list[str]:
+        """The winner, the result and the weights."""
+        return outputs(self.at.experiment.search)
+
+    def inputs(self) -> dict[str, str]:
+        """The space, the tables, super-nets of earlier runs, the data and the settings."""
+        self.at.check_searchable()
+        config = self.at.experiment.search
+        found = self.at.hash_of_table() | limit_hashes(config)
+        if config.weights is not None:
+            found["super-net"] = file_sha256(trained_supernet(config.weights))
+        if config.backbone is not None:
+            found["backbone"] = file_sha256(trained_supernet(config.backbone, "search.backbone"))
+        found |= self.at.hashes_of_config("detector") if self.at.experiment.task == "detect" else {}
+        search_context(self.at.experiment, self.at.space, self.at.table())
+        settings = self.at.hashes_of_config("search", "seed")
+        return {"space.json": self.at.space.sha256, **found, **self.at.hashes_of_data(), **settings}
+
+    def summary(self) -> str:
+        """What trains how long, among how many, for which target."""
+        config = self.at.experiment.search
+        if config.target_ms is not None:
+            target = f"at {config.target_ms:g} ms"
+        elif config.target_range is not None:
+            target = f"at {config.target_range:.0%} of the way from the fastest to the slowest"
+        else:
+            target = "without a target yet: set search.target_ms"
+        trains = config.weights is None
+        searcher = f"{config.strategy.name} for {config.epochs:g} epochs" if trains else "a trained super-net"
+        return f"{searcher} over {counted(self.at.space.architectures)} architectures, {target}"
+
+    def run(self, ctx: StageContext) -> None:
+        """Search with the table as it is now."""
+        run(ctx, self.at.space, self.at.table())
+
+
+def limit_hashes(config: SearchConfig) -> dict[str, str]:
+    """The tables that ``search.limits`` name, as inputs of a stage."""
+    return {
+        f"search.limits[{i}].table": LatencyTable.load(Path(limit.table).expanduser()).sha256
+        for i, limit in enumerate(config.limits)
+        if isinstance(limit, LatencyLimit)
+    }

@@ -10,6 +10,9 @@ from hwnas.core.arch import Picks
 from hwnas.document import Document
 from hwnas.search.meter import SearchCost
 
+METRICS = ("kendall", "over_macs", "sparse_kendall", "kendall_top", "spearman", "regret", "precision", "random_reaches")
+"""The numbers of every score; see study/metrics.py."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -24,15 +24,12 @@ from hwnas.runs import JsonLines, StageContext
 from hwnas.search.angle import initial_supernet
 from hwnas.search.judge import Judge
 from hwnas.study import metrics
-from hwnas.study.documents import Estimate, Gap, Point, RankStudy, ScoreResult, Spread, SupernetResult
+from hwnas.study.documents import METRICS, Estimate, Gap, Point, RankStudy, ScoreResult, Spread, SupernetResult
 from hwnas.study.scores import LOWER_IS_BETTER, Scorer
 from hwnas.study.supernets import Trained, base_epochs
 from hwnas.study.truth import Truth, configured_truth
 
 RESULT = "study.json"
-
-METRICS = ("kendall", "over_macs", "sparse_kendall", "kendall_top", "spearman", "regret", "precision", "random_reaches")
-"""The numbers of every score; see study/metrics.py."""
 
 Rows = dict[str, dict[str, float]]
 """Architecture -> its scores by name."""

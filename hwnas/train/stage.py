@@ -16,12 +16,14 @@ from hwnas.core.arch import Architecture
 from hwnas.data.coco import CocoImages
 from hwnas.data.images import Batch, Images, evaluation_batches, load_images, training_batches
 from hwnas.detection import DetectionCriterion, average_precision, detect
+from hwnas.document import file_sha256
 from hwnas.engine import Engine, Metrics, accuracy, steps_of
 from hwnas.errors import ConfigError
-from hwnas.networks import sized
+from hwnas.networks import architecture, sized
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import AnyNetwork, load_network, network_of, save_network
 from hwnas.runs import StageContext
+from hwnas.stages import Stage
 from hwnas.train.pictures import pictures_of
 from hwnas.train.result import TrainResult
 from hwnas.train.validation import Validation
@@ -150,3 +152,55 @@ def _judged(ctx: StageContext, network: AnyNetwork, test: Images) -> dict[str, A
     network.arch.save(ctx.folder / "arch.json")
     pictures_of(test, found).save(ctx.folder / "pictures.json")
     return {"test_coco": average_precision(test, found)}
+
+
+class Train(Stage):
+    """Trains the searched architecture, or the one that is named."""
+
+    name = "train"
+    result = "train.json"
+    checked = ("train",)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The weights, the result, and of a detector what else there is to see."""
+        return outputs(self.at.experiment)
+
+    @property
+    def searched(self) -> Path:
+        """The searched architecture."""
+        return self.at.path("search", "arch.json")
+
+    def architecture(self) -> Architecture:
+        """What is trained. Raises ConfigError where it does not fit the data or the task."""
+        return architecture(self.at.experiment, self.at.space, self.searched)
+
+    def inputs(self) -> dict[str, str]:
+        """The architecture, the weights that it begins with, the data and the settings."""
+        config, inherited = self.at.experiment.train, self.at.path("search", "supernet.safetensors")
+        found = {} if config.arch else self.at.hash_of(self.searched, "search")
+        if config.weights == "supernet":
+            found |= self.at.hash_of(inherited, "search")
+        arch = self.architecture()
+        if config.weights == "supernet" and arch != Architecture.load(self.searched):
+            raise ConfigError("train.weights = 'supernet' fits the searched architecture alone: set train.weights = 'scratch'.")
+        if config.weights == "supernet" and load_network(inherited).arch.identity != arch.identity:
+            raise ConfigError(
+                "train.weights = 'supernet' needs a super-net of full size, and this one was a proxy: set train.weights = 'scratch'."
+            )
+        if config.backbone is not None:
+            found |= {"backbone": file_sha256(trained_backbone(config.backbone, arch))}
+        if self.at.experiment.task == "detect":
+            found |= self.at.hashes_of_config("detector")
+        settings = self.at.hashes_of_config("train", "seed")
+        return {"architecture": arch.sha256, **found, **self.at.hashes_of_data(), **settings}
+
+    def summary(self) -> str:
+        """What is trained how long, and from which weights."""
+        config = self.at.experiment.train
+        arch = config.arch or "the searched architecture"
+        return f"{arch} for {config.epochs:g} epochs, weights from {config.backbone or config.weights}"
+
+    def run(self, ctx: StageContext) -> None:
+        """Train it."""
+        run(ctx, self.architecture())

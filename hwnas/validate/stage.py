@@ -6,17 +6,79 @@ from datetime import date
 from pathlib import Path
 
 from hwnas.config import DataConfig, ValidateConfig
+from hwnas.core.arch import Architecture
+from hwnas.core.caution import Caution
 from hwnas.core.table import LatencyTable
 from hwnas.devices.session import Bench, Session, spread_of
+from hwnas.document import content_sha256
 from hwnas.errors import DeviceError
-from hwnas.export.bundle import BundleFile
+from hwnas.export.bundle import Bundle, BundleFile
 from hwnas.export.target import target
+from hwnas.export.timing import bench_of
+from hwnas.runs import StageContext
+from hwnas.search.result import SearchResult
+from hwnas.stages import Stage
+from hwnas.train.result import TrainResult
 from hwnas.validate.exported import Exported, load_bundle
 from hwnas.validate.latency import Promise, measured, promise_of
 from hwnas.validate.quality import Quality, quality_of, thresholds
-from hwnas.verdict import FileVerdict, Verdict
+from hwnas.verdict import FileVerdict, Verdict, lines
 
-OUTPUTS = ["verdict.json"]
+
+class Validate(Stage):
+    """Runs the exported files on the device, and judges them."""
+
+    name = "validate"
+    result = "verdict.json"
+    outputs = ["verdict.json"]
+
+    @property
+    def bundle_folder(self) -> Path:
+        """What is validated."""
+        return self.at.root / "export"
+
+    def inputs(self) -> dict[str, str]:
+        """The bundle, the table if there is one, the data, the settings, and what earlier stages say against themselves."""
+        at = self.at
+        table = at.hash_of_table() if at.table_path.exists() else {}
+        bundle = at.hash_of(self.bundle_folder / "bundle.json", "export")
+        found = {**bundle, **table, **at.hashes_of_data(), **at.hashes_of_config("validate", "device")}
+        cautions = [caution.model_dump() for caution in self.cautions()]
+        if cautions:  # a verdict without them stays current
+            found["warnings"] = content_sha256(cautions)
+        return found
+
+    def cautions(self) -> tuple[Caution, ...]:
+        """What the search and the training of the exported network say against themselves."""
+        arch = Bundle.load(self.bundle_folder / "bundle.json").architecture
+        searched, search = self.at.path("search", "arch.json"), self.at.path("search", "search.json")
+        train = self.at.path("train", "train.json")
+        found: list[Caution] = []
+        if searched.is_file() and search.is_file() and Architecture.load(searched) == arch:
+            learning = SearchResult.load(search).learning
+            found += learning.cautions if learning is not None else ()
+        if train.is_file():
+            result = TrainResult.load(train)
+            if result.architecture_sha256 == arch.sha256 and result.caution is not None:
+                found.append(result.caution)
+        return tuple(found)
+
+    def summary(self) -> str:
+        """What is allowed."""
+        config, detects = self.at.experiment.validation, self.at.experiment.task == "detect"
+        int8 = f"AP within {config.int8_ap_tolerance:.1%}" if detects else f"top-1 within {config.int8_accuracy_tolerance:.1%}"
+        return f"latency within {config.latency_tolerance:.0%} of predicted, int8 {int8} of PyTorch"
+
+    def run(self, ctx: StageContext) -> None:
+        """Write ``verdict.json``."""
+        experiment = self.at.experiment
+        table = self.at.table() if self.at.table_path.exists() else None
+        bench = bench_of(experiment.device, ctx.folder, ctx.progress)
+        verdict = validate(bench, self.bundle_folder, experiment.data, experiment.validation, table)
+        verdict = verdict.model_copy(update={"warnings": self.cautions()})
+        verdict.save(ctx.folder / "verdict.json")
+        for line in lines(verdict):
+            ctx.progress.say(line)
 
 
 def validate(bench: Bench, folder: Path, data: DataConfig, config: ValidateConfig, table: LatencyTable | None) -> Verdict:

@@ -29,10 +29,10 @@ from hwnas.data.coco import CocoImages
 from hwnas.data.coco_eval import CocoMetrics
 from hwnas.data.images import load_images
 from hwnas.detection import average_precision, detect
+from hwnas.experiments import experiment_space
 from hwnas.networks import architecture
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.ssd import Detections
-from hwnas.pipeline import experiment_space
 from hwnas.train.result import TrainResult
 
 CONFIG, CLASSIFIER = "configs/experiments/raccoon.toml", "configs/experiments/methods-cifar10.toml"

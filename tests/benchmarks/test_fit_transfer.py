@@ -49,10 +49,10 @@ from hwnas.core.published import published
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32
 from hwnas.core.table import LatencyTable, TableHeader, spearman
-from hwnas.devices import profile as profiling
 from hwnas.devices.device import HOST, connect
 from hwnas.devices.session import Bench
 from hwnas.export.timing import timing_file
+from hwnas.profile import stage as profiling
 from hwnas.tables.fit import count_ops, fit_table
 from hwnas.tables.prior import Prior
 from hwnas.tables.regression import fit_prices

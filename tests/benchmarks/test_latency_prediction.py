@@ -20,9 +20,10 @@ from hwnas.core.ops import Op
 from hwnas.core.spaces import proxylessnas
 from hwnas.core.table import HeldOut, LatencyTable, fit_calibration, judge
 from hwnas.devices.device import HOST, connect
-from hwnas.devices.profile import Plan, make_plan, profile
 from hwnas.devices.session import Bench
 from hwnas.export.timing import timing_file
+from hwnas.profile.plan import Plan, make_plan
+from hwnas.profile.stage import profile
 from hwnas.runs import JsonLines
 
 CONFIG = ProfileConfig(rounds=9, fit_networks=20, test_networks=20)

@@ -29,7 +29,7 @@ from hwnas.config import Experiment, load_experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
-from hwnas.pipeline import experiment_space
+from hwnas.experiments import experiment_space
 from hwnas.search.proposal import random_within
 from hwnas.search.stage import prepare, search_context
 

@@ -18,10 +18,11 @@ from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.spaces import mobile32, proxylessnas
 from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Connection, Device, connect
-from hwnas.devices.profile import make_plan, profile, spread_networks
 from hwnas.devices.session import Bench, spread_of
 from hwnas.devices.simulated import Simulated, simulated_ms
 from hwnas.errors import CoverageError, DeviceError, TableError
+from hwnas.profile.plan import make_plan, spread_networks
+from hwnas.profile.stage import profile
 from hwnas.progress import Progress, Task
 from hwnas.runs import JsonLines
 

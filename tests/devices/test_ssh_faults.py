@@ -19,11 +19,11 @@ from hwnas.config import DeviceConfig, ProfileConfig
 from hwnas.core.ops import MBConv
 from hwnas.devices import ssh
 from hwnas.devices.device import Device, connect
-from hwnas.devices.profile import profile
 from hwnas.devices.session import Bench
 from hwnas.devices.ssh import Ssh
 from hwnas.errors import ConfigError, DeviceError
 from hwnas.export.timing import timing_file
+from hwnas.profile.stage import profile
 from hwnas.runs import JsonLines
 from tests.conftest import tiny_space
 from tests.devices.sshd import OPS, Server, endless, plan

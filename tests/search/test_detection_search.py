@@ -19,12 +19,13 @@ from hwnas.data.images import load_images
 from hwnas.detection import DetectionCriterion, average_precision, detect
 from hwnas.devices.device import Device
 from hwnas.errors import ConfigError, DataError, SpaceError, UserError
+from hwnas.experiments import experiment_space
 from hwnas.export.bundle import Bundle
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import load_network
 from hwnas.nn.supernet import Supernet, save_supernet
-from hwnas.pipeline import Pipeline, experiment_space
+from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.search.judge import Judge
 from hwnas.search.proposal import one_hot

@@ -17,13 +17,13 @@ from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import evaluation_batches, load_images
 from hwnas.devices.device import Device, connect
-from hwnas.devices.profile import profile
 from hwnas.devices.session import Bench
 from hwnas.engine import accuracy
 from hwnas.errors import TargetError
+from hwnas.experiments import experiment_space
 from hwnas.nn.network import load_network
 from hwnas.nn.supernet import Supernet, load_supernet
-from hwnas.pipeline import experiment_space
+from hwnas.profile.stage import profile
 from hwnas.progress import Progress
 from hwnas.search import STRATEGIES, stage
 from hwnas.search.proposal import random_within, within_target

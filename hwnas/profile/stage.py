@@ -1,115 +1,100 @@
-"""Profiling: from a space and a device to a calibrated latency table.
-
-1. *Plan*: every op of the space, and whole networks sampled over the space's range of sizes, some to fit the calibration and
-   some to judge it.
-2. *Build*: a model file for each, cached by op key.
-3. *Measure* in rounds (``session``): entries whose rounds spread more than allowed get further rounds.
-4. *Judge the noise*: entries whose rounds still spread are flagged.
-5. *Calibrate*: a map from entries to networks (core/table.py), fitted on some networks, judged on the others.
-
-Where only whole networks can be timed, or op by op would take too long, ``profile.mode = "networks"`` measures sampled networks
-alone, and the entries are fitted to them (tables/fit.py).
-
-Rows are kept in ``samples.jsonl`` as they come, so that a killed profile resumes.
-"""
+"""The profile stage: a space and a device in, a latency table out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from hwnas.config import ProfileConfig
+from hwnas.config import Experiment, ProfileConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.cost import missing_ops
+from hwnas.core.describe import describe_networks
 from hwnas.core.ops import Op
-from hwnas.core.space import SearchSpace
+from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge
+from hwnas.devices.device import ADDRESSES, connect, find_device
 from hwnas.devices.session import Bench, Item, Schedule, Session, spread_of
-from hwnas.errors import DeviceError, TableError
+from hwnas.errors import ConfigError, DeviceError, TableError
+from hwnas.export.timing import bench_of
+from hwnas.networks import named_networks
+from hwnas.profile.plan import Plan, make_plan, planned_ops
 from hwnas.progress import Progress
-from hwnas.runs import JsonLines
+from hwnas.runs import JsonLines, StageContext
+from hwnas.stages import Stage
 from hwnas.tables.fit import MIN_NETWORKS, fit_table
 from hwnas.tables.prior import Prior
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is measured: item id -> its chain of ops. Ops come under their keys, networks under ``net-<n>``."""
+class Profile(Stage):
+    """Measures the device, where no table is given and an architecture has to be found."""
 
-    ops: tuple[Op, ...]
-    fit: tuple[Architecture, ...]
-    test: tuple[Architecture, ...]
+    name = "profile"
+    result = "table.json"
+    outputs = ["table.json"]
 
-    @property
-    def items(self) -> dict[str, tuple[Op, ...]]:
-        """All items in order."""
-        networks = {f"net-{i}": arch.ops() for i, arch in enumerate((*self.fit, *self.test))}
-        return {op.key: (op,) for op in self.ops} | networks
+    @classmethod
+    def is_needed(cls, experiment: Experiment) -> bool:
+        """Not with a table, nor where nothing is searched."""
+        return experiment.search.table is None and experiment.train.arch is None
 
-    def built(self, name: str) -> tuple[Op, ...] | Architecture:
-        """What the file of an item is made of."""
-        number = name.removeprefix("net-")
-        arch = (*self.fit, *self.test)[int(number)] if number != name else None
-        return arch if arch is not None and (arch.detector is not None or arch.graph) else self.items[name]
+    @cached_property
+    def networks(self) -> tuple[Architecture, ...]:
+        """Those that are priced beside the space."""
+        return named_networks(self.at.experiment, self.at.space)
 
+    def inputs(self) -> dict[str, str]:
+        """The space, the device, the networks that are named, tables of other devices, and the settings."""
+        self.at.check_searchable()
+        experiment, device = self.at.experiment, find_device(self.at.experiment.device.name)
+        found = {f"profile.networks[{i}]": arch.sha256 for i, arch in enumerate(self.networks)}
+        found |= {"space.json": self.at.space.sha256, "device.json": device.sha256}
+        found |= self.at.hashes_of_config("device", "profile", "seed")
+        for i, prior in enumerate(experiment.profile.prior if experiment.profile.mode == "networks" else ()):
+            table = LatencyTable.load(Path(prior).expanduser())
+            found[f"profile.prior[{i}]"] = table.sha256
+            missing = missing_ops([op for arch in self.networks for op in arch.ops()], table)
+            if missing:
+                raise ConfigError(
+                    f"profile.prior {prior!r} lacks {missing[0]} of profile.networks: profile those networks there, too, "
+                    "or remove one of the two keys."
+                )
+        if experiment.device.cores is None and device.connection not in ADDRESSES:  # those that may be out of reach are asked later
+            connect(device).cores(experiment.device.threads)  # refuses more threads than there are cores
+        return found
 
-def make_plan(space: SearchSpace, config: ProfileConfig, seed: int, named: Sequence[Architecture] = ()) -> Plan:
-    """Every op of the space and of ``named`` networks, and the calibration networks: fit and test ones alternate over the range of sizes.
+    def summary(self) -> str:
+        """How much is measured where, and how often."""
+        device, config, space = self.at.experiment.device, self.at.experiment.profile, self.at.space
+        if config.mode == "ops":
+            ops = len(planned_ops(space, self.networks))
+            measured = f"{ops} ops and {config.fit_networks + config.test_networks} networks"
+        else:
+            measured = f"{config.sampled + len(self.networks)} networks"
+        threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
+        where = f"{device.name} ({device.runtime}, {device.dtype}, {threads})"
+        return f"measure {measured} of space {space.name} on {where} in {config.rounds} rounds"
 
-    In mode ``networks``: as many networks as asked for, the named ones beside them, and no op.
-    """
-    if config.mode == "networks":
-        return Plan((), (*spread_networks(space, config.sampled, np.random.default_rng([seed, 77])), *named), ())
-    count = config.fit_networks + config.test_networks
-    networks = spread_networks(space, count, np.random.default_rng([seed, 77]))
-    test = {int((i + 0.5) * count / config.test_networks) for i in range(config.test_networks)} if config.test_networks else set()
-    return Plan(
-        planned_ops(space, named),
-        tuple(arch for i, arch in enumerate(networks) if i not in test),
-        tuple(arch for i, arch in enumerate(networks) if i in test),
-    )
-
-
-def planned_ops(space: SearchSpace, named: Sequence[Architecture]) -> tuple[Op, ...]:
-    """The ops of a space, then those of named networks that it lacks, each once."""
-    return tuple(dict.fromkeys((*space.ops, *(op for arch in named for op in arch.ops()))))
-
-
-def spread_networks(space: SearchSpace, count: int, rng: np.random.Generator) -> list[Architecture]:
-    """``count`` architectures spread evenly over the space's range of MACs, small to large.
-
-    Uniform picks crowd around the middle, so each candidate draws from its own bias towards small or large options.
-    """
-    if count == 0:
-        return []
-    orders = _cheap_first(space)
-    candidates = []
-    for _ in range(50 * count):
-        bias, picks = rng.normal(0.0, 2.0), {}
-        for choice in space.choices:
-            p = np.exp(bias * np.linspace(-1, 1, len(choice.options)))
-            picks[choice.key] = choice.options[int(orders[choice.key][rng.choice(len(p), p=p / p.sum())])]
-        candidates.append(space.decode(picks))
-    candidates.sort(key=lambda arch: arch.macs)
-    macs = np.array([arch.macs for arch in candidates], dtype=float)
-    wanted = np.linspace(macs[0], macs[-1], count)
-    chosen = dict.fromkeys(int(np.abs(macs - value).argmin()) for value in wanted)
-    spare = (int(i) for i in rng.permutation(len(candidates)) if int(i) not in chosen)
-    indices = sorted([*chosen, *(next(spare) for _ in range(count - len(chosen)))])
-    return [candidates[i] for i in indices]
-
-
-def _cheap_first(space: SearchSpace) -> dict[str, np.ndarray]:
-    """Choice key -> its option positions, fewest MACs first, averaged over what else the terms depend on."""
-    macs = {choice.key: np.zeros(len(choice.options)) for choice in space.choices}
-    for term in space.terms():
-        array = np.array([0 if op is None else op.macs for op in term.ops], dtype=float).reshape(term.shape)
-        for axis, key in enumerate(term.keys):
-            macs[key] += array.mean(axis=tuple(i for i in range(array.ndim) if i != axis))
-    return {key: np.argsort(values, kind="stable") for key, values in macs.items()}
+    def run(self, ctx: StageContext) -> None:
+        """Write ``table.json``."""
+        experiment = self.at.experiment
+        bench = bench_of(experiment.device, ctx.folder, ctx.progress)
+        table = profile(bench, self.at.space, experiment.profile, experiment.seed, self.networks)
+        table.save(ctx.folder / "table.json")
+        held_out = table.calibration.held_out if table.calibration else None
+        if "more_networks" in table.provenance:
+            ctx.progress.say(f"table of {len(table.entries)} ops fitted to whole networks: {table.provenance['more_networks']}")
+        elif held_out is not None:
+            ctx.progress.say(
+                f"table of {len(table.entries)} ops; {held_out.networks} held-out networks: mean error {held_out.mape:.1%}, "
+                f"largest {held_out.max_error:.1%} (uncalibrated sum: {held_out.raw_mape:.1%})"
+            )
+        for line in describe_networks(self.networks, table):
+            ctx.progress.say(line)
 
 
 def profile(bench: Bench, space: SearchSpace, config: ProfileConfig, seed: int = 0, named: Sequence[Architecture] = ()) -> LatencyTable:
