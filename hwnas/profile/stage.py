@@ -12,11 +12,12 @@ import numpy as np
 
 from hwnas.config import Experiment, ProfileConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.calibration import fit_calibration, judge
 from hwnas.core.cost import missing_ops
 from hwnas.core.describe import describe_networks
 from hwnas.core.ops import Op
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.devices.device import ADDRESSES, connect, find_device
 from hwnas.devices.session import Bench, Item, Schedule, Session, spread_of
 from hwnas.errors import ConfigError, DeviceError, TableError

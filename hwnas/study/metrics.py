@@ -8,7 +8,7 @@ correlation is undefined and comes out as nan.
   a score from counting MACs where the intervals of the two taus overlap.
 - ``sparse_kendall``: the same after the truth is cut into bins of ``threshold``, so that accuracies that differ by less than
   training noise mostly count as ties (Yu, Ranftl, Salzmann, arXiv 2003.04276; their code uses 0.001). The score is not cut.
-- ``spearman``: the correlation of ranks, ties sharing their mean rank.
+- ``spearman`` (in ``core.statistics``): the correlation of ranks, ties sharing their mean rank.
 - ``regret``: the best truth of all minus the best among the k best by the score.
 - ``precision``: P@k, the part of the k best by the score that are among the k best by the truth.
 - ``random_reaches``: p = 1 - (1 - r / n)^k, the probability that k random architectures of n hold one of rank r or better, r being
@@ -32,8 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-
-from hwnas.core.table import spearman as _spearman
+from scipy import stats
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 """(score [N], truth [N]) -> number."""
@@ -46,17 +45,10 @@ def kendall(a: np.ndarray, b: np.ndarray) -> float:
     """Tau-b of two samples [N], in O(N log N).
 
     Example:
-        >>> kendall(np.array([1, 2, 3]), np.array([1, 3, 2]))
-        0.3333333333333333
+        >>> round(kendall(np.array([1, 2, 3]), np.array([1, 3, 2])), 9)
+        0.333333333
     """
-    a, b = _codes(a), _codes(b)
-    pairs = len(a) * (len(a) - 1) // 2
-    ties_a, ties_b, both = _tied(a), _tied(b), _tied(a * (int(b.max(initial=0)) + 1) + b)
-    if pairs in (ties_a, ties_b):
-        return float("nan")
-    discordant = _inversions(b[np.lexsort((b, a))])
-    agreement = pairs - ties_a - ties_b + both - 2 * discordant
-    return float(agreement / np.sqrt(float(pairs - ties_a) * float(pairs - ties_b)))
+    return float(stats.kendalltau(a, b).statistic)
 
 
 def binned(truth: np.ndarray, threshold: float) -> np.ndarray:
@@ -67,11 +59,6 @@ def binned(truth: np.ndarray, threshold: float) -> np.ndarray:
 def sparse_kendall(score: np.ndarray, truth: np.ndarray, threshold: float) -> float:
     """Tau-b of a score with the binned truth."""
     return kendall(score, binned(truth, threshold))
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation; nan where all values of one are alike."""
-    return _spearman(a, b) if len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
 
 
 def best_tenth(truth: np.ndarray) -> np.ndarray:
@@ -110,15 +97,8 @@ def random_reaches(score: np.ndarray, truth: np.ndarray, k: int) -> float:
 
 def rank_sum(scores: Sequence[np.ndarray]) -> np.ndarray:
     """Scores [N] combined: the sum of their ranks (1 is lowest, ties share the mean), float [N]; no scale counts more than another."""
-    total: np.ndarray = np.sum([mean_ranks(score) for score in scores], axis=0, dtype=float)
+    total: np.ndarray = stats.rankdata(scores, axis=1).sum(axis=0)
     return total
-
-
-def mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks 1..N, ties sharing their mean: float [N]."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
 
 
 def bootstrap(
@@ -127,6 +107,7 @@ def bootstrap(
     """The percentile interval of a metric over architectures that are drawn anew, with replacement.
 
     None where fewer than half of the resamples have a value: there were too few architectures, or too few that differ.
+    (``scipy.stats.bootstrap`` has no interval as soon as one resample has no value.)
     """
     draws = rng.integers(len(truth), size=(resamples, len(truth)))
     found = np.array([metric(score[index], truth[index]) for index in draws])
@@ -159,7 +140,7 @@ def mann_whitney(a: np.ndarray, b: np.ndarray) -> float:
         >>> mann_whitney(np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0]))
         0.1
     """
-    doubled = np.rint(2 * mean_ranks(np.concatenate([a, b]))).astype(np.int64)
+    doubled = np.rint(2 * stats.rankdata(np.concatenate([a, b]))).astype(np.int64)
     counts = [[0] * (int(doubled.sum()) + 1) for _ in range(len(a) + 1)]  # Python's integers: there are more ways than 64 bits hold
     counts[0][0] = 1
     for rank in doubled.tolist():
@@ -180,41 +161,14 @@ def best_of_random(choice: np.ndarray, k: int) -> np.ndarray:
 
 
 def bootstrap_wins(won: np.ndarray, rng: np.random.Generator, resamples: int, confidence: float) -> tuple[float, float]:
-    """The percentile interval of the mean of ``wins`` [M, N], the seeds of both methods drawn anew; a single column stays."""
+    """The percentile interval of the mean of ``wins`` [M, N], the seeds of both methods drawn anew.
+
+    A single column stays, where ``scipy.stats.bootstrap`` refuses a sample of one.
+    """
     rows, columns = (rng.integers(count, size=(resamples, count)) for count in won.shape)
     means = [float(won[np.ix_(row, column)].mean()) for row, column in zip(rows, columns, strict=True)]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _codes(values: np.ndarray) -> np.ndarray:
-    """Each value's position among the different ones: int64 [N]."""
-    codes: np.ndarray = np.unique(values, return_inverse=True)[1].astype(np.int64)
-    return codes
-
-
-def _tied(codes: np.ndarray) -> int:
-    """Pairs with equal values."""
-    counts = np.unique(codes, return_counts=True)[1].astype(np.int64)
-    return int((counts * (counts - 1) // 2).sum())
-
-
-def _inversions(codes: np.ndarray) -> int:
-    """Pairs i < j with codes[i] > codes[j].
-
-    Bit by bit from the highest: among values that agree in all higher bits, a pair is inverted where the earlier has a 1 and the
-    later a 0. Values are kept grouped by those higher bits, in their original order inside a group.
-    """
-    total, size = 0, len(codes)
-    for bit in reversed(range(int(codes.max(initial=0)).bit_length())):
-        prefix = codes >> (bit + 1)
-        ones = (codes >> bit) & 1
-        before = np.cumsum(ones) - ones
-        starts = np.flatnonzero(np.r_[True, prefix[1:] != prefix[:-1]])
-        begun = np.repeat(before[starts], np.diff(np.r_[starts, size]))
-        total += int((before - begun)[ones == 0].sum())
-        codes = codes[np.argsort(codes >> bit, kind="stable")]
-    return total
 
 
 def _chosen(score: np.ndarray, truth: np.ndarray, k: int) -> np.ndarray:

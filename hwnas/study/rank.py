@@ -15,6 +15,7 @@ from hwnas import __version__
 from hwnas.config import Experiment, ScoreName, StudyConfig
 from hwnas.core.arch import Picks
 from hwnas.core.space import SearchSpace
+from hwnas.core.statistics import spearman
 from hwnas.data import fingerprint
 from hwnas.document import content_sha256, file_sha256
 from hwnas.engine import best_device
@@ -175,7 +176,7 @@ def estimates(config: StudyConfig, score_N: np.ndarray, truth_N: np.ndarray, mac
         "over_macs": lambda both, truth: metrics.kendall(both[:, 0], truth) - metrics.kendall(both[:, 1], truth),
         "sparse_kendall": lambda score, truth: metrics.sparse_kendall(score, truth, config.threshold),
         "kendall_top": metrics.kendall_top,
-        "spearman": metrics.spearman,
+        "spearman": spearman,
         "regret": lambda score, truth: metrics.regret(score, truth, k),
         "precision": lambda score, truth: metrics.precision(score, truth, k),
         "random_reaches": lambda score, truth: metrics.random_reaches(score, truth, k),

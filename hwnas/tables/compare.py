@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from hwnas.core.describe import columns
-from hwnas.core.table import LatencyTable, spearman
+from hwnas.core.statistics import rank_correlation
+from hwnas.core.table import LatencyTable
 from hwnas.errors import TableError
 
 NAMED = 10
@@ -80,7 +81,7 @@ def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
         median=float(np.median(values)),
         lowest=float(values[0]),
         highest=float(values[-1]),
-        spearman=spearman(a_ms, b_ms) if len(ratios) > 2 and np.ptp(a_ms) > 0 and np.ptp(b_ms) > 0 else None,
+        spearman=rank_correlation(a_ms, b_ms),
         only_a=_alone(a, common),
         only_b=_alone(b, common),
         zero=tuple(key for key, a_ms, b_ms in timed if not (a_ms > 0 and b_ms > 0)),

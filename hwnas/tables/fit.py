@@ -14,8 +14,9 @@ from types import MappingProxyType
 import numpy as np
 
 from hwnas.core.arch import Architecture
+from hwnas.core.calibration import held_out
 from hwnas.core.ops import Op
-from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, held_out
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import CoverageError, TableError
 from hwnas.tables.prior import ROOFLINE, Prior
 from hwnas.tables.regression import fit_prices

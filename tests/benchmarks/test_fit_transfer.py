@@ -48,7 +48,8 @@ from hwnas.core.option import make_divisible
 from hwnas.core.published import published
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32
-from hwnas.core.table import LatencyTable, TableHeader, spearman
+from hwnas.core.statistics import spearman
+from hwnas.core.table import LatencyTable, TableHeader
 from hwnas.devices.device import HOST, connect
 from hwnas.devices.session import Bench
 from hwnas.export.timing import timing_file

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from hwnas.config import DeviceConfig, ProfileConfig
+from hwnas.core.calibration import fit_calibration, judge
 from hwnas.core.ops import Op
 from hwnas.core.spaces import proxylessnas
-from hwnas.core.table import HeldOut, LatencyTable, fit_calibration, judge
+from hwnas.core.table import HeldOut, LatencyTable
 from hwnas.devices.device import HOST, connect
 from hwnas.devices.session import Bench
 from hwnas.export.timing import timing_file

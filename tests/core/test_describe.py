@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from hwnas.core.calibration import judge
 from hwnas.core.describe import columns, describe_space, describe_table
 from hwnas.core.spaces import darts, mobile32, nasbench101, nasbench201, proxylessnas
-from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, judge
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 
 
 def table(**changes: object) -> LatencyTable:

@@ -11,8 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hwnas.core import table as table_module
+from hwnas.core.calibration import fit_calibration, judge
 from hwnas.core.ops import MBConv, Op
-from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, fit_calibration, judge, spearman
+from hwnas.core.statistics import spearman
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import DocumentError
 
 FAST = settings(deadline=None, derandomize=True, max_examples=200)

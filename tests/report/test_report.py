@@ -19,6 +19,7 @@ from PIL import Image
 
 from hwnas.config import FORMATS, DataConfig, Experiment, ValidateConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.calibration import judge
 from hwnas.core.caution import Caution
 from hwnas.core.cost import CostModel
 from hwnas.core.detector import PostProcessing
@@ -26,7 +27,7 @@ from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32, published
 from hwnas.core.ssdlite import with_detector
-from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, judge
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
 from hwnas.errors import DocumentError
 from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity, Preprocessing

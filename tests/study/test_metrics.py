@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import bootstrap, kendalltau, mannwhitneyu, permutation_test, rankdata, spearmanr
+from scipy.stats import bootstrap, kendalltau, mannwhitneyu, permutation_test, spearmanr
 
+from hwnas.core.statistics import spearman
 from hwnas.study import metrics
 
 PAIRS = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 40)), min_size=2, max_size=60)
@@ -19,10 +20,10 @@ PAIRS = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 40)), min_size=2, 
 def test_kendall_and_spearman_are_scipys(pairs: list[tuple[int, int]]) -> None:
     a, b = np.array(pairs, dtype=float).T
     if np.ptp(a) == 0 or np.ptp(b) == 0:
-        assert math.isnan(metrics.kendall(a, b)) and math.isnan(metrics.spearman(a, b))
+        assert math.isnan(metrics.kendall(a, b)) and math.isnan(spearman(a, b))
         return
     assert metrics.kendall(a, b) == pytest.approx(kendalltau(a, b).statistic, abs=1e-12)
-    assert metrics.spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
 
 
 def test_kendall_is_scipys_where_there_are_many() -> None:
@@ -81,7 +82,6 @@ def test_precision_is_the_mean_over_orders_of_the_ties(pairs: list[tuple[int, in
 
 def test_ranks_add_up_whatever_the_scales() -> None:
     a, b = np.array([0.1, 0.2, 0.2]), np.array([3e9, 1e9, 2e9])
-    assert metrics.mean_ranks(a).tolist() == rankdata(a).tolist() == [1, 2.5, 2.5]
     assert metrics.rank_sum([a, b]).tolist() == [4, 3.5, 4.5]
 
 

@@ -19,7 +19,8 @@ from hwnas.core.ops import Op
 from hwnas.core.published import published
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32
-from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader, spearman
+from hwnas.core.statistics import spearman
+from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import CoverageError, TableError
 from hwnas.tables import prior as prior_module
 from hwnas.tables import regression
