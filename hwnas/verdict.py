@@ -169,7 +169,33 @@ def lines(verdict: Verdict) -> list[str]:
         out.append(f"{file.name}: {latency}; {quality} in PyTorch{outputs} ({mark})")
     out += [f"{name}: not run, {why}" for name, why in verdict.not_run.items()]
     note = drift_note(verdict) or (f"latency is not judged: {verdict.unpredicted}." if verdict.unpredicted else None)
-    return [*out, *([f"note: {note}"] if note else []), _conclusion(verdict)]
+    remedies = [f"what to do: {remedy}" for remedy in (_remedy(verdict, file) for file in verdict.files) if remedy]
+    return [*out, *([f"note: {note}"] if note else []), *dict.fromkeys(remedies), _conclusion(verdict)]
+
+
+def _remedy(verdict: Verdict, file: FileVerdict) -> str | None:
+    """What to do about a file that is not as promised; None where it is."""
+    config = verdict.tolerances
+    if file.parity_passed is False:
+        return f"the outputs of {file.name} are not PyTorch's: this is a fault of the export or of the device's runtime, so report it."
+    if not file.quality_passed:
+        part = "ap" if file.ap is not None else "accuracy"
+        key = f"validate.int8_{part}_tolerance" if file.dtype == "int8" else f"validate.{part}_tolerance"
+        more = "more export.calibration_images may help; " if file.dtype == "int8" else ""
+        return f"{file.name} loses more than {key} allows: {more}raise {key} if it is good enough."
+    if file.latency_passed is not False:
+        return None
+    if verdict.drift is not None and abs(verdict.drift - 1) > config.max_drift:
+        return "profile this device again, as it is now (hwnas profile with --fresh), and run the rest again."
+    if file.spread > config.latency_tolerance:
+        return (
+            f"rounds of {file.name} differ by {file.spread:.1%}, and {config.latency_tolerance:.0%} are allowed in all: measure again on a "
+            "quieter device (hwnas validate with --fresh), or in more rounds (validate.rounds)."
+        )
+    return (
+        f"the table predicts {file.name} less well than validate.latency_tolerance = {config.latency_tolerance:g}: profile again with more "
+        "profile.rounds and profile.fit_networks, or raise the tolerance if that is good enough."
+    )
 
 
 def _conclusion(verdict: Verdict) -> str:

@@ -267,3 +267,27 @@ def test_a_verdict_with_warnings_is_no_plain_passed(finished_run: Path, device: 
     assert lines(warned)[-1] == "verdict: passed, but the search learned nothing: the loss is 2.303; the network is odd: so."
     assert lines(warned.model_copy(update={"passed": False}))[-1].startswith("verdict: FAILED, and the search learned nothing: ")
     assert Verdict.parse(warned.to_json()) == warned and warned.sha256 != plain.sha256
+
+
+def test_a_failed_verdict_says_what_to_do(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    """Once for each reason, before the last line; nothing where all is well."""
+    plain = verdict(finished_run, device, experiment, tmp_path)
+    assert not any(line.startswith("what to do") for line in lines(plain))
+
+    def said(**changes: object) -> list[str]:
+        """What is said of a verdict whose float file is changed so."""
+        first = plain.files[0].model_copy(update=changes)
+        found = lines(plain.model_copy(update={"files": (first, *plain.files[1:]), "passed": False}))
+        return [line.removeprefix("what to do: ") for line in found if line.startswith("what to do: ")]
+
+    late = {"latency_passed": False, "latency_error": 0.065}
+    [noisy] = said(**late, spread=0.119)
+    assert "rounds of model-fp32.tflite differ by 11.9%" in noisy and "hwnas validate with --fresh" in noisy
+    [quiet] = said(**late, spread=0.001)
+    assert "profile again with more profile.rounds" in quiet
+    [wrong] = said(accuracy_passed=False)
+    assert wrong == (
+        "model-fp32.tflite loses more than validate.accuracy_tolerance allows: raise validate.accuracy_tolerance if it is good enough."
+    )
+    [different] = said(parity_passed=False)
+    assert "report it" in different
