@@ -82,12 +82,6 @@ class Interface:
 
 _PIXELS = {"litert": tflite_interface.with_pixels, "onnxruntime": onnx_interface.with_pixels}
 _SOFTMAX = {"litert": tflite_interface.with_softmax, "onnxruntime": onnx_interface.with_softmax}
-_ALONE = {"litert": tflite_interface.network_alone, "onnxruntime": onnx_interface.network_alone}
-
-
-def network_alone(model: bytes, runtime: str) -> bytes:
-    """A file that computes what the one that ``Interface.around`` was given computes, in the same operators: for timing."""
-    return _ALONE[runtime](model)
 
 
 def softmax(logits: Floats) -> Floats:

@@ -18,8 +18,9 @@ from hwnas.core.spaces import nasbench201
 from hwnas.devices.device import HOST
 from hwnas.devices.host import Host
 from hwnas.export.convert import onnx_file, to_tflite
-from hwnas.export.interface import Interface, network_alone, softmax
+from hwnas.export.interface import Interface, softmax
 from hwnas.export.quantization import quantize_int8
+from hwnas.export.target import target
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
 from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import write_heads
@@ -154,7 +155,9 @@ def test_the_interface_of_an_onnx_file(plain: dict[tuple[str, str], bytes]) -> N
 @pytest.mark.parametrize("interface", [BOTH, PIXELS, Interface("float32", True, MEAN, STD)], ids=["both", "pixels", "softmax"])
 def test_the_network_alone_is_what_it_was_before(interface: Interface, name: str, kind: str, plain: dict[tuple[str, str], bytes]) -> None:
     before = plain[name, kind]
-    alone = network_alone(interface.around(before, runtime(kind)), runtime(kind))
+    around = interface.around(before, runtime(kind))
+    alone = target("onnx" if kind == "onnx" else f"tflite-{kind}").network_alone(around, detector=False)
+    assert alone is not None
     if kind == "onnx":
         one, other = (onnx.load_model_from_string(model).graph for model in (before, alone))
         assert [node.op_type for node in one.node] == [node.op_type for node in other.node]
