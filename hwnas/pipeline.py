@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,27 +15,10 @@ from hwnas.errors import HwnasError
 from hwnas.experiments import check_names, experiment_space, with_counted_classes
 from hwnas.progress import Progress
 from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
-from hwnas.stages import RunFolder, Stage
+from hwnas.stages import STAGES, RunFolder, Stage, stage_class
 
 if TYPE_CHECKING:  # it imports all stages
     from hwnas.estimate.plan import Estimates
-
-STAGES = {
-    "profile": "hwnas.profile.stage:Profile",
-    "search": "hwnas.search.stage:Search",
-    "train": "hwnas.train.stage:Train",
-    "export": "hwnas.export.stage:Export",
-    "validate": "hwnas.validate.stage:Validate",
-    "report": "hwnas.report.stage:Report",
-}
-"""The stages in order, each imported when it is asked for: most commands need one."""
-
-
-def stage_class(name: str) -> type[Stage]:
-    """The class of a stage."""
-    module, _, attribute = STAGES[name].partition(":")
-    found: type[Stage] = getattr(import_module(module), attribute)
-    return found
 
 
 class Work(Protocol):

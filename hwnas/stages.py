@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +16,16 @@ from hwnas.data import fingerprint
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import UserError
 from hwnas.runs import StageContext
+
+STAGES = {
+    "profile": "hwnas.profile.stage:Profile",
+    "search": "hwnas.search.stage:Search",
+    "train": "hwnas.train.stage:Train",
+    "export": "hwnas.export.stage:Export",
+    "validate": "hwnas.validate.stage:Validate",
+    "report": "hwnas.report.stage:Report",
+}
+"""The stages in order, each imported when it is asked for: most commands need one."""
 
 
 def configured_table(table: str) -> Path:
@@ -122,3 +133,10 @@ class Stage(ABC):
     @abstractmethod
     def run(self, ctx: StageContext) -> None:
         """Do it in ``ctx.folder``, or go on with what a kill has left there."""
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The class of a stage."""
+    module, _, attribute = STAGES[name].partition(":")
+    found: type[Stage] = getattr(import_module(module), attribute)
+    return found

@@ -28,11 +28,12 @@ from hwnas.devices.device import find_device
 from hwnas.errors import ConfigError
 from hwnas.progress import Progress
 from hwnas.search import SHRINK_METRICS, STRATEGIES
+from hwnas.stages import STAGES
 
 Level = Literal["refuse", "warn", "quiet"]
 
 STUDIES = ("study rank", "study compare", "study shrink")
-STAGES = ("run", "profile", "search", "train", "export", "validate", "report")
+VERBS = ("run", *STAGES)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Case:
     holds: Holds
     why: str
     by: tuple[str, ...]
-    verbs: tuple[str, ...] = STAGES
+    verbs: tuple[str, ...] = VERBS
     fix: str = "remove it"
     file: Level = "refuse"
     overridden: Level = "warn"
@@ -222,7 +223,7 @@ NOT_FOUND = Case(
 )
 # task
 DETECTS = Case(lambda s: s.experiment.task == "detect", "task = 'detect' has no labels of whole images and no top-1", ("task",))
-CLASSIFIES = Case(lambda s: s.experiment.task == "classify", "task = 'classify' has no boxes", ("task",), (*STAGES, *STUDIES))
+CLASSIFIES = Case(lambda s: s.experiment.task == "classify", "task = 'classify' has no boxes", ("task",), (*VERBS, *STUDIES))
 OWN_DETECTOR = Case(
     lambda s: s.arch_detects,
     "train.arch = {e.train.arch!r} has a detector of its own",
@@ -250,7 +251,7 @@ DIGITS = Case(
     lambda s: s.experiment.data.name == "digits",
     "data.name = 'digits' ships with scikit-learn",
     ("data.name",),
-    (*STAGES, *STUDIES),
+    (*VERBS, *STUDIES),
     fix="remove it, or set data.name = 'npz', 'folder' or 'cifar10'",
     overridden="quiet",
 )
@@ -278,7 +279,7 @@ AS_FOR_AP = Case(
     fix="set it higher, or remove it",
 )
 # studies
-STAGE = Case(_all, "only hwnas study reads it", (), STAGES, file="quiet")
+STAGE = Case(_all, "only hwnas study reads it", (), VERBS, file="quiet")
 NOT_RANK = Case(_all, "'hwnas study rank' does not read it", (), ("study rank",), file="quiet")
 NOT_COMPARE = Case(_all, "'hwnas study compare' does not read it", (), ("study compare",), file="quiet")
 NOT_SHRINK = Case(_all, "'hwnas study shrink' does not read it", (), ("study shrink",), file="quiet")

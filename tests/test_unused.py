@@ -16,7 +16,7 @@ from hwnas.errors import ConfigError
 from hwnas.progress import Progress
 from hwnas.runs import load_config, save_config
 from hwnas.share import share_folder
-from hwnas.unused import KEYS, STAGES, STUDIES, check_used
+from hwnas.unused import KEYS, STUDIES, VERBS, check_used
 from tests.conftest import write_tiny
 from tests.test_readme import commands
 
@@ -46,7 +46,7 @@ def test_every_key_of_every_table_is_classified() -> None:
 
 def test_every_case_names_keys_and_verbs_that_exist() -> None:
     for case in {case for cases in KEYS.values() for case in cases}:
-        assert set(case.verbs) <= {*STAGES, *STUDIES}
+        assert set(case.verbs) <= {*VERBS, *STUDIES}
         for key in case.by:
             assert any(f"{known}.".startswith(f"{key}.") for known in all_keys()), key
 
