@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from hwnas.errors import HwnasError
 from hwnas.share import share_folder
@@ -63,22 +64,24 @@ def _torch() -> Finding:
     return Finding("torch works", True, f"torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, {gpu}")
 
 
-def _runtime(runtime: str) -> Finding:
+def _runtime(runtime: Literal["litert", "onnxruntime"]) -> Finding:
     """Write one block, and time it in the runner's own process."""
+    from hwnas.config import DeviceConfig
     from hwnas.core.ops import Op
-    from hwnas.devices.device import HOST, connect
-    from hwnas.export.timing import timing_file
+    from hwnas.devices.session import Item, Schedule, Session
+    from hwnas.export.timing import bench_of
+    from hwnas.progress import Progress
 
     op = Op.parse("mbconv-h8-i8-o8-m24-k3-relu-id")
-    host = connect(HOST)
     try:
         with TemporaryDirectory() as folder:
-            items = [{"id": op.key, "path": str(timing_file((op,), runtime, "fp32")), "round": 0}]
-            plan = {"runtime": runtime, "threads": 1, "cores": list(host.cores(1)), "items": items}
-            row = list(host.measure(plan, Path(folder)))[-1]
+            bench = bench_of(DeviceConfig(runtime=runtime), Path(folder), Progress())
+            session = Session(bench, [Item(op.key, runtime, bench.build((op,), runtime, "fp32"), (op,))], Schedule())
+            session.run("timing one block")
     except HwnasError as error:
         return Finding(f"{runtime} runs", False, str(error))
-    return Finding(f"{runtime} runs", "ms" in row, f"one block in {min(row['ms']):.4f} ms" if "ms" in row else row["error"])
+    [runs_ms] = session.rounds(op.key)
+    return Finding(f"{runtime} runs", True, f"one block in {min(runs_ms):.4f} ms")
 
 
 def _cores() -> Finding:
