@@ -27,6 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from hwnas.config import OptimizerConfig
+from hwnas.core.cost import UNITS
 from hwnas.document import write_atomic
 from hwnas.errors import CheckpointError, ConfigError, DivergenceError
 from hwnas.progress import Progress
@@ -39,7 +40,11 @@ DEFAULT_OPTIONS = {"rmsproptf": {"alpha": 0.9, "eps": 1.0}}
 """TuNAS's decay and epsilon, where the configuration names no options."""
 
 
-SHOWN_FIRST = ("loss", "quality", "train_accuracy", "latency_ms", "expected_ms", "reward", "entropy")
+_COUNTED = [unit for unit in UNITS.values() if unit.name != "ms"]
+COUNTS = {unit.quantity: unit for unit in _COUNTED} | {unit.expected: unit for unit in _COUNTED}
+"""What a search logs of a budget that is counted, by name."""
+
+SHOWN_FIRST = ("loss", "quality", "train_accuracy", "latency_ms", "expected_ms", *COUNTS, "reward", "entropy")
 """What people look at first: of a note, a narrow terminal shows only the beginning."""
 
 
@@ -326,6 +331,9 @@ def note_of(metrics: Metrics) -> str:
 def _shown(name: str, value: float) -> str:
     if name.endswith("_ms"):
         return f"{name.removesuffix('_ms')} {value:.3g} ms"
+    if name in COUNTS:
+        prefix = "expected " if name == COUNTS[name].expected else ""
+        return f"{prefix}{COUNTS[name].shown(value)}"
     return f"{name.removeprefix('train_')} {value:.3g}"
 
 

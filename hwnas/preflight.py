@@ -39,13 +39,17 @@ def check(experiment: Experiment, space: SearchSpace, stages: Collection[str]) -
 
 def _check_search(experiment: Experiment, space: SearchSpace) -> None:
     config = experiment.search
-    if config.target_ms is None and config.target_range is None:
-        raise ConfigError("search.target_ms is not set: set it to your latency budget in milliseconds, or search.target_range to 0..1.")
+    if config.main_budget.most is None and config.target_range is None:
+        key, what = "search.target_ms", "your latency budget in milliseconds"
+        if config.budget is not None:
+            key, what = f"search.budget.{config.budget.FIELD}", "your budget"
+        raise ConfigError(f"{key} is not set: set it to {what}, or search.target_range to 0..1.")
     check_search(experiment, space)
     if config.weights is None:
         check_optimizer(config.optimizer, "search.optimizer")
-    if config.table is not None:
-        search_context(experiment, space, LatencyTable.load(configured_table(config.table)))
+    if config.table is not None or not config.by_table:
+        table = None if config.table is None else LatencyTable.load(configured_table(config.table))
+        search_context(experiment, space, table)
 
 
 def _check_training(experiment: Experiment, space: SearchSpace) -> None:

@@ -46,7 +46,7 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
     found = [supernets.earlier(each) for each in config.supernets]
     seeds = () if found else config.seeds or (experiment.seed,)
     threads = trainings.threads_of(config, len(seeds))
-    table = supernets.macs_table(space) if experiment.search.table is None else LatencyTable.load(pipeline.folder.table_path)
+    table = None if experiment.search.table is None else LatencyTable.load(pipeline.folder.table_path)
     wanted = {}
     for seed in seeds:
         each = supernets.training(experiment, seed)
@@ -86,7 +86,7 @@ def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
         failed = _trained(pipeline, list(wanted.values()), threads, fresh)
         done = {key: training.folder for key, training in wanted.items() if training.name not in failed}
         reasons = {key: failed[training.name] for key, training in wanted.items() if training.name in failed}
-        inputs = {"space.json": space.sha256, "truth": arena.truth.sha256, "table": arena.table.sha256, **limit_hashes(experiment.search)}
+        inputs = {"space.json": space.sha256, "truth": arena.truth.sha256, **_table(arena.table), **limit_hashes(experiment.search)}
         inputs |= {"study": _numbers(experiment), "search": content_sha256(experiment.search.model_dump(mode="json"))}
         inputs |= {f"{folder.name}/{name}": file_sha256(folder / name) for folder in done.values() for name in compare.SEARCHED}
         inputs |= {f"{method}-{seed}": "failed" for method, seed in reasons}
@@ -131,13 +131,19 @@ def _shrinking(pipeline: Pipeline, name: str, first: Path | None, common: Mappin
 
 
 def _training(
-    pipeline: Pipeline, name: str, function: str, experiment: Experiment, table: LatencyTable, outputs: Sequence[str], threads: int | None
+    pipeline: Pipeline,
+    name: str,
+    function: str,
+    experiment: Experiment,
+    table: LatencyTable | None,
+    outputs: Sequence[str],
+    threads: int | None,
 ) -> Training:
     """A training of a study with what it is made from."""
     inputs = {
         "hwnas": content_sha256(__version__),
         "space.json": pipeline.space.sha256,
-        "table": table.sha256,
+        **_table(table),
         "search": content_sha256(experiment.search.model_dump(mode="json")),
         "seed": str(experiment.seed),
         "threads": str(threads),
@@ -153,6 +159,11 @@ def _trained(pipeline: Pipeline, wanted: Sequence[Training], threads: int | None
     """Do the trainings that are not current; why some failed, by name."""
     left = [training for training in wanted if pipeline.begins(training.name, training.inputs, fresh)]
     return trainings.run(left, pipeline.experiment.study, threads, pipeline.progress)
+
+
+def _table(table: LatencyTable | None) -> dict[str, str]:
+    """The table as an input; none where costs are counted."""
+    return {} if table is None else {"table": table.sha256}
 
 
 def _data(experiment: Experiment) -> dict[str, str]:

@@ -73,21 +73,21 @@ class Problem:
 
     def __init__(self, seed: int) -> None:
         self.space = tiny_space()
-        self.cost = CostModel(self.space, synthetic_table(self.space))
-        low, high = self.cost.range_ms()
+        self.cost = CostModel.of_table(self.space, synthetic_table(self.space))
+        low, high = self.cost.range()
         self.target_ms, self.tolerance = low + 0.45 * (high - low), 0.02
         rng = np.random.default_rng(seed)
         planted: Picks = {}
-        while not planted or abs(self.cost.latency_ms(planted) / self.target_ms - 1) > 0.25 * self.tolerance:
+        while not planted or abs(self.cost.of(planted) / self.target_ms - 1) > 0.25 * self.tolerance:
             planted = self.space.sample(rng)
         smallest = {choice.key: choice.options[0] for choice in self.space.choices}
         self.gains: dict[str, np.ndarray] = {}
         for choice in self.space.choices:
-            ms = np.array([self.cost.latency_ms({**smallest, choice.key: option}) for option in choice.options])
+            ms = np.array([self.cost.of({**smallest, choice.key: option}) for option in choice.options])
             bonus = 0.004 * np.array([option == planted[choice.key] for option in choice.options])
             self.gains[choice.key] = 0.06 * (ms - ms.min()) / (high - low) + bonus
         self.index_NC = np.array(list(itertools.product(*(range(len(choice.options)) for choice in self.space.choices))))
-        latency_N = self.cost.latencies_ms(self.index_NC)
+        latency_N = self.cost.of_many(self.index_NC)
         quality_N = 0.5 + np.sum([self.gains[choice.key][self.index_NC[:, i]] for i, choice in enumerate(self.space.choices)], axis=0)
         within_N = np.abs(latency_N / self.target_ms - 1) <= self.tolerance
         reward_N = np.where(within_N, quality_N - 0.1 * np.abs(latency_N / self.target_ms - 1), -np.inf)
@@ -111,7 +111,7 @@ class Problem:
 
         def reward(picks: Picks) -> float:
             quality = 0.5 + sum(gain[self.space.index(picks)[i]] for i, gain in enumerate(self.gains.values()))
-            return AbsoluteObjective().reward(quality, self.cost.latency_ms(picks), self.target_ms)
+            return AbsoluteObjective().reward(quality, self.cost.of(picks), self.target_ms)
 
         return sorted(proposals, key=reward, reverse=True)
 
@@ -207,10 +207,10 @@ class StrategyConformance(ABC):
     def test_proposals_are_valid_distinct_and_within_the_tolerance(self) -> None:
         """Before and after learning, and for targets near both ends of the reach."""
         problem = Problem(0)
-        low, high = problem.cost.range_ms()
+        low, high = problem.cost.range()
         for target_ms in (problem.target_ms, 1.01 * low, 0.99 * high):
             strategy, ctx = self.strategy(), problem.context(40)
-            ctx.target_ms = target_ms
+            ctx.target = target_ms
             strategy.setup(ctx)
             for steps in (0, 40):
                 searched(strategy, ctx, 0, 0, steps)
@@ -218,7 +218,7 @@ class StrategyConformance(ABC):
                 assert 1 <= len(proposals) <= 6, f"{len(proposals)} proposals of at most 6 at {target_ms} ms"
                 for picks in proposals:
                     problem.space.check(picks)
-                    latency = problem.cost.latency_ms(picks)
+                    latency = problem.cost.of(picks)
                     assert abs(latency / target_ms - 1) <= ctx.tolerance, f"{latency} ms is not within 2 % of {target_ms} ms"
                 names = {problem.space.decode(picks).identity for picks in proposals}
                 assert len(names) == len(proposals), "a proposal came twice"

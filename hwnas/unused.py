@@ -163,6 +163,13 @@ TABLE = Case(
     ("run",),
     file="warn",
 )
+COUNTED = Case(
+    lambda s: not s.experiment.search.by_table,
+    "search.budget.kind = {e.search.budget.kind!r} is counted, so nothing is profiled",
+    ("search.budget",),
+    ("run",),
+    file="warn",
+)
 OPS = Case(
     lambda s: s.experiment.profile.mode == "ops",
     "profile.mode = 'ops' measures ops, and no table or number of networks begins it",
@@ -197,6 +204,15 @@ TARGETED = Case(
     ("run", "search"),
     fix="remove one of them",
     overridden="quiet",  # one override of a file with a range is enough
+    both="warn",
+)
+BUDGETED = Case(
+    lambda s: s.experiment.search.budget is not None and s.experiment.search.budget.most is not None,
+    "search.budget has a number of its own",
+    ("search.budget",),
+    ("run", "search"),
+    fix="remove one of them",
+    overridden="quiet",
     both="warn",
 )
 READY = Case(
@@ -325,7 +341,7 @@ UNTRAINED = Case(_no_metric("trains"), "no metric of shrink.metrics trains a sup
 ALWAYS: tuple[Case, ...] = ()
 """Read whenever the stage runs that it belongs to, or checked by that stage with a reason of its own."""
 
-_PROFILE = (NAMED, TABLE)
+_PROFILE = (NAMED, TABLE, COUNTED)
 _SHARED = (NAMED, ALONE)
 _TRAINED = (NAMED, READY)
 _RANKED = (NAMED, NOT_RANK, NOT_SHRINK)
@@ -358,7 +374,8 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "search.strategy": (*_TRAINED, NOT_COMPARE),
     "search.objective": (NAMED,),
     "search.target_ms": (NAMED, MACS, NOT_SHRINK),
-    "search.target_range": (NAMED, TARGETED, MACS, NOT_SHRINK),
+    "search.budget": (NAMED, MACS, NOT_SHRINK),
+    "search.target_range": (NAMED, TARGETED, BUDGETED, MACS, NOT_SHRINK),
     "search.tolerance": (NAMED, NOT_SHRINK),
     "search.table": (NOT_SHRINK,),  # with train.arch it predicts what validation compares with
     "search.allow_uncalibrated": (NAMED, NOT_SHRINK),

@@ -65,8 +65,8 @@ def test_every_stage_ran_and_agrees(finished_run: Path) -> None:
     result = SearchResult.load(finished_run / "search" / "search.json")
     arch = Architecture.load(finished_run / "search" / "arch.json")
     table = LatencyTable.load(finished_run / "profile" / "table.json")
-    assert result.candidates[0].latency_ms == pytest.approx(latency_ms(arch, table))
-    assert abs(result.candidates[0].latency_ms / result.target_ms - 1) <= 0.02
+    assert result.candidates[0].predicted == pytest.approx(latency_ms(arch, table))
+    assert abs(result.candidates[0].predicted / result.target - 1) <= 0.02
     verdict = Verdict.load(finished_run / "validate" / "verdict.json")
     assert {file.name for file in verdict.files} == {"model-fp32.tflite", "model-int8.tflite", "model.onnx"}
     assert all(abs(file.accuracy_loss) < 0.05 for file in verdict.files if file.dtype == "fp32")

@@ -21,6 +21,7 @@ from tests.conftest import write_tiny
 from tests.test_readme import commands
 
 SHIPPED = sorted(share_folder("configs").rglob("*.toml"))
+MACS = ["search.budget={kind='macs', max_macs=9}"]
 COCO = ["task=detect", "data.name=coco", "data.augment=ssdlite"]
 
 
@@ -111,6 +112,9 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         (["study.ray_gpus=1"], "study rank", "does nothing: there is no cluster; set study.ray_address"),
         (["study.ray_address=auto", "study.processes=2"], "study compare", "does nothing: study.ray_address = 'auto' runs"),
         (["study.compare.max_macs=3", "search.target_ms=1"], "study compare", "does nothing: study.compare.max_macs = 3 is the budget"),
+        (["study.compare.max_macs=3", *MACS], "study compare", "search.budget = .* does nothing: study.compare.max_macs = 3 is the budget"),
+        ([*MACS, "profile.rounds=3"], "run", "profile.rounds = 3 does nothing: search.budget.kind = 'macs' is counted"),
+        (MACS, "study shrink", "search.budget = .* does nothing: 'hwnas study shrink' does not read it"),
         (["shrink.drop=each", "shrink.dropped=3"], "study shrink", "shrink.dropped = 3 does nothing: shrink.drop = 'each'"),
         (["shrink.judged_samples=3"], "study shrink", "shrink.judged_samples = 3 does nothing: no metric .* judges on images"),
         (["shrink.alpha_lr=0.1"], "study shrink", "shrink.alpha_lr = 0.1 does nothing: only the metric magnitude has it"),
@@ -163,9 +167,12 @@ def test_a_range_in_the_file_gives_way_to_a_budget_and_never_the_other_way_round
     assert warned(None, ["search.target_ms=3", "search.target_range=0.5"]) == [
         "search.target_ms = 3 is the budget, so search.target_range does nothing."
     ]
-    (tmp_path / "x.toml").write_text("[search]\ntarget_ms = 3\ntarget_range = 0.5\n")
-    with pytest.raises(ConfigError, match=r"remove one of them"):
-        warned(tmp_path / "x.toml")
+    for budget in ("target_ms = 3", "budget = {kind = 'macs', max_macs = 9}"):
+        (tmp_path / "x.toml").write_text(f"[search]\n{budget}\ntarget_range = 0.5\n")
+        with pytest.raises(ConfigError, match=r"remove one of them"):
+            warned(tmp_path / "x.toml")
+    (tmp_path / "x.toml").write_text("[search]\nbudget = {kind = 'macs'}\ntarget_range = 0.5\n")
+    assert warned(tmp_path / "x.toml") == []  # its kind alone leaves the number to the range
 
 
 @pytest.mark.parametrize(

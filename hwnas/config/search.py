@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hwnas.config.base import Plugin, Section, with_usual
-from hwnas.core.limits import Limit
+from hwnas.core.limits import AnyBudget, Budget, LatencyLimit, Limit
 from hwnas.core.objective import AbsoluteObjective, Objective
 
 ADAMW = {"lr": 0.024, "weight_decay": 0.02, "warmup": 0.1}
@@ -100,11 +100,18 @@ class SearchConfig(Section):
 
     strategy: Plugin = Plugin(name="tunas")
     objective: Objective = Field(AbsoluteObjective(), discriminator="name")
-    target_ms: float | None = Field(None, gt=0, description="latency budget in milliseconds")
-    target_range: float | None = Field(
-        None, ge=0, le=1, description="where target_ms is not set: the budget between the space's fastest (0) and slowest (1) architecture"
+    target_ms: float | None = Field(None, gt=0, description="latency budget in milliseconds: short for a budget of kind 'latency'")
+    budget: Budget | None = Field(
+        None,
+        description="the budget in any unit: latency, macs, params or size_bytes, with the keys of search.limits; its number is the target",
     )
-    tolerance: float = Field(0.02, gt=0, lt=1, description="the searched network's predicted latency is within this part of the target")
+    target_range: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="where the budget has no number: its place between the space's fastest (or smallest, 0) and slowest (1) architecture",
+    )
+    tolerance: float = Field(0.02, gt=0, lt=1, description="the searched network's predicted cost is within this part of the target")
     table: str | None = Field(None, description="a latency table to use instead of profiling")
     allow_uncalibrated: bool = False
     epochs: float = Field(20, gt=0)
@@ -139,6 +146,27 @@ class SearchConfig(Section):
         description="random architectures scored for comparison, within the budget and anywhere each; default: up to 8, as many as keep "
         "the last ranking and this within a fifth of the search's cost, at least 4",
     )
+
+    @property
+    def main_budget(self) -> AnyBudget:
+        """``budget``, or the one of latency that ``target_ms`` is short for."""
+        return self.budget if self.budget is not None else LatencyLimit(kind="latency", max_ms=self.target_ms)
+
+    @property
+    def by_table(self) -> bool:
+        """Whether a latency table prices the search: what is counted needs none, and so no profile."""
+        return isinstance(self.main_budget, LatencyLimit)
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a budget that is not set, so that searches from before it could be chosen stay up to date."""
+        return {name: value for name, value in handler(self).items() if name != "budget" or value is not None}
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.budget is not None and self.target_ms is not None:
+            raise ValueError("search.target_ms is short for a search.budget of kind 'latency', and both are given; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _statistics(self) -> Self:

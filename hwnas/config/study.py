@@ -15,7 +15,10 @@ ScoreName = Literal[
 """What ``hwnas study rank`` scores architectures by; see study/scores.py."""
 
 
-FIXED_BY_THE_STUDY = ("objective", "table", "target_ms", "target_range", "tolerance", "limits", "allow_uncalibrated", "weights", "backbone")
+FIXED_BY_THE_STUDY = (
+    *("objective", "table", "target_ms", "budget", "target_range", "tolerance", "limits"),
+    *("allow_uncalibrated", "weights", "backbone"),
+)
 """Keys of ``search`` that all methods of a comparison share, or that would give one of them a start."""
 
 

@@ -1,6 +1,10 @@
-"""Hard limits beside the latency target: other devices, multiply-accumulates, parameters, weight size, peak activation memory.
+"""Budgets: what a search has to meet, in milliseconds, multiply-accumulates, parameters, bytes of weights or of activations.
 
-In an experiment's TOML file::
+One type says what is aimed at, and the hard limits beside it. In an experiment's TOML file::
+
+    [search.budget]
+    kind = "macs"
+    max_macs = 38_000_000
 
     [[search.limits]]
     kind = "latency"
@@ -12,7 +16,10 @@ In an experiment's TOML file::
     max_bytes = 500_000
     dtype = "int8"
 
-``Limits`` compiles them for a space. Each limit alone is checked against what the space can reach; whether all can be met
+The number of ``search.budget`` is the target, which the searched network meets within ``search.tolerance``, from above or below; a
+search towards latency is by the profiled table, or that of ``search.table``. A limit is a maximum, and always has its number.
+
+``Limits`` compiles the limits for a space. Each limit alone is checked against what the space can reach; whether all can be met
 together is left to the finder.
 """
 
@@ -21,34 +28,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hwnas.core.arch import Architecture
-from hwnas.core.cost import CostModel
+from hwnas.core.cost import BYTES, CostModel, Dtype, UnitName
 from hwnas.core.graph import live_numbers
 from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import MacroSpace, Option, SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.errors import TargetError
-
-Dtype: TypeAlias = Literal["fp32", "int8"]
-BYTES: dict[Dtype, int] = {"fp32": 4, "int8": 1}
-"""Bytes per number."""
-
-
-def weight_bytes(params: int, dtype: Dtype = "fp32") -> int:
-    """Size of the weights: parameters x bytes per number.
-
-    BN scales and shifts are counted as ``Op.params`` counts them. An exported file differs by its folded BN, 32-bit biases where
-    the weights are int8, quantisation scales and the graph itself: this is the comparable part, not the file's length.
-    """
-    return params * BYTES[dtype]
 
 
 def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
@@ -122,74 +116,100 @@ class Compiled:
         return self.priced, self.most
 
 
+Count = Annotated[int | float, Field(union_mode="left_to_right")]
+"""A count; as a target, it may be a computed one. A whole number is always an integer, however it is written."""
+
+
 class _Limit(BaseModel):
+    """``most`` is the limit, or the target of ``search.budget``; only the latter may leave it open, for ``search.target_range``."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     FIELD: ClassVar[str]
+    UNIT: ClassVar[UnitName]
+
+    @property
+    def most(self) -> float | None:
+        """The number, whatever its key."""
+        found: float | None = getattr(self, self.FIELD)
+        return found
 
     @abstractmethod
+    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
+        """What is limited, of ``space``; ``table`` is for latency alone."""
+
     def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
         """The limit for ``space``."""
+        del load_table
+        return self._compiled(self.cost(space, None, allow_uncalibrated))
 
-    def _of_ops(self, space: SearchSpace, title: str, price: Callable[[Op], float], reduce: Literal["sum", "max"] = "sum") -> Compiled:
-        most = float(getattr(self, self.FIELD))
-        over = PricedSpace.of_ops(space, lambda op: float(price(op) > most)) if reduce == "max" else None
-        return Compiled(title, self.FIELD, most, PricedSpace.of_ops(space, price, reduce=reduce), over)
+    def _compiled(self, cost: CostModel) -> Compiled:
+        assert self.most is not None  # see ``Limit``
+        return Compiled(cost.title, self.FIELD, self.most, cost.priced)
 
 
 class LatencyLimit(_Limit):
-    """Predicted latency by a table, which may be another device's or another runtime's than the target's."""
+    """Predicted latency by a table; as a limit, by one of its own, which may be another device's or another runtime's."""
 
     FIELD: ClassVar[str] = "max_ms"
+    UNIT: ClassVar[UnitName] = "ms"
 
     kind: Literal["latency"]
-    table: str = Field(description="path of a latency table")
-    max_ms: float = Field(gt=0)
+    table: str | None = Field(None, description="path of a latency table; of a limit")
+    max_ms: float | None = Field(None, gt=0)
+
+    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
+        """Raises CoverageError where the table lacks ops of the space, TableError where it is not calibrated."""
+        assert table is not None
+        return CostModel.of_table(space, table, allow_uncalibrated=allow_uncalibrated)
 
     def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
-        """Raises CoverageError where the table lacks ops of the space, TableError where it is not calibrated."""
-        cost = CostModel(space, load_table(self.table), allow_uncalibrated=allow_uncalibrated)
-        return Compiled(f"latency_ms on {cost.table.title}", self.FIELD, self.max_ms, cost.priced)
+        """By the table that the limit names. Raises as ``cost`` does."""
+        assert self.table is not None  # see ``Limit``
+        return self._compiled(self.cost(space, load_table(self.table), allow_uncalibrated))
 
 
 class MacsLimit(_Limit):
     """Multiply-accumulates for one image."""
 
     FIELD: ClassVar[str] = "max_macs"
+    UNIT: ClassVar[UnitName] = "macs"
 
     kind: Literal["macs"]
-    max_macs: int = Field(gt=0, description="multiply-accumulates, not millions of them")
+    max_macs: Count | None = Field(None, gt=0, description="multiply-accumulates, not millions of them")
 
-    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
         """Sums over ops."""
-        return self._of_ops(space, "macs", lambda op: op.macs)
+        return CostModel.of_macs(space)
 
 
 class ParamsLimit(_Limit):
     """Trainable parameters."""
 
     FIELD: ClassVar[str] = "max_params"
+    UNIT: ClassVar[UnitName] = "params"
 
     kind: Literal["params"]
-    max_params: int = Field(gt=0, description="parameters, not millions of them")
+    max_params: int | None = Field(None, gt=0, description="parameters, not millions of them")
 
-    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
         """Sums over ops."""
-        return self._of_ops(space, "params", lambda op: op.params)
+        return CostModel.of_params(space)
 
 
 class SizeLimit(_Limit):
     """Bytes of the weights; see ``weight_bytes``."""
 
     FIELD: ClassVar[str] = "max_bytes"
+    UNIT: ClassVar[UnitName] = "size_bytes"
 
     kind: Literal["size_bytes"]
-    max_bytes: int = Field(gt=0)
+    max_bytes: int | None = Field(None, gt=0)
     dtype: Dtype = "fp32"
 
-    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
         """Sums over ops."""
-        return self._of_ops(space, f"size_bytes in {self.dtype}", lambda op: weight_bytes(op.params, self.dtype))
+        return CostModel.of_bytes(space, self.dtype)
 
 
 class ActivationLimit(_Limit):
@@ -198,20 +218,49 @@ class ActivationLimit(_Limit):
     FIELD: ClassVar[str] = "max_bytes"
 
     kind: Literal["activation_bytes"]
-    max_bytes: int = Field(gt=0)
+    max_bytes: int | None = Field(None, gt=0)
     dtype: Dtype = "fp32"
+
+    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
+        """Never: a peak is no sum, so nothing is searched towards it. See ``Budget``."""
+        raise AssertionError("a peak has no cost model")
 
     def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
         """The maximum over ops; of cells, in which several ops' maps are alive at once, over the steps of each network."""
-        of_ops = self._of_ops(space, f"activation_bytes in {self.dtype}", partial(activation_bytes, dtype=self.dtype), "max")
-        if isinstance(space, MacroSpace):
-            return of_ops
-        assert isinstance(of_ops.priced, PricedSpace)
-        return replace(of_ops, priced=PeakOfNetworks(space, of_ops.priced, self.dtype))
+        assert self.max_bytes is not None  # see ``Limit``
+        most, price = self.max_bytes, partial(activation_bytes, dtype=self.dtype)
+        over = PricedSpace.of_ops(space, lambda op: float(price(op) > most))
+        alone = PricedSpace.of_ops(space, price, reduce="max")
+        peak = alone if isinstance(space, MacroSpace) else PeakOfNetworks(space, alone, self.dtype)
+        return Compiled(f"activation_bytes in {self.dtype}", self.FIELD, most, peak, over)
 
 
-Limit = Annotated[LatencyLimit | MacsLimit | ParamsLimit | SizeLimit | ActivationLimit, Field(discriminator="kind")]
+def _with_number(limit: AnyBudget) -> AnyBudget:
+    """A limit with all that only a budget may leave open."""
+    if limit.most is None:
+        raise ValueError(f"{limit.FIELD} is missing: a limit needs its number")
+    if isinstance(limit, LatencyLimit) and limit.table is None:
+        raise ValueError("table is missing: a limit of latency is by a table of its own")
+    return limit
+
+
+def _to_aim_at(budget: AnyBudget) -> AnyBudget:
+    """A budget that a search can aim at."""
+    if isinstance(budget, ActivationLimit):
+        raise ValueError(
+            "kind = 'activation_bytes' is a peak and no sum over blocks, so a search cannot aim at it; "
+            "put it under search.limits, and choose another kind of budget"
+        )
+    if isinstance(budget, LatencyLimit) and budget.table is not None:
+        raise ValueError("table is for limits; name the table of the budget in search.table")
+    return budget
+
+
+AnyBudget = LatencyLimit | MacsLimit | ParamsLimit | SizeLimit | ActivationLimit
+Limit = Annotated[AnyBudget, Field(discriminator="kind"), AfterValidator(_with_number)]
 """One entry of ``search.limits``."""
+Budget = Annotated[AnyBudget, Field(discriminator="kind"), AfterValidator(_to_aim_at)]
+"""``search.budget``."""
 
 
 class Limits:

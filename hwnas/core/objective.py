@@ -20,6 +20,7 @@ and losses (lower is better; differentiable where T is an expectation):
 
 A logarithm depends on the unit of time and is positive only above one unit. ``mul_log`` takes milliseconds, as in ProxylessNAS,
 whose reference is 80 of them; ``fbnet`` takes microseconds (ours), as networks that take less than a millisecond are common here.
+Costs of another unit come in millions (``core.cost.Unit.scale``), which then take the place of milliseconds.
 ``unit_ms`` sets another unit, which also changes how strongly latency weighs: beta / log(T / unit) is the part of the loss by which it
 grows per part of T. A latency of one unit or less is an error, as the loss would otherwise turn around or be no number.
 """
@@ -40,32 +41,32 @@ MICROSECOND_MS = 1e-3
 Nonlinear: TypeAlias = Literal["linear", "positive", "negative", "absolute"]
 
 
-def absolute(quality: float, cost_ms: float, target_ms: float, beta: float = -0.10) -> float:
+def absolute(quality: float, cost: float, target: float, beta: float = -0.10) -> float:
     """TuNAS's absolute reward. Its maximum over equal qualities is at the target itself.
 
     Example:
         >>> round(absolute(0.75, 92.4, 84.0), 6)
         0.74
     """
-    return quality + beta * abs(cost_ms / target_ms - 1)
+    return quality + beta * abs(cost / target - 1)
 
 
-def mnas(quality: float, cost_ms: float, target_ms: float, beta: float = -0.07) -> float:
+def mnas(quality: float, cost: float, target: float, beta: float = -0.07) -> float:
     """MnasNet's soft exponential reward."""
-    return float(quality * (cost_ms / target_ms) ** beta)
+    return float(quality * (cost / target) ** beta)
 
 
-def mnas_hard(quality: float, cost_ms: float, target_ms: float, beta: float = -0.07) -> float:
+def mnas_hard(quality: float, cost: float, target: float, beta: float = -0.07) -> float:
     """MnasNet's hard exponential reward: the same above the target, the plain quality below it."""
-    return float(quality * min((cost_ms / target_ms) ** beta, 1.0))
+    return float(quality * min((cost / target) ** beta, 1.0))
 
 
-def proxylessnas_reward(quality: float, cost_ms: float, reference_ms: float, tradeoff: float = 0.1) -> float:
+def proxylessnas_reward(quality: float, cost: float, reference_ms: float, tradeoff: float = 0.1) -> float:
     """ProxylessNAS's reward for REINFORCE: acc * (ref / lat)^0.1, MnasNet's soft reward with beta = -0.1.
 
     [mit-han-lab/proxylessnas: search/nas_manager.py, rl_tradeoff_ratio]
     """
-    return mnas(quality, cost_ms, reference_ms, -tradeoff)
+    return mnas(quality, cost, reference_ms, -tradeoff)
 
 
 def penalised(
@@ -125,8 +126,9 @@ def _log(latency_ms: Any, unit_ms: float) -> Any:
     plain = isinstance(latency_ms, float | int)
     if (latency_ms <= unit_ms) if plain else (latency_ms <= unit_ms).any():
         raise TargetError(
-            f"a loss with the logarithm of latency needs latencies above its unit of {unit_ms:g} ms, and this search meets one that is "
-            f"not: set unit_ms = {MICROSECOND_MS:g} (microseconds) or less, or use another latency loss."
+            f"a loss with the logarithm of latency needs latencies above its unit of {unit_ms:g} ms, or {unit_ms:g} million of what is "
+            f"counted, and this search meets one that is not: set unit_ms = {MICROSECOND_MS:g} (microseconds) or less, "
+            "or use another latency loss."
         )
     units = latency_ms / unit_ms
     if plain:
@@ -144,9 +146,9 @@ class AbsoluteObjective(_Objective):
     name: Literal["absolute"] = "absolute"
     beta: float = Field(default=-0.10, le=0)
 
-    def reward(self, quality: float, cost_ms: float, target_ms: float) -> float:
+    def reward(self, quality: float, cost: float, target: float) -> float:
         """Reward of an architecture; higher is better."""
-        return absolute(quality, cost_ms, target_ms, self.beta)
+        return absolute(quality, cost, target, self.beta)
 
 
 class MnasObjective(_Objective):
@@ -155,9 +157,9 @@ class MnasObjective(_Objective):
     name: Literal["mnas", "mnas_hard"]
     beta: float = Field(default=-0.07, le=0)
 
-    def reward(self, quality: float, cost_ms: float, target_ms: float) -> float:
+    def reward(self, quality: float, cost: float, target: float) -> float:
         """Reward of an architecture; higher is better."""
-        return (mnas if self.name == "mnas" else mnas_hard)(quality, cost_ms, target_ms, self.beta)
+        return (mnas if self.name == "mnas" else mnas_hard)(quality, cost, target, self.beta)
 
 
 class PenalisedObjective(_Objective):
@@ -168,9 +170,9 @@ class PenalisedObjective(_Objective):
     aggregate: Literal["add", "mul"] = "add"
     scale: float = Field(default=-0.10, le=0)
 
-    def reward(self, quality: float, cost_ms: float, target_ms: float) -> float:
+    def reward(self, quality: float, cost: float, target: float) -> float:
         """Reward of an architecture; higher is better."""
-        return float(penalised(quality, cost_ms, target_ms, self.nonlinear, self.aggregate, self.scale))
+        return float(penalised(quality, cost, target, self.nonlinear, self.aggregate, self.scale))
 
 
 Objective = Annotated[AbsoluteObjective | MnasObjective | PenalisedObjective, Field(discriminator="name")]

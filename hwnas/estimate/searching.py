@@ -49,10 +49,10 @@ def stand_in(space: SearchSpace) -> LatencyTable:
 
 
 def context(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> tuple[Experiment, SearchContext]:
-    """A checked budget by the table, or by a stand-in, whose milliseconds no target and no limit is about."""
-    if table is None:
+    """A checked budget by the table, or by a stand-in, whose milliseconds no target and no limit is about; what is counted needs none."""
+    if table is None and experiment.search.by_table:
         target = experiment.search.target_range if experiment.search.target_range is not None else 0.5
-        loose = {"target_ms": None, "target_range": target, "limits": (), "allow_uncalibrated": True}
+        loose = {"target_ms": None, "budget": None, "target_range": target, "limits": (), "allow_uncalibrated": True}
         experiment = experiment.model_copy(update={"search": experiment.search.model_copy(update=loose)})
     return experiment, stage.search_context(experiment, space, table or stand_in(space))
 

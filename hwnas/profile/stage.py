@@ -40,8 +40,9 @@ class Profile(Stage):
 
     @classmethod
     def is_needed(cls, experiment: Experiment) -> bool:
-        """Not with a table, nor where nothing is searched."""
-        return experiment.search.table is None and experiment.train.arch is None
+        """Not with a table or a budget that is counted, nor where nothing is searched."""
+        search = experiment.search
+        return search.table is None and search.by_table and experiment.train.arch is None
 
     @cached_property
     def networks(self) -> tuple[Architecture, ...]:

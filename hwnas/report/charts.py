@@ -27,14 +27,15 @@ DOTS = 40
 
 
 def pareto(search: SearchResult) -> Markup:
-    """Super-net quality over predicted latency: random architectures, the strategy's proposals, the winner, the budget."""
+    """Super-net quality over predicted cost: random architectures, the strategy's proposals, the winner, the budget."""
     best, percentages = search.candidates[0], search.metric != OF_LOSS
+    unit, what = search.shown_in, f"predicted {search.shown_in.noun}"
     scale = 100 if percentages else 1
     with canvas(FULL, 310) as figure:
         axes = figure.subplots()
-        low, high = (search.target_ms * (1 + sign * search.tolerance) for sign in (-1, 1))
+        low, high = (search.target / unit.scale * (1 + sign * search.tolerance) for sign in (-1, 1))
         axes.axvspan(low, high, color=LIGHT["band"], lw=0, zorder=0, label=f"budget ± {search.tolerance:.0%}")
-        axes.axvline(search.target_ms, color=LIGHT["orange"], lw=1.2, zorder=1)
+        axes.axvline(search.target / unit.scale, color=LIGHT["orange"], lw=1.2, zorder=1)
         groups: tuple[tuple[str, tuple[Candidate, ...], dict[str, Any]], ...] = (
             ("random, anywhere", search.spread, {"marker": "x", "color": LIGHT["muted"]}),
             ("random, in the budget", search.random, {"marker": "o", "facecolors": "none", "edgecolors": LIGHT["muted"]}),
@@ -43,34 +44,38 @@ def pareto(search: SearchResult) -> Markup:
         )
         for label, members, look in groups:
             if members:
-                points = ([c.latency_ms for c in members], [scale * c.quality for c in members])
+                points = ([c.predicted / unit.scale for c in members], [scale * c.quality for c in members])
                 axes.scatter(*points, label=label, **{"s": 42, "zorder": 3, **look})
-        latencies = [c.latency_ms for c in (*search.candidates, *search.random, *search.spread)]
-        left, right = min(*latencies, low), max(*latencies, high)
+        costs = [c.predicted / unit.scale for c in (*search.candidates, *search.random, *search.spread)]
+        left, right = min(*costs, low), max(*costs, high)
         axes.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))
         axes.margins(y=0.15)
         if percentages:
             axes.yaxis.set_major_formatter(Ticks("%"))
-        axes.set_xlabel("predicted latency, ms")
+        axes.set_xlabel(f"predicted {unit.axis}")
         axes.set_ylabel(f"super-net {search.metric}, held-out images")
         figure.legend(loc="outside upper left", ncols=5)
         return inline_svg(
             figure,
             "pareto",
-            f"Scatter plot of super-net {search.metric} over predicted latency. Chosen: {best.latency_ms:.3g} ms and "
-            f"{shown(search.metric, best.quality)}; budget {search.target_ms:.3g} ms; {len(search.random)} random architectures and "
-            f"{len(search.candidates)} proposals.",
+            f"Scatter plot of super-net {search.metric} over {what}. Chosen: {best.predicted / unit.scale:.3g} {unit.symbol} and "
+            f"{shown(search.metric, best.quality)}; budget {search.target / unit.scale:.3g} {unit.symbol}; "
+            f"{len(search.random)} random architectures and {len(search.candidates)} proposals.",
         )
 
 
 @dataclass(frozen=True)
 class Series:
-    """A column of the metrics: its key, its name in the legend and its colour's name. ``exact`` ones have no noise to smooth."""
+    """A column of the metrics: its key, its name in the legend and its colour's name. ``exact`` ones have no noise to smooth.
+
+    What is drawn are its values times ``factor``.
+    """
 
     key: str
     label: str
     colour: str = "blue"
     exact: bool = False
+    factor: float = 1.0
 
 
 def course(
@@ -88,7 +93,7 @@ def course(
 
     ``target`` draws a line with its tolerance band, ``start`` the step at which the method's own learning began.
     """
-    columns = [(one, *_column(rows, one.key, 100.0 if percent else 1.0)) for one in series]
+    columns = [(one, *_column(rows, one.key, 100.0 if percent else one.factor)) for one in series]
     columns = [(one, steps, values) for one, steps, values in columns if len(steps) > 0]
     if not columns:
         return None

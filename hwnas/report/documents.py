@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.cells import CellSpace
-from hwnas.core.cost import latency_ms, missing_ops
+from hwnas.core.cost import UNITS, Unit, latency_ms, missing_ops
 from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.table import LatencyTable
@@ -110,15 +110,30 @@ class RunDocuments:
         return self.experiment.task == "detect"
 
     @property
+    def unit(self) -> Unit:
+        """What the budget is in."""
+        return UNITS[self.search.unit if self.search is not None else self.experiment.search.main_budget.UNIT]
+
+    @property
+    def target(self) -> float | None:
+        """The budget: the searched one, else the configured one."""
+        return self.search.target if self.search is not None else self.experiment.search.main_budget.most
+
+    @property
     def target_ms(self) -> float | None:
-        """The latency budget: the searched one, else the configured one."""
-        return self.search.target_ms if self.search is not None else self.experiment.search.target_ms
+        """The budget where it is one of latency."""
+        return self.target if self.unit.name == "ms" else None
+
+    @property
+    def counted(self) -> float | None:
+        """What the searched network has of a budget that is counted."""
+        return self.search.candidates[0].predicted if self.search is not None and self.unit.name != "ms" else None
 
     @property
     def predicted_ms(self) -> float | None:
         """The calibrated latency of the architecture, where the table covers it."""
         if self.arch is None or self.table is None or missing_ops(self.arch.ops(), self.table):
-            return self.search.candidates[0].latency_ms if self.search is not None else None
+            return self.search.candidates[0].predicted if self.search is not None and self.search.unit == "ms" else None
         return latency_ms(self.arch, self.table)
 
     def places(self) -> tuple[Place, ...]:

@@ -250,14 +250,19 @@ def block_prices(documents: RunDocuments) -> list[float | None]:
 def figures(documents: RunDocuments) -> dict[str, Any]:
     """Every figure whose documents exist: name -> SVG, and the two rows of curves as lists of (title, SVG)."""
     search, table, rows, places = documents.search, documents.table, documents.search_rows, documents.places()
-    tolerance, target_ms = documents.experiment.search.tolerance, documents.target_ms
+    tolerance, unit = documents.experiment.search.tolerance, documents.unit
+    target = None if documents.target is None else documents.target / unit.scale
     learns = [row for row in rows if row.get("reward") is not None or row.get("held_out_loss") is not None]
     start = int(learns[0]["step"]) if learns else None
-    latency = [Series("latency_ms", "sampled", "pale-blue"), Series("expected_ms", "expected", exact=True)]
+    sampled = Series(unit.quantity, "sampled", "pale-blue", factor=1 / unit.scale)
+    expected = Series(unit.expected, "expected", exact=True, factor=1 / unit.scale)
     searching = [
         ("Reward", charts.course("reward", "reward", rows, [Series("reward", "reward")], start=start)),
         ("Held-out loss", charts.course("heldoutloss", "held-out loss", rows, [Series("held_out_loss", "loss")], start=start)),
-        ("Latency, ms", charts.course("latency", "latency", rows, latency, target=target_ms, tolerance=tolerance, start=start)),
+        (
+            sentence(unit.axis),
+            charts.course("latency", unit.noun, rows, [sampled, expected], target=target, tolerance=tolerance, start=start),
+        ),
         ("Entropy of the policy, nats", charts.course("entropy", "entropy", rows, [Series("entropy", "entropy", exact=True)], start=start)),
         ("Loss", charts.course("loss", "loss", rows, [Series("loss", "loss")], start=start)),
     ]

@@ -118,14 +118,14 @@ class DARTS(Strategy):
         if over >= self.config.warmup:
             mixture = self.alphas.softmax()
             held_out = ctx.loss(all_edges(ctx.space, mixture), order=self.config.order, skip_dropout=dropout)
-            expected = ctx.cost.expected_ms(any_pair(ctx.space, mixture), torch)
-            self.alphas.update(penalised(held_out, expected, ctx.target_ms, "absolute", scale=self.config.latency_weight))
+            expected = ctx.cost.expected(any_pair(ctx.space, mixture), torch)
+            self.alphas.update(penalised(held_out, expected, ctx.target, "absolute", scale=self.config.latency_weight))
             metrics["held_out_loss"] = float(held_out.detach())
         with torch.no_grad():
             mixture = self.alphas.softmax()
         metrics |= ctx.train(_arrays(all_edges(ctx.space, mixture)), skip_dropout=dropout)
-        expected_ms = float(ctx.cost.expected_ms(_arrays(any_pair(ctx.space, mixture))))
-        return {**metrics, "entropy": self.alphas.entropy(), "expected_ms": expected_ms}
+        expected_ms = float(ctx.cost.expected(_arrays(any_pair(ctx.space, mixture))))
+        return {**metrics, "entropy": self.alphas.entropy(), ctx.cost.unit.expected: expected_ms}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The argmax first, where it is within the tolerance, then likely samples of the softmax that are."""

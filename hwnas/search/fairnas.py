@@ -63,10 +63,10 @@ class FairNAS(Strategy):
         """Nothing to prepare."""
 
     def step(self, ctx: SearchContext) -> Metrics:
-        """One update by the summed gradients of a fair set of paths. ``latency_ms`` is their mean."""
+        """One update by the summed gradients of a fair set of paths. The cost is their mean."""
         paths = fair_paths(ctx.space, ctx.rng)
         metrics = ctx.train(*(one_hot(picks, ctx.space) for picks in paths))
-        return {**metrics, "latency_ms": float(np.mean([ctx.cost.latency_ms(picks) for picks in paths]))}
+        return {**metrics, ctx.cost.unit.quantity: float(np.mean([ctx.cost.of(picks) for picks in paths]))}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The best of NSGA-II by reward."""

@@ -64,7 +64,9 @@ class FBNetConfig(BaseModel):
     latency_weight: float = Field(0.3, ge=0, description="of |LAT / target - 1| in the absolute loss (ours)")
     alpha: float = Field(0.2, gt=0)
     beta: float = Field(0.6, ge=0)
-    unit_ms: float = Field(MICROSECOND_MS, gt=0, description="unit of the latency in fbnet's logarithm, below every latency of the space")
+    unit_ms: float = Field(
+        MICROSECOND_MS, gt=0, description="unit of the latency in fbnet's logarithm, below all of the space; of counts, in millions"
+    )
     derive: Literal["sampled", "likely"] = Field("sampled", description="architectures to propose: samples of P, or its likeliest")
 
 
@@ -108,7 +110,7 @@ class FBNet(Strategy):
         self.thetas = Alphas(
             ctx.space, ctx.rng, init_std=0.0, lr=config.theta_lr, betas=(0.9, 0.999), weight_decay=config.theta_weight_decay
         )
-        self.with_latency(1.0, ctx.cost.range_ms()[0], ctx.target_ms)
+        self.with_latency(1.0, ctx.cost.range()[0] / ctx.cost.unit.scale, ctx.target / ctx.cost.unit.scale)
 
     def with_latency(self, loss: Any, latency_ms: Any, target_ms: float) -> Any:
         """The loss of a theta step: cross-entropy combined with the mask's latency, on floats or tensors."""
@@ -136,11 +138,12 @@ class FBNet(Strategy):
         metrics = ctx.train({key: mask.detach() for key, mask in masks.items()})
         if self.learns(ctx):
             masks = gumbel_softmax(self.thetas.values, temperature, ctx.rng)
-            loss, latency = ctx.loss(masks), ctx.cost.expected_ms(masks, torch)
-            self.thetas.update(self.with_latency(loss, latency, ctx.target_ms))
-            metrics |= {"held_out_loss": float(loss.detach()), "latency_ms": float(latency.detach())}
-        expected = float(ctx.cost.expected_ms(self.thetas.policy()))
-        return {**metrics, "temperature": temperature, "entropy": self.thetas.entropy(), "expected_ms": expected}
+            loss, latency = ctx.loss(masks), ctx.cost.expected(masks, torch)
+            scale = ctx.cost.unit.scale
+            self.thetas.update(self.with_latency(loss, latency / scale, ctx.target / scale))
+            metrics |= {"held_out_loss": float(loss.detach()), ctx.cost.unit.quantity: float(latency.detach())}
+        expected = float(ctx.cost.expected(self.thetas.policy()))
+        return {**metrics, "temperature": temperature, "entropy": self.thetas.entropy(), ctx.cost.unit.expected: expected}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """Samples of P within the budget, in the order drawn, or the likeliest of them."""

@@ -28,10 +28,10 @@ class Finder(ABC):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the super-net says of an architecture: recalibrated quality in 0..1, and the objective at its latency."""
+    """What the super-net says of an architecture: recalibrated quality in 0..1, and the objective at its cost."""
 
     picks: Picks
-    latency_ms: float
+    cost: float
     quality: float
     reward: float
 
@@ -57,7 +57,7 @@ class Leaderboard:
         """The judgement of an architecture, by ``ctx.evaluate`` where it is new."""
         identity = self._ctx.space.decode(picks).identity
         if identity not in self._judged:
-            quality, latency = self._ctx.evaluate(picks), self._ctx.cost.latency_ms(picks)
+            quality, latency = self._ctx.evaluate(picks), self._ctx.cost.of(picks)
             judgement = Judgement(picks, latency, quality, self._ctx.reward(quality, latency))
             self._judged[identity] = judgement
             self._best_reward = max(self._best_reward, judgement.reward)

@@ -165,16 +165,17 @@ class AgainstRandom(_Part):
     difference: Difference
     chosen: float
     own_paths: bool = Field(description="whether the weights were trained on the policy's own paths, which flatters its proposals")
+    same: str = Field("latency", description="what the budget is of, which proposals and random networks have in common")
 
     @property
     def sentence(self) -> str:
         """The conclusion in one sentence."""
         found = self.difference
         if not (found.positive or found.negative):
-            return f"No better than random networks of the same latency ({self.figures})."
+            return f"No better than random networks of the same {self.same} ({self.figures})."
         how = "Better" if found.positive else "Worse"
         by = shown_difference(self.metric, abs(found.value), found.error)
-        return f"{how} than random networks of the same latency by {by} (p = {found.p_value:.1g}{self._less})."
+        return f"{how} than random networks of the same {self.same} by {by} (p = {found.p_value:.1g}{self._less})."
 
     @property
     def figures(self) -> str:
@@ -214,7 +215,7 @@ class Course:
 class Ranking:
     """What a search has ranked: qualities of the proposals and of random networks on ``images`` held-out images; a guess's quality.
 
-    ``judged`` networks were looked at by a finder, on ``judged_images`` of these.
+    ``judged`` networks were looked at by a finder, on ``judged_images`` of these. ``same`` is the noun of the budget's unit.
     """
 
     metric: str
@@ -224,6 +225,7 @@ class Ranking:
     judged_images: int
     judged: int
     chance: float | None
+    same: str = "latency"
 
 
 def learning_of(course: Course | None, ranking: Ranking) -> Learning:
@@ -255,7 +257,7 @@ def _further(policy: Policy | None, compared: AgainstRandom | None) -> list[Caut
     found = [] if vain is None else [vain]
     if compared is not None and not compared.difference.positive:
         advice = "raise search.epochs; more search.candidates and search.random_samples tell smaller differences"
-        text = f"its proposals against random networks of the same latency: {compared.figures}; {advice}."
+        text = f"its proposals against random networks of the same {compared.same}: {compared.figures}; {advice}."
         found.append(Caution(headline="the search is no better than random", text=text))
     return found
 
@@ -306,6 +308,7 @@ def _against_random(ranking: Ranking, by_policy: bool) -> AgainstRandom | None:
         difference=welch(random, proposals, selection),
         chosen=ranking.proposals[0] - max(ranking.random),
         own_paths=by_policy,
+        same=ranking.same,
     )
 
 

@@ -76,14 +76,14 @@ class NSGA2(Finder):
                 for name, excess in _excess(ctx, index_NC).items():
                     trial.set_constraint(name, excess)
                 quality = board.judge(picks).quality if within_target(ctx, index_NC)[0] else 0.0
-                study.tell(trial, [quality, ctx.cost.latency_ms(picks), params.of(picks)])
+                study.tell(trial, [quality, ctx.cost.of(picks), params.of(picks)])
                 task.advance(1 - (len(board) - judged))  # the leaderboard counts what is new to it
         return board.best(count)
 
 
 def _excess(ctx: SearchContext, index_NC: np.ndarray) -> dict[str, float]:
     """By how much one architecture [1, choices] exceeds each constraint, relatively; at most 0 where it is met."""
-    off = abs(float(ctx.cost.latencies_ms(index_NC)[0]) / ctx.target_ms - 1)
+    off = abs(float(ctx.cost.of_many(index_NC)[0]) / ctx.target - 1)
     limits = [] if ctx.limits is None else ctx.limits.excess(index_NC)[0]
     return {"target": off - ctx.tolerance} | {f"limit {i}": float(excess) for i, excess in enumerate(limits)}
 

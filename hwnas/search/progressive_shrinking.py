@@ -194,15 +194,15 @@ class ProgressiveShrinking(Strategy):
         return tuple(self.ends[:-1])
 
     def step(self, ctx: SearchContext) -> Metrics:
-        """One update by the sub-networks of the present phase. ``latency_ms`` is their mean."""
+        """One update by the sub-networks of the present phase. The cost is their mean."""
         number = bisect_right(self.ends, ctx.step)
         phase = self.phases[number]
         if ctx.step == self.ends[0]:
             ctx.remember_teacher(largest_picks(ctx.space))
         paths = sampled(ctx.space, phase, ctx.rng)
         metrics = ctx.train(*(one_hot(picks, ctx.space) for picks in paths), teach=number > 0)
-        latency = float(np.mean([ctx.cost.latency_ms(picks) for picks in paths]))
-        return {**metrics, "phase": float(number), "latency_ms": latency}
+        latency = float(np.mean([ctx.cost.of(picks) for picks in paths]))
+        return {**metrics, "phase": float(number), ctx.cost.unit.quantity: latency}
 
     def cross_entropies(self, row: Metrics) -> int:
         """All phases but the first have a teacher."""

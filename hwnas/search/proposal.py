@@ -31,7 +31,7 @@ def one_hot(picks: Mapping[str, Option], space: SearchSpace) -> dict[str, np.nda
 
 def within_target(ctx: SearchContext, index_NC: np.ndarray) -> np.ndarray:
     """Which of the indexed architectures [N, choices] meet the target within the tolerance, and every limit: bool [N]."""
-    within: np.ndarray = np.abs(ctx.cost.latencies_ms(index_NC) / ctx.target_ms - 1) <= ctx.tolerance
+    within: np.ndarray = np.abs(ctx.cost.of_many(index_NC) / ctx.target - 1) <= ctx.tolerance
     return within if ctx.limits is None else within & ctx.limits.feasible(index_NC)
 
 

@@ -81,7 +81,9 @@ class ProxylessNASConfig(BaseModel):
     add_linear_lambda: float = Field(0.1, ge=0)
     mul_log_alpha: float = Field(0.2, gt=0)
     mul_log_beta: float = Field(0.3, ge=0)
-    unit_ms: float = Field(1.0, gt=0, description="unit of latencies in mul_log's logarithms, below every latency of the space")
+    unit_ms: float = Field(
+        1.0, gt=0, description="unit of latencies in mul_log's logarithms, below all of the space; of counts, in millions"
+    )
     rl_samples: int = Field(10, ge=1, description="paths per REINFORCE update")
     rl_baseline_rate: float = Field(0.99, gt=0, le=1, description="part of the way to the mean reward that the baseline moves per update")
     reward: Literal["objective", "proxylessnas"] = Field("objective", description="REINFORCE's: search.objective, or the paper's")
@@ -142,7 +144,7 @@ class ProxylessNAS(Strategy):
         """Draw the initial alphas. Raises TargetError where a latency of the space has no logarithm that the loss could use."""
         self.alphas = Alphas(ctx.space, ctx.rng, init_std=1e-3, lr=self.config.alpha_lr, betas=(0.0, 0.999), weight_decay=0.0)
         self.baseline = None
-        self.with_latency(1.0, ctx.cost.range_ms()[0], ctx.target_ms)
+        self.with_latency(1.0, ctx.cost.range()[0] / ctx.cost.unit.scale, ctx.target / ctx.cost.unit.scale)
 
     def with_latency(self, loss: Any, expected_ms: Any, target_ms: float) -> Any:
         """The loss of an architecture step: cross-entropy combined with the expected latency, on floats or tensors."""
@@ -170,7 +172,7 @@ class ProxylessNAS(Strategy):
         metrics = ctx.train(self._path(ctx.rng))
         if self.learns(ctx):
             metrics |= self._gate_step(ctx) if self.config.gradient == "gates" else self._reinforce_step(ctx)
-        return {**metrics, "entropy": self.alphas.entropy(), "expected_ms": float(ctx.cost.expected_ms(self.alphas.policy()))}
+        return {**metrics, "entropy": self.alphas.entropy(), ctx.cost.unit.expected: float(ctx.cost.expected(self.alphas.policy()))}
 
     def _path(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Gates of one path drawn from the policy."""
@@ -184,8 +186,9 @@ class ProxylessNAS(Strategy):
         one_hot = {key: torch.eye(len(p), dtype=p.dtype)[running[key][0]] for key, p in probabilities.items()}
         gates = {key: one_hot[key] + (p - p.detach()) for key, p in probabilities.items()}
         loss = ctx.loss(gates, probes={key: others for key, (_, *others) in running.items()})
-        latency = ctx.cost.expected_ms(probabilities, torch)
-        gradients = self.alphas.gradients(self.with_latency(loss, latency, ctx.target_ms))
+        scale = ctx.cost.unit.scale
+        latency = ctx.cost.expected(probabilities, torch) / scale
+        gradients = self.alphas.gradients(self.with_latency(loss, latency, ctx.target / scale))
         for choice in ctx.space.choices:
             if choice.options[running[choice.key][0]] == SKIP:
                 gradients[choice.key] = None
@@ -199,7 +202,7 @@ class ProxylessNAS(Strategy):
         """An Adam step on REINFORCE's loss over several paths."""
         paths = [self._path(ctx.rng) for _ in range(self.config.rl_samples)]
         qualities = ctx.qualities(*paths, multiple=len(paths))
-        latencies = [float(ctx.cost.expected_ms(path)) for path in paths]
+        latencies = [float(ctx.cost.expected(path)) for path in paths]
         rewards = [self._reward(ctx, quality, latency) for quality, latency in zip(qualities, latencies, strict=True)]
         mean = float(np.mean(rewards))
         self.baseline = mean if self.baseline is None else self.baseline + self.config.rl_baseline_rate * (mean - self.baseline)
@@ -208,12 +211,12 @@ class ProxylessNAS(Strategy):
             log_p = [torch.log_softmax(alpha, 0)[int(path[key].argmax())] for key, alpha in self.alphas.values.items()]
             loss = loss - (reward - self.baseline) / len(paths) * torch.stack(log_p).sum()
         self.alphas.update(loss)
-        return {"quality": float(np.mean(qualities)), "latency_ms": float(np.mean(latencies)), "reward": mean}
+        return {"quality": float(np.mean(qualities)), ctx.cost.unit.quantity: float(np.mean(latencies)), "reward": mean}
 
-    def _reward(self, ctx: SearchContext, quality: float, latency_ms: float) -> float:
+    def _reward(self, ctx: SearchContext, quality: float, cost: float) -> float:
         if self.config.reward == "proxylessnas":
-            return proxylessnas_reward(quality, latency_ms, ctx.target_ms)
-        return ctx.reward(quality, latency_ms)
+            return proxylessnas_reward(quality, cost, ctx.target)
+        return ctx.reward(quality, cost)
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The argmax first, where it is within the tolerance, then likely samples of the policy that are."""

@@ -55,7 +55,7 @@ class RandomSearch(Strategy):
     def step(self, ctx: SearchContext) -> Metrics:
         """One update of the weights of a uniformly drawn architecture."""
         picks = ctx.space.sample(ctx.rng)
-        return {**ctx.train(one_hot(picks, ctx.space)), "latency_ms": ctx.cost.latency_ms(picks)}
+        return {**ctx.train(one_hot(picks, ctx.space)), ctx.cost.unit.quantity: ctx.cost.of(picks)}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """``count`` random architectures within the tolerance of the target, in random order."""
@@ -90,7 +90,8 @@ class RandomStandalone(Strategy):
         self.alone = random_within(ctx, self.config.trainings, ctx.rng)
         if not self.alone:
             raise TargetError(
-                f"no architecture of space {ctx.space.name} within {ctx.tolerance:.2g} of {ctx.target_ms:.4g} ms was found to train: "
+                f"no architecture of space {ctx.space.name} within {ctx.tolerance:.2g} of {ctx.cost.unit.shown(ctx.target)} "
+                "was found to train: "
                 "raise search.tolerance or a limit."
             )
         if ctx.steps < len(self.alone):
@@ -101,7 +102,7 @@ class RandomStandalone(Strategy):
     def step(self, ctx: SearchContext) -> Metrics:
         """One update of the network whose turn it is."""
         picks = self.alone[ctx.step % len(self.alone)]
-        return {**ctx.train(one_hot(picks, ctx.space)), "latency_ms": ctx.cost.latency_ms(picks)}
+        return {**ctx.train(one_hot(picks, ctx.space)), ctx.cost.unit.quantity: ctx.cost.of(picks)}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The trained architectures, best reward first."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.config import Plugin
 from hwnas.core.arch import Picks
+from hwnas.core.cost import UNITS, Unit, UnitName
 from hwnas.core.objective import Objective
 from hwnas.document import Document
 from hwnas.search.learning import Learning
@@ -16,15 +18,16 @@ from hwnas.search.metric import ACCURACY
 
 
 class Candidate(BaseModel):
-    """An architecture judged by the super-net: predicted latency, and ``quality``, that of the recalibrated network on held-out images.
+    """An architecture judged by the super-net.
 
-    It is in 0..1, and ``SearchResult.metric`` names it: accuracy, AP or 1 / (1 + loss).
+    ``predicted`` is its cost in ``SearchResult.unit``; ``quality`` that of the recalibrated network on held-out images, in 0..1, which
+    ``SearchResult.metric`` names: accuracy, AP or 1 / (1 + loss).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     picks: Picks
-    latency_ms: float
+    predicted: float
     quality: float
     reward: float
     limits: dict[str, float] = Field({}, description="what search.limits limits, by name")
@@ -34,20 +37,22 @@ class SearchResult(Document):
     """What a search found. ``candidates`` are the strategy's proposals, best reward first.
 
     For comparison, ``random`` are random architectures within the budget, and ``spread`` over the whole space. ``learning`` says whether
-    there is anything in it. Version 1 called ``metric`` quality, and a candidate's ``quality`` accuracy, whatever it was.
+    there is anything in it. Version 1 called ``metric`` quality, and a candidate's ``quality`` accuracy, whatever it was; up to version 2
+    every cost was in milliseconds, and its name said so.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.search"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     strategy: str
     metric: str = Field(ACCURACY, description="what the candidates' quality is")
     space_sha256: str
     objective: Objective
-    target_ms: float
+    unit: UnitName = Field("ms", description="of all costs here: of the target, of what is reachable, and of the candidates")
+    target: float
     tolerance: float
-    reachable_ms: tuple[float, float]
-    table_sha256: str
+    reachable: tuple[float, float]
+    table_sha256: str | None = Field(None, description="the table that predicts latency; none where costs are counted")
     steps: int
     seed: int
     finder: Plugin | None = Field(None, description="what found the candidates, where it was not the strategy itself")
@@ -58,19 +63,28 @@ class SearchResult(Document):
     random: tuple[Candidate, ...] = ()
     spread: tuple[Candidate, ...] = ()
 
+    @property
+    def shown_in(self) -> Unit:
+        """The unit of all costs, with how it is shown."""
+        return UNITS[self.unit]
+
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """Version 1's names."""
-        del version
-        content["metric"] = content.pop("quality", ACCURACY)
+        """The names of versions 1 and 2."""
+        names = {"target_ms": "target", "reachable_ms": "reachable"}
+        of_candidates = {"latency_ms": "predicted"}
+        if version == 1:
+            content["metric"] = content.pop("quality", ACCURACY)
+            of_candidates |= {"accuracy": "quality"}
         for group in ("candidates", "random", "spread"):
             if isinstance(content.get(group), list):
-                content[group] = [_renamed(candidate) for candidate in content[group]]
+                content[group] = [_renamed(candidate, of_candidates) for candidate in content[group]]
+        renamed: dict[str, Any] = _renamed(content, names)
+        return renamed
+
+
+def _renamed(content: Any, names: Mapping[str, str]) -> Any:
+    """An object with other names; what is none stays as it is, to be refused like any other."""
+    if not isinstance(content, dict):
         return content
-
-
-def _renamed(candidate: Any) -> Any:
-    """A candidate of version 1; what is none stays as it is, to be refused like any other."""
-    if not isinstance(candidate, dict):
-        return candidate
-    return {("quality" if name == "accuracy" else name): value for name, value in candidate.items()}
+    return {names.get(name, name): value for name, value in content.items()}

@@ -48,7 +48,7 @@ class SPOSConfig(EvolutionConfig):
     """How paths are sampled, and the settings of the evolution."""
 
     sampling: Literal["architectures", "decisions", "fair"] = "architectures"
-    within_budget: float | None = Field(None, gt=0, description="train only paths up to this multiple of the target's latency")
+    within_budget: float | None = Field(None, gt=0, description="train only paths up to this multiple of the target")
 
     @model_validator(mode="after")
     def _either(self) -> Self:
@@ -93,7 +93,7 @@ class SPOS(Strategy):
     def step(self, ctx: SearchContext) -> Metrics:
         """One update of the weights of one path."""
         picks = ctx.space.at(self._fair(ctx) if self.config.sampling == "fair" else self._uniform(ctx))
-        return {**ctx.train(one_hot(picks, ctx.space)), "latency_ms": ctx.cost.latency_ms(picks)}
+        return {**ctx.train(one_hot(picks, ctx.space)), ctx.cost.unit.quantity: ctx.cost.of(picks)}
 
     def _uniform(self, ctx: SearchContext) -> np.ndarray:
         assert self.config.sampling != "fair"
@@ -102,8 +102,8 @@ class SPOS(Strategy):
         if bound is None:
             first: np.ndarray = drawn_NC[0]
             return first
-        latency_N = ctx.cost.latencies_ms(drawn_NC)
-        inside_N = latency_N <= bound * ctx.target_ms
+        latency_N = ctx.cost.of_many(drawn_NC)
+        inside_N = latency_N <= bound * ctx.target
         chosen: np.ndarray = drawn_NC[int(inside_N.argmax()) if inside_N.any() else int(latency_N.argmin())]
         return chosen
 

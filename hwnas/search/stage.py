@@ -13,7 +13,7 @@ import torch
 from hwnas.config import Experiment, Plugin, SearchConfig, SupernetConfig
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cells import CellSpace
-from hwnas.core.cost import CostModel
+from hwnas.core.cost import UNITS, CostModel
 from hwnas.core.describe import counted
 from hwnas.core.limits import LatencyLimit, Limits
 from hwnas.core.space import SearchSpace
@@ -61,19 +61,18 @@ def outputs(config: SearchConfig) -> list[str]:
 
 
 def resolve_target(experiment: Experiment, cost: CostModel) -> float:
-    """The latency budget in milliseconds, checked to be within the space's reach."""
-    config = experiment.search
+    """The budget's number, in the unit of ``cost``, checked to be within the space's reach."""
+    config, budget = experiment.search, experiment.search.main_budget
+    key = "search.target_ms" if config.budget is None else f"search.budget.{budget.FIELD}"
     if not cost.space.choices:
         raise SpaceError(f"space {cost.space.name} has no open choice, so nothing to search: train its architecture by train.arch.")
-    low, high = cost.range_ms()
-    if config.target_ms is not None:
-        cost.check_target(config.target_ms)
-        return config.target_ms
+    low, high = cost.range()
+    if budget.most is not None:
+        cost.check_target(budget.most, key)
+        return budget.most
     if config.target_range is not None:
         return low + config.target_range * (high - low)
-    raise ConfigError(
-        f"search.target_ms is not set: set it to your budget; this space takes {low:.4g} to {high:.4g} ms on {cost.table.title}."
-    )
+    raise ConfigError(f"{key} is not set: set it to your budget; this space {cost.verb} {cost.unit.shown(low, high)}{cost.source}.")
 
 
 def search_strategy(config: SearchConfig) -> Strategy:
@@ -95,21 +94,24 @@ def _finder_plugin(config: SearchConfig) -> Plugin | None:
     return config.finder or (TRAINED_FINDER if config.weights is not None else None)
 
 
-def search_context(experiment: Experiment, space: SearchSpace, table: LatencyTable) -> SearchContext:
+def search_context(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> SearchContext:
     """The budget of a search, checked: the target and every limit are within the space's reach, and can be met together.
+
+    ``table`` prices a budget of latency, and is not looked at for one that is counted.
 
     So are the strategy's demands on space and batch, or those of ``search.weights``. The context has no weights and no steps yet.
     Raises TargetError, CoverageError, TableError, SpaceError or ConfigError in one sentence.
     """
     config = experiment.search
-    cost = CostModel(space, table, allow_uncalibrated=config.allow_uncalibrated)
-    target_ms = resolve_target(experiment, cost)
+    cost = config.main_budget.cost(space, table, config.allow_uncalibrated)
+    target = resolve_target(experiment, cost)
     limits = check_search(experiment, space)
-    search = SearchContext(space, cost, config.objective, target_ms, config.tolerance, 0, config.batch_size, limits=limits)
+    search = SearchContext(space, cost, config.objective, target, config.tolerance, 0, config.batch_size, limits=limits)
     if not random_within(search, 1, np.random.default_rng(experiment.seed)):
         together = "".join(f", {each.title} <= {each.most:g}" for each in limits.compiled)
+        around = f"within {100 * config.tolerance:.3g} % of {cost.unit.shown(target)}{together}"
         raise TargetError(
-            f"no architecture of space {space.name} within {100 * config.tolerance:.3g} % of {target_ms:.4g} ms{together} was found: "
+            f"no architecture of space {space.name} {around} was found: "
             f"raise search.tolerance{', lower the target or raise a limit' if config.limits else ''}."
         )
     return search
@@ -163,7 +165,7 @@ def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
             )
 
 
-def run(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
+def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
     """Search, and write the winner, the result and the weights.
 
     ``arch.json`` and ``supernet.safetensors`` are the winner and its inherited weights, ``search.json`` the result, and
@@ -173,8 +175,8 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
     search = search_context(ctx.experiment, space, table)
     search.progress = progress
     experiment = sized(ctx.experiment, space)
-    low, high = search.cost.range_ms()
-    progress.say(f"target {search.target_ms:.4g} ms on {table.title}; {space.name} reaches {low:.4g} to {high:.4g} ms")
+    cost = search.cost
+    progress.say(f"target {cost.unit.shown(search.target)}{cost.source}; {space.name} reaches {cost.unit.shown(*cost.range())}")
     finder = search_finder(config)
     if config.weights is not None:
         judge = Judge(trained(config, space), experiment)
@@ -363,6 +365,7 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
         judged_images=config.evaluation_images,
         judged=judged,
         chance=judge.quality.of_a_guess(judge.held_out.labels),
+        same=search.cost.unit.noun,
     )
     learning = learning_of(course, ranking)
     SearchResult(
@@ -370,10 +373,11 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
         metric=judge.quality.metric,
         space_sha256=space.sha256,
         objective=config.objective,
-        target_ms=search.target_ms,
+        unit=search.cost.unit.name,
+        target=search.target,
         tolerance=config.tolerance,
-        reachable_ms=search.cost.range_ms(),
-        table_sha256=search.cost.table.sha256,
+        reachable=search.cost.range(),
+        table_sha256=None if search.cost.table is None else search.cost.table.sha256,
         steps=search.steps,
         seed=ctx.experiment.seed,
         finder=_finder_plugin(config),
@@ -384,7 +388,7 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
         random=tuple(random),
         spread=tuple(spread),
     ).save(ctx.folder / "search.json")
-    progress.say(_summary(arch, best, search.target_ms, judge.quality.metric))
+    progress.say(_summary(arch, best, search, judge.quality.metric))
     for caution in learning.cautions:
         progress.warn(str(caution))
 
@@ -397,21 +401,25 @@ def _ranked(
     of_all = quality_of or (lambda picks: judge.on_all_images(judge.network(picks)))
     with search.progress.task(description, len(proposals)) as task:
         for picks in proposals:
-            quality, latency = of_all(picks), search.cost.latency_ms(picks)
+            quality, predicted = of_all(picks), search.cost.of(picks)
             values = {} if search.limits is None else search.limits.describe(picks)
-            reward = search.reward(quality, latency)
-            judged.append(Candidate(picks=picks, latency_ms=latency, quality=quality, reward=reward, limits=values))
+            reward = search.reward(quality, predicted)
+            judged.append(Candidate(picks=picks, predicted=predicted, quality=quality, reward=reward, limits=values))
             task.advance(note=f"{metric} {shown(metric, quality)}")
             named = ", ".join(f"{key} {option}" for key, option in picks.items())
-            search.progress.detail(f"{latency:.4g} ms, {metric} {shown(metric, quality)}: {named}")
+            search.progress.detail(f"{search.cost.unit.shown(predicted)}, {metric} {shown(metric, quality)}: {named}")
     return sorted(judged, key=lambda candidate: -candidate.reward)
 
 
-def _summary(arch: Architecture, best: Candidate, target_ms: float, metric: str) -> str:
-    return (
-        f"found {arch.name}: {best.latency_ms:.4g} ms predicted ({best.latency_ms / target_ms - 1:+.1%} of the target), "
-        f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters, super-net {metric} {shown(metric, best.quality)}"
-    )
+def _summary(arch: Architecture, best: Candidate, search: SearchContext, metric: str) -> str:
+    unit = search.cost.unit
+    counts = {"macs": f"{arch.macs / 1e6:.1f} M MACs", "params": f"{arch.params / 1e6:.2f} M parameters"}
+    facts = [
+        f"{unit.shown(best.predicted)} predicted ({best.predicted / search.target - 1:+.1%} of the target)",
+        *(text for name, text in counts.items() if name != unit.name),
+        f"super-net {metric} {shown(metric, best.quality)}",
+    ]
+    return f"found {arch.name}: {', '.join(facts)}"
 
 
 class Search(Stage):
@@ -435,32 +443,39 @@ class Search(Stage):
         """The space, the tables, super-nets of earlier runs, the data and the settings."""
         self.at.check_searchable()
         config = self.at.experiment.search
-        found = self.at.hash_of_table() | limit_hashes(config)
+        found = limit_hashes(config) | (self.at.hash_of_table() if config.by_table else {})
         if config.weights is not None:
             found["super-net"] = file_sha256(trained_supernet(config.weights))
         if config.backbone is not None:
             found["backbone"] = file_sha256(trained_supernet(config.backbone, "search.backbone"))
         found |= self.at.hashes_of_config("detector") if self.at.experiment.task == "detect" else {}
-        search_context(self.at.experiment, self.at.space, self.at.table())
+        search_context(self.at.experiment, self.at.space, self._table())
         settings = self.at.hashes_of_config("search", "seed")
         return {"space.json": self.at.space.sha256, **found, **self.at.hashes_of_data(), **settings}
 
     def summary(self) -> str:
         """What trains how long, among how many, for which target."""
         config = self.at.experiment.search
-        if config.target_ms is not None:
-            target = f"at {config.target_ms:g} ms"
+        budget = config.main_budget
+        if budget.most is not None:
+            target = f"at {budget.most / UNITS[budget.UNIT].scale:g} {UNITS[budget.UNIT].symbol}"
         elif config.target_range is not None:
-            target = f"at {config.target_range:.0%} of the way from the fastest to the slowest"
+            ends = "the fastest to the slowest" if config.by_table else "the smallest to the largest"
+            target = f"at {config.target_range:.0%} of the way from {ends}"
         else:
-            target = "without a target yet: set search.target_ms"
+            key = "search.target_ms" if config.budget is None else f"search.budget.{budget.FIELD}"
+            target = f"without a target yet: set {key}"
         trains = config.weights is None
         searcher = f"{config.strategy.name} for {config.epochs:g} epochs" if trains else "a trained super-net"
         return f"{searcher} over {counted(self.at.space.architectures)} architectures, {target}"
 
     def run(self, ctx: StageContext) -> None:
         """Search with the table as it is now."""
-        run(ctx, self.at.space, self.at.table())
+        run(ctx, self.at.space, self._table())
+
+    def _table(self) -> LatencyTable | None:
+        """The table of the budget; None where it is counted."""
+        return self.at.table() if self.at.experiment.search.by_table else None
 
 
 def limit_hashes(config: SearchConfig) -> dict[str, str]:
@@ -468,5 +483,5 @@ def limit_hashes(config: SearchConfig) -> dict[str, str]:
     return {
         f"search.limits[{i}].table": LatencyTable.load(Path(limit.table).expanduser()).sha256
         for i, limit in enumerate(config.limits)
-        if isinstance(limit, LatencyLimit)
+        if isinstance(limit, LatencyLimit) and limit.table is not None
     }

@@ -111,7 +111,7 @@ def _best_pair(
 
 def _offsets(ctx: SearchContext, index_NC: np.ndarray) -> np.ndarray:
     """Of architectures, float64 [N, 1 + limits]: latency / target - 1, and by what part they exceed each limit."""
-    off_N = ctx.cost.latencies_ms(index_NC) / ctx.target_ms - 1
+    off_N = ctx.cost.of_many(index_NC) / ctx.target - 1
     return off_N[:, None] if ctx.limits is None else np.column_stack([off_N, ctx.limits.overruns(index_NC)])
 
 
@@ -133,7 +133,7 @@ def tilted(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, np
     Where not all can be met, the latency is. ``mu`` is found by bisection, after ``_limited`` has found it together with ``nu``.
     """
     limited = _limited(ctx, policy) if ctx.limits is not None and ctx.limits.compiled else policy
-    prices = ctx.cost.marginal_ms(limited)
+    prices = ctx.cost.marginals(limited)
 
     def bent(mu: float) -> dict[str, np.ndarray]:
         logits = {key: np.log(p + 1e-12) - mu * (prices[key] - prices[key].mean()) for key, p in limited.items()}
@@ -144,7 +144,7 @@ def tilted(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, np
     low, high = -STEEPEST * scale, STEEPEST * scale
     for _ in range(40):
         middle = (low + high) / 2
-        too_slow = float(ctx.cost.expected_ms(bent(middle))) > ctx.target_ms
+        too_slow = float(ctx.cost.expected(bent(middle))) > ctx.target
         low, high = (middle, high) if too_slow else (low, middle)
     return bent((low + high) / 2)
 
@@ -157,7 +157,7 @@ def _limited(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, 
     over lambda = (mu, nu), whose gradient is how far the expectations are from the aims.
     """
     assert ctx.limits is not None
-    sums = [(ctx.cost.priced, ctx.target_ms), *(each.as_sum for each in ctx.limits.compiled)]
+    sums = [(ctx.cost.priced, ctx.target), *(each.as_sum for each in ctx.limits.compiled)]
     sizes = [len(choice.options) for choice in ctx.space.choices]
     starts = np.cumsum([0, *sizes[:-1]])
     keys = [choice.key for choice in ctx.space.choices]

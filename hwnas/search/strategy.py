@@ -65,12 +65,14 @@ class SearchContext:
     else. ``weights`` are not there yet during ``Strategy.setup``, nor where a finder works on an already trained super-net;
     ``evaluator`` is there once weights are trained. ``meter`` counts what all this costs. ``seconds`` is what the search has taken,
     as far as this process knows: for what is said to people, and for nothing that decides.
+
+    ``target`` is in the unit of ``cost``, and so are the costs that ``reward`` takes: milliseconds, or what is counted.
     """
 
     space: SearchSpace
     cost: CostModel
     objective: AbsoluteObjective | MnasObjective | PenalisedObjective
-    target_ms: float
+    target: float
     tolerance: float
     steps: int
     batch_size: int
@@ -147,9 +149,9 @@ class SearchContext:
             self.meter.grow(number)
         self.weights.grow(number)
 
-    def reward(self, quality: float, latency_ms: float) -> float:
+    def reward(self, quality: float, cost: float) -> float:
         """The objective at this context's target."""
-        return self.objective.reward(quality, latency_ms, self.target_ms)
+        return self.objective.reward(quality, cost, self.target)
 
 
 class Strategy(ABC):

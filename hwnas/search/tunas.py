@@ -259,13 +259,13 @@ class TuNAS(Strategy):
         rate = self.rl_rate(ctx)
         if rate > 0.0:
             qualities = ctx.qualities(*gates, multiple=self.config.held_out_multiple)
-            latencies = [float(ctx.cost.expected_ms(each)) for each in gates]
+            latencies = [float(ctx.cost.expected(each)) for each in gates]
             rewards = [ctx.reward(quality, latency) for quality, latency in zip(qualities, latencies, strict=True)]
             self.controller.update(samples, rewards, rate, self.config.baseline_momentum, self.config.entropy)
-            means = {"quality": qualities, "latency_ms": latencies, "reward": rewards}
+            means = {"quality": qualities, ctx.cost.unit.quantity: latencies, "reward": rewards}
             metrics |= {name: float(np.mean(values)) for name, values in means.items()}
-        expected = float(ctx.cost.expected_ms(self.controller.option_probabilities()))
-        return {**metrics, "entropy": float(self.controller.entropy().detach()), "expected_ms": expected}
+        expected = float(ctx.cost.expected(self.controller.option_probabilities()))
+        return {**metrics, "entropy": float(self.controller.entropy().detach()), ctx.cost.unit.expected: expected}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The argmax first, where it is within the tolerance, then likely samples of the policy that are."""

@@ -55,7 +55,6 @@ from hwnas.search.stage import search_context, search_finder
 from hwnas.search.strategy import SearchContext
 from hwnas.study import metrics
 from hwnas.study.documents import CompareStudy, Duel, Estimate, Found, MethodResult, RandomSearch
-from hwnas.study.supernets import MS_PER_MAC, macs_table
 from hwnas.study.truth import Truth, configured_truth
 
 RESULT = "compare.json"
@@ -74,7 +73,7 @@ class Arena:
     """Where methods meet: the architectures of the truth in the budget, with their accuracies, float [n] and [n, repeats]."""
 
     search: SearchContext
-    table: LatencyTable
+    table: LatencyTable | None
     truth: Truth
     names: tuple[str, ...]
     mean_N: np.ndarray
@@ -110,8 +109,11 @@ def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
         raise ConfigError("study.seeds is empty: give the seeds of every method, for instance seeds = [0, 1, 2, 3, 4].")
     if experiment.search.weights is not None or experiment.search.backbone is not None:
         raise ConfigError("search.weights and search.backbone give a search a start, and a comparison begins from nothing: remove them.")
-    if experiment.search.table is None and config.compare.max_macs is None:
-        raise ConfigError("study.compare.max_macs is not set: give the budget in multiply-accumulates, or search.table and its target.")
+    priced = experiment.search.table is not None or not experiment.search.by_table
+    if not priced and config.compare.max_macs is None:
+        raise ConfigError(
+            "study.compare.max_macs is not set: give the budget in multiply-accumulates, or search.table and its target, or search.budget."
+        )
     if experiment.search.table is not None and config.compare.max_macs is not None:
         raise ConfigError("study.compare.max_macs is the budget without search.table: remove it, or limit MACs by search.limits.")
     return config.compare.methods
@@ -124,7 +126,8 @@ def searching(experiment: Experiment, method: MethodConfig, seed: int) -> Experi
     search |= {"strategy": method.strategy.model_dump(mode="json"), "random_samples": 0}
     most = experiment.study.compare.max_macs
     if most is not None:
-        search |= {"target_ms": most * MS_PER_MAC / (1 + experiment.search.tolerance), "target_range": None}
+        target = most / (1 + experiment.search.tolerance)
+        search |= {"budget": {"kind": "macs", "max_macs": target}, "target_ms": None, "target_range": None}
     content = experiment.model_dump(mode="json", by_alias=True) | {"search": search, "seed": seed}
     try:
         return Experiment.model_validate(content)
@@ -139,7 +142,7 @@ def arena(experiment: Experiment, space: SearchSpace) -> Arena:
     """
     methods = methods_of(experiment)
     truth = configured_truth(experiment.study, space)
-    table = macs_table(space) if experiment.search.table is None else LatencyTable.load(Path(experiment.search.table).expanduser())
+    table = None if experiment.search.table is None else LatencyTable.load(Path(experiment.search.table).expanduser())
     index_NC = np.array([space.index(picks) for picks in truth.picks])
     macs_N = np.array([space.decode(picks).macs for picks in truth.picks])
     contexts = []
@@ -175,7 +178,7 @@ def _budget(experiment: Experiment, search: SearchContext) -> str:
     most = experiment.study.compare.max_macs
     limits = "".join(f", {each.title} <= {each.most:g}" for each in search.limits.compiled) if search.limits is not None else ""
     if most is None:
-        return f"{100 * search.tolerance:.3g} % of {search.target_ms:.4g} ms{limits}"
+        return f"{100 * search.tolerance:.3g} % of {search.cost.unit.shown(search.target)}{limits}"
     return f"{most * _least(experiment) / 1e6:.4g} to {most / 1e6:.4g} M MACs{limits}"
 
 
@@ -190,7 +193,7 @@ def _position(config: StudyConfig, found: Arena, picks: Picks, who: str) -> int:
     return position
 
 
-def search(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
+def search(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
     """A search of the study, in its folder: ``SEARCHED`` remains."""
     started = time.process_time()
     found = all((ctx.folder / name).exists() for name in ("arch.json", "search.json"))  # it was killed while weights were removed
@@ -229,7 +232,7 @@ def run(ctx: StageContext, space: SearchSpace, found: Arena, searches: Searches,
         space_sha256=space.sha256,
         truth=found.truth.info(str(config.truth)),
         budget=_budget(ctx.experiment, found.search),
-        target_ms=found.search.target_ms,
+        target_ms=found.search.target if found.search.cost.unit.name == "ms" else None,
         tolerance=found.search.tolerance,
         architectures=len(found.names),
         best=found.names[best],

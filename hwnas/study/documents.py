@@ -175,7 +175,7 @@ class CompareStudy(Document):
     space_sha256: str
     truth: TruthInfo
     budget: str
-    target_ms: float
+    target_ms: float | None = Field(description="none where the budget is of something else, as ``budget`` says")
     tolerance: float
     architectures: int
     best: str

@@ -40,7 +40,7 @@ from hwnas.search.shrinking import Evidence, Metric, Scores, operators, sample_c
 from hwnas.search.stage import SHARED, prepare, search_strategy
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.study.documents import ShrinkPath, ShrinkStep
-from hwnas.study.supernets import base_step, macs_table, saving_at
+from hwnas.study.supernets import base_step, saving_at
 
 INITIAL = "initial.safetensors"
 ALPHAS = "alphas.json"
@@ -227,8 +227,8 @@ def _train(
     """Train the super-net of a stage into ``folder``, with W0 beside it, going on where it was."""
     config = ctx.experiment.shrink
     experiment = _training(ctx.experiment, space, number)
-    cost = CostModel(space, macs_table(space))
-    low, high = cost.range_ms()
+    cost = CostModel.of_macs(space)
+    low, high = cost.range()
     search = SearchContext(
         space, cost, experiment.search.objective, (low + high) / 2, experiment.search.tolerance, 0, experiment.search.batch_size
     )

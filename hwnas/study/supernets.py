@@ -8,8 +8,9 @@ from pathlib import Path
 
 from hwnas.config import Experiment, SearchConfig
 from hwnas.core.cells import CellSpace
+from hwnas.core.limits import MacsLimit
 from hwnas.core.space import SearchSpace
-from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
+from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError
 from hwnas.nn.supernet import SharedNetwork, save_supernet
 from hwnas.runs import StageContext
@@ -23,9 +24,6 @@ OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random
 
 BASE = "base.safetensors"
 """The super-net as it was after ``study.base_epochs``."""
-
-MS_PER_MAC = 1e-6
-"""Of the table that stands in where none is configured."""
 
 Step = Callable[[int], Metrics]
 """What an engine fits: the number of a step -> what it logs."""
@@ -44,24 +42,17 @@ class Trained:
     base: Path | None = None
 
 
-def macs_table(space: SearchSpace) -> LatencyTable:
-    """A table of a device that takes a millisecond for a million MACs: strategies want a latency, and a study of ranks has none."""
-    unknown = dict.fromkeys(TableHeader.model_fields, "unknown")
-    header = TableHeader.model_validate({**unknown, "device": "MACs", "space": space.name})
-    entries = {op.key: Entry(ms=op.macs * MS_PER_MAC) for op in space.ops}
-    return LatencyTable(header=header, entries=entries, calibration=Calibration(intercept_ms=0.0, slope=1.0, networks=0))
-
-
 def training(experiment: Experiment, seed: int) -> Experiment:
     """The experiment that trains the super-net of ``seed``.
 
-    Without ``search.table`` its cost is MACs, so a target in milliseconds says nothing: half-way through the space is taken, within
-    which strategies that steer by latency are free to go where they like. What only says how architectures are judged afterwards is as
+    A budget of latency without ``search.table`` has no prices: half-way through the MACs of the space is taken instead, within which
+    strategies that steer by their budget are free to go where they like. What only says how architectures are judged afterwards is as
     by default, so that a study of other settings takes over the super-nets that are there.
     """
     search = experiment.search.model_copy(update={name: SearchConfig.model_fields[name].default for name in OF_JUDGING})
-    if search.table is None:
-        middle = {"target_ms": None, "target_range": 0.5 if search.target_range is None else search.target_range, "tolerance": 0.5}
+    if search.table is None and search.by_table:
+        place = 0.5 if search.target_range is None else search.target_range
+        middle = {"target_ms": None, "budget": MacsLimit(kind="macs"), "target_range": place, "tolerance": 0.5}
         search = search.model_copy(update=middle)
     return experiment.model_copy(update={"seed": seed, "search": search})
 
@@ -90,7 +81,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
         )
 
 
-def train(ctx: StageContext, space: SearchSpace, table: LatencyTable) -> None:
+def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
     """Train the super-net of ``ctx.experiment`` (see ``training``) into ``shared.safetensors``, going on where it was."""
     experiment = ctx.experiment.model_copy(update={"data": ctx.experiment.data.at(space.resolution)})
     search = search_context(experiment, space, table)

@@ -57,14 +57,14 @@ class Training:
     """One training, a stage of its own in ``root / name``; ``inputs`` and ``outputs`` are its manifest's (hwnas/runs.py).
 
     ``function`` is named as ``module:function``, so that another process finds it. It is called with a StageContext of
-    ``experiment``, the space and the table, and goes on from the files that it finds in its folder.
+    ``experiment``, the space and the table (None where none is needed), and goes on from the files that it finds in its folder.
     """
 
     name: str
     function: str
     experiment: Experiment
     space: SearchSpace
-    table: LatencyTable
+    table: LatencyTable | None
     root: Path
     inputs: Mapping[str, str]
     outputs: Sequence[str]
@@ -81,7 +81,7 @@ class Training:
             "function": self.function,
             "experiment": self.experiment.model_dump(mode="json", by_alias=True),
             "space": self.space.to_json(),
-            "table": self.table.to_json(),
+            "table": None if self.table is None else self.table.to_json(),
             "root": str(self.root),
             "inputs": dict(self.inputs),
             "outputs": list(self.outputs),
@@ -95,7 +95,7 @@ class Training:
             function=order["function"],
             experiment=Experiment.model_validate(order["experiment"]),
             space=parse_space(order["space"]),
-            table=LatencyTable.parse(order["table"]),
+            table=None if order["table"] is None else LatencyTable.parse(order["table"]),
             root=Path(order["root"]),
             inputs=order["inputs"],
             outputs=order["outputs"],
@@ -147,7 +147,7 @@ def _here(trainings: Sequence[Training], threads: int | None, progress: Progress
 def perform(training: Training, threads: int | None, progress: Progress) -> None:
     """Do a training in this process, with so many threads, going on where its folder says."""
     module, _, name = training.function.partition(":")
-    function: Callable[[StageContext, SearchSpace, LatencyTable], None] = getattr(importlib.import_module(module), name)
+    function: Callable[[StageContext, SearchSpace, LatencyTable | None], None] = getattr(importlib.import_module(module), name)
     ctx = StageContext(training.experiment, training.root, training.folder, progress)
     training.folder.mkdir(parents=True, exist_ok=True)
     with stage(training.folder, training.name, training.inputs, list(training.outputs)), _threads(threads):

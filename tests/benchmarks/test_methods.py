@@ -141,7 +141,7 @@ def searched(name: str, data: Path, table: Path, epochs: float, seed: int) -> di
         seconds_file.write_text(json.dumps(seconds))
     found = json.loads((out / "search/search.json").read_text())
     accuracy = trained(out, data, settings, seed)["test_accuracy"]
-    latency = found["candidates"][0]["latency_ms"] / found["target_ms"] - 1
+    latency = found["candidates"][0]["predicted"] / found["target"] - 1
     return {"method": name, "accuracy": accuracy, "latency": latency, "seconds": json.loads(seconds_file.read_text())}
 
 
@@ -160,7 +160,7 @@ def random_network(number: int, data: Path, table: Path, seed: int) -> dict[str,
     return {
         "method": "random network in the budget",
         "accuracy": accuracy,
-        "latency": context.cost.latency_ms(picks) / context.target_ms - 1,
+        "latency": context.cost.of(picks) / context.target - 1,
         "seconds": 0.0,
     }
 

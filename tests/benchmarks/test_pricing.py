@@ -30,7 +30,7 @@ ENLARGED = "proxylessnas_enlarged"
 @cache
 def priced(name: str, resolution: int = 224, classes: int = 1000) -> CostModel:
     space = load_space(name, resolution=resolution, classes=classes)
-    return CostModel(space, synthetic_table(space))
+    return CostModel.of_table(space, synthetic_table(space))
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -44,7 +44,7 @@ def test_architectures_priced_per_second(benchmark: Any, name: str) -> None:
     torch.set_num_threads(1)
     cost = priced(name)
     index_NC = uniform_index(cost.space, 100_000, np.random.default_rng(0))
-    benchmark(lambda: cost.latencies_ms(index_NC))
+    benchmark(lambda: cost.of_many(index_NC))
     rate = len(index_NC) / benchmark.stats.stats.median
     print(f"\n{rate:,.0f} architectures of {name} priced per second")
     assert rate > 100_000
@@ -55,7 +55,7 @@ def test_architectures_held_against_three_limits_per_second(benchmark: Any) -> N
     others = [MacsLimit(kind="macs", max_macs=10**9), ActivationLimit(kind="activation_bytes", max_bytes=10**7)]
     limits = Limits(cost.space, others, LatencyTable.load)
     index_NC = uniform_index(cost.space, 100_000, np.random.default_rng(0))
-    benchmark(lambda: (cost.latencies_ms(index_NC) <= 1000.0) & limits.feasible(index_NC))
+    benchmark(lambda: (cost.of_many(index_NC) <= 1000.0) & limits.feasible(index_NC))
     rate = len(index_NC) / benchmark.stats.stats.median
     print(f"\n{rate:,.0f} architectures of {ENLARGED} held against latency, MACs and peak memory per second")
     assert rate > 100_000
@@ -78,7 +78,7 @@ def test_the_gradient_of_expected_latency_beside_a_super_net_step(benchmark: Any
         F.cross_entropy(supernet(x_NCHW, one_hot(space.sample(rng), space)), y).backward()
 
     def gradient() -> None:
-        cost.expected_ms({key: logit.softmax(0) for key, logit in logits.items()}, torch).backward()
+        cost.expected({key: logit.softmax(0) for key, logit in logits.items()}, torch).backward()
 
     step(), gradient()
     pairs = [(seconds(step), statistics.median(seconds(gradient) for _ in range(5))) for _ in range(15)]

@@ -159,8 +159,8 @@ class Search:
     def __init__(self, method: Method, folder: Path) -> None:
         made: type[Strategy] = STRATEGIES.get(method.strategy)
         self.strategy = made(made.Config(**method.options))
-        cost = CostModel(SPACE, synthetic_table(SPACE))
-        low, high = cost.range_ms()
+        cost = CostModel.of_table(SPACE, synthetic_table(SPACE))
+        low, high = cost.range()
         self.ctx = SearchContext(SPACE, cost, AbsoluteObjective(), (low + high) / 2, 0.02, STEPS, BATCH)
         prepared(self.strategy, self.ctx, 0)
         self.generator = torch.Generator().manual_seed(0)
@@ -269,8 +269,8 @@ def test_judging_with_a_trained_super_net(benchmark: Any, tmp_path: Path, monkey
     held_out, train = Noise(), Noise()
     monkeypatch.setattr("hwnas.search.judge.load_images", lambda data, split: held_out if split == "held_out" else train)
     supernet = Supernet(SPACE, torch.Generator().manual_seed(0))
-    cost = CostModel(SPACE, synthetic_table(SPACE))
-    low, high = cost.range_ms()
+    cost = CostModel.of_table(SPACE, synthetic_table(SPACE))
+    low, high = cost.range()
     settings = {"defaults": {}, "a quarter of the images": {"recalibration_images": 256, "evaluation_images": 256}}
     found: dict[str, tuple[int, float]] = {}
 

@@ -75,7 +75,7 @@ def table_of(space: SearchSpace, calibration: Calibration | None = CALIBRATION) 
 @cache
 def priced(name: str) -> CostModel:
     space = {"proxylessnas": proxylessnas, "mobile32": mobile32, "elastic": elastic, "small": small, "open": open_}[name]()
-    return CostModel(space, table_of(space))
+    return CostModel.of_table(space, table_of(space))
 
 
 def every_index(space: SearchSpace) -> np.ndarray:
@@ -96,7 +96,7 @@ def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -
     def check(index: tuple[int, ...]) -> None:
         arch = space.decode(space.at(index))
         walked = 0.7 + sum(1.25 * entry_ms(op) + 0.4 * op.params / 1e6 for op in arch.ops())
-        assert cost.latency_ms(space.at(index)) == pytest.approx(walked, abs=1e-9)
+        assert cost.of(space.at(index)) == pytest.approx(walked, abs=1e-9)
         assert latency_ms(arch, cost.table) == pytest.approx(walked, abs=1e-9)
 
     check()
@@ -106,9 +106,9 @@ def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -
 def test_a_batch_costs_what_its_members_cost(name: str) -> None:
     cost, rng = priced(name), np.random.default_rng(0)
     index_NC = np.stack([rng.integers(len(choice.options), size=100) for choice in cost.space.choices], axis=1)
-    single = [cost.latency_ms(cost.space.at(index)) for index in index_NC]
-    assert cost.latencies_ms(index_NC) == pytest.approx(np.array(single), abs=1e-12)
-    assert cost.latencies_ms(index_NC[:0]).shape == (0,)
+    single = [cost.of(cost.space.at(index)) for index in index_NC]
+    assert cost.of_many(index_NC) == pytest.approx(np.array(single), abs=1e-12)
+    assert cost.of_many(index_NC[:0]).shape == (0,)
 
 
 def test_the_expectation_is_the_weighted_sum_over_all_architectures() -> None:
@@ -118,10 +118,10 @@ def test_the_expectation_is_the_weighted_sum_over_all_architectures() -> None:
     for seed in range(20):
         gates = random_gates(cost.space, np.random.default_rng(seed))
         weight_N = np.prod([gates[choice.key][index_NC[:, i]] for i, choice in enumerate(cost.space.choices)], axis=0)
-        expected = float(weight_N @ cost.latencies_ms(index_NC))
-        assert float(cost.expected_ms(gates)) == pytest.approx(expected, rel=1e-12)
+        expected = float(weight_N @ cost.of_many(index_NC))
+        assert float(cost.expected(gates)) == pytest.approx(expected, rel=1e-12)
         tensors = {key: torch.tensor(gate) for key, gate in gates.items()}
-        assert float(cost.expected_ms(tensors, torch)) == pytest.approx(expected, rel=1e-12)
+        assert float(cost.expected(tensors, torch)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
@@ -129,8 +129,8 @@ def test_the_expectation_is_what_sampling_gives(name: str) -> None:
     cost, rng = priced(name), np.random.default_rng(7)
     gates = random_gates(cost.space, rng)
     index_NC = np.stack([rng.choice(len(p), size=100_000, p=p) for p in gates.values()], axis=1)
-    latencies_ms = cost.latencies_ms(index_NC)
-    error = abs(latencies_ms.mean() - float(cost.expected_ms(gates)))
+    latencies_ms = cost.of_many(index_NC)
+    error = abs(latencies_ms.mean() - float(cost.expected(gates)))
     assert error < 4 * latencies_ms.std() / np.sqrt(len(latencies_ms))
 
 
@@ -139,7 +139,7 @@ def test_the_expectation_of_a_certain_pick_is_its_latency() -> None:
     for seed in range(20):
         picks = cost.space.sample(np.random.default_rng(seed))
         gates = {choice.key: np.eye(len(choice.options))[choice.options.index(picks[choice.key])] for choice in cost.space.choices}
-        assert float(cost.expected_ms(gates)) == pytest.approx(cost.latency_ms(picks), rel=1e-12)
+        assert float(cost.expected(gates)) == pytest.approx(cost.of(picks), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["elastic", "small", "open"])
@@ -153,7 +153,7 @@ def test_the_gradient_of_the_expectation_is_that_of_finite_differences(name: str
     ]
 
     def expectation(*logits: torch.Tensor) -> torch.Tensor:
-        return cost.expected_ms({key: logit.softmax(0) for key, logit in zip(keys, logits, strict=True)}, torch)
+        return cost.expected({key: logit.softmax(0) for key, logit in zip(keys, logits, strict=True)}, torch)
 
     assert torch.autograd.gradcheck(expectation, logits, eps=1e-6, atol=1e-7)
     expectation(*logits).backward()
@@ -165,23 +165,23 @@ def test_marginals_are_the_gradient_that_autograd_finds(name: str) -> None:
     cost = priced(name)
     gates = random_gates(cost.space, np.random.default_rng(3))
     leaves = {key: torch.tensor(gate, requires_grad=True) for key, gate in gates.items()}
-    cost.expected_ms(leaves, torch).backward()
-    marginal_ms = cost.marginal_ms(gates)
+    cost.expected(leaves, torch).backward()
+    marginal_ms = cost.marginals(gates)
     assert list(marginal_ms) == [choice.key for choice in cost.space.choices]
     for key, leaf in leaves.items():
         assert marginal_ms[key] == pytest.approx(leaf.grad.numpy(), rel=1e-12)
         for i in range(len(leaf)):
             moved = {**gates, key: gates[key] + 1e-6 * np.eye(len(leaf))[i]}
-            slope = (float(cost.expected_ms(moved)) - float(cost.expected_ms(gates))) / 1e-6
+            slope = (float(cost.expected(moved)) - float(cost.expected(gates))) / 1e-6
             assert marginal_ms[key][i] == pytest.approx(slope, abs=1e-6)
 
 
 def test_precisions_can_be_mixed_between_calls() -> None:
     cost = priced("small")
     gates = random_gates(cost.space, np.random.default_rng(0))
-    expected = float(cost.expected_ms(gates))
+    expected = float(cost.expected(gates))
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float64, 1e-12)):
-        found = cost.expected_ms({key: torch.tensor(gate, dtype=dtype) for key, gate in gates.items()}, torch)
+        found = cost.expected({key: torch.tensor(gate, dtype=dtype) for key, gate in gates.items()}, torch)
         assert found.dtype == dtype
         assert float(found) == pytest.approx(expected, rel=tolerance)
 
@@ -195,9 +195,9 @@ def test_the_range_is_that_of_all_architectures() -> None:
         space.restrict({"s1.b0": ["ir_k5_e3"]}),
     ]
     for one in [*restricted, elastic().restrict({"s1.width": [8, 24], "s2.b0": ["ir_k3_e3"], "s1.b0": ["ir_k3_e3", "ir_k5_e3"]})]:
-        cost = CostModel(one, table_of(one))
-        latencies_ms = cost.latencies_ms(every_index(one))
-        assert cost.range_ms() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
+        cost = CostModel.of_table(one, table_of(one))
+        latencies_ms = cost.of_many(every_index(one))
+        assert cost.range() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
@@ -210,20 +210,20 @@ def test_the_range_is_that_of_all_architectures_of_any_space(data: st.DataObject
         slots = (data.draw(blocks), (*data.draw(blocks), "skip")) if data.draw(st.booleans()) else (data.draw(blocks),)
         stages.append(Stage(widths=data.draw(widths), slots=slots, residual=data.draw(st.sampled_from(("after_first", "matching")))))
     space = MacroSpace(name="any", resolution=8, classes=3, stages=tuple(stages))
-    cost = CostModel(space, table_of(space))
-    latencies_ms = cost.latencies_ms(every_index(space)) if space.choices else np.array([cost.latency_ms({})])
-    assert cost.range_ms() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
+    cost = CostModel.of_table(space, table_of(space))
+    latencies_ms = cost.of_many(every_index(space)) if space.choices else np.array([cost.of({})])
+    assert cost.range() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
 
 
 def test_a_space_with_one_architecture_has_one_price() -> None:
     space = small()
     picks = space.sample(np.random.default_rng(0))
     single = space.restrict({key: [option] for key, option in picks.items()})
-    cost = CostModel(single, table_of(space))
-    expected = priced("small").latency_ms(picks)
-    assert cost.range_ms() == pytest.approx((expected, expected))
-    assert cost.latency_ms({}) == pytest.approx(expected)
-    assert float(cost.expected_ms({})) == pytest.approx(expected)
+    cost = CostModel.of_table(single, table_of(space))
+    expected = priced("small").of(picks)
+    assert cost.range() == pytest.approx((expected, expected))
+    assert cost.of({}) == pytest.approx(expected)
+    assert float(cost.expected({})) == pytest.approx(expected)
 
 
 def test_missing_ops_are_named_and_never_guessed() -> None:
@@ -236,7 +236,7 @@ def test_missing_ops_are_named_and_never_guessed() -> None:
     with pytest.raises(
         CoverageError, match=f"lacks 2 of the {len(space.ops)} ops of space small: {lacking[0].key}, {lacking[1].key}\\."
     ) as caught:
-        CostModel(space, table)
+        CostModel.of_table(space, table)
     assert caught.value.missing == tuple(op.key for op in lacking)
     arch = next(arch for arch in map(space.decode, map(space.at, every_index(space))) if lacking[0] in arch.ops())
     with pytest.raises(CoverageError, match=f"lacks .* of architecture 'small-sample': {lacking[0].key}"):
@@ -248,7 +248,7 @@ def test_missing_ops_are_named_and_never_guessed() -> None:
 
 def test_a_long_list_of_missing_ops_is_cut_in_the_message_but_not_in_the_error() -> None:
     with pytest.raises(CoverageError, match=r" and \d+ more\. Profile this space") as caught:
-        CostModel(proxylessnas(), table_of(small()))
+        CostModel.of_table(proxylessnas(), table_of(small()))
     assert len(caught.value.missing) == 72
 
 
@@ -256,16 +256,16 @@ def test_a_table_without_a_calibration_is_refused_unless_allowed() -> None:
     space = small()
     raw = table_of(space, calibration=None)
     with pytest.raises(TableError, match=r"made-up/litert-fp32-1t has no calibration .* search\.allow_uncalibrated = true"):
-        CostModel(space, raw)
+        CostModel.of_table(space, raw)
     picks = space.sample(np.random.default_rng(0))
-    plain = CostModel(space, raw, allow_uncalibrated=True).latency_ms(picks)
+    plain = CostModel.of_table(space, raw, allow_uncalibrated=True).of(picks)
     assert plain == pytest.approx(sum(entry_ms(op) for op in space.decode(picks).ops()))
-    assert priced("small").latency_ms(picks) == pytest.approx(0.7 + 1.25 * plain + 0.4 * space.decode(picks).params / 1e6)
+    assert priced("small").of(picks) == pytest.approx(0.7 + 1.25 * plain + 0.4 * space.decode(picks).params / 1e6)
 
 
 def test_a_target_out_of_reach_is_answered_with_the_range() -> None:
     cost = priced("small")
-    low, high = cost.range_ms()
+    low, high = cost.range()
     for target_ms in (low * 0.99, high * 1.01):
         with pytest.raises(TargetError) as caught:
             cost.check_target(target_ms)
@@ -279,5 +279,5 @@ def test_a_table_of_slots_prices_no_widths() -> None:
     space = small()
     table = table_of(space).model_copy(update={"entries": {}, "slots": {"s1.b0": {"ir_k3_e3": 1.0, "ir_k5_e3": 2.0}}})
     with pytest.raises(CoverageError, match="lacks slot prices of space small") as caught:
-        CostModel(space, table)
+        CostModel.of_table(space, table)
     assert "s0.width" in caught.value.missing

@@ -91,12 +91,12 @@ def test_only_what_reads_a_tap_depends_on_its_width() -> None:
 
 def test_expected_latency_is_the_mean_over_all_picks() -> None:
     space = detectors().restrict({"s1.b0": ["ir_k3_e3"], "s2.b0": ["ir_k3_e3"], "s3.b0": ["ir_k3_e3"], "s3.b1": ["ir_k3_e3"]})
-    cost = CostModel(space, synthetic_table(space))
+    cost = CostModel.of_table(space, synthetic_table(space))
     rng = np.random.default_rng(0)
     gates = {choice.key: rng.dirichlet(np.ones(len(choice.options))) for choice in space.choices}
     index_NC = np.array(list(itertools.product(*(range(len(choice.options)) for choice in space.choices))))
     weight_N = np.prod([gates[choice.key][index_NC[:, i]] for i, choice in enumerate(space.choices)], axis=0)
-    assert float(cost.expected_ms(gates)) == pytest.approx(float(weight_N @ cost.latencies_ms(index_NC)))
+    assert float(cost.expected(gates)) == pytest.approx(float(weight_N @ cost.of_many(index_NC)))
 
 
 @pytest.mark.parametrize("name", MACRO_SPACES)

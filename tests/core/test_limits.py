@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture
-from hwnas.core.cost import latency_ms
+from hwnas.core.cost import latency_ms, weight_bytes
 from hwnas.core.graph import GraphBuilder, live_numbers
 from hwnas.core.limits import (
     ActivationLimit,
@@ -27,7 +27,6 @@ from hwnas.core.limits import (
     SizeLimit,
     activation_bytes,
     peak_activation_bytes,
-    weight_bytes,
 )
 from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace

@@ -67,7 +67,7 @@ def pixel1() -> LatencyTable:
 
 @cache
 def cost() -> CostModel:
-    return CostModel(proxylessnas(), pixel1())
+    return CostModel.of_table(proxylessnas(), pixel1())
 
 
 def picks_of_indices(indices: list[int]) -> Picks:
@@ -105,16 +105,16 @@ def uniform_gates() -> dict[str, np.ndarray]:
 def test_t1_an_architecture_of_the_unit_test() -> None:
     indices = [int(index) for index in T1_INDICES.split(",")]
     assert len(indices) == 73
-    assert cost().latency_ms(picks_of_indices(indices)) == pytest.approx(84.0167, abs=1e-3)
+    assert cost().of(picks_of_indices(indices)) == pytest.approx(84.0167, abs=1e-3)
 
 
 def test_t2_proxylessnas_mobile() -> None:
     picks = picks_of_codes(proxylessnas(), [int(code) for code in T2_CODES.split(",")])
-    assert cost().latency_ms(picks) == pytest.approx(84.416, abs=1e-3)
+    assert cost().of(picks) == pytest.approx(84.416, abs=1e-3)
 
 
 def test_the_range_of_the_space() -> None:
-    low, high = cost().range_ms()
+    low, high = cost().range()
     assert (round(low, 1), round(high, 1)) == (30.9, 219.1)
     with pytest.raises(TargetError, match=r"20 ms is out of reach .* take 30\.9. to 219\.1 ms"):
         cost().check_target(20.0)
@@ -122,13 +122,13 @@ def test_the_range_of_the_space() -> None:
 
 
 def test_the_mean_under_the_uniform_controller() -> None:
-    assert float(cost().expected_ms(uniform_gates())) == pytest.approx(92.7, abs=0.2)
+    assert float(cost().expected(uniform_gates())) == pytest.approx(92.7, abs=0.2)
 
 
 def test_the_spread_of_uniform_samples_and_how_many_land_at_the_target() -> None:
     rng = np.random.default_rng(0)
     index_NC = np.stack([rng.choice(len(p), size=200_000, p=p) for p in uniform_gates().values()], axis=1)
-    latencies_ms = cost().latencies_ms(index_NC)
+    latencies_ms = cost().of_many(index_NC)
     assert latencies_ms.mean() == pytest.approx(92.7, abs=0.2)
     assert latencies_ms.std() == pytest.approx(16.9, abs=0.15)
     assert ((latencies_ms >= 83) & (latencies_ms <= 85)).mean() == pytest.approx(0.043, abs=0.002)
@@ -137,18 +137,18 @@ def test_the_spread_of_uniform_samples_and_how_many_land_at_the_target() -> None
 def test_a_restricted_space_keeps_the_prices_of_what_is_now_fixed() -> None:
     picks = picks_of_codes(proxylessnas(), [int(code) for code in T2_CODES.split(",")])
     fixed = ("s1.b0", "s2.b0", "s2.b2", "s7.b0")
-    smaller = CostModel(proxylessnas().restrict({key: [picks[key]] for key in fixed}), pixel1())
+    smaller = CostModel.of_table(proxylessnas().restrict({key: [picks[key]] for key in fixed}), pixel1())
     assert len(smaller.space.choices) == 22 - len(fixed)
     rest = {key: option for key, option in picks.items() if key not in fixed}
-    assert smaller.latency_ms(rest) == pytest.approx(84.416, abs=1e-3)
+    assert smaller.of(rest) == pytest.approx(84.416, abs=1e-3)
 
 
 def test_the_model_refuses_another_space() -> None:
     with pytest.raises(TableError, match=r"prices slots of another space \(s2\.b3, s3\.b3"):
-        CostModel(mobile32(), pixel1())
+        CostModel.of_table(mobile32(), pixel1())
     incomplete = pixel1().model_copy(update={"slots": {key: options for key, options in pixel1().slots.items() if key != "s3.b1"}})
     with pytest.raises(CoverageError, match=r"s3\.b1:ir_k3_e3") as caught:
-        CostModel(proxylessnas(), incomplete)
+        CostModel.of_table(proxylessnas(), incomplete)
     assert len(caught.value.missing) == 7
 
 
@@ -165,10 +165,10 @@ def test_t7_reward() -> None:
 
 def test_each_single_change_costs_the_difference_of_its_coefficients() -> None:
     base = {choice.key: choice.options[0] for choice in cost().space.choices}
-    base_ms = cost().latency_ms(base)
+    base_ms = cost().of(base)
     changes = [(choice.key, option) for choice in cost().space.choices for option in choice.options]
     assert len(changes) == 144  # the number of coefficients in TuNAS's file
     slots = pixel1().slots
     for key, option in changes:
-        change_ms = cost().latency_ms({**base, key: option}) - base_ms
+        change_ms = cost().of({**base, key: option}) - base_ms
         assert change_ms == pytest.approx(slots[key][str(option)] - slots[key][str(base[key])], abs=1e-9)

@@ -107,24 +107,24 @@ def make_table(space: MacroSpace) -> LatencyTable:
 
 
 def make_search(space: MacroSpace, table: LatencyTable) -> SearchResult:
-    rng, cost = np.random.default_rng(2), CostModel(space, table)
-    low, high = cost.range_ms()
+    rng, cost = np.random.default_rng(2), CostModel.of_table(space, table)
+    low, high = cost.range()
     target = low + 0.35 * (high - low)
 
     def candidates(count: int, quality: float) -> tuple[Candidate, ...]:
         found: list[Candidate] = []
         while len(found) < count:
             picks = space.sample(rng)
-            latency = cost.latency_ms(picks)
+            latency = cost.of(picks)
             if abs(latency / target - 1) < 0.02:
                 accuracy = float(rng.normal(quality, 0.008))
                 reward = accuracy - abs(latency / target - 1) / 10
-                found.append(Candidate(picks=picks, latency_ms=latency, quality=accuracy, reward=reward))
+                found.append(Candidate(picks=picks, predicted=latency, quality=accuracy, reward=reward))
         return tuple(sorted(found, key=lambda candidate: -candidate.reward))
 
     return SearchResult(
-        strategy="tunas", space_sha256=space.sha256, objective=AbsoluteObjective(), tolerance=0.02, target_ms=target,
-        reachable_ms=(low, high), table_sha256=table.sha256, steps=800, seed=0,
+        strategy="tunas", space_sha256=space.sha256, objective=AbsoluteObjective(), tolerance=0.02, target=target,
+        reachable=(low, high), table_sha256=table.sha256, steps=800, seed=0,
         candidates=candidates(8, 0.952), random=candidates(8, 0.935), spread=candidates(4, 0.93),
     )  # fmt: skip
 
@@ -209,7 +209,7 @@ def fill(root: Path, config: Experiment, *, until: str = "validate", passed: boo
     if "search" in wanted:
         search.save(root / "search" / "search.json")
         arch.save(root / "search" / "arch.json")
-        JsonLines(root / "search" / "metrics.jsonl").rewrite(search_rows(search.target_ms, 800))
+        JsonLines(root / "search" / "metrics.jsonl").rewrite(search_rows(search.target, 800))
     if "train" in wanted:
         TrainResult(
             architecture_sha256=arch.sha256,
@@ -225,7 +225,7 @@ def fill(root: Path, config: Experiment, *, until: str = "validate", passed: boo
     if "export" in wanted:
         bundle.save(root / "export" / "bundle.json")
     if "validate" in wanted:
-        make_verdict(bundle, search.candidates[0].latency_ms, passed=passed).save(root / "validate" / "verdict.json")
+        make_verdict(bundle, search.candidates[0].predicted, passed=passed).save(root / "validate" / "verdict.json")
     return StageContext(config, root, root / "report")
 
 
@@ -339,7 +339,7 @@ def test_found_against_random_concludes(tmp_path: Path) -> None:
     assert "of the same latency" not in written(ctx)  # of before there was a conclusion
     qualities = ([each.quality for each in group] for group in (search.candidates, search.random))
     ranking = Ranking("accuracy", *qualities, images=360, judged_images=360, judged=0, chance=0.1)
-    for course in (None, Course(search_rows(search.target_ms, 800), "rl_lr", 2.3)):
+    for course in (None, Course(search_rows(search.target, 800), "rl_lr", 2.3)):
         learning = learning_of(course, ranking)
         if course is None:
             learning = learning_of(None, replace(ranking, judged=30))

@@ -59,8 +59,8 @@ class Recorder:
 
     def context(self, steps: int = 1, *, target_range: float = 0.45, tolerance: float = 0.02) -> SearchContext:
         """A context with a target in the middle of the space's range, under the synthetic table."""
-        cost = CostModel(self.space, synthetic_table(self.space))
-        low, high = cost.range_ms()
+        cost = CostModel.of_table(self.space, synthetic_table(self.space))
+        low, high = cost.range()
         target_ms = low + target_range * (high - low)
         return SearchContext(self.space, cost, AbsoluteObjective(), target_ms, tolerance, steps, 64, weights=self, evaluator=self)
 

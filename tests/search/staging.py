@@ -36,7 +36,9 @@ def experiment(name: str = "tunas", **search: Any) -> Experiment:
     return Experiment.model_validate({"seed": 5, "checkpoint_seconds": 0.0, "data": DATA, "search": settings})
 
 
-def run(folder: Path, config: Experiment, table: LatencyTable, progress: Progress | None = None, space: MacroSpace | None = None) -> None:
+def run(
+    folder: Path, config: Experiment, table: LatencyTable | None, progress: Progress | None = None, space: MacroSpace | None = None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stage.run(StageContext(config, folder.parent, folder, progress or Progress()), space or tiny_space(), table)
 

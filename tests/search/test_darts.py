@@ -56,11 +56,11 @@ def test_gradient_of_alpha(factor: float) -> None:
     ctx.rng = np.random.default_rng(5)
     strategy.begin(ctx, 0)
     p = {key: gate.copy() for key, gate in strategy.alphas.policy().items()}
-    ctx.target_ms = factor * float(problem.cost.expected_ms(p))
+    ctx.target = factor * float(problem.cost.expected(p))
     strategy.step(ctx)
     sign = 1.0 if factor < 1 else -1.0
-    for key, prices in problem.cost.marginal_ms(p).items():
-        c = -problem.gains[key] + 0.3 * sign * prices / ctx.target_ms
+    for key, prices in problem.cost.marginals(p).items():
+        c = -problem.gains[key] + 0.3 * sign * prices / ctx.target
         gradient = strategy.alphas.values[key].grad
         assert gradient is not None
         assert np.allclose(gradient.numpy(), p[key] * (c - p[key] @ c), rtol=1e-9, atol=1e-12)
@@ -105,7 +105,7 @@ def test_metrics() -> None:
     weights, ctx, metrics = logged(strategy, 5)
     last = weights.log[-1][1]
     assert metrics[-1]["entropy"] == pytest.approx(-sum((p * np.log(p)).sum() for p in last.values()))
-    assert metrics[-1]["expected_ms"] == pytest.approx(float(ctx.cost.expected_ms(last)))
+    assert metrics[-1]["expected_ms"] == pytest.approx(float(ctx.cost.expected(last)))
     assert metrics[-1]["held_out_loss"] == pytest.approx(1 - weights.problem.quality(weights.log[-2][1]))
     uniform = sum(math.log(len(choice.options)) for choice in ctx.space.choices)
     assert metrics[-1]["entropy"] < uniform
@@ -121,15 +121,15 @@ def test_warm_up_trains_only_the_weights() -> None:
 def test_the_expected_latency_meets_the_target(where: float) -> None:
     """From either side, whatever the qualities: the penalty is exact, not a trade."""
     problem = Problem(2)
-    low, high = problem.cost.range_ms()
+    low, high = problem.cost.range()
     ctx = problem.context(400)
-    ctx.target_ms = low + where * (high - low)
+    ctx.target = low + where * (high - low)
     strategy = DARTS(DARTSConfig(alpha_lr=0.02))
     strategy.setup(ctx)
     metrics = searched(strategy, ctx, 0)
-    assert abs(metrics[0]["expected_ms"] / ctx.target_ms - 1) > 0.04
+    assert abs(metrics[0]["expected_ms"] / ctx.target - 1) > 0.04
     late = np.array([row["expected_ms"] for row in metrics[-20:]])
-    assert np.abs(late / ctx.target_ms - 1).max() < 0.02
+    assert np.abs(late / ctx.target - 1).max() < 0.02
 
 
 class SeveralResolutions(MacroSpace):

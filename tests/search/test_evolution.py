@@ -48,7 +48,7 @@ def test_judges_distinct_architectures_within_the_budget_only() -> None:
     names = [space.decode(picks).blocks for picks in recorder.evaluated]
     assert len(set(names)) == len(names) == 6 * 50
     assert np.all(within_target(ctx, np.array([space.index(picks) for picks in recorder.evaluated])))
-    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.latency_ms(picks)) for picks in recorder.evaluated]
+    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in recorder.evaluated]
     best = np.argsort(-np.array(rewards), kind="stable")[:20]
     assert found == [recorder.evaluated[i] for i in best]
 
@@ -75,8 +75,8 @@ def test_limits_hold_beside_the_target() -> None:
     assert len(found) == 5
     assert max(problem.space.decode(picks).params for picks in recorder.evaluated) <= most
     feasible_NC = within_NC[ctx.limits.feasible(within_NC)]
-    rewards = [ctx.reward(recorder.quality(p), ctx.cost.latency_ms(p)) for p in map(problem.space.at, feasible_NC)]
-    assert ctx.reward(recorder.quality(found[0]), ctx.cost.latency_ms(found[0])) == pytest.approx(max(rewards))
+    rewards = [ctx.reward(recorder.quality(p), ctx.cost.of(p)) for p in map(problem.space.at, feasible_NC)]
+    assert ctx.reward(recorder.quality(found[0]), ctx.cost.of(found[0])) == pytest.approx(max(rewards))
 
 
 def test_works_on_a_trained_super_net_alone() -> None:
@@ -90,12 +90,12 @@ def test_works_on_a_trained_super_net_alone() -> None:
 def test_ends_where_the_budget_holds_little_or_nothing() -> None:
     problem = Problem(0)
     ctx = problem.context(1)
-    ctx.target_ms = 1.01 * problem.cost.range_ms()[0]
+    ctx.target = 1.01 * problem.cost.range()[0]
     few = int(within_target(ctx, problem.index_NC).sum())
     assert 1 <= few < 20
     found = Evolution(SMALL).find(ctx, 50)
     assert len(found) == few
-    ctx.target_ms = 0.5 * problem.cost.range_ms()[0]
+    ctx.target = 0.5 * problem.cost.range()[0]
     assert Evolution(SMALL).find(ctx, 5) == []
 
 

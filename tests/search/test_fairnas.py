@@ -74,5 +74,5 @@ def test_a_step_is_one_update_on_one_batch() -> None:
     assert len(recorder.updates) == 12
     assert all(len(update.index_PC) == 5 and not update.split and not update.teach for update in recorder.updates)
     assert len({update.index_PC.tobytes() for update in recorder.updates}) == 12
-    latency = [ctx.cost.latencies_ms(update.index_PC).mean() for update in recorder.updates]
+    latency = [ctx.cost.of_many(update.index_PC).mean() for update in recorder.updates]
     assert [row["latency_ms"] for row in metrics] == pytest.approx(latency)

@@ -294,17 +294,22 @@ def test_proposals_that_are_random_themselves_are_not_compared() -> None:
 # the document
 
 
-def test_results_of_version_1_are_read() -> None:
-    """There a candidate's quality was called accuracy, whatever it was, and its metric quality."""
+def test_results_of_earlier_versions_are_read() -> None:
+    """In version 1 a candidate's quality was called accuracy, whatever it was, and its metric quality; in both, costs were milliseconds."""
     old = {"picks": {"a": "ir_k3_e3"}, "latency_ms": 1.0, "accuracy": 0.4, "reward": 0.39, "limits": {}}
     result = SearchResult(
-        strategy="tunas", space_sha256="0", objective=AbsoluteObjective(), target_ms=1.0, tolerance=0.02, reachable_ms=(0.5, 2.0),
-        table_sha256="0", steps=10, seed=0, candidates=(Candidate(picks={}, latency_ms=1.0, quality=0.5, reward=0.5),),
+        strategy="tunas", space_sha256="0", objective=AbsoluteObjective(), target=1.0, tolerance=0.02, reachable=(0.5, 2.0),
+        table_sha256="0", steps=10, seed=0, candidates=(Candidate(picks={}, predicted=1.0, quality=0.5, reward=0.5),),
     )  # fmt: skip
     content = json.loads(result.to_json())
-    del content["metric"], content["learning"]
+    names = {"target": "target_ms", "reachable": "reachable_ms"}
+    content = {names.get(name, name): value for name, value in content.items() if name not in ("metric", "learning", "unit")}
     content |= {"schema": "hwnas.search/1", "quality": OF_LOSS, "candidates": [old], "random": [old, old], "spread": []}
     found = SearchResult.parse(json.dumps(content))
     assert found.metric == OF_LOSS and found.learning is None
     assert [candidate.quality for candidate in (*found.candidates, *found.random)] == [0.4] * 3
-    assert json.loads(found.to_json())["schema"] == "hwnas.search/2" and SearchResult.parse(found.to_json()) == found
+    assert (found.unit, found.target, found.reachable, found.candidates[0].predicted) == ("ms", 1.0, (0.5, 2.0), 1.0)
+    second = {name: value for name, value in content.items() if name != "quality"} | {"schema": "hwnas.search/2", "metric": OF_LOSS}
+    newer = {("quality" if name == "accuracy" else name): value for name, value in old.items()}
+    assert SearchResult.parse(json.dumps(second | {"candidates": [newer], "random": [newer, newer]})) == found
+    assert json.loads(found.to_json())["schema"] == "hwnas.search/3" and SearchResult.parse(found.to_json()) == found

@@ -40,7 +40,7 @@ def test_judges_within_the_budget_once_and_ranks_by_reward() -> None:
     index_NC = np.array([problem.space.index(picks) for picks in recorder.evaluated])
     assert np.all(within_target(ctx, index_NC))
     assert len(np.unique(index_NC, axis=0)) == len(index_NC) == len(found)
-    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.latency_ms(picks)) for picks in found]
+    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in found]
     assert rewards == sorted(rewards, reverse=True)
 
 
@@ -61,12 +61,12 @@ def test_constraints_by_hand() -> None:
     problem = Problem(0)
     ctx = problem.context(1)
     picks = problem.space.sample(np.random.default_rng(0))
-    arch, latency = problem.space.decode(picks), problem.cost.latency_ms(picks)
+    arch, latency = problem.space.decode(picks), problem.cost.of(picks)
     limits = [MacsLimit(kind="macs", max_macs=2 * arch.macs), ParamsLimit(kind="params", max_params=arch.params // 2)]
     index_NC = problem.space.index(picks)[None]
-    assert _excess(ctx, index_NC) == pytest.approx({"target": abs(latency / ctx.target_ms - 1) - 0.02})
+    assert _excess(ctx, index_NC) == pytest.approx({"target": abs(latency / ctx.target - 1) - 0.02})
     ctx.limits = Limits(problem.space, limits, LatencyTable.load)
-    ctx.target_ms = latency / 1.01
+    ctx.target = latency / 1.01
     assert _excess(ctx, index_NC) == pytest.approx({"target": -0.01, "limit 0": -0.5, "limit 1": 1.0}, rel=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_draws_from_the_given_generator_only() -> None:
 
 def test_an_empty_budget_has_no_answer() -> None:
     ctx = Problem(0).context(1)
-    ctx.target_ms = 0.5 * ctx.cost.range_ms()[0]
+    ctx.target = 0.5 * ctx.cost.range()[0]
     assert NSGA2(NSGA2Config(generations=2, population=4)).find(ctx, 5) == []
 
 

@@ -51,7 +51,7 @@ def skippy_space() -> MacroSpace:
 
 def context_of(space: MacroSpace, target_ms: float, tolerance: float = 0.02) -> SearchContext:
     ctx = Problem(0).context(10)
-    ctx.space, ctx.cost, ctx.target_ms, ctx.tolerance = space, CostModel(space, synthetic_table(space)), target_ms, tolerance
+    ctx.space, ctx.cost, ctx.target, ctx.tolerance = space, CostModel.of_table(space, synthetic_table(space)), target_ms, tolerance
     return ctx
 
 
@@ -171,7 +171,7 @@ def test_the_weakest_skips_are_deleted_and_the_next_best_option_comes() -> None:
 def test_proposals_keep_to_the_skip_limit(max_skips: int | None, most: int) -> None:
     """Though alpha wants more: 3, where 5 are allowed. The default is a quarter of the five slots that can, rounded up."""
     space = skippy_space()
-    low, high = CostModel(space, synthetic_table(space)).range_ms()
+    low, high = CostModel.of_table(space, synthetic_table(space)).range()
     ctx = context_of(space, low + 0.3 * (high - low), 0.05)
     strategy = PDARTS(PDARTSConfig(max_skips=max_skips))
     strategy.setup(ctx)
@@ -180,13 +180,13 @@ def test_proposals_keep_to_the_skip_limit(max_skips: int | None, most: int) -> N
     assert len(proposals) == 8
     assert max(skips_of(picks) for picks in proposals) == most
     for picks in proposals:
-        assert abs(ctx.cost.latency_ms(picks) / ctx.target_ms - 1) <= ctx.tolerance
+        assert abs(ctx.cost.of(picks) / ctx.target - 1) <= ctx.tolerance
 
 
 def test_the_budget_comes_before_the_skip_limit() -> None:
     """Only architectures with four or five skips are that fast; they are proposed, rather than none."""
     space = skippy_space()
-    ctx = context_of(space, CostModel(space, synthetic_table(space)).range_ms()[0])
+    ctx = context_of(space, CostModel.of_table(space, synthetic_table(space)).range()[0])
     strategy = PDARTS(PDARTSConfig(max_skips=1))
     strategy.setup(ctx)
     proposals = proposed(strategy, ctx, 0, 4)
@@ -198,7 +198,7 @@ def test_the_budget_comes_before_the_drops() -> None:
     """With only the fastest options kept, a slow target still gets proposals within its tolerance."""
     problem = Problem(0)
     ctx = problem.context(9)
-    ctx.target_ms = 0.97 * problem.cost.range_ms()[1]
+    ctx.target = 0.97 * problem.cost.range()[1]
     strategy = PDARTS(PDARTSConfig())
     strategy.setup(ctx)
     for choice in ctx.space.choices:
@@ -206,7 +206,7 @@ def test_the_budget_comes_before_the_drops() -> None:
     proposals = proposed(strategy, ctx, 0, 4)
     assert proposals
     for picks in proposals:
-        assert abs(problem.cost.latency_ms(picks) / ctx.target_ms - 1) <= ctx.tolerance
+        assert abs(problem.cost.of(picks) / ctx.target - 1) <= ctx.tolerance
 
 
 def test_the_other_limits_still_hold() -> None:

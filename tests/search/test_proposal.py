@@ -55,8 +55,8 @@ def space_of(name: str) -> SearchSpace:
 
 
 def context(space: SearchSpace, *limits: Limit, table: LatencyTable | None = None, part: float = 0.4) -> SearchContext:
-    cost = CostModel(space, synthetic_table(space))
-    low, high = cost.range_ms()
+    cost = CostModel.of_table(space, synthetic_table(space))
+    low, high = cost.range()
     compiled = Limits(space, limits, lambda path: table or synthetic_table(space))
     return SearchContext(space, cost, AbsoluteObjective(), low + part * (high - low), 0.02, 1, 64, limits=compiled)
 
@@ -140,7 +140,7 @@ def test_all_there_are() -> None:
     ctx = problem.context(1)
     within_NC = problem.index_NC[within_target(ctx, problem.index_NC)]
     board = other_table(problem.space, by_kernel)
-    most = float(np.percentile(CostModel(problem.space, board).latencies_ms(within_NC), 10))
+    most = float(np.percentile(CostModel.of_table(problem.space, board).of_many(within_NC), 10))
     ctx.limits = Limits(problem.space, [LatencyLimit(kind="latency", table="board", max_ms=most)], lambda path: board)
     expected = {tuple(row) for row in within_NC[ctx.limits.feasible(within_NC)]}
     assert 10 <= len(expected) < 30
@@ -183,13 +183,13 @@ def test_a_tilt_meets_sums_in_expectation() -> None:
     table = other_table(space, by_kernel)
     ctx = context(space, LatencyLimit(kind="latency", table="board", max_ms=18.0), table=table)
     policy = tilted(ctx, uniform(space))
-    board = CostModel(space, table)
-    assert ctx.cost.expected_ms(policy) == pytest.approx(ctx.target_ms, rel=1e-4)
-    assert 16.0 < board.expected_ms(policy) < 18.0
+    board = CostModel.of_table(space, table)
+    assert ctx.cost.expected(policy) == pytest.approx(ctx.target, rel=1e-4)
+    assert 16.0 < board.expected(policy) < 18.0
     assert within_target(ctx, policy_index(space, policy, 4096, np.random.default_rng(0))).mean() > 0.05
     # the form of the closest one: log p is linear in both prices
     keys = [choice.key for choice in space.choices]
-    prices = [cost.marginal_ms(policy) for cost in (ctx.cost, board)]
+    prices = [cost.marginals(policy) for cost in (ctx.cost, board)]
     centred = [np.concatenate([each[key] - each[key].mean() for key in keys]) for each in (*prices, {k: np.log(policy[k]) for k in keys})]
     (_, nu), (residual,), *_ = np.linalg.lstsq(np.stack(centred[:2], axis=1), centred[2], rcond=None)
     assert nu < 0

@@ -97,8 +97,8 @@ def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
             assert sorted(gates[key].tolist()) == [0.0] * (len(p[key]) - 1) + [1.0]
             p[key][index] = softmax(before[key][index])
         assert metrics["held_out_loss"] == pytest.approx(1 - PROBLEM.quality(gates))
-        by_loss, by_ms = slopes(options, metrics["held_out_loss"], float(ctx.cost.expected_ms(p)), ctx.target_ms)
-        marginal_ms = ctx.cost.marginal_ms(p)
+        by_loss, by_ms = slopes(options, metrics["held_out_loss"], float(ctx.cost.expected(p)), ctx.target)
+        marginal_ms = ctx.cost.marginals(p)
         for choice in ctx.space.choices:
             key = choice.key
             found = strategy.alphas.values[key].grad
@@ -245,9 +245,9 @@ def test_reinforce_by_hand(reward: str) -> None:
         assert len(paths) == multiple == 10
         rewards = []
         for path in paths:
-            quality, latency = PROBLEM.quality(path), float(ctx.cost.expected_ms(path))
-            absolute = AbsoluteObjective().reward(quality, latency, ctx.target_ms)
-            rewards.append(absolute if reward == "objective" else quality * (ctx.target_ms / latency) ** 0.1)
+            quality, latency = PROBLEM.quality(path), float(ctx.cost.expected(path))
+            absolute = AbsoluteObjective().reward(quality, latency, ctx.target)
+            rewards.append(absolute if reward == "objective" else quality * (ctx.target / latency) ** 0.1)
         mean = float(np.mean(rewards))
         baseline = mean if baseline is None else baseline + 0.99 * (mean - baseline)
         assert metrics["reward"] == pytest.approx(mean)

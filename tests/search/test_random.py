@@ -43,7 +43,7 @@ def test_networks_take_turns_at_equal_cost() -> None:
     turns = [strategy.alone.index(recorder.space.at(row)) for row in recorder.trained]
     assert turns == [t % 8 for t in range(26)]
     assert all(len(update.index_PC) == 1 for update in recorder.updates)
-    assert [row["latency_ms"] for row in metrics] == pytest.approx([ctx.cost.latency_ms(strategy.alone[turn]) for turn in turns])
+    assert [row["latency_ms"] for row in metrics] == pytest.approx([ctx.cost.of(strategy.alone[turn]) for turn in turns])
 
 
 def test_proposes_its_own_networks_best_first() -> None:
@@ -53,7 +53,7 @@ def test_proposes_its_own_networks_best_first() -> None:
     strategy, ctx = standalone(recorder, 10, 8), recorder.context(10)
     found = strategy.propose(ctx, 5)
     assert recorder.evaluated == strategy.alone
-    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.latency_ms(picks)) for picks in strategy.alone]
+    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in strategy.alone]
     assert found == [strategy.alone[i] for i in np.argsort(-np.array(rewards), kind="stable")[:5]]
 
 
@@ -69,13 +69,13 @@ def test_the_state_holds_the_networks(tmp_path: Path) -> None:
 def test_fewer_networks_where_the_budget_holds_fewer_and_an_error_where_none() -> None:
     problem = Problem(0)
     ctx = problem.context(10)
-    ctx.target_ms = 1.01 * problem.cost.range_ms()[0]
+    ctx.target = 1.01 * problem.cost.range()[0]
     few = int(within_target(ctx, problem.index_NC).sum())
     strategy = RandomStandalone(RandomStandaloneConfig(trainings=30))
     strategy.setup(ctx)
     assert len(strategy.alone) == few < 30
     run_steps(strategy, ctx)
-    ctx.target_ms = 0.5 * problem.cost.range_ms()[0]
+    ctx.target = 0.5 * problem.cost.range()[0]
     with pytest.raises(TargetError, match=r"space tiny within 0.02 of .* raise search.tolerance"):
         strategy.setup(ctx)
 
@@ -89,6 +89,6 @@ def test_the_finder_is_best_of_n() -> None:
     found = RandomFinder(RandomFinderConfig(architectures=30)).find(ctx, 4)
     drawn = random_within(ctx, 30, np.random.default_rng(5))
     assert recorder.evaluated == drawn
-    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.latency_ms(picks)) for picks in drawn]
+    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in drawn]
     assert found == [drawn[i] for i in np.argsort(-np.array(rewards), kind="stable")[:4]]
     assert RandomFinder(RandomFinderConfig(architectures=222)).find(ctx, 1) == [problem.best]

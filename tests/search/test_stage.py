@@ -53,11 +53,11 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     """The only line that changes is the strategy; what it finds is within 2 % of the target, and better than chance."""
     options = {**OPTIONS[strategy], **({"order": 1} if strategy == "darts" else {})}  # the second order costs 2.5 times as much
     run(tmp_path / "search", experiment(strategy={"name": strategy, **options}, epochs=4.0), table)
-    space, cost = tiny_space(), CostModel(tiny_space(), table)
+    space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
     result = SearchResult.load(tmp_path / "search/search.json")
-    low, high = cost.range_ms()
-    assert result.target_ms == pytest.approx((low + high) / 2)
-    assert result.reachable_ms == pytest.approx((low, high))
+    low, high = cost.range()
+    assert result.target == pytest.approx((low + high) / 2)
+    assert result.reachable == pytest.approx((low, high))
     assert result.table_sha256 == table.sha256
     assert result.steps == 144
     assert 1 <= len(result.candidates) <= 3
@@ -68,9 +68,9 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
         rewards = [candidate.reward for candidate in candidates]
         assert rewards == sorted(rewards, reverse=True)
         for candidate in candidates:
-            assert candidate.latency_ms == pytest.approx(latency_ms(space.decode(candidate.picks), table))
-            assert abs(candidate.latency_ms / result.target_ms - 1) <= 0.02
-            assert candidate.reward == pytest.approx(candidate.quality - 0.1 * abs(candidate.latency_ms / result.target_ms - 1))
+            assert candidate.predicted == pytest.approx(latency_ms(space.decode(candidate.picks), table))
+            assert abs(candidate.predicted / result.target - 1) <= 0.02
+            assert candidate.reward == pytest.approx(candidate.quality - 0.1 * abs(candidate.predicted / result.target - 1))
     best = result.candidates[0]
     assert best.quality > 0.2  # of 10 classes, after four epochs
     arch = Architecture.load(tmp_path / "search/arch.json")
@@ -127,8 +127,8 @@ def test_random_architectures_cover_the_tolerance_band(table: LatencyTable) -> N
     from hwnas.core.objective import AbsoluteObjective
     from hwnas.search.strategy import SearchContext
 
-    space, cost = tiny_space(), CostModel(tiny_space(), table)
-    low, high = cost.range_ms()
+    space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
+    low, high = cost.range()
     for part in (0.02, 0.5, 0.97):
         target = low + part * (high - low)
         ctx = SearchContext(space, cost, AbsoluteObjective(), target, 0.02, 1, 1)
@@ -148,8 +148,8 @@ def test_targets_that_chance_does_not_meet() -> None:
     from hwnas.search.strategy import SearchContext
 
     space = proxylessnas()
-    cost = CostModel(space, synthetic_table(space))
-    low, high = cost.range_ms()
+    cost = CostModel.of_table(space, synthetic_table(space))
+    low, high = cost.range()
     for part in (0.02, 0.97):
         target = low + part * (high - low)
         ctx = SearchContext(space, cost, AbsoluteObjective(), target, 0.005, 1, 1)
@@ -184,10 +184,10 @@ def test_a_trained_super_net_serves_another_budget(finder: str, table: LatencyTa
     again = experiment(weights=str(tmp_path / "first"), finder={"name": finder, **options}, target_range=0.3)
     run(tmp_path / "second/search", again, table)
     first, second = (SearchResult.load(tmp_path / name / "search/search.json") for name in ("first", "second"))
-    low, high = first.reachable_ms
+    low, high = first.reachable
     assert second.steps == 0
-    assert second.target_ms == pytest.approx(low + 0.3 * (high - low))
-    assert all(abs(candidate.latency_ms / second.target_ms - 1) <= 0.02 for candidate in second.candidates)
+    assert second.target == pytest.approx(low + 0.3 * (high - low))
+    assert all(abs(candidate.predicted / second.target - 1) <= 0.02 for candidate in second.candidates)
     assert not (tmp_path / "second/search/metrics.jsonl").exists()
     supernet = load_supernet(tmp_path / "first/search" / stage.SHARED, tiny_space())
     inherited = load_network(tmp_path / "second/search/supernet.safetensors")
@@ -199,8 +199,8 @@ def test_limits_beside_the_target(table: LatencyTable, tmp_path: Path) -> None:
     """Another device's table and a memory limit: every candidate meets them, and the result says by how much."""
     board = table.model_copy(update={"header": table.header.model_copy(update={"device": "board"})})
     board.save(tmp_path / "board.json")
-    space, cost = tiny_space(), CostModel(tiny_space(), table)
-    low, high = cost.range_ms()
+    space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
+    low, high = cost.range()
     macs = sorted(space.decode(space.sample(np.random.default_rng(i))).macs for i in range(200))
     limits = [
         {"kind": "latency", "table": str(tmp_path / "board.json"), "max_ms": (low + high) / 2},
@@ -211,7 +211,7 @@ def test_limits_beside_the_target(table: LatencyTable, tmp_path: Path) -> None:
     for candidate in (*result.candidates, *result.random):
         arch = space.decode(candidate.picks)
         assert candidate.limits["macs"] == arch.macs <= macs[120]
-        assert candidate.latency_ms <= (low + high) / 2
+        assert candidate.predicted <= (low + high) / 2
         assert len(candidate.limits) == 2
     with pytest.raises(TargetError, match=r"limit macs <= 1000 is out of reach.*search\.limits\[0\]\.max_macs"):
         run(tmp_path / "other", experiment("random", limits=[{"kind": "macs", "max_macs": 1000}]), table)

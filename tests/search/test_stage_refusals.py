@@ -26,7 +26,7 @@ def table() -> LatencyTable:
 
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_unreachable_target(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
-    low, high = CostModel(tiny_space(), table).range_ms()
+    low, high = CostModel.of_table(tiny_space(), table).range()
     for target in (0.9 * low, 1.1 * high):
         with pytest.raises(TargetError) as caught:
             run(tmp_path / "search", experiment(strategy, target_ms=target, target_range=None), table)
@@ -62,7 +62,7 @@ def test_uncalibrated_table_is_refused(table: LatencyTable, tmp_path: Path) -> N
     uncalibrated = table.model_copy(update={"calibration": None})
     with pytest.raises(TableError, match="allow_uncalibrated"):
         run(tmp_path / "search", experiment(), uncalibrated)
-    CostModel(tiny_space(), uncalibrated, allow_uncalibrated=True)
+    CostModel.of_table(tiny_space(), uncalibrated, allow_uncalibrated=True)
 
 
 def test_unknown_strategy_and_option(table: LatencyTable, tmp_path: Path) -> None:
@@ -182,11 +182,11 @@ def test_tracked_statistics_need_no_recalibration(table: LatencyTable, tmp_path:
 
 def test_limits_that_cannot_be_met_together(table: LatencyTable, tmp_path: Path) -> None:
     """Each alone is within reach, but the fastest network is the smallest: a slow target and few operations exclude each other."""
-    space, cost = tiny_space(), CostModel(tiny_space(), table)
+    space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
     grid = np.stack(np.meshgrid(*(np.arange(len(choice.options)) for choice in space.choices), indexing="ij"), -1)
     smallest = min(space.decode(space.at(row)).macs for row in grid.reshape(-1, len(space.choices)))
     limits = [{"kind": "macs", "max_macs": smallest + 1}]
-    target = cost.range_ms()[1]
+    target = cost.range()[1]
     with pytest.raises(
         TargetError, match=rf"no architecture of space tiny within 2 % of {target:.4g} ms, macs <= \d+ was found: .*raise a limit"
     ) as caught:

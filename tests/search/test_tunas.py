@@ -214,10 +214,10 @@ def test_reward_metrics() -> None:
     strategy.setup(recorder.ctx)
     metrics = recorder.step(strategy, 40)
     picks = {c.key: c.options[int(np.argmax(recorder.trained[0][c.key]))] for c in recorder.ctx.space.choices}
-    latency = recorder.ctx.cost.latency_ms(picks)
+    latency = recorder.ctx.cost.of(picks)
     assert metrics["latency_ms"] == pytest.approx(latency)
-    assert metrics["reward"] == pytest.approx(metrics["quality"] - 0.1 * abs(latency / recorder.ctx.target_ms - 1))
-    every = recorder.ctx.cost.latencies_ms(recorder.problem.index_NC)
+    assert metrics["reward"] == pytest.approx(metrics["quality"] - 0.1 * abs(latency / recorder.ctx.target - 1))
+    every = recorder.ctx.cost.of_many(recorder.problem.index_NC)
     uniform = {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in recorder.ctx.space.choices}
     skippable = np.array([0.125] * 4 + [0.5])  # skip is decided first
     weights = np.ones(len(every))

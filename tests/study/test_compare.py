@@ -102,7 +102,7 @@ def test_ranks_are_those_among_the_architectures_in_the_budget(folder: Path, fin
             searched = SearchResult.load(root / f"{method.name}-{row.seed}" / "search.json")
             own = inside[row.name]
             assert SPACE.decode(json.loads(row.name)) == SPACE.decode(searched.candidates[0].picks)
-            assert row.macs == SPACE.decode(row.picks).macs == pytest.approx(1e6 * searched.candidates[0].latency_ms)
+            assert row.macs == SPACE.decode(row.picks).macs == searched.candidates[0].predicted
             assert row.accuracy == pytest.approx(own) and row.regret == pytest.approx(max(inside.values()) - own)
             assert row.rank == sum(value >= own for value in inside.values())
             assert row.cpu_seconds is not None and row.cpu_seconds > 0
@@ -115,13 +115,13 @@ def test_ranks_are_those_among_the_architectures_in_the_budget(folder: Path, fin
 
 
 def test_costs_are_counted(finished: tuple[Path, CompareStudy]) -> None:
-    """Random search trains one path a step, whose MACs its log has as latency, and judges its candidates once, on all held-out images."""
+    """Random search trains one path a step, whose MACs its log has, and judges its candidates once, on all held-out images."""
     root, found = finished
     for row in found.methods[1].found:
         folder = root / f"one-shot-{row.seed}"
         result, steps = SearchResult.load(folder / "search.json"), JsonLines(folder / "metrics.jsonl").read()
-        trained = sum(3 * BATCH * 1e6 * step["latency_ms"] for step in steps)
-        judged = sum((RECALIBRATION + 288) * 1e6 * each.latency_ms for each in result.candidates)  # 288: a fifth of the 1,438 digits
+        trained = sum(3 * BATCH * step["macs"] for step in steps)
+        judged = sum((RECALIBRATION + 288) * each.predicted for each in result.candidates)  # 288: a fifth of the 1,438 digits
         assert row.cost.macs == pytest.approx(trained + judged, rel=1e-9)
         assert (row.cost.training_images, row.cost.judged) == (BATCH * len(steps), len(result.candidates))
     spos = found.methods[0].found[0].cost
@@ -247,7 +247,8 @@ def test_a_method_changes_what_it_names_and_no_more(folder: Path) -> None:
     config = study(folder)
     first, second = (searching(config, method, 9) for method in config.study.compare.methods)
     assert (first.seed, first.search.epochs, second.search.epochs, second.search.strategy.name) == (9, 0.2, 0.1, "random")
-    assert first.search.target_ms == second.search.target_ms == pytest.approx(0.2 / 1.3)
+    assert first.search.main_budget == second.search.main_budget
+    assert first.search.main_budget.most == pytest.approx(200_000 / 1.3)
 
 
 def test_the_command_and_its_exit_code(

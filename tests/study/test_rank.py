@@ -14,6 +14,7 @@ from scipy.stats import kendalltau
 
 from hwnas.config import Experiment, StudyConfig
 from hwnas.core.arch import Picks
+from hwnas.core.limits import MacsLimit
 from hwnas.errors import ConfigError, DivergenceError, HwnasError, TableError
 from hwnas.nn.supernet import load_supernet
 from hwnas.pipeline import Pipeline
@@ -196,10 +197,7 @@ def test_an_earlier_search_lends_its_supernet(folder: Path, tmp_path: Path, fini
     plain = study(
         folder, search={"target_range": 0.5, "random_samples": 0, "candidates": 1, "strategy": {"name": "spos", "generations": 1}}
     )
-    from hwnas.study.supernets import macs_table
-
-    macs_table(SPACE).save(tmp_path / "macs.json")
-    search = plain.search.model_copy(update={"table": str(tmp_path / "macs.json"), "tolerance": 0.5})
+    search = plain.search.model_copy(update={"budget": MacsLimit(kind="macs"), "tolerance": 0.5})
     Pipeline(plain.model_copy(update={"search": search}), tmp_path / "searched", Progress()).run_stage("search")
     found = ranked(study(folder, supernets=[str(tmp_path / "searched")]), tmp_path / "run")
     assert not (tmp_path / "run" / "supernet-5").exists()

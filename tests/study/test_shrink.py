@@ -24,7 +24,7 @@ from hwnas.search.shrinking import shrinkable
 from hwnas.studies import study_shrink
 from hwnas.study import shrink, supernets
 from hwnas.study.documents import ShrinkPath, ShrinkStep, ShrinkStudy
-from hwnas.study.supernets import macs_table
+from hwnas.testing import synthetic_table
 from tests.search.staging import OPTIONS, Killed, Killing, Saying, experiment, run, tiny_space
 
 SPACE = tiny_space()
@@ -214,7 +214,7 @@ def test_searches_take_the_space_before_and_after(strategy: str, finished: tuple
             candidates=1,
             random_samples=0,
         )
-        run(tmp_path / str(number) / "search", config, macs_table(space), space=space)
+        run(tmp_path / str(number) / "search", config, synthetic_table(space), space=space)
         picks = json.loads((tmp_path / str(number) / "search" / "search.json").read_text())["candidates"][0]["picks"]
         space.check(picks)
 

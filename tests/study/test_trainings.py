@@ -19,12 +19,12 @@ from hwnas.engine import flush_denormals
 from hwnas.errors import ConfigError
 from hwnas.progress import Progress
 from hwnas.study import trainings
-from hwnas.study.supernets import macs_table
 from hwnas.study.trainings import Training
+from hwnas.testing import synthetic_table
 from tests.search.staging import EVOLUTION, Saying, experiment, tiny_space
 
 SPACE = tiny_space()
-TABLE = macs_table(SPACE)
+TABLE = synthetic_table(SPACE)
 SEARCH = experiment("spos", strategy={"name": "spos", **EVOLUTION}, epochs=0.5, evaluation_images=64, tolerance=0.3)
 FILES = ("arch.json", "search.json", "shared.safetensors", "supernet.safetensors", "metrics.jsonl")
 

@@ -303,10 +303,10 @@ def test_the_table_prices_the_space_and_says_where_it_is_from() -> None:
     assert found.header == header("phone")
     assert list(found.entries) == [op.key for op in OPS]
     assert LatencyTable.parse(found.to_json()) == found
-    cost = CostModel(SPACE, found)
+    cost = CostModel.of_table(SPACE, found)
     arch, ms = networks[0]
     assert arch.origin is not None
-    assert cost.latency_ms(arch.origin.picks) == pytest.approx(latency_ms(arch, found)) == pytest.approx(ms, rel=0.2)
+    assert cost.of(arch.origin.picks) == pytest.approx(latency_ms(arch, found)) == pytest.approx(ms, rel=0.2)
     calibration = found.calibration
     assert calibration is not None and calibration.held_out is not None
     assert (calibration.networks, calibration.slope, calibration.cold_ms_per_mparam) == (12, 1.0, 0.0)

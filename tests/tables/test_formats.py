@@ -52,9 +52,9 @@ def test_the_tunas_model_is_the_golden_one(tmp_path: Path) -> None:
     for slot, options in pixel1().slots.items():
         assert table.slots[slot] == pytest.approx(options, abs=1e-6)
     assert (table.header.device, table.header.space, table.provenance["licence"]) == ("pixel1", "proxylessnas", "Apache-2.0")
-    cost = CostModel(proxylessnas(), table)
-    assert cost.latency_ms(picks_of_indices(list(map(int, T1_INDICES.split(","))))) == pytest.approx(84.0167, abs=1e-3)
-    assert cost.latency_ms(picks_of_codes(proxylessnas(), list(map(int, T2_CODES.split(","))))) == pytest.approx(84.416, abs=1e-3)
+    cost = CostModel.of_table(proxylessnas(), table)
+    assert cost.of(picks_of_indices(list(map(int, T1_INDICES.split(","))))) == pytest.approx(84.0167, abs=1e-3)
+    assert cost.of(picks_of_codes(proxylessnas(), list(map(int, T2_CODES.split(","))))) == pytest.approx(84.416, abs=1e-3)
 
 
 def test_the_byte_order_is_that_of_the_published_file(tmp_path: Path) -> None:

@@ -75,9 +75,9 @@ def test_mnasnet_b1_and_all_k3e3() -> None:
     assert latency_ms(published("mnasnet_b1"), trim) == pytest.approx(82.9, abs=0.05)
     assert latency_ms(published("single_path_nas"), trim) == pytest.approx(89.4, abs=0.05)
     space = proxylessnas_original()
-    cost = CostModel(space, trim, allow_uncalibrated=True)
+    cost = CostModel.of_table(space, trim, allow_uncalibrated=True)
     for option, expected_ms in (("ir_k3_e3", 76.0), ("ir_k5_e6", 159.0)):
-        assert cost.latency_ms({choice.key: option for choice in space.choices}) == pytest.approx(expected_ms, abs=0.05)
+        assert cost.of({choice.key: option for choice in space.choices}) == pytest.approx(expected_ms, abs=0.05)
 
 
 def test_proxylessnas_mobile_names_its_three_missing_ops() -> None:
@@ -134,11 +134,11 @@ def test_ofa_prices_every_network_of_its_width(size: int) -> None:
     """Judge: the same networks summed over the source's own keys, written out from the description of the space."""
     source = yaml.safe_load(data(NOTE10.format(size)).read_text())
     space = ofa_mobilenet_v3(width=1.2, resolution=size).restrict({"resolution": [size]})
-    cost = CostModel(space, table(NOTE10.format(size), "ofa"), allow_uncalibrated=True)
+    cost = CostModel.of_table(space, table(NOTE10.format(size), "ofa"), allow_uncalibrated=True)
     rng = np.random.default_rng(size)
     for _ in range(20):
         picks = space.sample(rng)
-        assert cost.latency_ms(picks) == pytest.approx(ofa_sum_ms(source, picks, size), rel=1e-12)
+        assert cost.of(picks) == pytest.approx(ofa_sum_ms(source, picks, size), rel=1e-12)
 
 
 def ofa_sum_ms(source: dict[str, dict[str, float]], picks: dict[str, str | int], size: int) -> float:
@@ -167,7 +167,7 @@ def ofa_sum_ms(source: dict[str, dict[str, float]], picks: dict[str, str | int],
 def test_the_fastest_and_slowest_network_of_the_note10_table() -> None:
     """The 30 ms network that gave its name to T3 is not in the data: its latency lies between these."""
     space = ofa_mobilenet_v3(width=1.2).restrict({"resolution": [224]})
-    low, high = CostModel(space, table(NOTE10.format(224), "ofa"), allow_uncalibrated=True).range_ms()
+    low, high = CostModel.of_table(space, table(NOTE10.format(224), "ofa"), allow_uncalibrated=True).range()
     assert low < 29.97 < high
 
 

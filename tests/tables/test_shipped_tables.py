@@ -24,9 +24,9 @@ def test_a_table_prices_its_space_and_was_judged_on_unseen_networks(path: Path) 
     assert (path.parent.name, path.stem) == (header.device, f"{header.space}-{header.runtime}-{header.dtype}-{header.threads}t")
     assert "unknown" not in (header.cpu, header.machine, header.runtime_version, header.threads, header.cores, header.date)
     space = load_space(header.space)
-    cost = CostModel(space, table)  # refuses a table that lacks an op
-    low, high = cost.range_ms()
-    assert 0 < low < cost.latency_ms(space.sample(np.random.default_rng(0))) < high
+    cost = CostModel.of_table(space, table)  # refuses a table that lacks an op
+    low, high = cost.range()
+    assert 0 < low < cost.of(space.sample(np.random.default_rng(0))) < high
     held_out = table.calibration.held_out if table.calibration is not None else None
     assert held_out is not None and held_out.networks >= 19 and held_out.spearman is not None
     strict = header.dtype == "fp32" and header.threads == 1
