@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hwnas.config import Experiment
+from hwnas.config import FORMATS, NMS_FORMATS, Experiment
 from hwnas.core.detector import PostProcessing
 from hwnas.core.spaces import mobile32
 from hwnas.data.coco import CocoImages
@@ -22,9 +22,10 @@ from hwnas.devices.device import HOST, connect
 from hwnas.devices.host import Host
 from hwnas.devices.session import Bench
 from hwnas.errors import ConfigError, DeviceError, DocumentError
-from hwnas.export.bundle import FILES, Bundle
+from hwnas.export.bundle import Bundle
 from hwnas.export.detector_stage import detector_parity
 from hwnas.export.post_processing import READERS
+from hwnas.export.target import target
 from hwnas.export.timing import timing_file
 from hwnas.networks import architecture
 from hwnas.nn.network import network_of, save_network
@@ -91,7 +92,7 @@ def test_all_files_are_as_good_as_pytorch(run: Path) -> None:
     trained = TrainResult.load(run / "train" / "train.json")
     assert trained.test_coco is not None and bundle.torch_ap is not None and bundle.torch_ap > 0.3
     assert bundle.torch_ap == pytest.approx(trained.test_coco.AP, abs=1e-3) and found.torch_ap == pytest.approx(bundle.torch_ap, abs=1e-9)
-    assert [file.name for file in found.files] == [name for name, _, _ in FILES.values()]
+    assert [file.name for file in found.files] == [target(kind).file for kind in (*FORMATS, *NMS_FORMATS)]
     assert found.passed and found.unpredicted == "there is no table of this device"
     for file in found.files:
         assert file.ap is not None and file.ap > 0.25 and file.accuracy is None
@@ -301,17 +302,17 @@ def test_parity_of_detections() -> None:
     rows = np.array([[[0, 0, 32, 32, 0.9], [40, 40, 64, 64, 0.5]], [[0, 0, 8, 8, 0.0], [9, 9, 20, 20, 0.0]]], np.float32)
     shifted = rows.copy()
     shifted[0, 1, 0] += 0.64
-    found = detector_parity("onnx", shifted, rows, config, 64)
+    found = detector_parity("decoded", shifted, rows, config, 64)
     assert (found.images, found.agreement) == (2, 1.0) and found.relative_error == pytest.approx(0.01)
     chosen = np.zeros((2, 2, 6), np.float32)
     chosen[0] = [[40, 40, 64, 64, 0.5, 0], [0, 0, 32, 32, 0.89, 0]]  # in another order
-    found = detector_parity("onnx-nms", chosen, rows, config, 64)
+    found = detector_parity("nms", chosen, rows, config, 64)
     assert found.relative_error == pytest.approx(0.01) and found.agreement == 0.5
     chosen[0, 0] = 0
-    assert detector_parity("onnx-nms", chosen, rows, config, 64).relative_error == pytest.approx(40 / 64)
+    assert detector_parity("nms", chosen, rows, config, 64).relative_error == pytest.approx(40 / 64)
     chosen[0, 1, 5] = 1  # of another class
-    assert detector_parity("onnx-nms", chosen, rows, config, 64).relative_error == 1
-    assert detector_parity("tflite-fp32-tasks", np.zeros((2, 13), np.float32), rows, config, 64).relative_error == 1
+    assert detector_parity("nms", chosen, rows, config, 64).relative_error == 1
+    assert detector_parity("tasks", np.zeros((2, 13), np.float32), rows, config, 64).relative_error == 1
 
 
 @pytest.mark.parametrize(("task", "said"), [("classify", "'small-ssdlite' is a detector"), ("detect", "'small' is a classifier")])

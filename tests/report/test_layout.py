@@ -16,7 +16,8 @@ from hwnas.config import FORMATS, NMS_FORMATS, ValidateConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
-from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity
+from hwnas.export.bundle import Bundle, BundleFile, DetectorFile, DetectorPart, Parity
+from hwnas.export.target import target
 from hwnas.report import charts
 from hwnas.runs import JsonLines, StageContext
 from hwnas.train.result import TrainResult
@@ -61,14 +62,15 @@ def detector_run(root: Path, classes: int = 80) -> StageContext:
     JsonLines(ctx.path("train", "validation.jsonl")).rewrite(points)
     files, described, verdicts = [], {}, []
     for kind in (*FORMATS, *NMS_FORMATS):
-        name, runtime, dtype = FILES[kind]
+        made = target(kind)
+        name, runtime, dtype = made.file, made.runtime, made.dtype
         parity = Parity(images=8, relative_error=0.0313, agreement=0.984)
         common = {"name": name, "runtime": runtime, "dtype": dtype}
         size = {"format": kind, "size_bytes": 4_123_456, "sha256": "0" * 64, "parity": parity}
         files.append(BundleFile.model_validate({**common, **size}))
-        described[name] = DetectorFile(graph=GRAPHS.get(kind, "decoded"), outputs=())
+        described[name] = DetectorFile(graph=made.graph, outputs=())
         times: dict[str, Any] = {"app_post_processing_ms": 0.301, "post_processing_ms": 6.52}
-        if kind in GRAPHS:
+        if made.graph != "decoded":
             times = {"app_ms": 2.41, "timed_on": "test image"}
         verdicts.append(FileVerdict.model_validate({
             **common, **times, "runtime_version": "2.0", "measured_ms": 12.53, "spread": 0.012, "predicted_ms": 12.1,

@@ -30,7 +30,8 @@ from hwnas.core.ssdlite import with_detector
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
 from hwnas.errors import DocumentError
-from hwnas.export.bundle import FILES, GRAPHS, Bundle, BundleFile, DetectorFile, DetectorPart, Parity, Preprocessing
+from hwnas.export.bundle import Bundle, BundleFile, DetectorFile, DetectorPart, Parity, Preprocessing
+from hwnas.export.target import target
 from hwnas.report import charts, drawing, pictures, stage
 from hwnas.report.charts import smoothed
 from hwnas.report.documents import Place, read
@@ -151,7 +152,8 @@ def in_words(data: DataConfig) -> Preprocessing:
 def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
     files = []
     for kind in FORMATS:
-        name, runtime, dtype = FILES[kind]
+        made = target(kind)
+        name, runtime, dtype = made.file, made.runtime, made.dtype
         int8 = dtype == "int8"
         parity = Parity(images=64, relative_error=0.031 if int8 else 4.1e-7, agreement=0.984 if int8 else 1.0)
         content = {"name": name, "format": kind, "runtime": runtime, "dtype": dtype, "sha256": "0" * 64, "parity": parity}
@@ -450,10 +452,11 @@ def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
     parity = Parity(images=8, relative_error=2.3e-7, agreement=0.75)
     files, described, verdicts = [], {}, []
     for kind, lost, ms in (("tflite-fp32", 0.0, 0.25), ("tflite-int8-tasks", loss, None)):
-        name, runtime, dtype = FILES[kind]
+        made = target(kind)
+        name, runtime, dtype = made.file, made.runtime, made.dtype
         common = {"name": name, "runtime": runtime, "dtype": dtype}
         files.append(BundleFile.model_validate({**common, "format": kind, "size_bytes": 9000, "sha256": "0" * 64, "parity": parity}))
-        described[name] = DetectorFile(graph=GRAPHS.get(kind, "decoded"), outputs=())
+        described[name] = DetectorFile(graph=made.graph, outputs=())
         verdicts.append(FileVerdict.model_validate({
             **common, "runtime_version": "2.0", "measured_ms": 2.5, "spread": 0.01, "predicted_ms": None, "latency_error": None,
             "latency_passed": None, "parity_passed": None, "ap": 0.32 - lost, "ap_loss": lost, "ap_passed": lost < 0.03,
