@@ -122,7 +122,9 @@ class Pipeline:
         data = self.experiment.data
         where = f" in {data.path}" if data.path else ""
         classes = f"{data.classes} class{'es' if data.classes != 1 else ''}"
-        source = f"data: {data.name}{where}, {classes}, {data.channels} x {data.resolution} px"
+        missing = data.path is not None and not Path(data.path).expanduser().exists()
+        there = "; that path does not exist yet" if missing else ""
+        source = f"data: {data.name}{where}, {classes}, {data.channels} x {data.resolution} px{there}"
         lines = [f"experiment {self.experiment.name} in {self.root}", source]
         found = self._estimates() if timed else None
         for name in self.needed:

@@ -193,7 +193,7 @@ def test_a_single_class_is_one(tmp_path: Path) -> None:
     overrides = ["space.name=mobile32", "data.resolution=64", "task=detect", "data.name=coco", "data.path=absent", "data.classes=1"]
     config = load_experiment(write_tiny(tmp_path), overrides)
     said = Pipeline(config, tmp_path / "run", Progress()).plan().splitlines()[1]
-    assert said == "data: coco in absent, 1 class, 1 x 64 px"
+    assert said == "data: coco in absent, 1 class, 1 x 64 px; that path does not exist yet"
 
 
 def test_a_named_architecture_needs_no_search(tiny: Experiment) -> None:
