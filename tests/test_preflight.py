@@ -115,7 +115,9 @@ def test_splits_that_do_not_agree_are_refused_at_once(tmp_path: Path) -> None:
     said = refused(tmp_path, *of_space, "data.name=folder", f"data.path={alike}", "data.classes=4")
     assert "has 3 class folders in train, but data.classes = 4: set it to 3, or leave it out" in said
     missing = write_folder(tmp_path / "missing", {"train": ("ant", "bee")})
-    assert "val holds no class folders" in refused(tmp_path, *of_space, "data.name=folder", f"data.path={missing}")
+    assert "val does not exist: lay the images out as val/<class>/<image>" in refused(
+        tmp_path, *of_space, "data.name=folder", f"data.path={missing}"
+    )
     path = write_npz(tmp_path / "npz", 10, test_classes=12)
     assert "labels 0 to 11, but data.classes = 10" in refused(tmp_path, "data.name=npz", f"data.path={path}")
     colours = write_npz(tmp_path / "rgb", 10, channels=3)

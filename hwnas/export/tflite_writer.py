@@ -14,7 +14,8 @@ litert-torch converts a block in 1 to 2 s; this takes 1 ms (``block_writer`` say
 there, never inside a network, and a table must hold what networks cost.
 
 Schema: tensorflow/lite/schema/schema.fbs, version 3. Every operator code has the lowest version that allows what the file uses it
-for: 1, but 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept dimensions and 6 for grouped CONV_2D.
+for: 1, but 2 for DEPTHWISE_CONV_2D with a dilation, 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept dimensions and
+6 for grouped CONV_2D.
 """
 
 from __future__ import annotations
@@ -268,7 +269,7 @@ class _Writer(Graph, BlockWriter[int]):
         bias = self.constant(f"{node.name}.bias", bias_O)
         if not _same_padding(node):
             x = self._padded(x, node)
-        code, version = ("DEPTHWISE_CONV_2D", 1) if depthwise else ("CONV_2D", 1 if node.groups == 1 else 6)
+        code, version = ("DEPTHWISE_CONV_2D", 1 if node.dilation == 1 else 2) if depthwise else ("CONV_2D", 1 if node.groups == 1 else 6)
         shape = (1, node.out_size, node.out_size, node.out_ch)
         x = self.operator(code, node.name, [x, weight, bias], shape, _conv_options(node, act), version=version)
         if node.act == "hsig":

@@ -49,7 +49,7 @@ def test_options_are_read() -> None:
         "ds_k3_hsig",
         "cn_k1_hsig",
         "cn",
-        "ir_k3_e3_nsw",
+        "ir_k3_e3_nxx",
         "ir_k3_e3_nre_g2",
         "ir_k3_e3_hsig_se0.25",
     ],

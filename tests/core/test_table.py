@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hwnas.core import table as table_module
+from hwnas.core import calibration as calibration_module
 from hwnas.core.calibration import fit_calibration, judge
 from hwnas.core.ops import MBConv, Op
 from hwnas.core.statistics import spearman
@@ -169,7 +169,7 @@ def test_the_error_of_leaving_a_network_out_is_that_of_the_fit_to_the_others() -
         others = np.arange(10) != i
         fit = np.linalg.lstsq(design[others], np.ones(9), rcond=None)[0]
         errors.append(abs(design[i] @ fit - 1))
-    found = table_module._fit_shape(shape, networks, x, y)
+    found = calibration_module._fit_shape(shape, networks, x, y)
     assert found is not None and found[0] == pytest.approx(np.mean(errors))
 
 

@@ -37,6 +37,19 @@ COUNTS = {  # nas-facts T5 (FBNet: both ways of counting, trap 13.4); exact inte
     "fbnet_c": "385.0M/5.57M",
     "multi_avg": "432.5M/4.95M",  # no published count: ours, for the shapes in TuNAS's archive
     "multi_max": "349.2M/4.42M",
+    # timm's parameters; MACs are ours at the published resolutions, those at 224 px exactly timm's (below)
+    "efficientnet_lite0": "385.2M/4.65M",
+    "efficientnet_lite1": "600.2M/5.42M",
+    "efficientnet_lite2": "859.7M/6.09M",
+    "efficientnet_lite3": "1383.3M/8.20M",
+    "efficientnet_lite4": "2553.0M/13.01M",
+    "efficientnet_v2_b0": "718.1M/7.14M",
+    "efficientnet_v2_b1": "1196.8M/8.14M",
+    "efficientnet_v2_b2": "1697.5M/10.10M",
+    "efficientnet_v2_b3": "3011.5M/14.36M",
+    "mobilenet_v4_conv_small": "186.0M/3.77M",
+    "mobilenet_v4_conv_medium": "827.6M/9.72M",
+    "mobilenet_v4_conv_large": "2171.3M/32.59M",
     "ssdlite320_mobilenet_v3_large": "583.2M/3.44M",  # 320 px, 91 classes with the background; exact in test_ssdlite.py
 }
 TIMM = {
@@ -47,6 +60,11 @@ TIMM = {
     "mobilenet_v3_large": "mobilenetv3_large_100",
     "mobilenet_v3_small": "mobilenetv3_small_100",
     "fbnet_c": "fbnetc_100",
+    "efficientnet_lite0": "efficientnet_lite0",
+    "efficientnet_v2_b0": "tf_efficientnetv2_b0",
+    "mobilenet_v4_conv_small": "mobilenetv4_conv_small",
+    "mobilenet_v4_conv_medium": "mobilenetv4_conv_medium",
+    "mobilenet_v4_conv_large": "mobilenetv4_conv_large",
 }
 
 
@@ -178,7 +196,7 @@ def test_classes_and_resolution_shape_a_published_network() -> None:
 def test_an_unknown_network_is_answered_with_the_nearest() -> None:
     with pytest.raises(SpaceError, match=r"unknown network 'mobilenetv2'; did you mean 'mobilenet_v2'\?"):
         published("mobilenetv2")
-    with pytest.raises(SpaceError, match=r"known: fairnas_a, .*, mobilenet_v2, .*, ssdlite320_mobilenet_v3_large\."):
+    with pytest.raises(SpaceError, match=r"known: efficientnet_lite0, .*, mobilenet_v2, .*, ssdlite320_mobilenet_v3_large\."):
         published("x")
 
 
