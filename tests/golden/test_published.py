@@ -129,8 +129,8 @@ def test_every_convolution_and_every_shortcut_is_where_timm_has_it(name: str, th
     found = [(layer.in_ch, layer.out_ch, layer.kernel, layer.stride, layer.groups, layer.norm) for layer in layers]
     assert found == convolutions
     blocks = [block for stage in network.blocks for block in stage if hasattr(block, "has_skip")]
-    inner = [op for op in arch.ops() if op.kind in ("dsconv", "mbconv")]
-    assert [op.residual for op in inner] == [block.has_skip for block in blocks][: len(inner)]
+    inner = arch.ops()[1 : 1 + len(blocks)]  # behind the stem
+    assert [op.residual for op in inner] == [block.has_skip for block in blocks]
 
 
 @pytest.mark.parametrize(("name", "shuffles"), [("fbnet_a", 3), ("fbnet_a_no_expand", 3), ("fbnet_b", 0)])
