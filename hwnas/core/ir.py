@@ -134,10 +134,20 @@ class Program:
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
 
-    @property
+    @cached_property
     def layers(self) -> tuple[Node, ...]:
         """Nodes that hold weights or statistics, or pool."""
         return tuple(node for node in self.nodes if node.kind in LAYERS)
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulate operations for one image."""
+        return sum(node.macs for node in self.nodes)
+
+    @cached_property
+    def params(self) -> int:
+        """Weights and biases, BN scales and shifts."""
+        return sum(node.params for node in self.nodes)
 
     @cached_property
     def endings(self) -> tuple[tuple[int, ...], ...]:

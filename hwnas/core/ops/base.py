@@ -19,7 +19,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -148,9 +148,7 @@ class Op(ABC):
     @cached_property
     def program(self) -> Program:
         """What the op computes."""
-        write = ProgramWriter(self.in_ch, self.size)
-        outputs = self.write(write)
-        return write.program(*(outputs if isinstance(outputs, tuple) else (outputs,)))
+        return _program(self)
 
     @property
     def kind(self) -> str:
@@ -210,12 +208,12 @@ class Op(ABC):
     @property
     def macs(self) -> int:
         """Multiply-accumulates of convolutions and fully connected layers for one image."""
-        return sum(node.macs for node in self.program.nodes)
+        return self.program.macs
 
     @property
     def params(self) -> int:
         """Trainable parameters, BN scales and shifts included."""
-        return sum(node.params for node in self.program.nodes)
+        return self.program.params
 
     @property
     def branch(self) -> Self:
@@ -225,6 +223,14 @@ class Op(ABC):
     def resized(self, in_ch: int, out_ch: int) -> Self:
         """The op's branch between other widths."""
         return replace(self.branch, in_ch=in_ch, out_ch=out_ch)
+
+
+@lru_cache(maxsize=2**16)
+def _program(op: Op) -> Program:
+    """The program of an op: equal ops, of which a search makes many, share one."""
+    write = ProgramWriter(op.in_ch, op.size)
+    outputs = op.write(write)
+    return write.program(*(outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
 def _parse_key(value: Any) -> Any:
