@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 Kind: TypeAlias = Literal[
     "conv",
@@ -291,23 +291,10 @@ class ProgramWriter:
         """The program with these outputs."""
         return Program(self.in_ch, self.size, tuple(self.nodes), outputs)
 
-    def _layer(
-        self,
-        name: str,
-        kind: Kind,
-        value: int,
-        out_ch: int,
-        *,
-        kernel: int = 1,
-        stride: int = 1,
-        groups: int = 1,
-        dilation: int = 1,
-        norm: bool = False,
-        bias: bool = False,
-        act: str = "none",
-    ) -> int:
-        shape = (self.channels_of(value), out_ch, self.size_of(value), kernel, stride, groups, dilation)
-        return self._add(Node(name, kind, *shape, norm, bias, act, (value,)))
+    def _layer(self, name: str, kind: Kind, value: int, out_ch: int, **attributes: Any) -> int:
+        """A node that reads one value; ``attributes`` are those of ``Node``."""
+        node = Node(name, kind, self.channels_of(value), out_ch, self.size_of(value), inputs=(value,), **attributes)
+        return self._add(node)
 
     def _plain(self, kind: Kind, values: tuple[int, ...], *, out_ch: int | None = None, groups: int = 1, act: str = "none") -> int:
         """A node without weights, named by its kind and position among its like."""

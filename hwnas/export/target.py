@@ -22,7 +22,7 @@ import numpy as np
 
 from hwnas.config.formats import TARGETS
 from hwnas.core.detector import PostProcessing
-from hwnas.errors import ConfigError
+from hwnas.errors import ConfigError, ExportError
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard
 from hwnas.nn.network import AnyNetwork
@@ -94,8 +94,8 @@ class Target(ABC):
         return None
 
     def at_score(self, model: bytes, min_score: float) -> bytes:
-        """A file that chooses detections itself, with another threshold of scores: for timing."""
-        raise NotImplementedError(f"{self.file} chooses no detections")
+        """A file that chooses detections itself, with another threshold of scores: for timing. Raises ExportError where it cannot."""
+        raise ExportError(f"{self.file} cannot be given another threshold of scores")
 
 
 def target(name: str) -> Target:

@@ -60,12 +60,7 @@ class DSConv(Op):
 
     def write(self, write: ProgramWriter) -> int:
         """From the depthwise convolution on."""
-        x = write.shuffle(INPUT, self.groups)
-        x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, act=self.act)
-        x = squeeze_excite(write, x, self.se_ch, self.se_gate, self.act if self.se_act else "relu")
-        x = write.conv("project", x, self.out_ch, groups=self.groups)
-        x = attend_to_channels(write, x, self.eca)
-        return write.add(INPUT, x) if self.residual else x
+        return _from_depthwise(self, write, INPUT)
 
 
 @register
@@ -96,13 +91,17 @@ class MBConv(Op):
 
     def write(self, write: ProgramWriter) -> int:
         """Expansion, depthwise convolution, projection."""
-        x = write.conv("expand", INPUT, self.mid_ch, groups=self.groups, act=self.act)
-        x = write.shuffle(x, self.groups)
-        x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, act=self.act)
-        x = squeeze_excite(write, x, self.se_ch, self.se_gate, self.act if self.se_act else "relu")
-        x = write.conv("project", x, self.out_ch, groups=self.groups)
-        x = attend_to_channels(write, x, self.eca)
-        return write.add(INPUT, x) if self.residual else x
+        return _from_depthwise(self, write, write.conv("expand", INPUT, self.mid_ch, groups=self.groups, act=self.act))
+
+
+def _from_depthwise(op: DSConv | MBConv, write: ProgramWriter, value: int) -> int:
+    """What follows the expansion, where there is one."""
+    x = write.shuffle(value, op.groups)
+    x = write.depthwise("depthwise", x, kernel=op.kernel, stride=op.stride, act=op.act)
+    x = squeeze_excite(write, x, op.se_ch, op.se_gate, op.act if op.se_act else "relu")
+    x = write.conv("project", x, op.out_ch, groups=op.groups)
+    x = attend_to_channels(write, x, op.eca)
+    return write.add(INPUT, x) if op.residual else x
 
 
 @register
