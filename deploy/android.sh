@@ -24,6 +24,7 @@ say() {
 }
 
 fail() {
+    release
     say failed "$@"
     exit 1
 }
@@ -41,8 +42,16 @@ wait_for_turn() {
             [ "$tries" -lt 10 ] || fail "$PWD takes no files"
         fi
     done
-    trap 'rm -f "$lock"' EXIT
+    held=yes
+    trap release EXIT
     trap 'exit 1' HUP INT TERM PIPE
+}
+
+# Before the last line is said, for then the caller takes it that nothing of this run is left on the phone.
+release() {
+    [ "$held" = yes ] || return 0
+    held=no
+    rm -f "$lock"
 }
 
 # What was pushed goes to its place in one step, so that nobody sees half of a file.
@@ -90,7 +99,7 @@ predict() {
     cd ..
 }
 
-verb=$1
+verb=$1 held=no
 shift
 wait_for_turn
 place
@@ -98,4 +107,5 @@ case $verb in
     measure | predict) "$verb" "$@" ;;
     *) exit 2 ;;
 esac
+release
 say "done"

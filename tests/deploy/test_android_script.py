@@ -1,0 +1,54 @@
+"""deploy/android.sh by a POSIX shell on this computer, with a program that does nothing: what it leaves when it says its last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hwnas.share import share_folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder beside a program and a model, and an ``rm`` that takes its time."""
+    run = tmp_path / "hwnas" / "run-1"
+    run.mkdir(parents=True)
+    shutil.copy(share_folder("deploy") / "android.sh", run)
+    (run / "batch").write_text("0 model.tflite\n")
+    (run / "model.tflite").write_text("")
+    (run / "inputs").write_text("1234")
+    scripts = {
+        run / "benchmark_model-1": "#!/bin/sh\n",
+        tmp_path / "bin" / "rm": f'#!/bin/sh\nsleep 0.5\nexec {shutil.which("rm")} "$@"\n',
+    }
+    for path, text in scripts.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "last"),
+    [
+        ("measure all 1 benchmark_model-1", "run-1 done"),
+        ("predict model.tflite 4 benchmark_model-1", "run-1 done"),
+        ("predict model.tflite 4 benchmark_model-1", "run-1 failed"),
+    ],
+)
+def test_the_lock_is_gone_when_it_says_its_last(run: Path, arguments: str, last: str) -> None:
+    if last.endswith("failed"):
+        (run / "input").mkdir()  # so that dd cannot write it
+    environment = os.environ | {"PATH": f"{run.parent.parent / 'bin'}:{os.environ['PATH']}"}
+    with subprocess.Popen(["sh", run / "android.sh", *arguments.split()], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        said = next(line for line in process.stdout if line.startswith((f"{run.name} done", f"{run.name} failed")))
+        left = [path.name for path in run.parent.iterdir()]
+        process.stdout.read()
+    assert said.startswith(last)
+    assert "lock" not in left
+    assert "benchmark_model-1" in left
