@@ -77,7 +77,7 @@ class Calibration(_Part):
     cold_ms_per_mvalue: float = Field(0.0, ge=0)
     cold_cap_mvalues: float | None = Field(None, gt=0, description="million values that the cache holds; none: no cap")
     networks: int = Field(description="how many networks it was fitted on")
-    noisy_networks: int = Field(0, description="networks, fitted or held out, that stayed above the allowed spread; they are left out")
+    noisy_networks: int = Field(0, description="networks above the allowed spread; left out where three quiet ones remain")
     held_out: HeldOut | None = None
 
     def op_ms(self, entry_ms: float, op: Op) -> float:

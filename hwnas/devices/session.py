@@ -1,8 +1,9 @@
 """One measuring session: model files timed on a device in interleaved rounds. Profiling and validation share it.
 
 A round goes once through everything in a new random order, in one process per runtime, so that whatever drifts (clock,
-temperature, neighbours) hits all items alike. The time of an item is the median over rounds of the median over runs.
-Where rounds spread more than allowed, further rounds follow.
+temperature, neighbours) hits all items alike. What still changes from one measurement to the next is taken out (``speed.py``): the
+time of an item is the median over rounds of the median over runs, at the median speed of the session.
+Where rounds spread more than allowed even so, further rounds follow.
 
 A session that keeps its rows in a file resumes after a kill: what a round has measured is not measured again.
 """
@@ -24,6 +25,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
 from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Connection, Device
+from hwnas.devices.speed import slowness
 from hwnas.errors import DeviceError
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
@@ -232,7 +234,10 @@ class Session:
         self.delegated: dict[str, bool | str] = {}
         self.fed: set[str] = set()
         """Items that got their image."""
-        self._done: dict[str, dict[int, list[float]]] = {name: {} for name in self.items}
+        self._done: dict[tuple[str, int], list[float]] = {}
+        """(item, round) -> its runs in milliseconds."""
+        self._order: dict[tuple[str, int], None] = {}
+        """(item, round) in the order in which a session that is never killed measures."""
         for raw in samples.read() if samples is not None else ():
             self._keep(typed(raw))
 
@@ -252,11 +257,11 @@ class Session:
                 self._round(number, again, task.advance)
 
     def rounds(self, name: str) -> list[list[float]]:
-        """The runs of each round of an item, in milliseconds."""
-        return [runs for _, runs in sorted(self._done[name].items())]
+        """The runs of each round of an item, in milliseconds at the session's median speed."""
+        return self._at_one_speed[name]
 
     def ms(self, name: str) -> float:
-        """The time of an item in milliseconds: the median over rounds of the median over runs."""
+        """The time of an item in milliseconds at the session's median speed: the median over rounds of the median over runs."""
         return float(np.median([np.median(runs) for runs in self.rounds(name)]))
 
     @property
@@ -281,7 +286,17 @@ class Session:
     @property
     def _count(self) -> int:
         """How many items have been measured, rounds counted apart."""
-        return sum(map(len, self._done.values()))
+        return len(self._done)
+
+    @cached_property
+    def _at_one_speed(self) -> dict[str, list[list[float]]]:
+        """Item -> its rounds in order, each with its runs."""
+        measured = {key: self._done[key] for key in self._order if key in self._done}
+        slow = slowness([name for name, _ in measured], [float(np.median(runs)) for runs in measured.values()])
+        found: dict[str, list[list[float]]] = {name: [] for name in self.items}
+        for ((name, _), runs), factor in zip(measured.items(), slow, strict=True):
+            found[name].append([run / float(factor) for run in runs])
+        return found
 
     def _round(self, number: int, names: Sequence[str], advance: Callable[[], None]) -> None:
         """Measure what is missing of a round, in the round's own random order."""
@@ -291,7 +306,9 @@ class Session:
             by_runtime[self.items[name].runtime].append(self.items[name])
         for _, items in sorted(by_runtime.items()):
             shuffled = [items[i] for i in rng.permutation(len(items))]
-            todo = tuple(item for item in shuffled if number not in self._done[item.name])
+            self._order |= dict.fromkeys((item.name, number) for item in shuffled)
+            self.__dict__.pop("_at_one_speed", None)
+            todo = tuple(item for item in shuffled if (item.name, number) not in self._done)
             if todo:
                 self._measure(Plan(todo, number, self.bench.settings.threads, self.cores, self.schedule), advance)
 
@@ -314,7 +331,8 @@ class Session:
             for name, value in row.values.items():
                 self.conditions[name].append(value)
         elif isinstance(row, Measurement) and row.name in self.items:
-            self._done[row.name][row.round] = row.ms
+            self._done[row.name, row.round] = row.ms
+            self.__dict__.pop("_at_one_speed", None)
             self.delegated[row.name] = row.delegated
             self.fed |= {row.name} if row.fed else set()
 

@@ -216,19 +216,28 @@ def _warn(found: dict[str, Entry], progress: Progress) -> None:
 
 
 def _calibration(plan: Plan, found: dict[str, Entry]) -> Calibration | None:
-    """Fitted on the fit networks, judged on the test networks; noisy networks are left out of both, and counted."""
+    """Fitted on the fit networks, judged on the test networks; noisy networks are counted, and left out where enough quiet ones remain.
+
+    A slope of one or two networks that happened to be quiet is further off than one of a dozen noisy medians.
+    """
     networks = [(arch, found[f"net-{i}"]) for i, arch in enumerate((*plan.fit, *plan.test))]
     quiet = [not entry.noisy for _, entry in networks]
     sums = [sum(found[op.key].ms for op in arch.ops()) for arch, _ in networks]
     nets = [entry.ms for _, entry in networks]
     cut = len(plan.fit)
-    fit, test = ([i for i in part if quiet[i]] for part in (range(cut), range(cut, len(networks))))
+    fit, test = (_usable(part, quiet) for part in (range(cut), range(cut, len(networks))))
     if not fit:
         return None
     chains = [arch.ops() for arch, _ in networks]
     calibration = fit_calibration([chains[i] for i in fit], [sums[i] for i in fit], [nets[i] for i in fit])
     held_out = judge(calibration, [chains[i] for i in test], [sums[i] for i in test], [nets[i] for i in test]) if test else None
     return calibration.model_copy(update={"held_out": held_out, "noisy_networks": quiet.count(False)})
+
+
+def _usable(networks: Sequence[int], quiet: Sequence[bool]) -> list[int]:
+    """The quiet ones of these networks, or all where fewer than ``MIN_NETWORKS`` are quiet."""
+    calm = [i for i in networks if quiet[i]]
+    return calm if len(calm) >= MIN_NETWORKS else list(networks)
 
 
 def _entry(session: Session, name: str) -> Entry:

@@ -18,8 +18,6 @@ from hwnas.export.target import target
 from hwnas.validate import detector
 from hwnas.validate.exported import Exported
 
-"""What is in a file's graph -> how a copy with another threshold of scores is made."""
-
 
 @dataclass(frozen=True)
 class Promise:
