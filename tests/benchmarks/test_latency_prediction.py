@@ -4,11 +4,14 @@
     pytest tests/benchmarks/test_latency_prediction.py --benchmark-only -s -k litert-fp32
 
 One profile per runtime and dtype, measured for real (two to six minutes each). Beside the table's calibrated error it prints
-what is left when each part of the procedure is taken away, from the same samples: the plain sum, and a single pass.
+what is left when each part of the procedure is taken away, from the same samples: the device's speed at each moment, the price of
+cold memory, all rounds but one, and the calibration.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,9 @@ from hwnas.config import DeviceConfig, ProfileConfig
 from hwnas.core.calibration import fit_calibration, judge
 from hwnas.core.ops import Op
 from hwnas.core.spaces import proxylessnas
-from hwnas.core.table import HeldOut, LatencyTable
+from hwnas.core.table import HeldOut
 from hwnas.devices.device import HOST, connect
-from hwnas.devices.session import Bench
+from hwnas.devices.session import Bench, Item, Schedule, Session
 from hwnas.export.timing import timing_file
 from hwnas.profile.plan import Plan, make_plan
 from hwnas.profile.stage import profile
@@ -37,32 +40,33 @@ def row(label: str, held_out: HeldOut) -> str:
     return f"  {label:34} mean {held_out.mape:6.1%}  largest {held_out.max_error:6.1%}  Spearman {rank}"
 
 
-def one_pass(plan: Plan, samples: list[dict[str, Any]], number: int) -> HeldOut:
-    """Entries from one round only, judged against networks measured in all rounds."""
-    first = {row["id"]: float(np.median(row["ms"])) for row in samples if row.get("round") == number}
-    full: dict[str, list[float]] = {}
-    for line in samples:
-        if "id" in line:
-            full.setdefault(line["id"], []).append(float(np.median(line["ms"])))
-    sums = [sum(first[op.key] for op in arch.ops()) for arch in (*plan.fit, *plan.test)]
-    once = [first[f"net-{i}"] for i in range(len(sums))]
-    truth = [float(np.median(full[f"net-{i}"])) for i in range(len(sums))]
-    chains = [arch.ops() for arch in (*plan.fit, *plan.test)]
+def judged(plan: Plan, ms: dict[str, float], truth: dict[str, float], is_cold_priced: bool = True) -> HeldOut:
+    """The calibration fitted to ``ms`` (item -> milliseconds), judged on the networks' times in ``truth``."""
+    networks = (*plan.fit, *plan.test)
+    chains: list[tuple[Op, ...]] = [arch.ops() if is_cold_priced else () for arch in networks]
+    sums = [sum(ms[op.key] for op in arch.ops()) for arch in networks]
+    times = [ms[f"net-{i}"] for i in range(len(networks))]
     cut = len(plan.fit)
-    return judge(fit_calibration(chains[:cut], sums[:cut], once[:cut]), chains[cut:], sums[cut:], truth[cut:])
+    calibration = fit_calibration(chains[:cut], sums[:cut], times[:cut])
+    return judge(calibration, chains[cut:], sums[cut:], [truth[f"net-{i}"] for i in range(cut, len(networks))])
 
 
-def affine_only(plan: Plan, table: LatencyTable, samples: list[dict[str, Any]]) -> HeldOut:
-    """The same table without a price for memory that comes from outside the cache."""
-    rounds: dict[str, list[float]] = {}
+def as_measured(samples: list[dict[str, Any]], rounds: Container[int]) -> dict[str, float]:
+    """Item -> the median over rounds of the median over runs, at whatever speed the device had."""
+    times: dict[str, list[float]] = defaultdict(list)
     for line in samples:
-        if "id" in line:
-            rounds.setdefault(line["id"], []).append(float(np.median(line["ms"])))
-    sums = [sum(table.entries[op.key].ms for op in arch.ops()) for arch in (*plan.fit, *plan.test)]
-    truth = [float(np.median(rounds[f"net-{i}"])) for i in range(len(sums))]
-    cut = len(plan.fit)
-    bare: list[tuple[Op, ...]] = [()] * len(sums)
-    return judge(fit_calibration(bare[:cut], sums[:cut], truth[:cut]), bare[cut:], sums[cut:], truth[cut:])
+        if "id" in line and line["round"] in rounds:
+            times[line["id"]].append(float(np.median(line["ms"])))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def at_one_speed(plan: Plan, bench: Bench, samples: JsonLines) -> dict[str, float]:
+    """Item -> its time in the session that left these samples, in which nothing is left to measure."""
+    schedule = Schedule(CONFIG.rounds, CONFIG.max_rounds, CONFIG.max_spread, seed=(SEED,))
+    items = [Item(name, bench.settings.runtime, bench.folder, ops) for name, ops in plan.items.items()]
+    session = Session(bench, items, schedule, samples)
+    session.run("reading")
+    return {name: session.ms(name) for name in plan.items}
 
 
 CASES = [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")]
@@ -71,22 +75,22 @@ CASES = [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")]
 @pytest.mark.parametrize(("runtime", "dtype"), CASES, ids=["-".join(case) for case in CASES])
 def test_held_out_error(benchmark: Any, tmp_path: Path, runtime: Any, dtype: Any) -> None:
     space = proxylessnas()
-    settings = DeviceConfig(runtime=runtime, dtype=dtype)
-    table = benchmark.pedantic(
-        profile, args=(Bench(HOST, connect(HOST), settings, timing_file, tmp_path), space, CONFIG, SEED), rounds=1, iterations=1
-    )
+    bench = Bench(HOST, connect(HOST), DeviceConfig(runtime=runtime, dtype=dtype), timing_file, tmp_path)
+    table = benchmark.pedantic(profile, args=(bench, space, CONFIG, SEED), rounds=1, iterations=1)
     assert table.calibration is not None and table.calibration.held_out is not None
     held_out = table.calibration.held_out
-    samples = JsonLines(tmp_path / "samples.jsonl").read()
+    samples = JsonLines(tmp_path / "samples.jsonl")
     plan = make_plan(space, CONFIG, SEED)
+    times = at_one_speed(plan, bench, samples)
+    jumping = as_measured(samples.read(), range(CONFIG.max_rounds))
+    passes = sorted((judged(plan, as_measured(samples.read(), [i]), times) for i in range(3)), key=lambda found: found.mape)
     print(f"\n{table.title}: {len(table.entries)} ops, {held_out.networks} held-out networks")
     print(row("calibrated, all rounds", held_out))
-    print(row("affine calibration, all rounds", affine_only(plan, table, samples)))
-    print(
-        row("calibrated, one pass (median of 3)", sorted((one_pass(plan, samples, i) for i in range(3)), key=lambda found: found.mape)[1])
-    )
+    print(row("at whatever speed the device had", judged(plan, jumping, jumping)))
+    print(row("affine calibration, all rounds", judged(plan, times, times, is_cold_priced=False)))
+    print(row("calibrated, one pass (median of 3)", passes[1]))
     print(f"  {'plain sum, all rounds':34} mean {held_out.raw_mape:6.1%}")
-    naive = sorted(one_pass(plan, samples, i).raw_mape for i in range(3))
+    naive = sorted(found.raw_mape for found in passes)
     print(f"  {'plain sum, one pass (three passes)':34} mean {naive[1]:6.1%}  ({naive[0]:.1%} to {naive[2]:.1%})")
     print(f"  entries flagged as noisy: {sum(entry.noisy for entry in table.entries.values())}")
     if (runtime, dtype) == ("litert", "fp32"):
