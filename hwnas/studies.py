@@ -14,7 +14,8 @@ from hwnas.document import content_sha256, file_sha256
 from hwnas.engine import flush_denormals
 from hwnas.pipeline import Pipeline
 from hwnas.runs import StageContext, locked, prepare, set_aside
-from hwnas.search.stage import SHARED, limit_hashes, search_context
+from hwnas.search.stage import limit_hashes, search_context
+from hwnas.search.supernets import SHARED
 from hwnas.study import compare, rank, remaining, shrink, supernets, trainings
 from hwnas.study.trainings import Training
 from hwnas.study.truth import configured_truth

@@ -26,6 +26,7 @@ from hwnas.search.comparison import compared_with, image_counts
 from hwnas.search.judge import KEPT_BYTES, Judge, placed
 from hwnas.search.proposal import random_within
 from hwnas.search.strategy import SearchContext, Strategy
+from hwnas.search.supernets import meter_of, trained
 
 STEPS = 0.3
 """Part of the timing's seconds for steps of the strategy."""
@@ -82,8 +83,8 @@ def of_search(experiment: Experiment, space: SearchSpace, table: LatencyTable | 
     experiment, search = context(experiment, space, table)
     experiment = stage.sized(experiment, space)
     if config.weights is not None:
-        judge = Judge(stage.trained(config, space), experiment)
-        search.meter = stage.meter_of(config, judge.supernet)
+        judge = Judge(trained(config, space), experiment)
+        search.meter = meter_of(config, judge.supernet)
         return _of_finding(experiment, search, judge, None)
     prepared = stage.prepare(experiment, space, search, folder)
     per_step, macs_per_step = _step_seconds(prepared, watch)

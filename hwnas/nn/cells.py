@@ -52,17 +52,35 @@ class CellSupernet(SharedNetwork):
     """
 
     space: CellSpace
+    proxy: CellSpace
 
     def __init__(self, space: CellSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> None:
         super().__init__()
         self.config = config = settled(config, "torch")
-        check_cells(space, config)
+        self.check(space, config)
         self.space, self.proxy = space, _proxy(space, config)
         self.places = self.proxy.plan(pool_norm=space.skeleton == "darts")
         self.parts = nn.ModuleList(self._part(place) for place in self.places)
         self._last_use = {point: position for position, place in enumerate(self.places) for point in place.of}
         self.fraction, self._tracking = 0.0, True
         initialise(self, generator, config.initialisation)
+
+    @classmethod
+    def check(cls, space: CellSpace, config: SupernetConfig) -> None:
+        """Raise ConfigError where a setting has no meaning for cells."""
+        check_proxy_resolution(space, config, space.multiple)
+        for key, usual in _MEANINGLESS.items():
+            if getattr(config, key) != usual:
+                raise ConfigError(
+                    f"search.supernet.{key} = {getattr(config, key)!r} says how blocks in a row share weights, and space {space.name} "
+                    f"is one of cells: set it to {usual!r}."
+                )
+        for key, usual in (("sharing", "separate"), ("kernels", "own")):
+            if getattr(config, key) not in ("auto", usual):
+                raise ConfigError(
+                    f"search.supernet.{key} = {getattr(config, key)!r}, but the options of space {space.name} share no weights: "
+                    f"set {usual!r}."
+                )
 
     def _part(self, place: Place) -> nn.Module:
         """The weights of a place."""
@@ -216,6 +234,21 @@ class GrowingSupernet(SharedNetwork):
         sized = [config.model_copy(update={"proxy_depth": count}) for count in cells]
         self.stages = nn.ModuleList(CellSupernet(space, generator, each) for each in sized)
 
+    @classmethod
+    def check(cls, space: CellSpace, config: SupernetConfig) -> None:
+        """As each of them."""
+        CellSupernet.check(space, config)
+
+    @property
+    def proxies(self) -> Sequence[CellSpace]:
+        """The space with the cells of each stage."""
+        return [cast(CellSupernet, stage).proxy for stage in self.stages]
+
+    def grow(self, number: int) -> bool:
+        """Run super-net ``number`` from now on; whether another one did until now."""
+        changed, self.grown = self.grown != number, number
+        return changed
+
     @property
     def present(self) -> CellSupernet:
         """The super-net that runs."""
@@ -267,22 +300,6 @@ class GrowingSupernet(SharedNetwork):
     def finished(self) -> SharedNetwork:
         """The deepest super-net."""
         return cast(CellSupernet, self.stages[-1])
-
-
-def check_cells(space: CellSpace, config: SupernetConfig) -> None:
-    """Raise ConfigError where a setting has no meaning for cells."""
-    check_proxy_resolution(space, config, space.multiple)
-    for key, usual in _MEANINGLESS.items():
-        if getattr(config, key) != usual:
-            raise ConfigError(
-                f"search.supernet.{key} = {getattr(config, key)!r} says how blocks in a row share weights, and space {space.name} "
-                f"is one of cells: set it to {usual!r}."
-            )
-    for key, usual in (("sharing", "separate"), ("kernels", "own")):
-        if getattr(config, key) not in ("auto", usual):
-            raise ConfigError(
-                f"search.supernet.{key} = {getattr(config, key)!r}, but the options of space {space.name} share no weights: set {usual!r}."
-            )
 
 
 def _proxy(space: CellSpace, config: SupernetConfig) -> CellSpace:

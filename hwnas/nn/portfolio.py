@@ -41,6 +41,11 @@ class Portfolio(nn.Module):
         outputs: Tensor | Outputs = network(resized(x_NCHW, network.arch.resolution))
         return outputs
 
+    @property
+    def proxies(self) -> Sequence[SearchSpace]:
+        """The space itself: nothing is left out."""
+        return (self.space,)
+
     def arch(self, picks: Mapping[str, Option]) -> Architecture:
         """The architecture of ``picks``."""
         return self.space.decode(picks)

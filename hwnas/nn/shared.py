@@ -32,9 +32,16 @@ class SharedNetwork(nn.Module, ABC):
     """
 
     space: SearchSpace
+    proxy: SearchSpace
+    """The space that is trained: narrower, shallower or smaller where the configuration says so, with the same choices."""
     config: SupernetConfig
     fraction: float
     tracking: bool
+
+    @classmethod
+    @abstractmethod
+    def check(cls, space: Any, config: SupernetConfig) -> None:
+        """Raise ConfigError where a super-net of ``space`` cannot be made so, without making one."""
 
     @abstractmethod
     def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor | Outputs:
@@ -63,6 +70,15 @@ class SharedNetwork(nn.Module, ABC):
     def proxy_resolution(self) -> int | None:
         """The height = width of the images that the training is on at present, where it is not the network's."""
         return self.config.proxy_resolution if self.training and self.fraction < 1 - self.config.full_resolution else None
+
+    @property
+    def proxies(self) -> Sequence[SearchSpace]:
+        """The spaces that are trained one after another: more than one where the super-net grows."""
+        return (self.proxy,)
+
+    def grow(self, number: int) -> bool:
+        """Go on with super-net ``number`` of those that follow one another; whether another one ran until now."""
+        raise AssertionError(f"{type(self).__name__} does not grow to {number}")
 
     def finished(self) -> SharedNetwork:
         """The super-net that is left when the training is over."""

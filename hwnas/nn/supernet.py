@@ -33,7 +33,7 @@ from hwnas.core.space import MacroSpace, Option, SearchSpace, Slot
 from hwnas.core.spaces import parse_space
 from hwnas.errors import CheckpointError, ConfigError
 from hwnas.nn.blocks import initialise
-from hwnas.nn.cells import CellSupernet, check_cells
+from hwnas.nn.cells import CellSupernet
 from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
@@ -65,11 +65,12 @@ class Supernet(SharedNetwork):
     """
 
     space: MacroSpace
+    proxy: MacroSpace
 
     def __init__(self, space: MacroSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> None:
         super().__init__()
         self.config = config = settled(config, "he")
-        check_supernet(space, config)
+        self.check(space, config)
         self.space, self.proxy = space, _proxy(space, config)
         kernels = "own" if config.kernels == "auto" else config.kernels
         sharing = Sharing(config.channels, kernels, config.bn_affine, config.bn_track)
@@ -89,6 +90,13 @@ class Supernet(SharedNetwork):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(max(self.proxy.stages[-1].widths), space.classes)
         initialise(self, generator, config.initialisation)
+
+    @classmethod
+    def check(cls, space: MacroSpace, config: SupernetConfig) -> None:
+        """Raise ConfigError where a super-net of ``space`` cannot be made so."""
+        _proxy(space, config)
+        _check_one_resolution(space, config)
+        check_proxy_resolution(space, config)
 
     def _tapped(self) -> frozenset[int]:
         """Positions of the slots after which the detector looks at the feature map."""
@@ -213,22 +221,21 @@ class Supernet(SharedNetwork):
         return path
 
 
+SUPERNETS: Mapping[type[SearchSpace], Any] = {MacroSpace: Supernet, CellSpace: CellSupernet}
+"""Kind of space -> its super-net. The other kinds have none."""
+
+
 def make_supernet(space: SearchSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> SharedNetwork:
     """The super-net of a space, of the kind that the space is."""
-    if isinstance(space, CellSpace):
-        return CellSupernet(space, generator, config)
-    assert isinstance(space, MacroSpace), f"space {space.name} has no super-net"
-    return Supernet(space, generator, config)
+    supernet: SharedNetwork = SUPERNETS[type(space)](space, generator, config)
+    return supernet
 
 
 def check_supernet(space: SearchSpace, config: SupernetConfig) -> None:
     """Raise ConfigError where a super-net of ``space`` cannot be made so, without making one."""
-    if isinstance(space, CellSpace):
-        check_cells(space, config)
-    elif isinstance(space, MacroSpace):
-        _proxy(space, config)
-        _check_one_resolution(space, config)
-        check_proxy_resolution(space, config)
+    kind = SUPERNETS.get(type(space))
+    if kind is not None:
+        kind.check(space, config)
 
 
 def save_supernet(supernet: SharedNetwork, path: Path) -> None:

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from hwnas.config import Experiment, Plugin, SearchConfig, SupernetConfig
+from hwnas.config import Experiment, Plugin, SearchConfig
 from hwnas.core.arch import Architecture, Picks
-from hwnas.core.cells import CellSpace
 from hwnas.core.cost import UNITS, CostModel
 from hwnas.core.describe import counted
 from hwnas.core.limits import LatencyLimit, Limits
@@ -20,29 +18,24 @@ from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Images, Portion, load_images
 from hwnas.document import file_sha256
-from hwnas.engine import Engine, best_device, steps_of
+from hwnas.engine import Engine, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
-from hwnas.nn.cells import CellSupernet, GrowingSupernet
 from hwnas.nn.inheritance import inherit
 from hwnas.nn.network import save_network
-from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import SharedNetwork, Supernet, check_supernet, load_supernet, make_supernet, save_supernet
+from hwnas.nn.supernet import SharedNetwork, Supernet, check_supernet, save_supernet
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES, check_space
 from hwnas.search.comparison import compared_with
 from hwnas.search.finder import Finder
 from hwnas.search.judge import Judge
 from hwnas.search.learning import Course, Ranking, learning_of
-from hwnas.search.meter import Meter
 from hwnas.search.metric import shown
 from hwnas.search.proposal import random_within
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
+from hwnas.search.supernets import SHARED, meter_of, supernet_of, trained, trained_supernet
 from hwnas.search.weights import Batches, SupernetWeights
 from hwnas.stages import Stage
-
-SHARED = "shared.safetensors"
-"""The whole trained super-net, which ``search.weights`` of another run takes."""
 
 TRAINED_FINDER = Plugin.model_validate(
     {"name": "evolution", "generations": 8, "population": 20, "parents": 10, "mutations": 10, "crossovers": 10}
@@ -227,7 +220,7 @@ def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, f
     strategy = search_strategy(config)
     search.rng = np.random.default_rng([seed, search.steps, 1])
     strategy.setup(search)
-    supernet = _make_supernet(experiment, space, strategy)
+    supernet = supernet_of(experiment, space, strategy)
     judge = Judge(supernet, experiment)
     search.meter = meter_of(config, supernet)
     engine = Engine(
@@ -245,13 +238,6 @@ def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, f
     search.evaluator = judge
     engine.extra = {"strategy": strategy, "teacher": weights, "cost": search.meter}
     return Prepared(search, strategy, engine, judge)
-
-
-def meter_of(config: SearchConfig, supernet: SharedNetwork | Portfolio) -> Meter:
-    """What counts the cost of a search with these weights."""
-    stages = supernet.stages if isinstance(supernet, GrowingSupernet) else (supernet,)
-    proxies = [each.proxy if isinstance(each, Supernet | CellSupernet) else supernet.space for each in stages]
-    return Meter(supernet.space, proxies, config.batch_size, config.recalibration_images + config.evaluation_images)
 
 
 def _images(experiment: Experiment) -> Images:
@@ -272,50 +258,6 @@ def _course(prepared: Prepared, config: SearchConfig) -> Course:
     if judge.supernet.space.detector is None:
         rows = [{**row, "loss": row["loss"] / strategy.cross_entropies(row)} for row in rows]
     return Course(rows, strategy.rate, judge.quality.loss_of_a_guess(judge.train.labels, config.label_smoothing))
-
-
-def trained_supernet(folder: str, key: str = "search.weights") -> Path:
-    """The super-net file of an earlier run's search folder (or of the run's folder), named by the configuration's ``key``.
-
-    Raises ConfigError where there is none.
-    """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise ConfigError(f"{key} = {folder!r} is no folder: name the folder of a finished run that trained a super-net.")
-    for path in (root / SHARED, root / "search" / SHARED):
-        if path.is_file():
-            return path
-    raise ConfigError(f"{key} = {folder!r} holds no {SHARED}: name the search folder of a finished run that trained a super-net.")
-
-
-def _make_supernet(experiment: Experiment, space: SearchSpace, strategy: Strategy) -> SharedNetwork | Portfolio:
-    generator = torch.Generator().manual_seed(experiment.seed)
-    if strategy.alone:
-        return Portfolio(space, strategy.alone, generator)
-    config = experiment.search.supernet
-    if isinstance(space, CellSpace):
-        growth = strategy.growth(space)
-        return GrowingSupernet(space, generator, config, growth) if growth else make_supernet(space, generator, config)
-    sharing = strategy.sharing if config.sharing == "auto" else config.sharing
-    kernels = strategy.kernels if config.kernels == "auto" else config.kernels
-    return make_supernet(space, generator, config.model_copy(update={"sharing": sharing, "kernels": kernels}))
-
-
-def trained(config: SearchConfig, space: SearchSpace) -> SharedNetwork:
-    """The super-net of ``search.weights``, which brings its own sharing. Raises ConfigError where the configuration contradicts it."""
-    assert config.weights is not None
-    supernet = load_supernet(trained_supernet(config.weights), space)
-    if not config.recalibration_images and not supernet.config.bn_track:
-        raise ConfigError(f"the super-net in {config.weights} tracks no BN statistics: set search.recalibration_images to 2 or more.")
-    trained, usual = supernet.config.model_dump(), SupernetConfig().model_dump()
-    asked = config.supernet.model_dump()  # a run's own config.json says every key, so a default asks for nothing
-    other = [key for key, value in asked.items() if value not in (usual[key], trained[key])]
-    if other:
-        raise ConfigError(
-            f"search.supernet.{other[0]} = {asked[other[0]]!r}, but the trained super-net in {config.weights} has "
-            f"{trained[other[0]]!r}: remove the key."
-        )
-    return supernet.to(best_device())
 
 
 def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder | None, trained: Prepared | None) -> None:

@@ -14,7 +14,6 @@ from hwnas.config import DataConfig
 from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, training_batches
 from hwnas.engine import Criterion, Engine, Part
-from hwnas.nn.cells import GrowingSupernet
 from hwnas.nn.network import AnyNetwork
 from hwnas.nn.portfolio import Portfolio
 from hwnas.nn.supernet import SharedNetwork, resized
@@ -187,9 +186,8 @@ class SupernetWeights:
 
     def grow(self, number: int) -> None:
         """Go on with super-net ``number``; judgements of the earlier one are forgotten."""
-        assert isinstance(self.supernet, GrowingSupernet), "this super-net does not grow"
-        if self.supernet.grown != number:
-            self.supernet.grown = number
+        assert isinstance(self.supernet, SharedNetwork), "networks that share nothing do not grow"
+        if self.supernet.grow(number):
             self.judge.forget()
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,8 +37,9 @@ from hwnas.search import SHRINK_METRICS, STRATEGIES
 from hwnas.search.alphas import Alphas, refuse_resolutions
 from hwnas.search.judge import Judge
 from hwnas.search.shrinking import Evidence, Metric, Scores, operators, sample_children, shrinkable, without, worst
-from hwnas.search.stage import SHARED, prepare, search_strategy
+from hwnas.search.stage import prepare, search_strategy
 from hwnas.search.strategy import Metrics, SearchContext
+from hwnas.search.supernets import SHARED
 from hwnas.study.documents import ShrinkPath, ShrinkStep
 from hwnas.study.supernets import base_step, saving_at
 

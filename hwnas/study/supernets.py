@@ -16,8 +16,9 @@ from hwnas.nn.supernet import SharedNetwork, save_supernet
 from hwnas.runs import StageContext
 from hwnas.search import STRATEGIES
 from hwnas.search.result import SearchResult
-from hwnas.search.stage import SHARED, prepare, search_context, search_strategy, trained_supernet
+from hwnas.search.stage import prepare, search_context, search_strategy
 from hwnas.search.strategy import Metrics
+from hwnas.search.supernets import SHARED, trained_supernet
 
 OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
 """Settings of a search that its super-net's training has nothing to do with. ``quality`` is none of them: policies are rewarded by it."""

@@ -18,8 +18,9 @@ from hwnas.search import judge as judging
 from hwnas.search.comparison import affordable, compared_with, image_counts
 from hwnas.search.judge import Judge
 from hwnas.search.proposal import random_within
-from hwnas.search.stage import SearchResult, meter_of, search_context
+from hwnas.search.stage import SearchResult, search_context
 from hwnas.search.strategy import SearchContext
+from hwnas.search.supernets import meter_of
 from hwnas.testing import synthetic_table
 from tests.search.staging import Saying, experiment, run, tiny_space
 from tests.search.test_judge import supernet_of

@@ -25,9 +25,10 @@ from hwnas.nn.network import load_network
 from hwnas.nn.supernet import Supernet, load_supernet
 from hwnas.profile.stage import profile
 from hwnas.progress import Progress
-from hwnas.search import STRATEGIES, stage
+from hwnas.search import STRATEGIES
 from hwnas.search.proposal import random_within, within_target
 from hwnas.search.result import SearchResult
+from hwnas.search.supernets import SHARED
 from hwnas.search.weights import Batches
 from hwnas.testing import synthetic_table
 from tests.search.staging import DATA, EVOLUTION, OPTIONS, Killed, Killing, experiment, run, tiny_space
@@ -63,7 +64,7 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     assert 1 <= len(result.candidates) <= 3
     shares = strategy != "random_standalone"  # networks that share nothing say nothing about others
     assert len(result.random) == len(result.spread) == (2 if shares else 0)
-    assert (tmp_path / "search" / stage.SHARED).exists() == shares
+    assert (tmp_path / "search" / SHARED).exists() == shares
     for candidates in (result.candidates, result.random):
         rewards = [candidate.reward for candidate in candidates]
         assert rewards == sorted(rewards, reverse=True)
@@ -189,7 +190,7 @@ def test_a_trained_super_net_serves_another_budget(finder: str, table: LatencyTa
     assert second.target == pytest.approx(low + 0.3 * (high - low))
     assert all(abs(candidate.predicted / second.target - 1) <= 0.02 for candidate in second.candidates)
     assert not (tmp_path / "second/search/metrics.jsonl").exists()
-    supernet = load_supernet(tmp_path / "first/search" / stage.SHARED, tiny_space())
+    supernet = load_supernet(tmp_path / "first/search" / SHARED, tiny_space())
     inherited = load_network(tmp_path / "second/search/supernet.safetensors")
     extracted = supernet.extract(second.candidates[0].picks)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(inherited.parameters(), extracted.parameters(), strict=True))
