@@ -83,6 +83,11 @@ class Architecture(Document):
         return "|".join([*(op.key for op in self.blocks), *(step.key for step in self.graph)])
 
     @property
+    def task(self) -> str:
+        """The name of the task that it is for: ``"detect"`` with a detector on it, else ``"classify"``."""
+        return "classify" if self.detector is None else "detect"
+
+    @property
     def resolution(self) -> int:
         """Input height = width in pixels."""
         return self.blocks[0].size

@@ -72,6 +72,11 @@ class SearchSpace(Document):
         """Without the ``LATER`` fields where they are empty, so that documents from before them keep their hash."""
         return {name: value for name, value in handler(self).items() if name not in self.LATER or value}
 
+    @property
+    def task(self) -> str:
+        """The name of the task that its networks are for: ``"detect"`` with a detector on them, else ``"classify"``."""
+        return "classify" if self.detector is None else "detect"
+
     @cached_property
     @abstractmethod
     def choices(self) -> tuple[Choice, ...]:
