@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel
 
 from hwnas.config import Experiment, keys_given, located
+from hwnas.config.tasks import TASKS
 from hwnas.core.arch import Architecture
 from hwnas.core.published import has_detector, is_name
 from hwnas.devices.device import find_device
@@ -240,6 +241,12 @@ NOT_FOUND = Case(
 # task
 DETECTS = Case(lambda s: s.experiment.task == "detect", "task = 'detect' has no labels of whole images and no top-1", ("task",))
 CLASSIFIES = Case(lambda s: s.experiment.task == "classify", "task = 'classify' has no boxes", ("task",), (*VERBS, *STUDIES))
+OWN_TOLERANCES = Case(
+    lambda s: s.experiment.task in TASKS.builtin,
+    "the metric of task = {e.task!r} has tolerances of its own",
+    ("task",),
+    overridden="refuse",
+)
 OWN_DETECTOR = Case(
     lambda s: s.arch_detects,
     "train.arch = {e.train.arch!r} has a detector of its own",
@@ -428,6 +435,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "validate.app_score": (CLASSIFIES, AS_FOR_AP),
     "validate.ap_tolerance": (CLASSIFIES, NO_FLOAT),
     "validate.int8_ap_tolerance": (CLASSIFIES, NO_INT8),
+    "validate.tolerances": (OWN_TOLERANCES,),
     **dict.fromkeys(("validate.images", "validate.rounds", "validate.max_spread"), ALWAYS),
     "study.truth": _STUDIED,
     "study.accuracies": _STUDIED,

@@ -15,8 +15,9 @@ import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from hwnas.core.arch import Architecture, Picks
+from hwnas.core.detector import Scores
 from hwnas.core.ops import Op
-from hwnas.core.ssdlite import DetectorSpec
+from hwnas.core.ssdlite import EXTRAS, DetectorSpec
 from hwnas.document import Document, nearest
 from hwnas.errors import SpaceError
 
@@ -97,6 +98,11 @@ class SearchSpace(Document):
     @abstractmethod
     def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
         """A new space with only the ``allowed`` options at the named choices."""
+
+    def with_detector(self, *, extras: Sequence[int] = EXTRAS, scores: Scores = "softmax", name: str | None = None) -> Self:
+        """A new space of detectors. Raises SpaceError where this kind of space has none."""
+        del extras, scores, name
+        raise SpaceError(f"space {self.name!r} is one of cells, and detectors are searched on blocks in a row: choose another space.")
 
     @property
     def notation(self) -> str:
