@@ -8,7 +8,6 @@ from typing import Any
 from hwnas.config import Experiment
 from hwnas.core.published import named
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import DARTS_SPACES, SPACES, is_document, load_space
 from hwnas.data import DATASETS
 from hwnas.data.inspection import with_classes
@@ -24,7 +23,6 @@ def experiment_space(experiment: Experiment) -> SearchSpace:
     overrides: dict[str, Any] = {}
     if name in SPACES:
         overrides = {"classes": data.classes, "resolution": data.resolution, "in_channels": data.channels}
-    detects = experiment.task == "detect"
     overrides |= {"act": experiment.space.act} if experiment.space.act else {}
     overrides |= {"width": experiment.space.width} if experiment.space.width != 1.0 else {}
     if experiment.space.layers is not None:
@@ -41,9 +39,11 @@ def experiment_space(experiment: Experiment) -> SearchSpace:
             f"{data.classes}, {data.resolution} and {data.channels}: make them agree."
         )
     space = space.restrict(experiment.space.restrict) if experiment.space.restrict else space
-    if space.detector is not None and not detects:
+    if space.task == experiment.task:
+        return space
+    if experiment.task == "classify":
         raise ConfigError(f"space {name!r} is one of detectors: set task = 'detect' and name data with boxes, or search another.")
-    return space if not detects or space.detector is not None else _with_detector(space, experiment)
+    return _with_detector(space, experiment)
 
 
 def with_counted_classes(experiment: Experiment) -> Experiment:
@@ -57,8 +57,6 @@ def with_counted_classes(experiment: Experiment) -> Experiment:
 
 def _with_detector(space: SearchSpace, experiment: Experiment) -> SearchSpace:
     """The space of detectors. Where an architecture is named, one without them is good enough for what is left to do."""
-    if not isinstance(space, MacroSpace):
-        raise ConfigError(f"space {space.name!r} is one of cells, and detectors are searched on blocks in a row: choose another space.")
     try:
         return space.with_detector(extras=experiment.detector.extras, scores=experiment.detector.scores)
     except SpaceError:

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 from hwnas.config import Experiment
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data import fingerprint
 from hwnas.document import content_sha256, file_sha256
@@ -89,7 +88,7 @@ class RunFolder:
 
     def check_searchable(self) -> None:
         """Raise SpaceError where detectors are searched, and the space carries none."""
-        if self.experiment.task == "detect" and isinstance(self.space, MacroSpace) and self.space.detector is None:
+        if self.space.task != self.experiment.task:
             self.space.with_detector()  # says why it carries none
 
 

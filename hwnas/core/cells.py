@@ -30,7 +30,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from hwnas.core.arch import Architecture, Origin, Picks
+from hwnas.core.arch import Architecture, Origin, Picks, Placed
 from hwnas.core.cell_plan import KEPT, NONE, Place, edge_key, inputs_key, plan_of
 from hwnas.core.graph import GraphBuilder
 from hwnas.core.ops import Op
@@ -179,6 +179,12 @@ class CellSpace(SearchSpace):
             points.append(_step(builder, place, points, option, _keeps(place, picks)))
             blocks += [Block(position, option, op) for op in builder.blocks[before:]]
         return builder, tuple(blocks)
+
+    def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
+        """A place per block; edges that compute nothing have none."""
+        del arch
+        _, blocks = self.walk(picks, self.places)
+        return tuple(Placed.of(self.places[block.place].slot, block.op) for block in blocks)
 
     def canonical(self, index_C: np.ndarray) -> np.ndarray:
         """Option positions [choices], those of edges that are not kept at 0."""

@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from hwnas.core.arch import Architecture, Picks
+from hwnas.core.arch import Architecture, Picks, Placed
 from hwnas.core.choice import RESOLUTION, Choice, Option, Term
+from hwnas.core.detector import Scores
 from hwnas.core.ops import Op
 from hwnas.core.space_head import Classifiers, Detectors, SpaceHead
-from hwnas.core.ssdlite import DetectorSpec
+from hwnas.core.ssdlite import EXTRAS, DetectorSpec
 from hwnas.document import Document, nearest
-from hwnas.errors import SpaceError
+from hwnas.errors import ConfigError, SpaceError
 
 __all__ = ["RESOLUTION", "Choice", "Option", "SearchSpace", "Term", "shortened"]
 
@@ -72,6 +73,22 @@ class SearchSpace(Document):
     @abstractmethod
     def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
         """A new space with only the ``allowed`` options at the named choices."""
+
+    def with_detector(self, *, extras: Sequence[int] = EXTRAS, scores: Scores = "softmax", name: str | None = None) -> Self:
+        """A new space whose networks carry a detector. Raises ConfigError where no network of this kind of space can."""
+        raise ConfigError(f"space {self.name!r} is one of cells, and detectors are searched on blocks in a row: choose another space.")
+
+    def placed(self, arch: Architecture) -> tuple[Placed, ...]:
+        """The ops of ``arch``, input to output, by the names of their places; where its origin is this space, those of the space,
+        the ones that its picks leave empty among them.
+        """
+        origin = arch.origin
+        return arch.placed() if origin is None or origin.space_sha256 != self.sha256 else self._placed(arch, origin.picks)
+
+    def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
+        """``placed`` of a member of this space; a space whose places have names overrides it."""
+        del picks
+        return arch.placed()
 
     @property
     def notation(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from hwnas.core.arch import Architecture, Origin, Picks
+from hwnas.core.arch import Architecture, Origin, Picks, Placed
 from hwnas.core.detector import Scores
 from hwnas.core.ops import Op
 from hwnas.core.option import make_divisible
@@ -163,6 +163,15 @@ class MacroSpace(SearchSpace):
             detector=self.head.detector(kept),
             origin=origin,
         )
+
+    def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
+        """A place per slot, through which a skip lets its input; then the head's."""
+        found, channels, size = [], arch.in_channels, arch.resolution
+        for slot, op in self.walk(picks):
+            if op is not None:
+                channels, size = op.out_ch, op.out_size
+            found.append(Placed(slot.key, op, channels, size))
+        return (*found, *self.head.placed(arch))
 
     def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
         """Whether the depth keeps a block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from hwnas.core.arch import Architecture
@@ -13,6 +14,7 @@ from hwnas.core.ops import Op
 from hwnas.core.published import published
 from hwnas.core.space_head import Classifiers, Detectors
 from hwnas.core.ssdlite import with_detector
+from hwnas.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,31 @@ def test_spaces_end_as_their_networks() -> None:
     assert space.head.blocks(24, 5) == (Op.parse("classifier-h5-i24-o3"),) and boxes.head.blocks(24, 5) == ()
     assert space.scaled(0.5).stages[-1].widths == space.stages[-1].widths
     assert boxes.scaled(0.5).stages[-1].widths == tuple(width // 2 for width in boxes.stages[-1].widths)
+
+
+def test_places_of_a_member_have_the_names_of_its_space() -> None:
+    space = proxylessnas(resolution=64, classes=3)
+    boxes = space.with_detector(extras=(16,))
+    for each, ends in ((space, ["classifier"]), (boxes, ["extra 0", "head 0", "head 1", "head 2"])):
+        picks = each.sample(np.random.default_rng(0)) | {"s2.b1": "skip"}
+        arch = each.decode(picks)
+        found = each.placed(arch)
+        assert [place.slot for place in found] == [*(slot.key for slot in each.slots), *ends]
+        assert [place.op for place in found if place.op is not None] == list(arch.ops())
+        at = [place.slot for place in found].index("s2.b1")
+        assert found[at].op is None and (found[at].channels, found[at].size) == (found[at - 1].channels, found[at - 1].size)
+        stranger = arch.model_copy(update={"origin": None})
+        assert each.placed(stranger) == stranger.placed() and stranger.placed()[0].slot == "block 0"
+
+
+def test_places_of_cells_are_those_that_compute() -> None:
+    space = nasbench201()
+    arch = space.decode(space.read("|nor_conv_3x3~0|+|none~0|none~1|+|skip_connect~0|none~1|skip_connect~2|"))
+    found = space.placed(arch)
+    assert [place.op for place in found] == list(arch.blocks)
+    assert [place.slot for place in found[:2]] == ["stem", "cell0.c.e0-1"] and found[-1].slot == "classifier"
+
+
+def test_cells_carry_no_detector() -> None:
+    with pytest.raises(ConfigError, match="space 'nasbench201' is one of cells"):
+        nasbench201().with_detector()
