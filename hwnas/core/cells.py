@@ -31,7 +31,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from hwnas.core.arch import Architecture, Origin, Picks, Placed
-from hwnas.core.cell_plan import KEPT, NONE, Place, edge_key, inputs_key, plan_of
+from hwnas.core.cell_plan import KEPT, NONE, Place, edge_key, inputs_key, plan_of, sources_of
+from hwnas.core.choice import Address
 from hwnas.core.graph import GraphBuilder
 from hwnas.core.ops import Op
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term, shortened
@@ -91,7 +92,7 @@ class CellSpace(SearchSpace):
                 if not options or len(set(options)) != len(options):
                     raise ValueError(f"{key} needs one or more different options, got {list(options)}")
         for key, pairs in self.inputs.items():
-            unknown = [pair for pair in pairs if pair not in self._pairs(int(key.rpartition(".n")[2].partition(".")[0]))]
+            unknown = [pair for pair in pairs if pair not in self._pairs(Address.parse(key).node)]
             if unknown:
                 raise ValueError(f"{key} cannot be {unknown[0]!r}: name two earlier nodes, as in '0+1'")
         self.plan()
@@ -206,20 +207,17 @@ class CellSpace(SearchSpace):
         found = 1
         for cell in self.kinds:
             for node in range(self.sources, self.nodes):
-                every = "+".join(map(str, range(node)))
-                kept = [pair.split("+") for pair in self.inputs.get(inputs_key(cell, node), (every,))]
-                found *= sum(math.prod(len(self.edges[edge_key(cell, int(source), node)]) for source in sources) for sources in kept)
+                pairs = self.inputs.get(inputs_key(cell, node))
+                kept = [tuple(range(node))] if pairs is None else list(map(sources_of, pairs))
+                found *= sum(math.prod(len(self.edges[edge_key(cell, source, node)]) for source in sources) for sources in kept)
         return found
 
     def _inputs_of(self, key: str, picks: Mapping[str, Option]) -> tuple[int, ...] | None:
         """The nodes whose edges are kept where an edge ends; None where all are."""
-        cell, _, edge = key.partition(".e")
-        node = edge.partition("-")[2]
-        options = self.inputs.get(f"{cell}.n{node}.inputs")
-        if options is None:
-            return None
-        kept = str(picks.get(f"{cell}.n{node}.inputs", options[0]))
-        return tuple(int(number) for number in kept.split("+"))
+        edge = Address.parse(key)
+        into = inputs_key(edge.part, edge.node)
+        options = self.inputs.get(into)
+        return None if options is None else sources_of(str(picks.get(into, options[0])))
 
     def paths(self, picks: Mapping[str, Option]) -> dict[str, int]:
         """By edge: how many paths from an input of its cell to the cell's output lead over it, which ``none`` does not interrupt.
@@ -248,7 +246,7 @@ class CellSpace(SearchSpace):
     def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
         """Whether the node at its end keeps an edge."""
         kept = self._inputs_of(key, picks)
-        return kept is None or _source(key) in kept
+        return kept is None or Address.parse(key).source in kept
 
     def encode(self, arch: Architecture) -> Picks:
         """Picks of ``arch``, from its origin where that is this space, else by matching its graph. Edges not kept get some option."""
@@ -380,12 +378,7 @@ class CellSpace(SearchSpace):
     def _into(self, cell: str, node: int, picks: Mapping[str, Option]) -> list[tuple[str, int]]:
         """Option and source of the edges that a node keeps."""
         keys = [edge_key(cell, source, node) for source in range(node)]
-        return [(str(picks.get(key, self.edges[key][0])), _source(key)) for key in keys if self.kept(key, picks)]
-
-
-def _source(key: str) -> int:
-    """The node that an edge comes from."""
-    return int(key.rpartition(".e")[2].partition("-")[0])
+        return [(str(picks.get(key, self.edges[key][0])), source) for source, key in enumerate(keys) if self.kept(key, picks)]
 
 
 def _copy(builder: GraphBuilder) -> GraphBuilder:
@@ -398,8 +391,7 @@ def _keeps(place: Place, picks: Mapping[str, Option]) -> bool:
         return True
     if len(place.kept) == 1:
         return place.kept[0]
-    wanted = str(picks[place.keep_key])
-    return str(_source(place.key)) in wanted.split("+")
+    return Address.parse(place.key).source in sources_of(str(picks[place.keep_key]))
 
 
 def _step(builder: GraphBuilder, place: Place, points: Sequence[int | None], option: str, kept: bool) -> int | None:

@@ -26,7 +26,7 @@ from hwnas.core.option import make_divisible
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
 from hwnas.core.space_head import last_stages
 from hwnas.core.ssdlite import EXTRAS, DetectorSpec
-from hwnas.core.stage import Slot, Stage
+from hwnas.core.stage import Slot, Stage, block_key, depth_key, width_key
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
 
@@ -72,15 +72,15 @@ class MacroSpace(SearchSpace):
         for i, stage in enumerate(self.stages):
             for j, options in enumerate(stage.slots):
                 slot = Slot(
-                    key=f"s{i}.b{j}",
+                    key=block_key(i, j),
                     stage=i,
                     index=j,
                     options=options,
                     in_key=in_key,
                     in_widths=in_widths,
-                    out_key=f"s{i}.width",
+                    out_key=width_key(i),
                     out_widths=stage.widths,
-                    depth_key=f"s{i}.depth",
+                    depth_key=depth_key(i),
                     depths=stage.depths,
                     sizes=sizes,
                     stride=stage.stride if j == 0 else 1,
@@ -96,8 +96,8 @@ class MacroSpace(SearchSpace):
         """Per stage its slots, its width, its depth, where more than one option is open (TuNAS's post-order); then the resolution."""
         found = []
         for i, stage in enumerate(self.stages):
-            found += [Choice(f"s{i}.b{j}", options, "op") for j, options in enumerate(stage.slots)]
-            found += [Choice(f"s{i}.width", stage.widths, "width"), Choice(f"s{i}.depth", stage.depths, "depth")]
+            found += [Choice(block_key(i, j), options, "op") for j, options in enumerate(stage.slots)]
+            found += [Choice(width_key(i), stage.widths, "width"), Choice(depth_key(i), stage.depths, "depth")]
         found.append(Choice(RESOLUTION, self.resolutions, "resolution"))
         return tuple(choice for choice in found if len(choice.options) > 1)
 
@@ -233,16 +233,17 @@ class MacroSpace(SearchSpace):
 
         Slots beyond the deepest depth that is left are gone.
         """
-        known = {f"s{i}.b{j}" for i, stage in enumerate(self.stages) for j in range(len(stage.slots))} | {RESOLUTION}
-        known |= {f"s{i}.{kind}" for i in range(len(self.stages)) for kind in ("width", "depth")}
+        known = {RESOLUTION}
+        for slot in self.slots:
+            known |= {slot.key, slot.out_key, slot.depth_key}
         for key in allowed:
             if key not in known:
                 raise SpaceError(f"space {self.name} has no choice {key!r}; {nearest(key, known)}")
         stages = []
         for i, stage in enumerate(self.stages):
-            slots = tuple(_kept(f"s{i}.b{j}", options, allowed) for j, options in enumerate(stage.slots))
-            depths = _kept(f"s{i}.depth", stage.depths or (len(slots),), allowed)
-            update = {"widths": _kept(f"s{i}.width", stage.widths, allowed), "depths": depths if len(depths) > 1 else ()}
+            slots = tuple(_kept(block_key(i, j), options, allowed) for j, options in enumerate(stage.slots))
+            depths = _kept(depth_key(i), stage.depths or (len(slots),), allowed)
+            update = {"widths": _kept(width_key(i), stage.widths, allowed), "depths": depths if len(depths) > 1 else ()}
             stages.append(stage.model_copy(update={**update, "slots": slots[: max(depths)]}))
         sizes = _kept(RESOLUTION, self.resolutions or (self.resolution,), allowed)
         return self._changed(stages, name, resolution=max(sizes), resolutions=sizes if len(sizes) > 1 else ())
