@@ -62,7 +62,7 @@ class CellSpace(SearchSpace):
         >>> from hwnas.core.cell_families import nasbench201
         >>> space = nasbench201()
         >>> space.decode(space.read("|nor_conv_3x3~0|+|none~0|none~1|+|skip_connect~0|none~1|skip_connect~2|")).params
-        101306
+        316346
     """
 
     LATER = ("detector", "inputs")
@@ -365,7 +365,7 @@ class CellSpace(SearchSpace):
             >>> from hwnas.core.cell_families import darts
             >>> space = darts()
             >>> space.write({choice.key: choice.options[-1] for choice in space.choices})[:58]
-            "Genotype(normal=[('dil_conv_5x5', 0), ('dil_conv_5x5', 1), "
+            "Genotype(normal=[('dil_conv_5x5', 0), ('dil_conv_5x5', 1),"
         """
         self.check(picks)
         nodes = range(self.sources, self.nodes)
