@@ -5,12 +5,14 @@ A network of cells is no chain: its ``graph`` says which block reads what.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hwnas.core.detector import Detector
 from hwnas.core.graph import StepKey, shapes
+from hwnas.core.head import ClassifierHead, DetectorHead, Head
 from hwnas.core.ops import Op, OpKey
 from hwnas.document import Document
 
@@ -30,6 +32,21 @@ class Origin(BaseModel):
     space: str
     space_sha256: str
     picks: Picks
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A place of a network: its name, the op in it (None: it is left empty), and the shape that leaves it."""
+
+    slot: str
+    op: Op | None
+    channels: int
+    size: int
+
+    @classmethod
+    def of(cls, slot: str, op: Op) -> Self:
+        """A place with an op in it."""
+        return cls(slot, op, op.out_ch, op.out_size)
 
 
 class Architecture(Document):
@@ -56,16 +73,13 @@ class Architecture(Document):
         channels, size = self.in_channels, self.blocks[0].size
         if self.graph:
             shapes(self.graph, self.blocks, (channels, size))
-            if self.detector is not None:
-                raise ValueError("a network with a graph carries no detector")
         for position, op in enumerate(self.blocks):
             if not self.graph and (op.in_ch, op.size) != (channels, size):
                 raise ValueError(f"block {position} ({op.key}) takes {op.in_ch} channels at {op.size} px, but gets {channels} at {size} px")
             if op.kind in _ENDS and op is not self.blocks[-1]:
                 raise ValueError(f"block {position} ({op.key}) is {_ENDS[op.kind]}, but not the last block")
             channels, size = op.out_ch, op.out_size
-        if self.detector is not None:
-            self.detector.check(self.blocks)
+        self.head.check(self.blocks, self.graph)
         return self
 
     @model_serializer(mode="wrap")
@@ -73,9 +87,29 @@ class Architecture(Document):
         """Without ``detector`` and ``graph`` where there are none, so that documents from before them keep their hash."""
         return {name: value for name, value in handler(self).items() if name not in ("detector", "graph") or value}
 
+    @property
+    def head(self) -> Head:
+        """What makes its outputs."""
+        return ClassifierHead(self.blocks[-1]) if self.detector is None else DetectorHead(self.detector)
+
     def ops(self) -> tuple[Op, ...]:
         """The measurable units of the network: blocks, then extras and heads of the detector. Its latency is the sum over them."""
-        return self.blocks if self.detector is None else (*self.blocks, *self.detector.extras, *self.detector.heads)
+        return (*self.blocks, *self.head.after.values())
+
+    def placed(self) -> tuple[Placed, ...]:
+        """Its ops, in the order of ``ops``, by what they are called where no space names them: ``block 0``."""
+        blocks = {f"block {i}": op for i, op in enumerate(self.blocks)}
+        return tuple(Placed.of(name, op) for name, op in (blocks | self.head.after).items())
+
+    @property
+    def wiring(self) -> tuple[str, ...]:
+        """What decides beside its ops which of them reads what; nothing for a chain."""
+        return (*self.head.wiring, *(step.key for step in self.graph))
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether its ops, one after another, are all of it."""
+        return not self.wiring
 
     @property
     def identity(self) -> str:
@@ -85,7 +119,7 @@ class Architecture(Document):
     @property
     def task(self) -> str:
         """The name of the task that it is for: ``"detect"`` with a detector on it, else ``"classify"``."""
-        return "classify" if self.detector is None else "detect"
+        return self.head.task
 
     @property
     def resolution(self) -> int:
@@ -95,7 +129,7 @@ class Architecture(Document):
     @property
     def classes(self) -> int:
         """Number of classes: outputs of a classifier, or what a detector tells apart beside the background."""
-        return self.blocks[-1].out_ch if self.detector is None else self.detector.classes
+        return self.head.classes
 
     @property
     def macs(self) -> int:

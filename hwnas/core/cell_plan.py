@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+from hwnas.core.choice import Address
 from hwnas.core.ops import AvgPool, Classifier, Conv, DilConv, FacReduce, MaxPool, Norm, Op, Pool, PreConv, ResReduce, SepConv
 from hwnas.errors import SpaceError
 
@@ -63,14 +65,21 @@ def edge_op(option: str, channels: int, size: int, stride: int, act: str, pool_n
     return kind(size, channels, channels, kernel, stride, act)
 
 
+@cache  # searches ask for them again and again
 def edge_key(cell: str, source: int, node: int) -> str:
     """The choice of an edge."""
-    return f"{cell}.e{source}-{node}"
+    return Address("edge", cell, source=source, node=node).key
 
 
+@cache
 def inputs_key(cell: str, node: int) -> str:
     """The choice of a node's edges."""
-    return f"{cell}.n{node}.inputs"
+    return Address("inputs", cell, node=node).key
+
+
+def sources_of(option: str) -> tuple[int, ...]:
+    """The nodes whose edges an option of a node's inputs keeps: ``"0+2"``."""
+    return tuple(int(node) for node in option.split("+"))
 
 
 @dataclass
@@ -101,7 +110,7 @@ class _Plan:
         key, keep_key = edge_key(cell, source, node), inputs_key(cell, node)
         options, pairs = self.space.edges[key], self.space.inputs.get(keep_key, ())
         ops = tuple(edge_op(option, channels, size, stride, self.space.act, self.pool_norm) for option in options)
-        kept = tuple(str(source) in pair.split("+") for pair in pairs)
+        kept = tuple(source in sources_of(pair) for pair in pairs)
         into = keep_key if pairs else ""
         return Place("edge", (), "", channels, size // stride, key=key, options=options, ops=ops, keep_key=into, kept=kept)
 

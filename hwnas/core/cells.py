@@ -30,8 +30,9 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from hwnas.core.arch import Architecture, Origin, Picks
-from hwnas.core.cell_plan import KEPT, NONE, Place, edge_key, inputs_key, plan_of
+from hwnas.core.arch import Architecture, Origin, Picks, Placed
+from hwnas.core.cell_plan import KEPT, NONE, Place, edge_key, inputs_key, plan_of, sources_of
+from hwnas.core.choice import Address
 from hwnas.core.graph import GraphBuilder
 from hwnas.core.ops import Op
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term, shortened
@@ -61,7 +62,7 @@ class CellSpace(SearchSpace):
         >>> from hwnas.core.cell_families import nasbench201
         >>> space = nasbench201()
         >>> space.decode(space.read("|nor_conv_3x3~0|+|none~0|none~1|+|skip_connect~0|none~1|skip_connect~2|")).params
-        101306
+        316346
     """
 
     LATER = ("detector", "inputs")
@@ -91,7 +92,7 @@ class CellSpace(SearchSpace):
                 if not options or len(set(options)) != len(options):
                     raise ValueError(f"{key} needs one or more different options, got {list(options)}")
         for key, pairs in self.inputs.items():
-            unknown = [pair for pair in pairs if pair not in self._pairs(int(key.rpartition(".n")[2].partition(".")[0]))]
+            unknown = [pair for pair in pairs if pair not in self._pairs(Address.parse(key).node)]
             if unknown:
                 raise ValueError(f"{key} cannot be {unknown[0]!r}: name two earlier nodes, as in '0+1'")
         self.plan()
@@ -180,6 +181,12 @@ class CellSpace(SearchSpace):
             blocks += [Block(position, option, op) for op in builder.blocks[before:]]
         return builder, tuple(blocks)
 
+    def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
+        """A place per block; edges that compute nothing have none."""
+        del arch
+        _, blocks = self.walk(picks, self.places)
+        return tuple(Placed.of(self.places[block.place].slot, block.op) for block in blocks)
+
     def canonical(self, index_C: np.ndarray) -> np.ndarray:
         """Option positions [choices], those of edges that are not kept at 0."""
         picks, found = self.at(index_C), index_C.copy()
@@ -200,20 +207,17 @@ class CellSpace(SearchSpace):
         found = 1
         for cell in self.kinds:
             for node in range(self.sources, self.nodes):
-                every = "+".join(map(str, range(node)))
-                kept = [pair.split("+") for pair in self.inputs.get(inputs_key(cell, node), (every,))]
-                found *= sum(math.prod(len(self.edges[edge_key(cell, int(source), node)]) for source in sources) for sources in kept)
+                pairs = self.inputs.get(inputs_key(cell, node))
+                kept = [tuple(range(node))] if pairs is None else list(map(sources_of, pairs))
+                found *= sum(math.prod(len(self.edges[edge_key(cell, source, node)]) for source in sources) for sources in kept)
         return found
 
     def _inputs_of(self, key: str, picks: Mapping[str, Option]) -> tuple[int, ...] | None:
         """The nodes whose edges are kept where an edge ends; None where all are."""
-        cell, _, edge = key.partition(".e")
-        node = edge.partition("-")[2]
-        options = self.inputs.get(f"{cell}.n{node}.inputs")
-        if options is None:
-            return None
-        kept = str(picks.get(f"{cell}.n{node}.inputs", options[0]))
-        return tuple(int(number) for number in kept.split("+"))
+        edge = Address.parse(key)
+        into = inputs_key(edge.part, edge.node)
+        options = self.inputs.get(into)
+        return None if options is None else sources_of(str(picks.get(into, options[0])))
 
     def paths(self, picks: Mapping[str, Option]) -> dict[str, int]:
         """By edge: how many paths from an input of its cell to the cell's output lead over it, which ``none`` does not interrupt.
@@ -242,7 +246,7 @@ class CellSpace(SearchSpace):
     def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
         """Whether the node at its end keeps an edge."""
         kept = self._inputs_of(key, picks)
-        return kept is None or _source(key) in kept
+        return kept is None or Address.parse(key).source in kept
 
     def encode(self, arch: Architecture) -> Picks:
         """Picks of ``arch``, from its origin where that is this space, else by matching its graph. Edges not kept get some option."""
@@ -361,7 +365,7 @@ class CellSpace(SearchSpace):
             >>> from hwnas.core.cell_families import darts
             >>> space = darts()
             >>> space.write({choice.key: choice.options[-1] for choice in space.choices})[:58]
-            "Genotype(normal=[('dil_conv_5x5', 0), ('dil_conv_5x5', 1), "
+            "Genotype(normal=[('dil_conv_5x5', 0), ('dil_conv_5x5', 1),"
         """
         self.check(picks)
         nodes = range(self.sources, self.nodes)
@@ -374,12 +378,7 @@ class CellSpace(SearchSpace):
     def _into(self, cell: str, node: int, picks: Mapping[str, Option]) -> list[tuple[str, int]]:
         """Option and source of the edges that a node keeps."""
         keys = [edge_key(cell, source, node) for source in range(node)]
-        return [(str(picks.get(key, self.edges[key][0])), _source(key)) for key in keys if self.kept(key, picks)]
-
-
-def _source(key: str) -> int:
-    """The node that an edge comes from."""
-    return int(key.rpartition(".e")[2].partition("-")[0])
+        return [(str(picks.get(key, self.edges[key][0])), source) for source, key in enumerate(keys) if self.kept(key, picks)]
 
 
 def _copy(builder: GraphBuilder) -> GraphBuilder:
@@ -392,8 +391,7 @@ def _keeps(place: Place, picks: Mapping[str, Option]) -> bool:
         return True
     if len(place.kept) == 1:
         return place.kept[0]
-    wanted = str(picks[place.keep_key])
-    return str(_source(place.key)) in wanted.split("+")
+    return Address.parse(place.key).source in sources_of(str(picks[place.keep_key]))
 
 
 def _step(builder: GraphBuilder, place: Place, points: Sequence[int | None], option: str, kept: bool) -> int | None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import combinations
 from typing import Literal, Self
 
@@ -28,6 +28,7 @@ import numpy as np
 from pydantic import Field
 
 from hwnas.core.arch import Architecture, Origin, Picks
+from hwnas.core.choice import Address
 from hwnas.core.graph import GraphBuilder
 from hwnas.core.ops import Classifier, Conv, MaxPool, Op
 from hwnas.core.search_space import Choice, Option, SearchSpace, Term, shortened
@@ -60,8 +61,8 @@ class NASBench101Space(SearchSpace):
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """The op of every vertex between input and output, then the edges by their ends."""
-        vertices = tuple(Choice(f"v{vertex}", OPS, "op") for vertex in range(1, VERTICES - 1))
-        return (*vertices, *(Choice(f"e{source}-{vertex}", (0, 1), "inputs") for source, vertex in combinations(range(VERTICES), 2)))
+        vertices = tuple(Choice(_vertex_key(vertex), OPS, "op") for vertex in range(1, VERTICES - 1))
+        return (*vertices, *(Choice(_link_key(*ends), (0, 1), "inputs") for ends in combinations(range(VERTICES), 2)))
 
     def terms(self) -> tuple[Term, ...]:
         """Raises SpaceError: see the module."""
@@ -146,8 +147,8 @@ class NASBench101Space(SearchSpace):
             )
         place = [*range(count - 1), VERTICES - 1]  # the output is always the last
         picks: Picks = {choice.key: choice.options[0] for choice in self.choices}
-        picks |= {f"v{vertex}": str(op) for vertex, op in enumerate(ops[1:-1], 1)}
-        picks |= {f"e{place[source]}-{place[vertex]}": 1 for source, vertex in np.argwhere(matrix_VV)}
+        picks |= {_vertex_key(vertex): str(op) for vertex, op in enumerate(ops[1:-1], 1)}
+        picks |= {_link_key(place[source], place[vertex]): 1 for source, vertex in np.argwhere(matrix_VV)}
         self._cell(picks)
         return picks
 
@@ -171,8 +172,8 @@ class NASBench101Space(SearchSpace):
         """Adjacency matrix int64 [7, 7], and the ops of all vertices, as they are picked."""
         matrix_VV = np.zeros((VERTICES, VERTICES), dtype=np.int64)
         for source, vertex in combinations(range(VERTICES), 2):
-            matrix_VV[source, vertex] = int(picks[f"e{source}-{vertex}"])
-        return matrix_VV, ["input", *(str(picks[f"v{vertex}"]) for vertex in range(1, VERTICES - 1)), "output"]
+            matrix_VV[source, vertex] = int(picks[_link_key(source, vertex)])
+        return matrix_VV, ["input", *(str(picks[_vertex_key(vertex)]) for vertex in range(1, VERTICES - 1)), "output"]
 
     def _cell(self, picks: Mapping[str, Option]) -> tuple[np.ndarray, list[str]]:
         """The pruned cell. Raises SpaceError where it is none."""
@@ -183,6 +184,16 @@ class NASBench101Space(SearchSpace):
         if kept is None:
             raise SpaceError(f"no way of these picks leads from the input to the output of a cell of space {self.name}: pick more edges.")
         return matrix_VV[np.ix_(kept, kept)], [ops[vertex] for vertex in kept]
+
+
+@cache  # samples are drawn by the thousand
+def _vertex_key(vertex: int) -> str:
+    return Address("vertex", node=vertex).key
+
+
+@cache
+def _link_key(source: int, vertex: int) -> str:
+    return Address("link", source=source, node=vertex).key
 
 
 def pruned(matrix_VV: np.ndarray) -> list[int] | None:

@@ -7,52 +7,22 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from hwnas.core.arch import Architecture, Picks
+from hwnas.core.arch import Architecture, Picks, Placed
+from hwnas.core.choice import RESOLUTION, Choice, Option, Term
 from hwnas.core.detector import Scores
 from hwnas.core.ops import Op
+from hwnas.core.space_head import Classifiers, Detectors, SpaceHead
 from hwnas.core.ssdlite import EXTRAS, DetectorSpec
 from hwnas.document import Document, nearest
-from hwnas.errors import SpaceError
+from hwnas.errors import ConfigError, SpaceError
 
-Option = str | int
-RESOLUTION = "resolution"
-"""The key of the choice of the image size."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One decision of a search.
-
-    ``kind`` is ``"op"`` for a slot's block, ``"width"`` for a stage's channels, ``"depth"`` for a stage's number of slots,
-    ``"resolution"`` for the height = width of the image and ``"inputs"`` for the edges that a node of a cell keeps.
-    """
-
-    key: str
-    options: tuple[Option, ...]
-    kind: Literal["op", "width", "depth", "resolution", "inputs"]
-
-
-@dataclass(frozen=True)
-class Term:
-    """What one slot adds to a network's latency.
-
-    ``keys`` are the choices its cost depends on, ``shape`` their option counts, and ``ops`` the op for each combination
-    (row-major; None where the slot is skipped, or left out by the depth). The open ones come in this order: the slot's block, the
-    width before it, the width after it, the depth, the resolution. ``options`` are the slot's own, one of which may be all there is.
-    """
-
-    slot: str
-    keys: tuple[str, ...]
-    shape: tuple[int, ...]
-    ops: tuple[Op | None, ...]
-    options: tuple[str, ...] = ()
+__all__ = ["RESOLUTION", "Choice", "Option", "SearchSpace", "Term", "shortened"]
 
 
 class SearchSpace(Document):
@@ -74,9 +44,14 @@ class SearchSpace(Document):
         return {name: value for name, value in handler(self).items() if name not in self.LATER or value}
 
     @property
+    def head(self) -> SpaceHead:
+        """What its networks end with."""
+        return Classifiers(self.classes) if self.detector is None else Detectors(self.classes, self.detector)
+
+    @property
     def task(self) -> str:
         """The name of the task that its networks are for: ``"detect"`` with a detector on them, else ``"classify"``."""
-        return "classify" if self.detector is None else "detect"
+        return self.head.task
 
     @cached_property
     @abstractmethod
@@ -100,9 +75,20 @@ class SearchSpace(Document):
         """A new space with only the ``allowed`` options at the named choices."""
 
     def with_detector(self, *, extras: Sequence[int] = EXTRAS, scores: Scores = "softmax", name: str | None = None) -> Self:
-        """A new space of detectors. Raises SpaceError where this kind of space has none."""
-        del extras, scores, name
-        raise SpaceError(f"space {self.name!r} is one of cells, and detectors are searched on blocks in a row: choose another space.")
+        """A new space whose networks carry a detector. Raises ConfigError where no network of this kind of space can."""
+        raise ConfigError(f"space {self.name!r} is one of cells, and detectors are searched on blocks in a row: choose another space.")
+
+    def placed(self, arch: Architecture) -> tuple[Placed, ...]:
+        """The ops of ``arch``, input to output, by the names of their places; where its origin is this space, those of the space,
+        the ones that its picks leave empty among them.
+        """
+        origin = arch.origin
+        return arch.placed() if origin is None or origin.space_sha256 != self.sha256 else self._placed(arch, origin.picks)
+
+    def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
+        """``placed`` of a member of this space; a space whose places have names overrides it."""
+        del picks
+        return arch.placed()
 
     @property
     def notation(self) -> str:

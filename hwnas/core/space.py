@@ -19,13 +19,14 @@ from typing import Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from hwnas.core.arch import Architecture, Origin, Picks
+from hwnas.core.arch import Architecture, Origin, Picks, Placed
 from hwnas.core.detector import Scores
-from hwnas.core.ops import Classifier, Op
-from hwnas.core.option import make_divisible, parse_option
+from hwnas.core.ops import Op
+from hwnas.core.option import make_divisible
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
-from hwnas.core.ssdlite import EXTRAS, DetectorSpec, extra_op, head_op, ssdlite
-from hwnas.core.stage import Slot, Stage
+from hwnas.core.space_head import last_stages
+from hwnas.core.ssdlite import EXTRAS, DetectorSpec
+from hwnas.core.stage import Slot, Stage, block_key, depth_key, width_key
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
 
@@ -59,32 +60,8 @@ class MacroSpace(SearchSpace):
             stage.check(f"s{i}")
         for slot in self.slots:
             slot.check()
-        if self.detector is not None:
-            self._check_taps(self.detector.taps)
+        self.head.check(self.slots)
         return self
-
-    def _check_taps(self, taps: tuple[int, ...]) -> None:
-        """A tap that is the last stage of its resolution is known by its block: what follows begins with a stride, never a skip."""
-        if len(self.resolutions) > 1:
-            raise ValueError(
-                f"a detector's anchors are for one input resolution, and this space has {', '.join(map(str, self.resolutions))}: "
-                "keep one of them (space.restrict = {resolution = [...]})"
-            )
-        for slot in self.slots:
-            if slot.pooled:
-                raise ValueError(f"slot {slot.key} pools, so it leaves no feature map for a detector: leave its stage out")
-        ends = self._ends
-        if list(taps) != sorted(set(taps)) or not set(taps) <= set(ends) or taps[-1] != ends[-1]:
-            raise ValueError(
-                f"the taps {list(taps)} of the detector are no ascending stages, each the last at its resolution ({list(ends)} are), "
-                f"that end with {ends[-1]}, the last stage"
-            )
-
-    @property
-    def _ends(self) -> tuple[int, ...]:
-        """The last stage at each resolution, fine to coarse."""
-        last = {slot.out_sizes[0]: slot.stage for slot in self.slots if not slot.pooled}
-        return tuple(last.values())
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
@@ -95,15 +72,15 @@ class MacroSpace(SearchSpace):
         for i, stage in enumerate(self.stages):
             for j, options in enumerate(stage.slots):
                 slot = Slot(
-                    key=f"s{i}.b{j}",
+                    key=block_key(i, j),
                     stage=i,
                     index=j,
                     options=options,
                     in_key=in_key,
                     in_widths=in_widths,
-                    out_key=f"s{i}.width",
+                    out_key=width_key(i),
                     out_widths=stage.widths,
-                    depth_key=f"s{i}.depth",
+                    depth_key=depth_key(i),
                     depths=stage.depths,
                     sizes=sizes,
                     stride=stage.stride if j == 0 else 1,
@@ -119,8 +96,8 @@ class MacroSpace(SearchSpace):
         """Per stage its slots, its width, its depth, where more than one option is open (TuNAS's post-order); then the resolution."""
         found = []
         for i, stage in enumerate(self.stages):
-            found += [Choice(f"s{i}.b{j}", options, "op") for j, options in enumerate(stage.slots)]
-            found += [Choice(f"s{i}.width", stage.widths, "width"), Choice(f"s{i}.depth", stage.depths, "depth")]
+            found += [Choice(block_key(i, j), options, "op") for j, options in enumerate(stage.slots)]
+            found += [Choice(width_key(i), stage.widths, "width"), Choice(depth_key(i), stage.depths, "depth")]
         found.append(Choice(RESOLUTION, self.resolutions, "resolution"))
         return tuple(choice for choice in found if len(choice.options) > 1)
 
@@ -141,8 +118,7 @@ class MacroSpace(SearchSpace):
 
     def terms(self) -> tuple[Term, ...]:
         """One term per slot and one for the classifier, or one per extra and one per head of the detector."""
-        ends = (self._classifier_term(),) if self.detector is None else self._detector_terms(self.detector)
-        return (*map(self._term, self.slots), *ends)
+        return (*map(self._term, self.slots), *self.head.terms(self.slots))
 
     def _term(self, slot: Slot) -> Term:
         inputs: tuple[int | None, ...] = slot.in_widths if slot.first else (None,)
@@ -155,33 +131,6 @@ class MacroSpace(SearchSpace):
         counts |= {slot.out_key: len(slot.out_widths), slot.depth_key: len(depths), RESOLUTION: len(slot.sizes)}
         shape = {key: count for key, count in counts.items() if count > 1}
         return Term(slot.key, tuple(shape), tuple(shape.values()), ops, slot.options)
-
-    def _classifier_term(self) -> Term:
-        last = self.slots[-1]
-        ops = tuple(self._classifier(width, size) for width, size in product(last.out_widths, last.out_sizes))
-        shape = {key: n for key, n in ((last.out_key, len(last.out_widths)), (RESOLUTION, len(last.out_sizes))) if n > 1}
-        return Term("classifier", tuple(shape), tuple(shape.values()), ops)
-
-    def _detector_terms(self, spec: DetectorSpec) -> tuple[Term, ...]:
-        """In the order of ``Architecture.ops``. Only what reads a tap depends on a choice: the width of its stage."""
-        last = {slot.stage: slot for slot in self.slots}
-        taps = [last[tap] for tap in spec.taps]
-        extras: list[Term] = []
-        size, widths, keys = taps[-1].out_sizes[0], taps[-1].out_widths, _open(taps[-1])
-        maps = [(slot.out_sizes[0], slot.out_widths, _open(slot)) for slot in taps]
-        for i, width in enumerate(spec.extras):
-            ops = tuple(extra_op(size, channels, width) for channels in widths)
-            extras.append(Term(f"extra{i}", keys, (len(widths),) if keys else (), ops))
-            size, widths, keys = ops[0].out_size, (width,), ()
-            maps.append((size, widths, keys))
-        heads = (
-            Term(f"head{i}", keys, (len(widths),) if keys else (), tuple(head_op(size, width, self.classes) for width in widths))
-            for i, (size, widths, keys) in enumerate(maps)
-        )
-        return (*extras, *heads)
-
-    def _classifier(self, width: int, size: int) -> Op:
-        return Classifier(size, width, self.classes)
 
     def walk(self, picks: Mapping[str, Option]) -> tuple[tuple[Slot, Op | None], ...]:
         """Every slot with the op that ``picks`` put there; None where it is skipped, or left out by the depth."""
@@ -205,15 +154,24 @@ class MacroSpace(SearchSpace):
 
     def network(self, kept: Sequence[tuple[Slot, Op]], name: str, origin: Origin | None = None) -> Architecture:
         """The architecture of the kept slots' ops, with what comes after them: the classifier or the detector."""
-        blocks, detector = [op for _, op in kept], None
-        if self.detector is None:
-            blocks.append(self._classifier(blocks[-1].out_ch, blocks[-1].out_size))
-        else:
-            taps = tuple(sum(slot.stage <= tap for slot, _ in kept) - 1 for tap in self.detector.taps)
-            detector = ssdlite(blocks, taps, self.classes, extras=self.detector.extras, scores=self.detector.scores)
+        blocks, last = [op for _, op in kept], kept[-1][1]
         return Architecture(
-            name=name, in_channels=self.in_channels, bn_eps=self.bn_eps, blocks=tuple(blocks), detector=detector, origin=origin
+            name=name,
+            in_channels=self.in_channels,
+            bn_eps=self.bn_eps,
+            blocks=(*blocks, *self.head.blocks(last.out_ch, last.out_size)),
+            detector=self.head.detector(kept),
+            origin=origin,
         )
+
+    def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
+        """A place per slot, through which a skip lets its input; then the head's."""
+        found, channels, size = [], arch.in_channels, arch.resolution
+        for slot, op in self.walk(picks):
+            if op is not None:
+                channels, size = op.out_ch, op.out_size
+            found.append(Placed(slot.key, op, channels, size))
+        return (*found, *self.head.placed(arch))
 
     def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
         """Whether the depth keeps a block."""
@@ -255,8 +213,7 @@ class MacroSpace(SearchSpace):
     def _match(self, ops: tuple[Op, ...], position: int, channels: int, at: int) -> Picks | None:
         """Match ``ops`` to the slots from ``position`` on at resolution number ``at``, kept blocks before skips before depths."""
         if position == len(self.slots):
-            rest_of_it = (self._classifier(channels, self.slots[-1].out_sizes[at]),) if self.detector is None else ()
-            return {} if ops == rest_of_it else None
+            return {} if ops == self.head.blocks(channels, self.slots[-1].out_sizes[at]) else None
         slot = self.slots[position]
         for width in slot.out_widths if slot.first else (channels,):
             for option in slot.options:
@@ -276,16 +233,17 @@ class MacroSpace(SearchSpace):
 
         Slots beyond the deepest depth that is left are gone.
         """
-        known = {f"s{i}.b{j}" for i, stage in enumerate(self.stages) for j in range(len(stage.slots))} | {RESOLUTION}
-        known |= {f"s{i}.{kind}" for i in range(len(self.stages)) for kind in ("width", "depth")}
+        known = {RESOLUTION}
+        for slot in self.slots:
+            known |= {slot.key, slot.out_key, slot.depth_key}
         for key in allowed:
             if key not in known:
                 raise SpaceError(f"space {self.name} has no choice {key!r}; {nearest(key, known)}")
         stages = []
         for i, stage in enumerate(self.stages):
-            slots = tuple(_kept(f"s{i}.b{j}", options, allowed) for j, options in enumerate(stage.slots))
-            depths = _kept(f"s{i}.depth", stage.depths or (len(slots),), allowed)
-            update = {"widths": _kept(f"s{i}.width", stage.widths, allowed), "depths": depths if len(depths) > 1 else ()}
+            slots = tuple(_kept(block_key(i, j), options, allowed) for j, options in enumerate(stage.slots))
+            depths = _kept(depth_key(i), stage.depths or (len(slots),), allowed)
+            update = {"widths": _kept(width_key(i), stage.widths, allowed), "depths": depths if len(depths) > 1 else ()}
             stages.append(stage.model_copy(update={**update, "slots": slots[: max(depths)]}))
         sizes = _kept(RESOLUTION, self.resolutions or (self.resolution,), allowed)
         return self._changed(stages, name, resolution=max(sizes), resolutions=sizes if len(sizes) > 1 else ())
@@ -305,7 +263,7 @@ class MacroSpace(SearchSpace):
             raise SpaceError(f"space {self.name} cannot be {width} times as wide: give a width above 0, for instance 0.5.")
         factors = [width] * len(self.stages)
         factors[0] = width if first is None else first
-        usual = max(width, 1.0) if self.detector is None else width
+        usual = max(width, 1.0) if self.head.needs_features else width
         factors[-1] = usual if last is None else last
         stages = [
             stage.model_copy(update={"widths": tuple(dict.fromkeys(make_divisible(channels * factor) for channels in stage.widths))})
@@ -330,33 +288,17 @@ class MacroSpace(SearchSpace):
                 f"space {self.name} has several input resolutions ({', '.join(map(str, self.resolutions))}), and a detector's anchors are "
                 f"for one: keep one of them, for instance by space.restrict = {{resolution = [{self.resolution}]}}."
             )
-        stages = [stage for stage in self.stages if not any(map(_pools, stage.slots))]
-        if self.detector is None and stages and _narrow(stages[-1]):
-            stages.pop()
+        stages = self.head.backbone(self.stages)
         bare = self._changed(stages or self.stages, name or f"{self.name}-ssdlite", detector=None)
-        if len(bare._ends) < 2:
+        ends = last_stages(bare.slots)
+        if len(ends) < 2:
             raise SpaceError(f"space {self.name} cannot carry a detector: it has no two resolutions to tap.")
-        spec = DetectorSpec(taps=bare._ends[-2:], extras=tuple(extras), scores=scores)
+        spec = DetectorSpec(taps=ends[-2:], extras=tuple(extras), scores=scores)
         return bare._changed(bare.stages, None, detector=spec.model_dump())
 
     def _changed(self, stages: Sequence[Stage], name: str | None, **update: Any) -> Self:
         content = {**self.model_dump(), **update, "stages": [stage.model_dump() for stage in stages], "name": name or self.name}
         return type(self).model_validate(content)
-
-
-def _open(slot: Slot) -> tuple[str, ...]:
-    """The key of a slot's output width, where that is a choice."""
-    return (slot.out_key,) if len(slot.out_widths) > 1 else ()
-
-
-def _pools(options: tuple[str, ...]) -> bool:
-    return any(block is not None and block.kind == "hd" for block in map(parse_option, options))
-
-
-def _narrow(stage: Stage) -> bool:
-    """Whether a stage is a 1 x 1 convolution and nothing else."""
-    blocks = [parse_option(option) for options in stage.slots for option in options]
-    return len(stage.slots) == 1 and stage.stride == 1 and all(block and (block.kind, block.kernel) == ("cn", 1) for block in blocks)
 
 
 T = TypeVar("T", str, int)

@@ -9,11 +9,27 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from hwnas.core.choice import Address
 from hwnas.core.ir import out_size
 from hwnas.core.ops import Op
 from hwnas.core.option import SKIP, Factors, factorise, parse_option
 
 Residual = Literal["after_first", "matching"]
+
+
+def block_key(stage: int, slot: int) -> str:
+    """The choice of a block."""
+    return Address("block", f"s{stage}", slot=slot).key
+
+
+def width_key(stage: int) -> str:
+    """The choice of a stage's channels."""
+    return Address("width", f"s{stage}").key
+
+
+def depth_key(stage: int) -> str:
+    """The choice of a stage's number of blocks."""
+    return Address("depth", f"s{stage}").key
 
 
 class Stage(BaseModel):

@@ -54,7 +54,7 @@ def sample(experiment: Experiment, space: SearchSpace, arch: Architecture | None
     ops: Sequence[Op] = tuple(dict.fromkeys(arch.ops())) if arch is not None else space.ops
     networks = [arch] if arch is not None else spread_networks(space, NETWORKS, np.random.default_rng([experiment.seed, 77]))
     of_ops: dict[str, Timed] = {op.key: (op,) for op in _spread(ops, OPS)}
-    of_networks: dict[str, Timed] = {f"net-{i}": network if _whole(network) else network.ops() for i, network in enumerate(networks)}
+    of_networks: dict[str, Timed] = {f"net-{i}": network.ops() if network.is_chain else network for i, network in enumerate(networks)}
     building, paths = dict[str, float](), dict[str, Path]()
     for kind in (of_ops, of_networks):
         for count, (name, timed) in enumerate(kind.items()):
@@ -73,10 +73,6 @@ def sample(experiment: Experiment, space: SearchSpace, arch: Architecture | None
 
     found = [name for name in paths if name in of_networks]
     return Sample(costs([name for name in paths if name in of_ops]), costs(found), start)
-
-
-def _whole(network: Architecture) -> bool:
-    return network.detector is not None or bool(network.graph)
 
 
 def _ops(timed: Timed) -> Sequence[Op]:

@@ -54,9 +54,8 @@ def timing_path(timed: Sequence[Op] | Architecture, runtime: str, dtype: str, fo
     """Where ``timing_file`` keeps a file, which need not be there yet."""
     made = timing_target(runtime, dtype)
     built = _architecture(timed)
-    ops = timed.ops() if isinstance(timed, Architecture) else timed
-    taps = [f"tap{tap}" for tap in built.detector.taps] if built.detector is not None else []
-    parts = [*(op.key for op in ops), *taps, *(step.key for step in built.graph)]
+    ops = built.ops()
+    parts = [*(op.key for op in ops), *built.wiring]
     name = ops[0].key if len(ops) == 1 else "net-" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
     return (folder or cache_folder()) / f"{runtime}-{dtype}-{_makers(type(made))}" / f"{name}{Path(made.file).suffix}"
 

@@ -30,8 +30,10 @@ class Plan:
     def built(self, name: str) -> tuple[Op, ...] | Architecture:
         """What the file of an item is made of."""
         number = name.removeprefix("net-")
-        arch = (*self.fit, *self.test)[int(number)] if number != name else None
-        return arch if arch is not None and (arch.detector is not None or arch.graph) else self.items[name]
+        if number == name:
+            return self.items[name]
+        arch = (*self.fit, *self.test)[int(number)]
+        return arch.ops() if arch.is_chain else arch
 
 
 def make_plan(space: SearchSpace, config: ProfileConfig, seed: int, named: Sequence[Architecture] = ()) -> Plan:

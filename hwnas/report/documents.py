@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hwnas.config import Experiment
-from hwnas.core.arch import Architecture
-from hwnas.core.cells import CellSpace
+from hwnas.core.arch import Architecture, Placed
 from hwnas.core.cost import UNITS, Unit, latency_ms, missing_ops
-from hwnas.core.ops import Op
-from hwnas.core.space import MacroSpace, SearchSpace
+from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.document import Document, file_sha256
 from hwnas.export.bundle import Bundle
@@ -57,16 +55,6 @@ class StageState:
     finished: bool
     seconds: float | None
     step: int | None
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place for a block in the drawn network: the slot, its op (None: skipped) and the shape that leaves it."""
-
-    slot: str
-    op: Op | None
-    channels: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -138,28 +126,9 @@ class RunDocuments:
             return self.search.candidates[0].predicted if self.search is not None and self.search.unit == "ms" else None
         return latency_ms(self.arch, self.table)
 
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[Placed, ...]:
         """The architecture's blocks, input to output, with the skipped slots of its space where its picks are known."""
-        if self.arch is None:
-            return ()
-        origin = self.arch.origin
-        plain = tuple(Place(name, op, op.out_ch, op.out_size) for name, op in zip(_names(self.arch), self.arch.ops(), strict=True))
-        if origin is None or origin.space_sha256 != self.space.sha256:
-            return plain
-        if isinstance(self.space, CellSpace):
-            blocks = self.space.walk(origin.picks, self.space.places)[1]
-            slots = (self.space.places[block.place].slot for block in blocks)
-            return tuple(Place(slot, block.op, block.op.out_ch, block.op.out_size) for slot, block in zip(slots, blocks, strict=True))
-        if not isinstance(self.space, MacroSpace):
-            return plain
-        places, channels, size = [], self.arch.in_channels, self.arch.resolution
-        for slot, op in self.space.walk(origin.picks):
-            channels, size = (channels, size) if op is None else (op.out_ch, op.out_size)
-            places.append(Place(slot.key, op, channels, size))
-        names, ops = _names(self.arch), self.arch.ops()
-        first = len(self.arch.blocks) if self.arch.detector is not None else len(ops) - 1
-        ends = names[first:] if self.arch.detector is not None else ["classifier"]
-        return (*places, *(Place(name, op, op.out_ch, op.out_size) for name, op in zip(ends, ops[first:], strict=True)))
+        return () if self.arch is None else self.space.placed(self.arch)
 
 
 def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocuments:
@@ -193,14 +162,6 @@ def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocument
         stages=tuple(_state(ctx, name, {"search": search_rows, "train": train_rows}.get(name, [])) for name in _needed(ctx)),
         hashes={name: file_sha256(path) for name, path in found.items() if path.is_file()},
     )
-
-
-def _names(arch: Architecture) -> list[str]:
-    """What to call the ops of an architecture that is no pick of the space."""
-    blocks = [f"block {i}" for i in range(len(arch.blocks))]
-    if arch.detector is None:
-        return blocks
-    return [*blocks, *(f"extra {i}" for i in range(len(arch.detector.extras))), *(f"head {i}" for i in range(len(arch.detector.heads)))]
 
 
 def _load(document: type[D], path: Path) -> D | None:

@@ -10,9 +10,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.patches import Arc, Rectangle
 
+from hwnas.core.arch import Placed
 from hwnas.core.ops import Op
 from hwnas.report.charts import FULL
-from hwnas.report.documents import Place
 from hwnas.report.style import LIGHT, canvas, inline_svg, kernel_colour
 
 GUTTER = 92
@@ -21,7 +21,7 @@ BARS, LABELS, COSTS, LEGEND = 190, 112, 74, 26
 """Heights in CSS pixels of the parts of the drawing; ``GUTTER`` is the width of the row names."""
 
 
-def architecture(places: Sequence[Place], ms: Sequence[float | None]) -> Markup:
+def architecture(places: Sequence[Placed], ms: Sequence[float | None]) -> Markup:
     """One bar per slot: height is the square root of the output channels, colour the kernel size, an arc a residual.
 
     ``ms`` holds each place's latency (None: unknown, or skipped); without any, the strip of costs is left out.
@@ -46,7 +46,7 @@ def architecture(places: Sequence[Place], ms: Sequence[float | None]) -> Markup:
         return inline_svg(figure, "architecture", describe(places))
 
 
-def describe(places: Sequence[Place]) -> str:
+def describe(places: Sequence[Placed]) -> str:
     """The drawing in words, for those who cannot see it."""
     kept = [place.op for place in places if place.op is not None]
     skipped = len(places) - len(kept)
@@ -59,7 +59,7 @@ def describe(places: Sequence[Place]) -> str:
     )
 
 
-def _legend(axes: Axes, places: Sequence[Place], gutter: float, pitch: float) -> None:
+def _legend(axes: Axes, places: Sequence[Placed], gutter: float, pitch: float) -> None:
     axes.set_ylim(0, 1)
     x, unit = -0.42, 1 / pitch
     for kernel in sorted({place.op.kernel for place in places if place.op is not None}):
@@ -76,7 +76,7 @@ def _legend(axes: Axes, places: Sequence[Place], gutter: float, pitch: float) ->
     axes.text(-gutter - 0.5, 0.5, "kernel", va="center", size=10.5, color=LIGHT["muted"])
 
 
-def _bars(axes: Axes, places: Sequence[Place]) -> None:
+def _bars(axes: Axes, places: Sequence[Placed]) -> None:
     heights = [place.channels**0.5 for place in places]
     top = max(heights)
     axes.set_ylim(0, 1.3 * top)
@@ -93,7 +93,7 @@ def _bars(axes: Axes, places: Sequence[Place]) -> None:
     axes.text(axes.get_xlim()[0], 0.05 * top, "channels", va="bottom", size=10.5, color=LIGHT["muted"])
 
 
-def _labels(axes: Axes, places: Sequence[Place], gutter: float) -> None:
+def _labels(axes: Axes, places: Sequence[Placed], gutter: float) -> None:
     axes.set_ylim(len(ROWS) + 0.1, -0.1)
     for row, name in enumerate(ROWS):
         axes.text(-gutter - 0.5, row + 0.5, name, va="center", size=10.5, color=LIGHT["muted"])

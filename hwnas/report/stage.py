@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hwnas import __version__
+from hwnas.core.arch import Placed
 from hwnas.core.caution import Caution
 from hwnas.core.metric import shown
 from hwnas.core.ops import Op
@@ -25,7 +26,7 @@ from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.export.bundle import BundleFile
 from hwnas.report import charts, comparing, drawing, pictures, ranking, shrinking
 from hwnas.report.charts import Series
-from hwnas.report.documents import SOURCES, Place, Rows, RunDocuments, read
+from hwnas.report.documents import SOURCES, Rows, RunDocuments, read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
@@ -238,7 +239,7 @@ def conditions(documents: RunDocuments) -> list[tuple[str, str]]:
 class BlockRow:
     """A block of the architecture with its counts and its price. ``share`` is its part of the sum over all blocks."""
 
-    place: Place
+    place: Placed
     op: Op
     ms: float | None
     share: float | None

@@ -102,7 +102,7 @@ def allowed(space: SearchSpace, opening: Opening) -> dict[str, tuple[int, ...]]:
     stages: dict[str, list[str]] = {}
     for choice in space.choices:
         if choice.kind == "op" and None in _blocks(choice):
-            stages.setdefault(choice.key.rpartition(".")[0], []).append(choice.key)
+            stages.setdefault(choice.address.part, []).append(choice.key)
     most = None if opening.depths is None else opening.depths - 1  # slots of a stage that may be left out
     skippable = {key for keys in stages.values() for key in (keys if most is None else keys[len(keys) - min(most, len(keys)) :])}
     found = {}

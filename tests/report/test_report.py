@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hwnas.config import FORMATS, DataConfig, Experiment, ValidateConfig
-from hwnas.core.arch import Architecture
+from hwnas.core.arch import Architecture, Placed
 from hwnas.core.calibration import judge
 from hwnas.core.caution import Caution
 from hwnas.core.cost import CostModel
@@ -34,7 +34,7 @@ from hwnas.export.bundle import Bundle, BundleFile, DetectorPart, Preprocessing
 from hwnas.export.target import target
 from hwnas.report import charts, drawing, pictures, stage
 from hwnas.report.charts import smoothed
-from hwnas.report.documents import Place, read
+from hwnas.report.documents import read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import JsonLines, StageContext, StageManifest
 from hwnas.search.learning import Course, Learning, Ranking, learning_of
@@ -511,7 +511,7 @@ def test_a_detector_that_is_still_in_training(tmp_path: Path) -> None:
 def test_every_kind_of_block_can_be_drawn() -> None:
     for name in ("mobilenet_v3_small", "ssdlite320_mobilenet_v3_large"):
         arch = published(name)
-        places = tuple(Place(f"block {i}", op, op.out_ch, op.out_size) for i, op in enumerate(arch.ops()))
+        places = tuple(Placed.of(f"block {i}", op) for i, op in enumerate(arch.ops()))
         assert ">pool<" in drawing.architecture(places, [None] * len(places)) or arch.detector is not None
 
 
@@ -536,7 +536,7 @@ def test_long_curves_stay_small_and_keep_their_spikes() -> None:
 
 def test_a_large_space_can_be_drawn() -> None:
     arch = published("mnasnet_b1")
-    places = tuple(Place(f"block {i}", op, op.out_ch, op.out_size) for i, op in enumerate(arch.ops()))
+    places = tuple(Placed.of(f"block {i}", op) for i, op in enumerate(arch.ops()))
     svg = drawing.architecture(places, [None] * len(places))
     assert ">1280<" in svg and "latency" not in svg
 
