@@ -32,18 +32,19 @@ from hwnas.core.option import SKIP
 from hwnas.core.space import MacroSpace, Option, SearchSpace, Slot
 from hwnas.core.spaces import parse_space
 from hwnas.errors import CheckpointError, ConfigError
+from hwnas.nn import inheritance
 from hwnas.nn.blocks import initialise
 from hwnas.nn.cells import CellSupernet
 from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
-from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of, save_tensors_atomically
+from hwnas.nn.inheritance import Inherited
+from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of
 from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
 __all__ = [
     "Gates", "Probes", "SharedNetwork", "Supernet", "check_supernet", "load_supernet", "make_supernet", "read_supernet", "resized",
-    "save_supernet",
 ]  # fmt: skip
 
 Producer = tuple[int, str]
@@ -200,6 +201,48 @@ class Supernet(SharedNetwork):
         slot: Any = self.slots[position]
         return [weight for name, weight in slot.weights(option, op, source).items() if name.endswith("conv.weight")]
 
+    @property
+    def by_slot(self) -> Mapping[Slot, ElasticSlot]:
+        """The weights of every slot."""
+        return {slot: cast(ElasticSlot, module) for slot, module in zip(self.proxy.slots, self.slots, strict=True)}
+
+    def inherit(self, path: Path) -> Inherited:
+        """Begin with the weights of every slot that is the same in a super-net's file; see ``GatedNetworks``."""
+        source = read_supernet(path)
+        found = inheritance.inherit(self.by_slot, source.by_slot)
+        if not found.taken:
+            raise ConfigError(
+                f"the super-net {path} of space {source.space.name} has no slot in common with space {self.space.name}: train it on the "
+                "same space and width, with the same strategy and search.supernet settings."
+            )
+        return found
+
+    @torch.no_grad()
+    def take_over(self, source: SharedNetwork) -> None:
+        """Begin with the weights of the super-net of a space that this one's was shrunk from; see ``GatedNetworks``."""
+        assert isinstance(source, Supernet)
+        training = source.training
+        source.eval()  # random channels are for training: here the first ones
+        there = {slot.key: position for position, slot in enumerate(source.proxy.slots)}
+        theirs = {slot.key: module for slot, module in source.by_slot.items()}
+        for (slot, module), producers in zip(self.by_slot.items(), self.producers, strict=True):
+            known = source.producers[there[slot.key]]
+            numbers = [known.index(self._seen_by(source, there, producer)) for producer in producers]
+            inheritance.take_over(module, theirs[slot.key], numbers)
+        if self.space.detector is not None:
+            self.detector.load_state_dict(source.detector.state_dict())
+        else:
+            self.classifier.weight.copy_(source.classifier.weight[:, : self.classifier.in_features])
+            self.classifier.bias.copy_(source.classifier.bias)
+        source.train(training)
+
+    def _seen_by(self, source: Supernet, there: Mapping[str, int], producer: Producer) -> Producer:
+        """What ``source``, whose slots are ``there``, calls a producer of this super-net."""
+        position, option = producer
+        if producer == IMAGE:
+            return IMAGE
+        return source._producer(there[self.proxy.slots[position].key], option)
+
     def _proxied(self, picks: Mapping[str, Option]) -> dict[str, Option]:
         """The same picks in the proxy space, whose options stand in the same order."""
         pairs = zip(self.space.choices, self.proxy.choices, strict=True)
@@ -236,12 +279,6 @@ def check_supernet(space: SearchSpace, config: SupernetConfig) -> None:
     kind = SUPERNETS.get(type(space))
     if kind is not None:
         kind.check(space, config)
-
-
-def save_supernet(supernet: SharedNetwork, path: Path) -> None:
-    """The whole super-net as safetensors, its space and configuration in the metadata, written atomically."""
-    kept = supernet.finished()
-    save_tensors_atomically(kept, path, {"space": kept.space.to_json(), "supernet": kept.config.model_dump_json()})
 
 
 def read_supernet(path: Path) -> SharedNetwork:

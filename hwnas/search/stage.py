@@ -20,9 +20,8 @@ from hwnas.data.images import Images, Portion, load_images
 from hwnas.document import file_sha256
 from hwnas.engine import Engine, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
-from hwnas.nn.inheritance import inherit
 from hwnas.nn.network import save_network
-from hwnas.nn.supernet import SharedNetwork, Supernet, check_supernet, save_supernet
+from hwnas.nn.supernet import check_supernet
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES, check_space
 from hwnas.search.comparison import compared_with
@@ -179,15 +178,14 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
 
     prepared = prepare(experiment, space, search, ctx.folder)
     engine, judge = prepared.engine, prepared.judge
-    if config.backbone is not None and isinstance(judge.supernet, Supernet):
-        progress.say(str(inherit(judge.supernet, trained_supernet(config.backbone, "search.backbone"))))
+    if config.backbone is not None:
+        progress.say(str(judge.supernet.inherit(trained_supernet(config.backbone, "search.backbone"))))
     engine.resume()
     begun_at, begun_with = time.monotonic(), engine.step
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
     if begun_with < search.steps:
         search.seconds = (time.monotonic() - begun_at) * search.steps / (search.steps - begun_with)
-    if isinstance(judge.supernet, SharedNetwork):
-        save_supernet(judge.supernet, ctx.folder / SHARED)
+    judge.supernet.save(ctx.folder / SHARED)
     _find(ctx, search, judge, finder, prepared)
     engine.finish()
 

@@ -13,6 +13,7 @@ from hwnas.engine import best_device
 from hwnas.errors import ConfigError
 from hwnas.nn.cells import GrowingSupernet
 from hwnas.nn.portfolio import Portfolio
+from hwnas.nn.shared import GatedNetworks
 from hwnas.nn.supernet import SharedNetwork, load_supernet, make_supernet
 from hwnas.search.meter import Meter
 from hwnas.search.strategy import Strategy
@@ -21,7 +22,7 @@ SHARED = "shared.safetensors"
 """The whole trained super-net, which ``search.weights`` of another run takes."""
 
 
-def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) -> SharedNetwork | Portfolio:
+def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) -> GatedNetworks:
     """The weights that a strategy trains: a super-net as it shares them, one that grows, or networks of their own."""
     generator = torch.Generator().manual_seed(experiment.seed)
     if strategy.alone:
@@ -35,7 +36,7 @@ def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) 
     return make_supernet(space, generator, config.model_copy(update={"sharing": sharing, "kernels": kernels}))
 
 
-def meter_of(config: SearchConfig, supernet: SharedNetwork | Portfolio) -> Meter:
+def meter_of(config: SearchConfig, supernet: GatedNetworks) -> Meter:
     """What counts the cost of a search with these weights."""
     return Meter(supernet.space, supernet.proxies, config.batch_size, config.recalibration_images + config.evaluation_images)
 

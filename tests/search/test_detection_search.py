@@ -24,7 +24,7 @@ from hwnas.export.bundle import Bundle
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import load_network
-from hwnas.nn.supernet import Supernet, save_supernet
+from hwnas.nn.supernet import Supernet
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.search.judge import Judge
@@ -193,7 +193,7 @@ def test_the_backbone_begins_with_a_classification_super_net(tmp_path: Path) -> 
     config = experiment(tmp_path, backbone=str(tmp_path / "classified"), epochs=0.01)
     source = Supernet(space(), torch.Generator().manual_seed(7))
     (tmp_path / "classified" / "search").mkdir(parents=True)
-    save_supernet(source, tmp_path / "classified" / "search" / "shared.safetensors")
+    source.save(tmp_path / "classified" / "search" / "shared.safetensors")
     said: list[str] = []
 
     class Lines(Progress):
