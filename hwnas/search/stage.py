@@ -28,6 +28,7 @@ from hwnas.search.comparison import compared_with
 from hwnas.search.finder import Finder
 from hwnas.search.judge import Judge
 from hwnas.search.learning import Course, Ranking, learning_of
+from hwnas.search.meter import CountedEvaluator, CountedWeights
 from hwnas.search.metric import shown
 from hwnas.search.proposal import random_within
 from hwnas.search.result import Candidate, SearchResult
@@ -232,8 +233,8 @@ def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, f
         checkpoint_seconds=experiment.checkpoint_seconds,
     )
     batches = Batches(train, held_out, experiment.data, config.batch_size, seed, search.steps)
-    search.weights = weights = SupernetWeights(engine, supernet, batches, judge)
-    search.evaluator = judge
+    weights = SupernetWeights(engine, supernet, batches, judge)
+    search.weights, search.evaluator = CountedWeights(weights, search.meter), CountedEvaluator(judge, search.meter)
     engine.extra = {"strategy": strategy, "teacher": weights, "cost": search.meter}
     return Prepared(search, strategy, engine, judge)
 
@@ -266,7 +267,8 @@ def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder
     """
     config, seed = ctx.experiment.search, ctx.experiment.seed
     judge.keep(ctx.folder / JUDGED)
-    search.evaluator = judge
+    assert search.meter is not None
+    search.evaluator = CountedEvaluator(judge, search.meter)
     search.step, search.rng = search.steps, np.random.default_rng([seed, search.steps])
     begun_at = time.monotonic()
     if finder is not None:

@@ -15,10 +15,10 @@ from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, training_batches
 from hwnas.engine import Criterion, Engine, Part
 from hwnas.nn.network import AnyNetwork
-from hwnas.nn.shared import GatedNetworks, resized
+from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
 from hwnas.nn.unrolled import unrolled_gate_gradients
 from hwnas.search.judge import Judge
-from hwnas.search.strategy import Gates, Metrics, Probes
+from hwnas.search.verbs import Metrics
 
 
 @dataclass(frozen=True)

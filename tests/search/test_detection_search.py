@@ -155,7 +155,7 @@ def test_the_quality_of_a_batch_is_by_its_loss(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     boxes = experiment_space(config)
     prepared = prepare(config, boxes, search_context(config, boxes, _tabled(config, tmp_path)), tmp_path)
-    weights: Any = prepared.search.weights
+    weights: Any = prepared.engine.extra["teacher"]
     gates = one_hot(boxes.sample(np.random.default_rng(0)), boxes)
     (found,) = weights.qualities([gates], 1)
     x_NCHW, y = weights.batches.held_out(0, 1)
