@@ -29,7 +29,7 @@ class Portfolio(GatedNetworks):
     def __init__(self, space: SearchSpace, members: Sequence[Picks], generator: torch.Generator) -> None:
         super().__init__()
         self.space = self.proxy = space
-        self.config = SupernetConfig()
+        self.config = SupernetConfig()  # how weights are shared: here nothing goes by it
         self.members = [tuple(int(i) for i in space.index(picks)) for picks in members]
         self.networks = nn.ModuleList(network_of(space.decode(picks), generator=generator) for picks in members)
         self.fraction, self.tracking = 0.0, True

@@ -101,6 +101,12 @@ class SharedNetwork(GatedNetworks):
     def check(cls, space: Any, config: SupernetConfig) -> None:
         """Raise ConfigError where a super-net of ``space`` cannot be made so, without making one."""
 
+    @classmethod
+    def shared_by(cls, config: SupernetConfig, sharing: str, kernels: str) -> SupernetConfig:
+        """The settings in which a search method says how options share weights, where there is anything to share and they leave it open."""
+        del sharing, kernels
+        return config
+
     @abstractmethod
     def angle_parts(self, picks: Mapping[str, Option]) -> list[tuple[Hashable, int]]:
         """The parts whose weights the angle of ``picks`` is of (``hwnas.search.angle``), and how often each of them counts."""

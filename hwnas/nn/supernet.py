@@ -16,7 +16,7 @@ resolution runs at a time: images of different sizes have no weighted sum.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -33,7 +33,7 @@ from hwnas.core.spaces import parse_space
 from hwnas.errors import CheckpointError, ConfigError
 from hwnas.nn import inheritance
 from hwnas.nn.blocks import initialise
-from hwnas.nn.cells import CellSupernet
+from hwnas.nn.cells import CellSupernet, GrowingSupernet
 from hwnas.nn.detector import Outputs
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
@@ -97,6 +97,12 @@ class Supernet(SharedNetwork):
         _proxy(space, config)
         _check_one_resolution(space, config)
         check_proxy_resolution(space, config)
+
+    @classmethod
+    def shared_by(cls, config: SupernetConfig, sharing: str, kernels: str) -> SupernetConfig:
+        """The settings with the search method's way to share weights where they leave it open."""
+        method = {"sharing": sharing, "kernels": kernels}
+        return config.model_copy(update={key: way for key, way in method.items() if getattr(config, key) == "auto"})
 
     @property
     def head(self) -> ElasticHead:
@@ -252,9 +258,17 @@ class Supernet(SharedNetwork):
 SUPERNETS: Mapping[type[SearchSpace], Any] = {MacroSpace: Supernet, CellSpace: CellSupernet}
 """Kind of space -> its super-net. The other kinds have none."""
 
+GROWING: Mapping[type[SearchSpace], Any] = {CellSpace: GrowingSupernet}
+"""Kind of space -> its super-net where a search method grows it."""
 
-def make_supernet(space: SearchSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> SharedNetwork:
-    """The super-net of a space, of the kind that the space is."""
+
+def make_supernet(
+    space: SearchSpace, generator: torch.Generator, config: SupernetConfig | None = None, growth: Sequence[int] = ()
+) -> SharedNetwork:
+    """The super-net of a space, of the kind that the space is. ``growth``: cells of each stage in those that follow one another."""
+    if growth:
+        growing: SharedNetwork = GROWING[type(space)](space, generator, config, growth)
+        return growing
     supernet: SharedNetwork = SUPERNETS[type(space)](space, generator, config)
     return supernet
 

@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from hwnas.core.arch import Picks
-from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import Limits
 from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObjective
@@ -137,7 +136,7 @@ class Strategy(ABC):
     def check(self, space: SearchSpace) -> None:  # noqa: B027 (most methods run on every space)
         """Raise SpaceError where this method cannot run on ``space``."""
 
-    def growth(self, space: CellSpace) -> tuple[int, ...]:
+    def growth(self, space: SearchSpace) -> tuple[int, ...]:
         """Cells of each stage in the super-nets that follow one another on ``space``, where the method grows them (``ctx.grow``)."""
         del space
         return ()

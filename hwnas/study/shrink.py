@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from hwnas.config import Experiment, ShrinkConfig
-from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
 from hwnas.core.describe import counted
 from hwnas.core.space import SearchSpace
@@ -82,7 +81,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
             f"strategy {search.strategy.name!r} does not train single paths of a super-net, which shrinking is about: use spos or fairnas."
         )
     search_strategy(search).check(space)
-    if isinstance(space, CellSpace) and set(config.operation_on) - {"node"}:
+    if not space.CHAIN and set(config.operation_on) - {"node"}:
         raise ConfigError(
             f"shrink.operation_on = {list(config.operation_on)}, but an edge of space {space.name} has one input: leave it empty."
         )

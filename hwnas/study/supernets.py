@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hwnas.config import Experiment, SearchConfig
-from hwnas.core.cells import CellSpace
 from hwnas.core.limits import MacsLimit
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
@@ -74,7 +73,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
         raise ConfigError(
             f"strategy {config.strategy.name!r} trains networks that share no weights, so there is no super-net to study: choose another."
         )
-    grows = isinstance(space, CellSpace) and not experiment.study.supernets and bool(search_strategy(config).growth(space))
+    grows = not experiment.study.supernets and bool(search_strategy(config).growth(space))
     if grows and "angle" in experiment.study.scores:
         raise ConfigError(
             f"strategy {config.strategy.name!r} begins its super-net anew as it grows, so an angle from its first weights says nothing: "

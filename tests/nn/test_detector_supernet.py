@@ -12,11 +12,12 @@ from torch import nn
 
 from hwnas.config import SupernetConfig
 from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.spaces import nasbench201
 from hwnas.errors import CheckpointError, ConfigError
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import Supernet, load_supernet
+from hwnas.nn.supernet import Supernet, load_supernet, make_supernet
 from hwnas.search.proposal import one_hot
 from tests.core.test_detector_space import classifiers, detectors
 
@@ -137,6 +138,10 @@ def test_a_super_net_that_shares_otherwise_gives_nothing(tmp_path: Path) -> None
     foreign = MacroSpace(name="foreign", resolution=64, classes=3, stages=stages)
     supernet_of(foreign).save(tmp_path / "shared.safetensors")
     with pytest.raises(ConfigError, match="of space foreign has no slot in common with space boxes-ssdlite: train it on the same space"):
+        supernet_of(detectors()).inherit(tmp_path / "shared.safetensors")
+    cells = nasbench201(width=0.25, resolution=8)
+    make_supernet(cells, torch.Generator().manual_seed(0)).save(tmp_path / "shared.safetensors")
+    with pytest.raises(ConfigError, match="of space nasbench201 has no slot in common with space boxes-ssdlite"):
         supernet_of(detectors()).inherit(tmp_path / "shared.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError):
