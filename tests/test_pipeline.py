@@ -23,7 +23,7 @@ from hwnas.document import file_sha256
 from hwnas.errors import ConfigError, SpaceError
 from hwnas.experiments import experiment_space
 from hwnas.nn.network import load_network
-from hwnas.nn.supernet import load_supernet, save_supernet
+from hwnas.nn.supernet import load_supernet
 from hwnas.pipeline import STAGES, Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import MANIFEST, JsonLines, StageManifest, stage
@@ -199,7 +199,7 @@ def test_a_search_with_a_trained_super_net_has_none_of_its_own_and_is_current(fi
     supernet = load_supernet(other / "search" / "shared.safetensors", load_space(str(finished_run.parent / "space.json")))
     with torch.no_grad():
         supernet.classifier.bias.add_(0.5)
-    save_supernet(supernet, other / "search" / "shared.safetensors")
+    supernet.save(other / "search" / "shared.safetensors")
     Pipeline(experiment, run, lines := Lines()).run_stage("search")
     assert lines.said[0].startswith("search: inputs changed")
 

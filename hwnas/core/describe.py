@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
 
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms, missing_ops
-from hwnas.core.nasbench101 import NASBench101Space
 from hwnas.core.ops import Classifier, Op
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.table import LatencyTable
@@ -36,21 +36,15 @@ def describe_space(space: SearchSpace, table: LatencyTable | None = None, networ
     """Size, plan, a sample, the coverage by ``table``, and what it predicts of ``networks``."""
     picks = space.sample(np.random.default_rng(0))
     arch = space.decode(picks, f"{space.name}-sample-0")
-    lines = [f"space {space.name}  (sha256 {space.sha256[:12]})"]
-    if isinstance(space, MacroSpace):
-        pixels = " or ".join(f"{space.in_channels} x {size} x {size}" for size in space.resolutions or (space.resolution,))
-        lines.append(f"input        {pixels}, {space.classes} classes, {space.act}")
-        lines.append(f"decisions    {counted(space.decisions)} raw combinations (kernel, expansion, skip, width, depth, resolution apart)")
-    else:
-        lines.append(f"input        {space.in_channels} x {space.resolution} x {space.resolution}, {space.classes} classes")
+    lines = [f"space {space.name}  (sha256 {space.sha256[:12]})", *_facts(space)]
     alike = f" ({counted(space.size)} combinations of options; the others make the same networks, or no network)"
     different = f"{counted(space.architectures)} architectures{alike if space.size > space.architectures else ''}"
     lines.append(f"choices      {len(space.choices)}, {different}")
-    if not isinstance(space, NASBench101Space):
+    if space.ADDITIVE:
         lines.append(f"plan         {len(space.ops)} ops to measure:")
         lines += [f"  {op.key}" for op in space.ops]
     lines.append(f"sample       {arch.name}: {arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters")
-    if not isinstance(space, MacroSpace):
+    if space.notation:
         lines.append(f"genotype     {space.write(picks)}")
     lines += [f"  {op.key}" for op in arch.ops()]
     if table is not None:
@@ -62,6 +56,21 @@ def describe_space(space: SearchSpace, table: LatencyTable | None = None, networ
         lines += [f"  {key}" for key in missing]
     lines += describe_networks(networks, table)
     return "\n".join(lines)
+
+
+@singledispatch
+def _facts(space: SearchSpace) -> list[str]:
+    """What its networks read and tell apart, and what else its kind of space has to say."""
+    return [f"input        {space.in_channels} x {space.resolution} x {space.resolution}, {space.classes} classes"]
+
+
+@_facts.register
+def _facts_of_blocks(space: MacroSpace) -> list[str]:
+    pixels = " or ".join(f"{space.in_channels} x {size} x {size}" for size in space.resolutions or (space.resolution,))
+    return [
+        f"input        {pixels}, {space.classes} classes, {space.act}",
+        f"decisions    {counted(space.decisions)} raw combinations (kernel, expansion, skip, width, depth, resolution apart)",
+    ]
 
 
 def describe_networks(networks: Sequence[Architecture], table: LatencyTable | None) -> list[str]:

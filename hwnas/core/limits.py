@@ -40,7 +40,7 @@ from hwnas.core.cost import BYTES, CostModel, Dtype, UnitName
 from hwnas.core.graph import live_numbers
 from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
-from hwnas.core.space import MacroSpace, Option, SearchSpace
+from hwnas.core.space import Option, SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.errors import TargetError
 
@@ -231,7 +231,7 @@ class ActivationLimit(_Limit):
         most, price = self.max_bytes, partial(activation_bytes, dtype=self.dtype)
         over = PricedSpace.of_ops(space, lambda op: float(price(op) > most))
         alone = PricedSpace.of_ops(space, price, reduce="max")
-        peak = alone if isinstance(space, MacroSpace) else PeakOfNetworks(space, alone, self.dtype)
+        peak = alone if space.CHAIN else PeakOfNetworks(space, alone, self.dtype)
         return Compiled(f"activation_bytes in {self.dtype}", self.FIELD, most, peak, over)
 
 

@@ -52,6 +52,8 @@ class NASBench101Space(SearchSpace):
         10177674
     """
 
+    ADDITIVE = False
+
     kind: Literal["nasbench101"] = "nasbench101"
     channels: int = Field(128, gt=0)
     stacks: int = Field(3, ge=1)

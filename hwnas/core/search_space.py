@@ -30,6 +30,10 @@ class SearchSpace(Document):
 
     SCHEMA: ClassVar[str] = "hwnas.space"
     LATER: ClassVar[tuple[str, ...]] = ("detector",)
+    CHAIN: ClassVar[bool] = False
+    """Whether its networks are blocks in a row; those of others are cells, in which blocks run side by side."""
+    ADDITIVE: ClassVar[bool] = True
+    """Whether costs of its networks are sums of ``terms``, so that it has a profiling plan."""
 
     name: str
     resolution: int = Field(gt=0)

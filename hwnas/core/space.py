@@ -45,6 +45,7 @@ class MacroSpace(SearchSpace):
     """
 
     LATER = ("resolutions", "detector")
+    CHAIN = True
 
     kind: Literal["macro"] = "macro"
     resolutions: tuple[int, ...] = ()

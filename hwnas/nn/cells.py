@@ -14,6 +14,7 @@ Weights begin as PyTorch's do, as in the papers' code; ``initialisation = "he"``
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -221,6 +222,11 @@ class CellSupernet(SharedNetwork):
         everything = not option and self.space.skeleton == "nasbench201"
         return [weight for weight in self._shared(position, option).parameters() if everything or weight.dim() > 1]
 
+    def take_over(self, source: SharedNetwork) -> None:
+        """Begin with the weights of the super-net of a space that this one's was shrunk from: those of the options that are left."""
+        there = source.state_dict()
+        self.load_state_dict({name: there[name] for name in self.state_dict()})
+
 
 class GrowingSupernet(SharedNetwork):
     """Super-nets of one space with more and more cells, each beginning anew (P-DARTS). Only the one that is ``grown`` runs and learns.
@@ -297,9 +303,9 @@ class GrowingSupernet(SharedNetwork):
         """As the present super-net."""
         return self.present.angle_weights(part)
 
-    def finished(self) -> SharedNetwork:
-        """The deepest super-net."""
-        return cast(CellSupernet, self.stages[-1])
+    def save(self, path: Path) -> None:
+        """The deepest super-net, which is the one that is left when the training is over."""
+        cast(CellSupernet, self.stages[-1]).save(path)
 
 
 def _proxy(space: CellSpace, config: SupernetConfig) -> CellSpace:

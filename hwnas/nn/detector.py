@@ -44,6 +44,10 @@ class DetectionNetwork(nn.Module):
             initialise(self.blocks, generator)
             initialise_detector(self.extras, self.heads, detector.scores, generator)
 
+    def no_weight_decay(self) -> set[str]:
+        """Weights without L2, by timm's convention: a detector has no classifier, and so none."""
+        return set()
+
     def forward(self, x_NCHW: Tensor) -> Outputs:
         """Images [N, channels, size, size] -> class logits [N, anchors, classes + 1] and box codes [N, anchors, 4]."""
         maps = []

@@ -7,19 +7,21 @@ depthwise convolution scales them up again, and predictors see nothing of widths
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from hwnas.config import SupernetConfig
 from hwnas.core.ir import INPUT, Node
 from hwnas.core.ops import SSD, Extra, Op
 from hwnas.core.space import MacroSpace
 from hwnas.nn.blocks import place
-from hwnas.nn.detector import DetectionNetwork, Outputs, predictions_of
+from hwnas.nn.detector import DetectionNetwork, Outputs, detector_of, initialise_detector, predictions_of
 from hwnas.nn.elastic import ElasticConv, Sharing
-from hwnas.nn.slot import Width, fitted
+from hwnas.nn.elastic_head import ElasticHead, Maps
+from hwnas.nn.slot import fitted
 
 
 class ElasticOp(nn.Module):
@@ -58,12 +60,19 @@ class ElasticOp(nn.Module):
         return state
 
 
-class ElasticDetector(nn.Module):
+class ElasticDetector(ElasticHead):
     """The extras and heads of a space of detectors."""
 
-    def __init__(self, space: MacroSpace, sharing: Sharing) -> None:
+    NAME = "detector"
+    ONE_SIZE = "a detector's anchors are"
+
+    def __init__(self, space: MacroSpace, config: SupernetConfig, sharing: Sharing) -> None:
+        del config
         super().__init__()
-        self.classes = space.classes
+        assert space.detector is not None, f"{space.name} has no detector"
+        self.classes, self.scores = space.classes, space.detector.scores
+        last = {slot.stage: position for position, slot in enumerate(space.slots)}
+        self.tapped = frozenset(last[tap] for tap in space.detector.taps)
         widest: dict[str, Op] = {}
         for term in space.terms():
             for op in term.ops:
@@ -73,7 +82,7 @@ class ElasticDetector(nn.Module):
         self.extras = nn.ModuleList(module for module in made if isinstance(module.op, Extra))
         self.heads = nn.ModuleList(module for module in made if isinstance(module.op, SSD))
 
-    def forward(self, maps: Sequence[tuple[Tensor, Width]], tracks: bool = True) -> Outputs:
+    def outputs(self, maps: Maps, tracks: bool = True) -> Outputs:
         """The tapped feature maps with their widths -> class logits [N, anchors, classes + 1] and box codes [N, anchors, 4]."""
         x_NCHW, width = maps[-1]
         sources = [(fitted(x, each.active), each.active) for x, each in maps]
@@ -90,14 +99,30 @@ class ElasticDetector(nn.Module):
 
     def copy_into(self, network: DetectionNetwork) -> None:
         """Give a stand-alone detector the weights that it uses. BN statistics stay as they are where none are kept here."""
-        detector = network.arch.detector
-        assert detector is not None
+        detector = detector_of(network.arch)
         pairs: list[tuple[Any, Any, Op]] = [
             *zip(self.extras, network.extras, detector.extras, strict=True),
             *zip(self.heads, network.heads, detector.heads, strict=True),
         ]
         for shared, block, op in pairs:
             copy_into(block, shared.weights(op))
+
+    def initialise(self, generator: torch.Generator, how: str) -> None:
+        """As torchvision's begin, whatever the backbone does."""
+        del how
+        initialise_detector(self.extras, self.heads, self.scores, generator)
+
+    def no_weight_decay(self) -> set[str]:
+        """None: it has no classifier."""
+        return set()
+
+    def take_over(self, source: ElasticDetector) -> None:
+        """Begin with all its weights, of the same widths."""
+        self.load_state_dict(source.state_dict())
+
+    def angle_weights(self, width: int) -> list[Tensor]:
+        """Never: studies have no detectors."""
+        raise AssertionError(f"there is no angle of a detector behind {width} channels")
 
 
 def copy_into(block: nn.Module, weights: dict[str, Tensor]) -> None:

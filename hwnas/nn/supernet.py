@@ -16,12 +16,11 @@ resolution runs at a time: images of different sizes have no weighted sum.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hwnas.config import SupernetConfig
@@ -32,18 +31,20 @@ from hwnas.core.option import SKIP
 from hwnas.core.space import MacroSpace, Option, SearchSpace, Slot
 from hwnas.core.spaces import parse_space
 from hwnas.errors import CheckpointError, ConfigError
+from hwnas.nn import inheritance
 from hwnas.nn.blocks import initialise
-from hwnas.nn.cells import CellSupernet
-from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector
+from hwnas.nn.cells import CellSupernet, GrowingSupernet
+from hwnas.nn.detector import Outputs
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
-from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of, save_tensors_atomically
+from hwnas.nn.elastic_head import ElasticClassifier, ElasticHead
+from hwnas.nn.inheritance import Inherited
+from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of
 from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
 __all__ = [
     "Gates", "Probes", "SharedNetwork", "Supernet", "check_supernet", "load_supernet", "make_supernet", "read_supernet", "resized",
-    "save_supernet",
 ]  # fmt: skip
 
 Producer = tuple[int, str]
@@ -54,6 +55,10 @@ PathStep = tuple[int, str, Op, int]
 
 IMAGE: Producer = (-1, "")
 """The producer of the first slot's input."""
+
+
+HEADS: Mapping[str, type[ElasticClassifier] | type[ElasticDetector]] = {"classify": ElasticClassifier, "detect": ElasticDetector}
+"""Task of a space -> what its networks end with."""
 
 
 class Supernet(SharedNetwork):
@@ -81,15 +86,10 @@ class Supernet(SharedNetwork):
             sources = len(producers) if config.operation_on != "node" else 1
             norms = len(producers) if config.wsbn else 1
             self.slots.append(ElasticSlot(slot, space.bn_eps, sharing, config.sharing == "separate", sources, norms))
-        self.tapped = self._tapped()
-        if space.detector is not None:
-            self.detector = ElasticDetector(self.proxy, sharing)
-            initialise(self.slots, generator, config.initialisation)
-            initialise_detector(self.detector.extras, self.detector.heads, space.detector.scores, generator)
-            return
-        self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(max(self.proxy.stages[-1].widths), space.classes)
-        initialise(self, generator, config.initialisation)
+        head = HEADS[space.task](self.proxy, config, sharing)
+        self.add_module(head.NAME, head)
+        initialise(self.slots, generator, config.initialisation)
+        head.initialise(generator, config.initialisation)
 
     @classmethod
     def check(cls, space: MacroSpace, config: SupernetConfig) -> None:
@@ -98,21 +98,27 @@ class Supernet(SharedNetwork):
         _check_one_resolution(space, config)
         check_proxy_resolution(space, config)
 
-    def _tapped(self) -> frozenset[int]:
-        """Positions of the slots after which the detector looks at the feature map."""
-        last = {slot.stage: position for position, slot in enumerate(self.proxy.slots)}
-        return frozenset(last[tap] for tap in self.proxy.detector.taps) if self.proxy.detector is not None else frozenset()
+    @classmethod
+    def shared_by(cls, config: SupernetConfig, sharing: str, kernels: str) -> SupernetConfig:
+        """The settings with the search method's way to share weights where they leave it open."""
+        method = {"sharing": sharing, "kernels": kernels}
+        return config.model_copy(update={key: way for key, way in method.items() if getattr(config, key) == "auto"})
+
+    @property
+    def head(self) -> ElasticHead:
+        """What comes after the slots."""
+        return cast(ElasticHead, self.get_submodule(HEADS[self.space.task].NAME))
 
     def no_weight_decay(self) -> set[str]:
         """Weights without L2, by timm's convention: the classifier's (as in TuNAS's code)."""
-        return {"classifier.weight"} if self.space.detector is None else set()
+        return {f"{self.head.NAME}.{name}" for name in self.head.no_weight_decay()}
 
     def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor | Outputs:
         """Images [N, channels, size, size] under ``gates`` -> logits [N, classes], or the ``Outputs`` of a detector.
 
         See the module for mixtures.
         """
-        probes, maps = probes or {}, []
+        head, maps, probes = self.head, [], probes or {}
         x_NCHW = resized(x_NCHW, self.proxy_resolution() or _resolution(self.space, gates))
         width, producer = Width(self.proxy.in_channels, self.proxy.in_channels), IMAGE
         for position, (module, slot) in enumerate(zip(self.slots, self.proxy.slots, strict=True)):
@@ -128,13 +134,9 @@ class Supernet(SharedNetwork):
                 x_NCHW = y_NCHW if _is_one(kept) else kept * y_NCHW + (1 - kept) * x_NCHW
                 passed = skips(slot_gates) or runs == "probed"
                 producer = producer if passed else self._producer(position, slot_gates.executed[0][0])
-            if position in self.tapped:
+            if position in head.tapped:
                 maps.append((x_NCHW, width))
-        if self.space.detector is not None:
-            outputs: Outputs = self.detector(maps, self.tracking)
-            return outputs
-        pooled_NC = self.dropout(F.adaptive_avg_pool2d(x_NCHW, 1).flatten(1))
-        return F.linear(pooled_NC, self.classifier.weight[:, : pooled_NC.shape[1]], self.classifier.bias)
+        return head.outputs(maps, self.tracking)
 
     def _left_out(self, slot: Slot) -> bool:
         """Whether the proxy depth cuts a slot off."""
@@ -177,28 +179,60 @@ class Supernet(SharedNetwork):
             for block, (position, option, op, source) in zip(network.blocks, self.path(picks), strict=False):
                 elastic: Any = self.slots[position]
                 copy_into(block, elastic.weights(option, op, source))
-            if isinstance(network, DetectionNetwork):
-                self.detector.copy_into(network)
-            else:
-                head: Any = network.blocks[-1]
-                head.linear.weight.copy_(self.classifier.weight[:, : head.linear.in_features])
-                head.linear.bias.copy_(self.classifier.bias)
+            self.head.copy_into(network)
         self.train(training)
         return network
 
     def angle_parts(self, picks: Mapping[str, Option]) -> list[tuple[Hashable, int]]:
-        """The slots that ``picks`` execute, as ``path`` has them, and the classifier's width."""
-        assert self.space.detector is None, "studies have no detectors"
+        """The slots that ``picks`` execute, as ``path`` has them, and the width before the classifier."""
         path = self.path(picks)
         return [*((step, 1) for step in path), (path[-1][2].out_ch, 1)]
 
     def angle_weights(self, part: Hashable) -> list[Tensor]:
         """The convolutions of a slot, or the classifier's weights; no BN and no biases."""
         if isinstance(part, int):
-            return [self.classifier.weight[:, :part]]
+            return self.head.angle_weights(part)
         position, option, op, source = cast(PathStep, part)
         slot: Any = self.slots[position]
         return [weight for name, weight in slot.weights(option, op, source).items() if name.endswith("conv.weight")]
+
+    @property
+    def by_slot(self) -> Mapping[Slot, ElasticSlot]:
+        """The weights of every slot."""
+        return {slot: cast(ElasticSlot, module) for slot, module in zip(self.proxy.slots, self.slots, strict=True)}
+
+    def inherit(self, path: Path) -> Inherited:
+        """Begin with the weights of every slot that is the same in a super-net's file; see ``GatedNetworks``."""
+        source = read_supernet(path)
+        found = inheritance.inherit(self.by_slot, source.by_slot)
+        if not found.taken:
+            raise ConfigError(
+                f"the super-net {path} of space {source.space.name} has no slot in common with space {self.space.name}: train it on the "
+                "same space and width, with the same strategy and search.supernet settings."
+            )
+        return found
+
+    @torch.no_grad()
+    def take_over(self, source: SharedNetwork) -> None:
+        """Begin with the weights of the super-net of a space that this one's was shrunk from; see ``GatedNetworks``."""
+        assert isinstance(source, Supernet)
+        training = source.training
+        source.eval()  # random channels are for training: here the first ones
+        there = {slot.key: position for position, slot in enumerate(source.proxy.slots)}
+        theirs = {slot.key: module for slot, module in source.by_slot.items()}
+        for (slot, module), producers in zip(self.by_slot.items(), self.producers, strict=True):
+            known = source.producers[there[slot.key]]
+            numbers = [known.index(self._seen_by(source, there, producer)) for producer in producers]
+            inheritance.take_over(module, theirs[slot.key], numbers)
+        self.head.take_over(source.head)
+        source.train(training)
+
+    def _seen_by(self, source: Supernet, there: Mapping[str, int], producer: Producer) -> Producer:
+        """What ``source``, whose slots are ``there``, calls a producer of this super-net."""
+        position, option = producer
+        if producer == IMAGE:
+            return IMAGE
+        return source._producer(there[self.proxy.slots[position].key], option)
 
     def _proxied(self, picks: Mapping[str, Option]) -> dict[str, Option]:
         """The same picks in the proxy space, whose options stand in the same order."""
@@ -224,9 +258,17 @@ class Supernet(SharedNetwork):
 SUPERNETS: Mapping[type[SearchSpace], Any] = {MacroSpace: Supernet, CellSpace: CellSupernet}
 """Kind of space -> its super-net. The other kinds have none."""
 
+GROWING: Mapping[type[SearchSpace], Any] = {CellSpace: GrowingSupernet}
+"""Kind of space -> its super-net where a search method grows it."""
 
-def make_supernet(space: SearchSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> SharedNetwork:
-    """The super-net of a space, of the kind that the space is."""
+
+def make_supernet(
+    space: SearchSpace, generator: torch.Generator, config: SupernetConfig | None = None, growth: Sequence[int] = ()
+) -> SharedNetwork:
+    """The super-net of a space, of the kind that the space is. ``growth``: cells of each stage in those that follow one another."""
+    if growth:
+        growing: SharedNetwork = GROWING[type(space)](space, generator, config, growth)
+        return growing
     supernet: SharedNetwork = SUPERNETS[type(space)](space, generator, config)
     return supernet
 
@@ -236,12 +278,6 @@ def check_supernet(space: SearchSpace, config: SupernetConfig) -> None:
     kind = SUPERNETS.get(type(space))
     if kind is not None:
         kind.check(space, config)
-
-
-def save_supernet(supernet: SharedNetwork, path: Path) -> None:
-    """The whole super-net as safetensors, its space and configuration in the metadata, written atomically."""
-    kept = supernet.finished()
-    save_tensors_atomically(kept, path, {"space": kept.space.to_json(), "supernet": kept.config.model_dump_json()})
 
 
 def read_supernet(path: Path) -> SharedNetwork:
@@ -282,8 +318,10 @@ def _proxy(space: MacroSpace, config: SupernetConfig) -> MacroSpace:
 
 def _check_one_resolution(space: MacroSpace, config: SupernetConfig) -> None:
     """Raise ConfigError where images of another size than the network's make no sense."""
-    if config.proxy_resolution is not None and (space.detector is not None or len(space.resolutions) > 1):
-        kind = "a detector's anchors are" if space.detector is not None else "a space with resolutions to choose from is"
+    kind = HEADS[space.task].ONE_SIZE
+    if len(space.resolutions) > 1:
+        kind = "a space with resolutions to choose from is"
+    if kind and config.proxy_resolution is not None:
         raise ConfigError(f"search.supernet.proxy_resolution = {config.proxy_resolution}, but {kind} for images as they are: remove it.")
 
 

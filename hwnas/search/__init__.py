@@ -1,6 +1,5 @@
 """Search: strategies (one file per method), finders, the super-net's evaluator, and the stage that runs them."""
 
-from hwnas.core.cells import CellSpace
 from hwnas.core.search_space import SearchSpace
 from hwnas.errors import SpaceError
 from hwnas.registry import Registry
@@ -44,7 +43,8 @@ SHRINK_METRICS = Registry(
 
 def check_space(strategy: str, space: SearchSpace) -> None:
     """Raise SpaceError where a strategy cannot search spaces of cells, and this is one."""
-    if isinstance(space, CellSpace) and not STRATEGIES.get(strategy).cells:
+    cells = space.ADDITIVE and not space.CHAIN  # what is not additive has no costs to search by, and says so itself
+    if cells and not STRATEGIES.get(strategy).cells:
         raise SpaceError(
             f"strategy {strategy!r} is for spaces of blocks in a row, and {space.name} is one of cells: "
             f"choose one of {', '.join(sorted(name for name in STRATEGIES if STRATEGIES.get(name).cells))}."

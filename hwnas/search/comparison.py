@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwnas.core.arch import Picks
-from hwnas.nn.supernet import SharedNetwork
 from hwnas.progress import duration
 from hwnas.search.judge import Judge
 from hwnas.search.meter import Meter
@@ -49,7 +48,7 @@ def compared_with(search: SearchContext, judge: Judge, proposals: Sequence[Picks
     most = config.random_samples if config.random_samples is not None else MOST
     within: list[Picks] = []
     anywhere: list[Picks] = []
-    if isinstance(judge.supernet, SharedNetwork):
+    if judge.supernet.shares:
         within = random_within(search, most, search.rng)
         anywhere = [space.sample(search.rng) for _ in range(most)]
     count = most

@@ -15,15 +15,15 @@ Spaces without such pairs stay as they are: of NAS-Bench-201's edges, as in the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import singledispatch
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hwnas.core.cell_plan import NONE, SKIP_CONNECT, edge_key
+from hwnas.core.cell_plan import NONE, edge_key
 from hwnas.core.cells import CellSpace
-from hwnas.core.priced import PricedSpace
-from hwnas.core.search_space import SearchSpace, Term
+from hwnas.core.search_space import SearchSpace
 
 Policy = Mapping[str, np.ndarray]
 """Choice key -> probabilities [options] of independent choices."""
@@ -49,8 +49,16 @@ def any_pair(space: SearchSpace, mixture: Mapping[str, Tensor]) -> dict[str, Ten
     return likely
 
 
+@singledispatch
 def derived(space: SearchSpace, policy: Policy) -> dict[str, np.ndarray]:
-    """The policy whose argmax is DARTS's cell. See the module.
+    """The policy whose argmax is the network that DARTS derives. See the module."""
+    del space
+    return {key: np.array(p, dtype=float) for key, p in policy.items()}
+
+
+@derived.register
+def _derived_cell(space: CellSpace, policy: Policy) -> dict[str, np.ndarray]:
+    """The edges that its nodes keep, with their options.
 
     Example:
         >>> from hwnas.core.spaces import darts
@@ -62,7 +70,7 @@ def derived(space: SearchSpace, policy: Policy) -> dict[str, np.ndarray]:
         ['1+2', 5]
     """
     found = {key: np.array(p, dtype=float) for key, p in policy.items()}
-    if not isinstance(space, CellSpace) or not space.inputs:
+    if not space.inputs:
         return found
     strength: dict[str, float] = {}
     for key, options in space.edges.items():
@@ -79,37 +87,3 @@ def derived(space: SearchSpace, policy: Policy) -> dict[str, np.ndarray]:
             product = np.array([np.prod(pair) for pair in pairs]) + 1e-30
             found[choice.key] = product / product.sum()
     return found
-
-
-def with_few_skips_in_cells(space: CellSpace, policy: Policy, most: int) -> dict[str, np.ndarray]:
-    """P-DARTS's limit: as long as more than ``most`` edges of the derived normal cell are skips, the weakest skip is made impossible."""
-    limited = {key: np.array(p, dtype=float) for key, p in policy.items()}
-    while True:
-        choice = derived(space, limited)
-        picks = space.at([int(choice[each.key].argmax()) for each in space.choices])
-        kept = [key for key in _limited_edges(space) if space.kept(key, picks) and picks.get(key) == SKIP_CONNECT]
-        if len(kept) <= most:
-            return choice
-        weakest = min(kept, key=lambda key: float(limited[key][space.edges[key].index(SKIP_CONNECT)]))
-        limited[weakest][space.edges[weakest].index(SKIP_CONNECT)] = 0.0
-
-
-def count_of_skips(space: CellSpace) -> PricedSpace:
-    """How many edges of the normal cell are skips, as a price."""
-    first = {key: next(place for place in space.places if place.key == key) for key in _limited_edges(space)}
-    slots = {place.slot: place for place in first.values()}
-
-    def skips(term: Term) -> np.ndarray:
-        place = slots.get(term.slot)
-        if place is None:
-            return np.zeros(term.shape)
-        kept = np.array(place.kept or (True,), dtype=float)
-        return np.outer([option == SKIP_CONNECT for option in place.options], kept).reshape(term.shape)
-
-    return PricedSpace(space, skips)
-
-
-def _limited_edges(space: CellSpace) -> list[str]:
-    """The edges of the cell that is no reduction which may be a skip and something else."""
-    cell = space.kinds[0]
-    return [key for key, options in space.edges.items() if key.startswith(f"{cell}.") and SKIP_CONNECT in options and len(options) > 1]

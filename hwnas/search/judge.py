@@ -18,8 +18,7 @@ from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, evaluation_batches, load_images
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.network import AnyNetwork
-from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import SharedNetwork, resized
+from hwnas.nn.shared import GatedNetworks, resized
 from hwnas.runs import JsonLines
 from hwnas.task import task_of
 
@@ -34,7 +33,7 @@ class Judge:
     Once ``keep`` has named a file, judgements are also kept there, so that a finder that is stopped resumes.
     """
 
-    def __init__(self, supernet: SharedNetwork | Portfolio, experiment: Experiment) -> None:
+    def __init__(self, supernet: GatedNetworks, experiment: Experiment) -> None:
         self.supernet, self.config, self.workers = supernet, experiment.search, experiment.data.workers
         self.train, self.held_out = load_images(experiment.data, "train"), load_images(experiment.data, "held_out")
         self.quality = task_of(experiment).quality(experiment, supernet.space)

@@ -13,8 +13,8 @@ computations (``sharing = "collapsed"``), coupled widths that run at once, slots
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -22,6 +22,10 @@ from pydantic import BaseModel, ConfigDict
 from hwnas.core.arch import Picks
 from hwnas.core.priced import PricedSpace
 from hwnas.core.space import SearchSpace
+
+if TYPE_CHECKING:  # results hold costs, and are read without torch
+    from hwnas.nn.shared import Gates, Probes
+    from hwnas.search.verbs import Evaluator, Metrics, SharedWeights
 
 FORWARD, GRADIENT = 1, 3
 """What a pass costs in forward passes."""
@@ -41,7 +45,7 @@ class SearchCost(BaseModel):
 
 
 class Meter:
-    """Counts what a search of ``space`` asks of its weights.
+    """The counts of a search of ``space``, and what its passes cost. ``CountedWeights`` and ``CountedEvaluator`` keep them.
 
     ``proxies`` are the spaces whose MACs they have: smaller ones where the super-net is a proxy, several where it grows (``grow``).
     ``judged_images`` are passed forward to judge an architecture.
@@ -57,8 +61,9 @@ class Meter:
     def __init__(self, space: SearchSpace, proxies: Sequence[SearchSpace], batch_size: int, judged_images: int) -> None:
         self._proxies = [PricedSpace.of_ops(proxy, lambda op: op.macs) for proxy in proxies]
         self._priced = self._proxies[-1]
-        self._space, self._batch_size, self._judged_images = space, batch_size, judged_images
-        self._macs = self._images = self._judged = self._teacher = 0
+        self.batch_size, self.teacher_macs = batch_size, 0
+        self._space, self._judged_images = space, judged_images
+        self._macs = self._images = self._judged = 0
         self._known: set[str] = set()
 
     @property
@@ -70,27 +75,25 @@ class Meter:
         """From now on the super-net of this number is used."""
         self._priced = self._proxies[number]
 
-    def train(self, gates: Sequence[Mapping[str, Any]], *, split: bool, teach: bool) -> None:
-        """An update of the weights: each of the gates on the whole batch, or on its part of it."""
-        self._known.clear()  # of other weights
-        shares = (
-            [len(part) for part in np.array_split(np.arange(self._batch_size), len(gates))] if split else [self._batch_size] * len(gates)
-        )
-        self._macs += sum(GRADIENT * images * self._executed(each) for each, images in zip(gates, shares, strict=True))
-        self._macs += FORWARD * sum(shares) * self._teacher if teach else 0
-        self._images += sum(shares)
+    def count(self, macs: int, *, training_images: int = 0) -> None:
+        """Add to the counts."""
+        self._macs += macs
+        self._images += training_images
 
-    def remember_teacher(self, picks: Picks) -> None:
-        """From now on this architecture teaches."""
-        self._teacher = self._of(picks)
+    def forget(self) -> None:
+        """The weights have changed: what was judged is judged anew."""
+        self._known.clear()
 
-    def qualities(self, gates: Sequence[Mapping[str, Any]], multiple: int) -> None:
-        """Held-out images in equal parts through each of the gates."""
-        self._macs += sum(FORWARD * self._batch_size * multiple * self._executed(each) for each in gates) // len(gates)
+    def macs(self, picks: Picks) -> int:
+        """MACs of an image through an architecture."""
+        return round(float(self._priced.of_many(self._space.index(picks)[None])[0]))
 
-    def gate_gradients(self, gates: Mapping[str, Any], probes: Mapping[str, Sequence[int]], order: int) -> None:
-        """The derivative of the held-out loss by the gates."""
-        self._macs += (SECOND_ORDER if order == 2 else 1) * GRADIENT * self._batch_size * self._executed(gates, probes)
+    def executed_macs(self, gates: Gates, probes: Probes | None = None) -> int:
+        """MACs of an image under gates, which may be numpy's or torch's."""
+        runs = {key: np.array([float(value) != 0 for value in gate], dtype=float) for key, gate in gates.items()}
+        for key, options in (probes or {}).items():
+            runs[key][list(options)] = 1.0
+        return round(float(self._priced.expected(runs)))
 
     def judge(self, picks: Picks, images: int | None = None) -> None:
         """An architecture is judged: on ``images`` where they are given, else by ``ctx.evaluate``, which remembers what it has judged."""
@@ -103,22 +106,66 @@ class Meter:
 
     def judging(self, picks: Picks, images: int) -> int:
         """MACs of judging an architecture on so many images; nothing is counted."""
-        return FORWARD * images * self._of(picks)
+        return FORWARD * images * self.macs(picks)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
-        return {"macs": self._macs, "images": self._images, "judged": self._judged, "teacher": self._teacher}
+        return {"macs": self._macs, "images": self._images, "judged": self._judged, "teacher": self.teacher_macs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
-        self._macs, self._images, self._judged, self._teacher = (state[key] for key in ("macs", "images", "judged", "teacher"))
+        self._macs, self._images, self._judged, self.teacher_macs = (state[key] for key in ("macs", "images", "judged", "teacher"))
 
-    def _of(self, picks: Picks) -> int:
-        return round(float(self._priced.of_many(self._space.index(picks)[None])[0]))
 
-    def _executed(self, gates: Mapping[str, Any], probes: Mapping[str, Sequence[int]] | None = None) -> int:
-        """MACs of an image under gates, which may be numpy's or torch's."""
-        runs = {key: np.array([float(value) != 0 for value in gate], dtype=float) for key, gate in gates.items()}
-        for key, options in (probes or {}).items():
-            runs[key][list(options)] = 1.0
-        return round(float(self._priced.expected(runs)))
+class CountedWeights:
+    """The shared weights of a search: what they are asked for is counted, and passed on."""
+
+    def __init__(self, weights: SharedWeights, meter: Meter) -> None:
+        self.weights, self.meter = weights, meter
+
+    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+        """An update of the weights: each of the gates on the whole batch, or on its part of it."""
+        batch_size = self.meter.batch_size
+        shares = [batch_size] * len(gates)
+        if split:
+            shares = [len(part) for part in np.array_split(np.arange(batch_size), len(gates))]
+        macs = sum(GRADIENT * images * self.meter.executed_macs(each) for each, images in zip(gates, shares, strict=True))
+        if teach:
+            macs += FORWARD * sum(shares) * self.meter.teacher_macs
+        self.meter.forget()
+        self.meter.count(macs, training_images=sum(shares))
+        return self.weights.train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
+
+    def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
+        """Held-out images in equal parts through each of the gates."""
+        images = self.meter.batch_size * multiple
+        self.meter.count(sum(FORWARD * images * self.meter.executed_macs(each) for each in gates) // len(gates))
+        return self.weights.qualities(gates, multiple)
+
+    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+        """The derivative of the held-out loss by the gates."""
+        gradients = SECOND_ORDER if order == 2 else 1
+        self.meter.count(gradients * GRADIENT * self.meter.batch_size * self.meter.executed_macs(gates, probes))
+        return self.weights.gate_gradients(gates, probes, order, skip_dropout)
+
+    def remember_teacher(self, picks: Picks) -> None:
+        """From now on this architecture teaches."""
+        self.meter.teacher_macs = self.meter.macs(picks)
+        self.weights.remember_teacher(picks)
+
+    def grow(self, number: int) -> None:
+        """From now on the super-net of this number is used."""
+        self.meter.grow(number)
+        self.weights.grow(number)
+
+
+class CountedEvaluator:
+    """What judges architectures, counted: each one once, as it remembers what it has judged."""
+
+    def __init__(self, evaluator: Evaluator, meter: Meter) -> None:
+        self.evaluator, self.meter = evaluator, meter
+
+    def evaluate(self, picks: Picks) -> float:
+        """An architecture is judged."""
+        self.meter.judge(picks)
+        return self.evaluator.evaluate(picks)

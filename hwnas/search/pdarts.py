@@ -36,7 +36,6 @@ its next best option (M = 2 of the 8 edges that a cell keeps).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
@@ -45,19 +44,13 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 
 from hwnas.core.arch import Picks
-from hwnas.core.cells import CellSpace
 from hwnas.core.limits import Compiled, Limits
-from hwnas.core.option import SKIP
-from hwnas.core.priced import PricedSpace
-from hwnas.core.space import SearchSpace, Term
+from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.search.darts import DARTS, DARTSConfig
-from hwnas.search.genotype import count_of_skips, with_few_skips_in_cells
-from hwnas.search.proposal import Policy, likely_within
+from hwnas.search.proposal import likely_within
+from hwnas.search.skips import count_of_skips, usual_skips, with_few_skips
 from hwnas.search.strategy import Metrics, SearchContext
-
-MAX_SKIPS = 2
-"""Skips of a normal cell in the paper."""
 
 EPOCHS = 25
 """Epochs of a stage in the paper, the unit of the dropout's decay."""
@@ -98,14 +91,13 @@ class PDARTS(DARTS):
     def __init__(self, config: PDARTSConfig) -> None:
         super().__init__(config)
 
-    def growth(self, space: CellSpace) -> tuple[int, ...]:
-        """Deeper super-nets from stage to stage."""
-        del space
-        return self.config.cells[-len(self.config.keep) :]
+    def growth(self, space: SearchSpace) -> tuple[int, ...]:
+        """Of cells, deeper super-nets from stage to stage."""
+        return () if space.CHAIN else self.config.cells[-len(self.config.keep) :]
 
     def step(self, ctx: SearchContext) -> Metrics:
         """As DARTS; on cells, with the super-net of the stage."""
-        if isinstance(ctx.space, CellSpace):
+        if self.growth(ctx.space):
             ctx.grow(self.position(ctx)[0])
         return super().step(ctx)
 
@@ -140,13 +132,10 @@ class PDARTS(DARTS):
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """As DARTS, from the kept options with few skips; *Differences from the paper* say what gives way where not all can be met."""
         most = self.config.max_skips
-        if isinstance(ctx.space, CellSpace):
-            most = MAX_SKIPS if most is None else most
-            policy = with_few_skips_in_cells(ctx.space, self.alphas.policy(), most)
-            return likely_within(_limited(ctx, most, count_of_skips(ctx.space)), policy, count) or likely_within(ctx, policy, count)
-        most = most if most is not None else math.ceil(len(_skips(ctx.space)) / 4)
+        if most is None:
+            most = usual_skips(ctx.space)
         policy = with_few_skips(ctx.space, self.alphas.policy(), most)
-        return likely_within(_at_most(ctx, most), policy, count) or likely_within(ctx, policy, count)
+        return likely_within(_limited(ctx, most), policy, count) or likely_within(ctx, policy, count)
 
 
 def kept_count(options: int, part: float) -> int:
@@ -159,35 +148,7 @@ def kept_count(options: int, part: float) -> int:
     return max(1, math.floor(options * part + 0.5))
 
 
-def with_few_skips(space: SearchSpace, policy: Policy, most: int) -> dict[str, np.ndarray]:
-    """The policy whose argmax has at most ``most`` skips: the weakest are deleted, so that their slots' next best options come up."""
-    limited = {key: p.copy() for key, p in policy.items()}
-    skips = [(key, i) for key, i in _skips(space).items() if policy[key].argmax() == i]
-    for key, i in sorted(skips, key=lambda skip: policy[skip[0]][skip[1]])[: max(0, len(skips) - most)]:
-        limited[key][i] = 0.0
-        others = limited[key] if limited[key].any() else np.arange(len(limited[key])) != i
-        limited[key] = others / others.sum()
-    return limited
-
-
-def _skips(space: SearchSpace) -> Mapping[str, int]:
-    """Where each slot that offers skip has it."""
-    return {choice.key: choice.options.index(SKIP) for choice in space.choices if SKIP in choice.options}
-
-
-def _at_most(ctx: SearchContext, most: int) -> SearchContext:
-    """The context with one limit more: how many slots pick skip. (One in a slot that a depth leaves out counts, too.)"""
-    positions = _skips(ctx.space)
-
-    def skips(term: Term) -> np.ndarray:
-        count = np.zeros(term.shape)
-        if term.slot in positions:  # an open slot's own choice is the first axis of its term
-            count[positions[term.slot]] = 1.0
-        return count
-
-    return _limited(ctx, most, PricedSpace(ctx.space, skips))
-
-
-def _limited(ctx: SearchContext, most: int, skips: PricedSpace) -> SearchContext:
+def _limited(ctx: SearchContext, most: int) -> SearchContext:
+    """The context with one limit more: how many skips there are."""
     limits = Limits(ctx.space, (), LatencyTable.load) if ctx.limits is None else ctx.limits
-    return replace(ctx, limits=limits.also(Compiled("skips", "max_skips", most, skips)))
+    return replace(ctx, limits=limits.also(Compiled("skips", "max_skips", most, count_of_skips(ctx.space))))

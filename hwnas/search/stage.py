@@ -21,15 +21,15 @@ from hwnas.data.images import Images, Portion, load_images
 from hwnas.document import file_sha256
 from hwnas.engine import Engine, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
-from hwnas.nn.inheritance import inherit
 from hwnas.nn.network import save_network
-from hwnas.nn.supernet import SharedNetwork, Supernet, check_supernet, save_supernet
+from hwnas.nn.supernet import check_supernet
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES, check_space
 from hwnas.search.comparison import compared_with
 from hwnas.search.finder import Finder
 from hwnas.search.judge import Judge
 from hwnas.search.learning import Course, Ranking, learning_of
+from hwnas.search.meter import CountedEvaluator, CountedWeights
 from hwnas.search.proposal import random_within
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
@@ -180,15 +180,14 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
 
     prepared = prepare(experiment, space, search, ctx.folder)
     engine, judge = prepared.engine, prepared.judge
-    if config.backbone is not None and isinstance(judge.supernet, Supernet):
-        progress.say(str(inherit(judge.supernet, trained_supernet(config.backbone, "search.backbone"))))
+    if config.backbone is not None:
+        progress.say(str(judge.supernet.inherit(trained_supernet(config.backbone, "search.backbone"))))
     engine.resume()
     begun_at, begun_with = time.monotonic(), engine.step
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
     if begun_with < search.steps:
         search.seconds = (time.monotonic() - begun_at) * search.steps / (search.steps - begun_with)
-    if isinstance(judge.supernet, SharedNetwork):
-        save_supernet(judge.supernet, ctx.folder / SHARED)
+    judge.supernet.save(ctx.folder / SHARED)
     _find(ctx, search, judge, finder, prepared)
     engine.finish()
 
@@ -235,8 +234,8 @@ def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, f
         checkpoint_seconds=experiment.checkpoint_seconds,
     )
     batches = Batches(train, held_out, experiment.data, config.batch_size, seed, search.steps)
-    search.weights = weights = SupernetWeights(engine, supernet, batches, judge)
-    search.evaluator = judge
+    weights = SupernetWeights(engine, supernet, batches, judge)
+    search.weights, search.evaluator = CountedWeights(weights, search.meter), CountedEvaluator(judge, search.meter)
     engine.extra = {"strategy": strategy, "teacher": weights, "cost": search.meter}
     return Prepared(search, strategy, engine, judge)
 
@@ -269,7 +268,8 @@ def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder
     """
     config, seed = ctx.experiment.search, ctx.experiment.seed
     judge.keep(ctx.folder / JUDGED)
-    search.evaluator = judge
+    assert search.meter is not None
+    search.evaluator = CountedEvaluator(judge, search.meter)
     search.step, search.rng = search.steps, np.random.default_rng([seed, search.steps])
     begun_at = time.monotonic()
     if finder is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from hwnas.core.arch import Picks
-from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import Limits
 from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObjective
@@ -25,36 +24,9 @@ from hwnas.core.space import SearchSpace
 from hwnas.nn.supernet import Gates, Probes
 from hwnas.progress import Progress
 from hwnas.search.meter import Meter
-
-Metrics = dict[str, float]
+from hwnas.search.verbs import Evaluator, Metrics, SharedWeights
 
 __all__ = ["Evaluator", "Gates", "Metrics", "Probes", "SearchContext", "SharedWeights", "Strategy"]
-
-
-class Evaluator(Protocol):
-    """What judges architectures; ``hwnas.search.judge`` does it with a trained super-net."""
-
-    def evaluate(self, picks: Picks) -> float:
-        """Recalibrated quality. See ``SearchContext.evaluate``."""
-
-
-class SharedWeights(Protocol):
-    """What trains the shared weights; ``hwnas.search.weights`` does it with a super-net on an engine."""
-
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
-        """One update on the next training batch. See ``SearchContext.train``."""
-
-    def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
-        """Held-out qualities. See ``SearchContext.qualities``."""
-
-    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
-        """Held-out loss and its derivative by every gate. See ``SearchContext.loss``."""
-
-    def remember_teacher(self, picks: Picks) -> None:
-        """Keep the present weights as teacher. See ``SearchContext.remember_teacher``."""
-
-    def grow(self, number: int) -> None:
-        """Go on with another super-net. See ``SearchContext.grow``."""
 
 
 @dataclass
@@ -63,7 +35,7 @@ class SearchContext:
 
     ``rng`` is renewed for every step from (seed, step), which makes strategies resume exactly as long as they draw from nothing
     else. ``weights`` are not there yet during ``Strategy.setup``, nor where a finder works on an already trained super-net;
-    ``evaluator`` is there once weights are trained. ``meter`` counts what all this costs. ``seconds`` is what the search has taken,
+    ``evaluator`` is there once weights are trained. ``meter`` holds what all this has cost. ``seconds`` is what the search has taken,
     as far as this process knows: for what is said to people, and for nothing that decides.
 
     ``target`` is in the unit of ``cost``, and so are the costs that ``reward`` takes: milliseconds, or what is counted.
@@ -98,8 +70,6 @@ class SearchContext:
         distillation loss against the remembered teacher (of classifiers). ``skip_dropout`` zeroes elements behind skips (P-DARTS).
         """
         assert self.weights is not None
-        if self.meter is not None:
-            self.meter.train(gates, split=split, teach=teach)
         return self.weights.train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
 
     def qualities(self, *gates: Gates, multiple: int = 1) -> list[float]:
@@ -108,8 +78,6 @@ class SearchContext:
         Accuracies of classifiers; of detectors, see ``hwnas.tasks.detection``.
         """
         assert self.weights is not None
-        if self.meter is not None:
-            self.meter.qualities(gates, multiple)
         return self.weights.qualities(gates, multiple)
 
     def loss(self, gates: Mapping[str, Tensor], *, probes: Probes | None = None, order: int = 1, skip_dropout: float = 0.0) -> Tensor:
@@ -120,8 +88,6 @@ class SearchContext:
         """
         assert self.weights is not None
         present = {key: gate.detach() for key, gate in gates.items()}
-        if self.meter is not None:
-            self.meter.gate_gradients(present, probes or {}, order)
         value, gradients = self.weights.gate_gradients(present, probes or {}, order, skip_dropout)
         total = torch.tensor(value, dtype=torch.float64)
         for key, gradient in gradients.items():
@@ -131,22 +97,16 @@ class SearchContext:
     def evaluate(self, picks: Picks) -> float:
         """Held-out quality in 0..1 (``search.quality``) of the extracted network, BN recalibrated. Kept, so asking twice costs nothing."""
         assert self.evaluator is not None
-        if self.meter is not None:
-            self.meter.judge(picks)
         return self.evaluator.evaluate(picks)
 
     def remember_teacher(self, picks: Picks) -> None:
         """Keep a copy of the present weights of ``picks`` as the teacher of ``train(..., teach=True)``."""
         assert self.weights is not None
-        if self.meter is not None:
-            self.meter.remember_teacher(picks)
         self.weights.remember_teacher(picks)
 
     def grow(self, number: int) -> None:
         """Train super-net ``number`` of ``Strategy.growth`` from here on, which begins anew. To be said in every step."""
         assert self.weights is not None
-        if self.meter is not None:
-            self.meter.grow(number)
         self.weights.grow(number)
 
     def reward(self, quality: float, cost: float) -> float:
@@ -176,7 +136,7 @@ class Strategy(ABC):
     def check(self, space: SearchSpace) -> None:  # noqa: B027 (most methods run on every space)
         """Raise SpaceError where this method cannot run on ``space``."""
 
-    def growth(self, space: CellSpace) -> tuple[int, ...]:
+    def growth(self, space: SearchSpace) -> tuple[int, ...]:
         """Cells of each stage in the super-nets that follow one another on ``space``, where the method grows them (``ctx.grow``)."""
         del space
         return ()

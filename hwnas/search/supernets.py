@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 
 from hwnas.config import Experiment, SearchConfig, SupernetConfig
-from hwnas.core.cells import CellSpace
 from hwnas.core.space import SearchSpace
 from hwnas.engine import best_device
 from hwnas.errors import ConfigError
-from hwnas.nn.cells import GrowingSupernet
 from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import SharedNetwork, load_supernet, make_supernet
+from hwnas.nn.shared import GatedNetworks
+from hwnas.nn.supernet import SUPERNETS, SharedNetwork, load_supernet, make_supernet
 from hwnas.search.meter import Meter
 from hwnas.search.strategy import Strategy
 
@@ -21,21 +20,17 @@ SHARED = "shared.safetensors"
 """The whole trained super-net, which ``search.weights`` of another run takes."""
 
 
-def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) -> SharedNetwork | Portfolio:
+def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) -> GatedNetworks:
     """The weights that a strategy trains: a super-net as it shares them, one that grows, or networks of their own."""
     generator = torch.Generator().manual_seed(experiment.seed)
     if strategy.alone:
         return Portfolio(space, strategy.alone, generator)
-    config = experiment.search.supernet
-    if isinstance(space, CellSpace):
-        growth = strategy.growth(space)
-        return GrowingSupernet(space, generator, config, growth) if growth else make_supernet(space, generator, config)
-    sharing = strategy.sharing if config.sharing == "auto" else config.sharing
-    kernels = strategy.kernels if config.kernels == "auto" else config.kernels
-    return make_supernet(space, generator, config.model_copy(update={"sharing": sharing, "kernels": kernels}))
+    kind: type[SharedNetwork] = SUPERNETS[type(space)]
+    config = kind.shared_by(experiment.search.supernet, strategy.sharing, strategy.kernels)
+    return make_supernet(space, generator, config, strategy.growth(space))
 
 
-def meter_of(config: SearchConfig, supernet: SharedNetwork | Portfolio) -> Meter:
+def meter_of(config: SearchConfig, supernet: GatedNetworks) -> Meter:
     """What counts the cost of a search with these weights."""
     return Meter(supernet.space, supernet.proxies, config.batch_size, config.recalibration_images + config.evaluation_images)
 

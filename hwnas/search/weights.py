@@ -15,11 +15,10 @@ from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, training_batches
 from hwnas.engine import Criterion, Engine, Part
 from hwnas.nn.network import AnyNetwork
-from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import SharedNetwork, resized
+from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
 from hwnas.nn.unrolled import unrolled_gate_gradients
 from hwnas.search.judge import Judge
-from hwnas.search.strategy import Gates, Metrics, Probes
+from hwnas.search.verbs import Metrics
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class SupernetWeights:
     Detectors are trained without a teacher: a distillation of boxes is a method of its own.
     """
 
-    def __init__(self, engine: Engine, supernet: SharedNetwork | Portfolio, batches: Batches, judge: Judge) -> None:
+    def __init__(self, engine: Engine, supernet: GatedNetworks, batches: Batches, judge: Judge) -> None:
         self.engine, self.supernet, self.batches, self.judge = engine, supernet, batches, judge
         self.quality = judge.quality
         self.held_out_loss = self.quality.criterion().to(engine.device)
@@ -84,7 +83,7 @@ class SupernetWeights:
         self._set_fraction()
         x_NCHW, y = self.engine.to_device(*self.batches.train(self.engine.step))
         shares = _shares(x_NCHW, y, len(gates) if split else 1)
-        teach = teach and self.supernet.space.detector is None
+        teach = teach and self.supernet.space.task == "classify"
         taught = [(x, labels, self._soft(x) if teach else None) for x, labels in shares] * (1 if split else len(gates))
         return self.engine.update(
             [
@@ -123,7 +122,7 @@ class SupernetWeights:
 
         Weights, their ``grad`` and BN's running statistics stay as they are. The second order takes no probes.
         """
-        assert isinstance(self.supernet, SharedNetwork), "networks that share nothing have no gates to differentiate"
+        assert self.supernet.shares, "networks that share nothing have no gates to differentiate"
         self._set_fraction()
         self.supernet.train()
         self.supernet.tracking = False
@@ -186,7 +185,6 @@ class SupernetWeights:
 
     def grow(self, number: int) -> None:
         """Go on with super-net ``number``; judgements of the earlier one are forgotten."""
-        assert isinstance(self.supernet, SharedNetwork), "networks that share nothing do not grow"
         if self.supernet.grow(number):
             self.judge.forget()
 

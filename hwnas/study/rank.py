@@ -130,7 +130,7 @@ def _scorer(experiment: Experiment, space: SearchSpace, trained: Trained) -> Sco
         raise ConfigError(f"the super-net in {trained.path.parent} tracks no BN statistics: set search.recalibration_images to 2 or more.")
     judge = Judge(supernet.to(best_device()), experiment)
     base = None if trained.base is None else load_supernet(trained.base, space).to(best_device())
-    return Scorer(judge, initial_supernet(supernet, trained.seed), base)
+    return Scorer(judge, supernet, initial_supernet(supernet, trained.seed), base)
 
 
 def _supernet(truth: Truth, trained: Trained, scored: Rows, failed: dict[str, str]) -> SupernetResult:

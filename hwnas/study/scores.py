@@ -43,11 +43,13 @@ OF_SHAPE = ("macs", "params")
 
 
 class Scorer:
-    """Scores architectures by a trained super-net. ``initial`` is what it was at first; the angle is from there, or from ``base``."""
+    """Scores architectures by a trained super-net, which ``judge`` judges too.
 
-    def __init__(self, judge: Judge, initial: SharedNetwork, base: SharedNetwork | None = None) -> None:
-        assert isinstance(judge.supernet, SharedNetwork)
-        self.judge, self.supernet = judge, judge.supernet
+    ``initial`` is what it was at first; the angle is from there, or from ``base``.
+    """
+
+    def __init__(self, judge: Judge, trained: SharedNetwork, initial: SharedNetwork, base: SharedNetwork | None = None) -> None:
+        self.judge, self.supernet = judge, trained
         self.initial = initial.eval()
         self.angles = Angles(base or self.initial, self.supernet)
         self._prefixes: dict[tuple[int, bool], Prefixes] = {}

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from hwnas.config import Experiment, ShrinkConfig
-from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
 from hwnas.core.describe import counted
 from hwnas.core.space import SearchSpace
@@ -30,8 +29,7 @@ from hwnas.core.spaces import parse_space
 from hwnas.document import content_sha256, read_bytes, write_atomic
 from hwnas.engine import best_device
 from hwnas.errors import ConfigError, SpaceError
-from hwnas.nn.inheritance import carry
-from hwnas.nn.supernet import SharedNetwork, make_supernet, read_supernet, save_supernet
+from hwnas.nn.supernet import SharedNetwork, make_supernet, read_supernet
 from hwnas.runs import StageContext
 from hwnas.search import SHRINK_METRICS, STRATEGIES
 from hwnas.search.alphas import Alphas, refuse_resolutions
@@ -83,7 +81,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
             f"strategy {search.strategy.name!r} does not train single paths of a super-net, which shrinking is about: use spos or fairnas."
         )
     search_strategy(search).check(space)
-    if isinstance(space, CellSpace) and set(config.operation_on) - {"node"}:
+    if not space.CHAIN and set(config.operation_on) - {"node"}:
         raise ConfigError(
             f"shrink.operation_on = {list(config.operation_on)}, but an edge of space {space.name} has one input: leave it empty."
         )
@@ -236,12 +234,11 @@ def _train(
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, folder)
     engine, supernet = prepared.engine, prepared.judge.supernet
-    assert isinstance(supernet, SharedNetwork)  # see ``check``
     if begin is not None:
         initial = make_supernet(space, torch.Generator().manual_seed(0), supernet.config)
-        carry(begin.initial, initial)
-        carry(begin.trained.to(engine.device), supernet)
-        save_supernet(initial, folder / INITIAL)
+        initial.take_over(begin.initial)
+        supernet.take_over(begin.trained.to(engine.device))
+        initial.save(folder / INITIAL)
     rng = np.random.default_rng([experiment.seed, number, 3])
     alphas = Alphas(space, rng, init_std=1e-3, lr=config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3) if with_alphas else None
     if alphas is not None:
@@ -266,7 +263,7 @@ def _train(
             for choice in space.choices
         }
         write_atomic(folder / ALPHAS, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
-    save_supernet(supernet, folder / SHARED)
+    supernet.save(folder / SHARED)
     engine.finish()
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hwnas.config import Experiment, SearchConfig
-from hwnas.core.cells import CellSpace
 from hwnas.core.limits import MacsLimit
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError
-from hwnas.nn.supernet import SharedNetwork, save_supernet
+from hwnas.nn.shared import GatedNetworks
 from hwnas.runs import StageContext
 from hwnas.search import STRATEGIES
 from hwnas.search.result import SearchResult
@@ -74,7 +73,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
         raise ConfigError(
             f"strategy {config.strategy.name!r} trains networks that share no weights, so there is no super-net to study: choose another."
         )
-    grows = isinstance(space, CellSpace) and not experiment.study.supernets and bool(search_strategy(config).growth(space))
+    grows = not experiment.study.supernets and bool(search_strategy(config).growth(space))
     if grows and "angle" in experiment.study.scores:
         raise ConfigError(
             f"strategy {config.strategy.name!r} begins its super-net anew as it grows, so an angle from its first weights says nothing: "
@@ -89,13 +88,12 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> 
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, ctx.folder)
     engine, supernet = prepared.engine, prepared.judge.supernet
-    assert isinstance(supernet, SharedNetwork)  # see ``check``
     base = base_epochs(experiment)
     at = base_step(base, experiment.search.epochs, engine.steps) if base else None
     step = saving_at(prepared.step, at, supernet, ctx.folder / BASE)
     engine.resume()
     engine.fit(step, ctx.progress, f"training a super-net ({experiment.search.strategy.name}, seed {experiment.seed})")
-    save_supernet(supernet, ctx.folder / SHARED)
+    supernet.save(ctx.folder / SHARED)
     engine.finish()
 
 
@@ -114,12 +112,12 @@ def base_step(base_epochs: float, epochs: float, steps: int) -> int:
     return min(steps - 1, round(steps * base_epochs / epochs))
 
 
-def saving_at(step: Step, at: int | None, supernet: SharedNetwork, path: Path) -> Step:
+def saving_at(step: Step, at: int | None, supernet: GatedNetworks, path: Path) -> Step:
     """A training's steps, with the super-net saved before step ``at``."""
 
     def saving(number: int) -> Metrics:
         if number == at:
-            save_supernet(supernet, path)
+            supernet.save(path)
         return step(number)
 
     return saving

@@ -11,7 +11,6 @@ import torch
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Picks
 from hwnas.core.space import MacroSpace
-from hwnas.nn.inheritance import carry
 from hwnas.nn.supernet import Supernet
 from hwnas.search.proposal import one_hot
 from tests.nn.nets import batch, depths_space, groups_space, kernels_space, random_picks, supernet_of, widths_space
@@ -61,7 +60,7 @@ def test_no_weight_is_lost(name: str, config: dict[str, Any]) -> None:
         for key, tensor in [*before.named_parameters(), *before.named_buffers()]:
             if "transforms" in key or "running" in key:
                 tensor.uniform_(0.1, 1.0)
-    carry(before, after)
+    after.take_over(before)
     for picks, same in pairs(space, left):
         a, b = before.extract(same).state_dict(), after.extract(picks).state_dict()
         assert a.keys() == b.keys()
@@ -75,8 +74,8 @@ def test_copies_begin_as_what_was_shared_and_part_in_training(coarse: Any, fine:
     before = supernet_of(space, SupernetConfig(sharing="separate", operation_on=coarse))
     same = Supernet(left, torch.Generator().manual_seed(8), SupernetConfig(sharing="separate", operation_on=coarse))
     after = Supernet(left, torch.Generator().manual_seed(9), SupernetConfig(sharing="separate", operation_on=fine))
-    carry(before, same)
-    carry(before, after)
+    same.take_over(before)
+    after.take_over(before)
     assert sum(p.numel() for p in after.parameters()) > sum(p.numel() for p in same.parameters())
     x_NCHW, _ = batch(left)
     for picks in random_picks(left, 6):

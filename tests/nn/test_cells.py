@@ -16,7 +16,7 @@ from hwnas.core.spaces import darts, nasbench201, nds_darts
 from hwnas.errors import ConfigError
 from hwnas.nn.cells import CellSupernet, GrowingSupernet, with_values
 from hwnas.nn.network import load_network, save_network
-from hwnas.nn.supernet import load_supernet, make_supernet, resized, save_supernet
+from hwnas.nn.supernet import load_supernet, make_supernet, resized
 from hwnas.search.proposal import one_hot
 
 SPACES = {
@@ -127,7 +127,7 @@ def test_files_and_proxies(name: str, tmp_path: Path) -> None:
     supernet = supernet_of(space, proxy_depth=1, proxy_width=0.5, bn_affine=False)
     picks = space.sample(np.random.default_rng(0))
     assert supernet.arch(picks).macs < space.decode(picks).macs
-    save_supernet(supernet, tmp_path / "shared.safetensors")
+    supernet.save(tmp_path / "shared.safetensors")
     again = load_supernet(tmp_path / "shared.safetensors", space)
     torch.testing.assert_close(again(images(), one_hot(picks, space)), supernet(images(), one_hot(picks, space)))
     with pytest.raises(ConfigError, match="is of space deeper"):
@@ -146,7 +146,7 @@ def test_a_super_net_that_grows(tmp_path: Path) -> None:
         assert learnt == {str(growing.grown)}
         macs.append(growing.arch(picks).macs)
     assert macs == sorted(set(macs))
-    save_supernet(growing, tmp_path / "shared.safetensors")
+    growing.save(tmp_path / "shared.safetensors")
     again = load_supernet(tmp_path / "shared.safetensors", space)
     torch.testing.assert_close(again(images(), one_hot(picks, space)), growing(images(), one_hot(picks, space)))
 
@@ -240,5 +240,5 @@ def test_weights_begin_as_the_papers_code_does_or_as_asked(asked: str, kept: str
     convs = [part.weight for part in supernet.modules() if isinstance(part, torch.nn.Conv2d)]
     beyond = [float((weight.abs() > weight[0].numel() ** -0.5).float().mean()) for weight in convs]
     assert max(beyond) == 0 if kept == "torch" else min(beyond) > 0.2
-    save_supernet(supernet, tmp_path / "shared.safetensors")
+    supernet.save(tmp_path / "shared.safetensors")
     assert load_supernet(tmp_path / "shared.safetensors", SPACES["nasbench201"]).config.initialisation == kept

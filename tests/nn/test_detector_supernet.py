@@ -12,12 +12,12 @@ from torch import nn
 
 from hwnas.config import SupernetConfig
 from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.spaces import nasbench201
 from hwnas.errors import CheckpointError, ConfigError
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.inheritance import inherit
 from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import Supernet, load_supernet, save_supernet
+from hwnas.nn.supernet import Supernet, load_supernet, make_supernet
 from hwnas.search.proposal import one_hot
 from tests.core.test_detector_space import classifiers, detectors
 
@@ -90,7 +90,7 @@ def test_sigmoid_scores_begin_at_one_percent() -> None:
 
 def test_a_super_net_of_detectors_is_kept_with_its_space(tmp_path: Path) -> None:
     supernet = supernet_of(detectors())
-    save_supernet(supernet, tmp_path / "shared.safetensors")
+    supernet.save(tmp_path / "shared.safetensors")
     again = load_supernet(tmp_path / "shared.safetensors", detectors())
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in supernet.state_dict().items())
     with pytest.raises(ConfigError, match="is of space boxes-ssdlite"):
@@ -118,10 +118,10 @@ def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
         update={"stages": (*stages[:2], Stage(widths=(16,), slots=(("ir_k3_e6",),)), *stages[3:]), "resolution": 32}
     )
     source = supernet_of(MacroSpace.model_validate(other.model_dump()), seed=5)
-    save_supernet(source, tmp_path / "shared.safetensors")
+    source.save(tmp_path / "shared.safetensors")
     supernet = supernet_of(detectors())
     before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
-    inherited = inherit(supernet, tmp_path / "shared.safetensors")
+    inherited = supernet.inherit(tmp_path / "shared.safetensors")
     assert inherited.taken == ("s0.b0", "s1.b0", "s1.b1", "s3.b1", "s3.b2") and inherited.left == ("s2.b0", "s2.b1", "s3.b0")
     assert str(inherited) == "5 of 8 slots have inherited weights; s2.b0, s2.b1, s3.b0 begin anew"
     for position, slot in enumerate(supernet.proxy.slots):
@@ -136,9 +136,13 @@ def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
 def test_a_super_net_that_shares_otherwise_gives_nothing(tmp_path: Path) -> None:
     stages = (Stage(widths=(12,), stride=2, slots=(("cn_k3",),)), Stage(widths=(20,), stride=2, slots=(("ir_k3_e3",),)))
     foreign = MacroSpace(name="foreign", resolution=64, classes=3, stages=stages)
-    save_supernet(supernet_of(foreign), tmp_path / "shared.safetensors")
+    supernet_of(foreign).save(tmp_path / "shared.safetensors")
     with pytest.raises(ConfigError, match="of space foreign has no slot in common with space boxes-ssdlite: train it on the same space"):
-        inherit(supernet_of(detectors()), tmp_path / "shared.safetensors")
+        supernet_of(detectors()).inherit(tmp_path / "shared.safetensors")
+    cells = nasbench201(width=0.25, resolution=8)
+    make_supernet(cells, torch.Generator().manual_seed(0)).save(tmp_path / "shared.safetensors")
+    with pytest.raises(ConfigError, match="of space nasbench201 has no slot in common with space boxes-ssdlite"):
+        supernet_of(detectors()).inherit(tmp_path / "shared.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError):
-        inherit(supernet_of(detectors()), tmp_path / "broken.safetensors")
+        supernet_of(detectors()).inherit(tmp_path / "broken.safetensors")

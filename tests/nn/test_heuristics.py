@@ -191,7 +191,7 @@ def test_global_dropout() -> None:
     plain = supernet_of(space)
     x_NCHW, gates = batch(space)[0], one_hot(random_picks(space, 0)[0], space)
     features: list[Tensor] = []
-    plain.dropout.register_forward_hook(lambda module, args, output: features.append(output))
+    plain.classifier.dropout.register_forward_hook(lambda module, args, output: features.append(output))
     judged = plain(x_NCHW, gates)
     assert torch.equal(supernet.eval()(x_NCHW, gates), judged)
     torch.manual_seed(4)

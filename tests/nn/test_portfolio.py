@@ -15,7 +15,7 @@ from hwnas.core.arch import Picks
 from hwnas.core.space import MacroSpace
 from hwnas.engine import Engine
 from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import resized
+from hwnas.nn.supernet import Supernet, resized
 from hwnas.search.proposal import one_hot
 from tests.nn.nets import batch, depths_space
 
@@ -83,3 +83,15 @@ def test_the_classifiers_are_not_decayed() -> None:
     last = [len(network.blocks) - 1 for network in portfolio.networks]
     assert portfolio.no_weight_decay() == {f"networks.{i}.blocks.{last[i]}.linear.weight" for i in range(len(members))}
     assert portfolio.no_weight_decay() <= {name for name, _ in portfolio.named_parameters()}
+
+
+def test_it_has_the_super_nets_contract_but_nothing_to_share(tmp_path: Path) -> None:
+    space, _, portfolio = made()
+    supernet = Supernet(space, torch.Generator())
+    assert (portfolio.shares, supernet.shares) == (False, True)
+    assert portfolio.proxies == supernet.proxies == (space,)
+    portfolio.save(tmp_path / "shared.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    for refused in (lambda: portfolio.grow(1), lambda: portfolio.inherit(tmp_path), lambda: portfolio.take_over(supernet)):
+        with pytest.raises(AssertionError, match="Portfolio"):
+            refused()

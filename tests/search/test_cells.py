@@ -19,9 +19,10 @@ from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError, SpaceError
 from hwnas.nn.cells import GrowingSupernet
 from hwnas.search.darts import DARTS, DARTSConfig
-from hwnas.search.genotype import all_edges, any_pair, count_of_skips, derived, with_few_skips_in_cells
+from hwnas.search.genotype import all_edges, any_pair, derived
 from hwnas.search.pdarts import PDARTS, PDARTSConfig
 from hwnas.search.result import SearchResult
+from hwnas.search.skips import count_of_skips, with_few_skips
 from hwnas.search.strategy import Gates, SearchContext
 from hwnas.testing import KnownWeights, prepared, proposed, searched, synthetic_table
 from tests.search.staging import experiment, run
@@ -80,7 +81,7 @@ def test_p_darts_deletes_the_weakest_skips(seed: int) -> None:
         if len(skips) <= 2:
             break
         limited[min(skips, key=lambda key: limited[key][skip])][skip] = 0.0
-    picks = argmax(space, with_few_skips_in_cells(space, policy, 2))
+    picks = argmax(space, with_few_skips(space, policy, 2))
     assert kept(space, picks, "normal") == normal
     assert count_of_skips(space).of(picks) == 2
     assert kept(space, picks, "reduce") == genotype(space, policy, "reduce")  # reductions are not limited

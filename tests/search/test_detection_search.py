@@ -23,7 +23,7 @@ from hwnas.export.bundle import Bundle
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import load_network
-from hwnas.nn.supernet import Supernet, save_supernet
+from hwnas.nn.supernet import Supernet
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.search.judge import Judge
@@ -155,7 +155,7 @@ def test_the_quality_of_a_batch_is_by_its_loss(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     boxes = experiment_space(config)
     prepared = prepare(config, boxes, search_context(config, boxes, _tabled(config, tmp_path)), tmp_path)
-    weights: Any = prepared.search.weights
+    weights: Any = prepared.engine.extra["teacher"]
     gates = one_hot(boxes.sample(np.random.default_rng(0)), boxes)
     (found,) = weights.qualities([gates], 1)
     x_NCHW, y = weights.batches.held_out(0, 1)
@@ -193,7 +193,7 @@ def test_the_backbone_begins_with_a_classification_super_net(tmp_path: Path) -> 
     config = experiment(tmp_path, backbone=str(tmp_path / "classified"), epochs=0.01)
     source = Supernet(space(), torch.Generator().manual_seed(7))
     (tmp_path / "classified" / "search").mkdir(parents=True)
-    save_supernet(source, tmp_path / "classified" / "search" / "shared.safetensors")
+    source.save(tmp_path / "classified" / "search" / "shared.safetensors")
     said: list[str] = []
 
     class Lines(Progress):

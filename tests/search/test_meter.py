@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
+from hwnas.core.arch import Picks
 from hwnas.core.spaces import nasbench201
-from hwnas.search.meter import Meter
+from hwnas.search.meter import CountedEvaluator, CountedWeights, Meter, SearchCost
 from hwnas.search.proposal import one_hot
+from hwnas.search.strategy import Gates, Metrics, Probes
 from tests.search.staging import tiny_space
 
 SPACE = tiny_space()
@@ -15,23 +20,88 @@ A, B = (SPACE.sample(np.random.default_rng(seed)) for seed in (0, 1))
 MACS_A, MACS_B = (SPACE.decode(picks).macs for picks in (A, B))
 
 
+class Asked:
+    """Weights, and what judges them, that write down what they are asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+        self.calls.append(("train", gates, split, teach, skip_dropout))
+        return {"loss": 2.0}
+
+    def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
+        self.calls.append(("qualities", gates, multiple))
+        return [0.25]
+
+    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+        self.calls.append(("gate_gradients", gates, probes, order, skip_dropout))
+        return 3.0, {}
+
+    def remember_teacher(self, picks: Picks) -> None:
+        self.calls.append(("remember_teacher", picks))
+
+    def grow(self, number: int) -> None:
+        self.calls.append(("grow", number))
+
+    def evaluate(self, picks: Picks) -> float:
+        self.calls.append(("evaluate", picks))
+        return 0.75
+
+
+class Counted(CountedWeights):
+    """A search whose weights have nothing to do, and what it has cost."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__(Asked(), meter)
+
+    @property
+    def cost(self) -> SearchCost:
+        return self.meter.cost
+
+
 def meter() -> Meter:
     return Meter(SPACE, [SPACE], batch_size=30, judged_images=100)
 
 
+def counted() -> Counted:
+    return Counted(meter())
+
+
+def test_what_is_counted_is_asked_for_as_it_was() -> None:
+    asked, gates = Asked(), one_hot(A, SPACE)
+    weights, evaluator = CountedWeights(asked, meter()), CountedEvaluator(asked, meter())
+    assert weights.train([gates], split=True, teach=False, skip_dropout=0.5) == {"loss": 2.0}
+    assert weights.qualities([gates], 4) == [0.25]
+    assert weights.gate_gradients(gates, {}, 2, 0.25) == (3.0, {})
+    weights.remember_teacher(B)
+    weights.grow(0)
+    assert evaluator.evaluate(A) == evaluator.evaluate(A) == 0.75
+    assert evaluator.meter.cost == SearchCost(macs=100 * MACS_A, training_images=0, judged=1)
+    assert asked.calls == [
+        ("train", [gates], True, False, 0.5),
+        ("qualities", [gates], 4),
+        ("gate_gradients", gates, {}, 2, 0.25),
+        ("remember_teacher", B),
+        ("grow", 0),
+        ("evaluate", A),
+        ("evaluate", A),
+    ]
+
+
 def test_training_counts_three_forward_passes_of_every_path() -> None:
-    found = meter()
-    found.train([one_hot(A, SPACE), one_hot(B, SPACE)], split=False, teach=False)
+    found = counted()
+    found.train([one_hot(A, SPACE), one_hot(B, SPACE)], split=False, teach=False, skip_dropout=0.0)
     assert found.cost.macs == 3 * 30 * (MACS_A + MACS_B) and found.cost.training_images == 60
-    found.train([one_hot(A, SPACE), one_hot(B, SPACE)], split=True, teach=False)
+    found.train([one_hot(A, SPACE), one_hot(B, SPACE)], split=True, teach=False, skip_dropout=0.0)
     assert found.cost.macs == 3 * 45 * (MACS_A + MACS_B) and found.cost.training_images == 90
     found.remember_teacher(B)
-    found.train([one_hot(A, SPACE)], split=False, teach=True)
+    found.train([one_hot(A, SPACE)], split=False, teach=True, skip_dropout=0.0)
     assert found.cost.macs == 3 * 45 * (MACS_A + MACS_B) + 3 * 30 * MACS_A + 30 * MACS_B
 
 
 def test_what_is_held_out_is_passed_forward() -> None:
-    found = meter()
+    found = counted()
     found.qualities([one_hot(A, SPACE), one_hot(B, SPACE)], multiple=4)
     assert found.cost.macs == 60 * (MACS_A + MACS_B)
 
@@ -48,11 +118,11 @@ def test_a_mixture_costs_all_that_it_executes() -> None:
     mixed = {**gates, key: gates[key].clone()}
     mixed[key][position] = 0.3
     for executed, probes in ((mixed, {}), (gates, {key: [position]})):
-        found = meter()
-        found.gate_gradients(executed, probes, order=1)
+        found = counted()
+        found.gate_gradients(executed, probes, order=1, skip_dropout=0.0)
         assert found.cost.macs == 3 * 30 * (SPACE.decode(first).macs + other)
-    found = meter()
-    found.gate_gradients(mixed, {}, order=2)
+    found = counted()
+    found.gate_gradients(mixed, {}, order=2, skip_dropout=0.0)
     assert found.cost.macs == 4 * 3 * 30 * (SPACE.decode(first).macs + other)
 
 
@@ -66,7 +136,7 @@ def test_an_architecture_is_judged_once_until_the_weights_change() -> None:
     other = meter()
     other.load_state_dict(found.state_dict())
     assert other.cost == found.cost
-    found.train([one_hot(A, SPACE)], split=False, teach=False)
+    Counted(found).train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
     found.judge(A)
     assert found.cost.judged == 4
 
@@ -87,10 +157,10 @@ def test_cells_of_the_same_blocks_are_judged_one_by_one() -> None:
 
 def test_a_super_net_that_grows_costs_what_it_is() -> None:
     large = SPACE.model_validate({**SPACE.model_dump(), "resolution": 2 * SPACE.resolution})
-    found, macs = Meter(large, [SPACE, large], batch_size=30, judged_images=100), large.decode(A).macs
+    found, macs = Counted(Meter(large, [SPACE, large], batch_size=30, judged_images=100)), large.decode(A).macs
     found.grow(0)
-    found.train([one_hot(A, SPACE)], split=False, teach=False)
+    found.train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
     assert found.cost.macs == 90 * MACS_A < 90 * macs
     found.grow(1)
-    found.train([one_hot(A, SPACE)], split=False, teach=False)
+    found.train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
     assert found.cost.macs == 90 * (MACS_A + macs)

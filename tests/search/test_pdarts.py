@@ -17,7 +17,8 @@ from hwnas.core.space import MacroSpace, Stage
 from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError
 from hwnas.search import STRATEGIES
-from hwnas.search.pdarts import PDARTS, PDARTSConfig, kept_count, with_few_skips
+from hwnas.search.pdarts import PDARTS, PDARTSConfig, kept_count
+from hwnas.search.skips import with_few_skips
 from hwnas.search.strategy import Gates, Metrics, SearchContext
 from hwnas.testing import KnownWeights, Problem, proposed, searched, synthetic_table
 

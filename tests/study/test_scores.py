@@ -33,7 +33,7 @@ def scorer(config: Experiment, seed: int = 3, moved: float = 0.1) -> Scorer:
     with torch.no_grad():
         for weight in supernet.parameters():
             weight += moved * torch.randn(weight.shape, generator=generator) * weight.abs().mean()
-    return Scorer(Judge(supernet, config), initial_supernet(supernet, seed))
+    return Scorer(Judge(supernet, config), supernet, initial_supernet(supernet, seed))
 
 
 def flat(network: torch.nn.Module) -> np.ndarray:
