@@ -85,7 +85,8 @@ class Evaluation:
 class Quality(ABC):
     """What a search calls good. ``metric`` names what ``of_network`` gives; see ``hwnas.core.metric``.
 
-    ``of_cross_entropy``: the training loss is a cross-entropy, so that a strategy knows how many of them it adds up.
+    ``of_cross_entropy``: the training loss is a cross-entropy of labels, so that a strategy knows how many of them it adds up, and a
+    teacher's probabilities can take the labels' place.
     """
 
     metric: str

@@ -83,7 +83,7 @@ class SupernetWeights:
         self._set_fraction()
         x_NCHW, y = self.engine.to_device(*self.batches.train(self.engine.step))
         shares = _shares(x_NCHW, y, len(gates) if split else 1)
-        teach = teach and self.supernet.space.task == "classify"
+        teach = teach and self.quality.of_cross_entropy
         taught = [(x, labels, self._soft(x) if teach else None) for x, labels in shares] * (1 if split else len(gates))
         return self.engine.update(
             [

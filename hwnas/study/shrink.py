@@ -40,6 +40,7 @@ from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.search.supernets import SHARED
 from hwnas.study.documents import ShrinkPath, ShrinkStep
 from hwnas.study.supernets import base_step, saving_at
+from hwnas.task import task_of
 
 INITIAL = "initial.safetensors"
 ALPHAS = "alphas.json"
@@ -66,8 +67,10 @@ def metric(name: str) -> Metric:
 def check(experiment: Experiment, space: SearchSpace) -> None:
     """Raise ConfigError or SpaceError where the configuration cannot shrink ``space``."""
     config, search = experiment.shrink, experiment.search
-    if experiment.task == "detect":
-        raise ConfigError("task = 'detect' has no study: shrink the space of classifiers first, and put a detector on what is left.")
+    if not task_of(experiment).studied:
+        raise ConfigError(
+            f"task = {experiment.task!r} has no study: shrink the space of classifiers first, and put a detector on what is left."
+        )
     if not shrinkable(space):
         raise SpaceError(f"space {space.name} has no choice of blocks left, so nothing can be dropped: take a larger one.")
     if space.size <= config.until:

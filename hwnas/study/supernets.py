@@ -18,6 +18,7 @@ from hwnas.search.result import SearchResult
 from hwnas.search.stage import prepare, search_context, search_strategy
 from hwnas.search.strategy import Metrics
 from hwnas.search.supernets import SHARED, trained_supernet
+from hwnas.task import task_of
 
 OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
 """Settings of a search that its super-net's training has nothing to do with. ``quality`` is none of them: policies are rewarded by it."""
@@ -59,8 +60,8 @@ def training(experiment: Experiment, seed: int) -> Experiment:
 
 def check(experiment: Experiment, space: SearchSpace) -> None:
     """Raise ConfigError where the configuration names no super-net that a study can use, or none with an angle."""
-    if experiment.task == "detect":
-        raise ConfigError("task = 'detect' has no study: the accuracies that are known are those of classifiers.")
+    if not task_of(experiment).studied:
+        raise ConfigError(f"task = {experiment.task!r} has no study: the accuracies that are known are those of classifiers.")
     config = experiment.search
     if config.weights is not None:
         raise ConfigError(f"search.weights = {config.weights!r} is for 'hwnas search': name the folder in study.supernets.")
