@@ -12,9 +12,10 @@ from hwnas.core.spaces import DARTS_SPACES, SPACES, is_document, load_space
 from hwnas.data import DATASETS
 from hwnas.data.inspection import with_classes
 from hwnas.devices.device import find_device
-from hwnas.errors import ConfigError, SpaceError
+from hwnas.errors import ConfigError
 from hwnas.networks import named_networks
 from hwnas.search import FINDERS, STRATEGIES
+from hwnas.task import task_of
 
 
 def experiment_space(experiment: Experiment) -> SearchSpace:
@@ -39,11 +40,7 @@ def experiment_space(experiment: Experiment) -> SearchSpace:
             f"{data.classes}, {data.resolution} and {data.channels}: make them agree."
         )
     space = space.restrict(experiment.space.restrict) if experiment.space.restrict else space
-    if space.task == experiment.task:
-        return space
-    if experiment.task == "classify":
-        raise ConfigError(f"space {name!r} is one of detectors: set task = 'detect' and name data with boxes, or search another.")
-    return _with_detector(space, experiment)
+    return task_of(experiment).space(space, experiment)
 
 
 def with_counted_classes(experiment: Experiment) -> Experiment:
@@ -53,16 +50,6 @@ def with_counted_classes(experiment: Experiment) -> Experiment:
     else:
         data = experiment.data.model_copy(update={"classes": load_space(experiment.space.name).classes})
     return experiment.model_copy(update={"data": data})
-
-
-def _with_detector(space: SearchSpace, experiment: Experiment) -> SearchSpace:
-    """The space of detectors. Where an architecture is named, one without them is good enough for what is left to do."""
-    try:
-        return space.with_detector(extras=experiment.detector.extras, scores=experiment.detector.scores)
-    except SpaceError:
-        if experiment.train.arch is None:
-            raise
-        return space
 
 
 def check_names(experiment: Experiment, space: SearchSpace) -> None:

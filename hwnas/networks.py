@@ -8,16 +8,17 @@ from hwnas.config import DataConfig, Experiment, located
 from hwnas.core.arch import Architecture
 from hwnas.core.published import named
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.ssdlite import with_detector
 from hwnas.errors import ConfigError, SpaceError, UserError
+from hwnas.task import task_of
 
 
 def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> Architecture:
     """What is to be trained: ``train.arch`` (a document, a published network's name, or one of ``space``), else the searched one.
 
-    For detection, SSDLite is put on it where it has no detector. Raises ConfigError where it does not fit the data or the task.
+    It is made the task's: for detection, SSDLite is put on it where it has no detector. Raises ConfigError where it does not fit the
+    data or the task.
     """
-    name, data, detector = experiment.train.arch, experiment.data, experiment.detector
+    name, data = experiment.train.arch, experiment.data
     if name is None:
         arch = Architecture.load(searched)
     elif Path(name).suffix == ".json":
@@ -25,10 +26,7 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
     else:
         width = experiment.space.width
         arch = named(name, space, resolution=data.resolution, classes=data.classes, in_channels=data.channels, width=width)
-    if experiment.task == "classify" and arch.detector is not None:
-        raise ConfigError(f"architecture {arch.name!r} has a detector: set task = 'detect' and name data with boxes, or train another.")
-    if experiment.task == "detect" and arch.detector is None:
-        arch = with_detector(arch, data.classes, resolution=data.resolution, extras=detector.extras, scores=detector.scores)
+    arch = task_of(experiment).architecture(arch, experiment)
     data = sized(experiment, arch)
     if (arch.classes, arch.resolution, arch.in_channels) != (data.classes, data.resolution, data.channels):
         raise ConfigError(

@@ -15,6 +15,7 @@ from hwnas.data import fingerprint
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import UserError
 from hwnas.runs import StageContext
+from hwnas.task import task_of
 
 STAGES = {
     "profile": "hwnas.profile.stage:Profile",
@@ -87,9 +88,9 @@ class RunFolder:
         return found
 
     def check_searchable(self) -> None:
-        """Raise SpaceError where detectors are searched, and the space carries none."""
-        if self.space.task != self.experiment.task:
-            self.space.with_detector()  # says why it carries none
+        """Raise SpaceError or ConfigError where the space has no networks of the task, as it may where an architecture is named."""
+        train = self.experiment.train.model_copy(update={"arch": None})
+        task_of(self.experiment).space(self.space, self.experiment.model_copy(update={"train": train}))
 
 
 class Stage(ABC):

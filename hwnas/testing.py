@@ -29,14 +29,16 @@ from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.ops import Classifier, Conv, MBConv, Op
 from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
+from hwnas.data.images import Images, evaluation_batches, sampled_images
 from hwnas.devices.device import HOST, Connection, connect
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard
 from hwnas.export.target import Target, Trained
 from hwnas.export.timing import timing_file
-from hwnas.nn.network import Network
+from hwnas.nn.network import AnyNetwork, Network
 from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Gates, Metrics, Probes, SearchContext, Strategy
+from hwnas.task import Evaluation, Task
 
 
 def tiny_space() -> MacroSpace:
@@ -443,3 +445,65 @@ class TargetConformance(ABC):
         assert header["runtime"] == made.runtime
         assert [row["id"] for row in rows] == [item["id"] for item in items]
         assert all(min(row["ms"]) > 0 for row in rows), rows
+
+
+class TaskConformance(ABC):
+    """What every task has to do. Inherit, name the class in ``task``, and give a network of it and test images that it can be judged by."""
+
+    task: ClassVar[type[Task]]
+    tolerance: ClassVar[float] = 0.005
+    """Of the metrics of a file that puts out what PyTorch does: of answers that are about as good, rounding may choose another."""
+
+    @abstractmethod
+    def network(self) -> AnyNetwork:
+        """A small one, in eval mode."""
+
+    @abstractmethod
+    def images(self) -> Images:
+        """Test images of the network's size."""
+
+    def test_its_fields(self) -> None:
+        """Its metric comes first wherever metrics are listed, and a point of its curve can be paid."""
+        made = self.task()
+        assert made.tiles[0] == made.metric and next(iter(made.curve.values())) == made.metric
+        assert made.curve_images > 0 and made.curve_cost > 0 and made.network_kind == self.network().arch.task
+
+    def test_its_loss_has_a_gradient(self) -> None:
+        """Of a batch of the images, by every weight."""
+        made, network = self.task(), self.network().train()
+        x_NCHW, y = self.images().__getitems__([(index, 0) for index in range(4)])
+        loss, _ = made.criterion(network.arch)(network(x_NCHW), y)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        assert torch.isfinite(loss) and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+    def test_pytorchs_outputs_are_pytorchs(self) -> None:
+        """Compared with themselves they are equal, and as many as is said of a file."""
+        made, network = self.task(), self.network()
+        reference = made.torch_outputs(network, sampled_images(self.images(), 4))
+        found = made.parity("decoded", reference, reference, network.arch)
+        assert (found.images, found.relative_error, found.agreement) == (4, 0.0, 1.0)
+        described = made.outputs("decoded", network.arch, "logits")
+        assert reference.size == 4 * sum(math.prod(output.shape) for output in described)
+
+    def test_answers_are_worth_the_same_wherever_they_are_from(self) -> None:
+        """PyTorch's, those read from a bundle, and those of a file that puts out what PyTorch does; and so says the evaluation."""
+        made, network, images = self.task(), self.network(), self.images()
+        answers = made.torch_answers(network, images, 0)
+        kept = made.kept(answers.arrays())
+        of_file = made.answers("decoded", network.arch)
+        for x_NCHW, _ in evaluation_batches(images, 5):
+            of_file.add(made.torch_outputs(network, x_NCHW.permute(0, 2, 3, 1).numpy()))
+        assert len(answers) == len(kept) == len(of_file) == len(images)
+        for limit in (None, len(images) // 2):
+            wanted = answers.metrics(images, limit)
+            assert next(iter(wanted)) == made.metric and kept.metrics(images, limit) == wanted
+            evaluated, read = made.evaluate(network, images, Evaluation(5, limit)).metrics, of_file.metrics(images, limit)
+            assert all(abs(value - (evaluated[name] or 0.0)) < 1e-6 for name, value in wanted.items())
+            assert all(abs(value - read[name]) < self.tolerance for name, value in wanted.items())
+
+    def test_it_finds_words(self) -> None:
+        """For what it has measured."""
+        made, images = self.task(), self.images()
+        metrics = made.evaluate(self.network(), images, Evaluation(5)).metrics
+        assert f"{len(images):,} test images" in made.said(metrics, len(images))
+        assert f"{len(images):,} test images" in made.said_of_file(metrics[made.metric] or 0.0, len(images))

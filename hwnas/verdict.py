@@ -8,20 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from hwnas.config import ValidateConfig
 from hwnas.core.caution import Caution
+from hwnas.core.metric import ACCURACY, AP
 from hwnas.document import Document
-from hwnas.export.bundle import Parity
+from hwnas.task import Parity, Words, task_named
 
-CLASSIFIERS_FIELDS = ("accuracy", "accuracy_loss", "accuracy_passed", "torch_accuracy")
-DETECTORS_FIELDS = (
-    *("ap", "ap_loss", "ap_passed", "post_processing_ms", "torch_ap"),
-    *("app_ms", "app_post_processing_ms", "timed_on", "min_score", "app_score"),
+OPTIONAL_FIELDS = (
+    *("post_processing_ms", "app_post_processing_ms", "app_ms", "timed_on", "min_score", "app_score"),
+    *("network_ms",),
 )
-"""What verdicts have of one task alone."""
-OPTIONAL_FIELDS = (*CLASSIFIERS_FIELDS, *DETECTORS_FIELDS, "network_ms")
+"""What verdicts have of files that answer with a threshold, or that hold more than their network."""
 
 
 def _sparse(content: dict[str, Any]) -> dict[str, Any]:
-    """Without what belongs to the other task or to files with more in their graph, and without a list of no warnings."""
+    """Without what does not apply to the files, and without a list of no warnings."""
     found = {name: value for name, value in content.items() if value is not None or name not in OPTIONAL_FIELDS}
     if not found.get("warnings", True):
         del found["warnings"]
@@ -46,14 +45,11 @@ class FileVerdict(_Part):
     latency_passed: bool | None
     parity: Parity | None = Field(None, description="outputs on this device against PyTorch's, on the bundle's images")
     parity_passed: bool | None = Field(
-        description="for float files; none for int8, and for NMS in the graph, which are judged by accuracy or AP alone"
+        description="for float files; none for int8, and for NMS in the graph, which are judged by the metric alone"
     )
-    accuracy: float | None = Field(None, description="top-1 of a classifier")
-    accuracy_loss: float | None = None
-    accuracy_passed: bool | None = None
-    ap: float | None = Field(None, description="COCO's AP of a detector")
-    ap_loss: float | None = None
-    ap_passed: bool | None = None
+    metrics: dict[str, float] = Field(description="how good it is on the device, by name")
+    loss: float = Field(description="what it loses of the verdict's metric against PyTorch")
+    quality_passed: bool
     network_ms: float | None = Field(
         None,
         description="of a file with more in its graph (a detector's decoding, normalisation, softmax): the time of the network alone, "
@@ -73,19 +69,20 @@ class FileVerdict(_Part):
         return _sparse(handler(self))
 
     @property
-    def quality_passed(self) -> bool:
-        """Whether accuracy or AP is near enough to PyTorch's."""
-        return self.accuracy_passed is True or self.ap_passed is True
+    def passed(self) -> bool:
+        """Whether all that was judged is within its tolerance."""
+        return self.quality_passed and False not in (self.latency_passed, self.parity_passed)
 
 
 class Verdict(Document):
     """What validation found. ``passed`` only if every judged number is within its tolerance.
 
     That is about promises of latency and parity. ``warnings`` are about the search and the training that came before: promises are
-    kept just as well by a network that learned nothing.
+    kept just as well by a network that learned nothing. Version 1 had fields of accuracy for classifiers, and of AP for detectors.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.verdict"
+    VERSION: ClassVar[int] = 2
 
     device: str
     cpu: str
@@ -100,8 +97,9 @@ class Verdict(Document):
     drift: float | None = Field(description="time of the network's blocks now / in the table; none without a table that applies")
     tolerances: ValidateConfig
     images: int
-    torch_accuracy: float | None = Field(None, description="top-1 of a classifier on the same images")
-    torch_ap: float | None = Field(None, description="COCO's AP of a detector on the same images")
+    task: str
+    metric: str = Field(description="what files are judged by")
+    metrics: dict[str, float] = Field(description="PyTorch's on the same images, by name")
     min_score: float | None = Field(None, description="of a detector: the score from which detections count for AP")
     app_score: float | None = Field(None, description="of a detector: the higher score at which NMS was timed, too, as an app needs it")
     files: tuple[FileVerdict, ...]
@@ -118,6 +116,30 @@ class Verdict(Document):
         """Without what verdicts had not when they began, while nobody chose it: their hashes stay."""
         content: dict[str, Any] = handler(value)
         return {name: each for name, each in content.items() if name != "app_score" or "app_score" in value.model_fields_set}
+
+    @property
+    def words(self) -> Words:
+        """How to speak of its metric."""
+        return task_named(self.task).words
+
+    @classmethod
+    def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
+        """The names of version 1."""
+        for name, metric, task in (("accuracy", ACCURACY, "classify"), ("ap", AP, "detect")):
+            value = content.pop(f"torch_{name}", None)
+            if value is None:
+                continue
+            content |= {"task": task, "metric": metric, "metrics": {metric: value}}
+            content["files"] = [_renamed(file, name, metric) for file in content.get("files", ())]
+        return content
+
+
+def _renamed(file: dict[str, Any], name: str, metric: str) -> dict[str, Any]:
+    """A file of a verdict of version 1, whose fields began with ``name``."""
+    old = (name, f"{name}_loss", f"{name}_passed")
+    kept = {key: value for key, value in file.items() if key not in old}
+    values = {"metrics": {metric: file.get(name)}, "loss": file.get(f"{name}_loss"), "quality_passed": file.get(f"{name}_passed")}
+    return {**kept, **values}
 
 
 def drift_note(verdict: Verdict) -> str | None:
@@ -162,10 +184,8 @@ def lines(verdict: Verdict) -> list[str]:
         if file.network_ms is not None:
             latency += f" ({file.network_ms:.4g} for the network alone)"
         latency += _post_processing(verdict, file)
-        if file.ap is not None:
-            quality = f"AP {file.ap:.2%} against {verdict.torch_ap:.2%}"
-        else:
-            quality = f"top-1 {file.accuracy:.2%} against {verdict.torch_accuracy:.2%}"
+        values = file.metrics[verdict.metric], verdict.metrics[verdict.metric]
+        quality = f"{verdict.words.metric} {values[0]:.2%} against {values[1]:.2%}"
         out.append(f"{file.name}: {latency}; {quality} in PyTorch{outputs} ({mark})")
     out += [f"{name}: not run, {why}" for name, why in verdict.not_run.items()]
     note = drift_note(verdict) or (f"latency is not judged: {verdict.unpredicted}." if verdict.unpredicted else None)
@@ -179,8 +199,7 @@ def _remedy(verdict: Verdict, file: FileVerdict) -> str | None:
     if file.parity_passed is False:
         return f"the outputs of {file.name} are not PyTorch's: this is a fault of the export or of the device's runtime, so report it."
     if not file.quality_passed:
-        part = "ap" if file.ap is not None else "accuracy"
-        key = f"validate.int8_{part}_tolerance" if file.dtype == "int8" else f"validate.{part}_tolerance"
+        key = f"validate.{config.tolerance_key(verdict.metric, file.dtype)}"
         more = "more export.calibration_images may help; " if file.dtype == "int8" else ""
         return f"{file.name} loses more than {key} allows: {more}raise {key} if it is good enough."
     if file.latency_passed is not False:

@@ -15,10 +15,10 @@ from hwnas.config import OptimizerConfig
 from hwnas.core.detector import PostProcessing, Scores
 from hwnas.data.coco_eval import evaluate
 from hwnas.data.images import evaluation_order
-from hwnas.detection import DetectionCriterion, average_precision, detect
 from hwnas.engine import CrossEntropy, Engine, Part
 from hwnas.errors import DataError, DivergenceError
 from hwnas.nn.ssd import DetectionLoss, Detections, default_boxes
+from hwnas.tasks.boxes import DetectionCriterion, average_precision, detect
 from tests.data.scenes import coco_config, load, scene, write_coco, write_scenes
 from tests.nn.detectors import batch, small_arch, small_network
 

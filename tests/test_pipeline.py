@@ -69,7 +69,7 @@ def test_every_stage_ran_and_agrees(finished_run: Path) -> None:
     assert abs(result.candidates[0].predicted / result.target - 1) <= 0.02
     verdict = Verdict.load(finished_run / "validate" / "verdict.json")
     assert {file.name for file in verdict.files} == {"model-fp32.tflite", "model-int8.tflite", "model.onnx"}
-    assert all(abs(file.accuracy_loss) < 0.05 for file in verdict.files if file.dtype == "fp32")
+    assert all(abs(file.loss) < 0.05 for file in verdict.files if file.dtype == "fp32")
     assert (finished_run / "report" / "report.html").stat().st_size > 10_000
 
 

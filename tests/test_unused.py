@@ -100,6 +100,7 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         ([*COCO, "train.arch=ssdlite320_mobilenet_v3_large", "detector.scores=sigmoid"], "train", "has a detector of its own"),
         (["detector.extras=[64, 32]"], "run", r"detector.extras = \(64, 32\) does nothing: task = 'classify' has no boxes"),
         (["validate.int8_ap_tolerance=0.1"], "run", "does nothing: task = 'classify' has no boxes"),
+        (["validate.tolerances={top2=0.1}"], "run", "does nothing: the metric of task = 'classify' has tolerances of its own"),
         (["export.formats=['onnx']", "export.calibration_images=9"], "export", "does nothing: export.formats has no int8 file"),
         (["export.formats=['tflite-int8']", "validate.parity_tolerance=9"], "validate", "export.formats has no float file"),
         ([*COCO, "validate.app_score=0.001"], "validate", "validate.app_score = 0.001 does nothing: .*min_score = 0.001 drops .* higher"),

@@ -124,7 +124,7 @@ def test_outputs_that_are_wrong_on_the_device_alone_fail(
     found = verdict(finished_run, device, experiment, tmp_path, connect=Wrong)
     parity = judged(found).parity
     assert parity is not None and parity.relative_error == pytest.approx(0.01, rel=0.01) and parity.agreement == 1
-    assert not found.passed and judged(found).parity_passed is False and judged(found).accuracy_passed
+    assert not found.passed and judged(found).parity_passed is False and judged(found).quality_passed
     assert Bundle.load(finished_run / "export" / "bundle.json").files[0].parity.relative_error < 1e-4
 
 
@@ -164,13 +164,13 @@ def test_the_exported_floats_are_pytorchs_on_real_images(finished_run: Path) -> 
 
 
 def test_documents_of_classifiers_have_nothing_of_detectors(finished_run: Path) -> None:
-    """Their bytes, and so their hashes, are those from before there were detectors."""
+    """Nor is anything empty for them."""
     for path in (finished_run / "export" / "bundle.json", finished_run / "validate" / "verdict.json"):
         content = path.read_text()
         document = (Bundle if path.stem == "bundle" else Verdict).parse(content)
         assert document.to_json() == content
-        words = ('"ap"', '"torch_ap"', '"detector": {"', '"post_processing_ms"', '"detector": null,\n "files"', '"ap_loss"')
-        assert not [word for word in words if word in content] and '"torch_accuracy"' in content
+        words = ('"AP"', '"detector": {"', '"post_processing_ms"', '"detector": null,\n "files"', '"min_score"')
+        assert not [word for word in words if word in content] and (document.task, document.metric) == ("classify", "accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +212,10 @@ def test_files_for_apps_are_validated(app_run: Path, device: Device, experiment:
 
 def test_files_for_apps_are_as_accurate(app_run: Path, finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
     app, plain = (verdict(run, device, experiment, tmp_path) for run in (app_run, finished_run))
-    assert app.torch_accuracy == plain.torch_accuracy
-    assert [file.accuracy for file in app.files] == pytest.approx([file.accuracy for file in plain.files], abs=0.03)
-    assert (judged(app).accuracy, judged(plain).network_ms) == (judged(plain).accuracy, None)
+    assert app.metrics == plain.metrics
+    accuracies = [[file.metrics["accuracy"] for file in found.files] for found in (app, plain)]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.03)
+    assert (judged(app).metrics, judged(plain).network_ms) == (judged(plain).metrics, None)
 
 
 def test_a_bundle_says_what_its_files_take(app_run: Path, finished_run: Path) -> None:
@@ -285,7 +286,7 @@ def test_a_failed_verdict_says_what_to_do(finished_run: Path, device: Device, ex
     assert "rounds of model-fp32.tflite differ by 11.9%" in noisy and "hwnas validate with --fresh" in noisy
     [quiet] = said(**late, spread=0.001)
     assert "profile again with more profile.rounds" in quiet
-    [wrong] = said(accuracy_passed=False)
+    [wrong] = said(quality_passed=False)
     assert wrong == (
         "model-fp32.tflite loses more than validate.accuracy_tolerance allows: raise validate.accuracy_tolerance if it is good enough."
     )

@@ -23,7 +23,6 @@ from hwnas.devices.host import Host
 from hwnas.devices.session import Bench
 from hwnas.errors import ConfigError, DeviceError, DocumentError
 from hwnas.export.bundle import Bundle
-from hwnas.export.detector_stage import detector_parity
 from hwnas.export.post_processing import READERS
 from hwnas.export.target import target
 from hwnas.export.timing import timing_file
@@ -31,8 +30,9 @@ from hwnas.networks import architecture
 from hwnas.nn.network import network_of, save_network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
+from hwnas.tasks.boxes import parity
 from hwnas.train.result import TrainResult
-from hwnas.validate.detector import write_typical_image
+from hwnas.validate.latency import write_typical_image
 from hwnas.validate.stage import validate
 from hwnas.verdict import Verdict, lines
 from tests.train.rectangles import classifier, settings
@@ -90,12 +90,13 @@ def verdict(run: Path, experiment: Experiment, work: Path, connection: Any = Non
 def test_all_files_are_as_good_as_pytorch(run: Path) -> None:
     bundle, found = Bundle.load(run / "export" / "bundle.json"), Verdict.load(run / "validate" / "verdict.json")
     trained = TrainResult.load(run / "train" / "train.json")
-    assert trained.test_coco is not None and bundle.torch_ap is not None and bundle.torch_ap > 0.3
-    assert bundle.torch_ap == pytest.approx(trained.test_coco.AP, abs=1e-3) and found.torch_ap == pytest.approx(bundle.torch_ap, abs=1e-9)
+    assert (trained.metric, bundle.metric, found.metric) == ("AP", "AP", "AP") and bundle.metrics["AP"] > 0.3
+    assert bundle.metrics["AP"] == pytest.approx(trained.metrics["AP"], abs=1e-3)
+    assert found.metrics == pytest.approx(bundle.metrics, abs=1e-9)
     assert [file.name for file in found.files] == [target(kind).file for kind in (*FORMATS, *NMS_FORMATS)]
     assert found.passed and found.unpredicted == "there is no table of this device"
     for file in found.files:
-        assert file.ap is not None and file.ap > 0.25 and file.accuracy is None
+        assert file.metrics["AP"] > 0.25 and "accuracy" not in file.metrics
         assert file.measured_ms > 0 and (file.predicted_ms, file.latency_passed) == (None, None)
         in_graph = "nms" in file.name or "tasks" in file.name
         assert (file.post_processing_ms is None) == (file.app_post_processing_ms is None) == in_graph
@@ -117,20 +118,20 @@ def test_the_bundle_says_how_to_read_its_files(run: Path, experiment: Experiment
     folder = run / "export"
     bundle = Bundle.load(folder / "bundle.json")
     assert bundle.detector is not None and bundle.labels == ("red", "blue")
-    assert Bundle.parse(bundle.to_json()) == bundle and "torch_accuracy" not in json.loads(bundle.to_json())
+    assert Bundle.parse(bundle.to_json()) == bundle and "accuracy" not in json.loads(bundle.to_json())["metrics"]
     assert bundle.preprocessing.mean == experiment.data.mean and "without keeping the aspect ratio" in bundle.preprocessing.resize
     images = load_images(experiment.data, "test")
     assert isinstance(images, CocoImages)
     x_NCHW, targets = images.__getitems__([(0, 0)])
     for file in bundle.files:
-        described = bundle.detector.files[file.name]
+        assert file.outputs is not None
         outputs = Host(HOST).predict(folder / file.name, x_NCHW.permute(0, 2, 3, 1).numpy(), folder)
-        assert outputs.size == sum(int(np.prod(output.shape)) for output in described.outputs)
+        assert outputs.size == sum(int(np.prod(output.shape)) for output in file.outputs)
         options = bundle.detector.post_processing.model_dump()
-        boxes, scores, labels = READERS[described.graph](outputs[0], options, bundle.architecture.resolution, len(bundle.labels))
+        boxes, scores, labels = READERS[target(file.format).graph](outputs[0], options, bundle.architecture.resolution, len(bundle.labels))
         assert len(scores) and (np.diff(scores) <= 0).all()
-        wanted = [target for target in targets[0] if target[4] == labels[0]]
-        assert min(float(np.abs(boxes[0] - target[:4].numpy()).max()) for target in wanted) < 12, "pixels of the input, x1, y1, x2, y2"
+        wanted = [each for each in targets[0] if each[4] == labels[0]]
+        assert min(float(np.abs(boxes[0] - each[:4].numpy()).max()) for each in wanted) < 12, "pixels of the input, x1, y1, x2, y2"
 
 
 @pytest.mark.slow
@@ -144,8 +145,8 @@ def test_a_part_of_the_images(run: Path, experiment: Experiment, tmp_path: Path)
 def test_a_file_that_finds_nothing_has_an_ap_of_0(name: str, run: Path, experiment: Experiment, tmp_path: Path) -> None:
     found = verdict(run, experiment, tmp_path, Changed(name, np.zeros_like))
     [wrong] = [file for file in found.files if file.name == name]
-    assert (wrong.ap, wrong.ap_passed, found.passed) == (0.0, False, False)
-    assert all(file.ap_passed for file in found.files if file.name != name)
+    assert (wrong.metrics["AP"], wrong.quality_passed, found.passed) == (0.0, False, False)
+    assert all(file.quality_passed for file in found.files if file.name != name)
     assert wrong.parity is not None and wrong.parity.agreement < 1
     assert any(line.startswith(name) and "OUT OF TOLERANCE" in line for line in lines(found)) and lines(found)[-1] == "verdict: FAILED"
 
@@ -178,7 +179,7 @@ def test_another_file_under_the_name_of_one(run: Path, experiment: Experiment, t
 @pytest.mark.slow
 def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     digits = Experiment.model_validate({"data": {"name": "digits"}}).data
-    with pytest.raises(ConfigError, match=r"data\.name = 'digits' has no boxes, but the bundle is a detector's"):
+    with pytest.raises(ConfigError, match=r"data\.name = 'digits' has no boxes, and the network is a detector"):
         bench = Bench(HOST, connect(HOST), experiment.device, timing_file, tmp_path)
         validate(bench, run / "export", digits, experiment.validation, None)
     less = tmp_path / "data"
@@ -215,14 +216,14 @@ def test_files_that_take_pixels(run: Path, experiment: Experiment, tmp_path: Pat
     before, after = (Bundle.load(folder / "export" / "bundle.json") for folder in (run, copied))
     for one, other in zip(before.files, after.files, strict=True):
         assert one.input is not None and other.input is not None
-        assert (one.input.dtype, other.input.dtype, other.outputs) == ("float32", "uint8", None)
+        assert (one.input.dtype, other.input.dtype, other.outputs) == ("float32", "uint8", one.outputs)
         assert other.parity.relative_error == pytest.approx(one.parity.relative_error, abs=0.02 if one.dtype == "int8" else 1e-5)
     bench = Bench(HOST, Host(HOST), app.device, timing_file, tmp_path)
     found = validate(bench, copied / "export", app.data, app.validation, None)
     known = {file.name: file for file in Verdict.load(run / "validate" / "verdict.json").files}
     assert found.passed
     for file in found.files:
-        assert file.ap == pytest.approx(known[file.name].ap, abs=0.03 if file.dtype == "int8" else 1e-3)
+        assert file.metrics["AP"] == pytest.approx(known[file.name].metrics["AP"], abs=0.03 if file.dtype == "int8" else 1e-3)
         assert (file.network_ms is None) == (known[file.name].network_ms is None)
 
 
@@ -265,12 +266,17 @@ def test_thresholds_of_an_app(score: float, timed: bool, run: Path, experiment: 
         np.testing.assert_array_equal(labels, all_labels[high])
 
 
-def test_old_verdicts_keep_their_hash() -> None:
-    """One without an app's threshold anywhere, as they were; and one with it comes back as it was."""
+def test_verdicts_of_before_are_read() -> None:
+    """One of version 1, without an app's threshold anywhere; and one with it comes back as it was."""
+    kept = {
+        "name": "model.onnx", "runtime": "onnxruntime", "runtime_version": "1", "dtype": "fp32", "measured_ms": 1.0, "spread": 0.01,
+        "predicted_ms": None, "latency_error": None, "latency_passed": None, "parity": None, "parity_passed": True,
+    }  # fmt: skip
     content = {
         "schema": "hwnas.verdict/1", "device": "host", "cpu": "test", "cores": [0], "governor": "unknown", "threads": 1,
         "date": "2026-01-01",
-        "bundle_sha256": "0" * 64, "table": None, "table_sha256": None, "unpredicted": None, "drift": None, "images": 8, "files": [],
+        "bundle_sha256": "0" * 64, "table": None, "table_sha256": None, "unpredicted": None, "drift": None, "images": 8,
+        "files": [{**kept, "ap": 0.48, "ap_loss": 0.02, "ap_passed": True}],
         "not_run": {}, "passed": True, "torch_ap": 0.5,
         "tolerances": {
             "latency_tolerance": 0.05, "max_drift": 0.25, "parity_tolerance": 1e-4, "accuracy_tolerance": 0.002,
@@ -279,7 +285,10 @@ def test_old_verdicts_keep_their_hash() -> None:
         },
     }  # fmt: skip
     old = Verdict.parse(json.dumps(content))
-    assert json.loads(old.to_json()) == content
+    wanted = {name: value for name, value in content.items() if name != "torch_ap"}
+    wanted |= {"schema": "hwnas.verdict/2", "task": "detect", "metric": "AP", "metrics": {"AP": 0.5}}
+    wanted["files"] = [{**kept, "metrics": {"AP": 0.48}, "loss": 0.02, "quality_passed": True}]
+    assert json.loads(old.to_json()) == wanted
     tolerances = old.tolerances.model_copy(update={"app_score": 0.5})
     new = old.model_copy(update={"tolerances": tolerances, "app_score": 0.5, "min_score": 0.001})
     assert Verdict.parse(new.to_json()) == new and new.sha256 != old.sha256
@@ -302,17 +311,17 @@ def test_parity_of_detections() -> None:
     rows = np.array([[[0, 0, 32, 32, 0.9], [40, 40, 64, 64, 0.5]], [[0, 0, 8, 8, 0.0], [9, 9, 20, 20, 0.0]]], np.float32)
     shifted = rows.copy()
     shifted[0, 1, 0] += 0.64
-    found = detector_parity("decoded", shifted, rows, config, 64)
+    found = parity("decoded", shifted, rows, config, 64)
     assert (found.images, found.agreement) == (2, 1.0) and found.relative_error == pytest.approx(0.01)
     chosen = np.zeros((2, 2, 6), np.float32)
     chosen[0] = [[40, 40, 64, 64, 0.5, 0], [0, 0, 32, 32, 0.89, 0]]  # in another order
-    found = detector_parity("nms", chosen, rows, config, 64)
+    found = parity("nms", chosen, rows, config, 64)
     assert found.relative_error == pytest.approx(0.01) and found.agreement == 0.5
     chosen[0, 0] = 0
-    assert detector_parity("nms", chosen, rows, config, 64).relative_error == pytest.approx(40 / 64)
+    assert parity("nms", chosen, rows, config, 64).relative_error == pytest.approx(40 / 64)
     chosen[0, 1, 5] = 1  # of another class
-    assert detector_parity("nms", chosen, rows, config, 64).relative_error == 1
-    assert detector_parity("tasks", np.zeros((2, 13), np.float32), rows, config, 64).relative_error == 1
+    assert parity("nms", chosen, rows, config, 64).relative_error == 1
+    assert parity("tasks", np.zeros((2, 13), np.float32), rows, config, 64).relative_error == 1
 
 
 @pytest.mark.parametrize(("task", "said"), [("classify", "'small-ssdlite' is a detector"), ("detect", "'small' is a classifier")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -23,6 +23,7 @@ from hwnas.config.tables import (
     TrainConfig,
     ValidateConfig,
 )
+from hwnas.config.tasks import TaskName
 from hwnas.document import explain, merged
 from hwnas.errors import ConfigError
 from hwnas.share import share_folder
@@ -32,7 +33,7 @@ class Experiment(Section):
     """A whole experiment: what ``hwnas run`` needs to know."""
 
     name: str = "experiment"
-    task: Literal["classify", "detect"] = Field("classify", description="one label per image, or boxes with labels")
+    task: TaskName = Field("classify", description="one label per image, or boxes with labels")
     seed: int = Field(0, ge=0, lt=2**31)
     checkpoint_seconds: float = Field(20.0, ge=0, description="how often a running search or training saves its state")
     space: SpaceConfig = SpaceConfig()

@@ -297,3 +297,29 @@ class ValidateConfig(Section):
     )
     rounds: int = Field(7, ge=1, description="interleaved passes over the files; up to twice as many while they are noisy")
     max_spread: float = Field(0.10, gt=0, description="spread between rounds above which a file is measured again")
+    tolerances: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {},
+        description="of metrics without a key of their own, by the metric's name, and 'int8 NAME' for int8 files; default those of top-1",
+    )
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``tolerances`` where there are none, so that verdicts from before them keep their hash."""
+        return {name: value for name, value in handler(self).items() if name != "tolerances" or value}
+
+    def tolerance(self, metric: str, dtype: str) -> float:
+        """What a file of a number format may lose of a metric against PyTorch, as a fraction."""
+        key = self.tolerance_key(metric, dtype)
+        if key in type(self).model_fields:
+            value: float = getattr(self, key)
+            return value
+        usual = self.tolerance("accuracy", dtype)
+        return self.tolerances.get(key.removeprefix("tolerances."), usual)
+
+    def tolerance_key(self, metric: str, dtype: str) -> str:
+        """The key of this table that says so."""
+        own = f"{metric.lower()}_tolerance"
+        is_int8 = dtype == "int8"
+        if own in type(self).model_fields:
+            return f"int8_{own}" if is_int8 else own
+        return f"tolerances.int8 {metric}" if is_int8 else f"tolerances.{metric}"

@@ -20,7 +20,7 @@ from hwnas.core.ops import Op
 from hwnas.core.space_head import Classifiers, Detectors, SpaceHead
 from hwnas.core.ssdlite import EXTRAS, DetectorSpec
 from hwnas.document import Document, nearest
-from hwnas.errors import ConfigError, SpaceError
+from hwnas.errors import SpaceError
 
 __all__ = ["RESOLUTION", "Choice", "Option", "SearchSpace", "Term", "shortened"]
 
@@ -75,8 +75,9 @@ class SearchSpace(Document):
         """A new space with only the ``allowed`` options at the named choices."""
 
     def with_detector(self, *, extras: Sequence[int] = EXTRAS, scores: Scores = "softmax", name: str | None = None) -> Self:
-        """A new space whose networks carry a detector. Raises ConfigError where no network of this kind of space can."""
-        raise ConfigError(f"space {self.name!r} is one of cells, and detectors are searched on blocks in a row: choose another space.")
+        """A new space of detectors. Raises SpaceError where this kind of space has none."""
+        del extras, scores, name
+        raise SpaceError(f"space {self.name!r} is one of cells, and detectors are searched on blocks in a row: choose another space.")
 
     def placed(self, arch: Architecture) -> tuple[Placed, ...]:
         """The ops of ``arch``, input to output, by the names of their places; where its origin is this space, those of the space,

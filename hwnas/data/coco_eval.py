@@ -39,6 +39,11 @@ class CocoMetrics(BaseModel):
     ARl: float | None = Field(description="recall with 100, of objects above 96^2 pixels")
     AP_per_class: dict[str, float | None] = Field(description="AP by the class's name")
 
+    @property
+    def by_name(self) -> dict[str, float | None]:
+        """The numbers of all classes together, AP first."""
+        return self.model_dump(exclude={"AP_per_class"})
+
 
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """The order in which pycocotools gives them."""

@@ -11,8 +11,7 @@ from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
 from hwnas.export.interface import Interface
-from hwnas.export.metadata import ModelCard, OutputKind
-from hwnas.export.names import LOGITS
+from hwnas.export.metadata import ModelCard
 from hwnas.export.target import Trained, target
 from hwnas.nn.network import network_of
 
@@ -33,8 +32,7 @@ def of_export(experiment: Experiment, arch: Architecture, watch: Stopwatch) -> E
     network = network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
     images = np.zeros((CALIBRATED, arch.resolution, arch.resolution, arch.in_channels), np.float32)
     interface = Interface("float32", False, (0.0,) * arch.in_channels, (1.0,) * arch.in_channels)
-    output: OutputKind = LOGITS if arch.detector is None else "decoded"
-    card = ModelCard(arch.name, arch.in_channels, ("",) * arch.classes, output, interface.normalisation, "")
+    card = ModelCard(arch.name, arch.in_channels, ("",) * arch.classes, interface.output, interface.normalisation, "")
     trained = Trained(network, interface, images, card)
     parts, late = [], []
     for made in map(target, experiment.export_formats):

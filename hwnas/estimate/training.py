@@ -6,14 +6,11 @@ from pathlib import Path
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.data.coco import CocoImages
-from hwnas.data.images import evaluation_batches
-from hwnas.detection import detect
-from hwnas.engine import accuracy
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
 from hwnas.estimate.searching import checkpoints
-from hwnas.nn.detector import DetectionNetwork
+from hwnas.nn.network import AnyNetwork
 from hwnas.runs import StageContext
+from hwnas.task import Evaluation, task_of
 from hwnas.train import stage
 
 STEPS = 0.15
@@ -42,15 +39,9 @@ def of_training(experiment: Experiment, arch: Architecture, folder: Path, watch:
     saving, checkpoint_bytes = checkpoints(engine, steps, experiment.checkpoint_seconds, watch)
     count = min(TESTED, len(training.test))
     network = engine.averaged
-    size, workers = experiment.train.batch_size, experiment.data.workers
-    if isinstance(network, DetectionNetwork):
-        post = experiment.detector.post_processing
-        assert isinstance(training.test, CocoImages)
-        images = training.test
-        testing = watch.once(lambda: detect(network, images, post, batch_size=size, limit=count, workers=workers))
-    else:
-        testing = watch.once(lambda: accuracy(network, evaluation_batches(training.test, size, limit=count, workers=workers)))
-    each_image = testing / count
+    assert isinstance(network, AnyNetwork)
+    how = Evaluation(experiment.train.batch_size, count, experiment.data.workers)
+    each_image = watch.once(lambda: task_of(experiment).evaluate(network, training.test, how)) / count
     validation = training.validation
     curve = Part("validation curve", len(validation.due), validation.limit * each_image)
     parts = (steps, saving, *([curve] if validation.due else []), Part(TESTING, len(training.test), each_image))

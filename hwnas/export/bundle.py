@@ -6,13 +6,12 @@ export/
     model-int8.tflite       the same interface, int8 inside
     model.onnx              NCHW float32 in, logits out; the architecture is in its metadata
     labels.txt              one label a line, in the order of the outputs; the TFLite files carry it in their metadata
-    parity.npz              some test images as the files take them, PyTorch's logits of them and classes of all
+    parity.npz              some test images as the files take them, PyTorch's outputs for them and its answers for all
 
 ``export.input`` and ``export.softmax`` have all files take uint8 pixels and return probabilities (``interface``); ``input`` and
 ``outputs`` of each file say what it takes and returns.
 
-Of a detector, the three files return a row per anchor, ``parity.npz`` holds PyTorch's rows and what it finds in all test images, and
-there may be files that choose the detections themselves:
+Of a detector, the three files return a row per anchor, and there may be files that choose the detections themselves:
 
     model-nms.onnx          ONNX's NonMaxSuppression
     model-*-tasks.tflite    TFLite_Detection_PostProcess, the operator that Android's task libraries read
@@ -21,50 +20,31 @@ there may be files that choose the detections themselves:
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hwnas import __version__
 from hwnas.config import DataConfig, Format, Interpolation, Resize
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
-from hwnas.data.images import Batch, Images
+from hwnas.core.metric import ACCURACY, AP
+from hwnas.data.images import Images
 from hwnas.document import Document, file_sha256, write_atomic
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, labels_text
 from hwnas.export.names import IMAGE, PROBABILITIES
 from hwnas.export.score_calibration import Transformation
-from hwnas.export.target import Graph, Target, target
+from hwnas.export.target import Target, target
+from hwnas.task import Output, Parity, Task, task_named
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Parity(_Part):
-    """A file's outputs against PyTorch's on real test images.
-
-    ``relative_error`` is max |file - torch| / max |torch| over all logits; ``agreement`` the part of images with the same top-1.
-    Of detectors see ``detector_stage.detector_parity``.
-    """
-
-    images: int
-    relative_error: float
-    agreement: float
-
-
-class Output(_Part):
-    """One output of a file, of batch 1."""
-
-    name: str
-    shape: tuple[int, ...]
-    meaning: str
 
 
 class FileInput(_Part):
@@ -79,7 +59,7 @@ class FileInput(_Part):
 
 
 class BundleFile(_Part):
-    """One exported file. What a detector's file returns is in the bundle's ``detector``; older bundles do not say what it takes."""
+    """One exported file. Older bundles do not say what all files take and return."""
 
     name: str
     format: Format
@@ -147,33 +127,36 @@ class Preprocessing(_Part):
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
-class DetectorFile(_Part):
-    """What is in the graph of a detector's file, and what comes out."""
-
-    graph: Graph
-    outputs: tuple[Output, ...]
-
-
 class DetectorPart(_Part):
-    """How to read a detector's files, by their names. ``post_processing`` is what files without it in the graph still need."""
+    """How to read a detector's files. ``post_processing`` is what those without it in the graph still need."""
 
     anchors: int
     post_processing: PostProcessing
-    files: dict[str, DetectorFile]
+
+    @classmethod
+    def of(cls, arch: Architecture, post_processing: PostProcessing) -> Self | None:
+        """Of a detector; None of other networks."""
+        return None if arch.detector is None else cls(anchors=arch.detector.anchors, post_processing=post_processing)
 
 
 class Bundle(Document):
-    """The description of a bundle (``bundle.json``). A classifier has ``torch_accuracy``, a detector ``torch_ap`` and ``detector``."""
+    """The description of a bundle (``bundle.json``). ``metrics`` are PyTorch's on the test images, by name.
+
+    Version 1 had ``torch_accuracy`` of a classifier or ``torch_ap`` of a detector instead, and described the files of the latter in
+    ``detector``.
+    """
 
     SCHEMA: ClassVar[str] = "hwnas.bundle"
+    VERSION: ClassVar[int] = 2
 
     architecture: Architecture
+    task: str
     labels: tuple[str, ...]
     preprocessing: Preprocessing
     macs: int
     params: int
-    torch_accuracy: float | None = None
-    torch_ap: float | None = Field(None, description="COCO's AP of PyTorch on the test images")
+    metric: str = Field(description="what the network is judged by")
+    metrics: dict[str, float]
     test_images: int
     files: tuple[BundleFile, ...]
     detector: DetectorPart | None = None
@@ -182,13 +165,31 @@ class Bundle(Document):
     versions: dict[str, str]
 
     @model_validator(mode="after")
-    def _one_task(self) -> Self:
-        detects = self.architecture.detector is not None
-        if (self.detector is None, self.torch_ap is None, self.torch_accuracy is None) != (not detects, not detects, detects):
-            raise ValueError("a bundle has torch_accuracy, and that of a detector has torch_ap and detector instead: export again")
-        if self.detector is not None and set(self.detector.files) != {file.name for file in self.files}:
-            raise ValueError("detector.files must name the same files as files: export again")
+    def _one_form(self) -> Self:
+        if self.metric not in self.metrics:
+            raise ValueError(f"metrics lack {self.metric!r}, which is the metric: export again")
+        if (self.detector is None) != (self.architecture.detector is None):
+            raise ValueError("a bundle of a detector, and no other, says how to read it in detector: export again")
         return self
+
+    @classmethod
+    def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
+        """The names of version 1."""
+        names = {"torch_accuracy": (ACCURACY, "classify"), "torch_ap": (AP, "detect")}
+        for name, (metric, task) in names.items():
+            value = content.pop(name, None)
+            if value is not None:
+                content |= {"metric": metric, "metrics": {metric: value}, "task": task}
+        detector = content.get("detector")
+        if isinstance(detector, dict) and isinstance(content.get("files"), list):
+            outputs = {name: each["outputs"] for name, each in detector.pop("files", {}).items()}
+            content["files"] = [{**file, "outputs": outputs.get(file.get("name"))} for file in content["files"]]
+        return content
+
+    @property
+    def settings(self) -> Task:
+        """The task, as the network was exported."""
+        return task_named(self.task, None if self.detector is None else self.detector.post_processing)
 
     @property
     def interface(self) -> Interface:
@@ -200,7 +201,7 @@ class Bundle(Document):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what belongs to the other task, and what came later, so that older bundles keep their hash."""
+        """Without what is not set."""
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
@@ -223,15 +224,6 @@ def preprocessing(data: DataConfig, images: Images) -> Preprocessing:
     )
 
 
-def parity(outputs: np.ndarray, reference: np.ndarray) -> Parity:
-    """Compare logits [N, classes] of a file with PyTorch's."""
-    return Parity(
-        images=len(outputs),
-        relative_error=float(np.abs(outputs - reference).max() / np.abs(reference).max()),
-        agreement=float((outputs.argmax(1) == reference.argmax(1)).mean()),
-    )
-
-
 def described_input(of: Target, interface: Interface, arch: Architecture) -> FileInput:
     """What a target's file takes, in words and numbers."""
     size, channels = arch.resolution, arch.in_channels
@@ -247,13 +239,7 @@ def described_input(of: Target, interface: Interface, arch: Architecture) -> Fil
     )
 
 
-def described_output(interface: Interface, arch: Architecture) -> Output:
-    """What a classifier's file returns."""
-    adding = "between 0 and 1, and their sum is 1" if interface.softmax else "of which a softmax makes probabilities"
-    return Output(name=interface.output, shape=(1, arch.classes), meaning=f"one number per label, {adding}")
-
-
-def describe_file(folder: Path, kind: str, measured: Parity, entry: FileInput, outputs: tuple[Output, ...] | None = None) -> BundleFile:
+def describe_file(folder: Path, kind: str, measured: Parity, entry: FileInput, outputs: tuple[Output, ...]) -> BundleFile:
     """The entry of an exported file."""
     made = target(kind)
     path = folder / made.file
@@ -277,22 +263,6 @@ def write_labels(folder: Path, labels: Sequence[str]) -> TextFile:
     path = folder / LABELS_FILE
     write_atomic(path, labels_text(labels).encode())
     return TextFile(name=path.name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
-
-
-@torch.inference_mode()
-def torch_logits(network: torch.nn.Module, images_NHWC: np.ndarray) -> np.ndarray:
-    """PyTorch's logits float32 [N, classes] for channels-last images, on the CPU in float32."""
-    x_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
-    logits: np.ndarray = network.cpu().eval()(x_NCHW).numpy()
-    return logits
-
-
-@torch.inference_mode()
-def torch_predictions(network: torch.nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """PyTorch's class for each image of ``batches``, and the right one: both int16 [N]."""
-    pairs = [(network.cpu().eval()(x_NCHW).argmax(1).numpy(), y.numpy()) for x_NCHW, y in batches]
-    predicted, labels = (np.concatenate(part).astype(np.int16) for part in zip(*pairs, strict=True))
-    return predicted, labels
 
 
 def save_parity(path: Path, **arrays: np.ndarray) -> None:

@@ -12,28 +12,26 @@ from hwnas.data.images import Images, Portion, evaluation_batches, load_images, 
 from hwnas.devices.device import HOST, connect
 from hwnas.document import write_atomic
 from hwnas.errors import ConfigError
-from hwnas.export import detector_stage, score_calibration
+from hwnas.export import score_calibration
 from hwnas.export.bundle import (
     Bundle,
     CalibrationPart,
+    DetectorPart,
     describe_file,
     described_input,
-    described_output,
-    parity,
     preprocessing,
     save_parity,
     tool_versions,
-    torch_logits,
-    torch_predictions,
     write_labels,
 )
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, ModelCard
 from hwnas.export.score_calibration import ScoreCalibration, Transformation
 from hwnas.export.target import Trained, target
-from hwnas.nn.network import Network, load_network
+from hwnas.nn.network import AnyNetwork, load_network
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
+from hwnas.task import Task, task_named, task_of
 
 Predict = Callable[[Path, np.ndarray, Path], np.ndarray]
 
@@ -48,21 +46,27 @@ def outputs(formats: tuple[str, ...]) -> list[str]:
 
 def run(ctx: StageContext, predict: Predict) -> None:
     """Export every format and compare each with PyTorch; ``predict(file, images, folder)`` runs a file in its runtime."""
-    network = load_network(ctx.path("train", "model.safetensors")).eval()
-    kind, task = ("classifier", "classify") if isinstance(network, Network) else ("detector", "detect")
-    if task != ctx.experiment.task:
-        raise ConfigError(f"{network.arch.name!r} is a {kind}, but task = {ctx.experiment.task!r}: set task = {task!r}, or train again.")
-    bundle = _classifier(ctx, network, predict) if isinstance(network, Network) else detector_stage.run(ctx, network, predict)
+    network, task = load_network(ctx.path("train", "model.safetensors")).eval(), task_of(ctx.experiment)
+    _check_kind(network, task)
+    bundle = _exported(ctx, network, task, predict)
     bundle.save(ctx.folder / "bundle.json")
-    same = "top-1" if isinstance(network, Network) else "best detection"
+    ctx.progress.say(f"PyTorch: {task.said(dict(bundle.metrics), bundle.test_images)}")
     for file in bundle.files:
         ctx.progress.say(
             f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error {file.parity.relative_error:.1e}, "
-            f"same {same} on {file.parity.agreement:.1%} of {file.parity.images} images"
+            f"same {task.words.answer} on {file.parity.agreement:.1%} of {file.parity.images} images"
         )
     for reason in (refused_by_mediapipe(bundle), stretched_by_apps(bundle)):
         if reason is not None:
             ctx.progress.say(f"note: {reason}")
+
+
+def _check_kind(network: AnyNetwork, task: Task) -> None:
+    """Raise ConfigError where the network is another task's."""
+    arch = network.arch
+    if arch.task != task.network_kind:
+        kind = task_named(arch.task).words.network
+        raise ConfigError(f"{arch.name!r} is a {kind}, but task = {task.name!r}: set task = {arch.task!r}, or train again.")
 
 
 def refused_by_mediapipe(bundle: Bundle) -> str | None:
@@ -98,20 +102,20 @@ def _has_tflite(bundle: Bundle) -> bool:
     return any(file.runtime == "litert" for file in bundle.files)
 
 
-def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle:
-    """Write the files of a classifier and ``parity.npz``; return what ``bundle.json`` has to say."""
-    config, formats = ctx.experiment.export, ctx.experiment.export_formats
-    data = ctx.experiment.data.at(network.arch.resolution)
+def _exported(ctx: StageContext, network: AnyNetwork, task: Task, predict: Predict) -> Bundle:
+    """Write the files and ``parity.npz``; return what ``bundle.json`` has to say."""
+    config, formats, arch = ctx.experiment.export, ctx.experiment.export_formats, network.arch
+    data = ctx.experiment.data.at(arch.resolution)
     train, test = load_images(data, "train"), load_images(data, "test")
-    calibration = sampled_images(train, config.calibration_images)
+    task.check_images(test, data.name)
+    answers = task.torch_answers(network, test, data.workers)
     interface = Interface(config.input, config.softmax, data.mean, data.std)
-    images = interface.fed(sampled_images(test, config.parity_images))
-    reference = torch_logits(network, interface.seen(images))
-    predictions, labels = torch_predictions(network, evaluation_batches(test, 256, workers=data.workers))
-    save_parity(ctx.folder / "parity.npz", images=images, logits=reference, predictions=predictions)
-    calibrated = _score_calibration(network, test, interface, data.workers) if config.score_calibration else None
+    images = interface.fed(sampled_images(test, min(config.parity_images, task.reference_images(network) or len(test))))
+    reference = task.torch_outputs(network, interface.seen(images))
+    save_parity(ctx.folder / "parity.npz", images=images, **{task.reference: reference}, **answers.arrays())
+    calibrated = _score_calibration(network, task, test, interface, data.workers) if config.score_calibration else None
     card = ModelCard(
-        name=network.arch.name,
+        name=arch.name,
         channels=data.channels,
         labels=test.names,
         output=interface.output,
@@ -119,26 +123,29 @@ def _classifier(ctx: StageContext, network: Network, predict: Predict) -> Bundle
         resizing=test.resizing,
         calibration=None if calibrated is None else calibrated.fitted,
     )
-    trained = Trained(network, interface, calibration, card)
+    trained = Trained(network, interface, sampled_images(train, config.calibration_images), card, task.post_processing)
     files = []
-    with ctx.progress.task("exporting", len(formats)) as task:
+    with ctx.progress.task("exporting", len(formats)) as shown:
         for kind in formats:
             made = target(kind)
             path = ctx.folder / made.file
             write_atomic(path, made.write(trained))
-            measured = parity(predict(path, images, ctx.folder), interface.outputs_of(reference))
-            described = described_input(made, interface, network.arch), (described_output(interface, network.arch),)
+            measured = task.parity(made.graph, predict(path, images, ctx.folder), interface.outputs_of(reference), arch)
+            described = described_input(made, interface, arch), task.outputs(made.graph, arch, interface.output)
             files.append(describe_file(ctx.folder, kind, measured, *described))
-            task.advance(note=path.name)
+            shown.advance(note=path.name)
     return Bundle(
-        architecture=network.arch,
+        architecture=arch,
+        task=task.name,
         labels=test.names,
         preprocessing=preprocessing(data, test),
-        macs=network.arch.macs,
-        params=network.arch.params,
-        torch_accuracy=float((predictions == labels).mean()),
+        macs=arch.macs,
+        params=arch.params,
+        metric=task.metric,
+        metrics=answers.metrics(test, None),
         test_images=len(test),
         files=tuple(files),
+        detector=DetectorPart.of(arch, task.post_processing),
         labels_file=write_labels(ctx.folder, test.names),
         score_calibration=None if calibrated is None else calibrated.part(),
         versions=tool_versions(),
@@ -163,11 +170,11 @@ class _Calibrated:
         )
 
 
-def _score_calibration(network: Network, test: Images, interface: Interface, workers: int) -> _Calibrated:
+def _score_calibration(network: AnyNetwork, task: Task, test: Images, interface: Interface, workers: int) -> _Calibrated:
     """Fitted to PyTorch's outputs for half of the test images: the final training has seen all others."""
     half = Portion(test, CALIBRATION_PORTION)
     pairs = [
-        (torch_logits(network, x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy())
+        (task.torch_outputs(network, x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy())
         for x_NCHW, y in evaluation_batches(half, 256, workers=workers)
     ]
     logits, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
@@ -188,8 +195,8 @@ class Export(Stage):
 
     def inputs(self) -> dict[str, str]:
         """The weights, the data and the settings."""
-        sections = ("export", "detector") if self.at.experiment.task == "detect" else ("export",)
         trained = self.at.hash_of(self.at.path("train", "model.safetensors"), "train")
+        sections = ("export", *task_of(self.at.experiment).tables)
         return {**trained, **self.at.hashes_of_data(), **self.at.hashes_of_config(*sections)}
 
     def summary(self) -> str:

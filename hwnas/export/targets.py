@@ -53,9 +53,9 @@ class _TFLite(Target):
 
     def _detector(self, heads: bytes, network: DetectionNetwork, trained: Trained) -> bytes:
         if self.graph == "tasks":
-            card = replace(trained.card, output="tasks")
-            return with_metadata(tflite_detector.tasks(heads, network, trained.post_processing), card)
-        return with_metadata(tflite_detector.decoded(heads, network), trained.card)
+            model = tflite_detector.tasks(heads, network, trained.post_processing)
+            return with_metadata(model, replace(trained.card, output="tasks"))
+        return with_metadata(tflite_detector.decoded(heads, network), replace(trained.card, output="decoded"))
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes:
         """Without decoding or interface."""

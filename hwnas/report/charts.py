@@ -12,12 +12,12 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hwnas.core.metric import OF_LOSS, shown
 from hwnas.core.ops import Op, kinds
 from hwnas.core.table import Entry, HeldOut
 from hwnas.report.documents import Rows
 from hwnas.report.style import KERNEL_MARKERS, LIGHT, canvas, inline_svg, kernel_colour
 from hwnas.report.ticks import Ticks
-from hwnas.search.metric import OF_LOSS, shown
 from hwnas.search.result import Candidate, SearchResult
 
 HALF, FULL = 464, 952

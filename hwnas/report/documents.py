@@ -15,8 +15,10 @@ from hwnas.document import Document, file_sha256
 from hwnas.export.bundle import Bundle
 from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest
 from hwnas.search.result import SearchResult
+from hwnas.stages import stage_class
 from hwnas.study.documents import CompareStudy, RankStudy, ShrinkStudy
-from hwnas.train.pictures import Pictures
+from hwnas.task import Task, task_of
+from hwnas.tasks.pictures import Pictures
 from hwnas.train.result import TrainResult
 from hwnas.verdict import Verdict
 
@@ -93,9 +95,9 @@ class RunDocuments:
         return next((verb for verb, document in made.items() if document is not None), None)
 
     @property
-    def detects(self) -> bool:
-        """Whether boxes are found, instead of one class per image."""
-        return self.experiment.task == "detect"
+    def task(self) -> Task:
+        """What the network is for."""
+        return task_of(self.experiment)
 
     @property
     def unit(self) -> Unit:
@@ -171,10 +173,7 @@ def _needed(ctx: StageContext) -> list[str]:
     studied = any(ctx.path(name, MANIFEST).is_file() for name in ("rank", "compare", "shrink"))
     if studied and not any(ctx.path(name, MANIFEST).is_file() for name in RESULTS):
         return []  # a study, which makes no network
-    named = experiment.train.arch is not None
-    unpriced = experiment.search.table is not None or (named and experiment.task == "detect")  # no space prices its heads
-    skipped = {"profile": unpriced, "search": named}
-    return [name for name in RESULTS if not skipped.get(name, False)]
+    return [name for name in RESULTS if stage_class(name).is_needed(experiment)]
 
 
 def _state(ctx: StageContext, name: str, rows: Rows) -> StageState:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hwnas.report.charts import FULL
 from hwnas.report.style import LIGHT, canvas, inline_svg
-from hwnas.train.pictures import Box, Picture
+from hwnas.tasks.pictures import Box, Picture
 
 COLUMNS = 4
 

@@ -17,12 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hwnas import __version__
-from hwnas.config import ValidateConfig
 from hwnas.core.arch import Placed
 from hwnas.core.caution import Caution
+from hwnas.core.metric import shown
 from hwnas.core.ops import Op
 from hwnas.core.space import SearchSpace
-from hwnas.data.coco_eval import NUMBERS
 from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.export.bundle import BundleFile
 from hwnas.report import charts, comparing, drawing, pictures, ranking, shrinking
@@ -30,10 +29,13 @@ from hwnas.report.charts import Series
 from hwnas.report.documents import SOURCES, Rows, RunDocuments, read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import StageContext
-from hwnas.search.metric import shown
 from hwnas.stages import Stage
-from hwnas.train.pictures import MIN_SCORE
+from hwnas.task import Task
+from hwnas.tasks.pictures import MIN_SCORE
 from hwnas.verdict import FileVerdict, drift_note
+
+CURVE_COLOURS = ("orange", "blue", "green")
+"""Of the metrics of a validation curve."""
 
 __all__ = ["SOURCES", "Report", "render", "run"]
 
@@ -98,7 +100,9 @@ def render(documents: RunDocuments) -> str:
         conditions=conditions(documents),
         blocks=block_rows(documents),
         figures=figures(documents),
-        numbers=NUMBERS,
+        task=documents.task,
+        trained=documents.train.metrics if documents.train is not None else {},
+        torch=torch_metrics(documents),
         per_class=class_rows(documents),
         min_score=MIN_SCORE,
         ranks=ranking.score_rows(documents.study) if documents.study is not None else [],
@@ -130,6 +134,25 @@ def judged_file(documents: RunDocuments) -> FileVerdict | None:
     return next((file for file in files if file.predicted_ms is not None), files[0] if files else None)
 
 
+@dataclass(frozen=True)
+class TorchMetrics:
+    """How good PyTorch is, by name, on how many test images."""
+
+    values: dict[str, float | None]
+    images: int
+
+
+def torch_metrics(documents: RunDocuments) -> TorchMetrics | None:
+    """What the latest document that has PyTorch's metrics says of them."""
+    if documents.verdict is not None:
+        return TorchMetrics(dict(documents.verdict.metrics), documents.verdict.images)
+    if documents.bundle is not None:
+        return TorchMetrics(dict(documents.bundle.metrics), documents.bundle.test_images)
+    if documents.train is not None:
+        return TorchMetrics(documents.train.metrics, documents.train.test_images)
+    return None
+
+
 def failures(documents: RunDocuments) -> list[str]:
     """Every broken promise in one sentence."""
     verdict = documents.verdict
@@ -143,11 +166,10 @@ def failures(documents: RunDocuments) -> list[str]:
                 f"{against(file.latency_error)} the {ms(file.predicted_ms)} ms predicted; "
                 f"{allowed.latency_tolerance:.1%} are allowed."
             )
-        lost, tolerance = quality_loss(file, allowed)
         if not file.quality_passed:
             found.append(
-                f"{file.name} loses {100 * lost:.2f} points of {'top-1' if file.ap is None else 'AP'} against PyTorch; "
-                f"{100 * tolerance:.2f} are allowed."
+                f"{file.name} loses {100 * file.loss:.2f} points of {verdict.words.metric} against PyTorch; "
+                f"{100 * allowed.tolerance(verdict.metric, file.dtype):.2f} are allowed."
             )
         if file.parity_passed is False and file.parity is not None:
             found.append(
@@ -155,14 +177,6 @@ def failures(documents: RunDocuments) -> list[str]:
                 f"{allowed.parity_tolerance:.1e} is allowed."
             )
     return found
-
-
-def quality_loss(file: FileVerdict, allowed: ValidateConfig) -> tuple[float, float]:
-    """What a file loses against PyTorch of accuracy or AP, and what it may lose."""
-    if file.ap_loss is not None:
-        return file.ap_loss, allowed.int8_ap_tolerance if file.dtype == "int8" else allowed.ap_tolerance
-    assert file.accuracy_loss is not None
-    return file.accuracy_loss, allowed.int8_accuracy_tolerance if file.dtype == "int8" else allowed.accuracy_tolerance
 
 
 def notices(documents: RunDocuments) -> list[str]:
@@ -181,7 +195,7 @@ def notices(documents: RunDocuments) -> list[str]:
     if bundle is not None and arch is not None and bundle.architecture.sha256 != arch.sha256:
         found.append("The exported files are of an earlier architecture than the one shown here.")
     verdict = documents.verdict
-    if verdict is not None and bundle is not None and verdict.bundle_sha256 != bundle.sha256:
+    if verdict is not None and verdict.bundle_sha256 != documents.hashes.get("export/bundle.json", verdict.bundle_sha256):
         found.append("The verdict is about an earlier bundle than the one shown here.")
     found += [f"{name} was not validated: {why}." for name, why in (verdict.not_run if verdict is not None else {}).items()]
     note = drift_note(verdict) if verdict is not None else None
@@ -279,7 +293,7 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
                 "trainparts", "parts of the loss", rows, [Series("class_loss", "classes"), Series("box_loss", "boxes", "orange")]
             ),
         ),
-        _accuracy_course(rows, documents.validation_rows),
+        _metric_course(documents.task, rows, documents.validation_rows),
     ]
     judged = table.calibration.held_out if table is not None and table.calibration is not None else None
     return {
@@ -297,24 +311,22 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
     }
 
 
-def _accuracy_course(rows: Rows, validation_rows: Rows) -> tuple[str, Markup | None]:
+def _metric_course(task: Task, rows: Rows, validation_rows: Rows) -> tuple[str, Markup | None]:
     """How good a network was as it trained: on test images where it was looked at, beside training batches where they have an accuracy."""
-    together = sorted([*rows, *validation_rows], key=lambda row: float(row["step"]))
-    test = Series("test_accuracy", "test images", "orange", exact=True)
-    if any("test_ap" in row for row in validation_rows):
-        precision = [Series("test_ap", "AP", "orange", exact=True), Series("test_ap50", "AP50", exact=True)]
-        return "AP on test images during training", charts.course("trainap", "AP on test images", together, precision, percent=True)
-    batches = Series("train_accuracy", "training batch", "blue")
+    batches = [Series("train_accuracy", "training batch", "blue")]
     if not validation_rows:
-        return "Accuracy on training batches", charts.course("trainaccuracy", "training accuracy", rows, [batches], percent=True)
-    title = "Accuracy on test images during training"
-    return title, charts.course("trainaccuracy", title[0].lower() + title[1:], together, [batches, test], percent=True)
+        return "Accuracy on training batches", charts.course("trainaccuracy", "training accuracy", rows, batches, percent=True)
+    together = sorted([*rows, *validation_rows], key=lambda row: float(row["step"]))
+    names = task.curve if len(task.curve) > 1 else dict.fromkeys(task.curve, "test images")
+    looked_at = [Series(row, label, colour, exact=True) for (row, label), colour in zip(names.items(), CURVE_COLOURS, strict=False)]
+    what = f"{task.metric} on test images"
+    curve = charts.course(f"train{task.metric.lower()}", what, together, [*batches, *looked_at], percent=True)
+    return f"{sentence(what)} during training", curve
 
 
 def class_rows(documents: RunDocuments) -> list[tuple[str, float | None]]:
-    """The classes of a detector with their AP, the best first, those without objects last."""
-    coco = documents.train.test_coco if documents.train is not None else None
-    found = coco.AP_per_class.items() if coco is not None else ()
+    """The classes with what the task's metric is of each, the best first, those without objects last."""
+    found = documents.train.per_class.items() if documents.train is not None else ()
     return sorted(found, key=lambda pair: -1.0 if pair[1] is None else pair[1], reverse=True)
 
 

@@ -1,6 +1,6 @@
 """How good an architecture is by the super-net: the quality of its extracted, BN-recalibrated network on held-out images.
 
-``quality`` says what that is: accuracy or AP, or 1 / (1 + loss); see ``hwnas.search.quality``.
+``quality`` says what that is: accuracy or AP, or 1 / (1 + loss); see ``hwnas.tasks``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hwnas.nn.network import AnyNetwork
 from hwnas.nn.portfolio import Portfolio
 from hwnas.nn.supernet import SharedNetwork, resized
 from hwnas.runs import JsonLines
-from hwnas.search.quality import quality_of
+from hwnas.task import task_of
 
 KEPT_BYTES = 2**28
 """Held-out images that are kept in memory between the networks of the last ranking, at most, instead of being read for each anew (ours):
@@ -37,7 +37,7 @@ class Judge:
     def __init__(self, supernet: SharedNetwork | Portfolio, experiment: Experiment) -> None:
         self.supernet, self.config, self.workers = supernet, experiment.search, experiment.data.workers
         self.train, self.held_out = load_images(experiment.data, "train"), load_images(experiment.data, "held_out")
-        self.quality = quality_of(experiment, supernet.space)
+        self.quality = task_of(experiment).quality(experiment, supernet.space)
         self._known: dict[str, float] = {}
         self._file: JsonLines | None = None
         self._recalibration: list[Batch] = []

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.core.caution import Caution
+from hwnas.core.metric import ACCURACY, AP, shown, shown_difference, shown_points
 from hwnas.core.statistics import (
     NO_AP,
     Average,
@@ -32,7 +33,6 @@ from hwnas.core.statistics import (
     selection_intensity,
     welch,
 )
-from hwnas.search.metric import ACCURACY, AP, shown, shown_difference, shown_points
 
 PART = 0.2
 """Part of the steps that counts as the first or the last of them (ours)."""

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from hwnas.config import Plugin
 from hwnas.core.arch import Picks
 from hwnas.core.cost import UNITS, Unit, UnitName
+from hwnas.core.metric import ACCURACY
 from hwnas.core.objective import Objective
 from hwnas.document import Document
 from hwnas.search.learning import Learning
 from hwnas.search.meter import SearchCost
-from hwnas.search.metric import ACCURACY
 
 
 class Candidate(BaseModel):

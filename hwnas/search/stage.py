@@ -14,6 +14,7 @@ from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cost import UNITS, CostModel
 from hwnas.core.describe import counted
 from hwnas.core.limits import LatencyLimit, Limits
+from hwnas.core.metric import shown
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Images, Portion, load_images
@@ -29,13 +30,13 @@ from hwnas.search.comparison import compared_with
 from hwnas.search.finder import Finder
 from hwnas.search.judge import Judge
 from hwnas.search.learning import Course, Ranking, learning_of
-from hwnas.search.metric import shown
 from hwnas.search.proposal import random_within
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 from hwnas.search.supernets import SHARED, meter_of, supernet_of, trained, trained_supernet
 from hwnas.search.weights import Batches, SupernetWeights
 from hwnas.stages import Stage
+from hwnas.task import task_of
 
 TRAINED_FINDER = Plugin.model_validate(
     {"name": "evolution", "generations": 8, "population": 20, "parents": 10, "mutations": 10, "crossovers": 10}
@@ -255,7 +256,7 @@ def _course(prepared: Prepared, config: SearchConfig) -> Course:
     """What the search has logged, its losses per cross-entropy."""
     strategy, judge = prepared.strategy, prepared.judge
     rows = prepared.engine.metrics.read()
-    if judge.supernet.space.detector is None:
+    if judge.quality.of_cross_entropy:
         rows = [{**row, "loss": row["loss"] / strategy.cross_entropies(row)} for row in rows]
     return Course(rows, strategy.rate, judge.quality.loss_of_a_guess(judge.train.labels, config.label_smoothing))
 
@@ -390,9 +391,8 @@ class Search(Stage):
             found["super-net"] = file_sha256(trained_supernet(config.weights))
         if config.backbone is not None:
             found["backbone"] = file_sha256(trained_supernet(config.backbone, "search.backbone"))
-        found |= self.at.hashes_of_config("detector") if self.at.experiment.task == "detect" else {}
         search_context(self.at.experiment, self.at.space, self._table())
-        settings = self.at.hashes_of_config("search", "seed")
+        settings = self.at.hashes_of_config("search", "seed", *task_of(self.at.experiment).tables)
         return {"space.json": self.at.space.sha256, **found, **self.at.hashes_of_data(), **settings}
 
     def summary(self) -> str:

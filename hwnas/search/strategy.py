@@ -105,7 +105,7 @@ class SearchContext:
     def qualities(self, *gates: Gates, multiple: int = 1) -> list[float]:
         """Qualities in 0..1 on a held-out batch ``multiple`` times the training batch, of which each gets an equal part.
 
-        Accuracies of classifiers; of detectors, see ``hwnas.search.quality``.
+        Accuracies of classifiers; of detectors, see ``hwnas.tasks.detection``.
         """
         assert self.weights is not None
         if self.meter is not None:

@@ -56,6 +56,7 @@ from hwnas.search.strategy import SearchContext
 from hwnas.study import metrics
 from hwnas.study.documents import CompareStudy, Duel, Estimate, Found, MethodResult, RandomSearch
 from hwnas.study.truth import Truth, configured_truth
+from hwnas.task import task_of
 
 RESULT = "compare.json"
 SEARCHED = ("arch.json", "search.json", "seconds.json")
@@ -101,8 +102,8 @@ def _identity(search: SearchContext, picks: Picks) -> bytes:
 def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
     """The methods to compare. Raises ConfigError where the configuration leaves open what to compare, and by what."""
     config = experiment.study
-    if experiment.task == "detect":
-        raise ConfigError("task = 'detect' has no study: the accuracies that are known are those of classifiers.")
+    if not task_of(experiment).studied:
+        raise ConfigError(f"task = {experiment.task!r} has no study: the accuracies that are known are those of classifiers.")
     if not config.compare.methods:
         raise ConfigError("study.compare.methods is empty: name strategies, for instance methods = ['spos', 'random'].")
     if not config.seeds:

@@ -7,56 +7,63 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hwnas.core.caution import Caution
-from hwnas.core.statistics import NO_AP, better_than_guessing
-from hwnas.data.coco_eval import CocoMetrics
+from hwnas.core.metric import ACCURACY, AP
 from hwnas.document import Document
+from hwnas.task import Metrics, task_named
 
 
 class TrainResult(Document):
-    """How good the trained network is on the test images: ``test_accuracy`` of a classifier, COCO's numbers of a detector."""
+    """How good the trained network is on the test images.
+
+    Version 1 had ``test_accuracy`` of a classifier, and COCO's numbers of a detector in ``test_coco``.
+    """
 
     SCHEMA: ClassVar[str] = "hwnas.train"
+    VERSION: ClassVar[int] = 2
 
     architecture_sha256: str
     weights: str
     steps: int
     seed: int
-    test_accuracy: float | None = None
-    test_coco: CocoMetrics | None = None
+    task: str
+    metric: str = Field(description="what the network is judged by")
+    metrics: Metrics = Field(description="each in 0..1 by its name; none where the test images have nothing of the kind")
+    per_class: Metrics = Field({}, description="the metric by the class's name, where the task has it")
     test_images: int
-    test_guess: float | None = Field(None, description="what always naming the most frequent class of the test images gets right")
+    guess: float | None = Field(None, description="the metric of the best answer that does not look at the image")
     class_names: tuple[str, ...]
 
     @model_validator(mode="after")
-    def _one_quality(self) -> Self:
-        if (self.test_accuracy is None) == (self.test_coco is None):
-            raise ValueError("a training ends in test_accuracy or in test_coco: give one of them")
+    def _judged(self) -> Self:
+        if self.metrics.get(self.metric) is None:
+            raise ValueError(f"metrics lack {self.metric!r}, which is the metric: train again")
         return self
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the quality of the other task."""
-        return {name: value for name, value in handler(self).items() if value is not None}
+        """Without what the task does not have."""
+        return {name: value for name, value in handler(self).items() if value not in (None, {})}
+
+    @classmethod
+    def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
+        """The names of version 1. Its oldest documents knew no better guess than one of equally frequent classes."""
+        accuracy, coco = content.pop("test_accuracy", None), content.pop("test_coco", None)
+        guess = content.pop("test_guess", None)
+        if accuracy is not None:
+            usual = 1 / max(1, len(content.get("class_names", ())))
+            content |= {"task": "classify", "metric": ACCURACY, "metrics": {ACCURACY: accuracy}}
+            content["guess"] = usual if guess is None else guess
+        elif isinstance(coco, dict):
+            per_class = coco.pop("AP_per_class", {})
+            content |= {"task": "detect", "metric": AP, "metrics": coco, "per_class": per_class}
+        return content
 
     @property
     def quality(self) -> str:
         """The quality in words."""
-        if self.test_coco is not None:
-            return f"AP {self.test_coco.AP:.1%}, AP50 {self.test_coco.AP50:.1%} on {self.test_images:,} test images"
-        return f"{self.test_accuracy:.2%} of {self.test_images:,} test images right"
+        return task_named(self.task).said(self.metrics, self.test_images)
 
     @property
     def caution(self) -> Caution | None:
-        """Said where the network is no better than a guess: by a binomial test of its right answers, or by an AP of 0."""
-        advice = "raise train.epochs, change train.optimizer.lr, and check the data"
-        if self.test_coco is not None:
-            if self.test_coco.AP > NO_AP:
-                return None
-            text = f"AP {self.test_coco.AP:.1%} on {self.test_images:,} test images: {advice}."
-            return Caution(headline="the trained network finds nothing", text=text)
-        assert self.test_accuracy is not None
-        guess = self.test_guess if self.test_guess is not None else 1 / len(self.class_names)
-        if better_than_guessing(round(self.test_accuracy * self.test_images), self.test_images, guess):
-            return None
-        text = f"{self.quality}, where a guess gets {guess:.2%} right: {advice}."
-        return Caution(headline="the trained network learned nothing", text=text)
+        """Said where the network is no better than a guess."""
+        return task_named(self.task).caution(self.metrics, self.test_images, self.guess)

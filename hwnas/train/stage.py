@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.data.coco import CocoImages
-from hwnas.data.images import Batch, Images, evaluation_batches, load_images, training_batches
-from hwnas.detection import DetectionCriterion, average_precision, detect
+from hwnas.data.images import Batch, Images, load_images, training_batches
 from hwnas.document import file_sha256
-from hwnas.engine import Engine, Metrics, accuracy, steps_of
+from hwnas.engine import Engine, Metrics, steps_of
 from hwnas.errors import ConfigError
 from hwnas.networks import architecture, sized
-from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import AnyNetwork, load_network, network_of, save_network
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
-from hwnas.train.pictures import pictures_of
+from hwnas.task import Evaluation, task_of
 from hwnas.train.result import TrainResult
 from hwnas.train.validation import Validation
 
@@ -32,8 +27,8 @@ WEIGHTS = "model.safetensors"
 
 
 def outputs(experiment: Experiment) -> list[str]:
-    """The files the stage writes. The architecture is among them where the detector was put on it here."""
-    return [WEIGHTS, "train.json", *(("arch.json", "pictures.json") if experiment.task == "detect" else ())]
+    """The files the stage writes: the weights, the result, and what else the task shows."""
+    return [WEIGHTS, "train.json", *task_of(experiment).files]
 
 
 def backbone_file(folder: str) -> Path:
@@ -88,8 +83,7 @@ def begin(ctx: StageContext, arch: Architecture) -> Training:
         config.batch_size,
         seed,
         ctx.folder,
-        label_smoothing=config.label_smoothing,
-        criterion=DetectionCriterion(arch) if arch.detector is not None else None,
+        criterion=task_of(ctx.experiment).criterion(arch, config.label_smoothing),
         ema_decay=config.ema_decay,
         checkpoint_seconds=ctx.experiment.checkpoint_seconds,
     )
@@ -110,16 +104,23 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     engine.fit(training.step, ctx.progress, f"training {arch.name}", training.validation)
     trained = engine.averaged
     assert isinstance(trained, AnyNetwork)
+    task = task_of(ctx.experiment)
+    evaluated = task.evaluate(trained, test, Evaluation(config.batch_size, workers=ctx.experiment.data.workers))
+    task.record(ctx.folder, trained, test, evaluated)
     result = TrainResult(
         architecture_sha256=arch.sha256,
         weights=config.weights if config.backbone is None else "backbone",
         steps=engine.steps,
         seed=engine.seed,
+        task=task.name,
+        metric=task.metric,
+        metrics=evaluated.metrics,
+        per_class=evaluated.per_class,
         test_images=len(test),
+        guess=task.guess(test),
         class_names=test.names,
-        **_judged(ctx, trained, test),
     )
-    metadata = {"test_accuracy": result.test_accuracy, "test_ap": result.test_coco and result.test_coco.AP}
+    metadata = {row: evaluated.metrics[name] for row, name in list(task.curve.items())[:1]}
     save_network(trained, ctx.folder / WEIGHTS, {name: f"{value:.4f}" for name, value in metadata.items() if value is not None})
     result.save(ctx.folder / "train.json")
     engine.finish()
@@ -141,19 +142,6 @@ def _begin(network: AnyNetwork, ctx: StageContext) -> None:
             norm.momentum = config.bn_momentum
 
 
-def _judged(ctx: StageContext, network: AnyNetwork, test: Images) -> dict[str, Any]:
-    """The quality of a trained network, as ``TrainResult`` has it. Of a detector, what else there is to see is written too."""
-    size, workers = ctx.experiment.train.batch_size, ctx.experiment.data.workers
-    if not isinstance(network, DetectionNetwork):
-        right = accuracy(network, evaluation_batches(test, 4 * size, workers=workers))
-        return {"test_accuracy": right, "test_guess": float(np.bincount(test.labels).max() / len(test))}
-    assert isinstance(test, CocoImages)
-    found = detect(network, test, ctx.experiment.detector.post_processing, batch_size=size, workers=workers)
-    network.arch.save(ctx.folder / "arch.json")
-    pictures_of(test, found).save(ctx.folder / "pictures.json")
-    return {"test_coco": average_precision(test, found)}
-
-
 class Train(Stage):
     """Trains the searched architecture, or the one that is named."""
 
@@ -163,7 +151,7 @@ class Train(Stage):
 
     @property
     def outputs(self) -> list[str]:
-        """The weights, the result, and of a detector what else there is to see."""
+        """The weights, the result, and what else the task shows."""
         return outputs(self.at.experiment)
 
     @property
@@ -190,9 +178,7 @@ class Train(Stage):
             )
         if config.backbone is not None:
             found |= {"backbone": file_sha256(trained_backbone(config.backbone, arch))}
-        if self.at.experiment.task == "detect":
-            found |= self.at.hashes_of_config("detector")
-        settings = self.at.hashes_of_config("train", "seed")
+        settings = self.at.hashes_of_config("train", "seed", *task_of(self.at.experiment).tables)
         return {"architecture": arch.sha256, **found, **self.at.hashes_of_data(), **settings}
 
     def summary(self) -> str:

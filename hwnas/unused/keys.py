@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from hwnas.config.tasks import TASKS
 from hwnas.devices.device import find_device
 from hwnas.search import SHRINK_METRICS
 from hwnas.unused.case import STUDIES, VERBS, Case, Holds, Situation
@@ -150,6 +151,12 @@ NOT_FOUND = Case(
 # task
 DETECTS = Case(lambda s: s.experiment.task == "detect", "task = 'detect' has no labels of whole images and no top-1", ("task",))
 CLASSIFIES = Case(lambda s: s.experiment.task == "classify", "task = 'classify' has no boxes", ("task",), (*VERBS, *STUDIES))
+OWN_TOLERANCES = Case(
+    lambda s: s.experiment.task in TASKS.builtin,
+    "the metric of task = {e.task!r} has tolerances of its own",
+    ("task",),
+    overridden="refuse",
+)
 OWN_DETECTOR = Case(
     lambda s: s.arch_detects,
     "train.arch = {e.train.arch!r} has a detector of its own",
@@ -338,6 +345,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "validate.app_score": (CLASSIFIES, AS_FOR_AP),
     "validate.ap_tolerance": (CLASSIFIES, NO_FLOAT),
     "validate.int8_ap_tolerance": (CLASSIFIES, NO_INT8),
+    "validate.tolerances": (OWN_TOLERANCES,),
     **dict.fromkeys(("validate.images", "validate.rounds", "validate.max_spread"), ALWAYS),
     "study.truth": _STUDIED,
     "study.accuracies": _STUDIED,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+
 from hwnas.config import ValidateConfig
 from hwnas.core.cost import latency_ms, missing_ops
 from hwnas.core.ops import Op
@@ -14,9 +16,10 @@ from hwnas.core.table import LatencyTable
 from hwnas.devices.session import Bench, Item, Schedule, Session
 from hwnas.document import write_atomic
 from hwnas.export.bundle import Bundle, BundleFile
+from hwnas.export.post_processing import BOX
 from hwnas.export.target import target
-from hwnas.validate import detector
 from hwnas.validate.exported import Exported
+from hwnas.validate.quality import app_score
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,17 @@ def _network_items(exported: Exported, networks: Path) -> Iterator[Item]:
 
 def is_timed_alone(bundle: Bundle, file: BundleFile) -> bool:
     """Whether the network of a file can be timed without what else is in its graph."""
-    return bundle.detector is None or target(file.format).parts_detectors
+    return not bundle.settings.decodes or target(file.format).parts_detectors
 
 
 def _network_alone(exported: Exported, file: BundleFile) -> bytes | None:
     """Of a file that holds more than the network, the network alone; None where it holds no more, or cannot be parted from it."""
-    bundle = exported.bundle
+    bundle, decodes = exported.bundle, exported.bundle.settings.decodes
     if not is_timed_alone(bundle, file):
         return None
-    if bundle.detector is None and not bundle.interface.softmax and bundle.interface.input == "float32":
+    if not decodes and not bundle.interface.softmax and bundle.interface.input == "float32":
         return None
-    return target(file.format).network_alone(exported.path(file).read_bytes(), detector=bundle.detector is not None)
+    return target(file.format).network_alone(exported.path(file).read_bytes(), detector=decodes)
 
 
 def _block_items(promise: Promise, bench: Bench) -> Iterator[Item]:
@@ -127,18 +130,26 @@ def _block_items(promise: Promise, bench: Bench) -> Iterator[Item]:
 
 def _nms_items(exported: Exported, networks: Path, config: ValidateConfig) -> Iterator[Item]:
     """The files with NMS in their graph, on a test image, and copies of them with an app's threshold."""
-    bundle = exported.bundle
-    if bundle.detector is None:
+    files = [file for file in exported.files if target(file.format).graph != "decoded"]
+    if not files:
         return
-    app_score = detector.app_score(bundle, config)
+    app = app_score(exported.bundle, config)
     image = networks / "image.npy"
-    detector.write_typical_image(exported.folder, config.app_score, image)
-    for file in exported.files:
-        made = target(file.format)
-        if made.graph == "decoded":
-            continue
+    write_typical_image(exported.folder, config.app_score, image)
+    for file in files:
         yield exported.item(file, image=image)
-        if app_score is not None:
+        if app is not None:
             path = networks / f"app-{file.name}"
-            write_atomic(path, made.at_score(exported.path(file).read_bytes(), app_score))
+            write_atomic(path, target(file.format).at_score(exported.path(file).read_bytes(), app))
             yield exported.item(file, path, image)
+
+
+def write_typical_image(bundle_folder: Path, score: float, path: Path) -> None:
+    """Write the test image, of a detector's bundle, with as many scores above ``score`` as the median one has, as the files take it,
+    float32 or uint8 [1, H, W, C]: how long NMS takes depends on that.
+    """
+    with np.load(bundle_folder / "parity.npz", allow_pickle=False) as arrays:
+        images_NHWC, rows = arrays["images"], arrays["rows"]
+    counts = (rows[..., BOX:] > score).sum(axis=(1, 2))
+    typical = int(np.argsort(counts, kind="stable")[len(counts) // 2])
+    np.save(path, images_NHWC[typical : typical + 1])

@@ -1,84 +1,110 @@
-"""How good the files are on the device: a classifier's top-1, a detector's AP, and how near their outputs are to PyTorch's."""
+"""How good the files are on the device, and how near their outputs are to PyTorch's, as the bundle's task says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from hwnas.config import DataConfig, ValidateConfig
-from hwnas.data.images import evaluation_batches, load_images
+from hwnas.data.images import evaluation_batches, evaluation_order, load_images
 from hwnas.devices.session import Bench
-from hwnas.export.bundle import Bundle, Parity, parity
-from hwnas.validate import detector
+from hwnas.errors import DeviceError, DocumentError
+from hwnas.export.bundle import Bundle, BundleFile
+from hwnas.export.target import target
+from hwnas.task import Answers, FileAnswers, Parity
 from hwnas.validate.exported import Exported
 
 IMAGES_AT_ONCE = 512
+OUTPUT_BYTES = 64 * 2**20
+"""Outputs of a file that are in memory at once."""
+
+
+@dataclass(frozen=True)
+class FileQuality:
+    """How good a file is, by name; what it loses of the task's metric; what its answers took; how near its outputs are."""
+
+    metrics: dict[str, float]
+    loss: float
+    timings_ms: dict[str, float]
+    parity: Parity
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How good PyTorch and the files are on the same images, by the names of the verdict's fields, and how near their outputs are."""
+    """How good PyTorch and the files, by their names, are on the same images."""
 
     torch: dict[str, float]
-    files: dict[str, dict[str, Any]]
-    parities: dict[str, Parity]
+    files: dict[str, FileQuality]
     images: int
 
 
 def quality_of(exported: Exported, bench: Bench, data: DataConfig, config: ValidateConfig) -> Quality:
-    """The quality of every file that the device runs, by the task of the bundle."""
-    files = exported.files
-    if exported.bundle.detector is None:
-        parities = _parities(exported, bench)
-        accuracies, torch, images = _accuracies(exported, bench, data, config.images)
-        allowed = {"fp32": config.accuracy_tolerance, "int8": config.int8_accuracy_tolerance}
-        fields = {file.name: _field("accuracy", accuracies[file.name], torch, allowed[file.dtype]) for file in files}
-        return Quality({"torch_accuracy": torch}, fields, parities, images)
-    parities = detector.parities(exported, bench)
-    found = detector.judge(exported, bench, data, config)
-    allowed = {"fp32": config.ap_tolerance, "int8": config.int8_ap_tolerance}
-    fields = {file.name: _field("ap", found.ap[file.name], found.torch_ap, allowed[file.dtype]) for file in files}
-    for name, ms in found.post_processing_ms.items():
-        fields[name]["post_processing_ms"] = ms
-        fields[name]["app_post_processing_ms"] = found.app_post_processing_ms.get(name)
-    return Quality({"torch_ap": found.torch_ap}, fields, parities, found.images)
-
-
-def _field(name: str, value: float, torch: float, tolerance: float) -> dict[str, Any]:
-    return {name: value, f"{name}_loss": torch - value, f"{name}_passed": torch - value <= tolerance}
+    """The quality of every file that the device runs, on all test images or ``config.images`` of them."""
+    bundle, task = exported.bundle, exported.bundle.settings
+    test = load_images(data.at(bundle.architecture.resolution), "test")
+    task.check_images(test, data.name)
+    parities = _parities(exported, bench)
+    answers = _torch_answers(exported)
+    if len(answers) != len(test):
+        raise DocumentError(f"the bundle was made with {len(answers)} test images, and the data have {len(test)}: export again.")
+    torch = answers.metrics(test, config.images)
+    files = {}
+    for name, found in _answers(exported, bench, data, config).items():
+        metrics = found.metrics(test, config.images)
+        files[name] = FileQuality(metrics, torch[bundle.metric] - metrics[bundle.metric], found.timings_ms(), parities[name])
+    return Quality(torch, files, len(evaluation_order(test, config.images)))
 
 
 def _parities(exported: Exported, bench: Bench) -> dict[str, Parity]:
     """Each file's outputs for the bundle's images, computed on the device, against PyTorch's."""
+    bundle, task = exported.bundle, exported.bundle.settings
     with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
-        images_NHWC, wanted = arrays["images"], exported.bundle.interface.outputs_of(arrays["logits"])
-    return {file.name: parity(exported.predict(file, images_NHWC, bench), wanted) for file in exported.files}
+        images_NHWC, reference = arrays["images"], bundle.interface.outputs_of(arrays[task.reference])
+    return {
+        file.name: task.parity(target(file.format).graph, _outputs(exported, file, images_NHWC, bench), reference, bundle.architecture)
+        for file in exported.files
+    }
 
 
-def _accuracies(exported: Exported, bench: Bench, data: DataConfig, limit: int | None) -> tuple[dict[str, float], float, int]:
-    """Top-1 of each file on the device, PyTorch's on the same images, and their number. Images go in parts, to bound memory."""
-    bundle = exported.bundle
+def _torch_answers(exported: Exported) -> Answers:
+    with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
+        return exported.bundle.settings.kept(dict(arrays))
+
+
+def _answers(exported: Exported, bench: Bench, data: DataConfig, config: ValidateConfig) -> dict[str, FileAnswers]:
+    """What each file answers on the device, by its name. Images go in parts, to bound memory."""
+    bundle, task, limit = exported.bundle, exported.bundle.settings, config.images
     test = load_images(data.at(bundle.architecture.resolution), "test")
-    right = {file.name: 0 for file in exported.files}
-    total = torch_right = 0
-    with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
-        predictions = arrays["predictions"]
-    count = len(test) if limit is None else min(limit, len(test))
-    with bench.progress.task("running the test images on the device", count) as task:
-        for x_NCHW, y in evaluation_batches(test, IMAGES_AT_ONCE, limit=limit, workers=data.workers):
-            images_NHWC, labels = bundle.interface.fed(np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy())), y.numpy()
+    app = app_score(bundle, config)
+    answers = {file.name: task.answers(target(file.format).graph, bundle.architecture, app) for file in exported.files}
+    at_once = max(1, min(IMAGES_AT_ONCE, OUTPUT_BYTES // max(4 * (_numbers(file) or 1) for file in exported.files)))
+    with bench.progress.task("running the test images on the device", len(evaluation_order(test, limit))) as shown:
+        for x_NCHW, _ in evaluation_batches(test, at_once, limit=limit, workers=data.workers):
+            images_NHWC = bundle.interface.fed(np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy()))
             for file in exported.files:
-                right[file.name] += int((exported.predict(file, images_NHWC, bench).argmax(1) == labels).sum())
-            torch_right += int((predictions[total : total + len(labels)] == labels).sum())
-            total += len(labels)
-            task.advance(len(labels))
-    return {name: count / total for name, count in right.items()}, torch_right / total, total
+                answers[file.name].add(_outputs(exported, file, images_NHWC, bench))
+            shown.advance(len(images_NHWC))
+    return answers
 
 
-def thresholds(bundle: Bundle, config: ValidateConfig) -> dict[str, Any]:
-    """The scores at which a detector's NMS is timed, as the verdict has them."""
-    if bundle.detector is None:
-        return {}
-    return {"min_score": bundle.detector.post_processing.min_score, "app_score": detector.app_score(bundle, config)}
+def _outputs(exported: Exported, file: BundleFile, images_NHWC: np.ndarray, bench: Bench) -> np.ndarray:
+    """One row per image, [N, numbers of all outputs]."""
+    outputs, numbers = exported.predict(file, images_NHWC, bench), _numbers(file)
+    if numbers is not None and outputs.size != len(images_NHWC) * numbers:
+        raise DeviceError(
+            f"{file.name} gave outputs {list(outputs.shape)} for {len(images_NHWC)} images, but bundle.json says {numbers} "
+            "numbers an image: export again."
+        )
+    return outputs.reshape(len(images_NHWC), -1)
+
+
+def _numbers(file: BundleFile) -> int | None:
+    """How many numbers a file puts out for an image; None where an older bundle does not say."""
+    return None if file.outputs is None else sum(int(np.prod(output.shape)) for output in file.outputs)
+
+
+def app_score(bundle: Bundle, config: ValidateConfig) -> float | None:
+    """The threshold at which answering is timed beside the metric's; None where that is not below it, or where there are none."""
+    least = bundle.settings.min_score()
+    return None if least is None or config.app_score <= least else config.app_score

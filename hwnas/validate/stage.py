@@ -18,10 +18,11 @@ from hwnas.export.timing import bench_of
 from hwnas.runs import StageContext
 from hwnas.search.result import SearchResult
 from hwnas.stages import Stage
+from hwnas.task import task_of
 from hwnas.train.result import TrainResult
 from hwnas.validate.exported import Exported, load_bundle
 from hwnas.validate.latency import Promise, measured, promise_of
-from hwnas.validate.quality import Quality, quality_of, thresholds
+from hwnas.validate.quality import Quality, app_score, quality_of
 from hwnas.verdict import FileVerdict, Verdict, lines
 
 
@@ -65,9 +66,9 @@ class Validate(Stage):
 
     def summary(self) -> str:
         """What is allowed."""
-        config, detects = self.at.experiment.validation, self.at.experiment.task == "detect"
-        int8 = f"AP within {config.int8_ap_tolerance:.1%}" if detects else f"top-1 within {config.int8_accuracy_tolerance:.1%}"
-        return f"latency within {config.latency_tolerance:.0%} of predicted, int8 {int8} of PyTorch"
+        config, task = self.at.experiment.validation, task_of(self.at.experiment)
+        lost = f"{task.words.metric} within {config.tolerance(task.metric, 'int8'):.1%}"
+        return f"latency within {config.latency_tolerance:.0%} of predicted, int8 {lost} of PyTorch"
 
     def run(self, ctx: StageContext) -> None:
         """Write ``verdict.json``."""
@@ -110,11 +111,14 @@ def validate(bench: Bench, folder: Path, data: DataConfig, config: ValidateConfi
         drift=promise.drift(session),
         tolerances=config,
         images=quality.images,
-        **quality.torch,
-        **thresholds(bundle, config),
+        task=bundle.task,
+        metric=bundle.metric,
+        metrics=quality.torch,
+        min_score=bundle.settings.min_score(),
+        app_score=app_score(bundle, config),
         files=verdicts,
         not_run=not_run,
-        passed=all(file.quality_passed and False not in (file.latency_passed, file.parity_passed) for file in verdicts),
+        passed=all(file.passed for file in verdicts),
     )
 
 
@@ -124,7 +128,7 @@ def _judged(file: BundleFile, session: Session, promise: Promise, quality: Quali
     network, app = f"network-{file.name}", f"app-{file.name}"
     judged = session.ms(network if network in session.items else file.name)
     error = None if predicted is None else judged / drift / predicted - 1
-    outputs, made = quality.parities[file.name], target(file.format)
+    judgement, made = quality.files[file.name], target(file.format)
     timed_on = "test image" if file.name in session.fed else "noise"
     return FileVerdict(
         name=file.name,
@@ -139,7 +143,10 @@ def _judged(file: BundleFile, session: Session, promise: Promise, quality: Quali
         predicted_ms=predicted,
         latency_error=error,
         latency_passed=None if error is None else abs(error) <= config.latency_tolerance and abs(drift - 1) <= config.max_drift,
-        parity=outputs,
-        parity_passed=outputs.relative_error <= config.parity_tolerance if made.exact else None,
-        **quality.files[file.name],
+        parity=judgement.parity,
+        parity_passed=judgement.parity.relative_error <= config.parity_tolerance if made.exact else None,
+        metrics=judgement.metrics,
+        loss=judgement.loss,
+        quality_passed=judgement.loss <= config.tolerance(promise.bundle.metric, file.dtype),
+        **judgement.timings_ms,
     )

@@ -140,7 +140,7 @@ def searched(name: str, data: Path, table: Path, epochs: float, seed: int) -> di
     if not seconds_file.exists():
         seconds_file.write_text(json.dumps(seconds))
     found = json.loads((out / "search/search.json").read_text())
-    accuracy = trained(out, data, settings, seed)["test_accuracy"]
+    accuracy = trained(out, data, settings, seed)["metrics"]["accuracy"]
     latency = found["candidates"][0]["predicted"] / found["target"] - 1
     return {"method": name, "accuracy": accuracy, "latency": latency, "seconds": json.loads(seconds_file.read_text())}
 
@@ -156,7 +156,7 @@ def random_network(number: int, data: Path, table: Path, seed: int) -> dict[str,
     arch: Architecture = space.decode(picks, f"random-{number}-{seed}")
     if not (out / "arch.json").exists():
         arch.save(out / "arch.json")
-    accuracy = trained(out, data, ["-s", f"train.arch={out / 'arch.json'}"], seed)["test_accuracy"]
+    accuracy = trained(out, data, ["-s", f"train.arch={out / 'arch.json'}"], seed)["metrics"]["accuracy"]
     return {
         "method": "random network in the budget",
         "accuracy": accuracy,

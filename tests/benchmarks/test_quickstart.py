@@ -37,10 +37,10 @@ def test_quickstart(benchmark: Any, tmp_path: Path, seed: int) -> None:
         f"  measured {fp32.measured_ms:.4f} ms ({fp32.measured_ms / fp32.predicted_ms - 1:+.1%} of predicted as it is, "
         f"drift {verdict.drift - 1:+.1%}, {fp32.latency_error:+.1%} at the profiled speed)"
     )
-    print(f"  top-1 {verdict.torch_accuracy:.2%} in PyTorch, {fp32.accuracy:.2%} fp32, {int8.accuracy:.2%} int8")
+    print(f"  top-1 {verdict.metrics['accuracy']:.2%} in PyTorch, {fp32.metrics['accuracy']:.2%} fp32, {int8.metrics['accuracy']:.2%} int8")
     print(f"  int8 / fp32 latency {int8.measured_ms / fp32.measured_ms:.2f}")
     assert done.returncode == 0
     assert abs(fp32.predicted_ms / found.target - 1) <= 0.02
     assert abs(fp32.latency_error) <= 0.05
-    assert int8.measured_ms < fp32.measured_ms and verdict.torch_accuracy - int8.accuracy <= 0.02
+    assert int8.measured_ms < fp32.measured_ms and int8.loss <= 0.02
     assert b"<html" in read_bytes(tmp_path / "report" / "report.html")

@@ -12,7 +12,6 @@ import torch
 from hwnas.config import FORMATS, NMS_FORMATS, Experiment, load_experiment
 from hwnas.devices.device import HOST, connect
 from hwnas.export.bundle import Bundle
-from hwnas.export.detector_stage import detector_parity
 from hwnas.export.target import target
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
@@ -71,7 +70,7 @@ def test_every_file_is_exported_and_agrees(name: str, validated: bool, tmp_path:
             assert file.parity.relative_error < 1e-4 and file.parity.agreement == 1.0, file
         elif target(file.format).graph == "decoded":
             outputs = host.predict(root / "export" / file.name, images, tmp_path)
-            assert detector_parity(target(file.format).graph, outputs, float_rows, settings, resolution).relative_error < 0.1, file
+            assert parity(target(file.format).graph, outputs, float_rows, settings, resolution).relative_error < 0.1, file
     if validated:
         pipeline.run_stage("validate")
         verdict = Verdict.load(root / "validate" / "verdict.json")

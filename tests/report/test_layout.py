@@ -16,10 +16,11 @@ from hwnas.config import FORMATS, NMS_FORMATS, ValidateConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
-from hwnas.export.bundle import Bundle, BundleFile, DetectorFile, DetectorPart, Parity
+from hwnas.export.bundle import Bundle, BundleFile, DetectorPart
 from hwnas.export.target import target
 from hwnas.report import charts
 from hwnas.runs import JsonLines, StageContext
+from hwnas.task import Parity
 from hwnas.train.result import TrainResult
 from hwnas.verdict import FileVerdict, Verdict
 from tests.report import test_comparing, test_ranking, test_shrinking
@@ -57,10 +58,10 @@ def detector_run(root: Path, classes: int = 80) -> StageContext:
     numbers = {name: 0.05 * number + 0.2 for number, name in enumerate(NUMBERS)}
     coco = CocoMetrics.model_validate({**numbers, "AP_per_class": {name: (7 * i % classes) / classes for i, name in enumerate(names)}})
     result = TrainResult.load(ctx.path("train", "train.json"))
-    result.model_copy(update={"test_coco": coco}).save(ctx.path("train", "train.json"))
+    result.model_copy(update={"metrics": coco.by_name, "per_class": coco.AP_per_class}).save(ctx.path("train", "train.json"))
     points = [{"step": 4 * i, "epoch": float(i), "images": 40, "test_ap": 0.02 * i, "test_ap50": 0.04 * i} for i in range(1, 11)]
     JsonLines(ctx.path("train", "validation.jsonl")).rewrite(points)
-    files, described, verdicts = [], {}, []
+    files, verdicts = [], []
     for kind in (*FORMATS, *NMS_FORMATS):
         made = target(kind)
         name, runtime, dtype = made.file, made.runtime, made.dtype
@@ -68,25 +69,25 @@ def detector_run(root: Path, classes: int = 80) -> StageContext:
         common = {"name": name, "runtime": runtime, "dtype": dtype}
         size = {"format": kind, "size_bytes": 4_123_456, "sha256": "0" * 64, "parity": parity}
         files.append(BundleFile.model_validate({**common, **size}))
-        described[name] = DetectorFile(graph=made.graph, outputs=())
         times: dict[str, Any] = {"app_post_processing_ms": 0.301, "post_processing_ms": 6.52}
         if made.graph != "decoded":
             times = {"app_ms": 2.41, "timed_on": "test image"}
         verdicts.append(FileVerdict.model_validate({
             **common, **times, "runtime_version": "2.0", "measured_ms": 12.53, "spread": 0.012, "predicted_ms": 12.1,
             "latency_error": 0.035,
-            "latency_passed": True, "parity_passed": None, "ap": 0.321, "ap_loss": 0.001, "ap_passed": True,
+            "latency_passed": True, "parity_passed": None, "metrics": {"AP": 0.321}, "loss": 0.001, "quality_passed": True,
         }))  # fmt: skip
     arch = Architecture.load(ctx.path("train", "arch.json"))
     bundle = Bundle(
         architecture=arch, labels=tuple(names), preprocessing=in_words(ctx.experiment.data), macs=arch.macs,
-        params=arch.params, torch_ap=0.32, test_images=40, files=tuple(files), versions={},
-        detector=DetectorPart(anchors=5, post_processing=PostProcessing(), files=described),
+        params=arch.params, task="detect", metric="AP", metrics={"AP": 0.32}, test_images=40, files=tuple(files), versions={},
+        detector=DetectorPart(anchors=5, post_processing=PostProcessing()),
     )  # fmt: skip
     bundle.save(ctx.path("export", "bundle.json"))
     Verdict(
         device="host", cpu="test", cores=(0,), governor="unknown", threads=1, date="2026-01-01", bundle_sha256=bundle.sha256, table=None,
-        table_sha256=None, unpredicted=None, drift=1.0, tolerances=ValidateConfig(), images=40, torch_ap=0.32, min_score=0.001,
+        table_sha256=None, unpredicted=None, drift=1.0, tolerances=ValidateConfig(), images=40,
+        task="detect", metric="AP", metrics={"AP": 0.32}, min_score=0.001,
         app_score=0.3, files=tuple(verdicts), passed=True,
     ).save(ctx.path("validate", "verdict.json"))  # fmt: skip
     return ctx

@@ -30,7 +30,7 @@ from hwnas.core.ssdlite import with_detector
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
 from hwnas.errors import DocumentError
-from hwnas.export.bundle import Bundle, BundleFile, DetectorFile, DetectorPart, Parity, Preprocessing
+from hwnas.export.bundle import Bundle, BundleFile, DetectorPart, Preprocessing
 from hwnas.export.target import target
 from hwnas.report import charts, drawing, pictures, stage
 from hwnas.report.charts import smoothed
@@ -39,7 +39,8 @@ from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import JsonLines, StageContext, StageManifest
 from hwnas.search.learning import Course, Learning, Ranking, learning_of
 from hwnas.search.result import Candidate, SearchResult
-from hwnas.train.pictures import Box, Picture, Pictures
+from hwnas.task import Parity
+from hwnas.tasks.pictures import Box, Picture, Pictures
 from hwnas.train.result import TrainResult
 from hwnas.verdict import FileVerdict, Verdict
 
@@ -160,7 +161,8 @@ def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
         files.append(BundleFile.model_validate({**content, "size_bytes": arch.params * (1 if int8 else 4) + 9000}))
     return Bundle(
         architecture=arch, labels=tuple("0123456789"), preprocessing=in_words(config.data),
-        macs=arch.macs, params=arch.params, torch_accuracy=0.9806, test_images=360, files=tuple(files),
+        macs=arch.macs, params=arch.params, task="classify", metric="accuracy",
+        metrics={"accuracy": 0.9806}, test_images=360, files=tuple(files),
         versions={"hwnas": "0.1.0", "torch": "2.14.1", "onnx": "1.19.0"},
     )  # fmt: skip
 
@@ -172,8 +174,8 @@ def make_verdict(bundle: Bundle, predicted: float, *, passed: bool = True) -> Ve
         files.append(FileVerdict(
             name=file.name, runtime=file.runtime, runtime_version="2.0", dtype=file.dtype, measured_ms=predicted * factor, spread=0.011,
             predicted_ms=predicted if judged else None, latency_error=factor - 1 if judged else None,
-            latency_passed=True if judged else None, parity_passed=None, accuracy=0.9806 - loss, accuracy_loss=loss,
-            accuracy_passed=loss < 0.02,
+            latency_passed=True if judged else None, parity_passed=None, metrics={"accuracy": 0.9806 - loss}, loss=loss,
+            quality_passed=loss < 0.02,
         ))  # fmt: skip
     return Verdict(
         device="host",
@@ -189,7 +191,9 @@ def make_verdict(bundle: Bundle, predicted: float, *, passed: bool = True) -> Ve
         drift=1.0,
         tolerances=ValidateConfig(),
         images=360,
-        torch_accuracy=0.9806,
+        task="classify",
+        metric="accuracy",
+        metrics={"accuracy": 0.9806},
         files=tuple(files),
         passed=passed,
     )
@@ -218,7 +222,10 @@ def fill(root: Path, config: Experiment, *, until: str = "validate", passed: boo
             weights="scratch",
             steps=500,
             seed=0,
-            test_accuracy=0.9806,
+            task="classify",
+            metric="accuracy",
+            metrics={"accuracy": 0.9806},
+            guess=0.1,
             test_images=360,
             class_names=tuple("0123456789"),
         ).save(root / "train" / "train.json")
@@ -328,7 +335,7 @@ def test_a_search_that_learned_nothing_has_no_green_badge(tmp_path: Path) -> Non
 def test_a_network_that_guesses_has_no_green_badge(tmp_path: Path) -> None:
     ctx = fill(tmp_path, experiment())
     path = ctx.path("train", "train.json")
-    TrainResult.load(path).model_copy(update={"test_accuracy": 0.1, "test_guess": 0.1}).save(path)
+    TrainResult.load(path).model_copy(update={"metrics": {"accuracy": 0.1}, "guess": 0.1}).save(path)
     text = written(ctx)
     assert '<span class="badge caution">✓ passed · trained network learned nothing</span>' in text
 
@@ -388,7 +395,7 @@ def test_a_published_network_needs_no_search_and_no_prices(tmp_path: Path) -> No
     make_bundle(config, arch).save(tmp_path / "export" / "bundle.json")
     page = Page(written(StageContext(config, tmp_path, tmp_path / "report")))
     assert "architecture" in page.ids and "pareto" not in page.ids
-    assert "Not finished yet: profile, train, validate." in page.text
+    assert "Not finished yet: train, validate." in page.text
 
 
 def test_skipped_slots_keep_their_place_in_the_drawing(tmp_path: Path) -> None:
@@ -414,7 +421,8 @@ def fill_detection(root: Path) -> StageContext:
     numbers = {name: 0.05 * number + 0.2 for number, name in enumerate(NUMBERS)} | {"APs": None, "ARs": None}
     coco = CocoMetrics.model_validate({**numbers, "AP_per_class": {"<cat>": 0.3, "dog": None}})
     result = {"architecture_sha256": arch.sha256, "weights": "backbone", "steps": 40, "seed": 0, "test_images": 40}
-    TrainResult(**result, test_coco=coco, class_names=("<cat>", "dog")).save(root / "train" / "train.json")
+    numbers = {"task": "detect", "metric": "AP", "metrics": coco.by_name, "per_class": coco.AP_per_class}
+    TrainResult(**result, **numbers, class_names=("<cat>", "dog")).save(root / "train" / "train.json")
     rows = [{"step": step, "loss": 5 / (step + 1), "class_loss": 3 / (step + 1), "box_loss": 2 / (step + 1)} for step in range(40)]
     JsonLines(root / "train" / "metrics.jsonl").rewrite(rows)
     cat = Box(corners=(0.1, 0.05, 0.6, 0.8), label="<cat>")
@@ -450,29 +458,28 @@ def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
     ctx = fill_detection(tmp_path / "boxes")
     arch = Architecture.load(ctx.path("train", "arch.json"))
     parity = Parity(images=8, relative_error=2.3e-7, agreement=0.75)
-    files, described, verdicts = [], {}, []
+    files, verdicts = [], []
     for kind, lost, ms in (("tflite-fp32", 0.0, 0.25), ("tflite-int8-tasks", loss, None)):
         made = target(kind)
         name, runtime, dtype = made.file, made.runtime, made.dtype
         common = {"name": name, "runtime": runtime, "dtype": dtype}
         files.append(BundleFile.model_validate({**common, "format": kind, "size_bytes": 9000, "sha256": "0" * 64, "parity": parity}))
-        described[name] = DetectorFile(graph=made.graph, outputs=())
         verdicts.append(FileVerdict.model_validate({
             **common, "runtime_version": "2.0", "measured_ms": 2.5, "spread": 0.01, "predicted_ms": None, "latency_error": None,
-            "latency_passed": None, "parity_passed": None, "ap": 0.32 - lost, "ap_loss": lost, "ap_passed": lost < 0.03,
+            "latency_passed": None, "parity_passed": None, "metrics": {"AP": 0.32 - lost}, "loss": lost, "quality_passed": lost < 0.03,
             "post_processing_ms": ms,
         }))  # fmt: skip
     bundle = Bundle(
         architecture=arch, labels=("<cat>", "dog"), preprocessing=in_words(ctx.experiment.data), macs=arch.macs,
-        params=arch.params, torch_ap=0.32, test_images=40, files=tuple(files), versions={},
-        detector=DetectorPart(anchors=5, post_processing=PostProcessing(), files=described),
+        params=arch.params, task="detect", metric="AP", metrics={"AP": 0.32}, test_images=40, files=tuple(files), versions={},
+        detector=DetectorPart(anchors=5, post_processing=PostProcessing()),
     )  # fmt: skip
     bundle.save(ctx.path("export", "bundle.json"))
     passed = loss < 0.03
     Verdict(
         device="host", cpu="test", cores=(0,), governor="unknown", threads=1, date="2026-01-01", bundle_sha256=bundle.sha256, table=None,
         table_sha256=None, unpredicted="there is no table of this device", drift=None, tolerances=ValidateConfig(), images=40,
-        torch_ap=0.32, files=tuple(verdicts), passed=passed,
+        task="detect", metric="AP", metrics={"AP": 0.32}, files=tuple(verdicts), passed=passed,
     ).save(ctx.path("validate", "verdict.json"))  # fmt: skip
     page = Page(text := written(ctx))
     assert "takes 2.50 ms on host, and finds objects with an AP of 32.0% on 40 test images, after 0.250 ms of post-processing" in page.text

@@ -16,7 +16,6 @@ from hwnas.core.space import MacroSpace, Stage
 from hwnas.core.table import LatencyTable
 from hwnas.data.coco import CocoImages
 from hwnas.data.images import load_images
-from hwnas.detection import DetectionCriterion, average_precision, detect
 from hwnas.devices.device import Device
 from hwnas.errors import ConfigError, DataError, SpaceError, UserError
 from hwnas.experiments import experiment_space
@@ -31,6 +30,7 @@ from hwnas.search.judge import Judge
 from hwnas.search.proposal import one_hot
 from hwnas.search.result import SearchResult
 from hwnas.search.stage import prepare, search_context
+from hwnas.tasks.boxes import DetectionCriterion, average_precision, detect
 from hwnas.testing import synthetic_table
 from tests.train.rectangles import write_rectangles
 

@@ -114,7 +114,7 @@ def test_the_documents_carry_it(command: tuple[Path, subprocess.CompletedProcess
     trained = TrainResult.load(root / "train/train.json")
     assert learning is not None and learning.learned is False and trained.caution is not None
     with np.load(shuffled / "test.npz") as arrays:
-        assert trained.test_guess == np.bincount(arrays["y"]).max() / 397
+        assert trained.guess == np.bincount(arrays["y"]).max() / 397
     verdict = Verdict.load(root / "validate/verdict.json")
     assert verdict.passed and verdict.warnings == (*learning.cautions, trained.caution)
     headlines = [each.headline for each in verdict.warnings]

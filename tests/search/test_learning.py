@@ -12,11 +12,11 @@ import torch
 from scipy import stats
 
 from hwnas.config import Experiment
+from hwnas.core.metric import ACCURACY, AP, OF_LOSS
 from hwnas.core.objective import AbsoluteObjective
 from hwnas.search.learning import Course, Learning, Ranking, Rows, learning_of
-from hwnas.search.metric import ACCURACY, AP, OF_LOSS
-from hwnas.search.quality import ClassificationQuality
 from hwnas.search.result import Candidate, SearchResult
+from hwnas.tasks.classification import ClassificationQuality
 
 CHANCE = math.log(10)
 GOOD = Ranking(ACCURACY, proposals=(0.8,), random=(), images=500, judged_images=500, judged=0, chance=0.1)

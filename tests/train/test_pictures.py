@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hwnas.nn.ssd import Detections
-from hwnas.train.pictures import Pictures, pictures_of
+from hwnas.tasks.pictures import Pictures, pictures_of
 from tests.data.scenes import coco_config, load, scene, write_coco, write_scenes
 
 

@@ -66,8 +66,8 @@ def refused(experiment: Experiment, run: Path, stage: str = "train") -> str:
 def test_it_learns(scores: Scores, tmp_path: Path) -> None:
     config = settings(tmp_path, epochs=40)
     result, lines = trained(Experiment.model_validate({**config, "detector": {"extras": [48, 32], "scores": scores}}), tmp_path / "run")
-    assert result.test_coco is not None and result.test_coco.AP50 > 0.7
-    assert lines.said[-2] == f"trained small-ssdlite: AP {result.test_coco.AP:.1%}, AP50 {result.test_coco.AP50:.1%} on 8 test images"
+    assert (result.metrics["AP50"] or 0) > 0.7
+    assert lines.said[-2] == f"trained small-ssdlite: AP {result.metrics['AP']:.1%}, AP50 {result.metrics['AP50']:.1%} on 8 test images"
 
 
 def test_what_it_writes(tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_what_it_writes(tmp_path: Path) -> None:
     assert result.architecture_sha256 == arch.sha256 and arch.detector is not None
     assert (arch.classes, arch.resolution, len(arch.detector.extras)) == (2, 48, 2)
     stored = json.loads((folder / "train.json").read_text())
-    assert "test_accuracy" not in stored
-    assert stored["test_coco"].keys() == {*NUMBERS, "AP_per_class"} and stored["test_coco"]["AP_per_class"].keys() == {"red", "blue"}
+    assert (stored["task"], stored["metric"]) == ("detect", "AP") and "guess" not in stored
+    assert stored["metrics"].keys() == set(NUMBERS) and stored["per_class"].keys() == {"red", "blue"}
     rows = JsonLines(folder / "metrics.jsonl").read()
     assert [row["step"] for row in rows] == list(range(6))
     assert all(row["loss"] == pytest.approx(row["class_loss"] + row["box_loss"]) for row in rows)
@@ -122,7 +122,7 @@ def test_one_class_images_without_objects_and_batches_without_boxes(tmp_path: Pa
     rows = JsonLines(tmp_path / "run" / "train" / "metrics.jsonl").read()
     assert min(row["loss"] for row in rows) == 0.0, "some batch of two should have no box"
     assert all(np.isfinite(row["loss"]) for row in rows)
-    assert result.test_coco is not None and result.test_coco.AP_per_class.keys() == {"red"}
+    assert result.per_class.keys() == {"red"}
 
 
 def test_divergence_is_said_and_the_last_good_state_kept(tmp_path: Path) -> None:
@@ -243,11 +243,21 @@ def test_without_an_architecture_it_asks_for_a_search(tmp_path: Path) -> None:
 # its document
 
 
-def test_a_result_has_the_quality_of_one_task() -> None:
+def test_a_result_has_its_metric() -> None:
     common = {"architecture_sha256": "0", "weights": "scratch", "steps": 1, "seed": 0, "test_images": 5, "class_names": ["a"]}
-    text = json.dumps({"schema": "hwnas.train/1", **common})
-    with pytest.raises(DocumentError, match="test_accuracy or in test_coco"):
-        TrainResult.parse(text)
-    classified = TrainResult(**common, test_accuracy=0.5)  # type: ignore[arg-type]
-    assert "test_coco" not in classified.to_json() and TrainResult.parse(classified.to_json()) == classified
-    assert classified.quality == "50.00% of 5 test images right"
+    judged = {"task": "classify", "metric": "accuracy", "metrics": {"top5": 0.5}}
+    with pytest.raises(DocumentError, match="metrics lack 'accuracy', which is the metric: train again"):
+        TrainResult.parse(json.dumps({"schema": "hwnas.train/2", **common, **judged}))
+
+
+def test_results_of_before_are_read() -> None:
+    """Version 1 had names for each task."""
+    common = {"schema": "hwnas.train/1", "architecture_sha256": "0", "weights": "scratch", "steps": 1, "seed": 0, "test_images": 5}
+    classified = TrainResult.parse(json.dumps({**common, "class_names": ["a", "b"], "test_accuracy": 0.5}))
+    assert (classified.task, classified.metric, classified.metrics, classified.guess) == ("classify", "accuracy", {"accuracy": 0.5}, 0.5)
+    assert classified.quality == "50.00% of 5 test images right" and TrainResult.parse(classified.to_json()) == classified
+    numbers = dict.fromkeys(NUMBERS, 0.25) | {"APs": None}
+    coco = {**numbers, "AP_per_class": {"a": 0.25}}
+    detected = TrainResult.parse(json.dumps({**common, "class_names": ["a"], "test_coco": coco}))
+    assert (detected.task, detected.metric, detected.metrics, detected.per_class) == ("detect", "AP", numbers, {"a": 0.25})
+    assert detected.quality == "AP 25.0%, AP50 25.0% on 5 test images"

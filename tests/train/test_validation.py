@@ -19,6 +19,7 @@ from hwnas.nn.network import Network, load_network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines, StageContext
+from hwnas.tasks.classification import Classification
 from hwnas.train import validation
 from hwnas.train.result import TrainResult
 from hwnas.train.validation import Validation
@@ -79,13 +80,13 @@ def test_looking_changes_no_bit(tmp_path: Path) -> None:
     rows, result = JsonLines(folder / validation.FILE).read(), TrainResult.load(folder / "train.json")
     assert [row["step"] for row in rows] == [7, 14, 21, 28, 35, 42, 45]
     assert [row["epoch"] for row in rows] == [pytest.approx(row["step"] * 96 / 1438, abs=1e-3) for row in rows]
-    assert {row["images"] for row in rows} == {result.test_images} and rows[-1]["test_accuracy"] == result.test_accuracy
+    assert {row["images"] for row in rows} == {result.test_images} and rows[-1]["test_accuracy"] == result.metrics["accuracy"]
     assert len({row["test_accuracy"] for row in rows}) > 3
     assert lines.said[0] == f"epoch 0.467: {rows[0]['test_accuracy']:.1%} of 359 test images"
 
 
 def test_it_is_of_the_averaged_weights_on_the_first_images_of_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(validation, "IMAGES", 100)
+    monkeypatch.setattr(Classification, "curve_images", 100)
     experiment = small(tmp_path, validate_every=1)
     folder = trained(experiment, tmp_path / "run")
     network = load_network(folder / "model.safetensors").eval()
@@ -116,9 +117,9 @@ def test_of_a_detector(tmp_path: Path) -> None:
     without = trained(Experiment.model_validate(settings(tmp_path, epochs=6, validate_every=0)), tmp_path / "without")
     assert file_sha256(folder / "model.safetensors") == file_sha256(without / "model.safetensors")
     rows, result = JsonLines(folder / validation.FILE).read(), TrainResult.load(folder / "train.json")
-    assert [row["step"] for row in rows] == [6, 12, 18] and result.test_coco is not None
-    assert (rows[-1]["test_ap"], rows[-1]["test_ap50"]) == (result.test_coco.AP, result.test_coco.AP50)
-    assert lines.said[2] == f"epoch 6: AP {result.test_coco.AP:.1%} on 8 test images"
+    assert [row["step"] for row in rows] == [6, 12, 18] and result.metric == "AP"
+    assert (rows[-1]["test_ap"], rows[-1]["test_ap50"]) == (result.metrics["AP"], result.metrics["AP50"])
+    assert lines.said[2] == f"epoch 6: AP {result.metrics['AP']:.1%} on 8 test images"
 
 
 @pytest.mark.parametrize(("epochs", "points"), [(1, 0), (3, 0), (6, 3), (12, 7), (30, 10), (3000, 10)])

@@ -1,0 +1,122 @@
+"""Every built-in task, and one of a third party that is found by its entry point: searched, trained, exported, validated and reported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hwnas.config import DataConfig, load_experiment
+from hwnas.config.tasks import TASKS
+from hwnas.core.arch import Architecture
+from hwnas.core.ops import Op
+from hwnas.core.ssdlite import with_detector
+from hwnas.data.images import Images, load_images
+from hwnas.nn.network import AnyNetwork, network_of
+from hwnas.pipeline import Pipeline
+from hwnas.progress import Progress
+from hwnas.task import task_named
+from hwnas.tasks.classification import Classification
+from hwnas.tasks.detection import Detection
+from hwnas.testing import TaskConformance
+from hwnas.train.result import TrainResult
+from hwnas.verdict import Verdict
+from tests.conformance.top_two_task import TopTwo
+from tests.train.rectangles import write_rectangles
+
+
+class TestClassification(TaskConformance):
+    """On digits."""
+
+    task = Classification
+
+    def network(self) -> AnyNetwork:
+        """Not trained."""
+        keys = ("conv-h8-i1-o8-k3-relu", "classifier-h8-i8-o10")
+        arch = Architecture(name="small", in_channels=1, blocks=tuple(map(Op.parse, keys)))
+        return network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
+
+    def images(self) -> Images:
+        """Of the test."""
+        plain = {"name": "digits", "resolution": 8, "channels": 1, "mean": [0.5], "std": [0.5]}
+        return load_images(DataConfig.model_validate(plain), "test")
+
+
+class TestDetection(TaskConformance):
+    """On rectangles."""
+
+    task = Detection
+
+    @pytest.fixture(autouse=True)
+    def written(self, tmp_path: Path) -> None:
+        """The images."""
+        write_rectangles(tmp_path)
+        self.folder = tmp_path
+
+    def network(self) -> AnyNetwork:
+        """Not trained."""
+        keys = ("conv-h48-i3-o8-k3-s2-relu", "conv-h24-i8-o16-k3-s2-relu", "conv-h12-i16-o24-k3-s2-relu", "classifier-h6-i24-o10")
+        arch = Architecture(name="small", blocks=tuple(map(Op.parse, keys)))
+        detector = with_detector(arch, 2, resolution=48, extras=(16,))
+        return network_of(detector, generator=torch.Generator().manual_seed(0)).eval()
+
+    def images(self) -> Images:
+        """Of the test."""
+        config = {"name": "coco", "path": str(self.folder), "resolution": 48, "classes": 2, "augment": "none"}
+        return load_images(DataConfig.model_validate(config), "test")
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A distribution with an entry point, as pip would leave it."""
+    info = tmp_path / "site" / "acme_task-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-task\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[hwnas.task]\n{TopTwo.name} = tests.conformance.top_two_task:TopTwo\n")
+    monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
+    monkeypatch.setattr(TASKS, "_targets", dict(TASKS._targets))
+    monkeypatch.setattr(TASKS, "_discovered", False)
+    return TopTwo.name
+
+
+class TestTopTwo(TestClassification):
+    """The third party's."""
+
+    task = TopTwo
+
+    @pytest.fixture(autouse=True)
+    def found(self, installed: str) -> None:
+        """By its entry point."""
+        assert isinstance(task_named(installed), TopTwo)
+
+
+@pytest.mark.slow
+def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Path) -> None:
+    """Searched, trained, exported, validated and reported, by its name alone; every document has its metric."""
+    overrides = [
+        f"task={installed}",
+        "data.resolution=16",
+        "train.arch=mobilenet_v2-w0.25",
+        "train.epochs=4",
+        "train.validate_every=1",
+        "export.formats=['tflite-fp32', 'onnx']",
+        "validate.rounds=1",
+        "validate.tolerances={top2 = 0.004}",
+    ]
+    run = tmp_path / "run"
+    Pipeline(load_experiment("configs/quickstart.toml", overrides), run, Progress()).run()
+    trained, verdict = TrainResult.load(run / "train" / "train.json"), Verdict.load(run / "validate" / "verdict.json")
+    bundle = json.loads((run / "export" / "bundle.json").read_text())
+    assert (trained.task, trained.metric, trained.metrics.keys()) == (installed, "top2", {"top2", "accuracy"})
+    assert (trained.metrics["top2"] or 0) > (trained.metrics["accuracy"] or 0) > 0
+    assert (bundle["task"], bundle["metric"], bundle["metrics"]) == (installed, "top2", trained.metrics)
+    assert (verdict.task, verdict.metric, verdict.metrics) == (installed, "top2", trained.metrics)
+    assert verdict.tolerances.tolerance("top2", "fp32") == 0.004 and verdict.tolerances.tolerance("top2", "int8") == 0.02
+    assert all(file.quality_passed and abs(file.loss) <= 0.004 for file in verdict.files)
+    rows = (run / "train" / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(row)["test_top2"] for row in rows][-1] == trained.metrics["top2"]
+    report = (run / "report" / "report.html").read_text()
+    assert "Top-2, PyTorch" in report and "Top2 on test images during training" in report
