@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,39 @@ class StudyStage:
         return dict(self.made_from)
 
 
+@dataclass(frozen=True)
+class _Trainings:
+    """The trainings of a study, in what they share: the ``function`` that does one, ``module:name``, the table, and threads of each."""
+
+    pipeline: Pipeline
+    function: str
+    table: LatencyTable | None
+    threads: int | None
+
+    def of(self, experiment: Experiment, name: str, outputs: Sequence[str]) -> Training:
+        """One of them, with what it is made from."""
+        pipeline = self.pipeline
+        inputs = {
+            "hwnas": content_sha256(__version__),
+            "space.json": pipeline.space.sha256,
+            **_table(self.table),
+            "search": content_sha256(experiment.search.model_dump(mode="json")),
+            "seed": str(experiment.seed),
+            "threads": str(self.threads),
+            **limit_hashes(experiment.search),
+            **_data(experiment),
+        }
+        if supernets.BASE in outputs:
+            inputs["base"] = str(experiment.study.base_epochs)
+        return Training(name, self.function, experiment, pipeline.space, self.table, pipeline.root, inputs, outputs)
+
+    def run(self, wanted: Iterable[Training], fresh: bool) -> dict[str, str]:
+        """Do those that are not current; why some failed, by name."""
+        pipeline = self.pipeline
+        left = [training for training in wanted if pipeline.begins(training.name, training.inputs, fresh)]
+        return trainings.run(left, pipeline.experiment.study, self.threads, pipeline.progress)
+
+
 def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
     """Train the super-nets of a ranking study, each a stage of its own, and then rank. A training that fails leaves the others."""
     flush_denormals()
@@ -46,19 +79,18 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
     truth, config = rank.load_truth(experiment, space), experiment.study
     found = [supernets.earlier(each) for each in config.supernets]
     seeds = () if found else config.seeds or (experiment.seed,)
-    threads = trainings.threads_of(config, len(seeds))
     table = None if experiment.search.table is None else LatencyTable.load(pipeline.folder.table_path)
+    every = _Trainings(pipeline, "hwnas.study.supernets:train", table, trainings.threads_of(config, len(seeds)))
     wanted = {}
     for seed in seeds:
         each = supernets.training(experiment, seed)
         search_context(each, space, table)  # refuses what cannot be trained before anything is
-        function, made = "hwnas.study.supernets:train", supernets.outputs(each)
-        wanted[seed] = _training(pipeline, f"supernet-{seed}", function, each, table, made, threads)
+        wanted[seed] = every.of(each, f"supernet-{seed}", supernets.outputs(each))
     prepare(root)
     with locked(root):
         if fresh and (root / "scores").exists():
             set_aside(root / "scores")
-        failed = _trained(pipeline, list(wanted.values()), threads, fresh)
+        failed = every.run(wanted.values(), fresh)
         for seed, training in wanted.items():
             if training.name not in failed:
                 base = training.folder / supernets.BASE if supernets.BASE in training.outputs else None
@@ -77,14 +109,14 @@ def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
     experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
     arena, config = compare.arena(experiment, space), experiment.study
     pairs = [(method, seed) for seed in config.seeds for method in config.compare.methods]
-    threads = trainings.threads_of(config, len(pairs))
+    every = _Trainings(pipeline, "hwnas.study.compare:search", arena.table, trainings.threads_of(config, len(pairs)))
     wanted = {}
     for method, seed in pairs:
-        each, name = compare.searching(experiment, method, seed), f"{method.name}-{seed}"
-        wanted[method.name, seed] = _training(pipeline, name, "hwnas.study.compare:search", each, arena.table, compare.SEARCHED, threads)
+        each = compare.searching(experiment, method, seed)
+        wanted[method.name, seed] = every.of(each, f"{method.name}-{seed}", compare.SEARCHED)
     prepare(root)
     with locked(root):
-        failed = _trained(pipeline, list(wanted.values()), threads, fresh)
+        failed = every.run(wanted.values(), fresh)
         done = {key: training.folder for key, training in wanted.items() if training.name not in failed}
         reasons = {key: failed[training.name] for key, training in wanted.items() if training.name in failed}
         inputs = {"space.json": space.sha256, "truth": arena.truth.sha256, **_table(arena.table), **limit_hashes(experiment.search)}
@@ -129,37 +161,6 @@ def _shrinking(pipeline: Pipeline, name: str, first: Path | None, common: Mappin
         search = content_sha256(experiment.search.model_dump(mode="json"))
         inputs |= {"first super-net": file_sha256(begin / SHARED), "search": search, **_data(experiment)}
     return StudyStage(f"shrink-{name}", [shrink.SPACE, shrink.PATH], inputs, lambda ctx: shrink.run(ctx, pipeline.space, name, begin))
-
-
-def _training(
-    pipeline: Pipeline,
-    name: str,
-    function: str,
-    experiment: Experiment,
-    table: LatencyTable | None,
-    outputs: Sequence[str],
-    threads: int | None,
-) -> Training:
-    """A training of a study with what it is made from."""
-    inputs = {
-        "hwnas": content_sha256(__version__),
-        "space.json": pipeline.space.sha256,
-        **_table(table),
-        "search": content_sha256(experiment.search.model_dump(mode="json")),
-        "seed": str(experiment.seed),
-        "threads": str(threads),
-        **limit_hashes(experiment.search),
-        **_data(experiment),
-    }
-    if supernets.BASE in outputs:
-        inputs["base"] = str(experiment.study.base_epochs)
-    return Training(name, function, experiment, pipeline.space, table, pipeline.root, inputs, outputs)
-
-
-def _trained(pipeline: Pipeline, wanted: Sequence[Training], threads: int | None, fresh: bool) -> dict[str, str]:
-    """Do the trainings that are not current; why some failed, by name."""
-    left = [training for training in wanted if pipeline.begins(training.name, training.inputs, fresh)]
-    return trainings.run(left, pipeline.experiment.study, threads, pipeline.progress)
 
 
 def _table(table: LatencyTable | None) -> dict[str, str]:

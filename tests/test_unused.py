@@ -16,7 +16,9 @@ from hwnas.errors import ConfigError
 from hwnas.progress import Progress
 from hwnas.runs import load_config, save_config
 from hwnas.share import share_folder
-from hwnas.unused import KEYS, STUDIES, VERBS, check_used
+from hwnas.unused import check_used
+from hwnas.unused.case import STUDIES, VERBS
+from hwnas.unused.keys import KEYS
 from tests.conftest import write_tiny
 from tests.test_readme import commands
 

@@ -23,8 +23,8 @@ from flatbuffers import flexbuffers
 from hwnas.core.detector import PostProcessing
 from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres
 from hwnas.export.names import DETECTIONS, TASK_OUTPUTS
+from hwnas.export.tflite_file import Graph
 from hwnas.export.tflite_interface import network_alone
-from hwnas.export.tflite_writer import Graph
 from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 
 _SCOPE = "decode."

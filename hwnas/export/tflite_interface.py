@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
 from hwnas.export.names import IMAGE, LOGITS, PROBABILITIES
-from hwnas.export.tflite_writer import Graph
+from hwnas.export.tflite_file import Graph
 
 _WHITE = 255
 _NORMALISING = 3

@@ -20,24 +20,21 @@ for: 1, but 2 for DEPTHWISE_CONV_2D with a dilation, 4 for TRANSPOSE in five dim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 from torch import nn
 
-from hwnas import __version__
 from hwnas.core.ir import Node
 from hwnas.core.ops import Op
 from hwnas.export.block_writer import BlockWriter, Numbers
 from hwnas.export.names import IMAGE, LOGITS
-from hwnas.export.tflite_file import read_model, write_model
-from hwnas.nn.detector import JOINED, DetectionNetwork
+from hwnas.export.tflite_file import Graph
+from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import AnyNetwork
 
-_SCHEMA_VERSION = 3
 _HEIGHT, _WIDTH, _CHANNELS = 1, 2, 3
 _FUSED = {
     "none": schema.ActivationFunctionType.NONE,
@@ -94,166 +91,6 @@ def write_heads(network: DetectionNetwork) -> bytes:
     graph = _Writer()
     entry = graph.tensor(IMAGE, (1, network.arch.resolution, network.arch.resolution, network.arch.in_channels))
     return graph.pack(entry, *(exit_ for pair in graph.predictions(entry, network) for exit_ in pair))
-
-
-class Graph:
-    """A TFLite graph under construction. Tensors are known by their index; names are unique, as the quantizer needs."""
-
-    scope = ""
-
-    def __init__(self) -> None:
-        self.tensors: list[Any] = []
-        # The schema keeps buffer 0 empty, for the tensors that only exist while the graph runs.
-        self._buffers: list[Any] = [schema.BufferT()]
-        self._operators: list[Any] = []
-        self._versions: dict[str, int] = {}  # of each operator code, the highest that is needed
-
-    @classmethod
-    def opened(cls, model: bytes) -> tuple[Self, int, list[int]]:
-        """The graph of a file, to go on with; its only input, and its outputs. Metadata are left out."""
-        parsed, opened = read_model(model), cls()
-        [graph] = parsed.subgraphs
-        codes = [(_code_name(code), code.version) for code in parsed.operatorCodes]
-        for name, version in codes:
-            opened._versions[name] = max(version, opened._versions.get(name, 1))
-        opened.tensors, opened._operators = graph.tensors, graph.operators
-        for operator in opened._operators:
-            operator.opcodeIndex = list(opened._versions).index(codes[operator.opcodeIndex][0])
-        for tensor in opened.tensors:
-            tensor.name = tensor.name.decode()
-        opened._buffers += parsed.buffers[1:]
-        [entry] = graph.inputs
-        return opened, int(entry), [int(exit_) for exit_ in graph.outputs]
-
-    def cut(self, scope: str) -> list[int]:
-        """Leave out the operators with names of ``scope``, which are the last; return the tensors that they took from the others."""
-        first = next(i for i, tensor in enumerate(self.tensors) if tensor.name.startswith(scope))
-        ours = [operator for operator in self._operators if min(operator.outputs) < first]
-        used = [int(i) for operator in self._operators[len(ours) :] for i in operator.inputs if i < first]
-        self.tensors, self._operators = self.tensors[:first], ours
-        return list(dict.fromkeys(used))
-
-    def lead(self, count: int, entry: int, exit_: int) -> None:
-        """Move the last ``count`` operators, from ``entry`` to ``exit_``, before the others, which then take ``exit_`` for ``entry``."""
-        leading, others = self._operators[-count:], self._operators[:-count]
-        self._retake(others, entry, exit_)
-        self._operators = [*leading, *others]
-
-    def drop_lead(self, count: int, entry: int) -> None:
-        """Leave out the first ``count`` operators, which ``lead`` put there; the others take ``entry`` again."""
-        leading, others = self._operators[:count], self._operators[count:]
-        [exit_] = leading[-1].outputs
-        self._retake(others, int(exit_), entry)
-        self._operators = others
-
-    @staticmethod
-    def _retake(operators: Sequence[Any], old: int, new: int) -> None:
-        for operator in operators:
-            operator.inputs = [int(tensor) if tensor != old else new for tensor in operator.inputs]
-
-    def shape(self, tensor: int) -> tuple[int, ...]:
-        """Height and width in the middle: NHWC, or [1, classes]."""
-        return tuple(int(size) for size in self.tensors[tensor].shape)
-
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: int = schema.TensorType.FLOAT32, buffer: int = 0) -> int:
-        """Add a tensor, and return its index."""
-        tensor = schema.TensorT()
-        tensor.name, tensor.shape, tensor.type, tensor.buffer = self.scope + name, shape, dtype, buffer
-        tensor.hasRank = True  # or an empty shape would mean an unknown one
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
-
-    def constant(self, name: str, values: npt.NDArray[np.float64] | npt.NDArray[np.int32]) -> int:
-        """Add a tensor with values: int32 as they are, float64 as float32."""
-        integers = values.dtype == np.int32
-        buffer = schema.BufferT()
-        buffer.data = values.astype("<i4" if integers else "<f4").tobytes()
-        self._buffers.append(buffer)
-        dtype = schema.TensorType.INT32 if integers else schema.TensorType.FLOAT32
-        return self.tensor(name, values.shape, dtype, len(self._buffers) - 1)
-
-    def operator(
-        self, code: str, name: str, inputs: Sequence[int], shape: tuple[int, ...], options: Any = None, *, version: int = 1
-    ) -> int:
-        """Add the operator ``code`` (as the schema spells it), and return its output, a tensor ``name`` of ``shape``."""
-        output = self.tensor(name, shape)
-        operator = self._operator(code, inputs, [output], version)
-        if options is not None:
-            operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
-            operator.builtinOptions = options
-        return output
-
-    def rows(self, name: str, x: int, columns: int) -> int:
-        """RESHAPE."""
-        shape = (1, int(np.prod(self.shape(x))) // columns, columns)
-        return self.operator("RESHAPE", f"{name}.rows", [x, self.constant(f"{name}.shape", np.array(shape, np.int32))], shape)
-
-    def concatenated(self, name: str, parts: Sequence[int], axis: int = 1) -> int:
-        """CONCATENATION, of few enough parts at once for XNNPACK; nothing where there is one part."""
-        joined = list(parts)
-        while len(joined) > 1:
-            first = joined[:JOINED]
-            options = schema.ConcatenationOptionsT()
-            options.axis = axis
-            scope = name if len(joined) <= JOINED else f"{name}.{len(joined)}"
-            shape = list(self.shape(first[0]))
-            shape[axis] = sum(self.shape(part)[axis] for part in first)
-            joined[:JOINED] = [self.operator("CONCATENATION", scope, first, tuple(shape), options)]
-        return joined[0]
-
-    def custom(self, code: str, inputs: Sequence[int], outputs: Sequence[int], options: bytes) -> None:
-        """Add an operator that the schema does not know, with its options as flexbuffers, between tensors that are there."""
-        operator = self._operator(code, inputs, outputs, 1)
-        operator.customOptions, operator.customOptionsFormat = options, schema.CustomOptionsFormat.FLEXBUFFERS
-
-    def change_custom(self, code: str, change: Callable[[bytes], bytes]) -> None:
-        """Give a custom operator's options, flexbuffers, through a function."""
-        position = list(self._versions).index(code)
-        for operator in self._operators:
-            if operator.opcodeIndex == position:
-                operator.customOptions = change(bytes(operator.customOptions))
-
-    def _operator(self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int) -> Any:
-        operator = schema.OperatorT()
-        self._versions[code] = max(version, self._versions.get(code, 1))
-        operator.opcodeIndex = list(self._versions).index(code)
-        operator.inputs, operator.outputs = list(inputs), list(outputs)
-        self._operators.append(operator)
-        return operator
-
-    def named(self, names: Sequence[str], tensors: Sequence[int]) -> Sequence[int]:
-        """Tensors, which get these names."""
-        for name, tensor in zip(names, tensors, strict=True):
-            self.tensors[tensor].name = name
-        return tensors
-
-    def pack(self, entry: int, *exits: int) -> bytes:
-        """The file of the graph from tensor ``entry`` to the tensors ``exits``."""
-        self._leave_out_unused_buffers()
-        graph = schema.SubGraphT()
-        graph.name, graph.tensors, graph.operators = "main", self.tensors, self._operators
-        graph.inputs, graph.outputs = [entry], list(exits)
-        signature = schema.SignatureDefT()
-        signature.signatureKey = "serving_default"
-        signature.inputs, signature.outputs = [self._named(entry)], [self._named(exit_) for exit_ in exits]
-        model = schema.ModelT()
-        model.version, model.description = _SCHEMA_VERSION, f"hwnas {__version__}"
-        model.operatorCodes = [_operator_code(*code) for code in self._versions.items()]
-        model.subgraphs, model.buffers, model.signatureDefs = [graph], self._buffers, [signature]
-        return write_model(model)
-
-    def _leave_out_unused_buffers(self) -> None:
-        """Those of what was cut off, and of a file's metadata."""
-        used = sorted({0, *(int(tensor.buffer) for tensor in self.tensors)})
-        places = {before: after for after, before in enumerate(used)}
-        for tensor in self.tensors:
-            tensor.buffer = places[int(tensor.buffer)]
-        self._buffers = [self._buffers[before] for before in used]
-
-    def _named(self, tensor: int) -> Any:
-        entry = schema.TensorMapT()
-        entry.name, entry.tensorIndex = self.tensors[tensor].name, tensor
-        return entry
 
 
 class _Writer(Graph, BlockWriter[int]):
@@ -452,21 +289,3 @@ def _uncounted_padding(node: Node) -> Numbers:
     inside = np.minimum(starts + node.kernel, node.size) - np.maximum(starts, 0)
     quotients: Numbers = node.kernel**2 / np.outer(inside, inside)
     return quotients
-
-
-def _code_name(code: Any) -> str:
-    """An operator as the schema spells it, or as a custom one calls itself."""
-    # Codes past 127 live in the newer of the two fields, and old files fill only the older one.
-    number = max(code.builtinCode, code.deprecatedBuiltinCode)
-    if number == schema.BuiltinOperator.CUSTOM:
-        return str(code.customCode.decode())
-    return next(str(name) for name, value in vars(schema.BuiltinOperator).items() if value == number)
-
-
-def _operator_code(name: str, version: int) -> Any:
-    code = schema.OperatorCodeT()
-    code.builtinCode, code.version = getattr(schema.BuiltinOperator, name, schema.BuiltinOperator.CUSTOM), version
-    code.customCode = name if code.builtinCode == schema.BuiltinOperator.CUSTOM else None
-    # Runtimes from before 2021 read a signed byte here, in which 127 stands for all the codes that do not fit.
-    code.deprecatedBuiltinCode = min(code.builtinCode, schema.BuiltinOperator.PLACEHOLDER_FOR_GREATER_OP_CODES)
-    return code

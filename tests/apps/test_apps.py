@@ -22,8 +22,8 @@ from hwnas.export.metadata import Normalisation, with_metadata
 from hwnas.export.quantization import quantize_int8
 from hwnas.export.score_calibration import ScoreCalibration
 from hwnas.export.tflite_detector import tasks
-from hwnas.export.tflite_file import read_model, write_model
-from hwnas.export.tflite_writer import Graph, write_heads
+from hwnas.export.tflite_file import Graph, read_model, write_model
+from hwnas.export.tflite_writer import write_heads
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from tests.apps.judges import judge

@@ -22,8 +22,8 @@ from hwnas.export.onnx_detector import with_nms
 from hwnas.export.post_processing import Found, read_decoded, read_nms, read_tasks
 from hwnas.export.quantization import quantize_int8
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
-from hwnas.export.tflite_file import graph_ops
-from hwnas.export.tflite_writer import Graph, write_heads
+from hwnas.export.tflite_file import Graph, graph_ops
+from hwnas.export.tflite_writer import write_heads
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.ssd import PostProcessor
 from tests.export.detectors import CLASSES, images, lively_network, run_onnx, run_tflite

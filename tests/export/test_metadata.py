@@ -27,8 +27,8 @@ from hwnas.export.quantization import quantize_int8
 from hwnas.export.score_calibration import ScoreCalibration
 from hwnas.export.stage import refused_by_mediapipe, stretched_by_apps
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
-from hwnas.export.tflite_file import graph_ops
-from hwnas.export.tflite_writer import Graph, write_heads
+from hwnas.export.tflite_file import Graph, graph_ops
+from hwnas.export.tflite_writer import write_heads
 from hwnas.nn.network import network_of, save_network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress

@@ -20,8 +20,8 @@ from hwnas.export import quantization, tflite_file
 from hwnas.export.convert import to_tflite
 from hwnas.export.quantization import quantize_int8, quantize_int8_uncalibrated
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
-from hwnas.export.tflite_file import graph_ops, inlined, read_model, write_model
-from hwnas.export.tflite_writer import Graph, write_heads, write_tflite
+from hwnas.export.tflite_file import Graph, graph_ops, inlined, read_model, write_model
+from hwnas.export.tflite_writer import write_heads, write_tflite
 from hwnas.nn.blocks import build
 from hwnas.nn.detector import DetectionNetwork
 from tests.export.detectors import lively_network, run_tflite

@@ -1,104 +1,14 @@
-"""Settings that do nothing: every key of an experiment, and when it has no effect.
-
-``KEYS`` is the one table. A key is judged only where it was given, in the file or by ``-s``; a run folder's own configuration says every
-key, and is not judged. What happens then is said by the case:
-
-- given by ``-s``: refused; where the reason is given by ``-s``, too, as ``Case.both`` says;
-- in the file, as is the reason: as ``Case.file`` says;
-- in the file, while ``-s`` gives the reason (one file serves many commands): as ``Case.overridden`` says.
-
-Keys of stages that a verb does not run are not judged: the same file, and the same ``-s``, serve ``hwnas profile`` and ``hwnas train``.
-"""
+"""Every setting, and the cases in which it does nothing."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-from pydantic import BaseModel
-
-from hwnas.config import Experiment, keys_given, located
 from hwnas.config.tasks import TASKS
-from hwnas.core.arch import Architecture
-from hwnas.core.published import has_detector, is_name
 from hwnas.devices.device import find_device
-from hwnas.errors import ConfigError
-from hwnas.progress import Progress
-from hwnas.search import SHRINK_METRICS, STRATEGIES
-from hwnas.stages import STAGES
-
-Level = Literal["refuse", "warn", "quiet"]
-
-STUDIES = ("study rank", "study compare", "study shrink")
-VERBS = ("run", *STAGES)
-
-
-@dataclass(frozen=True)
-class Situation:
-    """An experiment that a verb is about to be carried out with."""
-
-    experiment: Experiment
-    verb: str
-    overridden: tuple[str, ...] = ()
-    """Keys that the command line gave."""
-
-    def overrides(self, key: str) -> bool:
-        """Whether the command line gave a key, a part of it, or the table that it is in."""
-        return any(f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.") for given in self.overridden)
-
-    @cached_property
-    def strategy(self) -> Any:
-        """The strategy's class."""
-        return STRATEGIES.get(self.experiment.search.strategy.name)
-
-    @cached_property
-    def formats(self) -> tuple[str, ...]:
-        """The files that are exported."""
-        return self.experiment.export_formats
-
-    @property
-    def has_own_arch(self) -> bool:
-        """Whether the architecture is no member of the space: a document, or a published network."""
-        name = self.experiment.train.arch
-        return name is not None and (Path(name).suffix == ".json" or is_name(name))
-
-    @cached_property
-    def arch_detects(self) -> bool:
-        """Whether the architecture that is named has a detector of its own."""
-        name = self.experiment.train.arch
-        if name is None:
-            return False
-        if Path(name).suffix == ".json":
-            return Architecture.load(located(Path(name))).detector is not None
-        return has_detector(name)
-
-
-class Holds(Protocol):
-    """When a case is at hand."""
-
-    def __call__(self, situation: Situation) -> bool:
-        """Whether it is."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A circumstance in which keys do nothing. ``why`` is half a sentence, formatted with the experiment as ``e``.
-
-    ``by`` are the keys that bring it about.
-    """
-
-    holds: Holds
-    why: str
-    by: tuple[str, ...]
-    verbs: tuple[str, ...] = VERBS
-    fix: str = "remove it"
-    file: Level = "refuse"
-    overridden: Level = "warn"
-    both: Level = "refuse"
+from hwnas.search import SHRINK_METRICS
+from hwnas.unused.case import STUDIES, VERBS, Case, Holds, Situation
 
 
 def _all(situation: Situation) -> bool:
@@ -455,34 +365,3 @@ KEYS: dict[str, tuple[Case, ...]] = {
     **{f"shrink.{key}": (*_SHRINK_ONLY, NO_ALPHAS) for key in ("alpha_lr", "alpha_every")},
 }
 """Every key of every table: the cases in which it does nothing."""
-
-
-def check_used(experiment: Experiment, verb: str, overrides: Sequence[str], progress: Progress) -> None:
-    """Refuse keys that were given and do nothing, or say so in a warning; see the module. Raises ConfigError for the first.
-
-    ``overrides`` are those of the command line, ``key.path=value``.
-    """
-    situation = Situation(experiment, verb, tuple(text.partition("=")[0].strip() for text in overrides))
-    idle: dict[Case, list[str]] = defaultdict(list)
-    for key, value in keys_given(experiment).items():
-        case = next((case for case in KEYS[key] if verb in case.verbs and case.holds(situation)), None)
-        level = "quiet" if case is None else _level(case, key, situation)
-        if case is not None and level == "refuse":
-            raise ConfigError(f"{key} = {_shown(value)} does nothing: {case.why.format(e=experiment)}; {case.fix}.")
-        if case is not None and level == "warn":
-            idle[case].append(key)
-    for case, keys in idle.items():
-        progress.warn(f"{case.why.format(e=experiment)}, so {', '.join(keys)} {'do' if len(keys) > 1 else 'does'} nothing.")
-
-
-def _level(case: Case, key: str, situation: Situation) -> Level:
-    reason_overridden = any(map(situation.overrides, case.by))
-    if situation.overrides(key):
-        return case.both if reason_overridden else "refuse"
-    return case.overridden if reason_overridden else case.file
-
-
-def _shown(value: Any) -> str:
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    text = repr(plain)
-    return text if len(text) <= 60 else text[:57] + "..."
