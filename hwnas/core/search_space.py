@@ -20,7 +20,7 @@ from hwnas.core.ops import Op
 from hwnas.core.space_head import Classifiers, Detectors, SpaceHead
 from hwnas.core.ssdlite import EXTRAS, DetectorSpec
 from hwnas.document import Document, nearest
-from hwnas.errors import SpaceError
+from hwnas.errors import ConfigError, SpaceError
 
 __all__ = ["RESOLUTION", "Choice", "Option", "SearchSpace", "Term", "shortened"]
 
