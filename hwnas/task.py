@@ -159,12 +159,19 @@ class Words:
 class Task(ABC):
     """What networks are trained for.
 
-    ``network_kind`` is the ``Architecture.task`` that its networks have; ``metric`` the name of what they are judged by; ``tiles`` are
-    those of its metrics that a report begins with; ``tables`` are the configuration's that its networks depend on;
-    ``curve`` maps names in the rows of ``validation.jsonl`` to metrics; ``curve_images`` are the images of a point at most, and
-    ``curve_cost`` is what one costs in images that are trained on; ``reference`` is the name of PyTorch's outputs in ``parity.npz``,
-    ``files`` what a training writes beside its weights; ``decodes`` says that files compute more than the network, answers from its
-    outputs; ``studied`` that studies of super-nets know what its networks are worth.
+    network_kind     the ``Architecture.task`` of its networks
+    metric           what they are judged by
+    numbers          all its metrics, in the order in which people read them, its own first
+    tiles            those that a report begins with
+    words            how people speak of it
+    tables           tables of the configuration that its networks depend on
+    files            what a training writes beside its weights
+    curve            names in the rows of ``validation.jsonl`` -> metrics
+    curve_images     images of a point of that curve, at most
+    curve_cost       what evaluating one costs, in images that are trained on
+    reference        the name of PyTorch's outputs in a bundle's ``parity.npz``
+    decodes          whether files compute more than the network: answers from its outputs
+    studied          whether studies of super-nets know what its networks are worth
 
     ``post_processing`` is what detections are chosen by.
     """
@@ -172,6 +179,7 @@ class Task(ABC):
     name: ClassVar[str]
     network_kind: ClassVar[str]
     metric: ClassVar[str]
+    numbers: ClassVar[tuple[str, ...]]
     tiles: ClassVar[tuple[str, ...]]
     words: ClassVar[Words]
     tables: ClassVar[tuple[str, ...]] = ()

@@ -101,7 +101,7 @@ def render(documents: RunDocuments) -> str:
         blocks=block_rows(documents),
         figures=figures(documents),
         task=documents.task,
-        trained=documents.train.metrics if documents.train is not None else {},
+        trained=trained_numbers(documents),
         torch=torch_metrics(documents),
         per_class=class_rows(documents),
         min_score=MIN_SCORE,
@@ -151,6 +151,12 @@ def torch_metrics(documents: RunDocuments) -> TorchMetrics | None:
     if documents.train is not None:
         return TorchMetrics(documents.train.metrics, documents.train.test_images)
     return None
+
+
+def trained_numbers(documents: RunDocuments) -> dict[str, float | None]:
+    """What the trained network is worth by all that its task measures, in the task's order."""
+    metrics = documents.train.metrics if documents.train is not None else {}
+    return {name: metrics[name] for name in documents.task.numbers if name in metrics}
 
 
 def failures(documents: RunDocuments) -> list[str]:

@@ -108,6 +108,7 @@ class Classification(Task):
     name = "classify"
     network_kind = "classify"
     metric = ACCURACY
+    numbers = (ACCURACY,)
     tiles = (ACCURACY,)
     words = Words(
         network="classifier",

@@ -22,6 +22,7 @@ from hwnas.core.search_space import SearchSpace
 from hwnas.core.ssdlite import with_detector
 from hwnas.core.statistics import NO_AP
 from hwnas.data.coco import CocoImages
+from hwnas.data.coco_eval import NUMBERS
 from hwnas.data.images import Batch, Images, evaluation_order
 from hwnas.engine import Criterion
 from hwnas.errors import ConfigError, SpaceError
@@ -88,6 +89,7 @@ class Detection(Task):
     name = "detect"
     network_kind = "detect"
     metric = AP
+    numbers = NUMBERS
     tiles = (AP, "AP50", "AP75")
     words = Words(
         network="detector",

@@ -45,6 +45,7 @@ class TopTwo(Classification):
 
     name = "classify-top2"
     metric = "top2"
+    numbers = ("top2", "accuracy")
     tiles = ("top2", "accuracy")
     words = replace(Classification.words, metric="top-2", metric_note="Top-2: the right label is among the two best.")
     curve: ClassVar[Mapping[str, str]] = {"test_top2": "top2"}

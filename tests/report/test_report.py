@@ -443,6 +443,7 @@ def test_a_detector_has_its_ap_and_pictures_instead_of_top_1(tmp_path: Path) -> 
     assert sum(address.startswith("data:") for address in page.addresses) == page.tags["image"] == 5
     assert text.count("dog 0.88") == 4 and "5 test images with the 4 boxes of their annotations and 4 boxes" in text
     assert "Top-1, " not in page.text and "right at the end" not in page.text
+    assert page.text.index("AP75") < page.text.index("APs") < page.text.index("APl") < page.text.index("AR1")
     assert "weights from backbone, AP 20.0%, AP50 25.0% on 40 test images at the end" in page.text
     for words in (*NUMBERS, "<cat>", "AP of each class", "hwnas run boxes --out boxes-again", "extra 1", "head 3", "Its parts"):
         assert words in page.text, words
