@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwnas.config import DataConfig, ValidateConfig
-from hwnas.data.images import evaluation_batches, evaluation_order, load_images
+from hwnas.data.images import Images, evaluation_batches, evaluation_order, load_images
 from hwnas.devices.session import Bench
 from hwnas.errors import DeviceError, DocumentError
 from hwnas.export.bundle import Bundle, BundleFile
@@ -44,13 +44,12 @@ def quality_of(exported: Exported, bench: Bench, data: DataConfig, config: Valid
     bundle, task = exported.bundle, exported.bundle.settings
     test = load_images(data.at(bundle.architecture.resolution), "test")
     task.check_images(test, data.name)
-    parities = _parities(exported, bench)
     answers = _torch_answers(exported)
     if len(answers) != len(test):
         raise DocumentError(f"the bundle was made with {len(answers)} test images, and the data have {len(test)}: export again.")
-    torch = answers.metrics(test, config.images)
+    torch, parities = answers.metrics(test, config.images), _parities(exported, bench)
     files = {}
-    for name, found in _answers(exported, bench, data, config).items():
+    for name, found in _answers(exported, bench, test, data.workers, config).items():
         metrics = found.metrics(test, config.images)
         files[name] = FileQuality(metrics, torch[bundle.metric] - metrics[bundle.metric], found.timings_ms(), parities[name])
     return Quality(torch, files, len(evaluation_order(test, config.images)))
@@ -72,15 +71,14 @@ def _torch_answers(exported: Exported) -> Answers:
         return exported.bundle.settings.kept(dict(arrays))
 
 
-def _answers(exported: Exported, bench: Bench, data: DataConfig, config: ValidateConfig) -> dict[str, FileAnswers]:
+def _answers(exported: Exported, bench: Bench, test: Images, workers: int, config: ValidateConfig) -> dict[str, FileAnswers]:
     """What each file answers on the device, by its name. Images go in parts, to bound memory."""
     bundle, task, limit = exported.bundle, exported.bundle.settings, config.images
-    test = load_images(data.at(bundle.architecture.resolution), "test")
     app = app_score(bundle, config)
     answers = {file.name: task.answers(target(file.format).graph, bundle.architecture, app) for file in exported.files}
     at_once = max(1, min(IMAGES_AT_ONCE, OUTPUT_BYTES // max(4 * (_numbers(file) or 1) for file in exported.files)))
     with bench.progress.task("running the test images on the device", len(evaluation_order(test, limit))) as shown:
-        for x_NCHW, _ in evaluation_batches(test, at_once, limit=limit, workers=data.workers):
+        for x_NCHW, _ in evaluation_batches(test, at_once, limit=limit, workers=workers):
             images_NHWC = bundle.interface.fed(np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy()))
             for file in exported.files:
                 answers[file.name].add(_outputs(exported, file, images_NHWC, bench))
