@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwnas.core.cell_plan import NONE, edge_key
+from hwnas.core.cell_plan import NONE, edge_key, sources_of
 from hwnas.core.cells import CellSpace
 from hwnas.core.search_space import SearchSpace
 
@@ -34,7 +34,7 @@ def all_edges(space: SearchSpace, mixture: Mapping[str, Tensor]) -> dict[str, Te
     gates = dict(mixture)
     for choice in space.choices:
         if choice.kind == "inputs":
-            sources = [source for pair in choice.options for source in str(pair).split("+")]
+            sources = [source for pair in choice.options for source in sources_of(str(pair))]
             weight = 1 / max(sources.count(source) for source in set(sources))
             gates[choice.key] = torch.full((len(choice.options),), weight, dtype=torch.float64)
     return gates
@@ -82,8 +82,8 @@ def _derived_cell(space: CellSpace, policy: Policy) -> dict[str, np.ndarray]:
             found[key] /= found[key].sum()
     for choice in space.choices:
         if choice.kind == "inputs":
-            cell, _, node = choice.key.removesuffix(".inputs").rpartition(".n")
-            pairs = [[strength[edge_key(cell, int(source), int(node))] for source in str(pair).split("+")] for pair in choice.options]
+            cell, node = choice.address.part, choice.address.node
+            pairs = [[strength[edge_key(cell, source, node)] for source in sources_of(str(pair))] for pair in choice.options]
             product = np.array([np.prod(pair) for pair in pairs]) + 1e-30
             found[choice.key] = product / product.sum()
     return found

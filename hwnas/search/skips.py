@@ -13,6 +13,7 @@ import numpy as np
 
 from hwnas.core.cell_plan import SKIP_CONNECT
 from hwnas.core.cells import CellSpace
+from hwnas.core.choice import Address
 from hwnas.core.option import SKIP
 from hwnas.core.priced import PricedSpace
 from hwnas.core.search_space import SearchSpace, Term
@@ -97,4 +98,5 @@ def _skips(space: SearchSpace) -> Mapping[str, int]:
 def _limited_edges(space: CellSpace) -> list[str]:
     """The edges of the cell that is no reduction which may be a skip and something else."""
     cell = space.kinds[0]
-    return [key for key, options in space.edges.items() if key.startswith(f"{cell}.") and SKIP_CONNECT in options and len(options) > 1]
+    own = {key: options for key, options in space.edges.items() if Address.parse(key).part == cell}
+    return [key for key, options in own.items() if SKIP_CONNECT in options and len(options) > 1]

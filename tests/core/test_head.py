@@ -14,7 +14,7 @@ from hwnas.core.ops import Op
 from hwnas.core.published import published
 from hwnas.core.space_head import Classifiers, Detectors
 from hwnas.core.ssdlite import with_detector
-from hwnas.errors import SpaceError
+from hwnas.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -97,5 +97,5 @@ def test_places_of_cells_are_those_that_compute() -> None:
 
 
 def test_cells_carry_no_detector() -> None:
-    with pytest.raises(SpaceError, match="space 'nasbench201' is one of cells"):
+    with pytest.raises(ConfigError, match="space 'nasbench201' is one of cells"):
         nasbench201().with_detector()
