@@ -49,6 +49,16 @@ class Document(BaseModel):
         return content
 
     @classmethod
+    def _migrated(cls, version: int, content: dict[str, Any], source: str) -> dict[str, Any]:
+        """``migrate``, which takes the content for what it should be. Raises DocumentError where it is something else."""
+        try:
+            return cls.migrate(version, content)
+        except DocumentError as error:
+            raise DocumentError(f"{source}: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DocumentError(f"{source} is no {cls.SCHEMA}/{version} document ({error!r}): it is corrupt; make it again.") from error
+
+    @classmethod
     def parse(cls, text: str | bytes, source: str = "document") -> Self:
         """Read a document from JSON text. Raises DocumentError naming ``source`` and what is wrong with it."""
         try:
@@ -63,9 +73,9 @@ class Document(BaseModel):
             raise DocumentError(f"{source} has schema {schema!r}, but a {cls.SCHEMA}/{cls.VERSION} document is needed here.")
         if int(version) > cls.VERSION:
             raise DocumentError(f"{source} has schema {schema}, newer than this hwnas reads ({cls.VERSION}): upgrade hwnas.")
-        if int(version) < cls.VERSION:
-            content = cls.migrate(int(version), content)
         try:
+            if int(version) < cls.VERSION:
+                content = cls._migrated(int(version), content, source)
             return cls.model_validate_json(json.dumps(content), strict=True)
         except ValidationError as error:
             raise DocumentError(f"{source}: {explain(error, cls)}") from error

@@ -17,6 +17,7 @@ import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -143,7 +144,7 @@ def flush_denormals() -> None:
 
 @dataclass
 class Engine:
-    """Trains ``model`` for ``steps`` steps by ``criterion``, or else by the cross-entropy with ``label_smoothing``.
+    """Trains ``model`` for ``steps`` steps by ``criterion``.
 
     ``folder`` holds ``checkpoint.pt`` (removed by ``finish``) and ``metrics.jsonl``. ``extra`` is saved and restored
     with the weights.
@@ -155,8 +156,7 @@ class Engine:
     batch_size: int
     seed: int
     folder: Path
-    label_smoothing: float = 0.1
-    criterion: Criterion | None = None
+    criterion: Criterion = field(default_factory=partial(CrossEntropy, 0.1))
     ema_decay: float = 0.0
     checkpoint_seconds: float = 20.0
     extra: Mapping[str, Stateful] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class Engine:
         flush_denormals()
         # mobile networks train two to four times as fast in this layout on a CPU, and no slower on a GPU
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.loss_of: Criterion = (self.criterion or CrossEntropy(self.label_smoothing)).to(self.device)
+        self.loss_of: Criterion = self.criterion.to(self.device)
         config = self.optimizer_config
         self.base_lr = config.lr * self.batch_size / 256
         self.optimizer = make_optimizer(self.model, config, self.base_lr)

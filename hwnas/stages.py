@@ -104,6 +104,10 @@ class Stage(ABC):
     """The file that its verb prints."""
     checked: ClassVar[tuple[str, ...]] = ()
     """The stages whose settings are checked before this one begins on its own."""
+    trains: ClassVar[bool] = False
+    """Whether it trains a network, so that all splits of the data are checked before."""
+    holds_out: ClassVar[bool] = False
+    """Whether it leaves some of them out of the training."""
 
     def __init__(self, at: RunFolder) -> None:
         self.at = at
@@ -113,6 +117,11 @@ class Stage(ABC):
         """Whether ``hwnas run`` goes through it."""
         del experiment
         return True
+
+    @classmethod
+    def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
+        """Raise UserError, in one sentence, where its settings cannot work, whatever earlier stages leave it. Images are not opened."""
+        del experiment, space
 
     @property
     @abstractmethod

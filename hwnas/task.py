@@ -244,9 +244,9 @@ class Task(ABC):
 
     # Its files
 
-    def check_images(self, images: Images, name: str) -> None:
-        """Raise ConfigError where the data set of that name has not what the task's networks are judged by."""
-        del images, name
+    def check_images(self, images: Images, name: str, arch: Architecture) -> None:
+        """Raise ConfigError where the data set of that name has not what a network of the task is judged by."""
+        del images, name, arch
 
     def reference_images(self, network: AnyNetwork) -> int | None:
         """For how many images a bundle keeps PyTorch's outputs at most."""

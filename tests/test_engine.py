@@ -21,7 +21,7 @@ from hwnas.config import DataConfig, OptimizerConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.data.images import evaluation_batches, load_images, training_batches
-from hwnas.engine import Engine, Metrics, Part, accuracy, schedule, steps_of
+from hwnas.engine import CrossEntropy, Engine, Metrics, Part, accuracy, schedule, steps_of
 from hwnas.errors import CheckpointError, ConfigError, DivergenceError
 from hwnas.nn.network import Network
 from hwnas.progress import Progress, Task
@@ -121,7 +121,7 @@ def test_one_step_of_sgd_by_hand(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     start, bias = model.weight.detach().clone(), model.bias.detach().clone()
     config = OptimizerConfig(name="momentum", lr=2.56, momentum=0.0, weight_decay=0.1, options={}, warmup=0.0)
-    engine = Engine(nn.Sequential(nn.Flatten(), model).double(), config, 10, 10, 0, tmp_path, label_smoothing=0.3)
+    engine = Engine(nn.Sequential(nn.Flatten(), model).double(), config, 10, 10, 0, tmp_path, CrossEntropy(0.3))
     x, y = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(10) % 3
     metrics = engine.weight_step(x[:, :, None, None], y)
     logits = x @ start.double().T + bias.double()
@@ -403,7 +403,7 @@ def either(folder: Path, unused: str, stop_at: int | None = None) -> list[Tensor
     optimizer = OptimizerConfig.model_validate(
         {"name": "momentum", "lr": 1.6, "weight_decay": 0.1, "warmup": 0.0, "options": {}, "unused": unused}
     )
-    engine = Engine(Either(), optimizer, len(USED), 32, 1, folder, label_smoothing=0.0, checkpoint_seconds=0.0)
+    engine = Engine(Either(), optimizer, len(USED), 32, 1, folder, CrossEntropy(), checkpoint_seconds=0.0)
     x_NF, y = torch.tensor([[1.0, 2.0, -1.0]]), torch.tensor([1])
 
     def step(number: int) -> Metrics:

@@ -292,3 +292,26 @@ def test_a_failed_verdict_says_what_to_do(finished_run: Path, device: Device, ex
     )
     [different] = said(parity_passed=False)
     assert "report it" in different
+
+
+def test_documents_of_version_1_are_read(finished_run: Path) -> None:
+    """A classifier's bundle and verdict, which had names of their own for accuracy; and what is no document at all is said to be none."""
+    bundle = json.loads((finished_run / "export" / "bundle.json").read_text())
+    new = Bundle.parse(json.dumps(bundle))
+    old = {name: value for name, value in bundle.items() if name not in ("metric", "metrics", "task")}
+    old |= {"schema": "hwnas.bundle/1", "torch_accuracy": bundle["metrics"]["accuracy"]}
+    assert Bundle.parse(json.dumps(old)) == new
+    verdict = json.loads((finished_run / "validate" / "verdict.json").read_text())
+    former = {name: value for name, value in verdict.items() if name not in ("metric", "metrics", "task")}
+    former |= {"schema": "hwnas.verdict/1", "torch_accuracy": verdict["metrics"]["accuracy"]}
+    names = {"loss": "accuracy_loss", "quality_passed": "accuracy_passed"}
+    former["files"] = [
+        {names.get(name, name): value for name, value in file.items() if name != "metrics"} | {"accuracy": file["metrics"]["accuracy"]}
+        for file in verdict["files"]
+    ]
+    assert Verdict.parse(json.dumps(former)) == Verdict.parse(json.dumps(verdict))
+    with pytest.raises(DocumentError, match="torch_accuracy, or torch_ap of a detector, and this has neither: export again"):
+        Bundle.parse(json.dumps({name: value for name, value in old.items() if name != "torch_accuracy"}))
+    for files in (3, None, ["a"], {"a": 1}):
+        with pytest.raises(DocumentError):
+            Verdict.parse(json.dumps({**former, "files": files}))

@@ -135,6 +135,22 @@ def test_the_bundle_says_how_to_read_its_files(run: Path, experiment: Experiment
 
 
 @pytest.mark.slow
+def test_a_bundle_of_version_1_is_read(run: Path) -> None:
+    """It described what comes out of a detector's files in one place for all."""
+    content = json.loads((run / "export" / "bundle.json").read_text())
+    new = Bundle.parse(json.dumps(content))
+    old = {name: value for name, value in content.items() if name not in ("metric", "metrics", "task")}
+    graphs = {file.name: target(file.format).graph for file in new.files}
+    described = {file["name"]: {"graph": graphs[file["name"]], "outputs": file["outputs"]} for file in content["files"]}
+    old |= {"schema": "hwnas.bundle/1", "torch_ap": content["metrics"]["AP"], "detector": {**content["detector"], "files": described}}
+    old["files"] = [{name: value for name, value in file.items() if name != "outputs"} for file in content["files"]]
+    assert Bundle.parse(json.dumps(old)) == new.model_copy(update={"metrics": {"AP": new.metrics["AP"]}})
+    for files in ([1], {"a": {}}, {"a": 3}):
+        with pytest.raises(DocumentError):
+            Bundle.parse(json.dumps({**old, "detector": {**content["detector"], "files": files}}))
+
+
+@pytest.mark.slow
 def test_a_part_of_the_images(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     found = verdict(run, experiment, tmp_path, images=3)
     assert found.images == 3 and found.passed
@@ -179,7 +195,7 @@ def test_another_file_under_the_name_of_one(run: Path, experiment: Experiment, t
 @pytest.mark.slow
 def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     digits = Experiment.model_validate({"data": {"name": "digits"}}).data
-    with pytest.raises(ConfigError, match=r"data\.name = 'digits' has no boxes, and the network is a detector"):
+    with pytest.raises(ConfigError, match=r"data\.name = 'digits' has no boxes, but 'small-ssdlite' is a detector"):
         bench = Bench(HOST, connect(HOST), experiment.device, timing_file, tmp_path)
         validate(bench, run / "export", digits, experiment.validation, None)
     less = tmp_path / "data"
@@ -301,7 +317,7 @@ def test_the_typical_image(tmp_path: Path) -> None:
         rows[image, :count, 4] = 0.5
     rows[1, :, 4] = 0.3
     np.savez(tmp_path / "parity.npz", images=images, rows=rows)
-    write_typical_image(tmp_path, 0.3, tmp_path / "image.npy")
+    write_typical_image(tmp_path, "rows", 0.3, tmp_path / "image.npy")
     assert np.load(tmp_path / "image.npy").tolist() == [[[[2.0]]]]
 
 

@@ -23,7 +23,7 @@ from hwnas.config.tables import (
     TrainConfig,
     ValidateConfig,
 )
-from hwnas.config.tasks import TaskName
+from hwnas.config.tasks import TaskName, network_kind
 from hwnas.document import explain, merged
 from hwnas.errors import ConfigError
 from hwnas.share import share_folder
@@ -50,20 +50,21 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:
-        if self.task == "detect" and self.data.name in IMAGE_LABELS:
-            raise ValueError(f"task = 'detect' needs boxes, and data.name = {self.data.name!r} has none; choose data.name = 'coco'")
-        if self.task == "classify" and self.data.name == "coco":
+        detects = network_kind(self.task) == "detect"
+        if detects and self.data.name in IMAGE_LABELS:
+            raise ValueError(f"task = {self.task!r} needs boxes, and data.name = {self.data.name!r} has none; choose data.name = 'coco'")
+        if not detects and self.data.name == "coco":
             raise ValueError("data.name = 'coco' has boxes instead of one label per image; set task = 'detect'")
-        if self.task == "classify" and self.train.backbone is not None:
+        if not detects and self.train.backbone is not None:
             raise ValueError("train.backbone begins a detector; remove it, or set task = 'detect'")
-        of_boxes = [name for name in self.export.formats or () if name in NMS_FORMATS and self.task == "classify"]
+        of_boxes = [name for name in self.export.formats or () if name in NMS_FORMATS and not detects]
         if of_boxes:
             raise ValueError(f"export.formats has {of_boxes[0]!r}, which is for boxes; remove it, or set task = 'detect'")
-        if self.task == "detect" and self.export.softmax:
+        if detects and self.export.softmax:
             raise ValueError("export.softmax is for classifiers, and a detector's files have scores already; remove it")
-        if self.task == "classify" and self.search.backbone is not None:
+        if not detects and self.search.backbone is not None:
             raise ValueError("search.backbone begins a super-net of detectors; remove it, or set task = 'detect'")
-        if self.task == "detect" and self.search.supernet.dropout > 0:
+        if detects and self.search.supernet.dropout > 0:
             raise ValueError("search.supernet.dropout is before a classifier, and a detector has none; remove it")
         if self.train.backbone is not None and self.train.weights != "scratch":
             raise ValueError("train.backbone and train.weights = 'supernet' both say what to begin with; remove one of them")
@@ -72,7 +73,7 @@ class Experiment(Section):
     @property
     def export_formats(self) -> tuple[Format, ...]:
         """The configured formats, else all of the task's."""
-        return self.export.formats or (FORMATS if self.task == "classify" else (*FORMATS, *NMS_FORMATS))
+        return self.export.formats or ((*FORMATS, *NMS_FORMATS) if network_kind(self.task) == "detect" else FORMATS)
 
 
 def load_experiment(path: str | Path | None, overrides: list[str] | None = None) -> Experiment:

@@ -320,6 +320,6 @@ class ValidateConfig(Section):
         """The key of this table that says so."""
         own = f"{metric.lower()}_tolerance"
         is_int8 = dtype == "int8"
-        if own in type(self).model_fields:
+        if own in ("accuracy_tolerance", "ap_tolerance"):
             return f"int8_{own}" if is_int8 else own
         return f"tolerances.int8 {metric}" if is_int8 else f"tolerances.{metric}"

@@ -24,5 +24,13 @@ def _known(name: str) -> str:
     return name
 
 
+def network_kind(task: str) -> str:
+    """Whether the networks of a task classify or detect: ``Architecture.task``. Only a third party's task is loaded for that."""
+    if task in TASKS.builtin:
+        return task
+    kind: str = TASKS.get(task).network_kind
+    return kind
+
+
 TaskName = Annotated[str, AfterValidator(_known)]
 """The name of a task."""

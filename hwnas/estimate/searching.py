@@ -151,12 +151,11 @@ def _of_finding(experiment: Experiment, search: SearchContext, judge: Judge, str
     config, meter = experiment.search, search.meter
     assert meter is not None
     counting = _Counting(search.space)
-    search.evaluator, search.meter = counting, None
+    search.evaluator = counting
     search.step, search.rng = search.steps, np.random.default_rng([experiment.seed, search.steps])
     finder = stage.search_finder(config)
     found = finder.find(search, config.candidates) if finder is not None else strategy and strategy.propose(search, config.candidates)
     proposals = found or random_within(search, 1, search.rng)
-    search.meter = meter
     of_part = image_counts(judge)[1]
     for _ in counting.known:
         meter.judge(proposals[0], of_part)

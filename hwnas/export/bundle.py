@@ -35,6 +35,7 @@ from hwnas.core.detector import PostProcessing
 from hwnas.core.metric import ACCURACY, AP
 from hwnas.data.images import Images
 from hwnas.document import Document, file_sha256, write_atomic
+from hwnas.errors import DocumentError
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, labels_text
 from hwnas.export.names import IMAGE, PROBABILITIES
@@ -180,6 +181,8 @@ class Bundle(Document):
             value = content.pop(name, None)
             if value is not None:
                 content |= {"metric": metric, "metrics": {metric: value}, "task": task}
+        if "metrics" not in content:
+            raise DocumentError("a bundle has torch_accuracy, or torch_ap of a detector, and this has neither: export again.")
         detector = content.get("detector")
         if isinstance(detector, dict) and isinstance(content.get("files"), list):
             outputs = {name: each["outputs"] for name, each in detector.pop("files", {}).items()}

@@ -107,7 +107,7 @@ def _exported(ctx: StageContext, network: AnyNetwork, task: Task, predict: Predi
     config, formats, arch = ctx.experiment.export, ctx.experiment.export_formats, network.arch
     data = ctx.experiment.data.at(arch.resolution)
     train, test = load_images(data, "train"), load_images(data, "test")
-    task.check_images(test, data.name)
+    task.check_images(test, data.name, arch)
     answers = task.torch_answers(network, test, data.workers)
     interface = Interface(config.input, config.softmax, data.mean, data.std)
     images = interface.fed(sampled_images(test, min(config.parity_images, task.reference_images(network) or len(test))))

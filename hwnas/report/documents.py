@@ -173,7 +173,7 @@ def _needed(ctx: StageContext) -> list[str]:
     studied = any(ctx.path(name, MANIFEST).is_file() for name in ("rank", "compare", "shrink"))
     if studied and not any(ctx.path(name, MANIFEST).is_file() for name in RESULTS):
         return []  # a study, which makes no network
-    return [name for name in RESULTS if stage_class(name).is_needed(experiment)]
+    return [name for name, made in RESULTS.items() if stage_class(name).is_needed(experiment) or ctx.path(name, made).is_file()]
 
 
 def _state(ctx: StageContext, name: str, rows: Rows) -> StageState:

@@ -143,14 +143,17 @@ class TorchMetrics:
 
 
 def torch_metrics(documents: RunDocuments) -> TorchMetrics | None:
-    """What the latest document that has PyTorch's metrics says of them."""
-    if documents.verdict is not None:
-        return TorchMetrics(dict(documents.verdict.metrics), documents.verdict.images)
-    if documents.bundle is not None:
-        return TorchMetrics(dict(documents.bundle.metrics), documents.bundle.test_images)
-    if documents.train is not None:
-        return TorchMetrics(documents.train.metrics, documents.train.test_images)
-    return None
+    """PyTorch's metrics by the latest document that has each: older ones of detectors say AP alone."""
+    train, bundle, verdict = documents.train, documents.bundle, documents.verdict
+    values: dict[str, float | None] = {}
+    images = 0
+    if train is not None:
+        values, images = values | train.metrics, train.test_images
+    if bundle is not None:
+        values, images = {**values, **bundle.metrics}, bundle.test_images
+    if verdict is not None:
+        values, images = {**values, **verdict.metrics}, verdict.images
+    return TorchMetrics(values, images) if values else None
 
 
 def trained_numbers(documents: RunDocuments) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Images, Portion, load_images
 from hwnas.document import file_sha256
-from hwnas.engine import Engine, steps_of
+from hwnas.engine import Engine, check_optimizer, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
 from hwnas.nn.network import save_network
 from hwnas.nn.supernet import check_supernet
@@ -35,7 +35,7 @@ from hwnas.search.result import Candidate, SearchResult
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 from hwnas.search.supernets import SHARED, meter_of, supernet_of, trained, trained_supernet
 from hwnas.search.weights import Batches, SupernetWeights
-from hwnas.stages import Stage
+from hwnas.stages import Stage, configured_table
 from hwnas.task import task_of
 
 TRAINED_FINDER = Plugin.model_validate(
@@ -371,11 +371,29 @@ class Search(Stage):
     name = "search"
     result = "arch.json"
     checked = ("search", "train")
+    trains = True
+    holds_out = True
 
     @classmethod
     def is_needed(cls, experiment: Experiment) -> bool:
         """Not where an architecture is named."""
         return experiment.train.arch is None
+
+    @classmethod
+    def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
+        """Budget, strategy, finder, super-net and optimiser, against the table where one is named."""
+        config = experiment.search
+        if config.main_budget.most is None and config.target_range is None:
+            key, what = "search.target_ms", "your latency budget in milliseconds"
+            if config.budget is not None:
+                key, what = f"search.budget.{config.budget.FIELD}", "your budget"
+            raise ConfigError(f"{key} is not set: set it to {what}, or search.target_range to 0..1.")
+        check_search(experiment, space)
+        if config.weights is None:
+            check_optimizer(config.optimizer, "search.optimizer")
+        if config.table is not None or not config.by_table:
+            table = None if config.table is None else LatencyTable.load(configured_table(config.table))
+            search_context(experiment, space, table)
 
     @property
     def outputs(self) -> list[str]:

@@ -159,7 +159,8 @@ class Detection(Task):
 
     def said(self, metrics: Metrics, images: int) -> str:
         """AP and AP50."""
-        return f"AP {metrics[AP]:.1%}, AP50 {metrics['AP50']:.1%} on {images:,} test images"
+        known = [f"{name} {value:.1%}" for name in (AP, "AP50") if (value := metrics.get(name)) is not None]
+        return f"{', '.join(known)} on {images:,} test images"
 
     def said_of_file(self, value: float, images: int) -> str:
         """AP."""
@@ -174,10 +175,10 @@ class Detection(Task):
         network.arch.save(folder / "arch.json")
         pictures_of(_coco(images), evaluated.answers).save(folder / "pictures.json")
 
-    def check_images(self, images: Images, name: str) -> None:
+    def check_images(self, images: Images, name: str, arch: Architecture) -> None:
         """They have boxes."""
         if not isinstance(images, CocoImages):
-            raise ConfigError(f"data.name = {name!r} has no boxes, and the network is a detector: name the data it was trained on.")
+            raise ConfigError(f"data.name = {name!r} has no boxes, but {arch.name!r} is a detector: name the data it was trained on.")
 
     def reference_images(self, network: AnyNetwork) -> int | None:
         """As many as fit into ``ROWS_BYTES``."""

@@ -8,7 +8,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from hwnas.core.caution import Caution
 from hwnas.core.metric import ACCURACY, AP
+from hwnas.data.coco_eval import CocoMetrics
 from hwnas.document import Document
+from hwnas.errors import DocumentError
 from hwnas.task import Metrics, task_named
 
 
@@ -53,9 +55,11 @@ class TrainResult(Document):
             usual = 1 / max(1, len(content.get("class_names", ())))
             content |= {"task": "classify", "metric": ACCURACY, "metrics": {ACCURACY: accuracy}}
             content["guess"] = usual if guess is None else guess
-        elif isinstance(coco, dict):
-            per_class = coco.pop("AP_per_class", {})
-            content |= {"task": "detect", "metric": AP, "metrics": coco, "per_class": per_class}
+        elif coco is not None:
+            numbers = CocoMetrics.model_validate(coco)
+            content |= {"task": "detect", "metric": AP, "metrics": numbers.by_name, "per_class": numbers.AP_per_class}
+        else:
+            raise DocumentError("a training ends in test_accuracy or in test_coco, and this has neither: train again.")
         return content
 
     @property

@@ -11,9 +11,10 @@ from torch import nn
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
+from hwnas.core.search_space import SearchSpace
 from hwnas.data.images import Batch, Images, load_images, training_batches
 from hwnas.document import file_sha256
-from hwnas.engine import Engine, Metrics, steps_of
+from hwnas.engine import Engine, Metrics, check_optimizer, steps_of
 from hwnas.errors import ConfigError
 from hwnas.networks import architecture, sized
 from hwnas.nn.network import AnyNetwork, load_network, network_of, save_network
@@ -148,6 +149,24 @@ class Train(Stage):
     name = "train"
     result = "train.json"
     checked = ("train",)
+    trains = True
+
+    @classmethod
+    def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
+        """The optimiser, a named architecture against the data, and what the training begins with."""
+        config, supernet = experiment.train, experiment.search.supernet
+        check_optimizer(config.optimizer, "train.optimizer")
+        proxy = supernet.proxy_width != 1.0 or supernet.proxy_depth is not None
+        if config.weights == "supernet" and proxy and config.arch is None and experiment.search.weights is None:
+            raise ConfigError(
+                "train.weights = 'supernet' needs a super-net of full size, and search.supernet.proxy_width or proxy_depth makes it "
+                "smaller: set train.weights = 'scratch'."
+            )
+        arch = architecture(experiment, space, Path()) if config.arch is not None else None
+        if config.backbone is not None and arch is not None:
+            trained_backbone(config.backbone, arch)
+        elif config.backbone is not None:
+            backbone_file(config.backbone)
 
     @property
     def outputs(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from hwnas.config.tasks import TASKS
+from hwnas.config.tasks import TASKS, network_kind
 from hwnas.devices.device import find_device
 from hwnas.search import SHRINK_METRICS
 from hwnas.unused.case import STUDIES, VERBS, Case, Holds, Situation
@@ -149,8 +149,10 @@ NOT_FOUND = Case(
     overridden="refuse",
 )
 # task
-DETECTS = Case(lambda s: s.experiment.task == "detect", "task = 'detect' has no labels of whole images and no top-1", ("task",))
-CLASSIFIES = Case(lambda s: s.experiment.task == "classify", "task = 'classify' has no boxes", ("task",), (*VERBS, *STUDIES))
+DETECTS = Case(
+    lambda s: network_kind(s.experiment.task) == "detect", "task = 'detect' has no labels of whole images and no top-1", ("task",)
+)
+CLASSIFIES = Case(lambda s: network_kind(s.experiment.task) == "classify", "task = 'classify' has no boxes", ("task",), (*VERBS, *STUDIES))
 OWN_TOLERANCES = Case(
     lambda s: s.experiment.task in TASKS.builtin,
     "the metric of task = {e.task!r} has tolerances of its own",
@@ -205,7 +207,9 @@ NO_FLOAT = Case(
 )
 # NMS is timed twice where an app asks for less of it than AP.
 AS_FOR_AP = Case(
-    lambda s: s.experiment.task == "detect" and s.experiment.validation.app_score <= s.experiment.detector.post_processing.min_score,
+    lambda s: (
+        network_kind(s.experiment.task) == "detect" and s.experiment.validation.app_score <= s.experiment.detector.post_processing.min_score
+    ),
     "detector.post_processing.min_score = {e.detector.post_processing.min_score:g} drops all scores below it anyway",
     ("detector.post_processing",),
     ("run", "validate"),

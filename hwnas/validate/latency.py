@@ -135,7 +135,7 @@ def _nms_items(exported: Exported, networks: Path, config: ValidateConfig) -> It
         return
     app = app_score(exported.bundle, config)
     image = networks / "image.npy"
-    write_typical_image(exported.folder, config.app_score, image)
+    write_typical_image(exported.folder, exported.bundle.settings.reference, config.app_score, image)
     for file in files:
         yield exported.item(file, image=image)
         if app is not None:
@@ -144,12 +144,12 @@ def _nms_items(exported: Exported, networks: Path, config: ValidateConfig) -> It
             yield exported.item(file, path, image)
 
 
-def write_typical_image(bundle_folder: Path, score: float, path: Path) -> None:
+def write_typical_image(bundle_folder: Path, reference: str, score: float, path: Path) -> None:
     """Write the test image, of a detector's bundle, with as many scores above ``score`` as the median one has, as the files take it,
-    float32 or uint8 [1, H, W, C]: how long NMS takes depends on that.
+    float32 or uint8 [1, H, W, C]: how long NMS takes depends on that. ``reference`` names PyTorch's rows (``Task.reference``).
     """
     with np.load(bundle_folder / "parity.npz", allow_pickle=False) as arrays:
-        images_NHWC, rows = arrays["images"], arrays["rows"]
+        images_NHWC, rows = arrays["images"], arrays[reference]
     counts = (rows[..., BOX:] > score).sum(axis=(1, 2))
     typical = int(np.argsort(counts, kind="stable")[len(counts) // 2])
     np.save(path, images_NHWC[typical : typical + 1])

@@ -43,7 +43,7 @@ def quality_of(exported: Exported, bench: Bench, data: DataConfig, config: Valid
     """The quality of every file that the device runs, on all test images or ``config.images`` of them."""
     bundle, task = exported.bundle, exported.bundle.settings
     test = load_images(data.at(bundle.architecture.resolution), "test")
-    task.check_images(test, data.name)
+    task.check_images(test, data.name, bundle.architecture)
     answers = _torch_answers(exported)
     if len(answers) != len(test):
         raise DocumentError(f"the bundle was made with {len(answers)} test images, and the data have {len(test)}: export again.")
@@ -68,7 +68,7 @@ def _parities(exported: Exported, bench: Bench) -> dict[str, Parity]:
 
 def _torch_answers(exported: Exported) -> Answers:
     with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
-        return exported.bundle.settings.kept(dict(arrays))
+        return exported.bundle.settings.kept(arrays)
 
 
 def _answers(exported: Exported, bench: Bench, test: Images, workers: int, config: ValidateConfig) -> dict[str, FileAnswers]:

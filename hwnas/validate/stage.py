@@ -10,7 +10,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.caution import Caution
 from hwnas.core.table import LatencyTable
 from hwnas.devices.session import Bench, Session, spread_of
-from hwnas.document import content_sha256
+from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import DeviceError
 from hwnas.export.bundle import Bundle, BundleFile
 from hwnas.export.target import target
@@ -104,7 +104,7 @@ def validate(bench: Bench, folder: Path, data: DataConfig, config: ValidateConfi
         governor=header.governor,
         threads=bench.settings.threads,
         date=date.today().isoformat(),
-        bundle_sha256=bundle.sha256,
+        bundle_sha256=file_sha256(folder / "bundle.json"),
         table=None if table is None else table.title,
         table_sha256=None if table is None else table.sha256,
         unpredicted=promise.unpredicted,

@@ -102,7 +102,6 @@ def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Pa
         "train.arch=mobilenet_v2-w0.25",
         "train.epochs=4",
         "train.validate_every=1",
-        "export.formats=['tflite-fp32', 'onnx']",
         "validate.rounds=1",
         "validate.tolerances={top2 = 0.004}",
     ]

@@ -15,6 +15,7 @@ from hwnas.export.bundle import Bundle
 from hwnas.export.target import target
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
+from hwnas.tasks.boxes import parity
 from hwnas.verdict import Verdict
 from tests.data.scenes import write_coco
 
@@ -61,8 +62,8 @@ def test_every_file_is_exported_and_agrees(name: str, validated: bool, tmp_path:
     assert {file.format for file in bundle.files} == {*FORMATS, *NMS_FORMATS}
     assert min(file.size_bytes for file in bundle.files) > 256 * 1024
     settings, resolution = experiment.detector.post_processing, bundle.preprocessing.resolution
-    with np.load(root / "export" / "parity.npz") as parity:
-        images, rows = parity["images"], parity["rows"]
+    with np.load(root / "export" / "parity.npz") as arrays:
+        images, rows = arrays["images"], arrays["rows"]
     host = connect(HOST)
     float_rows = host.predict(root / "export" / "model-fp32.tflite", images, tmp_path).reshape(rows.shape)
     for file in bundle.files:

@@ -18,7 +18,7 @@ from hwnas.config import DataConfig, Experiment, OptimizerConfig, SearchConfig, 
 from hwnas.core.arch import Picks
 from hwnas.core.space import MacroSpace
 from hwnas.data.images import load_images, training_batches
-from hwnas.engine import Engine
+from hwnas.engine import CrossEntropy, Engine
 from hwnas.nn.supernet import Supernet
 from hwnas.nn.unrolled import unrolled_gate_gradients
 from hwnas.search.judge import Judge
@@ -40,7 +40,7 @@ def weights_of(folder: Path, optimizer: str = "momentum", **settings: Any) -> Su
     with torch.no_grad():
         supernet.classifier.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     config = OptimizerConfig(name=optimizer, lr=1.0, momentum=0.9, weight_decay=0.05, options={}, warmup=0.0)
-    engine = Engine(supernet, config, 20, BATCH, 0, folder, label_smoothing=SMOOTHING)
+    engine = Engine(supernet, config, 20, BATCH, 0, folder, CrossEntropy(SMOOTHING))
     train, held_out = load_images(DATA, "train"), load_images(DATA, "held_out")
     return SupernetWeights(engine, supernet, Batches(train, held_out, DATA, BATCH, 0, 20), Judge(supernet, experiment))
 

@@ -261,3 +261,9 @@ def test_results_of_before_are_read() -> None:
     detected = TrainResult.parse(json.dumps({**common, "class_names": ["a"], "test_coco": coco}))
     assert (detected.task, detected.metric, detected.metrics, detected.per_class) == ("detect", "AP", numbers, {"a": 0.25})
     assert detected.quality == "AP 25.0%, AP50 25.0% on 5 test images"
+    with pytest.raises(DocumentError, match="has neither: train again"):
+        TrainResult.parse(json.dumps({**common, "class_names": ["a"]}))
+    with pytest.raises(DocumentError, match="AP50"):
+        TrainResult.parse(json.dumps({**common, "class_names": ["a"], "test_coco": {**coco, "AP50": None}}))
+    with pytest.raises(DocumentError, match=r"no hwnas\.train/1 document"):
+        TrainResult.parse(json.dumps({**common, "class_names": 3, "test_accuracy": 0.5}))
