@@ -114,7 +114,9 @@ def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Pa
     assert (bundle["task"], bundle["metric"], bundle["metrics"]) == (installed, "top2", trained.metrics)
     assert (verdict.task, verdict.metric, verdict.metrics) == (installed, "top2", trained.metrics)
     assert verdict.tolerances.tolerance("top2", "fp32") == 0.004 and verdict.tolerances.tolerance("top2", "int8") == 0.02
-    assert all(file.quality_passed and abs(file.loss) <= 0.004 for file in verdict.files)
+    assert [file.name for file in verdict.files] == ["model-fp32.tflite", "model-int8.tflite", "model.onnx"]
+    assert all(file.quality_passed == (file.loss <= (0.02 if file.dtype == "int8" else 0.004)) for file in verdict.files)
+    assert all(abs(file.loss) <= 0.004 for file in verdict.files if file.dtype == "fp32")
     rows = (run / "train" / "validation.jsonl").read_text().splitlines()
     assert [json.loads(row)["test_top2"] for row in rows][-1] == trained.metrics["top2"]
     report = (run / "report" / "report.html").read_text()

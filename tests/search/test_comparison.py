@@ -21,6 +21,7 @@ from hwnas.search.proposal import random_within
 from hwnas.search.stage import SearchResult, search_context
 from hwnas.search.strategy import SearchContext
 from hwnas.search.supernets import meter_of
+from hwnas.tasks.classification import ClassificationQuality
 from hwnas.testing import synthetic_table
 from tests.search.staging import Saying, experiment, run, tiny_space
 from tests.search.test_judge import supernet_of
@@ -90,22 +91,14 @@ def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywh
     table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[int] = []
-    of_network = judging.quality_of
+    original = ClassificationQuality.of_network
 
-    def counting(*arguments: Any) -> Any:
-        quality = of_network(*arguments)
-        original = quality.of_network
+    def counted(quality: ClassificationQuality, network: Any, images: Any, batches: Any, limit: int | None) -> float:
+        batches = list(batches)
+        judged.append(sum(len(y) for _, y in batches))
+        return original(quality, network, images, batches, limit)
 
-        def counted(network: Any, images: Any, batches: Any, limit: int | None) -> float:
-            batches = list(batches)
-            judged.append(sum(len(y) for _, y in batches))
-            value: float = original(network, images, batches, limit)
-            return value
-
-        quality.of_network = counted
-        return quality
-
-    monkeypatch.setattr(judging, "quality_of", counting)
+    monkeypatch.setattr(ClassificationQuality, "of_network", counted)
     progress = Saying()
     run(tmp_path / "search", experiment("random", evaluation_images=100, epochs=0.5), table, progress)
     result = SearchResult.load(tmp_path / "search/search.json")
