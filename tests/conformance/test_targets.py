@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from hwnas.export.targets import Onnx, TFLiteFloat, TFLiteInt8
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.testing import TargetConformance
+from tests.conformance.plugins import install
 from tests.conformance.torch_target import TorchProgram
 
 
@@ -37,15 +37,8 @@ class TestOnnx(TargetConformance):
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A distribution with an entry point, as pip would leave it."""
-    info = tmp_path / "site" / "acme_target-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-target\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[hwnas.target]\ntorch-program = tests.conformance.torch_target:TorchProgram\n")
-    monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
-    for name in ("_targets", "_discovered"):
-        monkeypatch.setattr(TARGETS, name, type(getattr(TARGETS, name))(getattr(TARGETS, name)))
-    monkeypatch.setattr(TARGETS, "_discovered", False)
+    """The third party's, as pip would leave it."""
+    install(TARGETS, "torch-program", "tests.conformance.torch_target:TorchProgram", tmp_path, monkeypatch)
     return "torch-program"
 
 

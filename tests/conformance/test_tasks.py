@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from hwnas.tasks.detection import Detection
 from hwnas.testing import TaskConformance
 from hwnas.train.result import TrainResult
 from hwnas.verdict import Verdict
+from tests.conformance.plugins import install
 from tests.conformance.top_two_task import TopTwo
 from tests.train.rectangles import write_rectangles
 
@@ -71,14 +71,8 @@ class TestDetection(TaskConformance):
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A distribution with an entry point, as pip would leave it."""
-    info = tmp_path / "site" / "acme_task-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-task\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[hwnas.task]\n{TopTwo.name} = tests.conformance.top_two_task:TopTwo\n")
-    monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
-    monkeypatch.setattr(TASKS, "_targets", dict(TASKS._targets))
-    monkeypatch.setattr(TASKS, "_discovered", False)
+    """The third party's, as pip would leave it."""
+    install(TASKS, TopTwo.name, "tests.conformance.top_two_task:TopTwo", tmp_path, monkeypatch)
     return TopTwo.name
 
 
