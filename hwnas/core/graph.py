@@ -95,19 +95,35 @@ def shapes(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> list[Sh
     return found
 
 
+def used_steps(graph: Sequence[Step]) -> frozenset[int]:
+    """The steps that the last one depends on.
+
+    A cell may have others, such as an edge into a node that nobody reads. Files leave them out.
+    """
+    points = {len(graph)}
+    for position in reversed(range(len(graph))):
+        if position + 1 in points:
+            points.update(graph[position].of)
+    return frozenset(point - 1 for point in points if point > 0)
+
+
 def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> Iterator[int]:
-    """How many numbers of feature maps are alive at most while each step runs: what it needs, and what later steps read.
+    """How many numbers of feature maps are alive at most while each used step runs: what it needs, and what later steps read.
 
     A sum works in place where nobody reads its first point afterwards; see ``ir.Program.live_numbers`` for what an op needs.
     """
     sizes = [channels * size**2 for channels, size in shapes(graph, blocks, image)]
-    last = {point: position for position, step in enumerate(graph) for point in step.of}
+    used = used_steps(graph)
+    last = {point: position for position in sorted(used) for point in graph[position].of}
     alive, ops = {0}, iter(blocks)
     for position, step in enumerate(graph):
+        op = next(ops) if step.kind == "op" else None
+        if position not in used:
+            continue
         ending = {point for point in step.of if last[point] == position}
-        if step.kind == "op":
+        if op is not None:
             [point] = step.of
-            needed = next(ops).program.live_numbers(keep_input=point not in ending)
+            needed = op.program.live_numbers(keep_input=point not in ending)
             yield sum(sizes[each] for each in alive - {point}) + max(needed)
         else:
             in_place = step.kind == "sum" and step.of[0] in ending

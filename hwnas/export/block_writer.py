@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hwnas.core.graph import Step
+from hwnas.core.graph import Step, used_steps
 from hwnas.core.ir import INPUT, POOLS, Node, Program
 from hwnas.core.ops import Op
 from hwnas.errors import ExportError
@@ -109,14 +109,17 @@ class BlockWriter(ABC, Generic[V]):
 
     def _graph(self, x: V, graph: Sequence[Step], blocks: Iterator[tuple[Op, nn.Module]]) -> V:
         """Add a network of cells, and return its last point."""
-        points, position = [x], 0
+        points, used, numbered = {0: x}, used_steps(graph), enumerate(blocks)
         for number, step in enumerate(graph):
+            block = next(numbered) if step.kind == "op" else None
+            if number not in used:
+                continue  # runtimes would leave it out, and so the quantizer would find no range for it
             read = [points[point] for point in step.of]
             self.scope = f"steps.{number}."
-            if step.kind == "op":
+            if block is not None:
+                position, (op, module) = block
                 self.scope = f"blocks.{position}."
-                position += 1
-                (made,) = self.block(read[0], *next(blocks))
+                (made,) = self.block(read[0], op, module)
             elif step.kind == "sum":
                 made = read[0]
                 for term, other in enumerate(read[1:]):
@@ -127,9 +130,9 @@ class BlockWriter(ABC, Generic[V]):
                 made = self.first_channels(read[0], "cut", step.channels)
             else:
                 made = self.zeros("zero", step.channels, step.size)
-            points.append(made)
+            points[number + 1] = made
         self.scope = ""
-        return points[-1]
+        return points[len(graph)]
 
     def predictions(self, x: V, network: DetectionNetwork) -> list[tuple[V, V]]:
         """Add a whole detector, and return the class logits and box codes of each of its maps."""

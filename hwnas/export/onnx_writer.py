@@ -170,12 +170,11 @@ class OnnxWriter(Graph, BlockWriter[str]):
         return self.operator("AveragePool" if node.kind == "avgpool" else "MaxPool", node.name, [x], shape, **options)
 
     def scaled(self, x: str, node: Node, scale_C: Numbers, shift_C: Numbers) -> str:
-        """Mul, Add, and the activation."""
-        scale, shift = (
-            self.floats(f"{node.name}.{name}", values[:, None, None]) for name, values in (("scale", scale_C), ("shift", shift_C))
-        )
-        x = self.operator("Mul", f"{node.name}.scaled", [x, scale], self.shape(x))
-        x = self.operator("Add", f"{node.name}.norm", [x, shift], self.shape(x))
+        """BatchNormalization with mean 0 and variance 1, and the activation."""
+        plain = {"mean": np.zeros_like(scale_C), "variance": np.ones_like(scale_C)}
+        values = {"scale": scale_C, "shift": shift_C, **plain}
+        inputs = [x, *(self.floats(f"{node.name}.{name}", each) for name, each in values.items())]
+        x = self.operator("BatchNormalization", f"{node.name}.norm", inputs, self.shape(x), epsilon=0.0)
         return self.act(x, f"{node.name}.act", node.act)
 
     def along_channels(self, x: str, node: Node, kernel_K: Numbers) -> str:

@@ -1,4 +1,4 @@
-"""Cells and their ops in the runtimes: the files that are timed compute what PyTorch computes."""
+"""Cells and their ops in the runtimes: files compute what PyTorch computes, with the operators of other people's converters, or fewer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.spaces import darts, nasbench101, nasbench201
+from hwnas.export.convert import to_onnx, to_tflite
+from hwnas.export.onnx_writer import write_onnx, write_op
+from hwnas.export.quantization import quantize_int8
+from hwnas.export.tflite_file import graph_ops
+from hwnas.export.tflite_writer import write_tflite
 from hwnas.export.timing import timing_file
+from hwnas.nn.blocks import build
 from hwnas.nn.network import network_of
+from tests.export.test_onnx_writer import nodes, optimised, run
+from tests.export.test_tflite_writer import OPS_OF_CELLS, random_images, randomised, relative_error, run_litert
 
 KEYS = (
     "preconv-h8-i4-o6-k3-relu", "sepconv-h8-i4-o6-k5-s2-relu", "dilconv-h8-i4-o6-k3-relu", "avgpool-h8-i4-o4-k3-bn",
@@ -42,6 +50,8 @@ def onnx_outputs(path: Path, x_NCHW: torch.Tensor) -> np.ndarray:
     return outputs
 
 
+LEANER_ONNX = {"facreduce-h8-i6-o8-s2-relu": 2, "mbconv-h8-i8-o8-m16-k3-c3-relu": 1, "darts": 6}
+"""How many operators less than the exporter's, before onnxruntime's optimisation or after it."""
 NETWORKS = {
     "nasbench201": lambda: CELL.decode(CELL.read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|")),
     "darts": lambda: sampled(darts(layers=3, resolution=16)),
@@ -73,3 +83,65 @@ def litert_outputs(path: Path, x_NCHW: torch.Tensor) -> np.ndarray:
     interpreter.invoke()
     found: np.ndarray = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
     return found.transpose(0, 3, 1, 2) if found.ndim == 4 else found
+
+
+def types(model: bytes) -> list[str]:
+    return [node[1] for node in nodes(model)]
+
+
+@pytest.mark.parametrize(
+    "name", [*OPS_OF_CELLS, "avgpool-h8-i6-o6-k3-s2", "maxpool-h8-i6-o6-k3-bn", "nasbench201", "nasbench101", *LEANER_ONNX]
+)
+def test_onnx_files_have_the_exporters_operators_or_fewer(name: str, tmp_path: Path) -> None:
+    """Types of operators: the exporter also writes attributes that are defaults."""
+    if name in NETWORKS:
+        network = randomised(network_of(NETWORKS[name]()))
+        module, channels, size, written = network, network.arch.in_channels, network.arch.resolution, write_onnx(network)
+    else:
+        op = Op.parse(name)
+        module = randomised(build(op))
+        channels, size, written = op.in_ch, op.size, write_op(op, module)
+    path = tmp_path / "exported.onnx"
+    to_onnx(module, (1, channels, size, size), metadata={}, path=path)
+    exported = path.read_bytes()
+    optimised_types = types(optimised(written, tmp_path)), types(optimised(exported, tmp_path))
+    if name in LEANER_ONNX:
+        lengths = len(types(exported)) - len(types(written)), len(optimised_types[1]) - len(optimised_types[0])
+        assert max(lengths) == LEANER_ONNX[name]
+        assert min(lengths) >= 0
+    else:
+        assert types(written) == types(exported)
+        assert optimised_types[0] == optimised_types[1]
+    images_NHWC = random_images(size, channels)
+    assert relative_error(run(written, images_NHWC), run(exported, images_NHWC)) < 1e-6
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_tflite_files_have_no_more_operators_than_the_converters(name: str) -> None:
+    network = randomised(network_of(NETWORKS[name]()))
+    size, channels = network.arch.resolution, network.arch.in_channels
+    written, converted = write_tflite(network), to_tflite(network, (1, channels, size, size))
+    assert len(graph_ops(written)) <= len(graph_ops(converted))
+    images_NHWC = random_images(size, channels)
+    assert relative_error(run_litert(written, images_NHWC), run_litert(converted, images_NHWC)) < 1e-6
+
+
+UNUSED = "|nor_conv_3x3~0|+|nor_conv_1x1~0|avg_pool_3x3~1|+|nor_conv_3x3~0|none~1|none~2|"
+"""Nodes 1 and 2 are read by nobody but each other: two convolutions and a pooling that change nothing."""
+
+
+def test_what_nobody_reads_is_in_no_file() -> None:
+    arch = CELL.decode(CELL.read(UNUSED))
+    network = randomised(network_of(arch))
+    read = CELL.decode(CELL.read("|none~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|none~2|"))
+    assert len(arch.ops()) > len(read.ops())
+    written = write_tflite(network)
+    wanted = write_tflite(randomised(network_of(read)))
+    assert graph_ops(written) == graph_ops(wanted)
+    assert types(write_onnx(network)) == types(write_onnx(network_of(read)))
+    images_NHWC = random_images(arch.resolution, arch.in_channels)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)).numpy()
+    assert relative_error(run_litert(written, images_NHWC), expected) < 1e-6
+    quantised = graph_ops(quantize_int8(written, [images_NHWC]))
+    assert {op.dtype for op in quantised} == {"INT8"}

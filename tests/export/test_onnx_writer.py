@@ -84,8 +84,8 @@ def test_onnxruntime_optimises_both_files_to_the_same_operators(case: Case, tmp_
 
 def test_the_outputs_are_those_of_the_exporter_and_of_pytorch(case: Case) -> None:
     written = run(case.written, case.images_NHWC)
-    assert relative_error(written, run(case.exported, case.images_NHWC)) < 1e-5
-    assert relative_error(written, run_torch(case.module, case.images_NHWC)) < 1e-5
+    assert relative_error(written, run(case.exported, case.images_NHWC)) < 1e-6
+    assert relative_error(written, run_torch(case.module, case.images_NHWC)) < 1e-6
 
 
 def test_the_file_says_what_the_exporters_says(case: Case) -> None:
