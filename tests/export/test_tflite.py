@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from ai_edge_litert.interpreter import Interpreter
+from ai_edge_quantizer import calibrator, recipe, recipe_manager
+from ai_edge_quantizer.utils import qsv_utils
 from torch import nn
 
 from hwnas.errors import ExportError
+from hwnas.export import quantization
 from hwnas.export.convert import to_tflite
 from hwnas.export.quantization import quantize_int8
 from hwnas.export.tflite_file import graph_ops
@@ -168,6 +171,25 @@ def test_int8_is_int8_throughout_and_close(net: tuple[nn.Module, bytes], float_i
     got, wanted = run_litert(quantized, x_NHWC), run_torch(module, x_NHWC)
     assert relative_error(got, wanted) < 0.1
     assert np.corrcoef(got.ravel(), wanted.ravel())[0, 1] > 0.99
+
+
+def test_ranges_are_the_extremes_of_every_tensor_as_the_quantizer_finds_them(net: tuple[nn.Module, bytes]) -> None:
+    """The judge copies every tensor to Python, which is exact and slow."""
+    _, model = net
+    key, name, _, _ = quantization._signature(model)
+    samples = {key: [{name: image[None]} for image in images((1, 3, 32, 32), 5)]}
+    manager = recipe_manager.RecipeManager()
+    manager.load_quantization_recipe(recipe.static_wi8_ai8())
+    mode = calibrator.CalibrationMode.CALIBRATION_PRESERVE_ALL_TENSORS
+    judge = calibrator.Calibrator(model, num_threads=1, mode=mode, qsv_update_func=qsv_utils.min_max_update)
+    judge.calibrate(samples, manager)
+    wanted = judge.get_model_qsvs()
+    found = quantization._activation_ranges(model, samples, recipe.static_wi8_ai8())
+    assert found.keys() == wanted.keys()
+    assert len(found) > 10
+    for tensor, ranges in found.items():
+        for end in ("min", "max"):
+            np.testing.assert_array_equal(ranges[end], wanted[tensor][end], tensor, strict=True)
 
 
 def test_an_operator_without_int8_form_is_named() -> None:
