@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hwnas.config import Experiment
 from hwnas.core.search_space import SearchSpace
@@ -102,6 +102,10 @@ class Stage(ABC):
     name: ClassVar[str]
     result: ClassVar[str]
     """The file that its verb prints."""
+    reported: ClassVar[tuple[str, ...]] = ()
+    """Its files that the report shows, if they are there. Without the first one, the stage has not finished."""
+    estimate: ClassVar[str | None] = None
+    """``module:function`` that times it for ``hwnas run --plan``. It lies above the stages, and is imported when it is asked for."""
     checked: ClassVar[tuple[str, ...]] = ()
     """The stages whose settings are checked before this one begins on its own."""
     trains: ClassVar[bool] = False
@@ -146,6 +150,11 @@ class Stage(ABC):
 
 def stage_class(name: str) -> type[Stage]:
     """The class of a stage."""
-    module, _, attribute = STAGES[name].partition(":")
-    found: type[Stage] = getattr(import_module(module), attribute)
+    found: type[Stage] = imported(STAGES[name])
     return found
+
+
+def imported(reference: str) -> Any:
+    """What ``module:attribute`` names."""
+    module, _, attribute = reference.partition(":")
+    return getattr(import_module(module), attribute)

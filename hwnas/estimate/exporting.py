@@ -9,7 +9,8 @@ import torch
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
-from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
+from hwnas.estimate.context import Context
+from hwnas.estimate.parts import Estimate, Part, peak_memory
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard
 from hwnas.export.target import Trained, target
@@ -27,8 +28,9 @@ def disk_bytes(experiment: Experiment, arch: Architecture) -> float:
     return files + 4.0 * experiment.export.parity_images * arch.in_channels * arch.resolution**2
 
 
-def of_export(experiment: Experiment, arch: Architecture, watch: Stopwatch) -> Estimate:
+def of_export(ctx: Context) -> Estimate:
     """Time the writing of every file with random weights, of int8 files with a few calibration images."""
+    experiment, arch, watch = ctx.experiment, ctx.arch, ctx.watch
     network = network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
     images = np.zeros((CALIBRATED, arch.resolution, arch.resolution, arch.in_channels), np.float32)
     interface = Interface("float32", False, (0.0,) * arch.in_channels, (1.0,) * arch.in_channels)

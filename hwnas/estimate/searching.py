@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +13,10 @@ import torch
 from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Picks
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.table import Entry, LatencyTable, TableHeader
 from hwnas.data.images import Batch, evaluation_batches
-from hwnas.devices.simulated import simulated_ms
 from hwnas.engine import Engine
-from hwnas.errors import HwnasError
+from hwnas.estimate.budget import search_context
+from hwnas.estimate.context import Context
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
 from hwnas.nn.bn import recalibrate
 from hwnas.search import STRATEGIES, stage
@@ -40,24 +38,6 @@ MOST_WEIGHTS = 100_000_000
 """Weights of the largest super-net that is built for an estimate: 0.4 GB, and a few times as much while it trains (ours)."""
 
 
-def stand_in(space: SearchSpace) -> LatencyTable:
-    """Prices by a formula for a space that has not been profiled yet: only which architectures are drawn depends on them."""
-    unknown = dict.fromkeys(("cpu", "machine", "runtime_version", "governor", "date"), "unknown")
-    header = TableHeader(
-        device="formula", runtime="litert", dtype="fp32", threads=1, cores="unknown", layout="NHWC", batch=1, space=space.name, **unknown
-    )
-    return LatencyTable(header=header, entries={op.key: Entry(ms=simulated_ms(op)) for op in space.ops})
-
-
-def context(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> tuple[Experiment, SearchContext]:
-    """A checked budget by the table, or by a stand-in, whose milliseconds no target and no limit is about; what is counted needs none."""
-    if table is None and experiment.search.by_table:
-        target = experiment.search.target_range if experiment.search.target_range is not None else 0.5
-        loose = {"target_ms": None, "budget": None, "target_range": target, "limits": (), "allow_uncalibrated": True}
-        experiment = experiment.model_copy(update={"search": experiment.search.model_copy(update=loose)})
-    return experiment, stage.search_context(experiment, space, table or stand_in(space))
-
-
 def weights_of(space: SearchSpace, *, collapsed: bool = False) -> int:
     """Weights of a super-net, about: of the largest block of every slot where its options share them, else of all options."""
     options = {choice.key: len(choice.options) for choice in space.choices}
@@ -74,19 +54,21 @@ def _collapsed(config: SearchConfig) -> bool:
     return sharing == "collapsed"
 
 
-def of_search(experiment: Experiment, space: SearchSpace, table: LatencyTable | None, folder: Path, watch: Stopwatch) -> Estimate:
-    """Time a search in an empty ``folder``. Raises HwnasError where it could not run."""
-    config = experiment.search
+def of_search(ctx: Context) -> Estimate:
+    """Time a search. Raises HwnasError where it could not run."""
+    ctx.check_data()
+    space, watch = ctx.space, ctx.watch
+    config = ctx.experiment.search
     weights = weights_of(space, collapsed=_collapsed(config))
     if weights > MOST_WEIGHTS:
         return Estimate(unknown=f"a super-net of {weights / 1e6:.0f} M weights is not built for a plan")
-    experiment, search = context(experiment, space, table)
+    experiment, search = search_context(ctx.experiment, space, ctx.table)
     experiment = stage.sized(experiment, space)
     if config.weights is not None:
         judge = Judge(trained(config, space), experiment)
         search.meter = meter_of(config, judge.supernet)
         return _of_finding(experiment, search, judge, None)
-    prepared = stage.prepare(experiment, space, search, folder)
+    prepared = stage.prepare(experiment, space, search, ctx.folder("search"))
     per_step, macs_per_step = _step_seconds(prepared, watch)
     assert search.meter is not None
     search.meter.load_state_dict({**search.meter.state_dict(), "macs": round(macs_per_step * search.steps)})
@@ -206,12 +188,3 @@ def _costs_of_judging(judge: Judge, picks: Picks) -> _Costs:
     estimating = watch.once(lambda: recalibrate(network, [x_NCHW]))
     judging = watch.once(lambda: judge.quality.of_network(network, judge.held_out, batches, count))
     return _Costs(extraction, reading / count, estimating / len(x_NCHW), judging / count, few[0].nbytes)
-
-
-def sampled(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> Picks:
-    """An architecture within the budget, as the search may find one. Raises HwnasError where there is none."""
-    _, search = context(experiment, space, table)
-    found = random_within(search, 1, np.random.default_rng(experiment.seed))
-    if not found:
-        raise HwnasError("no architecture within the budget was found")
-    return found[0]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from hwnas.config import Experiment
-from hwnas.core.arch import Architecture
-from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
+from hwnas.estimate.context import Context
+from hwnas.estimate.parts import Estimate, Part, peak_memory
 from hwnas.estimate.searching import checkpoints
 from hwnas.nn.network import AnyNetwork
 from hwnas.runs import StageContext
@@ -17,16 +14,16 @@ STEPS = 0.15
 """Part of the timing's seconds for steps."""
 MOST_STEPS = 12
 """... and at most so many."""
-TESTING = "testing"
-"""The part that counts the test images."""
 TESTED = 64
 """Test images that are timed."""
 
 
-def of_training(experiment: Experiment, arch: Architecture, folder: Path, watch: Stopwatch) -> Estimate:
-    """Time a training in an empty ``folder``. Raises HwnasError where it could not run."""
+def of_training(ctx: Context) -> Estimate:
+    """Time a training. Raises HwnasError where it could not run."""
+    ctx.check_data()
+    arch, watch, folder = ctx.arch, ctx.watch, ctx.folder("train")
     fresh = {"weights": "scratch", "backbone": None}  # what it begins with takes no longer
-    experiment = experiment.model_copy(update={"train": experiment.train.model_copy(update=fresh)})
+    experiment = ctx.experiment.model_copy(update={"train": ctx.experiment.train.model_copy(update=fresh)})
     training = stage.begin(StageContext(experiment, folder, folder), arch)
     engine = training.engine
 
@@ -37,12 +34,13 @@ def of_training(experiment: Experiment, arch: Architecture, folder: Path, watch:
     per_step = watch.mean([step] * min(MOST_STEPS, engine.steps), STEPS)
     steps = Part("training", engine.steps, per_step)
     saving, checkpoint_bytes = checkpoints(engine, steps, experiment.checkpoint_seconds, watch)
-    count = min(TESTED, len(training.test))
+    ctx.test_images = len(training.test)
+    count = min(TESTED, ctx.test_images)
     network = engine.averaged
     assert isinstance(network, AnyNetwork)
     how = Evaluation(experiment.train.batch_size, count, experiment.data.workers)
     each_image = watch.once(lambda: task_of(experiment).evaluate(network, training.test, how)) / count
     validation = training.validation
     curve = Part("validation curve", len(validation.due), validation.limit * each_image)
-    parts = (steps, saving, *([curve] if validation.due else []), Part(TESTING, len(training.test), each_image))
+    parts = (steps, saving, *([curve] if validation.due else []), Part("testing", ctx.test_images, each_image))
     return Estimate(parts, peak_memory(), checkpoint_bytes + 4.0 * arch.params)

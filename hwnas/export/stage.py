@@ -187,6 +187,8 @@ class Export(Stage):
 
     name = "export"
     result = "bundle.json"
+    reported = ("bundle.json",)
+    estimate = "hwnas.estimate.exporting:of_export"
 
     @property
     def outputs(self) -> list[str]:

@@ -36,6 +36,8 @@ class Profile(Stage):
 
     name = "profile"
     result = "table.json"
+    reported = ("table.json",)
+    estimate = "hwnas.estimate.measuring:of_profile"
     outputs = ["table.json"]
 
     @classmethod

@@ -15,33 +15,15 @@ from hwnas.document import Document, file_sha256
 from hwnas.export.bundle import Bundle
 from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest
 from hwnas.search.result import SearchResult
-from hwnas.stages import stage_class
+from hwnas.stages import STAGES, stage_class
 from hwnas.study.documents import CompareStudy, RankStudy, ShrinkStudy
 from hwnas.task import Task, task_of
 from hwnas.tasks.pictures import Pictures
 from hwnas.train.result import TrainResult
 from hwnas.verdict import Verdict
 
-SOURCES: tuple[tuple[str, str], ...] = (
-    ("profile", "table.json"),
-    ("search", "search.json"),
-    ("search", "arch.json"),
-    ("search", "metrics.jsonl"),
-    ("train", "train.json"),
-    ("train", "arch.json"),
-    ("train", "pictures.json"),
-    ("train", "metrics.jsonl"),
-    ("train", "validation.jsonl"),
-    ("export", "bundle.json"),
-    ("validate", "verdict.json"),
-    ("rank", "study.json"),
-    ("compare", "compare.json"),
-    ("shrink", "shrink.json"),
-)
-"""(stage, file): what the report reads, whichever exist."""
-
-RESULTS = {"profile": "table.json", "search": "search.json", "train": "train.json", "export": "bundle.json", "validate": "verdict.json"}
-"""Stage -> the document without which it is not finished."""
+STUDIES = {"rank": "study.json", "compare": "compare.json", "shrink": "shrink.json"}
+"""Study -> its document."""
 
 Rows = list[dict[str, Any]]
 D = TypeVar("D", bound=Document)
@@ -131,13 +113,19 @@ class RunDocuments:
         return () if self.arch is None else self.space.placed(self.arch)
 
 
+def sources() -> list[tuple[str, str]]:
+    """(stage or study, file): what the report reads, whichever exist."""
+    of_stages = [(name, file) for name in STAGES for file in stage_class(name).reported]
+    return of_stages + list(STUDIES.items())
+
+
 def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocuments:
     """Read the run folder of ``ctx``. Raises DocumentError where a document is corrupt."""
     search = _load(SearchResult, ctx.path("search", "search.json"))
     bundle = _load(Bundle, ctx.path("export", "bundle.json"))
     searched = _load(Architecture, ctx.path("search", "arch.json")) if ctx.experiment.train.arch is None else None
     trained = _load(Architecture, ctx.path("train", "arch.json"))
-    found = {f"{stage}/{name}": ctx.path(stage, name) for stage, name in SOURCES}
+    found = {f"{stage}/{name}": ctx.path(stage, name) for stage, name in sources()}
     if ctx.experiment.search.table is not None:
         found = {str(table_path): table_path} | {name: path for name, path in found.items() if name != "profile/table.json"}
     search_rows = JsonLines(ctx.path("search", "metrics.jsonl")).read()
@@ -156,9 +144,9 @@ def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocument
         pictures=_load(Pictures, ctx.path("train", "pictures.json")),
         bundle=bundle,
         verdict=_load(Verdict, ctx.path("validate", "verdict.json")),
-        study=_load(RankStudy, ctx.path("rank", "study.json")),
-        comparison=_load(CompareStudy, ctx.path("compare", "compare.json")),
-        shrinking=_load(ShrinkStudy, ctx.path("shrink", "shrink.json")),
+        study=_load(RankStudy, ctx.path("rank", STUDIES["rank"])),
+        comparison=_load(CompareStudy, ctx.path("compare", STUDIES["compare"])),
+        shrinking=_load(ShrinkStudy, ctx.path("shrink", STUDIES["shrink"])),
         stages=tuple(_state(ctx, name, {"search": search_rows, "train": train_rows}.get(name, [])) for name in _needed(ctx)),
         hashes={name: file_sha256(path) for name, path in found.items() if path.is_file()},
     )
@@ -169,15 +157,21 @@ def _load(document: type[D], path: Path) -> D | None:
 
 
 def _needed(ctx: StageContext) -> list[str]:
-    experiment = ctx.experiment
-    studied = any(ctx.path(name, MANIFEST).is_file() for name in ("rank", "compare", "shrink"))
-    if studied and not any(ctx.path(name, MANIFEST).is_file() for name in RESULTS):
+    """The stages that the report shows: those that the experiment goes through, and those that were done all the same."""
+    classes = {name: stage_class(name) for name in STAGES}
+    shown = {name: stage for name, stage in classes.items() if stage.reported}
+    studied = any(ctx.path(name, MANIFEST).is_file() for name in STUDIES)
+    if studied and not any(ctx.path(name, MANIFEST).is_file() for name in shown):
         return []  # a study, which makes no network
-    return [name for name, made in RESULTS.items() if stage_class(name).is_needed(experiment) or ctx.path(name, made).is_file()]
+    return [name for name, stage in shown.items() if stage.is_needed(ctx.experiment) or _has_finished(ctx, name)]
+
+
+def _has_finished(ctx: StageContext, name: str) -> bool:
+    return ctx.path(name, stage_class(name).reported[0]).is_file()
 
 
 def _state(ctx: StageContext, name: str, rows: Rows) -> StageState:
     manifest = _load(StageManifest, ctx.path(name, MANIFEST))
-    finished = ctx.path(name, RESULTS[name]).is_file()
+    finished = _has_finished(ctx, name)
     step = int(rows[-1]["step"]) + 1 if rows and not finished else None
     return StageState(name, finished, manifest.seconds if manifest is not None and manifest.state == "done" else None, step)

@@ -26,7 +26,7 @@ from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.export.bundle import BundleFile
 from hwnas.report import charts, comparing, drawing, pictures, ranking, shrinking
 from hwnas.report.charts import Series
-from hwnas.report.documents import SOURCES, Rows, RunDocuments, read
+from hwnas.report.documents import Rows, RunDocuments, read, sources
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
@@ -37,7 +37,7 @@ from hwnas.verdict import FileVerdict, drift_note
 CURVE_COLOURS = ("orange", "blue", "green")
 """Of the metrics of a validation curve."""
 
-__all__ = ["SOURCES", "Report", "render", "run"]
+__all__ = ["Report", "render", "run"]
 
 
 class Report(Stage):
@@ -49,8 +49,8 @@ class Report(Stage):
 
     def inputs(self) -> dict[str, str]:
         """The documents that are there, and the configuration."""
-        sources = [self.at.path(stage, name) for stage, name in SOURCES]
-        found = [path for path in [*sources, self.at.table_path] if path.is_file()]
+        paths = [self.at.path(stage, name) for stage, name in sources()]
+        found = [path for path in [*paths, self.at.table_path] if path.is_file()]
         hashes = {f"{path.parent.name}/{path.name}": file_sha256(path) for path in found}
         return {**hashes, "config": content_sha256(self.at.experiment.model_dump(mode="json", by_alias=True))}
 

@@ -370,6 +370,8 @@ class Search(Stage):
 
     name = "search"
     result = "arch.json"
+    reported = ("search.json", "arch.json", "metrics.jsonl")
+    estimate = "hwnas.estimate.searching:of_search"
     checked = ("search", "train")
     trains = True
     holds_out = True

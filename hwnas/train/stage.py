@@ -148,6 +148,8 @@ class Train(Stage):
 
     name = "train"
     result = "train.json"
+    reported = ("train.json", "arch.json", "pictures.json", "metrics.jsonl", "validation.jsonl")
+    estimate = "hwnas.estimate.training:of_training"
     checked = ("train",)
     trains = True
 

@@ -31,6 +31,8 @@ class Validate(Stage):
 
     name = "validate"
     result = "verdict.json"
+    reported = ("verdict.json",)
+    estimate = "hwnas.estimate.measuring:of_validation"
     outputs = ["verdict.json"]
 
     @property
