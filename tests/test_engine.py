@@ -445,3 +445,26 @@ def test_unused_weights_cannot_move_on_without_momentum(tmp_path: Path) -> None:
     x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
     with pytest.raises(ConfigError, match=r"set optimizer\.momentum, or unused = 'rest'"):
         make(tmp_path, 2, optimizer).weight_step(x_NCHW, y)
+
+
+def test_every_step_and_every_seed_draws_its_own_dropout_masks(tmp_path: Path) -> None:
+    """And a step that is done again draws the same ones."""
+
+    def drawn(folder: str, seed: int) -> list[list[float]]:
+        engine = make(tmp_path / folder, steps=4)
+        engine.seed = seed
+        masks: list[list[float]] = []
+
+        def step(number: int) -> Metrics:
+            masks.append(torch.rand(3).tolist())
+            return {"loss": 1.0}
+
+        engine.fit(step, Progress(), "training")
+        return masks
+
+    (tmp_path / "first").mkdir()
+    (tmp_path / "again").mkdir()
+    (tmp_path / "other").mkdir()
+    first, again, other = drawn("first", 1), drawn("again", 1), drawn("other", 2)
+    assert first == again
+    assert len({tuple(mask) for mask in [*first, *other]}) == 8

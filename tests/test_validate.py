@@ -128,6 +128,25 @@ def test_outputs_that_are_wrong_on_the_device_alone_fail(
     assert Bundle.load(finished_run / "export" / "bundle.json").files[0].parity.relative_error < 1e-4
 
 
+class Mistaken(Throttled):
+    """A device on which the int8 file always answers with the class after the right one."""
+
+    def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
+        outputs = super().predict(model, images_NHWC, folder)
+        return np.roll(outputs, 1, axis=1) if model.name == "model-int8.tflite" else outputs
+
+
+def test_a_classifier_that_loses_accuracy_fails(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
+    strict = experiment.validation.model_copy(update={"int8_accuracy_tolerance": 0.3})
+    found = verdict(finished_run, device, experiment.model_copy(update={"validation": strict}), tmp_path, connect=Mistaken)
+    files = {file.name: file for file in found.files}
+    wrong = files.pop("model-int8.tflite")
+    assert wrong.loss == pytest.approx(found.metrics["accuracy"] - wrong.metrics["accuracy"])
+    assert wrong.loss > 0.5
+    assert (wrong.quality_passed, found.passed) == (False, False)
+    assert all(file.quality_passed for file in files.values())
+
+
 def test_a_file_whose_runtime_the_device_lacks_is_named(finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path) -> None:
     found = verdict(finished_run, device, experiment, tmp_path, connect=Wrong)
     assert [file.name for file in found.files] == ["model-fp32.tflite", "model-int8.tflite"]

@@ -18,6 +18,7 @@ from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.spaces import mobile32, proxylessnas
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import CoverageError, TableError, TargetError
+from hwnas.testing import synthetic_table
 
 THOUSAND = settings(deadline=None, derandomize=True, max_examples=1000)
 CALIBRATION = Calibration(intercept_ms=0.7, slope=1.25, cold_ms_per_mparam=0.4, networks=12)
@@ -281,3 +282,20 @@ def test_a_table_of_slots_prices_no_widths() -> None:
     with pytest.raises(CoverageError, match="lacks slot prices of space small") as caught:
         CostModel.of_table(space, table)
     assert "s0.width" in caught.value.missing
+
+
+def test_the_slope_of_a_positional_table_scales_its_slots() -> None:
+    """intercept + slope * sum over slots."""
+    options = ("ir_k3_e3", "ir_k5_e6", "skip")
+    stages = (Stage(widths=(8,), slots=(("cn_k3",),)), Stage(widths=(16,), slots=(("ir_k3_e3",), options, options)))
+    space = MacroSpace(name="small", resolution=16, classes=4, stages=stages)
+    rng = np.random.default_rng(0)
+    slots = {choice.key: {str(option): float(rng.uniform(1, 2)) for option in choice.options} for choice in space.choices}
+    header = synthetic_table(space).header
+    calibration = Calibration(intercept_ms=3.0, slope=2.0, networks=5)
+    table = LatencyTable(header=header, entries={}, slots=slots, calibration=calibration)
+    cost = CostModel.of_table(space, table)
+    for _ in range(5):
+        picks = space.sample(rng)
+        total = sum(slots[key][str(option)] for key, option in picks.items())
+        assert cost.of(picks) == pytest.approx(3.0 + 2.0 * total)

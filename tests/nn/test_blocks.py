@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hwnas.core.ops import Op
@@ -69,3 +71,21 @@ def test_weights_begin_as_asked() -> None:
     fans = (576, 576, 25, 256, 256)
     assert all(float(tensor.abs().max()) <= fan**-0.5 for tensor, fan in zip(torchs, fans, strict=True))
     assert [float(tensor.std()) for tensor in he] == pytest.approx([(2 / 576) ** 0.5, 0, (2 / 25) ** 0.5, 0.01, 0], rel=0.05)
+
+
+def test_the_second_half_of_a_factorised_reduction_reads_the_pixels_that_the_first_leaves_out() -> None:
+    """FactorizedReduce of DARTS: two 1x1 convolutions of stride 2, the second one pixel down and to the right."""
+    op = Op.parse("facreduce-h8-i4-o6-s2-relu")
+    block = build(op).eval()
+    initialise(block, torch.Generator().manual_seed(0))
+    x_NCHW = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    even, odd = (block.get_parameter(f"layers.{half}.conv.weight") for half in ("even", "odd"))
+    read = x_NCHW.relu()
+    halves = F.conv2d(read, even, stride=2), F.conv2d(read[:, :, 1:, 1:], odd, stride=2)
+    wanted = torch.cat(halves, 1) / math.sqrt(1 + block.get_submodule("layers.norm.norm").eps)
+    torch.testing.assert_close(block(x_NCHW), wanted)
+    only_odd = torch.zeros(1, 4, 8, 8)
+    only_odd[:, :, 1::2, 1::2] = 1.0
+    seen = block(only_odd)
+    assert not seen[:, :3].any()
+    assert seen[:, 3:].any()

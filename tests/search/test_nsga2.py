@@ -134,3 +134,25 @@ def test_silent_and_leaves_optunas_log_as_it_was(capsys: pytest.CaptureFixture[s
     finally:
         optuna.logging.set_verbosity(before)
     assert capsys.readouterr() == ("", "")
+
+
+def test_more_accurate_faster_and_smaller_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna's front is that of all trials within the budget by (-quality, latency, parameters), all three to be small."""
+    studies, create_study = [], optuna.create_study
+    monkeypatch.setattr(optuna, "create_study", lambda **settings: studies.append(create_study(**settings)) or studies[-1])
+    problem = Problem(0)
+    ctx = problem.context(1)
+    ctx.tolerance = 0.3  # many architectures of very different latency and size
+    NSGA2(NSGA2Config(generations=4, population=20)).find(ctx, 1)
+    space = problem.space
+    costs = {}
+    for trial in studies[-1].trials:
+        index_NC = space.index(trial.params)[None]
+        if within_target(ctx, index_NC)[0]:
+            quality = KnownWeights(problem).evaluate(trial.params)
+            costs[index_NC.tobytes()] = (-quality, ctx.cost.of(trial.params), space.decode(trial.params).params)
+    rows = np.array(list(costs.values()))
+    dominated = [np.any(np.all(rows <= row, 1) & np.any(rows < row, 1)) for row in rows]
+    front = {key for key, beaten in zip(costs, dominated, strict=True) if not beaten}
+    assert {space.index(trial.params)[None].tobytes() for trial in studies[-1].best_trials} == front
+    assert 3 < len(front) < len(costs) - 3

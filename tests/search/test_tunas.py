@@ -306,3 +306,27 @@ def test_no_warm_up() -> None:
         recorder.step(strategy, number)
     assert all(np.count_nonzero(gate) == 1 for gates in recorder.trained for gate in gates.values())
     assert len(recorder.scored) == 40
+
+
+def test_the_argmax_of_every_decision_leads_the_proposals_where_it_meets_the_budget() -> None:
+    """Not the likeliest architecture: skipping a block is likelier than any one of its forms, keeping it is likelier than that."""
+    problem = Problem(0)
+    strategy = TuNAS(TuNASConfig())
+    ctx = problem.context(1)
+    strategy.setup(ctx)
+    controller = strategy.controller
+    with torch.no_grad():
+        for name, logits in controller.logits.items():
+            if name.endswith(".skip"):
+                logits.copy_(torch.tensor([math.log(0.6), math.log(0.4)]))
+    best = controller.best()
+    options = controller.option_probabilities()
+    likeliest = {choice.key: choice.options[int(options[choice.key].argmax())] for choice in ctx.space.choices}
+    assert best != likeliest
+    ctx.target, ctx.tolerance = ctx.cost.of(best), 0.9
+    assert abs(ctx.cost.of(likeliest) / ctx.target - 1) < 0.9
+    proposals = strategy.propose(ctx, 5)
+    assert proposals[0] == best
+    assert len(proposals) == 5
+    ctx.target, ctx.tolerance = 2 * ctx.cost.of(best), 0.1
+    assert best not in strategy.propose(ctx, 5)
