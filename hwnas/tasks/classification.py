@@ -5,7 +5,7 @@ which finders and the last ranking judge. With ``search.quality = "loss"`` all o
 where nothing is wrong and still tells large losses apart, where exp(-L) has no slope left.
 
 Judging by the loss tells architectures apart where images or epochs are few: on NAS-Bench-Macro, tau of a super-net of two epochs on
-1,000 images is 0.28 by accuracy and 0.71 by loss (README).
+1,000 images is 0.28 by accuracy and 0.71 by loss (docs/results).
 """
 
 from __future__ import annotations
