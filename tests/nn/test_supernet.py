@@ -165,9 +165,9 @@ def test_slicing_is_masking(name: str, sharing: str) -> None:
     for number, picks in enumerate(random_picks(space, 2)):
         x_NCHW, y = (batch(space, number)[0].double(), batch(space, number)[1])
         logits, gradients = [], []
-        for run in (lambda: supernet(x_NCHW, one_hot(picks, space)), lambda: masked(x_NCHW, picks)):  # noqa: B023
+        for module, path in ((supernet, one_hot(picks, space)), (masked, picks)):
             supernet.zero_grad(set_to_none=True)
-            logits.append(run())
+            logits.append(module(x_NCHW, path))
             F.cross_entropy(logits[-1], y).backward()
             gradients.append({key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in supernet.named_parameters()})
         assert torch.allclose(logits[0], logits[1], rtol=1e-9, atol=1e-9)
