@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Time and run model files on a device. Standalone: Python >= 3.8, numpy and one runtime; nothing of hwnas.
+"""Time and run model files on a device. Standalone: Python >= 3.8, numpy and one
+runtime; nothing of hwnas.
 
     python runner.py measure PLAN.json
     python runner.py predict MODEL INPUTS.npy OUTPUTS.npy [--threads N]
@@ -11,35 +12,42 @@
      "warmup_ms": 5, "min_ms": 20, "min_runs": 5, "max_runs": 200,
      "items": [{"id": "any", "path": "x.tflite", "round": 0, "input": "image.npy"}, ...]}
 
-where ``input`` is optional: a file of one image [1, H, W, C], float32 or uint8 as for ``predict``, for models whose
-time depends on what they see (NMS). Others get noise.
+where ``input`` is optional: a file of one image [1, H, W, C], float32 or uint8 as for
+``predict``, for models whose time depends on what they see (NMS). Others get noise.
 
-JSON lines go to stdout: a header that describes the machine, then for each item, in the plan's order,
-``{"id", "round", "delegated", "ms": [every single run]}``, with ``"input": "image"`` where an image was fed, or
-``{"id", "round", "error"}``. Times are the wall clock of one invocation, in milliseconds. ``delegated`` (LiteRT only)
-says whether XNNPACK took the whole graph: true, false, or "unknown" where the runtime does not tell.
-With several threads, idle-priority loops keep the pinned cores awake (``keep_awake`` says why), and after the header a
-line ``{"conditions": {"cores": "kept awake"}}`` says so.
+JSON lines go to stdout: a header that describes the machine, then for each item, in the
+plan's order, ``{"id", "round", "delegated", "ms": [every single run]}``, with
+``"input": "image"`` where an image was fed, or ``{"id", "round", "error"}``. Times are
+the wall clock of one invocation, in milliseconds. ``delegated`` (LiteRT only) says
+whether XNNPACK took the whole graph: true, false, or "unknown" where the runtime does
+not tell. With several threads, idle-priority loops keep the pinned cores awake
+(``keep_awake`` says why), and after the header a line ``{"conditions": {"cores": "kept
+awake"}}`` says so.
 
-``predict`` feeds images [N, H, W, C] one by one and writes float32 outputs [N, ...]. It quantises and dequantises for
-int8 models, and transposes to NCHW for ONNX files. Several outputs become one row per image: each is flattened, and
-they follow one another in the file's order. Images are float32, or uint8 for a model that takes pixels as they are.
+``predict`` feeds images [N, H, W, C] one by one and writes float32 outputs [N, ...]. It
+quantises and dequantises for int8 models, and transposes to NCHW for ONNX files.
+Several outputs become one row per image: each is flattened, and they follow one another
+in the file's order. Images are float32, or uint8 for a model that takes pixels as they
+are.
 
-``inspect`` writes a JSON line: what this machine is, its cores, and for each runtime the package and version that
-would run, or else, under "missing", a sentence with the command that installs it.
+``inspect`` writes a JSON line: what this machine is, its cores, and for each runtime
+the package and version that would run, or else, under "missing", a sentence with the
+command that installs it.
 
 A computer that drives this one through a connection needs no files here but the models:
 
 - ``measure -`` reads the plan from a line of stdin, and ends when stdin does.
-- ``predict MODEL - -`` reads a line with the shape and then the images from stdin, and writes the outputs to stdout in
-  the same form: ``[2, 224, 224, 3]``, then float32 values, little-endian. Images of bytes come after
-  ``[2, 224, 224, 3, "uint8"]``.
-- ``--receive FOLDER``, for both, takes files first: from stdin a line ``{"name": bytes, ...}``; to stdout a line that
-  lists the names which FOLDER does not have in these sizes; from stdin their contents, one after the other. A file is
-  either whole or not there. Relative paths of models begin in FOLDER, which begins in the home folder, and one job at
-  a time runs in it.
+- ``predict MODEL - -`` reads a line with the shape and then the images from stdin, and
+  writes the outputs to stdout in the same form: ``[2, 224, 224, 3]``, then float32
+  values, little-endian. Images of bytes come after ``[2, 224, 224, 3, "uint8"]``.
+- ``--receive FOLDER``, for both, takes files first: from stdin a line ``{"name": bytes,
+  ...}``; to stdout a line that lists the names which FOLDER does not have in these
+  sizes; from stdin their contents, one after the other. A file is either whole or not
+  there. Relative paths of models begin in FOLDER, which begins in the home folder, and
+  one job at a time runs in it.
 
-Exit status: 0 done, 2 bad arguments or plan, 3 the runtime is not installed, 4 FOLDER takes no files, or another job runs in it.
+Exit status: 0 done, 2 bad arguments or plan, 3 the runtime is not installed, 4 FOLDER
+takes no files, or another job runs in it.
 """
 
 from __future__ import annotations
@@ -68,13 +76,16 @@ except ImportError:  # a fact for inspect to tell
 
 PROTOCOL = 1
 LOCK_SECONDS = 3  # a job whose connection was lost needs a moment to notice
-LOCK, PART = ".hwnas-lock", ".hwnas-part"  # the second ends the name of a file that is not whole yet
+# the second ends the name of a file that is not whole yet
+LOCK, PART = ".hwnas-lock", ".hwnas-part"
 DEFAULTS = {"warmup_ms": 5, "min_ms": 20, "min_runs": 5, "max_runs": 200}
 WARMUP_RUNS = 2  # the first run allocates and packs weights, whatever warmup_ms says
 
 
 class Refusal(Exception):  # noqa: N818 - not an error of ours
-    """Something the user can fix: one sentence for stderr, and the exit status that goes with it."""
+    """Something the user can fix: one sentence for stderr, and the exit status that
+    goes with it.
+    """
 
     def __init__(self, sentence: str, status: int = 2) -> None:
         super().__init__(sentence)
@@ -82,7 +93,9 @@ class Refusal(Exception):  # noqa: N818 - not an error of ours
 
 
 class LiteRTModel:
-    """A TFLite file on the interpreter's default path: XNNPACK where it can, reference kernels elsewhere."""
+    """A TFLite file on the interpreter's default path: XNNPACK where it can, reference
+    kernels elsewhere.
+    """
 
     packages: ClassVar[dict[str, str]] = {
         "ai-edge-litert": "ai_edge_litert.interpreter",
@@ -102,19 +115,27 @@ class LiteRTModel:
 
     def feed(self, image_NHWC: Any) -> None:
         entry = only(self._inputs, "input")
-        image_NHWC = image_NHWC if pixels(image_NHWC, entry["dtype"]) else quantise(image_NHWC, entry)
+        image_NHWC = (
+            image_NHWC if pixels(image_NHWC, entry["dtype"]) else quantise(image_NHWC, entry)
+        )
         self._interpreter.set_tensor(entry["index"], image_NHWC)
 
     def predict(self, image_NHWC: Any) -> Any:
         self.feed(image_NHWC)
         self.invoke()
-        return in_a_row([dequantise(self._interpreter.get_tensor(exit_["index"]), exit_) for exit_ in self._outputs])
+        return in_a_row(
+            [
+                dequantise(self._interpreter.get_tensor(exit_["index"]), exit_)
+                for exit_ in self._outputs
+            ]
+        )
 
     def facts(self) -> dict[str, Any]:
         """Whether one delegate runs everything between inputs and outputs.
 
-        The operators that a delegate replaced stay listed beside it, so the answer is in the edges: there is
-        one delegate, it makes every output, and it waits for no operator outside itself.
+        The operators that a delegate replaced stay listed beside it, so the answer is
+        in the edges: there is one delegate, it makes every output, and it waits for no
+        operator outside itself.
         """
         try:
             # No public call tells, and some versions lack this one.
@@ -124,9 +145,13 @@ class LiteRTModel:
         delegates = [node for node in nodes if node["op_name"] == "DELEGATE"]
         if len(delegates) != 1:
             return {"delegated": False}
-        outside = {int(t) for node in nodes if node["op_name"] != "DELEGATE" for t in node["outputs"]}
+        outside = {
+            int(t) for node in nodes if node["op_name"] != "DELEGATE" for t in node["outputs"]
+        }
         made, used = ({int(t) for t in delegates[0][side]} for side in ("outputs", "inputs"))
-        return {"delegated": {int(t["index"]) for t in self._outputs} <= made and not used & outside}
+        return {
+            "delegated": {int(t["index"]) for t in self._outputs} <= made and not used & outside
+        }
 
 
 class OnnxModel:
@@ -161,12 +186,16 @@ class OnnxModel:
     def feed(self, image_NHWC: Any) -> None:
         entry = only(self._session.get_inputs(), "input")
         pixels(image_NHWC, self.dtypes[entry.type])
-        self._binding.bind_cpu_input(entry.name, np.ascontiguousarray(image_NHWC.transpose(0, 3, 1, 2)))
+        self._binding.bind_cpu_input(
+            entry.name, np.ascontiguousarray(image_NHWC.transpose(0, 3, 1, 2))
+        )
 
     def predict(self, image_NHWC: Any) -> Any:
         self.feed(image_NHWC)
         self.invoke()
-        return in_a_row([output.astype(np.float32) for output in self._binding.copy_outputs_to_cpu()])
+        return in_a_row(
+            [output.astype(np.float32) for output in self._binding.copy_outputs_to_cpu()]
+        )
 
     def facts(self) -> dict[str, Any]:
         return {}
@@ -178,7 +207,9 @@ FURTHER = "HWNAS_RUNNER_MODELS"
 
 
 def learn() -> None:
-    """Add the runtimes of the Python files that an environment variable names: each has MODELS and SUFFIXES as above."""
+    """Add the runtimes of the Python files that an environment variable names: each has
+    MODELS and SUFFIXES as above.
+    """
     for path in filter(None, os.environ.get(FURTHER, "").split(os.pathsep)):
         specification = importlib.util.spec_from_file_location("hwnas_runner_models", path)
         if specification is None or specification.loader is None:
@@ -200,10 +231,19 @@ def import_runtime(runtime: str) -> tuple[str, Any]:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            broken += [f"{package} {version} does not import ({one_sentence(error)})"] if version != "unknown" else []
+            broken += (
+                [f"{package} {version} does not import ({one_sentence(error)})"]
+                if version != "unknown"
+                else []
+            )
             continue
-        # Up to 2.14 it was built for numpy 1: it imports beside numpy 2, and then fails at every model.
-        if package == "tflite-runtime" and [2] <= numbers(version) < [2, 15] and numbers(np.__version__) >= [2]:
+        # Up to 2.14 it was built for numpy 1: it imports beside numpy 2, and then fails
+        # at every model.
+        if (
+            package == "tflite-runtime"
+            and [2] <= numbers(version) < [2, 15]
+            and numbers(np.__version__) >= [2]
+        ):
             reason = f"tflite-runtime {version} does not work with numpy {np.__version__}"
             raise Refusal(f"{reason}{remedy('tflite-runtime', 'numpy<2')}", status=3)
         return package, module
@@ -212,8 +252,13 @@ def import_runtime(runtime: str) -> tuple[str, Any]:
 
 
 def packages_for(runtime: str) -> tuple[str, str]:
-    """What to install for a runtime on this machine. ai-edge-litert has no files for 32-bit boards or old Pythons."""
-    served = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64") and sys.version_info >= (3, 10)
+    """What to install for a runtime on this machine. ai-edge-litert has no files for
+    32-bit boards or old Pythons.
+    """
+    served = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64") and sys.version_info >= (
+        3,
+        10,
+    )
     if runtime == "litert" and not served:
         return "tflite-runtime", "numpy<2"
     return next(iter(MODELS[runtime].packages)), "numpy"
@@ -226,8 +271,17 @@ def remedy(*packages: str) -> str:
     if not own and os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")):
         venv = "" if importlib.util.find_spec("ensurepip") else "sudo apt install python3-venv && "
         command = f"{venv}{python} -m venv ~/hwnas && ~/hwnas/bin/python -m pip install {wanted}"
-        return f"; as its packages belong to the system, make an environment and use its ~/hwnas/bin/python: {command}"
-    pip = "" if importlib.util.find_spec("pip") else f"{python} -m ensurepip && " if own else "sudo apt install python3-pip && "
+        return (
+            "; as its packages belong to the system, make an environment and use its"
+            f" ~/hwnas/bin/python: {command}"
+        )
+    pip = (
+        ""
+        if importlib.util.find_spec("pip")
+        else f"{python} -m ensurepip && "
+        if own
+        else "sudo apt install python3-pip && "
+    )
     return f": {pip}{python} -m pip install {wanted}"
 
 
@@ -251,7 +305,11 @@ def only(tensors: Any, kind: str) -> Any:
 
 def in_a_row(outputs: Any) -> Any:
     """One output as it is; several as [1, the numbers of all]."""
-    return outputs[0] if len(outputs) == 1 else np.concatenate([output.reshape(1, -1) for output in outputs], axis=1)
+    return (
+        outputs[0]
+        if len(outputs) == 1
+        else np.concatenate([output.reshape(1, -1) for output in outputs], axis=1)
+    )
 
 
 def noise(shape: Any, dtype: Any) -> Any:
@@ -264,12 +322,19 @@ def noise(shape: Any, dtype: Any) -> Any:
 
 
 def pixels(images: Any, dtype: Any) -> bool:
-    """Whether images are pixels, for an input of ``dtype`` that takes them as they are. The one is refused without the other."""
+    """Whether images are pixels, for an input of ``dtype`` that takes them as they are.
+    The one is refused without the other.
+    """
     given, taken = images.dtype == np.uint8, np.dtype(dtype) == np.uint8
     if given and not taken:
-        raise Refusal(f"These images are uint8, and the model takes {np.dtype(dtype)}: normalise them first")
+        raise Refusal(
+            f"These images are uint8, and the model takes {np.dtype(dtype)}: normalise them first"
+        )
     if taken and not given:
-        raise Refusal(f"This model takes uint8 images, pixels as they are, and these are {images.dtype}: do not normalise them")
+        raise Refusal(
+            f"This model takes uint8 images, pixels as they are, and these are {images.dtype}: do"
+            " not normalise them"
+        )
     return bool(given)
 
 
@@ -278,13 +343,17 @@ def quantise(values: Any, tensor: Any) -> Any:
         return values.astype(tensor["dtype"], copy=False)
     scale, zero_point = tensor["quantization"]
     limits = np.iinfo(tensor["dtype"])
-    return np.clip(np.round(values / scale) + zero_point, limits.min, limits.max).astype(tensor["dtype"])
+    return np.clip(np.round(values / scale) + zero_point, limits.min, limits.max).astype(
+        tensor["dtype"]
+    )
 
 
 def dequantise(values: Any, tensor: Any) -> Any:
     scale, zero_point = tensor["quantization"]
     is_float = np.issubdtype(tensor["dtype"], np.floating)
-    return (values if is_float else (values.astype(np.float32) - zero_point) * scale).astype(np.float32)
+    return (values if is_float else (values.astype(np.float32) - zero_point) * scale).astype(
+        np.float32
+    )
 
 
 def read_plan(path: str) -> dict[str, Any]:
@@ -293,7 +362,10 @@ def read_plan(path: str) -> dict[str, Any]:
         text = sys.stdin.buffer.readline().decode() if path == "-" else read(path)
         plan = {**DEFAULTS, "cores": None, **json.loads(text)}
         keys = ("id", "path", "round", "input")
-        plan["items"] = [{key: {"round": 0, "input": None, **item}[key] for key in keys} for item in plan["items"]]
+        plan["items"] = [
+            {key: {"round": 0, "input": None, **item}[key] for key in keys}
+            for item in plan["items"]
+        ]
         numbers = {key: plan[key] for key in ("threads", *DEFAULTS)}
         runtime = plan["runtime"]
     except OSError as error:
@@ -312,7 +384,9 @@ def read_plan(path: str) -> dict[str, Any]:
 
 
 def pin(cores: Any) -> Any:
-    """Keep this process on these cores. Returns the affinity in force, "unknown" where there is none."""
+    """Keep this process on these cores. Returns the affinity in force, "unknown" where
+    there is none.
+    """
     if not hasattr(os, "sched_setaffinity"):
         return "unknown"
     if cores is not None:
@@ -337,15 +411,19 @@ while os.getppid() == int(sys.argv[2]):
 def keep_awake(cores: Any) -> bool:
     """Keep cores from falling asleep while this process lives; whether that could be done.
 
-    A thread that has done its part of a layer early sleeps until the next. Where its core then sleeps too, waking it takes up to
-    0.1 ms: as long as a small block, and more on a virtual machine. How often that happens hangs on everything else that runs, so
-    times of blocks would not add up to times of networks. The loops that prevent it run only where nothing else wants the core.
+    A thread that has done its part of a layer early sleeps until the next. Where its
+    core then sleeps too, waking it takes up to 0.1 ms: as long as a small block, and
+    more on a virtual machine. How often that happens hangs on everything else that
+    runs, so times of blocks would not add up to times of networks. The loops that
+    prevent it run only where nothing else wants the core.
     """
     if not isinstance(cores, list) or not hasattr(os, "SCHED_IDLE"):
         return False
     for core in cores:
         command = [sys.executable, "-c", KEEP_AWAKE, str(core), str(os.getpid())]
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
     return True
 
 
@@ -408,7 +486,8 @@ def time_runs(model: Any, plan: dict[str, Any]) -> list[float]:
 
 def measure(plan_path: str) -> None:
     plan = read_plan(plan_path)
-    cores = pin(plan["cores"])  # before the runtime is imported, so that its threads inherit the affinity
+    # before the runtime is imported, so that its threads inherit the affinity
+    cores = pin(plan["cores"])
     if plan_path == "-":
         end_with_stdin()
     model_class = MODELS[plan["runtime"]]
@@ -428,14 +507,18 @@ def measure(plan_path: str) -> None:
                 line["input"] = "image"
             line.update(model.facts())
             line["ms"] = time_runs(model, plan)
-        except Exception as error:  # a runtime may raise anything, and one bad file must not end the run
+        except (
+            Exception
+        ) as error:  # a runtime may raise anything, and one bad file must not end the run
             line["error"] = one_sentence(error)
         model = None
         emit(line)
 
 
 def end_with_stdin() -> None:
-    """Leave when the other end hangs up: nobody reads on there, and whoever measures next wants this machine quiet."""
+    """Leave when the other end hangs up: nobody reads on there, and whoever measures
+    next wants this machine quiet.
+    """
 
     def wait() -> None:
         while os.read(0, 4096):
@@ -463,7 +546,9 @@ def predict(model_path: str, inputs_path: str, outputs_path: str, threads: int) 
         outputs = np.stack([model.predict(image_NHWC)[0] for image_NHWC in images_of(inputs_path)])
     except Refusal:
         raise
-    except Exception as error:  # runtimes raise types of their own for missing, broken and misfitting files
+    except (
+        Exception
+    ) as error:  # runtimes raise types of their own for missing, broken and misfitting files
         raise Refusal(f"Cannot run {model_path} on {inputs_path}: {one_sentence(error)}") from error
     if outputs_path == "-":
         emit(outputs.shape)
@@ -480,8 +565,15 @@ def images_of(path: str) -> Iterator[Any]:
     """The images one by one, [1, H, W, C] each, so that memory holds one of them."""
     if path != "-":
         images_NHWC = np.load(path, mmap_mode="r")
-        if images_NHWC.dtype not in (np.float32, np.uint8) or images_NHWC.ndim != 4 or len(images_NHWC) == 0:
-            raise ValueError(f"inputs are {images_NHWC.dtype} {images_NHWC.shape}, not float32 or uint8 [N, H, W, C]")
+        if (
+            images_NHWC.dtype not in (np.float32, np.uint8)
+            or images_NHWC.ndim != 4
+            or len(images_NHWC) == 0
+        ):
+            raise ValueError(
+                f"inputs are {images_NHWC.dtype} {images_NHWC.shape}, not float32 or uint8 [N, H,"
+                " W, C]"
+            )
         for row in range(len(images_NHWC)):
             yield np.array(images_NHWC[row : row + 1])
         return
@@ -497,7 +589,11 @@ def images_of(path: str) -> Iterator[Any]:
 
 def inspect() -> None:
     """What a computer that drives this one has to know about it."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
     runtimes, missing = {}, {}
     for runtime in MODELS:
         try:
@@ -520,7 +616,9 @@ def inspect() -> None:
 
 
 def enter(folder: str) -> None:
-    """Make this the working folder, and this process the only one at work in it for as long as it lives."""
+    """Make this the working folder, and this process the only one at work in it for as
+    long as it lives.
+    """
     import fcntl
 
     path = os.path.join(os.path.expanduser("~"), os.path.expanduser(folder))
@@ -538,8 +636,13 @@ def enter(folder: str) -> None:
         except BlockingIOError as error:
             if time.monotonic() > give_up:
                 holder = os.read(lock, 20).decode().strip() or "unknown"
-                why = f"Another job runs here (process {holder}), and two would spoil each other's times"
-                raise Refusal(f"{why}: wait for it, or end it with: kill {holder}", status=4) from error
+                why = (
+                    f"Another job runs here (process {holder}), and two would spoil each other's"
+                    " times"
+                )
+                raise Refusal(
+                    f"{why}: wait for it, or end it with: kill {holder}", status=4
+                ) from error
             time.sleep(0.1)
     with contextlib.suppress(OSError):  # on a full disk the lock holds, but has no name
         os.ftruncate(lock, 0)
@@ -549,13 +652,21 @@ def enter(folder: str) -> None:
 def receive() -> None:
     """Take the files that are announced on stdin and not here yet into the working folder."""
     try:
-        sizes = {str(name): int(size) for name, size in json.loads(sys.stdin.buffer.readline()).items()}
+        sizes = {
+            str(name): int(size) for name, size in json.loads(sys.stdin.buffer.readline()).items()
+        }
     except (ValueError, TypeError, AttributeError) as error:
-        raise Refusal(f"The announced files are not JSON of the documented form: {error}") from error
+        raise Refusal(
+            f"The announced files are not JSON of the documented form: {error}"
+        ) from error
     outside = [name for name in sizes if os.path.basename(name) != name or name[:1] in (".", "")]
     if outside:
         raise Refusal(f"{outside[0]!r} is no name for a file in {os.getcwd()}")
-    missing = [name for name, size in sizes.items() if not (os.path.isfile(name) and os.path.getsize(name) == size)]
+    missing = [
+        name
+        for name, size in sizes.items()
+        if not (os.path.isfile(name) and os.path.getsize(name) == size)
+    ]
     emit(missing)
     try:
         for name in os.listdir("."):
@@ -566,7 +677,11 @@ def receive() -> None:
     except OSError as error:
         here = shlex.quote(os.getcwd())
         full = f"{os.getcwd()} takes no more files ({error.strerror})"
-        raise Refusal(f"{full}: free some space, for instance from earlier models: rm {here}/*.tflite {here}/*.onnx", status=4) from error
+        raise Refusal(
+            f"{full}: free some space, for instance from earlier models: rm {here}/*.tflite"
+            f" {here}/*.onnx",
+            status=4,
+        ) from error
 
 
 def store(name: str, size: int) -> None:
@@ -584,18 +699,28 @@ def store(name: str, size: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="runner.py", description="Time and run model files on this device.")
+    parser = argparse.ArgumentParser(
+        prog="runner.py", description="Time and run model files on this device."
+    )
     jobs = parser.add_subparsers(dest="job", required=True)
     jobs.add_parser("inspect", help="describe this machine and its runtimes; a JSON line on stdout")
     measuring = jobs.add_parser("measure", help="time the models of a plan; JSON lines on stdout")
     measuring.add_argument("plan", help="the plan, a JSON file; or -")
     predicting = jobs.add_parser("predict", help="run a model over images")
     predicting.add_argument("model", help="a .tflite or .onnx file")
-    predicting.add_argument("inputs", help="float32 or uint8 images [N, H, W, C], a .npy file; or -")
-    predicting.add_argument("outputs", help="where to write the float32 outputs [N, ...], a .npy file; or -")
+    predicting.add_argument(
+        "inputs", help="float32 or uint8 images [N, H, W, C], a .npy file; or -"
+    )
+    predicting.add_argument(
+        "outputs", help="where to write the float32 outputs [N, ...], a .npy file; or -"
+    )
     predicting.add_argument("--threads", type=int, default=1)
     for job in (measuring, predicting):
-        job.add_argument("--receive", metavar="FOLDER", help="take files from stdin first; paths of models begin there")
+        job.add_argument(
+            "--receive",
+            metavar="FOLDER",
+            help="take files from stdin first; paths of models begin there",
+        )
     options = parser.parse_args(arguments)
     try:
         learn()

@@ -22,25 +22,46 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="hwnas",
-    help="A phone, a data set and a latency budget in; a trained network that meets the budget out.",
+    help=(
+        "A phone, a data set and a latency budget in; a trained network that meets the budget out."
+    ),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-table_app = typer.Typer(help="Look at latency tables; read and compare those of others.", no_args_is_help=True)
+table_app = typer.Typer(
+    help="Look at latency tables; read and compare those of others.", no_args_is_help=True
+)
 app.add_typer(table_app, name="table")
 study_app = typer.Typer(help="Study the methods themselves.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 
-Config = Annotated[Path | None, typer.Argument(help="an experiment (.toml), or the folder of an earlier run; default: built-in settings")]
-Set = Annotated[list[str] | None, typer.Option("-s", metavar="KEY=VALUE", help="set one key of the configuration: -s search.target_ms=3")]
-Out = Annotated[Path | None, typer.Option("--out", help="run folder; default: runs/<name of the experiment>")]
-Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="start anew (earlier results are kept beside), or go on")]
+Config = Annotated[
+    Path | None,
+    typer.Argument(
+        help="an experiment (.toml), or the folder of an earlier run; default: built-in settings"
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-s", metavar="KEY=VALUE", help="set one key of the configuration: -s search.target_ms=3"
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="run folder; default: runs/<name of the experiment>")
+]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh/--resume", help="start anew (earlier results are kept beside), or go on"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Quiet = Annotated[bool, typer.Option("-q", help="errors only")]
-Verbose = Annotated[bool, typer.Option("-v", help="more detail: why a stage runs, every candidate, noisy entries")]
+Verbose = Annotated[
+    bool, typer.Option("-v", help="more detail: why a stage runs, every candidate, noisy entries")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
@@ -55,8 +76,17 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _pipeline(verb: str, config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool, verbose: bool) -> Pipeline:
-    """The experiment of a TOML file, of a run folder, or of the defaults, with its run folder; what it sets does something."""
+def _pipeline(
+    verb: str,
+    config: Path | None,
+    overrides: list[str] | None,
+    out: Path | None,
+    quiet: bool,
+    verbose: bool,
+) -> Pipeline:
+    """The experiment of a TOML file, of a run folder, or of the defaults, with its run
+    folder; what it sets does something.
+    """
     from hwnas.unused import check_used
 
     pipeline = _unchecked(config, overrides, out, quiet, verbose)
@@ -66,7 +96,9 @@ def _pipeline(verb: str, config: Path | None, overrides: list[str] | None, out: 
     return pipeline
 
 
-def _unchecked(config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool, verbose: bool) -> Pipeline:
+def _unchecked(
+    config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool, verbose: bool
+) -> Pipeline:
     from hwnas.config import load_experiment
     from hwnas.pipeline import Pipeline
     from hwnas.runs import load_config
@@ -74,11 +106,22 @@ def _unchecked(config: Path | None, overrides: list[str] | None, out: Path | Non
 
     if config is not None and config.is_dir():
         if overrides:
-            raise UserError(f"{config} is a run folder with its own configuration: give the .toml file to change {overrides[0]!r}.")
-        return Pipeline(load_config(config), out or config, TerminalProgress(quiet=quiet, verbose=verbose))
+            raise UserError(
+                f"{config} is a run folder with its own configuration: give the .toml file to"
+                f" change {overrides[0]!r}."
+            )
+        return Pipeline(
+            load_config(config), out or config, TerminalProgress(quiet=quiet, verbose=verbose)
+        )
     experiment = load_experiment(config, overrides)
-    name = config.stem if config is not None and "name" not in experiment.model_fields_set else experiment.name
-    return Pipeline(experiment, out or Path("runs") / name, TerminalProgress(quiet=quiet, verbose=verbose))
+    name = (
+        config.stem
+        if config is not None and "name" not in experiment.model_fields_set
+        else experiment.name
+    )
+    return Pipeline(
+        experiment, out or Path("runs") / name, TerminalProgress(quiet=quiet, verbose=verbose)
+    )
 
 
 @contextmanager
@@ -127,7 +170,9 @@ def run(
         return
     with _interruptible():
         pipeline.run(fresh=fresh)
-    _print_result(pipeline.root / ("validate/verdict.json" if as_json else "report/report.html"), as_json)
+    _print_result(
+        pipeline.root / ("validate/verdict.json" if as_json else "report/report.html"), as_json
+    )
     _check_verdict(pipeline)
 
 
@@ -136,8 +181,12 @@ def profile(
     config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Measure a device: every op of the space, and whole networks, into a calibrated latency table."""
-    _run_stage("profile", _pipeline("profile", config, overrides, out, quiet, verbose), fresh, as_json)
+    """Measure a device: every op of the space, and whole networks, into a calibrated
+    latency table.
+    """
+    _run_stage(
+        "profile", _pipeline("profile", config, overrides, out, quiet, verbose), fresh, as_json
+    )
 
 
 @app.command()
@@ -146,7 +195,9 @@ def search(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Search the space for the most accurate architecture at the target latency."""
-    _run_stage("search", _pipeline("search", config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage(
+        "search", _pipeline("search", config, overrides, out, quiet, verbose), fresh, as_json
+    )
 
 
 @app.command()
@@ -164,7 +215,9 @@ def export(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write TFLite and ONNX files with labels, preprocessing and parity numbers: a bundle."""
-    _run_stage("export", _pipeline("export", config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage(
+        "export", _pipeline("export", config, overrides, out, quiet, verbose), fresh, as_json
+    )
 
 
 @app.command()
@@ -172,7 +225,9 @@ def validate(
     config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Run the bundle on the device: latency as predicted, accuracy as trained? Exit code 1 where not."""
+    """Run the bundle on the device: latency as predicted, accuracy as trained? Exit
+    code 1 where not.
+    """
     pipeline = _pipeline("validate", config, overrides, out, quiet, verbose)
     _run_stage("validate", pipeline, fresh, as_json)
     _check_verdict(pipeline)
@@ -184,7 +239,9 @@ def report(
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Draw what a run folder holds: one self-contained HTML file."""
-    _run_stage("report", _pipeline("report", config, overrides, out, quiet, verbose), fresh, as_json)
+    _run_stage(
+        "report", _pipeline("report", config, overrides, out, quiet, verbose), fresh, as_json
+    )
 
 
 @app.command()
@@ -193,7 +250,9 @@ def space(
     table: Annotated[Path | None, typer.Argument(help="a latency table, to show its coverage")] = None,
     overrides: Set = None, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Show a space, of an experiment as its data shape it: size, plan, a sample, what a table covers and predicts."""
+    """Show a space, of an experiment as its data shape it: size, plan, a sample, what a
+    table covers and predicts.
+    """
     from hwnas.core.describe import coverage, describe_space
     from hwnas.core.table import LatencyTable
     from hwnas.shown import shown_space
@@ -203,7 +262,11 @@ def space(
     known = LatencyTable.load(path) if path is not None else None
     if as_json:
         typer.echo(
-            found.space.to_json() if known is None else json.dumps(coverage(found.space, known, found.networks), indent=1),
+            (
+                found.space.to_json()
+                if known is None
+                else json.dumps(coverage(found.space, known, found.networks), indent=1)
+            ),
             nl=known is not None,
         )
         return
@@ -219,19 +282,37 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
     found, phones = known_devices(), attached_phones()
     if as_json:
         documents = {name: device.model_dump(mode="json") for name, device in found.items()}
-        typer.echo(json.dumps({**documents, **{f"adb:{serial}": {"state": state} for serial, state in phones.items()}}, indent=1))
+        typer.echo(
+            json.dumps(
+                {
+                    **documents,
+                    **{f"adb:{serial}": {"state": state} for serial, state in phones.items()},
+                },
+                indent=1,
+            )
+        )
         return
     for name, connection, text in [
         *((name, device.connection, device.soc) for name, device in found.items()),
         *((f"adb:{serial}", "adb", state) for serial, state in phones.items()),
-        *([] if phones else [("adb", "adb", "an Android phone: none is attached, as far as `adb devices` knows")]),
+        *(
+            []
+            if phones
+            else [
+                ("adb", "adb", "an Android phone: none is attached, as far as `adb devices` knows")
+            ]
+        ),
         ("ssh:USER@HOST", "ssh", "any board or server that `ssh USER@HOST` reaches"),
     ]:
         typer.echo(f"{name:20} {connection:10} {text}")
 
 
 @table_app.command("show")
-def table_show(path: Annotated[Path, typer.Argument(help="a latency table (.json)")], as_json: Json = False, debug: Debug = False) -> None:
+def table_show(
+    path: Annotated[Path, typer.Argument(help="a latency table (.json)")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Show a table: its conditions, how well it adds up, and its entries."""
     from hwnas.core.describe import describe_table
     from hwnas.core.table import LatencyTable
@@ -253,14 +334,19 @@ def table_import(
     from hwnas.tables.formats import import_table
 
     if out.resolve() == file.resolve():
-        raise UserError(f"--out {out} is the file to import: choose another, which import will write.")
+        raise UserError(
+            f"--out {out} is the file to import: choose another, which import will write."
+        )
     imported = import_table(file, format_name)
     imported.table.save(out)
     prices = len(imported.table.entries) + sum(map(len, imported.table.slots.values()))
     if as_json:
         typer.echo(json.dumps({"path": str(out), "prices": prices, "unmapped": imported.unmapped}))
         return
-    typer.echo(f"{out}\n{prices} prices; {len(imported.unmapped)} of the source not mapped{':' if imported.unmapped else ''}")
+    typer.echo(
+        f"{out}\n{prices} prices; {len(imported.unmapped)} of the source not"
+        f" mapped{':' if imported.unmapped else ''}"
+    )
     for name, reason in imported.unmapped.items():
         typer.echo(f"  {name}: {reason}")
 
@@ -271,7 +357,9 @@ def table_compare(
     b: Annotated[Path, typer.Argument(help="another")],
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Show what the same ops cost in two tables: their ratios, the range, and how far the orders agree."""
+    """Show what the same ops cost in two tables: their ratios, the range, and how far
+    the orders agree.
+    """
     import shutil
 
     from hwnas.core.table import LatencyTable
@@ -279,7 +367,9 @@ def table_compare(
 
     found = compare(LatencyTable.load(a), LatencyTable.load(b))
     width = shutil.get_terminal_size((100, 40)).columns
-    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else describe_comparison(found, width))
+    typer.echo(
+        json.dumps(found.to_dict(), indent=1) if as_json else describe_comparison(found, width)
+    )
 
 
 @table_app.command("fit")
@@ -290,14 +380,20 @@ def table_fit(
     prior: Annotated[list[Path] | None, typer.Option("--prior", help="another device's table of the space; may be repeated")] = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Fit a table to whole networks that somebody has timed; says its cross-validated error, and whether more would help."""
+    """Fit a table to whole networks that somebody has timed; says its cross-validated
+    error, and whether more would help.
+    """
     from hwnas.core.spaces import load_space
     from hwnas.core.table import LatencyTable
     from hwnas.tables.networks import fit_from_csv
 
     if out.resolve() in {path.resolve() for path in (file, *(prior or ()))}:
-        raise UserError(f"--out {out} is a file that is read: choose another, which fit will write.")
-    table = fit_from_csv(file, load_space(space_name), [LatencyTable.load(path) for path in prior or ()])
+        raise UserError(
+            f"--out {out} is a file that is read: choose another, which fit will write."
+        )
+    table = fit_from_csv(
+        file, load_space(space_name), [LatencyTable.load(path) for path in prior or ()]
+    )
     table.save(out)
     if as_json:
         typer.echo(json.dumps({"path": str(out), **table.provenance}))
@@ -305,7 +401,9 @@ def table_fit(
     typer.echo(f"{out}\n{table.provenance['more_networks']}\n{table.provenance['prior_alone']}")
 
 
-def _study(study: Callable[..., None], result: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
+def _study(
+    study: Callable[..., None], result: str, pipeline: Pipeline, fresh: bool, as_json: bool
+) -> None:
     with _interruptible():
         study(pipeline, fresh=fresh)
     _print_result(pipeline.root / result, as_json)
@@ -319,7 +417,13 @@ def study_rank(
     """Does a super-net rank architectures right? Its scores against accuracies that are known."""
     from hwnas.studies import study_rank as study
 
-    _study(study, "rank/study.json", _pipeline("study rank", config, overrides, out, quiet, verbose), fresh, as_json)
+    _study(
+        study,
+        "rank/study.json",
+        _pipeline("study rank", config, overrides, out, quiet, verbose),
+        fresh,
+        as_json,
+    )
 
 
 @study_app.command("compare")
@@ -327,10 +431,18 @@ def study_compare(
     config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Do search methods beat random search at equal cost? What each finds, by accuracies that are known."""
+    """Do search methods beat random search at equal cost? What each finds, by
+    accuracies that are known.
+    """
     from hwnas.studies import study_compare as study
 
-    _study(study, "compare/compare.json", _pipeline("study compare", config, overrides, out, quiet, verbose), fresh, as_json)
+    _study(
+        study,
+        "compare/compare.json",
+        _pipeline("study compare", config, overrides, out, quiet, verbose),
+        fresh,
+        as_json,
+    )
 
 
 @study_app.command("shrink")
@@ -338,15 +450,25 @@ def study_shrink(
     config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
     quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Shrink a space by what a super-net says of its operators; what of the good networks is left?"""
+    """Shrink a space by what a super-net says of its operators; what of the good
+    networks is left?
+    """
     from hwnas.studies import study_shrink as study
 
-    _study(study, "shrink/shrink.json", _pipeline("study shrink", config, overrides, out, quiet, verbose), fresh, as_json)
+    _study(
+        study,
+        "shrink/shrink.json",
+        _pipeline("study shrink", config, overrides, out, quiet, verbose),
+        fresh,
+        as_json,
+    )
 
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Check this installation: packages, runtimes, threads, cores, clock. Exit code 1 where something is missing."""
+    """Check this installation: packages, runtimes, threads, cores, clock. Exit code 1
+    where something is missing.
+    """
     from hwnas.doctor import examine
 
     findings = examine()
@@ -354,7 +476,9 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         typer.echo(json.dumps([finding.__dict__ for finding in findings], indent=1))
     else:
         for finding in findings:
-            typer.echo(f"{'ok     ' if finding.good else 'MISSING'} {finding.subject:18} {finding.text}")
+            typer.echo(
+                f"{'ok     ' if finding.good else 'MISSING'} {finding.subject:18} {finding.text}"
+            )
     if not all(finding.good for finding in findings):
         raise typer.Exit(1)
 
@@ -366,5 +490,9 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     pass

@@ -35,15 +35,30 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, in the order of their importance."""
-    found = [Finding("python", sys.version_info >= (3, 11), f"{sys.version.split()[0]} (3.11 or later is needed)")]
+    found = [
+        Finding(
+            "python",
+            sys.version_info >= (3, 11),
+            f"{sys.version.split()[0]} (3.11 or later is needed)",
+        )
+    ]
     found += [_package(name, purpose) for name, purpose in PACKAGES.items()]
-    found += [Finding(f"{name}/", share_folder(name).is_dir(), str(share_folder(name))) for name in ("configs", "deploy", "latency_tables")]
+    found += [
+        Finding(f"{name}/", share_folder(name).is_dir(), str(share_folder(name)))
+        for name in ("configs", "deploy", "latency_tables")
+    ]
     if all(finding.good for finding in found):
         found.append(_torch())
     if found[-1].good:
         found += [_runtime("litert"), _runtime("onnxruntime")]
     found.append(_cores())
-    found.append(Finding("clock", True, f"governor {_governor()} ('performance' measures best; 'unknown' on virtual machines)"))
+    found.append(
+        Finding(
+            "clock",
+            True,
+            f"governor {_governor()} ('performance' measures best; 'unknown' on virtual machines)",
+        )
+    )
     return found
 
 
@@ -59,9 +74,17 @@ def _torch() -> Finding:
         import torch
         import torchvision
     except Exception as error:  # a torchvision of another build fails with RuntimeError, a missing library with OSError
-        return Finding("torch works", False, f"torch and torchvision do not import together ({error}): install matching versions")
+        return Finding(
+            "torch works",
+            False,
+            f"torch and torchvision do not import together ({error}): install matching versions",
+        )
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return Finding("torch works", True, f"torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, {gpu}")
+    return Finding(
+        "torch works",
+        True,
+        f"torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, {gpu}",
+    )
 
 
 def _runtime(runtime: Literal["litert", "onnxruntime"]) -> Finding:
@@ -76,7 +99,11 @@ def _runtime(runtime: Literal["litert", "onnxruntime"]) -> Finding:
     try:
         with TemporaryDirectory() as folder:
             bench = bench_of(DeviceConfig(runtime=runtime), Path(folder), Progress())
-            session = Session(bench, [Item(op.key, runtime, bench.build((op,), runtime, "fp32"), (op,))], Schedule())
+            session = Session(
+                bench,
+                [Item(op.key, runtime, bench.build((op,), runtime, "fp32"), (op,))],
+                Schedule(),
+            )
             session.run("timing one block")
     except HwnasError as error:
         return Finding(f"{runtime} runs", False, str(error))
@@ -86,7 +113,12 @@ def _runtime(runtime: Literal["litert", "onnxruntime"]) -> Finding:
 
 def _cores() -> Finding:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return Finding("cores", True, f"{len(cores) or os.cpu_count()} usable, load {os.getloadavg()[0]:.1f} (measure on a quiet machine)")
+    return Finding(
+        "cores",
+        True,
+        f"{len(cores) or os.cpu_count()} usable, load {os.getloadavg()[0]:.1f} (measure on a quiet"
+        " machine)",
+    )
 
 
 def _governor() -> str:

@@ -5,7 +5,8 @@ A document is a frozen pydantic model that is stored as JSON beginning with its 
     {"schema": "hwnas.space/1", "name": "proxylessnas", ...}
 
 - strict: unknown keys and wrong types are errors that name the place and the nearest known key;
-- canonical: the same value always gives the same bytes (sorted keys), so that its sha256 identifies it;
+- canonical: the same value always gives the same bytes (sorted keys), so that its
+  sha256 identifies it;
 - atomic: a file is either the old one or the new one, never half of it;
 - versioned: the integer counts format changes, and ``migrate`` keeps older integers readable.
 """
@@ -37,7 +38,9 @@ class Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with changes. What was computed from the old values (``sha256``) does not go along, as pydantic's own would."""
+        """A copy with changes. What was computed from the old values (``sha256``) does
+        not go along, as pydantic's own would.
+        """
         copied = super().model_copy(update=update, deep=deep)
         for name in copied.__dict__.keys() - type(self).model_fields.keys():
             del copied.__dict__[name]
@@ -45,34 +48,54 @@ class Document(BaseModel):
 
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """Turn the content of an older schema ``version`` into the current one. Override when ``VERSION`` grows."""
+        """Turn the content of an older schema ``version`` into the current one.
+        Override when ``VERSION`` grows.
+        """
         return content
 
     @classmethod
     def _migrated(cls, version: int, content: dict[str, Any], source: str) -> dict[str, Any]:
-        """``migrate``, which takes the content for what it should be. Raises DocumentError where it is something else."""
+        """``migrate``, which takes the content for what it should be. Raises
+        DocumentError where it is something else.
+        """
         try:
             return cls.migrate(version, content)
         except DocumentError as error:
             raise DocumentError(f"{source}: {error}") from error
         except (AttributeError, KeyError, TypeError) as error:
-            raise DocumentError(f"{source} is no {cls.SCHEMA}/{version} document ({error!r}): it is corrupt; make it again.") from error
+            raise DocumentError(
+                f"{source} is no {cls.SCHEMA}/{version} document ({error!r}): it is corrupt; make"
+                " it again."
+            ) from error
 
     @classmethod
     def parse(cls, text: str | bytes, source: str = "document") -> Self:
-        """Read a document from JSON text. Raises DocumentError naming ``source`` and what is wrong with it."""
+        """Read a document from JSON text. Raises DocumentError naming ``source`` and
+        what is wrong with it.
+        """
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DocumentError(f"{source} is not valid JSON ({error}): it is corrupt or was cut off; make it again.") from error
+            raise DocumentError(
+                f"{source} is not valid JSON ({error}): it is corrupt or was cut off; make it"
+                " again."
+            ) from error
         if not isinstance(content, dict):
-            raise DocumentError(f"{source} holds a JSON {type(content).__name__}, not a {cls.SCHEMA} document.")
+            raise DocumentError(
+                f"{source} holds a JSON {type(content).__name__}, not a {cls.SCHEMA} document."
+            )
         schema = content.pop("schema", None)
         name, _, version = str(schema).partition("/")
         if name != cls.SCHEMA or not version.isdecimal():
-            raise DocumentError(f"{source} has schema {schema!r}, but a {cls.SCHEMA}/{cls.VERSION} document is needed here.")
+            raise DocumentError(
+                f"{source} has schema {schema!r}, but a {cls.SCHEMA}/{cls.VERSION} document is"
+                " needed here."
+            )
         if int(version) > cls.VERSION:
-            raise DocumentError(f"{source} has schema {schema}, newer than this hwnas reads ({cls.VERSION}): upgrade hwnas.")
+            raise DocumentError(
+                f"{source} has schema {schema}, newer than this hwnas reads ({cls.VERSION}):"
+                " upgrade hwnas."
+            )
         try:
             if int(version) < cls.VERSION:
                 content = cls._migrated(int(version), content, source)
@@ -88,7 +111,10 @@ class Document(BaseModel):
     def to_json(self) -> str:
         """The stored form: sorted keys, one level a line, newline at the end."""
         content = {"schema": f"{self.SCHEMA}/{self.VERSION}", **self.model_dump(mode="json")}
-        return json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+        return (
+            json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+            + "\n"
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the document atomically."""
@@ -111,7 +137,9 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write ``content`` so that readers, and a crash at any moment, see the old file or the whole new one."""
+    """Write ``content`` so that readers, and a crash at any moment, see the old file or
+    the whole new one.
+    """
     path = Path(path)
     temporary: str | None = None
     try:
@@ -127,7 +155,10 @@ def write_atomic(path: str | Path, content: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-        raise StorageError(f"{path} cannot be written ({error.strerror}): free some space or choose another --out folder.") from error
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}): free some space or choose another --out"
+            " folder."
+        ) from error
 
 
 def _umask() -> int:
@@ -144,7 +175,9 @@ def file_sha256(path: str | Path) -> str:
 
 def content_sha256(value: Any) -> str:
     """sha256 of any JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -155,7 +188,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a pydantic error as one sentence with the place, the value and the fix."""
+    """The first problem of a pydantic error as one sentence with the place, the value
+    and the fix.
+    """
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "(top level)"
     if first["type"] == "extra_forbidden":
@@ -168,14 +203,25 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return message  # of a whole table, whose rule names what it is about
     value = repr(first["input"])
     shown = value if len(value) <= 60 else value[:57] + "..."
-    return f"{place} = {shown}: {message[0].lower() + message[1:]}{'' if message.endswith('.') else '.'}"
+    return (
+        f"{place} = {shown}:"
+        f" {message[0].lower() + message[1:]}{'' if message.endswith('.') else '.'}"
+    )
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys, as they are written in a file, of the nested model at ``location``; of all models of a union there."""
+    """The keys, as they are written in a file, of the nested model at ``location``; of
+    all models of a union there.
+    """
     models = [model]
-    for part in location:  # positions, keys of mappings and tags of unions are no fields: they lead to no other model
-        fields = [field for model in models for name, field in model.model_fields.items() if part == (field.alias or name)]
+    # positions, keys of mappings and tags of unions are no fields: they lead to no other model
+    for part in location:
+        fields = [
+            field
+            for model in models
+            for name, field in model.model_fields.items()
+            if part == (field.alias or name)
+        ]
         models = [inner for field in fields for inner in _models_in(field.annotation)] or models
     return [field.alias or name for model in models for name, field in model.model_fields.items()]
 
@@ -187,8 +233,12 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any], *, replace: Collection[str] = ()) -> dict[str, Any]:
-    """Nested mappings merged; ``changes`` win. A mapping under a key in ``replace`` is not merged with one of another ``name``."""
+def merged(
+    base: Mapping[str, Any], changes: Mapping[str, Any], *, replace: Collection[str] = ()
+) -> dict[str, Any]:
+    """Nested mappings merged; ``changes`` win. A mapping under a key in ``replace`` is
+    not merged with one of another ``name``.
+    """
     out = dict(base)
     for key, value in changes.items():
         old = out.get(key)

@@ -1,12 +1,14 @@
 """The training loop. There is one: stand-alone training and every search method run on it.
 
-The engine owns what strategies must never see: optimiser, schedule, mixed precision, weight averaging, checkpoints, the check
-that the loss is finite. A step is any function of the step number that calls ``Engine.weight_step``. What is minimised is a module
-of its own, the criterion: the engine knows no task.
+The engine owns what strategies must never see: optimiser, schedule, mixed precision,
+weight averaging, checkpoints, the check that the loss is finite. A step is any function
+of the step number that calls ``Engine.weight_step``. What is minimised is a module of
+its own, the criterion: the engine knows no task.
 
-Resuming is exact: every random draw is a function of (seed, step), so a checkpoint needs no generator state, and a run killed
-at any moment ends with the same weights, bit for bit, as one that was not (on the same CPU and thread count; a GPU's
-convolutions add up in no fixed order).
+Resuming is exact: every random draw is a function of (seed, step), so a checkpoint
+needs no generator state, and a run killed at any moment ends with the same weights, bit
+for bit, as one that was not (on the same CPU and thread count; a GPU's convolutions add
+up in no fixed order).
 """
 
 from __future__ import annotations
@@ -45,28 +47,51 @@ _COUNTED = [unit for unit in UNITS.values() if unit.name != "ms"]
 COUNTS = {unit.quantity: unit for unit in _COUNTED} | {unit.expected: unit for unit in _COUNTED}
 """What a search logs of a budget that is counted, by name."""
 
-SHOWN_FIRST = ("loss", "quality", "train_accuracy", "latency_ms", "expected_ms", *COUNTS, "reward", "entropy")
+SHOWN_FIRST = (
+    "loss",
+    "quality",
+    "train_accuracy",
+    "latency_ms",
+    "expected_ms",
+    *COUNTS,
+    "reward",
+    "entropy",
+)
 """What people look at first: of a note, a narrow terminal shows only the beginning."""
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, table: str = "optimizer") -> torch.optim.Optimizer:
-    """The optimiser of a model at a rate; no decay of BN, of biases and of what the model's ``no_weight_decay()`` names.
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, lr: float, table: str = "optimizer"
+) -> torch.optim.Optimizer:
+    """The optimiser of a model at a rate; no decay of BN, of biases and of what the
+    model's ``no_weight_decay()`` names.
 
-    Raises ConfigError, naming the configuration's ``table``, where timm has no such optimiser or it takes no such option.
+    Raises ConfigError, naming the configuration's ``table``, where timm has no such
+    optimiser or it takes no such option.
     """
     options = config.options if config.options is not None else DEFAULT_OPTIONS.get(config.name, {})
     try:
-        made = create_optimizer_v2(model, config.name, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, **options)
+        made = create_optimizer_v2(
+            model,
+            config.name,
+            lr=lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **options,
+        )
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         raise ConfigError(
-            f"{table}.name = {config.name!r} with options {options} cannot be made ({error}): see timm's optimisers."
+            f"{table}.name = {config.name!r} with options {options} cannot be made ({error}): see"
+            " timm's optimisers."
         ) from error
     assert isinstance(made, torch.optim.Optimizer)
     return made
 
 
 def check_optimizer(config: OptimizerConfig, table: str) -> None:
-    """Raise ConfigError where an optimiser cannot be made, or keeps nothing by which unused weights could move on."""
+    """Raise ConfigError where an optimiser cannot be made, or keeps nothing by which
+    unused weights could move on.
+    """
     model = nn.Linear(2, 2)
     optimizer = make_optimizer(model, config, config.lr, table)
     model(torch.ones(1, 2)).sum().backward()
@@ -74,11 +99,13 @@ def check_optimizer(config: OptimizerConfig, table: str) -> None:
     _require_state(optimizer, config, table)
 
 
-def _require_state(optimizer: torch.optim.Optimizer, config: OptimizerConfig, table: str = "optimizer") -> None:
+def _require_state(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, table: str = "optimizer"
+) -> None:
     if config.unused == "move" and not optimizer.state:
         raise ConfigError(
-            f"{table}.unused = 'move', but {config.name!r} without momentum keeps nothing by which weights move on: "
-            f"set {table}.momentum, or unused = 'rest'."
+            f"{table}.unused = 'move', but {config.name!r} without momentum keeps nothing by which"
+            f" weights move on: set {table}.momentum, or unused = 'rest'."
         )
 
 
@@ -96,7 +123,9 @@ class Criterion(Protocol):
     """What a model is trained by: a module, so that its tensors go where the model is."""
 
     def __call__(self, outputs: Any, y: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of the model's outputs on the targets of a batch, and what else to log of it (scalars)."""
+        """The loss of the model's outputs on the targets of a batch, and what else to
+        log of it (scalars).
+        """
 
     def to(self, device: torch.device) -> Self:
         """Move to a device."""
@@ -117,9 +146,11 @@ class CrossEntropy(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """One forward pass of an update: a batch, what the model takes beside the images, and how much its gradient weighs.
+    """One forward pass of an update: a batch, what the model takes beside the images,
+    and how much its gradient weighs.
 
-    ``soft_labels`` [N, classes] are a teacher's probabilities; the cross-entropy of the model's logits with them is added to the loss.
+    ``soft_labels`` [N, classes] are a teacher's probabilities; the cross-entropy of the
+    model's logits with them is added to the loss.
     """
 
     x_NCHW: Tensor
@@ -135,9 +166,11 @@ def best_device() -> torch.device:
 
 
 def flush_denormals() -> None:
-    """Let this process's arithmetic take denormal numbers for zero: weights that decay make a CPU many times slower otherwise.
+    """Let this process's arithmetic take denormal numbers for zero: weights that decay
+    make a CPU many times slower otherwise.
 
-    To be called before torch starts its threads, which inherit the mode; so that all runs agree in every bit, all stages do.
+    To be called before torch starts its threads, which inherit the mode; so that all
+    runs agree in every bit, all stages do.
     """
     torch.set_flush_denormal(True)
 
@@ -146,8 +179,8 @@ def flush_denormals() -> None:
 class Engine:
     """Trains ``model`` for ``steps`` steps by ``criterion``.
 
-    ``folder`` holds ``checkpoint.pt`` (removed by ``finish``) and ``metrics.jsonl``. ``extra`` is saved and restored
-    with the weights.
+    ``folder`` holds ``checkpoint.pt`` (removed by ``finish``) and ``metrics.jsonl``.
+    ``extra`` is saved and restored with the weights.
     """
 
     model: nn.Module
@@ -164,13 +197,18 @@ class Engine:
     def __post_init__(self) -> None:
         self.device = best_device()
         flush_denormals()
-        # mobile networks train two to four times as fast in this layout on a CPU, and no slower on a GPU
+        # mobile networks train two to four times as fast in this layout on a CPU, and
+        # no slower on a GPU
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss_of: Criterion = self.criterion.to(self.device)
         config = self.optimizer_config
         self.base_lr = config.lr * self.batch_size / 256
         self.optimizer = make_optimizer(self.model, config, self.base_lr)
-        self.ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True) if self.ema_decay else None
+        self.ema = (
+            ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
+            if self.ema_decay
+            else None
+        )
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.step = 0
 
@@ -188,14 +226,19 @@ class Engine:
 
     def autocast(self) -> torch.autocast:
         """bfloat16 on GPUs; full precision on CPUs, most of which have no arithmetic for it."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
+        )
 
     def weight_step(self, x_NCHW: Tensor, y: Tensor, *forward_args: Any) -> Metrics:
-        """One update of the weights on a batch. Raises DivergenceError, before the update, where the loss is not finite."""
+        """One update of the weights on a batch. Raises DivergenceError, before the
+        update, where the loss is not finite.
+        """
         return self.update([Part(x_NCHW, y, forward_args)])
 
     def update(self, parts: Sequence[Part]) -> Metrics:
-        """One update of the weights by the summed gradients of several forward passes, which run one after another.
+        """One update of the weights by the summed gradients of several forward passes,
+        which run one after another.
 
         Raises DivergenceError, before the update, where a loss is not finite.
         """
@@ -208,7 +251,8 @@ class Engine:
             for name, value in self._backward(part).items():
                 means[name] = means.get(name, 0.0) + value / len(parts)
         if self.optimizer_config.unused == "move":
-            for weight in self.optimizer.state:  # those that were used before, also by the run that this one resumes
+            # those that were used before, also by the run that this one resumes
+            for weight in self.optimizer.state:
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         if self.optimizer_config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip_norm)
@@ -244,21 +288,33 @@ class Engine:
 
     def _diverged(self, what: str) -> DivergenceError:
         return DivergenceError(
-            f"{what} at step {self.step} of {self.steps} (learning rate {self.optimizer.param_groups[0]['lr']:.4g}): "
-            f"lower optimizer.lr or set optimizer.clip_norm; the last good state is kept in {self.checkpoint}."
+            f"{what} at step {self.step} of {self.steps} (learning rate"
+            f" {self.optimizer.param_groups[0]['lr']:.4g}): lower optimizer.lr or set"
+            f" optimizer.clip_norm; the last good state is kept in {self.checkpoint}."
         )
 
-    def fit(self, step: Callable[[int], Metrics], progress: Progress, description: str, after: Callable[[], None] = lambda: None) -> None:
+    def fit(
+        self,
+        step: Callable[[int], Metrics],
+        progress: Progress,
+        description: str,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
         """Call ``step(t)`` for the steps that are left, log each, checkpoint now and then.
 
-        ``after`` is called between a step and its checkpoint, so that what it writes about a state is there when the state is kept.
+        ``after`` is called between a step and its checkpoint, so that what it writes
+        about a state is there when the state is kept.
         """
         saved = time.monotonic()
         if not self.checkpoint.exists():
             self.save()
-        with progress.task(description, self.steps, self.step) as task, self.metrics.appending() as log:
+        with (
+            progress.task(description, self.steps, self.step) as task,
+            self.metrics.appending() as log,
+        ):
             while self.step < self.steps:
-                torch.manual_seed(self.seed * 1_000_003 + self.step)  # dropout draws from the global generator
+                # dropout draws from the global generator
+                torch.manual_seed(self.seed * 1_000_003 + self.step)
                 metrics = step(self.step)
                 log({"step": self.step, **metrics})
                 self.step += 1
@@ -274,7 +330,9 @@ class Engine:
         return self.folder / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write the whole state atomically. Raises DivergenceError, and keeps the old one, where a weight is not finite."""
+        """Write the whole state atomically. Raises DivergenceError, and keeps the old
+        one, where a weight is not finite.
+        """
         if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
             raise self._diverged("a weight is no longer finite")
         state = {
@@ -300,18 +358,30 @@ class Engine:
         try:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             if state["steps"] != self.steps:
-                raise CheckpointError(f"checkpoint {self.checkpoint} is of a run of {state['steps']} steps, not {self.steps}: use --fresh.")
+                raise CheckpointError(
+                    f"checkpoint {self.checkpoint} is of a run of {state['steps']} steps, not"
+                    f" {self.steps}: use --fresh."
+                )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"])
             for name, part in self.extra.items():
                 part.load_state_dict(state["extra"][name])
-        except (RuntimeError, LookupError, ValueError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except (
+            RuntimeError,
+            LookupError,
+            ValueError,
+            TypeError,
+            EOFError,
+            OSError,
+            pickle.UnpicklingError,
+        ) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"checkpoint {self.checkpoint} is corrupt or of another network: remove it, or start again with --fresh."
+                f"checkpoint {self.checkpoint} is corrupt or of another network: remove it, or"
+                " start again with --fresh."
             ) from error
         self.step = state["step"]
         self.metrics.rewrite([row for row in self.metrics.read() if row["step"] < self.step])
@@ -323,8 +393,13 @@ class Engine:
 
 
 def note_of(metrics: Metrics) -> str:
-    """The numbers of a step for a progress bar: ``loss 1.23  quality 0.45  latency 0.5 ms``, what is in ``SHOWN_FIRST`` first."""
-    order = [*(name for name in SHOWN_FIRST if name in metrics), *(name for name in metrics if name not in SHOWN_FIRST)]
+    """The numbers of a step for a progress bar: ``loss 1.23  quality 0.45  latency 0.5
+    ms``, what is in ``SHOWN_FIRST`` first.
+    """
+    order = [
+        *(name for name in SHOWN_FIRST if name in metrics),
+        *(name for name in metrics if name not in SHOWN_FIRST),
+    ]
     return "  ".join(_shown(name, metrics[name]) for name in order)
 
 
@@ -343,7 +418,9 @@ def steps_of(epochs: float, images: int, batch_size: int) -> int:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Factor of the learning rate: linear from 0 over the first ``warmup`` part of the steps, then half a cosine to 0."""
+    """Factor of the learning rate: linear from 0 over the first ``warmup`` part of the
+    steps, then half a cosine to 0.
+    """
     position = step / steps
     if position < warmup:
         return (step + 1) / (warmup * steps + 1)
@@ -352,7 +429,9 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 @torch.inference_mode()
 def accuracy(network: nn.Module, batches: Any) -> float:
-    """Top-1 accuracy of ``network`` in eval mode over batches of (images [N, C, H, W], labels [N])."""
+    """Top-1 accuracy of ``network`` in eval mode over batches of (images [N, C, H, W],
+    labels [N]).
+    """
     network.eval()
     device = next(network.parameters()).device
     correct, total = 0, 0

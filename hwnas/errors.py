@@ -1,7 +1,8 @@
 """What can go wrong, and the exit code it ends in.
 
-Every message is one sentence that names the offending value and the fix; the command line prints it without a
-traceback. Our own broken invariants are ``assert`` and do show one.
+Every message is one sentence that names the offending value and the fix; the command
+line prints it without a traceback. Our own broken invariants are ``assert`` and do show
+one.
 """
 
 
@@ -22,7 +23,9 @@ class ConfigError(UserError):
 
 
 class DocumentError(UserError):
-    """A document (space, table, architecture, ...) that is corrupt, truncated or of another schema."""
+    """A document (space, table, architecture, ...) that is corrupt, truncated or of
+    another schema.
+    """
 
 
 class SpaceError(UserError):

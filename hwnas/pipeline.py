@@ -14,7 +14,16 @@ from hwnas.document import content_sha256
 from hwnas.errors import HwnasError
 from hwnas.experiments import check_names, experiment_space, with_counted_classes
 from hwnas.progress import Progress
-from hwnas.runs import StageContext, changed_inputs, locked, prepare, save_config, set_aside, stage, state_of
+from hwnas.runs import (
+    StageContext,
+    changed_inputs,
+    locked,
+    prepare,
+    save_config,
+    set_aside,
+    stage,
+    state_of,
+)
 from hwnas.stages import STAGES, RunFolder, Stage, stage_class
 
 if TYPE_CHECKING:  # it imports all stages
@@ -62,13 +71,16 @@ class Pipeline:
         return stage_class(name)(self.folder)
 
     def run(self, *, fresh: bool = False) -> None:
-        """All needed stages, skipping what is current. What the user forgot is asked for before the first one."""
+        """All needed stages, skipping what is current. What the user forgot is asked
+        for before the first one.
+        """
         preflight.check(self.experiment, self.space, self.needed)
         for name in self.needed:
             self._run_stage(name, fresh)
 
     def run_stage(self, name: str, *, fresh: bool = False) -> None:
-        """One stage: skipped where it is current, resumed where it was interrupted, started anew where its inputs changed.
+        """One stage: skipped where it is current, resumed where it was interrupted,
+        started anew where its inputs changed.
 
         What the training after a search could not work with is refused before the search.
         """
@@ -94,7 +106,9 @@ class Pipeline:
         self.progress.say(f"{current.name}: done in {time.monotonic() - started:.0f} s")
 
     def begins(self, name: str, inputs: Mapping[str, str], fresh: bool) -> bool:
-        """Whether a stage has something to do. Its folder is then there, and what it held of other inputs is set aside."""
+        """Whether a stage has something to do. Its folder is then there, and what it
+        held of other inputs is set aside.
+        """
         folder = self.root / name
         state = "stale" if fresh and folder.exists() else state_of(folder, inputs)
         if state == "done":
@@ -102,29 +116,39 @@ class Pipeline:
             return False
         if state == "stale":
             if not fresh:
-                self.progress.detail(f"{name}: changed since: {', '.join(changed_inputs(folder, inputs)) or 'its output files'}")
+                self.progress.detail(
+                    f"{name}: changed since:"
+                    f" {', '.join(changed_inputs(folder, inputs)) or 'its output files'}"
+                )
             why = "starting anew" if fresh else "inputs changed"
-            self.progress.say(f"{name}: {why}; the earlier results move to {set_aside(folder).name}")
+            self.progress.say(
+                f"{name}: {why}; the earlier results move to {set_aside(folder).name}"
+            )
         elif state == "resume":
             self.progress.say(f"{name}: resumes")
-        save_config(self.root, self.experiment)  # not earlier: a refused configuration must not replace that of the results
+        # not earlier: a refused configuration must not replace that of the results
+        save_config(self.root, self.experiment)
         folder.mkdir(exist_ok=True)
         return True
 
     def plan(self, *, timed: bool = False) -> str:
         """What ``run`` would do, in words. Nothing is written into the run folder.
 
-        Read are the configuration and what it names beside the images: a space, a device, networks. The images or their labels were read
-        before, where ``data.classes`` was not given and had to be counted.
-        With ``timed``, a few steps of every stage are done in a temporary folder, and each stage is said to take how long; for that, the
-        images, the table and what the run folder already holds are read, too.
+        Read are the configuration and what it names beside the images: a space, a
+        device, networks. The images or their labels were read before, where
+        ``data.classes`` was not given and had to be counted. With ``timed``, a few
+        steps of every stage are done in a temporary folder, and each stage is said to
+        take how long; for that, the images, the table and what the run folder already
+        holds are read, too.
         """
         data = self.experiment.data
         where = f" in {data.path}" if data.path else ""
         classes = f"{data.classes} class{'es' if data.classes != 1 else ''}"
         missing = data.path is not None and not Path(data.path).expanduser().exists()
         there = "; that path does not exist yet" if missing else ""
-        source = f"data: {data.name}{where}, {classes}, {data.channels} x {data.resolution} px{there}"
+        source = (
+            f"data: {data.name}{where}, {classes}, {data.channels} x {data.resolution} px{there}"
+        )
         lines = [f"experiment {self.experiment.name} in {self.root}", source]
         found = self._estimates() if timed else None
         for name in self.needed:

@@ -1,6 +1,8 @@
-"""What can be known to be wrong before a device is touched: asked at the start of ``hwnas run``, and of a stage for what follows it.
+"""What can be known to be wrong before a device is touched: asked at the start of
+``hwnas run``, and of a stage for what follows it.
 
-A profile takes minutes and a search hours; what stops the training after them should have been said before.
+A profile takes minutes and a search hours; what stops the training after them should
+have been said before.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from hwnas.stages import stage_class
 
 
 def check(experiment: Experiment, space: SearchSpace, stages: Collection[str]) -> None:
-    """Check what the ``stages`` still to come need, beside what they leave each other: their settings, and all splits of the data.
+    """Check what the ``stages`` still to come need, beside what they leave each other:
+    their settings, and all splits of the data.
 
     Raises UserError in one sentence.
     """

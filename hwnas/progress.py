@@ -1,4 +1,6 @@
-"""What a long stage tells the person who waits. Below the command line nothing prints; stages report here."""
+"""What a long stage tells the person who waits. Below the command line nothing prints;
+stages report here.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PACE_SECONDS = 60.0
-"""How far back the pace of a task is looked for: long enough for checkpoints to even out, short enough to follow a busy computer."""
+"""How far back the pace of a task is looked for: long enough for checkpoints to even
+out, short enough to follow a busy computer.
+"""
 
 
 class Progress:
-    """Silent progress: the default, and the interface. The command line passes one that draws bars."""
+    """Silent progress: the default, and the interface. The command line passes one that
+    draws bars.
+    """
 
     @contextmanager
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
@@ -21,7 +27,9 @@ class Progress:
 
     @contextmanager
     def tasks(self) -> Iterator[Callable[[str, int, int], Task]]:
-        """Bars side by side: a function of a description, a total and what is done that begins one. ``Task.end`` ends it."""
+        """Bars side by side: a function of a description, a total and what is done that
+        begins one. ``Task.end`` ends it.
+        """
         yield lambda description, total, done: Task()
 
     def say(self, message: str) -> None:
@@ -38,7 +46,9 @@ class Task:
     """A running bar. The base is silent."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """``steps`` more are done; ``note`` shows the numbers that matter now, the most important first, two blanks between them."""
+        """``steps`` more are done; ``note`` shows the numbers that matter now, the most
+        important first, two blanks between them.
+        """
 
     def end(self) -> None:
         """No more of it; what runs beside it goes on."""
@@ -47,11 +57,14 @@ class Task:
 class Pace:
     """How fast a task goes, from when its steps ended, and so how long the rest takes.
 
-    Steps that were done before it began say nothing of its pace, nor does the first one once there are others: it compiles, opens
-    files or fills caches. ``clock`` gives seconds.
+    Steps that were done before it began say nothing of its pace, nor does the first one
+    once there are others: it compiles, opens files or fills caches. ``clock`` gives
+    seconds.
     """
 
-    def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.total, self.done, self._clock = total, done, clock
         self.begun_at = clock()
         self._begun_with = done
@@ -86,13 +99,17 @@ class Pace:
         if not self._marks:
             return None
         last_at, last_done = self._marks[-1]
-        first_at, first_done = self._marks[0] if len(self._marks) > 1 else (self.begun_at, self._begun_with)
+        first_at, first_done = (
+            self._marks[0] if len(self._marks) > 1 else (self.begun_at, self._begun_with)
+        )
         steps = last_done - first_done
         return (last_at - first_at) / steps if steps > 0 else None
 
 
 def duration(seconds: float) -> str:
-    """A length of time in one or two words, as a person would say it: ``40 s``, ``3 min``, ``1 h 20 min``, ``2 d 5 h``."""
+    """A length of time in one or two words, as a person would say it: ``40 s``, ``3
+    min``, ``1 h 20 min``, ``2 d 5 h``.
+    """
     if seconds < 0.95:
         return "less than 1 s"
     if seconds < 90:

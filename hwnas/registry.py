@@ -1,7 +1,8 @@
 """Plug-ins by name: strategies, data sets, devices, runtimes.
 
-Built-in plug-ins are registered as ``"module:attribute"`` strings and imported only when asked for, so that
-``hwnas --help`` stays fast. Third parties add theirs with a Python entry point in the group ``hwnas.<noun>``::
+Built-in plug-ins are registered as ``"module:attribute"`` strings and imported only
+when asked for, so that ``hwnas --help`` stays fast. Third parties add theirs with a
+Python entry point in the group ``hwnas.<noun>``::
 
     [project.entry-points."hwnas.strategy"]
     mine = "my_package.strategies:Mine"
@@ -41,9 +42,14 @@ class Registry:
         return self._targets
 
     def register(self, name: str, target: str) -> None:
-        """Add a plug-in. Raises ConfigError where the name is taken: nothing is overwritten in silence."""
+        """Add a plug-in. Raises ConfigError where the name is taken: nothing is
+        overwritten in silence.
+        """
         if self._targets.get(name, target) != target:
-            raise ConfigError(f"{self.noun} {name!r} is registered twice ({self._targets[name]} and {target}): rename one.")
+            raise ConfigError(
+                f"{self.noun} {name!r} is registered twice ({self._targets[name]} and {target}):"
+                " rename one."
+            )
         self._targets[name] = target
 
     def __iter__(self) -> Iterator[str]:
@@ -59,5 +65,6 @@ class Registry:
             return getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
-                f"{self.noun} {name!r} ({targets[name]}) cannot be loaded ({error}): reinstall the package it is from."
+                f"{self.noun} {name!r} ({targets[name]}) cannot be loaded ({error}): reinstall the"
+                " package it is from."
             ) from error

@@ -6,8 +6,9 @@
         profile/table.json     outputs
         search/ train/ export/ validate/ report/
 
-A stage whose inputs have not changed and whose outputs are as its manifest says is skipped. One that was interrupted goes on
-from its checkpoint. One whose inputs changed starts anew, and the old folder is kept beside it as ``<stage>.old-<n>``.
+A stage whose inputs have not changed and whose outputs are as its manifest says is
+skipped. One that was interrupted goes on from its checkpoint. One whose inputs changed
+starts anew, and the old folder is kept beside it as ``<stage>.old-<n>``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class StageManifest(Document):
 
 @dataclass
 class StageContext:
-    """What a stage function gets: the experiment, where to read, where to write, and whom to tell."""
+    """What a stage function gets: the experiment, where to read, where to write, and
+    whom to tell.
+    """
 
     experiment: Experiment
     root: Path
@@ -70,7 +73,10 @@ def state_of(folder: Path, inputs: Mapping[str, str]) -> Literal["done", "resume
         return "stale"
     if manifest.state == "started":
         return "resume"
-    intact = all((folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in manifest.outputs.items())
+    intact = all(
+        (folder / name).is_file() and file_sha256(folder / name) == digest
+        for name, digest in manifest.outputs.items()
+    )
     return "done" if intact else "stale"
 
 
@@ -82,7 +88,9 @@ def changed_inputs(folder: Path, inputs: Mapping[str, str]) -> list[str]:
 
 @contextmanager
 def stage(folder: Path, name: str, inputs: Mapping[str, str], outputs: list[str]) -> Iterator[None]:
-    """Run a stage's body inside its folder: manifest ``started`` before, ``done`` with output hashes after."""
+    """Run a stage's body inside its folder: manifest ``started`` before, ``done`` with
+    output hashes after.
+    """
     started = time.monotonic()
     for leftover in folder.glob(".*"):  # what a kill cut off
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -102,18 +110,25 @@ def set_aside(folder: Path) -> Path:
     try:
         folder.rename(target)
     except OSError as error:
-        raise StorageError(f"{folder} cannot be moved to {target.name} ({error.strerror}): choose another --out folder.") from error
+        raise StorageError(
+            f"{folder} cannot be moved to {target.name} ({error.strerror}): choose another --out"
+            " folder."
+        ) from error
     return target
 
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold a run folder for this process alone. Raises UserError where another one is at work in it."""
+    """Hold a run folder for this process alone. Raises UserError where another one is
+    at work in it.
+    """
     with open(root / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another hwnas is at work in {root}: wait for it, or choose another --out folder.") from error
+            raise UserError(
+                f"another hwnas is at work in {root}: wait for it, or choose another --out folder."
+            ) from error
         yield
 
 
@@ -122,7 +137,9 @@ def prepare(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"run folder {root} cannot be made ({error.strerror}): choose another --out folder.") from error
+        raise StorageError(
+            f"run folder {root} cannot be made ({error.strerror}): choose another --out folder."
+        ) from error
     if not os.access(root, os.W_OK):
         raise StorageError(f"run folder {root} is read-only: choose another --out folder.")
 
@@ -130,17 +147,24 @@ def prepare(root: Path) -> None:
 def save_config(root: Path, experiment: Experiment) -> None:
     """Write the resolved experiment into the run folder."""
     content = experiment.model_dump(mode="json", by_alias=True)
-    write_atomic(root / "config.json", (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+    write_atomic(
+        root / "config.json", (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    )
 
 
 def load_config(root: Path) -> Experiment:
-    """The experiment of a run folder: every key as it was resolved, so that it is the same run whatever the defaults are now."""
+    """The experiment of a run folder: every key as it was resolved, so that it is the
+    same run whatever the defaults are now.
+    """
     try:
         return Experiment.model_validate(json.loads((root / "config.json").read_text()))
     except ValidationError as error:
         raise UserError(f"{root / 'config.json'}: {explain(error, Experiment)}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{root} is not a run folder (its config.json: {error}): give the --out folder of an earlier hwnas run.") from error
+        raise UserError(
+            f"{root} is not a run folder (its config.json: {error}): give the --out folder of an"
+            " earlier hwnas run."
+        ) from error
 
 
 class JsonLines:
@@ -162,7 +186,9 @@ class JsonLines:
         return rows
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
-        """Replace the whole file atomically (a resumed run drops what lies behind its checkpoint)."""
+        """Replace the whole file atomically (a resumed run drops what lies behind its
+        checkpoint).
+        """
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     @contextmanager
@@ -188,4 +214,7 @@ class JsonLines:
             yield append
 
     def _unwritable(self, error: OSError) -> StorageError:
-        return StorageError(f"{self.path} cannot be written ({error.strerror}): free some space or choose another --out folder.")
+        return StorageError(
+            f"{self.path} cannot be written ({error.strerror}): free some space or choose another"
+            " --out folder."
+        )

@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 def share_folder(name: str) -> Path:
-    """The folder ``name``: inside an installed package (``hwnas/share``), or at the top of a checkout."""
+    """The folder ``name``: inside an installed package (``hwnas/share``), or at the top
+    of a checkout.
+    """
     package = Path(__file__).parent
     installed = package / "share" / name
     return installed if installed.is_dir() else package.parent / name

@@ -64,7 +64,10 @@ class RunFolder:
     def hash_of(self, path: Path, made_by: str) -> dict[str, str]:
         """Of a file that a stage has to have made. Raises UserError where it is not there."""
         if not path.is_file():
-            raise UserError(f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or 'hwnas run'.")
+            raise UserError(
+                f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or"
+                " 'hwnas run'."
+            )
         return {path.name: file_sha256(path)}
 
     def hash_of_table(self) -> dict[str, str]:
@@ -83,14 +86,19 @@ class RunFolder:
         data = self.experiment.data
         found = {**self.hashes_of_config("data"), "images": fingerprint(data)}
         if data.name == "folder" and data.augment != "imagenet":
-            # These were evaluated on a centre crop, whatever they were trained on: what was found out that way does not stand.
+            # These were evaluated on a centre crop, whatever they were trained on: what
+            # was found out that way does not stand.
             found["geometry"] = content_sha256(data.resize_mode)
         return found
 
     def check_searchable(self) -> None:
-        """Raise SpaceError or ConfigError where the space has no networks of the task, as it may where an architecture is named."""
+        """Raise SpaceError or ConfigError where the space has no networks of the task,
+        as it may where an architecture is named.
+        """
         train = self.experiment.train.model_copy(update={"arch": None})
-        task_of(self.experiment).space(self.space, self.experiment.model_copy(update={"train": train}))
+        task_of(self.experiment).space(
+            self.space, self.experiment.model_copy(update={"train": train})
+        )
 
 
 class Stage(ABC):
@@ -103,9 +111,13 @@ class Stage(ABC):
     result: ClassVar[str]
     """The file that its verb prints."""
     reported: ClassVar[tuple[str, ...]] = ()
-    """Its files that the report shows, if they are there. Without the first one, the stage has not finished."""
+    """Its files that the report shows, if they are there. Without the first one, the
+    stage has not finished.
+    """
     estimate: ClassVar[str | None] = None
-    """``module:function`` that times it for ``hwnas run --plan``. It lies above the stages, and is imported when it is asked for."""
+    """``module:function`` that times it for ``hwnas run --plan``. It lies above the
+    stages, and is imported when it is asked for.
+    """
     checked: ClassVar[tuple[str, ...]] = ()
     """The stages whose settings are checked before this one begins on its own."""
     trains: ClassVar[bool] = False
@@ -124,7 +136,9 @@ class Stage(ABC):
 
     @classmethod
     def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
-        """Raise UserError, in one sentence, where its settings cannot work, whatever earlier stages leave it. Images are not opened."""
+        """Raise UserError, in one sentence, where its settings cannot work, whatever
+        earlier stages leave it. Images are not opened.
+        """
         del experiment, space
 
     @property
@@ -136,7 +150,8 @@ class Stage(ABC):
     def inputs(self) -> dict[str, str]:
         """The hashes of all that it depends on, by name.
 
-        Also refuses what the stage cannot work with, before anything earlier is set aside. Raises HwnasError.
+        Also refuses what the stage cannot work with, before anything earlier is set
+        aside. Raises HwnasError.
         """
 
     @abstractmethod

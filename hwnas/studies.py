@@ -40,7 +40,9 @@ class StudyStage:
 
 @dataclass(frozen=True)
 class _Trainings:
-    """The trainings of a study, in what they share: the ``function`` that does one, ``module:name``, the table, and threads of each."""
+    """The trainings of a study, in what they share: the ``function`` that does one,
+    ``module:name``, the table, and threads of each.
+    """
 
     pipeline: Pipeline
     function: str
@@ -62,25 +64,44 @@ class _Trainings:
         }
         if supernets.BASE in outputs:
             inputs["base"] = str(experiment.study.base_epochs)
-        return Training(name, self.function, experiment, pipeline.space, self.table, pipeline.root, inputs, outputs)
+        return Training(
+            name,
+            self.function,
+            experiment,
+            pipeline.space,
+            self.table,
+            pipeline.root,
+            inputs,
+            outputs,
+        )
 
     def run(self, wanted: Iterable[Training], fresh: bool) -> dict[str, str]:
         """Do those that are not current; why some failed, by name."""
         pipeline = self.pipeline
-        left = [training for training in wanted if pipeline.begins(training.name, training.inputs, fresh)]
+        left = [
+            training
+            for training in wanted
+            if pipeline.begins(training.name, training.inputs, fresh)
+        ]
         return trainings.run(left, pipeline.experiment.study, self.threads, pipeline.progress)
 
 
 def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
-    """Train the super-nets of a ranking study, each a stage of its own, and then rank. A training that fails leaves the others."""
+    """Train the super-nets of a ranking study, each a stage of its own, and then rank.
+    A training that fails leaves the others.
+    """
     flush_denormals()
     experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
     supernets.check(experiment, space)
     truth, config = rank.load_truth(experiment, space), experiment.study
     found = [supernets.earlier(each) for each in config.supernets]
     seeds = () if found else config.seeds or (experiment.seed,)
-    table = None if experiment.search.table is None else LatencyTable.load(pipeline.folder.table_path)
-    every = _Trainings(pipeline, "hwnas.study.supernets:train", table, trainings.threads_of(config, len(seeds)))
+    table = (
+        None if experiment.search.table is None else LatencyTable.load(pipeline.folder.table_path)
+    )
+    every = _Trainings(
+        pipeline, "hwnas.study.supernets:train", table, trainings.threads_of(config, len(seeds))
+    )
     wanted = {}
     for seed in seeds:
         each = supernets.training(experiment, seed)
@@ -93,23 +114,51 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
         failed = every.run(wanted.values(), fresh)
         for seed, training in wanted.items():
             if training.name not in failed:
-                base = training.folder / supernets.BASE if supernets.BASE in training.outputs else None
-                found.append(supernets.Trained(seed, training.folder / SHARED, experiment.search.strategy.name, base))
-        reasons = {str(seed): failed[each.name] for seed, each in wanted.items() if each.name in failed}
+                base = (
+                    training.folder / supernets.BASE if supernets.BASE in training.outputs else None
+                )
+                found.append(
+                    supernets.Trained(
+                        seed, training.folder / SHARED, experiment.search.strategy.name, base
+                    )
+                )
+        reasons = {
+            str(seed): failed[each.name] for seed, each in wanted.items() if each.name in failed
+        }
         inputs = {"space.json": space.sha256, "truth": truth.sha256, **_data(experiment)}
-        inputs |= {"study": _numbers(experiment, "compare"), "search": content_sha256(experiment.search.model_dump(mode="json"))}
-        inputs |= {f"super-net {position}": file_sha256(each.path) for position, each in enumerate(found)}
+        inputs |= {
+            "study": _numbers(experiment, "compare"),
+            "search": content_sha256(experiment.search.model_dump(mode="json")),
+        }
+        inputs |= {
+            f"super-net {position}": file_sha256(each.path) for position, each in enumerate(found)
+        }
         inputs |= {f"super-net of seed {seed}": "failed" for seed in reasons}
-        pipeline.perform(StudyStage("rank", [rank.RESULT], inputs, lambda ctx: rank.run(ctx, space, truth, found, reasons)), fresh)
+        pipeline.perform(
+            StudyStage(
+                "rank",
+                [rank.RESULT],
+                inputs,
+                lambda ctx: rank.run(ctx, space, truth, found, reasons),
+            ),
+            fresh,
+        )
 
 
 def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
-    """Search with every method and seed, each a stage of its own, and then compare. A search that fails leaves the others."""
+    """Search with every method and seed, each a stage of its own, and then compare. A
+    search that fails leaves the others.
+    """
     flush_denormals()
     experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
     arena, config = compare.arena(experiment, space), experiment.study
     pairs = [(method, seed) for seed in config.seeds for method in config.compare.methods]
-    every = _Trainings(pipeline, "hwnas.study.compare:search", arena.table, trainings.threads_of(config, len(pairs)))
+    every = _Trainings(
+        pipeline,
+        "hwnas.study.compare:search",
+        arena.table,
+        trainings.threads_of(config, len(pairs)),
+    )
     wanted = {}
     for method, seed in pairs:
         each = compare.searching(experiment, method, seed)
@@ -117,50 +166,109 @@ def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
     prepare(root)
     with locked(root):
         failed = every.run(wanted.values(), fresh)
-        done = {key: training.folder for key, training in wanted.items() if training.name not in failed}
-        reasons = {key: failed[training.name] for key, training in wanted.items() if training.name in failed}
-        inputs = {"space.json": space.sha256, "truth": arena.truth.sha256, **_table(arena.table), **limit_hashes(experiment.search)}
-        inputs |= {"study": _numbers(experiment), "search": content_sha256(experiment.search.model_dump(mode="json"))}
-        inputs |= {f"{folder.name}/{name}": file_sha256(folder / name) for folder in done.values() for name in compare.SEARCHED}
+        done = {
+            key: training.folder for key, training in wanted.items() if training.name not in failed
+        }
+        reasons = {
+            key: failed[training.name]
+            for key, training in wanted.items()
+            if training.name in failed
+        }
+        inputs = {
+            "space.json": space.sha256,
+            "truth": arena.truth.sha256,
+            **_table(arena.table),
+            **limit_hashes(experiment.search),
+        }
+        inputs |= {
+            "study": _numbers(experiment),
+            "search": content_sha256(experiment.search.model_dump(mode="json")),
+        }
+        inputs |= {
+            f"{folder.name}/{name}": file_sha256(folder / name)
+            for folder in done.values()
+            for name in compare.SEARCHED
+        }
         inputs |= {f"{method}-{seed}": "failed" for method, seed in reasons}
-        current = StudyStage("compare", [compare.RESULT], inputs, lambda ctx: compare.run(ctx, space, arena, done, reasons))
+        current = StudyStage(
+            "compare",
+            [compare.RESULT],
+            inputs,
+            lambda ctx: compare.run(ctx, space, arena, done, reasons),
+        )
         pipeline.perform(current, fresh)
 
 
 def study_shrink(pipeline: Pipeline, *, fresh: bool = False) -> None:
-    """Shrink the space by every metric, each a stage of its own after the training that they share, and compare."""
+    """Shrink the space by every metric, each a stage of its own after the training that
+    they share, and compare.
+    """
     flush_denormals()
     experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
     shrink.check(experiment, space)
     config = experiment.shrink
-    truth = configured_truth(experiment.study, space) if experiment.study.truth is not None else None
+    truth = (
+        configured_truth(experiment.study, space) if experiment.study.truth is not None else None
+    )
     common = {"space.json": space.sha256, "seed": str(experiment.seed)}
     schedule = content_sha256(config.model_dump(mode="json", exclude={"metrics"}))
     prepare(root)
     with locked(root):
         first = None
         if any(shrink.metric(name).trains for name in config.metrics):
-            inputs = {**common, "first training": shrink.first_sha256(experiment), **_data(experiment)}
+            inputs = {
+                **common,
+                "first training": shrink.first_sha256(experiment),
+                **_data(experiment),
+            }
             outputs = shrink.outputs_of_first(config)
-            pipeline.perform(StudyStage("shrink-first", outputs, inputs, lambda ctx: shrink.train_first(ctx, space)), fresh)
+            pipeline.perform(
+                StudyStage(
+                    "shrink-first", outputs, inputs, lambda ctx: shrink.train_first(ctx, space)
+                ),
+                fresh,
+            )
             first = root / "shrink-first"
         for name in config.metrics:
-            pipeline.perform(_shrinking(pipeline, name, first, {**common, "shrink": schedule}), fresh)
-        paths = {f"{name}/{shrink.PATH}": file_sha256(root / f"shrink-{name}" / shrink.PATH) for name in config.metrics}
-        last = {**common, **paths, "truth": "none" if truth is None else truth.sha256, "shrink": schedule}
+            pipeline.perform(
+                _shrinking(pipeline, name, first, {**common, "shrink": schedule}), fresh
+            )
+        paths = {
+            f"{name}/{shrink.PATH}": file_sha256(root / f"shrink-{name}" / shrink.PATH)
+            for name in config.metrics
+        }
+        last = {
+            **common,
+            **paths,
+            "truth": "none" if truth is None else truth.sha256,
+            "shrink": schedule,
+        }
         last |= {"columns": ", ".join(experiment.study.accuracies)}
-        compared = StudyStage("shrink", [remaining.RESULT], last, lambda ctx: remaining.compare(ctx, space, truth))
+        compared = StudyStage(
+            "shrink", [remaining.RESULT], last, lambda ctx: remaining.compare(ctx, space, truth)
+        )
         pipeline.perform(compared, fresh)
 
 
-def _shrinking(pipeline: Pipeline, name: str, first: Path | None, common: Mapping[str, str]) -> StudyStage:
+def _shrinking(
+    pipeline: Pipeline, name: str, first: Path | None, common: Mapping[str, str]
+) -> StudyStage:
     """The shrinking of the space by a metric."""
     experiment, inputs = pipeline.experiment, dict(common)
     begin = first if shrink.metric(name).trains else None
     if begin is not None:
         search = content_sha256(experiment.search.model_dump(mode="json"))
-        inputs |= {"first super-net": file_sha256(begin / SHARED), "search": search, **_data(experiment)}
-    return StudyStage(f"shrink-{name}", [shrink.SPACE, shrink.PATH], inputs, lambda ctx: shrink.run(ctx, pipeline.space, name, begin))
+        inputs |= {
+            "first super-net": file_sha256(begin / SHARED),
+            "search": search,
+            **_data(experiment),
+        }
+    return StudyStage(
+        f"shrink-{name}",
+        [shrink.SPACE, shrink.PATH],
+        inputs,
+        lambda ctx: shrink.run(ctx, pipeline.space, name, begin),
+    )
 
 
 def _table(table: LatencyTable | None) -> dict[str, str]:
@@ -169,10 +277,15 @@ def _table(table: LatencyTable | None) -> dict[str, str]:
 
 
 def _data(experiment: Experiment) -> dict[str, str]:
-    return {"data": content_sha256(experiment.data.model_dump(mode="json")), "images": fingerprint(experiment.data)}
+    return {
+        "data": content_sha256(experiment.data.model_dump(mode="json")),
+        "images": fingerprint(experiment.data),
+    }
 
 
 def _numbers(experiment: Experiment, *others: str) -> str:
     """The hash of what decides a study's numbers."""
     content = experiment.study.model_dump(mode="json")
-    return content_sha256({key: value for key, value in content.items() if key not in (*HOW, *others)})
+    return content_sha256(
+        {key: value for key, value in content.items() if key not in (*HOW, *others)}
+    )

@@ -1,8 +1,10 @@
 """What networks are trained for: a ``Task``, found by its name as a plug-in.
 
-A task says what is minimised, how good a network is and what that is called, what its exported files put out, how near they have to
-come to PyTorch, and the words for all this. Stages ask it, and do not ask which one it is. A task of your own is one class and one
-entry point; it is then searched, trained, exported, validated and reported like the built-in ones::
+A task says what is minimised, how good a network is and what that is called, what its
+exported files put out, how near they have to come to PyTorch, and the words for all
+this. Stages ask it, and do not ask which one it is. A task of your own is one class and
+one entry point; it is then searched, trained, exported, validated and reported like the
+built-in ones::
 
     [project.entry-points."hwnas.task"]
     mine = "my_package.task:Mine"
@@ -34,9 +36,11 @@ from hwnas.nn.network import AnyNetwork
 
 
 class Parity(BaseModel):
-    """A file's outputs against PyTorch's on real test images: ``Task.parity`` says what is compared.
+    """A file's outputs against PyTorch's on real test images: ``Task.parity`` says what
+    is compared.
 
-    ``relative_error`` is the largest difference, relative to what outputs can be; ``agreement`` the part of images with the same answer.
+    ``relative_error`` is the largest difference, relative to what outputs can be;
+    ``agreement`` the part of images with the same answer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,8 +68,9 @@ Metrics = dict[str, float | None]
 class Evaluated:
     """How good a network is on some test images.
 
-    ``metrics`` begin with the task's own; ``per_class`` has that one by the class's name, where the task tells classes apart; ``answers``
-    are the network's, where the task shows them.
+    ``metrics`` begin with the task's own; ``per_class`` has that one by the class's
+    name, where the task tells classes apart; ``answers`` are the network's, where the
+    task shows them.
     """
 
     metrics: Metrics
@@ -83,10 +88,12 @@ class Evaluation:
 
 
 class Quality(ABC):
-    """What a search calls good. ``metric`` names what ``of_network`` gives; see ``hwnas.core.metric``.
+    """What a search calls good. ``metric`` names what ``of_network`` gives; see
+    ``hwnas.core.metric``.
 
-    ``of_cross_entropy``: the training loss is a cross-entropy of labels, so that a strategy knows how many of them it adds up, and a
-    teacher's probabilities can take the labels' place.
+    ``of_cross_entropy``: the training loss is a cross-entropy of labels, so that a
+    strategy knows how many of them it adds up, and a teacher's probabilities can take
+    the labels' place.
     """
 
     metric: str
@@ -102,19 +109,29 @@ class Quality(ABC):
 
     @abstractmethod
     def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
-        """The training loss of the best answer that does not look at the image; None where that is no simple number."""
+        """The training loss of the best answer that does not look at the image; None
+        where that is no simple number.
+        """
 
     @abstractmethod
     def of_a_guess(self, labels_N: np.ndarray) -> float | None:
-        """What ``of_network`` gives for a network that does not look at the image, on images of these labels; None: not known."""
+        """What ``of_network`` gives for a network that does not look at the image, on
+        images of these labels; None: not known.
+        """
 
     @abstractmethod
-    def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
-        """The quality in 0..1 of a network on the evaluation ``batches`` of ``limit`` of the ``images`` (None: all)."""
+    def of_network(
+        self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None
+    ) -> float:
+        """The quality in 0..1 of a network on the evaluation ``batches`` of ``limit``
+        of the ``images`` (None: all).
+        """
 
 
 class Answers(ABC):
-    """What PyTorch, or a file, answers for test images, one after another in ``evaluation_order``."""
+    """What PyTorch, or a file, answers for test images, one after another in
+    ``evaluation_order``.
+    """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -122,7 +139,9 @@ class Answers(ABC):
 
     @abstractmethod
     def metrics(self, images: Images, limit: int | None) -> dict[str, float]:
-        """How good the answers for ``limit`` of the ``images`` (None: all) are, by name, the task's own metric first."""
+        """How good the answers for ``limit`` of the ``images`` (None: all) are, by
+        name, the task's own metric first.
+        """
 
     @abstractmethod
     def arrays(self) -> dict[str, np.ndarray]:
@@ -145,8 +164,9 @@ class FileAnswers(Answers):
 class Words:
     """How people speak of a task's results.
 
-    ``network`` is what a network is called, ``metric`` the task's metric, ``answer`` what a file and PyTorch have in common ("same
-    top-1"), ``parity`` what ``Task.parity`` compares; ``metric_note`` explains the metrics.
+    ``network`` is what a network is called, ``metric`` the task's metric, ``answer``
+    what a file and PyTorch have in common ("same top-1"), ``parity`` what
+    ``Task.parity`` compares; ``metric_note`` explains the metrics.
     """
 
     network: str
@@ -198,11 +218,15 @@ class Task(ABC):
 
     @abstractmethod
     def space(self, space: SearchSpace, experiment: Experiment) -> SearchSpace:
-        """The space of the task's networks on a space's blocks. Raises ConfigError or SpaceError where there is none."""
+        """The space of the task's networks on a space's blocks. Raises ConfigError or
+        SpaceError where there is none.
+        """
 
     @abstractmethod
     def architecture(self, arch: Architecture, experiment: Experiment) -> Architecture:
-        """The task's network on an architecture's blocks. Raises ConfigError or SpaceError where there is none."""
+        """The task's network on an architecture's blocks. Raises ConfigError or
+        SpaceError where there is none.
+        """
 
     @abstractmethod
     def criterion(self, arch: Architecture, label_smoothing: float = 0.0) -> Criterion:
@@ -220,7 +244,9 @@ class Task(ABC):
 
     @abstractmethod
     def guess(self, images: Images) -> float | None:
-        """What the metric is of the best answer that does not look at the image; None where that is not known."""
+        """What the metric is of the best answer that does not look at the image; None
+        where that is not known.
+        """
 
     @abstractmethod
     def caution(self, metrics: Metrics, images: int, guess: float | None) -> Caution | None:
@@ -238,14 +264,18 @@ class Task(ABC):
     def said_on_the_way(self, value: float) -> str:
         """How good a network is while it trains, before "N test images"."""
 
-    def record(self, folder: Path, network: AnyNetwork, images: Images, evaluated: Evaluated) -> None:
+    def record(
+        self, folder: Path, network: AnyNetwork, images: Images, evaluated: Evaluated
+    ) -> None:
         """Write the ``files`` of a training: none."""
         del folder, network, images, evaluated
 
     # Its files
 
     def check_images(self, images: Images, name: str, arch: Architecture) -> None:
-        """Raise ConfigError where the data set of that name has not what a network of the task is judged by."""
+        """Raise ConfigError where the data set of that name has not what a network of
+        the task is judged by.
+        """
         del images, name, arch
 
     def reference_images(self, network: AnyNetwork) -> int | None:
@@ -255,19 +285,29 @@ class Task(ABC):
 
     @abstractmethod
     def torch_outputs(self, network: AnyNetwork, images_NHWC: np.ndarray) -> np.ndarray:
-        """What PyTorch puts out for channels-last float32 images, on the CPU in float32, as the plain float file does."""
+        """What PyTorch puts out for channels-last float32 images, on the CPU in
+        float32, as the plain float file does.
+        """
 
     @abstractmethod
     def outputs(self, graph: str, arch: Architecture, output: str) -> tuple[Output, ...]:
-        """What comes out of a file with this in its graph. ``output`` is ``"logits"``, or ``"probabilities"`` behind a softmax."""
+        """What comes out of a file with this in its graph. ``output`` is ``"logits"``,
+        or ``"probabilities"`` behind a softmax.
+        """
 
     @abstractmethod
-    def parity(self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture) -> Parity:
+    def parity(
+        self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture
+    ) -> Parity:
         """Compare a file's outputs [N, ...] with PyTorch's."""
 
     @abstractmethod
-    def answers(self, graph: str, arch: Architecture, app_score: float | None = None) -> FileAnswers:
-        """None yet, of a file with this in its graph. ``app_score`` is a second threshold, at which answering is timed, too."""
+    def answers(
+        self, graph: str, arch: Architecture, app_score: float | None = None
+    ) -> FileAnswers:
+        """None yet, of a file with this in its graph. ``app_score`` is a second
+        threshold, at which answering is timed, too.
+        """
 
     @abstractmethod
     def torch_answers(self, network: AnyNetwork, images: Images, workers: int) -> Answers:

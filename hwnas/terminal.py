@@ -1,4 +1,6 @@
-"""Progress on a terminal, with rich. Where there is no terminal, a line now and then, and one at the end."""
+"""Progress on a terminal, with rich. Where there is no terminal, a line now and then,
+and one at the end.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ SEPARATOR = "  "
 class TerminalProgress(Progress):
     """Bars and lines on standard error; standard output stays free for results."""
 
-    def __init__(self, *, quiet: bool = False, verbose: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self, *, quiet: bool = False, verbose: bool = False, console: Console | None = None
+    ) -> None:
         self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
         self.quiet, self.verbose = quiet, verbose
 
@@ -53,7 +57,11 @@ class TerminalProgress(Progress):
                 pace = Pace(total, done)
                 if not live:
                     return _LineTask(self.console, description, pace)
-                return _BarTask(bars, bars.add_task(description, total=total, completed=done, pace=pace, note=""), pace)
+                return _BarTask(
+                    bars,
+                    bars.add_task(description, total=total, completed=done, pace=pace, note=""),
+                    pace,
+                )
 
             yield begin
 
@@ -64,39 +72,66 @@ class TerminalProgress(Progress):
     def detail(self, message: str) -> None:
         """A dim line, in verbose mode."""
         if self.verbose:
-            self.console.print(message, style="dim", markup=False, soft_wrap=not self.console.is_terminal)
+            self.console.print(
+                message, style="dim", markup=False, soft_wrap=not self.console.is_terminal
+            )
 
     def warn(self, message: str) -> None:
         """A line in yellow."""
-        self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(
+            f"warning: {message}",
+            style="yellow",
+            markup=False,
+            soft_wrap=not self.console.is_terminal,
+        )
 
 
 class _Bars(RichBars):
-    """Bars of one line each: description, bar, n of N, remaining time, and what fits of the note."""
+    """Bars of one line each: description, bar, n of N, remaining time, and what fits of
+    the note.
+    """
 
     def __init__(self, console: Console, *, live: bool) -> None:
         self.shown_on = console  # rich draws once before it has set its own
         super().__init__(console=console, disable=not live, transient=True)
 
     def make_tasks_table(self, tasks: Iterable[BarState]) -> Table:
-        """Rich's own columns share the width by what they would like to have; here the first four have what they need."""
+        """Rich's own columns share the width by what they would like to have; here the
+        first four have what they need.
+        """
         shown = [task for task in tasks if task.visible]
         width = self.shown_on.width
         counts = [_count(task) for task in shown]
         times = [_left(task.fields["pace"]) for task in shown]
         counted, timed = max(map(len, counts), default=0), max(map(len, times), default=0)
-        free = max(0, width - counted - timed - 5)  # a blank after each column, and the terminal's last column stays empty
-        described = min(max((len(task.description) for task in shown), default=0), int(DESCRIPTION_PART * width), free)
+        # a blank after each column, and the terminal's last column stays empty
+        free = max(0, width - counted - timed - 5)
+        described = min(
+            max((len(task.description) for task in shown), default=0),
+            int(DESCRIPTION_PART * width),
+            free,
+        )
         bar_width = min(BAR_WIDTH[1], max(BAR_WIDTH[0], int(BAR_PART * width)), free - described)
         noted = free - described - bar_width
         table = Table.grid(padding=(0, 1, 0, 0))
         for column in (described, bar_width, counted, timed, noted):
             table.add_column(width=column, no_wrap=True, overflow="ellipsis")
         for task, count, left in zip(shown, counts, times, strict=True):
-            bar = ProgressBar(total=max(task.total or 0, 1), completed=task.completed, width=bar_width, animation_time=task.get_time())
+            bar = ProgressBar(
+                total=max(task.total or 0, 1),
+                completed=task.completed,
+                width=bar_width,
+                animation_time=task.get_time(),
+            )
             described_text = Text(task.description, style="")
             note = Text(fitting(task.fields["note"], noted), style="dim")
-            table.add_row(described_text, bar, Text(count, justify="right", style="progress.download"), Text(left, style="cyan"), note)
+            table.add_row(
+                described_text,
+                bar,
+                Text(count, justify="right", style="progress.download"),
+                Text(left, style="cyan"),
+                note,
+            )
         return table
 
 
@@ -120,7 +155,14 @@ def _left(pace: Pace) -> str:
 def fitting(note: str, width: int) -> str:
     """The first numbers of a note that fit into so many columns."""
     fields = note.split(SEPARATOR)
-    kept = next((count for count in range(len(fields), 0, -1) if len(SEPARATOR.join(fields[:count])) <= width), 0)
+    kept = next(
+        (
+            count
+            for count in range(len(fields), 0, -1)
+            if len(SEPARATOR.join(fields[:count])) <= width
+        ),
+        0,
+    )
     return SEPARATOR.join(fields[:kept])
 
 
@@ -158,5 +200,7 @@ class _LineTask(Task):
         self._print(f" in {duration(self.pace.seconds)}")
 
     def _print(self, when: str) -> None:
-        text = f"{self.description}: {self.pace.done} of {self.pace.total}{when}{SEPARATOR}{self.note}"
+        text = (
+            f"{self.description}: {self.pace.done} of {self.pace.total}{when}{SEPARATOR}{self.note}"
+        )
         self.console.print(text.rstrip(), markup=False, soft_wrap=True)

@@ -1,4 +1,5 @@
-"""Conformance cases that third-party plug-ins inherit: a plug-in that passes them works in every stage.
+"""Conformance cases that third-party plug-ins inherit: a plug-in that passes them works
+in every stage.
 
     from hwnas.testing import StrategyConformance
 
@@ -6,7 +7,8 @@
         def strategy(self):
             return Mine(Mine.Config())
 
-The cases are plain pytest classes. They run the real thing on small problems whose answers are known: no network is trained.
+The cases are plain pytest classes. They run the real thing on small problems whose
+answers are known: no network is trained.
 """
 
 from __future__ import annotations
@@ -62,15 +64,21 @@ def synthetic_table(space: SearchSpace) -> LatencyTable:
         cores=(0,), governor="synthetic", layout="NHWC", batch=1, date="2000-01-01", space=space.name,
     )  # fmt: skip
     entries = {op.key: Entry(ms=op.macs / 1e6 + 0.01) for op in space.ops}
-    return LatencyTable(header=header, entries=entries, calibration=Calibration(intercept_ms=0.0, slope=1.0, networks=0))
+    return LatencyTable(
+        header=header,
+        entries=entries,
+        calibration=Calibration(intercept_ms=0.0, slope=1.0, networks=0),
+    )
 
 
 class Problem:
-    """A search whose answer is known: every option of ``tiny_space`` adds a given amount to the quality.
+    """A search whose answer is known: every option of ``tiny_space`` adds a given
+    amount to the quality.
 
-    Slower options add more, but less than overrunning the target costs, so the budget binds: the best architecture without it
-    is far too slow. The options of one architecture near the target, drawn from ``seed``, add a little extra; the optimum under
-    the budget is found by trying everything.
+    Slower options add more, but less than overrunning the target costs, so the budget
+    binds: the best architecture without it is far too slow. The options of one
+    architecture near the target, drawn from ``seed``, add a little extra; the optimum
+    under the budget is found by trying everything.
     """
 
     def __init__(self, seed: int) -> None:
@@ -80,51 +88,86 @@ class Problem:
         self.target_ms, self.tolerance = low + 0.45 * (high - low), 0.02
         rng = np.random.default_rng(seed)
         planted: Picks = {}
-        while not planted or abs(self.cost.of(planted) / self.target_ms - 1) > 0.25 * self.tolerance:
+        while (
+            not planted or abs(self.cost.of(planted) / self.target_ms - 1) > 0.25 * self.tolerance
+        ):
             planted = self.space.sample(rng)
         smallest = {choice.key: choice.options[0] for choice in self.space.choices}
         self.gains: dict[str, np.ndarray] = {}
         for choice in self.space.choices:
-            ms = np.array([self.cost.of({**smallest, choice.key: option}) for option in choice.options])
+            ms = np.array(
+                [self.cost.of({**smallest, choice.key: option}) for option in choice.options]
+            )
             bonus = 0.004 * np.array([option == planted[choice.key] for option in choice.options])
             self.gains[choice.key] = 0.06 * (ms - ms.min()) / (high - low) + bonus
-        self.index_NC = np.array(list(itertools.product(*(range(len(choice.options)) for choice in self.space.choices))))
+        self.index_NC = np.array(
+            list(itertools.product(*(range(len(choice.options)) for choice in self.space.choices)))
+        )
         latency_N = self.cost.of_many(self.index_NC)
-        quality_N = 0.5 + np.sum([self.gains[choice.key][self.index_NC[:, i]] for i, choice in enumerate(self.space.choices)], axis=0)
+        quality_N = 0.5 + np.sum(
+            [
+                self.gains[choice.key][self.index_NC[:, i]]
+                for i, choice in enumerate(self.space.choices)
+            ],
+            axis=0,
+        )
         within_N = np.abs(latency_N / self.target_ms - 1) <= self.tolerance
-        reward_N = np.where(within_N, quality_N - 0.1 * np.abs(latency_N / self.target_ms - 1), -np.inf)
+        reward_N = np.where(
+            within_N, quality_N - 0.1 * np.abs(latency_N / self.target_ms - 1), -np.inf
+        )
         assert latency_N[quality_N.argmax()] > 1.3 * self.target_ms, "the budget must bind"
-        assert 10 <= within_N.sum() <= 0.2 * len(within_N), "the budget must leave a choice, and not everything"
+        assert 10 <= within_N.sum() <= 0.2 * len(within_N), (
+            "the budget must leave a choice, and not everything"
+        )
         self.best = self.space.at(self.index_NC[reward_N.argmax()])
 
     def quality(self, gates: Gates) -> float:
-        """The quality in 0..1 of an architecture or mixture, as an infinitely large held-out set would tell it."""
-        return 0.5 + sum(float(np.dot(np.asarray(gates[key], dtype=float), gain)) for key, gain in self.gains.items())
+        """The quality in 0..1 of an architecture or mixture, as an infinitely large
+        held-out set would tell it.
+        """
+        return 0.5 + sum(
+            float(np.dot(np.asarray(gates[key], dtype=float), gain))
+            for key, gain in self.gains.items()
+        )
 
     def context(self, steps: int, batch_size: int = 256) -> SearchContext:
         """A search context without a super-net: weights have nothing to learn."""
         known = KnownWeights(self)
         return SearchContext(
-            self.space, self.cost, AbsoluteObjective(), self.target_ms, self.tolerance, steps, batch_size, weights=known, evaluator=known
+            self.space,
+            self.cost,
+            AbsoluteObjective(),
+            self.target_ms,
+            self.tolerance,
+            steps,
+            batch_size,
+            weights=known,
+            evaluator=known,
         )
 
     def ranked(self, proposals: list[Picks]) -> list[Picks]:
         """Proposals by reward, best first: what the search stage does with them."""
 
         def reward(picks: Picks) -> float:
-            quality = 0.5 + sum(gain[self.space.index(picks)[i]] for i, gain in enumerate(self.gains.values()))
+            quality = 0.5 + sum(
+                gain[self.space.index(picks)[i]] for i, gain in enumerate(self.gains.values())
+            )
             return AbsoluteObjective().reward(quality, self.cost.of(picks), self.target_ms)
 
         return sorted(proposals, key=reward, reverse=True)
 
 
 class KnownWeights:
-    """The shared weights of a ``Problem``: whatever they are trained on, every architecture is as good as its gains say."""
+    """The shared weights of a ``Problem``: whatever they are trained on, every
+    architecture is as good as its gains say.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+    def train(
+        self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
+    ) -> Metrics:
         """Check the gates; there is nothing to learn."""
         del split, teach, skip_dropout
         assert gates, "an update needs gates"
@@ -137,8 +180,12 @@ class KnownWeights:
         del multiple
         return [self.problem.quality(each) for each in gates]
 
-    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
-        """Loss 1 - quality: its derivative is minus the gain of every option that is executed or probed, and 0 elsewhere."""
+    def gate_gradients(
+        self, gates: Gates, probes: Probes, order: int, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """Loss 1 - quality: its derivative is minus the gain of every option that is
+        executed or probed, and 0 elsewhere.
+        """
         del order, skip_dropout
         self._check(gates)
         gradients = {}
@@ -161,7 +208,9 @@ class KnownWeights:
 
     def _check(self, gates: Gates) -> None:
         gains = self.problem.gains
-        assert gates.keys() == gains.keys(), f"gates for {sorted(gates)}, but the choices are {sorted(gains)}"
+        assert gates.keys() == gains.keys(), (
+            f"gates for {sorted(gates)}, but the choices are {sorted(gains)}"
+        )
         for key, gate in gates.items():
             total = float(np.sum([float(weight) for weight in gate]))
             assert math.isclose(total, 1.0, abs_tol=1e-6), f"the gates of {key} add up to {total}"
@@ -173,8 +222,12 @@ def prepared(strategy: Strategy, ctx: SearchContext, seed: int) -> None:
     strategy.setup(ctx)
 
 
-def searched(strategy: Strategy, ctx: SearchContext, seed: int, first: int = 0, last: int | None = None) -> list[Metrics]:
-    """Run a strategy's steps as the search stage does: a new generator from (seed, step) for each."""
+def searched(
+    strategy: Strategy, ctx: SearchContext, seed: int, first: int = 0, last: int | None = None
+) -> list[Metrics]:
+    """Run a strategy's steps as the search stage does: a new generator from (seed,
+    step) for each.
+    """
     metrics = []
     for number in range(first, ctx.steps if last is None else last):
         ctx.step, ctx.rng = number, np.random.default_rng([seed, number])
@@ -201,7 +254,9 @@ class StrategyConformance(ABC):
     def strategy(self) -> Strategy:
         """A new strategy, not yet set up."""
 
-    def _search(self, problem: Problem, seed: int, steps: int) -> tuple[Strategy, SearchContext, list[Metrics]]:
+    def _search(
+        self, problem: Problem, seed: int, steps: int
+    ) -> tuple[Strategy, SearchContext, list[Metrics]]:
         strategy, ctx = self.strategy(), problem.context(steps)
         prepared(strategy, ctx, seed)
         return strategy, ctx, searched(strategy, ctx, seed)
@@ -217,11 +272,15 @@ class StrategyConformance(ABC):
             for steps in (0, 40):
                 searched(strategy, ctx, 0, 0, steps)
                 proposals = proposed(strategy, ctx, 0, 6)
-                assert 1 <= len(proposals) <= 6, f"{len(proposals)} proposals of at most 6 at {target_ms} ms"
+                assert 1 <= len(proposals) <= 6, (
+                    f"{len(proposals)} proposals of at most 6 at {target_ms} ms"
+                )
                 for picks in proposals:
                     problem.space.check(picks)
                     latency = problem.cost.of(picks)
-                    assert abs(latency / target_ms - 1) <= ctx.tolerance, f"{latency} ms is not within 2 % of {target_ms} ms"
+                    assert abs(latency / target_ms - 1) <= ctx.tolerance, (
+                        f"{latency} ms is not within 2 % of {target_ms} ms"
+                    )
                 names = {problem.space.decode(picks).identity for picks in proposals}
                 assert len(names) == len(proposals), "a proposal came twice"
 
@@ -230,7 +289,9 @@ class StrategyConformance(ABC):
         _, _, metrics = self._search(Problem(0), 0, 40)
         for row in metrics:
             for name, value in row.items():
-                assert isinstance(value, float | int) and math.isfinite(value), f"metric {name} is {value!r}"
+                assert isinstance(value, float | int) and math.isfinite(value), (
+                    f"metric {name} is {value!r}"
+                )
 
     def test_deterministic_under_a_seed(self) -> None:
         """The same seed gives the same run; another seed another."""
@@ -243,7 +304,9 @@ class StrategyConformance(ABC):
         assert runs[0] != runs[2], "the seed changes nothing"
 
     def test_continues_identically_from_its_state(self) -> None:
-        """A state taken at any step, and put into a new strategy, goes on as the old one would have."""
+        """A state taken at any step, and put into a new strategy, goes on as the old
+        one would have.
+        """
         problem = Problem(0)
         strategy, ctx, straight = self._search(problem, 1, 60)
         expected = proposed(strategy, ctx, 1, 6)
@@ -252,16 +315,21 @@ class StrategyConformance(ABC):
             prepared(early, early_ctx, 1)
             before = searched(early, early_ctx, 1, 0, stop)
             state = copy.deepcopy(early.state_dict())
-            searched(early, early_ctx, 1, stop, min(stop + 5, 60))  # what goes on after a checkpoint must not leak into it
+            # what goes on after a checkpoint must not leak into it
+            searched(early, early_ctx, 1, stop, min(stop + 5, 60))
             late, late_ctx = self.strategy(), problem.context(60)
             prepared(late, late_ctx, 1)
             late.load_state_dict(state)
             after = searched(late, late_ctx, 1, stop)
             assert before + after == straight, f"stopped at step {stop}, it went on differently"
-            assert proposed(late, late_ctx, 1, 6) == expected, f"stopped at step {stop}, it proposes something else"
+            assert proposed(late, late_ctx, 1, 6) == expected, (
+                f"stopped at step {stop}, it proposes something else"
+            )
 
     def test_state_survives_a_checkpoint(self, tmp_path: Path) -> None:
-        """The state is what ``torch.load(weights_only=True)`` reads: tensors, numbers, strings and containers of them."""
+        """The state is what ``torch.load(weights_only=True)`` reads: tensors, numbers,
+        strings and containers of them.
+        """
         strategy, ctx, _ = self._search(Problem(0), 2, 40)
         torch.save(strategy.state_dict(), tmp_path / "state.pt")
         again = self.strategy()
@@ -275,7 +343,9 @@ class StrategyConformance(ABC):
             problem = Problem(seed)
             strategy, ctx, _ = self._search(problem, seed, self.steps)
             best = problem.ranked(proposed(strategy, ctx, seed, self.proposals))[0]
-            assert best == problem.best, f"seed {seed}: found {best}, but the optimum is {problem.best}"
+            assert best == problem.best, (
+                f"seed {seed}: found {best}, but the optimum is {problem.best}"
+            )
 
 
 class DeviceConformance(ABC):
@@ -300,21 +370,37 @@ class DeviceConformance(ABC):
         """A plan of three small ops and the network they form."""
         chains = {**{op.key: (op,) for op in self.OPS}, "net-0": self.OPS}
         items = [
-            {"id": name, "path": str(timing_file(ops, self.runtime, self.dtype)), "round": number, "ops": [op.key for op in ops]}
+            {
+                "id": name,
+                "path": str(timing_file(ops, self.runtime, self.dtype)),
+                "round": number,
+                "ops": [op.key for op in ops],
+            }
             for number in range(rounds)
             for name, ops in chains.items()
         ]
         cores = list(self.connection().cores(1))
-        return {"runtime": self.runtime, "threads": 1, "cores": cores, "min_ms": 1.0, "min_runs": 3, "items": items}
+        return {
+            "runtime": self.runtime,
+            "threads": 1,
+            "cores": cores,
+            "min_ms": 1.0,
+            "min_runs": 3,
+            "items": items,
+        }
 
     def measured(self, plan: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-        """Header and rows of a plan, without notes and conditions, which may come anywhere between."""
+        """Header and rows of a plan, without notes and conditions, which may come
+        anywhere between.
+        """
         rows = list(self.connection().measure(plan, folder))
         for row in rows:
             if "note" in row:
                 assert isinstance(row["note"], str) and row["note"], f"note {row['note']!r}"
             if "conditions" in row:
-                assert all(isinstance(value, int | float | str) for value in row["conditions"].values()), f"conditions {row}"
+                assert all(
+                    isinstance(value, int | float | str) for value in row["conditions"].values()
+                ), f"conditions {row}"
         return [row for row in rows if not row.keys() & {"note", "conditions"}]
 
     def test_header_then_one_row_per_item(self, tmp_path: Path) -> None:
@@ -322,10 +408,14 @@ class DeviceConformance(ABC):
         plan = self.plan(rounds=2)
         header, *rows = self.measured(plan, tmp_path)
         assert "runner" in header, f"the first row is no header: {header}"
-        assert [(row["id"], row["round"]) for row in rows] == [(item["id"], item["round"]) for item in plan["items"]]
+        assert [(row["id"], row["round"]) for row in rows] == [
+            (item["id"], item["round"]) for item in plan["items"]
+        ]
         for row in rows:
             assert len(row["ms"]) >= plan["min_runs"], f"{row['id']} ran {len(row['ms'])} times"
-            assert all(math.isfinite(ms) and ms > 0 for ms in row["ms"]), f"{row['id']} took {row['ms']}"
+            assert all(math.isfinite(ms) and ms > 0 for ms in row["ms"]), (
+                f"{row['id']} took {row['ms']}"
+            )
 
     def test_header_describes_the_measurement(self, tmp_path: Path) -> None:
         """What a table's header needs; the cores are those that the plan asked for."""
@@ -335,12 +425,16 @@ class DeviceConformance(ABC):
             assert isinstance(header[key], str) and header[key], f"{key} is {header[key]!r}"
         assert header["runtime"] == self.runtime
         assert header["threads"] == 1
-        assert header["cores"] == plan["cores"] or header["cores"] == "unknown", f"pinned to {header['cores']}, not {plan['cores']}"
+        assert header["cores"] == plan["cores"] or header["cores"] == "unknown", (
+            f"pinned to {header['cores']}, not {plan['cores']}"
+        )
 
     def test_names_its_runtimes(self) -> None:
         """The one that is tested among them, with its version."""
         version = self.connection().runtimes()[self.runtime]
-        assert isinstance(version, str) and version, f"runtime {self.runtime} has version {version!r}"
+        assert isinstance(version, str) and version, (
+            f"runtime {self.runtime} has version {version!r}"
+        )
 
     def test_cores(self) -> None:
         """As many different cores as threads."""
@@ -382,19 +476,27 @@ class DeviceConformance(ABC):
             (tmp_path / f"{name}.tflite").write_bytes(content)
         images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
         found = self.connection().predict(tmp_path / "pixels.tflite", images, tmp_path)
-        wanted = self.connection().predict(tmp_path / "network.tflite", interface.seen(images), tmp_path)
+        wanted = self.connection().predict(
+            tmp_path / "network.tflite", interface.seen(images), tmp_path
+        )
         assert found.shape == (3, 10) and found.dtype == np.float32
         assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 class TargetConformance(ABC):
-    """What every target has to do. Inherit, and name the class in ``target``. Its runtime has to be installed on this computer."""
+    """What every target has to do. Inherit, and name the class in ``target``. Its
+    runtime has to be installed on this computer.
+    """
 
     target: ClassVar[type[Target]]
     tolerance: ClassVar[float] = 1e-4
     """Largest error of an exact target's outputs, relative to the largest."""
 
-    KEYS: ClassVar[tuple[str, ...]] = ("conv-h16-i3-o8-k3-s2-relu", "mbconv-h8-i8-o8-m24-k3-q8-relu-id", "classifier-h8-i8-o10")
+    KEYS: ClassVar[tuple[str, ...]] = (
+        "conv-h16-i3-o8-k3-s2-relu",
+        "mbconv-h8-i8-o8-m24-k3-q8-relu-id",
+        "classifier-h8-i8-o10",
+    )
 
     def network(self, keys: Sequence[str] | None = None) -> Network:
         """A small classifier, or the ops of other keys."""
@@ -406,7 +508,9 @@ class TargetConformance(ABC):
         """The classifier with plain ends."""
         images = np.random.default_rng(1).standard_normal((8, 16, 16, 3)).astype(np.float32)
         interface = Interface("float32", False, (0.5,) * 3, (0.25,) * 3)
-        card = ModelCard("small", 3, tuple("abcdefghij"), "logits", interface.normalisation, "as it is")
+        card = ModelCard(
+            "small", 3, tuple("abcdefghij"), "logits", interface.normalisation, "as it is"
+        )
         return Trained(self.network(), interface, images, card)
 
     def test_its_fields(self) -> None:
@@ -440,7 +544,14 @@ class TargetConformance(ABC):
             path.write_bytes(made.timing_file(self.network(keys)))
             items.append({"id": path.name, "path": str(path), "round": 0, "ops": list(keys)})
         host = connect(HOST)
-        plan = {"runtime": made.runtime, "threads": 1, "cores": list(host.cores(1)), "min_ms": 1.0, "min_runs": 3, "items": items}
+        plan = {
+            "runtime": made.runtime,
+            "threads": 1,
+            "cores": list(host.cores(1)),
+            "min_ms": 1.0,
+            "min_runs": 3,
+            "items": items,
+        }
         header, *rows = host.measure(plan, tmp_path)
         assert header["runtime"] == made.runtime
         assert [row["id"] for row in rows] == [item["id"] for item in items]
@@ -448,11 +559,15 @@ class TargetConformance(ABC):
 
 
 class TaskConformance(ABC):
-    """What every task has to do. Inherit, name the class in ``task``, and give a network of it and test images that it can be judged by."""
+    """What every task has to do. Inherit, name the class in ``task``, and give a
+    network of it and test images that it can be judged by.
+    """
 
     task: ClassVar[type[Task]]
     tolerance: ClassVar[float] = 0.005
-    """Of the metrics of a file that puts out what PyTorch does: of answers that are about as good, rounding may choose another."""
+    """Of the metrics of a file that puts out what PyTorch does: of answers that are
+    about as good, rounding may choose another.
+    """
 
     @abstractmethod
     def network(self) -> AnyNetwork:
@@ -463,10 +578,19 @@ class TaskConformance(ABC):
         """Test images of the network's size."""
 
     def test_its_fields(self) -> None:
-        """Its metric comes first wherever metrics are listed, and a point of its curve can be paid."""
+        """Its metric comes first wherever metrics are listed, and a point of its curve
+        can be paid.
+        """
         made = self.task()
-        assert made.numbers[0] == made.tiles[0] == made.metric and next(iter(made.curve.values())) == made.metric
-        assert made.curve_images > 0 and made.curve_cost > 0 and made.network_kind == self.network().arch.task
+        assert (
+            made.numbers[0] == made.tiles[0] == made.metric
+            and next(iter(made.curve.values())) == made.metric
+        )
+        assert (
+            made.curve_images > 0
+            and made.curve_cost > 0
+            and made.network_kind == self.network().arch.task
+        )
 
     def test_its_loss_has_a_gradient(self) -> None:
         """Of a batch of the images, by every weight."""
@@ -474,7 +598,9 @@ class TaskConformance(ABC):
         x_NCHW, y = self.images().__getitems__([(index, 0) for index in range(4)])
         loss, _ = made.criterion(network.arch)(network(x_NCHW), y)
         gradients = torch.autograd.grad(loss, list(network.parameters()))
-        assert torch.isfinite(loss) and all(torch.isfinite(gradient).all() for gradient in gradients)
+        assert torch.isfinite(loss) and all(
+            torch.isfinite(gradient).all() for gradient in gradients
+        )
 
     def test_pytorchs_outputs_are_pytorchs(self) -> None:
         """Compared with themselves they are equal, and as many as is said of a file."""
@@ -486,7 +612,9 @@ class TaskConformance(ABC):
         assert reference.size == 4 * sum(math.prod(output.shape) for output in described)
 
     def test_answers_are_worth_the_same_wherever_they_are_from(self) -> None:
-        """PyTorch's, those read from a bundle, and those of a file that puts out what PyTorch does; and so says the evaluation."""
+        """PyTorch's, those read from a bundle, and those of a file that puts out what
+        PyTorch does; and so says the evaluation.
+        """
         made, network, images = self.task(), self.network(), self.images()
         answers = made.torch_answers(network, images, 0)
         kept = made.kept(answers.arrays())
@@ -498,8 +626,13 @@ class TaskConformance(ABC):
             wanted = answers.metrics(images, limit)
             assert next(iter(wanted)) == made.metric and set(wanted) <= set(made.numbers)
             assert kept.metrics(images, limit) == wanted
-            evaluated, read = made.evaluate(network, images, Evaluation(5, limit)).metrics, of_file.metrics(images, limit)
-            assert all(abs(value - (evaluated[name] or 0.0)) < 1e-6 for name, value in wanted.items())
+            evaluated, read = (
+                made.evaluate(network, images, Evaluation(5, limit)).metrics,
+                of_file.metrics(images, limit),
+            )
+            assert all(
+                abs(value - (evaluated[name] or 0.0)) < 1e-6 for name, value in wanted.items()
+            )
             assert all(abs(value - read[name]) < self.tolerance for name, value in wanted.items())
 
     def test_it_finds_words(self) -> None:
@@ -507,4 +640,6 @@ class TaskConformance(ABC):
         made, images = self.task(), self.images()
         metrics = made.evaluate(self.network(), images, Evaluation(5)).metrics
         assert f"{len(images):,} test images" in made.said(metrics, len(images))
-        assert f"{len(images):,} test images" in made.said_of_file(metrics[made.metric] or 0.0, len(images))
+        assert f"{len(images):,} test images" in made.said_of_file(
+            metrics[made.metric] or 0.0, len(images)
+        )

@@ -66,10 +66,14 @@ def tiny_space(name: str = "tiny") -> MacroSpace:
 
 
 def write_tiny(folder: Path, delay_ms: float = 0.0) -> Path:
-    """A whole small experiment in a folder: space, simulated device, configuration. Returns the configuration's path."""
+    """A whole small experiment in a folder: space, simulated device, configuration.
+    Returns the configuration's path.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tiny_space().save(folder / "space.json")
-    Device(id="simulated", soc="formula", connection="simulated", options={"delay_ms": str(delay_ms)}).save(folder / "device.json")
+    Device(
+        id="simulated", soc="formula", connection="simulated", options={"delay_ms": str(delay_ms)}
+    ).save(folder / "device.json")
     config = folder / "tiny.toml"
     config.write_text(TINY_CONFIG.format(folder=folder))
     return config
@@ -85,7 +89,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def _usual_arithmetic() -> Iterator[None]:
-    """Training flushes denormal numbers to zero, in the whole process; other tests are about those numbers."""
+    """Training flushes denormal numbers to zero, in the whole process; other tests are
+    about those numbers.
+    """
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
@@ -93,12 +99,23 @@ def _usual_arithmetic() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small experiment that went through all stages, undisturbed. Do not write into it.
+    """The folder of a small experiment that went through all stages, undisturbed. Do
+    not write into it.
 
-    A process of its own makes it, as tests leave torch with other numbers of threads, and threads decide the last bits.
+    A process of its own makes it, as tests leave torch with other numbers of threads,
+    and threads decide the last bits.
     """
     folder = tmp_path_factory.mktemp("finished")
-    command = [sys.executable, "-m", "hwnas", "run", str(write_tiny(folder)), "--out", str(folder / "run"), "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "hwnas",
+        "run",
+        str(write_tiny(folder)),
+        "--out",
+        str(folder / "run"),
+        "-q",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder / "run"
 

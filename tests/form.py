@@ -1,6 +1,8 @@
-"""How much of the code asks what something is, and how many places know a kind: ``python tests/form.py [FOLDER]``.
+"""How much of the code asks what something is, and how many places know a kind:
+``python tests/form.py [FOLDER]``.
 
-Counts lines of ``hwnas/`` by patterns; run it on two commits to compare them. It judges nothing, and is no test.
+Counts lines of ``hwnas/`` by patterns; run it on two commits to compare them. It judges
+nothing, and is no test.
 """
 
 from __future__ import annotations
@@ -10,21 +12,32 @@ import sys
 from pathlib import Path
 
 PATTERNS = {
-    "tests of detector or task": r"\.detector is (not )?None|\btask [!=]= |isinstance\([^)]*(DetectionNetwork|CocoImages)\b",
+    "tests of detector or task": (
+        r"\.detector is (not )?None|\btask [!=]= |isinstance\([^)]*(DetectionNetwork|CocoImages)\b"
+    ),
     "isinstance(space, ...)": r"isinstance\([\w.]*space, ",
     "isinstance(supernet, ...)": r"isinstance\([\w.]*supernet, ",
-    "walks over what a block computes": r"\bin (enumerate\()?[\w.]*(\.layers|program\.nodes)\b|\.program\.nodes\)",
+    "walks over what a block computes": (
+        r"\bin (enumerate\()?[\w.]*(\.layers|program\.nodes)\b|\.program\.nodes\)"
+    ),
     "places that know an inverted bottleneck": r"\bmbconv\b|\bMBConv\b",
-    "places that know a target by name": r"\"(tflite-int8|tflite-fp32|onnx-nms|onnx|tflite-(fp32|int8)-tasks)\"|\"(litert|onnxruntime)\"",
+    "places that know a target by name": (
+        r"\"(tflite-int8|tflite-fp32|onnx-nms|onnx|tflite-(fp32|int8)-tasks)\"|\"(litert|onnxruntime)\""
+    ),
 }
 
 
 def count(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of each pattern: lines of code that match, and files that have one. Docstrings of modules are no code."""
+    """Of each pattern: lines of code that match, and files that have one. Docstrings of
+    modules are no code.
+    """
     found: dict[str, tuple[int, int]] = {}
     sources = {path: _code(path.read_text()) for path in sorted(folder.rglob("*.py"))}
     for name, pattern in PATTERNS.items():
-        hits = {path: sum(bool(re.search(pattern, line)) for line in lines) for path, lines in sources.items()}
+        hits = {
+            path: sum(bool(re.search(pattern, line)) for line in lines)
+            for path, lines in sources.items()
+        }
         found[name] = sum(hits.values()), sum(map(bool, hits.values()))
     found["lines in all"] = sum(map(len, sources.values())), len(sources)
     return found
@@ -32,7 +45,9 @@ def count(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _code(text: str) -> list[str]:
     without = re.sub(r'"""(?s:.*?)"""', "", text)
-    return [line for line in without.splitlines() if line.strip() and not line.strip().startswith("#")]
+    return [
+        line for line in without.splitlines() if line.strip() and not line.strip().startswith("#")
+    ]
 
 
 if __name__ == "__main__":

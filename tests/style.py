@@ -1,4 +1,5 @@
-"""How the code is written, in numbers: ``python tests/style.py [FOLDER ...]``; compare two commits, or with code that reads well.
+"""How the code is written, in numbers: ``python tests/style.py [FOLDER ...]``; compare
+two commits, or with code that reads well.
 
 A mirror, and no goal: it judges nothing, and is no test.
 """
@@ -68,7 +69,14 @@ def counts_of(source: str) -> Counts:
 
 def _lines(source: str) -> tuple[set[int], set[int]]:
     """Numbers of the lines with a comment, and of those with code."""
-    blank = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING}
+    blank = {
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+        tokenize.ENCODING,
+    }
     comments, code = set[int](), set[int]()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -82,7 +90,11 @@ def _docstring_lines(tree: ast.Module) -> set[int]:
     """Lines of strings that are statements: docstrings, those of attributes included."""
     numbers = set[int]()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             numbers.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return numbers
 
@@ -107,7 +119,10 @@ def main(folders: list[str]) -> None:
         for field in fields(total):
             value = getattr(total, field.name)
             relative = f"{1000 * value / max(total.code_lines, 1):8.1f} per 1,000 code lines"
-            print(f"  {field.name:30} {value:6}{relative if field.name not in ('code_lines', 'longest_parameter_list') else ''}")
+            print(
+                f"  {field.name:30}"
+                f" {value:6}{relative if field.name not in ('code_lines', 'longest_parameter_list') else ''}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What a person gets wrong, at the command line: one sentence that names the value and the fix, exit code 2, nothing lost."""
+"""What a person gets wrong, at the command line: one sentence that names the value and
+the fix, exit code 2, nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +53,20 @@ def refused(outcome: tuple[int, str], *words: str, code: int = 2) -> None:
 
 
 def test_unknown_key(hwnas: Run, project: Path) -> None:
-    refused(hwnas("run", project / "tiny.toml", "-s", "search.taget_ms=3"), "search.taget_ms", "did you mean 'target_ms'?")
+    refused(
+        hwnas("run", project / "tiny.toml", "-s", "search.taget_ms=3"),
+        "search.taget_ms",
+        "did you mean 'target_ms'?",
+    )
 
 
 def test_wrong_type(hwnas: Run, project: Path) -> None:
-    refused(hwnas("run", project / "tiny.toml", "-s", "train.epochs=many"), "train.epochs", "'many'", "number")
+    refused(
+        hwnas("run", project / "tiny.toml", "-s", "train.epochs=many"),
+        "train.epochs",
+        "'many'",
+        "number",
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +95,9 @@ def test_unknown_names(hwnas: Run, project: Path, override: str, hint: str) -> N
         (("export.input=int8",), ("export.input = 'int8'", "'float32' or 'uint8'")),
     ],
 )
-def test_files_that_cannot_be(hwnas: Run, tmp_path: Path, overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_files_that_cannot_be(
+    hwnas: Run, tmp_path: Path, overrides: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     (tmp_path / "empty.toml").write_text("")
     settings = [part for override in overrides for part in ("-s", override)]
     refused(hwnas("export", tmp_path / "empty.toml", *settings), *words)
@@ -98,15 +111,25 @@ def test_table_of_another_space_names_the_missing_ops(hwnas: Run, project: Path)
     table = project / "run" / "profile" / "table.json"
     data = ["-s", "space.name=mobile32", "-s", f"search.table={table}"]
     outcome = hwnas("search", project / "tiny.toml", "--out", project / "other", *data)
-    missing = next(op.key for op in mobile32(resolution=8, in_channels=1).ops if op.key not in LatencyTable.load(table).entries)
+    missing = next(
+        op.key
+        for op in mobile32(resolution=8, in_channels=1).ops
+        if op.key not in LatencyTable.load(table).entries
+    )
     refused(outcome, "lacks", "mobile32", missing, "Profile this space")
 
 
 def test_table_without_calibration(hwnas: Run, project: Path) -> None:
-    table = LatencyTable.load(project / "run" / "profile" / "table.json").model_copy(update={"calibration": None})
+    table = LatencyTable.load(project / "run" / "profile" / "table.json").model_copy(
+        update={"calibration": None}
+    )
     table.save(project / "raw.json")
     overrides = ["-s", f"search.table={project / 'raw.json'}"]
-    refused(hwnas("search", project / "tiny.toml", "--out", project / "other", *overrides), "no calibration", "fit_networks")
+    refused(
+        hwnas("search", project / "tiny.toml", "--out", project / "other", *overrides),
+        "no calibration",
+        "fit_networks",
+    )
 
 
 def test_unreachable_target_prints_the_range(hwnas: Run, project: Path) -> None:
@@ -126,7 +149,18 @@ def test_corrupt_and_truncated_documents(hwnas: Run, project: Path, cut: int) ->
     table = project / "run" / "profile" / "table.json"
     broken = project / "broken.json"
     broken.write_bytes(table.read_bytes()[:cut])
-    refused(hwnas("search", project / "tiny.toml", "--out", project / "other", "-s", f"search.table={broken}"), "broken.json", "corrupt")
+    refused(
+        hwnas(
+            "search",
+            project / "tiny.toml",
+            "--out",
+            project / "other",
+            "-s",
+            f"search.table={broken}",
+        ),
+        "broken.json",
+        "corrupt",
+    )
 
 
 def test_document_with_a_wrong_value(hwnas: Run, project: Path) -> None:
@@ -139,13 +173,21 @@ def test_document_with_a_wrong_value(hwnas: Run, project: Path) -> None:
 def test_corrupt_checkpoint(hwnas: Run, project: Path) -> None:
     weights = project / "run" / "train" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(hwnas("export", project / "tiny.toml", "--out", project / "run"), "model.safetensors", "corrupt")
+    refused(
+        hwnas("export", project / "tiny.toml", "--out", project / "run"),
+        "model.safetensors",
+        "corrupt",
+    )
     assert (project / "run" / "export.old-1" / "bundle.json").exists()
 
 
 def test_missing_data_folder(hwnas: Run, project: Path) -> None:
     overrides = ["-s", "data.name=npz", "-s", "data.path=/no/such/place"]
-    refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *overrides), "/no/such/place", "not a folder")
+    refused(
+        hwnas("search", project / "tiny.toml", "--out", project / "run", *overrides),
+        "/no/such/place",
+        "not a folder",
+    )
 
 
 def test_image_that_does_not_decode(hwnas: Run, project: Path) -> None:
@@ -155,37 +197,81 @@ def test_image_that_does_not_decode(hwnas: Run, project: Path) -> None:
             folder = project / "images" / part / f"class{label}"
             folder.mkdir(parents=True)
             for i in range(8):
-                Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+                Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
+                    folder / f"{i}.png"
+                )
     broken = project / "images" / "val" / "class1" / "3.png"
     broken.write_bytes(broken.read_bytes()[:40])
     overrides = ["data.name=folder", f"data.path={project / 'images'}"]
     arguments = [part for override in overrides for part in ("-s", override)]
     refused(
-        hwnas("train", project / "tiny.toml", "--out", project / "run", *arguments, "-s", "train.batch_size=4"), "3.png", "does not decode"
+        hwnas(
+            "train",
+            project / "tiny.toml",
+            "--out",
+            project / "run",
+            *arguments,
+            "-s",
+            "train.batch_size=4",
+        ),
+        "3.png",
+        "does not decode",
     )
 
 
 def test_diverging_training_stops_and_keeps_a_checkpoint(hwnas: Run, project: Path) -> None:
     overrides = ["-s", "train.optimizer.lr=1e30", "-s", "train.optimizer.warmup=0.9"]
-    refused(hwnas("train", project / "tiny.toml", "--out", project / "run", *overrides), "loss", "lower optimizer.lr", code=1)
+    refused(
+        hwnas("train", project / "tiny.toml", "--out", project / "run", *overrides),
+        "loss",
+        "lower optimizer.lr",
+        code=1,
+    )
 
 
 REFUSED = [
-    (("search.strategy.architectures=33",), ("'tunas'", "33 parts", "search.batch_size = 64", "set it to 66 or more")),
+    (
+        ("search.strategy.architectures=33",),
+        ("'tunas'", "33 parts", "search.batch_size = 64", "set it to 66 or more"),
+    ),
     (
         ("search.strategy={name = 'proxylessnas', gradient = 'reinforce', rl_samples = 33}",),
         ("'proxylessnas'", "33 parts", "set it to 66 or more"),
     ),
-    (("search.limits=[{kind = 'latency', table = 'board.json', max_ms = 1.0}]",), ("board.json does not exist", "check the path")),
-    (("search.limits=[{kind = 'macs', max_macs = 10}]",), ("limit macs <= 10 is out of reach", "search.limits[0].max_macs")),
+    (
+        ("search.limits=[{kind = 'latency', table = 'board.json', max_ms = 1.0}]",),
+        ("board.json does not exist", "check the path"),
+    ),
+    (
+        ("search.limits=[{kind = 'macs', max_macs = 10}]",),
+        ("limit macs <= 10 is out of reach", "search.limits[0].max_macs"),
+    ),
     (("search.limits=[{kind = 'watts', max_watts = 10}]",), ("search.limits", "watts", "macs")),
-    (("space.width=0.5",), ("space.json", "takes no overrides", "edit the document, or remove width")),
+    (
+        ("space.width=0.5",),
+        ("space.json", "takes no overrides", "edit the document, or remove width"),
+    ),
     (("space.act=hswish",), ("space.json", "takes no overrides", "remove act")),
-    (("space.layers=8",), ("space.layers = 8 is for darts, darts_imagenet, nds_darts", "space.json")),
-    (("train.arch='mobilenet v2'",), ("'mobilenet v2' is no architecture", "positions of its options")),
-    (("space.restrict={resolutoin = [8]}",), ("has no choice 'resolutoin'", "did you mean 'resolution'?")),
-    (("space.restrict={resolution = [4]}",), ("'resolution' cannot be restricted to [4]", "its options are 8")),
-    (("search.weights={run}", "search.supernet.dropout=0.5"), ("search.supernet.dropout = 0.5", "has 0.0", "remove the key")),
+    (
+        ("space.layers=8",),
+        ("space.layers = 8 is for darts, darts_imagenet, nds_darts", "space.json"),
+    ),
+    (
+        ("train.arch='mobilenet v2'",),
+        ("'mobilenet v2' is no architecture", "positions of its options"),
+    ),
+    (
+        ("space.restrict={resolutoin = [8]}",),
+        ("has no choice 'resolutoin'", "did you mean 'resolution'?"),
+    ),
+    (
+        ("space.restrict={resolution = [4]}",),
+        ("'resolution' cannot be restricted to [4]", "its options are 8"),
+    ),
+    (
+        ("search.weights={run}", "search.supernet.dropout=0.5"),
+        ("search.supernet.dropout = 0.5", "has 0.0", "remove the key"),
+    ),
     (
         ("search.weights={run}", "search.supernet.bn_track=true", "search.recalibration_images=0"),
         ("tracks no BN statistics", "search.recalibration_images to 2 or more"),
@@ -193,14 +279,23 @@ REFUSED = [
     (("search.recalibration_images=0",), ("recalibration_images is 0", "supernet.bn_track = true")),
     (("search.weights={folder}",), ("holds no shared.safetensors", "name the search folder")),
 ]
-"""What is said, before anything of the finished run is set aside: overrides, and words of the one sentence."""
+"""What is said, before anything of the finished run is set aside: overrides, and words
+of the one sentence.
+"""
 
 
-@pytest.mark.parametrize(("overrides", "words"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
-def test_searches_that_cannot_be(hwnas: Run, project: Path, overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "words"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED]
+)
+def test_searches_that_cannot_be(
+    hwnas: Run, project: Path, overrides: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     paths = {"{run}": str(project / "run"), "{folder}": str(project)}
     named = [part for override in overrides for part in ("-s", override)]
-    named = [next((part.replace(key, path) for key, path in paths.items() if key in part), part) for part in named]
+    named = [
+        next((part.replace(key, path) for key, path in paths.items() if key in part), part)
+        for part in named
+    ]
     before = sorted(path.name for path in (project / "run").iterdir())
     refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *named), *words)
     assert sorted(path.name for path in (project / "run").iterdir()) == before
@@ -209,14 +304,23 @@ def test_searches_that_cannot_be(hwnas: Run, project: Path, overrides: tuple[str
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("search.data_portion=0.05",), ("search.data_portion = 0.05 leaves", "less than a batch of 64", "lower search.batch_size")),
+        (
+            ("search.data_portion=0.05",),
+            (
+                "search.data_portion = 0.05 leaves",
+                "less than a batch of 64",
+                "lower search.batch_size",
+            ),
+        ),
         (
             ("search.strategy={name = 'random_standalone', trainings = 8}", "search.epochs=0.2"),
             ("8 trainings share 4 steps", "raise search.epochs"),
         ),
     ],
 )
-def test_too_little_to_train_on(hwnas: Run, project: Path, overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_too_little_to_train_on(
+    hwnas: Run, project: Path, overrides: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     """Found when the images are there."""
     named = [part for override in overrides for part in ("-s", override)]
     refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *named), *words)
@@ -224,14 +328,26 @@ def test_too_little_to_train_on(hwnas: Run, project: Path, overrides: tuple[str,
 
 
 def test_output_below_a_file(hwnas: Run, project: Path) -> None:
-    refused(hwnas("run", project / "tiny.toml", "--out", project / "tiny.toml" / "run"), "cannot be made", "--out")
+    refused(
+        hwnas("run", project / "tiny.toml", "--out", project / "tiny.toml" / "run"),
+        "cannot be made",
+        "--out",
+    )
 
 
 @pytest.mark.parametrize(
     "override",
-    ["search.strategy.name=tunass", "search.target_range=7", "search.table=missing.json", "data.name=digit", "search.target_ms=500"],
+    [
+        "search.strategy.name=tunass",
+        "search.target_range=7",
+        "search.table=missing.json",
+        "data.name=digit",
+        "search.target_ms=500",
+    ],
 )
-def test_a_refusal_leaves_the_finished_run_as_it_is(hwnas: Run, project: Path, override: str) -> None:
+def test_a_refusal_leaves_the_finished_run_as_it_is(
+    hwnas: Run, project: Path, override: str
+) -> None:
     files = [path for path in (project / "run").rglob("*") if path.is_file()]
     before = {path: file_sha256(path) for path in files}
     refused(hwnas("run", project / "tiny.toml", "--out", project / "run", "-s", override))
@@ -239,5 +355,12 @@ def test_a_refusal_leaves_the_finished_run_as_it_is(hwnas: Run, project: Path, o
 
 
 def test_validation_out_of_tolerance_exits_with_1(hwnas: Run, project: Path) -> None:
-    status, text = hwnas("validate", project / "tiny.toml", "--out", project / "run", "-s", "validate.latency_tolerance=1e-9")
+    status, text = hwnas(
+        "validate",
+        project / "tiny.toml",
+        "--out",
+        project / "run",
+        "-s",
+        "validate.latency_tolerance=1e-9",
+    )
     assert status == 1 and "OUT OF TOLERANCE" in text

@@ -1,4 +1,6 @@
-"""The command line: its verbs and flags, what they print, exit codes, and that asking for help costs nothing."""
+"""The command line: its verbs and flags, what they print, exit codes, and that asking
+for help costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,12 @@ Hwnas = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def hwnas(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Hwnas:
-    """Run the command in this process, in an empty folder: exit code, standard output, standard error."""
+def hwnas(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Hwnas:
+    """Run the command in this process, in an empty folder: exit code, standard output,
+    standard error.
+    """
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -68,7 +74,11 @@ def hwnas(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 def commands(group: Any, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, command in group.commands.items():
-        found |= commands(command, f"{name} ") if hasattr(command, "commands") else {prefix + name: command}
+        found |= (
+            commands(command, f"{name} ")
+            if hasattr(command, "commands")
+            else {prefix + name: command}
+        )
     return found
 
 
@@ -76,7 +86,12 @@ def test_verbs_and_flags_are_these() -> None:
     found = {}
     for name, command in commands(typer.main.get_command(cli.app)).items():
         arguments = [one.name for one in command.params if one.param_type_name == "argument"]
-        flags = {flag for one in command.params if one.param_type_name == "option" for flag in (*one.opts, *one.secondary_opts)}
+        flags = {
+            flag
+            for one in command.params
+            if one.param_type_name == "option"
+            for flag in (*one.opts, *one.secondary_opts)
+        }
         found[name] = (arguments, flags)
     assert found == VERBS
 
@@ -135,10 +150,18 @@ def refused(outcome: tuple[int, str, str], *words: str) -> None:
 def test_a_real_process_ends_with_the_exit_code_and_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hwnas", "space", "proxyless"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(QUICKSTART.parents[1])}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(QUICKSTART.parents[1])},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown space 'proxyless'; did you mean 'proxylessnas'? A path must end in .json.\n"
+    assert (
+        done.stderr
+        == "error: unknown space 'proxyless'; did you mean 'proxylessnas'? A path must end in"
+        " .json.\n"
+    )
 
 
 def test_debug_shows_the_traceback(hwnas: Hwnas) -> None:
@@ -175,7 +198,10 @@ def table_file(folder: Path) -> Path:
 
 def test_coverage_of_a_space_by_a_table(hwnas: Hwnas, tmp_path: Path) -> None:
     out = hwnas("space", "mobile32", table_file(tmp_path))[1]
-    assert f"{len(mobile32().ops) - 3} of {len(mobile32().ops)} ops in table board/litert-fp32-1t; missing:" in out
+    assert (
+        f"{len(mobile32().ops) - 3} of {len(mobile32().ops)} ops in table board/litert-fp32-1t;"
+        " missing:" in out
+    )
     assert out.rstrip().splitlines()[-3:] == [f"  {op.key}" for op in mobile32().ops[:3]]
 
 
@@ -190,24 +216,56 @@ def test_a_table_is_shown(hwnas: Hwnas, tmp_path: Path) -> None:
 def test_a_table_that_is_missing_or_something_else(hwnas: Hwnas, tmp_path: Path) -> None:
     refused(hwnas("table", "show", "absent.json"), "absent.json does not exist: check the path")
     mobile32().save(tmp_path / "space.json")
-    refused(hwnas("table", "show", tmp_path / "space.json"), "has schema 'hwnas.space/1'", "hwnas.table/1 document is needed")
+    refused(
+        hwnas("table", "show", tmp_path / "space.json"),
+        "has schema 'hwnas.space/1'",
+        "hwnas.table/1 document is needed",
+    )
     refused(hwnas("space", "mobile32", "absent.json"), "absent.json does not exist")
     refused(hwnas("space", "absent.json"), "absent.json does not exist")
     refused(hwnas("space", table_file(tmp_path)), "has schema 'hwnas.table/1'")
 
 
-BLOCK = "expanded_conv-input:28x28x40-output:14x14x80-expand:6-kernel:{}-stride:2-idskip:0: {{count: 9, mean: {}, var: 0.1}}\n"
+BLOCK = (
+    "expanded_conv-input:28x28x40-output:14x14x80-expand:6-kernel:{}-stride:2-idskip:0: {{count: 9,"
+    " mean: {}, var: 0.1}}\n"
+)
 
 
-def test_a_foreign_table_is_imported_and_compared(hwnas: Hwnas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_table_is_imported_and_compared(
+    hwnas: Hwnas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    (tmp_path / "a.yaml").write_text(BLOCK.format(3, 3.0) + BLOCK.format(5, 4.0) + BLOCK.format(4, 1.0))
+    (tmp_path / "a.yaml").write_text(
+        BLOCK.format(3, 3.0) + BLOCK.format(5, 4.0) + BLOCK.format(4, 1.0)
+    )
     (tmp_path / "b.yaml").write_text(BLOCK.format(3, 2.0) + BLOCK.format(5, 8.0))
-    code, out, _ = hwnas("table", "import", tmp_path / "a.yaml", "--format", "proxylessnas", "--out", tmp_path / "a.json")
+    code, out, _ = hwnas(
+        "table",
+        "import",
+        tmp_path / "a.yaml",
+        "--format",
+        "proxylessnas",
+        "--out",
+        tmp_path / "a.json",
+    )
     assert code == 0
-    assert "4 prices; 1 of the source not mapped:" in out and "kernel:4" in out and "kernels are odd" in out
+    assert (
+        "4 prices; 1 of the source not mapped:" in out
+        and "kernel:4" in out
+        and "kernels are odd" in out
+    )
     printed = json.loads(
-        hwnas("table", "import", tmp_path / "b.yaml", "--format", "proxylessnas", "--out", tmp_path / "b.json", "--json")[1]
+        hwnas(
+            "table",
+            "import",
+            tmp_path / "b.yaml",
+            "--format",
+            "proxylessnas",
+            "--out",
+            tmp_path / "b.json",
+            "--json",
+        )[1]
     )
     assert printed == {"path": str(tmp_path / "b.json"), "prices": 4, "unmapped": {}}
     assert "calibration  none" in hwnas("table", "show", tmp_path / "a.json")[1]
@@ -216,7 +274,9 @@ def test_a_foreign_table_is_imported_and_compared(hwnas: Hwnas, tmp_path: Path, 
     assert code == 0
     assert max(map(len, out.splitlines())) <= 60
     assert "2 ops in both: a / b from 0.50 to 1.50, median 1.00" in out
-    found = json.loads(hwnas("table", "compare", tmp_path / "a.json", tmp_path / "b.json", "--json")[1])
+    found = json.loads(
+        hwnas("table", "compare", tmp_path / "a.json", tmp_path / "b.json", "--json")[1]
+    )
     assert [(one["op"], one["ratio"]) for one in found["ratios"]] == [
         ("mbconv-h28-i40-o80-m240-k5-s2-relu", 0.5),
         ("mbconv-h28-i40-o80-m240-k3-s2-relu", 1.5),
@@ -227,11 +287,26 @@ def test_an_import_that_fails_writes_nothing(hwnas: Hwnas, tmp_path: Path) -> No
     whole, out = tmp_path / "a.yaml", tmp_path / "out" / "table.json"
     whole.write_text(BLOCK.format(3, 3.0))
     (tmp_path / "cut.yaml").write_text(BLOCK.format(3, 3.0)[:-9])
-    refused(hwnas("table", "import", whole, "--format", "proxyless", "--out", out), "'proxyless'; did you mean 'proxylessnas'?")
-    refused(hwnas("table", "import", whole, "--format", "ofa", "--out", out), "a.yaml holds no block of format 'ofa'")
-    refused(hwnas("table", "import", tmp_path / "cut.yaml", "--format", "proxylessnas", "--out", out), "cut.yaml is not valid YAML")
-    refused(hwnas("table", "import", "absent.yaml", "--format", "proxylessnas", "--out", out), "absent.yaml does not exist")
-    refused(hwnas("table", "import", whole, "--format", "proxylessnas", "--out", whole), "is the file to import: choose another")
+    refused(
+        hwnas("table", "import", whole, "--format", "proxyless", "--out", out),
+        "'proxyless'; did you mean 'proxylessnas'?",
+    )
+    refused(
+        hwnas("table", "import", whole, "--format", "ofa", "--out", out),
+        "a.yaml holds no block of format 'ofa'",
+    )
+    refused(
+        hwnas("table", "import", tmp_path / "cut.yaml", "--format", "proxylessnas", "--out", out),
+        "cut.yaml is not valid YAML",
+    )
+    refused(
+        hwnas("table", "import", "absent.yaml", "--format", "proxylessnas", "--out", out),
+        "absent.yaml does not exist",
+    )
+    refused(
+        hwnas("table", "import", whole, "--format", "proxylessnas", "--out", whole),
+        "is the file to import: choose another",
+    )
     assert not out.parent.exists()
     assert whole.read_text() == BLOCK.format(3, 3.0)
     hwnas("table", "import", whole, "--format", "proxylessnas", "--out", out)
@@ -239,7 +314,9 @@ def test_an_import_that_fails_writes_nothing(hwnas: Hwnas, tmp_path: Path) -> No
 
 
 def test_a_table_is_fitted_to_timed_networks(hwnas: Hwnas, tmp_path: Path) -> None:
-    """Networks as positions of options, timed by a formula: the table predicts them, and says how well it does so unseen."""
+    """Networks as positions of options, timed by a formula: the table predicts them,
+    and says how well it does so unseen.
+    """
     space, rng = mobile32(), np.random.default_rng(0)
     lines = ["architecture,ms"]
     for _ in range(40):
@@ -255,13 +332,45 @@ def test_a_table_is_fitted_to_timed_networks(hwnas: Hwnas, tmp_path: Path) -> No
     assert table.header.device == "timed" and table.header.cpu == "unknown"
     assert table.calibration is not None and table.calibration.held_out is not None
     assert table.calibration.held_out.mape < 0.03
-    assert json.loads(hwnas("table", "fit", timed, "--space", space_file, "--prior", out, "--out", tmp_path / "b.json", "--json")[1])[
-        "path"
-    ]
-    refused(hwnas("table", "fit", timed, "--space", "mobile23", "--out", out), "unknown space 'mobile23'")
-    refused(hwnas("table", "fit", timed, "--space", space_file, "--out", timed), "is a file that is read: choose another")
-    refused(hwnas("table", "fit", timed, "--space", "fbnet", "--out", tmp_path / "c.json"), "timed.csv")
-    refused(hwnas("table", "fit", timed, "--space", space_file, "--prior", table_file(tmp_path), "--out", tmp_path / "c.json"), "lacks")
+    assert json.loads(
+        hwnas(
+            "table",
+            "fit",
+            timed,
+            "--space",
+            space_file,
+            "--prior",
+            out,
+            "--out",
+            tmp_path / "b.json",
+            "--json",
+        )[1]
+    )["path"]
+    refused(
+        hwnas("table", "fit", timed, "--space", "mobile23", "--out", out),
+        "unknown space 'mobile23'",
+    )
+    refused(
+        hwnas("table", "fit", timed, "--space", space_file, "--out", timed),
+        "is a file that is read: choose another",
+    )
+    refused(
+        hwnas("table", "fit", timed, "--space", "fbnet", "--out", tmp_path / "c.json"), "timed.csv"
+    )
+    refused(
+        hwnas(
+            "table",
+            "fit",
+            timed,
+            "--space",
+            space_file,
+            "--prior",
+            table_file(tmp_path),
+            "--out",
+            tmp_path / "c.json",
+        ),
+        "lacks",
+    )
     assert timed.read_text() == "\n".join(lines) and not (tmp_path / "c.json").exists()
 
 
@@ -271,7 +380,9 @@ def test_devices(hwnas: Hwnas) -> None:
     assert any(line.split()[:2] == ["host", "host"] for line in out.splitlines())
     listed = json.loads(hwnas("devices", "--json")[1])
     assert listed["host"]["connection"] == "host"
-    assert "ssh:USER@HOST" in out and {line.split()[0] for line in out.splitlines()} >= listed.keys()
+    assert (
+        "ssh:USER@HOST" in out and {line.split()[0] for line in out.splitlines()} >= listed.keys()
+    )
 
 
 def test_doctor_finds_this_installation_in_order(hwnas: Hwnas) -> None:
@@ -279,28 +390,76 @@ def test_doctor_finds_this_installation_in_order(hwnas: Hwnas) -> None:
     assert code == 0, out
     assert "MISSING" not in out
     findings = json.loads(hwnas("doctor", "--json")[1])
-    assert {"python", "torch", "ai-edge-litert", "configs/"} <= {finding["subject"] for finding in findings}
+    assert {"python", "torch", "ai-edge-litert", "configs/"} <= {
+        finding["subject"] for finding in findings
+    }
     assert all(finding["good"] for finding in findings)
 
 
 def test_a_plan_touches_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
     code, out, err = hwnas("run", QUICKSTART, "--plan", "-q", "-s", "profile.fit_networks=5")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()[2:]] == ["profile", "search", "train", "export", "validate", "report"]
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [
+        "profile",
+        "search",
+        "train",
+        "export",
+        "validate",
+        "report",
+    ]
     assert "41 ops and 13 networks of space mobile32 on host (litert, fp32, 1 thread)" in out
     assert list(tmp_path.rglob("*")) == [tmp_path / "cwd"]
 
 
 def test_the_plan_names_the_target_and_milliseconds_win(hwnas: Hwnas) -> None:
-    assert "at 35% of the way from the fastest to the slowest" in hwnas("run", QUICKSTART, "--plan", "-q")[1]
-    assert "at 2.5 ms" in hwnas("run", QUICKSTART, "--plan", "-q", "-s", "search.target_ms=2.5", "-s", "search.target_range=0.5")[1]
+    assert (
+        "at 35% of the way from the fastest to the slowest"
+        in hwnas("run", QUICKSTART, "--plan", "-q")[1]
+    )
+    assert (
+        "at 2.5 ms"
+        in hwnas(
+            "run",
+            QUICKSTART,
+            "--plan",
+            "-q",
+            "-s",
+            "search.target_ms=2.5",
+            "-s",
+            "search.target_range=0.5",
+        )[1]
+    )
 
 
 def test_a_plan_leaves_out_what_is_given(hwnas: Hwnas, tmp_path: Path) -> None:
-    out = hwnas("run", QUICKSTART, "--plan", "-q", "--out", tmp_path / "x", "-s", "search.table=t.json", "-s", "search.target_range=0.5")[1]
-    assert [line.split()[0] for line in out.splitlines()[2:]] == ["search", "train", "export", "validate", "report"]
-    out = hwnas("run", QUICKSTART, "--plan", "-q", "--out", tmp_path / "x", "-s", "train.arch=mobilenet_v2")[1]
-    assert [line.split()[0] for line in out.splitlines()[2:]] == ["train", "export", "validate", "report"]
+    out = hwnas(
+        "run",
+        QUICKSTART,
+        "--plan",
+        "-q",
+        "--out",
+        tmp_path / "x",
+        "-s",
+        "search.table=t.json",
+        "-s",
+        "search.target_range=0.5",
+    )[1]
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [
+        "search",
+        "train",
+        "export",
+        "validate",
+        "report",
+    ]
+    out = hwnas(
+        "run", QUICKSTART, "--plan", "-q", "--out", tmp_path / "x", "-s", "train.arch=mobilenet_v2"
+    )[1]
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [
+        "train",
+        "export",
+        "validate",
+        "report",
+    ]
     assert "mobilenet_v2 for 30 epochs" in out
     assert str(tmp_path / "x" / "report" / "report.html") in out
     assert list(tmp_path.iterdir()) == [tmp_path / "cwd"]
@@ -312,17 +471,39 @@ def test_the_builtin_settings_have_a_plan_too(hwnas: Hwnas) -> None:
 
 @pytest.mark.parametrize("space", ["mobile32", "proxylessnas"])
 def test_every_space_can_be_planned(hwnas: Hwnas, space: str) -> None:
-    code, out, err = hwnas("run", "--plan", "-q", "-s", f"space.name={space}", "-s", "space.act=hswish", "-s", "data.resolution=64")
+    code, out, err = hwnas(
+        "run",
+        "--plan",
+        "-q",
+        "-s",
+        f"space.name={space}",
+        "-s",
+        "space.act=hswish",
+        "-s",
+        "data.resolution=64",
+    )
     assert (code, err) == (0, "")
     assert f"of space {space} on host" in out
 
 
 def test_mistakes_are_one_sentence_and_change_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
     refused(hwnas("run", "absent.toml"), "configuration absent.toml does not exist")
-    refused(hwnas("run", QUICKSTART, "-s", "search.taget_ms"), "-s 'search.taget_ms' is not KEY=VALUE")
-    refused(hwnas("run", QUICKSTART, "-s", "search.taget_ms=3"), "search.taget_ms", "did you mean 'target_ms'?")
-    refused(hwnas("run", QUICKSTART, "-s", "space.name=mobil32"), "unknown space 'mobil32'; did you mean 'mobile32'?")
-    refused(hwnas("run", QUICKSTART, "-s", "space.act=gelu"), "activation 'gelu' is unknown; known: none, relu, relu6, hswish")
+    refused(
+        hwnas("run", QUICKSTART, "-s", "search.taget_ms"), "-s 'search.taget_ms' is not KEY=VALUE"
+    )
+    refused(
+        hwnas("run", QUICKSTART, "-s", "search.taget_ms=3"),
+        "search.taget_ms",
+        "did you mean 'target_ms'?",
+    )
+    refused(
+        hwnas("run", QUICKSTART, "-s", "space.name=mobil32"),
+        "unknown space 'mobil32'; did you mean 'mobile32'?",
+    )
+    refused(
+        hwnas("run", QUICKSTART, "-s", "space.act=gelu"),
+        "activation 'gelu' is unknown; known: none, relu, relu6, hswish",
+    )
     refused(hwnas("profile", QUICKSTART, "-s", "seed=x"), "seed = 'x'")
     refused(hwnas("run", tmp_path), "is not a run folder")
     refused(hwnas("run", tmp_path, "-s", "seed=3"), "is a run folder with its own configuration")
@@ -331,10 +512,22 @@ def test_mistakes_are_one_sentence_and_change_nothing(hwnas: Hwnas, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["bad.toml", "cwd"]
 
 
-def test_a_stage_whose_input_is_missing_says_what_to_run_first(hwnas: Hwnas, tmp_path: Path) -> None:
+def test_a_stage_whose_input_is_missing_says_what_to_run_first(
+    hwnas: Hwnas, tmp_path: Path
+) -> None:
     refused(
-        hwnas("search", QUICKSTART, "--out", tmp_path / "r"), "table.json does not exist yet: run 'hwnas profile' with the same --out first"
+        hwnas("search", QUICKSTART, "--out", tmp_path / "r"),
+        "table.json does not exist yet: run 'hwnas profile' with the same --out first",
     )
-    refused(hwnas("train", QUICKSTART, "--out", tmp_path / "r"), "arch.json does not exist yet: run 'hwnas search'")
-    refused(hwnas("export", QUICKSTART, "--out", tmp_path / "r"), "model.safetensors does not exist yet: run 'hwnas train'")
-    refused(hwnas("validate", QUICKSTART, "--out", tmp_path / "r"), "bundle.json does not exist yet: run 'hwnas export'")
+    refused(
+        hwnas("train", QUICKSTART, "--out", tmp_path / "r"),
+        "arch.json does not exist yet: run 'hwnas search'",
+    )
+    refused(
+        hwnas("export", QUICKSTART, "--out", tmp_path / "r"),
+        "model.safetensors does not exist yet: run 'hwnas train'",
+    )
+    refused(
+        hwnas("validate", QUICKSTART, "--out", tmp_path / "r"),
+        "bundle.json does not exist yet: run 'hwnas export'",
+    )

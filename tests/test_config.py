@@ -40,7 +40,10 @@ def test_every_shipped_configuration_loads_and_names_what_exists(path: Path) -> 
 def test_the_resolved_configuration_loads_again() -> None:
     for path in (None, *SHIPPED):
         experiment = load_experiment(path)
-        assert Experiment.model_validate(experiment.model_dump(mode="json", by_alias=True)) == experiment
+        assert (
+            Experiment.model_validate(experiment.model_dump(mode="json", by_alias=True))
+            == experiment
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,9 @@ def test_mistakes_are_named_with_their_place(tmp_path: Path, text: str, message:
 
 
 def test_one_channel_with_one_mean_is_fine(tmp_path: Path) -> None:
-    data = load_experiment(written(tmp_path, "[data]\nchannels = 1\nmean = [0.3]\nstd = [0.4]")).data
+    data = load_experiment(
+        written(tmp_path, "[data]\nchannels = 1\nmean = [0.3]\nstd = [0.4]")
+    ).data
     assert (data.mean, data.std) == ((0.3,), (0.4,))
 
 
@@ -112,7 +117,9 @@ def test_one_channel_with_one_mean_is_fine(tmp_path: Path) -> None:
     ],
 )
 def test_the_geometry_of_an_experiment(tmp_path: Path, text: str, mode: str) -> None:
-    """What is not set is not in the resolved configuration either, whose hash tells a stage whether it is up to date."""
+    """What is not set is not in the resolved configuration either, whose hash tells a
+    stage whether it is up to date.
+    """
     data = load_experiment(written(tmp_path, f"[data]\n{text}")).data
     assert data.resize_mode == mode
     assert {"resize", "crop_fraction", "interpolation"} & set(data.model_dump()) == {
@@ -146,11 +153,21 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("search.objective={name = 'mnas'}", "search.objective", MnasObjective(name="mnas")),
         ("search.objective.beta=-0.2", "search.objective", AbsoluteObjective(beta=-0.2)),
         ("validate.rounds=3", "validation.rounds", 3),
-        ("search.optimizer.options.eps=0.5", "search.optimizer.options", {"eps": 0.5, "alpha": 0.8}),
+        (
+            "search.optimizer.options.eps=0.5",
+            "search.optimizer.options",
+            {"eps": 0.5, "alpha": 0.8},
+        ),
     ],
 )
-def test_one_key_is_set_from_the_command_line(tmp_path: Path, override: str, place: str, value: object) -> None:
-    path = written(tmp_path, '[search.objective]\nname = "absolute"\n[search.optimizer.options]\nalpha = 0.8\n[train]\nepochs = 9')
+def test_one_key_is_set_from_the_command_line(
+    tmp_path: Path, override: str, place: str, value: object
+) -> None:
+    path = written(
+        tmp_path,
+        '[search.objective]\nname = "absolute"\n[search.optimizer.options]\nalpha ='
+        " 0.8\n[train]\nepochs = 9",
+    )
     experiment = load_experiment(path, [override])
     found: object = experiment
     for part in place.split("."):
@@ -160,7 +177,9 @@ def test_one_key_is_set_from_the_command_line(tmp_path: Path, override: str, pla
 
 
 def test_later_overrides_win_and_earlier_ones_stay() -> None:
-    search = load_experiment(None, ["search.epochs=3", "search.target_ms=5", "search.epochs=4"]).search
+    search = load_experiment(
+        None, ["search.epochs=3", "search.target_ms=5", "search.epochs=4"]
+    ).search
     assert (search.epochs, search.target_ms) == (4, 5)
 
 
@@ -169,7 +188,10 @@ def test_later_overrides_win_and_earlier_ones_stay() -> None:
     [
         ("seed", r"-s 'seed' is not KEY=VALUE; write for instance -s search\.target_ms=1\.5"),
         ("=3", "-s '=3' is not KEY=VALUE"),
-        ("search.taget_ms=3", r"^-s search\.taget_ms=3: unknown key 'search\.taget_ms'; did you mean 'target_ms'\?"),
+        (
+            "search.taget_ms=3",
+            r"^-s search\.taget_ms=3: unknown key 'search\.taget_ms'; did you mean 'target_ms'\?",
+        ),
         ("search.target_ms=fast", r"search\.target_ms = 'fast': input should be a valid number"),
         ("search=fast", "search = 'fast'"),
         ("search.epochs.x=3", r"search\.epochs = {'x': 3}"),
@@ -189,9 +211,21 @@ def test_wrong_overrides(override: str, message: str) -> None:
         ("seed = -1", ["search.epochs=3"], r"\S*x\.toml: seed = -1"),
         ("seed = -1", ["seed=-2"], "-s seed=-2: seed = -2"),
         ("seed = -1", ["search.epochs=0"], r"\S*x\.toml: seed = -1"),
-        ("", ["search.objective.name=mnas", "search.objective.betta=1"], r"-s search\.objective\.betta=1: unknown key"),
-        ("", ["search.supernet.full_resolution=0.5", "seed=3"], r"-s search\.supernet\.full_resolution=0\.5: full_resolution = 0\.5 says"),
-        ("[search.supernet]\nfull_resolution = 0.5", ["search.epochs=3"], r"\S*x\.toml: full_resolution = 0\.5 says"),
+        (
+            "",
+            ["search.objective.name=mnas", "search.objective.betta=1"],
+            r"-s search\.objective\.betta=1: unknown key",
+        ),
+        (
+            "",
+            ["search.supernet.full_resolution=0.5", "seed=3"],
+            r"-s search\.supernet\.full_resolution=0\.5: full_resolution = 0\.5 says",
+        ),
+        (
+            "[search.supernet]\nfull_resolution = 0.5",
+            ["search.epochs=3"],
+            r"\S*x\.toml: full_resolution = 0\.5 says",
+        ),
         ("task = 'detect'", ["seed=3"], r"\S*x\.toml: task = 'detect' needs boxes"),
         (
             "task = 'detect'\ndata.name = 'coco'\ndata.augment = 'none'",
@@ -200,7 +234,9 @@ def test_wrong_overrides(override: str, message: str) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said_to_come_from_where_it_was_set(tmp_path: Path, text: str, overrides: list[str], source: str) -> None:
+def test_what_is_wrong_is_said_to_come_from_where_it_was_set(
+    tmp_path: Path, text: str, overrides: list[str], source: str
+) -> None:
     path = tmp_path / "x.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"^{source}"):
@@ -208,7 +244,9 @@ def test_what_is_wrong_is_said_to_come_from_where_it_was_set(tmp_path: Path, tex
 
 
 def test_both_targets_may_be_set_so_that_one_override_is_enough(tmp_path: Path) -> None:
-    search = load_experiment(written(tmp_path, "[search]\ntarget_range = 0.5"), ["search.target_ms=3"]).search
+    search = load_experiment(
+        written(tmp_path, "[search]\ntarget_range = 0.5"), ["search.target_ms=3"]
+    ).search
     assert (search.target_ms, search.target_range) == (3.0, 0.5)
 
 
@@ -216,37 +254,65 @@ def test_options_of_a_plugin_are_checked_against_its_own_model() -> None:
     config = STRATEGIES.get("tunas").Config
     assert Plugin(name="tunas", rl_lr=0.25).options(config).rl_lr == 0.25
     assert Plugin(name="tunas").options(config) == config()
-    with pytest.raises(ConfigError, match=r"options of 'tunas': unknown key 'rl_rl'; did you mean 'rl_lr'\?"):
+    with pytest.raises(
+        ConfigError, match=r"options of 'tunas': unknown key 'rl_rl'; did you mean 'rl_lr'\?"
+    ):
         Plugin(name="tunas", rl_rl=0.25).options(config)
     with pytest.raises(ConfigError, match="options of 'tunas': rl_lr = 'x'"):
         Plugin(name="tunas", rl_lr="x").options(config)
 
 
 def test_all_objectives_can_be_written(tmp_path: Path) -> None:
-    text = '[search.objective]\nname = "penalised"\nnonlinear = "positive"\naggregate = "mul"\nscale = -0.07'
-    expected = PenalisedObjective(name="penalised", nonlinear="positive", aggregate="mul", scale=-0.07)
+    text = (
+        '[search.objective]\nname = "penalised"\nnonlinear = "positive"\naggregate = "mul"\nscale ='
+        " -0.07"
+    )
+    expected = PenalisedObjective(
+        name="penalised", nonlinear="positive", aggregate="mul", scale=-0.07
+    )
     assert load_experiment(written(tmp_path, text)).search.objective == expected
 
 
 def test_a_plug_in_by_its_bare_name() -> None:
     """``-s search.strategy=fbnet`` says the same as a table with nothing but the name."""
-    assert load_experiment(None, ["search.strategy=fbnet"]) == load_experiment(None, ['search.strategy={name = "fbnet"}'])
+    assert load_experiment(None, ["search.strategy=fbnet"]) == load_experiment(
+        None, ['search.strategy={name = "fbnet"}']
+    )
 
 
 def test_the_optimizer_that_is_named_has_its_own_defaults() -> None:
     usual = load_experiment(None, []).train.optimizer
-    assert (usual.name, usual.lr, usual.weight_decay, usual.warmup) == ("rmsproptf", 0.165, 4e-5, 0.025)
-    named = load_experiment(None, ["search.optimizer.name=adamw", "search.optimizer.warmup=0.5"]).search.optimizer
+    assert (usual.name, usual.lr, usual.weight_decay, usual.warmup) == (
+        "rmsproptf",
+        0.165,
+        4e-5,
+        0.025,
+    )
+    named = load_experiment(
+        None, ["search.optimizer.name=adamw", "search.optimizer.warmup=0.5"]
+    ).search.optimizer
     assert (named.name, named.lr, named.weight_decay, named.warmup) == ("adamw", 0.024, 0.02, 0.5)
     assert load_experiment(None, ["train.optimizer={name = 'sgd'}"]).train.optimizer.lr == 0.165
 
 
-@pytest.mark.parametrize("path", [path for path in SHIPPED if path.name in TUNAS_S], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in SHIPPED if path.name in TUNAS_S], ids=lambda path: path.name
+)
 def test_recipes_that_are_tunas_s_say_so(path: Path) -> None:
     """Their results were published with these, whatever the defaults are."""
-    for optimizer in (load_experiment(path).search.optimizer, load_experiment(path).train.optimizer):
+    for optimizer in (
+        load_experiment(path).search.optimizer,
+        load_experiment(path).train.optimizer,
+    ):
         expected = ("rmsproptf", 0.165, 0.9, 4e-5, None, 0.025)
-        found = (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.options, optimizer.warmup)
+        found = (
+            optimizer.name,
+            optimizer.lr,
+            optimizer.momentum,
+            optimizer.weight_decay,
+            optimizer.options,
+            optimizer.warmup,
+        )
         assert found == expected
 
 
@@ -254,4 +320,7 @@ def test_every_shipped_recipe_names_its_optimizers() -> None:
     for path in SHIPPED:
         experiment = load_experiment(path)
         if path.name != "profile-224.toml":
-            assert "optimizer" in {*experiment.train.model_fields_set, *experiment.search.model_fields_set}, path
+            assert "optimizer" in {
+                *experiment.train.model_fields_set,
+                *experiment.search.model_fields_set,
+            }, path

@@ -1,4 +1,6 @@
-"""Detectors on the engine and in judgement: the criterion, and numbers that belong to the right images."""
+"""Detectors on the engine and in judgement: the criterion, and numbers that belong to
+the right images.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from tests.nn.detectors import batch, small_arch, small_network
 
 torch.set_num_threads(1)
 
-PLAIN = OptimizerConfig(name="momentum", lr=0.256, momentum=0.0, weight_decay=0.0, options={}, warmup=0.0)
+PLAIN = OptimizerConfig(
+    name="momentum", lr=0.256, momentum=0.0, weight_decay=0.0, options={}, warmup=0.0
+)
 
 
 def engine_of(model: nn.Module, folder: Path, **changes: Any) -> Engine:
@@ -53,7 +57,13 @@ def test_the_engine_minimises_any_criterion(tmp_path: Path) -> None:
     engine = engine_of(model, tmp_path, criterion=Squares())
     x = torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1, 1)
     metrics = engine.update([Part(x[:2], 3 * x[:2]), Part(x[2:], 3 * x[2:], weight=0.5)])
-    assert metrics == pytest.approx({"loss": (w - 3) ** 2 * (5 + 25) / 2, "largest": (w - 3) ** 2 * 10, "smallest": (w - 3) ** 2 * 5})
+    assert metrics == pytest.approx(
+        {
+            "loss": (w - 3) ** 2 * (5 + 25) / 2,
+            "largest": (w - 3) ** 2 * 10,
+            "smallest": (w - 3) ** 2 * 5,
+        }
+    )
     gradient = 2 * 2 * (w - 3) * (5 / 2 + 0.5 * 25 / 2)
     assert float(model.weight.detach()) == pytest.approx(w - 0.01 * gradient)
 
@@ -64,15 +74,19 @@ def test_without_a_criterion_it_is_cross_entropy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_the_criterion_of_a_detector_is_its_loss_and_says_its_parts(scores: Scores, tmp_path: Path) -> None:
+def test_the_criterion_of_a_detector_is_its_loss_and_says_its_parts(
+    scores: Scores, tmp_path: Path
+) -> None:
     network = small_network(scores=scores).train()
     x_NCHW, y_NM5 = batch()
     expected = float(DetectionLoss(network.arch)(network(x_NCHW), y_NM5).detach())
-    metrics = engine_of(network, tmp_path, criterion=DetectionCriterion(network.arch)).weight_step(x_NCHW, y_NM5)
-    assert list(metrics) == ["loss", "class_loss", "box_loss"]
-    assert metrics["loss"] == pytest.approx(expected, rel=1e-5) and metrics["loss"] == pytest.approx(
-        metrics["class_loss"] + metrics["box_loss"]
+    metrics = engine_of(network, tmp_path, criterion=DetectionCriterion(network.arch)).weight_step(
+        x_NCHW, y_NM5
     )
+    assert list(metrics) == ["loss", "class_loss", "box_loss"]
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5) and metrics[
+        "loss"
+    ] == pytest.approx(metrics["class_loss"] + metrics["box_loss"])
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
@@ -88,7 +102,9 @@ def test_outputs_that_are_no_numbers_are_a_divergence(scores: Scores, tmp_path: 
 
 
 class Oracle(nn.Module):
-    """A network that knows the targets of the images it is asked about, in that order: every anchor says the nearest box."""
+    """A network that knows the targets of the images it is asked about, in that order:
+    every anchor says the nearest box.
+    """
 
     def __init__(self, targets: Iterator[Tensor], classes: int) -> None:
         super().__init__()
@@ -110,9 +126,20 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("limit", [None, 2])
 def test_detections_belong_to_their_images(limit: int | None, tmp_path: Path) -> None:
-    """Images are asked in another order than they are stored, and in batches; all that the oracle says is right."""
-    objects = [(0, 3, [10.0, 20, 40, 30]), (1, 8, [20.0, 60, 30, 40]), (2, 3, [0.0, 0, 50, 50]), (2, 8, [60.0, 60, 30, 30])]
-    write_coco(tmp_path, {"a.png": scene(200, 100), "b.png": scene(60, 120), "c.png": scene(100, 100)}, objects)
+    """Images are asked in another order than they are stored, and in batches; all that
+    the oracle says is right.
+    """
+    objects = [
+        (0, 3, [10.0, 20, 40, 30]),
+        (1, 8, [20.0, 60, 30, 40]),
+        (2, 3, [0.0, 0, 50, 50]),
+        (2, 8, [60.0, 60, 30, 30]),
+    ]
+    write_coco(
+        tmp_path,
+        {"a.png": scene(200, 100), "b.png": scene(60, 120), "c.png": scene(100, 100)},
+        objects,
+    )
     images = load(coco_config(tmp_path))
     order = evaluation_order(images, limit).tolist()
     assert order != sorted(order)
@@ -131,7 +158,12 @@ def test_nothing_found_is_worth_nothing(tmp_path: Path) -> None:
     images = load(coco_config(tmp_path))
     empty = Detections(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64))
     metrics = average_precision(images, dict.fromkeys(range(3), empty))
-    assert (metrics.AP, metrics.AP50, metrics.AR100, metrics.AP_per_class) == (0, 0, 0, {"cat": 0, "dog": 0})
+    assert (metrics.AP, metrics.AP50, metrics.AR100, metrics.AP_per_class) == (
+        0,
+        0,
+        0,
+        {"cat": 0, "dog": 0},
+    )
     with pytest.raises(DataError, match="no object to find"):
         average_precision(images, {2: empty})
 
@@ -141,5 +173,9 @@ def test_the_settings_of_post_processing_arrive(tmp_path: Path) -> None:
     images, network = load(coco_config(tmp_path)), small_network(2)
     found = detect(network, images, PostProcessing(min_score=0.0, detections=7), batch_size=4)
     assert [len(each.scores_D) for each in found.values()] == [7, 7, 7]
-    rows = [row for index, each in found.items() for row in images.results(index, *(part.numpy() for part in each))]
+    rows = [
+        row
+        for index, each in found.items()
+        for row in images.results(index, *(part.numpy() for part in each))
+    ]
     assert evaluate(images.ground_truth(np.arange(3)), rows) == average_precision(images, found)

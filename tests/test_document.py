@@ -1,4 +1,6 @@
-"""Documents: what is written reads back, what is broken is refused in one sentence, and a failed write changes nothing."""
+"""Documents: what is written reads back, what is broken is refused in one sentence, and
+a failed write changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ from pydantic import BaseModel, ConfigDict
 from hwnas.core.arch import Architecture
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32, proxylessnas, published
-from hwnas.document import Document, content_sha256, file_sha256, merged, nearest, read_bytes, write_atomic
+from hwnas.document import (
+    Document,
+    content_sha256,
+    file_sha256,
+    merged,
+    nearest,
+    read_bytes,
+    write_atomic,
+)
 from hwnas.errors import DocumentError, StorageError, UserError
 
 
@@ -51,7 +61,9 @@ def stored(**changes: object) -> str:
     return json.dumps({"schema": "test.sheet/3", "title": "t", **changes})
 
 
-PARTS = st.builds(Part, weight=st.floats(allow_nan=False, allow_infinity=False), kind=st.sampled_from(("a", "b")))
+PARTS = st.builds(
+    Part, weight=st.floats(allow_nan=False, allow_infinity=False), kind=st.sampled_from(("a", "b"))
+)
 SHEETS = st.builds(
     Sheet,
     title=st.text(),
@@ -81,9 +93,13 @@ def test_documents_of_every_kind_read_back_from_files(tmp_path: Path) -> None:
 
 
 def test_the_bytes_are_canonical_and_the_hash_is_theirs() -> None:
-    a = Sheet.parse('{"schema": "test.sheet/3", "count": 2, "title": "Ü", "named": {"y": {}, "x": {"weight": 1}}}')
+    a = Sheet.parse(
+        '{"schema": "test.sheet/3", "count": 2, "title": "Ü", "named": {"y": {}, "x": {"weight":'
+        " 1}}}"
+    )
     b = Sheet.parse(
-        '{"named": {"x": {"kind": "a", "weight": 1.0}, "y": {}}, "title": "\\u00dc", "parts": [], "count": 2, "schema": "test.sheet/3"}'
+        '{"named": {"x": {"kind": "a", "weight": 1.0}, "y": {}}, "title": "\\u00dc", "parts": [],'
+        ' "count": 2, "schema": "test.sheet/3"}'
     )
     part = ' {{\n   "kind": "a",\n   "weight": {}\n  }}'
     text = (
@@ -105,7 +121,9 @@ def test_a_copy_with_changes_has_its_own_hash_and_choices() -> None:
 
 
 def test_hashes_of_values_do_not_depend_on_the_order_of_keys() -> None:
-    assert content_sha256({"a": 1, "b": [1, {"d": 2, "c": None}]}) == content_sha256({"b": [1, {"c": None, "d": 2}], "a": 1})
+    assert content_sha256({"a": 1, "b": [1, {"d": 2, "c": None}]}) == content_sha256(
+        {"b": [1, {"c": None, "d": 2}], "a": 1}
+    )
     assert content_sha256({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()
     assert content_sha256([1, 2]) != content_sha256([2, 1])
 
@@ -150,13 +168,19 @@ def test_what_is_wrong_is_said_in_one_sentence(text: str, message: str) -> None:
 
 
 def test_older_versions_are_migrated() -> None:
-    assert Sheet.parse('{"schema": "test.sheet/2", "name": "old", "count": 4}') == Sheet(title="old", count=4)
+    assert Sheet.parse('{"schema": "test.sheet/2", "name": "old", "count": 4}') == Sheet(
+        title="old", count=4
+    )
     with pytest.raises(DocumentError, match="unknown key 'name'"):
         Sheet.parse('{"schema": "test.sheet/3", "name": "old", "title": "t"}')
 
 
-@pytest.mark.parametrize("document", [mobile32(), published("mobilenet_v2")], ids=["space", "architecture"])
-def test_a_truncated_file_is_a_document_error_wherever_it_was_cut(document: Document, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "document", [mobile32(), published("mobilenet_v2")], ids=["space", "architecture"]
+)
+def test_a_truncated_file_is_a_document_error_wherever_it_was_cut(
+    document: Document, tmp_path: Path
+) -> None:
     path = tmp_path / "cut.json"
     content = document.to_json().encode()
     for length in range(0, len(content.rstrip()), 37):
@@ -188,13 +212,17 @@ def test_noise_is_a_document_error(noise: bytes) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
 @settings(deadline=None, derandomize=True, max_examples=500)
-@given(st.dictionaries(st.sampled_from(("title", "count", "parts", "named", "maybe", "other")), JSON))
+@given(
+    st.dictionaries(st.sampled_from(("title", "count", "parts", "named", "maybe", "other")), JSON)
+)
 def test_any_json_is_a_document_or_a_document_error(content: dict[str, Any]) -> None:
     try:
         read = Sheet.parse(json.dumps({**content, "schema": "test.sheet/3"}))
@@ -219,15 +247,22 @@ def test_hints() -> None:
 
 def test_merging_is_deep_and_the_later_wins() -> None:
     first = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
-    assert merged(first, {"b": {"d": {"f": 4}, "c": 5}, "a": {"g": 6}}) == {"a": {"g": 6}, "b": {"c": 5, "d": {"e": 3, "f": 4}}}
+    assert merged(first, {"b": {"d": {"f": 4}, "c": 5}, "a": {"g": 6}}) == {
+        "a": {"g": 6},
+        "b": {"c": 5, "d": {"e": 3, "f": 4}},
+    }
     assert first == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
     assert merged({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
 
 
 def test_a_renamed_plug_in_does_not_inherit_options() -> None:
     old = {"strategy": {"name": "tunas", "rl_lr": 1}}
-    assert merged(old, {"strategy": {"name": "random"}}, replace=("strategy",)) == {"strategy": {"name": "random"}}
-    assert merged(old, {"strategy": {"entropy": 2}}, replace=("strategy",)) == {"strategy": {"name": "tunas", "rl_lr": 1, "entropy": 2}}
+    assert merged(old, {"strategy": {"name": "random"}}, replace=("strategy",)) == {
+        "strategy": {"name": "random"}
+    }
+    assert merged(old, {"strategy": {"entropy": 2}}, replace=("strategy",)) == {
+        "strategy": {"name": "tunas", "rl_lr": 1, "entropy": 2}
+    }
 
 
 # ---- writing
@@ -264,8 +299,14 @@ except StorageError as error:
 def test_a_write_that_finds_no_room_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_bytes(b"old")
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{path} cannot be written (File too large): free some space or choose another --out folder.\n"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
+    )
+    assert (
+        done.stdout
+        == f"{path} cannot be written (File too large): free some space or choose another --out"
+        " folder.\n"
+    )
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
 
@@ -275,7 +316,11 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a file system with no space left but a few kilobytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs needs root and the right to mount")
     yield folder
@@ -285,7 +330,9 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_old_file_and_no_other(full_disk: Path) -> None:
     path = full_disk / "table.json"
     write_atomic(path, b"old")
-    with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\): free some space"):
+    with pytest.raises(
+        StorageError, match=r"cannot be written \(No space left on device\): free some space"
+    ):
         write_atomic(path, b"x" * 100_000)
     assert path.read_bytes() == b"old"
     assert [file.name for file in full_disk.iterdir()] == ["table.json"]
@@ -293,7 +340,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(full_disk: Path) -> None:
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A folder that cannot be written to, with one file in it; for root too, where the file system can do that."""
+    """A folder that cannot be written to, with one file in it; for root too, where the
+    file system can do that.
+    """
     folder = tmp_path / "fixed"
     folder.mkdir()
     (folder / "old.json").write_bytes(b"old")
@@ -303,7 +352,12 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
         folder.chmod(0o755)
         return
     try:
-        fixed = subprocess.run(["chattr", "+i", str(folder)], capture_output=True, check=False).returncode == 0
+        fixed = (
+            subprocess.run(
+                ["chattr", "+i", str(folder)], capture_output=True, check=False
+            ).returncode
+            == 0
+        )
     except FileNotFoundError:
         fixed = False
     if not fixed:
@@ -314,7 +368,9 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_read_only_folder_is_a_storage_error(read_only: Path) -> None:
     for path in (read_only / "new.json", read_only / "old.json", read_only / "sub" / "new.json"):
-        with pytest.raises(StorageError, match=r"cannot be written \((Operation not permitted|Permission denied)\)"):
+        with pytest.raises(
+            StorageError, match=r"cannot be written \((Operation not permitted|Permission denied)\)"
+        ):
             mobile32().save(path)
     assert {file.name: file.read_bytes() for file in read_only.iterdir()} == {"old.json": b"old"}
 
@@ -322,7 +378,12 @@ def test_a_read_only_folder_is_a_storage_error(read_only: Path) -> None:
 def test_a_path_below_a_file_or_onto_a_folder_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "x.json", tmp_path / "file" / "y" / "x.json", tmp_path / "folder", tmp_path / ("n" * 300)):
+    for path in (
+        tmp_path / "file" / "x.json",
+        tmp_path / "file" / "y" / "x.json",
+        tmp_path / "folder",
+        tmp_path / ("n" * 300),
+    ):
         with pytest.raises(StorageError, match="choose another --out folder") as caught:
             write_atomic(path, b"new")
         assert isinstance(caught.value, UserError)

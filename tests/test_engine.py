@@ -1,4 +1,6 @@
-"""The training loop: it learns, its schedule is the formula, and a killed run ends like one that was not, bit for bit."""
+"""The training loop: it learns, its schedule is the formula, and a killed run ends like
+one that was not, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -44,16 +46,24 @@ def architecture() -> Architecture:
         Stage(widths=(24,), stride=2, slots=(("ir_k3_e3",), ("ir_k3_e3",))),
         Stage(widths=(64,), slots=(("cn_k1",),)),
     )
-    return MacroSpace(name="tiny", resolution=8, in_channels=1, classes=10, stages=stages).decode({})
+    return MacroSpace(name="tiny", resolution=8, in_channels=1, classes=10, stages=stages).decode(
+        {}
+    )
 
 
-def make(folder: Path, steps: int = 30, optimizer: OptimizerConfig = RMSPROP, **changes: Any) -> Engine:
+def make(
+    folder: Path, steps: int = 30, optimizer: OptimizerConfig = RMSPROP, **changes: Any
+) -> Engine:
     network = Network(architecture(), dropout=0.2, generator=torch.Generator().manual_seed(0))
-    return Engine(network, optimizer, steps, 32, 1, folder, **{"checkpoint_seconds": 0.0, **changes})
+    return Engine(
+        network, optimizer, steps, 32, 1, folder, **{"checkpoint_seconds": 0.0, **changes}
+    )
 
 
 def train(engine: Engine, stop_at: int | None = None, nan_at: int | None = None) -> None:
-    """What a stage does: batches from the engine's step on. ``stop_at`` kills the run in the middle of that step."""
+    """What a stage does: batches from the engine's step on. ``stop_at`` kills the run
+    in the middle of that step.
+    """
     images = load_images(DATA, "train", augment=True)
     batches = training_batches(images, 32, seed=1, first=engine.step, last=engine.steps)
 
@@ -113,23 +123,38 @@ def test_learning_rate_follows_the_schedule_and_the_batch(tmp_path: Path) -> Non
     for step, factor in ((0, 0.2), (4, 1.0), (22, 0.5)):
         engine.step = step
         engine.weight_step(x_NCHW, y)
-        assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([0.8 * 32 / 256 * factor] * 2)
+        assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx(
+            [0.8 * 32 / 256 * factor] * 2
+        )
 
 
 def test_one_step_of_sgd_by_hand(tmp_path: Path) -> None:
-    """w <- w - lr (dL/dw + wd w), biases and norms without decay; label smoothing as the formula."""
+    """w <- w - lr (dL/dw + wd w), biases and norms without decay; label smoothing as
+    the formula.
+    """
     model = nn.Linear(4, 3)
     start, bias = model.weight.detach().clone(), model.bias.detach().clone()
-    config = OptimizerConfig(name="momentum", lr=2.56, momentum=0.0, weight_decay=0.1, options={}, warmup=0.0)
-    engine = Engine(nn.Sequential(nn.Flatten(), model).double(), config, 10, 10, 0, tmp_path, CrossEntropy(0.3))
-    x, y = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(10) % 3
+    config = OptimizerConfig(
+        name="momentum", lr=2.56, momentum=0.0, weight_decay=0.1, options={}, warmup=0.0
+    )
+    engine = Engine(
+        nn.Sequential(nn.Flatten(), model).double(), config, 10, 10, 0, tmp_path, CrossEntropy(0.3)
+    )
+    x, y = (
+        torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).double(),
+        torch.arange(10) % 3,
+    )
     metrics = engine.weight_step(x[:, :, None, None], y)
     logits = x @ start.double().T + bias.double()
     p, target = torch.softmax(logits, 1), 0.7 * F.one_hot(y, 3) + 0.3 / 3
     assert metrics["loss"] == pytest.approx(float(-(target * p.log()).sum(1).mean()))
-    assert metrics["train_accuracy"] == pytest.approx(float((logits.argmax(1) == y).double().mean()))
+    assert metrics["train_accuracy"] == pytest.approx(
+        float((logits.argmax(1) == y).double().mean())
+    )
     gradient = (p - target) / 10
-    assert torch.allclose(model.weight, start.double() - 0.1 * (gradient.T @ x + 0.1 * start.double()))
+    assert torch.allclose(
+        model.weight, start.double() - 0.1 * (gradient.T @ x + 0.1 * start.double())
+    )
     assert torch.allclose(model.bias, bias.double() - 0.1 * gradient.sum(0))
 
 
@@ -138,12 +163,16 @@ def test_what_is_decayed(tmp_path: Path) -> None:
     x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
     states = []
     for decay in (0.0, 0.5):
-        config = OptimizerConfig(name="momentum", lr=0.8, weight_decay=decay, options={}, warmup=0.0)
+        config = OptimizerConfig(
+            name="momentum", lr=0.8, weight_decay=decay, options={}, warmup=0.0
+        )
         engine = make(tmp_path, 10, config)
         torch.manual_seed(0)
         engine.weight_step(x_NCHW, y)
         states.append(dict(engine.model.named_parameters()))
-    decayed = {name for name, parameter in states[0].items() if not torch.equal(parameter, states[1][name])}
+    decayed = {
+        name for name, parameter in states[0].items() if not torch.equal(parameter, states[1][name])
+    }
     assert decayed == {name for name, parameter in states[0].items() if parameter.ndim == 4}
     assert len(decayed) == 8
 
@@ -152,18 +181,31 @@ def test_clipping(tmp_path: Path) -> None:
     x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
     moved = []
     for clip in (None, 1e-3):
-        config = OptimizerConfig(name="momentum", lr=8.0, momentum=0.0, weight_decay=0.0, options={}, warmup=0.0, clip_norm=clip)
+        config = OptimizerConfig(
+            name="momentum",
+            lr=8.0,
+            momentum=0.0,
+            weight_decay=0.0,
+            options={},
+            warmup=0.0,
+            clip_norm=clip,
+        )
         engine = make(tmp_path, 10, config)
         before = [parameter.detach().clone() for parameter in engine.model.parameters()]
         engine.weight_step(x_NCHW, y)
-        squares = [((now - then) ** 2).sum() for now, then in zip(engine.model.parameters(), before, strict=True)]
+        squares = [
+            ((now - then) ** 2).sum()
+            for now, then in zip(engine.model.parameters(), before, strict=True)
+        ]
         moved.append(float(torch.stack(squares).sum().sqrt()))
     assert moved[0] > 1e-2
     assert moved[1] == pytest.approx(1e-3, rel=0.02)  # learning rate 8 * 32 / 256 = 1
 
 
 def test_moving_average_by_hand(tmp_path: Path) -> None:
-    """average <- d average + (1 - d) w, with timm's warm-up d = min(decay, 1 - (1 + t)^(-2/3)), t = step - 1, d = 0 up to t = 0."""
+    """average <- d average + (1 - d) w, with timm's warm-up d = min(decay, 1 - (1 +
+    t)^(-2/3)), t = step - 1, d = 0 up to t = 0.
+    """
     engine = make(tmp_path, 12, SGD, ema_decay=0.6)
     expected = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     batches = training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=12)
@@ -172,7 +214,11 @@ def test_moving_average_by_hand(tmp_path: Path) -> None:
         metrics = engine.weight_step(*next(batches))
         decay = min(0.6, 1 - (1 + max(0, number - 1)) ** (-2 / 3))
         for name, tensor in engine.model.state_dict().items():
-            expected[name] = decay * expected[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor.clone()
+            expected[name] = (
+                decay * expected[name] + (1 - decay) * tensor
+                if tensor.is_floating_point()
+                else tensor.clone()
+            )
         return metrics
 
     engine.fit(step, Progress(), "training")
@@ -188,7 +234,11 @@ def test_moving_average_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["rmsproptf", "sgd", "adamw"])
 def test_resumed_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     """30 steps straight, and 30 steps killed in the 14th and in the 20th."""
-    config = RMSPROP if optimizer == "rmsproptf" else OptimizerConfig(name=optimizer, lr={"sgd": 1.0, "adamw": 0.02}[optimizer], options={})
+    config = (
+        RMSPROP
+        if optimizer == "rmsproptf"
+        else OptimizerConfig(name=optimizer, lr={"sgd": 1.0, "adamw": 0.02}[optimizer], options={})
+    )
     straight = make(tmp_path / "straight", optimizer=config, ema_decay=0.9)
     assert straight.resume() is False
     train(straight)
@@ -204,8 +254,12 @@ def test_resumed_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     assert_same(killed.model.state_dict(), straight.model.state_dict())
     assert_same(killed.optimizer.state_dict(), straight.optimizer.state_dict())
     assert_same(killed.averaged.state_dict(), straight.averaged.state_dict())
-    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "straight/metrics.jsonl").read_bytes()
-    assert [row["step"] for row in JsonLines(tmp_path / "killed/metrics.jsonl").read()] == list(range(30))
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (
+        tmp_path / "straight/metrics.jsonl"
+    ).read_bytes()
+    assert [row["step"] for row in JsonLines(tmp_path / "killed/metrics.jsonl").read()] == list(
+        range(30)
+    )
     first, last = straight.metrics.read()[0]["loss"], straight.metrics.read()[-1]["loss"]
     assert last < first
 
@@ -226,7 +280,9 @@ def test_resume_drops_metrics_behind_the_checkpoint(tmp_path: Path) -> None:
             yield Bar()
 
     engine = make(tmp_path, checkpoint_seconds=1e9)
-    batches = training_batches(load_images(DATA, "train", augment=True), 32, seed=1, first=0, last=30)
+    batches = training_batches(
+        load_images(DATA, "train", augment=True), 32, seed=1, first=0, last=30
+    )
 
     def step(number: int) -> Metrics:
         if number == 5:
@@ -244,7 +300,9 @@ def test_resume_drops_metrics_behind_the_checkpoint(tmp_path: Path) -> None:
     train(again)
     straight = make(tmp_path / "straight")
     train(straight)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "straight/metrics.jsonl").read_bytes()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (
+        tmp_path / "straight/metrics.jsonl"
+    ).read_bytes()
     assert_same(again.model.state_dict(), straight.model.state_dict())
 
 
@@ -299,7 +357,14 @@ def test_checkpoint_of_something_else(tmp_path: Path) -> None:
     engine = checkpoint(tmp_path)
     good = torch.load(engine.checkpoint, weights_only=True)
     other = nn.Linear(3, 3).state_dict()
-    bad: list[Any] = [[1, 2], {"step": 3}, {**good, "steps": 31}, {**good, "model": other}, {**good, "optimizer": {}}, torch.zeros(3)]
+    bad: list[Any] = [
+        [1, 2],
+        {"step": 3},
+        {**good, "steps": 31},
+        {**good, "model": other},
+        {**good, "optimizer": {}},
+        torch.zeros(3),
+    ]
     for state in bad:
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -401,9 +466,18 @@ USED = [0, 0, 1, 0, 1, 1, 0]
 def either(folder: Path, unused: str, stop_at: int | None = None) -> list[Tensor]:
     """The weights after steps that use one layer each."""
     optimizer = OptimizerConfig.model_validate(
-        {"name": "momentum", "lr": 1.6, "weight_decay": 0.1, "warmup": 0.0, "options": {}, "unused": unused}
+        {
+            "name": "momentum",
+            "lr": 1.6,
+            "weight_decay": 0.1,
+            "warmup": 0.0,
+            "options": {},
+            "unused": unused,
+        }
     )
-    engine = Engine(Either(), optimizer, len(USED), 32, 1, folder, CrossEntropy(), checkpoint_seconds=0.0)
+    engine = Engine(
+        Either(), optimizer, len(USED), 32, 1, folder, CrossEntropy(), checkpoint_seconds=0.0
+    )
     x_NF, y = torch.tensor([[1.0, 2.0, -1.0]]), torch.tensor([1])
 
     def step(number: int) -> Metrics:
@@ -419,13 +493,17 @@ def either(folder: Path, unused: str, stop_at: int | None = None) -> list[Tensor
 
 @pytest.mark.parametrize("unused", ["rest", "move"])
 def test_weights_that_a_step_does_not_use(unused: str, tmp_path: Path) -> None:
-    """They rest, or momentum and decay go on: against torch's own optimiser, with gradients of zero. Killed and resumed, the same."""
+    """They rest, or momentum and decay go on: against torch's own optimiser, with
+    gradients of zero. Killed and resumed, the same.
+    """
     model = Either()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.1)
     seen: set[int] = set()
     for number, which in enumerate(USED):
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(torch.tensor([[1.0, 2.0, -1.0]]), which), torch.tensor([1])).backward()
+        F.cross_entropy(
+            model(torch.tensor([[1.0, 2.0, -1.0]]), which), torch.tensor([1])
+        ).backward()
         seen.add(which)
         if unused == "move" and 1 - which in seen:
             model.layers[1 - which].weight.grad = torch.zeros(2, 3)
@@ -437,7 +515,9 @@ def test_weights_that_a_step_does_not_use(unused: str, tmp_path: Path) -> None:
         torch.testing.assert_close(a, b)
     with pytest.raises(Stopped):
         either(tmp_path / "killed", unused, stop_at=3)
-    assert all(torch.equal(a, b) for a, b in zip(either(tmp_path / "killed", unused), found, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(either(tmp_path / "killed", unused), found, strict=True)
+    )
 
 
 def test_unused_weights_cannot_move_on_without_momentum(tmp_path: Path) -> None:

@@ -37,29 +37,50 @@ class Clock:
 
 
 def test_a_stage_is_the_sum_of_its_parts() -> None:
-    estimate = Estimate((Part("measuring", 7, 10.0, most=15), Part("building", 61, 0.5)), 4 * 10**8, 2.5e6)
+    estimate = Estimate(
+        (Part("measuring", 7, 10.0, most=15), Part("building", 61, 0.5)), 4 * 10**8, 2.5e6
+    )
     assert estimate.seconds == 7 * 10 + 61 * 0.5
     assert estimate.most_seconds == 15 * 10 + 61 * 0.5
-    assert str(estimate) == "about 2 to 3 min (measuring 70 s to 2 min, building 30 s), 400 MB of memory, 2.5 MB on disk"
+    assert (
+        str(estimate)
+        == "about 2 to 3 min (measuring 70 s to 2 min, building 30 s), 400 MB of memory, 2.5 MB on"
+        " disk"
+    )
     assert str(Estimate(unknown="no images")) == "unknown: no images"
     assert str(Estimate(current=True)) == "up to date, skipped"
 
 
 def test_all_stages_together() -> None:
-    stages = [Estimate((Part("a", 1, 600),), 10**9, 1e6), Estimate((Part("b", 1, 60),), 2 * 10**9, 3e6), Estimate(current=True)]
+    stages = [
+        Estimate((Part("a", 1, 600),), 10**9, 1e6),
+        Estimate((Part("b", 1, 60),), 2 * 10**9, 3e6),
+        Estimate(current=True),
+    ]
     assert total(stages) == "about 11 min, 2 GB of memory, 4 MB on disk"
-    assert total([*stages, Estimate(unknown="no device")]) == "at least 11 min, 2 GB of memory, 4 MB on disk"
+    assert (
+        total([*stages, Estimate(unknown="no device")])
+        == "at least 11 min, 2 GB of memory, 4 MB on disk"
+    )
     assert total([Estimate(current=True)]) == "nothing to do"
     assert total([Estimate(unknown="no device")]) == "unknown"
 
 
-@pytest.mark.parametrize(("least", "most", "words"), [(100, 110, "2 min"), (170, 360, "3 to 6 min"), (40, 300, "40 s to 5 min")])
+@pytest.mark.parametrize(
+    ("least", "most", "words"),
+    [(100, 110, "2 min"), (170, 360, "3 to 6 min"), (40, 300, "40 s to 5 min")],
+)
 def test_spans(least: float, most: float, words: str) -> None:
     assert span(least, most) == words
 
 
 def test_sizes() -> None:
-    assert [size(each) for each in (3_400, 2_500_000, 39_400_000, 1.25e9)] == ["3 kB", "2.5 MB", "39 MB", "1.2 GB"]
+    assert [size(each) for each in (3_400, 2_500_000, 39_400_000, 1.25e9)] == [
+        "3 kB",
+        "2.5 MB",
+        "39 MB",
+        "1.2 GB",
+    ]
 
 
 def test_the_first_call_only_warms_up_and_time_is_bounded() -> None:
@@ -67,14 +88,18 @@ def test_the_first_call_only_warms_up_and_time_is_bounded() -> None:
     watch = Stopwatch(100, clock)
     calls = [lambda seconds=seconds: clock.work(seconds) for seconds in (9.0, 2.0, 4.0, 3.0)]
     assert watch.mean(calls, 0.5) == 3.0
-    assert watch.mean([lambda: clock.work(60.0), *calls], 0.1) == 60.0, "all that is known, where the first takes all the time"
+    assert watch.mean([lambda: clock.work(60.0), *calls], 0.1) == 60.0, (
+        "all that is known, where the first takes all the time"
+    )
     assert watch.used == 78.0
     assert not watch.over
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    return load_experiment(write_tiny(tmp_path_factory.mktemp("tiny")), ["search.epochs=6", "train.epochs=6"])
+    return load_experiment(
+        write_tiny(tmp_path_factory.mktemp("tiny")), ["search.epochs=6", "train.epochs=6"]
+    )
 
 
 def estimates(experiment: Experiment, *needed: str) -> plan.Estimates:
@@ -95,43 +120,61 @@ def test_every_stage_of_a_small_experiment_has_an_estimate(tiny: Experiment) -> 
     assert counts["training"] == round(6 * train_images / 64)
     assert counts["ranking"] == tiny.search.candidates
     assert counts["testing"] == 1797 - train_images
-    assert 2 < counts["scoring random networks"] <= 4, "two of either kind, one of them on no more images"
+    assert 2 < counts["scoring random networks"] <= 4, (
+        "two of either kind, one of them on no more images"
+    )
     disk = found.stages["search"].disk_bytes
     assert 4 * searching.weights_of(experiment_space(tiny)) / 10 < disk < 1e8
     assert found.summary.startswith("about ") or found.summary.startswith("at least ")
 
 
 @pytest.mark.parametrize(("every", "evaluations"), [(0.0, None), (2.0, 3), (4.0, 2)])
-def test_the_validation_curve_is_in_the_trainings_estimate(tiny: Experiment, every: float, evaluations: int | None, tmp_path: Path) -> None:
+def test_the_validation_curve_is_in_the_trainings_estimate(
+    tiny: Experiment, every: float, evaluations: int | None, tmp_path: Path
+) -> None:
     """Six epochs: after the second, fourth and last; or after the fourth and the last."""
-    changed = tiny.model_copy(update={"train": tiny.train.model_copy(update={"validate_every": every})})
+    changed = tiny.model_copy(
+        update={"train": tiny.train.model_copy(update={"validate_every": every})}
+    )
     arch = experiment_space(tiny).decode(experiment_space(tiny).sample(np.random.default_rng(0)))
-    found = training.of_training(Context(changed, experiment_space(tiny), tmp_path, Stopwatch(1), known=arch))
+    found = training.of_training(
+        Context(changed, experiment_space(tiny), tmp_path, Stopwatch(1), known=arch)
+    )
     parts = {part.name: part for part in found.parts}
     curve = parts.get("validation curve")
     assert (curve and curve.count) == evaluations
     if curve is not None:
-        assert curve.each == pytest.approx(359 * parts["testing"].each), "all 359 test images, as there are less than 2,000"
+        assert curve.each == pytest.approx(359 * parts["testing"].each), (
+            "all 359 test images, as there are less than 2,000"
+        )
 
 
 @pytest.mark.parametrize("needed", [("validate",), ("train", "validate")])
-def test_a_validation_counts_its_images_whether_or_not_a_training_did(tiny: Experiment, needed: tuple[str, ...]) -> None:
+def test_a_validation_counts_its_images_whether_or_not_a_training_did(
+    tiny: Experiment, needed: tuple[str, ...]
+) -> None:
     """Where the training is up to date, nothing has counted them before."""
     arch = experiment_space(tiny).decode(experiment_space(tiny).sample(np.random.default_rng(0)))
     found = plan.Estimates(tiny, experiment_space(tiny), needed, arch=arch)
     sampled = found.context.sample
-    accuracy = next(part for part in found.stages["validate"].parts if part.name == "accuracy of the files")
+    accuracy = next(
+        part for part in found.stages["validate"].parts if part.name == "accuracy of the files"
+    )
     assert accuracy.each == pytest.approx(sampled.start + 359 * sampled.networks.ms / 1e3)
 
 
 def of_cells(tiny: Experiment) -> Experiment:
     space = tiny.space.model_copy(update={"name": "nasbench201"})
-    data = tiny.data.model_copy(update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3})
+    data = tiny.data.model_copy(
+        update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3}
+    )
     return tiny.model_copy(update={"space": space, "data": data})
 
 
 @pytest.mark.parametrize("cells", [False, True])
-def test_one_op_and_one_network_are_built_where_no_time_is_left(tiny: Experiment, tmp_path: Path, cells: bool) -> None:
+def test_one_op_and_one_network_are_built_where_no_time_is_left(
+    tiny: Experiment, tmp_path: Path, cells: bool
+) -> None:
     experiment = of_cells(tiny) if cells else tiny
     found = sample(experiment, experiment_space(experiment), None, tmp_path, Stopwatch(0))
     assert len(list(tmp_path.rglob("*.tflite"))) == 2
@@ -140,24 +183,44 @@ def test_one_op_and_one_network_are_built_where_no_time_is_left(tiny: Experiment
 
 @pytest.mark.slow
 def test_twice_the_epochs_are_twice_the_steps(tiny: Experiment) -> None:
-    longer = {"search": tiny.search.model_copy(update={"epochs": 12}), "train": tiny.train.model_copy(update={"epochs": 12})}
-    short, long = (estimates(each, "search", "train").stages for each in (tiny, tiny.model_copy(update=longer)))
+    longer = {
+        "search": tiny.search.model_copy(update={"epochs": 12}),
+        "train": tiny.train.model_copy(update={"epochs": 12}),
+    }
+    short, long = (
+        estimates(each, "search", "train").stages for each in (tiny, tiny.model_copy(update=longer))
+    )
     for stage in ("search", "train"):
-        first, second = (next(part for part in found[stage].parts if part.name == "training") for found in (short, long))
+        first, second = (
+            next(part for part in found[stage].parts if part.name == "training")
+            for found in (short, long)
+        )
         assert second.count == pytest.approx(2 * first.count, abs=1)
         assert second.seconds == second.count * second.each
 
 
-@pytest.mark.parametrize("strategy", ["tunas", "progressive_shrinking", "fbnet", "proxylessnas", "pdarts", "spos"])
-def test_every_phase_of_a_strategy_is_timed(tiny: Experiment, strategy: str, tmp_path: Path) -> None:
-    """Steps out of turn, among them the first of every phase: a teacher is remembered there, a stage begins."""
-    changed = tiny.search.model_copy(update={"strategy": tiny.search.strategy.model_validate({"name": strategy})})
+@pytest.mark.parametrize(
+    "strategy", ["tunas", "progressive_shrinking", "fbnet", "proxylessnas", "pdarts", "spos"]
+)
+def test_every_phase_of_a_strategy_is_timed(
+    tiny: Experiment, strategy: str, tmp_path: Path
+) -> None:
+    """Steps out of turn, among them the first of every phase: a teacher is remembered
+    there, a stage begins.
+    """
+    changed = tiny.search.model_copy(
+        update={"strategy": tiny.search.strategy.model_validate({"name": strategy})}
+    )
     experiment = tiny.model_copy(update={"search": changed})
-    found = searching.of_search(Context(experiment, experiment_space(tiny), tmp_path, Stopwatch(0.5)))
+    found = searching.of_search(
+        Context(experiment, experiment_space(tiny), tmp_path, Stopwatch(0.5))
+    )
     assert not found.unknown
     assert found.parts[0].name == "training"
     assert found.parts[0].seconds > 0
-    assert ("finding" in {part.name for part in found.parts}) == (strategy in ("progressive_shrinking", "spos"))
+    assert ("finding" in {part.name for part in found.parts}) == (
+        strategy in ("progressive_shrinking", "spos")
+    )
 
 
 def test_what_is_missing_is_unknown_and_the_rest_is_timed(tiny: Experiment) -> None:
@@ -175,7 +238,9 @@ def test_a_device_out_of_reach_is_unknown(tiny: Experiment) -> None:
     assert not found.parts
 
 
-def test_a_super_net_too_large_to_try_is_unknown(tiny: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_super_net_too_large_to_try_is_unknown(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(searching, "MOST_WEIGHTS", 1000)
     found = searching.of_search(Context(tiny, experiment_space(tiny), tmp_path, Stopwatch(1)))
     assert re.fullmatch(r"a super-net of \d+ M weights is not built for a plan", found.unknown)
@@ -192,18 +257,31 @@ def test_the_weights_of_a_super_net_are_about_those_that_it_has(tiny: Experiment
 
 
 def test_a_single_class_is_one(tmp_path: Path) -> None:
-    overrides = ["space.name=mobile32", "data.resolution=64", "task=detect", "data.name=coco", "data.path=absent", "data.classes=1"]
+    overrides = [
+        "space.name=mobile32",
+        "data.resolution=64",
+        "task=detect",
+        "data.name=coco",
+        "data.path=absent",
+        "data.classes=1",
+    ]
     config = load_experiment(write_tiny(tmp_path), overrides)
     said = Pipeline(config, tmp_path / "run", Progress()).plan().splitlines()[1]
     assert said == "data: coco in absent, 1 class, 1 x 64 px; that path does not exist yet"
 
 
 def test_a_named_architecture_needs_no_search(tiny: Experiment) -> None:
-    data = tiny.data.model_copy(update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3})
+    data = tiny.data.model_copy(
+        update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3}
+    )
     arch = named("mobilenet_v2", None, resolution=32, classes=10)
     experiment = tiny.model_copy(update={"data": data})
-    found = plan.Estimates(experiment, experiment_space(tiny), ("train",), arch=arch).stages["train"]
-    assert found.disk_bytes > 4 * 2 * arch.params, "weights, and the checkpoint's with their momenta"
+    found = plan.Estimates(experiment, experiment_space(tiny), ("train",), arch=arch).stages[
+        "train"
+    ]
+    assert found.disk_bytes > 4 * 2 * arch.params, (
+        "weights, and the checkpoint's with their momenta"
+    )
 
 
 @pytest.mark.slow
@@ -218,8 +296,12 @@ def test_a_finished_run_has_nothing_to_do(finished_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_trained_super_net_is_only_asked(finished_run: Path, tiny: Experiment, tmp_path: Path) -> None:
-    experiment = tiny.model_copy(update={"search": tiny.search.model_copy(update={"weights": str(finished_run)})})
+def test_a_trained_super_net_is_only_asked(
+    finished_run: Path, tiny: Experiment, tmp_path: Path
+) -> None:
+    experiment = tiny.model_copy(
+        update={"search": tiny.search.model_copy(update={"weights": str(finished_run)})}
+    )
     found = searching.of_search(Context(experiment, experiment_space(tiny), tmp_path, Stopwatch(5)))
     counts = {part.name: part.count for part in found.parts}
     assert list(counts) == ["reading images", "finding", "ranking", "scoring random networks"]

@@ -1,4 +1,6 @@
-"""All stages on a small experiment: what is skipped, what is redone, and what a SIGKILL changes (nothing)."""
+"""All stages on a small experiment: what is skipped, what is redone, and what a SIGKILL
+changes (nothing).
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,11 @@ def test_every_stage_ran_and_agrees(finished_run: Path) -> None:
     assert result.candidates[0].predicted == pytest.approx(latency_ms(arch, table))
     assert abs(result.candidates[0].predicted / result.target - 1) <= 0.02
     verdict = Verdict.load(finished_run / "validate" / "verdict.json")
-    assert {file.name for file in verdict.files} == {"model-fp32.tflite", "model-int8.tflite", "model.onnx"}
+    assert {file.name for file in verdict.files} == {
+        "model-fp32.tflite",
+        "model-int8.tflite",
+        "model.onnx",
+    }
     assert all(abs(file.loss) < 0.05 for file in verdict.files if file.dtype == "fp32")
     assert (finished_run / "report" / "report.html").stat().st_size > 10_000
 
@@ -76,7 +82,11 @@ def test_every_stage_ran_and_agrees(finished_run: Path) -> None:
 def test_a_second_run_skips_everything(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.json"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.is_file() and path.name != "config.json"
+    }
     lines = Lines()
     Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, lines).run()
     assert lines.said == [f"{name}: current, skipped" for name in STAGES]
@@ -89,18 +99,36 @@ def test_a_changed_stage_is_redone_and_the_old_one_kept(finished_run: Path, tmp_
     experiment = load_experiment(finished_run.parent / "tiny.toml", ["train.epochs=1"])
     lines = Lines()
     Pipeline(experiment, run, lines).run()
-    assert [line for line in lines.said if "skipped" in line] == ["profile: current, skipped", "search: current, skipped"]
-    assert file_sha256(run / "train.old-1" / "model.safetensors") == file_sha256(finished_run / "train" / "model.safetensors")
-    assert file_sha256(run / "train" / "model.safetensors") != file_sha256(finished_run / "train" / "model.safetensors")
+    assert [line for line in lines.said if "skipped" in line] == [
+        "profile: current, skipped",
+        "search: current, skipped",
+    ]
+    assert file_sha256(run / "train.old-1" / "model.safetensors") == file_sha256(
+        finished_run / "train" / "model.safetensors"
+    )
+    assert file_sha256(run / "train" / "model.safetensors") != file_sha256(
+        finished_run / "train" / "model.safetensors"
+    )
 
 
 def test_folders_that_were_evaluated_on_another_geometry_are_stale(tmp_path: Path) -> None:
-    """A key of its own tells their stages from those of before; others keep the inputs that they had."""
+    """A key of its own tells their stages from those of before; others keep the inputs
+    that they had.
+    """
     config = write_tiny(tmp_path)
     found = {}
-    for name, augment in (("digits", "crop"), ("folder", "imagenet"), ("folder", "crop_flip"), ("folder", "none")):
+    for name, augment in (
+        ("digits", "crop"),
+        ("folder", "imagenet"),
+        ("folder", "crop_flip"),
+        ("folder", "none"),
+    ):
         overrides = [f"data.name={name}", f"data.augment={augment}", f"data.path={tmp_path}"]
-        found[name, augment] = set(Pipeline(load_experiment(config, overrides), tmp_path / "run", Progress()).folder.hashes_of_data())
+        found[name, augment] = set(
+            Pipeline(
+                load_experiment(config, overrides), tmp_path / "run", Progress()
+            ).folder.hashes_of_data()
+        )
     before = {"data", "images"}
     assert found == {
         ("digits", "crop"): before,
@@ -113,51 +141,104 @@ def test_folders_that_were_evaluated_on_another_geometry_are_stale(tmp_path: Pat
 def test_training_starts_from_the_super_nets_weights(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
-    Pipeline(load_experiment(finished_run.parent / "tiny.toml", ["train.weights=supernet"]), run, Progress()).run_stage("train")
-    scratch, inherited = (JsonLines(folder / "train" / "metrics.jsonl").read() for folder in (finished_run, run))
+    Pipeline(
+        load_experiment(finished_run.parent / "tiny.toml", ["train.weights=supernet"]),
+        run,
+        Progress(),
+    ).run_stage("train")
+    scratch, inherited = (
+        JsonLines(folder / "train" / "metrics.jsonl").read() for folder in (finished_run, run)
+    )
     assert inherited[0]["loss"] < scratch[0]["loss"] - 0.01
     colour = ["data.channels=3", "data.mean=[0,0,0]", "data.std=[1,1,1]", "space.name=mobile32"]
-    other = load_experiment(finished_run.parent / "tiny.toml", ["train.weights=supernet", "train.arch=mobilenet_v2", *colour])
+    other = load_experiment(
+        finished_run.parent / "tiny.toml",
+        ["train.weights=supernet", "train.arch=mobilenet_v2", *colour],
+    )
     with pytest.raises(ConfigError, match="fits the searched architecture alone"):
         Pipeline(other, run, Progress()).run_stage("train")
 
 
 def test_a_published_network_needs_no_search_and_no_table(tmp_path: Path) -> None:
     config = write_tiny(tmp_path)
-    overrides = ["train.arch=mobilenet_v2", "space.name=mobile32", "data.channels=3", "data.mean=[0.3,0.3,0.3]", "data.std=[0.4,0.4,0.4]"]
-    overrides += ["data.resolution=32", "train.epochs=0.05", "validate.images=8", "export.calibration_images=4", "export.parity_images=4"]
+    overrides = [
+        "train.arch=mobilenet_v2",
+        "space.name=mobile32",
+        "data.channels=3",
+        "data.mean=[0.3,0.3,0.3]",
+        "data.std=[0.4,0.4,0.4]",
+    ]
+    overrides += [
+        "data.resolution=32",
+        "train.epochs=0.05",
+        "validate.images=8",
+        "export.calibration_images=4",
+        "export.parity_images=4",
+    ]
     Pipeline(load_experiment(config, overrides), tmp_path / "run", Progress()).run()
-    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["export", "report", "train", "validate"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == [
+        "export",
+        "report",
+        "train",
+        "validate",
+    ]
     verdict = Verdict.load(tmp_path / "run" / "validate" / "verdict.json")
-    assert verdict.unpredicted == "there is no table of this device" and verdict.files[0].measured_ms > 0
+    assert (
+        verdict.unpredicted == "there is no table of this device"
+        and verdict.files[0].measured_ms > 0
+    )
 
 
 def test_an_architecture_of_the_space_is_named_in_its_notation(tmp_path: Path) -> None:
     cell = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
-    overrides = [f"train.arch='{cell}'", "space.name=nasbench201", "space.width=0.25", "train.epochs=0.01"]
+    overrides = [
+        f"train.arch='{cell}'",
+        "space.name=nasbench201",
+        "space.width=0.25",
+        "train.epochs=0.01",
+    ]
     experiment = load_experiment(write_tiny(tmp_path), overrides)
     Pipeline(experiment, tmp_path / "run", Progress()).run_stage("train")
     trained = load_network(tmp_path / "run" / "train" / "model.safetensors").arch
-    assert trained.identity == experiment_space(experiment).decode(experiment_space(experiment).read(cell)).identity
+    assert (
+        trained.identity
+        == experiment_space(experiment).decode(experiment_space(experiment).read(cell)).identity
+    )
     with pytest.raises(SpaceError, match="did you mean 'nor_conv_3x3'"):
-        wrong = load_experiment(tmp_path / "tiny.toml", [*overrides, f"train.arch='{cell.replace('3x3', '3x4')}'"])
+        wrong = load_experiment(
+            tmp_path / "tiny.toml", [*overrides, f"train.arch='{cell.replace('3x3', '3x4')}'"]
+        )
         Pipeline(wrong, tmp_path / "other", Progress())
 
 
 def test_cells_of_nasbench101_and_positions_are_trained(tmp_path: Path) -> None:
     """Its space prices nothing by choice, so neither the plan nor the report may ask for that."""
     cell = """'{"matrix": [[0, 1, 0], [0, 0, 1], [0, 0, 0]], "ops": ["input", "conv1x1-bn-relu", "output"]}'"""
-    overrides = ["space.name=nasbench101", "space.width=0.0625", "train.epochs=0.01", f"train.arch={cell}"]
-    pipeline = Pipeline(load_experiment(write_tiny(tmp_path), overrides), tmp_path / "run", Progress())
+    overrides = [
+        "space.name=nasbench101",
+        "space.width=0.0625",
+        "train.epochs=0.01",
+        f"train.arch={cell}",
+    ]
+    pipeline = Pipeline(
+        load_experiment(write_tiny(tmp_path), overrides), tmp_path / "run", Progress()
+    )
     assert "train" in pipeline.plan() and "profile" not in pipeline.plan()
     pipeline.run_stage("train")
     pipeline.run_stage("report")
     assert 'id="course"' in (tmp_path / "run" / "report" / "report.html").read_text()
-    by_positions = load_experiment(tmp_path / "tiny.toml", ["space.name=nasbench_macro", "train.arch=22212220"])
-    assert by_positions.train.arch == "22212220" and Pipeline(by_positions, tmp_path / "other", Progress()).plan()
+    by_positions = load_experiment(
+        tmp_path / "tiny.toml", ["space.name=nasbench_macro", "train.arch=22212220"]
+    )
+    assert (
+        by_positions.train.arch == "22212220"
+        and Pipeline(by_positions, tmp_path / "other", Progress()).plan()
+    )
 
 
-def test_a_strategy_that_cannot_search_the_space_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_strategy_that_cannot_search_the_space_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
     wrong = load_experiment(write_tiny(tmp_path), ["space.name=nasbench201"])
     with pytest.raises(SpaceError, match="'tunas' is for spaces of blocks in a row"):
         Pipeline(wrong, tmp_path / "run", Progress()).run()
@@ -182,21 +263,32 @@ def test_a_deleted_super_net_is_trained_again(finished_run: Path, tmp_path: Path
     Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, lines).run_stage("search")
     assert lines.said[0] == "search: inputs changed; the earlier results move to search.old-1"
     manifest = StageManifest.load(run / "search" / MANIFEST)
-    assert manifest.state == "done" and manifest.outputs["shared.safetensors"] == file_sha256(run / "search" / "shared.safetensors")
+    assert manifest.state == "done" and manifest.outputs["shared.safetensors"] == file_sha256(
+        run / "search" / "shared.safetensors"
+    )
 
 
-def test_a_search_with_a_trained_super_net_has_none_of_its_own_and_is_current(finished_run: Path, tmp_path: Path) -> None:
+def test_a_search_with_a_trained_super_net_has_none_of_its_own_and_is_current(
+    finished_run: Path, tmp_path: Path
+) -> None:
     """It notices when that super-net changes."""
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(finished_run, other)
     finder = "search.finder={name = 'random', architectures = 3}"
-    overrides = [f"search.weights={other}", finder, f"search.table={finished_run / 'profile' / 'table.json'}", "search.random_samples=0"]
+    overrides = [
+        f"search.weights={other}",
+        finder,
+        f"search.table={finished_run / 'profile' / 'table.json'}",
+        "search.random_samples=0",
+    ]
     experiment = load_experiment(finished_run.parent / "tiny.toml", overrides)
     Pipeline(experiment, run, Progress()).run_stage("search")
     assert not (run / "search" / "shared.safetensors").exists()
     Pipeline(experiment, run, lines := Lines()).run_stage("search")
     assert lines.said == ["search: current, skipped"]
-    supernet = load_supernet(other / "search" / "shared.safetensors", load_space(str(finished_run.parent / "space.json")))
+    supernet = load_supernet(
+        other / "search" / "shared.safetensors", load_space(str(finished_run.parent / "space.json"))
+    )
     with torch.no_grad():
         supernet.classifier.bias.add_(0.5)
     supernet.save(other / "search" / "shared.safetensors")
@@ -208,17 +300,40 @@ def test_a_proxys_weights_do_not_start_a_training(finished_run: Path, tmp_path: 
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     for proxy in ("proxy_depth=1", "proxy_width=0.5"):
-        short = [f"search.supernet.{proxy}", "search.epochs=0.2", "search.candidates=1", "search.random_samples=0"]
+        short = [
+            f"search.supernet.{proxy}",
+            "search.epochs=0.2",
+            "search.candidates=1",
+            "search.random_samples=0",
+        ]
         config, inherits = finished_run.parent / "tiny.toml", "train.weights=supernet"
-        with pytest.raises(ConfigError, match=r"needs a super-net of full size, and search\.supernet\.proxy_width or proxy_depth makes it"):
-            Pipeline(load_experiment(config, [*short, inherits]), run, Progress()).run_stage("search")
+        with pytest.raises(
+            ConfigError,
+            match=(
+                r"needs a super-net of full size, and search\.supernet\.proxy_width or proxy_depth"
+                r" makes it"
+            ),
+        ):
+            Pipeline(load_experiment(config, [*short, inherits]), run, Progress()).run_stage(
+                "search"
+            )
         Pipeline(load_experiment(config, short), run, Progress()).run_stage("search")
-        with pytest.raises(ConfigError, match=r"needs a super-net of full size, and this one was a proxy: set train\.weights = 'scratch'"):
+        with pytest.raises(
+            ConfigError,
+            match=(
+                r"needs a super-net of full size, and this one was a proxy: set train\.weights ="
+                r" 'scratch'"
+            ),
+        ):
             Pipeline(load_experiment(config, [inherits]), run, Progress()).run_stage("train")
-    assert file_sha256(run / "train" / "model.safetensors") == file_sha256(finished_run / "train" / "model.safetensors")
+    assert file_sha256(run / "train" / "model.safetensors") == file_sha256(
+        finished_run / "train" / "model.safetensors"
+    )
 
 
-def test_other_images_make_the_stages_that_read_them_run_again(finished_run: Path, tmp_path: Path) -> None:
+def test_other_images_make_the_stages_that_read_them_run_again(
+    finished_run: Path, tmp_path: Path
+) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(finished_run, run)
     rng = np.random.default_rng(0)
@@ -226,9 +341,15 @@ def test_other_images_make_the_stages_that_read_them_run_again(finished_run: Pat
     def write() -> None:
         data.mkdir(exist_ok=True)
         for name in ("train", "test"):
-            np.savez(data / f"{name}.npz", x=rng.integers(0, 255, (200, 8, 8), dtype=np.uint8), y=rng.integers(0, 10, 200))
+            np.savez(
+                data / f"{name}.npz",
+                x=rng.integers(0, 255, (200, 8, 8), dtype=np.uint8),
+                y=rng.integers(0, 10, 200),
+            )
 
-    experiment = load_experiment(finished_run.parent / "tiny.toml", ["data.name=npz", f"data.path={data}"])
+    experiment = load_experiment(
+        finished_run.parent / "tiny.toml", ["data.name=npz", f"data.path={data}"]
+    )
     for expected in ["search: inputs changed", "search: inputs changed"]:
         write()
         lines = Lines()
@@ -250,7 +371,9 @@ def started(folder: Path) -> Callable[[], bool]:
 
 @pytest.mark.slow
 def test_killed_in_every_stage_it_ends_the_same(finished_run: Path, tmp_path: Path) -> None:
-    """One run, killed with SIGKILL once in the middle of each stage, against the undisturbed one."""
+    """One run, killed with SIGKILL once in the middle of each stage, against the
+    undisturbed one.
+    """
     config = write_tiny(tmp_path, delay_ms=4)
     run = tmp_path / "run"
     command = [sys.executable, "-m", "hwnas", "run", str(config), "--out", str(run), "-q"]
@@ -269,8 +392,12 @@ def test_killed_in_every_stage_it_ends_the_same(finished_run: Path, tmp_path: Pa
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"{name} was over before it could be killed: {errors.decode()}"
-        assert StageManifest.load(run / name / MANIFEST).state == "started", f"{name} was over before it could be killed"
+        assert process.returncode == -signal.SIGKILL, (
+            f"{name} was over before it could be killed: {errors.decode()}"
+        )
+        assert StageManifest.load(run / name / MANIFEST).state == "started", (
+            f"{name} was over before it could be killed"
+        )
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert StageManifest.load(run / "report" / MANIFEST).state == "done"
     assert hashes(run) == hashes(finished_run)

@@ -28,22 +28,36 @@ def write_folder(root: Path, classes: dict[str, tuple[str, ...]]) -> Path:
         for name in names:
             (root / part / name).mkdir(parents=True)
             for number in range(3):
-                Image.fromarray(rng.integers(0, 255, (12, 9), dtype=np.uint8)).save(root / part / name / f"{number}.png")
+                Image.fromarray(rng.integers(0, 255, (12, 9), dtype=np.uint8)).save(
+                    root / part / name / f"{number}.png"
+                )
     return root
 
 
 def write_npz(root: Path, classes: int, test_classes: int | None = None, channels: int = 1) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", classes), ("test", test_classes or classes)):
-        np.savez(root / f"{part}.npz", x=np.zeros((4 * count, 8, 8, channels), np.uint8), y=np.arange(4 * count) % count)
+        np.savez(
+            root / f"{part}.npz",
+            x=np.zeros((4 * count, 8, 8, channels), np.uint8),
+            y=np.arange(4 * count) % count,
+        )
     return root
 
 
 def test_classes_are_counted_where_they_are_not_set(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "folder", {"train": ("ant", "bee", "cat"), "val": ("ant", "bee", "cat")})
+    folder = write_folder(
+        tmp_path / "folder", {"train": ("ant", "bee", "cat"), "val": ("ant", "bee", "cat")}
+    )
     write_rectangles(tmp_path / "boxes", classes=2)
-    for name, path, count in (("folder", folder, 3), ("npz", write_npz(tmp_path / "npz", 5), 5), ("coco", tmp_path / "boxes", 2)):
-        config = DataConfig.model_validate({"name": name, "path": str(path), **(GREY if name == "npz" else {})})
+    for name, path, count in (
+        ("folder", folder, 3),
+        ("npz", write_npz(tmp_path / "npz", 5), 5),
+        ("coco", tmp_path / "boxes", 2),
+    ):
+        config = DataConfig.model_validate(
+            {"name": name, "path": str(path), **(GREY if name == "npz" else {})}
+        )
         assert with_classes(config).classes == classes_in(config) == count
         given = config.model_copy(update={"classes": 7})
         assert with_classes(given) is given
@@ -52,17 +66,27 @@ def test_classes_are_counted_where_they_are_not_set(tmp_path: Path) -> None:
 
 def test_the_space_has_the_classes_that_were_counted(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "npz", 5, channels=3)
-    pipeline = Pipeline(load_experiment(None, ["data.name=npz", f"data.path={path}"]), tmp_path, Progress())
+    pipeline = Pipeline(
+        load_experiment(None, ["data.name=npz", f"data.path={path}"]), tmp_path, Progress()
+    )
     assert (pipeline.space.classes, pipeline.experiment.data.classes) == (5, 5)
     save_config(tmp_path, pipeline.experiment)
     assert load_config(tmp_path).data.classes == 5
-    with pytest.raises(ConfigError, match=r"data\.classes is not set, and cannot be counted: data\.name = 'npz' needs data\.path"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"data\.classes is not set, and cannot be counted: data\.name = 'npz' needs data\.path"
+        ),
+    ):
         Pipeline(load_experiment(None, ["data.name=npz"]), tmp_path, Progress())
 
 
 def test_defaults_follow_what_else_is_set() -> None:
     assert load_experiment(None, ["task=detect", "data.name=coco"]).data.augment == "ssdlite"
-    assert load_experiment(None, ["task=detect", "data.name=coco", "data.augment=none"]).data.augment == "none"
+    assert (
+        load_experiment(None, ["task=detect", "data.name=coco", "data.augment=none"]).data.augment
+        == "none"
+    )
     assert load_experiment(None, ["data.name=npz"]).data.augment == "crop_flip"
     grey = load_experiment(None, ["data.channels=1"]).data
     assert (grey.mean, grey.std) == ((0.449,), (0.226,))
@@ -88,19 +112,30 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         (["train.optimizer.name=admaw"], "train.optimizer.name = 'admaw'"),
         (["train.optimizer.options={bogus = 1.0}"], "train.optimizer.name = "),
         (["search.batch_size=2", "search.strategy.cores=2"], "options of 'tunas'"),
-        (["train.weights=supernet", "search.supernet.proxy_width=0.5"], "train.weights = 'supernet' needs a super-net of full size"),
+        (
+            ["train.weights=supernet", "search.supernet.proxy_width=0.5"],
+            "train.weights = 'supernet' needs a super-net of full size",
+        ),
         (["search.supernet.proxy_resolution=32"], "search.supernet.proxy_resolution = 32"),
         (["search.table=absent.json"], "search.table = 'absent.json' does not exist"),
         (["search.backbone=absent"], "search.backbone begins a super-net of detectors"),
         (["search.weights=absent"], "search.weights = 'absent'"),
         (["train.arch=mobilenet_v22"], "did you mean 'mobilenet_v2'"),
         (["train.arch=absent.json"], "absent.json does not exist"),
-        (["search.finder={name = 'evolution', bogus = 1}"], "options of 'evolution': unknown key 'bogus'"),
+        (
+            ["search.finder={name = 'evolution', bogus = 1}"],
+            "options of 'evolution': unknown key 'bogus'",
+        ),
         (['search.limits=[{kind = "macs", max_macs = 1}]'], "macs"),
-        (["data.name=npz", "data.path=/absent", "data.classes=10"], "data.path '/absent' is not a folder"),
+        (
+            ["data.name=npz", "data.path=/absent", "data.classes=10"],
+            "data.path '/absent' is not a folder",
+        ),
     ],
 )
-def test_what_a_later_stage_cannot_work_with_is_refused_at_once(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_what_a_later_stage_cannot_work_with_is_refused_at_once(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
     try:
         assert message in refused(tmp_path, *overrides)
     except ConfigError as error:  # the configuration itself is refused
@@ -110,23 +145,35 @@ def test_what_a_later_stage_cannot_work_with_is_refused_at_once(tmp_path: Path, 
 def test_splits_that_do_not_agree_are_refused_at_once(tmp_path: Path) -> None:
     apart = write_folder(tmp_path / "apart", {"train": ("ant", "bee"), "val": ("ant", "cow")})
     of_space = ["space.name=mobile32", "data.resolution=32"]
-    assert "differ in classes (bee, cow)" in refused(tmp_path, *of_space, "data.name=folder", f"data.path={apart}")
-    alike = write_folder(tmp_path / "alike", {"train": ("ant", "bee", "cow"), "val": ("ant", "bee", "cow")})
+    assert "differ in classes (bee, cow)" in refused(
+        tmp_path, *of_space, "data.name=folder", f"data.path={apart}"
+    )
+    alike = write_folder(
+        tmp_path / "alike", {"train": ("ant", "bee", "cow"), "val": ("ant", "bee", "cow")}
+    )
     said = refused(tmp_path, *of_space, "data.name=folder", f"data.path={alike}", "data.classes=4")
-    assert "has 3 class folders in train, but data.classes = 4: set it to 3, or leave it out" in said
+    assert (
+        "has 3 class folders in train, but data.classes = 4: set it to 3, or leave it out" in said
+    )
     missing = write_folder(tmp_path / "missing", {"train": ("ant", "bee")})
     assert "val does not exist: lay the images out as val/<class>/<image>" in refused(
         tmp_path, *of_space, "data.name=folder", f"data.path={missing}"
     )
     path = write_npz(tmp_path / "npz", 10, test_classes=12)
-    assert "labels 0 to 11, but data.classes = 10" in refused(tmp_path, "data.name=npz", f"data.path={path}")
+    assert "labels 0 to 11, but data.classes = 10" in refused(
+        tmp_path, "data.name=npz", f"data.path={path}"
+    )
     colours = write_npz(tmp_path / "rgb", 10, channels=3)
-    assert "has 3 channels, but data.channels = 1" in refused(tmp_path, "data.name=npz", f"data.path={colours}", "data.classes=10")
+    assert "has 3 channels, but data.channels = 1" in refused(
+        tmp_path, "data.name=npz", f"data.path={colours}", "data.classes=10"
+    )
 
 
 def test_a_space_document_says_how_many_classes_there_are(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "npz", 4)
-    experiment = load_experiment(write_tiny(tmp_path / "tiny"), ["data.name=npz", f"data.path={path}"])
+    experiment = load_experiment(
+        write_tiny(tmp_path / "tiny"), ["data.name=npz", f"data.path={path}"]
+    )
     assert "classes" not in experiment.data.model_fields_set
     pipeline = Pipeline(experiment, tmp_path / "run", Progress())
     assert pipeline.experiment.data.classes == pipeline.space.classes == 10
@@ -135,17 +182,30 @@ def test_a_space_document_says_how_many_classes_there_are(tmp_path: Path) -> Non
 def test_an_empty_file_of_arrays_is_a_sentence(tmp_path: Path) -> None:
     path = write_npz(tmp_path, 5)
     np.savez(path / "train.npz", x=np.zeros((0, 8, 8, 1), np.uint8), y=np.zeros(0, np.int64))
-    with pytest.raises(ConfigError, match=r"cannot be counted: data 'npz' has no training images: check data\.path"):
-        Pipeline(load_experiment(None, ["data.name=npz", f"data.path={path}"]), tmp_path, Progress())
+    with pytest.raises(
+        ConfigError, match=r"cannot be counted: data 'npz' has no training images: check data\.path"
+    ):
+        Pipeline(
+            load_experiment(None, ["data.name=npz", f"data.path={path}"]), tmp_path, Progress()
+        )
     np.savez(path / "train.npz", x=np.zeros((9, 8, 8, 1), np.uint8), y=np.full(9, -1))
     with pytest.raises(ConfigError, match=r"data 'npz' has the label -1: labels count from 0"):
-        Pipeline(load_experiment(None, ["data.name=npz", f"data.path={path}"]), tmp_path, Progress())
+        Pipeline(
+            load_experiment(None, ["data.name=npz", f"data.path={path}"]), tmp_path, Progress()
+        )
 
 
 def test_an_optimiser_without_a_state_cannot_move_what_is_unused() -> None:
     """Before the profile, not at the first step."""
-    overrides = ["search.optimizer.name=momentum", "search.optimizer.momentum=0.0", "search.optimizer.unused=move"]
+    overrides = [
+        "search.optimizer.name=momentum",
+        "search.optimizer.momentum=0.0",
+        "search.optimizer.unused=move",
+    ]
     config = load_experiment(None, overrides).search.optimizer
-    with pytest.raises(ConfigError, match=r"search\.optimizer\.unused = 'move', but 'momentum' without momentum keeps nothing"):
+    with pytest.raises(
+        ConfigError,
+        match=r"search\.optimizer\.unused = 'move', but 'momentum' without momentum keeps nothing",
+    ):
         check_optimizer(config, "search.optimizer")
     check_optimizer(config.model_copy(update={"momentum": 0.9}), "search.optimizer")

@@ -1,4 +1,6 @@
-"""Every command in the README and in docs/ runs as written, only shorter where the real thing takes minutes; every link leads somewhere."""
+"""Every command in the README and in docs/ runs as written, only shorter where the real
+thing takes minutes; every link leads somewhere.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,16 @@ from hwnas.core.table import LatencyTable
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-SHORTER = "-s profile.rounds=1 -s profile.max_rounds=1 -s profile.fit_networks=3 -s profile.test_networks=0 -s profile.min_ms=0.1"
+SHORTER = (
+    "-s profile.rounds=1 -s profile.max_rounds=1 -s profile.fit_networks=3 -s"
+    " profile.test_networks=0 -s profile.min_ms=0.1"
+)
 
 
 def commands() -> list[list[str]]:
-    """The ``hwnas`` commands in indented blocks, comments cut off, two to a line in the table of commands."""
+    """The ``hwnas`` commands in indented blocks, comments cut off, two to a line in the
+    table of commands.
+    """
     found = []
     for line in "\n".join(page.read_text() for page in PAGES).splitlines():
         if line.startswith("    ") and "hwnas " in line:
@@ -32,13 +39,21 @@ def commands() -> list[list[str]]:
 
 
 def run(arguments: list[str], where: Path) -> str:
-    done = subprocess.run([sys.executable, "-m", "hwnas", *arguments], cwd=where, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "hwnas", *arguments],
+        cwd=where,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def timed_networks(folder: Path) -> None:
-    """What the command that fits a table reads: the table that was profiled before, and five networks as if they had been timed."""
+    """What the command that fits a table reads: the table that was profiled before, and
+    five networks as if they had been timed.
+    """
     table = LatencyTable.load(folder / "runs/profile-224/profile/table.json")
     table.save(folder / "other.json")
     space = proxylessnas()
@@ -51,28 +66,40 @@ def timed_networks(folder: Path) -> None:
 
 
 def test_every_verb_is_listed() -> None:
-    verbs = {(command.name or command.callback.__name__) for command in app.registered_commands if command.callback} | {"table", "study"}
+    verbs = {
+        (command.name or command.callback.__name__)
+        for command in app.registered_commands
+        if command.callback
+    } | {"table", "study"}
     assert {command[1] for command in commands()} == verbs
 
 
 @pytest.mark.slow
 def test_the_commands_run(tmp_path: Path) -> None:
-    """In the order of the pages, in an empty folder beside a link to the configurations, as in a checkout."""
+    """In the order of the pages, in an empty folder beside a link to the
+    configurations, as in a checkout.
+    """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     ran = 0
     for command in commands():
         text = " ".join(command[1:])
-        if "CONFIG" in text or "TABLE" in text or "[" in text:  # the synopsis: its verbs are checked above
+        # the synopsis: its verbs are checked above
+        if "CONFIG" in text or "TABLE" in text or "[" in text:
             continue
-        if "data/raccoon" in text:  # needs those photographs: tests/train trains detectors on others
+        # needs those photographs: tests/train trains detectors on others
+        if "data/raccoon" in text:
             continue
-        if "path=~/photos" in text:  # needs a reader's own, whose classes are counted: tests/data does it with others
+        # needs a reader's own, whose classes are counted: tests/data does it with others
+        if "path=~/photos" in text:
             continue
-        if "search.weights" in text:  # needs a finished run and a phone's table: tests/search/test_stage.py does it with both
+        # needs a finished run and a phone's table: tests/search/test_stage.py does it with both
+        if "search.weights" in text:
             continue
-        if "study.truth" in text:  # needs CIFAR-10, its accuracies and an hour: tests/study does it on digits
+        # needs CIFAR-10, its accuracies and an hour: tests/study does it on digits
+        if "study.truth" in text:
             continue
-        if "device.name" in text:  # needs a board or a phone: tests/devices has both; here, that the configuration is accepted
+        # needs a board or a phone: tests/devices has both; here, that the configuration is accepted
+        if "device.name" in text:
             command = [command[0], "run", *command[2:], "--plan", "-q"]
         elif text.startswith("profile"):
             command += shlex.split(SHORTER)
@@ -94,7 +121,9 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_bytes()) <= 12_000, "what a newcomer needs; the rest belongs into docs/"
+    assert len((ROOT / "README.md").read_bytes()) <= 12_000, (
+        "what a newcomer needs; the rest belongs into docs/"
+    )
 
 
 def test_no_placeholder_is_left() -> None:

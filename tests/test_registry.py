@@ -1,4 +1,6 @@
-"""Plug-ins by name: lazily imported, never overwritten, misspelt names answered with the nearest."""
+"""Plug-ins by name: lazily imported, never overwritten, misspelt names answered with
+the nearest.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_nothing_is_overwritten_in_silence() -> None:
     registry.register("a", "m:x")
     registry.register("b", "collections:OrderedDict")
     assert registry.get("b") is OrderedDict
-    with pytest.raises(ConfigError, match=r"thing 'a' is registered twice \(m:x and m:y\): rename one\."):
+    with pytest.raises(
+        ConfigError, match=r"thing 'a' is registered twice \(m:x and m:y\): rename one\."
+    ):
         registry.register("a", "m:y")
 
 
@@ -70,7 +74,9 @@ assert "tunas" in list(STRATEGIES)
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path})
 
 
-@pytest.mark.parametrize("registry", [STRATEGIES, DATASETS, CONNECTIONS], ids=lambda registry: registry.noun)
+@pytest.mark.parametrize(
+    "registry", [STRATEGIES, DATASETS, CONNECTIONS], ids=lambda registry: registry.noun
+)
 def test_every_built_in_plugin_can_be_imported(registry: Registry) -> None:
     assert list(registry)
     for name in registry:

@@ -1,4 +1,6 @@
-"""Run folders: what is current, what goes on, what starts anew, and that nothing earlier is lost."""
+"""Run folders: what is current, what goes on, what starts anew, and that nothing
+earlier is lost.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,18 @@ from hwnas import __version__
 from hwnas.config import load_experiment
 from hwnas.document import file_sha256
 from hwnas.errors import DocumentError, StorageError, UserError
-from hwnas.runs import MANIFEST, JsonLines, StageManifest, load_config, locked, prepare, save_config, set_aside, stage, state_of
+from hwnas.runs import (
+    MANIFEST,
+    JsonLines,
+    StageManifest,
+    load_config,
+    locked,
+    prepare,
+    save_config,
+    set_aside,
+    stage,
+    state_of,
+)
 
 INPUTS = {"space.json": "11", "table.json": "22"}
 
@@ -48,8 +61,15 @@ def test_a_finished_stage_is_done(tmp_path: Path) -> None:
     assert state_of(folder, INPUTS) == "done"
     assert state_of(folder, dict(reversed(INPUTS.items()))) == "done"
     manifest = StageManifest.load(folder / MANIFEST)
-    assert (manifest.stage, manifest.state, manifest.hwnas, manifest.inputs) == ("search", "done", __version__, INPUTS)
-    assert manifest.outputs == {name: file_sha256(folder / name) for name in ("arch.json", "sub.bin")}
+    assert (manifest.stage, manifest.state, manifest.hwnas, manifest.inputs) == (
+        "search",
+        "done",
+        __version__,
+        INPUTS,
+    )
+    assert manifest.outputs == {
+        name: file_sha256(folder / name) for name in ("arch.json", "sub.bin")
+    }
 
 
 def test_an_interrupted_stage_goes_on_with_its_files(tmp_path: Path) -> None:
@@ -63,7 +83,10 @@ def test_an_interrupted_stage_goes_on_with_its_files(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["search"]
 
 
-@pytest.mark.parametrize("inputs", [{**INPUTS, "table.json": "23"}, {"space.json": "11"}, {**INPUTS, "arch.json": "33"}, {}])
+@pytest.mark.parametrize(
+    "inputs",
+    [{**INPUTS, "table.json": "23"}, {"space.json": "11"}, {**INPUTS, "arch.json": "33"}, {}],
+)
 def test_changed_inputs_make_a_stage_stale(tmp_path: Path, inputs: dict[str, str]) -> None:
     assert state_of(finished(tmp_path / "done"), inputs) == "stale"
     assert state_of(interrupted(tmp_path / "started"), inputs) == "stale"
@@ -96,7 +119,10 @@ def test_a_corrupt_manifest_is_named(tmp_path: Path) -> None:
 
 
 def test_an_output_that_was_not_written_leaves_the_stage_unfinished(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="promised"), stage(tmp_path / "s", "search", INPUTS, ["promised.json"]):
+    with (
+        pytest.raises(FileNotFoundError, match="promised"),
+        stage(tmp_path / "s", "search", INPUTS, ["promised.json"]),
+    ):
         pass
     assert state_of(tmp_path / "s", INPUTS) == "resume"
 
@@ -106,12 +132,19 @@ def test_setting_aside_counts_up_and_keeps_everything(tmp_path: Path) -> None:
         folder = finished(tmp_path / "search", {**INPUTS, "table.json": f"new {number}"})
         assert set_aside(folder) == tmp_path / f"search.old-{number}"
         assert (tmp_path / f"search.old-{number}" / "arch.json").read_text() == "arch"
-        assert state_of(tmp_path / f"search.old-{number}", {**INPUTS, "table.json": f"new {number}"}) == "done"
+        assert (
+            state_of(tmp_path / f"search.old-{number}", {**INPUTS, "table.json": f"new {number}"})
+            == "done"
+        )
     assert not (tmp_path / "search").exists()
 
 
 def test_a_run_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(UserError, match="another hwnas is at work"), locked(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(UserError, match="another hwnas is at work"),
+        locked(tmp_path),
+    ):
         pass
     with locked(tmp_path):
         pass
@@ -122,26 +155,36 @@ def test_setting_aside_says_where_to(tmp_path: Path) -> None:
     folder = finished(tmp_path / "train")
     assert set_aside(folder) == tmp_path / "train.old-2"
     assert not folder.exists()
-    with pytest.raises(StorageError, match=r"train cannot be moved to train\.old-3 \(No such file or directory\)"):
+    with pytest.raises(
+        StorageError, match=r"train cannot be moved to train\.old-3 \(No such file or directory\)"
+    ):
         set_aside(folder)
 
 
 def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"file/run cannot be made \(Not a directory\): choose another --out folder"):
+    with pytest.raises(
+        StorageError,
+        match=r"file/run cannot be made \(Not a directory\): choose another --out folder",
+    ):
         prepare(tmp_path / "file" / "run")
     prepare(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_the_configuration_of_a_run_reads_back(tmp_path: Path) -> None:
-    experiment = load_experiment(None, ["search.target_ms=2", "validate.rounds=3", "search.strategy={name='tunas', rl_lr=0.5}"])
+    experiment = load_experiment(
+        None,
+        ["search.target_ms=2", "validate.rounds=3", "search.strategy={name='tunas', rl_lr=0.5}"],
+    )
     save_config(tmp_path, experiment)
     assert load_config(tmp_path) == experiment
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["validate"]["rounds"] == 3
     assert stored["train"]["label_smoothing"] == 0.1  # defaults are written out
-    with pytest.raises(UserError, match=r"is not a run folder .*give the --out folder of an earlier hwnas run"):
+    with pytest.raises(
+        UserError, match=r"is not a run folder .*give the --out folder of an earlier hwnas run"
+    ):
         load_config(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not a run folder"):
@@ -150,7 +193,11 @@ def test_the_configuration_of_a_run_reads_back(tmp_path: Path) -> None:
 
 # ---- JSON lines
 
-ROWS = [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 1.25, "name": "Ü\n"}, {"step": 2, "loss": 1.125}]
+ROWS = [
+    {"step": 0, "loss": 1.5},
+    {"step": 1, "loss": 1.25, "name": "Ü\n"},
+    {"step": 2, "loss": 1.125},
+]
 
 
 def written(path: Path) -> JsonLines:
@@ -177,7 +224,9 @@ def test_a_row_is_in_the_file_as_soon_as_it_is_appended(tmp_path: Path) -> None:
             assert lines.read() == ROWS[:count]
 
 
-def test_a_file_cut_off_anywhere_gives_its_complete_lines_and_can_be_appended_to(tmp_path: Path) -> None:
+def test_a_file_cut_off_anywhere_gives_its_complete_lines_and_can_be_appended_to(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "m.jsonl"
     content = written(path).path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
@@ -192,7 +241,9 @@ def test_a_file_cut_off_anywhere_gives_its_complete_lines_and_can_be_appended_to
 
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(garbage=st.binary(max_size=30))
-def test_garbage_in_a_file_is_left_out(tmp_path_factory: pytest.TempPathFactory, garbage: bytes) -> None:
+def test_garbage_in_a_file_is_left_out(
+    tmp_path_factory: pytest.TempPathFactory, garbage: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "garbage.jsonl"
     path.write_bytes(b'{"step": 0}\n\xff\xfe{' + garbage.replace(b"\n", b"") + b'\n{"step": 1}\n')
     assert JsonLines(path).read() == [{"step": 0}, {"step": 1}]
@@ -208,7 +259,10 @@ def test_what_the_body_raises_is_not_said_to_be_the_log(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"m\.jsonl cannot be written"), JsonLines(tmp_path / "file" / "m.jsonl").appending():
+    with (
+        pytest.raises(StorageError, match=r"m\.jsonl cannot be written"),
+        JsonLines(tmp_path / "file" / "m.jsonl").appending(),
+    ):
         pass
 
 
@@ -231,8 +285,14 @@ except StorageError as error:
 
 def test_a_full_disk_stops_the_log_at_a_complete_line(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
+    )
     count, message = done.stdout.strip().split(" ", 1)
-    assert message == f"{path} cannot be written (File too large): free some space or choose another --out folder."
+    assert (
+        message
+        == f"{path} cannot be written (File too large): free some space or choose another --out"
+        " folder."
+    )
     assert JsonLines(path).read() == [{"step": step} for step in range(int(count))]
     assert int(count) > 50

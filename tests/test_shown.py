@@ -26,7 +26,12 @@ from tests.conftest import write_tiny
 
 
 def hwnas(*arguments: object) -> str:
-    done = subprocess.run([sys.executable, "-m", "hwnas", *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "hwnas", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,9 +55,16 @@ def test_the_plan_holds_the_networks_ops_and_they_are_priced(profiled: Path) -> 
     for name in ("mobilenet_v2", "mobilenet_v3_small-w0.5"):
         arch = published(name, resolution=8, classes=10, in_channels=1)
         assert latency_ms(arch, table) > 0
-        lines = [line for line in hwnas("space", profiled).splitlines() if line.startswith("network ") and arch.name in line]
+        lines = [
+            line
+            for line in hwnas("space", profiled).splitlines()
+            if line.startswith("network ") and arch.name in line
+        ]
         assert len(lines) == 1
-        assert f"{latency_ms(arch, table):.4g} ms predicted" in lines[0] and f"{arch.macs / 1e6:.1f} M MACs" in lines[0]
+        assert (
+            f"{latency_ms(arch, table):.4g} ms predicted" in lines[0]
+            and f"{arch.macs / 1e6:.1f} M MACs" in lines[0]
+        )
 
 
 def test_a_run_folder_is_shown_with_its_own_space_and_table(profiled: Path) -> None:
@@ -60,8 +72,15 @@ def test_a_run_folder_is_shown_with_its_own_space_and_table(profiled: Path) -> N
     space = Pipeline(load_experiment(profiled.parent / "tiny.toml"), profiled, Progress()).space
     assert f"coverage     {len(space.ops)} of {len(space.ops)} ops in table simulated" in text
     found = json.loads(hwnas("space", profiled, "--json"))
-    assert (found["covered"], found["ops"], found["missing"]) == (len(space.ops), len(space.ops), [])
-    assert [network["name"] for network in found["networks"]] == ["mobilenet_v2", "mobilenet_v3_small-w0.5"]
+    assert (found["covered"], found["ops"], found["missing"]) == (
+        len(space.ops),
+        len(space.ops),
+        [],
+    )
+    assert [network["name"] for network in found["networks"]] == [
+        "mobilenet_v2",
+        "mobilenet_v3_small-w0.5",
+    ]
 
 
 def test_the_end_of_a_profile_says_what_the_networks_would_take(tmp_path: Path) -> None:
@@ -72,11 +91,15 @@ def test_the_end_of_a_profile_says_what_the_networks_would_take(tmp_path: Path) 
             self.lines.append(message)
 
     config = write_tiny(tmp_path)
-    Pipeline(load_experiment(config, named(config, "mnasnet_b1")), tmp_path / "run", Heard()).run_stage("profile")
+    Pipeline(
+        load_experiment(config, named(config, "mnasnet_b1")), tmp_path / "run", Heard()
+    ).run_stage("profile")
     assert any("mnasnet_b1" in line and "ms predicted" in line for line in Heard.lines)
 
 
-def test_an_experiment_is_covered_against_the_space_of_its_data_and_overrides(tmp_path: Path) -> None:
+def test_an_experiment_is_covered_against_the_space_of_its_data_and_overrides(
+    tmp_path: Path,
+) -> None:
     overrides = ["space.width=0.5", "data.resolution=48", "data.classes=7", "space.act=hswish"]
     space = mobile32(resolution=48, classes=7, act="hswish", width=0.5)
     synthetic_table(space).save(tmp_path / "table.json")
@@ -88,7 +111,8 @@ def test_an_experiment_is_covered_against_the_space_of_its_data_and_overrides(tm
     assert shown_space("proxylessnas", ["space.width=0.5"]).space.resolution == 224
     plain = hwnas("space", "mobile32", tmp_path / "table.json")
     assert (
-        "has ops of 48 px, this space of 32 px; of 7 classes, this space of 10 classes; of hswish activations, this space of relu" in plain
+        "has ops of 48 px, this space of 32 px; of 7 classes, this space of 10 classes; of hswish"
+        " activations, this space of relu" in plain
     )
     with pytest.raises(UserError, match="is a run folder with its own configuration"):
         shown_space(str(tmp_path), ["seed=1"])
@@ -99,7 +123,8 @@ def test_why_a_table_covers_nothing_is_said_only_where_it_does() -> None:
     assert why_uncovered(mobile32().ops, table) is None
     grey = why_uncovered(mobile32(resolution=16, in_channels=1).ops, table)
     assert (
-        grey == "the table (made for mobile32) has ops of 32 px, this space of 16 px; of 3 input channels, this space of 1 input channels."
+        grey == "the table (made for mobile32) has ops of 32 px, this space of 16 px; of 3 input"
+        " channels, this space of 1 input channels."
     )
     assert coverage(mobile32(), table)["covered"] == len(mobile32().ops)
 
@@ -113,16 +138,23 @@ def test_what_is_missing_of_a_network_is_said() -> None:
 def test_names_are_answered_with_the_nearest_and_numbers_keep_their_meaning() -> None:
     experiment = load_experiment(None, ["profile.networks=['mobilenet_v22']"])
     with pytest.raises(
-        SpaceError, match=r"profile\.networks names 'mobilenet_v22': unknown network 'mobilenet_v22'; did you mean 'mobilenet_v2'"
+        SpaceError,
+        match=(
+            r"profile\.networks names 'mobilenet_v22': unknown network 'mobilenet_v22'; did you"
+            r" mean 'mobilenet_v2'"
+        ),
     ):
         named_networks(experiment, experiment_space(experiment))
     with pytest.raises(UserError, match="did you mean 'mobilenet_v2'"):
         Pipeline(experiment, Path("unused"), Progress())
     number = load_experiment(None, ["profile.mode=networks", "profile.networks=30"])
     assert named_networks(number, experiment_space(number)) == () and number.profile.sampled == 30
-    both = load_experiment(None, ["profile.mode=networks", "profile.networks=mobilenet_v2", "space.width=0.5"])
+    both = load_experiment(
+        None, ["profile.mode=networks", "profile.networks=mobilenet_v2", "space.width=0.5"]
+    )
     assert both.profile.sampled == 40
-    assert [arch.name for arch in named_networks(both, experiment_space(both))] == ["mobilenet_v2"]  # as wide as published
+    # as wide as published
+    assert [arch.name for arch in named_networks(both, experiment_space(both))] == ["mobilenet_v2"]
     with pytest.raises(ConfigError, match=r"profile\.networks"):
         load_experiment(None, ["profile.networks=2"])
 
@@ -148,4 +180,8 @@ def test_networks_are_listed_without_a_table_too(tmp_path: Path) -> None:
     """Their sizes need none."""
     output = hwnas("space", "mobile32", "-s", 'profile.networks=["mobilenet_v2"]')
     arch = published("mobilenet_v2", resolution=32, classes=10)
-    assert f"mobilenet_v2  {arch.macs / 1e6:.1f} M MACs  {arch.params / 1e6:.2f} M parameters" in output and "predicted" not in output
+    assert (
+        f"mobilenet_v2  {arch.macs / 1e6:.1f} M MACs  {arch.params / 1e6:.2f} M parameters"
+        in output
+        and "predicted" not in output
+    )

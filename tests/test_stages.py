@@ -16,15 +16,30 @@ from hwnas.runs import MANIFEST, StageManifest
 from hwnas.stages import STAGES, stage_class
 from tests.conftest import write_tiny
 
-ARCH = ["train.arch=mobilenet_v2", "data.channels=3", "data.mean=[0,0,0]", "data.std=[1,1,1]", "space.name=mobile32"]
+ARCH = [
+    "train.arch=mobilenet_v2",
+    "data.channels=3",
+    "data.mean=[0,0,0]",
+    "data.std=[1,1,1]",
+    "space.name=mobile32",
+]
 
 
 def pipeline(folder: Path, *overrides: str) -> Pipeline:
-    return Pipeline(load_experiment(write_tiny(folder), list(overrides)), folder / "run", Progress())
+    return Pipeline(
+        load_experiment(write_tiny(folder), list(overrides)), folder / "run", Progress()
+    )
 
 
 def test_each_is_found_under_its_name(tmp_path: Path) -> None:
-    assert [stage_class(name).name for name in STAGES] == ["profile", "search", "train", "export", "validate", "report"]
+    assert [stage_class(name).name for name in STAGES] == [
+        "profile",
+        "search",
+        "train",
+        "export",
+        "validate",
+        "report",
+    ]
     made = pipeline(tmp_path)
     for name in STAGES:
         assert made.stage(name).result in made.stage(name).outputs
@@ -32,7 +47,9 @@ def test_each_is_found_under_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "left_out"), [([], ()), (["search.table=table.json"], ("profile",)), (ARCH, ("profile", "search"))], ids=str
+    ("overrides", "left_out"),
+    [([], ()), (["search.table=table.json"], ("profile",)), (ARCH, ("profile", "search"))],
+    ids=str,
 )
 def test_which_are_needed(overrides: list[str], left_out: tuple[str, ...], tmp_path: Path) -> None:
     assert set(STAGES) - set(pipeline(tmp_path, *overrides).needed) == set(left_out)
@@ -43,32 +60,54 @@ def test_what_each_depends_on(finished_run: Path) -> None:
     found = {name: StageManifest.load(finished_run / name / MANIFEST).inputs for name in STAGES}
     config = json.loads((finished_run / "config.json").read_text())
     sections = {
-        name: content_sha256(config[name]) for name in ("data", "device", "profile", "search", "train", "export", "validate", "seed")
+        name: content_sha256(config[name])
+        for name in ("data", "device", "profile", "search", "train", "export", "validate", "seed")
     }
-    data = {name: found["search"][name] for name in ("hwnas", "images")} | {"data": sections["data"]}
+    data = {name: found["search"][name] for name in ("hwnas", "images")} | {
+        "data": sections["data"]
+    }
     table = {"table.json": file_sha256(finished_run / "profile" / "table.json")}
     space = {"space.json": found["profile"]["space.json"]}
 
     def of(*names: str) -> dict[str, str]:
         return {name: sections[name] for name in names}
 
-    weights, bundle = finished_run / "train" / "model.safetensors", finished_run / "export" / "bundle.json"
+    weights, bundle = (
+        finished_run / "train" / "model.safetensors",
+        finished_run / "export" / "bundle.json",
+    )
     warnings = {name: value for name, value in found["validate"].items() if name == "warnings"}
     device = {"device.json": found["profile"]["device.json"], "hwnas": data["hwnas"]}
-    arch = {"arch.json": file_sha256(finished_run / "search" / "arch.json"), "architecture": found["train"]["architecture"]}
+    arch = {
+        "arch.json": file_sha256(finished_run / "search" / "arch.json"),
+        "architecture": found["train"]["architecture"],
+    }
     assert found["profile"] == {**space, **device, **of("device", "profile", "seed")}
     assert found["search"] == {**space, **table, **data, **of("search", "seed")}
     assert found["train"] == {**arch, **data, **of("train", "seed")}
     assert found["export"] == {"model.safetensors": file_sha256(weights), **data, **of("export")}
-    assert found["validate"] == {"bundle.json": file_sha256(bundle), **table, **data, **warnings, **of("validate", "device")}
+    assert found["validate"] == {
+        "bundle.json": file_sha256(bundle),
+        **table,
+        **data,
+        **warnings,
+        **of("validate", "device"),
+    }
     assert found["report"]["config"] == content_sha256(config)
     assert found["report"]["profile/table.json"] == table["table.json"]
 
 
 def test_what_is_not_there_yet_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"table\.json does not exist yet: run 'hwnas profile' with the same --out first"):
+    with pytest.raises(
+        UserError,
+        match=r"table\.json does not exist yet: run 'hwnas profile' with the same --out first",
+    ):
         pipeline(tmp_path).stage("search").inputs()
-    with pytest.raises(UserError, match=r"^search\.table = 'nowhere\.json' does not exist: check the path\.$"):
+    with pytest.raises(
+        UserError, match=r"^search\.table = 'nowhere\.json' does not exist: check the path\.$"
+    ):
         pipeline(tmp_path, "search.table=nowhere.json").stage("search").inputs()
-    with pytest.raises(UserError, match=r"model\.safetensors does not exist yet: run 'hwnas train'"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors does not exist yet: run 'hwnas train'"
+    ):
         pipeline(tmp_path).stage("export").inputs()

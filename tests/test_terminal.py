@@ -1,4 +1,6 @@
-"""What a person sees who waits: bars on terminals of several widths, lines elsewhere, and the time that is left."""
+"""What a person sees who waits: bars on terminals of several widths, lines elsewhere,
+and the time that is left.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ from tests.conftest import write_tiny
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LONG = "entropy-loss-of-a-long-name: training mobile32-progressive_shrinking"
-NOTE = "loss 1.23  quality 0.456  accuracy 0.41  latency 0.512 ms  expected 0.498 ms  reward 0.45  entropy 12.3"
+NOTE = (
+    "loss 1.23  quality 0.456  accuracy 0.41  latency 0.512 ms  expected 0.498 ms  reward 0.45 "
+    " entropy 12.3"
+)
 
 
 class Clock:
@@ -40,9 +45,13 @@ class Clock:
 
 
 def frame(width: int, bars: list[tuple[str, int, int, str]]) -> list[str]:
-    """The lines that bars of (description, total, done, note) are drawn as in the end, each two steps on."""
+    """The lines that bars of (description, total, done, note) are drawn as in the end,
+    each two steps on.
+    """
     drawn = io.StringIO()
-    with TerminalProgress(console=Console(file=drawn, width=width, force_terminal=True, color_system=None)).tasks() as begin:
+    with TerminalProgress(
+        console=Console(file=drawn, width=width, force_terminal=True, color_system=None)
+    ).tasks() as begin:
         for description, total, done, note in bars:
             task = begin(description, total, done)
             task.advance(note=note)
@@ -70,7 +79,9 @@ def test_a_bar_has_count_and_remaining_time_and_what_fits_of_the_note(width: int
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_long_descriptions_are_shortened_and_bars_stay_one_line_each(width: int) -> None:
-    lines = frame(width, [(LONG, 123456, 99999, NOTE), ("b", 3, 0, ""), (LONG, 100, 0, "accuracy 40.1%")])
+    lines = frame(
+        width, [(LONG, 123456, 99999, NOTE), ("b", 3, 0, ""), (LONG, 100, 0, "accuracy 40.1%")]
+    )
     assert len(lines) == 3
     assert max(map(len, lines)) <= width
     assert all("left" in line for line in lines)
@@ -87,8 +98,18 @@ def test_numbers_of_a_note_are_shown_whole_or_not() -> None:
 
 
 def test_what_matters_comes_first_in_a_note() -> None:
-    metrics = {"held_out_loss": 2.0, "entropy": 3.0, "train_accuracy": 0.5, "expected_ms": 1.5, "loss": 0.12345, "reward": 0.3}
-    assert note_of(metrics) == "loss 0.123  accuracy 0.5  expected 1.5 ms  reward 0.3  entropy 3  held_out_loss 2"
+    metrics = {
+        "held_out_loss": 2.0,
+        "entropy": 3.0,
+        "train_accuracy": 0.5,
+        "expected_ms": 1.5,
+        "loss": 0.12345,
+        "reward": 0.3,
+    }
+    assert (
+        note_of(metrics)
+        == "loss 0.123  accuracy 0.5  expected 1.5 ms  reward 0.3  entropy 3  held_out_loss 2"
+    )
 
 
 def test_the_pace_leaves_out_earlier_steps_and_a_slow_first_one() -> None:
@@ -151,15 +172,24 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 def test_without_a_terminal_lines_say_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
     monkeypatch.setattr(terminal, "LINE_SECONDS", -1.0)
-    with TerminalProgress(console=Console(file=log, width=80)).task("searching (tunas)", 4, 1) as task:
+    with TerminalProgress(console=Console(file=log, width=80)).task(
+        "searching (tunas)", 4, 1
+    ) as task:
         task.advance(note=NOTE)
         task.advance()
         task.advance()
     lines = log.getvalue().splitlines()
     assert len(lines) == 3, "none twice, none wrapped"
-    assert re.fullmatch(r"searching \(tunas\): 2 of 4, about less than 1 s left  " + re.escape(NOTE), lines[0]) or "left" in lines[0]
+    assert (
+        re.fullmatch(
+            r"searching \(tunas\): 2 of 4, about less than 1 s left  " + re.escape(NOTE), lines[0]
+        )
+        or "left" in lines[0]
+    )
     assert lines[1].startswith("searching (tunas): 3 of 4, about ")
-    assert re.fullmatch(r"searching \(tunas\): 4 of 4 in less than 1 s  " + re.escape(NOTE), lines[2])
+    assert re.fullmatch(
+        r"searching \(tunas\): 4 of 4 in less than 1 s  " + re.escape(NOTE), lines[2]
+    )
 
 
 @contextmanager
@@ -173,10 +203,24 @@ def terminal_of(columns: int) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.slow
 def test_every_frame_of_a_run_fits_into_80_columns(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hwnas", "run", str(write_tiny(tmp_path, delay_ms=5)), "--out", str(tmp_path / "run")]
-    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")} | {"TERM": "xterm"}
+    command = [
+        sys.executable,
+        "-m",
+        "hwnas",
+        "run",
+        str(write_tiny(tmp_path, delay_ms=5)),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("COLUMNS", "LINES", "NO_COLOR")
+    } | {"TERM": "xterm"}
     with terminal_of(80) as (leader, follower):
-        process = subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(
+            command, stderr=follower, stdout=subprocess.DEVNULL, env=environment
+        )
         os.close(follower)
         shown = b""
         while chunk := _read(leader):
@@ -188,7 +232,9 @@ def test_every_frame_of_a_run_fits_into_80_columns(tmp_path: Path) -> None:
     for begin in ("building", "measuring", "searching (tunas)", "ranking", "training"):
         assert any(line.startswith(begin) for line in bars), begin
     for line in bars:
-        assert re.fullmatch(r".{5,28}? [━╸╺ ]{8} +\d+ of \d+ +(\d+:\d\d|-:--) left( .*)?", line), line
+        assert re.fullmatch(r".{5,28}? [━╸╺ ]{8} +\d+ of \d+ +(\d+:\d\d|-:--) left( .*)?", line), (
+            line
+        )
 
 
 def _read(descriptor: int) -> bytes:

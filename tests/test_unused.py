@@ -70,7 +70,8 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         overrides = [value for flag, value in itertools.pairwise(arguments) if flag == "-s"]
         config = next(argument for argument in arguments if argument.endswith(".toml"))
         said = warned(Path(config), overrides, verb)
-        assert all("profile.mode = 'networks'" in line for line in said), said  # that file is for both modes
+        # that file is for both modes
+        assert all("profile.mode = 'networks'" in line for line in said), said
         seen += 1
     assert seen >= 12
 
@@ -125,7 +126,9 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         (["shrink.metrics=['random']", "shrink.base_epochs=3"], "study shrink", "does nothing: only the metric angle has it"),
     ],
 )  # fmt: skip
-def test_what_the_command_line_sets_in_vain_is_refused(overrides: list[str], verb: str, message: str) -> None:
+def test_what_the_command_line_sets_in_vain_is_refused(
+    overrides: list[str], verb: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         warned(None, overrides, verb)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
@@ -134,16 +137,19 @@ def test_what_the_command_line_sets_in_vain_is_refused(overrides: list[str], ver
 @pytest.mark.parametrize(
     ("overrides", "verb"),
     [
-        (["train.arch=22", "space.act=relu6", "space.width=0.5"], "train"),  # an architecture in the space's notation is of the space
+        # an architecture in the space's notation is of the space
+        (["train.arch=22", "space.act=relu6", "space.width=0.5"], "train"),
         (["train.arch=mobilenet_v2", "space.width=0.5"], "train"),
-        (["train.arch=mobilenet_v2", "profile.rounds=3"], "profile"),  # what the verb does is done all the same
+        # what the verb does is done all the same
+        (["train.arch=mobilenet_v2", "profile.rounds=3"], "profile"),
         (["profile.mode=networks", "profile.networks=30"], "profile"),
         (["profile.networks=['mobilenet_v2']"], "profile"),
         (["profile.mode=networks", "profile.networks=mobilenet_v2"], "profile"),
         (["search.strategy=spos", "search.evaluation_images=50"], "search"),
         (["search.finder=evolution", "search.evaluation_images=50"], "search"),
         (["search.optimizer.name=sgd", "search.optimizer.momentum=0.8"], "search"),
-        ([*COCO, "detector.post_processing.min_score=0.5"], "run"),  # not below app_score's default, which nobody has asked for
+        # not below app_score's default, which nobody has asked for
+        ([*COCO, "detector.post_processing.min_score=0.5"], "run"),
         ([*COCO, "detector.post_processing.min_score=0.5", "validate.app_score=0.6"], "run"),
         ([*COCO, "validate.app_score=0.001"], "export"),
         (["search.epochs=3"], "train"),  # the same keys are given to one stage after another
@@ -154,18 +160,25 @@ def test_what_is_used_is_let_be(overrides: list[str], verb: str) -> None:
 
 
 def test_a_file_for_many_commands_is_warned_of_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text("[search]\ntarget_range = 0.5\nepochs = 3\n[profile]\nrounds = 3\n[space]\nwidth = 0.5\n")
+    (tmp_path / "x.toml").write_text(
+        "[search]\ntarget_range = 0.5\nepochs = 3\n[profile]\nrounds = 3\n[space]\nwidth = 0.5\n"
+    )
     assert warned(tmp_path / "x.toml") == []
     (line,) = warned(tmp_path / "x.toml", ["train.arch=mobilenet_v2"])
     expected = "profile.rounds, search.target_range, search.epochs do nothing."
     assert line == f"train.arch = 'mobilenet_v2' is trained without a search, so {expected}"
 
 
-def test_a_range_in_the_file_gives_way_to_a_budget_and_never_the_other_way_round(tmp_path: Path) -> None:
+def test_a_range_in_the_file_gives_way_to_a_budget_and_never_the_other_way_round(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "x.toml").write_text("[search]\ntarget_range = 0.5\n")
     assert warned(tmp_path / "x.toml", ["search.target_ms=3"]) == []
     (tmp_path / "x.toml").write_text("[search]\ntarget_ms = 3\n")
-    with pytest.raises(ConfigError, match=r"search\.target_range = 0\.5 does nothing: search\.target_ms = 3 is the budget"):
+    with pytest.raises(
+        ConfigError,
+        match=r"search\.target_range = 0\.5 does nothing: search\.target_ms = 3 is the budget",
+    ):
         warned(tmp_path / "x.toml", ["search.target_range=0.5"])
     assert warned(None, ["search.target_ms=3", "search.target_range=0.5"]) == [
         "search.target_ms = 3 is the budget, so search.target_range does nothing."
@@ -181,8 +194,10 @@ def test_a_range_in_the_file_gives_way_to_a_budget_and_never_the_other_way_round
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["train.arch=mobilenet_v2"],  # its profile and search do nothing, and a run folder says every key of them
-        ['search.optimizer={name = "adamw", lr = 0.165, weight_decay = 4e-5, warmup = 0.025}'],  # a former default is no default of adamw's
+        # its profile and search do nothing, and a run folder says every key of them
+        ["train.arch=mobilenet_v2"],
+        # a former default is no default of adamw's
+        ['search.optimizer={name = "adamw", lr = 0.165, weight_decay = 4e-5, warmup = 0.025}'],
         ["data.classes=10"],  # a number, and not to be counted again
         ["search.random_samples=8", "search.strategy=random_standalone"],
     ],

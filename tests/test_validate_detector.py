@@ -1,4 +1,6 @@
-"""A small detector through export and validation: what the bundle says, what the verdict is, and what is no promise kept."""
+"""A small detector through export and validation: what the bundle says, what the
+verdict is, and what is no promise kept.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     folder = tmp_path_factory.mktemp("rectangles")
     content = settings(folder, epochs=30)
     content["detector"]["post_processing"] = {"min_score": 0.02, "detections": 50}
-    return Experiment.model_validate({**content, "export": {"calibration_images": 16, "parity_images": 8}, "validate": VALIDATE})
+    return Experiment.model_validate(
+        {**content, "export": {"calibration_images": 16, "parity_images": 8}, "validate": VALIDATE}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,9 @@ class Changed(Host):
     outputs: ClassVar[dict[tuple[str, bytes], np.ndarray]] = {}
     rows: ClassVar[dict[str, list[dict[str, Any]]]] = {}
 
-    def __init__(self, name: str = "", change: Callable[[np.ndarray], np.ndarray] = np.copy) -> None:
+    def __init__(
+        self, name: str = "", change: Callable[[np.ndarray], np.ndarray] = np.copy
+    ) -> None:
         super().__init__(HOST)
         self.name, self.change = name, change
 
@@ -80,7 +86,9 @@ class Changed(Host):
         return self.change(self.outputs[key]) if model.name == self.name else self.outputs[key]
 
 
-def verdict(run: Path, experiment: Experiment, work: Path, connection: Any = None, **changes: Any) -> Verdict:
+def verdict(
+    run: Path, experiment: Experiment, work: Path, connection: Any = None, **changes: Any
+) -> Verdict:
     config = experiment.validation.model_copy(update=changes)
     bench = Bench(HOST, connection or Changed(), experiment.device, timing_file, work)
     return validate(bench, run / "export", experiment.data, config, None)
@@ -88,27 +96,49 @@ def verdict(run: Path, experiment: Experiment, work: Path, connection: Any = Non
 
 @pytest.mark.slow
 def test_all_files_are_as_good_as_pytorch(run: Path) -> None:
-    bundle, found = Bundle.load(run / "export" / "bundle.json"), Verdict.load(run / "validate" / "verdict.json")
+    bundle, found = (
+        Bundle.load(run / "export" / "bundle.json"),
+        Verdict.load(run / "validate" / "verdict.json"),
+    )
     trained = TrainResult.load(run / "train" / "train.json")
-    assert (trained.metric, bundle.metric, found.metric) == ("AP", "AP", "AP") and bundle.metrics["AP"] > 0.3
+    assert (trained.metric, bundle.metric, found.metric) == ("AP", "AP", "AP") and bundle.metrics[
+        "AP"
+    ] > 0.3
     assert bundle.metrics["AP"] == pytest.approx(trained.metrics["AP"], abs=1e-3)
     assert found.metrics == pytest.approx(bundle.metrics, abs=1e-9)
-    assert [file.name for file in found.files] == [target(kind).file for kind in (*FORMATS, *NMS_FORMATS)]
+    assert [file.name for file in found.files] == [
+        target(kind).file for kind in (*FORMATS, *NMS_FORMATS)
+    ]
     assert found.passed and found.unpredicted == "there is no table of this device"
     for file in found.files:
         assert file.metrics["AP"] > 0.25 and "accuracy" not in file.metrics
         assert file.measured_ms > 0 and (file.predicted_ms, file.latency_passed) == (None, None)
         in_graph = "nms" in file.name or "tasks" in file.name
-        assert (file.post_processing_ms is None) == (file.app_post_processing_ms is None) == in_graph
-        assert (file.app_ms is None) == (not in_graph) and file.timed_on == ("test image" if in_graph else None)
+        assert (
+            (file.post_processing_ms is None) == (file.app_post_processing_ms is None) == in_graph
+        )
+        assert (file.app_ms is None) == (not in_graph) and file.timed_on == (
+            "test image" if in_graph else None
+        )
         assert (file.network_ms is None) == (in_graph or file.runtime == "onnxruntime")
-        assert file.parity is not None and file.parity_passed is (None if in_graph or file.dtype == "int8" else True)
-        if file.dtype == "fp32" and "tasks" not in file.name:  # whose NMS sees boxes that are not cut off at the edges
+        assert file.parity is not None and file.parity_passed is (
+            None if in_graph or file.dtype == "int8" else True
+        )
+        # whose NMS sees boxes that are not cut off at the edges
+        if file.dtype == "fp32" and "tasks" not in file.name:
             assert file.parity.relative_error < 1e-5 and file.parity.agreement == 1
     said = lines(found)
     assert (found.min_score, found.app_score) == (0.02, 0.3)
-    assert re.search(r" \+ [\d.]+ ms of post-processing in NumPy at score 0\.3 \([\d.]+ ms at 0\.02, as AP needs\); AP ", said[0])
-    assert re.search(r"^model-nms\.onnx: [\d.]+ ms at score 0\.02, as AP needs, [\d.]+ ms at 0\.3, on a test image; AP ", said[3])
+    assert re.search(
+        r" \+ [\d.]+ ms of post-processing in NumPy at score 0\.3 \([\d.]+ ms at 0\.02, as AP"
+        r" needs\); AP ",
+        said[0],
+    )
+    assert re.search(
+        r"^model-nms\.onnx: [\d.]+ ms at score 0\.02, as AP needs, [\d.]+ ms at 0\.3, on a test"
+        r" image; AP ",
+        said[3],
+    )
     assert "note: latency is not judged: there is no table of this device." in said
     assert said[-1] == "verdict: passed"
 
@@ -118,8 +148,14 @@ def test_the_bundle_says_how_to_read_its_files(run: Path, experiment: Experiment
     folder = run / "export"
     bundle = Bundle.load(folder / "bundle.json")
     assert bundle.detector is not None and bundle.labels == ("red", "blue")
-    assert Bundle.parse(bundle.to_json()) == bundle and "accuracy" not in json.loads(bundle.to_json())["metrics"]
-    assert bundle.preprocessing.mean == experiment.data.mean and "without keeping the aspect ratio" in bundle.preprocessing.resize
+    assert (
+        Bundle.parse(bundle.to_json()) == bundle
+        and "accuracy" not in json.loads(bundle.to_json())["metrics"]
+    )
+    assert (
+        bundle.preprocessing.mean == experiment.data.mean
+        and "without keeping the aspect ratio" in bundle.preprocessing.resize
+    )
     images = load_images(experiment.data, "test")
     assert isinstance(images, CocoImages)
     x_NCHW, targets = images.__getitems__([(0, 0)])
@@ -128,10 +164,14 @@ def test_the_bundle_says_how_to_read_its_files(run: Path, experiment: Experiment
         outputs = Host(HOST).predict(folder / file.name, x_NCHW.permute(0, 2, 3, 1).numpy(), folder)
         assert outputs.size == sum(int(np.prod(output.shape)) for output in file.outputs)
         options = bundle.detector.post_processing.model_dump()
-        boxes, scores, labels = READERS[target(file.format).graph](outputs[0], options, bundle.architecture.resolution, len(bundle.labels))
+        boxes, scores, labels = READERS[target(file.format).graph](
+            outputs[0], options, bundle.architecture.resolution, len(bundle.labels)
+        )
         assert len(scores) and (np.diff(scores) <= 0).all()
         wanted = [each for each in targets[0] if each[4] == labels[0]]
-        assert min(float(np.abs(boxes[0] - each[:4].numpy()).max()) for each in wanted) < 12, "pixels of the input, x1, y1, x2, y2"
+        assert min(float(np.abs(boxes[0] - each[:4].numpy()).max()) for each in wanted) < 12, (
+            "pixels of the input, x1, y1, x2, y2"
+        )
 
 
 @pytest.mark.slow
@@ -139,12 +179,26 @@ def test_a_bundle_of_version_1_is_read(run: Path) -> None:
     """It described what comes out of a detector's files in one place for all."""
     content = json.loads((run / "export" / "bundle.json").read_text())
     new = Bundle.parse(json.dumps(content))
-    old = {name: value for name, value in content.items() if name not in ("metric", "metrics", "task")}
+    old = {
+        name: value for name, value in content.items() if name not in ("metric", "metrics", "task")
+    }
     graphs = {file.name: target(file.format).graph for file in new.files}
-    described = {file["name"]: {"graph": graphs[file["name"]], "outputs": file["outputs"]} for file in content["files"]}
-    old |= {"schema": "hwnas.bundle/1", "torch_ap": content["metrics"]["AP"], "detector": {**content["detector"], "files": described}}
-    old["files"] = [{name: value for name, value in file.items() if name != "outputs"} for file in content["files"]]
-    assert Bundle.parse(json.dumps(old)) == new.model_copy(update={"metrics": {"AP": new.metrics["AP"]}})
+    described = {
+        file["name"]: {"graph": graphs[file["name"]], "outputs": file["outputs"]}
+        for file in content["files"]
+    }
+    old |= {
+        "schema": "hwnas.bundle/1",
+        "torch_ap": content["metrics"]["AP"],
+        "detector": {**content["detector"], "files": described},
+    }
+    old["files"] = [
+        {name: value for name, value in file.items() if name != "outputs"}
+        for file in content["files"]
+    ]
+    assert Bundle.parse(json.dumps(old)) == new.model_copy(
+        update={"metrics": {"AP": new.metrics["AP"]}}
+    )
     for files in ([1], {"a": {}}, {"a": 3}):
         with pytest.raises(DocumentError):
             Bundle.parse(json.dumps({**old, "detector": {**content["detector"], "files": files}}))
@@ -158,33 +212,53 @@ def test_a_part_of_the_images(run: Path, experiment: Experiment, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model-fp32.tflite", "model-nms.onnx", "model-int8-tasks.tflite"])
-def test_a_file_that_finds_nothing_has_an_ap_of_0(name: str, run: Path, experiment: Experiment, tmp_path: Path) -> None:
+def test_a_file_that_finds_nothing_has_an_ap_of_0(
+    name: str, run: Path, experiment: Experiment, tmp_path: Path
+) -> None:
     found = verdict(run, experiment, tmp_path, Changed(name, np.zeros_like))
     [wrong] = [file for file in found.files if file.name == name]
     assert (wrong.metrics["AP"], wrong.quality_passed, found.passed) == (0.0, False, False)
     assert all(file.quality_passed for file in found.files if file.name != name)
     assert wrong.parity is not None and wrong.parity.agreement < 1
-    assert any(line.startswith(name) and "OUT OF TOLERANCE" in line for line in lines(found)) and lines(found)[-1] == "verdict: FAILED"
+    assert (
+        any(line.startswith(name) and "OUT OF TOLERANCE" in line for line in lines(found))
+        and lines(found)[-1] == "verdict: FAILED"
+    )
 
 
 @pytest.mark.slow
 def test_boxes_in_another_order_fail(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     """x and y exchanged, which on square images looks right."""
-    found = verdict(run, experiment, tmp_path, Changed("model.onnx", lambda rows: rows[..., [1, 0, 3, 2, *range(4, rows.shape[-1])]]))
-    assert [file.name for file in found.files if not file.quality_passed or file.parity_passed is False] == ["model.onnx"]
+    found = verdict(
+        run,
+        experiment,
+        tmp_path,
+        Changed("model.onnx", lambda rows: rows[..., [1, 0, 3, 2, *range(4, rows.shape[-1])]]),
+    )
+    assert [
+        file.name for file in found.files if not file.quality_passed or file.parity_passed is False
+    ] == ["model.onnx"]
 
 
 @pytest.mark.slow
-def test_outputs_that_are_no_rows_of_the_bundles(run: Path, experiment: Experiment, tmp_path: Path) -> None:
+def test_outputs_that_are_no_rows_of_the_bundles(
+    run: Path, experiment: Experiment, tmp_path: Path
+) -> None:
     cut = Changed("model.onnx", lambda rows: rows[:, :-1])
     with pytest.raises(
-        DeviceError, match=r"model\.onnx gave outputs \[8, \d+, 6\] for 8 images, but bundle\.json says \d+ numbers an image"
+        DeviceError,
+        match=(
+            r"model\.onnx gave outputs \[8, \d+, 6\] for 8 images, but bundle\.json says \d+"
+            r" numbers an image"
+        ),
     ):
         verdict(run, experiment, tmp_path, cut)
 
 
 @pytest.mark.slow
-def test_another_file_under_the_name_of_one(run: Path, experiment: Experiment, tmp_path: Path) -> None:
+def test_another_file_under_the_name_of_one(
+    run: Path, experiment: Experiment, tmp_path: Path
+) -> None:
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
     shutil.copy(copied / "export" / "model-nms.onnx", copied / "export" / "model.onnx")
@@ -195,7 +269,9 @@ def test_another_file_under_the_name_of_one(run: Path, experiment: Experiment, t
 @pytest.mark.slow
 def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     digits = Experiment.model_validate({"data": {"name": "digits"}}).data
-    with pytest.raises(ConfigError, match=r"data\.name = 'digits' has no boxes, but 'small-ssdlite' is a detector"):
+    with pytest.raises(
+        ConfigError, match=r"data\.name = 'digits' has no boxes, but 'small-ssdlite' is a detector"
+    ):
         bench = Bench(HOST, connect(HOST), experiment.device, timing_file, tmp_path)
         validate(bench, run / "export", digits, experiment.validation, None)
     less = tmp_path / "data"
@@ -206,8 +282,12 @@ def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Pat
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [row for row in content["annotations"] if row["image_id"] in kept]
     path.write_text(json.dumps(content))
-    fewer = experiment.model_copy(update={"data": experiment.data.model_copy(update={"path": str(less)})})
-    with pytest.raises(DocumentError, match="made with 8 test images, and the data have 7: export again"):
+    fewer = experiment.model_copy(
+        update={"data": experiment.data.model_copy(update={"path": str(less)})}
+    )
+    with pytest.raises(
+        DocumentError, match="made with 8 test images, and the data have 7: export again"
+    ):
         verdict(run, fewer, tmp_path)
 
 
@@ -215,7 +295,12 @@ def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Pat
 def test_the_report_of_a_validated_detector(run: Path) -> None:
     text = (run / "report" / "report.html").read_text()
     found = Verdict.load(run / "validate" / "verdict.json")
-    assert "✓ passed" in text and "finds objects with an AP of" in text and "in graph" in text and "Not finished" not in text
+    assert (
+        "✓ passed" in text
+        and "finds objects with an AP of" in text
+        and "in graph" in text
+        and "Not finished" not in text
+    )
     for file in found.files:
         assert text.count(f"AP, {file.name}") == 1
     assert "Top-1, " not in text
@@ -223,34 +308,65 @@ def test_the_report_of_a_validated_detector(run: Path) -> None:
 
 @pytest.mark.slow
 def test_files_that_take_pixels(run: Path, experiment: Experiment, tmp_path: Path) -> None:
-    """As good as those that do not, by outputs and AP; and the network is timed alone, without what normalises."""
+    """As good as those that do not, by outputs and AP; and the network is timed alone,
+    without what normalises.
+    """
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
-    formats = ("tflite-fp32", "tflite-int8", "onnx", "onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks")
-    app = experiment.model_copy(update={"export": experiment.export.model_copy(update={"input": "uint8", "formats": formats})})
+    formats = (
+        "tflite-fp32",
+        "tflite-int8",
+        "onnx",
+        "onnx-nms",
+        "tflite-fp32-tasks",
+        "tflite-int8-tasks",
+    )
+    app = experiment.model_copy(
+        update={
+            "export": experiment.export.model_copy(update={"input": "uint8", "formats": formats})
+        }
+    )
     Pipeline(app, copied, Progress()).run_stage("export")
     before, after = (Bundle.load(folder / "export" / "bundle.json") for folder in (run, copied))
     for one, other in zip(before.files, after.files, strict=True):
         assert one.input is not None and other.input is not None
-        assert (one.input.dtype, other.input.dtype, other.outputs) == ("float32", "uint8", one.outputs)
-        assert other.parity.relative_error == pytest.approx(one.parity.relative_error, abs=0.02 if one.dtype == "int8" else 1e-5)
+        assert (one.input.dtype, other.input.dtype, other.outputs) == (
+            "float32",
+            "uint8",
+            one.outputs,
+        )
+        assert other.parity.relative_error == pytest.approx(
+            one.parity.relative_error, abs=0.02 if one.dtype == "int8" else 1e-5
+        )
     bench = Bench(HOST, Host(HOST), app.device, timing_file, tmp_path)
     found = validate(bench, copied / "export", app.data, app.validation, None)
     known = {file.name: file for file in Verdict.load(run / "validate" / "verdict.json").files}
     assert found.passed
     for file in found.files:
-        assert file.metrics["AP"] == pytest.approx(known[file.name].metrics["AP"], abs=0.03 if file.dtype == "int8" else 1e-3)
+        assert file.metrics["AP"] == pytest.approx(
+            known[file.name].metrics["AP"], abs=0.03 if file.dtype == "int8" else 1e-3
+        )
         assert (file.network_ms is None) == (known[file.name].network_ms is None)
 
 
 def test_scores_are_no_logits(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"export\.softmax is for classifiers, and a detector's files have scores already; remove it"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"export\.softmax is for classifiers, and a detector's files have scores already;"
+            r" remove it"
+        ),
+    ):
         Experiment.model_validate({**settings(tmp_path), "export": {"softmax": True}})
 
 
 @pytest.mark.parametrize(("score", "timed"), [(0.3, True), (0.02, False), (0.01, False)])
-def test_thresholds_of_an_app(score: float, timed: bool, run: Path, experiment: Experiment, tmp_path: Path) -> None:
-    """Copies for timing are the same files with another threshold, and there are none where AP's is no lower."""
+def test_thresholds_of_an_app(
+    score: float, timed: bool, run: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    """Copies for timing are the same files with another threshold, and there are none
+    where AP's is no lower.
+    """
     plans: list[dict[str, Any]] = []
 
     class Kept(Changed):
@@ -261,19 +377,34 @@ def test_thresholds_of_an_app(score: float, timed: bool, run: Path, experiment: 
             for item in plan["items"]:
                 if "nms" in item["id"] or "tasks" in item["id"]:
                     [image] = np.load(item["input"])
-                    outputs[item["id"]] = Host(HOST).predict(Path(item["path"]), image[None], folder)
+                    outputs[item["id"]] = Host(HOST).predict(
+                        Path(item["path"]), image[None], folder
+                    )
             yield from super().measure(plan, folder)
 
     outputs: dict[str, np.ndarray] = {}
     found = verdict(run, experiment, tmp_path, Kept(), app_score=score)
-    assert all((file.app_ms is not None) == (timed and file.timed_on is not None) for file in found.files)
-    assert all((file.app_post_processing_ms is not None) == (timed and file.timed_on is None) for file in found.files)
+    assert all(
+        (file.app_ms is not None) == (timed and file.timed_on is not None) for file in found.files
+    )
+    assert all(
+        (file.app_post_processing_ms is not None) == (timed and file.timed_on is None)
+        for file in found.files
+    )
     assert found.app_score == (score if timed else None)
-    assert {name.removeprefix("app-") for name in outputs} == {"model-nms.onnx", "model-fp32-tasks.tflite", "model-int8-tasks.tflite"}
-    assert len(outputs) == (6 if timed else 3) and not any("input" in i for p in plans for i in p["items"] if i["id"] == "model.onnx")
+    assert {name.removeprefix("app-") for name in outputs} == {
+        "model-nms.onnx",
+        "model-fp32-tasks.tflite",
+        "model-int8-tasks.tflite",
+    }
+    assert len(outputs) == (6 if timed else 3) and not any(
+        "input" in i for p in plans for i in p["items"] if i["id"] == "model.onnx"
+    )
     for name in [name for name in outputs if name.startswith("app-")]:
         graph = "nms" if "nms" in name else "tasks"
-        all_boxes, all_scores, all_labels = READERS[graph](outputs[name.removeprefix("app-")], {}, 48, 2)
+        all_boxes, all_scores, all_labels = READERS[graph](
+            outputs[name.removeprefix("app-")], {}, 48, 2
+        )
         boxes, scores, labels = READERS[graph](outputs[name], {}, 48, 2)
         high = all_scores > score
         assert 0 < len(scores) < len(all_scores)
@@ -283,7 +414,9 @@ def test_thresholds_of_an_app(score: float, timed: bool, run: Path, experiment: 
 
 
 def test_verdicts_of_before_are_read() -> None:
-    """One of version 1, without an app's threshold anywhere; and one with it comes back as it was."""
+    """One of version 1, without an app's threshold anywhere; and one with it comes back
+    as it was.
+    """
     kept = {
         "name": "model.onnx", "runtime": "onnxruntime", "runtime_version": "1", "dtype": "fp32", "measured_ms": 1.0, "spread": 0.01,
         "predicted_ms": None, "latency_error": None, "latency_passed": None, "parity": None, "parity_passed": True,
@@ -302,7 +435,12 @@ def test_verdicts_of_before_are_read() -> None:
     }  # fmt: skip
     old = Verdict.parse(json.dumps(content))
     wanted = {name: value for name, value in content.items() if name != "torch_ap"}
-    wanted |= {"schema": "hwnas.verdict/2", "task": "detect", "metric": "AP", "metrics": {"AP": 0.5}}
+    wanted |= {
+        "schema": "hwnas.verdict/2",
+        "task": "detect",
+        "metric": "AP",
+        "metrics": {"AP": 0.5},
+    }
     wanted["files"] = [{**kept, "metrics": {"AP": 0.48}, "loss": 0.02, "quality_passed": True}]
     assert json.loads(old.to_json()) == wanted
     tolerances = old.tolerances.model_copy(update={"app_score": 0.5})
@@ -312,7 +450,10 @@ def test_verdicts_of_before_are_read() -> None:
 
 def test_the_typical_image(tmp_path: Path) -> None:
     """The one with the median number of scores above the threshold."""
-    images, rows = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1), np.zeros((5, 9, 5), np.float32)
+    images, rows = (
+        np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1),
+        np.zeros((5, 9, 5), np.float32),
+    )
     for image, count in enumerate((7, 0, 3, 9, 2)):
         rows[image, :count, 4] = 0.5
     rows[1, :, 4] = 0.3
@@ -324,11 +465,16 @@ def test_the_typical_image(tmp_path: Path) -> None:
 def test_parity_of_detections() -> None:
     """Over all anchors, or over PyTorch's detections and what is nearest to them."""
     config = PostProcessing(min_score=0.1, detections=2)
-    rows = np.array([[[0, 0, 32, 32, 0.9], [40, 40, 64, 64, 0.5]], [[0, 0, 8, 8, 0.0], [9, 9, 20, 20, 0.0]]], np.float32)
+    rows = np.array(
+        [[[0, 0, 32, 32, 0.9], [40, 40, 64, 64, 0.5]], [[0, 0, 8, 8, 0.0], [9, 9, 20, 20, 0.0]]],
+        np.float32,
+    )
     shifted = rows.copy()
     shifted[0, 1, 0] += 0.64
     found = parity("decoded", shifted, rows, config, 64)
-    assert (found.images, found.agreement) == (2, 1.0) and found.relative_error == pytest.approx(0.01)
+    assert (found.images, found.agreement) == (2, 1.0) and found.relative_error == pytest.approx(
+        0.01
+    )
     chosen = np.zeros((2, 2, 6), np.float32)
     chosen[0] = [[40, 40, 64, 64, 0.5, 0], [0, 0, 32, 32, 0.89, 0]]  # in another order
     found = parity("nms", chosen, rows, config, 64)
@@ -340,10 +486,15 @@ def test_parity_of_detections() -> None:
     assert parity("tasks", np.zeros((2, 13), np.float32), rows, config, 64).relative_error == 1
 
 
-@pytest.mark.parametrize(("task", "said"), [("classify", "'small-ssdlite' is a detector"), ("detect", "'small' is a classifier")])
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [("classify", "'small-ssdlite' is a detector"), ("detect", "'small' is a classifier")],
+)
 def test_a_network_of_the_other_task_is_not_exported(task: str, said: str, tmp_path: Path) -> None:
     boxes = Experiment.model_validate(settings(tmp_path))
-    network = network_of(architecture(boxes, mobile32(), tmp_path) if task == "classify" else classifier())
+    network = network_of(
+        architecture(boxes, mobile32(), tmp_path) if task == "classify" else classifier()
+    )
     save_network(network, tmp_path / "run" / "train" / "model.safetensors", {})
     config = boxes if task == "detect" else Experiment()
     with pytest.raises(ConfigError, match=f"{said}, but task = '{task}': set task = "):

@@ -7,15 +7,23 @@
     [search]   target_ms = 1.5
                strategy = {name = "tunas"}
 
-Unknown keys are errors that name the nearest known one. ``-s search.target_ms=1.5`` sets one key from the command line. The
-resolved configuration, defaults included, is written into the run folder. Each field's description is its documentation.
+Unknown keys are errors that name the nearest known one. ``-s search.target_ms=1.5``
+sets one key from the command line. The resolved configuration, defaults included, is
+written into the run folder. Each field's description is its documentation.
 """
 
 from hwnas.config.base import Plugin, Section
 from hwnas.config.experiment import Experiment, all_keys, keys_given, load_experiment, located
 from hwnas.config.formats import FORMATS, NMS_FORMATS, TARGETS, Format
 from hwnas.config.search import OperationOn, OptimizerConfig, SearchConfig, SupernetConfig
-from hwnas.config.study import FIXED_BY_THE_STUDY, CompareConfig, MethodConfig, ScoreName, ShrinkConfig, StudyConfig
+from hwnas.config.study import (
+    FIXED_BY_THE_STUDY,
+    CompareConfig,
+    MethodConfig,
+    ScoreName,
+    ShrinkConfig,
+    StudyConfig,
+)
 from hwnas.config.tables import (
     IMAGE_LABELS,
     DataConfig,

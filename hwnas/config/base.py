@@ -20,8 +20,12 @@ class Section(BaseModel):
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def with_usual(given: Any, usual: Mapping[str, Any], handler: Callable[[Any], AnySection]) -> AnySection:
-    """A table whose defaults depend on what else is given: ``usual`` stands in for what is not, and does not count as given."""
+def with_usual(
+    given: Any, usual: Mapping[str, Any], handler: Callable[[Any], AnySection]
+) -> AnySection:
+    """A table whose defaults depend on what else is given: ``usual`` stands in for what
+    is not, and does not count as given.
+    """
     if not isinstance(given, dict) or not usual:
         return handler(given)
     made = handler({**usual, **given})
@@ -30,7 +34,9 @@ def with_usual(given: Any, usual: Mapping[str, Any], handler: Callable[[Any], An
 
 
 class Plugin(BaseModel):
-    """A plug-in by name with options of its own, which the plug-in's ``Config`` checks when it is looked up."""
+    """A plug-in by name with options of its own, which the plug-in's ``Config`` checks
+    when it is looked up.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -42,7 +48,9 @@ class Plugin(BaseModel):
         return {"name": value} if isinstance(value, str) else value  # -s search.strategy=fbnet
 
     def options(self, config: type[BaseModel]) -> Any:
-        """The plug-in's own options as its ``config`` model. Raises ConfigError naming the wrong one."""
+        """The plug-in's own options as its ``config`` model. Raises ConfigError naming
+        the wrong one.
+        """
         try:
             return config.model_validate(self.model_extra or {})
         except ValidationError as error:

@@ -35,7 +35,9 @@ class Experiment(Section):
     name: str = "experiment"
     task: TaskName = Field("classify", description="one label per image, or boxes with labels")
     seed: int = Field(0, ge=0, lt=2**31)
-    checkpoint_seconds: float = Field(20.0, ge=0, description="how often a running search or training saves its state")
+    checkpoint_seconds: float = Field(
+        20.0, ge=0, description="how often a running search or training saves its state"
+    )
     space: SpaceConfig = SpaceConfig()
     device: DeviceConfig = DeviceConfig()
     data: DataConfig = DataConfig()
@@ -52,52 +54,85 @@ class Experiment(Section):
     def _one_task(self) -> Self:
         detects = network_kind(self.task) == "detect"
         if detects and self.data.name in IMAGE_LABELS:
-            raise ValueError(f"task = {self.task!r} needs boxes, and data.name = {self.data.name!r} has none; choose data.name = 'coco'")
+            raise ValueError(
+                f"task = {self.task!r} needs boxes, and data.name = {self.data.name!r} has none;"
+                " choose data.name = 'coco'"
+            )
         if not detects and self.data.name == "coco":
-            raise ValueError("data.name = 'coco' has boxes instead of one label per image; set task = 'detect'")
+            raise ValueError(
+                "data.name = 'coco' has boxes instead of one label per image; set task = 'detect'"
+            )
         if not detects and self.train.backbone is not None:
             raise ValueError("train.backbone begins a detector; remove it, or set task = 'detect'")
-        of_boxes = [name for name in self.export.formats or () if name in NMS_FORMATS and not detects]
+        of_boxes = [
+            name for name in self.export.formats or () if name in NMS_FORMATS and not detects
+        ]
         if of_boxes:
-            raise ValueError(f"export.formats has {of_boxes[0]!r}, which is for boxes; remove it, or set task = 'detect'")
+            raise ValueError(
+                f"export.formats has {of_boxes[0]!r}, which is for boxes; remove it, or set task ="
+                " 'detect'"
+            )
         if detects and self.export.softmax:
-            raise ValueError("export.softmax is for classifiers, and a detector's files have scores already; remove it")
+            raise ValueError(
+                "export.softmax is for classifiers, and a detector's files have scores already;"
+                " remove it"
+            )
         if not detects and self.search.backbone is not None:
-            raise ValueError("search.backbone begins a super-net of detectors; remove it, or set task = 'detect'")
+            raise ValueError(
+                "search.backbone begins a super-net of detectors; remove it, or set task = 'detect'"
+            )
         if detects and self.search.supernet.dropout > 0:
-            raise ValueError("search.supernet.dropout is before a classifier, and a detector has none; remove it")
+            raise ValueError(
+                "search.supernet.dropout is before a classifier, and a detector has none; remove it"
+            )
         if self.train.backbone is not None and self.train.weights != "scratch":
-            raise ValueError("train.backbone and train.weights = 'supernet' both say what to begin with; remove one of them")
+            raise ValueError(
+                "train.backbone and train.weights = 'supernet' both say what to begin with; remove"
+                " one of them"
+            )
         return self
 
     @property
     def export_formats(self) -> tuple[Format, ...]:
         """The configured formats, else all of the task's."""
-        return self.export.formats or ((*FORMATS, *NMS_FORMATS) if network_kind(self.task) == "detect" else FORMATS)
+        return self.export.formats or (
+            (*FORMATS, *NMS_FORMATS) if network_kind(self.task) == "detect" else FORMATS
+        )
 
 
 def load_experiment(path: str | Path | None, overrides: list[str] | None = None) -> Experiment:
-    """Read an experiment from TOML; ``overrides`` are ``key.path=value`` strings. Raises ConfigError in one sentence."""
+    """Read an experiment from TOML; ``overrides`` are ``key.path=value`` strings.
+    Raises ConfigError in one sentence.
+    """
     content: dict[str, Any] = {}
     if path is not None:
         try:
             content = tomllib.loads(located(Path(path)).read_text())
         except FileNotFoundError as error:
-            raise ConfigError(f"configuration {path} does not exist: check the path, or see 'hwnas run --help'.") from error
+            raise ConfigError(
+                f"configuration {path} does not exist: check the path, or see 'hwnas run --help'."
+            ) from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from error
     set_content = content
     for override in overrides or []:
-        set_content = merged(set_content, _override(override), replace=("strategy", "objective", "optimizer"))
+        set_content = merged(
+            set_content, _override(override), replace=("strategy", "objective", "optimizer")
+        )
     try:
         return Experiment.model_validate(set_content)
     except ValidationError as error:
-        source = str(path) if _is_wrong(content, error) else ", ".join(f"-s {text}" for text in _to_blame(overrides or [], error))
+        source = (
+            str(path)
+            if _is_wrong(content, error)
+            else ", ".join(f"-s {text}" for text in _to_blame(overrides or [], error))
+        )
         raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
 
 
 def keys_given(section: Section) -> dict[str, Any]:
-    """The keys that were given, not left at their default, as they are written in a file, with their values.
+    """The keys that were given, not left at their default, as they are written in a
+    file, with their values.
 
     A table that is no ``Section``, such as a plug-in's or an objective, is one key.
     """
@@ -105,7 +140,11 @@ def keys_given(section: Section) -> dict[str, Any]:
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), field.alias or name
         if name in section.model_fields_set:
-            found |= {f"{key}.{inner}": each for inner, each in keys_given(value).items()} if isinstance(value, Section) else {key: value}
+            found |= (
+                {f"{key}.{inner}": each for inner, each in keys_given(value).items()}
+                if isinstance(value, Section)
+                else {key: value}
+            )
     return found
 
 
@@ -129,17 +168,32 @@ def _is_wrong(content: dict[str, Any], error: ValidationError) -> bool:
         Experiment.model_validate(content)
     except ValidationError as own:
         first = error.errors()[0]
-        alike = [each for each in own.errors() if (each["loc"], each["msg"]) == (first["loc"], first["msg"])]
-        return any(each["input"] == first["input"] or isinstance(first["input"], dict) for each in alike)  # tables hold other keys, too
+        alike = [
+            each
+            for each in own.errors()
+            if (each["loc"], each["msg"]) == (first["loc"], first["msg"])
+        ]
+        # tables hold other keys, too
+        return any(
+            each["input"] == first["input"] or isinstance(first["input"], dict) for each in alike
+        )
     return False
 
 
 def _to_blame(overrides: list[str], error: ValidationError) -> list[str]:
-    """The override whose value is wrong; where a rule of a whole table is broken, all that set something in it."""
+    """The override whose value is wrong; where a rule of a whole table is broken, all
+    that set something in it.
+    """
     place = [str(part) for part in error.errors()[0]["loc"]]
     keys = {text: text.partition("=")[0].strip().split(".") for text in overrides}
-    of_value = [text for text, key in keys.items() if place and key[0] == place[0] and _in_order(key, place)]
-    return of_value[-1:] or [text for text, key in keys.items() if key[: len(place)] == place] or overrides
+    of_value = [
+        text for text, key in keys.items() if place and key[0] == place[0] and _in_order(key, place)
+    ]
+    return (
+        of_value[-1:]
+        or [text for text, key in keys.items() if key[: len(place)] == place]
+        or overrides
+    )
 
 
 def _in_order(key: list[str], place: list[str]) -> bool:
@@ -149,7 +203,9 @@ def _in_order(key: list[str], place: list[str]) -> bool:
 
 
 def located(path: Path) -> Path:
-    """The path itself, or, for ``configs/...`` where there is no checkout, the one that ships with the package."""
+    """The path itself, or, for ``configs/...`` where there is no checkout, the one that
+    ships with the package.
+    """
     if path.exists() or path.parts[:1] != ("configs",):
         return path
     return share_folder("configs").joinpath(*path.parts[1:])
@@ -158,7 +214,9 @@ def located(path: Path) -> Path:
 def _override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"-s {text!r} is not KEY=VALUE; write for instance -s search.target_ms=1.5.")
+        raise ConfigError(
+            f"-s {text!r} is not KEY=VALUE; write for instance -s search.target_ms=1.5."
+        )
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

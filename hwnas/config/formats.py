@@ -1,4 +1,6 @@
-"""Which targets there are to export to: known by name here, so that a configuration can be checked without loading them."""
+"""Which targets there are to export to: known by name here, so that a configuration can
+be checked without loading them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ TARGETS = Registry(
         "tflite-int8-tasks": "hwnas.export.targets:TFLiteInt8Tasks",
     },
 )
-"""Runtimes and number formats; third parties add theirs with the entry point ``hwnas.target`` (see ``hwnas.export.target``)."""
+"""Runtimes and number formats; third parties add theirs with the entry point
+``hwnas.target`` (see ``hwnas.export.target``).
+"""
 
 
 def _known(name: str) -> str:
@@ -34,7 +38,9 @@ RUNTIMES, DTYPES = ("litert", "onnxruntime"), ("fp32", "int8")
 
 
 def known_runtime(name: str) -> str:
-    """A runtime's name. Raises ValueError where no target has it, as far as that can be told without loading plug-ins."""
+    """A runtime's name. Raises ValueError where no target has it, as far as that can be
+    told without loading plug-ins.
+    """
     return _one_of(name, RUNTIMES)
 
 

@@ -1,4 +1,6 @@
-"""Which tasks there are: known by name here, so that a configuration can be checked without loading them."""
+"""Which tasks there are: known by name here, so that a configuration can be checked
+without loading them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ TASKS = Registry(
         "detect": "hwnas.tasks.detection:Detection",
     },
 )
-"""What networks are trained for; third parties add theirs with the entry point ``hwnas.task`` (see ``hwnas.task``)."""
+"""What networks are trained for; third parties add theirs with the entry point
+``hwnas.task`` (see ``hwnas.task``).
+"""
 
 
 def _known(name: str) -> str:
@@ -25,7 +29,9 @@ def _known(name: str) -> str:
 
 
 def network_kind(task: str) -> str:
-    """Whether the networks of a task classify or detect: ``Architecture.task``. Only a third party's task is loaded for that."""
+    """Whether the networks of a task classify or detect: ``Architecture.task``. Only a
+    third party's task is loaded for that.
+    """
     if task in TASKS.builtin:
         return task
     kind: str = TASKS.get(task).network_kind

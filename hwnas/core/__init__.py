@@ -1,1 +1,3 @@
-"""The mathematics of hwnas, without torch: ops, architectures, spaces, tables, costs, objectives."""
+"""The mathematics of hwnas, without torch: ops, architectures, spaces, tables, costs,
+objectives.
+"""

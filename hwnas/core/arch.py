@@ -1,4 +1,5 @@
-"""Architectures: one concrete network, as the list of its blocks, with a detector on them or without.
+"""Architectures: one concrete network, as the list of its blocks, with a detector on
+them or without.
 
 A network of cells is no chain: its ``graph`` says which block reads what.
 """
@@ -8,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from hwnas.core.detector import Detector
 from hwnas.core.graph import StepKey, shapes
@@ -17,7 +25,9 @@ from hwnas.core.ops import Op, OpKey
 from hwnas.document import Document
 
 Picks = dict[str, str | int]
-"""Choice key -> the option picked (``"s2.b1" -> "ir_k5_e6"``, ``"s2.width" -> 32``): the genotype."""
+"""Choice key -> the option picked (``"s2.b1" -> "ir_k5_e6"``, ``"s2.width" -> 32``):
+the genotype.
+"""
 
 
 _ENDS = {"classifier": "a classifier", "ssd": "a head of a detector"}
@@ -36,7 +46,9 @@ class Origin(BaseModel):
 
 @dataclass(frozen=True)
 class Placed:
-    """A place of a network: its name, the op in it (None: it is left empty), and the shape that leaves it."""
+    """A place of a network: its name, the op in it (None: it is left empty), and the
+    shape that leaves it.
+    """
 
     slot: str
     op: Op | None
@@ -50,12 +62,14 @@ class Placed:
 
 
 class Architecture(Document):
-    """A network as a chain of ops, input to output (the phenotype), and the detector on it, if it is not a classifier.
+    """A network as a chain of ops, input to output (the phenotype), and the detector on
+    it, if it is not a classifier.
 
-    Where there is a ``graph``, it takes the chain's place, and ``blocks`` are its ops in the order they run.
+    Where there is a ``graph``, it takes the chain's place, and ``blocks`` are its ops
+    in the order they run.
 
-    Everything downstream needs only this: building, counting, pricing, exporting. ``bn_eps`` is part of it because it
-    is part of the function the weights compute.
+    Everything downstream needs only this: building, counting, pricing, exporting.
+    ``bn_eps`` is part of it because it is part of the function the weights compute.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.architecture"
@@ -75,29 +89,48 @@ class Architecture(Document):
             shapes(self.graph, self.blocks, (channels, size))
         for position, op in enumerate(self.blocks):
             if not self.graph and (op.in_ch, op.size) != (channels, size):
-                raise ValueError(f"block {position} ({op.key}) takes {op.in_ch} channels at {op.size} px, but gets {channels} at {size} px")
+                raise ValueError(
+                    f"block {position} ({op.key}) takes {op.in_ch} channels at {op.size} px, but"
+                    f" gets {channels} at {size} px"
+                )
             if op.kind in _ENDS and op is not self.blocks[-1]:
-                raise ValueError(f"block {position} ({op.key}) is {_ENDS[op.kind]}, but not the last block")
+                raise ValueError(
+                    f"block {position} ({op.key}) is {_ENDS[op.kind]}, but not the last block"
+                )
             channels, size = op.out_ch, op.out_size
         self.head.check(self.blocks, self.graph)
         return self
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``detector`` and ``graph`` where there are none, so that documents from before them keep their hash."""
-        return {name: value for name, value in handler(self).items() if name not in ("detector", "graph") or value}
+        """Without ``detector`` and ``graph`` where there are none, so that documents
+        from before them keep their hash.
+        """
+        return {
+            name: value
+            for name, value in handler(self).items()
+            if name not in ("detector", "graph") or value
+        }
 
     @property
     def head(self) -> Head:
         """What makes its outputs."""
-        return ClassifierHead(self.blocks[-1]) if self.detector is None else DetectorHead(self.detector)
+        return (
+            ClassifierHead(self.blocks[-1])
+            if self.detector is None
+            else DetectorHead(self.detector)
+        )
 
     def ops(self) -> tuple[Op, ...]:
-        """The measurable units of the network: blocks, then extras and heads of the detector. Its latency is the sum over them."""
+        """The measurable units of the network: blocks, then extras and heads of the
+        detector. Its latency is the sum over them.
+        """
         return (*self.blocks, *self.head.after.values())
 
     def placed(self) -> tuple[Placed, ...]:
-        """Its ops, in the order of ``ops``, by what they are called where no space names them: ``block 0``."""
+        """Its ops, in the order of ``ops``, by what they are called where no space
+        names them: ``block 0``.
+        """
         blocks = {f"block {i}": op for i, op in enumerate(self.blocks)}
         return tuple(Placed.of(name, op) for name, op in (blocks | self.head.after).items())
 
@@ -118,7 +151,9 @@ class Architecture(Document):
 
     @property
     def task(self) -> str:
-        """The name of the task that it is for: ``"detect"`` with a detector on it, else ``"classify"``."""
+        """The name of the task that it is for: ``"detect"`` with a detector on it, else
+        ``"classify"``.
+        """
         return self.head.task
 
     @property
@@ -128,7 +163,9 @@ class Architecture(Document):
 
     @property
     def classes(self) -> int:
-        """Number of classes: outputs of a classifier, or what a detector tells apart beside the background."""
+        """Number of classes: outputs of a classifier, or what a detector tells apart
+        beside the background.
+        """
         return self.head.classes
 
     @property

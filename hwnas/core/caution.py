@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 class Caution(BaseModel):
     """A warning that belongs to a result, not to the moment in which it was made.
 
-    ``headline`` is a clause for a verdict ("the search learned nothing"), ``text`` the figures and what to change.
+    ``headline`` is a clause for a verdict ("the search learned nothing"), ``text`` the
+    figures and what to change.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -27,15 +27,21 @@ _KEYS: dict[Kind, str] = {
 }
 """How each kind of address is written. No key is of two kinds."""
 _NUMBERS = {name: rf"(?P<{name}>0|[1-9]\d*)" for name in ("slot", "source", "node")}
-_PATTERNS = {kind: re.compile(form.replace(".", r"\.").format(part=r"(?P<part>\w+)", **_NUMBERS), re.ASCII) for kind, form in _KEYS.items()}
+_PATTERNS = {
+    kind: re.compile(form.replace(".", r"\.").format(part=r"(?P<part>\w+)", **_NUMBERS), re.ASCII)
+    for kind, form in _KEYS.items()
+}
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where in a network a choice decides: what its key says, in fields. Those that a ``kind`` does not have stay as they are here.
+    """Where in a network a choice decides: what its key says, in fields. Those that a
+    ``kind`` does not have stay as they are here.
 
-    ``part`` is a stage (``"s2"``), where ``slot`` counts its blocks, or a kind of cell (``"normal"``), where an edge leads from node
-    ``source`` to ``node``, and ``inputs`` says which edges into ``node`` are kept. ``vertex`` and ``link`` are of NAS-Bench-101's one cell.
+    ``part`` is a stage (``"s2"``), where ``slot`` counts its blocks, or a kind of cell
+    (``"normal"``), where an edge leads from node ``source`` to ``node``, and ``inputs``
+    says which edges into ``node`` are kept. ``vertex`` and ``link`` are of
+    NAS-Bench-101's one cell.
 
     Example:
         >>> Address.parse("s2.b1")
@@ -53,7 +59,9 @@ class Address:
     @property
     def key(self) -> str:
         """How it is written in picks and documents."""
-        return _KEYS[self.kind].format(part=self.part, slot=self.slot, source=self.source, node=self.node)
+        return _KEYS[self.kind].format(
+            part=self.part, slot=self.slot, source=self.source, node=self.node
+        )
 
     @classmethod
     @cache
@@ -64,15 +72,18 @@ class Address:
             if match is not None:
                 part, *numbers = (match.groupdict().get(name) for name in ("part", *_NUMBERS))
                 return cls(kind, part or "", *(int(number or 0) for number in numbers))
-        raise SpaceError(f"{key!r} is no key of a choice: keys are like {', '.join(_KEYS.values())}.")
+        raise SpaceError(
+            f"{key!r} is no key of a choice: keys are like {', '.join(_KEYS.values())}."
+        )
 
 
 @dataclass(frozen=True)
 class Choice:
     """One decision of a search.
 
-    ``kind`` is ``"op"`` for a slot's block, ``"width"`` for a stage's channels, ``"depth"`` for a stage's number of slots,
-    ``"resolution"`` for the height = width of the image and ``"inputs"`` for the edges that a node of a cell keeps.
+    ``kind`` is ``"op"`` for a slot's block, ``"width"`` for a stage's channels,
+    ``"depth"`` for a stage's number of slots, ``"resolution"`` for the height = width
+    of the image and ``"inputs"`` for the edges that a node of a cell keeps.
     """
 
     key: str
@@ -89,9 +100,11 @@ class Choice:
 class Term:
     """What one slot adds to a network's latency.
 
-    ``keys`` are the choices its cost depends on, ``shape`` their option counts, and ``ops`` the op for each combination
-    (row-major; None where the slot is skipped, or left out by the depth). The open ones come in this order: the slot's block, the
-    width before it, the width after it, the depth, the resolution. ``options`` are the slot's own, one of which may be all there is.
+    ``keys`` are the choices its cost depends on, ``shape`` their option counts, and
+    ``ops`` the op for each combination (row-major; None where the slot is skipped, or
+    left out by the depth). The open ones come in this order: the slot's block, the
+    width before it, the width after it, the depth, the resolution. ``options`` are the
+    slot's own, one of which may be all there is.
     """
 
     slot: str

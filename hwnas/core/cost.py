@@ -1,9 +1,11 @@
-"""What architectures cost: milliseconds by a latency table, multiply-accumulates, parameters, or bytes of their weights.
+"""What architectures cost: milliseconds by a latency table, multiply-accumulates,
+parameters, or bytes of their weights.
 
     cost(picks) = fixed + sum over ops of their prices
 
-By a table, the fixed part is the calibration's intercept and the prices are its calibrated entries; what is counted has no fixed part.
-How a space is priced, exactly and in expectation, is in ``priced``.
+By a table, the fixed part is the calibration's intercept and the prices are its
+calibrated entries; what is counted has no fixed part. How a space is priced, exactly
+and in expectation, is in ``priced``.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ UnitName: TypeAlias = Literal["ms", "macs", "params", "size_bytes"]
 
 @dataclass(frozen=True)
 class Unit:
-    """What a cost is counted in, and how it is shown: divided by ``scale``, with ``symbol`` behind it.
+    """What a cost is counted in, and how it is shown: divided by ``scale``, with
+    ``symbol`` behind it.
 
     ``quantity`` names the cost among limits and in what a search logs, ``noun`` in sentences.
     """
@@ -73,8 +76,8 @@ UNITS: dict[UnitName, Unit] = {
 }
 
 UNCALIBRATED = (
-    "table {title} has no calibration against whole networks, so its sums are off by an unknown factor: "
-    "profile with profile.fit_networks >= 3, or set search.allow_uncalibrated = true."
+    "table {title} has no calibration against whole networks, so its sums are off by an unknown"
+    " factor: profile with profile.fit_networks >= 3, or set search.allow_uncalibrated = true."
 )
 
 
@@ -84,13 +87,17 @@ def missing_ops(ops: Sequence[Op], table: LatencyTable) -> tuple[str, ...]:
 
 
 def check_coverage(ops: Sequence[Op], table: LatencyTable, of: str) -> None:
-    """Raise CoverageError, naming the ops, where ``table`` lacks any that ``of`` needs. Nothing is ever guessed."""
+    """Raise CoverageError, naming the ops, where ``table`` lacks any that ``of`` needs.
+    Nothing is ever guessed.
+    """
     missing = missing_ops(ops, table)
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        shown = ", ".join(missing[:5]) + (
+            f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        )
         raise CoverageError(
-            f"table {table.title} (made for {table.header.space}) lacks {len(missing)} of the {len(ops)} ops of {of}: {shown}. "
-            "Profile this space on the device.",
+            f"table {table.title} (made for {table.header.space}) lacks {len(missing)} of the"
+            f" {len(ops)} ops of {of}: {shown}. Profile this space on the device.",
             missing,
         )
 
@@ -112,8 +119,9 @@ def op_ms(op: Op, table: LatencyTable) -> float:
 class CostModel:
     """A space priced in a unit; made by ``of_table``, ``of_macs``, ``of_params`` or ``of_bytes``.
 
-    ``title`` says what the cost is and of what, as in ``latency_ms on board/litert-int8-1t``. ``table`` is the one that the prices are
-    of; none where they are counted.
+    ``title`` says what the cost is and of what, as in ``latency_ms on
+    board/litert-int8-1t``. ``table`` is the one that the prices are of; none where they
+    are counted.
 
     Example:
         >>> cost = CostModel.of_table(space, table)             # doctest: +SKIP
@@ -127,8 +135,12 @@ class CostModel:
     table: LatencyTable | None = None
 
     @classmethod
-    def of_table(cls, space: SearchSpace, table: LatencyTable, *, allow_uncalibrated: bool = False) -> CostModel:
-        """Milliseconds. Raises CoverageError or TableError where the table cannot price every architecture."""
+    def of_table(
+        cls, space: SearchSpace, table: LatencyTable, *, allow_uncalibrated: bool = False
+    ) -> CostModel:
+        """Milliseconds. Raises CoverageError or TableError where the table cannot price
+        every architecture.
+        """
         if table.calibration is None and not allow_uncalibrated:
             raise TableError(UNCALIBRATED.format(title=table.title))
         if not table.slots:
@@ -136,11 +148,14 @@ class CostModel:
         foreign = sorted(table.slots.keys() - {term.slot for term in space.terms()})
         if foreign:
             raise TableError(
-                f"table {table.title} prices slots of another space ({', '.join(foreign[:5])}): space {space.name} has none such."
+                f"table {table.title} prices slots of another space ({', '.join(foreign[:5])}):"
+                f" space {space.name} has none such."
             )
         fixed_ms = table.calibration.intercept_ms if table.calibration is not None else 0.0
         if table.slots:
-            priced = PricedSpace(space, lambda term: _positional_ms(term, table, space), fixed=fixed_ms)
+            priced = PricedSpace(
+                space, lambda term: _positional_ms(term, table, space), fixed=fixed_ms
+            )
         else:
             priced = PricedSpace.of_ops(space, lambda op: op_ms(op, table), fixed=fixed_ms)
         return cls(priced, UNITS["ms"], f"latency_ms on {table.title}", table)
@@ -158,10 +173,14 @@ class CostModel:
     @classmethod
     def of_bytes(cls, space: SearchSpace, dtype: Dtype = "fp32") -> CostModel:
         """Bytes of the weights; see ``weight_bytes``."""
-        return cls._counted(space, "size_bytes", f"size_bytes in {dtype}", lambda op: weight_bytes(op.params, dtype))
+        return cls._counted(
+            space, "size_bytes", f"size_bytes in {dtype}", lambda op: weight_bytes(op.params, dtype)
+        )
 
     @classmethod
-    def _counted(cls, space: SearchSpace, unit: UnitName, title: str, price: Callable[[Op], float]) -> CostModel:
+    def _counted(
+        cls, space: SearchSpace, unit: UnitName, title: str, price: Callable[[Op], float]
+    ) -> CostModel:
         return cls(PricedSpace.of_ops(space, price), UNITS[unit], title)
 
     @property
@@ -171,12 +190,16 @@ class CostModel:
 
     @property
     def verb(self) -> str:
-        """What architectures do with a cost, in words: they take milliseconds, and have what is counted."""
+        """What architectures do with a cost, in words: they take milliseconds, and have
+        what is counted.
+        """
         return "have" if self.table is None else "take"
 
     @property
     def source(self) -> str:
-        """Where the prices are from, to be put behind a cost: `` on`` a table's title; nothing of what is counted."""
+        """Where the prices are from, to be put behind a cost: `` on`` a table's title;
+        nothing of what is counted.
+        """
         return "" if self.table is None else f" on {self.table.title}"
 
     def of(self, picks: Mapping[str, Option]) -> float:
@@ -190,15 +213,18 @@ class CostModel:
     def expected(self, gates: Mapping[str, Any], xp: Any = np) -> Any:
         """Expected cost under independent choices, exact and differentiable.
 
-        ``gates`` maps each choice key to a probability vector [options] of the array library ``xp`` (numpy or torch).
+        ``gates`` maps each choice key to a probability vector [options] of the array
+        library ``xp`` (numpy or torch).
         """
         return self.priced.expected(gates, xp)
 
     def marginals(self, gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """d E[cost] / d gate, in numpy: choice key -> float64 [options].
 
-        What each option adds to the expected cost while the other choices stay as in ``gates``. Of all changes of a policy p that
-        lower its expected cost by a little, p * exp(-s * marginal), normalised, is the smallest in Kullback-Leibler divergence.
+        What each option adds to the expected cost while the other choices stay as in
+        ``gates``. Of all changes of a policy p that lower its expected cost by a
+        little, p * exp(-s * marginal), normalised, is the smallest in Kullback-Leibler
+        divergence.
         """
         return self.priced.marginals(gates)
 
@@ -207,33 +233,42 @@ class CostModel:
         return self.priced.range()
 
     def check_target(self, target: float, key: str = "search.target_ms") -> None:
-        """Raise TargetError, printing the reachable range, where no architecture can meet ``target``, which ``key`` sets."""
+        """Raise TargetError, printing the reachable range, where no architecture can
+        meet ``target``, which ``key`` sets.
+        """
         low, high = self.range()
         if not low <= target <= high:
             unit = self.unit
             raise TargetError(
-                f"target {target / unit.scale:g} {unit.symbol} is out of reach of space {self.space.name}{self.source}: "
-                f"its architectures {self.verb} {unit.shown(low, high)}; choose {key} in that range."
+                f"target {target / unit.scale:g} {unit.symbol} is out of reach of space"
+                f" {self.space.name}{self.source}: its architectures {self.verb}"
+                f" {unit.shown(low, high)}; choose {key} in that range."
             )
 
 
 def weight_bytes(params: int, dtype: Dtype = "fp32") -> int:
     """Size of the weights: parameters x bytes per number.
 
-    BN scales and shifts are counted as ``Op.params`` counts them. An exported file differs by its folded BN, 32-bit biases where
-    the weights are int8, quantisation scales and the graph itself: this is the comparable part, not the file's length.
+    BN scales and shifts are counted as ``Op.params`` counts them. An exported file
+    differs by its folded BN, 32-bit biases where the weights are int8, quantisation
+    scales and the graph itself: this is the comparable part, not the file's length.
     """
     return params * BYTES[dtype]
 
 
 def _positional_ms(term: Term, table: LatencyTable, space: SearchSpace) -> np.ndarray:
-    """Milliseconds of a term by a positional model: it prices every slot that varied in its space, the rest is in its intercept."""
+    """Milliseconds of a term by a positional model: it prices every slot that varied in
+    its space, the rest is in its intercept.
+    """
     priced = table.slots.get(term.slot, {})
     if not priced and not term.keys:
         return np.zeros(())
     missing = tuple(f"{term.slot}:{option}" for option in term.options if option not in priced)
     missing += tuple(key for key in term.keys if key != term.slot)
     if missing:
-        raise CoverageError(f"table {table.title} lacks slot prices of space {space.name}: {', '.join(missing)}.", missing)
+        raise CoverageError(
+            f"table {table.title} lacks slot prices of space {space.name}: {', '.join(missing)}.",
+            missing,
+        )
     slope = 1.0 if table.calibration is None else table.calibration.slope
     return slope * np.array([priced[option] for option in term.options]).reshape(term.shape)

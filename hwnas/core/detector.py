@@ -1,12 +1,17 @@
-"""The detector part of an architecture: which feature maps it looks at, what it predicts from each, and where its anchors are.
+"""The detector part of an architecture: which feature maps it looks at, what it
+predicts from each, and where its anchors are.
 
-SSD (Liu et al., ECCV 2016, arXiv 1512.02325) predicts, for every anchor box of every cell of several feature maps, the class of
-what is there and how the anchor has to be moved to fit it. SSDLite (MobileNetV2, arXiv 1801.04381) does so with depthwise
-separable convolutions. Feature maps are outputs of blocks of the backbone (*taps*) and of layers after its end (*extras*).
+SSD (Liu et al., ECCV 2016, arXiv 1512.02325) predicts, for every anchor box of every
+cell of several feature maps, the class of what is there and how the anchor has to be
+moved to fit it. SSDLite (MobileNetV2, arXiv 1801.04381) does so with depthwise
+separable convolutions. Feature maps are outputs of blocks of the backbone (*taps*) and
+of layers after its end (*extras*).
 
-Anchors are a pure function of this part. A map with f x f cells has, at the centre of each cell, one of scale s_k, one of scale
-sqrt(s_k s_k+1), and two of scale s_k per aspect ratio: w:h = r and 1:r. Scales are fractions of the image, evenly spaced from
-``min_ratio`` at the first map to ``max_ratio`` at the last, with 1 after it: torchvision's ``DefaultBoxGenerator``.
+Anchors are a pure function of this part. A map with f x f cells has, at the centre of
+each cell, one of scale s_k, one of scale sqrt(s_k s_k+1), and two of scale s_k per
+aspect ratio: w:h = r and 1:r. Scales are fractions of the image, evenly spaced from
+``min_ratio`` at the first map to ``max_ratio`` at the last, with 1 after it:
+torchvision's ``DefaultBoxGenerator``.
 """
 
 from __future__ import annotations
@@ -25,10 +30,12 @@ Ratio = Annotated[float, Field(gt=0)]
 class Detector(BaseModel):
     """An SSD detector on the blocks of an architecture.
 
-    ``taps`` are positions of blocks, the last block among them; ``extras`` a chain after it. Both give feature maps, in this order
-    and fine to coarse; ``heads`` and ``aspect_ratios`` have one entry per map. ``scores`` says how logits become scores, and with it
-    what they are trained by: ``"softmax"`` over the classes and the background (SSD), or a ``"sigmoid"`` per class (focal loss),
-    which leaves the column of the background unused.
+    ``taps`` are positions of blocks, the last block among them; ``extras`` a chain
+    after it. Both give feature maps, in this order and fine to coarse; ``heads`` and
+    ``aspect_ratios`` have one entry per map. ``scores`` says how logits become scores,
+    and with it what they are trained by: ``"softmax"`` over the classes and the
+    background (SSD), or a ``"sigmoid"`` per class (focal loss), which leaves the column
+    of the background unused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -63,26 +70,39 @@ class Detector(BaseModel):
         """Raise ValueError where the detector does not fit on ``blocks``."""
         last = len(blocks) - 1
         if list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0 or self.taps[-1] != last:
-            raise ValueError(f"the taps {list(self.taps)} are no ascending positions of blocks that end with {last}, the last block")
+            raise ValueError(
+                f"the taps {list(self.taps)} are no ascending positions of blocks that end with"
+                f" {last}, the last block"
+            )
         for op in blocks:
             if op.pooled or isinstance(op, SSD):
-                raise ValueError(f"block {op.key} leaves no feature map, so a network with a detector has none such")
+                raise ValueError(
+                    f"block {op.key} leaves no feature map, so a network with a detector has none"
+                    " such"
+                )
         self._check_extras(blocks[-1])
         maps = self.maps(blocks)
         if not len(maps) == len(self.heads) == len(self.aspect_ratios):
             raise ValueError(
-                f"there are {len(maps)} feature maps ({len(self.taps)} taps, {len(self.extras)} extras), but {len(self.heads)} heads and "
-                f"{len(self.aspect_ratios)} lists of aspect ratios: write one of each per map"
+                f"there are {len(maps)} feature maps ({len(self.taps)} taps, {len(self.extras)}"
+                f" extras), but {len(self.heads)} heads and {len(self.aspect_ratios)} lists of"
+                " aspect ratios: write one of each per map"
             )
-        for position, (op, head, ratios) in enumerate(zip(maps, self.heads, self.aspect_ratios, strict=True)):
+        for position, (op, head, ratios) in enumerate(
+            zip(maps, self.heads, self.aspect_ratios, strict=True)
+        ):
             self._check_head(position, op, head, 2 + 2 * len(ratios))
         if self.min_ratio > self.max_ratio:
-            raise ValueError(f"min_ratio = {self.min_ratio:g} is above max_ratio = {self.max_ratio:g}")
+            raise ValueError(
+                f"min_ratio = {self.min_ratio:g} is above max_ratio = {self.max_ratio:g}"
+            )
 
     def _check_extras(self, source: Op) -> None:
         for position, extra in enumerate(self.extras):
             if not isinstance(extra, Extra):
-                raise ValueError(f"extra {position} ({extra.key}) is a {extra.kind}: write an extra")
+                raise ValueError(
+                    f"extra {position} ({extra.key}) is a {extra.kind}: write an extra"
+                )
             _check_input(f"extra {position}", extra, source)
             source = extra
 
@@ -91,21 +111,28 @@ class Detector(BaseModel):
             raise ValueError(f"head {position} ({head.key}) is a {head.kind}: write an ssd")
         _check_input(f"head {position}", head, source)
         if head.anchors != anchors:
-            raise ValueError(f"head {position} ({head.key}) has {head.anchors} anchors, but its aspect ratios give {anchors}")
+            raise ValueError(
+                f"head {position} ({head.key}) has {head.anchors} anchors, but its aspect ratios"
+                f" give {anchors}"
+            )
         if head.out_ch != head.anchors * (self.classes + 1):
-            raise ValueError(f"head {position} ({head.key}) has not the {self.classes} classes of head 0")
+            raise ValueError(
+                f"head {position} ({head.key}) has not the {self.classes} classes of head 0"
+            )
 
 
 def _check_input(name: str, op: Op, source: Op) -> None:
     if (op.in_ch, op.size) != (source.out_ch, source.out_size):
         raise ValueError(
-            f"{name} ({op.key}) takes {op.in_ch} channels at {op.size} px, but its map has {source.out_ch} at {source.out_size} px"
+            f"{name} ({op.key}) takes {op.in_ch} channels at {op.size} px, but its map has"
+            f" {source.out_ch} at {source.out_size} px"
         )
 
 
 class PostProcessing(BaseModel):
-    """From scored boxes to detections: per class the ``candidates`` best above ``min_score``, then NMS at ``nms_iou``, then the
-    ``detections`` best of all classes. Defaults are those of torchvision's SSDLite; MobileDet's are 1e-8, 100, 0.6 and 100.
+    """From scored boxes to detections: per class the ``candidates`` best above
+    ``min_score``, then NMS at ``nms_iou``, then the ``detections`` best of all classes.
+    Defaults are those of torchvision's SSDLite; MobileDet's are 1e-8, 100, 0.6 and 100.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

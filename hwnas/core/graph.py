@@ -28,7 +28,9 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a graph: points ``of`` which it reads; the channels of a cut or of zeros, and the size of zeros."""
+    """One step of a graph: points ``of`` which it reads; the channels of a cut or of
+    zeros, and the size of zeros.
+    """
 
     kind: Literal["op", "sum", "concat", "cut", "zero"]
     of: tuple[int, ...] = ()
@@ -46,11 +48,22 @@ class Step:
         """The step of a key. Raises SpaceError where it is none."""
         kind, *words = key.split(" ")
         if not words or not all(word.isascii() and word.isdigit() for word in words):
-            raise SpaceError(f"{key!r} is no step of a graph: write a kind and numbers, such as 'sum 1 2'.")
+            raise SpaceError(
+                f"{key!r} is no step of a graph: write a kind and numbers, such as 'sum 1 2'."
+            )
         numbers = [int(word) for word in words]
-        lengths = {"op": range(1, 2), "sum": range(2, 1000), "concat": range(2, 1000), "cut": range(2, 3), "zero": range(2, 3)}
+        lengths = {
+            "op": range(1, 2),
+            "sum": range(2, 1000),
+            "concat": range(2, 1000),
+            "cut": range(2, 3),
+            "zero": range(2, 3),
+        }
         if len(numbers) not in lengths.get(kind, ()):
-            raise SpaceError(f"{key!r} is no step of a graph: known are {', '.join(lengths)}, with as many numbers as each takes.")
+            raise SpaceError(
+                f"{key!r} is no step of a graph: known are {', '.join(lengths)}, with as many"
+                " numbers as each takes."
+            )
         if kind == "zero":
             return cls("zero", (), *numbers)
         if kind == "cut":
@@ -62,16 +75,25 @@ def _parsed(value: Any) -> Any:
     return Step.parse(value) if isinstance(value, str) else value
 
 
-StepKey = Annotated[InstanceOf[Step], BeforeValidator(_parsed), PlainSerializer(lambda step: step.key, return_type=str)]
+StepKey = Annotated[
+    InstanceOf[Step],
+    BeforeValidator(_parsed),
+    PlainSerializer(lambda step: step.key, return_type=str),
+]
 """A step inside a document, where it is written as its key."""
 
 
 def shapes(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> list[Shape]:
-    """The shape of every point. Raises ValueError where a step reads what is not there yet, or what does not fit."""
+    """The shape of every point. Raises ValueError where a step reads what is not there
+    yet, or what does not fit.
+    """
     found, ops = [image], iter(blocks)
     for position, step in enumerate(graph):
         if any(point >= len(found) for point in step.of):
-            raise ValueError(f"step {position} of the graph ({step.key}) reads a point that is not made before it")
+            raise ValueError(
+                f"step {position} of the graph ({step.key}) reads a point that is not made"
+                " before it"
+            )
         read = [found[point] for point in step.of]
         if step.kind == "op":
             op = next(ops, None)
@@ -79,7 +101,8 @@ def shapes(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> list[Sh
                 raise ValueError(f"the graph has more op steps than the {len(blocks)} blocks")
             if (op.in_ch, op.size) != read[0]:
                 raise ValueError(
-                    f"block {op.key} takes {op.in_ch} channels at {op.size} px, but step {position} gives {read[0][0]} at {read[0][1]} px"
+                    f"block {op.key} takes {op.in_ch} channels at {op.size} px, but step {position}"
+                    f" gives {read[0][0]} at {read[0][1]} px"
                 )
             found.append((op.out_ch, op.out_size))
         elif step.kind == "zero":
@@ -87,11 +110,19 @@ def shapes(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> list[Sh
         elif step.kind == "cut":
             found.append((step.channels, read[0][1]))
         elif len({size for _, size in read}) > 1 or (step.kind == "sum" and len(set(read)) > 1):
-            raise ValueError(f"step {position} of the graph ({step.key}) joins maps of different shapes: {read}")
+            raise ValueError(
+                f"step {position} of the graph ({step.key}) joins maps of different shapes: {read}"
+            )
         else:
-            found.append((sum(channels for channels, _ in read), read[0][1]) if step.kind == "concat" else read[0])
+            found.append(
+                (sum(channels for channels, _ in read), read[0][1])
+                if step.kind == "concat"
+                else read[0]
+            )
     if next(ops, None) is not None or not graph or graph[-1].kind != "op":
-        raise ValueError("the graph has one op step for every block, the last step being the last block")
+        raise ValueError(
+            "the graph has one op step for every block, the last step being the last block"
+        )
     return found
 
 
@@ -108,9 +139,11 @@ def used_steps(graph: Sequence[Step]) -> frozenset[int]:
 
 
 def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> Iterator[int]:
-    """How many numbers of feature maps are alive at most while each used step runs: what it needs, and what later steps read.
+    """How many numbers of feature maps are alive at most while each used step runs:
+    what it needs, and what later steps read.
 
-    A sum works in place where nobody reads its first point afterwards; see ``ir.Program.live_numbers`` for what an op needs.
+    A sum works in place where nobody reads its first point afterwards; see
+    ``ir.Program.live_numbers`` for what an op needs.
     """
     sizes = [channels * size**2 for channels, size in shapes(graph, blocks, image)]
     used = used_steps(graph)
@@ -133,7 +166,9 @@ def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> I
 
 @dataclass
 class GraphBuilder:
-    """Collects blocks and steps; every method returns the point that it makes. A sum or a concatenation of one point is that point."""
+    """Collects blocks and steps; every method returns the point that it makes. A sum or
+    a concatenation of one point is that point.
+    """
 
     blocks: list[Op] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)

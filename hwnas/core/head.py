@@ -1,4 +1,5 @@
-"""What makes the outputs of a network: a classifier, which is its last block, or a detector on its feature maps.
+"""What makes the outputs of a network: a classifier, which is its last block, or a
+detector on its feature maps.
 
 ``Architecture.head`` chooses between them; whatever depends on the end of a network is asked of it.
 """
@@ -29,7 +30,9 @@ class Head(ABC):
     @property
     @abstractmethod
     def after(self) -> dict[str, Op]:
-        """Its ops that come after the blocks of the network, by name, in the order in which they run."""
+        """Its ops that come after the blocks of the network, by name, in the order in
+        which they run.
+        """
 
     @property
     @abstractmethod
@@ -91,7 +94,9 @@ class DetectorHead(Head):
         return tuple(f"tap{tap}" for tap in self.detector.taps)
 
     def check(self, blocks: Sequence[Op], graph: Sequence[Step]) -> None:
-        """Taps, maps and anchors have to agree. Taps are positions in a chain, so there is no graph."""
+        """Taps, maps and anchors have to agree. Taps are positions in a chain, so there
+        is no graph.
+        """
         if graph:
             raise ValueError("a network with a graph carries no detector")
         self.detector.check(blocks)

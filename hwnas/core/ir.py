@@ -1,8 +1,11 @@
-"""What a block computes, written once: a small graph of nodes that everything which needs to know walks.
+"""What a block computes, written once: a small graph of nodes that everything which
+needs to know walks.
 
-A ``Program`` is a list of nodes in single assignment. Value 0 is the block's input, and node i makes value i + 1 from values that
-were made before it. Shapes are inferred while a program is written (``ProgramWriter``); multiply-accumulates, parameters and live
-feature maps are folds over it; torch modules, weight-shared layers, TFLite and ONNX files are interpreters of it.
+A ``Program`` is a list of nodes in single assignment. Value 0 is the block's input, and
+node i makes value i + 1 from values that were made before it. Shapes are inferred while
+a program is written (``ProgramWriter``); multiply-accumulates, parameters and live
+feature maps are folds over it; torch modules, weight-shared layers, TFLite and ONNX
+files are interpreters of it.
 
 ======================  =============================================================================================
 ``conv``                convolution; BN, or a bias, or neither; an activation
@@ -19,8 +22,8 @@ feature maps are folds over it; torch modules, weight-shared layers, TFLite and 
 ``channels``            a 1-D convolution along the channels of [channels, 1, 1], one kernel for all, without a bias; an activation
 ======================  =============================================================================================
 
-BN and activation belong to the node that they follow, because runtimes fuse them there, and a narrower node takes the same part
-of both.
+BN and activation belong to the node that they follow, because runtimes fuse them there,
+and a narrower node takes the same part of both.
 """
 
 from __future__ import annotations
@@ -58,8 +61,9 @@ INPUT = 0
 class Node:
     """One node of a program: what it reads, its shape, its attributes.
 
-    ``size`` is the input height = width; padding is ``dilation * (kernel // 2)`` on each side. ``name`` is where its weights are
-    found in the block's module; a dot makes a part of its own (``se.reduce``).
+    ``size`` is the input height = width; padding is ``dilation * (kernel // 2)`` on
+    each side. ``name`` is where its weights are found in the block's module; a dot
+    makes a part of its own (``se.reduce``).
     """
 
     name: str
@@ -90,7 +94,9 @@ class Node:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulate operations for one image, of convolutions and fully connected layers."""
+        """Multiply-accumulate operations for one image, of convolutions and fully
+        connected layers.
+        """
         if self.kind == "channels":
             return self.kernel * self.in_ch
         if self.kind not in ("conv", "linear"):
@@ -127,7 +133,9 @@ def out_size(size: int, stride: int) -> int:
 
 @dataclass(frozen=True)
 class Program:
-    """Nodes in the order they run, and the values that are the block's outputs. ``in_ch`` and ``size`` are those of its input."""
+    """Nodes in the order they run, and the values that are the block's outputs.
+    ``in_ch`` and ``size`` are those of its input.
+    """
 
     in_ch: int
     size: int
@@ -152,7 +160,9 @@ class Program:
     @cached_property
     def endings(self) -> tuple[tuple[int, ...], ...]:
         """Of each node, the values that nobody reads after it. Outputs never end."""
-        last = {value: position for position, node in enumerate(self.nodes) for value in node.inputs}
+        last = {
+            value: position for position, node in enumerate(self.nodes) for value in node.inputs
+        }
         ending: list[list[int]] = [[] for _ in self.nodes]
         for value, position in last.items():
             if value not in self.outputs:
@@ -160,13 +170,18 @@ class Program:
         return tuple(map(tuple, ending))
 
     def live_numbers(self, *, keep_input: bool = False) -> Iterator[int]:
-        """How many numbers of feature maps are alive while each node runs: what it reads, what it writes, what is read later.
+        """How many numbers of feature maps are alive while each node runs: what it
+        reads, what it writes, what is read later.
 
-        A runtime goes node by node and gives a map's memory back after its last use; activations, BN, sums and the scaling by a gate
-        work in place. One that fuses nodes, or never reuses buffers, needs less or more. ``keep_input``: somebody else reads the
-        block's input afterwards.
+        A runtime goes node by node and gives a map's memory back after its last use;
+        activations, BN, sums and the scaling by a gate work in place. One that fuses
+        nodes, or never reuses buffers, needs less or more. ``keep_input``: somebody
+        else reads the block's input afterwards.
         """
-        sizes = {INPUT: self.in_ch * self.size**2, **{i + 1: node.written for i, node in enumerate(self.nodes)}}
+        sizes = {
+            INPUT: self.in_ch * self.size**2,
+            **{i + 1: node.written for i, node in enumerate(self.nodes)},
+        }
         alive = {INPUT}
         for position, node in enumerate(self.nodes):
             ending = set(self.endings[position]) - ({INPUT} if keep_input else set())
@@ -177,7 +192,8 @@ class Program:
 
 @dataclass
 class ProgramWriter:
-    """Writes a program: every method adds a node and returns its value. Shapes follow from what is read.
+    """Writes a program: every method adds a node and returns its value. Shapes follow
+    from what is read.
 
     Example:
         >>> write = ProgramWriter(16, 32)
@@ -213,7 +229,9 @@ class ProgramWriter:
         bias: bool = False,
         act: str = "none",
     ) -> int:
-        """A convolution with BN, or with a bias (``norm = False, bias = True``), or with neither."""
+        """A convolution with BN, or with a bias (``norm = False, bias = True``), or
+        with neither.
+        """
         return self._layer(
             name,
             "conv",
@@ -241,15 +259,36 @@ class ProgramWriter:
     ) -> int:
         """A convolution of every channel alone, with BN or with neither BN nor bias."""
         channels = self.channels_of(value)
-        return self.conv(name, value, channels, kernel=kernel, stride=stride, groups=channels, dilation=dilation, norm=norm, act=act)
+        return self.conv(
+            name,
+            value,
+            channels,
+            kernel=kernel,
+            stride=stride,
+            groups=channels,
+            dilation=dilation,
+            norm=norm,
+            act=act,
+        )
 
     def linear(self, name: str, value: int, out_ch: int) -> int:
         """A fully connected layer with a bias."""
         return self._layer(name, "linear", value, out_ch, bias=True)
 
-    def pool(self, name: str, kind: Literal["avgpool", "maxpool"], value: int, *, kernel: int, stride: int, norm: bool = False) -> int:
+    def pool(
+        self,
+        name: str,
+        kind: Literal["avgpool", "maxpool"],
+        value: int,
+        *,
+        kernel: int,
+        stride: int,
+        norm: bool = False,
+    ) -> int:
         """k x k pooling, with a BN without scale and shift behind it where ``norm`` says so."""
-        return self._layer(name, kind, value, self.channels_of(value), kernel=kernel, stride=stride, norm=norm)
+        return self._layer(
+            name, kind, value, self.channels_of(value), kernel=kernel, stride=stride, norm=norm
+        )
 
     def norm(self, name: str, value: int, act: str = "none") -> int:
         """BN and an activation."""
@@ -293,16 +332,43 @@ class ProgramWriter:
 
     def _layer(self, name: str, kind: Kind, value: int, out_ch: int, **attributes: Any) -> int:
         """A node that reads one value; ``attributes`` are those of ``Node``."""
-        node = Node(name, kind, self.channels_of(value), out_ch, self.size_of(value), inputs=(value,), **attributes)
+        node = Node(
+            name,
+            kind,
+            self.channels_of(value),
+            out_ch,
+            self.size_of(value),
+            inputs=(value,),
+            **attributes,
+        )
         return self._add(node)
 
-    def _plain(self, kind: Kind, values: tuple[int, ...], *, out_ch: int | None = None, groups: int = 1, act: str = "none") -> int:
+    def _plain(
+        self,
+        kind: Kind,
+        values: tuple[int, ...],
+        *,
+        out_ch: int | None = None,
+        groups: int = 1,
+        act: str = "none",
+    ) -> int:
         """A node without weights, named by its kind and position among its like."""
         channels = self.channels_of(values[0])
         earlier = sum(node.kind == kind for node in self.nodes)
         name = kind if not earlier else f"{kind}{earlier + 1}"
         out = channels if out_ch is None else out_ch
-        return self._add(Node(name, kind, channels, out, self.size_of(values[0]), groups=groups, act=act, inputs=values))
+        return self._add(
+            Node(
+                name,
+                kind,
+                channels,
+                out,
+                self.size_of(values[0]),
+                groups=groups,
+                act=act,
+                inputs=values,
+            )
+        )
 
     def _add(self, node: Node) -> int:
         self.nodes.append(node)

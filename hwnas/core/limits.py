@@ -1,4 +1,5 @@
-"""Budgets: what a search has to meet, in milliseconds, multiply-accumulates, parameters, bytes of weights or of activations.
+"""Budgets: what a search has to meet, in milliseconds, multiply-accumulates,
+parameters, bytes of weights or of activations.
 
 One type says what is aimed at, and the hard limits beside it. In an experiment's TOML file::
 
@@ -16,11 +17,12 @@ One type says what is aimed at, and the hard limits beside it. In an experiment'
     max_bytes = 500_000
     dtype = "int8"
 
-The number of ``search.budget`` is the target, which the searched network meets within ``search.tolerance``, from above or below; a
-search towards latency is by the profiled table, or that of ``search.table``. A limit is a maximum, and always has its number.
+The number of ``search.budget`` is the target, which the searched network meets within
+``search.tolerance``, from above or below; a search towards latency is by the profiled
+table, or that of ``search.table``. A limit is a maximum, and always has its number.
 
-``Limits`` compiles the limits for a space. Each limit alone is checked against what the space can reach; whether all can be met
-together is left to the finder.
+``Limits`` compiles the limits for a space. Each limit alone is checked against what the
+space can reach; whether all can be met together is left to the finder.
 """
 
 from __future__ import annotations
@@ -46,10 +48,11 @@ from hwnas.errors import TargetError
 
 
 def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
-    """Peak memory of feature maps while an op runs on one image, in bytes: the most that ``Program.live_numbers`` says.
+    """Peak memory of feature maps while an op runs on one image, in bytes: the most
+    that ``Program.live_numbers`` says.
 
-    This is the layer-by-layer execution of mobile runtimes; one that fuses layers, or aligns and never reuses buffers, needs less or
-    more.
+    This is the layer-by-layer execution of mobile runtimes; one that fuses layers, or
+    aligns and never reuses buffers, needs less or more.
 
     Example:
         >>> activation_bytes(Op.parse("mbconv-h8-i16-o16-m48-k3-relu-id"), "int8")  # depthwise: 48 + 48, and 16 kept, of 8 x 8
@@ -59,12 +62,15 @@ def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
 
 
 def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:
-    """Peak memory of feature maps of a network on one image: of a chain the largest ``activation_bytes`` of its ops.
+    """Peak memory of feature maps of a network on one image: of a chain the largest
+    ``activation_bytes`` of its ops.
 
-    In a network of cells the maps that later steps read are alive beside an op; see ``core.graph.live_numbers``.
+    In a network of cells the maps that later steps read are alive beside an op; see
+    ``core.graph.live_numbers``.
 
-    A detector's predictors are taken to run as soon as there is a map for them, and what they predict to be the output: a runtime that
-    leaves the predictors for the end keeps the tapped maps until then.
+    A detector's predictors are taken to run as soon as there is a map for them, and
+    what they predict to be the output: a runtime that leaves the predictors for the end
+    keeps the tapped maps until then.
     """
     if arch.graph:
         image = (arch.in_channels, arch.resolution)
@@ -73,7 +79,8 @@ def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:
 
 
 class PeakOfNetworks:
-    """Peak activations of the networks of a space of cells: what is alive depends on all picks, so each network is looked at.
+    """Peak activations of the networks of a space of cells: what is alive depends on
+    all picks, so each network is looked at.
 
     It has the methods of a ``PricedSpace`` that limits need.
     """
@@ -90,15 +97,19 @@ class PeakOfNetworks:
         return np.array([self.of(self.space.at(index_C)) for index_C in np.asarray(index_NC)])
 
     def range(self) -> tuple[float, float]:
-        """A lower bound of all networks: their largest op alone needs as much. And no upper bound."""
+        """A lower bound of all networks: their largest op alone needs as much. And no
+        upper bound.
+        """
         return self.alone.range()[0], np.inf
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A limit applied to a space. ``title`` names the value with its unit, ``field`` the key of the configuration.
+    """A limit applied to a space. ``title`` names the value with its unit, ``field``
+    the key of the configuration.
 
-    Of a peak, ``over`` counts the ops above the limit: fixing one of several such ops lowers it, which the peak itself may not show.
+    Of a peak, ``over`` counts the ops above the limit: fixing one of several such ops
+    lowers it, which the peak itself may not show.
     """
 
     title: str
@@ -109,19 +120,27 @@ class Compiled:
 
     @property
     def as_sum(self) -> tuple[PricedSpace, float]:
-        """A sum and its maximum that say the same, for what needs expectations: for a peak, no op is above the limit."""
+        """A sum and its maximum that say the same, for what needs expectations: for a
+        peak, no op is above the limit.
+        """
         if self.over is not None:
             return self.over, 0.5
-        assert isinstance(self.priced, PricedSpace), "what is no sum of ops says which ops are above the limit"
+        assert isinstance(self.priced, PricedSpace), (
+            "what is no sum of ops says which ops are above the limit"
+        )
         return self.priced, self.most
 
 
 Count = Annotated[int | float, Field(union_mode="left_to_right")]
-"""A count; as a target, it may be a computed one. A whole number is always an integer, however it is written."""
+"""A count; as a target, it may be a computed one. A whole number is always an integer,
+however it is written.
+"""
 
 
 class _Limit(BaseModel):
-    """``most`` is the limit, or the target of ``search.budget``; only the latter may leave it open, for ``search.target_range``."""
+    """``most`` is the limit, or the target of ``search.budget``; only the latter may
+    leave it open, for ``search.target_range``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -135,10 +154,17 @@ class _Limit(BaseModel):
         return found
 
     @abstractmethod
-    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
+    def cost(
+        self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
+    ) -> CostModel:
         """What is limited, of ``space``; ``table`` is for latency alone."""
 
-    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+    def compiled(
+        self,
+        space: SearchSpace,
+        load_table: Callable[[str], LatencyTable],
+        allow_uncalibrated: bool,
+    ) -> Compiled:
         """The limit for ``space``."""
         del load_table
         return self._compiled(self.cost(space, None, allow_uncalibrated))
@@ -149,7 +175,9 @@ class _Limit(BaseModel):
 
 
 class LatencyLimit(_Limit):
-    """Predicted latency by a table; as a limit, by one of its own, which may be another device's or another runtime's."""
+    """Predicted latency by a table; as a limit, by one of its own, which may be another
+    device's or another runtime's.
+    """
 
     FIELD: ClassVar[str] = "max_ms"
     UNIT: ClassVar[UnitName] = "ms"
@@ -158,12 +186,21 @@ class LatencyLimit(_Limit):
     table: str | None = Field(None, description="path of a latency table; of a limit")
     max_ms: float | None = Field(None, gt=0)
 
-    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
-        """Raises CoverageError where the table lacks ops of the space, TableError where it is not calibrated."""
+    def cost(
+        self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
+    ) -> CostModel:
+        """Raises CoverageError where the table lacks ops of the space, TableError where
+        it is not calibrated.
+        """
         assert table is not None
         return CostModel.of_table(space, table, allow_uncalibrated=allow_uncalibrated)
 
-    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
+    def compiled(
+        self,
+        space: SearchSpace,
+        load_table: Callable[[str], LatencyTable],
+        allow_uncalibrated: bool,
+    ) -> Compiled:
         """By the table that the limit names. Raises as ``cost`` does."""
         assert self.table is not None  # see ``Limit``
         return self._compiled(self.cost(space, load_table(self.table), allow_uncalibrated))
@@ -176,9 +213,13 @@ class MacsLimit(_Limit):
     UNIT: ClassVar[UnitName] = "macs"
 
     kind: Literal["macs"]
-    max_macs: Count | None = Field(None, gt=0, description="multiply-accumulates, not millions of them")
+    max_macs: Count | None = Field(
+        None, gt=0, description="multiply-accumulates, not millions of them"
+    )
 
-    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
+    def cost(
+        self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
+    ) -> CostModel:
         """Sums over ops."""
         return CostModel.of_macs(space)
 
@@ -192,7 +233,9 @@ class ParamsLimit(_Limit):
     kind: Literal["params"]
     max_params: int | None = Field(None, gt=0, description="parameters, not millions of them")
 
-    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
+    def cost(
+        self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
+    ) -> CostModel:
         """Sums over ops."""
         return CostModel.of_params(space)
 
@@ -207,7 +250,9 @@ class SizeLimit(_Limit):
     max_bytes: int | None = Field(None, gt=0)
     dtype: Dtype = "fp32"
 
-    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
+    def cost(
+        self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
+    ) -> CostModel:
         """Sums over ops."""
         return CostModel.of_bytes(space, self.dtype)
 
@@ -221,12 +266,21 @@ class ActivationLimit(_Limit):
     max_bytes: int | None = Field(None, gt=0)
     dtype: Dtype = "fp32"
 
-    def cost(self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool) -> CostModel:
+    def cost(
+        self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
+    ) -> CostModel:
         """Never: a peak is no sum, so nothing is searched towards it. See ``Budget``."""
         raise AssertionError("a peak has no cost model")
 
-    def compiled(self, space: SearchSpace, load_table: Callable[[str], LatencyTable], allow_uncalibrated: bool) -> Compiled:
-        """The maximum over ops; of cells, in which several ops' maps are alive at once, over the steps of each network."""
+    def compiled(
+        self,
+        space: SearchSpace,
+        load_table: Callable[[str], LatencyTable],
+        allow_uncalibrated: bool,
+    ) -> Compiled:
+        """The maximum over ops; of cells, in which several ops' maps are alive at once,
+        over the steps of each network.
+        """
         assert self.max_bytes is not None  # see ``Limit``
         most, price = self.max_bytes, partial(activation_bytes, dtype=self.dtype)
         over = PricedSpace.of_ops(space, lambda op: float(price(op) > most))
@@ -248,8 +302,8 @@ def _to_aim_at(budget: AnyBudget) -> AnyBudget:
     """A budget that a search can aim at."""
     if isinstance(budget, ActivationLimit):
         raise ValueError(
-            "kind = 'activation_bytes' is a peak and no sum over blocks, so a search cannot aim at it; "
-            "put it under search.limits, and choose another kind of budget"
+            "kind = 'activation_bytes' is a peak and no sum over blocks, so a search cannot aim at"
+            " it; put it under search.limits, and choose another kind of budget"
         )
     if isinstance(budget, LatencyLimit) and budget.table is not None:
         raise ValueError("table is for limits; name the table of the budget in search.table")
@@ -276,10 +330,17 @@ class Limits:
     """
 
     def __init__(
-        self, space: SearchSpace, limits: Sequence[Limit], load_table: Callable[[str], LatencyTable], *, allow_uncalibrated: bool = False
+        self,
+        space: SearchSpace,
+        limits: Sequence[Limit],
+        load_table: Callable[[str], LatencyTable],
+        *,
+        allow_uncalibrated: bool = False,
     ) -> None:
         self.space = space
-        self.compiled = tuple(limit.compiled(space, load_table, allow_uncalibrated) for limit in limits)
+        self.compiled = tuple(
+            limit.compiled(space, load_table, allow_uncalibrated) for limit in limits
+        )
 
     def also(self, *more: Compiled) -> Limits:
         """These limits and ``more``, such as one that a method sets on a count of its own."""
@@ -293,19 +354,27 @@ class Limits:
         return np.array([each.most for each in self.compiled])
 
     def values(self, index_NC: np.ndarray) -> np.ndarray:
-        """What is limited, of many picks: option positions int [N, choices] -> float64 [N, limits]."""
+        """What is limited, of many picks: option positions int [N, choices] -> float64
+        [N, limits].
+        """
         columns = [each.priced.of_many(index_NC) for each in self.compiled]
         return np.stack(columns, axis=1) if columns else np.zeros((len(index_NC), 0))
 
     def excess(self, index_NC: np.ndarray) -> np.ndarray:
-        """By which part each limit is exceeded, float64 [N, limits]: value / maximum - 1, at most 0 where it is met."""
+        """By which part each limit is exceeded, float64 [N, limits]: value / maximum -
+        1, at most 0 where it is met.
+        """
         parts: np.ndarray = self.values(index_NC) / self.most - 1
         return parts
 
     def overruns(self, index_NC: np.ndarray) -> np.ndarray:
-        """As ``excess``, but of ``Compiled.as_sum``: of peaks, the ops above the limit. For searching by small changes. [N, limits]."""
+        """As ``excess``, but of ``Compiled.as_sum``: of peaks, the ops above the limit.
+        For searching by small changes. [N, limits].
+        """
         sums = [each.as_sum for each in self.compiled]
-        columns = [(priced.of_many(index_NC) - most) / (most if most > 0 else 1.0) for priced, most in sums]
+        columns = [
+            (priced.of_many(index_NC) - most) / (most if most > 0 else 1.0) for priced, most in sums
+        ]
         return np.stack(columns, axis=1) if columns else np.zeros((len(index_NC), 0))
 
     def feasible(self, index_NC: np.ndarray) -> np.ndarray:
@@ -313,17 +382,23 @@ class Limits:
         return np.asarray((self.values(index_NC) <= self.most).all(axis=1))
 
     def describe(self, picks: Mapping[str, Option]) -> dict[str, float]:
-        """What is limited, of picks, by name: ``{"macs": 2.1e7, "latency_ms on board/litert-int8-1t": 11.9}``."""
+        """What is limited, of picks, by name: ``{"macs": 2.1e7, "latency_ms on
+        board/litert-int8-1t": 11.9}``.
+        """
         return {each.title: each.priced.of(picks) for each in self.compiled}
 
     def check(self) -> None:
-        """Raise TargetError, printing the reachable range, where no architecture meets one of the limits, taken alone."""
+        """Raise TargetError, printing the reachable range, where no architecture meets
+        one of the limits, taken alone.
+        """
         for i, each in enumerate(self.compiled):
             low, high = each.priced.range()
             if low > each.most:
                 raise TargetError(
-                    f"limit {each.title} <= {_shown(each.most)} is out of reach of space {self.space.name}: its architectures have "
-                    f"{_shown(low)} to {_shown(high)}; raise search.limits[{i}].{each.field} into that range, or search a smaller space."
+                    f"limit {each.title} <= {_shown(each.most)} is out of reach of space"
+                    f" {self.space.name}: its architectures have {_shown(low)} to {_shown(high)};"
+                    f" raise search.limits[{i}].{each.field} into that range, or search a smaller"
+                    " space."
                 )
 
 

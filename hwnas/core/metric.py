@@ -1,6 +1,7 @@
 """What a search measures architectures by, and how its numbers are written.
 
-Accuracy and AP are percentages, and differences of them points. 1 / (1 + loss) is neither: it is written as the number that it is.
+Accuracy and AP are percentages, and differences of them points. 1 / (1 + loss) is
+neither: it is written as the number that it is.
 """
 
 from __future__ import annotations
@@ -36,4 +37,8 @@ def shown_difference(metric: str, value: float, error: float) -> str:
         >>> shown_difference(ACCURACY, 0.042, 0.0101), shown_difference(OF_LOSS, 0.042, 0.0101)
         ('4.2 ± 1.0 points', '0.042 ± 0.010')
     """
-    return f"{value:.3f} ± {error:.3f}" if metric == OF_LOSS else f"{100 * value:.1f} ± {100 * error:.1f} points"
+    return (
+        f"{value:.3f} ± {error:.3f}"
+        if metric == OF_LOSS
+        else f"{100 * value:.1f} ± {100 * error:.1f} points"
+    )

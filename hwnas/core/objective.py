@@ -18,11 +18,14 @@ and losses (lower is better; differentiable where T is an expectation):
 ``fbnet``                 alpha * CE * (log T)^b             FBNet (arXiv 1812.03443); alpha = 0.2, b = 0.6
 ========================  =================================  ==========================================
 
-A logarithm depends on the unit of time and is positive only above one unit. ``mul_log`` takes milliseconds, as in ProxylessNAS,
-whose reference is 80 of them; ``fbnet`` takes microseconds (ours), as networks that take less than a millisecond are common here.
-Costs of another unit come in millions (``core.cost.Unit.scale``), which then take the place of milliseconds.
-``unit_ms`` sets another unit, which also changes how strongly latency weighs: beta / log(T / unit) is the part of the loss by which it
-grows per part of T. A latency of one unit or less is an error, as the loss would otherwise turn around or be no number.
+A logarithm depends on the unit of time and is positive only above one unit. ``mul_log``
+takes milliseconds, as in ProxylessNAS, whose reference is 80 of them; ``fbnet`` takes
+microseconds (ours), as networks that take less than a millisecond are common here.
+Costs of another unit come in millions (``core.cost.Unit.scale``), which then take the
+place of milliseconds. ``unit_ms`` sets another unit, which also changes how strongly
+latency weighs: beta / log(T / unit) is the part of the loss by which it grows per part
+of T. A latency of one unit or less is an error, as the loss would otherwise turn around
+or be no number.
 """
 
 from __future__ import annotations
@@ -61,8 +64,11 @@ def mnas_hard(quality: float, cost: float, target: float, beta: float = -0.07) -
     return float(quality * min((cost / target) ** beta, 1.0))
 
 
-def proxylessnas_reward(quality: float, cost: float, reference_ms: float, tradeoff: float = 0.1) -> float:
-    """ProxylessNAS's reward for REINFORCE: acc * (ref / lat)^0.1, MnasNet's soft reward with beta = -0.1.
+def proxylessnas_reward(
+    quality: float, cost: float, reference_ms: float, tradeoff: float = 0.1
+) -> float:
+    """ProxylessNAS's reward for REINFORCE: acc * (ref / lat)^0.1, MnasNet's soft reward
+    with beta = -0.1.
 
     [mit-han-lab/proxylessnas: search/nas_manager.py, rl_tradeoff_ratio]
     """
@@ -70,12 +76,19 @@ def proxylessnas_reward(quality: float, cost: float, reference_ms: float, tradeo
 
 
 def penalised(
-    loss: Any, cost: Any, baseline: float, nonlinear: Nonlinear = "linear", aggregate: Literal["add", "mul"] = "add", scale: float = 1.0
+    loss: Any,
+    cost: Any,
+    baseline: float,
+    nonlinear: Nonlinear = "linear",
+    aggregate: Literal["add", "mul"] = "add",
+    scale: float = 1.0,
 ) -> Any:
-    """NNI's form: ``add``: loss + scale * f(cost / baseline - 1); ``mul``: loss * (1 + f(cost / baseline - 1))^scale.
+    """NNI's form: ``add``: loss + scale * f(cost / baseline - 1); ``mul``: loss * (1 +
+    f(cost / baseline - 1))^scale.
 
-    f is ``linear`` (x), ``positive`` (max(x, 0)), ``negative`` (min(x, 0)) or ``absolute`` (|x|). Works on floats and on
-    tensors, so that differentiable methods can use it. [microsoft/nni: nni/nas/oneshot/pytorch/profiler.py, ProfilerPenalty]
+    f is ``linear`` (x), ``positive`` (max(x, 0)), ``negative`` (min(x, 0)) or
+    ``absolute`` (|x|). Works on floats and on tensors, so that differentiable methods
+    can use it. [microsoft/nni: nni/nas/oneshot/pytorch/profiler.py, ProfilerPenalty]
     """
     x = cost / baseline - 1
     if nonlinear == "absolute":
@@ -88,31 +101,49 @@ def penalised(
 
 
 def add_linear(loss: Any, expected_ms: Any, reference_ms: float, weight: float = 0.1) -> Any:
-    """ProxylessNAS's ``add#linear``: CE + lambda * (E[lat] - ref) / ref, on floats or tensors. ``weight`` is lambda.
+    """ProxylessNAS's ``add#linear``: CE + lambda * (E[lat] - ref) / ref, on floats or
+    tensors. ``weight`` is lambda.
 
     [mit-han-lab/proxylessnas: search/nas_manager.py]
     """
     return penalised(loss, expected_ms, reference_ms, "linear", "add", weight)
 
 
-def mul_log(loss: Any, expected_ms: Any, reference_ms: float, alpha: float = 0.2, beta: float = 0.3, unit_ms: float = 1.0) -> Any:
+def mul_log(
+    loss: Any,
+    expected_ms: Any,
+    reference_ms: float,
+    alpha: float = 0.2,
+    beta: float = 0.3,
+    unit_ms: float = 1.0,
+) -> Any:
     """ProxylessNAS's ``mul#log``: alpha * CE * (log E[lat] / log ref)^beta, on floats or tensors.
 
-    Latencies are measured in ``unit_ms`` milliseconds; raises TargetError where one of them is a unit or less.
-    [mit-han-lab/proxylessnas: search/nas_manager.py]
+    Latencies are measured in ``unit_ms`` milliseconds; raises TargetError where one of
+    them is a unit or less. [mit-han-lab/proxylessnas: search/nas_manager.py]
 
     Example:
         >>> round(mul_log(1.0, 80.0, 80.0), 12)
         0.2
     """
-    return penalised(alpha * loss, _log(expected_ms, unit_ms), _log(reference_ms, unit_ms), "linear", "mul", beta)
+    return penalised(
+        alpha * loss, _log(expected_ms, unit_ms), _log(reference_ms, unit_ms), "linear", "mul", beta
+    )
 
 
-def fbnet(loss: Any, latency_ms: Any, alpha: float = 0.2, beta: float = 0.6, unit_ms: float = MICROSECOND_MS) -> Any:
-    """FBNet's loss: CE * alpha * (log LAT)^beta, on floats or tensors. It knows no target: alpha and beta set the trade-off.
+def fbnet(
+    loss: Any,
+    latency_ms: Any,
+    alpha: float = 0.2,
+    beta: float = 0.6,
+    unit_ms: float = MICROSECOND_MS,
+) -> Any:
+    """FBNet's loss: CE * alpha * (log LAT)^beta, on floats or tensors. It knows no
+    target: alpha and beta set the trade-off.
 
-    LAT is the latency under the Gumbel-softmax mask, in units of ``unit_ms`` milliseconds; raises TargetError where it is a unit or
-    less. A common mistake is alpha * beta * log LAT.
+    LAT is the latency under the Gumbel-softmax mask, in units of ``unit_ms``
+    milliseconds; raises TargetError where it is a unit or less. A common mistake is
+    alpha * beta * log LAT.
 
     Example:
         >>> round(fbnet(1.0, 22.026465794806718), 6)  # log(22026 us) = 10
@@ -126,9 +157,10 @@ def _log(latency_ms: Any, unit_ms: float) -> Any:
     plain = isinstance(latency_ms, float | int)
     if (latency_ms <= unit_ms) if plain else (latency_ms <= unit_ms).any():
         raise TargetError(
-            f"a loss with the logarithm of latency needs latencies above its unit of {unit_ms:g} ms, or {unit_ms:g} million of what is "
-            f"counted, and this search meets one that is not: set unit_ms = {MICROSECOND_MS:g} (microseconds) or less, "
-            "or use another latency loss."
+            f"a loss with the logarithm of latency needs latencies above its unit of {unit_ms:g}"
+            f" ms, or {unit_ms:g} million of what is counted, and this search meets one that is"
+            f" not: set unit_ms = {MICROSECOND_MS:g} (microseconds) or less, or use another latency"
+            " loss."
         )
     units = latency_ms / unit_ms
     if plain:
@@ -175,4 +207,6 @@ class PenalisedObjective(_Objective):
         return float(penalised(quality, cost, target, self.nonlinear, self.aggregate, self.scale))
 
 
-Objective = Annotated[AbsoluteObjective | MnasObjective | PenalisedObjective, Field(discriminator="name")]
+Objective = Annotated[
+    AbsoluteObjective | MnasObjective | PenalisedObjective, Field(discriminator="name")
+]

@@ -48,9 +48,11 @@ _PARTS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class BlockOption:
-    """A parsed option. ``expansion`` is 0 for kinds that have none, ``se_ratio`` 0 where there is no SE, ``act`` None for the stage's.
+    """A parsed option. ``expansion`` is 0 for kinds that have none, ``se_ratio`` 0
+    where there is no SE, ``act`` None for the stage's.
 
-    ``start`` is the kernel of a convolution before the expansion, ``eca`` that of channel attention, 0 where there is none.
+    ``start`` is the kernel of a convolution before the expansion, ``eca`` that of
+    channel attention, 0 where there is none.
     """
 
     kind: str
@@ -75,13 +77,19 @@ class BlockOption:
 
     @property
     def adds_input(self) -> bool:
-        """Whether the block adds its input to its output where their shapes are equal and the stage has it so."""
+        """Whether the block adds its input to its output where their shapes are equal
+        and the stage has it so.
+        """
         return _KINDS[self.kind].residual
 
     def op(self, in_ch: int, out_ch: int, size: int, stride: int, act: str, residual: bool) -> Op:
-        """The op this option becomes between two widths at an input size, in a stage with activation ``act``."""
+        """The op this option becomes between two widths at an input size, in a stage
+        with activation ``act``.
+        """
         residual = residual or (self.skip and in_ch == out_ch and stride == 1)
-        return _KINDS[self.kind].make(self, _Place(size, in_ch, out_ch, stride, self.act or act, residual))
+        return _KINDS[self.kind].make(
+            self, _Place(size, in_ch, out_ch, stride, self.act or act, residual)
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,15 @@ def _separable(option: BlockOption, at: _Place) -> Op:
 
 def _fused(option: BlockOption, at: _Place) -> Op:
     mid = scale_width(at.in_ch, option.expansion)
-    return Fused(*at.shape, mid, option.kernel, at.stride, **_squeezed(option, mid), act=at.act, residual=at.residual)
+    return Fused(
+        *at.shape,
+        mid,
+        option.kernel,
+        at.stride,
+        **_squeezed(option, mid),
+        act=at.act,
+        residual=at.residual,
+    )
 
 
 def _universal(option: BlockOption, at: _Place) -> Op:
@@ -146,12 +162,17 @@ def _universal(option: BlockOption, at: _Place) -> Op:
 
 def _squeezed(option: BlockOption, mid: int) -> dict[str, Any]:
     """The fields of squeeze-and-excitation of ``mid`` channels."""
-    return {"se_ch": make_divisible(mid * option.se_ratio) if option.se_ratio else 0, "se_gate": option.se_gate}
+    return {
+        "se_ch": make_divisible(mid * option.se_ratio) if option.se_ratio else 0,
+        "se_gate": option.se_gate,
+    }
 
 
 _SQUEEZED = frozenset({"se_ratio", "se_gate"})
 _KINDS: dict[str, _Kind] = {
-    "ir": _Kind(_separable, frozenset({"kernel", "expansion"}), _SQUEEZED | {"eca", "groups", "act"}),
+    "ir": _Kind(
+        _separable, frozenset({"kernel", "expansion"}), _SQUEEZED | {"eca", "groups", "act"}
+    ),
     "ds": _Kind(_separable, frozenset({"kernel"}), _SQUEEZED | {"eca", "groups", "act"}),
     "er": _Kind(_fused, frozenset({"kernel", "expansion"}), _SQUEEZED | {"act"}),
     "uir": _Kind(_universal, frozenset({"start", "kernel", "expansion"}), frozenset({"act"})),
@@ -160,7 +181,10 @@ _KINDS: dict[str, _Kind] = {
 }
 """Kinds of options. A new block is an entry here and an op."""
 _DEFAULTS = {field.name: field.default for field in fields(BlockOption)}
-_PATTERN = re.compile("(?P<kind>[a-z]+)" + "".join(f"(?:_{text.format(f'(?P<{name}>{value})')})?" for name, text, value in _PARTS))
+_PATTERN = re.compile(
+    "(?P<kind>[a-z]+)"
+    + "".join(f"(?:_{text.format(f'(?P<{name}>{value})')})?" for name, text, value in _PARTS)
+)
 
 
 def _text(field: str, value: Any) -> str:
@@ -189,35 +213,57 @@ def parse_option(text: str) -> BlockOption | None:
     if text == SKIP:
         return None
     match = _PATTERN.fullmatch(text)
-    given = {name: value for name, value in match.groupdict().items() if value is not None} if match else {}
+    given = (
+        {name: value for name, value in match.groupdict().items() if value is not None}
+        if match
+        else {}
+    )
     kind = _KINDS.get(given.pop("kind", ""))
     gated = "se_gate" not in given or "se_ratio" in given
-    if match is None or kind is None or not kind.needs <= given.keys() <= kind.needs | kind.may or not gated:
-        raise SpaceError(f"{text!r} is not a block option: write for instance 'ir_k3_e6', 'ds_k3', 'uir_a3_k5_e4', 'cn_k1' or 'skip'.")
-    option = BlockOption(match["kind"], **{name: _value(name, value) for name, value in given.items()})
+    if (
+        match is None
+        or kind is None
+        or not kind.needs <= given.keys() <= kind.needs | kind.may
+        or not gated
+    ):
+        raise SpaceError(
+            f"{text!r} is not a block option: write for instance 'ir_k3_e6', 'ds_k3',"
+            " 'uir_a3_k5_e4', 'cn_k1' or 'skip'."
+        )
+    option = BlockOption(
+        match["kind"], **{name: _value(name, value) for name, value in given.items()}
+    )
     if str(option) != text or ("expansion" in kind.needs and not option.expansion):
-        raise SpaceError(f"{text!r} is not how a block option is written; write {str(option)!r} with an expansion above 0.")
+        raise SpaceError(
+            f"{text!r} is not how a block option is written; write {str(option)!r} with an"
+            " expansion above 0."
+        )
     return option
 
 
 def scale_width(channels: int, multiplier: float, base: int = 8) -> int:
-    """``max(base, floor(channels * multiplier / base + 1/2) * base)``: TuNAS's filter scaling, rounding half up."""
+    """``max(base, floor(channels * multiplier / base + 1/2) * base)``: TuNAS's filter
+    scaling, rounding half up.
+    """
     return max(base, int(channels * multiplier / base + 0.5) * base)
 
 
 def make_divisible(channels: float, divisor: int = 8) -> int:
-    """MobileNetV3's rounding: to the nearest multiple of ``divisor``, but never below 90 % of ``channels``."""
+    """MobileNetV3's rounding: to the nearest multiple of ``divisor``, but never below
+    90 % of ``channels``.
+    """
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A slot's options taken apart: skip or not, then one independent axis per attribute that varies.
+    """A slot's options taken apart: skip or not, then one independent axis per
+    attribute that varies.
 
-    TuNAS searches kernel, expansion and skip as separate decisions; the others see one list. ``axes`` is empty for a slot
-    whose options are no full grid, which then stays one decision. ``grid[i]`` gives the axis positions of option i,
-    None for skip.
+    TuNAS searches kernel, expansion and skip as separate decisions; the others see one
+    list. ``axes`` is empty for a slot whose options are no full grid, which then stays
+    one decision. ``grid[i]`` gives the axis positions of option i, None for skip.
     """
 
     axes: tuple[tuple[str, tuple[float, ...]], ...]
@@ -231,7 +277,9 @@ class Factors:
     @property
     def decisions(self) -> tuple[int, ...]:
         """Sizes of the separate decisions, skip first."""
-        return ((2,) if self.skippable and len(self.grid) > 1 else ()) + tuple(len(values) for _, values in self.axes)
+        return ((2,) if self.skippable and len(self.grid) > 1 else ()) + tuple(
+            len(values) for _, values in self.axes
+        )
 
 
 @cache
@@ -251,17 +299,29 @@ def factorise(options: tuple[str, ...]) -> Factors:
         values = tuple(sorted({float(getattr(option, name)) for option in blocks}))
         if len(values) > 1:
             axes.append((name, values))
-    cells = {tuple(values.index(float(getattr(option, name))) for name, values in axes) for option in blocks}
+    cells = {
+        tuple(values.index(float(getattr(option, name))) for name, values in axes)
+        for option in blocks
+    }
     full = 1
     for _, values in axes:
         full *= len(values)
-    if len({option.kind for option in blocks}) > 1 or full != len(blocks) or len(cells) != len(blocks):
+    if (
+        len({option.kind for option in blocks}) > 1
+        or full != len(blocks)
+        or len(cells) != len(blocks)
+    ):
         order = iter(range(len(blocks)))
         return Factors(
             (("option", tuple(float(i) for i in range(len(blocks)))),),
             tuple(None if option is None else (next(order),) for option in parsed),
         )
     grid = tuple(
-        None if option is None else tuple(values.index(float(getattr(option, name))) for name, values in axes) for option in parsed
+        (
+            None
+            if option is None
+            else tuple(values.index(float(getattr(option, name))) for name, values in axes)
+        )
+        for option in parsed
     )
     return Factors(tuple(axes), grid)

@@ -1,14 +1,17 @@
-"""A space with a price for every op, compiled to small arrays: what latency, MACs, size and memory have in common.
+"""A space with a price for every op, compiled to small arrays: what latency, MACs, size
+and memory have in common.
 
     value(picks)  = fixed + sum over terms of price[op of the term under the picks]
     E[value](p)   = fixed + sum over terms of <prices of the term, outer product of p over the term's choices>
     dE/dp_c       = sum over the terms with choice c of <prices of the term, outer product of p over its *other* choices>
 
-For a peak, the sum is a maximum, and there is no expectation. Expectations are exact for independent choices, coupled widths
-included, because each term is contracted with all the choices it depends on. A slot that is left out costs 0.
+For a peak, the sum is a maximum, and there is no expectation. Expectations are exact
+for independent choices, coupled widths included, because each term is contracted with
+all the choices it depends on. A slot that is left out costs 0.
 
-A term per einsum would cost a super-net step several percent in calls alone. Terms with equally many choices are therefore stacked,
-padded with zeros to one shape, and contracted together: a handful of array operations for a whole space.
+A term per einsum would cost a super-net step several percent in calls alone. Terms with
+equally many choices are therefore stacked, padded with zeros to one shape, and
+contracted together: a handful of array operations for a whole space.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ from hwnas.core.space import Option, SearchSpace, Term
 class Stack:
     """Terms with K choices each, padded to one shape.
 
-    ``prices`` is [terms, n_1, ..., n_K]; ``index`` holds one int64 [terms, n_k] per axis: where in the concatenated gates of all
-    choices an option's weight is. Padding points anywhere, as its prices are 0.
+    ``prices`` is [terms, n_1, ..., n_K]; ``index`` holds one int64 [terms, n_k] per
+    axis: where in the concatenated gates of all choices an option's weight is. Padding
+    points anywhere, as its prices are 0.
     """
 
     prices: Any
@@ -50,7 +54,12 @@ class PricedSpace:
     """
 
     def __init__(
-        self, space: SearchSpace, price: Callable[[Term], np.ndarray], *, reduce: Literal["sum", "max"] = "sum", fixed: float = 0.0
+        self,
+        space: SearchSpace,
+        price: Callable[[Term], np.ndarray],
+        *,
+        reduce: Literal["sum", "max"] = "sum",
+        fixed: float = 0.0,
     ) -> None:
         self.space = space
         self.reduce = reduce
@@ -68,16 +77,25 @@ class PricedSpace:
 
     @classmethod
     def of_ops(
-        cls, space: SearchSpace, price: Callable[[Op], float], *, reduce: Literal["sum", "max"] = "sum", fixed: float = 0.0
+        cls,
+        space: SearchSpace,
+        price: Callable[[Op], float],
+        *,
+        reduce: Literal["sum", "max"] = "sum",
+        fixed: float = 0.0,
     ) -> PricedSpace:
-        """A space priced op by op. Each op is priced once; prices must not be below 0 where ``reduce`` is ``"max"``."""
+        """A space priced op by op. Each op is priced once; prices must not be below 0
+        where ``reduce`` is ``"max"``.
+        """
         known: dict[Op, float] = {}
 
         def priced(term: Term) -> np.ndarray:
             for op in term.ops:
                 if op is not None and op not in known:
                     known[op] = float(price(op))
-            return np.array([0.0 if op is None else known[op] for op in term.ops]).reshape(term.shape)
+            return np.array([0.0 if op is None else known[op] for op in term.ops]).reshape(
+                term.shape
+            )
 
         return cls(space, priced, reduce=reduce, fixed=fixed)
 
@@ -97,9 +115,11 @@ class PricedSpace:
         return total
 
     def expected(self, gates: Mapping[str, Any], xp: Any = np) -> Any:
-        """The expectation under independent choices, exact and differentiable as often as one likes. For sums only.
+        """The expectation under independent choices, exact and differentiable as often
+        as one likes. For sums only.
 
-        ``gates`` maps each choice key to a probability vector [options] of the array library ``xp`` (numpy or torch).
+        ``gates`` maps each choice key to a probability vector [options] of the array
+        library ``xp`` (numpy or torch).
         """
         assert self.reduce == "sum", "the expectation of a maximum is no contraction"
         if not self._arrays:
@@ -114,10 +134,13 @@ class PricedSpace:
         return total
 
     def marginals(self, gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The derivatives of ``expected`` by the gates, without autograd: choice key -> float64 [options].
+        """The derivatives of ``expected`` by the gates, without autograd: choice key ->
+        float64 [options].
 
-        An option's marginal is what the whole costs, beyond what does not depend on the choice, when that option is taken for certain
-        and all other choices are as in ``gates``; differences of marginals are therefore what changing one's mind costs.
+        An option's marginal is what the whole costs, beyond what does not depend on the
+        choice, when that option is taken for certain and all other choices are as in
+        ``gates``; differences of marginals are therefore what changing one's mind
+        costs.
         """
         assert self.reduce == "sum", "the expectation of a maximum is no contraction"
         found = {choice.key: np.zeros(len(choice.options)) for choice in self.space.choices}
@@ -131,13 +154,17 @@ class PricedSpace:
                 alone = after
                 for index in stack.index[:axis]:
                     alone = _contract_first(alone, weights[index])
-                slopes += np.bincount(stack.index[axis].ravel(), alone.ravel(), minlength=len(slopes))
+                slopes += np.bincount(
+                    stack.index[axis].ravel(), alone.ravel(), minlength=len(slopes)
+                )
                 after = _contract_last(after, weights[stack.index[axis]])
         ends = np.cumsum([len(found[key]) for key in self._keys])[:-1]
         return found | dict(zip(self._keys, np.split(slopes, ends), strict=True))
 
     def range(self) -> tuple[float, float]:
-        """The lowest and the highest value of any architecture, exact, by eliminating one choice after another."""
+        """The lowest and the highest value of any architecture, exact, by eliminating
+        one choice after another.
+        """
         return self._extreme(np.min), self._extreme(np.max)
 
     @cached_property
@@ -149,27 +176,39 @@ class PricedSpace:
     @cached_property
     def _stacks(self) -> list[Stack]:
         options = {choice.key: len(choice.options) for choice in self.space.choices}
-        offset = dict(zip(self._keys, np.cumsum([0, *(options[key] for key in self._keys)]), strict=False))
+        offset = dict(
+            zip(self._keys, np.cumsum([0, *(options[key] for key in self._keys)]), strict=False)
+        )
         stacks = []
         for axes in sorted({len(positions) for positions, _ in self._arrays}):
-            members = [(positions, prices) for positions, prices in self._arrays if len(positions) == axes]
+            members = [
+                (positions, prices) for positions, prices in self._arrays if len(positions) == axes
+            ]
             shape = tuple(max(prices.shape[k] for _, prices in members) for k in range(axes))
             stacked = np.zeros((len(members), *shape))
             index = tuple(np.zeros((len(members), count), dtype=np.int64) for count in shape)
             for row, (positions, prices) in enumerate(members):
                 stacked[row][tuple(slice(count) for count in prices.shape)] = prices
                 for k, position in enumerate(positions):
-                    index[k][row, : prices.shape[k]] = offset[self.space.choices[position].key] + np.arange(prices.shape[k])
+                    index[k][row, : prices.shape[k]] = offset[
+                        self.space.choices[position].key
+                    ] + np.arange(prices.shape[k])
             stacks.append(Stack(stacked, index))
         return stacks
 
     def _stacks_like(self, weights: Any, xp: Any) -> list[Stack]:
-        """The stacks as arrays of ``xp``, in the precision and on the device of the gates; converted once."""
+        """The stacks as arrays of ``xp``, in the precision and on the device of the
+        gates; converted once.
+        """
         kind = (xp, weights.dtype, getattr(weights, "device", None))
         if kind not in self._converted:
-            where = {"device": weights.device} if hasattr(weights, "new_tensor") else {}  # torch: where the gates are
+            # torch: where the gates are
+            where = {"device": weights.device} if hasattr(weights, "new_tensor") else {}
             self._converted[kind] = [
-                Stack(xp.asarray(stack.prices, dtype=weights.dtype, **where), tuple(xp.asarray(index, **where) for index in stack.index))
+                Stack(
+                    xp.asarray(stack.prices, dtype=weights.dtype, **where),
+                    tuple(xp.asarray(index, **where) for index in stack.index),
+                )
                 for stack in self._stacks
             ]
         return self._converted[kind]
@@ -177,8 +216,8 @@ class PricedSpace:
     def _extreme(self, best: Callable[..., Any]) -> float:
         """``best`` (np.min or np.max) over all architectures.
 
-        The next choice to go is the one whose terms depend on the fewest combinations: a choice that every term shares, such as the
-        resolution, goes last.
+        The next choice to go is the one whose terms depend on the fewest combinations:
+        a choice that every term shares, such as the resolution, goes last.
         """
         factors = list(self._arrays)
         constant = self.fixed
@@ -189,7 +228,9 @@ class PricedSpace:
             combined: Any = None
             for positions, prices in factors:
                 if choice in positions:
-                    shape = [len(self.space.choices[i].options) if i in positions else 1 for i in axes]
+                    shape = [
+                        len(self.space.choices[i].options) if i in positions else 1 for i in axes
+                    ]
                     aligned = np.transpose(prices, np.argsort(positions)).reshape(shape)
                     combined = aligned if combined is None else self._combine(combined, aligned)
             factors = [factor for factor in factors if choice not in factor[0]]
@@ -203,7 +244,8 @@ class PricedSpace:
         return constant
 
     def _combinations(self, axes: Iterable[int]) -> int:
-        return math.prod(len(self.space.choices[i].options) for i in axes)  # as a Python integer: spaces are larger than 64 bits
+        # as a Python integer: spaces are larger than 64 bits
+        return math.prod(len(self.space.choices[i].options) for i in axes)
 
 
 def _around(choice: int, factors: list[tuple[tuple[int, ...], np.ndarray]]) -> tuple[int, ...]:

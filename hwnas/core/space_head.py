@@ -1,6 +1,8 @@
-"""What the networks of a space of blocks in a row end with: a classifier, or SSDLite on some of its stages.
+"""What the networks of a space of blocks in a row end with: a classifier, or SSDLite on
+some of its stages.
 
-``SearchSpace.head`` chooses between them; whatever depends on the end of a space's networks is asked of it.
+``SearchSpace.head`` chooses between them; whatever depends on the end of a space's
+networks is asked of it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class SpaceHead(ABC):
 
     @abstractmethod
     def blocks(self, channels: int, size: int) -> tuple[Op, ...]:
-        """Its ops that are blocks of the network, where what comes before them leaves ``channels`` of ``size`` px."""
+        """Its ops that are blocks of the network, where what comes before them leaves
+        ``channels`` of ``size`` px.
+        """
 
     @abstractmethod
     def detector(self, kept: Sequence[tuple[Slot, Op]]) -> Detector | None:
@@ -73,8 +77,15 @@ class Classifiers(SpaceHead):
     def terms(self, slots: Sequence[Slot]) -> tuple[Term, ...]:
         """One, which depends on the width of the last stage and on the resolution."""
         last = slots[-1]
-        ops = tuple(Classifier(size, width, self.classes) for width, size in product(last.out_widths, last.out_sizes))
-        shape = {key: n for key, n in ((last.out_key, len(last.out_widths)), (RESOLUTION, len(last.out_sizes))) if n > 1}
+        ops = tuple(
+            Classifier(size, width, self.classes)
+            for width, size in product(last.out_widths, last.out_sizes)
+        )
+        shape = {
+            key: n
+            for key, n in ((last.out_key, len(last.out_widths)), (RESOLUTION, len(last.out_sizes)))
+            if n > 1
+        }
         return (Term("classifier", tuple(shape), tuple(shape.values()), ops),)
 
     def blocks(self, channels: int, size: int) -> tuple[Op, ...]:
@@ -99,21 +110,27 @@ class Detectors(SpaceHead):
     spec: DetectorSpec
 
     def check(self, slots: Sequence[Slot]) -> None:
-        """A tap that is the last stage of its resolution is known by its block: what follows begins with a stride, never a skip."""
+        """A tap that is the last stage of its resolution is known by its block: what
+        follows begins with a stride, never a skip.
+        """
         sizes = slots[0].sizes
         if len(sizes) > 1:
             raise ValueError(
-                f"a detector's anchors are for one input resolution, and this space has {', '.join(map(str, sizes))}: "
-                "keep one of them (space.restrict = {resolution = [...]})"
+                "a detector's anchors are for one input resolution, and this space has"
+                f" {', '.join(map(str, sizes))}: keep one of them (space.restrict = {{resolution ="
+                " [...]})"
             )
         for slot in slots:
             if slot.pooled:
-                raise ValueError(f"slot {slot.key} pools, so it leaves no feature map for a detector: leave its stage out")
+                raise ValueError(
+                    f"slot {slot.key} pools, so it leaves no feature map for a detector: leave its"
+                    " stage out"
+                )
         taps, ends = self.spec.taps, last_stages(slots)
         if list(taps) != sorted(set(taps)) or not set(taps) <= set(ends) or taps[-1] != ends[-1]:
             raise ValueError(
-                f"the taps {list(taps)} of the detector are no ascending stages, each the last at its resolution ({list(ends)} are), "
-                f"that end with {ends[-1]}, the last stage"
+                f"the taps {list(taps)} of the detector are no ascending stages, each the last at"
+                f" its resolution ({list(ends)} are), that end with {ends[-1]}, the last stage"
             )
 
     def backbone(self, stages: Sequence[Stage]) -> list[Stage]:
@@ -121,7 +138,9 @@ class Detectors(SpaceHead):
         return list(stages)
 
     def terms(self, slots: Sequence[Slot]) -> tuple[Term, ...]:
-        """One per extra and one per head. Only what reads a tap depends on a choice: the width of its stage."""
+        """One per extra and one per head. Only what reads a tap depends on a choice:
+        the width of its stage.
+        """
         last = {slot.stage: slot for slot in slots}
         taps = [last[tap] for tap in self.spec.taps]
         extras: list[Term] = []
@@ -133,7 +152,12 @@ class Detectors(SpaceHead):
             size, widths, keys = ops[0].out_size, (width,), ()
             maps.append((size, widths, keys))
         heads = (
-            Term(f"head{i}", keys, (len(widths),) if keys else (), tuple(head_op(size, width, self.classes) for width in widths))
+            Term(
+                f"head{i}",
+                keys,
+                (len(widths),) if keys else (),
+                tuple(head_op(size, width, self.classes) for width in widths),
+            )
             for i, (size, widths, keys) in enumerate(maps)
         )
         return (*extras, *heads)
@@ -145,7 +169,13 @@ class Detectors(SpaceHead):
     def detector(self, kept: Sequence[tuple[Slot, Op]]) -> Detector:
         """SSDLite whose taps are the last kept blocks of the specified stages."""
         taps = tuple(sum(slot.stage <= tap for slot, _ in kept) - 1 for tap in self.spec.taps)
-        return ssdlite([op for _, op in kept], taps, self.classes, extras=self.spec.extras, scores=self.spec.scores)
+        return ssdlite(
+            [op for _, op in kept],
+            taps,
+            self.classes,
+            extras=self.spec.extras,
+            scores=self.spec.scores,
+        )
 
     def placed(self, arch: Architecture) -> tuple[Placed, ...]:
         """Extras and heads."""
@@ -170,4 +200,8 @@ def _pools(options: tuple[str, ...]) -> bool:
 def _narrow(stage: Stage) -> bool:
     """Whether a stage is a 1 x 1 convolution and nothing else."""
     blocks = [parse_option(option) for options in stage.slots for option in options]
-    return len(stage.slots) == 1 and stage.stride == 1 and all(block and (block.kind, block.kernel) == ("cn", 1) for block in blocks)
+    return (
+        len(stage.slots) == 1
+        and stage.stride == 1
+        and all(block and (block.kind, block.kernel) == ("cn", 1) for block in blocks)
+    )

@@ -74,11 +74,21 @@ _BUILDERS: tuple[Callable[..., MacroSpace], ...] = (
 _DARTS_BUILDERS: tuple[Callable[..., CellSpace], ...] = (darts, darts_imagenet, nds_darts)
 _CELL_BUILDERS: tuple[Callable[..., CellSpace], ...] = (nasbench201, *_DARTS_BUILDERS)
 MACRO_SPACES: dict[str, Callable[..., MacroSpace]] = {build.__name__: build for build in _BUILDERS}
-CELL_SPACES: dict[str, Callable[..., CellSpace]] = {build.__name__: build for build in _CELL_BUILDERS}
+CELL_SPACES: dict[str, Callable[..., CellSpace]] = {
+    build.__name__: build for build in _CELL_BUILDERS
+}
 DARTS_SPACES = tuple(build.__name__ for build in _DARTS_BUILDERS)
 """Those that ``layers`` belongs to."""
-SPACES: dict[str, Callable[..., SearchSpace]] = {**MACRO_SPACES, **CELL_SPACES, "nasbench101": nasbench101}
-_KINDS: dict[str, type[SearchSpace]] = {"macro": MacroSpace, "cell": CellSpace, "nasbench101": NASBench101Space}
+SPACES: dict[str, Callable[..., SearchSpace]] = {
+    **MACRO_SPACES,
+    **CELL_SPACES,
+    "nasbench101": nasbench101,
+}
+_KINDS: dict[str, type[SearchSpace]] = {
+    "macro": MacroSpace,
+    "cell": CellSpace,
+    "nasbench101": NASBench101Space,
+}
 
 
 def is_document(name_or_path: str) -> bool:
@@ -87,7 +97,8 @@ def is_document(name_or_path: str) -> bool:
 
 
 def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
-    """A built-in space by name (``overrides``: those of ``Shape``, and DARTS's ``layers``), or a space document from a file.
+    """A built-in space by name (``overrides``: those of ``Shape``, and DARTS's
+    ``layers``), or a space document from a file.
 
     Example:
         >>> load_space("fbnet", width=0.5, resolution=32, classes=10).size == 9**22
@@ -97,7 +108,10 @@ def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
         known = [*Shape.__annotations__, *(["layers"] if name_or_path in DARTS_SPACES else [])]
         unknown = sorted(overrides.keys() - set(known))
         if unknown:
-            raise SpaceError(f"space {name_or_path!r} takes no such override as {unknown[0]!r}; {nearest(unknown[0], known)}")
+            raise SpaceError(
+                f"space {name_or_path!r} takes no such override as {unknown[0]!r};"
+                f" {nearest(unknown[0], known)}"
+            )
         try:
             return SPACES[name_or_path](**overrides)
         except ValidationError as error:
@@ -105,14 +119,19 @@ def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
     if is_document(name_or_path):
         if overrides:
             raise SpaceError(
-                f"a space from a file ({name_or_path}) takes no overrides: edit the document, or remove {', '.join(overrides)}."
+                f"a space from a file ({name_or_path}) takes no overrides: edit the document, or"
+                f" remove {', '.join(overrides)}."
             )
         return parse_space(read_bytes(name_or_path), name_or_path)
-    raise SpaceError(f"unknown space {name_or_path!r}; {nearest(name_or_path, SPACES)} A path must end in .json.")
+    raise SpaceError(
+        f"unknown space {name_or_path!r}; {nearest(name_or_path, SPACES)} A path must end in .json."
+    )
 
 
 def parse_space(text: str | bytes, source: str = "document") -> SearchSpace:
-    """The space of a document, of whatever kind it is. Raises DocumentError naming ``source`` where it is none."""
+    """The space of a document, of whatever kind it is. Raises DocumentError naming
+    ``source`` where it is none.
+    """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,11 +1,16 @@
-"""The few statistics that tell a result from noise: means with standard errors, Welch's test of two of them, rank correlations.
+"""The few statistics that tell a result from noise: means with standard errors, Welch's
+test of two of them, rank correlations.
 
-Successive steps of a training are alike, so the mean of n of them has a larger error than n independent values would. Their *block
-means* are nearly independent once a block is longer than that likeness lasts (Flyvbjerg and Petersen, J. Chem. Phys. 91, 461, 1989).
+Successive steps of a training are alike, so the mean of n of them has a larger error
+than n independent values would. Their *block means* are nearly independent once a block
+is longer than that likeness lasts (Flyvbjerg and Petersen, J. Chem. Phys. 91, 461,
+1989).
 
-Of many networks that were judged on the same images the best are better there than elsewhere: part of what they were chosen for is
-noise. With a noise of variance v in a spread of variance s^2, the best of many owe v / s standard units of their selection to it
-(regression to the mean), times the *selection intensity*: the mean of the largest k of N normal deviates.
+Of many networks that were judged on the same images the best are better there than
+elsewhere: part of what they were chosen for is noise. With a noise of variance v in a
+spread of variance s^2, the best of many owe v / s standard units of their selection to
+it (regression to the mean), times the *selection intensity*: the mean of the largest k
+of N normal deviates.
 """
 
 from __future__ import annotations
@@ -24,7 +29,9 @@ NO_AP = 0.0005
 """An AP that reads as 0.0 %."""
 
 BLOCKS, FEWEST_BLOCKS, BLOCK_STEPS = 8, 3, 4
-"""A part of a training is cut into at most 8 blocks of 4 steps or more; a short one into 3: of 2, no error can be told."""
+"""A part of a training is cut into at most 8 blocks of 4 steps or more; a short one
+into 3: of 2, no error can be told.
+"""
 
 
 class Average(BaseModel):
@@ -38,7 +45,9 @@ class Average(BaseModel):
 
 
 class Difference(BaseModel):
-    """A difference of two means with its standard error, and the two-sided p-value of Welch's t-test."""
+    """A difference of two means with its standard error, and the two-sided p-value of
+    Welch's t-test.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,7 +67,8 @@ class Difference(BaseModel):
 
 
 def average(values: Sequence[float], least_variance: float = 0.0) -> Average:
-    """The mean of two or more independent values. ``least_variance`` is a variance that each is known to have at least.
+    """The mean of two or more independent values. ``least_variance`` is a variance that
+    each is known to have at least.
 
     Example:
         >>> average([1.0, 3.0])
@@ -66,11 +76,15 @@ def average(values: Sequence[float], least_variance: float = 0.0) -> Average:
     """
     array = np.asarray(values, dtype=np.float64)
     variance = max(float(array.var(ddof=1)), least_variance)
-    return Average(mean=float(array.mean()), error=math.sqrt(variance / len(array)), count=len(array))
+    return Average(
+        mean=float(array.mean()), error=math.sqrt(variance / len(array)), count=len(array)
+    )
 
 
 def block_average(values: Sequence[float]) -> Average:
-    """The mean of three or more successive values of a training, with the error of its block means."""
+    """The mean of three or more successive values of a training, with the error of its
+    block means.
+    """
     count = max(FEWEST_BLOCKS, min(BLOCKS, len(values) // BLOCK_STEPS))
     blocks = np.array_split(np.asarray(values, dtype=np.float64), count)
     of_blocks = average([float(block.mean()) for block in blocks])
@@ -78,7 +92,8 @@ def block_average(values: Sequence[float]) -> Average:
 
 
 def welch(first: Average, second: Average, offset: float = 0.0) -> Difference:
-    """``second`` minus ``first`` minus ``offset``, by Welch's t-test. Two exact means are equal or are not.
+    """``second`` minus ``first`` minus ``offset``, by Welch's t-test. Two exact means
+    are equal or are not.
 
     B. L. Welch, Biometrika 34, 28 (1947).
     """
@@ -100,14 +115,17 @@ def below(found: Average, level: float) -> bool:
 
 
 def better_than_guessing(right: int, total: int, chance: float) -> bool:
-    """Whether ``right`` of ``total`` answers are more than guesses that are right with probability ``chance``: a binomial test."""
+    """Whether ``right`` of ``total`` answers are more than guesses that are right with
+    probability ``chance``: a binomial test.
+    """
     if chance >= 1:
         return False
     return bool(stats.binom.sf(right - 1, total, chance) < LEVEL)
 
 
 def selection_intensity(chosen: int, total: int) -> float:
-    """The expected mean of the largest ``chosen`` of ``total`` standard normal deviates, by Blom's approximation.
+    """The expected mean of the largest ``chosen`` of ``total`` standard normal
+    deviates, by Blom's approximation.
 
     Example:
         >>> selection_intensity(8, 8), round(selection_intensity(1, 8), 2)
@@ -119,13 +137,17 @@ def selection_intensity(chosen: int, total: int) -> float:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of two samples [N]; nan, without scipy's warning, where all values of one are alike."""
+    """Spearman's rank correlation of two samples [N]; nan, without scipy's warning,
+    where all values of one are alike.
+    """
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
     return float(stats.spearmanr(a, b).statistic)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's rank correlation as documents hold it: none of fewer than three pairs, or where all of one side are alike."""
+    """Spearman's rank correlation as documents hold it: none of fewer than three pairs,
+    or where all of one side are alike.
+    """
     found = spearman(a, b)
     return found if len(a) > 2 and math.isfinite(found) else None

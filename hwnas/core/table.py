@@ -1,4 +1,6 @@
-"""Latency tables: what each op costs on one device, how that was measured, and how well it adds up."""
+"""Latency tables: what each op costs on one device, how that was measured, and how well
+it adds up.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ class _Part(BaseModel):
 
 
 class TableHeader(_Part):
-    """The conditions of the measurement. All are required; what is not known is written ``"unknown"``."""
+    """The conditions of the measurement. All are required; what is not known is written
+    ``"unknown"``.
+    """
 
     device: str
     cpu: str
@@ -36,9 +40,10 @@ class TableHeader(_Part):
 class Entry(_Part):
     """One op's latency in milliseconds.
 
-    ``ms`` is the median over rounds of the median over runs; ``p10_ms`` and ``p90_ms`` are over all runs; ``spread`` is the
-    interquartile range of the rounds' medians divided by ``ms``. ``noisy`` entries stayed above the allowed spread even
-    after re-measurement: they are used, but never silently.
+    ``ms`` is the median over rounds of the median over runs; ``p10_ms`` and ``p90_ms``
+    are over all runs; ``spread`` is the interquartile range of the rounds' medians
+    divided by ``ms``. ``noisy`` entries stayed above the allowed spread even after
+    re-measurement: they are used, but never silently.
     """
 
     ms: float = Field(ge=0)
@@ -48,7 +53,9 @@ class Entry(_Part):
     rounds: int | Literal["unknown"] = "unknown"
     spread: float | Literal["unknown"] = "unknown"
     noisy: bool = False
-    delegated: bool | Literal["unknown"] = Field("unknown", description="LiteRT: whether the delegate (XNNPACK) took the whole op")
+    delegated: bool | Literal["unknown"] = Field(
+        "unknown", description="LiteRT: whether the delegate (XNNPACK) took the whole op"
+    )
 
 
 class HeldOut(_Part):
@@ -57,32 +64,45 @@ class HeldOut(_Part):
     networks: int
     mape: float = Field(description="mean absolute percentage error, as a fraction")
     max_error: float = Field(description="largest absolute percentage error, as a fraction")
-    spearman: float | None = Field(description="rank correlation; none for fewer than three networks, or all alike")
+    spearman: float | None = Field(
+        description="rank correlation; none for fewer than three networks, or all alike"
+    )
     raw_mape: float = Field(description="the error of the uncalibrated sum of entries")
-    pairs: tuple[tuple[float, float], ...] = Field(description="(predicted, measured) milliseconds per network")
+    pairs: tuple[tuple[float, float], ...] = Field(
+        description="(predicted, measured) milliseconds per network"
+    )
 
 
 class Calibration(_Part):
-    """``network_ms = intercept_ms + sum over ops of (slope * entry + cold(op))``, fitted on whole networks.
+    """``network_ms = intercept_ms + sum over ops of (slope * entry + cold(op))``,
+    fitted on whole networks.
 
-    ``cold(op)`` is what an op that is timed alone does not pay: it finds its weights, its input and the place of its output in the
-    cache every time, while inside a network they come from further away, unless they never fitted. So it is
-    ``cold_ms_per_mparam * parameters / 10^6`` or ``cold_ms_per_mvalue * min(parameters + inputs + outputs, cap) / 10^6``, whichever
-    the networks speak for. It stays a price per op, so nothing else changes.
+    ``cold(op)`` is what an op that is timed alone does not pay: it finds its weights,
+    its input and the place of its output in the cache every time, while inside a
+    network they come from further away, unless they never fitted. So it is
+    ``cold_ms_per_mparam * parameters / 10^6`` or ``cold_ms_per_mvalue * min(parameters
+    + inputs + outputs, cap) / 10^6``, whichever the networks speak for. It stays a
+    price per op, so nothing else changes.
     """
 
     intercept_ms: float
     slope: float = Field(gt=0)
     cold_ms_per_mparam: float = Field(0.0, ge=0)
     cold_ms_per_mvalue: float = Field(0.0, ge=0)
-    cold_cap_mvalues: float | None = Field(None, gt=0, description="million values that the cache holds; none: no cap")
+    cold_cap_mvalues: float | None = Field(
+        None, gt=0, description="million values that the cache holds; none: no cap"
+    )
     networks: int = Field(description="how many networks it was fitted on")
-    noisy_networks: int = Field(0, description="networks above the allowed spread; left out where three quiet ones remain")
+    noisy_networks: int = Field(
+        0, description="networks above the allowed spread; left out where three quiet ones remain"
+    )
     held_out: HeldOut | None = None
 
     def op_ms(self, entry_ms: float, op: Op) -> float:
         """What an op costs inside a network, in milliseconds."""
-        cold = self.cold_ms_per_mparam * op.params / 1e6 + self.cold_ms_per_mvalue * _mvalues(op, self.cold_cap_mvalues)
+        cold = self.cold_ms_per_mparam * op.params / 1e6 + self.cold_ms_per_mvalue * _mvalues(
+            op, self.cold_cap_mvalues
+        )
         return self.slope * entry_ms + cold
 
     def network_ms(self, ops: Iterable[Op], sum_ms: float) -> float:
@@ -90,17 +110,31 @@ class Calibration(_Part):
         return self.intercept_ms + self.slope * sum_ms + sum(self.op_ms(0.0, op) for op in ops)
 
     def __str__(self) -> str:
-        cold = f" + {self.cold_ms_per_mparam:.4g} ms x million parameters" if self.cold_ms_per_mparam else ""
-        cap = f", at most {self.cold_cap_mvalues:g} per op" if self.cold_cap_mvalues is not None else ""
-        cold += f" + {self.cold_ms_per_mvalue:.4g} ms x million weights and activations{cap}" if self.cold_ms_per_mvalue else ""
+        cold = (
+            f" + {self.cold_ms_per_mparam:.4g} ms x million parameters"
+            if self.cold_ms_per_mparam
+            else ""
+        )
+        cap = (
+            f", at most {self.cold_cap_mvalues:g} per op"
+            if self.cold_cap_mvalues is not None
+            else ""
+        )
+        cold += (
+            f" + {self.cold_ms_per_mvalue:.4g} ms x million weights and activations{cap}"
+            if self.cold_ms_per_mvalue
+            else ""
+        )
         return f"{self.intercept_ms:.4g} ms + {self.slope:.4g} x sum{cold}"
 
 
 class LatencyTable(Document):
-    """Latency per op (``entries``), or per slot and option (``slots``), on one device under stated conditions.
+    """Latency per op (``entries``), or per slot and option (``slots``), on one device
+    under stated conditions.
 
-    ``slots`` hold models that price positions instead of ops, such as TuNAS's published linear regression, whose
-    coefficients differ between equal blocks at different places; negative coefficients are normal there.
+    ``slots`` hold models that price positions instead of ops, such as TuNAS's published
+    linear regression, whose coefficients differ between equal blocks at different
+    places; negative coefficients are normal there.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.table"

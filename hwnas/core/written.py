@@ -1,11 +1,14 @@
 """Published networks written out stage by stage, and how width and depth multipliers change them.
 
-Sources: timm's architecture strings for MnasNet-A1 (arXiv 1807.11626), MobileNetV3 (arXiv 1905.02244), EfficientNet-Lite0..4
-(tensorflow/tpu: models/official/efficientnet/lite), EfficientNetV2-B0..B3 (arXiv 2104.00298) and MobileNetV4-Conv (arXiv 2404.10518);
-TuNAS's archive for the Multi-Hardware models (arXiv 2008.08178).
+Sources: timm's architecture strings for MnasNet-A1 (arXiv 1807.11626), MobileNetV3
+(arXiv 1905.02244), EfficientNet-Lite0..4 (tensorflow/tpu:
+models/official/efficientnet/lite), EfficientNetV2-B0..B3 (arXiv 2104.00298) and
+MobileNetV4-Conv (arXiv 2404.10518); TuNAS's archive for the Multi-Hardware models
+(arXiv 2008.08178).
 
-*Differences*: EfficientNetV2-B in TensorFlow pads an even image on one side only ("SAME"); here as everywhere every side is padded by
-kernel // 2, as timm does with ``pad_type=""``.
+*Differences*: EfficientNetV2-B in TensorFlow pads an even image on one side only
+("SAME"); here as everywhere every side is padded by kernel // 2, as timm does with
+``pad_type=""``.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from hwnas.core.stage import Residual
 class Written:
     """A network stage by stage: width, stride, blocks.
 
-    ``se_of_input`` takes SE's hidden width from a block's input, unrounded, and ``se_act`` its activation from the block.
-    ``head_scales`` says that a width multiplier above 1 widens the head, too; multipliers smaller than ``fixed_stem_below`` leave the
-    stem as it is (timm). ``resolution`` is what it was published at.
+    ``se_of_input`` takes SE's hidden width from a block's input, unrounded, and
+    ``se_act`` its activation from the block. ``head_scales`` says that a width
+    multiplier above 1 widens the head, too; multipliers smaller than
+    ``fixed_stem_below`` leave the stem as it is (timm). ``resolution`` is what it was
+    published at.
     """
 
     act: str
@@ -45,7 +50,9 @@ def _repeated(*blocks: tuple[str, int]) -> str:
 
 
 def _lite(width: float, depth: float, resolution: int) -> Written:
-    """EfficientNet-Lite: stem, head, and the depths of the first and the last stage stay as they are; no SE, ReLU6."""
+    """EfficientNet-Lite: stem, head, and the depths of the first and the last stage
+    stay as they are; no SE, ReLU6.
+    """
     stages = (
         (16, 1, "ds_k3", 1),
         (24, 2, "ir_k3_e6", math.ceil(2 * depth)),
@@ -55,7 +62,10 @@ def _lite(width: float, depth: float, resolution: int) -> Written:
         (192, 2, "ir_k5_e6", math.ceil(4 * depth)),
         (320, 1, "ir_k3_e6", 1),
     )
-    sized = [(make_divisible(channels * width), stride, _repeated((option, count))) for channels, stride, option, count in stages]
+    sized = [
+        (make_divisible(channels * width), stride, _repeated((option, count)))
+        for channels, stride, option, count in stages
+    ]
     return Written("relu6", ((32, 2, "cn_k3"), *sized, (1280, 1, "cn_k1")), resolution=resolution)
 
 
@@ -70,15 +80,28 @@ def _efficientnet_v2(width: float, depth: float, resolution: int) -> Written:
         (192, 2, "ir_k3_e6_se0.25", 8),
     )
     sized = [
-        (scale_width(channels, width), stride, _repeated((option, math.ceil(count * depth)))) for channels, stride, option, count in stages
+        (scale_width(channels, width), stride, _repeated((option, math.ceil(count * depth))))
+        for channels, stride, option, count in stages
     ]
     ends = (scale_width(32, width), 2, "cn_k3"), (scale_width(1280, width), 1, "cn_k1")
-    return Written("silu", (ends[0], *sized, ends[1]), se_of_input=True, se_act=True, resolution=resolution)
+    return Written(
+        "silu", (ends[0], *sized, ends[1]), se_of_input=True, se_act=True, resolution=resolution
+    )
 
 
 _LARGE_28 = (("a3_k5", 1), ("a3_k3", 3), ("a3_k5", 1), ("a5_k3", 5), ("a3_k0", 1))
-_LARGE_14 = (("a5_k5", 4), ("a5_k0", 1), ("a5_k3", 1), ("a5_k0", 2), ("a5_k3", 1), ("a5_k5", 1), ("a5_k0", 3))
-"""MobileNetV4-Conv-Large at 28 and 14 px: blocks with an expansion of 4, and how often each follows itself."""
+_LARGE_14 = (
+    ("a5_k5", 4),
+    ("a5_k0", 1),
+    ("a5_k3", 1),
+    ("a5_k0", 2),
+    ("a5_k3", 1),
+    ("a5_k5", 1),
+    ("a5_k0", 3),
+)
+"""MobileNetV4-Conv-Large at 28 and 14 px: blocks with an expansion of 4, and how often
+each follows itself.
+"""
 
 WRITTEN = {
     "mnasnet_a1": Written(
@@ -172,7 +195,11 @@ WRITTEN = {
             (96, 2, "cn_k3"),
             (64, 1, "cn_k1"),
             (96, 2, _repeated(("uir_a5_k5_e3", 1), ("uir_a0_k3_e2", 4), ("uir_a3_k0_e4", 1))),
-            (128, 2, "uir_a3_k3_e6 uir_a5_k5_e4 uir_a0_k5_e4 uir_a0_k5_e3 uir_a0_k3_e4 uir_a0_k3_e4"),
+            (
+                128,
+                2,
+                "uir_a3_k3_e6 uir_a5_k5_e4 uir_a0_k5_e4 uir_a0_k5_e3 uir_a0_k3_e4 uir_a0_k3_e4",
+            ),
             (960, 1, "cn_k1"),
             (1280, 1, "hd_bn"),
         ),
@@ -184,12 +211,21 @@ WRITTEN = {
             (32, 2, "cn_k3"),
             (48, 2, "er_k3_e4"),
             (80, 2, "uir_a3_k5_e4 uir_a3_k3_e2"),
-            (160, 2, "uir_a3_k5_e6 uir_a3_k3_e4 uir_a3_k3_e4 uir_a3_k5_e4 uir_a3_k3_e4 uir_a3_k0_e4 uir_a0_k0_e2 uir_a3_k0_e4"),
+            (
+                160,
+                2,
+                (
+                    "uir_a3_k5_e6 uir_a3_k3_e4 uir_a3_k3_e4 uir_a3_k5_e4 uir_a3_k3_e4 uir_a3_k0_e4"
+                    " uir_a0_k0_e2 uir_a3_k0_e4"
+                ),
+            ),
             (
                 256,
                 2,
-                "uir_a5_k5_e6 uir_a5_k5_e4 uir_a3_k5_e4 uir_a3_k5_e4 uir_a0_k0_e4 uir_a3_k0_e4 uir_a3_k5_e2 uir_a5_k5_e4 "
-                "uir_a0_k0_e4 uir_a0_k0_e4 uir_a5_k0_e2",
+                (
+                    "uir_a5_k5_e6 uir_a5_k5_e4 uir_a3_k5_e4 uir_a3_k5_e4 uir_a0_k0_e4 uir_a3_k0_e4"
+                    " uir_a3_k5_e2 uir_a5_k5_e4 uir_a0_k0_e4 uir_a0_k0_e4 uir_a5_k0_e2"
+                ),
             ),
             (960, 1, "cn_k1"),
             (1280, 1, "hd_bn"),
@@ -212,15 +248,28 @@ WRITTEN = {
 }
 
 
-def widened(space: MacroSpace, width: float, *, first: float | None = None, last: float | None = None) -> MacroSpace:
-    """The space of a network ``width`` times as wide; ``first`` and ``last`` for the stem and the layer before the classifier."""
+def widened(
+    space: MacroSpace, width: float, *, first: float | None = None, last: float | None = None
+) -> MacroSpace:
+    """The space of a network ``width`` times as wide; ``first`` and ``last`` for the
+    stem and the layer before the classifier.
+    """
     return space if width == 1.0 else space.scaled(width, name=space.name, first=first, last=last)
 
 
-def written(network: Written, shape: Shape, width: float, *, last: float | None = 1.0) -> tuple[Op, ...]:
-    """The blocks of a network at a shape, ``width`` times as wide, its last layer ``last`` times."""
+def written(
+    network: Written, shape: Shape, width: float, *, last: float | None = 1.0
+) -> tuple[Op, ...]:
+    """The blocks of a network at a shape, ``width`` times as wide, its last layer
+    ``last`` times.
+    """
     stages = tuple(
-        Stage(widths=(channels,), stride=stride, slots=tuple((option,) for option in blocks.split()), residual=network.residual)
+        Stage(
+            widths=(channels,),
+            stride=stride,
+            slots=tuple((option,) for option in blocks.split()),
+            residual=network.residual,
+        )
         for channels, stride, blocks in network.stages
     )
     space = MacroSpace(
@@ -232,9 +281,17 @@ def written(network: Written, shape: Shape, width: float, *, last: float | None 
         stages=stages,
     )
     first = 1.0 if width < network.fixed_stem_below else None
-    ops = widened(space, width, first=first, last=None if network.head_scales else last).decode({}).blocks
-    return tuple(_squeezed(op, network) if isinstance(op, DSConv | MBConv) and op.se_ch else op for op in ops)
+    ops = (
+        widened(space, width, first=first, last=None if network.head_scales else last)
+        .decode({})
+        .blocks
+    )
+    return tuple(
+        _squeezed(op, network) if isinstance(op, DSConv | MBConv) and op.se_ch else op for op in ops
+    )
 
 
 def _squeezed(op: DSConv | MBConv, network: Written) -> Op:
-    return replace(op, se_ch=op.in_ch // 4 if network.se_of_input else op.se_ch, se_act=network.se_act)
+    return replace(
+        op, se_ch=op.in_ch // 4 if network.se_of_input else op.se_ch, se_act=network.se_act
+    )

@@ -1,4 +1,6 @@
-"""Data sets that fit into memory: scikit-learn's digits, ``x``/``y`` arrays in npz files, CIFAR-10 as torchvision keeps it."""
+"""Data sets that fit into memory: scikit-learn's digits, ``x``/``y`` arrays in npz
+files, CIFAR-10 as torchvision keeps it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,18 @@ from hwnas.data.geometry import Geometry
 from hwnas.data.images import Batch, Images, Request, split_indices
 from hwnas.errors import DataError
 
-CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_NAMES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 
 
 class ArrayImages(Images):
@@ -24,29 +37,46 @@ class ArrayImages(Images):
 
     geometry: Geometry
 
-    def __init__(self, x_NHWC: np.ndarray, labels: np.ndarray, names: tuple[str, ...], config: DataConfig, augment: bool) -> None:
+    def __init__(
+        self,
+        x_NHWC: np.ndarray,
+        labels: np.ndarray,
+        names: tuple[str, ...],
+        config: DataConfig,
+        augment: bool,
+    ) -> None:
         pixels = torch.from_numpy(np.ascontiguousarray(x_NHWC)).permute(0, 3, 1, 2)
         if pixels.shape[1] == 1 and config.channels == 3:
             pixels = pixels.expand(-1, 3, -1, -1)
         if pixels.shape[1] != config.channels:
             raise DataError(
-                f"data {config.name!r} has {pixels.shape[1]} channels, but data.channels = {config.channels}: set it to {pixels.shape[1]}."
+                f"data {config.name!r} has {pixels.shape[1]} channels, but data.channels ="
+                f" {config.channels}: set it to {pixels.shape[1]}."
             )
         self.pixels_NCHW = pixels.contiguous()
         self.geometry = geometry = Geometry.of(config)
         self.resizing = geometry.words
         self.labels = labels.astype(np.int64)
         self.names = names
-        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.mean, config.std))
+        self.mean, self.std = (
+            torch.tensor(values).view(1, -1, 1, 1) for values in (config.mean, config.std)
+        )
         self.augment = config.augment if augment else "none"
         if self.augment == "imagenet":
-            raise DataError("data.augment = 'imagenet' needs a folder of images: choose 'crop_flip', 'crop' or 'none' here.")
+            raise DataError(
+                "data.augment = 'imagenet' needs a folder of images: choose 'crop_flip', 'crop' or"
+                " 'none' here."
+            )
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         indices = torch.tensor([index for index, _ in requests])
         x_NCHW = _scaled(self.pixels_NCHW[indices], self.geometry)
         rng = np.random.default_rng(requests[0][1])
-        x_NCHW = self.geometry.cut(x_NCHW) if self.augment == "none" else _shifted(x_NCHW, self.geometry, self.augment == "crop_flip", rng)
+        x_NCHW = (
+            self.geometry.cut(x_NCHW)
+            if self.augment == "none"
+            else _shifted(x_NCHW, self.geometry, self.augment == "crop_flip", rng)
+        )
         normalised = (x_NCHW.float() / 255.0 - self.mean) / self.std
         return normalised.contiguous(), torch.from_numpy(self.labels[indices.numpy()])
 
@@ -60,19 +90,32 @@ def _scaled(pixels_NCHW: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _shifted(x_NCHW: Tensor, geometry: Geometry, flip: bool, rng: np.random.Generator) -> Tensor:
-    """Each scaled image shifted by up to ``geometry.room`` pixels, black beyond its edges, and every second one flipped."""
+    """Each scaled image shifted by up to ``geometry.room`` pixels, black beyond its
+    edges, and every second one flipped.
+    """
     count, size, room = len(x_NCHW), geometry.resolution, geometry.room
     left, top = geometry.corner(x_NCHW)
     padded = F.pad(x_NCHW, (room, room, room, room))
     downs, rights = torch.from_numpy(rng.integers(0, 2 * room + 1, size=(2, count)))
-    flips = torch.from_numpy(rng.random(count) < 0.5) if flip else torch.zeros(count, dtype=torch.bool)
+    flips = (
+        torch.from_numpy(rng.random(count) < 0.5) if flip else torch.zeros(count, dtype=torch.bool)
+    )
     steps = torch.arange(size)
     rows = top + downs[:, None] + steps
     columns = left + rights[:, None] + torch.where(flips[:, None], size - 1 - steps, steps)
-    return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[
+        torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]
+    ].permute(0, 3, 1, 2)
 
 
-def _part(x_NHWC: np.ndarray, y: np.ndarray, config: DataConfig, split: str, augment: bool, names: tuple[str, ...]) -> ArrayImages:
+def _part(
+    x_NHWC: np.ndarray,
+    y: np.ndarray,
+    config: DataConfig,
+    split: str,
+    augment: bool,
+    names: tuple[str, ...],
+) -> ArrayImages:
     """The images of a split, where ``x`` and ``y`` are the test images or all training images."""
     if split != "test":
         chosen = split_indices(len(y), config.held_out, split)
@@ -81,7 +124,9 @@ def _part(x_NHWC: np.ndarray, y: np.ndarray, config: DataConfig, split: str, aug
 
 
 def digits(config: DataConfig, split: str, augment: bool) -> Images:
-    """The 1,797 real 8 x 8 handwritten digits that ship inside scikit-learn. Every fifth image is a test image."""
+    """The 1,797 real 8 x 8 handwritten digits that ship inside scikit-learn. Every
+    fifth image is a test image.
+    """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -92,29 +137,45 @@ def digits(config: DataConfig, split: str, augment: bool) -> Images:
 
 
 def npz(config: DataConfig, split: str, augment: bool) -> Images:
-    """``train.npz`` and ``test.npz`` in the folder ``data.path``, each with ``x`` uint8 [N, H, W, C] (or [N, H, W]) and ``y`` [N]."""
+    """``train.npz`` and ``test.npz`` in the folder ``data.path``, each with ``x`` uint8
+    [N, H, W, C] (or [N, H, W]) and ``y`` [N].
+    """
     path = data_folder(config) / f"{'test' if split == 'test' else 'train'}.npz"
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x_NHWC, y = arrays["x"], arrays["y"]
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: set data.path to the folder that holds train.npz and test.npz.") from error
+        raise DataError(
+            f"{path} does not exist: set data.path to the folder that holds train.npz and test.npz."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise DataError(
-            f"{path} does not hold arrays 'x' and 'y' ({error}): write it with numpy.savez(path, x=images, y=labels)."
+            f"{path} does not hold arrays 'x' and 'y' ({error}): write it with numpy.savez(path,"
+            " x=images, y=labels)."
         ) from error
     x_NHWC = x_NHWC[..., None] if x_NHWC.ndim == 3 else x_NHWC
-    if x_NHWC.dtype != np.uint8 or x_NHWC.ndim != 4 or y.shape != x_NHWC.shape[:1] or y.dtype.kind not in "iu":
+    if (
+        x_NHWC.dtype != np.uint8
+        or x_NHWC.ndim != 4
+        or y.shape != x_NHWC.shape[:1]
+        or y.dtype.kind not in "iu"
+    ):
         raise DataError(
             f"{path} has x {x_NHWC.dtype} {list(x_NHWC.shape)} and y {y.dtype} {list(y.shape)}: "
             "x must be uint8 [N, H, W, C], y integers [N]."
         )
-    names = CIFAR10_NAMES if config.classes == 10 and x_NHWC.shape[1:] == (32, 32, 3) else tuple(map(str, range(config.classes)))
+    names = (
+        CIFAR10_NAMES
+        if config.classes == 10 and x_NHWC.shape[1:] == (32, 32, 3)
+        else tuple(map(str, range(config.classes)))
+    )
     return _part(x_NHWC, y, config, split, augment, names)
 
 
 def cifar10(config: DataConfig, split: str, augment: bool) -> Images:
-    """CIFAR-10 in torchvision's layout (``cifar-10-batches-py`` inside ``data.path``); torchvision checks the files' md5."""
+    """CIFAR-10 in torchvision's layout (``cifar-10-batches-py`` inside ``data.path``);
+    torchvision checks the files' md5.
+    """
     from torchvision.datasets import CIFAR10
 
     folder = data_folder(config)
@@ -122,6 +183,7 @@ def cifar10(config: DataConfig, split: str, augment: bool) -> Images:
         dataset = CIFAR10(str(folder), train=split != "test", download=False)
     except RuntimeError as error:
         raise DataError(
-            f"{folder} holds no intact cifar-10-batches-py folder: download CIFAR-10 (python version) and unpack it there."
+            f"{folder} holds no intact cifar-10-batches-py folder: download CIFAR-10 (python"
+            " version) and unpack it there."
         ) from error
     return _part(dataset.data, np.asarray(dataset.targets), config, split, augment, CIFAR10_NAMES)

@@ -3,11 +3,12 @@
 The format is that of https://cocodataset.org/#format-data; of it, this reads what boxes need::
 
     {"images":      [{"id": 9, "file_name": "9.jpg", "width": 640, "height": 480}],
-     "annotations": [{"image_id": 9, "category_id": 51, "bbox": [x, y, width, height], "area": 67532.1, "iscrowd": 0}],
-     "categories":  [{"id": 51, "name": "bowl"}]}
+     "annotations": [{"image_id": 9, "category_id": 51, "bbox": [x, y, width, height],
+     "area": 67532.1, "iscrowd": 0}], "categories":  [{"id": 51, "name": "bowl"}]}
 
-``area`` (default: that of the box) and ``iscrowd`` (default: 0) may be left out, as may the annotations' ids: the ground truth made
-here has ids of its own, from 1, because pycocotools takes an object whose id is 0 for one that was never found.
+``area`` (default: that of the box) and ``iscrowd`` (default: 0) may be left out, as may
+the annotations' ids: the ground truth made here has ids of its own, from 1, because
+pycocotools takes an object whose id is 0 for one that was never found.
 """
 
 from __future__ import annotations
@@ -21,13 +22,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from hwnas.document import explain
 from hwnas.errors import DataError
 
 ROUNDING_PX = 1.0
-"""Boxes that leave their image by no more were rounded; they stay in the ground truth as they are, so that its AP is the official one."""
+"""Boxes that leave their image by no more were rounded; they stay in the ground truth
+as they are, so that its AP is the official one.
+"""
 
 
 class _Part(BaseModel):
@@ -62,7 +73,8 @@ class _File(_Part):
 
 @dataclass(frozen=True)
 class Annotations:
-    """The content of one annotation file. Images are in the order of their ids, and the objects in that of their images.
+    """The content of one annotation file. Images are in the order of their ids, and the
+    objects in that of their images.
 
     Classes are indices from 0, in the order of the category ids, which may have gaps.
     """
@@ -82,7 +94,9 @@ class Annotations:
     classes: np.ndarray
     """int64 [objects]."""
     areas: np.ndarray
-    """In pixels, float64 [objects]; of the object's outline where the file says so, and what COCO calls small, medium and large."""
+    """In pixels, float64 [objects]; of the object's outline where the file says so, and
+    what COCO calls small, medium and large.
+    """
     crowds: np.ndarray
     """True for a box around many objects that were not told apart, bool [objects]."""
 
@@ -91,9 +105,15 @@ class Annotations:
         return slice(int(self.starts[image]), int(self.starts[image + 1]))
 
     def ground_truth(self, images: Sequence[int]) -> dict[str, Any]:
-        """Some images and all categories as an annotation file has them, crowds included: what an evaluation compares with."""
+        """Some images and all categories as an annotation file has them, crowds
+        included: what an evaluation compares with.
+        """
         category_ids = tuple(self.categories)
-        rows = [(image, row) for image in images for row in range(*self.objects(image).indices(len(self.boxes)))]
+        rows = [
+            (image, row)
+            for image in images
+            for row in range(*self.objects(image).indices(len(self.boxes)))
+        ]
         return {
             "images": [
                 {
@@ -120,11 +140,14 @@ class Annotations:
 
 
 def read_annotations(path: Path) -> Annotations:
-    """Read and check an annotation file; the same file is read once: COCO's own takes seconds, and every split of it asks.
+    """Read and check an annotation file; the same file is read once: COCO's own takes
+    seconds, and every split of it asks.
 
-    A box that leaves its image is clipped, one that has no area inside it is left out; both are counted in one warning. Raises
-    DataError where the file is missing, no JSON, not in COCO's format (negative sizes and NaN included), without images, categories or
-    objects, has an id twice, or an annotation of an image or a category that it does not have.
+    A box that leaves its image is clipped, one that has no area inside it is left out;
+    both are counted in one warning. Raises DataError where the file is missing, no
+    JSON, not in COCO's format (negative sizes and NaN included), without images,
+    categories or objects, has an id twice, or an annotation of an image or a category
+    that it does not have.
     """
     try:
         status = path.stat()
@@ -137,11 +160,20 @@ def read_annotations(path: Path) -> Annotations:
 def _read(path: Path, changed_ns: int, size_bytes: int) -> Annotations:
     del changed_ns, size_bytes  # they tell a file from the one that was read before
     content = _parsed(path)
-    for noun, entries in (("images", content.images), ("annotations", content.annotations), ("categories", content.categories)):
+    for noun, entries in (
+        ("images", content.images),
+        ("annotations", content.annotations),
+        ("categories", content.categories),
+    ):
         if not entries:
-            raise DataError(f"{path} has no {noun}: export it again with images, annotations and categories.")
+            raise DataError(
+                f"{path} has no {noun}: export it again with images, annotations and categories."
+            )
     images = sorted(content.images, key=lambda image: image.id)
-    categories = {category.id: category.name for category in sorted(content.categories, key=lambda category: category.id)}
+    categories = {
+        category.id: category.name
+        for category in sorted(content.categories, key=lambda category: category.id)
+    }
     ids = [image.id for image in images]
     _refuse_twins(path, "image ids", ids)
     _refuse_twins(path, "category ids", [category.id for category in content.categories])
@@ -154,11 +186,19 @@ def _read(path: Path, changed_ns: int, size_bytes: int) -> Annotations:
 
     boxes = np.array([annotation.bbox for annotation in content.annotations], dtype=np.float64)
     boxes, left = _inside(path, boxes, sizes[positions])
-    areas = np.array([np.nan if annotation.area is None else annotation.area for annotation in content.annotations])
+    areas = np.array(
+        [
+            np.nan if annotation.area is None else annotation.area
+            for annotation in content.annotations
+        ]
+    )
     areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
     crowds = np.array([annotation.iscrowd for annotation in content.annotations])
     if not (left & ~crowds).any():
-        raise DataError(f"{path} has no single object with a box inside its image: check its boxes, which are x, y, width and height.")
+        raise DataError(
+            f"{path} has no single object with a box inside its image: check its boxes, which are"
+            " x, y, width and height."
+        )
     order = np.flatnonzero(left)[np.argsort(positions[left], kind="stable")]
     return Annotations(
         path=path,
@@ -182,14 +222,22 @@ def _parsed(path: Path) -> _File:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "json_invalid":
-            raise DataError(f"{path} is not JSON ({first['msg']}): it is corrupt or was cut off; unpack or export it again.") from error
-        raise DataError(f"{path} is not in COCO's format ({explain(error, _File).rstrip('.')}): correct it or export it again.") from error
+            raise DataError(
+                f"{path} is not JSON ({first['msg']}): it is corrupt or was cut off; unpack or"
+                " export it again."
+            ) from error
+        raise DataError(
+            f"{path} is not in COCO's format ({explain(error, _File).rstrip('.')}): correct it or"
+            " export it again."
+        ) from error
 
 
 def _refuse_twins(path: Path, noun: str, values: Sequence[int | str]) -> None:
     if len(set(values)) < len(values):
         (twin, _), *_ = Counter(values).most_common(1)
-        raise DataError(f"{path} has {noun} that are not unique ({twin!r} is there twice): give each its own.")
+        raise DataError(
+            f"{path} has {noun} that are not unique ({twin!r} is there twice): give each its own."
+        )
 
 
 def _positions(path: Path, noun: str, found: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -198,14 +246,16 @@ def _positions(path: Path, noun: str, found: np.ndarray, known: np.ndarray) -> n
     unknown = np.flatnonzero(known[positions] != found)
     if len(unknown):
         raise DataError(
-            f"{path} has an annotation (number {unknown[0]} in its list) with {noun}_id {found[unknown[0]]}, but no such {noun}: "
-            f"add the {noun} or remove the annotation."
+            f"{path} has an annotation (number {unknown[0]} in its list) with {noun}_id"
+            f" {found[unknown[0]]}, but no such {noun}: add the {noun} or remove the annotation."
         )
     return positions
 
 
 def _inside(path: Path, boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes clipped to their images, and which of them have an area left there. Warns where there is anything to say."""
+    """The boxes clipped to their images, and which of them have an area left there.
+    Warns where there is anything to say.
+    """
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     clipped = corners.clip(0, np.tile(sizes, 2))
     extents = clipped[:, 2:] - clipped[:, :2]
@@ -213,8 +263,11 @@ def _inside(path: Path, boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarra
     outside = np.abs(clipped - corners).max(axis=1) > ROUNDING_PX
     if not left.all() or outside.any():
         warnings.warn(
-            f"{path}: of {len(boxes)} boxes, {(outside & left).sum()} left their image and were clipped, "
-            f"{(~left).sum()} had no area inside it and were left out.",
+            f"{path}: of {len(boxes)} boxes, {(outside & left).sum()} left their image and were"
+            f" clipped, {(~left).sum()} had no area inside it and were left out.",
             stacklevel=4,
         )
-    return np.where(outside[:, None], np.concatenate([clipped[:, :2], extents], axis=1), boxes), left
+    return (
+        np.where(outside[:, None], np.concatenate([clipped[:, :2], extents], axis=1), boxes),
+        left,
+    )

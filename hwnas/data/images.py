@@ -1,7 +1,8 @@
 """What every data set is here, and the deterministic order in which its batches come.
 
-A batch is a pure function of (seed, step): the images by a permutation per epoch, the augmentation by a generator per step. So
-a run that was killed and resumed sees exactly the batches it would have seen.
+A batch is a pure function of (seed, step): the images by a permutation per epoch, the
+augmentation by a generator per step. So a run that was killed and resumed sees exactly
+the batches it would have seen.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ from hwnas.data.geometry import Geometry
 from hwnas.errors import DataError
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Normalised images float32 [N, C, H, W] and labels int64 [N]; for detection, boxes float32 [N, M, 5] (see ``data/coco.py``)."""
+"""Normalised images float32 [N, C, H, W] and labels int64 [N]; for detection, boxes
+float32 [N, M, 5] (see ``data/coco.py``).
+"""
 
 Request: TypeAlias = tuple[int, int]
 """(image index, seed of the augmentation); the seed is ignored where nothing is augmented."""
 
 
 class Images(Dataset[Batch]):
-    """A split of a data set. Subclasses read and augment; ``labels`` is int64 [N], ``names`` the class names.
+    """A split of a data set. Subclasses read and augment; ``labels`` is int64 [N],
+    ``names`` the class names.
 
-    Where images have any number of objects, ``labels`` is int64 [objects], and ``__len__`` and ``labels_of`` are of their own.
-    ``resizing`` says in words how an image becomes the model's size, for the people who use an exported file; ``geometry`` says it in
-    numbers, where the data set has one.
+    Where images have any number of objects, ``labels`` is int64 [objects], and
+    ``__len__`` and ``labels_of`` are of their own. ``resizing`` says in words how an
+    image becomes the model's size, for the people who use an exported file;
+    ``geometry`` says it in numbers, where the data set has one.
     """
 
     resizing: str
@@ -55,20 +60,25 @@ class Images(Dataset[Batch]):
 
 
 def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Images:
-    """The images of ``split`` (``train``, ``held_out``, ``all`` or ``test``), checked against the configuration.
+    """The images of ``split`` (``train``, ``held_out``, ``all`` or ``test``), checked
+    against the configuration.
 
-    ``held_out`` is a fixed part of the training images, the same for every seed of the experiment; ``train`` is the rest, ``all``
-    are both: a search needs them apart, the final training does not.
+    ``held_out`` is a fixed part of the training images, the same for every seed of the
+    experiment; ``train`` is the rest, ``all`` are both: a search needs them apart, the
+    final training does not.
     """
     images: Images = DATASETS.get(config.name)(config, split, augment)
     if len(images) == 0:
-        raise DataError(f"data {config.name!r} has no images in its {split} split: check data.path.")
+        raise DataError(
+            f"data {config.name!r} has no images in its {split} split: check data.path."
+        )
     if len(images.labels) == 0:
         return images  # a part whose images have no objects
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= config.classes:
         raise DataError(
-            f"data {config.name!r} has labels {low} to {high}, but data.classes = {config.classes}: set data.classes to {high + 1}."
+            f"data {config.name!r} has labels {low} to {high}, but data.classes = {config.classes}:"
+            f" set data.classes to {high + 1}."
         )
     return images
 
@@ -105,10 +115,19 @@ def split_indices(total: int, held_out: float, split: str) -> np.ndarray:
 
 
 class _Stream:
-    """Batch sampler: permutation after permutation, cut into batches, of every ``stride``-th step from ``first`` to ``last``."""
+    """Batch sampler: permutation after permutation, cut into batches, of every
+    ``stride``-th step from ``first`` to ``last``.
+    """
 
-    def __init__(self, size: int, batch_size: int, seed: int, first: int, last: int, stride: int = 1) -> None:
-        self.size, self.batch_size, self.seed, self.steps = size, batch_size, seed, range(first, last, stride)
+    def __init__(
+        self, size: int, batch_size: int, seed: int, first: int, last: int, stride: int = 1
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.steps = (
+            size,
+            batch_size,
+            seed,
+            range(first, last, stride),
+        )
 
     def __iter__(self) -> Iterator[list[Request]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
@@ -127,7 +146,9 @@ class _Stream:
 
 
 class _Carrying(Dataset[Any]):
-    """Hands a DataError over as a value: raised in a loader process, it would arrive wrapped in that process's traceback."""
+    """Hands a DataError over as a value: raised in a loader process, it would arrive
+    wrapped in that process's traceback.
+    """
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -150,7 +171,8 @@ def _load(images: Images, sampler: Iterable[list[Request]], workers: int) -> Ite
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else a loader made in the middle of a step, by a resumed run, shifts that step's dropout
+        # else a loader made in the middle of a step, by a resumed run, shifts that step's dropout
+        generator=torch.Generator(),
     )
     for batch in loader:
         if isinstance(batch, DataError):
@@ -159,25 +181,45 @@ def _load(images: Images, sampler: Iterable[list[Request]], workers: int) -> Ite
 
 
 def training_batches(
-    images: Images, batch_size: int, *, seed: int, first: int, last: int, stride: int = 1, workers: int = 0
+    images: Images,
+    batch_size: int,
+    *,
+    seed: int,
+    first: int,
+    last: int,
+    stride: int = 1,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """The shuffled batches of every ``stride``-th step from ``first`` to ``last - 1``."""
     return _load(images, _Stream(len(images), batch_size, seed, first, last, stride), workers)
 
 
 def evaluation_order(images: Images, limit: int | None = None) -> np.ndarray:
-    """Indices of all images, or ``limit`` of them, in one fixed random order: folders are sorted by class, and a part must not be."""
+    """Indices of all images, or ``limit`` of them, in one fixed random order: folders
+    are sorted by class, and a part must not be.
+    """
     return np.random.default_rng(0).permutation(len(images))[:limit]
 
 
-def evaluation_batches(images: Images, batch_size: int, *, limit: int | None = None, workers: int = 0) -> Iterator[Batch]:
+def evaluation_batches(
+    images: Images, batch_size: int, *, limit: int | None = None, workers: int = 0
+) -> Iterator[Batch]:
     """All images, or ``limit`` of them, in ``evaluation_order``."""
     order = evaluation_order(images, limit)
-    return _load(images, [[(int(i), 0) for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)], workers)
+    return _load(
+        images,
+        [
+            [(int(i), 0) for i in order[at : at + batch_size]]
+            for at in range(0, len(order), batch_size)
+        ],
+        workers,
+    )
 
 
 def sampled_images(images: Images, count: int) -> np.ndarray:
-    """``count`` images spread evenly over a split, channels-last float32 [count, H, W, C], as a deployed model gets them."""
+    """``count`` images spread evenly over a split, channels-last float32 [count, H, W,
+    C], as a deployed model gets them.
+    """
     indices = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
     x_NCHW, _ = images.__getitems__([(int(index), 0) for index in indices])
     return x_NCHW.permute(0, 2, 3, 1).contiguous().numpy()

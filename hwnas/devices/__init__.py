@@ -1,4 +1,6 @@
-"""Devices: documents that describe them, ways to reach them, and profiling them into latency tables."""
+"""Devices: documents that describe them, ways to reach them, and profiling them into
+latency tables.
+"""
 
 from hwnas.registry import Registry
 

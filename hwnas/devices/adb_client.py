@@ -1,8 +1,9 @@
 """The ``adb`` program, and one phone behind it.
 
-Every call is an argument list. What ``adb shell`` gets is by its nature a string for the phone's own shell: callers build it from
-constants and from values that they have checked, with ``shlex.join``. adb's server is left as it is: never killed, and found where
-adb itself finds it (``ANDROID_ADB_SERVER_PORT``, ``ADB_SERVER_SOCKET``).
+Every call is an argument list. What ``adb shell`` gets is by its nature a string for
+the phone's own shell: callers build it from constants and from values that they have
+checked, with ``shlex.join``. adb's server is left as it is: never killed, and found
+where adb itself finds it (``ANDROID_ADB_SERVER_PORT``, ``ADB_SERVER_SOCKET``).
 """
 
 from __future__ import annotations
@@ -22,16 +23,28 @@ from typing import IO
 from hwnas.errors import ConfigError, DeviceError
 
 SERIAL = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:%()\[\] -]*")
-"""Serial numbers of phones and emulators, HOST:PORT, and the names that wireless debugging gives."""
+"""Serial numbers of phones and emulators, HOST:PORT, and the names that wireless
+debugging gives.
+"""
 
 ANSWER_S = 120.0
-"""How long a phone may take over a small question, or over the next piece of a file, before it counts as gone."""
+"""How long a phone may take over a small question, or over the next piece of a file,
+before it counts as gone.
+"""
 
 STATES = {
-    "unauthorized": "does not trust this computer yet: unlock it and accept the dialog 'Allow USB debugging'",
-    "authorizing": "is still being asked whether it trusts this computer: unlock it and accept the dialog 'Allow USB debugging'",
+    "unauthorized": (
+        "does not trust this computer yet: unlock it and accept the dialog 'Allow USB debugging'"
+    ),
+    "authorizing": (
+        "is still being asked whether it trusts this computer: unlock it and accept the dialog"
+        " 'Allow USB debugging'"
+    ),
     "offline": "is offline: plug it in again, or run 'adb reconnect offline'",
-    "no permissions": "may not be opened by this user: install Android's udev rules, 'apt install android-sdk-platform-tools-common'",
+    "no permissions": (
+        "may not be opened by this user: install Android's udev rules, 'apt install"
+        " android-sdk-platform-tools-common'"
+    ),
     "recovery": "is in its recovery system: restart it",
     "sideload": "is in its recovery system: restart it",
     "bootloader": "is in its boot loader: restart it",
@@ -45,7 +58,9 @@ class PhoneGoneError(DeviceError):
 
 @dataclass(frozen=True)
 class Attached:
-    """A phone that adb's server knows: its state (``device`` is the good one) and its model, where it tells."""
+    """A phone that adb's server knows: its state (``device`` is the good one) and its
+    model, where it tells.
+    """
 
     state: str
     model: str = ""
@@ -57,18 +72,30 @@ def _installed() -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DeviceError(
-            "adb is not installed: 'apt install adb' (Debian, Ubuntu), 'brew install --cask android-platform-tools' (macOS), "
-            "or Android's SDK Platform-Tools."
+            "adb is not installed: 'apt install adb' (Debian, Ubuntu), 'brew install --cask"
+            " android-platform-tools' (macOS), or Android's SDK Platform-Tools."
         ) from error
 
 
 def attached() -> dict[str, Attached]:
-    """Serial number -> phone, of all that adb knows. Starts adb's server where none runs. Raises DeviceError."""
+    """Serial number -> phone, of all that adb knows. Starts adb's server where none
+    runs. Raises DeviceError.
+    """
     with _installed():
         try:
-            done = subprocess.run(["adb", "devices", "-l"], capture_output=True, text=True, errors="replace", timeout=ANSWER_S, check=False)
+            done = subprocess.run(
+                ["adb", "devices", "-l"],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=ANSWER_S,
+                check=False,
+            )
         except subprocess.TimeoutExpired as error:
-            raise DeviceError("adb's server does not answer: 'adb kill-server' ends it, and the next command starts another.") from error
+            raise DeviceError(
+                "adb's server does not answer: 'adb kill-server' ends it, and the next command"
+                " starts another."
+            ) from error
     if done.returncode != 0:
         raise DeviceError(f"adb does not work: {_last_line(done.stderr)}")
     found = {}
@@ -83,8 +110,9 @@ def attached() -> dict[str, Attached]:
 def attached_phones() -> dict[str, str]:
     """Serial number -> model, or what is wrong, of the phones that adb knows right now.
 
-    For listings: quick, never an error, and without side effects. It asks a running server only, since starting one takes seconds
-    and leaves it running; ``adb devices`` starts it.
+    For listings: quick, never an error, and without side effects. It asks a running
+    server only, since starting one takes seconds and leaves it running; ``adb devices``
+    starts it.
     """
     port = os.environ.get("ANDROID_ADB_SERVER_PORT", "5037")
     if "ADB_SERVER_SOCKET" not in os.environ:
@@ -96,18 +124,25 @@ def attached_phones() -> dict[str, str]:
         phones = attached()
     except DeviceError:
         return {}
-    return {serial: phone.model or "Android" if phone.state == "device" else phone.state for serial, phone in phones.items()}
+    return {
+        serial: phone.model or "Android" if phone.state == "device" else phone.state
+        for serial, phone in phones.items()
+    }
 
 
 def check_serial(serial: str) -> str:
     """The serial number itself. Raises ValueError where it cannot be one."""
     if not SERIAL.fullmatch(serial):
-        raise ValueError("no phone has such a serial number; 'adb devices' lists those that are attached")
+        raise ValueError(
+            "no phone has such a serial number; 'adb devices' lists those that are attached"
+        )
     return serial
 
 
 def choose(serial: str | None) -> str:
-    """A serial number that is ready: the one asked for, else ``ANDROID_SERIAL``'s, else the only one attached. Raises DeviceError."""
+    """A serial number that is ready: the one asked for, else ``ANDROID_SERIAL``'s, else
+    the only one attached. Raises DeviceError.
+    """
     if serial is None and (named := os.environ.get("ANDROID_SERIAL")):
         try:
             serial = check_serial(named)
@@ -117,17 +152,28 @@ def choose(serial: str | None) -> str:
     names = ", ".join(phones)
     if serial is not None:
         if serial not in phones:
-            known = f"attached: {names}" if phones else "plug it in and allow USB debugging in its developer options"
+            known = (
+                f"attached: {names}"
+                if phones
+                else "plug it in and allow USB debugging in its developer options"
+            )
             raise PhoneGoneError(f"phone {serial} is not attached; {known}.")
     elif not phones:
-        raise PhoneGoneError("no phone is attached: plug one in and allow USB debugging in its developer options.")
+        raise PhoneGoneError(
+            "no phone is attached: plug one in and allow USB debugging in its developer options."
+        )
     elif len(phones) > 1:
-        raise DeviceError(f"{len(phones)} phones are attached ({names}): say which with device.name = 'adb:SERIAL'.")
+        raise DeviceError(
+            f"{len(phones)} phones are attached ({names}): say which with device.name ="
+            " 'adb:SERIAL'."
+        )
     else:
         serial = next(iter(phones))
     state = phones[serial].state
     if state != "device":
-        raise PhoneGoneError(f"phone {serial} {STATES.get(state, f'is in the state {state!r}: restart it')}.")
+        raise PhoneGoneError(
+            f"phone {serial} {STATES.get(state, f'is in the state {state!r}: restart it')}."
+        )
     return serial
 
 
@@ -142,24 +188,33 @@ class AdbClient:
         return self._run(["shell", _merged(command)], ANSWER_S).stdout
 
     def push(self, files: Sequence[Path], folder: str) -> None:
-        """Copy files into a folder of the phone, under their own names. Raises DeviceError where it is full."""
+        """Copy files into a folder of the phone, under their own names. Raises
+        DeviceError where it is full.
+        """
         done = self._run(["push", *map(str, files), f"{folder}/"], 10 * ANSWER_S)
         if done.returncode != 0:
             if "No space left" in done.stdout:
-                raise DeviceError(f"phone {self.serial} is full: free some space on it, or empty its {folder.rpartition('/')[0]}.")
-            raise DeviceError(f"phone {self.serial} does not take {files[0].name}: {_last_line(done.stdout)}")
+                raise DeviceError(
+                    f"phone {self.serial} is full: free some space on it, or empty its"
+                    f" {folder.rpartition('/')[0]}."
+                )
+            raise DeviceError(
+                f"phone {self.serial} does not take {files[0].name}: {_last_line(done.stdout)}"
+            )
 
     def pull(self, file: str, target: Path) -> None:
         """Copy a file of the phone here."""
         done = self._run(["pull", file, str(target)], 10 * ANSWER_S)
         if done.returncode != 0:
-            raise DeviceError(f"phone {self.serial} does not give {file}: {_last_line(done.stdout)}")
+            raise DeviceError(
+                f"phone {self.serial} does not give {file}: {_last_line(done.stdout)}"
+            )
 
     def stream(self, command: str, silence_s: float) -> Iterator[str]:
         """The lines that a command of the phone's shell prints, as they come.
 
-        They simply end where the phone goes away, so the command has to say that it is done. Raises DeviceError after ``silence_s``
-        without a word.
+        They simply end where the phone goes away, so the command has to say that it is
+        done. Raises DeviceError after ``silence_s`` without a word.
         """
         with _installed():
             process = subprocess.Popen(
@@ -179,7 +234,10 @@ class AdbClient:
         unfinished = b""
         while True:
             if not select.select([output], [], [], silence_s)[0]:
-                raise DeviceError(f"phone {self.serial} said nothing for {silence_s:.0f} s: restart it, and go on with the same command.")
+                raise DeviceError(
+                    f"phone {self.serial} said nothing for {silence_s:.0f} s: restart it, and go on"
+                    " with the same command."
+                )
             data = os.read(output.fileno(), 65536)
             if not data:
                 return
@@ -217,19 +275,27 @@ class AdbClient:
         return True
 
     def _reconnect(self) -> None:
-        """A phone in the network comes back only when it is called; adb's server itself tries every ten seconds, ten times."""
+        """A phone in the network comes back only when it is called; adb's server itself
+        tries every ten seconds, ten times.
+        """
         for verb in ("disconnect", "connect"):
             try:
-                subprocess.run(["adb", verb, self.serial], capture_output=True, timeout=ANSWER_S, check=False)
+                subprocess.run(
+                    ["adb", verb, self.serial], capture_output=True, timeout=ANSWER_S, check=False
+                )
             except subprocess.TimeoutExpired:
                 return
 
 
 def _merged(command: str) -> str:
-    """The command with its errors among its output: adb passes the two on separately, and lines would be torn."""
+    """The command with its errors among its output: adb passes the two on separately,
+    and lines would be torn.
+    """
     return f"{{ {command}\n}} 2>&1"
 
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
-    return lines[-1].removeprefix("adb: ").removeprefix("error: ") if lines else "it gave no reason."
+    return (
+        lines[-1].removeprefix("adb: ").removeprefix("error: ") if lines else "it gave no reason."
+    )

@@ -1,7 +1,9 @@
-"""A folder of our own on a phone, for the time of one call: what is in it, what has to be sent, and the script that runs there.
+"""A folder of our own on a phone, for the time of one call: what is in it, what has to
+be sent, and the script that runs there.
 
-Files go into the call's own folder first, and the script moves them to their place: another call on the same phone sees a model
-whole or not at all, and one that was cut off leaves nothing behind but its folder, which later calls remove after a day.
+Files go into the call's own folder first, and the script moves them to their place:
+another call on the same phone sees a model whole or not at all, and one that was cut
+off leaves nothing behind but its folder, which later calls remove after a day.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from hwnas.errors import DeviceError, StorageError
 from hwnas.share import share_folder
 
 SILENCE_S = 900.0
-"""How long the tool may print nothing. Each of its two phases ends after 150 s; a GPU's kernels may take minutes to compile."""
+"""How long the tool may print nothing. Each of its two phases ends after 150 s; a GPU's
+kernels may take minutes to compile.
+"""
 
 OUTPUT_LINES = 1000
 PROGRAMS = ("android_aarch64_benchmark_model", "benchmark_model")
@@ -59,7 +63,10 @@ class Program:
     def check(self, serial: str, state: PhoneState) -> None:
         """Raises DeviceError where it does not run on such a phone."""
         if self.abi is None:
-            raise DeviceError(f"{self.path} is no program for Android: {guide()} says where to get benchmark_model.")
+            raise DeviceError(
+                f"{self.path} is no program for Android: {guide()} says where to get"
+                " benchmark_model."
+            )
         if state.abis and self.abi not in state.abis:
             raise DeviceError(
                 f"{self.path} is for {self.abi}, but phone {serial} runs {', '.join(state.abis)}: "
@@ -70,11 +77,13 @@ class Program:
 def find_program(named: str | None) -> Program:
     """The build at a path, else at ``$HWNAS_BENCHMARK_MODEL``, else on PATH. Raises DeviceError."""
     named = named or os.environ.get("HWNAS_BENCHMARK_MODEL")
-    found = named or next(filter(None, (shutil.which(name, mode=os.F_OK) for name in PROGRAMS)), None)
+    found = named or next(
+        filter(None, (shutil.which(name, mode=os.F_OK) for name in PROGRAMS)), None
+    )
     if found is None:
         raise DeviceError(
-            "LiteRT's benchmark_model for Android was not found: name it in $HWNAS_BENCHMARK_MODEL or in the device's option "
-            f"benchmark_model; {guide()} says where to get it."
+            "LiteRT's benchmark_model for Android was not found: name it in $HWNAS_BENCHMARK_MODEL"
+            f" or in the device's option benchmark_model; {guide()} says where to get it."
         )
     program = Path(found).expanduser()
     try:
@@ -82,7 +91,10 @@ def find_program(named: str | None) -> Program:
             head = file.read(20)
         return Program(program, file_sha256(program), tool.abi(head))
     except OSError as error:
-        raise DeviceError(f"benchmark_model = {program} cannot be read ({error.strerror}); {guide()} says where to get it.") from error
+        raise DeviceError(
+            f"benchmark_model = {program} cannot be read ({error.strerror}); {guide()} says where"
+            " to get it."
+        ) from error
 
 
 def ask(client: AdbClient) -> PhoneState:
@@ -104,7 +116,8 @@ class Ended:
 
 
 class AdbSession:
-    """Use as a context manager; ``open`` it before anything else, and again after the phone was away.
+    """Use as a context manager; ``open`` it before anything else, and again after the
+    phone was away.
 
     ``folder`` is ours on the phone, ``work`` a place for temporary files here.
     """
@@ -124,7 +137,9 @@ class AdbSession:
             self.client.shell(shlex.join(["rm", "-rf", f"{self.folder}/{self.name}"]))
 
     def open(self) -> PhoneState:
-        """Look what the phone is and what is on it, where that is not known, and return its latest state."""
+        """Look what the phone is and what is on it, where that is not known, and return
+        its latest state.
+        """
         if self._state is None:
             state = self.ask()
             self.program.check(self.client.serial, state)
@@ -145,20 +160,33 @@ class AdbSession:
         self._state = None
 
     def _prepare(self) -> dict[str, int]:
-        """Make our folders, remove those of calls that were cut off, and return name -> size in bytes of what is there."""
+        """Make our folders, remove those of calls that were cut off, and return name ->
+        size in bytes of what is there.
+        """
         folder, run = shlex.quote(self.folder), shlex.quote(self.name)
         answer = self.client.shell(
-            f"mkdir -p {folder}/models {folder}/{run} && cd {folder} && "
-            "{ find . -maxdepth 1 -name 'run-*' -mtime +1 -exec rm -rf {} + ; stat -c '%s %n' benchmark_model-* models/* ; echo ready ; }"
+            f"mkdir -p {folder}/models {folder}/{run} && cd {folder} && {{ find . -maxdepth 1 -name"
+            " 'run-*' -mtime +1 -exec rm -rf {} + ; stat -c '%s %n' benchmark_model-* models/* ;"
+            " echo ready ; }"
         )
         rows = [line.split() for line in answer.splitlines()]
         if ["ready"] not in rows:
-            why = next((line.strip() for line in answer.splitlines() if line.strip()), "it gave no reason")
-            raise DeviceError(f"phone {self.client.serial} lets nothing be written into {self.folder}: {why}.")
-        return {row[1].removeprefix("models/"): int(row[0]) for row in rows if len(row) == 2 and row[0].isdecimal()}
+            why = next(
+                (line.strip() for line in answer.splitlines() if line.strip()), "it gave no reason"
+            )
+            raise DeviceError(
+                f"phone {self.client.serial} lets nothing be written into {self.folder}: {why}."
+            )
+        return {
+            row[1].removeprefix("models/"): int(row[0])
+            for row in rows
+            if len(row) == 2 and row[0].isdecimal()
+        }
 
     def add(self, model: Path) -> str:
-        """The model's name on the phone; it goes there with the next ``send`` where it is not there. Raises OSError."""
+        """The model's name on the phone; it goes there with the next ``send`` where it
+        is not there. Raises OSError.
+        """
         name = f"{file_sha256(model)}.tflite"
         if self._there.get(name) != model.stat().st_size:
             self._to_send[name] = model
@@ -174,8 +202,12 @@ class AdbSession:
                 for name, content in texts.items():
                     (local / name).write_bytes(content)
             except OSError as error:
-                raise StorageError(f"{self.work} takes no more files ({error.strerror}): free some space.") from error
-            self.client.push([local / name for name in (*self._to_send, *texts)], f"{self.folder}/{self.name}")
+                raise StorageError(
+                    f"{self.work} takes no more files ({error.strerror}): free some space."
+                ) from error
+            self.client.push(
+                [local / name for name in (*self._to_send, *texts)], f"{self.folder}/{self.name}"
+            )
         self._there |= {name: path.stat().st_size for name, path in self._to_send.items()}
         self._to_send = {}
 
@@ -186,9 +218,11 @@ class AdbSession:
             return (Path(folder) / name).read_bytes()
 
     def run(self, arguments: Sequence[str]) -> Iterator[Ended | None]:
-        """Run the script, and yield each process as it ends, or None while another call's batch goes first.
+        """Run the script, and yield each process as it ends, or None while another
+        call's batch goes first.
 
-        Raises PhoneGoneError where it does not come to its end, DeviceError where the phone takes no files.
+        Raises PhoneGoneError where it does not come to its end, DeviceError where the
+        phone takes no files.
         """
         lines: deque[str] = deque(maxlen=OUTPUT_LINES)
         command = shlex.join(["sh", f"{self.folder}/{self.name}/{SCRIPT}", *arguments])
@@ -204,8 +238,14 @@ class AdbSession:
             elif words[0] == "done":
                 return
             elif words[0] == "failed":
-                raise DeviceError(f"phone {self.client.serial}: {' '.join(words[1:])}: free some space on it, and run the command again.")
+                raise DeviceError(
+                    f"phone {self.client.serial}: {' '.join(words[1:])}: free some space on it, and"
+                    " run the command again."
+                )
             else:
                 lines.clear()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
-        raise PhoneGoneError(f"phone {self.client.serial} stopped in the middle; the last that it said was {last[:100]!r}.")
+        raise PhoneGoneError(
+            f"phone {self.client.serial} stopped in the middle; the last that it said was"
+            f" {last[:100]!r}."
+        )

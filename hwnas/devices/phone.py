@@ -1,7 +1,7 @@
 """What an Android phone says of itself: chip, cores and clocks, battery, temperature.
 
-``QUESTIONS`` is one command for its shell, and ``read`` understands the answers. Whatever a phone does not tell, or not to adb's
-user, is left out: vendors differ in it.
+``QUESTIONS`` is one command for its shell, and ``read`` understands the answers.
+Whatever a phone does not tell, or not to adb's user, is left out: vendors differ in it.
 """
 
 from __future__ import annotations
@@ -46,31 +46,59 @@ class PhoneState:
     @property
     def abis(self) -> tuple[str, ...]:
         """The instruction sets that it runs, its own first: ``("arm64-v8a", "armeabi-v7a")``."""
-        listed = self.properties.get("ro.product.cpu.abilist") or self.properties.get("ro.product.cpu.abi", "")
+        listed = self.properties.get("ro.product.cpu.abilist") or self.properties.get(
+            "ro.product.cpu.abi", ""
+        )
         return tuple(name.strip() for name in listed.split(",") if name.strip())
 
     @property
     def chip(self) -> str:
-        """The chip, by its own name since Android 12, else by the vendor's name of the board: ``Google Tensor``, ``sm8150``."""
+        """The chip, by its own name since Android 12, else by the vendor's name of the
+        board: ``Google Tensor``, ``sm8150``.
+        """
         get = self.properties.get
         maker, model = get("ro.soc.manufacturer", ""), get("ro.soc.model", "")
-        return f"{maker} {model}".strip() or get("ro.board.platform") or get("ro.hardware") or "unknown"
+        return (
+            f"{maker} {model}".strip()
+            or get("ro.board.platform")
+            or get("ro.hardware")
+            or "unknown"
+        )
 
     @property
     def machine(self) -> str:
-        """Instruction set, model and system, all of which decide how fast a network is: ``arm64-v8a, Google Pixel 6, Android 14``."""
+        """Instruction set, model and system, all of which decide how fast a network is:
+        ``arm64-v8a, Google Pixel 6, Android 14``.
+        """
         get = self.properties.get
-        model = f"{get('ro.product.manufacturer', '')} {get('ro.product.model', '')}".strip() or "unknown model"
-        return f"{self.abis[0] if self.abis else 'unknown ABI'}, {model}, Android {get('ro.build.version.release') or 'unknown'}"
+        model = (
+            f"{get('ro.product.manufacturer', '')} {get('ro.product.model', '')}".strip()
+            or "unknown model"
+        )
+        return (
+            f"{self.abis[0] if self.abis else 'unknown ABI'}, {model}, Android"
+            f" {get('ro.build.version.release') or 'unknown'}"
+        )
 
     def fastest(self, count: int) -> tuple[int, ...]:
-        """The ``count`` cores of the highest clock, in order of their numbers; the last ones where clocks are equal or not told."""
-        by_clock = sorted(self.cores, key=lambda core: (core.max_mhz or 0.0, core.number), reverse=True)
+        """The ``count`` cores of the highest clock, in order of their numbers; the last
+        ones where clocks are equal or not told.
+        """
+        by_clock = sorted(
+            self.cores, key=lambda core: (core.max_mhz or 0.0, core.number), reverse=True
+        )
         return tuple(sorted(core.number for core in by_clock[:count]))
 
     def governor(self, cores: tuple[int, ...]) -> str:
         """What sets the clocks of these cores: ``schedutil``."""
-        return ",".join(sorted({core.governor for core in self.cores if core.number in cores and core.governor})) or "unknown"
+        return (
+            ",".join(
+                sorted(
+                    {core.governor for core in self.cores if core.number in cores and core.governor}
+                )
+            )
+            or "unknown"
+        )
 
     def conditions(self, cores: tuple[int, ...]) -> dict[str, float | str]:
         """What may change while it measures: a row of conditions."""
@@ -86,7 +114,9 @@ class PhoneState:
         return {name: value for name, value in told.items() if value is not None}
 
     def heat(self, max_celsius: float) -> str | None:
-        """Why it is too hot to measure, in a few words: its battery's temperature, or Android's own word that it throttles."""
+        """Why it is too hot to measure, in a few words: its battery's temperature, or
+        Android's own word that it throttles.
+        """
         if self.celsius is not None and self.celsius > max_celsius:
             return f"{self.celsius:g} °C"
         if self.thermal_status:
@@ -97,15 +127,27 @@ class PhoneState:
 def read(answers: str) -> PhoneState:
     """The answers to ``QUESTIONS``."""
     lines = [line.strip() for line in answers.splitlines()]
-    cores = [_core(int(line[5:]), lines[at + 1 : at + 5]) for at, line in enumerate(lines) if re.fullmatch(r"core \d+", line)]
+    cores = [
+        _core(int(line[5:]), lines[at + 1 : at + 5])
+        for at, line in enumerate(lines)
+        if re.fullmatch(r"core \d+", line)
+    ]
     battery: dict[str, str] = {}
     for key, value in re.findall(r"^\s*([\w ]+): (\S+)\s*$", answers, re.MULTILINE):
         battery.setdefault(key.lower(), value)  # some vendors print a log of earlier values below
-    level, tenths, status = (_number(battery.get(key)) for key in ("level", "temperature", "thermal status"))
-    sources = [name for name in ("ac", "usb", "wireless", "dock") if battery.get(f"{name} powered") == "true"]
+    level, tenths, status = (
+        _number(battery.get(key)) for key in ("level", "temperature", "thermal status")
+    )
+    sources = [
+        name
+        for name in ("ac", "usb", "wireless", "dock")
+        if battery.get(f"{name} powered") == "true"
+    ]
     return PhoneState(
         properties=dict(re.findall(r"^\[([\w.]+)\]: \[(.+)\]\s*$", answers, re.MULTILINE)),
-        cores=tuple(sorted((core for core in cores if core is not None), key=lambda core: core.number)),
+        cores=tuple(
+            sorted((core for core in cores if core is not None), key=lambda core: core.number)
+        ),
         battery_percent=level,
         celsius=None if tenths is None else tenths / 10,
         plugged=",".join(sources) or ("unknown" if level is None else "no"),
@@ -114,7 +156,9 @@ def read(answers: str) -> PhoneState:
 
 
 def _core(number: int, told: list[str]) -> Core | None:
-    """A core of its lines; None where it is switched off. One that cannot be has no line about it."""
+    """A core of its lines; None where it is switched off. One that cannot be has no
+    line about it.
+    """
     online, max_khz, khz, governor = [*told, "", "", "", ""][:4]
     clocks = [None if value is None else value / 1e3 for value in (_number(max_khz), _number(khz))]
     return None if online == "0" else Core(number, clocks[0], clocks[1], governor)

@@ -1,11 +1,14 @@
-"""One measuring session: model files timed on a device in interleaved rounds. Profiling and validation share it.
+"""One measuring session: model files timed on a device in interleaved rounds. Profiling
+and validation share it.
 
-A round goes once through everything in a new random order, in one process per runtime, so that whatever drifts (clock,
-temperature, neighbours) hits all items alike. What still changes from one measurement to the next is taken out (``speed.py``): the
-time of an item is the median over rounds of the median over runs, at the median speed of the session.
-Where rounds spread more than allowed even so, further rounds follow.
+A round goes once through everything in a new random order, in one process per runtime,
+so that whatever drifts (clock, temperature, neighbours) hits all items alike. What
+still changes from one measurement to the next is taken out (``speed.py``): the time of
+an item is the median over rounds of the median over runs, at the median speed of the
+session. Where rounds spread more than allowed even so, further rounds follow.
 
-A session that keeps its rows in a file resumes after a kill: what a round has measured is not measured again.
+A session that keeps its rows in a file resumes after a kill: what a round has measured
+is not measured again.
 """
 
 from __future__ import annotations
@@ -31,14 +34,17 @@ from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 
 Build = Callable[[Sequence[Op] | Architecture, str, str], Path]
-"""From a chain of ops (or from a network that is no chain), a runtime and a dtype to the file to time."""
+"""From a chain of ops (or from a network that is no chain), a runtime and a dtype to
+the file to time.
+"""
 Raw = dict[str, Any]
 """A row as a connection yields it and as a file of samples keeps it."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where files are timed: a device, the way to it and how it is used; what makes the files; whom to tell.
+    """Where files are timed: a device, the way to it and how it is used; what makes the
+    files; whom to tell.
 
     ``folder`` is for what is under way, and for what has to survive a kill.
     """
@@ -52,7 +58,9 @@ class Bench:
 
     @property
     def cores(self) -> tuple[int, ...]:
-        """The cores to pin to: those of the configuration, else the device's own choice. Raises DeviceError."""
+        """The cores to pin to: those of the configuration, else the device's own
+        choice. Raises DeviceError.
+        """
         return tuple(self.settings.cores or self.connection.cores(self.settings.threads))
 
 
@@ -60,8 +68,9 @@ class Bench:
 class Item:
     """A model file to time, under the name that its rows carry.
 
-    ``ops`` are for devices whose clock is a formula. ``image`` is a file that is fed instead of noise, for models whose
-    time depends on what they see. ``judged``: whether its noise calls for further rounds.
+    ``ops`` are for devices whose clock is a formula. ``image`` is a file that is fed
+    instead of noise, for models whose time depends on what they see. ``judged``:
+    whether its noise calls for further rounds.
     """
 
     name: str
@@ -74,10 +83,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often everything is timed, and how long: ``min_ms`` and ``min_runs`` a round, by default the runner's own.
+    """How often everything is timed, and how long: ``min_ms`` and ``min_runs`` a round,
+    by default the runner's own.
 
-    Items whose rounds spread more than ``max_spread`` are timed in up to ``max_rounds`` rounds; where they belong
-    ``together``, so is everything else. The order of a round is drawn from ``seed`` and the round's number.
+    Items whose rounds spread more than ``max_spread`` are timed in up to ``max_rounds``
+    rounds; where they belong ``together``, so is everything else. The order of a round
+    is drawn from ``seed`` and the round's number.
     """
 
     rounds: int = 1
@@ -91,7 +102,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one process of a runner does: the items of one runtime, once each, in order, in one round."""
+    """What one process of a runner does: the items of one runtime, once each, in order,
+    in one round.
+    """
 
     items: tuple[Item, ...]
     number: int
@@ -118,12 +131,20 @@ class Plan:
     def _item(self, item: Item) -> Raw:
         path = str(item.path.resolve())
         fed = {} if item.image is None else {"input": str(item.image.resolve())}
-        return {"id": item.name, "path": path, "round": self.number, "ops": [op.key for op in item.ops], **fed}
+        return {
+            "id": item.name,
+            "path": path,
+            "round": self.number,
+            "ops": [op.key for op in item.ops],
+            **fed,
+        }
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a runner says of the machine before it measures. What it does not say is ``"unknown"``."""
+    """What a runner says of the machine before it measures. What it does not say is
+    ``"unknown"``.
+    """
 
     runtime: str = "unknown"
     runtime_package: str = "unknown"
@@ -146,7 +167,15 @@ class Header:
         )
 
 
-CONDITIONS = ("cpu", "machine", "runtime_package", "runtime_version", "cores", "governor", "threads")
+CONDITIONS = (
+    "cpu",
+    "machine",
+    "runtime_package",
+    "runtime_version",
+    "cores",
+    "governor",
+    "threads",
+)
 """What must be the same in all headers of a table."""
 
 
@@ -154,7 +183,8 @@ CONDITIONS = ("cpu", "machine", "runtime_package", "runtime_version", "cores", "
 class Measurement:
     """Every single run of an item in a round, in milliseconds.
 
-    ``delegated`` says whether the runtime's delegate took the whole graph, ``fed`` whether the item got its image.
+    ``delegated`` says whether the runtime's delegate took the whole graph, ``fed``
+    whether the item got its image.
     """
 
     name: str
@@ -202,11 +232,16 @@ def typed(raw: Raw) -> Row:
     if {"id", "round", "ms"} <= raw.keys():
         delegated, fed = raw.get("delegated", "unknown"), raw.get("input") == "image"
         return Measurement(raw["id"], raw["round"], raw["ms"], delegated, fed)
-    raise DeviceError(f"the device answered {str(raw)[:80]}, which is no row of a measurement: check its connection.")
+    raise DeviceError(
+        f"the device answered {str(raw)[:80]}, which is no row of a measurement: check its"
+        " connection."
+    )
 
 
 def answers(connection: Connection, plan: Plan, folder: Path) -> Iterator[tuple[Row, Raw]]:
-    """The rows of a plan as they come, each beside what it was read from. Raises DeviceError, also where an item fails."""
+    """The rows of a plan as they come, each beside what it was read from. Raises
+    DeviceError, also where an item fails.
+    """
     for raw in connection.measure(plan.raw(), folder):
         row = typed(raw)
         if isinstance(row, Failure):
@@ -215,7 +250,8 @@ def answers(connection: Connection, plan: Plan, folder: Path) -> Iterator[tuple[
 
 
 class Session:
-    """The rows measured so far, and how to get more. With ``samples``, what that file holds is taken up, and added to.
+    """The rows measured so far, and how to get more. With ``samples``, what that file
+    holds is taken up, and added to.
 
     Raises DeviceError where the samples are of other conditions.
 
@@ -226,7 +262,13 @@ class Session:
         1.234
     """
 
-    def __init__(self, bench: Bench, items: Iterable[Item], schedule: Schedule, samples: JsonLines | None = None) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        items: Iterable[Item],
+        schedule: Schedule,
+        samples: JsonLines | None = None,
+    ) -> None:
         self.bench, self.schedule, self.samples = bench, schedule, samples
         self.items = {item.name: item for item in items}
         self.headers: dict[str, Header] = {}
@@ -261,7 +303,9 @@ class Session:
         return self._at_one_speed[name]
 
     def ms(self, name: str) -> float:
-        """The time of an item in milliseconds at the session's median speed: the median over rounds of the median over runs."""
+        """The time of an item in milliseconds at the session's median speed: the median
+        over rounds of the median over runs.
+        """
         return float(np.median([np.median(runs) for runs in self.rounds(name)]))
 
     @property
@@ -275,12 +319,16 @@ class Session:
         return self.headers.get(runtime, Header())
 
     def drift(self, ops: Sequence[Op], table: LatencyTable) -> float:
-        """The time of ops now against that of their entries in a table. Each is an item under its key."""
+        """The time of ops now against that of their entries in a table. Each is an item
+        under its key.
+        """
         return sum(self.ms(op.key) for op in ops) / sum(table.entries[op.key].ms for op in ops)
 
     @cached_property
     def cores(self) -> tuple[int, ...]:
-        """The cores that everything is pinned to. A device is asked once, and not where nothing is left to measure."""
+        """The cores that everything is pinned to. A device is asked once, and not where
+        nothing is left to measure.
+        """
         return self.bench.cores
 
     @property
@@ -292,7 +340,9 @@ class Session:
     def _at_one_speed(self) -> dict[str, list[list[float]]]:
         """Item -> its rounds in order, each with its runs."""
         measured = {key: self._done[key] for key in self._order if key in self._done}
-        slow = slowness([name for name, _ in measured], [float(np.median(runs)) for runs in measured.values()])
+        slow = slowness(
+            [name for name, _ in measured], [float(np.median(runs)) for runs in measured.values()]
+        )
         found: dict[str, list[list[float]]] = {name: [] for name in self.items}
         for ((name, _), runs), factor in zip(measured.items(), slow, strict=True):
             found[name].append([run / float(factor) for run in runs])
@@ -310,7 +360,10 @@ class Session:
             self.__dict__.pop("_at_one_speed", None)
             todo = tuple(item for item in shuffled if (item.name, number) not in self._done)
             if todo:
-                self._measure(Plan(todo, number, self.bench.settings.threads, self.cores, self.schedule), advance)
+                self._measure(
+                    Plan(todo, number, self.bench.settings.threads, self.cores, self.schedule),
+                    advance,
+                )
 
     def _measure(self, plan: Plan, advance: Callable[[], None]) -> None:
         with _appending(self.samples) as append:

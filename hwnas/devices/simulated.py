@@ -1,10 +1,12 @@
 """A device whose clock is a formula: for tests of everything that happens around a measurement.
 
-Latency of an op = MACs / rate + bytes moved / bandwidth + a constant; of a network 1.05 times the sum plus 0.02 ms. Each row is
-drawn with 1 % noise from a generator seeded by (item, round), so that a killed and resumed profile measures the same.
-The device document's option ``delay_ms`` makes each row take that long.
+Latency of an op = MACs / rate + bytes moved / bandwidth + a constant; of a network 1.05
+times the sum plus 0.02 ms. Each row is drawn with 1 % noise from a generator seeded by
+(item, round), so that a killed and resumed profile measures the same. The device
+document's option ``delay_ms`` makes each row take that long.
 
-Tables made here say ``simulated`` in their header. Model outputs are real: they are computed on the host.
+Tables made here say ``simulated`` in their header. Model outputs are real: they are
+computed on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ CONSTANT_MS = 0.005
 
 def simulated_ms(op: Op) -> float:
     """The formula's latency of an op, in milliseconds."""
-    values = sum(layer.in_ch * layer.size**2 + layer.out_ch * layer.out_size**2 for layer in op.layers)
+    values = sum(
+        layer.in_ch * layer.size**2 + layer.out_ch * layer.out_size**2 for layer in op.layers
+    )
     return op.macs / MACS_PER_MS + 4 * (values + op.params) / BYTES_PER_MS + CONSTANT_MS
 
 
@@ -50,15 +54,28 @@ class Simulated:
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         """A header and one row per item."""
         del folder
-        unknown = dict.fromkeys(("runtime_package", "runtime_version", "cpu", "machine", "governor", "python"), "simulated")
-        yield {"runner": 1, "runtime": plan["runtime"], "cores": plan["cores"], "threads": plan["threads"], **unknown}
+        unknown = dict.fromkeys(
+            ("runtime_package", "runtime_version", "cpu", "machine", "governor", "python"),
+            "simulated",
+        )
+        yield {
+            "runner": 1,
+            "runtime": plan["runtime"],
+            "cores": plan["cores"],
+            "threads": plan["threads"],
+            **unknown,
+        }
         for item in plan["items"]:
             ops = [Op.parse(key) for key in item["ops"]]
             ms = sum(simulated_ms(op) for op in ops)
             ms = 1.05 * ms + 0.02 if len(ops) > 1 else ms
             time.sleep(self.delay_ms / 1e3)
             rng = np.random.default_rng([zlib.crc32(item["id"].encode()), item["round"]])
-            yield {"id": item["id"], "round": item["round"], "ms": [float(ms * v) for v in rng.normal(1.0, 0.01, size=5)]}
+            yield {
+                "id": item["id"],
+                "round": item["round"],
+                "ms": [float(ms * v) for v in rng.normal(1.0, 0.01, size=5)],
+            }
 
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
         """Real outputs, computed on the host."""

@@ -1,1 +1,3 @@
-"""How long a run will take, from timing a few steps of each stage: what ``hwnas run CONFIG --plan`` says."""
+"""How long a run will take, from timing a few steps of each stage: what ``hwnas run
+CONFIG --plan`` says.
+"""

@@ -1,4 +1,6 @@
-"""What the stages' estimates are made from, and what they share: one sample of the device, one count of the test images."""
+"""What the stages' estimates are made from, and what they share: one sample of the
+device, one count of the test images.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from hwnas.estimate.sample import Sample, sample
 class Context:
     """An experiment, what its run folder has of it, and the time that is left.
 
-    ``work`` is a temporary folder. ``table`` and ``known`` are the latency table and the architecture of earlier stages.
+    ``work`` is a temporary folder. ``table`` and ``known`` are the latency table and
+    the architecture of earlier stages.
     """
 
     experiment: Experiment
@@ -44,8 +47,12 @@ class Context:
 
     @cached_property
     def arch(self) -> Architecture:
-        """What is trained: the one that is named or was found, else one that the search might find."""
-        return self.known or self.space.decode(sampled(self.experiment, self.space, self.table), "sample")
+        """What is trained: the one that is named or was found, else one that the search
+        might find.
+        """
+        return self.known or self.space.decode(
+            sampled(self.experiment, self.space, self.table), "sample"
+        )
 
     @cached_property
     def sample(self) -> Sample:

@@ -13,7 +13,9 @@ from hwnas.profile.plan import planned_ops
 
 
 def of_profile(ctx: Context) -> Estimate:
-    """Building what the cache lacks, then all rounds; noisy entries are measured again in up to ``profile.max_rounds``."""
+    """Building what the cache lacks, then all rounds; noisy entries are measured again
+    in up to ``profile.max_rounds``.
+    """
     experiment, space, found = ctx.experiment, ctx.space, ctx.sample
     config, device = experiment.profile, experiment.device
     fitted = config.mode == "networks"
@@ -32,7 +34,9 @@ def of_profile(ctx: Context) -> Estimate:
 
 
 def of_validation(ctx: Context) -> Estimate:
-    """Every file on all test images, then files and blocks in rounds, up to twice as many while they are noisy."""
+    """Every file on all test images, then files and blocks in rounds, up to twice as
+    many while they are noisy.
+    """
     ctx.check_data()
     config, files = ctx.experiment.validation, len(ctx.experiment.export_formats)
     found, test_images = ctx.sample, ctx.test_images

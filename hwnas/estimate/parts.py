@@ -23,7 +23,9 @@ SHOWN_PARTS = 3
 
 @dataclass(frozen=True)
 class Part:
-    """Something that a stage does ``count`` times, or up to ``most`` times, and that takes ``each`` seconds."""
+    """Something that a stage does ``count`` times, or up to ``most`` times, and that
+    takes ``each`` seconds.
+    """
 
     name: str
     count: float
@@ -43,7 +45,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage takes. ``unknown`` says why (a part of) it is not known; ``current`` that nothing is left to do."""
+    """What a stage takes. ``unknown`` says why (a part of) it is not known; ``current``
+    that nothing is left to do.
+    """
 
     parts: tuple[Part, ...] = ()
     memory_bytes: int | None = None
@@ -65,9 +69,16 @@ class Estimate:
         if self.current:
             return "up to date, skipped"
         known = [_time(self)] if self.parts else []
-        known += [f"{size(self.memory_bytes)} of memory"] if self.memory_bytes and self.parts else []
+        known += (
+            [f"{size(self.memory_bytes)} of memory"] if self.memory_bytes and self.parts else []
+        )
         known += [f"{size(self.disk_bytes)} on disk"] if self.disk_bytes else []
-        return "; ".join([*([", ".join(known)] if known else []), *([f"unknown: {self.unknown}"] if self.unknown else [])])
+        return "; ".join(
+            [
+                *([", ".join(known)] if known else []),
+                *([f"unknown: {self.unknown}"] if self.unknown else []),
+            ]
+        )
 
 
 def _time(estimate: Estimate) -> str:
@@ -89,7 +100,11 @@ def size(count: float) -> str:
     """Bytes as a person would say them."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if count >= factor:
-            return f"{count / factor:.2g} {unit}" if count < 10 * factor else f"{count / factor:.0f} {unit}"
+            return (
+                f"{count / factor:.2g} {unit}"
+                if count < 10 * factor
+                else f"{count / factor:.0f} {unit}"
+            )
     return f"{count / 1e3:.0f} kB"
 
 
@@ -102,10 +117,15 @@ def total(estimates: Iterable[Estimate]) -> str:
     if not known:
         return "unknown"
     partly = any(each.unknown for each in left)
-    time_needed = span(sum(each.seconds for each in known), sum(each.most_seconds for each in known))
+    time_needed = span(
+        sum(each.seconds for each in known), sum(each.most_seconds for each in known)
+    )
     memory = max((each.memory_bytes or 0) for each in known)
     disk = sum(each.disk_bytes for each in known)
-    return f"{'at least' if partly else 'about'} {time_needed}, {size(memory)} of memory, {size(disk)} on disk"
+    return (
+        f"{'at least' if partly else 'about'} {time_needed}, {size(memory)} of memory, {size(disk)}"
+        " on disk"
+    )
 
 
 class Stopwatch:
@@ -131,7 +151,9 @@ class Stopwatch:
         return self._clock() - begun_at
 
     def mean(self, calls: Sequence[Callable[[], object]], part: float) -> float:
-        """Mean seconds of the calls that fit into a ``part`` of all seconds, one at least. The first only warms up, unless it is alone."""
+        """Mean seconds of the calls that fit into a ``part`` of all seconds, one at
+        least. The first only warms up, unless it is alone.
+        """
         begun_at = self._clock()
         until = begun_at + part * self._seconds
         times: list[float] = []

@@ -1,6 +1,8 @@
-"""All stages of an experiment, timed one after another within a minute or so; nothing is written but into a temporary folder.
+"""All stages of an experiment, timed one after another within a minute or so; nothing
+is written but into a temporary folder.
 
-What cannot be timed (images that are not there, a device out of reach) is said to be unknown, and why; the rest is timed all the same.
+What cannot be timed (images that are not there, a device out of reach) is said to be
+unknown, and why; the rest is timed all the same.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ SECONDS = 24.0
 
 
 class Estimates:
-    """The stages' estimates, by name, in order. ``current`` are the stages that are up to date; ``table`` and ``arch`` what they left.
+    """The stages' estimates, by name, in order. ``current`` are the stages that are up
+    to date; ``table`` and ``arch`` what they left.
 
     Example:
         >>> print(Estimates(experiment, space, ("search", "train")).text())      # doctest: +SKIP
@@ -44,7 +47,8 @@ class Estimates:
         flush_denormals()
         found = {name: Estimate(current=True) for name in current}
         timed = [stage_class(name) for name in needed if name not in found]
-        timed.sort(key=lambda stage: not stage.trains)  # what takes longest first: the others may find no time left
+        # what takes longest first: the others may find no time left
+        timed.sort(key=lambda stage: not stage.trains)
         with TemporaryDirectory(prefix="hwnas-plan-") as work:
             self.context = Context(experiment, space, Path(work), self.watch, table, arch)
             for stage in timed:
@@ -55,7 +59,10 @@ class Estimates:
     @property
     def summary(self) -> str:
         """All stages together, and how that is known."""
-        return f"{total(self.stages.values())}; from timing a few steps for {self.watch.used:.0f} s on this computer, as busy as it is now"
+        return (
+            f"{total(self.stages.values())}; from timing a few steps for {self.watch.used:.0f} s on"
+            " this computer, as busy as it is now"
+        )
 
 
 def _unless_refused(stage: type[Stage], context: Context) -> Estimate:

@@ -27,7 +27,9 @@ Timed = Sequence[Op] | Architecture
 
 @dataclass(frozen=True)
 class Costs:
-    """Means of items of one kind: seconds of building and of a round, bytes of the file, milliseconds of a run."""
+    """Means of items of one kind: seconds of building and of a round, bytes of the
+    file, milliseconds of a run.
+    """
 
     building: float
     measuring: float
@@ -37,37 +39,60 @@ class Costs:
 
 @dataclass(frozen=True)
 class Sample:
-    """What building and measuring a few ops and networks took. ``start`` is the runner's, once in a round."""
+    """What building and measuring a few ops and networks took. ``start`` is the
+    runner's, once in a round.
+    """
 
     ops: Costs
     networks: Costs
     start: float
 
 
-def sample(experiment: Experiment, space: SearchSpace, arch: Architecture | None, folder: Path, watch: Stopwatch) -> Sample:
-    """Build and measure in an empty ``folder``: ops and networks of the space, or of an architecture alone.
+def sample(
+    experiment: Experiment,
+    space: SearchSpace,
+    arch: Architecture | None,
+    folder: Path,
+    watch: Stopwatch,
+) -> Sample:
+    """Build and measure in an empty ``folder``: ops and networks of the space, or of an
+    architecture alone.
 
     One of either is built even where no time is left.
     Raises DeviceError where the device cannot be reached, or does not run the files.
     """
     ops: Sequence[Op] = tuple(dict.fromkeys(arch.ops())) if arch is not None else space.ops
-    networks = [arch] if arch is not None else spread_networks(space, NETWORKS, np.random.default_rng([experiment.seed, 77]))
+    networks = (
+        [arch]
+        if arch is not None
+        else spread_networks(space, NETWORKS, np.random.default_rng([experiment.seed, 77]))
+    )
     of_ops: dict[str, Timed] = {op.key: (op,) for op in _spread(ops, OPS)}
-    of_networks: dict[str, Timed] = {f"net-{i}": network.ops() if network.is_chain else network for i, network in enumerate(networks)}
+    of_networks: dict[str, Timed] = {
+        f"net-{i}": network.ops() if network.is_chain else network
+        for i, network in enumerate(networks)
+    }
     building, paths = dict[str, float](), dict[str, Path]()
     for kind in (of_ops, of_networks):
         for count, (name, timed) in enumerate(kind.items()):
             if watch.over and count > 0:
                 break
             begun_at = time.perf_counter()
-            paths[name] = timing_file(timed, experiment.device.runtime, experiment.device.dtype, folder)
+            paths[name] = timing_file(
+                timed, experiment.device.runtime, experiment.device.dtype, folder
+            )
             building[name] = time.perf_counter() - begun_at
     chains = of_ops | of_networks
-    items = [Item(name, experiment.device.runtime, path, tuple(_ops(chains[name]))) for name, path in paths.items()]
+    items = [
+        Item(name, experiment.device.runtime, path, tuple(_ops(chains[name])))
+        for name, path in paths.items()
+    ]
     start, measuring, ms = _measured(experiment, items, folder)
 
     def costs(names: list[str]) -> Costs:
-        means = (np.mean([of[name] for name in names]) for of in (building, measuring, _sizes(paths), ms))
+        means = (
+            np.mean([of[name] for name in names]) for of in (building, measuring, _sizes(paths), ms)
+        )
         return Costs(*map(float, means))
 
     found = [name for name in paths if name in of_networks]
@@ -83,17 +108,29 @@ def _sizes(paths: dict[str, Path]) -> dict[str, int]:
 
 
 def _spread(ops: Sequence[Op], count: int) -> list[Op]:
-    """Ops from the middle of each of ``count`` parts, by their size: their mean is near that of all."""
+    """Ops from the middle of each of ``count`` parts, by their size: their mean is near
+    that of all.
+    """
     ordered = sorted(ops, key=lambda op: op.macs)
     count = min(count, len(ordered))
     return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
 
-def _measured(experiment: Experiment, items: Sequence[Item], folder: Path) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Seconds until the runner has started, seconds of each item, and milliseconds of a run of each."""
+def _measured(
+    experiment: Experiment, items: Sequence[Item], folder: Path
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Seconds until the runner has started, seconds of each item, and milliseconds of a
+    run of each.
+    """
     settings, config = experiment.device, experiment.profile
     bench = bench_of(settings, folder, Progress())
-    plan = Plan(tuple(items), 0, settings.threads, bench.cores, Schedule(min_ms=config.min_ms, min_runs=config.min_runs))
+    plan = Plan(
+        tuple(items),
+        0,
+        settings.threads,
+        bench.cores,
+        Schedule(min_ms=config.min_ms, min_runs=config.min_runs),
+    )
     begun_at = last_at = time.perf_counter()
     start, seconds, ms = 0.0, dict[str, float](), dict[str, float]()
     for row, _ in answers(bench.connection, plan, folder):

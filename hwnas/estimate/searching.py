@@ -1,4 +1,6 @@
-"""The search stage: a few real steps of the strategy in every one of its phases, and a few images through one judged network."""
+"""The search stage: a few real steps of the strategy in every one of its phases, and a
+few images through one judged network.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,15 @@ JUDGING = 3.0
 FEW = 8
 """Images that tell how many more there is time for."""
 MOST_WEIGHTS = 100_000_000
-"""Weights of the largest super-net that is built for an estimate: 0.4 GB, and a few times as much while it trains (ours)."""
+"""Weights of the largest super-net that is built for an estimate: 0.4 GB, and a few
+times as much while it trains (ours).
+"""
 
 
 def weights_of(space: SearchSpace, *, collapsed: bool = False) -> int:
-    """Weights of a super-net, about: of the largest block of every slot where its options share them, else of all options."""
+    """Weights of a super-net, about: of the largest block of every slot where its
+    options share them, else of all options.
+    """
     options = {choice.key: len(choice.options) for choice in space.choices}
     found = 0
     for term in space.terms():
@@ -61,7 +67,9 @@ def of_search(ctx: Context) -> Estimate:
     config = ctx.experiment.search
     weights = weights_of(space, collapsed=_collapsed(config))
     if weights > MOST_WEIGHTS:
-        return Estimate(unknown=f"a super-net of {weights / 1e6:.0f} M weights is not built for a plan")
+        return Estimate(
+            unknown=f"a super-net of {weights / 1e6:.0f} M weights is not built for a plan"
+        )
     experiment, search = search_context(ctx.experiment, space, ctx.table)
     experiment = stage.sized(experiment, space)
     if config.weights is not None:
@@ -71,11 +79,17 @@ def of_search(ctx: Context) -> Estimate:
     prepared = stage.prepare(experiment, space, search, ctx.folder("search"))
     per_step, macs_per_step = _step_seconds(prepared, watch)
     assert search.meter is not None
-    search.meter.load_state_dict({**search.meter.state_dict(), "macs": round(macs_per_step * search.steps)})
+    search.meter.load_state_dict(
+        {**search.meter.state_dict(), "macs": round(macs_per_step * search.steps)}
+    )
     training = Part("training", search.steps, per_step)
-    saving, checkpoint_bytes = checkpoints(prepared.engine, training, experiment.checkpoint_seconds, watch)
+    saving, checkpoint_bytes = checkpoints(
+        prepared.engine, training, experiment.checkpoint_seconds, watch
+    )
     rest = _of_finding(experiment, search, prepared.judge, prepared.strategy)
-    return replace(rest, parts=(training, saving, *rest.parts), disk_bytes=rest.disk_bytes + checkpoint_bytes)
+    return replace(
+        rest, parts=(training, saving, *rest.parts), disk_bytes=rest.disk_bytes + checkpoint_bytes
+    )
 
 
 class _Steps:
@@ -91,15 +105,20 @@ class _Steps:
 
 
 def _step_seconds(prepared: stage.Prepared, watch: Stopwatch) -> tuple[float, float]:
-    """Mean seconds of a step, and its multiply-accumulates, over all phases of a strategy, each as long as it is."""
+    """Mean seconds of a step, and its multiply-accumulates, over all phases of a
+    strategy, each as long as it is.
+    """
     search = prepared.search
     assert search.meter is not None
-    begins = sorted({min(step, search.steps - 1) for step in (0, *prepared.strategy.milestones(search))})
+    begins = sorted(
+        {min(step, search.steps - 1) for step in (0, *prepared.strategy.milestones(search))}
+    )
     seconds = macs = 0.0
     timed = _Steps(prepared)
     for begin, end in pairwise((*begins, search.steps)):
         before, timed.numbers = search.meter.cost.macs, []
-        middle = min((begin + end) // 2, end - 1)  # warm-ups fade, so that neither end is like the whole
+        # warm-ups fade, so that neither end is like the whole
+        middle = min((begin + end) // 2, end - 1)
         numbers = [begin, *range(middle, min(end, middle + STEPS_OF_A_PHASE))]
         each = watch.mean([partial(timed, number) for number in numbers], STEPS / len(begins))
         seconds += (end - begin) * each
@@ -107,8 +126,12 @@ def _step_seconds(prepared: stage.Prepared, watch: Stopwatch) -> tuple[float, fl
     return seconds / search.steps, macs / search.steps
 
 
-def checkpoints(engine: Engine, training: Part, every_seconds: float, watch: Stopwatch) -> tuple[Part, float]:
-    """Saving the state while training, and how large it is. The stage's own weights, written in the end, are smaller."""
+def checkpoints(
+    engine: Engine, training: Part, every_seconds: float, watch: Stopwatch
+) -> tuple[Part, float]:
+    """Saving the state while training, and how large it is. The stage's own weights,
+    written in the end, are smaller.
+    """
     each = watch.once(engine.save)
     size_bytes = engine.checkpoint.stat().st_size
     engine.finish()
@@ -128,7 +151,9 @@ class _Counting:
         return self.known.setdefault(identity, (0.618 * len(self.known)) % 1.0)
 
 
-def _of_finding(experiment: Experiment, search: SearchContext, judge: Judge, strategy: Strategy | None) -> Estimate:
+def _of_finding(
+    experiment: Experiment, search: SearchContext, judge: Judge, strategy: Strategy | None
+) -> Estimate:
     """What comes after the training: finding, ranking, scoring random architectures."""
     config, meter = experiment.search, search.meter
     assert meter is not None
@@ -136,7 +161,11 @@ def _of_finding(experiment: Experiment, search: SearchContext, judge: Judge, str
     search.evaluator = counting
     search.step, search.rng = search.steps, np.random.default_rng([experiment.seed, search.steps])
     finder = stage.search_finder(config)
-    found = finder.find(search, config.candidates) if finder is not None else strategy and strategy.propose(search, config.candidates)
+    found = (
+        finder.find(search, config.candidates)
+        if finder is not None
+        else strategy and strategy.propose(search, config.candidates)
+    )
     proposals = found or random_within(search, 1, search.rng)
     of_part = image_counts(judge)[1]
     for _ in counting.known:
@@ -151,18 +180,28 @@ def _of_finding(experiment: Experiment, search: SearchContext, judge: Judge, str
         Part("reading images", estimated + len(judge.held_out), costs.reading),
         Part("finding", len(counting.known), part),
         Part("ranking", len(proposals), full),
-        Part("scoring random networks", len(comparison.within) + len(comparison.anywhere) * part / full, full),
+        Part(
+            "scoring random networks",
+            len(comparison.within) + len(comparison.anywhere) * part / full,
+            full,
+        ),
     )
     kept = costs.image_bytes * estimated + min(KEPT_BYTES, costs.image_bytes * len(judge.held_out))
     weights_bytes = sum(tensor.nbytes for tensor in judge.supernet.state_dict().values())
     trained_bytes = weights_bytes if config.weights is None else 0
     network_bytes = 4.0 * search.space.decode(proposals[0]).params
-    return Estimate(tuple(part for part in parts if part.count), peak_memory() + kept, trained_bytes + network_bytes)
+    return Estimate(
+        tuple(part for part in parts if part.count),
+        peak_memory() + kept,
+        trained_bytes + network_bytes,
+    )
 
 
 @dataclass(frozen=True)
 class _Costs:
-    """Seconds of extracting a network, and per image of reading it, of estimating BN statistics and of judging; bytes of an image."""
+    """Seconds of extracting a network, and per image of reading it, of estimating BN
+    statistics and of judging; bytes of an image.
+    """
 
     extraction: float
     reading: float
@@ -183,8 +222,14 @@ def _costs_of_judging(judge: Judge, picks: Picks) -> _Costs:
     warm = watch.once(lambda: recalibrate(network, [placed(few, device, size_px)])) / len(few)
     count = min(len(judge.held_out), size, max(len(few), int(JUDGING / 3 / warm)))
     batches: list[Batch] = []
-    reading = watch.once(lambda: batches.extend(evaluation_batches(judge.held_out, size, limit=count, workers=judge.workers)))
+    reading = watch.once(
+        lambda: batches.extend(
+            evaluation_batches(judge.held_out, size, limit=count, workers=judge.workers)
+        )
+    )
     x_NCHW = placed(batches[0][0][: judge.config.batch_size], device, size_px)
     estimating = watch.once(lambda: recalibrate(network, [x_NCHW]))
     judging = watch.once(lambda: judge.quality.of_network(network, judge.held_out, batches, count))
-    return _Costs(extraction, reading / count, estimating / len(x_NCHW), judging / count, few[0].nbytes)
+    return _Costs(
+        extraction, reading / count, estimating / len(x_NCHW), judging / count, few[0].nbytes
+    )

@@ -1,4 +1,6 @@
-"""The training stage: a few real steps of the network itself, or of one that the search may find."""
+"""The training stage: a few real steps of the network itself, or of one that the search
+may find.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def of_training(ctx: Context) -> Estimate:
     ctx.check_data()
     arch, watch, folder = ctx.arch, ctx.watch, ctx.folder("train")
     fresh = {"weights": "scratch", "backbone": None}  # what it begins with takes no longer
-    experiment = ctx.experiment.model_copy(update={"train": ctx.experiment.train.model_copy(update=fresh)})
+    experiment = ctx.experiment.model_copy(
+        update={"train": ctx.experiment.train.model_copy(update=fresh)}
+    )
     training = stage.begin(StageContext(experiment, folder, folder), arch)
     engine = training.engine
 
@@ -39,8 +43,15 @@ def of_training(ctx: Context) -> Estimate:
     network = engine.averaged
     assert isinstance(network, AnyNetwork)
     how = Evaluation(experiment.train.batch_size, count, experiment.data.workers)
-    each_image = watch.once(lambda: task_of(experiment).evaluate(network, training.test, how)) / count
+    each_image = (
+        watch.once(lambda: task_of(experiment).evaluate(network, training.test, how)) / count
+    )
     validation = training.validation
     curve = Part("validation curve", len(validation.due), validation.limit * each_image)
-    parts = (steps, saving, *([curve] if validation.due else []), Part("testing", ctx.test_images, each_image))
+    parts = (
+        steps,
+        saving,
+        *([curve] if validation.due else []),
+        Part("testing", ctx.test_images, each_image),
+    )
     return Estimate(parts, peak_memory(), checkpoint_bytes + 4.0 * arch.params)

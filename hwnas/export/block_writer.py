@@ -1,8 +1,10 @@
-"""What the direct writers of files share: the walk over programs and networks, and weights with batch norms folded in.
+"""What the direct writers of files share: the walk over programs and networks, and
+weights with batch norms folded in.
 
-A latency table needs a file for every op of a search space, and a trained network needs one at its end. Converting takes a converter
-1 to 3 s for a block; since what a block computes is known (``core.ir``), ``tflite_writer`` and ``onnx_writer`` write the same graph in
-milliseconds. The converters judge them, in their tests.
+A latency table needs a file for every op of a search space, and a trained network needs
+one at its end. Converting takes a converter 1 to 3 s for a block; since what a block
+computes is known (``core.ir``), ``tflite_writer`` and ``onnx_writer`` write the same
+graph in milliseconds. The converters judge them, in their tests.
 """
 
 from __future__ import annotations
@@ -31,21 +33,31 @@ Numbers = npt.NDArray[np.float64]
 
 
 class BlockWriter(ABC, Generic[V]):
-    """Interprets programs by adding operators to a graph. A subclass knows the operators of one format."""
+    """Interprets programs by adding operators to a graph. A subclass knows the
+    operators of one format.
+    """
 
     scope = ""
     """Goes before all names, so that they are unique in a network."""
 
     def network(self, x: V, network: AnyNetwork) -> tuple[V, ...]:
-        """Add a network, and return its outputs: logits; of a detector, class logits and box codes, a row per anchor."""
+        """Add a network, and return its outputs: logits; of a detector, class logits
+        and box codes, a row per anchor.
+        """
         if isinstance(network, DetectionNetwork):
             return self.detector(x, network)
         if network.arch.graph:
-            return (self._graph(x, network.arch.graph, zip(network.arch.blocks, network.blocks, strict=True)),)
+            return (
+                self._graph(
+                    x, network.arch.graph, zip(network.arch.blocks, network.blocks, strict=True)
+                ),
+            )
         return (self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")[-1],)
 
     def block(self, x: V, op: Op, module: nn.Module) -> tuple[V, ...]:
-        """Add an op, and return its outputs. Raises ExportError where ``module`` is not the op's."""
+        """Add an op, and return its outputs. Raises ExportError where ``module`` is not
+        the op's.
+        """
         program = op.program
         moved = _moved_norms(program)
         values = {INPUT: x}
@@ -62,7 +74,9 @@ class BlockWriter(ABC, Generic[V]):
             elif any(node is norm for norm, _ in moved.values()):
                 values[value] = self.act(read[0], f"{node.name}.act", node.act)
             elif node.kind == "mean":
-                flat = any(value in other.inputs and other.kind == "linear" for other in program.nodes)
+                flat = any(
+                    value in other.inputs and other.kind == "linear" for other in program.nodes
+                )
                 values[value] = self.mean(read[0], node.name, flat=flat)
             else:
                 values[value] = self._node(node, read, op, module)
@@ -74,11 +88,17 @@ class BlockWriter(ABC, Generic[V]):
             return self.linear(read[0], node.name, weight_OI, bias_O)
         if node.kind in POOLS:
             pooled = self.pool(read[0], node)
-            return self.scaled(pooled, node, *_normed(node, _part(op, module, node))) if node.norm else pooled
+            return (
+                self.scaled(pooled, node, *_normed(node, _part(op, module, node)))
+                if node.norm
+                else pooled
+            )
         if node.kind == "norm":
             return self.scaled(read[0], node, *_normed(node, _part(op, module, node)))
         if node.kind == "channels":
-            kernel = float64(_part(op, module, node).get_submodule("conv").get_parameter("weight")).reshape(-1)
+            kernel = float64(
+                _part(op, module, node).get_submodule("conv").get_parameter("weight")
+            ).reshape(-1)
             return self.along_channels(read[0], node, kernel)
         return self._plain(node, read)
 
@@ -113,7 +133,8 @@ class BlockWriter(ABC, Generic[V]):
         for number, step in enumerate(graph):
             block = next(numbered) if step.kind == "op" else None
             if number not in used:
-                continue  # runtimes would leave it out, and so the quantizer would find no range for it
+                # runtimes would leave it out, and so the quantizer would find no range for it
+                continue
             read = [points[point] for point in step.of]
             self.scope = f"steps.{number}."
             if block is not None:
@@ -141,7 +162,9 @@ class BlockWriter(ABC, Generic[V]):
         extras = self._chain(blocks[-1], detector.extras, list(network.extras), "extras.")
         maps = [*(blocks[tap] for tap in detector.taps), *extras]
         predicted = []
-        for position, (each, op, head) in enumerate(zip(maps, detector.heads, network.heads, strict=True)):
+        for position, (each, op, head) in enumerate(
+            zip(maps, detector.heads, network.heads, strict=True)
+        ):
             self.scope = f"heads.{position}."
             classes, boxes = self.block(each, op, head)
             predicted.append((classes, boxes))
@@ -149,7 +172,9 @@ class BlockWriter(ABC, Generic[V]):
         return predicted
 
     def detector(self, x: V, network: DetectionNetwork) -> tuple[V, V]:
-        """Add a whole detector, and return its raw outputs: class logits [1, anchors, classes + 1] and box codes [1, anchors, 4]."""
+        """Add a whole detector, and return its raw outputs: class logits [1, anchors,
+        classes + 1] and box codes [1, anchors, 4].
+        """
         logits, codes = [], []
         for position, (classes, boxes) in enumerate(self.predictions(x, network)):
             self.scope = f"heads.{position}."
@@ -172,7 +197,9 @@ class BlockWriter(ABC, Generic[V]):
 
     @abstractmethod
     def scaled(self, x: V, node: Node, scale_C: Numbers, shift_C: Numbers) -> V:
-        """x * scale + shift, channel by channel, and the node's activation: a BN that nothing takes in."""
+        """x * scale + shift, channel by channel, and the node's activation: a BN that
+        nothing takes in.
+        """
 
     @abstractmethod
     def along_channels(self, x: V, node: Node, kernel_K: Numbers) -> V:
@@ -224,34 +251,47 @@ class BlockWriter(ABC, Generic[V]):
 
 
 def _moved_norms(program: Program) -> dict[int, tuple[Node, slice]]:
-    """Convolutions that can take in a BN behind a concatenation of them: their value -> the BN's node, and which channels are theirs.
+    """Convolutions that can take in a BN behind a concatenation of them: their value ->
+    the BN's node, and which channels are theirs.
 
-    A BN is a scale and a shift of every channel, so each convolution takes those of its own channels.
+    A BN is a scale and a shift of every channel, so each convolution takes those of its
+    own channels.
     """
     readers = Counter(value for node in program.nodes for value in node.inputs)
     moved: dict[int, tuple[Node, slice]] = {}
     for norm in program.nodes:
         joined = program.nodes[norm.inputs[0] - 1]
-        if norm.kind != "norm" or norm.inputs[0] == INPUT or joined.kind != "concat" or readers[norm.inputs[0]] > 1:
+        if (
+            norm.kind != "norm"
+            or norm.inputs[0] == INPUT
+            or joined.kind != "concat"
+            or readers[norm.inputs[0]] > 1
+        ):
             continue
         parts = [program.nodes[value - 1] for value in joined.inputs]
         plain = all(part.kind == "conv" and not part.norm and part.act == "none" for part in parts)
         if plain and all(readers[value] == 1 for value in joined.inputs):
             ends = np.cumsum([part.out_ch for part in parts])
-            spans = (slice(int(end) - part.out_ch, int(end)) for part, end in zip(parts, ends, strict=True))
+            spans = (
+                slice(int(end) - part.out_ch, int(end))
+                for part, end in zip(parts, ends, strict=True)
+            )
             moved |= {value: (norm, span) for value, span in zip(joined.inputs, spans, strict=True)}
     return moved
 
 
 def folded(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
-    """Weights [O, I / groups, k, k] and bias [O] of a convolution with the BN after it, if any, folded in.
+    """Weights [O, I / groups, k, k] and bias [O] of a convolution with the BN after it,
+    if any, folded in.
 
-    BN(Wx) = sWx + beta - s mean, with s = gamma / sqrt(var + eps); without BN and bias, the bias is 0. Raises ExportError where the
-    module is not that node's.
+    BN(Wx) = sWx + beta - s mean, with s = gamma / sqrt(var + eps); without BN and bias,
+    the bias is 0. Raises ExportError where the module is not that node's.
     """
     conv = module.get_submodule("conv")
     assert isinstance(conv, nn.Conv2d)
-    _require_shape(conv.weight, (node.out_ch, node.in_ch // node.groups, node.kernel, node.kernel), node.name)
+    _require_shape(
+        conv.weight, (node.out_ch, node.in_ch // node.groups, node.kernel, node.kernel), node.name
+    )
     weight_OIHW = float64(conv.weight)
     if node.norm:
         scale_O, shift_O = _normed(node, module)
@@ -262,7 +302,11 @@ def folded(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
 def _normed(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
     """The scale and the shift [C] of a node's BN in eval mode."""
     norm = module.get_submodule("norm")
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    assert (
+        isinstance(norm, nn.BatchNorm2d)
+        and norm.running_mean is not None
+        and norm.running_var is not None
+    )
     _require_shape(norm.running_mean, (node.out_ch,), node.name)
     scale_C = 1 / np.sqrt(float64(norm.running_var) + norm.eps)
     if not norm.affine:
@@ -290,9 +334,15 @@ def _part(op: Op, module: nn.Module, node: Node) -> nn.Module:
     try:
         return module.get_submodule(path)
     except AttributeError:
-        raise ExportError(f"A {type(module).__name__} without {path} is not the module of {op.key}: build the one with the other") from None
+        raise ExportError(
+            f"A {type(module).__name__} without {path} is not the module of {op.key}: build the one"
+            " with the other"
+        ) from None
 
 
 def _require_shape(weight: Tensor, shape: tuple[int, ...], name: str) -> None:
     if tuple(weight.shape) != shape:
-        raise ExportError(f"The weights of {name} are {list(weight.shape)} in the module and {list(shape)} in the op")
+        raise ExportError(
+            f"The weights of {name} are {list(weight.shape)} in the module and {list(shape)} in"
+            " the op"
+        )

@@ -1,4 +1,5 @@
-"""The bundle: a folder with everything an app needs to use a network, and the proof that its files are right.
+"""The bundle: a folder with everything an app needs to use a network, and the proof
+that its files are right.
 
 export/
     bundle.json             what is in it: architecture, labels, preprocessing, files with sizes, parity and versions
@@ -8,10 +9,12 @@ export/
     labels.txt              one label a line, in the order of the outputs; the TFLite files carry it in their metadata
     parity.npz              some test images as the files take them, PyTorch's outputs for them and its answers for all
 
-``export.input`` and ``export.softmax`` have all files take uint8 pixels and return probabilities (``interface``); ``input`` and
-``outputs`` of each file say what it takes and returns.
+``export.input`` and ``export.softmax`` have all files take uint8 pixels and return
+probabilities (``interface``); ``input`` and ``outputs`` of each file say what it takes
+and returns.
 
-Of a detector, the three files return a row per anchor, and there may be files that choose the detections themselves:
+Of a detector, the three files return a row per anchor, and there may be files that
+choose the detections themselves:
 
     model-nms.onnx          ONNX's NonMaxSuppression
     model-*-tasks.tflite    TFLite_Detection_PostProcess, the operator that Android's task libraries read
@@ -26,7 +29,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from hwnas import __version__
 from hwnas.config import DataConfig, Format, Interpolation, Resize
@@ -49,7 +59,9 @@ class _Part(BaseModel):
 
 
 class FileInput(_Part):
-    """What a file takes: one image, of batch 1. ``range`` has the smallest and the largest value that any channel can have."""
+    """What a file takes: one image, of batch 1. ``range`` has the smallest and the
+    largest value that any channel can have.
+    """
 
     name: str
     dtype: Literal["float32", "uint8"]
@@ -87,7 +99,9 @@ class TextFile(_Part):
 
 
 class CalibrationPart(_Part):
-    """How the score calibration in the metadata of a classifier's TFLite files was fitted (``score_calibration`` has the formula)."""
+    """How the score calibration in the metadata of a classifier's TFLite files was
+    fitted (``score_calibration`` has the formula).
+    """
 
     images: int
     source: str
@@ -97,17 +111,20 @@ class CalibrationPart(_Part):
 
 
 class Preprocessing(_Part):
-    """From an RGB or grey image to the network's input: resize, scale to 0..1, subtract ``mean``, divide by ``std``.
+    """From an RGB or grey image to the network's input: resize, scale to 0..1, subtract
+    ``mean``, divide by ``std``.
 
-    A file that takes uint8 pixels does all but the resizing itself.
-    ``resize`` says the first in words, ``mode`` and what follows in numbers; of older bundles and of plug-ins' data there are words alone.
+    A file that takes uint8 pixels does all but the resizing itself. ``resize`` says the
+    first in words, ``mode`` and what follows in numbers; of older bundles and of
+    plug-ins' data there are words alone.
 
     squash  both sides become ``resolution``
     crop    the shorter side becomes ``shorter_side``, then the middle ``resolution`` x ``resolution`` is cut out
     pad     the longer side becomes ``resolution``, then the image lies in the middle of the colour ``padding``
 
-    The other side of crop and pad is in proportion, rounded down; a middle between two pixels is rounded to the even one. Pillow's
-    filters of the same name always smooth (``antialias``) where they make an image smaller.
+    The other side of crop and pad is in proportion, rounded down; a middle between two
+    pixels is rounded to the even one. Pillow's filters of the same name always smooth
+    (``antialias``) where they make an image smaller.
     """
 
     resolution: int
@@ -118,18 +135,27 @@ class Preprocessing(_Part):
     mode: Resize | None = None
     interpolation: Interpolation | None = None
     antialias: bool | None = None
-    crop_fraction: float | None = Field(None, description="of crop: resolution / shorter_side, as configured")
+    crop_fraction: float | None = Field(
+        None, description="of crop: resolution / shorter_side, as configured"
+    )
     shorter_side: int | None = Field(None, description="of crop, in pixels")
-    padding: tuple[int, ...] | None = Field(None, description="of pad: the border's colour per channel, 0..255, before the normalisation")
+    padding: tuple[int, ...] | None = Field(
+        None,
+        description="of pad: the border's colour per channel, 0..255, before the normalisation",
+    )
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is not set, so that bundles from before the geometry was in numbers keep their hash."""
+        """Without what is not set, so that bundles from before the geometry was in
+        numbers keep their hash.
+        """
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class DetectorPart(_Part):
-    """How to read a detector's files. ``post_processing`` is what those without it in the graph still need."""
+    """How to read a detector's files. ``post_processing`` is what those without it in
+    the graph still need.
+    """
 
     anchors: int
     post_processing: PostProcessing
@@ -137,14 +163,19 @@ class DetectorPart(_Part):
     @classmethod
     def of(cls, arch: Architecture, post_processing: PostProcessing) -> Self | None:
         """Of a detector; None of other networks."""
-        return None if arch.detector is None else cls(anchors=arch.detector.anchors, post_processing=post_processing)
+        return (
+            None
+            if arch.detector is None
+            else cls(anchors=arch.detector.anchors, post_processing=post_processing)
+        )
 
 
 class Bundle(Document):
-    """The description of a bundle (``bundle.json``). ``metrics`` are PyTorch's on the test images, by name.
+    """The description of a bundle (``bundle.json``). ``metrics`` are PyTorch's on the
+    test images, by name.
 
-    Version 1 had ``torch_accuracy`` of a classifier or ``torch_ap`` of a detector instead, and described the files of the latter in
-    ``detector``.
+    Version 1 had ``torch_accuracy`` of a classifier or ``torch_ap`` of a detector
+    instead, and described the files of the latter in ``detector``.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.bundle"
@@ -170,7 +201,10 @@ class Bundle(Document):
         if self.metric not in self.metrics:
             raise ValueError(f"metrics lack {self.metric!r}, which is the metric: export again")
         if (self.detector is None) != (self.architecture.detector is None):
-            raise ValueError("a bundle of a detector, and no other, says how to read it in detector: export again")
+            raise ValueError(
+                "a bundle of a detector, and no other, says how to read it in detector: export"
+                " again"
+            )
         return self
 
     @classmethod
@@ -182,17 +216,24 @@ class Bundle(Document):
             if value is not None:
                 content |= {"metric": metric, "metrics": {metric: value}, "task": task}
         if "metrics" not in content:
-            raise DocumentError("a bundle has torch_accuracy, or torch_ap of a detector, and this has neither: export again.")
+            raise DocumentError(
+                "a bundle has torch_accuracy, or torch_ap of a detector, and this has neither:"
+                " export again."
+            )
         detector = content.get("detector")
         if isinstance(detector, dict) and isinstance(content.get("files"), list):
             outputs = {name: each["outputs"] for name, each in detector.pop("files", {}).items()}
-            content["files"] = [{**file, "outputs": outputs.get(file.get("name"))} for file in content["files"]]
+            content["files"] = [
+                {**file, "outputs": outputs.get(file.get("name"))} for file in content["files"]
+            ]
         return content
 
     @property
     def settings(self) -> Task:
         """The task, as the network was exported."""
-        return task_named(self.task, None if self.detector is None else self.detector.post_processing)
+        return task_named(
+            self.task, None if self.detector is None else self.detector.post_processing
+        )
 
     @property
     def interface(self) -> Interface:
@@ -200,7 +241,9 @@ class Bundle(Document):
         takes = {file.input.dtype for file in self.files if file.input is not None}
         returns = {output.name for file in self.files for output in file.outputs or ()}
         pixels: Literal["float32", "uint8"] = "uint8" if takes == {"uint8"} else "float32"
-        return Interface(pixels, returns == {PROBABILITIES}, self.preprocessing.mean, self.preprocessing.std)
+        return Interface(
+            pixels, returns == {PROBABILITIES}, self.preprocessing.mean, self.preprocessing.std
+        )
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -210,7 +253,13 @@ class Bundle(Document):
 
 def preprocessing(data: DataConfig, images: Images) -> Preprocessing:
     """What the data loader does to a test image, in words and numbers."""
-    said = {"resolution": data.resolution, "channels": data.channels, "mean": data.mean, "std": data.std, "resize": images.resizing}
+    said = {
+        "resolution": data.resolution,
+        "channels": data.channels,
+        "mean": data.mean,
+        "std": data.std,
+        "resize": images.resizing,
+    }
     geometry = images.geometry
     if geometry is None:
         return Preprocessing.model_validate(said)
@@ -238,11 +287,17 @@ def described_input(of: Target, interface: Interface, arch: Architecture) -> Fil
         layout=of.layout,
         shape=(1, size, size, channels) if of.layout == "NHWC" else (1, channels, size, size),
         range=interface.range,
-        meaning=f"{colours} from 0 to 255, as they are: the file normalises them" if interface.input == "uint8" else normalised,
+        meaning=(
+            f"{colours} from 0 to 255, as they are: the file normalises them"
+            if interface.input == "uint8"
+            else normalised
+        ),
     )
 
 
-def describe_file(folder: Path, kind: str, measured: Parity, entry: FileInput, outputs: tuple[Output, ...]) -> BundleFile:
+def describe_file(
+    folder: Path, kind: str, measured: Parity, entry: FileInput, outputs: tuple[Output, ...]
+) -> BundleFile:
     """The entry of an exported file."""
     made = target(kind)
     path = folder / made.file

@@ -1,17 +1,24 @@
-"""Any PyTorch module to TFLite and ONNX, by other people's converters: for modules of your own, and the judge of our writers.
+"""Any PyTorch module to TFLite and ONNX, by other people's converters: for modules of
+your own, and the judge of our writers.
 
-Networks of hwnas need neither: ``tflite_writer`` and ``onnx_writer`` write them. Install the converters with the extra ``convert``.
+Networks of hwnas need neither: ``tflite_writer`` and ``onnx_writer`` write them.
+Install the converters with the extra ``convert``.
 
-TFLite (litert-torch): graphs are channels-last inside and out. Batch norms fold into the convolutions before them, ReLU and ReLU6
-fuse into them, a padded stride-1 convolution becomes SAME, and a padded stride-2 one becomes PAD and VALID, because TFLite's SAME
-pads an even image on the other side than PyTorch does. The same module gives the same bytes. What to write so that this holds:
+TFLite (litert-torch): graphs are channels-last inside and out. Batch norms fold into
+the convolutions before them, ReLU and ReLU6 fuse into them, a padded stride-1
+convolution becomes SAME, and a padded stride-2 one becomes PAD and VALID, because
+TFLite's SAME pads an even image on the other side than PyTorch does. The same module
+gives the same bytes. What to write so that this holds:
 
-- pool globally with ``adaptive_avg_pool2d(x, 1)`` and ``flatten(1)``: one MEAN. ``x.mean([2, 3])`` brings a TRANSPOSE;
-- shuffle channels with reshapes: indexing makes a GATHER_ND, which XNNPACK does not take. ``ChannelShuffle`` is converted in its
-  channels-last form, RESHAPE, TRANSPOSE and RESHAPE; the other one brings two more TRANSPOSE.
+- pool globally with ``adaptive_avg_pool2d(x, 1)`` and ``flatten(1)``: one MEAN.
+  ``x.mean([2, 3])`` brings a TRANSPOSE;
+- shuffle channels with reshapes: indexing makes a GATHER_ND, which XNNPACK does not
+  take. ``ChannelShuffle`` is converted in its channels-last form, RESHAPE, TRANSPOSE
+  and RESHAPE; the other one brings two more TRANSPOSE.
 
-ONNX: PyTorch's supported exporter (``dynamo=True``), 2.5 s for MobileNetV2, against 0.8 s for the TorchScript one, which is
-deprecated. It folds batch norms into the convolutions itself.
+ONNX: PyTorch's supported exporter (``dynamo=True``), 2.5 s for MobileNetV2, against 0.8
+s for the TorchScript one, which is deprecated. It folds batch norms into the
+convolutions itself.
 """
 
 from __future__ import annotations
@@ -40,19 +47,22 @@ from hwnas.nn.blocks import ChannelShuffle
 def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> bytes:
     """A float32 TFLite file that computes what ``module`` computes in eval mode.
 
-    ``input_shape`` is NCHW with batch 1; the file takes [1, H, W, C]. Four-dimensional outputs come out
-    channels-last too, others (logits [1, classes]) as they are. The module itself is left untouched: a copy
-    on the CPU is converted. Takes 1 to 2 s for a block and 10 s for MobileNetV2, after 5 s for the first
-    import of the converter.
+    ``input_shape`` is NCHW with batch 1; the file takes [1, H, W, C]. Four-dimensional
+    outputs come out channels-last too, others (logits [1, classes]) as they are. The
+    module itself is left untouched: a copy on the CPU is converted. Takes 1 to 2 s for
+    a block and 10 s for MobileNetV2, after 5 s for the first import of the converter.
 
-    Raises ExportError where the converter refuses the module, or where the module does not run on that shape.
+    Raises ExportError where the converter refuses the module, or where the module does
+    not run on that shape.
 
     >>> model = to_tflite(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
     >>> [op.name for op in graph_ops(model)]
     ['CONV_2D']
     """
     if len(input_shape) != 4 or input_shape[0] != 1:
-        raise ExportError(f"The input shape is {input_shape}; exported files take NCHW with batch 1")
+        raise ExportError(
+            f"The input shape is {input_shape}; exported files take NCHW with batch 1"
+        )
     name = type(module).__name__
     eager = copy.deepcopy(module).cpu().eval()
     for part in eager.modules():
@@ -63,9 +73,13 @@ def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> byte
         outputs = _image_outputs(eager, input_shape)
         channels_last = litert_torch.to_channel_last_io(eager, args=[0], outputs=outputs)
         n, c, h, w = input_shape
-        model = litert_torch.convert(channels_last.eval(), (torch.zeros(n, h, w, c),)).model_content()
+        model = litert_torch.convert(
+            channels_last.eval(), (torch.zeros(n, h, w, c),)
+        ).model_content()
     except Exception as error:  # tracing, lowering and the converter each raise types of their own
-        raise ExportError(f"LiteRT cannot convert {name} at {input_shape}: {first_line(error)}") from error
+        raise ExportError(
+            f"LiteRT cannot convert {name} at {input_shape}: {first_line(error)}"
+        ) from error
     return inlined(bytes(model))
 
 
@@ -76,7 +90,8 @@ def to_onnx(
     metadata: Mapping[str, str],
     path: str | Path,
 ) -> None:
-    """Write ``module`` in eval mode as one ONNX file; see ``onnx_file``. An existing file is replaced only by a complete one.
+    """Write ``module`` in eval mode as one ONNX file; see ``onnx_file``. An existing
+    file is replaced only by a complete one.
 
     >>> to_onnx(net, (1, 3, 224, 224), metadata={"recipe": "mobile"}, path="net.onnx")  # doctest: +SKIP
     """
@@ -84,17 +99,25 @@ def to_onnx(
 
 
 def onnx_file(
-    module: nn.Module, input_shape: tuple[int, int, int, int], *, metadata: Mapping[str, str], output_name: str = LOGITS
+    module: nn.Module,
+    input_shape: tuple[int, int, int, int],
+    *,
+    metadata: Mapping[str, str],
+    output_name: str = LOGITS,
 ) -> bytes:
     """The ONNX file of ``module`` in eval mode, weights inside, as ``onnx.checker`` accepts it.
 
-    The file takes ``image`` float32 NCHW, exactly ``input_shape`` (batch 1), and returns ``output_name``. ``metadata`` goes into its
-    ``metadata_props``; the architecture belongs there. The module itself is left untouched.
+    The file takes ``image`` float32 NCHW, exactly ``input_shape`` (batch 1), and
+    returns ``output_name``. ``metadata`` goes into its ``metadata_props``; the
+    architecture belongs there. The module itself is left untouched.
 
-    Raises ExportError where the exporter or the checker refuses the module, or where it has several outputs.
+    Raises ExportError where the exporter or the checker refuses the module, or where it
+    has several outputs.
     """
     if len(input_shape) != 4 or input_shape[0] != 1:
-        raise ExportError(f"The input shape is {input_shape}; exported files take NCHW with batch 1")
+        raise ExportError(
+            f"The input shape is {input_shape}; exported files take NCHW with batch 1"
+        )
     name = type(module).__name__
     model = _traced(module, input_shape, output_name)
     if len(model.graph.output) != 1:
@@ -110,9 +133,13 @@ def onnx_file(
     return content
 
 
-def _traced(module: nn.Module, input_shape: tuple[int, int, int, int], output_name: str) -> onnx.ModelProto:
+def _traced(
+    module: nn.Module, input_shape: tuple[int, int, int, int], output_name: str
+) -> onnx.ModelProto:
     if importlib.util.find_spec("onnxscript") is None:
-        raise ExportError("Converting a module to ONNX needs onnxscript: pip install 'hwnas[convert]'")
+        raise ExportError(
+            "Converting a module to ONNX needs onnxscript: pip install 'hwnas[convert]'"
+        )
     eager = copy.deepcopy(module).cpu().eval()
     try:
         program = torch.onnx.export(
@@ -133,9 +160,18 @@ def _traced(module: nn.Module, input_shape: tuple[int, int, int, int], output_na
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop the tracer's notes on every node and value: stack traces with paths of the exporting machine."""
+    """Drop the tracer's notes on every node and value: stack traces with paths of the
+    exporting machine.
+    """
     graph = model.graph
-    for noted in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer, graph):
+    for noted in (
+        *graph.node,
+        *graph.value_info,
+        *graph.input,
+        *graph.output,
+        *graph.initializer,
+        graph,
+    ):
         noted.ClearField("metadata_props")
         noted.ClearField("doc_string")
     model.ClearField("metadata_props")
@@ -154,14 +190,17 @@ def _image_outputs(module: nn.Module, input_shape: tuple[int, int, int, int]) ->
 def _litert_torch() -> Any:
     """The converter, imported on first use (5 s) and kept quiet."""
     level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # read once, at import: no line of MAC counts per conversion
+    # read once, at import: no line of MAC counts per conversion
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     try:
         # oneDNN's greeting and a deprecation inside torchao, both before any logger is set up.
         with hushed_stderr():
             try:
                 import litert_torch
             except ModuleNotFoundError as error:
-                raise ExportError("Converting a module to TFLite needs litert-torch: pip install 'hwnas[convert]'") from error
+                raise ExportError(
+                    "Converting a module to TFLite needs litert-torch: pip install 'hwnas[convert]'"
+                ) from error
     finally:
         if level is None:
             del os.environ["TF_CPP_MIN_LOG_LEVEL"]

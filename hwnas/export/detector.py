@@ -17,7 +17,8 @@ LARGEST_GROWTH = math.log(1000 / 16)
 
 
 class Decoded(nn.Module):
-    """A detector with one output: [N, anchors, 4 + classes], x1, y1, x2, y2 in pixels cut off at the input's edges, then a score per class.
+    """A detector with one output: [N, anchors, 4 + classes], x1, y1, x2, y2 in pixels
+    cut off at the input's edges, then a score per class.
 
     The order of anchors and classes is the network's; the background has no score.
     """

@@ -1,12 +1,16 @@
-"""What an app feeds an exported file and what it gets: normalised floats or plain pixels in, logits or probabilities out.
+"""What an app feeds an exported file and what it gets: normalised floats or plain
+pixels in, logits or probabilities out.
 
-A file of the network alone takes float32 images that the app has normalised. ``export.input = "uint8"`` puts the normalisation in
-front of the network, inside the file, so that an app feeds the bytes of its image; ``export.softmax`` puts a softmax behind a
-classifier. Both are added to the finished file, whatever made it, in float32 for int8 files too: what the network itself computes is
-untouched, and the file gives what the one without them gives for pixels that the app has normalised.
+A file of the network alone takes float32 images that the app has normalised.
+``export.input = "uint8"`` puts the normalisation in front of the network, inside the
+file, so that an app feeds the bytes of its image; ``export.softmax`` puts a softmax
+behind a classifier. Both are added to the finished file, whatever made it, in float32
+for int8 files too: what the network itself computes is untouched, and the file gives
+what the one without them gives for pixels that the app has normalised.
 
-*Why not in the first convolution*: its padding is 0 after normalisation, which is another colour per channel before it, and no
-border of pixels can have that. The cost is measured instead (``tflite_interface``).
+*Why not in the first convolution*: its padding is 0 after normalisation, which is
+another colour per channel before it, and no border of pixels can have that. The cost is
+measured instead (``tflite_interface``).
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ WHITE = 255
 
 @dataclass(frozen=True)
 class Interface:
-    """What goes into all files of a bundle, and what comes out. ``mean`` and ``std`` per channel are of images scaled to 0..1."""
+    """What goes into all files of a bundle, and what comes out. ``mean`` and ``std``
+    per channel are of images scaled to 0..1.
+    """
 
     input: Literal["float32", "uint8"]
     softmax: bool
@@ -51,11 +57,17 @@ class Interface:
         """The smallest and the largest value that any channel of an image takes."""
         if self.input == "uint8":
             return 0.0, float(WHITE)
-        ends = [(bound - mean) / std for mean, std in zip(self.mean, self.std, strict=True) for bound in (0.0, 1.0)]
+        ends = [
+            (bound - mean) / std
+            for mean, std in zip(self.mean, self.std, strict=True)
+            for bound in (0.0, 1.0)
+        ]
         return min(ends), max(ends)
 
     def fed(self, images_NHWC: Floats) -> Floats | Pixels:
-        """Normalised images as a file takes them: as they are, or the pixels that they were, exactly where they were pixels."""
+        """Normalised images as a file takes them: as they are, or the pixels that they
+        were, exactly where they were pixels.
+        """
         if self.input == "float32":
             return images_NHWC
         pixels: Floats = WHITE * (images_NHWC * np.array(self.std) + np.array(self.mean))
@@ -65,7 +77,9 @@ class Interface:
         """What the network gets of images that a file was fed: float32, normalised."""
         values: Floats = fed_NHWC.astype(np.float32)
         if self.input == "uint8":
-            values = ((fed_NHWC.astype(np.float64) / WHITE - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
+            values = (
+                (fed_NHWC.astype(np.float64) / WHITE - np.array(self.mean)) / np.array(self.std)
+            ).astype(np.float32)
         return values
 
     def outputs_of(self, logits: Floats) -> Floats:
@@ -73,9 +87,14 @@ class Interface:
         return softmax(logits) if self.softmax else logits
 
     def around(self, model: bytes, runtime: str) -> bytes:
-        """The file of a network (``litert`` or ``onnxruntime``) with what belongs around it. A softmax is for classifiers."""
+        """The file of a network (``litert`` or ``onnxruntime``) with what belongs
+        around it. A softmax is for classifiers.
+        """
         if self.input == "uint8":
-            scales, shifts = 1 / (WHITE * np.array(self.std)), -np.array(self.mean) / np.array(self.std)
+            scales, shifts = (
+                1 / (WHITE * np.array(self.std)),
+                -np.array(self.mean) / np.array(self.std),
+            )
             model = _PIXELS[runtime](model, scales, shifts)
         return _SOFTMAX[runtime](model) if self.softmax else model
 

@@ -1,11 +1,13 @@
 """The tables of TFLite metadata, packed as a flatbuffer.
 
-Schema: mediapipe/tasks/metadata/metadata_schema.fbs, version 1.5.0 (``M001``), which is that of tflite-support. No package that hwnas
-needs brings the generated classes, so the field numbers that are used are written down here, in the schema's order.
+Schema: mediapipe/tasks/metadata/metadata_schema.fbs, version 1.5.0 (``M001``), which is
+that of tflite-support. No package that hwnas needs brings the generated classes, so the
+field numbers that are used are written down here, in the schema's order.
 
-A table is a dict from field number to value. What a value is decides how it is stored: a NumPy scalar as that type, an array as a vector
-of numbers, a ``str`` as a string, a dict as a table, a list as a vector of strings or tables. A union is two fields: which of its
-tables it is, and the table.
+A table is a dict from field number to value. What a value is decides how it is stored:
+a NumPy scalar as that type, an array as a vector of numbers, a ``str`` as a string, a
+dict as a table, a list as a vector of strings or tables. A union is two fields: which
+of its tables it is, and the table.
 """
 
 from __future__ import annotations
@@ -35,7 +37,17 @@ class Model(IntEnum):
 class Subgraph(IntEnum):
     """SubGraphMetadata."""
 
-    NAME, DESCRIPTION, INPUTS, OUTPUTS, FILES, INPUT_UNITS, OUTPUT_UNITS, INPUT_GROUPS, OUTPUT_GROUPS = range(9)
+    (
+        NAME,
+        DESCRIPTION,
+        INPUTS,
+        OUTPUTS,
+        FILES,
+        INPUT_UNITS,
+        OUTPUT_UNITS,
+        INPUT_GROUPS,
+        OUTPUT_GROUPS,
+    ) = range(9)
 
 
 class Tensor(IntEnum):
@@ -53,7 +65,13 @@ class File(IntEnum):
 class FileType(IntEnum):
     """AssociatedFileType."""
 
-    UNKNOWN, DESCRIPTIONS, TENSOR_AXIS_LABELS, TENSOR_VALUE_LABELS, TENSOR_AXIS_SCORE_CALIBRATION = range(5)
+    (
+        UNKNOWN,
+        DESCRIPTIONS,
+        TENSOR_AXIS_LABELS,
+        TENSOR_VALUE_LABELS,
+        TENSOR_AXIS_SCORE_CALIBRATION,
+    ) = range(5)
 
 
 class Content(IntEnum):
@@ -152,7 +170,11 @@ _PREPEND = {
 
 def _table(builder: flatbuffers.Builder, fields: Table) -> int:
     # A flatbuffer is written from its leaves: what a table points to comes before the table.
-    offsets = {number: _offset(builder, value) for number, value in fields.items() if not isinstance(value, np.generic)}
+    offsets = {
+        number: _offset(builder, value)
+        for number, value in fields.items()
+        if not isinstance(value, np.generic)
+    }
     builder.StartObject(max(fields, default=-1) + 1)
     for number, value in fields.items():
         if isinstance(value, np.generic):

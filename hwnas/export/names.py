@@ -1,4 +1,6 @@
-"""Names of the inputs and outputs of exported files, in TFLite and ONNX alike: apps address tensors by them."""
+"""Names of the inputs and outputs of exported files, in TFLite and ONNX alike: apps
+address tensors by them.
+"""
 
 from __future__ import annotations
 

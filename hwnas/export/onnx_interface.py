@@ -1,4 +1,5 @@
-"""Normalisation before the network of an ONNX file, and a softmax after it (``interface`` says what for).
+"""Normalisation before the network of an ONNX file, and a softmax after it
+(``interface`` says what for).
 
 ``image`` becomes uint8; Cast, Mul and Add by constants [1, C, 1, 1] normalise it.
 """
@@ -19,15 +20,21 @@ _NORMALISE = "normalise."
 """How the names begin of what stands before the network."""
 
 
-def with_pixels(model: bytes, scale_C: npt.NDArray[np.float64], shift_C: npt.NDArray[np.float64]) -> bytes:
-    """The file that takes ``image`` uint8 [1, C, H, W], of which the network gets ``pixel * scale + shift`` in float32.
+def with_pixels(
+    model: bytes, scale_C: npt.NDArray[np.float64], shift_C: npt.NDArray[np.float64]
+) -> bytes:
+    """The file that takes ``image`` uint8 [1, C, H, W], of which the network gets
+    ``pixel * scale + shift`` in float32.
 
     ``model`` has one input, ``image`` float32 [1, C, H, W].
     """
     parsed = onnx.load_model_from_string(model)
     graph, names = parsed.graph, [f"{_NORMALISE}{part}" for part in ("cast", "scaled", "shifted")]
     _rename_input(graph.node, IMAGE, names[-1])
-    constants = [_constant(f"{name}.value", values) for name, values in zip(names[1:], (scale_C, shift_C), strict=True)]
+    constants = [
+        _constant(f"{name}.value", values)
+        for name, values in zip(names[1:], (scale_C, shift_C), strict=True)
+    ]
     nodes = [
         helper.make_node("Cast", [IMAGE], names[:1], names[0], to=TensorProto.FLOAT),
         helper.make_node("Mul", [names[0], constants[0].name], names[1:2], names[1]),
@@ -42,10 +49,14 @@ def with_pixels(model: bytes, scale_C: npt.NDArray[np.float64], shift_C: npt.NDA
 
 
 def with_softmax(model: bytes) -> bytes:
-    """The file with the output ``probabilities``: the softmax of ``model``'s output ``logits`` [1, classes]."""
+    """The file with the output ``probabilities``: the softmax of ``model``'s output
+    ``logits`` [1, classes].
+    """
     parsed = onnx.load_model_from_string(model)
     graph = parsed.graph
-    graph.node.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], PROBABILITIES, axis=-1))
+    graph.node.append(
+        helper.make_node("Softmax", [LOGITS], [PROBABILITIES], PROBABILITIES, axis=-1)
+    )
     graph.value_info.append(graph.output[0])
     graph.output[0].name = PROBABILITIES
     return _packed(parsed)
@@ -62,7 +73,9 @@ def network_alone(model: bytes) -> bytes:
     if graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8:
         graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
         network = [node for node in graph.node if not node.name.startswith(_NORMALISE)]
-        constants = [tensor for tensor in graph.initializer if not tensor.name.startswith(_NORMALISE)]
+        constants = [
+            tensor for tensor in graph.initializer if not tensor.name.startswith(_NORMALISE)
+        ]
         _rename_input(network, f"{_NORMALISE}shifted", IMAGE)
         del graph.node[:], graph.initializer[:]
         graph.node.extend(network)
@@ -85,6 +98,8 @@ def _packed(parsed: onnx.ModelProto) -> bytes:
     try:
         onnx.checker.check_model(parsed, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"The graph with its input and output for apps is not valid ONNX: {error}") from error
+        raise ExportError(
+            f"The graph with its input and output for apps is not valid ONNX: {error}"
+        ) from error
     content: bytes = parsed.SerializeToString(deterministic=True)
     return content

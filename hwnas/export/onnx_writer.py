@@ -1,15 +1,19 @@
 """Ops and networks written straight into ONNX files, without an exporter.
 
-torch.onnx traces and translates a block in 1 to 3 s; this takes 1 ms (``block_writer`` says what for). The graph is the one that
-``convert.to_onnx`` makes, operator by operator (its tests judge this one by it), in float32, channels-first, batch 1:
+torch.onnx traces and translates a block in 1 to 3 s; this takes 1 ms (``block_writer``
+says what for). The graph is the one that ``convert.to_onnx`` makes, operator by
+operator (its tests judge this one by it), in float32, channels-first, batch 1:
 
-- batch norms are folded into weights and biases, in float64; an activation is an operator of its own, which runtimes fuse;
+- batch norms are folded into weights and biases, in float64; an activation is an
+  operator of its own, which runtimes fuse;
 - every convolution pads by kernel // 2 on all sides, as in PyTorch;
-- global pooling is a ReduceMean that keeps the axes, before the classifier with a Reshape to [1, C];
+- global pooling is a ReduceMean that keeps the axes, before the classifier with a
+  Reshape to [1, C];
 - predictions of a detector are a Transpose and a Reshape of each map, and a Concat of them all;
 - a channel shuffle is Reshape, Transpose, Reshape.
 
-Shapes of all values are in the file, as the exporter's files have them, so that ``onnx.checker`` can hold them against its own.
+Shapes of all values are in the file, as the exporter's files have them, so that
+``onnx.checker`` can hold them against its own.
 """
 
 from __future__ import annotations
@@ -38,12 +42,15 @@ _ACTS = {"relu": "Relu", "hswish": "HardSwish", "sigmoid": "Sigmoid", "hsig": "H
 
 
 def write_onnx(network: AnyNetwork, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The float32 ONNX file of a network: ``image`` [1, channels, size, size] in, ``logits`` [1, classes] out.
+    """The float32 ONNX file of a network: ``image`` [1, channels, size, size] in,
+    ``logits`` [1, classes] out.
 
-    A detector has two outputs: ``logits`` [1, anchors, classes + 1], the background first, and ``codes`` [1, anchors, 4].
+    A detector has two outputs: ``logits`` [1, anchors, classes + 1], the background
+    first, and ``codes`` [1, anchors, 4].
 
-    BN statistics are those it has now, as in eval mode; the network itself is left untouched. The same weights give
-    the same bytes. ``metadata`` goes into the file's ``metadata_props``. Takes about 40 ms for MobileNetV2.
+    BN statistics are those it has now, as in eval mode; the network itself is left
+    untouched. The same weights give the same bytes. ``metadata`` goes into the file's
+    ``metadata_props``. Takes about 40 ms for MobileNetV2.
 
     >>> from hwnas.core.spaces import published
     >>> len(write_onnx(Network(published("mobilenet_v2")))) // 1_000_000  # MB
@@ -57,9 +64,9 @@ def write_onnx(network: AnyNetwork, metadata: Mapping[str, str] | None = None) -
 def write_op(op: Op, module: nn.Module) -> bytes:
     """The float32 ONNX file of one op: ``image`` [1, in_ch, size, size] in, ``logits`` out.
 
-    ``module`` is what ``hwnas.nn.blocks.build(op)`` returned, with any weights. ``logits`` is
-    [1, out_ch, out_size, out_size], and [1, out_ch] for a classifier. Predictors (``ssd``) have two: ``classes`` and ``boxes``.
-    Takes about 1 ms.
+    ``module`` is what ``hwnas.nn.blocks.build(op)`` returned, with any weights.
+    ``logits`` is [1, out_ch, out_size, out_size], and [1, out_ch] for a classifier.
+    Predictors (``ssd``) have two: ``classes`` and ``boxes``. Takes about 1 ms.
 
     Raises ExportError where ``module`` does not belong to ``op``.
     """
@@ -76,7 +83,8 @@ class Graph:
 
     def __init__(self, in_channels: int, size: int) -> None:
         entry = (1, in_channels, size, size)
-        self.shapes: dict[str, tuple[int, ...]] = {IMAGE: entry}  # from the input on, in the order of the graph
+        # from the input on, in the order of the graph
+        self.shapes: dict[str, tuple[int, ...]] = {IMAGE: entry}
         self._nodes: list[helper.NodeProto] = []
         self._constants: list[TensorProto] = []
         self._constant_shapes: dict[str, tuple[int, ...]] = {}
@@ -85,16 +93,30 @@ class Graph:
         """The shape of a value or a constant."""
         return self._constant_shapes[x] if x in self._constant_shapes else self.shapes[x]
 
-    def slice(self, name: str, x: str, shape: tuple[int, ...], where: dict[str, tuple[int, ...]]) -> str:
+    def slice(
+        self, name: str, x: str, shape: tuple[int, ...], where: dict[str, tuple[int, ...]]
+    ) -> str:
         """Slice to ``shape``; ``where`` has its ``starts``, ``ends`` and ``axes``."""
-        return self.operator("Slice", name, [x, *(self.integers(f"{name}.{each}", values) for each, values in where.items())], shape)
+        return self.operator(
+            "Slice",
+            name,
+            [x, *(self.integers(f"{name}.{each}", values) for each, values in where.items())],
+            shape,
+        )
 
     def reshape(self, name: str, x: str, shape: tuple[int, ...]) -> str:
         """Reshape."""
-        return self.operator("Reshape", name, [x, self.integers(f"{name}.shape", shape)], shape, allowzero=1)
+        return self.operator(
+            "Reshape", name, [x, self.integers(f"{name}.shape", shape)], shape, allowzero=1
+        )
 
     def operator(
-        self, code: str, name: str, inputs: Sequence[str], shape: tuple[int, ...], **options: int | float | str | list[int]
+        self,
+        code: str,
+        name: str,
+        inputs: Sequence[str],
+        shape: tuple[int, ...],
+        **options: int | float | str | list[int],
     ) -> str:
         """Add an operator, and return its output, a value ``name`` of ``shape``."""
         output = self.scope + name
@@ -119,10 +141,18 @@ class Graph:
         named = {value: name for name, value in exits.items()}
         for node in self._nodes:
             node.output[0] = named.get(node.output[0], node.output[0])
-        out = [helper.make_tensor_value_info(name, TensorProto.FLOAT, self.shapes.pop(value)) for name, value in exits.items()]
-        entry, *between = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in self.shapes.items())
+        out = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, self.shapes.pop(value))
+            for name, value in exits.items()
+        ]
+        entry, *between = (
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in self.shapes.items()
+        )
         model = helper.make_model(
-            helper.make_graph(self._nodes, "main_graph", [entry], out, self._constants, value_info=between),
+            helper.make_graph(
+                self._nodes, "main_graph", [entry], out, self._constants, value_info=between
+            ),
             ir_version=IR_VERSION,
             opset_imports=[helper.make_opsetid("", OPSET)],
             producer_name="hwnas",
@@ -139,7 +169,11 @@ class OnnxWriter(Graph, BlockWriter[str]):
 
     def conv(self, x: str, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> str:
         """Conv, and the activation."""
-        inputs = [x, self.floats(f"{node.name}.weight", weight_OIHW), self.floats(f"{node.name}.bias", bias_O)]
+        inputs = [
+            x,
+            self.floats(f"{node.name}.weight", weight_OIHW),
+            self.floats(f"{node.name}.bias", bias_O),
+        ]
         shape = (1, node.out_ch, node.out_size, node.out_size)
         x = self.operator(
             "Conv",
@@ -158,23 +192,33 @@ class OnnxWriter(Graph, BlockWriter[str]):
     def linear(self, x: str, name: str, weight_OI: Numbers, bias_O: Numbers) -> str:
         """Gemm."""
         inputs = [x, self.floats(f"{name}.weight", weight_OI), self.floats(f"{name}.bias", bias_O)]
-        return self.operator("Gemm", name, inputs, (1, len(bias_O)), alpha=1.0, beta=1.0, transA=0, transB=1)
+        return self.operator(
+            "Gemm", name, inputs, (1, len(bias_O)), alpha=1.0, beta=1.0, transA=0, transB=1
+        )
 
     def pool(self, x: str, node: Node) -> str:
         """AveragePool or MaxPool."""
         padding = node.kernel // 2 if node.kernel % 2 else 0
-        options: dict[str, Any] = {"kernel_shape": [node.kernel] * 2, "pads": [padding] * 4, "strides": [node.stride] * 2}
+        options: dict[str, Any] = {
+            "kernel_shape": [node.kernel] * 2,
+            "pads": [padding] * 4,
+            "strides": [node.stride] * 2,
+        }
         if node.kind == "avgpool":
             options["count_include_pad"] = 0
         shape = (1, node.out_ch, node.out_size, node.out_size)
-        return self.operator("AveragePool" if node.kind == "avgpool" else "MaxPool", node.name, [x], shape, **options)
+        return self.operator(
+            "AveragePool" if node.kind == "avgpool" else "MaxPool", node.name, [x], shape, **options
+        )
 
     def scaled(self, x: str, node: Node, scale_C: Numbers, shift_C: Numbers) -> str:
         """BatchNormalization with mean 0 and variance 1, and the activation."""
         plain = {"mean": np.zeros_like(scale_C), "variance": np.ones_like(scale_C)}
         values = {"scale": scale_C, "shift": shift_C, **plain}
         inputs = [x, *(self.floats(f"{node.name}.{name}", each) for name, each in values.items())]
-        x = self.operator("BatchNormalization", f"{node.name}.norm", inputs, self.shape(x), epsilon=0.0)
+        x = self.operator(
+            "BatchNormalization", f"{node.name}.norm", inputs, self.shape(x), epsilon=0.0
+        )
         return self.act(x, f"{node.name}.act", node.act)
 
     def along_channels(self, x: str, node: Node, kernel_K: Numbers) -> str:
@@ -183,7 +227,9 @@ class OnnxWriter(Graph, BlockWriter[str]):
         row = (1, 1, pixel[1])
         x = self.reshape(f"{name}.row", x, row)
         inputs = [x, self.floats(f"{name}.weight", kernel_K[None, None])]
-        x = self.operator("Conv", name, inputs, row, kernel_shape=[len(kernel_K)], pads=[len(kernel_K) // 2] * 2)
+        x = self.operator(
+            "Conv", name, inputs, row, kernel_shape=[len(kernel_K)], pads=[len(kernel_K) // 2] * 2
+        )
         return self.act(self.reshape(f"{name}.pixel", x, pixel), f"{name}.act", node.act)
 
     def act(self, x: str, name: str, act: str) -> str:
@@ -192,16 +238,26 @@ class OnnxWriter(Graph, BlockWriter[str]):
         if act == "none":
             return x
         if act == "relu6":
-            low, high = (self.floats(f"{name}.{bound}", np.array(value)) for bound, value in (("min", 0.0), ("max", 6.0)))
+            low, high = (
+                self.floats(f"{name}.{bound}", np.array(value))
+                for bound, value in (("min", 0.0), ("max", 6.0))
+            )
             return self.operator("Clip", name, [x, low, high], shape)
         if act == "silu":
-            return self.operator("Mul", name, [x, self.operator("Sigmoid", f"{name}.sigmoid", [x], shape)], shape)
-        return self.operator(_ACTS[act], name, [x], shape, **(_HARD_SIGMOID if act == "hsig" else {}))
+            return self.operator(
+                "Mul", name, [x, self.operator("Sigmoid", f"{name}.sigmoid", [x], shape)], shape
+            )
+        return self.operator(
+            _ACTS[act], name, [x], shape, **(_HARD_SIGMOID if act == "hsig" else {})
+        )
 
     def shuffle(self, x: str, name: str, groups: int) -> str:
         """Reshape, Transpose, Reshape."""
         batch, channels, *image = self.shape(x)
-        apart, swapped = (batch, groups, channels // groups, *image), (batch, channels // groups, groups, *image)
+        apart, swapped = (
+            (batch, groups, channels // groups, *image),
+            (batch, channels // groups, groups, *image),
+        )
         x = self.reshape(f"{name}.groups", x, apart)
         x = self.operator("Transpose", f"{name}.swapped", [x], swapped, perm=[0, 2, 1, 3, 4])
         return self.reshape(name, x, (batch, channels, *image))
@@ -209,7 +265,9 @@ class OnnxWriter(Graph, BlockWriter[str]):
     def mean(self, x: str, name: str, *, flat: bool) -> str:
         """ReduceMean over height and width, and where it is flattened a Reshape."""
         axes, channels = self.integers(f"{name}.axes", (-1, -2)), self.shape(x)[:2]
-        x = self.operator("ReduceMean", name, [x, axes], (*channels, 1, 1), keepdims=1, noop_with_empty_axes=0)
+        x = self.operator(
+            "ReduceMean", name, [x, axes], (*channels, 1, 1), keepdims=1, noop_with_empty_axes=0
+        )
         return self.reshape(f"{name}.flat", x, channels) if flat else x
 
     def add(self, x: str, y: str, name: str) -> str:
@@ -224,7 +282,9 @@ class OnnxWriter(Graph, BlockWriter[str]):
         """Slice."""
         batch, channels, height, width = self.shape(x)
         shape = (batch, channels, height - 1, width - 1)
-        return self.slice(name, x, shape, {"starts": (1, 1), "ends": (height, width), "axes": (2, 3)})
+        return self.slice(
+            name, x, shape, {"starts": (1, 1), "ends": (height, width), "axes": (2, 3)}
+        )
 
     def channels_joined(self, parts: Sequence[str], name: str) -> str:
         """Concat."""
@@ -235,7 +295,9 @@ class OnnxWriter(Graph, BlockWriter[str]):
     def first_channels(self, x: str, name: str, channels: int) -> str:
         """Slice."""
         batch, _, *image = self.shape(x)
-        return self.slice(name, x, (batch, channels, *image), {"starts": (0,), "ends": (channels,), "axes": (1,)})
+        return self.slice(
+            name, x, (batch, channels, *image), {"starts": (0,), "ends": (channels,), "axes": (1,)}
+        )
 
     def zeros(self, name: str, channels: int, size: int) -> str:
         """A constant."""
@@ -246,8 +308,12 @@ class OnnxWriter(Graph, BlockWriter[str]):
     def rows(self, name: str, x: str, columns: int) -> str:
         """Transpose, Reshape."""
         batch, channels, height, width = self.shape(x)
-        x = self.operator("Transpose", f"{name}.cells", [x], (batch, height, width, channels), perm=[0, 2, 3, 1])
-        return self.reshape(f"{name}.rows", x, (batch, height * width * channels // columns, columns))
+        x = self.operator(
+            "Transpose", f"{name}.cells", [x], (batch, height, width, channels), perm=[0, 2, 3, 1]
+        )
+        return self.reshape(
+            f"{name}.rows", x, (batch, height * width * channels // columns, columns)
+        )
 
     def concatenated(self, name: str, parts: Sequence[str]) -> str:
         """Concat, as the network does it."""

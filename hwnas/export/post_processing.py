@@ -1,13 +1,16 @@
-"""From the outputs of an exported detector to boxes: what every runtime shares. NumPy alone, so an app can take this file as it is.
+"""From the outputs of an exported detector to boxes: what every runtime shares. NumPy
+alone, so an app can take this file as it is.
 
 There are three kinds of files, by what is in their graph (``READERS``):
 
-- ``decoded``: one row per anchor: its box and a score per class. ``post_process`` chooses among them.
+- ``decoded``: one row per anchor: its box and a score per class. ``post_process``
+  chooses among them.
 - ``nms``: chosen already, best first, and filled up with rows of score 0.
 - ``tasks``: the four outputs of ``TFLite_Detection_PostProcess``, flattened one after another.
 
-All readers return boxes float32 [D, 4] as x1, y1, x2, y2 in pixels of the network's input, scores float32 [D], best first, and classes
-int64 [D], the positions of labels. ``post_process`` is torchvision's ``SSD.postprocess_detections``.
+All readers return boxes float32 [D, 4] as x1, y1, x2, y2 in pixels of the network's
+input, scores float32 [D], best first, and classes int64 [D], the positions of labels.
+``post_process`` is torchvision's ``SSD.postprocess_detections``.
 """
 
 from __future__ import annotations
@@ -22,18 +25,28 @@ Floats = npt.NDArray[np.float32]
 Found = tuple[Floats, Floats, npt.NDArray[np.int64]]
 """Boxes [D, 4], scores [D], classes [D]."""
 Reader = Callable[[Floats, "dict[str, Any]", int, int], Found]
-"""Outputs of one image, the bundle's post-processing, resolution of the input, number of classes -> detections."""
+"""Outputs of one image, the bundle's post-processing, resolution of the input, number
+of classes -> detections.
+"""
 
 BOX = 4
 NMS_COLUMNS = 6
 """x1, y1, x2, y2, score, class."""
 
 
-def post_process(detections: Floats, *, min_score: float, nms_iou: float, candidates: int, detections_per_image: int) -> Found:
-    """Detections of one image. ``detections`` is the row of a ``decoded`` file: [1, anchors, 4 + classes] or [anchors, 4 + classes].
+def post_process(
+    detections: Floats,
+    *,
+    min_score: float,
+    nms_iou: float,
+    candidates: int,
+    detections_per_image: int,
+) -> Found:
+    """Detections of one image. ``detections`` is the row of a ``decoded`` file: [1,
+    anchors, 4 + classes] or [anchors, 4 + classes].
 
-    Per class the ``candidates`` best above ``min_score``; of those that overlap by more than ``nms_iou`` the best; then the
-    ``detections_per_image`` best of all classes.
+    Per class the ``candidates`` best above ``min_score``; of those that overlap by more
+    than ``nms_iou`` the best; then the ``detections_per_image`` best of all classes.
 
     Example:
         >>> row = np.array([[0, 0, 10, 10, 0.9], [0, 0, 10, 9, 0.8], [20, 20, 30, 30, 0.7]], np.float32)
@@ -57,7 +70,9 @@ def post_process(detections: Floats, *, min_score: float, nms_iou: float, candid
 
 
 def _best(scores: Floats, chosen: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """Of the ``chosen`` positions the ``count`` with the highest scores, best first; of equal ones the first."""
+    """Of the ``chosen`` positions the ``count`` with the highest scores, best first; of
+    equal ones the first.
+    """
     values = scores[chosen]
     if len(chosen) > count:  # to sort those that may be among them is enough
         last = np.partition(values, len(values) - count)[len(values) - count]
@@ -66,8 +81,8 @@ def _best(scores: Floats, chosen: npt.NDArray[np.int64], count: int) -> npt.NDAr
 
 
 def apart(boxes: Floats, nms_iou: float, limit: int | None = None) -> npt.NDArray[np.int64]:
-    """Positions of the boxes that remain, at most ``limit``, of boxes best first, when each removes those after it whose IoU with it is
-    above ``nms_iou``.
+    """Positions of the boxes that remain, at most ``limit``, of boxes best first, when
+    each removes those after it whose IoU with it is above ``nms_iou``.
     """
     overlaps = iou(boxes) > nms_iou
     removed = np.zeros(len(boxes), bool)
@@ -78,14 +93,18 @@ def apart(boxes: Floats, nms_iou: float, limit: int | None = None) -> npt.NDArra
         remaining.append(position)
         removed |= overlaps[position]
         removed[: position + 1] = True
-        following = removed[position:].argmin()  # the first that is not removed, or 0 where there is none
+        # the first that is not removed, or 0 where there is none
+        following = removed[position:].argmin()
         position = position + int(following) if following else len(boxes)
     return np.array(remaining, np.int64)
 
 
 def iou(boxes: Floats) -> Floats:
-    """IoU of all pairs, [N, N]; of boxes without area it is no number, which is above no threshold."""
-    x1, y1, x2, y2 = np.ascontiguousarray(boxes.T)  # whole rows of numbers at once take a third of the time of pairs
+    """IoU of all pairs, [N, N]; of boxes without area it is no number, which is above
+    no threshold.
+    """
+    # whole rows of numbers at once take a third of the time of pairs
+    x1, y1, x2, y2 = np.ascontiguousarray(boxes.T)
     areas = (x2 - x1) * (y2 - y1)
     widths = np.minimum(x2[:, None], x2) - np.maximum(x1[:, None], x1)
     heights = np.minimum(y2[:, None], y2) - np.maximum(y1[:, None], y1)
@@ -98,8 +117,12 @@ def iou(boxes: Floats) -> Floats:
     return ious
 
 
-def read_decoded(row: Floats, post_processing: dict[str, Any], resolution: int, classes: int) -> Found:
-    """The outputs of a ``decoded`` file for one image, [anchors * (4 + classes)] in any shape. ``post_processing`` is the bundle's."""
+def read_decoded(
+    row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
+) -> Found:
+    """The outputs of a ``decoded`` file for one image, [anchors * (4 + classes)] in any
+    shape. ``post_processing`` is the bundle's.
+    """
     del resolution
     return post_process(
         row.reshape(-1, BOX + classes),
@@ -111,15 +134,21 @@ def read_decoded(row: Floats, post_processing: dict[str, Any], resolution: int, 
 
 
 def read_nms(row: Floats, post_processing: dict[str, Any], resolution: int, classes: int) -> Found:
-    """The outputs of an ``nms`` file for one image, [D * 6] in any shape: x1, y1, x2, y2, score, class."""
+    """The outputs of an ``nms`` file for one image, [D * 6] in any shape: x1, y1, x2,
+    y2, score, class.
+    """
     del post_processing, resolution
     rows = row.reshape(-1, NMS_COLUMNS)
     return _valid(rows[:, :BOX], rows[:, BOX], rows[:, BOX + 1], classes)
 
 
-def read_tasks(row: Floats, post_processing: dict[str, Any], resolution: int, classes: int) -> Found:
-    """The outputs of a ``tasks`` file for one image, flattened one after another: boxes [D * 4] (ymin, xmin, ymax, xmax in parts
-    of the model's input), classes [D], scores [D] and the number of detections. Boxes are cut off at its edges, as the op does not.
+def read_tasks(
+    row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
+) -> Found:
+    """The outputs of a ``tasks`` file for one image, flattened one after another: boxes
+    [D * 4] (ymin, xmin, ymax, xmax in parts of the model's input), classes [D], scores
+    [D] and the number of detections. Boxes are cut off at its edges, as the op does
+    not.
     """
     del post_processing
     flat = row.reshape(-1)

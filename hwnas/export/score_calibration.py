@@ -1,11 +1,14 @@
-"""Score calibration: from a classifier's outputs to numbers that may be read as how often a label is right.
+"""Score calibration: from a classifier's outputs to numbers that may be read as how
+often a label is right.
 
-Platt's method (Probabilistic outputs for support vector machines, 1999): per label a logistic regression of "the image shows it" on the
-label's score, with his targets (N+ + 1) / (N+ + 2) and 1 / (N- + 2) instead of 1 and 0, so that classes which are told apart perfectly
-get a finite slope too.
+Platt's method (Probabilistic outputs for support vector machines, 1999): per label a
+logistic regression of "the image shows it" on the label's score, with his targets (N+ +
+1) / (N+ + 2) and 1 / (N- + 2) instead of 1 and 0, so that classes which are told apart
+perfectly get a finite slope too.
 
-The formula that readers apply (ScoreCalibrationOptions in metadata_schema.fbs; score_calibration_calculator.cc):
-scale / (1 + exp(-(slope g(x) + offset))), with g the identity for logits and log(x) - log(1 - x) for probabilities. Scale is 1.
+The formula that readers apply (ScoreCalibrationOptions in metadata_schema.fbs;
+score_calibration_calculator.cc): scale / (1 + exp(-(slope g(x) + offset))), with g the
+identity for logits and log(x) - log(1 - x) for probabilities. Scale is 1.
 
 Calibrated scores of one image need not sum to 1, and its best label may change.
 """
@@ -29,7 +32,9 @@ _SMALLEST = 1e-16
 
 @dataclass(frozen=True)
 class ScoreCalibration:
-    """Slope and offset of each label's sigmoid, in the order of labels, over scores after ``transformation``."""
+    """Slope and offset of each label's sigmoid, in the order of labels, over scores
+    after ``transformation``.
+    """
 
     slopes: tuple[float, ...]
     offsets: tuple[float, ...]
@@ -37,7 +42,10 @@ class ScoreCalibration:
 
     def text(self) -> str:
         """The associated file: a line ``scale,slope,offset`` per label."""
-        return "\n".join(f"1,{slope:.9g},{offset:.9g}" for slope, offset in zip(self.slopes, self.offsets, strict=True))
+        return "\n".join(
+            f"1,{slope:.9g},{offset:.9g}"
+            for slope, offset in zip(self.slopes, self.offsets, strict=True)
+        )
 
     def apply(self, scores: npt.NDArray[np.floating]) -> Floats:
         """What readers make of scores [N, labels] as the file gives them.
@@ -45,15 +53,20 @@ class ScoreCalibration:
         >>> ScoreCalibration((2.0,), (-1.0,), "IDENTITY").apply(np.array([[0.5]])).tolist()
         [[0.5]]
         """
-        evidence = _transformed(scores.astype(np.float64), self.transformation) * np.array(self.slopes) + np.array(self.offsets)
+        evidence = _transformed(scores.astype(np.float64), self.transformation) * np.array(
+            self.slopes
+        ) + np.array(self.offsets)
         calibrated: Floats = 1 / (1 + np.exp(-evidence))
         return calibrated
 
 
 def fit(
-    scores: npt.NDArray[np.floating], labels: Sequence[int] | npt.NDArray[np.integer], transformation: Transformation
+    scores: npt.NDArray[np.floating],
+    labels: Sequence[int] | npt.NDArray[np.integer],
+    transformation: Transformation,
 ) -> ScoreCalibration:
-    """Fit a sigmoid per label to scores [N, labels] of N images, whose right labels are ``labels`` [N].
+    """Fit a sigmoid per label to scores [N, labels] of N images, whose right labels are
+    ``labels`` [N].
 
     Raises ExportError where there are no images.
     """
@@ -61,7 +74,9 @@ def fit(
         raise ExportError("Score calibration needs at least one image")
     evidence, right = _transformed(scores.astype(np.float64), transformation), np.asarray(labels)
     fitted = [_platt(evidence[:, label], right == label) for label in range(scores.shape[1])]
-    return ScoreCalibration(tuple(slope for slope, _ in fitted), tuple(offset for _, offset in fitted), transformation)
+    return ScoreCalibration(
+        tuple(slope for slope, _ in fitted), tuple(offset for _, offset in fitted), transformation
+    )
 
 
 def _platt(evidence: Floats, is_label: npt.NDArray[np.bool_]) -> tuple[float, float]:
@@ -71,11 +86,15 @@ def _platt(evidence: Floats, is_label: npt.NDArray[np.bool_]) -> tuple[float, fl
     positives = int(is_label.sum())
     negatives = len(is_label) - positives
     targets = np.where(is_label, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-    # A target of 0.9 is nine tenths of an image that shows the label, and a tenth of one that does not.
+    # A target of 0.9 is nine tenths of an image that shows the label, and a tenth of
+    # one that does not.
     twice, classes = np.concatenate([evidence, evidence])[:, None], np.repeat([1, 0], len(evidence))
     weights = np.concatenate([targets, 1 - targets])
-    spread = float(evidence.std()) or 1.0  # the solver stops by the size of gradients, so scores get one scale
-    model = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(twice / spread, classes, sample_weight=weights)
+    # the solver stops by the size of gradients, so scores get one scale
+    spread = float(evidence.std()) or 1.0
+    model = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(
+        twice / spread, classes, sample_weight=weights
+    )
     return float(model.coef_[0, 0]) / spread, float(model.intercept_[0])
 
 

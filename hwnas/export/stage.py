@@ -45,16 +45,22 @@ def outputs(formats: tuple[str, ...]) -> list[str]:
 
 
 def run(ctx: StageContext, predict: Predict) -> None:
-    """Export every format and compare each with PyTorch; ``predict(file, images, folder)`` runs a file in its runtime."""
-    network, task = load_network(ctx.path("train", "model.safetensors")).eval(), task_of(ctx.experiment)
+    """Export every format and compare each with PyTorch; ``predict(file, images,
+    folder)`` runs a file in its runtime.
+    """
+    network, task = (
+        load_network(ctx.path("train", "model.safetensors")).eval(),
+        task_of(ctx.experiment),
+    )
     _check_kind(network, task)
     bundle = _exported(ctx, network, task, predict)
     bundle.save(ctx.folder / "bundle.json")
     ctx.progress.say(f"PyTorch: {task.said(dict(bundle.metrics), bundle.test_images)}")
     for file in bundle.files:
         ctx.progress.say(
-            f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error {file.parity.relative_error:.1e}, "
-            f"same {task.words.answer} on {file.parity.agreement:.1%} of {file.parity.images} images"
+            f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error"
+            f" {file.parity.relative_error:.1e}, same {task.words.answer} on"
+            f" {file.parity.agreement:.1%} of {file.parity.images} images"
         )
     for reason in (refused_by_mediapipe(bundle), stretched_by_apps(bundle)):
         if reason is not None:
@@ -66,26 +72,35 @@ def _check_kind(network: AnyNetwork, task: Task) -> None:
     arch = network.arch
     if arch.task != task.network_kind:
         kind = task_named(arch.task).words.network
-        raise ConfigError(f"{arch.name!r} is a {kind}, but task = {task.name!r}: set task = {arch.task!r}, or train again.")
+        raise ConfigError(
+            f"{arch.name!r} is a {kind}, but task = {task.name!r}: set task = {arch.task!r}, or"
+            " train again."
+        )
 
 
 def refused_by_mediapipe(bundle: Bundle) -> str | None:
-    """Why MediaPipe refuses a bundle's TFLite files, and what to set; None where it takes them, or there are none. See ``metadata``."""
+    """Why MediaPipe refuses a bundle's TFLite files, and what to set; None where it
+    takes them, or there are none. See ``metadata``.
+    """
     if not _has_tflite(bundle):
         return None
     if bundle.preprocessing.channels != 3:
-        return "MediaPipe's tasks take RGB images only, so they refuse these .tflite files; for them, train with data.channels = 3."
+        return (
+            "MediaPipe's tasks take RGB images only, so they refuse these .tflite files; for them,"
+            " train with data.channels = 3."
+        )
     normalisation = bundle.interface.normalisation
     if normalisation is None or normalisation.is_uniform:
         return None
     return (
-        "MediaPipe's tasks normalise float32 input with one mean and std for all channels, so they refuse these .tflite files; "
-        "for them, set export.input = 'uint8'."
+        "MediaPipe's tasks normalise float32 input with one mean and std for all channels, so they"
+        " refuse these .tflite files; for them, set export.input = 'uint8'."
     )
 
 
 def stretched_by_apps(bundle: Bundle) -> str | None:
-    """What to do where the readers of TFLite metadata resize a photograph in another way than the bundle's data; None where they do not.
+    """What to do where the readers of TFLite metadata resize a photograph in another
+    way than the bundle's data; None where they do not.
 
     Of a plug-in's data nobody knows.
     """
@@ -93,8 +108,8 @@ def stretched_by_apps(bundle: Bundle) -> str | None:
     if mode in (None, "squash") or not _has_tflite(bundle):
         return None
     return (
-        f"MediaPipe and ML Kit stretch a photograph to the model's square, and these files were made for {mode!r}: "
-        "resize it yourself before, or set data.resize = 'squash'."
+        "MediaPipe and ML Kit stretch a photograph to the model's square, and these files were"
+        f" made for {mode!r}: resize it yourself before, or set data.resize = 'squash'."
     )
 
 
@@ -110,10 +125,18 @@ def _exported(ctx: StageContext, network: AnyNetwork, task: Task, predict: Predi
     task.check_images(test, data.name, arch)
     answers = task.torch_answers(network, test, data.workers)
     interface = Interface(config.input, config.softmax, data.mean, data.std)
-    images = interface.fed(sampled_images(test, min(config.parity_images, task.reference_images(network) or len(test))))
+    images = interface.fed(
+        sampled_images(test, min(config.parity_images, task.reference_images(network) or len(test)))
+    )
     reference = task.torch_outputs(network, interface.seen(images))
-    save_parity(ctx.folder / "parity.npz", images=images, **{task.reference: reference}, **answers.arrays())
-    calibrated = _score_calibration(network, task, test, interface, data.workers) if config.score_calibration else None
+    save_parity(
+        ctx.folder / "parity.npz", images=images, **{task.reference: reference}, **answers.arrays()
+    )
+    calibrated = (
+        _score_calibration(network, task, test, interface, data.workers)
+        if config.score_calibration
+        else None
+    )
     card = ModelCard(
         name=arch.name,
         channels=data.channels,
@@ -123,15 +146,26 @@ def _exported(ctx: StageContext, network: AnyNetwork, task: Task, predict: Predi
         resizing=test.resizing,
         calibration=None if calibrated is None else calibrated.fitted,
     )
-    trained = Trained(network, interface, sampled_images(train, config.calibration_images), card, task.post_processing)
+    trained = Trained(
+        network,
+        interface,
+        sampled_images(train, config.calibration_images),
+        card,
+        task.post_processing,
+    )
     files = []
     with ctx.progress.task("exporting", len(formats)) as shown:
         for kind in formats:
             made = target(kind)
             path = ctx.folder / made.file
             write_atomic(path, made.write(trained))
-            measured = task.parity(made.graph, predict(path, images, ctx.folder), interface.outputs_of(reference), arch)
-            described = described_input(made, interface, arch), task.outputs(made.graph, arch, interface.output)
+            measured = task.parity(
+                made.graph, predict(path, images, ctx.folder), interface.outputs_of(reference), arch
+            )
+            described = (
+                described_input(made, interface, arch),
+                task.outputs(made.graph, arch, interface.output),
+            )
             files.append(describe_file(ctx.folder, kind, measured, *described))
             shown.advance(note=path.name)
     return Bundle(
@@ -163,15 +197,22 @@ class _Calibrated:
         """What the bundle says of it."""
         return CalibrationPart(
             images=self.images,
-            source="a fixed random half of the test images; judge it by the others (training has seen all images that are not for tests)",
+            source=(
+                "a fixed random half of the test images; judge it by the others (training has seen"
+                " all images that are not for tests)"
+            ),
             transformation=self.fitted.transformation,
             slopes=self.fitted.slopes,
             offsets=self.fitted.offsets,
         )
 
 
-def _score_calibration(network: AnyNetwork, task: Task, test: Images, interface: Interface, workers: int) -> _Calibrated:
-    """Fitted to PyTorch's outputs for half of the test images: the final training has seen all others."""
+def _score_calibration(
+    network: AnyNetwork, task: Task, test: Images, interface: Interface, workers: int
+) -> _Calibrated:
+    """Fitted to PyTorch's outputs for half of the test images: the final training has
+    seen all others.
+    """
     half = Portion(test, CALIBRATION_PORTION)
     pairs = [
         (task.torch_outputs(network, x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy())
@@ -179,7 +220,9 @@ def _score_calibration(network: AnyNetwork, task: Task, test: Images, interface:
     ]
     logits, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
     transformation: Transformation = "INVERSE_LOGISTIC" if interface.softmax else "IDENTITY"
-    return _Calibrated(score_calibration.fit(interface.outputs_of(logits), labels, transformation), len(labels))
+    return _Calibrated(
+        score_calibration.fit(interface.outputs_of(logits), labels, transformation), len(labels)
+    )
 
 
 class Export(Stage):

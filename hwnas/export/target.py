@@ -1,7 +1,8 @@
 """What a runtime and number format to export to is: a ``Target``, found by its name as a plug-in.
 
-A target of your own is one class and one entry point; it is then exported to (``export.formats``), profiled (``device.runtime`` and
-``device.dtype``), timed and validated like the built-in ones::
+A target of your own is one class and one entry point; it is then exported to
+(``export.formats``), profiled (``device.runtime`` and ``device.dtype``), timed and
+validated like the built-in ones::
 
     [project.entry-points."hwnas.target"]
     mine-fp16 = "my_package.target:Mine"
@@ -35,8 +36,9 @@ Graph = Literal["decoded", "nms", "tasks"]
 class Trained:
     """A trained network in eval mode, and what its files are made from.
 
-    ``calibration_NHWC`` are float32 images as the network sees them, ``interface`` says what goes around the network, ``card`` what
-    belongs into metadata, ``post_processing`` what a detector's graph chooses by.
+    ``calibration_NHWC`` are float32 images as the network sees them, ``interface`` says
+    what goes around the network, ``card`` what belongs into metadata,
+    ``post_processing`` what a detector's graph chooses by.
     """
 
     network: AnyNetwork
@@ -56,11 +58,14 @@ class Trained:
 class Target(ABC):
     """A runtime and number format to export to.
 
-    ``file`` is the name in a bundle; ``layout`` the order of the input's axes; ``packages`` the installed distributions, and ``modules``
-    our own source files, that shape a file beside the network (both are part of the key under which timing files are cached).
-    ``parts_detectors`` says that ``network_alone`` takes a detector's network out of its file, so that its latency can be predicted.
-    ``runner`` is a Python file that teaches the runner a runtime it lacks, on this computer: it has ``MODELS`` (runtime -> class, see
-    ``deploy/runner.py``) and ``SUFFIXES`` (suffix of a file -> runtime).
+    ``file`` is the name in a bundle; ``layout`` the order of the input's axes;
+    ``packages`` the installed distributions, and ``modules`` our own source files, that
+    shape a file beside the network (both are part of the key under which timing files
+    are cached). ``parts_detectors`` says that ``network_alone`` takes a detector's
+    network out of its file, so that its latency can be predicted. ``runner`` is a
+    Python file that teaches the runner a runtime it lacks, on this computer: it has
+    ``MODELS`` (runtime -> class, see ``deploy/runner.py``) and ``SUFFIXES`` (suffix of
+    a file -> runtime).
     """
 
     runtime: ClassVar[str]
@@ -75,7 +80,9 @@ class Target(ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether a file computes in float32 what PyTorch does, up to rounding, and returns all of it."""
+        """Whether a file computes in float32 what PyTorch does, up to rounding, and
+        returns all of it.
+        """
         return self.dtype == "fp32" and self.graph == "decoded"
 
     @abstractmethod
@@ -84,17 +91,22 @@ class Target(ABC):
 
     @abstractmethod
     def timing_file(self, network: AnyNetwork) -> bytes:
-        """The file of a network that is only timed, of one op or of many: without metadata, as fast as a trained one's."""
+        """The file of a network that is only timed, of one op or of many: without
+        metadata, as fast as a trained one's.
+        """
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes | None:
-        """Of a file that holds more than the network (an interface, a detector's decoding), the network alone, for timing.
+        """Of a file that holds more than the network (an interface, a detector's
+        decoding), the network alone, for timing.
 
         None where it cannot be taken out: then an interface is timed with it.
         """
         return None
 
     def at_score(self, model: bytes, min_score: float) -> bytes:
-        """A file that chooses detections itself, with another threshold of scores: for timing. Raises ExportError where it cannot."""
+        """A file that chooses detections itself, with another threshold of scores: for
+        timing. Raises ExportError where it cannot.
+        """
         raise ExportError(f"{self.file} cannot be given another threshold of scores")
 
 
@@ -105,10 +117,15 @@ def target(name: str) -> Target:
 
 
 def timing_target(runtime: str, dtype: str) -> Target:
-    """The target whose files are timed for a runtime and number format. Raises ConfigError where there is none."""
+    """The target whose files are timed for a runtime and number format. Raises
+    ConfigError where there is none.
+    """
     found = [each for each in map(target, TARGETS) if each.graph == "decoded"]
     for each in found:
         if (each.runtime, each.dtype) == (runtime, dtype):
             return each
     known = ", ".join(sorted(f"{each.runtime} with {each.dtype}" for each in found))
-    raise ConfigError(f"device.runtime = {runtime!r} with device.dtype = {dtype!r} is not supported; there are {known}.")
+    raise ConfigError(
+        f"device.runtime = {runtime!r} with device.dtype = {dtype!r} is not supported; there are"
+        f" {known}."
+    )

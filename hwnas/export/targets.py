@@ -1,4 +1,6 @@
-"""The built-in targets: TFLite in float32 and static int8, ONNX in float32, and a detector's files that choose detections themselves."""
+"""The built-in targets: TFLite in float32 and static int8, ONNX in float32, and a
+detector's files that choose detections themselves.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,19 @@ class _TFLite(Target):
 
     def write(self, trained: Trained) -> bytes:
         """The network, what goes around it, what follows a detector's predictions, and metadata."""
-        model = trained.once(f"tflite-{self.dtype}", lambda: trained.interface.around(self._network(trained), "litert"))
+        model = trained.once(
+            f"tflite-{self.dtype}",
+            lambda: trained.interface.around(self._network(trained), "litert"),
+        )
         if isinstance(trained.network, DetectionNetwork):
             return self._detector(model, trained.network, trained)
         return with_metadata(model, trained.card)
 
     def _network(self, trained: Trained) -> bytes:
         network = trained.network
-        model = write_heads(network) if isinstance(network, DetectionNetwork) else write_tflite(network)
+        model = (
+            write_heads(network) if isinstance(network, DetectionNetwork) else write_tflite(network)
+        )
         return self.typed(model, trained)
 
     @abstractmethod
@@ -55,11 +62,17 @@ class _TFLite(Target):
         if self.graph == "tasks":
             model = tflite_detector.tasks(heads, network, trained.post_processing)
             return with_metadata(model, replace(trained.card, output="tasks"))
-        return with_metadata(tflite_detector.decoded(heads, network), replace(trained.card, output="decoded"))
+        return with_metadata(
+            tflite_detector.decoded(heads, network), replace(trained.card, output="decoded")
+        )
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes:
         """Without decoding or interface."""
-        return tflite_detector.without_decoding(model) if detector else tflite_interface.network_alone(model)
+        return (
+            tflite_detector.without_decoding(model)
+            if detector
+            else tflite_interface.network_alone(model)
+        )
 
     def at_score(self, model: bytes, min_score: float) -> bytes:
         """Another option of the operator."""
@@ -68,7 +81,11 @@ class _TFLite(Target):
     def timing_file(self, network: AnyNetwork) -> bytes:
         """An op alone has the ends of an op."""
         ops = network.arch.ops()
-        return tflite_writer.write_op(ops[0], network.blocks[0]) if len(ops) == 1 else write_tflite(network)
+        return (
+            tflite_writer.write_op(ops[0], network.blocks[0])
+            if len(ops) == 1
+            else write_tflite(network)
+        )
 
 
 class TFLiteFloat(_TFLite):
@@ -127,7 +144,9 @@ class Onnx(Target):
 
     def write(self, trained: Trained) -> bytes:
         """The network and what goes around it; a detector's boxes decoded."""
-        return trained.once("onnx", lambda: trained.interface.around(self._network(trained.network), "onnxruntime"))
+        return trained.once(
+            "onnx", lambda: trained.interface.around(self._network(trained.network), "onnxruntime")
+        )
 
     def _network(self, network: AnyNetwork) -> bytes:
         metadata = {"architecture": network.arch.to_json()}
@@ -142,7 +161,11 @@ class Onnx(Target):
     def timing_file(self, network: AnyNetwork) -> bytes:
         """An op alone has the ends of an op."""
         ops = network.arch.ops()
-        return onnx_writer.write_op(ops[0], network.blocks[0]) if len(ops) == 1 else write_onnx(network)
+        return (
+            onnx_writer.write_op(ops[0], network.blocks[0])
+            if len(ops) == 1
+            else write_onnx(network)
+        )
 
 
 class OnnxNMS(Onnx):

@@ -1,9 +1,12 @@
-"""Normalisation before the network of a TFLite file, and a softmax after it (``interface`` says what for).
+"""Normalisation before the network of a TFLite file, and a softmax after it
+(``interface`` says what for).
 
-``image`` becomes uint8 with the scale 1/255; DEQUANTIZE makes it 0..1; MUL and ADD by constants normalise it. XNNPACK takes all three.
-The constants are a row of the image, [1, 1, width, channels]: XNNPACK works at once through the innermost part that needs no
-broadcasting, which is a row then, and three numbers where the constants are [channels] or a DEPTHWISE_CONV_2D of 1x1. In an int8
-file all of it stands before the QUANTIZE of the network's input, so that its scales are those of the file without.
+``image`` becomes uint8 with the scale 1/255; DEQUANTIZE makes it 0..1; MUL and ADD by
+constants normalise it. XNNPACK takes all three. The constants are a row of the image,
+[1, 1, width, channels]: XNNPACK works at once through the innermost part that needs no
+broadcasting, which is a row then, and three numbers where the constants are [channels]
+or a DEPTHWISE_CONV_2D of 1x1. In an int8 file all of it stands before the QUANTIZE of
+the network's input, so that its scales are those of the file without.
 """
 
 from __future__ import annotations
@@ -22,29 +25,42 @@ _NORMALISING = 3
 """Operators before the network."""
 
 
-def with_pixels(model: bytes, scale_C: npt.NDArray[np.float64], shift_C: npt.NDArray[np.float64]) -> bytes:
-    """The file that takes ``image`` uint8 [1, H, W, C], of which the network gets ``pixel * scale + shift`` in float32.
+def with_pixels(
+    model: bytes, scale_C: npt.NDArray[np.float64], shift_C: npt.NDArray[np.float64]
+) -> bytes:
+    """The file that takes ``image`` uint8 [1, H, W, C], of which the network gets
+    ``pixel * scale + shift`` in float32.
 
     ``model`` has one input, float32 [1, H, W, C].
     """
     graph, entry, exits = Graph.opened(model)
     graph.scope = "normalise."
-    parts = graph.operator("DEQUANTIZE", "parts", [entry], graph.shape(entry), schema.DequantizeOptionsT())
+    parts = graph.operator(
+        "DEQUANTIZE", "parts", [entry], graph.shape(entry), schema.DequantizeOptionsT()
+    )
     scaled = _by_row(graph, "MUL", "scaled", parts, _WHITE * scale_C)
     normalised = _by_row(graph, "ADD", "shifted", scaled, shift_C)
     graph.lead(_NORMALISING, entry, normalised)
     tensor = graph.tensors[entry]
-    tensor.name, tensor.type, tensor.quantization = IMAGE, schema.TensorType.UINT8, _scale(1 / _WHITE)
+    tensor.name, tensor.type, tensor.quantization = (
+        IMAGE,
+        schema.TensorType.UINT8,
+        _scale(1 / _WHITE),
+    )
     return graph.pack(entry, *exits)
 
 
 def with_softmax(model: bytes) -> bytes:
-    """The file with the output ``probabilities``: the softmax of the only output that ``model`` has, float32 [1, classes]."""
+    """The file with the output ``probabilities``: the softmax of the only output that
+    ``model`` has, float32 [1, classes].
+    """
     graph, entry, [logits] = Graph.opened(model)
     graph.tensors[logits].name = LOGITS
     options = schema.SoftmaxOptionsT()
     options.beta = 1.0
-    return graph.pack(entry, graph.operator("SOFTMAX", PROBABILITIES, [logits], graph.shape(logits), options))
+    return graph.pack(
+        entry, graph.operator("SOFTMAX", PROBABILITIES, [logits], graph.shape(logits), options)
+    )
 
 
 def network_alone(model: bytes) -> bytes:

@@ -1,21 +1,28 @@
 """Ops and networks written straight into TFLite files, without a converter.
 
-litert-torch converts a block in 1 to 2 s; this takes 1 ms (``block_writer`` says what for). The graph is the one that
-``convert.to_tflite`` makes, operator by operator (its tests judge this one by it), in float32, channels-last, batch 1:
+litert-torch converts a block in 1 to 2 s; this takes 1 ms (``block_writer`` says what
+for). The graph is the one that ``convert.to_tflite`` makes, operator by operator (its
+tests judge this one by it), in float32, channels-last, batch 1:
 
-- batch norms are folded into weights and biases, in float64; ReLU and ReLU6 are fused, HARD_SWISH follows its layer;
-- where TFLite's SAME pads as PyTorch does, kernel // 2 on every side, it is SAME; else PAD and VALID;
-- where each input channel has its own filters, it is DEPTHWISE_CONV_2D, even with one input channel;
-- the mean over a 1 x 1 map vanishes inside squeeze-and-excitation and a head, and becomes a SUM before the classifier;
+- batch norms are folded into weights and biases, in float64; ReLU and ReLU6 are fused,
+  HARD_SWISH follows its layer;
+- where TFLite's SAME pads as PyTorch does, kernel // 2 on every side, it is SAME; else
+  PAD and VALID;
+- where each input channel has its own filters, it is DEPTHWISE_CONV_2D, even with one
+  input channel;
+- the mean over a 1 x 1 map vanishes inside squeeze-and-excitation and a head, and
+  becomes a SUM before the classifier;
 - predictions of a detector are a RESHAPE of each map, and a CONCATENATION of them all;
 - a hard sigmoid is a bias of 3 more and RELU6 in the convolution before it, and a MUL by 1/6.
 
-*Difference from the converter*: a classifier or head on its own has no TRANSPOSE before the MEAN. The converter adds it only
-there, never inside a network, and a table must hold what networks cost.
+*Difference from the converter*: a classifier or head on its own has no TRANSPOSE before
+the MEAN. The converter adds it only there, never inside a network, and a table must
+hold what networks cost.
 
-Schema: tensorflow/lite/schema/schema.fbs, version 3. Every operator code has the lowest version that allows what the file uses it
-for: 1, but 2 for DEPTHWISE_CONV_2D with a dilation, 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept dimensions and
-6 for grouped CONV_2D.
+Schema: tensorflow/lite/schema/schema.fbs, version 3. Every operator code has the lowest
+version that allows what the file uses it for: 1, but 2 for DEPTHWISE_CONV_2D with a
+dilation, 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept dimensions
+and 6 for grouped CONV_2D.
 """
 
 from __future__ import annotations
@@ -45,19 +52,23 @@ _ACTS = {"relu": "RELU", "relu6": "RELU6", "hswish": "HARD_SWISH", "sigmoid": "L
 
 
 def write_tflite(network: AnyNetwork) -> bytes:
-    """The float32 TFLite file of a network: ``image`` [1, size, size, channels] in, ``logits`` [1, classes] out.
+    """The float32 TFLite file of a network: ``image`` [1, size, size, channels] in,
+    ``logits`` [1, classes] out.
 
-    A detector has two outputs: ``logits`` [1, anchors, classes + 1], the background first, and ``codes`` [1, anchors, 4].
+    A detector has two outputs: ``logits`` [1, anchors, classes + 1], the background
+    first, and ``codes`` [1, anchors, 4].
 
-    BN statistics are those it has now, as in eval mode; the network itself is left untouched. The same weights give
-    the same bytes. Takes about 40 ms for MobileNetV2.
+    BN statistics are those it has now, as in eval mode; the network itself is left
+    untouched. The same weights give the same bytes. Takes about 40 ms for MobileNetV2.
 
     >>> from hwnas.core.spaces import published
     >>> len(write_tflite(Network(published("mobilenet_v2")))) // 1_000_000  # MB
     13
     """
     graph = _Writer()
-    entry = graph.tensor(IMAGE, (1, network.arch.resolution, network.arch.resolution, network.arch.in_channels))
+    entry = graph.tensor(
+        IMAGE, (1, network.arch.resolution, network.arch.resolution, network.arch.in_channels)
+    )
     outputs = graph.network(entry, network)
     return graph.pack(entry, *graph.named((LOGITS, "codes")[: len(outputs)], outputs))
 
@@ -65,9 +76,9 @@ def write_tflite(network: AnyNetwork) -> bytes:
 def write_op(op: Op, module: nn.Module) -> bytes:
     """The float32 TFLite file of one op: ``input`` [1, size, size, in_ch] in, ``output`` out.
 
-    ``module`` is what ``hwnas.nn.blocks.build(op)`` returned, with any weights. ``output`` is
-    [1, out_size, out_size, out_ch], and [1, out_ch] for a classifier. Predictors (``ssd``) have two: ``classes`` and ``boxes``.
-    Takes about 1 ms.
+    ``module`` is what ``hwnas.nn.blocks.build(op)`` returned, with any weights.
+    ``output`` is [1, out_size, out_size, out_ch], and [1, out_ch] for a classifier.
+    Predictors (``ssd``) have two: ``classes`` and ``boxes``. Takes about 1 ms.
 
     Raises ExportError where ``module`` does not belong to ``op``.
 
@@ -79,18 +90,26 @@ def write_op(op: Op, module: nn.Module) -> bytes:
     graph = _Writer()
     entry = graph.tensor("input", (1, op.size, op.size, op.in_ch))
     outputs = graph.block(entry, op, module)
-    return graph.pack(entry, *graph.named(("classes", "boxes") if len(outputs) > 1 else ("output",), outputs))
+    return graph.pack(
+        entry, *graph.named(("classes", "boxes") if len(outputs) > 1 else ("output",), outputs)
+    )
 
 
 def write_heads(network: DetectionNetwork) -> bytes:
-    """The float32 TFLite file of a detector's raw predictions: ``image`` in; of each map, its class logits and its box codes out.
+    """The float32 TFLite file of a detector's raw predictions: ``image`` in; of each
+    map, its class logits and its box codes out.
 
-    They are [1, size, size, anchors * (classes + 1)] and [1, size, size, anchors * 4], an image of rows as ``DetectionNetwork`` has
-    them, and have names and scales of their own, so that a quantizer need not find one scale for all maps.
+    They are [1, size, size, anchors * (classes + 1)] and [1, size, size, anchors * 4],
+    an image of rows as ``DetectionNetwork`` has them, and have names and scales of
+    their own, so that a quantizer need not find one scale for all maps.
     """
     graph = _Writer()
-    entry = graph.tensor(IMAGE, (1, network.arch.resolution, network.arch.resolution, network.arch.in_channels))
-    return graph.pack(entry, *(exit_ for pair in graph.predictions(entry, network) for exit_ in pair))
+    entry = graph.tensor(
+        IMAGE, (1, network.arch.resolution, network.arch.resolution, network.arch.in_channels)
+    )
+    return graph.pack(
+        entry, *(exit_ for pair in graph.predictions(entry, network) for exit_ in pair)
+    )
 
 
 class _Writer(Graph, BlockWriter[int]):
@@ -99,16 +118,27 @@ class _Writer(Graph, BlockWriter[int]):
     def conv(self, x: int, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> int:
         """[PAD], [DEPTHWISE_]CONV_2D, and what of the activation is not fused."""
         depthwise = _depthwise(node)
-        weight = self.constant(f"{node.name}.weight", weight_OIHW.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1)))
+        weight = self.constant(
+            f"{node.name}.weight",
+            weight_OIHW.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1)),
+        )
         act = node.act
-        if act == "hsig":  # relu6(x + 3) / 6, for which TFLite has no operator: the convolution takes the first two steps
+        # relu6(x + 3) / 6, for which TFLite has no operator: the convolution takes the
+        # first two steps
+        if act == "hsig":
             act, bias_O = "relu6", bias_O + 3.0
         bias = self.constant(f"{node.name}.bias", bias_O)
         if not _same_padding(node):
             x = self._padded(x, node)
-        code, version = ("DEPTHWISE_CONV_2D", 1 if node.dilation == 1 else 2) if depthwise else ("CONV_2D", 1 if node.groups == 1 else 6)
+        code, version = (
+            ("DEPTHWISE_CONV_2D", 1 if node.dilation == 1 else 2)
+            if depthwise
+            else ("CONV_2D", 1 if node.groups == 1 else 6)
+        )
         shape = (1, node.out_size, node.out_size, node.out_ch)
-        x = self.operator(code, node.name, [x, weight, bias], shape, _conv_options(node, act), version=version)
+        x = self.operator(
+            code, node.name, [x, weight, bias], shape, _conv_options(node, act), version=version
+        )
         if node.act == "hsig":
             return self._times(x, f"{node.name}.sixth", 1 / 6)
         return x if act in _FUSED else self.act(x, f"{node.name}.act", act)
@@ -119,21 +149,36 @@ class _Writer(Graph, BlockWriter[int]):
         if pad == 0:
             return x
         padded = node.size + 2 * pad
-        pads = self.constant(f"{node.name}.pads", np.array([[0, 0], [pad, pad], [pad, pad], [0, 0]], np.int32))
-        return self.operator("PAD", f"{node.name}.pad", [x, pads], (1, padded, padded, node.in_ch), schema.PadOptionsT())
+        pads = self.constant(
+            f"{node.name}.pads", np.array([[0, 0], [pad, pad], [pad, pad], [0, 0]], np.int32)
+        )
+        return self.operator(
+            "PAD",
+            f"{node.name}.pad",
+            [x, pads],
+            (1, padded, padded, node.in_ch),
+            schema.PadOptionsT(),
+        )
 
     def linear(self, x: int, name: str, weight_OI: Numbers, bias_O: Numbers) -> int:
         """FULLY_CONNECTED."""
-        weight, bias = self.constant(f"{name}.weight", weight_OI), self.constant(f"{name}.bias", bias_O)
+        weight, bias = (
+            self.constant(f"{name}.weight", weight_OI),
+            self.constant(f"{name}.bias", bias_O),
+        )
         options = schema.FullyConnectedOptionsT()
         options.keepNumDims = True
-        return self.operator("FULLY_CONNECTED", name, [x, weight, bias], (1, len(bias_O)), options, version=5)
+        return self.operator(
+            "FULLY_CONNECTED", name, [x, weight, bias], (1, len(bias_O)), options, version=5
+        )
 
     def pool(self, x: int, node: Node) -> int:
         """AVERAGE_POOL_2D or MAX_POOL_2D where SAME or VALID is PyTorch's padding.
 
-        Elsewhere the border is made first: for a maximum the first rows and columns once more, which no maximum notices, as their window
-        holds them anyway; for an average PAD with zeros, and the quotient of all cells and those inside for each window.
+        Elsewhere the border is made first: for a maximum the first rows and columns
+        once more, which no maximum notices, as their window holds them anyway; for an
+        average PAD with zeros, and the quotient of all cells and those inside for each
+        window.
         """
         options = schema.Pool2DOptionsT()
         options.filterHeight = options.filterWidth = node.kernel
@@ -150,10 +195,14 @@ class _Writer(Graph, BlockWriter[int]):
             return self.operator(code, node.name, [x], shape, options)
         x = self.operator(code, node.name, [self._padded(x, node)], shape, options)
         counts = self.constant(f"{node.name}.counts", _uncounted_padding(node)[None, :, :, None])
-        return self.operator("MUL", f"{node.name}.counted", [x, counts], shape, schema.MulOptionsT())
+        return self.operator(
+            "MUL", f"{node.name}.counted", [x, counts], shape, schema.MulOptionsT()
+        )
 
     def _repeated(self, x: int, node: Node, axis: int) -> int:
-        """As many of the first and last rows or columns as windows reach beyond them, once more: SLICE, CONCATENATION."""
+        """As many of the first and last rows or columns as windows reach beyond them,
+        once more: SLICE, CONCATENATION.
+        """
         before = _padding(node)
         behind = (node.out_size - 1) * node.stride + node.kernel - node.size - before
         parts = [x]
@@ -167,8 +216,13 @@ class _Writer(Graph, BlockWriter[int]):
 
     def scaled(self, x: int, node: Node, scale_C: Numbers, shift_C: Numbers) -> int:
         """MUL, ADD."""
-        scale, shift = self.constant(f"{node.name}.scale", scale_C), self.constant(f"{node.name}.shift", shift_C)
-        x = self.operator("MUL", f"{node.name}.scaled", [x, scale], self.shape(x), schema.MulOptionsT())
+        scale, shift = (
+            self.constant(f"{node.name}.scale", scale_C),
+            self.constant(f"{node.name}.shift", shift_C),
+        )
+        x = self.operator(
+            "MUL", f"{node.name}.scaled", [x, scale], self.shape(x), schema.MulOptionsT()
+        )
         options = schema.AddOptionsT()
         options.fusedActivationFunction = _FUSED.get(node.act, schema.ActivationFunctionType.NONE)
         x = self.operator("ADD", f"{node.name}.norm", [x, shift], self.shape(x), options)
@@ -185,24 +239,36 @@ class _Writer(Graph, BlockWriter[int]):
         options.strideH = options.strideW = 1
         options.padding = schema.Padding.SAME
         x = self.operator("CONV_2D", name, [x, weight, bias], row, options)
-        return self.act(self._reshape(f"{name}.pixel", x, (1, 1, 1, channels)), f"{name}.act", node.act)
+        return self.act(
+            self._reshape(f"{name}.pixel", x, (1, 1, 1, channels)), f"{name}.act", node.act
+        )
 
     def act(self, x: int, name: str, act: str) -> int:
         """The operator of an activation, or the operators."""
         if act == "none":
             return x
         if act == "silu":
-            return self.mul(x, self.operator("LOGISTIC", f"{name}.sigmoid", [x], self.shape(x)), name)
+            return self.mul(
+                x, self.operator("LOGISTIC", f"{name}.sigmoid", [x], self.shape(x)), name
+            )
         if act == "hsig":
             options = schema.AddOptionsT()
             options.fusedActivationFunction = schema.ActivationFunctionType.RELU6
             three = self.constant(f"{name}.three", np.array(3.0))
-            return self._times(self.operator("ADD", f"{name}.add", [x, three], self.shape(x), options), name, 1 / 6)
+            return self._times(
+                self.operator("ADD", f"{name}.add", [x, three], self.shape(x), options), name, 1 / 6
+            )
         return self.operator(_ACTS[act], name, [x], self.shape(x))
 
     def _times(self, x: int, name: str, factor: float) -> int:
         """MUL by a number."""
-        return self.operator("MUL", name, [x, self.constant(f"{name}.factor", np.array(factor))], self.shape(x), schema.MulOptionsT())
+        return self.operator(
+            "MUL",
+            name,
+            [x, self.constant(f"{name}.factor", np.array(factor))],
+            self.shape(x),
+            schema.MulOptionsT(),
+        )
 
     def shuffle(self, x: int, name: str, groups: int) -> int:
         """RESHAPE, TRANSPOSE, RESHAPE."""
@@ -222,7 +288,9 @@ class _Writer(Graph, BlockWriter[int]):
         options.keepDims = not flat
         axes = self.constant(f"{name}.axes", np.array([_HEIGHT, _WIDTH], np.int32))
         shape = (1, channels) if flat else (1, 1, 1, channels)
-        return self.operator("SUM" if height == width == 1 else "MEAN", name, [x, axes], shape, options)
+        return self.operator(
+            "SUM" if height == width == 1 else "MEAN", name, [x, axes], shape, options
+        )
 
     def add(self, x: int, y: int, name: str) -> int:
         """ADD."""
@@ -250,11 +318,16 @@ class _Writer(Graph, BlockWriter[int]):
         return self.constant(name, np.zeros((1, size, size, channels)))
 
     def _slice(self, x: int, name: str, begin: Sequence[int], size: Sequence[int]) -> int:
-        starts, sizes = self.constant(f"{name}.begin", np.array(begin, np.int32)), self.constant(f"{name}.size", np.array(size, np.int32))
+        starts, sizes = (
+            self.constant(f"{name}.begin", np.array(begin, np.int32)),
+            self.constant(f"{name}.size", np.array(size, np.int32)),
+        )
         return self.operator("SLICE", name, [x, starts, sizes], tuple(size), schema.SliceOptionsT())
 
     def _reshape(self, name: str, x: int, shape: tuple[int, ...]) -> int:
-        return self.operator("RESHAPE", name, [x, self.constant(f"{name}.shape", np.array(shape, np.int32))], shape)
+        return self.operator(
+            "RESHAPE", name, [x, self.constant(f"{name}.shape", np.array(shape, np.int32))], shape
+        )
 
 
 def _conv_options(node: Node, act: str) -> Any:
@@ -263,7 +336,9 @@ def _conv_options(node: Node, act: str) -> Any:
         options.depthMultiplier = node.out_ch // node.in_ch
     options.strideH = options.strideW = node.stride
     options.dilationHFactor = options.dilationWFactor = node.dilation
-    options.padding = schema.Padding.SAME if _padding(node) and _same_padding(node) else schema.Padding.VALID
+    options.padding = (
+        schema.Padding.SAME if _padding(node) and _same_padding(node) else schema.Padding.VALID
+    )
     options.fusedActivationFunction = _FUSED.get(act, schema.ActivationFunctionType.NONE)
     return options
 
@@ -278,7 +353,9 @@ def _padding(node: Node) -> int:
 
 
 def _same_padding(node: Node) -> bool:
-    """Whether TFLite's SAME puts as much on every side as PyTorch. At stride 2 it does on odd images only."""
+    """Whether TFLite's SAME puts as much on every side as PyTorch. At stride 2 it does
+    on odd images only.
+    """
     covered = (node.out_size - 1) * node.stride + node.dilation * (node.kernel - 1) + 1
     return max(0, covered - node.size) == 2 * _padding(node)
 

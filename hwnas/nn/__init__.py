@@ -1,1 +1,3 @@
-"""Networks in torch: blocks from ops, stand-alone networks, the weight-shared super-net, BN recalibration."""
+"""Networks in torch: blocks from ops, stand-alone networks, the weight-shared
+super-net, BN recalibration.
+"""

@@ -1,8 +1,10 @@
 """From an op to the torch module that is timed, trained and exported: one builder for all three.
 
-Initialisation follows TuNAS, where PyTorch's own is not asked for: He normal with fan-in (for depthwise kernels the fan-in of
-one channel), N(0, 0.01) for the classifier, zero biases. Layer order is that of timm and torchvision, so that weights can be copied one
-after another. Pooling is written as ``adaptive_avg_pool2d``, because as a mean over two axes it exports with a transpose.
+Initialisation follows TuNAS, where PyTorch's own is not asked for: He normal with
+fan-in (for depthwise kernels the fan-in of one channel), N(0, 0.01) for the classifier,
+zero biases. Layer order is that of timm and torchvision, so that weights can be copied
+one after another. Pooling is written as ``adaptive_avg_pool2d``, because as a mean over
+two axes it exports with a transpose.
 """
 
 from __future__ import annotations
@@ -51,12 +53,22 @@ def conv_layer(node: Node, bn_eps: float) -> nn.Sequential:
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if node.kind == "conv":
         padding = node.dilation * (node.kernel // 2)
-        shape = (node.in_ch, node.out_ch, node.kernel, node.stride, padding, node.dilation, node.groups)
+        shape = (
+            node.in_ch,
+            node.out_ch,
+            node.kernel,
+            node.stride,
+            padding,
+            node.dilation,
+            node.groups,
+        )
         parts["conv"] = nn.Conv2d(*shape, bias=node.bias)
     elif node.kind in POOLS:
         padding = node.kernel // 2 if node.kernel % 2 else 0
         average = nn.AvgPool2d(node.kernel, node.stride, padding, count_include_pad=False)
-        parts["pool"] = average if node.kind == "avgpool" else nn.MaxPool2d(node.kernel, node.stride, padding)
+        parts["pool"] = (
+            average if node.kind == "avgpool" else nn.MaxPool2d(node.kernel, node.stride, padding)
+        )
     if node.norm:
         parts["norm"] = nn.BatchNorm2d(node.out_ch, eps=bn_eps, affine=node.kind not in POOLS)
     if node.act != "none":
@@ -65,15 +77,23 @@ def conv_layer(node: Node, bn_eps: float) -> nn.Sequential:
 
 
 def shuffle_channels(x_NCHW: Tensor, groups: int) -> Tensor:
-    """Channel i of group g becomes channel i * groups + g, so that the next grouped convolution sees all groups (ShuffleNet)."""
+    """Channel i of group g becomes channel i * groups + g, so that the next grouped
+    convolution sees all groups (ShuffleNet).
+    """
     batch, channels, height, width = x_NCHW.shape
-    return x_NCHW.reshape(batch, groups, channels // groups, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+    return (
+        x_NCHW.reshape(batch, groups, channels // groups, height, width)
+        .transpose(1, 2)
+        .reshape(batch, channels, height, width)
+    )
 
 
 class ChannelShuffle(nn.Module):
-    """``shuffle_channels`` as a module. ``channels_last`` writes the same for a runtime whose channels are last.
+    """``shuffle_channels`` as a module. ``channels_last`` writes the same for a runtime
+    whose channels are last.
 
-    Either form costs the other kind of runtime two more transposes, and three times the time of a small block.
+    Either form costs the other kind of runtime two more transposes, and three times the
+    time of a small block.
     """
 
     def __init__(self, groups: int) -> None:
@@ -86,7 +106,9 @@ class ChannelShuffle(nn.Module):
         if not self.channels_last:
             return shuffle_channels(x_NCHW, self.groups)
         batch, channels, height, width = x_NCHW.shape
-        x_NHWGC = x_NCHW.permute(0, 2, 3, 1).reshape(batch, height, width, self.groups, channels // self.groups)
+        x_NHWGC = x_NCHW.permute(0, 2, 3, 1).reshape(
+            batch, height, width, self.groups, channels // self.groups
+        )
         return x_NHWGC.transpose(3, 4).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -103,7 +125,9 @@ class Linear(nn.Linear):
 
 
 class AlongChannels(nn.Module):
-    """A 1-D convolution along the channels of a map of one pixel: one kernel for all channels, without a bias."""
+    """A 1-D convolution along the channels of a map of one pixel: one kernel for all
+    channels, without a bias.
+    """
 
     def __init__(self, node: Node) -> None:
         super().__init__()
@@ -131,7 +155,8 @@ PLAIN: Mapping[str, Callable[[Node, list[Tensor]], Tensor]] = {
 class Block(nn.Module):
     """An op as a module: an interpreter of its program.
 
-    Weights of a node have the node's name, behind the op's ``WEIGHTS``: ``layers.expand.conv.weight``.
+    Weights of a node have the node's name, behind the op's ``WEIGHTS``:
+    ``layers.expand.conv.weight``.
     """
 
     def __init__(self, op: Op, bn_eps: float = 1e-3, dropout: float = 0.0) -> None:
@@ -146,7 +171,9 @@ class Block(nn.Module):
         self._steps = tuple(steps)
 
     def forward(self, x_NCHW: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """[N, in_ch, size, size] -> [N, out_ch, out_size, out_size]; a classifier's [N, out_ch]; all outputs of several."""
+        """[N, in_ch, size, size] -> [N, out_ch, out_size, out_size]; a classifier's [N,
+        out_ch]; all outputs of several.
+        """
         values: dict[int, Tensor] = {INPUT: x_NCHW}
         for value, (node, module, ending) in enumerate(self._steps, start=1):
             read = [values[each] for each in node.inputs]
@@ -179,15 +206,19 @@ def place(owner: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def build(op: Op, *, bn_eps: float = 1e-3, dropout: float = 0.0) -> nn.Module:
-    """The module of an op, uninitialised beyond torch's defaults; see ``initialise``. ``dropout`` goes before a fully connected layer."""
+    """The module of an op, uninitialised beyond torch's defaults; see ``initialise``.
+    ``dropout`` goes before a fully connected layer.
+    """
     return Block(op, bn_eps, dropout)
 
 
 @torch.no_grad()
 def initialise(module: nn.Module, generator: torch.Generator, how: str = "he") -> None:
-    """Fill a module's weights from ``generator`` alone: ``he`` as TuNAS does, ``torch`` as PyTorch does by itself.
+    """Fill a module's weights from ``generator`` alone: ``he`` as TuNAS does, ``torch``
+    as PyTorch does by itself.
 
-    PyTorch's are uniform within 1 / sqrt(fan-in), biases of convolutions and classifier, too: a sixth of He's variance.
+    PyTorch's are uniform within 1 / sqrt(fan-in), biases of convolutions and
+    classifier, too: a sixth of He's variance.
     """
     for part in module.modules():
         bias = getattr(part, "bias", None)
@@ -200,4 +231,8 @@ def initialise(module: nn.Module, generator: torch.Generator, how: str = "he") -
             for tensor in (part.weight, *([part.bias] if part.bias is not None else [])):
                 tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
         else:
-            part.weight.normal_(0.0, math.sqrt(2.0 / fan_in) if isinstance(part, nn.Conv2d) else 0.01, generator=generator)
+            part.weight.normal_(
+                0.0,
+                math.sqrt(2.0 / fan_in) if isinstance(part, nn.Conv2d) else 0.01,
+                generator=generator,
+            )

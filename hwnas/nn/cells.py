@@ -1,12 +1,15 @@
 """The weight-shared super-net of a space of cells.
 
-Every option of every edge of every cell has weights of its own; the cells of one kind run under the same gates. One option of a choice
-with weight 1 is a single path, which runs that option alone. Several are DARTS's mixture: outputs are added up by weight; an
-edge weighs as much as the pairs of edges that keep it. BN uses the statistics of the batch unless ``bn_track`` is set. Where
-DARTS's cells pool, a BN without scale and shift follows, as in its search (and in networks that are extracted), not in the networks that
+Every option of every edge of every cell has weights of its own; the cells of one kind
+run under the same gates. One option of a choice with weight 1 is a single path, which
+runs that option alone. Several are DARTS's mixture: outputs are added up by weight; an
+edge weighs as much as the pairs of edges that keep it. BN uses the statistics of the
+batch unless ``bn_track`` is set. Where DARTS's cells pool, a BN without scale and shift
+follows, as in its search (and in networks that are extracted), not in the networks that
 are trained in the end.
 
-``bn_affine = false`` leaves scale and shift to the stem, the reductions and the last BN, as DARTS's and NAS-Bench-201's super-nets do.
+``bn_affine = false`` leaves scale and shift to the stem, the reductions and the last
+BN, as DARTS's and NAS-Bench-201's super-nets do.
 
 Weights begin as PyTorch's do, as in the papers' code; ``initialisation = "he"`` is TuNAS's.
 """
@@ -34,7 +37,9 @@ from hwnas.nn.network import Network
 from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
 
 _MEANINGLESS = {"channels": "first", "operation_on": "node", "wsbn": False, "path_dropout": 0.0}
-"""Settings that say how options share weights, which options of cells do not, and the values that leave them off."""
+"""Settings that say how options share weights, which options of cells do not, and the
+values that leave them off.
+"""
 BN_MOMENTUM = 0.1
 
 Listed = Mapping[str, tuple[Any, list[float]]]
@@ -55,14 +60,18 @@ class CellSupernet(SharedNetwork):
     space: CellSpace
     proxy: CellSpace
 
-    def __init__(self, space: CellSpace, generator: torch.Generator, config: SupernetConfig | None = None) -> None:
+    def __init__(
+        self, space: CellSpace, generator: torch.Generator, config: SupernetConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config = settled(config, "torch")
         self.check(space, config)
         self.space, self.proxy = space, _proxy(space, config)
         self.places = self.proxy.plan(pool_norm=space.skeleton == "darts")
         self.parts = nn.ModuleList(self._part(place) for place in self.places)
-        self._last_use = {point: position for position, place in enumerate(self.places) for point in place.of}
+        self._last_use = {
+            point: position for position, place in enumerate(self.places) for point in place.of
+        }
         self.fraction, self._tracking = 0.0, True
         initialise(self, generator, config.initialisation)
 
@@ -73,14 +82,14 @@ class CellSupernet(SharedNetwork):
         for key, usual in _MEANINGLESS.items():
             if getattr(config, key) != usual:
                 raise ConfigError(
-                    f"search.supernet.{key} = {getattr(config, key)!r} says how blocks in a row share weights, and space {space.name} "
-                    f"is one of cells: set it to {usual!r}."
+                    f"search.supernet.{key} = {getattr(config, key)!r} says how blocks in a row"
+                    f" share weights, and space {space.name} is one of cells: set it to {usual!r}."
                 )
         for key, usual in (("sharing", "separate"), ("kernels", "own")):
             if getattr(config, key) not in ("auto", usual):
                 raise ConfigError(
-                    f"search.supernet.{key} = {getattr(config, key)!r}, but the options of space {space.name} share no weights: "
-                    f"set {usual!r}."
+                    f"search.supernet.{key} = {getattr(config, key)!r}, but the options of space"
+                    f" {space.name} share no weights: set {usual!r}."
                 )
 
     def _part(self, place: Place) -> nn.Module:
@@ -90,7 +99,9 @@ class CellSupernet(SharedNetwork):
             part = build(place.op, bn_eps=self.space.bn_eps, dropout=self.config.dropout)
             return self._normed(part, affine=self.config.bn_affine or ".pre" not in place.slot)
         ops = zip(place.options, place.ops, strict=True) if place.kind == "edge" else ()
-        options = nn.ModuleDict({option: build(op, bn_eps=self.space.bn_eps) for option, op in ops if op is not None})
+        options = nn.ModuleDict(
+            {option: build(op, bn_eps=self.space.bn_eps) for option, op in ops if op is not None}
+        )
         return self._normed(options, affine=self.config.bn_affine)
 
     def _normed(self, part: nn.Module, affine: bool) -> nn.Module:
@@ -98,8 +109,15 @@ class CellSupernet(SharedNetwork):
         for module in list(part.modules()):
             for name, norm in module.named_children():
                 if isinstance(norm, nn.BatchNorm2d):
-                    options: dict[str, Any] = {"affine": norm.affine and affine, "track_running_stats": self.config.bn_track}
-                    setattr(module, name, nn.BatchNorm2d(norm.num_features, norm.eps, BN_MOMENTUM, **options))
+                    options: dict[str, Any] = {
+                        "affine": norm.affine and affine,
+                        "track_running_stats": self.config.bn_track,
+                    }
+                    setattr(
+                        module,
+                        name,
+                        nn.BatchNorm2d(norm.num_features, norm.eps, BN_MOMENTUM, **options),
+                    )
         return part
 
     @property
@@ -118,8 +136,12 @@ class CellSupernet(SharedNetwork):
         """The classifier's weights."""
         return {f"parts.{len(self.parts) - 1}.linear.weight"}
 
-    def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor:
-        """Images [N, channels, size, size] under ``gates`` -> logits [N, classes]. Options are not probed here."""
+    def forward(
+        self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0
+    ) -> Tensor:
+        """Images [N, channels, size, size] under ``gates`` -> logits [N, classes].
+        Options are not probed here.
+        """
         assert not probes, "options of cells are not probed"
         x_NCHW = resized(x_NCHW, self.proxy_resolution() or self.space.resolution)
         listed = with_values(gates)
@@ -129,7 +151,9 @@ class CellSupernet(SharedNetwork):
             if place.kind == "sum" and not any(each is not None for each in read):
                 size = place.size * x_NCHW.shape[-1] // self.space.resolution
                 shape = (x_NCHW.shape[0], place.channels, size, size)
-                points[position + 1] = x_NCHW.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+                points[position + 1] = x_NCHW.new_zeros(shape).contiguous(
+                    memory_format=torch.channels_last
+                )
             else:
                 points[position + 1] = self._made(place, part, read, listed, skip_dropout)
             for point in set(place.of):
@@ -137,7 +161,14 @@ class CellSupernet(SharedNetwork):
                     del points[point]
         return cast(Tensor, points[len(self.places)])
 
-    def _made(self, place: Place, part: Any, read: Sequence[Tensor | None], gates: Listed, skip_dropout: float) -> Tensor | None:
+    def _made(
+        self,
+        place: Place,
+        part: Any,
+        read: Sequence[Tensor | None],
+        gates: Listed,
+        skip_dropout: float,
+    ) -> Tensor | None:
         """What a place makes; None is the zero of an edge that is not there."""
         present = [x_NCHW for x_NCHW in read if x_NCHW is not None]
         if place.kind == "sum":
@@ -149,7 +180,9 @@ class CellSupernet(SharedNetwork):
             return made
         return self._edge(place, part, present[0], gates, skip_dropout)
 
-    def _edge(self, place: Place, part: Any, x_NCHW: Tensor, gates: Listed, skip_dropout: float) -> Tensor | None:
+    def _edge(
+        self, place: Place, part: Any, x_NCHW: Tensor, gates: Listed, skip_dropout: float
+    ) -> Tensor | None:
         """The gated sum of an edge's options."""
         kept = _kept(place, gates)
         options = _weighted(place, gates)
@@ -157,11 +190,18 @@ class CellSupernet(SharedNetwork):
             return None
 
         def mixed(x_NCHW: Tensor) -> Tensor:
-            return _sum([_times(self._option(part, option, x_NCHW, skip_dropout), weight) for option, weight in options])
+            return _sum(
+                [
+                    _times(self._option(part, option, x_NCHW, skip_dropout), weight)
+                    for option, weight in options
+                ]
+            )
 
         computed = sum(option in part for option, _ in options)
         if computed > 1 and self.training and self.config.remat and not self.config.bn_track:
-            y_NCHW: Tensor = checkpoint(mixed, x_NCHW, use_reentrant=False, preserve_rng_state=skip_dropout > 0)
+            y_NCHW: Tensor = checkpoint(
+                mixed, x_NCHW, use_reentrant=False, preserve_rng_state=skip_dropout > 0
+            )
         else:
             y_NCHW = mixed(x_NCHW)
         return _times(y_NCHW, kept)
@@ -173,14 +213,20 @@ class CellSupernet(SharedNetwork):
         return F.dropout(x_NCHW, skip_dropout, self.training) if skip_dropout else x_NCHW
 
     def arch(self, picks: Mapping[str, Option]) -> Architecture:
-        """The network of ``picks`` at the proxies' depth and width, with the BN behind pooling that a search has."""
+        """The network of ``picks`` at the proxies' depth and width, with the BN behind
+        pooling that a search has.
+        """
         return self.proxy.network(picks, self.places)
 
     def extract(self, picks: Mapping[str, Option]) -> Network:
-        """A stand-alone network with copies of the weights that ``picks`` use. Its BN statistics are not estimated yet."""
+        """A stand-alone network with copies of the weights that ``picks`` use. Its BN
+        statistics are not estimated yet.
+        """
         network = Network(self.arch(picks)).to(next(self.parameters()))
         with torch.no_grad():
-            for block, origin in zip(network.blocks, self.proxy.walk(picks, self.places)[1], strict=True):
+            for block, origin in zip(
+                network.blocks, self.proxy.walk(picks, self.places)[1], strict=True
+            ):
                 shared = self._shared(origin.place, origin.option)
                 tensors = block.state_dict()
                 for name, tensor in shared.state_dict().items():
@@ -193,10 +239,13 @@ class CellSupernet(SharedNetwork):
         return module
 
     def angle_parts(self, picks: Mapping[str, Option]) -> list[tuple[Hashable, int]]:
-        """Positions of places with the options that run there (Hu et al., arXiv 2004.13431, for cells).
+        """Positions of places with the options that run there (Hu et al., arXiv
+        2004.13431, for cells).
 
-        Weights are taken along every path from an input of a cell to its output, so those of an edge occur once per path; a path with
-        ``none`` on it, or with an edge that is not kept, is no path; ``skip_connect`` has no weights. The fixed parts follow once.
+        Weights are taken along every path from an input of a cell to its output, so
+        those of an edge occur once per path; a path with ``none`` on it, or with an
+        edge that is not kept, is no path; ``skip_connect`` has no weights. The fixed
+        parts follow once.
         """
         found: list[tuple[Hashable, int]] = []
         paths = self.space.paths(picks)
@@ -210,31 +259,49 @@ class CellSupernet(SharedNetwork):
         return found
 
     def angle_weights(self, part: Hashable) -> list[Tensor]:
-        """The convolutions of an option; of pooling, one kernel of 1 / k^2 per channel, before and after training.
+        """The convolutions of an option; of pooling, one kernel of 1 / k^2 per channel,
+        before and after training.
 
-        Of the fixed parts, all parameters of NAS-Bench-201's skeleton, and the convolutions and the classifier of DARTS's.
+        Of the fixed parts, all parameters of NAS-Bench-201's skeleton, and the
+        convolutions and the classifier of DARTS's.
         """
         position, option = cast(tuple[int, str], part)
         place = self.places[position]
         op = place.ops[place.options.index(option)] if option else None
         if isinstance(op, Pool):
-            return [next(self.parameters()).new_full((op.in_ch, op.kernel, op.kernel), 1 / op.kernel**2)]
+            return [
+                next(self.parameters()).new_full((op.in_ch, op.kernel, op.kernel), 1 / op.kernel**2)
+            ]
         everything = not option and self.space.skeleton == "nasbench201"
-        return [weight for weight in self._shared(position, option).parameters() if everything or weight.dim() > 1]
+        return [
+            weight
+            for weight in self._shared(position, option).parameters()
+            if everything or weight.dim() > 1
+        ]
 
     def take_over(self, source: SharedNetwork) -> None:
-        """Begin with the weights of the super-net of a space that this one's was shrunk from: those of the options that are left."""
+        """Begin with the weights of the super-net of a space that this one's was shrunk
+        from: those of the options that are left.
+        """
         there = source.state_dict()
         self.load_state_dict({name: there[name] for name in self.state_dict()})
 
 
 class GrowingSupernet(SharedNetwork):
-    """Super-nets of one space with more and more cells, each beginning anew (P-DARTS). Only the one that is ``grown`` runs and learns.
+    """Super-nets of one space with more and more cells, each beginning anew (P-DARTS).
+    Only the one that is ``grown`` runs and learns.
 
-    ``cells`` are the cells of each stage, reductions not counted, in each of them; at most those of the space.
+    ``cells`` are the cells of each stage, reductions not counted, in each of them; at
+    most those of the space.
     """
 
-    def __init__(self, space: CellSpace, generator: torch.Generator, config: SupernetConfig, cells: Sequence[int]) -> None:
+    def __init__(
+        self,
+        space: CellSpace,
+        generator: torch.Generator,
+        config: SupernetConfig,
+        cells: Sequence[int],
+    ) -> None:
         super().__init__()
         self.space, self.config, self.grown = space, config, len(cells) - 1
         sized = [config.model_copy(update={"proxy_depth": count}) for count in cells]
@@ -280,9 +347,15 @@ class GrowingSupernet(SharedNetwork):
 
     def no_weight_decay(self) -> set[str]:
         """The classifiers' weights."""
-        return {f"stages.{i}.{name}" for i, stage in enumerate(self.stages) for name in cast(CellSupernet, stage).no_weight_decay()}
+        return {
+            f"stages.{i}.{name}"
+            for i, stage in enumerate(self.stages)
+            for name in cast(CellSupernet, stage).no_weight_decay()
+        }
 
-    def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor:
+    def forward(
+        self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0
+    ) -> Tensor:
         """As the present super-net."""
         logits: Tensor = self.present(x_NCHW, gates, probes, skip_dropout)
         return logits
@@ -313,7 +386,9 @@ def _proxy(space: CellSpace, config: SupernetConfig) -> CellSpace:
     if config.proxy_width == 1.0 and config.proxy_depth is None:
         return space
     cells = tuple(min(count, config.proxy_depth or count) for count in space.cells)
-    return space.changed(space.name, cells=cells, channels=max(2, 2 * round(space.channels * config.proxy_width / 2)))
+    return space.changed(
+        space.name, cells=cells, channels=max(2, 2 * round(space.channels * config.proxy_width / 2))
+    )
 
 
 def with_values(gates: Gates) -> Listed:
@@ -341,7 +416,11 @@ def _weighted(place: Place, gates: Listed) -> list[Weighted]:
         weights: list[Weighted] = [(place.options[0], 1.0)]
     else:
         gate, values = gates[place.key]
-        weights = [(each, gate[i] if _differentiable(gate) else values[i]) for i, each in enumerate(place.options) if values[i] != 0.0]
+        weights = [
+            (each, gate[i] if _differentiable(gate) else values[i])
+            for i, each in enumerate(place.options)
+            if values[i] != 0.0
+        ]
     return [(option, weight) for option, weight in weights if option != NONE]
 
 
@@ -350,7 +429,9 @@ def _differentiable(gate: Any) -> bool:
 
 
 def _is(weight: Any, value: float) -> bool:
-    """Whether a weight is a plain number of this value; a tensor carries a gradient and never is."""
+    """Whether a weight is a plain number of this value; a tensor carries a gradient and
+    never is.
+    """
     return not isinstance(weight, Tensor) and float(weight) == value
 
 

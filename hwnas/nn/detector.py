@@ -12,18 +12,23 @@ from hwnas.core.detector import Detector, Scores
 from hwnas.nn.blocks import build, initialise
 
 Outputs = tuple[Tensor, Tensor]
-"""Class logits [N, anchors, classes + 1], the background first, and box codes [N, anchors, 4]: map by map, row by row, cell by cell."""
+"""Class logits [N, anchors, classes + 1], the background first, and box codes [N,
+anchors, 4]: map by map, row by row, cell by cell.
+"""
 
 CODE_SIZE = 4
 JOINED = 4
-"""Maps whose predictions are joined at once: XNNPACK, which runs LiteRT's files, joins up to five, and leaves more to slower kernels."""
+"""Maps whose predictions are joined at once: XNNPACK, which runs LiteRT's files, joins
+up to five, and leaves more to slower kernels.
+"""
 PREDICTOR_STD = 0.03
 RARE_CLASS_BIAS = -4.6
 """The logit of a score of 1 %, where the class predictors of a focal loss begin."""
 
 
 class DetectionNetwork(nn.Module):
-    """An architecture with a detector in torch. Its blocks have the names of a ``Network``'s, so that their weights can be inherited.
+    """An architecture with a detector in torch. Its blocks have the names of a
+    ``Network``'s, so that their weights can be inherited.
 
     Example:
         >>> from hwnas.core.published import published
@@ -49,7 +54,9 @@ class DetectionNetwork(nn.Module):
         return set()
 
     def forward(self, x_NCHW: Tensor) -> Outputs:
-        """Images [N, channels, size, size] -> class logits [N, anchors, classes + 1] and box codes [N, anchors, 4]."""
+        """Images [N, channels, size, size] -> class logits [N, anchors, classes + 1]
+        and box codes [N, anchors, 4].
+        """
         maps = []
         for position, block in enumerate(self.blocks):
             x_NCHW = block(x_NCHW)
@@ -62,13 +69,18 @@ class DetectionNetwork(nn.Module):
 
 
 def predictions(heads: nn.ModuleList, maps: list[Tensor], classes: int) -> Outputs:
-    """What ``heads`` predict from feature maps [N, C, size, size], one row per anchor in torchvision's order."""
+    """What ``heads`` predict from feature maps [N, C, size, size], one row per anchor
+    in torchvision's order.
+    """
     return predictions_of([head(x_NCHW) for head, x_NCHW in zip(heads, maps, strict=True)], classes)
 
 
 def predictions_of(outputs: Sequence[tuple[Tensor, ...]], classes: int) -> Outputs:
     """The outputs of the heads, class logits and box codes of each map, as one row per anchor."""
-    logits, codes = zip(*((_rows(logits, classes + 1), _rows(codes, CODE_SIZE)) for logits, codes in outputs), strict=True)
+    logits, codes = zip(
+        *((_rows(logits, classes + 1), _rows(codes, CODE_SIZE)) for logits, codes in outputs),
+        strict=True,
+    )
     return _joined(logits), _joined(codes)
 
 
@@ -86,8 +98,12 @@ def _rows(x_NCHW: Tensor, columns: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialise_detector(extras: nn.Module, heads: nn.ModuleList, scores: Scores, generator: torch.Generator) -> None:
-    """Extras and heads as torchvision and MobileDet begin them: N(0, 0.03), zero biases; of a sigmoid's classes -4.6."""
+def initialise_detector(
+    extras: nn.Module, heads: nn.ModuleList, scores: Scores, generator: torch.Generator
+) -> None:
+    """Extras and heads as torchvision and MobileDet begin them: N(0, 0.03), zero
+    biases; of a sigmoid's classes -4.6.
+    """
     for part in (*extras.modules(), *heads.modules()):
         if isinstance(part, nn.Conv2d):
             part.weight.normal_(0.0, PREDICTOR_STD, generator=generator)

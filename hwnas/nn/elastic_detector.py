@@ -1,8 +1,10 @@
 """The detector of a super-net: extras and predictors that every architecture of the space shares.
 
-They are the same for all architectures, but for their input channels: what reads a tapped stage is allocated for its widest and
-narrowed as ``elastic`` says. In a mixture over widths, the channels arrive weighted; as behind a ``ds`` block, the BN of a predictor's
-depthwise convolution scales them up again, and predictors see nothing of widths that are only probed.
+They are the same for all architectures, but for their input channels: what reads a
+tapped stage is allocated for its widest and narrowed as ``elastic`` says. In a mixture
+over widths, the channels arrive weighted; as behind a ``ds`` block, the BN of a
+predictor's depthwise convolution scales them up again, and predictors see nothing of
+widths that are only probed.
 """
 
 from __future__ import annotations
@@ -18,14 +20,22 @@ from hwnas.core.ir import INPUT, Node
 from hwnas.core.ops import SSD, Extra, Op
 from hwnas.core.space import MacroSpace
 from hwnas.nn.blocks import place
-from hwnas.nn.detector import DetectionNetwork, Outputs, detector_of, initialise_detector, predictions_of
+from hwnas.nn.detector import (
+    DetectionNetwork,
+    Outputs,
+    detector_of,
+    initialise_detector,
+    predictions_of,
+)
 from hwnas.nn.elastic import ElasticConv, Sharing
 from hwnas.nn.elastic_head import ElasticHead, Maps
 from hwnas.nn.slot import fitted
 
 
 class ElasticOp(nn.Module):
-    """An op of a detector allocated for its widest input, run at any narrower one. Its layers have the names of the block's."""
+    """An op of a detector allocated for its widest input, run at any narrower one. Its
+    layers have the names of the block's.
+    """
 
     def __init__(self, widest: Op, bn_eps: float, sharing: Sharing) -> None:
         super().__init__()
@@ -38,7 +48,9 @@ class ElasticOp(nn.Module):
         return replace(self.op, in_ch=in_ch)
 
     def forward(self, x_NCHW: Tensor, op: Op, tracks: bool = True) -> tuple[Tensor, ...]:
-        """The op's outputs: one feature map, or class logits and box codes, [N, columns, size, size] each."""
+        """The op's outputs: one feature map, or class logits and box codes, [N,
+        columns, size, size] each.
+        """
         values = {INPUT: x_NCHW}
         for value, node in enumerate(op.program.nodes, start=1):
             assert node.kind == "conv", f"{node.kind} in {op.key}"
@@ -83,7 +95,9 @@ class ElasticDetector(ElasticHead):
         self.heads = nn.ModuleList(module for module in made if isinstance(module.op, SSD))
 
     def outputs(self, maps: Maps, tracks: bool = True) -> Outputs:
-        """The tapped feature maps with their widths -> class logits [N, anchors, classes + 1] and box codes [N, anchors, 4]."""
+        """The tapped feature maps with their widths -> class logits [N, anchors,
+        classes + 1] and box codes [N, anchors, 4].
+        """
         x_NCHW, width = maps[-1]
         sources = [(fitted(x, each.active), each.active) for x, each in maps]
         channels = width.run
@@ -91,14 +105,19 @@ class ElasticDetector(ElasticHead):
             (x_NCHW,) = extra(x_NCHW, extra.narrowed(channels), tracks)
             channels = extra.op.out_ch
             sources.append((x_NCHW, channels))
-        outputs = [head(x, head.narrowed(each), tracks) for head, (x, each) in zip(self._ops(self.heads), sources, strict=True)]
+        outputs = [
+            head(x, head.narrowed(each), tracks)
+            for head, (x, each) in zip(self._ops(self.heads), sources, strict=True)
+        ]
         return predictions_of(outputs, self.classes)
 
     def _ops(self, modules: nn.ModuleList) -> list[ElasticOp]:
         return [module for module in modules if isinstance(module, ElasticOp)]
 
     def copy_into(self, network: DetectionNetwork) -> None:
-        """Give a stand-alone detector the weights that it uses. BN statistics stay as they are where none are kept here."""
+        """Give a stand-alone detector the weights that it uses. BN statistics stay as
+        they are where none are kept here.
+        """
         detector = detector_of(network.arch)
         pairs: list[tuple[Any, Any, Op]] = [
             *zip(self.extras, network.extras, detector.extras, strict=True),
@@ -126,5 +145,9 @@ class ElasticDetector(ElasticHead):
 
 
 def copy_into(block: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load copies of some of a block's tensors; the others, such as BN statistics that nobody kept, stay."""
-    block.load_state_dict({**block.state_dict(), **{name: tensor.clone() for name, tensor in weights.items()}})
+    """Load copies of some of a block's tensors; the others, such as BN statistics that
+    nobody kept, stay.
+    """
+    block.load_state_dict(
+        {**block.state_dict(), **{name: tensor.clone() for name, tensor in weights.items()}}
+    )

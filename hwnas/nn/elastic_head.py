@@ -1,4 +1,5 @@
-"""What comes after the slots of a super-net, and every architecture of the space shares: here the classifier.
+"""What comes after the slots of a super-net, and every architecture of the space
+shares: here the classifier.
 
 The detector is in ``hwnas.nn.elastic_detector``.
 """
@@ -25,7 +26,8 @@ Maps = Sequence[tuple[Tensor, Width]]
 
 
 class ElasticHead(nn.Module, ABC):
-    """The end of a super-net, allocated for the widest slots before it. Made from a space, the super-net's settings and its sharing.
+    """The end of a super-net, allocated for the widest slots before it. Made from a
+    space, the super-net's settings and its sharing.
 
     ``tapped`` are the positions of the slots that it looks behind.
     """
@@ -39,7 +41,9 @@ class ElasticHead(nn.Module, ABC):
 
     @abstractmethod
     def outputs(self, maps: Maps, tracks: bool = True) -> Tensor | Outputs:
-        """The tapped feature maps -> logits [N, classes], or the ``Outputs`` of a detector. ``tracks``: BN's statistics, where kept."""
+        """The tapped feature maps -> logits [N, classes], or the ``Outputs`` of a
+        detector. ``tracks``: BN's statistics, where kept.
+        """
 
     @abstractmethod
     def initialise(self, generator: torch.Generator, how: str) -> None:
@@ -63,7 +67,9 @@ class ElasticHead(nn.Module, ABC):
 
 
 class ElasticClassifier(nn.Linear, ElasticHead):
-    """Pooling and a linear layer, of which narrower architectures use the first columns. Dropout is on the pooled features."""
+    """Pooling and a linear layer, of which narrower architectures use the first
+    columns. Dropout is on the pooled features.
+    """
 
     NAME = "classifier"
 

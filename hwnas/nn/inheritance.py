@@ -1,7 +1,8 @@
 """Slots that begin with the weights of another super-net's.
 
-``inherit``: the backbone of a super-net of detectors, with those of a trained super-net of classifiers. ``take_over``: a slot of a
-shrunk space, with those of the slot that it was shrunk from.
+``inherit``: the backbone of a super-net of detectors, with those of a trained super-net
+of classifiers. ``take_over``: a slot of a shrunk space, with those of the slot that it
+was shrunk from.
 """
 
 from __future__ import annotations
@@ -26,12 +27,21 @@ class Inherited:
     left: tuple[str, ...]
 
     def __str__(self) -> str:
-        rest = f"; {', '.join(self.left[:5])}{' ...' if len(self.left) > 5 else ''} begin anew" if self.left else ""
-        return f"{len(self.taken)} of {len(self.taken) + len(self.left)} slots have inherited weights{rest}"
+        rest = (
+            f"; {', '.join(self.left[:5])}{' ...' if len(self.left) > 5 else ''} begin anew"
+            if self.left
+            else ""
+        )
+        return (
+            f"{len(self.taken)} of {len(self.taken) + len(self.left)} slots have inherited"
+            f" weights{rest}"
+        )
 
 
 def inherit(slots: Mapping[Slot, nn.Module], sources: Mapping[Slot, nn.Module]) -> Inherited:
-    """Copy the weights of every slot that is the same among the sources: options, widths, stride and sharing, not the images' size."""
+    """Copy the weights of every slot that is the same among the sources: options,
+    widths, stride and sharing, not the images' size.
+    """
     there = {_sizeless(slot): module for slot, module in sources.items()}
     taken, left = [], []
     for slot, module in slots.items():
@@ -71,7 +81,9 @@ def _copies(slot: ElasticSlot) -> list[nn.ModuleDict]:
 
 
 def _take(layer: ElasticConv, source: ElasticConv, numbers: Sequence[int]) -> None:
-    """Copy the part of a layer's weights that a narrower one keeps. ``numbers``: which of the source's BNs each BN of ``layer`` was."""
+    """Copy the part of a layer's weights that a narrower one keeps. ``numbers``: which
+    of the source's BNs each BN of ``layer`` was.
+    """
     kept = replace(layer.widest, kernel=layer.conv.kernel_size[0])
     for norm, number in zip(range(max(1, len(layer.norms))), numbers, strict=False):
         tensors = source.sliced(kept, *source.narrow(kept), number if len(source.norms) > 1 else 0)

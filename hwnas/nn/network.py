@@ -1,4 +1,6 @@
-"""Stand-alone networks: the blocks of an architecture one after another, or as its graph says. Checkpoint files of all kinds."""
+"""Stand-alone networks: the blocks of an architecture one after another, or as its
+graph says. Checkpoint files of all kinds.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,15 @@ class Network(nn.Module):
         torch.Size([1, 1000])
     """
 
-    def __init__(self, arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         assert arch.detector is None, f"{arch.name} has a detector: build a DetectionNetwork"
         self.arch = arch
-        self.blocks = nn.Sequential(*(build(op, bn_eps=arch.bn_eps, dropout=dropout) for op in arch.ops()))
+        self.blocks = nn.Sequential(
+            *(build(op, bn_eps=arch.bn_eps, dropout=dropout) for op in arch.ops())
+        )
         if generator is not None:
             initialise(self, generator)
 
@@ -43,7 +49,11 @@ class Network(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Images [N, channels, size, size] -> logits [N, classes]."""
-        logits: Tensor = run_graph(self.arch.graph, self.blocks, x_NCHW) if self.arch.graph else self.blocks(x_NCHW)
+        logits: Tensor = (
+            run_graph(self.arch.graph, self.blocks, x_NCHW)
+            if self.arch.graph
+            else self.blocks(x_NCHW)
+        )
         return logits
 
 
@@ -80,16 +90,24 @@ def _made(step: Step, read: list[Tensor], blocks: Iterator[nn.Module], x_NCHW: T
 AnyNetwork = Network | DetectionNetwork
 
 
-def network_of(arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None) -> AnyNetwork:
-    """The network of an architecture: a classifier, with ``dropout`` before its last layer, or a detector."""
+def network_of(
+    arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None
+) -> AnyNetwork:
+    """The network of an architecture: a classifier, with ``dropout`` before its last
+    layer, or a detector.
+    """
     if arch.detector is not None:
         return DetectionNetwork(arch, generator=generator)
     return Network(arch, dropout=dropout, generator=generator)
 
 
 def save_network(network: AnyNetwork, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Weights and BN statistics as safetensors, the architecture in the metadata, written atomically."""
-    save_tensors_atomically(network, path, {"architecture": network.arch.to_json(), **(metadata or {})})
+    """Weights and BN statistics as safetensors, the architecture in the metadata,
+    written atomically.
+    """
+    save_tensors_atomically(
+        network, path, {"architecture": network.arch.to_json(), **(metadata or {})}
+    )
 
 
 def load_network(path: Path) -> AnyNetwork:
@@ -107,13 +125,19 @@ def load_network(path: Path) -> AnyNetwork:
 
 
 def save_tensors_atomically(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """A module's state as safetensors: the same state gives the same bytes, and an old file is replaced by a whole one only."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    """A module's state as safetensors: the same state gives the same bytes, and an old
+    file is replaced by a whole one only.
+    """
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
     write_atomic(path, _canonical(save_tensors(tensors, metadata)))
 
 
 def load_tensors_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. Raises CheckpointError where it is missing, corrupt or cut off."""
+    """The tensors and the metadata of a safetensors file. Raises CheckpointError where
+    it is missing, corrupt or cut off.
+    """
     try:
         content = read_bytes(path)
     except DocumentError as error:
@@ -125,13 +149,20 @@ def load_tensors_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def _corrupt(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is corrupt or was cut off ({_first_line(error)}): train again, or restore the file.")
+    return CheckpointError(
+        f"checkpoint {path} is corrupt or was cut off ({_first_line(error)}): train again, or"
+        " restore the file."
+    )
 
 
 def _canonical(content: bytes) -> bytes:
-    """The same safetensors file with its header sorted: safetensors orders metadata at random, and hashes would differ."""
+    """The same safetensors file with its header sorted: safetensors orders metadata at
+    random, and hashes would differ.
+    """
     length = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header = json.dumps(
+        json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")
+    ).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 

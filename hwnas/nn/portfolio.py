@@ -1,4 +1,6 @@
-"""Several stand-alone networks behind the interface of a super-net, for searches that share nothing."""
+"""Several stand-alone networks behind the interface of a super-net, for searches that
+share nothing.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +23,43 @@ from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
 class Portfolio(GatedNetworks):
     """The networks of ``members``, each with weights of its own; gates say which one runs.
 
-    Networks that a step does not run get no gradient, so training them in turns is training each of them alone.
+    Networks that a step does not run get no gradient, so training them in turns is
+    training each of them alone.
     """
 
     shares = False
 
-    def __init__(self, space: SearchSpace, members: Sequence[Picks], generator: torch.Generator) -> None:
+    def __init__(
+        self, space: SearchSpace, members: Sequence[Picks], generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.space = self.proxy = space
         self.config = SupernetConfig()  # how weights are shared: here nothing goes by it
         self.members = [tuple(int(i) for i in space.index(picks)) for picks in members]
-        self.networks = nn.ModuleList(network_of(space.decode(picks), generator=generator) for picks in members)
+        self.networks = nn.ModuleList(
+            network_of(space.decode(picks), generator=generator) for picks in members
+        )
         self.fraction, self.tracking = 0.0, True
 
     def no_weight_decay(self) -> set[str]:
         """Weights without L2, by timm's convention: the classifiers'."""
         found = enumerate(self._members())
-        return {f"networks.{i}.{name}" for i, network in found for name in network.no_weight_decay()}
+        return {
+            f"networks.{i}.{name}" for i, network in found for name in network.no_weight_decay()
+        }
 
-    def forward(self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0) -> Tensor | Outputs:
-        """Images [N, channels, size, size] through the network that one-hot ``gates`` name -> its outputs, as ``Supernet.forward``."""
+    def forward(
+        self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0
+    ) -> Tensor | Outputs:
+        """Images [N, channels, size, size] through the network that one-hot ``gates``
+        name -> its outputs, as ``Supernet.forward``.
+        """
         assert not probes and not skip_dropout, "networks that share nothing have nothing to probe"
-        network = self._members()[self.members.index(tuple(int(gates[choice.key].argmax()) for choice in self.space.choices))]
+        network = self._members()[
+            self.members.index(
+                tuple(int(gates[choice.key].argmax()) for choice in self.space.choices)
+            )
+        ]
         outputs: Tensor | Outputs = network(resized(x_NCHW, network.arch.resolution))
         return outputs
 
@@ -52,10 +69,14 @@ class Portfolio(GatedNetworks):
 
     def extract(self, picks: Mapping[str, Option]) -> AnyNetwork:
         """A copy of the network of ``picks``, its BN statistics included."""
-        return copy.deepcopy(self._members()[self.members.index(tuple(int(i) for i in self.space.index(picks)))])
+        return copy.deepcopy(
+            self._members()[self.members.index(tuple(int(i) for i in self.space.index(picks)))]
+        )
 
     def save(self, path: Path) -> None:
-        """Nothing: each network is trained for itself, and the best of them is the search's winner."""
+        """Nothing: each network is trained for itself, and the best of them is the
+        search's winner.
+        """
 
     def _members(self) -> list[AnyNetwork]:
         return [cast(AnyNetwork, network) for network in self.networks]

@@ -1,9 +1,11 @@
 """One slot of a super-net: the shared weights of all its options and widths, run under gates.
 
-Sharing ``collapsed`` is TuNAS's (arXiv 2008.06120, section 4): one expansion and one projection convolution for all kernel
-sizes and expansions, one depthwise convolution per kernel size. Sharing ``separate`` gives every option weights of its own
-(ProxylessNAS, FBNet, SPOS, DARTS), but for those that differ in nothing but a kernel size that is cut out of a larger one (OFA
-kernel). ``sources`` (operation on edge) gives each producer of the input weights of its own too.
+Sharing ``collapsed`` is TuNAS's (arXiv 2008.06120, section 4): one expansion and one
+projection convolution for all kernel sizes and expansions, one depthwise convolution
+per kernel size. Sharing ``separate`` gives every option weights of its own
+(ProxylessNAS, FBNet, SPOS, DARTS), but for those that differ in nothing but a kernel
+size that is cut out of a larger one (OFA kernel). ``sources`` (operation on edge) gives
+each producer of the input weights of its own too.
 """
 
 from __future__ import annotations
@@ -26,15 +28,18 @@ from hwnas.nn.blocks import PLAIN
 from hwnas.nn.elastic import Sharing, elastic
 
 _OWN_KERNELS = ("depthwise", "conv")
-"""Nodes that have weights per kernel size even where theirs is 1; the others have them where a kernel is larger."""
+"""Nodes that have weights per kernel size even where theirs is 1; the others have them
+where a kernel is larger.
+"""
 
 
 @dataclass(frozen=True)
 class Width:
     """A stage's output width under gates.
 
-    ``active`` is the widest option with a weight, ``run`` the widest that is computed at all (probed ones included);
-    ``mask_C`` weights the first ``run`` channels by the options that hold them, None where all weigh 1.
+    ``active`` is the widest option with a weight, ``run`` the widest that is computed
+    at all (probed ones included); ``mask_C`` weights the first ``run`` channels by the
+    options that hold them, None where all weigh 1.
     """
 
     active: int
@@ -44,7 +49,9 @@ class Width:
 
 @dataclass(frozen=True)
 class SlotGates:
-    """What a slot is to run: (option, weight) pairs with a weight, options that are only probed, the whole gate vector."""
+    """What a slot is to run: (option, weight) pairs with a weight, options that are
+    only probed, the whole gate vector.
+    """
 
     executed: tuple[tuple[str, Any], ...]
     probed: tuple[tuple[int, str], ...] = ()
@@ -55,8 +62,9 @@ class SlotGates:
 class Run:
     """How a slot is run.
 
-    ``source`` is the number of the slot that the input comes from, ``tracks`` whether BN may update its running statistics. The
-    rest: dropout behind skips, the probability of keeping a residual branch, rematerialisation of options.
+    ``source`` is the number of the slot that the input comes from, ``tracks`` whether
+    BN may update its running statistics. The rest: dropout behind skips, the
+    probability of keeping a residual branch, rematerialisation of options.
     """
 
     source: int = 0
@@ -68,7 +76,9 @@ class Run:
 
 @dataclass(frozen=True)
 class _Member:
-    """An option to run, what it computes at the widths that are run (its residual apart), and its weight."""
+    """An option to run, what it computes at the widths that are run (its residual
+    apart), and its weight.
+    """
 
     option: str
     program: Program
@@ -77,7 +87,9 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Branch:
-    """What an option computes between two widths, beside whether its input is added; and what it can be run together with."""
+    """What an option computes between two widths, beside whether its input is added;
+    and what it can be run together with.
+    """
 
     program: Program
     residual: bool
@@ -87,7 +99,15 @@ class _Branch:
 class ElasticSlot(nn.Module):
     """One slot with the shared weights of all its options and widths."""
 
-    def __init__(self, slot: Slot, bn_eps: float, sharing: Sharing, separate: bool = False, sources: int = 1, norms: int = 1) -> None:
+    def __init__(
+        self,
+        slot: Slot,
+        bn_eps: float,
+        sharing: Sharing,
+        separate: bool = False,
+        sources: int = 1,
+        norms: int = 1,
+    ) -> None:
         super().__init__()
         self.slot, self.separate, self.sharing = slot, separate, sharing
         self._names: dict[tuple[str, str], str] = {}
@@ -105,27 +125,38 @@ class ElasticSlot(nn.Module):
                         node,
                         in_ch=max(node.in_ch, known.in_ch),
                         out_ch=max(node.out_ch, known.out_ch),
-                        groups=max(node.groups, known.groups),  # equal, but for depthwise nodes: their widest has most groups
+                        # equal, but for depthwise nodes: their widest has most groups
+                        groups=max(node.groups, known.groups),
                     )
         self.copies = nn.ModuleList(
-            nn.ModuleDict({name: elastic(node, tuple(kernels[name]), bn_eps, sharing, norms) for name, node in widest.items()})
+            nn.ModuleDict(
+                {
+                    name: elastic(node, tuple(kernels[name]), bn_eps, sharing, norms)
+                    for name, node in widest.items()
+                }
+            )
             for _ in range(sources)
         )
         self.norms = norms
 
     def _shared_name(self, option: str, node: Node) -> str:
         """Which shared weights a node of an option uses."""
-        own = node.kind == "channels" or (self.sharing.kernels == "own" and (node.kernel > 1 or node.name in _OWN_KERNELS))
+        own = node.kind == "channels" or (
+            self.sharing.kernels == "own" and (node.kernel > 1 or node.name in _OWN_KERNELS)
+        )
         kernel = f"_k{node.kernel}" if own else ""
         groups = f"_g{node.groups}" if node.groups > 1 and not node.depthwise else ""
         owner = option if self.sharing.kernels == "own" else _without_kernel(option)
         prefix = f"{owner.replace('.', '_')}|" if self.separate else ""
         return f"{prefix}{node.name.replace('.', '_')}{kernel}{groups}"
 
-    def forward(self, x_NCHW: Tensor, gates: SlotGates, into: Width, out: Width, run: Run = Run()) -> Tensor:
+    def forward(
+        self, x_NCHW: Tensor, gates: SlotGates, into: Width, out: Width, run: Run = Run()
+    ) -> Tensor:
         """The gated sum of the slot's options: [N, into.run, H, W] -> [N, out.run, H', W']."""
         groups: dict[Hashable, list[_Member]] = {}
-        identity: Any = 0.0  # how much of the input passes beside the options: the weights of those with a residual
+        # how much of the input passes beside the options: the weights of those with a residual
+        identity: Any = 0.0
         skipped: Any = 0.0
         all_residual = True
         for option, weight in gates.executed:
@@ -135,8 +166,12 @@ class ElasticSlot(nn.Module):
                 continue
             identity = identity + weight if option_branch.residual else identity
             all_residual = all_residual and option_branch.residual
-            groups.setdefault(option_branch.runs_with, []).append(_Member(option, option_branch.program, weight))
-        branch = _sum(fitted(self._gated(x_NCHW, members, run), out.run) for members in groups.values())
+            groups.setdefault(option_branch.runs_with, []).append(
+                _Member(option, option_branch.program, weight)
+            )
+        branch = _sum(
+            fitted(self._gated(x_NCHW, members, run), out.run) for members in groups.values()
+        )
         if branch is not None and all_residual and self.training and run.keep_path < 1.0:
             branch = _drop_path(branch, run.keep_path)
         if branch is not None and out.mask_C is not None:
@@ -149,16 +184,20 @@ class ElasticSlot(nn.Module):
         assert terms, f"nothing runs in {self.slot.key}"
         total: Tensor = _sum(terms)
         if gates.probed and _differentiable(gates.vector):
-            probes = [(position, self._probe(option, into, out, run)) for position, option in gates.probed]
+            probes = [
+                (position, self._probe(option, into, out, run)) for position, option in gates.probed
+            ]
             total = _Probed.apply(total, x_NCHW.detach(), gates.vector, probes)
         return total
 
     def _branch(self, option: str, into: Width, out: Width) -> _Branch | None:
-        """What an option computes at the active widths, stretched to those that are run; None for skip.
+        """What an option computes at the active widths, stretched to those that are
+        run; None for skip.
 
-        A convolution in groups that reads the input is not stretched, where other channels would meet, and a depthwise one neither,
-        as its BN would make something of channels that are 0. Nor is a grouped one that makes the output. Both leave the further
-        channels out.
+        A convolution in groups that reads the input is not stretched, where other
+        channels would meet, and a depthwise one neither, as its BN would make something
+        of channels that are 0. Nor is a grouped one that makes the output. Both leave
+        the further channels out.
         """
         key = (option, into.active, into.run, out.active, out.run)
         if key not in self._branches:
@@ -169,18 +208,30 @@ class ElasticSlot(nn.Module):
     def _stretched(self, option: str, op: Op, into: Width, out: Width) -> _Branch:
         program = op.branch.program
         nodes, [output] = program.nodes, program.outputs
-        in_ch = into.active if any(node.groups > 1 for node in nodes if INPUT in node.inputs) else into.run
+        in_ch = (
+            into.active
+            if any(node.groups > 1 for node in nodes if INPUT in node.inputs)
+            else into.run
+        )
         out_ch = out.active if nodes[output - 1].groups > 1 else out.run
         program = op.resized(in_ch, out_ch).program
         return _Branch(program, op.residual, option if self.separate else _without_kernels(program))
 
     def _gated(self, x_NCHW: Tensor, members: list[_Member], run: Run) -> Tensor:
-        """A group, without what its backward pass needs where that is to be computed again. Statistics count once."""
+        """A group, without what its backward pass needs where that is to be computed
+        again. Statistics count once.
+        """
         if not run.remat or not self.training:
             return self._group(x_NCHW, members, run)
         runs = chain([run], repeat(replace(run, tracks=False)))
-        draws = self.sharing.channels in ("chunk", "random")  # only these; asking a GPU for its generator's state would wait for it
-        gated: Tensor = checkpoint(lambda x: self._group(x, members, next(runs)), x_NCHW, use_reentrant=False, preserve_rng_state=draws)
+        # only these; asking a GPU for its generator's state would wait for it
+        draws = self.sharing.channels in ("chunk", "random")
+        gated: Tensor = checkpoint(
+            lambda x: self._group(x, members, next(runs)),
+            x_NCHW,
+            use_reentrant=False,
+            preserve_rng_state=draws,
+        )
         return gated
 
     def _group(self, x_NCHW: Tensor, members: list[_Member], run: Run) -> Tensor:
@@ -192,7 +243,9 @@ class ElasticSlot(nn.Module):
             read = [values[value] for value in node.inputs]
             if node.kind in PLAIN:
                 made = PLAIN[node.kind](node, read)
-            elif len(members) > 1 and any(member.program.nodes[position] != node for member in members[1:]):
+            elif len(members) > 1 and any(
+                member.program.nodes[position] != node for member in members[1:]
+            ):
                 made = self._mixed(read[0], members, position, run)
             else:
                 made = self._run(read[0], first.option, node, run)
@@ -205,17 +258,26 @@ class ElasticSlot(nn.Module):
     def _mixed(self, x_NCHW: Tensor, members: list[_Member], position: int, run: Run) -> Tensor:
         """The weighted mean of what a node makes with the kernels of several options."""
         weight_sum = _sum(member.weight for member in members)
-        mixed = [member.weight / weight_sum * self._run(x_NCHW, member.option, member.program.nodes[position], run) for member in members]
+        mixed = [
+            member.weight
+            / weight_sum
+            * self._run(x_NCHW, member.option, member.program.nodes[position], run)
+            for member in members
+        ]
         total: Tensor = sum(mixed[1:], mixed[0])
         return total
 
     def _run(self, x_NCHW: Tensor, option: str, node: Node, run: Run) -> Tensor:
         module: Any = self.copies[run.source if len(self.copies) > 1 else 0]
-        y_NCHW: Tensor = module[self._names[option, node.name]](x_NCHW, node, run.source if self.norms > 1 else 0, run.tracks)
+        y_NCHW: Tensor = module[self._names[option, node.name]](
+            x_NCHW, node, run.source if self.norms > 1 else 0, run.tracks
+        )
         return y_NCHW
 
     def _probe(self, option: str, into: Width, out: Width, run: Run) -> Callable[[Tensor], Tensor]:
-        """An option's whole output as a function of the input, residual and mask included, without any dropout."""
+        """An option's whole output as a function of the input, residual and mask
+        included, without any dropout.
+        """
         alone, plain = SlotGates(((option, 1.0),)), Run(run.source, tracks=False)
         return lambda x_NCHW: self(x_NCHW, alone, into, out, plain)
 
@@ -231,18 +293,31 @@ class ElasticSlot(nn.Module):
 
 
 class _Probed(torch.autograd.Function):
-    """Passes the output through; in the backward pass, the gate of each probed option gets <its output, gradient of the output>.
+    """Passes the output through; in the backward pass, the gate of each probed option
+    gets <its output, gradient of the output>.
 
-    The option is run only then, without a graph, so that it costs time but no memory (ProxylessNAS's ``full_v2``). This is the
-    derivative of the sum of all options' outputs; options that share a projection (``collapsed``) are probed as if they did not.
+    The option is run only then, without a graph, so that it costs time but no memory
+    (ProxylessNAS's ``full_v2``). This is the derivative of the sum of all options'
+    outputs; options that share a projection (``collapsed``) are probed as if they did
+    not.
     """
 
     @staticmethod
-    def forward(ctx: Any, y_NCHW: Tensor, x_NCHW: Tensor, gate: Tensor, probes: Sequence[tuple[int, Callable[[Tensor], Tensor]]]) -> Tensor:
+    def forward(
+        ctx: Any,
+        y_NCHW: Tensor,
+        x_NCHW: Tensor,
+        gate: Tensor,
+        probes: Sequence[tuple[int, Callable[[Tensor], Tensor]]],
+    ) -> Tensor:
         """Nothing changes."""
         ctx.save_for_backward(x_NCHW)
         ctx.probes, ctx.gate, kind = probes, gate.detach(), x_NCHW.device.type
-        ctx.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        ctx.autocast = {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+        }
         return y_NCHW.view_as(y_NCHW)
 
     @staticmethod
@@ -263,7 +338,11 @@ def executed(slot: Slot, gate: Any, probed: Sequence[int] = ()) -> SlotGates:
         assert len(slot.options) == 1, f"no gate for {slot.key}"
         return SlotGates(((slot.options[0], 1.0),))
     values = gate.tolist()
-    pairs = tuple((option, gate[i] if _differentiable(gate) else values[i]) for i, option in enumerate(slot.options) if values[i] != 0.0)
+    pairs = tuple(
+        (option, gate[i] if _differentiable(gate) else values[i])
+        for i, option in enumerate(slot.options)
+        if values[i] != 0.0
+    )
     return SlotGates(pairs, tuple((i, slot.options[i]) for i in probed if values[i] == 0.0), gate)
 
 
@@ -287,7 +366,9 @@ def _differentiable(gate: Any) -> bool:
 
 
 def _is(weight: Any, value: float) -> bool:
-    """Whether a weight is a plain number of this value; a tensor carries a gradient and never is."""
+    """Whether a weight is a plain number of this value; a tensor carries a gradient and
+    never is.
+    """
     return not isinstance(weight, Tensor) and float(weight) == value
 
 
@@ -305,7 +386,9 @@ def _sum(terms: Iterable[Any]) -> Any:
 
 
 def fitted(x_NCHW: Tensor, channels: int) -> Tensor:
-    """The first ``channels`` channels, zeros for those that are missing: widths that are only probed hold nothing."""
+    """The first ``channels`` channels, zeros for those that are missing: widths that
+    are only probed hold nothing.
+    """
     missing = channels - x_NCHW.shape[1]
     if missing > 0:
         return F.pad(x_NCHW, (0, 0, 0, 0, 0, missing))
@@ -313,6 +396,8 @@ def fitted(x_NCHW: Tensor, channels: int) -> Tensor:
 
 
 def _drop_path(y_NCHW: Tensor, keep: float) -> Tensor:
-    """Zero whole images of a residual branch with probability 1 - keep, the others divided by keep."""
+    """Zero whole images of a residual branch with probability 1 - keep, the others
+    divided by keep.
+    """
     kept_N111 = torch.rand(y_NCHW.shape[0], 1, 1, 1, device=y_NCHW.device) < keep
     return y_NCHW * (kept_N111.to(y_NCHW.dtype) / keep)

@@ -1,19 +1,24 @@
-"""The second-order architecture gradient of DARTS: the derivative of the held-out loss after one virtual training step.
+"""The second-order architecture gradient of DARTS: the derivative of the held-out loss
+after one virtual training step.
 
-Liu, Simonyan, Yang: "DARTS: Differentiable Architecture Search" (ICLR 2019, arXiv 1806.09055), equations 6 to 8; released code
-quark0/darts, cnn/architect.py. With weights w, gates g and the virtual step's learning rate xi:
+Liu, Simonyan, Yang: "DARTS: Differentiable Architecture Search" (ICLR 2019, arXiv
+1806.09055), equations 6 to 8; released code quark0/darts, cnn/architect.py. With
+weights w, gates g and the virtual step's learning rate xi:
 
     w' = w - xi * (momentum * buffer + grad_w L_train(w, g) + weight_decay * w)
     v  = grad_w' L_val(w', g)                   eps = 0.01 / ||v||_2               w+- = w +- eps * v
     d/dg L_val(w'(g), g) ~ grad_g L_val(w', g) - xi * [grad_g L_train(w+, g) - grad_g L_train(w-, g)] / (2 eps)
 
-The bracket is a finite difference for (d2 L_train / dg dw) v, so no Hessian is ever formed: four passes forward and backward, where
-the first order (xi = 0) needs one. It is exact where L_train is quadratic in w.
+The bracket is a finite difference for (d2 L_train / dg dw) v, so no Hessian is ever
+formed: four passes forward and backward, where the first order (xi = 0) needs one. It
+is exact where L_train is quadratic in w.
 
 *Differences from the paper*:
 
-- Gradients are by the gates, not by alpha: gates are functions of alpha alone, so the chain rule does the rest outside.
-- v is the gradient of the loss. An early version of the code (8876e79) adds weight decay to it, which is in no term of equation 8.
+- Gradients are by the gates, not by alpha: gates are functions of alpha alone, so the
+  chain rule does the rest outside.
+- v is the gradient of the loss. An early version of the code (8876e79) adds weight
+  decay to it, which is in no term of equation 8.
 - The momentum buffers are read only; the code multiplies them in place by the momentum.
 - Whatever optimiser trains the weights, the virtual step is one of SGD with momentum.
 """
@@ -27,7 +32,9 @@ import torch
 from torch import Tensor, nn
 
 Loss: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
-"""Gates -> scalar loss under the weights' present values. Asked twice, it must say the same: draw the same dropout masks."""
+"""Gates -> scalar loss under the weights' present values. Asked twice, it must say the
+same: draw the same dropout masks.
+"""
 
 RADIUS = 0.01
 """Length ||eps * v|| of the finite difference's step (the paper's)."""
@@ -44,11 +51,14 @@ def unrolled_gate_gradients(
     momentum: float = 0.0,
     weight_decay: float | Sequence[float] = 0.0,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The held-out loss at w', and its derivative by every gate ([options], like the gate) through the virtual step.
+    """The held-out loss at w', and its derivative by every gate ([options], like the
+    gate) through the virtual step.
 
-    ``momentum_buffers`` and, where it is a sequence, ``weight_decay`` belong to ``weights`` one by one. Weights that a loss does not
-    depend on (options that are not executed) stay where they are: no decay, no momentum. The weights are moved in place, and are
-    back bit for bit afterwards, also after an exception; their ``grad`` is not touched.
+    ``momentum_buffers`` and, where it is a sequence, ``weight_decay`` belong to
+    ``weights`` one by one. Weights that a loss does not depend on (options that are not
+    executed) stay where they are: no decay, no momentum. The weights are moved in
+    place, and are back bit for bit afterwards, also after an exception; their ``grad``
+    is not touched.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([2.0]))
@@ -61,11 +71,17 @@ def unrolled_gate_gradients(
     leaves = {key: gate.detach().requires_grad_() for key, gate in gates.items()}
     original = [weight.detach().clone() for weight in weights]
     buffers = momentum_buffers if momentum_buffers is not None else [None] * len(weights)
-    decays = [weight_decay] * len(weights) if isinstance(weight_decay, int | float) else weight_decay
+    decays = (
+        [weight_decay] * len(weights) if isinstance(weight_decay, int | float) else weight_decay
+    )
     try:
         _, downhill, _ = _gradients(train_loss(leaves), weights, leaves)
         steps = [
-            None if gradient is None else gradient + decay * w + (momentum * buffer if buffer is not None else 0.0)
+            (
+                None
+                if gradient is None
+                else gradient + decay * w + (momentum * buffer if buffer is not None else 0.0)
+            )
             for gradient, w, buffer, decay in zip(downhill, original, buffers, decays, strict=True)
         ]
         _move(weights, original, steps, -lr)
@@ -96,7 +112,14 @@ def _gradients(
 
 
 @torch.no_grad()
-def _move(weights: Sequence[nn.Parameter], original: Sequence[Tensor], directions: Sequence[Tensor | None], length: float) -> None:
-    """weight = original + length * direction. From the original each time, so that nothing adds up."""
+def _move(
+    weights: Sequence[nn.Parameter],
+    original: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
+    length: float,
+) -> None:
+    """weight = original + length * direction. From the original each time, so that
+    nothing adds up.
+    """
     for weight, start, direction in zip(weights, original, directions, strict=True):
         weight.copy_(start if direction is None else start + length * direction)

@@ -15,7 +15,9 @@ from hwnas.core.search_space import SearchSpace
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: item id -> its chain of ops. Ops come under their keys, networks under ``net-<n>``."""
+    """What is measured: item id -> its chain of ops. Ops come under their keys,
+    networks under ``net-<n>``.
+    """
 
     ops: tuple[Op, ...]
     fit: tuple[Architecture, ...]
@@ -36,16 +38,27 @@ class Plan:
         return arch.ops() if arch.is_chain else arch
 
 
-def make_plan(space: SearchSpace, config: ProfileConfig, seed: int, named: Sequence[Architecture] = ()) -> Plan:
-    """Every op of the space and of ``named`` networks, and the calibration networks: fit and test ones alternate over the range of sizes.
+def make_plan(
+    space: SearchSpace, config: ProfileConfig, seed: int, named: Sequence[Architecture] = ()
+) -> Plan:
+    """Every op of the space and of ``named`` networks, and the calibration networks:
+    fit and test ones alternate over the range of sizes.
 
     In mode ``networks``: as many networks as asked for, the named ones beside them, and no op.
     """
     if config.mode == "networks":
-        return Plan((), (*spread_networks(space, config.sampled, np.random.default_rng([seed, 77])), *named), ())
+        return Plan(
+            (),
+            (*spread_networks(space, config.sampled, np.random.default_rng([seed, 77])), *named),
+            (),
+        )
     count = config.fit_networks + config.test_networks
     networks = spread_networks(space, count, np.random.default_rng([seed, 77]))
-    test = {int((i + 0.5) * count / config.test_networks) for i in range(config.test_networks)} if config.test_networks else set()
+    test = (
+        {int((i + 0.5) * count / config.test_networks) for i in range(config.test_networks)}
+        if config.test_networks
+        else set()
+    )
     return Plan(
         planned_ops(space, named),
         tuple(arch for i, arch in enumerate(networks) if i not in test),
@@ -61,7 +74,8 @@ def planned_ops(space: SearchSpace, named: Sequence[Architecture]) -> tuple[Op, 
 def spread_networks(space: SearchSpace, count: int, rng: np.random.Generator) -> list[Architecture]:
     """``count`` architectures spread evenly over the space's range of MACs, small to large.
 
-    Uniform picks crowd around the middle, so each candidate draws from its own bias towards small or large options.
+    Uniform picks crowd around the middle, so each candidate draws from its own bias
+    towards small or large options.
     """
     if count == 0:
         return []
@@ -71,7 +85,9 @@ def spread_networks(space: SearchSpace, count: int, rng: np.random.Generator) ->
         bias, picks = rng.normal(0.0, 2.0), {}
         for choice in space.choices:
             p = np.exp(bias * np.linspace(-1, 1, len(choice.options)))
-            picks[choice.key] = choice.options[int(orders[choice.key][rng.choice(len(p), p=p / p.sum())])]
+            picks[choice.key] = choice.options[
+                int(orders[choice.key][rng.choice(len(p), p=p / p.sum())])
+            ]
         candidates.append(space.decode(picks))
     candidates.sort(key=lambda arch: arch.macs)
     macs = np.array([arch.macs for arch in candidates], dtype=float)
@@ -83,10 +99,14 @@ def spread_networks(space: SearchSpace, count: int, rng: np.random.Generator) ->
 
 
 def _cheap_first(space: SearchSpace) -> dict[str, np.ndarray]:
-    """Choice key -> its option positions, fewest MACs first, averaged over what else the terms depend on."""
+    """Choice key -> its option positions, fewest MACs first, averaged over what else
+    the terms depend on.
+    """
     macs = {choice.key: np.zeros(len(choice.options)) for choice in space.choices}
     for term in space.terms():
-        array = np.array([0 if op is None else op.macs for op in term.ops], dtype=float).reshape(term.shape)
+        array = np.array([0 if op is None else op.macs for op in term.ops], dtype=float).reshape(
+            term.shape
+        )
         for axis, key in enumerate(term.keys):
             macs[key] += array.mean(axis=tuple(i for i in range(array.ndim) if i != axis))
     return {key: np.argsort(values, kind="stable") for key, values in macs.items()}

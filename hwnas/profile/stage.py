@@ -52,23 +52,29 @@ class Profile(Stage):
         return named_networks(self.at.experiment, self.at.space)
 
     def inputs(self) -> dict[str, str]:
-        """The space, the device, the networks that are named, tables of other devices, and the settings."""
+        """The space, the device, the networks that are named, tables of other devices,
+        and the settings.
+        """
         self.at.check_searchable()
         experiment, device = self.at.experiment, find_device(self.at.experiment.device.name)
         found = {f"profile.networks[{i}]": arch.sha256 for i, arch in enumerate(self.networks)}
         found |= {"space.json": self.at.space.sha256, "device.json": device.sha256}
         found |= self.at.hashes_of_config("device", "profile", "seed")
-        for i, prior in enumerate(experiment.profile.prior if experiment.profile.mode == "networks" else ()):
+        for i, prior in enumerate(
+            experiment.profile.prior if experiment.profile.mode == "networks" else ()
+        ):
             table = LatencyTable.load(Path(prior).expanduser())
             found[f"profile.prior[{i}]"] = table.sha256
             missing = missing_ops([op for arch in self.networks for op in arch.ops()], table)
             if missing:
                 raise ConfigError(
-                    f"profile.prior {prior!r} lacks {missing[0]} of profile.networks: profile those networks there, too, "
-                    "or remove one of the two keys."
+                    f"profile.prior {prior!r} lacks {missing[0]} of profile.networks: profile those"
+                    " networks there, too, or remove one of the two keys."
                 )
-        if experiment.device.cores is None and device.connection not in ADDRESSES:  # those that may be out of reach are asked later
-            connect(device).cores(experiment.device.threads)  # refuses more threads than there are cores
+        # those that may be out of reach are asked later
+        if experiment.device.cores is None and device.connection not in ADDRESSES:
+            # refuses more threads than there are cores
+            connect(device).cores(experiment.device.threads)
         return found
 
     def summary(self) -> str:
@@ -91,36 +97,70 @@ class Profile(Stage):
         table.save(ctx.folder / "table.json")
         held_out = table.calibration.held_out if table.calibration else None
         if "more_networks" in table.provenance:
-            ctx.progress.say(f"table of {len(table.entries)} ops fitted to whole networks: {table.provenance['more_networks']}")
+            ctx.progress.say(
+                f"table of {len(table.entries)} ops fitted to whole networks:"
+                f" {table.provenance['more_networks']}"
+            )
         elif held_out is not None:
             ctx.progress.say(
-                f"table of {len(table.entries)} ops; {held_out.networks} held-out networks: mean error {held_out.mape:.1%}, "
-                f"largest {held_out.max_error:.1%} (uncalibrated sum: {held_out.raw_mape:.1%})"
+                f"table of {len(table.entries)} ops; {held_out.networks} held-out networks: mean"
+                f" error {held_out.mape:.1%}, largest {held_out.max_error:.1%} (uncalibrated sum:"
+                f" {held_out.raw_mape:.1%})"
             )
         for line in describe_networks(self.networks, table):
             ctx.progress.say(line)
 
 
-def profile(bench: Bench, space: SearchSpace, config: ProfileConfig, seed: int = 0, named: Sequence[Architecture] = ()) -> LatencyTable:
-    """Measure ``space``, and the ops of ``named`` networks, on a device and return the table. Raises DeviceError or TableError."""
+def profile(
+    bench: Bench,
+    space: SearchSpace,
+    config: ProfileConfig,
+    seed: int = 0,
+    named: Sequence[Architecture] = (),
+) -> LatencyTable:
+    """Measure ``space``, and the ops of ``named`` networks, on a device and return the
+    table. Raises DeviceError or TableError.
+    """
     settings, progress = bench.settings, bench.progress
-    known = [LatencyTable.load(Path(path).expanduser()) for path in config.prior] if config.mode == "networks" else []
-    Prior.of(planned_ops(space, named), known)  # refuses a table that is no prior of this space before anything is measured
+    known = (
+        [LatencyTable.load(Path(path).expanduser()) for path in config.prior]
+        if config.mode == "networks"
+        else []
+    )
+    # refuses a table that is no prior of this space before anything is measured
+    Prior.of(planned_ops(space, named), known)
     usable = bench.connection.runtimes()
     if settings.runtime not in usable:
         has = ", ".join(usable.values()) or "no runtime"
-        raise DeviceError(f"{bench.device.id} does not run {settings.runtime} (it has {has}): install it there, or set device.runtime.")
+        raise DeviceError(
+            f"{bench.device.id} does not run {settings.runtime} (it has {has}): install it there,"
+            " or set device.runtime."
+        )
     plan = make_plan(space, config, seed, named)
-    session = Session(bench, _items(plan, bench), _schedule(config, seed), JsonLines(bench.folder / "samples.jsonl"))
+    session = Session(
+        bench,
+        _items(plan, bench),
+        _schedule(config, seed),
+        JsonLines(bench.folder / "samples.jsonl"),
+    )
     session.run("measuring")
     found = {name: _entry(session, name) for name in plan.items}
     _warn(found, progress)
-    measured = _Measured(plan, found, _header(space, session), _provenance(space, config, session.conditions))
+    measured = _Measured(
+        plan, found, _header(space, session), _provenance(space, config, session.conditions)
+    )
     if config.mode == "networks":
-        return _fitted(measured, planned_ops(space, named), known, np.random.default_rng([seed, 78]))
+        return _fitted(
+            measured, planned_ops(space, named), known, np.random.default_rng([seed, 78])
+        )
     entries = {op.key: found[op.key] for op in plan.ops}
     calibration = _calibration(plan, found)
-    return LatencyTable(header=measured.header, entries=entries, calibration=calibration, provenance=measured.provenance)
+    return LatencyTable(
+        header=measured.header,
+        entries=entries,
+        calibration=calibration,
+        provenance=measured.provenance,
+    )
 
 
 def _items(plan: Plan, bench: Bench) -> list[Item]:
@@ -175,7 +215,9 @@ def _header(space: SearchSpace, session: Session) -> TableHeader:
     )
 
 
-def _provenance(space: SearchSpace, config: ProfileConfig, conditions: dict[str, list[float | str]]) -> dict[str, str]:
+def _provenance(
+    space: SearchSpace, config: ProfileConfig, conditions: dict[str, list[float | str]]
+) -> dict[str, str]:
     return {
         "method": f"hwnas profile, {config.rounds} to {config.max_rounds} shuffled rounds",
         "space_sha256": space.sha256,
@@ -183,25 +225,39 @@ def _provenance(space: SearchSpace, config: ProfileConfig, conditions: dict[str,
     }
 
 
-def _fitted(measured: _Measured, ops: Sequence[Op], known: list[LatencyTable], rng: np.random.Generator) -> LatencyTable:
+def _fitted(
+    measured: _Measured, ops: Sequence[Op], known: list[LatencyTable], rng: np.random.Generator
+) -> LatencyTable:
     """The table of whole networks alone; noisy ones are left out, and counted."""
     provenance = measured.provenance
-    networks = {arch.ops(): (arch, measured.found[f"net-{i}"]) for i, arch in enumerate(measured.plan.fit)}
+    networks = {
+        arch.ops(): (arch, measured.found[f"net-{i}"]) for i, arch in enumerate(measured.plan.fit)
+    }
     quiet = [(arch, entry.ms) for arch, entry in networks.values() if not entry.noisy]
     if len(quiet) < MIN_NETWORKS:
         raise TableError(
-            f"{len(networks) - len(quiet)} of {len(networks)} networks stayed noisy, and a fit needs {MIN_NETWORKS} quiet ones: "
-            "measure on a quieter device, more networks, or with a larger profile.max_spread."
+            f"{len(networks) - len(quiet)} of {len(networks)} networks stayed noisy, and a fit"
+            f" needs {MIN_NETWORKS} quiet ones: measure on a quieter device, more networks, or with"
+            " a larger profile.max_spread."
         )
     fitted = fit_table(ops, quiet, measured.header, rng, known=known)
     assert fitted.calibration is not None
-    calibration = fitted.calibration.model_copy(update={"noisy_networks": len(networks) - len(quiet)})
+    calibration = fitted.calibration.model_copy(
+        update={"noisy_networks": len(networks) - len(quiet)}
+    )
     method = f"{provenance['method']} of whole networks; {fitted.provenance['method']}"
-    return fitted.model_copy(update={"calibration": calibration, "provenance": {**provenance, **fitted.provenance, "method": method}})
+    return fitted.model_copy(
+        update={
+            "calibration": calibration,
+            "provenance": {**provenance, **fitted.provenance, "method": method},
+        }
+    )
 
 
 def _range(values: list[float | str]) -> str:
-    """What a condition of the device was over the whole measurement: ``31.5 to 38`` or ``schedutil``."""
+    """What a condition of the device was over the whole measurement: ``31.5 to 38`` or
+    ``schedutil``.
+    """
     numbers = [value for value in values if not isinstance(value, str)]
     if len(numbers) < len(values) or min(numbers) == max(numbers):
         return ", ".join(sorted({str(value) for value in values}))
@@ -211,16 +267,24 @@ def _range(values: list[float | str]) -> str:
 def _warn(found: dict[str, Entry], progress: Progress) -> None:
     noisy = [name for name, entry in found.items() if entry.noisy]
     if noisy:
-        progress.warn(f"{len(noisy)} of {len(found)} entries stayed noisy and are flagged: {', '.join(noisy[:3])}.")
+        progress.warn(
+            f"{len(noisy)} of {len(found)} entries stayed noisy and are flagged:"
+            f" {', '.join(noisy[:3])}."
+        )
     slow = [name for name, entry in found.items() if entry.delegated is False]
     if slow:
-        progress.warn(f"the delegate did not take {len(slow)} of {len(found)} models whole, so slower kernels ran: {', '.join(slow[:3])}.")
+        progress.warn(
+            f"the delegate did not take {len(slow)} of {len(found)} models whole, so slower kernels"
+            f" ran: {', '.join(slow[:3])}."
+        )
 
 
 def _calibration(plan: Plan, found: dict[str, Entry]) -> Calibration | None:
-    """Fitted on the fit networks, judged on the test networks; noisy networks are counted, and left out where enough quiet ones remain.
+    """Fitted on the fit networks, judged on the test networks; noisy networks are
+    counted, and left out where enough quiet ones remain.
 
-    A slope of one or two networks that happened to be quiet is further off than one of a dozen noisy medians.
+    A slope of one or two networks that happened to be quiet is further off than one of
+    a dozen noisy medians.
     """
     networks = [(arch, found[f"net-{i}"]) for i, arch in enumerate((*plan.fit, *plan.test))]
     quiet = [not entry.noisy for _, entry in networks]
@@ -231,9 +295,19 @@ def _calibration(plan: Plan, found: dict[str, Entry]) -> Calibration | None:
     if not fit:
         return None
     chains = [arch.ops() for arch, _ in networks]
-    calibration = fit_calibration([chains[i] for i in fit], [sums[i] for i in fit], [nets[i] for i in fit])
-    held_out = judge(calibration, [chains[i] for i in test], [sums[i] for i in test], [nets[i] for i in test]) if test else None
-    return calibration.model_copy(update={"held_out": held_out, "noisy_networks": quiet.count(False)})
+    calibration = fit_calibration(
+        [chains[i] for i in fit], [sums[i] for i in fit], [nets[i] for i in fit]
+    )
+    held_out = (
+        judge(
+            calibration, [chains[i] for i in test], [sums[i] for i in test], [nets[i] for i in test]
+        )
+        if test
+        else None
+    )
+    return calibration.model_copy(
+        update={"held_out": held_out, "noisy_networks": quiet.count(False)}
+    )
 
 
 def _usable(networks: Sequence[int], quiet: Sequence[bool]) -> list[int]:
@@ -259,5 +333,7 @@ def _entry(session: Session, name: str) -> Entry:
 
 
 def _rounded(value: float) -> float:
-    """Five significant digits: a clock tells no more, and tables of thousands of ops stay readable."""
+    """Five significant digits: a clock tells no more, and tables of thousands of ops
+    stay readable.
+    """
     return float(f"{value:.5g}")

@@ -15,7 +15,9 @@ from hwnas.study.documents import CompareStudy, Estimate, MethodResult, RandomSe
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method of the table: its name, what it lacks results of, and its cells, each with a line below."""
+    """A method of the table: its name, what it lacks results of, and its cells, each
+    with a line below.
+    """
 
     name: str
     failed: dict[str, str]
@@ -24,7 +26,9 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class DuelRow:
-    """A method, and its probability to beat each other one, with the p-value below; an empty cell for itself."""
+    """A method, and its probability to beat each other one, with the p-value below; an
+    empty cell for itself.
+    """
 
     name: str
     cells: tuple[tuple[str, str], ...]
@@ -32,26 +36,45 @@ class DuelRow:
 
 def ordered(study: CompareStudy) -> list[MethodResult]:
     """The methods, the best median rank first; those without any result last."""
-    return sorted(study.methods, key=lambda method: math.inf if method.rank is None else method.rank)
+    return sorted(
+        study.methods, key=lambda method: math.inf if method.rank is None else method.rank
+    )
 
 
 def method_rows(study: CompareStudy) -> list[MethodRow]:
     """The methods in order."""
-    return [MethodRow(method.name, method.failed, _cells(study, method)) for method in ordered(study)]
+    return [
+        MethodRow(method.name, method.failed, _cells(study, method)) for method in ordered(study)
+    ]
 
 
 def _cells(study: CompareStudy, method: MethodResult) -> tuple[tuple[str, str], ...]:
-    if method.rank is None or method.accuracy is None or method.regret is None or method.cost is None or method.equal is None:
+    if (
+        method.rank is None
+        or method.accuracy is None
+        or method.regret is None
+        or method.cost is None
+        or method.equal is None
+    ):
         return tuple([("–", "")] * 7)
     seconds = [row.cpu_seconds for row in method.found if row.cpu_seconds is not None]
     return (
         (f"{method.rank:g}", " ".join(str(row.rank) for row in method.found)),
         (f"{method.rank / study.architectures:.1%}", ""),
-        (f"{method.accuracy:.2%}", f"{min(row.accuracy for row in method.found):.2%} to {max(row.accuracy for row in method.found):.2%}"),
+        (
+            f"{method.accuracy:.2%}",
+            (
+                f"{min(row.accuracy for row in method.found):.2%} to"
+                f" {max(row.accuracy for row in method.found):.2%}"
+            ),
+        ),
         (f"{100 * method.regret:.2f}", ""),
         (f"{method.cost:.3g}", f"{sum(seconds) / len(seconds):.0f} s" if seconds else ""),
         _chance(method.beats_one),
-        (_chance(method.beats_equal)[0], f"of {method.equal.trainings}, {_chance(method.beats_equal)[1]}"),
+        (
+            _chance(method.beats_equal)[0],
+            f"of {method.equal.trainings}, {_chance(method.beats_equal)[1]}",
+        ),
     )
 
 
@@ -64,11 +87,16 @@ def duel_rows(study: CompareStudy) -> list[DuelRow]:
         assert duel.beats.value is not None
         cells[duel.first, duel.second] = f"{duel.beats.value:.2f}", p
         cells[duel.second, duel.first] = f"{1 - duel.beats.value:.2f}", p
-    return [DuelRow(name, tuple(cells.get((name, other), ("", "")) for other in names)) for name in names]
+    return [
+        DuelRow(name, tuple(cells.get((name, other), ("", "")) for other in names))
+        for name in names
+    ]
 
 
 def ranks(study: CompareStudy) -> Markup | None:
-    """True ranks by method: a dot for every seed, the median, and behind them what random search at equal cost finds."""
+    """True ranks by method: a dot for every seed, the median, and behind them what
+    random search at equal cost finds.
+    """
     methods = [method for method in ordered(study) if method.found and method.equal is not None]
     if not methods:
         return None
@@ -85,19 +113,31 @@ def ranks(study: CompareStudy) -> Markup | None:
                 share, [row] * len(share), s=44, color=LIGHT["blue"], edgecolors=LIGHT["paper"], lw=0.8, zorder=4,
                 label="a seed" if first else None,
             )  # fmt: skip
-            axes.plot([middle] * 2, [row - 0.3, row + 0.3], color=LIGHT["orange"], lw=2.4, zorder=3, label="median" if first else None)
-        axes.set_yticks(range(len(methods) + 1), [*(method.name for method in methods), "one random"])
+            axes.plot(
+                [middle] * 2,
+                [row - 0.3, row + 0.3],
+                color=LIGHT["orange"],
+                lw=2.4,
+                zorder=3,
+                label="median" if first else None,
+            )
+        axes.set_yticks(
+            range(len(methods) + 1), [*(method.name for method in methods), "one random"]
+        )
         axes.set_ylim(len(methods) + 0.6, -0.6)
         axes.set_xlim(-0.02, 1.02)
-        axes.set_xlabel(f"true rank among the {study.architectures:,} architectures in the budget: 0 is the best, 1 the worst")
+        axes.set_xlabel(
+            f"true rank among the {study.architectures:,} architectures in the budget: 0 is the"
+            " best, 1 the worst"
+        )
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper left", ncols=4)
         found = "; ".join(f"{method.name}: median rank {method.rank:g}" for method in methods)
         return inline_svg(
             figure,
             "comparing",
-            f"Strip plot of true ranks among {study.architectures} architectures by method, {len(study.seeds)} seeds. {found}; "
-            f"a random one: mean rank {study.random.rank:.0f}.",
+            f"Strip plot of true ranks among {study.architectures} architectures by method,"
+            f" {len(study.seeds)} seeds. {found}; a random one: mean rank {study.random.rank:.0f}.",
         )
 
 
@@ -105,8 +145,24 @@ def _random(study: CompareStudy, random: RandomSearch, row: int, axes: Axes) -> 
     """The box of random search: the middle half dark, 10 to 90 % pale, the median a line."""
     low, quarter, middle, three, high = (rank / study.architectures for rank in random.ranks)
     first = row == 0
-    axes.barh(row, high - low, left=low, height=0.62, color=LIGHT["wash"], zorder=1, label="random at its cost, 10–90 %" if first else None)
-    axes.barh(row, three - quarter, left=quarter, height=0.62, color=LIGHT["line"], zorder=1, label="25–75 %" if first else None)
+    axes.barh(
+        row,
+        high - low,
+        left=low,
+        height=0.62,
+        color=LIGHT["wash"],
+        zorder=1,
+        label="random at its cost, 10–90 %" if first else None,
+    )
+    axes.barh(
+        row,
+        three - quarter,
+        left=quarter,
+        height=0.62,
+        color=LIGHT["line"],
+        zorder=1,
+        label="25–75 %" if first else None,
+    )
     axes.plot([middle] * 2, [row - 0.31, row + 0.31], color=LIGHT["shade"], lw=1.4, zorder=2)
 
 

@@ -1,4 +1,6 @@
-"""The architecture, drawn: blocks as bars from input to output, with what each is and what each costs below."""
+"""The architecture, drawn: blocks as bars from input to output, with what each is and
+what each costs below.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ BARS, LABELS, COSTS, LEGEND = 190, 112, 74, 26
 
 
 def architecture(places: Sequence[Placed], ms: Sequence[float | None]) -> Markup:
-    """One bar per slot: height is the square root of the output channels, colour the kernel size, an arc a residual.
+    """One bar per slot: height is the square root of the output channels, colour the
+    kernel size, an arc a residual.
 
-    ``ms`` holds each place's latency (None: unknown, or skipped); without any, the strip of costs is left out.
+    ``ms`` holds each place's latency (None: unknown, or skipped); without any, the
+    strip of costs is left out.
     """
     priced = any(value is not None for value in ms)
     pitch = min(56.0, max(34.0, (FULL - GUTTER) / len(places)))
@@ -51,11 +55,13 @@ def describe(places: Sequence[Placed]) -> str:
     kept = [place.op for place in places if place.op is not None]
     skipped = len(places) - len(kept)
     kernels = ", ".join(
-        f"{len(list(members))} with kernel {kernel}" for kernel, members in groupby(sorted(op.kernel for op in kept if op.kernel > 1))
+        f"{len(list(members))} with kernel {kernel}"
+        for kernel, members in groupby(sorted(op.kernel for op in kept if op.kernel > 1))
     )
     return (
-        f"Drawing of the architecture: {len(kept)} blocks from {kept[0].in_ch} x {kept[0].size} x {kept[0].size} to {kept[-1].out_ch} "
-        f"outputs, {skipped} slots skipped; {kernels}. The table below lists the blocks."
+        f"Drawing of the architecture: {len(kept)} blocks from {kept[0].in_ch} x {kept[0].size} x"
+        f" {kept[0].size} to {kept[-1].out_ch} outputs, {skipped} slots skipped; {kernels}. The"
+        " table below lists the blocks."
     )
 
 
@@ -63,14 +69,45 @@ def _legend(axes: Axes, places: Sequence[Placed], gutter: float, pitch: float) -
     axes.set_ylim(0, 1)
     x, unit = -0.42, 1 / pitch
     for kernel in sorted({place.op.kernel for place in places if place.op is not None}):
-        axes.add_patch(Rectangle((x, 0.28), 12 * unit, 0.46, facecolor=kernel_colour(kernel), edgecolor=LIGHT["ink"], lw=0.6))
-        axes.text(x + 17 * unit, 0.5, f"{kernel}×{kernel}", va="center", size=10.5, color=LIGHT["muted"])
+        axes.add_patch(
+            Rectangle(
+                (x, 0.28),
+                12 * unit,
+                0.46,
+                facecolor=kernel_colour(kernel),
+                edgecolor=LIGHT["ink"],
+                lw=0.6,
+            )
+        )
+        axes.text(
+            x + 17 * unit, 0.5, f"{kernel}×{kernel}", va="center", size=10.5, color=LIGHT["muted"]
+        )
         x += 62 * unit
     for style, text in (("residual", "adds its input"), ("skipped", "slot skipped")):
         if style == "residual":
-            axes.add_patch(Arc((x + 8 * unit, 0.32), 16 * unit, 0.9, theta1=0, theta2=180, color=LIGHT["orange"], lw=1.4))
+            axes.add_patch(
+                Arc(
+                    (x + 8 * unit, 0.32),
+                    16 * unit,
+                    0.9,
+                    theta1=0,
+                    theta2=180,
+                    color=LIGHT["orange"],
+                    lw=1.4,
+                )
+            )
         else:
-            axes.add_patch(Rectangle((x, 0.28), 12 * unit, 0.46, facecolor="none", edgecolor=LIGHT["muted"], lw=0.8, ls=(0, (2, 2))))
+            axes.add_patch(
+                Rectangle(
+                    (x, 0.28),
+                    12 * unit,
+                    0.46,
+                    facecolor="none",
+                    edgecolor=LIGHT["muted"],
+                    lw=0.8,
+                    ls=(0, (2, 2)),
+                )
+            )
         axes.text(x + 22 * unit, 0.5, text, va="center", size=10.5, color=LIGHT["muted"])
         x += 122 * unit
     axes.text(-gutter - 0.5, 0.5, "kernel", va="center", size=10.5, color=LIGHT["muted"])
@@ -82,15 +119,36 @@ def _bars(axes: Axes, places: Sequence[Placed]) -> None:
     axes.set_ylim(0, 1.3 * top)
     for x, (place, high) in enumerate(zip(places, heights, strict=True)):
         if place.op is None:
-            look: dict[str, Any] = {"facecolor": "none", "edgecolor": LIGHT["muted"], "lw": 0.8, "ls": (0, (2, 3)), "alpha": 0.8}
+            look: dict[str, Any] = {
+                "facecolor": "none",
+                "edgecolor": LIGHT["muted"],
+                "lw": 0.8,
+                "ls": (0, (2, 3)),
+                "alpha": 0.8,
+            }
             axes.add_patch(Rectangle((x - 0.3, 0), 0.6, high, **look))
             continue
-        axes.add_patch(Rectangle((x - 0.3, 0), 0.6, high, facecolor=kernel_colour(place.op.kernel), edgecolor=LIGHT["ink"], lw=0.8))
+        axes.add_patch(
+            Rectangle(
+                (x - 0.3, 0),
+                0.6,
+                high,
+                facecolor=kernel_colour(place.op.kernel),
+                edgecolor=LIGHT["ink"],
+                lw=0.8,
+            )
+        )
         axes.text(x, high + 0.025 * top, str(place.channels), ha="center", va="bottom", size=10.5)
         if place.op.residual:
-            axes.add_patch(Arc((x, high), 0.84, 0.32 * top, theta1=0, theta2=180, color=LIGHT["orange"], lw=1.4))
+            axes.add_patch(
+                Arc(
+                    (x, high), 0.84, 0.32 * top, theta1=0, theta2=180, color=LIGHT["orange"], lw=1.4
+                )
+            )
     axes.axhline(0, color=LIGHT["muted"], lw=1, xmin=0.0)
-    axes.text(axes.get_xlim()[0], 0.05 * top, "channels", va="bottom", size=10.5, color=LIGHT["muted"])
+    axes.text(
+        axes.get_xlim()[0], 0.05 * top, "channels", va="bottom", size=10.5, color=LIGHT["muted"]
+    )
 
 
 def _labels(axes: Axes, places: Sequence[Placed], gutter: float) -> None:
@@ -102,12 +160,27 @@ def _labels(axes: Axes, places: Sequence[Placed], gutter: float) -> None:
             axes.text(x, 0.5, "–", ha="center", va="center", size=10.5, color=LIGHT["muted"])
             continue
         for row, text in enumerate(_words(place.op)):
-            axes.text(x, row + 0.5, text, ha="center", va="center", size=10.5, weight="bold" if text == "↓ 2" else "normal")
+            axes.text(
+                x,
+                row + 0.5,
+                text,
+                ha="center",
+                va="center",
+                size=10.5,
+                weight="bold" if text == "↓ 2" else "normal",
+            )
     start = 0
     for size, members in groupby(place.size for place in places):
         end = start + len(list(members))
         axes.plot([start - 0.4, end - 0.6], [4.12, 4.12], color=LIGHT["muted"], lw=1)
-        axes.text((start + end - 1) / 2, 4.55, f"{size}×{size}" if end - start > 1 else f"{size}", ha="center", va="center", size=10.5)
+        axes.text(
+            (start + end - 1) / 2,
+            4.55,
+            f"{size}×{size}" if end - start > 1 else f"{size}",
+            ha="center",
+            va="center",
+            size=10.5,
+        )
         start = end
 
 
@@ -115,7 +188,12 @@ def _words(op: Op) -> tuple[str, str, str, str]:
     """Block, kernel, expansion and stride of an op as the drawing writes them."""
     kind = (op.WORD or op.kind) + ("+se" if op.se_ch else "")
     expansion = f"×{op.mid_ch / op.in_ch:.2g}" if op.mid_ch else ""
-    return kind, "pool" if op.pooled else f"{op.kernel}×{op.kernel}", expansion, f"↓ {op.stride}" if op.stride > 1 else ""
+    return (
+        kind,
+        "pool" if op.pooled else f"{op.kernel}×{op.kernel}",
+        expansion,
+        f"↓ {op.stride}" if op.stride > 1 else "",
+    )
 
 
 def _costs(axes: Axes, ms: Sequence[float | None], gutter: float) -> None:
@@ -124,7 +202,11 @@ def _costs(axes: Axes, ms: Sequence[float | None], gutter: float) -> None:
     axes.set_ylim(0, 1.5 * top)
     for x, value in enumerate(known):
         if value > 0:
-            axes.add_patch(Rectangle((x - 0.3, 0), 0.6, value, facecolor=LIGHT["muted"], lw=0, alpha=0.55))
-            axes.text(x, value + 0.06 * top, f"{value / total:.0%}", ha="center", va="bottom", size=9.5)
+            axes.add_patch(
+                Rectangle((x - 0.3, 0), 0.6, value, facecolor=LIGHT["muted"], lw=0, alpha=0.55)
+            )
+            axes.text(
+                x, value + 0.06 * top, f"{value / total:.0%}", ha="center", va="bottom", size=9.5
+            )
     axes.axhline(0, color=LIGHT["muted"], lw=1)
     axes.text(-gutter - 0.5, 0.08 * top, "latency", va="bottom", size=10.5, color=LIGHT["muted"])

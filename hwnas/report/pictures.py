@@ -19,7 +19,9 @@ COLUMNS = 4
 
 
 def detections(pictures: Sequence[Picture]) -> Markup:
-    """A grid of images: boxes of the ground truth dashed, boxes that were found solid, with class and score."""
+    """A grid of images: boxes of the ground truth dashed, boxes that were found solid,
+    with class and score.
+    """
     rows = -(-len(pictures) // COLUMNS)
     with canvas(FULL, rows * FULL / COLUMNS + 24) as figure:
         grid = figure.subplots(rows, COLUMNS, squeeze=False)
@@ -29,8 +31,19 @@ def detections(pictures: Sequence[Picture]) -> Markup:
             _draw(axes, picture)
         figure.legend(
             handles=[
-                Rectangle((0, 0), 1, 1, fill=False, edgecolor=LIGHT["green"], ls=(0, (3, 2)), lw=1.6, label="in the annotations"),
-                Rectangle((0, 0), 1, 1, fill=False, edgecolor=LIGHT["orange"], lw=1.6, label="found"),
+                Rectangle(
+                    (0, 0),
+                    1,
+                    1,
+                    fill=False,
+                    edgecolor=LIGHT["green"],
+                    ls=(0, (3, 2)),
+                    lw=1.6,
+                    label="in the annotations",
+                ),
+                Rectangle(
+                    (0, 0), 1, 1, fill=False, edgecolor=LIGHT["orange"], lw=1.6, label="found"
+                ),
             ],
             loc="outside upper left",
             ncols=2,
@@ -40,18 +53,37 @@ def detections(pictures: Sequence[Picture]) -> Markup:
 
 def describe(pictures: Sequence[Picture]) -> str:
     """The pictures in words, for those who cannot see them."""
-    inside, found = (sum(len(boxes) for boxes in each) for each in zip(*((one.truth, one.found) for one in pictures), strict=True))
-    return f"{len(pictures)} test images with the {inside} boxes of their annotations and {found} boxes that the network found."
+    inside, found = (
+        sum(len(boxes) for boxes in each)
+        for each in zip(*((one.truth, one.found) for one in pictures), strict=True)
+    )
+    return (
+        f"{len(pictures)} test images with the {inside} boxes of their annotations and {found}"
+        " boxes that the network found."
+    )
 
 
 def _draw(axes: Axes, picture: Picture) -> None:
     pixels = np.asarray(Image.open(io.BytesIO(picture.jpeg)))
     axes.imshow(pixels, interpolation="none")  # the SVG then holds the image's own pixels
     height, width = pixels.shape[:2]
-    for boxes, colour, style in ((picture.truth, "green", (0, (3, 2))), (picture.found, "orange", "solid")):
+    for boxes, colour, style in (
+        (picture.truth, "green", (0, (3, 2))),
+        (picture.found, "orange", "solid"),
+    ):
         for box in boxes:
             x1, y1, x2, y2 = np.array(box.corners) * (width, height, width, height)
-            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=LIGHT[colour], lw=1.6, ls=style))
+            axes.add_patch(
+                Rectangle(
+                    (x1, y1),
+                    x2 - x1,
+                    y2 - y1,
+                    fill=False,
+                    edgecolor=LIGHT[colour],
+                    lw=1.6,
+                    ls=style,
+                )
+            )
     for box in picture.found:
         _label(axes, box, width, height)
 

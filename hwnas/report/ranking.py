@@ -30,7 +30,9 @@ MILLIONS = ("macs", "params")
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A score of the table: its metrics as texts, each with its interval, or its spread over super-nets."""
+    """A score of the table: its metrics as texts, each with its interval, or its spread
+    over super-nets.
+    """
 
     name: str
     cells: tuple[tuple[str, str], ...]
@@ -39,11 +41,16 @@ class ScoreRow:
 def score_rows(study: RankStudy) -> list[ScoreRow]:
     """The scores, the best tau first."""
     order = sorted(study.scores, key=lambda result: -_tau(result))
-    return [ScoreRow(result.name, tuple(_cell(result, metric) for metric in METRICS)) for result in order]
+    return [
+        ScoreRow(result.name, tuple(_cell(result, metric) for metric in METRICS))
+        for result in order
+    ]
 
 
 def scatters(study: RankStudy) -> list[tuple[str, Markup]]:
-    """Every score against the accuracy of training alone: (title, SVG), the best tau first; combinations of scores are left out."""
+    """Every score against the accuracy of training alone: (title, SVG), the best tau
+    first; combinations of scores are left out.
+    """
     single = [result for result in study.scores if result.name in LABELS]
     found = []
     for result in sorted(single, key=lambda result: -_tau(result)):
@@ -55,14 +62,31 @@ def scatters(study: RankStudy) -> list[tuple[str, Markup]]:
             x = np.array([scale * point.scores[result.name] for point in study.points])
             y = np.array([100 * point.truth for point in study.points])
             shown = _near(x) & _near(y)
-            axes.scatter(x[shown], y[shown], s=16, color=LIGHT["blue"], edgecolors=LIGHT["paper"], lw=0.4, zorder=3)
+            axes.scatter(
+                x[shown],
+                y[shown],
+                s=16,
+                color=LIGHT["blue"],
+                edgecolors=LIGHT["paper"],
+                lw=0.4,
+                zorder=3,
+            )
             axes.margins(0.06)
             if not shown.all():
-                axes.set_title(f"{(~shown).sum()} of {len(shown)} lie outside", fontsize="small", loc="right")
+                axes.set_title(
+                    f"{(~shown).sum()} of {len(shown)} lie outside", fontsize="small", loc="right"
+                )
             axes.set_xlabel(label + (", %" if result.name in PERCENTAGES else ""))
             axes.set_ylabel("accuracy trained alone, %")
-            tau = "undefined" if result.spread["kendall"].mean is None else f"{result.spread['kendall'].mean:.3f}"
-            description = f"Scatter plot of accuracy trained alone over {label} of {len(x)} architectures: Kendall tau {tau}."
+            tau = (
+                "undefined"
+                if result.spread["kendall"].mean is None
+                else f"{result.spread['kendall'].mean:.3f}"
+            )
+            description = (
+                f"Scatter plot of accuracy trained alone over {label} of {len(x)} architectures:"
+                f" Kendall tau {tau}."
+            )
             found.append(
                 (
                     f"{title[0].upper()}{title[1:]}: τ {_signed(result.spread['kendall'].mean)}",
@@ -73,7 +97,9 @@ def scatters(study: RankStudy) -> list[tuple[str, Markup]]:
 
 
 def _near(values_N: np.ndarray) -> np.ndarray:
-    """Which of them a figure shows: bool [N]. A few networks that are no better than chance would leave no room for all others."""
+    """Which of them a figure shows: bool [N]. A few networks that are no better than
+    chance would leave no room for all others.
+    """
     low, high = np.quantile(values_N, [0.1, 0.9])
     room = 2 * (high - low)
     near: np.ndarray = (values_N >= low - room) & (values_N <= high + room)
@@ -86,11 +112,20 @@ def _tau(result: ScoreResult) -> float:
 
 
 def _cell(result: ScoreResult, metric: str) -> tuple[str, str]:
-    """A metric, and below it the spread over super-nets, or the interval where there is one super-net."""
+    """A metric, and below it the spread over super-nets, or the interval where there is
+    one super-net.
+    """
     spread = result.spread.get(metric, Spread(mean=None, std=None))
     if spread.std is not None:
         return _shown(metric, spread.mean), f"± {_shown(metric, spread.std)}"
-    only = next((each[metric] for each in result.supernets if metric in each and each[metric].value is not None), Estimate(value=None))
+    only = next(
+        (
+            each[metric]
+            for each in result.supernets
+            if metric in each and each[metric].value is not None
+        ),
+        Estimate(value=None),
+    )
     if only.low is None or only.high is None:
         return _shown(metric, only.value), ""
     return _shown(metric, only.value), f"{_shown(metric, only.low)} to {_shown(metric, only.high)}"

@@ -21,10 +21,12 @@ LOOKS = (("blue", "o"), ("orange", "s"), ("green", "^"), ("red", "D"), ("ink", "
 
 @dataclass(frozen=True)
 class ShrinkRow:
-    """A way to shrink, as texts: the sizes of the space, mean accuracy before and after every drop, what is left in the end.
+    """A way to shrink, as texts: the sizes of the space, mean accuracy before and after
+    every drop, what is left in the end.
 
-    ``dropped``: how many of the scored operators left at every drop. ``rises``: whether the mean accuracy rose at every drop. ``kendall``:
-    how the scores ranked operators, drop by drop.
+    ``dropped``: how many of the scored operators left at every drop. ``rises``: whether
+    the mean accuracy rose at every drop. ``kendall``: how the scores ranked operators,
+    drop by drop.
     """
 
     name: str
@@ -46,7 +48,18 @@ def rows(study: ShrinkStudy) -> list[ShrinkRow]:
         _, low, high = study.chance.mean[-1]
         span = f"{_percent(means[-1])} ({_percent(low)} to {_percent(high)})"
         tenth = _percent(study.chance.best_tenth[-1][0])
-        found.append(ShrinkRow("chance", "–", "–", _arrows([*map(_percent, means[:-1]), span]), "–", tenth, "–", "–"))
+        found.append(
+            ShrinkRow(
+                "chance",
+                "–",
+                "–",
+                _arrows([*map(_percent, means[:-1]), span]),
+                "–",
+                tenth,
+                "–",
+                "–",
+            )
+        )
     if study.oracle is not None:
         left = study.oracle.remaining
         found.append(
@@ -65,14 +78,33 @@ def rows(study: ShrinkStudy) -> list[ShrinkRow]:
 
 
 def _row(path: ShrinkPath, curve: ShrinkCurve | None) -> ShrinkRow:
-    sizes = _arrows(counted(size) for size in (*(step.size for step in path.steps[:1]), *(step.size_after for step in path.steps)))
-    dropped = ", ".join(f"{len(step.dropped)}/{sum(map(len, step.scores.values()))}" for step in path.steps)
+    sizes = _arrows(
+        counted(size)
+        for size in (
+            *(step.size for step in path.steps[:1]),
+            *(step.size_after for step in path.steps),
+        )
+    )
+    dropped = ", ".join(
+        f"{len(step.dropped)}/{sum(map(len, step.scores.values()))}" for step in path.steps
+    )
     if curve is None:
         return ShrinkRow(shown(path.metric), dropped, sizes, "–", "–", "–", "–", "–")
     left = curve.remaining
-    taus = ", ".join("–" if tau is None else f"{tau:+.2f}".replace("-", "−") for tau in curve.operator_kendall)
+    taus = ", ".join(
+        "–" if tau is None else f"{tau:+.2f}".replace("-", "−") for tau in curve.operator_kendall
+    )
     means = _arrows(_percent(each.mean) for each in left)
-    return ShrinkRow(shown(path.metric), dropped, sizes, means, _rises(left), _percent(left[-1].best_tenth), _percent(left[-1].best), taus)
+    return ShrinkRow(
+        shown(path.metric),
+        dropped,
+        sizes,
+        means,
+        _rises(left),
+        _percent(left[-1].best_tenth),
+        _percent(left[-1].best),
+        taus,
+    )
 
 
 def _rises(left: tuple[Remaining, ...]) -> str:
@@ -87,7 +119,9 @@ def _arrows(parts: Iterable[str]) -> str:
 
 
 def course(study: ShrinkStudy) -> Markup | None:
-    """Mean true accuracy of the networks left, and what is left of the best tenth, by drops. None without a ground truth."""
+    """Mean true accuracy of the networks left, and what is left of the best tenth, by
+    drops. None without a ground truth.
+    """
     if not study.curves:
         return None
     with canvas(FULL, 320) as figure:
@@ -98,20 +132,48 @@ def course(study: ShrinkStudy) -> Markup | None:
         ):
             if study.chance is not None:
                 bands = getattr(study.chance, field)
-                _, low, high = ([100 * value for value in column] for column in zip(*bands, strict=True))
-                axes.fill_between(range(len(bands)), low, high, color=LIGHT["line"], lw=0, label="chance, 5 to 95 %")
-            drawn = [(curve, *LOOKS[number % len(LOOKS)], "-") for number, curve in enumerate(study.curves)]
+                _, low, high = (
+                    [100 * value for value in column] for column in zip(*bands, strict=True)
+                )
+                axes.fill_between(
+                    range(len(bands)),
+                    low,
+                    high,
+                    color=LIGHT["line"],
+                    lw=0,
+                    label="chance, 5 to 95 %",
+                )
+            drawn = [
+                (curve, *LOOKS[number % len(LOOKS)], "-")
+                for number, curve in enumerate(study.curves)
+            ]
             drawn += [(study.oracle, "muted", "", ":")] if study.oracle is not None else []
             for curve, colour, marker, line in drawn:
                 values = [getattr(each, field) for each in curve.remaining]
-                points = [(stage, 100 * value) for stage, value in enumerate(values) if value is not None]
-                axes.plot(*zip(*points, strict=True), color=LIGHT[colour], marker=marker, ls=line, lw=1.6, ms=5, label=shown(curve.name))
+                points = [
+                    (stage, 100 * value) for stage, value in enumerate(values) if value is not None
+                ]
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=LIGHT[colour],
+                    marker=marker,
+                    ls=line,
+                    lw=1.6,
+                    ms=5,
+                    label=shown(curve.name),
+                )
             axes.set_xlabel("drops")
             axes.set_ylabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(*left_axes.get_legend_handles_labels(), loc="outside upper left", ncols=7)
-        ends = ", ".join(f"{shown(curve.name)} {_percent(curve.remaining[-1].mean)}" for curve in study.curves)
-        return inline_svg(figure, "shrinking", f"Mean true accuracy of the networks left after each drop; in the end: {ends}.")
+        ends = ", ".join(
+            f"{shown(curve.name)} {_percent(curve.remaining[-1].mean)}" for curve in study.curves
+        )
+        return inline_svg(
+            figure,
+            "shrinking",
+            f"Mean true accuracy of the networks left after each drop; in the end: {ends}.",
+        )
 
 
 def _percent(value: float | None) -> str:

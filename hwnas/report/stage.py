@@ -1,7 +1,7 @@
 """The report stage: a run folder in, one HTML file out that opens anywhere, offline.
 
-Sections whose documents do not exist yet are left out, and the top of the page says which stages are missing. The same
-documents give the same bytes.
+Sections whose documents do not exist yet are left out, and the top of the page says
+which stages are missing. The same documents give the same bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ class Report(Stage):
         paths = [self.at.path(stage, name) for stage, name in sources()]
         found = [path for path in [*paths, self.at.table_path] if path.is_file()]
         hashes = {f"{path.parent.name}/{path.name}": file_sha256(path) for path in found}
-        return {**hashes, "config": content_sha256(self.at.experiment.model_dump(mode="json", by_alias=True))}
+        return {
+            **hashes,
+            "config": content_sha256(self.at.experiment.model_dump(mode="json", by_alias=True)),
+        }
 
     def summary(self) -> str:
         """Where it will be."""
@@ -73,7 +76,11 @@ def run(ctx: StageContext, space: SearchSpace, table_path: Path) -> None:
 def render(documents: RunDocuments) -> str:
     """The page as a string of HTML."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "ms": ms,
@@ -106,11 +113,20 @@ def render(documents: RunDocuments) -> str:
         per_class=class_rows(documents),
         min_score=MIN_SCORE,
         ranks=ranking.score_rows(documents.study) if documents.study is not None else [],
-        methods=comparing.method_rows(documents.comparison) if documents.comparison is not None else [],
+        methods=(
+            comparing.method_rows(documents.comparison) if documents.comparison is not None else []
+        ),
         duels=comparing.duel_rows(documents.comparison) if documents.comparison is not None else [],
         shrunk=shrinking.rows(documents.shrinking) if documents.shrinking is not None else [],
-        config=json.dumps(documents.experiment.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False),
-        command=f"hwnas {verb} {shlex.quote(documents.folder)} --out {shlex.quote(documents.folder + '-again')}",
+        config=json.dumps(
+            documents.experiment.model_dump(mode="json", by_alias=True),
+            indent=2,
+            ensure_ascii=False,
+        ),
+        command=(
+            f"hwnas {verb} {shlex.quote(documents.folder)} --out"
+            f" {shlex.quote(documents.folder + '-again')}"
+        ),
     )
 
 
@@ -124,14 +140,26 @@ class FileRow:
 
 def file_rows(documents: RunDocuments) -> list[FileRow]:
     """The exported files in the bundle's order."""
-    verdicts = {file.name: file for file in documents.verdict.files} if documents.verdict is not None else {}
-    return [FileRow(file, verdicts.get(file.name)) for file in documents.bundle.files] if documents.bundle is not None else []
+    verdicts = (
+        {file.name: file for file in documents.verdict.files}
+        if documents.verdict is not None
+        else {}
+    )
+    return (
+        [FileRow(file, verdicts.get(file.name)) for file in documents.bundle.files]
+        if documents.bundle is not None
+        else []
+    )
 
 
 def judged_file(documents: RunDocuments) -> FileVerdict | None:
-    """The file that stands in the headline: the one whose latency the table predicts, else the first."""
+    """The file that stands in the headline: the one whose latency the table predicts,
+    else the first.
+    """
     files = documents.verdict.files if documents.verdict is not None else ()
-    return next((file for file in files if file.predicted_ms is not None), files[0] if files else None)
+    return next(
+        (file for file in files if file.predicted_ms is not None), files[0] if files else None
+    )
 
 
 @dataclass(frozen=True)
@@ -143,7 +171,9 @@ class TorchMetrics:
 
 
 def torch_metrics(documents: RunDocuments) -> TorchMetrics | None:
-    """PyTorch's metrics by the latest document that has each: older ones of detectors say AP alone."""
+    """PyTorch's metrics by the latest document that has each: older ones of detectors
+    say AP alone.
+    """
     train, bundle, verdict = documents.train, documents.bundle, documents.verdict
     values: dict[str, float | None] = {}
     images = 0
@@ -169,27 +199,34 @@ def failures(documents: RunDocuments) -> list[str]:
         return []
     allowed, found = verdict.tolerances, []
     for file in verdict.files:
-        if file.latency_passed is False and file.latency_error is not None and file.predicted_ms is not None:
+        if (
+            file.latency_passed is False
+            and file.latency_error is not None
+            and file.predicted_ms is not None
+        ):
             found.append(
-                f"{file.name} takes {ms((file.network_ms or file.measured_ms) / (verdict.drift or 1))} ms at the profiled speed, "
-                f"{against(file.latency_error)} the {ms(file.predicted_ms)} ms predicted; "
-                f"{allowed.latency_tolerance:.1%} are allowed."
+                f"{file.name} takes"
+                f" {ms((file.network_ms or file.measured_ms) / (verdict.drift or 1))} ms at the"
+                f" profiled speed, {against(file.latency_error)} the {ms(file.predicted_ms)} ms"
+                f" predicted; {allowed.latency_tolerance:.1%} are allowed."
             )
         if not file.quality_passed:
             found.append(
-                f"{file.name} loses {100 * file.loss:.2f} points of {verdict.words.metric} against PyTorch; "
-                f"{100 * allowed.tolerance(verdict.metric, file.dtype):.2f} are allowed."
+                f"{file.name} loses {100 * file.loss:.2f} points of {verdict.words.metric} against"
+                f" PyTorch; {100 * allowed.tolerance(verdict.metric, file.dtype):.2f} are allowed."
             )
         if file.parity_passed is False and file.parity is not None:
             found.append(
-                f"{file.name} gives other outputs than PyTorch on {verdict.device}: relative error {file.parity.relative_error:.1e}; "
-                f"{allowed.parity_tolerance:.1e} is allowed."
+                f"{file.name} gives other outputs than PyTorch on {verdict.device}: relative error"
+                f" {file.parity.relative_error:.1e}; {allowed.parity_tolerance:.1e} is allowed."
             )
     return found
 
 
 def notices(documents: RunDocuments) -> list[str]:
-    """What a reader must know before believing the numbers: missing stages, and documents that do not belong together."""
+    """What a reader must know before believing the numbers: missing stages, and
+    documents that do not belong together.
+    """
     found = []
     missing = [
         f"{stage.name} (interrupted at step {stage.step:,})" if stage.step else stage.name
@@ -197,25 +234,43 @@ def notices(documents: RunDocuments) -> list[str]:
         if not stage.finished
     ]
     if missing:
-        found.append(f"Not finished yet: {', '.join(missing)}. Go on with: hwnas run {shlex.quote(documents.folder)}")
-    search, table, bundle, arch = documents.search, documents.table, documents.bundle, documents.arch
+        found.append(
+            f"Not finished yet: {', '.join(missing)}. Go on with: hwnas run"
+            f" {shlex.quote(documents.folder)}"
+        )
+    search, table, bundle, arch = (
+        documents.search,
+        documents.table,
+        documents.bundle,
+        documents.arch,
+    )
     if search is not None and table is not None and search.table_sha256 != table.sha256:
         found.append("The search used another latency table than the one shown here.")
     if bundle is not None and arch is not None and bundle.architecture.sha256 != arch.sha256:
         found.append("The exported files are of an earlier architecture than the one shown here.")
     verdict = documents.verdict
-    if verdict is not None and verdict.bundle_sha256 != documents.hashes.get("export/bundle.json", verdict.bundle_sha256):
+    if verdict is not None and verdict.bundle_sha256 != documents.hashes.get(
+        "export/bundle.json", verdict.bundle_sha256
+    ):
         found.append("The verdict is about an earlier bundle than the one shown here.")
-    found += [f"{name} was not validated: {why}." for name, why in (verdict.not_run if verdict is not None else {}).items()]
+    found += [
+        f"{name} was not validated: {why}."
+        for name, why in (verdict.not_run if verdict is not None else {}).items()
+    ]
     note = drift_note(verdict) if verdict is not None else None
     found += [sentence(note)] if note is not None else []
     if table is not None and table.calibration is None:
-        found.append("The latency table has no calibration against whole networks: its sums are not latencies of networks.")
+        found.append(
+            "The latency table has no calibration against whole networks: its sums are not"
+            " latencies of networks."
+        )
     return found
 
 
 def cautions(documents: RunDocuments) -> list[Caution]:
-    """Why a result is less than it looks like: what the verdict says, and what the search and the training say themselves."""
+    """Why a result is less than it looks like: what the verdict says, and what the
+    search and the training say themselves.
+    """
     verdict, search, train = documents.verdict, documents.search, documents.train
     found = list(verdict.warnings) if verdict is not None else []
     if search is not None and search.learning is not None:
@@ -226,7 +281,9 @@ def cautions(documents: RunDocuments) -> list[Caution]:
 
 
 def conditions(documents: RunDocuments) -> list[tuple[str, str]]:
-    """Where and how latency was measured, as (name, value); without a table the device, but for studies, which use none then."""
+    """Where and how latency was measured, as (name, value); without a table the device,
+    but for studies, which use none then.
+    """
     if documents.table is None:
         return [] if documents.only_study else [("device", documents.experiment.device.name)]
     header = documents.table.header
@@ -246,7 +303,9 @@ def conditions(documents: RunDocuments) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class BlockRow:
-    """A block of the architecture with its counts and its price. ``share`` is its part of the sum over all blocks."""
+    """A block of the architecture with its counts and its price. ``share`` is its part
+    of the sum over all blocks.
+    """
 
     place: Placed
     op: Op
@@ -268,73 +327,135 @@ def block_rows(documents: RunDocuments) -> list[BlockRow]:
 def block_prices(documents: RunDocuments) -> list[float | None]:
     """The table's entry of each place; None where a slot is skipped or the table has none."""
     priced = documents.table.entries if documents.table is not None else {}
-    return [priced[place.op.key].ms if place.op is not None and place.op.key in priced else None for place in documents.places()]
+    return [
+        priced[place.op.key].ms if place.op is not None and place.op.key in priced else None
+        for place in documents.places()
+    ]
 
 
 def figures(documents: RunDocuments) -> dict[str, Any]:
-    """Every figure whose documents exist: name -> SVG, and the two rows of curves as lists of (title, SVG)."""
-    search, table, rows, places = documents.search, documents.table, documents.search_rows, documents.places()
+    """Every figure whose documents exist: name -> SVG, and the two rows of curves as
+    lists of (title, SVG).
+    """
+    search, table, rows, places = (
+        documents.search,
+        documents.table,
+        documents.search_rows,
+        documents.places(),
+    )
     tolerance, unit = documents.experiment.search.tolerance, documents.unit
     target = None if documents.target is None else documents.target / unit.scale
-    learns = [row for row in rows if row.get("reward") is not None or row.get("held_out_loss") is not None]
+    learns = [
+        row for row in rows if row.get("reward") is not None or row.get("held_out_loss") is not None
+    ]
     start = int(learns[0]["step"]) if learns else None
     sampled = Series(unit.quantity, "sampled", "pale-blue", factor=1 / unit.scale)
     expected = Series(unit.expected, "expected", exact=True, factor=1 / unit.scale)
     searching = [
-        ("Reward", charts.course("reward", "reward", rows, [Series("reward", "reward")], start=start)),
-        ("Held-out loss", charts.course("heldoutloss", "held-out loss", rows, [Series("held_out_loss", "loss")], start=start)),
+        (
+            "Reward",
+            charts.course("reward", "reward", rows, [Series("reward", "reward")], start=start),
+        ),
+        (
+            "Held-out loss",
+            charts.course(
+                "heldoutloss", "held-out loss", rows, [Series("held_out_loss", "loss")], start=start
+            ),
+        ),
         (
             sentence(unit.axis),
-            charts.course("latency", unit.noun, rows, [sampled, expected], target=target, tolerance=tolerance, start=start),
+            charts.course(
+                "latency",
+                unit.noun,
+                rows,
+                [sampled, expected],
+                target=target,
+                tolerance=tolerance,
+                start=start,
+            ),
         ),
-        ("Entropy of the policy, nats", charts.course("entropy", "entropy", rows, [Series("entropy", "entropy", exact=True)], start=start)),
+        (
+            "Entropy of the policy, nats",
+            charts.course(
+                "entropy", "entropy", rows, [Series("entropy", "entropy", exact=True)], start=start
+            ),
+        ),
         ("Loss", charts.course("loss", "loss", rows, [Series("loss", "loss")], start=start)),
     ]
     accuracies = [Series("train_accuracy", "training batch")]
     if start is None:  # nothing is learnt but weights, so how well those do
-        searching.append(("Accuracy on training batches", charts.course("accuracy", "accuracy", rows, accuracies, percent=True)))
+        searching.append(
+            (
+                "Accuracy on training batches",
+                charts.course("accuracy", "accuracy", rows, accuracies, percent=True),
+            )
+        )
     rows = documents.train_rows
     training = [
         ("Loss", charts.course("trainloss", "training loss", rows, [Series("loss", "loss")])),
         (
             "Its parts",
             charts.course(
-                "trainparts", "parts of the loss", rows, [Series("class_loss", "classes"), Series("box_loss", "boxes", "orange")]
+                "trainparts",
+                "parts of the loss",
+                rows,
+                [Series("class_loss", "classes"), Series("box_loss", "boxes", "orange")],
             ),
         ),
         _metric_course(documents.task, rows, documents.validation_rows),
     ]
-    judged = table.calibration.held_out if table is not None and table.calibration is not None else None
+    judged = (
+        table.calibration.held_out if table is not None and table.calibration is not None else None
+    )
     return {
         "architecture": drawing.architecture(places, block_prices(documents)) if places else None,
         "pareto": charts.pareto(search) if search is not None else None,
         "search": _drawn(searching),
         "search_start": start,
         "train": _drawn(training),
-        "detections": pictures.detections(documents.pictures.pictures) if documents.pictures is not None else None,
+        "detections": (
+            pictures.detections(documents.pictures.pictures)
+            if documents.pictures is not None
+            else None
+        ),
         "held_out": charts.held_out(judged) if judged is not None and judged.pairs else None,
         "ranking": ranking.scatters(documents.study) if documents.study is not None else [],
-        "comparing": comparing.ranks(documents.comparison) if documents.comparison is not None else None,
-        "shrinking": shrinking.course(documents.shrinking) if documents.shrinking is not None else None,
+        "comparing": (
+            comparing.ranks(documents.comparison) if documents.comparison is not None else None
+        ),
+        "shrinking": (
+            shrinking.course(documents.shrinking) if documents.shrinking is not None else None
+        ),
         "entries": charts.entries(table.entries) if table is not None and table.entries else None,
     }
 
 
 def _metric_course(task: Task, rows: Rows, validation_rows: Rows) -> tuple[str, Markup | None]:
-    """How good a network was as it trained: on test images where it was looked at, beside training batches where they have an accuracy."""
+    """How good a network was as it trained: on test images where it was looked at,
+    beside training batches where they have an accuracy.
+    """
     batches = [Series("train_accuracy", "training batch", "blue")]
     if not validation_rows:
-        return "Accuracy on training batches", charts.course("trainaccuracy", "training accuracy", rows, batches, percent=True)
+        return "Accuracy on training batches", charts.course(
+            "trainaccuracy", "training accuracy", rows, batches, percent=True
+        )
     together = sorted([*rows, *validation_rows], key=lambda row: float(row["step"]))
     names = task.curve if len(task.curve) > 1 else dict.fromkeys(task.curve, "test images")
-    looked_at = [Series(row, label, colour, exact=True) for (row, label), colour in zip(names.items(), CURVE_COLOURS, strict=False)]
+    looked_at = [
+        Series(row, label, colour, exact=True)
+        for (row, label), colour in zip(names.items(), CURVE_COLOURS, strict=False)
+    ]
     what = f"{task.metric} on test images"
-    curve = charts.course(f"train{task.metric.lower()}", what, together, [*batches, *looked_at], percent=True)
+    curve = charts.course(
+        f"train{task.metric.lower()}", what, together, [*batches, *looked_at], percent=True
+    )
     return f"{sentence(what)} during training", curve
 
 
 def class_rows(documents: RunDocuments) -> list[tuple[str, float | None]]:
-    """The classes with what the task's metric is of each, the best first, those without objects last."""
+    """The classes with what the task's metric is of each, the best first, those without
+    objects last.
+    """
     found = documents.train.per_class.items() if documents.train is not None else ()
     return sorted(found, key=lambda pair: -1.0 if pair[1] is None else pair[1], reverse=True)
 
@@ -344,7 +465,9 @@ def _drawn(curves: list[tuple[str, Markup | None]]) -> list[tuple[str, Markup]]:
 
 
 def ms(value: float | None) -> str:
-    """Milliseconds with three significant digits, zeros kept: 1.50, 23.4, 0.0120; an en dash for none."""
+    """Milliseconds with three significant digits, zeros kept: 1.50, 23.4, 0.0120; an en
+    dash for none.
+    """
     if value is None:
         return "–"
     if value <= 0:

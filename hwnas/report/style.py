@@ -1,7 +1,8 @@
 """How figures look, and how they become inline SVG.
 
-Figures are drawn in the light theme's colours; in the SVG each colour becomes the CSS variable of the same name, so that the
-page's dark theme reaches into them. Text stays text, in the page's font.
+Figures are drawn in the light theme's colours; in the SVG each colour becomes the CSS
+variable of the same name, so that the page's dark theme reaches into them. Text stays
+text, in the page's font.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ _RC: Any = {
 
 @contextmanager
 def canvas(width: float, height: float, *, arranged: bool = True) -> Iterator[Figure]:
-    """A figure of ``width`` x ``height`` CSS pixels in the house style. Make its SVG inside the ``with``."""
+    """A figure of ``width`` x ``height`` CSS pixels in the house style. Make its SVG
+    inside the ``with``.
+    """
     with matplotlib.rc_context(_RC):
         yield Figure(figsize=(width / 72, height / 72), layout="constrained" if arranged else None)
 
@@ -111,18 +114,27 @@ def kernel_colour(kernel: int) -> str:
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an SVG element that can stand in any page: ids prefixed by ``name``, no prolog, no metadata, no URLs."""
+    """The figure as an SVG element that can stand in any page: ids prefixed by
+    ``name``, no prolog, no metadata, no URLs.
+    """
     plain_ticks(figure)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(
+        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
-    width, height = (float(value) for value in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)[0])
+    width, height = (
+        float(value) for value in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)[0]
+    )
     body = drawn[drawn.index(">") + 1 : drawn.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)  # a style element would rule the whole page
+    # a style element would rule the whole page
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
     body = body.replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
-    body = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", body)
+    body = re.sub(
+        r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", body
+    )
     body = re.sub(r'(href="|url\()#', rf"\1#{name}-", body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda match: _VARIABLES.get(match[0], match[0]), body)
     body = body.replace("font-family: 'DejaVu Sans', sans-serif", "font-family: inherit").replace(
@@ -131,7 +143,8 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     body = re.sub(r"\s*\n\s*", "\n", body)
     label = html.escape(description, quote=True)
     return Markup(
-        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" aria-label="{label}">{body}</svg>'
+        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img"'
+        f' aria-label="{label}">{body}</svg>'
     )
 
 

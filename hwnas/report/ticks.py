@@ -1,4 +1,6 @@
-"""Tick labels: the fewest digits that still write every tick of an axis exactly, so that no two of them look the same."""
+"""Tick labels: the fewest digits that still write every tick of an axis exactly, so
+that no two of them look the same.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Ticks(Formatter):
-    """Writes all ticks of an axis alike, with ``unit`` behind each number. matplotlib's own would move a common part into a corner.
+    """Writes all ticks of an axis alike, with ``unit`` behind each number. matplotlib's
+    own would move a common part into a corner.
 
     Example:
         >>> Ticks("%").format_ticks([96.1, 96.15, 96.2])
@@ -36,7 +39,9 @@ class Ticks(Formatter):
 
 
 def numbers(values: Sequence[float]) -> list[str]:
-    """Numbers as texts: equal decimals, thousands apart, one power of ten for all where they are very large or very small."""
+    """Numbers as texts: equal decimals, thousands apart, one power of ten for all where
+    they are very large or very small.
+    """
     largest = max((abs(value) for value in values), default=0.0)
     exponent = 0
     if largest >= LARGE or 0 < largest < SMALL:
@@ -53,7 +58,9 @@ def numbers(values: Sequence[float]) -> list[str]:
 
 
 def plain_ticks(figure: Figure) -> None:
-    """Give every axis of numbers our labels; axes with names, or with a formatter of their own, keep theirs."""
+    """Give every axis of numbers our labels; axes with names, or with a formatter of
+    their own, keep theirs.
+    """
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             for get, put in (
@@ -65,7 +72,9 @@ def plain_ticks(figure: Figure) -> None:
 
 
 def _decimals(values: Sequence[float]) -> int:
-    """The fewest decimals that write every value as exactly as the distance between two needs it."""
+    """The fewest decimals that write every value as exactly as the distance between two
+    needs it.
+    """
     order = sorted(set(values))
     distances = [second - first for first, second in pairwise(order)]
     near = min(distances, default=abs(order[0]) if order else 1.0)

@@ -1,4 +1,6 @@
-"""Search: strategies (one file per method), finders, the super-net's evaluator, and the stage that runs them."""
+"""Search: strategies (one file per method), finders, the super-net's evaluator, and the
+stage that runs them.
+"""
 
 from hwnas.core.search_space import SearchSpace
 from hwnas.errors import SpaceError
@@ -43,9 +45,11 @@ SHRINK_METRICS = Registry(
 
 def check_space(strategy: str, space: SearchSpace) -> None:
     """Raise SpaceError where a strategy cannot search spaces of cells, and this is one."""
-    cells = space.ADDITIVE and not space.CHAIN  # what is not additive has no costs to search by, and says so itself
+    # what is not additive has no costs to search by, and says so itself
+    cells = space.ADDITIVE and not space.CHAIN
     if cells and not STRATEGIES.get(strategy).cells:
         raise SpaceError(
-            f"strategy {strategy!r} is for spaces of blocks in a row, and {space.name} is one of cells: "
-            f"choose one of {', '.join(sorted(name for name in STRATEGIES if STRATEGIES.get(name).cells))}."
+            f"strategy {strategy!r} is for spaces of blocks in a row, and {space.name} is one of"
+            " cells: choose one of"
+            f" {', '.join(sorted(name for name in STRATEGIES if STRATEGIES.get(name).cells))}."
         )

@@ -1,21 +1,25 @@
 """The angle that training has turned an architecture's weights by.
 
-Hu, Liang, Guo, Wan, Zhang, Wei, Gu, Sun: "Angle-based Search Space Shrinking for Neural Architecture Search" (ECCV 2020, arXiv
-2004.13431); released code megvii-model/AngleNAS. With V(A; W) all weights that architecture A uses of the super-net's weights W, in
-one long vector, and W0 what they were at first (equation 2):
+Hu, Liang, Guo, Wan, Zhang, Wei, Gu, Sun: "Angle-based Search Space Shrinking for Neural
+Architecture Search" (ECCV 2020, arXiv 2004.13431); released code megvii-model/AngleNAS.
+With V(A; W) all weights that architecture A uses of the super-net's weights W, in one
+long vector, and W0 what they were at first (equation 2):
 
     angle(A) = arccos( <V(A; W0), V(A; W)> / (|V(A; W0)| * |V(A; W)|) )
 
-W0 may also be the weights after some training: in the released code after the first epoch on NAS-Bench-201, after the fifth on DARTS's
-cells (``study.base_epochs``, ``shrink.base_epochs``).
+W0 may also be the weights after some training: in the released code after the first
+epoch on NAS-Bench-201, after the fifth on DARTS's cells (``study.base_epochs``,
+``shrink.base_epochs``).
 
-One cosine, and no mean of those of layers. Of a chain, V holds the convolution and linear weights of stem, blocks, head and
-classifier; identity contributes nothing, nor do BN and biases. Of cells, V goes along every path from a cell's inputs to its output
+One cosine, and no mean of those of layers. Of a chain, V holds the convolution and
+linear weights of stem, blocks, head and classifier; identity contributes nothing, nor
+do BN and biases. Of cells, V goes along every path from a cell's inputs to its output
 (``CellSupernet.angle_parts``). A larger angle is taken for better. It needs no images.
 
-*Differences from the paper*: squeeze-and-excitation's convolutions count as convolutions. In DARTS's cells only the edges that a node
-keeps count, and a path ends at every node, as all of them are the output; the paper's code has one operator on every edge there, and 16
-paths, which end at the last node.
+*Differences from the paper*: squeeze-and-excitation's convolutions count as
+convolutions. In DARTS's cells only the edges that a node keeps count, and a path ends
+at every node, as all of them are the output; the paper's code has one operator on every
+edge there, and 16 paths, which end at the last node.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ from hwnas.nn.network import Network
 from hwnas.nn.supernet import SharedNetwork, make_supernet
 
 Moments = tuple[float, float, float]
-"""<a, b>, <a, a>, <b, b> of two vectors: what an angle is made of. Those of a concatenation are the sums of its parts'."""
+"""<a, b>, <a, a>, <b, b> of two vectors: what an angle is made of. Those of a
+concatenation are the sums of its parts'.
+"""
 
 
 @torch.no_grad()
@@ -40,7 +46,11 @@ def moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> Moments:
     product = norm_a = norm_b = 0.0
     for before, after in pairs:
         a, b = before.double().flatten(), after.double().flatten()
-        product, norm_a, norm_b = product + float(a @ b), norm_a + float(a @ a), norm_b + float(b @ b)
+        product, norm_a, norm_b = (
+            product + float(a @ b),
+            norm_a + float(a @ a),
+            norm_b + float(b @ b),
+        )
     return product, norm_a, norm_b
 
 
@@ -58,9 +68,11 @@ def arc(found: Moments) -> float:
 
 
 class Angles:
-    """The angles of the architectures of two super-nets of classifiers, of one space and one way to share weights.
+    """The angles of the architectures of two super-nets of classifiers, of one space
+    and one way to share weights.
 
-    Part by part the moments are kept, so that the angle of a further architecture costs next to nothing.
+    Part by part the moments are kept, so that the angle of a further architecture costs
+    next to nothing.
 
     Example:
         >>> Angles(initial, trained).of(picks)   # doctest: +SKIP
@@ -68,7 +80,8 @@ class Angles:
     """
 
     def __init__(self, initial: SharedNetwork, trained: SharedNetwork) -> None:
-        self.initial, self.trained = initial.eval(), trained.eval()  # random channels are for training
+        # random channels are for training
+        self.initial, self.trained = initial.eval(), trained.eval()
         self._known: dict[Hashable, Moments] = {}
 
     def of(self, picks: Mapping[str, Option]) -> float:
@@ -80,7 +93,9 @@ class Angles:
 
     def _part(self, part: Hashable) -> Moments:
         if part not in self._known:
-            self._known[part] = moments(zip(self.initial.angle_weights(part), self.trained.angle_weights(part), strict=True))
+            self._known[part] = moments(
+                zip(self.initial.angle_weights(part), self.trained.angle_weights(part), strict=True)
+            )
         return self._known[part]
 
 

@@ -1,12 +1,16 @@
-"""What the proposals of a search are compared with: random architectures, as many as the search's length justifies.
+"""What the proposals of a search are compared with: random architectures, as many as
+the search's length justifies.
 
-The last ranking passes every held-out image through every proposal, and for comparison random architectures are scored in the same way:
-within the budget on the same images, so that they can be told from the proposals, and over the whole space on
-``search.evaluation_images``, as nothing but the shape of a cloud depends on them. After a short search that can take as long as the
-search. Where ``search.random_samples`` is not set, there are so many of them that ranking and scoring cost at most ``SHARE`` of what the
-search cost, but never fewer than ``FEWEST``: less would say nothing of chance.
+The last ranking passes every held-out image through every proposal, and for comparison
+random architectures are scored in the same way: within the budget on the same images,
+so that they can be told from the proposals, and over the whole space on
+``search.evaluation_images``, as nothing but the shape of a cloud depends on them. After
+a short search that can take as long as the search. Where ``search.random_samples`` is
+not set, there are so many of them that ranking and scoring cost at most ``SHARE`` of
+what the search cost, but never fewer than ``FEWEST``: less would say nothing of chance.
 
-The cost is counted in multiply-accumulates (``meter``) and not timed, so it is the same on every machine and after every kill.
+The cost is counted in multiply-accumulates (``meter``) and not timed, so it is the same
+on every machine and after every kill.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ MOST, FEWEST = 8, 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """Random architectures ``within`` the budget and ``anywhere`` in the space, and what is to be said before they are scored."""
+    """Random architectures ``within`` the budget and ``anywhere`` in the space, and
+    what is to be said before they are scored.
+    """
 
     within: Sequence[Picks]
     anywhere: Sequence[Picks]
@@ -39,7 +45,9 @@ class Comparison:
 
 
 def compared_with(search: SearchContext, judge: Judge, proposals: Sequence[Picks]) -> Comparison:
-    """What to score beside the proposals of a search that is over. Networks that were trained alone say nothing about others."""
+    """What to score beside the proposals of a search that is over. Networks that were
+    trained alone say nothing about others.
+    """
     meter, config, space = search.meter, judge.config, search.space
     assert meter is not None
     spent = meter.cost.macs
@@ -53,20 +61,32 @@ def compared_with(search: SearchContext, judge: Judge, proposals: Sequence[Picks
         anywhere = [space.sample(search.rng) for _ in range(most)]
     count = most
     if config.random_samples is None:
-        count = affordable(SHARE * spent - ranking, _costs(meter, within, of_all), _costs(meter, anywhere, of_part))
+        count = affordable(
+            SHARE * spent - ranking, _costs(meter, within, of_all), _costs(meter, anywhere, of_part)
+        )
     within, anywhere = within[:count], anywhere[:count]
     total = ranking + sum(_costs(meter, within, of_all)) + sum(_costs(meter, anywhere, of_part))
-    return Comparison(within, anywhere, _sentence(search, judge, (len(proposals), len(within), len(anywhere)), total / max(spent, 1)))
+    return Comparison(
+        within,
+        anywhere,
+        _sentence(
+            search, judge, (len(proposals), len(within), len(anywhere)), total / max(spent, 1)
+        ),
+    )
 
 
 def image_counts(judge: Judge) -> tuple[int, int]:
-    """Images that pass through a network that is judged on all held-out images, and on ``search.evaluation_images`` of them."""
+    """Images that pass through a network that is judged on all held-out images, and on
+    ``search.evaluation_images`` of them.
+    """
     estimating, held_out = judge.config.recalibration_images, len(judge.held_out)
     return estimating + held_out, estimating + min(held_out, judge.config.evaluation_images)
 
 
 def affordable(left: float, within: Sequence[float], anywhere: Sequence[float]) -> int:
-    """How many pairs of random architectures, one of either kind, cost at most ``left``: at least ``FEWEST``."""
+    """How many pairs of random architectures, one of either kind, cost at most
+    ``left``: at least ``FEWEST``.
+    """
     most = max(len(within), len(anywhere))
     sums = np.zeros(most)
     for costs in (within, anywhere):
@@ -78,10 +98,15 @@ def _costs(meter: Meter, architectures: Sequence[Picks], images: int) -> list[fl
     return [meter.judging(picks, images) for picks in architectures]
 
 
-def _sentence(search: SearchContext, judge: Judge, counts: tuple[int, int, int], share: float) -> str:
+def _sentence(
+    search: SearchContext, judge: Judge, counts: tuple[int, int, int], share: float
+) -> str:
     proposals, within, anywhere = counts
     images, part = len(judge.held_out), min(len(judge.held_out), judge.config.evaluation_images)
     scoring = f" and scoring {within} random architectures in the budget" if within else ""
     cloud = f", and {anywhere} anywhere on {part:,}" if anywhere else ""
     about = f"about {duration(share * search.seconds)}, " if search.seconds else ""
-    return f"ranking {proposals} proposals{scoring} on {images:,} held-out images each{cloud}: {about}{share:.0%} of the search's cost"
+    return (
+        f"ranking {proposals} proposals{scoring} on {images:,} held-out images each{cloud}:"
+        f" {about}{share:.0%} of the search's cost"
+    )

@@ -1,34 +1,42 @@
 """DARTS: differentiable architecture search by a continuous relaxation.
 
-Liu, Simonyan, Yang: "DARTS: Differentiable Architecture Search" (ICLR 2019, arXiv 1806.09055); released code quark0/darts. The
-constants are the code's.
+Liu, Simonyan, Yang: "DARTS: Differentiable Architecture Search" (ICLR 2019, arXiv
+1806.09055); released code quark0/darts. The constants are the code's.
 
-Every choice runs all its options at once, weighted by the softmax of its alpha (equation 2); alpha is drawn from 1e-3 * N(0, 1).
-Per step:
+Every choice runs all its options at once, weighted by the softmax of its alpha
+(equation 2); alpha is drawn from 1e-3 * N(0, 1). Per step:
 
-1. alpha, by Adam (3e-4, betas 0.5 and 0.999, weight decay 1e-3), down the gradient of the held-out loss L_val
+1. alpha, by Adam (3e-4, betas 0.5 and 0.999, weight decay 1e-3), down the gradient of
+   the held-out loss L_val
 
    - ``order = 1``:  grad_alpha L_val(w, alpha) at the present weights w (xi = 0);
-   - ``order = 2``:  grad_alpha L_val(w', alpha) at w' = w - xi * grad_w L_train(w, alpha), a virtual training step whose own
-     dependence on alpha counts (equations 6 to 8; ``hwnas.nn.unrolled``). The paper's better results are of this order. It takes four
-     passes forward and backward where the first order takes one: with the training step, a search costs 2.5 times as much.
+   - ``order = 2``:  grad_alpha L_val(w', alpha) at w' = w - xi * grad_w L_train(w,
+     alpha), a virtual training step whose own dependence on alpha counts (equations 6
+     to 8; ``hwnas.nn.unrolled``). The paper's better results are of this order. It
+     takes four passes forward and backward where the first order takes one: with the
+     training step, a search costs 2.5 times as much.
 
 2. the weights, on the training batch, under the same mixture.
 
-The architecture is the argmax of every choice. On spaces of cells with pairs of edges to keep (``darts``), all edges run while
-searching, and the cell is derived as published: ``hwnas.search.genotype``.
+The architecture is the argmax of every choice. On spaces of cells with pairs of edges
+to keep (``darts``), all edges run while searching, and the cell is derived as
+published: ``hwnas.search.genotype``.
 
 *Differences from the paper*:
 
-- Latency (DARTS knows none; ours): alpha descends  L_val + latency_weight * |E[latency] / target - 1|, with the exact expectation
-  under the softmax. The absolute value makes the target a budget to be met, neither overrun nor left unused; its weight 1.0 says
+- Latency (DARTS knows none; ours): alpha descends  L_val + latency_weight * |E[latency]
+  / target - 1|, with the exact expectation under the softmax. The absolute value makes
+  the target a budget to be met, neither overrun nor left unused; its weight 1.0 says
   that a miss of 10 % is as bad as 0.1 nats of loss.
-- Proposals: the argmax rarely meets a target to 2 %, so it leads where it does; the others are likely samples of the softmax that
-  do, and the search stage ranks them by recalibrated held-out accuracy.
+- Proposals: the argmax rarely meets a target to 2 %, so it leads where it does; the
+  others are likely samples of the softmax that do, and the search stage ranks them by
+  recalibrated held-out accuracy.
 - ``warmup`` (ours, off by default): a first part of the steps that trains the weights alone.
-- ``alpha_lr``: the paper's 3e-4 is for 50 epochs of 391 steps; short searches need a larger one (ours).
-- On macro spaces slots and widths are mixed; there are no edges of which a node keeps two. A mixture cannot run at several
-  resolutions, so spaces that leave theirs open are refused. On cells, any pair of edges is taken to be as likely for E[latency] (ours).
+- ``alpha_lr``: the paper's 3e-4 is for 50 epochs of 391 steps; short searches need a
+  larger one (ours).
+- On macro spaces slots and widths are mixed; there are no edges of which a node keeps
+  two. A mixture cannot run at several resolutions, so spaces that leave theirs open are
+  refused. On cells, any pair of edges is taken to be as likely for E[latency] (ours).
 - The gradient of alpha is not clipped; an early version of the code clips its norm at 10.
 """
 
@@ -57,12 +65,18 @@ class DARTSConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    order: Literal[1, 2] = Field(2, description="of the architecture gradient; 2 costs 2.5 times as much per step as 1")
+    order: Literal[1, 2] = Field(
+        2, description="of the architecture gradient; 2 costs 2.5 times as much per step as 1"
+    )
     alpha_lr: float = Field(3e-4, gt=0, description="Adam's rate for alpha")
     alpha_weight_decay: float = Field(1e-3, ge=0)
     init_std: float = Field(1e-3, ge=0, description="standard deviation of the initial alpha")
-    latency_weight: float = Field(1.0, ge=0, description="of |E[latency] / target - 1| in alpha's loss (ours)")
-    warmup: float = Field(0.0, ge=0, lt=1, description="part of the steps that trains only the weights (ours)")
+    latency_weight: float = Field(
+        1.0, ge=0, description="of |E[latency] / target - 1| in alpha's loss (ours)"
+    )
+    warmup: float = Field(
+        0.0, ge=0, lt=1, description="part of the steps that trains only the weights (ours)"
+    )
 
 
 class DARTS(Strategy):
@@ -83,15 +97,26 @@ class DARTS(Strategy):
         refuse_resolutions(space, type(self).__name__.lower())
 
     def setup(self, ctx: SearchContext) -> None:
-        """Make alpha, uniform until the first step draws it: a step's generator is the one that depends on the seed."""
+        """Make alpha, uniform until the first step draws it: a step's generator is the
+        one that depends on the seed.
+        """
         self.alphas = self._new_alphas(ctx, 0.0)
 
     def _new_alphas(self, ctx: SearchContext, init_std: float) -> Alphas:
         config = self.config
-        return Alphas(ctx.space, ctx.rng, init_std=init_std, lr=config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay)
+        return Alphas(
+            ctx.space,
+            ctx.rng,
+            init_std=init_std,
+            lr=config.alpha_lr,
+            betas=(0.5, 0.999),
+            weight_decay=config.alpha_weight_decay,
+        )
 
     def position(self, ctx: SearchContext) -> tuple[int, float]:
-        """The number of the stage at this step, and which part of it is over. DARTS has one stage."""
+        """The number of the stage at this step, and which part of it is over. DARTS has
+        one stage.
+        """
         return 0, ctx.fraction
 
     def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
@@ -117,9 +142,15 @@ class DARTS(Strategy):
         metrics: Metrics = {}
         if over >= self.config.warmup:
             mixture = self.alphas.softmax()
-            held_out = ctx.loss(all_edges(ctx.space, mixture), order=self.config.order, skip_dropout=dropout)
+            held_out = ctx.loss(
+                all_edges(ctx.space, mixture), order=self.config.order, skip_dropout=dropout
+            )
             expected = ctx.cost.expected(any_pair(ctx.space, mixture), torch)
-            self.alphas.update(penalised(held_out, expected, ctx.target, "absolute", scale=self.config.latency_weight))
+            self.alphas.update(
+                penalised(
+                    held_out, expected, ctx.target, "absolute", scale=self.config.latency_weight
+                )
+            )
             metrics["held_out_loss"] = float(held_out.detach())
         with torch.no_grad():
             mixture = self.alphas.softmax()
@@ -128,7 +159,9 @@ class DARTS(Strategy):
         return {**metrics, "entropy": self.alphas.entropy(), ctx.cost.unit.expected: expected_ms}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The argmax first, where it is within the tolerance, then likely samples of the softmax that are."""
+        """The argmax first, where it is within the tolerance, then likely samples of
+        the softmax that are.
+        """
         return likely_within(ctx, derived(ctx.space, self.alphas.policy()), count)
 
     def state_dict(self) -> dict[str, Any]:

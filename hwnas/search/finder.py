@@ -14,7 +14,8 @@ from hwnas.search.strategy import SearchContext
 
 
 class Finder(ABC):
-    """Finding is separate from training weights: a finder asks ``ctx.evaluate`` for qualities and nothing else.
+    """Finding is separate from training weights: a finder asks ``ctx.evaluate`` for
+    qualities and nothing else.
 
     ``Config`` holds its own options (the keys beside ``name`` in ``search.finder``).
     """
@@ -23,12 +24,16 @@ class Finder(ABC):
 
     @abstractmethod
     def find(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """Up to ``count`` different architectures within the target's tolerance and the limits, best first."""
+        """Up to ``count`` different architectures within the target's tolerance and the
+        limits, best first.
+        """
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the super-net says of an architecture: recalibrated quality in 0..1, and the objective at its cost."""
+    """What the super-net says of an architecture: recalibrated quality in 0..1, and the
+    objective at its cost.
+    """
 
     picks: Picks
     cost: float
@@ -39,7 +44,8 @@ class Judgement:
 class Leaderboard:
     """Every architecture that a finder has judged, each once, whatever picks name it.
 
-    Picks that differ only in slots that are left out decode to one architecture. Each new judgement advances ``task``.
+    Picks that differ only in slots that are left out decode to one architecture. Each
+    new judgement advances ``task``.
     """
 
     def __init__(self, ctx: SearchContext, task: Task) -> None:

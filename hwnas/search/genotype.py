@@ -1,15 +1,18 @@
 """From DARTS's mixture over the edges of a cell to one cell, as DARTS derives it.
 
-Liu, Simonyan, Yang: "DARTS: Differentiable Architecture Search" (ICLR 2019, arXiv 1806.09055), section 2.4; released code quark0/darts.
-While searching, every edge of a cell runs, all with weight 1: which edges a node keeps is no part of alpha. In the end
+Liu, Simonyan, Yang: "DARTS: Differentiable Architecture Search" (ICLR 2019, arXiv
+1806.09055), section 2.4; released code quark0/darts. While searching, every edge of a
+cell runs, all with weight 1: which edges a node keeps is no part of alpha. In the end
 
 1. the strength of an edge is its largest probability of an option other than ``none``;
 2. every node keeps the two edges of greatest strength, each with that option.
 
-Here the pairs of edges that a node may keep are a choice like any other, so 2. is the argmax of a policy: a pair's probability is taken
-to be proportional to the product of its edges' strengths (ours), which is largest for the two strongest.
+Here the pairs of edges that a node may keep are a choice like any other, so 2. is the
+argmax of a policy: a pair's probability is taken to be proportional to the product of
+its edges' strengths (ours), which is largest for the two strongest.
 
-Spaces without such pairs stay as they are: of NAS-Bench-201's edges, as in the benchmark's code, the argmax may well be ``none``.
+Spaces without such pairs stay as they are: of NAS-Bench-201's edges, as in the
+benchmark's code, the argmax may well be ``none``.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ Policy = Mapping[str, np.ndarray]
 
 
 def all_edges(space: SearchSpace, mixture: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gates of a search: the given ones, but for the pairs of edges, whose gates are such that every edge has weight 1."""
+    """The gates of a search: the given ones, but for the pairs of edges, whose gates
+    are such that every edge has weight 1.
+    """
     gates = dict(mixture)
     for choice in space.choices:
         if choice.kind == "inputs":
@@ -41,11 +46,15 @@ def all_edges(space: SearchSpace, mixture: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def any_pair(space: SearchSpace, mixture: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The probabilities that a search's expected cost is of: the given ones, and any pair of edges alike."""
+    """The probabilities that a search's expected cost is of: the given ones, and any
+    pair of edges alike.
+    """
     likely = dict(mixture)
     for choice in space.choices:
         if choice.kind == "inputs":
-            likely[choice.key] = torch.full((len(choice.options),), 1 / len(choice.options), dtype=torch.float64)
+            likely[choice.key] = torch.full(
+                (len(choice.options),), 1 / len(choice.options), dtype=torch.float64
+            )
     return likely
 
 
@@ -83,7 +92,10 @@ def _derived_cell(space: CellSpace, policy: Policy) -> dict[str, np.ndarray]:
     for choice in space.choices:
         if choice.kind == "inputs":
             cell, node = choice.address.part, choice.address.node
-            pairs = [[strength[edge_key(cell, source, node)] for source in sources_of(str(pair))] for pair in choice.options]
+            pairs = [
+                [strength[edge_key(cell, source, node)] for source in sources_of(str(pair))]
+                for pair in choice.options
+            ]
             product = np.array([np.prod(pair) for pair in pairs]) + 1e-30
             found[choice.key] = product / product.sum()
     return found

@@ -1,15 +1,24 @@
-"""Did a finished search learn anything? Judged from what it has logged and ranked, with standard errors.
+"""Did a finished search learn anything? Judged from what it has logged and ranked, with
+standard errors.
 
-1. *The shared weights.* The loss of the last fifth of the steps against that of a guess: the best that can be said without looking at the
-   image, which is the entropy of the class frequencies, ln(classes) where they are equal (with label smoothing, of the smoothed ones).
-   A detector's loss has no such level and is held against the first fifth of the steps.
-2. *Held-out images.* The mean quality of all networks that were ranked against a guess: weights that know their training images by heart
-   have a low loss. An AP is held against 0; of 1 / (1 + loss) no level is known, as a confident network may lose more than a guess.
-3. *The policy.* Its reward (or held-out loss) in the last fifth of its steps against the first: entropy also falls on noise.
-4. *Random networks.* The proposals against random networks within the same budget, by Welch's test. The evaluation noise of a network, that
-   of a proportion of n images, is the least variance of each; what a finder's choice among many owes to that noise is taken off.
+1. *The shared weights.* The loss of the last fifth of the steps against that of a
+   guess: the best that can be said without looking at the image, which is the entropy
+   of the class frequencies, ln(classes) where they are equal (with label smoothing, of
+   the smoothed ones). A detector's loss has no such level and is held against the first
+   fifth of the steps.
+2. *Held-out images.* The mean quality of all networks that were ranked against a guess:
+   weights that know their training images by heart have a low loss. An AP is held
+   against 0; of 1 / (1 + loss) no level is known, as a confident network may lose more
+   than a guess.
+3. *The policy.* Its reward (or held-out loss) in the last fifth of its steps against
+   the first: entropy also falls on noise.
+4. *Random networks.* The proposals against random networks within the same budget, by
+   Welch's test. The evaluation noise of a network, that of a proportion of n images, is
+   the least variance of each; what a finder's choice among many owes to that noise is
+   taken off.
 
-A difference counts where its p-value is below 5 %. What cannot be judged (a search of few steps, few networks) is None.
+A difference counts where its p-value is below 5 %. What cannot be judged (a search of
+few steps, few networks) is None.
 """
 
 from __future__ import annotations
@@ -44,7 +53,9 @@ LEAST_NETWORKS = 4
 """Proposals, and random networks, below which they are not compared."""
 
 NEAR_CHANCE = 0.01
-"""Part of a guess's loss that training must have taken off: in a long search less than that is told from noise, and still nothing."""
+"""Part of a guess's loss that training must have taken off: in a long search less than
+that is told from noise, and still nothing.
+"""
 
 NOTHING = 0.0005
 """A part of a quality that reads as none."""
@@ -77,12 +88,17 @@ class Weights(_Part):
     def text(self) -> str:
         """The figures in words."""
         if self.chance is None:
-            return f"the super-net's loss did not fall ({_pm(self.first)} at first, {_pm(self.last)} at the end)"
+            return (
+                f"the super-net's loss did not fall ({_pm(self.first)} at first, {_pm(self.last)}"
+                " at the end)"
+            )
         return f"the super-net's loss ended at {_pm(self.last)}, and a guess's is {self.chance:.3f}"
 
 
 class HeldOut(_Part):
-    """The mean quality of the ranked networks on ``images`` held-out images, and that of a guess."""
+    """The mean quality of the ranked networks on ``images`` held-out images, and that
+    of a guess.
+    """
 
     metric: str
     mean: float
@@ -91,7 +107,9 @@ class HeldOut(_Part):
 
     @property
     def learned(self) -> bool:
-        """Whether the mean network is better than a guess. Networks err on the same images, so all together are no surer than one."""
+        """Whether the mean network is better than a guess. Networks err on the same
+        images, so all together are no surer than one.
+        """
         if self.metric == AP:
             return self.mean > NO_AP
         return better_than_guessing(round(self.mean * self.images), self.images, self.chance)
@@ -100,11 +118,16 @@ class HeldOut(_Part):
     def text(self) -> str:
         """The figures in words."""
         guess = "" if self.metric == AP else f", and a guess has {shown(self.metric, self.chance)}"
-        return f"its networks have {self.metric} {shown(self.metric, self.mean)} on {self.images:,} held-out images{guess}"
+        return (
+            f"its networks have {self.metric} {shown(self.metric, self.mean)} on {self.images:,}"
+            f" held-out images{guess}"
+        )
 
 
 class Policy(_Part):
-    """The policy's entropy in nats at both ends, and the reward of its steps (of gradients: minus the held-out loss) in both parts."""
+    """The policy's entropy in nats at both ends, and the reward of its steps (of
+    gradients: minus the held-out loss) in both parts.
+    """
 
     rate: str = Field(description="the option of the strategy that sets how fast it learns")
     steps: int
@@ -129,7 +152,10 @@ class Policy(_Part):
         if self.moved:
             return None
         headline = f"the policy has hardly moved in {self.steps} steps"
-        text = f"{self._entropy}, so the result is close to random search: raise {self.rate} of search.strategy, or search.epochs."
+        text = (
+            f"{self._entropy}, so the result is close to random search: raise {self.rate} of"
+            " search.strategy, or search.epochs."
+        )
         return Caution(headline=headline, text=text)
 
     @property
@@ -142,11 +168,14 @@ class Policy(_Part):
         if not self.moved or self.rise is None or self.rise.positive:
             return None
         assert self.first is not None and self.last is not None
-        sign, what = (-1, "held-out loss did not fall") if self.by_loss else (1, "reward did not rise")
+        sign, what = (
+            (-1, "held-out loss did not fall") if self.by_loss else (1, "reward did not rise")
+        )
         first, last = (_pm(each, sign) for each in (self.first, self.last))
         text = (
-            f"{self._entropy}, but its {what} by more than noise ({first} at first, {last} at the end, p = {self.rise.p_value:.2g}): raise "
-            f"search.epochs, or change {self.rate} of search.strategy or search.optimizer.lr."
+            f"{self._entropy}, but its {what} by more than noise ({first} at first, {last} at the"
+            f" end, p = {self.rise.p_value:.2g}): raise search.epochs, or change {self.rate} of"
+            " search.strategy or search.optimizer.lr."
         )
         return Caution(headline="the policy learned nothing", text=text)
 
@@ -154,8 +183,9 @@ class Policy(_Part):
 class AgainstRandom(_Part):
     """Proposals against random networks within the same budget.
 
-    ``selection``: what the finder's choice on the same images is expected to owe to noise, taken off the difference.
-    ``chosen``: by how much the chosen network is above the best random one, without any test: both are the best of several.
+    ``selection``: what the finder's choice on the same images is expected to owe to
+    noise, taken off the difference. ``chosen``: by how much the chosen network is above
+    the best random one, without any test: both are the best of several.
     """
 
     metric: str
@@ -164,8 +194,16 @@ class AgainstRandom(_Part):
     selection: float = 0.0
     difference: Difference
     chosen: float
-    own_paths: bool = Field(description="whether the weights were trained on the policy's own paths, which flatters its proposals")
-    same: str = Field("latency", description="what the budget is of, which proposals and random networks have in common")
+    own_paths: bool = Field(
+        description=(
+            "whether the weights were trained on the policy's own paths, which flatters its"
+            " proposals"
+        )
+    )
+    same: str = Field(
+        "latency",
+        description="what the budget is of, which proposals and random networks have in common",
+    )
 
     @property
     def sentence(self) -> str:
@@ -175,20 +213,28 @@ class AgainstRandom(_Part):
             return f"No better than random networks of the same {self.same} ({self.figures})."
         how = "Better" if found.positive else "Worse"
         by = shown_difference(self.metric, abs(found.value), found.error)
-        return f"{how} than random networks of the same {self.same} by {by} (p = {found.p_value:.1g}{self._less})."
+        return (
+            f"{how} than random networks of the same {self.same} by {by} (p ="
+            f" {found.p_value:.1g}{self._less})."
+        )
 
     @property
     def figures(self) -> str:
         """The difference and its p-value."""
         sign = "+" if self.difference.value >= 0 else ""
-        difference = sign + shown_difference(self.metric, self.difference.value, self.difference.error)
+        difference = sign + shown_difference(
+            self.metric, self.difference.value, self.difference.error
+        )
         return f"difference {difference}{self._less}, p = {self.difference.p_value:.1g}"
 
     @property
     def _less(self) -> str:
         if self.selection < NOTHING:
             return ""
-        return f", {shown_points(self.metric, self.selection)} for the choice of the best on these images taken off"
+        return (
+            f", {shown_points(self.metric, self.selection)} for the choice of the best on these"
+            " images taken off"
+        )
 
 
 class Learning(_Part):
@@ -204,7 +250,9 @@ class Learning(_Part):
 
 @dataclass(frozen=True)
 class Course:
-    """What a search has logged: ``rows`` with its losses per cross-entropy, the strategy's ``rate``, and the loss of a guess."""
+    """What a search has logged: ``rows`` with its losses per cross-entropy, the
+    strategy's ``rate``, and the loss of a guess.
+    """
 
     rows: Rows
     rate: str | None
@@ -213,9 +261,11 @@ class Course:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a search has ranked: qualities of the proposals and of random networks on ``images`` held-out images; a guess's quality.
+    """What a search has ranked: qualities of the proposals and of random networks on
+    ``images`` held-out images; a guess's quality.
 
-    ``judged`` networks were looked at by a finder, on ``judged_images`` of these. ``same`` is the noun of the budget's unit.
+    ``judged`` networks were looked at by a finder, on ``judged_images`` of these.
+    ``same`` is the noun of the budget's unit.
     """
 
     metric: str
@@ -235,12 +285,24 @@ def learning_of(course: Course | None, ranking: Ranking) -> Learning:
     policy = None if course is None else _policy(course)
     compared = _against_random(ranking, policy is not None)
     basic = _basic(weights, held_out)
-    still = None if policy is None else policy.stillness  # which its own rate mends, whatever the weights know
-    cautions = [*basic, *([still] if still is not None else []), *([] if basic else _further(policy, compared))]
+    # which its own rate mends, whatever the weights know
+    still = None if policy is None else policy.stillness
+    cautions = [
+        *basic,
+        *([still] if still is not None else []),
+        *([] if basic else _further(policy, compared)),
+    ]
     policy_judged = policy is not None and (not policy.moved or policy.rise is not None)
     judged = policy_judged or any(each is not None for each in (weights, held_out, compared))
     learned = not cautions if judged else None
-    return Learning(learned=learned, weights=weights, held_out=held_out, policy=policy, against_random=compared, cautions=tuple(cautions))
+    return Learning(
+        learned=learned,
+        weights=weights,
+        held_out=held_out,
+        policy=policy,
+        against_random=compared,
+        cautions=tuple(cautions),
+    )
 
 
 def _basic(weights: Weights | None, held_out: HeldOut | None) -> list[Caution]:
@@ -256,8 +318,14 @@ def _further(policy: Policy | None, compared: AgainstRandom | None) -> list[Caut
     vain = None if policy is None else policy.vanity
     found = [] if vain is None else [vain]
     if compared is not None and not compared.difference.positive:
-        advice = "raise search.epochs; more search.candidates and search.random_samples tell smaller differences"
-        text = f"its proposals against random networks of the same {compared.same}: {compared.figures}; {advice}."
+        advice = (
+            "raise search.epochs; more search.candidates and search.random_samples tell smaller"
+            " differences"
+        )
+        text = (
+            f"its proposals against random networks of the same {compared.same}:"
+            f" {compared.figures}; {advice}."
+        )
         found.append(Caution(headline="the search is no better than random", text=text))
     return found
 
@@ -265,7 +333,11 @@ def _further(policy: Policy | None, compared: AgainstRandom | None) -> list[Caut
 def _parts(values: Sequence[float]) -> tuple[Average, Average] | None:
     """The first and the last fifth; None where these are too few values."""
     count = round(PART * len(values))
-    return None if count < LEAST_STEPS else (block_average(values[:count]), block_average(values[-count:]))
+    return (
+        None
+        if count < LEAST_STEPS
+        else (block_average(values[:count]), block_average(values[-count:]))
+    )
 
 
 def _weights(course: Course) -> Weights | None:
@@ -287,15 +359,28 @@ def _policy(course: Course) -> Policy | None:
         return None
     rewards = [row["reward"] for row in course.rows if "reward" in row]
     by_loss = not rewards
-    parts = _parts(rewards or [-row["held_out_loss"] for row in course.rows if "held_out_loss" in row])
+    parts = _parts(
+        rewards or [-row["held_out_loss"] for row in course.rows if "held_out_loss" in row]
+    )
     first, last = (None, None) if parts is None else parts
     ends = (entropies[0], entropies[-1])
-    return Policy(rate=course.rate, steps=len(course.rows), entropy=ends, by_loss=by_loss, first=first, last=last)
+    return Policy(
+        rate=course.rate,
+        steps=len(course.rows),
+        entropy=ends,
+        by_loss=by_loss,
+        first=first,
+        last=last,
+    )
 
 
 def _against_random(ranking: Ranking, by_policy: bool) -> AgainstRandom | None:
-    """None where there are too few networks, and where the proposals are random networks themselves, which nobody chose."""
-    if min(len(ranking.proposals), len(ranking.random)) < LEAST_NETWORKS or not (by_policy or ranking.judged):
+    """None where there are too few networks, and where the proposals are random
+    networks themselves, which nobody chose.
+    """
+    if min(len(ranking.proposals), len(ranking.random)) < LEAST_NETWORKS or not (
+        by_policy or ranking.judged
+    ):
         return None
     noise = _noise(ranking.proposals, ranking), _noise(ranking.random, ranking)
     proposals, random = average(ranking.proposals, noise[0]), average(ranking.random, noise[1])
@@ -313,7 +398,9 @@ def _against_random(ranking: Ranking, by_policy: bool) -> AgainstRandom | None:
 
 
 def _noise(qualities: Sequence[float], ranking: Ranking) -> float:
-    """The variance of an accuracy by the choice of the held-out images; of other qualities none is known."""
+    """The variance of an accuracy by the choice of the held-out images; of other
+    qualities none is known.
+    """
     if ranking.metric != ACCURACY:
         return 0.0
     mean = math.fsum(qualities) / len(qualities)
@@ -321,9 +408,12 @@ def _noise(qualities: Sequence[float], ranking: Ranking) -> float:
 
 
 def _selection(ranking: Ranking) -> float:
-    """What the best of all that a finder has judged are expected to owe to noise, on all held-out images; see ``statistics``."""
+    """What the best of all that a finder has judged are expected to owe to noise, on
+    all held-out images; see ``statistics``.
+    """
     spread = average(ranking.random).error ** 2 * len(ranking.random)
-    noise = min(_noise(ranking.random, ranking), spread)  # whatever all networks share does not tell them apart
+    # whatever all networks share does not tell them apart
+    noise = min(_noise(ranking.random, ranking), spread)
     finders_noise = noise * ranking.images / min(ranking.judged_images, ranking.images)
     finders_spread = math.sqrt(spread - noise + finders_noise)
     if finders_spread == 0.0:

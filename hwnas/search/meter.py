@@ -1,14 +1,19 @@
-"""What a search costs, counted and not timed, so that it is the same on every machine and after every kill.
+"""What a search costs, counted and not timed, so that it is the same on every machine
+and after every kill.
 
     cost = sum over passes of  w * images * MACs executed,    w = 1 forward, w = 3 forward and backward
 
-A backward pass computes two products where the forward computes one, hence 3. Of a mixture, every option that is executed counts: gates
-that are not zero, and those probed. DARTS's second order is four gradients: at the weights, after the virtual step, and two for the
-finite difference. An architecture that is judged passes its recalibration images and its evaluation images forward, once.
+A backward pass computes two products where the forward computes one, hence 3. Of a
+mixture, every option that is executed counts: gates that are not zero, and those
+probed. DARTS's second order is four gradients: at the weights, after the virtual step,
+and two for the finite difference. An architecture that is judged passes its
+recalibration images and its evaluation images forward, once.
 
-Not counted: optimiser steps, reading images, and what mixtures compute twice to save memory (``supernet.remat``). Options that share
-computations (``sharing = "collapsed"``), coupled widths that run at once, slots that ``supernet.proxy_depth`` leaves out and pixels that
-``supernet.proxy_resolution`` leaves out count as if they did not, or were not: an upper bound there.
+Not counted: optimiser steps, reading images, and what mixtures compute twice to save
+memory (``supernet.remat``). Options that share computations (``sharing =
+"collapsed"``), coupled widths that run at once, slots that ``supernet.proxy_depth``
+leaves out and pixels that ``supernet.proxy_resolution`` leaves out count as if they did
+not, or were not: an upper bound there.
 """
 
 from __future__ import annotations
@@ -35,7 +40,9 @@ SECOND_ORDER = 4
 
 
 class SearchCost(BaseModel):
-    """The cost of a search in multiply-accumulates; see the module. ``training_images`` count once per path that they went through."""
+    """The cost of a search in multiply-accumulates; see the module. ``training_images``
+    count once per path that they went through.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,10 +52,12 @@ class SearchCost(BaseModel):
 
 
 class Meter:
-    """The counts of a search of ``space``, and what its passes cost. ``CountedWeights`` and ``CountedEvaluator`` keep them.
+    """The counts of a search of ``space``, and what its passes cost. ``CountedWeights``
+    and ``CountedEvaluator`` keep them.
 
-    ``proxies`` are the spaces whose MACs they have: smaller ones where the super-net is a proxy, several where it grows (``grow``).
-    ``judged_images`` are passed forward to judge an architecture.
+    ``proxies`` are the spaces whose MACs they have: smaller ones where the super-net is
+    a proxy, several where it grows (``grow``). ``judged_images`` are passed forward to
+    judge an architecture.
 
     Example:
         >>> from hwnas.testing import tiny_space
@@ -58,7 +67,13 @@ class Meter:
         1
     """
 
-    def __init__(self, space: SearchSpace, proxies: Sequence[SearchSpace], batch_size: int, judged_images: int) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        proxies: Sequence[SearchSpace],
+        batch_size: int,
+        judged_images: int,
+    ) -> None:
         self._proxies = [PricedSpace.of_ops(proxy, lambda op: op.macs) for proxy in proxies]
         self._priced = self._proxies[-1]
         self.batch_size, self.teacher_macs = batch_size, 0
@@ -90,13 +105,18 @@ class Meter:
 
     def executed_macs(self, gates: Gates, probes: Probes | None = None) -> int:
         """MACs of an image under gates, which may be numpy's or torch's."""
-        runs = {key: np.array([float(value) != 0 for value in gate], dtype=float) for key, gate in gates.items()}
+        runs = {
+            key: np.array([float(value) != 0 for value in gate], dtype=float)
+            for key, gate in gates.items()
+        }
         for key, options in (probes or {}).items():
             runs[key][list(options)] = 1.0
         return round(float(self._priced.expected(runs)))
 
     def judge(self, picks: Picks, images: int | None = None) -> None:
-        """An architecture is judged: on ``images`` where they are given, else by ``ctx.evaluate``, which remembers what it has judged."""
+        """An architecture is judged: on ``images`` where they are given, else by
+        ``ctx.evaluate``, which remembers what it has judged.
+        """
         identity = self._space.decode(picks).identity
         if images is None and identity in self._known:
             return
@@ -110,11 +130,18 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
-        return {"macs": self._macs, "images": self._images, "judged": self._judged, "teacher": self.teacher_macs}
+        return {
+            "macs": self._macs,
+            "images": self._images,
+            "judged": self._judged,
+            "teacher": self.teacher_macs,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
-        self._macs, self._images, self._judged, self.teacher_macs = (state[key] for key in ("macs", "images", "judged", "teacher"))
+        self._macs, self._images, self._judged, self.teacher_macs = (
+            state[key] for key in ("macs", "images", "judged", "teacher")
+        )
 
 
 class CountedWeights:
@@ -123,13 +150,18 @@ class CountedWeights:
     def __init__(self, weights: SharedWeights, meter: Meter) -> None:
         self.weights, self.meter = weights, meter
 
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+    def train(
+        self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
+    ) -> Metrics:
         """An update of the weights: each of the gates on the whole batch, or on its part of it."""
         batch_size = self.meter.batch_size
         shares = [batch_size] * len(gates)
         if split:
             shares = [len(part) for part in np.array_split(np.arange(batch_size), len(gates))]
-        macs = sum(GRADIENT * images * self.meter.executed_macs(each) for each, images in zip(gates, shares, strict=True))
+        macs = sum(
+            GRADIENT * images * self.meter.executed_macs(each)
+            for each, images in zip(gates, shares, strict=True)
+        )
         if teach:
             macs += FORWARD * sum(shares) * self.meter.teacher_macs
         self.meter.forget()
@@ -139,13 +171,19 @@ class CountedWeights:
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
         """Held-out images in equal parts through each of the gates."""
         images = self.meter.batch_size * multiple
-        self.meter.count(sum(FORWARD * images * self.meter.executed_macs(each) for each in gates) // len(gates))
+        self.meter.count(
+            sum(FORWARD * images * self.meter.executed_macs(each) for each in gates) // len(gates)
+        )
         return self.weights.qualities(gates, multiple)
 
-    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+    def gate_gradients(
+        self, gates: Gates, probes: Probes, order: int, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
         """The derivative of the held-out loss by the gates."""
         gradients = SECOND_ORDER if order == 2 else 1
-        self.meter.count(gradients * GRADIENT * self.meter.batch_size * self.meter.executed_macs(gates, probes))
+        self.meter.count(
+            gradients * GRADIENT * self.meter.batch_size * self.meter.executed_macs(gates, probes)
+        )
         return self.weights.gate_gradients(gates, probes, order, skip_dropout)
 
     def remember_teacher(self, picks: Picks) -> None:

@@ -1,24 +1,28 @@
-"""NSGA-II: finds the architectures within the budget that trade accuracy, latency and parameters best.
+"""NSGA-II: finds the architectures within the budget that trade accuracy, latency and
+parameters best.
 
-Deb, Pratap, Agarwal, Meyarivan: "A fast and elitist multiobjective genetic algorithm: NSGA-II" (IEEE TEC 6(2), 2002), as FairNAS
-(Chu, Zhang, Xu: ICCV 2021, arXiv 1907.01845) uses it to search a trained super-net, by Optuna's ``NSGAIISampler``:
+Deb, Pratap, Agarwal, Meyarivan: "A fast and elitist multiobjective genetic algorithm:
+NSGA-II" (IEEE TEC 6(2), 2002), as FairNAS (Chu, Zhang, Xu: ICCV 2021, arXiv 1907.01845)
+uses it to search a trained super-net, by Optuna's ``NSGAIISampler``:
 
     maximise accuracy,  minimise latency,  minimise parameters
     subject to  |latency / target - 1| <= tolerance  and every limit
 
-An architecture that meets the constraints dominates one that does not; of two that do not, the one that exceeds them by less in
-sum dominates; all others compare by the three objectives, then by crowding distance.
+An architecture that meets the constraints dominates one that does not; of two that do
+not, the one that exceeds them by less in sum dominates; all others compare by the three
+objectives, then by crowding distance.
 
 *Differences from the paper*:
 
-- Population (50), crossover (0.9), swapping (0.5) and mutation (1 / choices) are Optuna's defaults, and 40 generations are ours;
-  FairNAS's settings are not used.
+- Population (50), crossover (0.9), swapping (0.5) and mutation (1 / choices) are
+  Optuna's defaults, and 40 generations are ours; FairNAS's settings are not used.
 - The cost objective is latency, where FairNAS has multiply-adds.
 - The first generation is random *within the budget*.
-- An architecture outside the budget is not evaluated: its rank does not depend on its accuracy, which is entered as 0. At a
-  narrow tolerance this is most of them, so a run costs far fewer evaluations than it tries architectures.
-- The answer is not the Pareto front, but all judged architectures within the budget by reward: of equally accurate ones the budget
-  decides, and the front is among them.
+- An architecture outside the budget is not evaluated: its rank does not depend on its
+  accuracy, which is entered as 0. At a narrow tolerance this is most of them, so a run
+  costs far fewer evaluations than it tries architectures.
+- The answer is not the Pareto front, but all judged architectures within the budget by
+  reward: of equally accurate ones the budget decides, and the front is among them.
 """
 
 from __future__ import annotations
@@ -59,19 +63,27 @@ class NSGA2(Finder):
         self.config = config
 
     def find(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The best ``count`` by reward of all that were judged. None where random search finds none within the budget."""
+        """The best ``count`` by reward of all that were judged. None where random
+        search finds none within the budget.
+        """
         first = random_within(ctx, self.config.population, ctx.rng)
         if not first:
             return []
         params = PricedSpace.of_ops(ctx.space, lambda op: op.params)
         total = self.config.generations * self.config.population
-        with _study(self.config.population, int(ctx.rng.integers(2**31))) as study, ctx.progress.task("NSGA-II", total) as task:
+        with (
+            _study(self.config.population, int(ctx.rng.integers(2**31))) as study,
+            ctx.progress.task("NSGA-II", total) as task,
+        ):
             board = Leaderboard(ctx, task)
             for picks in first:
                 study.enqueue_trial(picks)
             for _ in range(total):
                 trial, judged = study.ask(), len(board)
-                picks = {choice.key: trial.suggest_categorical(choice.key, choice.options) for choice in ctx.space.choices}
+                picks = {
+                    choice.key: trial.suggest_categorical(choice.key, choice.options)
+                    for choice in ctx.space.choices
+                }
                 index_NC = ctx.space.index(picks)[None]
                 for name, excess in _excess(ctx, index_NC).items():
                     trial.set_constraint(name, excess)
@@ -82,15 +94,21 @@ class NSGA2(Finder):
 
 
 def _excess(ctx: SearchContext, index_NC: np.ndarray) -> dict[str, float]:
-    """By how much one architecture [1, choices] exceeds each constraint, relatively; at most 0 where it is met."""
+    """By how much one architecture [1, choices] exceeds each constraint, relatively; at
+    most 0 where it is met.
+    """
     off = abs(float(ctx.cost.of_many(index_NC)[0]) / ctx.target - 1)
     limits = [] if ctx.limits is None else ctx.limits.excess(index_NC)[0]
-    return {"target": off - ctx.tolerance} | {f"limit {i}": float(excess) for i, excess in enumerate(limits)}
+    return {"target": off - ctx.tolerance} | {
+        f"limit {i}": float(excess) for i, excess in enumerate(limits)
+    }
 
 
 @contextmanager
 def _study(population: int, seed: int) -> Iterator[Any]:
-    """A study in memory, with Optuna's log silent meanwhile. Optuna takes a second to import, so only those who search wait for it."""
+    """A study in memory, with Optuna's log silent meanwhile. Optuna takes a second to
+    import, so only those who search wait for it.
+    """
     import optuna
 
     verbosity = optuna.logging.get_verbosity()

@@ -1,8 +1,11 @@
-"""Progressive shrinking: one super-net whose sub-networks are good without retraining, for many budgets and devices.
+"""Progressive shrinking: one super-net whose sub-networks are good without retraining,
+for many budgets and devices.
 
-Cai, Gan, Wang, Zhang, Han: "Once for All: Train One Network and Specialize it for Efficient Deployment" (ICLR 2020, arXiv
-1908.09791), section 3.3; released code mit-han-lab/once-for-all. Six phases, each opening more options than the one before. Per
-step, sub-networks are drawn uniformly from what is open; their gradients on one batch are added up for one update:
+Cai, Gan, Wang, Zhang, Han: "Once for All: Train One Network and Specialize it for
+Efficient Deployment" (ICLR 2020, arXiv 1908.09791), section 3.3; released code
+mit-han-lab/once-for-all. Six phases, each opening more options than the one before. Per
+step, sub-networks are drawn uniformly from what is open; their gradients on one batch
+are added up for one update:
 
 =========  =============================================  ===========  ======  ================
 phase      open                                           sub-nets     epochs  loss
@@ -15,20 +18,26 @@ expansion  ... and the two largest expansions             4            25      a
 expansion  ... and every expansion                        4            120     first phase
 =========  =============================================  ===========  ======  ================
 
-The image size, where it is a choice, is drawn for each step in all phases, the first included. The epochs are the paper's (largest)
-and the code's; here they are shares of the search's steps, of which only the ratios count: with all six phases the first gets 180 /
-590 of them. ``Evolution`` finds the architecture. ``search.weights`` of another run takes the trained super-net for another table.
+The image size, where it is a choice, is drawn for each step in all phases, the first
+included. The epochs are the paper's (largest) and the code's; here they are shares of
+the search's steps, of which only the ratios count: with all six phases the first gets
+180 / 590 of them. ``Evolution`` finds the architecture. ``search.weights`` of another
+run takes the trained super-net for another table.
 
 *Differences from the paper*:
 
-- Spaces may be others than the paper's. A phase in which nothing would open is left out, and its steps go to the others; two of one
-  axis that open the same are one. Widths open as expansions do, the two largest first; SE, groups, activations and kinds of block
-  open with the last phase. Where depth is a matter of skipping slots, the first depth phase lets the last slot of every stage that
-  can be skipped be skipped, the second all of them in any combination.
-- One learning-rate schedule over all phases, where the code starts a new one with each (3e-2; then 2.5e-3 and 7.5e-3 twice).
+- Spaces may be others than the paper's. A phase in which nothing would open is left
+  out, and its steps go to the others; two of one axis that open the same are one.
+  Widths open as expansions do, the two largest first; SE, groups, activations and kinds
+  of block open with the last phase. Where depth is a matter of skipping slots, the
+  first depth phase lets the last slot of every stage that can be skipped be skipped,
+  the second all of them in any combination.
+- One learning-rate schedule over all phases, where the code starts a new one with each
+  (3e-2; then 2.5e-3 and 7.5e-3 twice).
 - Channels are not sorted by importance when expansions open: a strategy does not touch weights.
 - The teacher sees the images of its own, the largest, resolution; the code's sees the step's.
-- The evolution evaluates its candidates instead of asking an accuracy predictor, and has SPOS's settings; see ``evolution``.
+- The evolution evaluates its candidates instead of asking an accuracy predictor, and
+  has SPOS's settings; see ``evolution``.
 """
 
 from __future__ import annotations
@@ -53,12 +62,20 @@ Share = Annotated[float, Field(gt=0)]
 
 
 class ProgressiveShrinkingConfig(EvolutionConfig):
-    """How the steps are shared out, in once-for-all's epochs (only the ratios count), and the settings of the evolution."""
+    """How the steps are shared out, in once-for-all's epochs (only the ratios count),
+    and the settings of the evolution.
+    """
 
-    largest: Share = Field(180.0, description="share of the largest network, which becomes the teacher")
+    largest: Share = Field(
+        180.0, description="share of the largest network, which becomes the teacher"
+    )
     kernel: Share = Field(120.0, description="share of elastic kernel sizes")
-    depth: tuple[Share, Share] = Field((25.0, 120.0), description="shares of the two largest depths, and of all")
-    expansion: tuple[Share, Share] = Field((25.0, 120.0), description="shares of the two largest expansions, and of all")
+    depth: tuple[Share, Share] = Field(
+        (25.0, 120.0), description="shares of the two largest depths, and of all"
+    )
+    expansion: tuple[Share, Share] = Field(
+        (25.0, 120.0), description="shares of the two largest expansions, and of all"
+    )
 
 
 @dataclass(frozen=True)
@@ -103,8 +120,13 @@ def allowed(space: SearchSpace, opening: Opening) -> dict[str, tuple[int, ...]]:
     for choice in space.choices:
         if choice.kind == "op" and None in _blocks(choice):
             stages.setdefault(choice.address.part, []).append(choice.key)
-    most = None if opening.depths is None else opening.depths - 1  # slots of a stage that may be left out
-    skippable = {key for keys in stages.values() for key in (keys if most is None else keys[len(keys) - min(most, len(keys)) :])}
+    # slots of a stage that may be left out
+    most = None if opening.depths is None else opening.depths - 1
+    skippable = {
+        key
+        for keys in stages.values()
+        for key in (keys if most is None else keys[len(keys) - min(most, len(keys)) :])
+    }
     found = {}
     for choice in space.choices:
         if choice.kind == "op":
@@ -112,7 +134,10 @@ def allowed(space: SearchSpace, opening: Opening) -> dict[str, tuple[int, ...]]:
         elif choice.kind == "resolution":
             found[choice.key] = tuple(range(len(choice.options)))
         else:
-            sizes = _largest(map(int, choice.options), opening.depths if choice.kind == "depth" else opening.expansions)
+            sizes = _largest(
+                map(int, choice.options),
+                opening.depths if choice.kind == "depth" else opening.expansions,
+            )
             found[choice.key] = tuple(i for i, size in enumerate(choice.options) if size in sizes)
     return found
 
@@ -121,22 +146,35 @@ def _blocks(choice: Choice) -> list[BlockOption | None]:
     return [parse_option(str(option)) for option in choice.options]
 
 
-def _open_blocks(options: list[BlockOption | None], opening: Opening, skippable: bool) -> tuple[int, ...]:
+def _open_blocks(
+    options: list[BlockOption | None], opening: Opening, skippable: bool
+) -> tuple[int, ...]:
     blocks = [block for block in options if block is not None]
-    top = max(blocks, key=lambda block: (block.expansion, block.kernel, block.se_ratio, -block.groups))
+    top = max(
+        blocks, key=lambda block: (block.expansion, block.kernel, block.se_ratio, -block.groups)
+    )
     kernels = _largest((block.kernel for block in blocks), opening.kernels)
     expansions = _largest((block.expansion for block in blocks), opening.expansions)
 
     def is_open(block: BlockOption) -> bool:
-        like_top = opening.expansions is None or replace(block, kernel=top.kernel, expansion=top.expansion) == top
-        return block == top or (block.kernel in kernels and block.expansion in expansions and like_top)
+        like_top = (
+            opening.expansions is None
+            or replace(block, kernel=top.kernel, expansion=top.expansion) == top
+        )
+        return block == top or (
+            block.kernel in kernels and block.expansion in expansions and like_top
+        )
 
-    return tuple(i for i, block in enumerate(options) if (skippable if block is None else is_open(block)))
+    return tuple(
+        i for i, block in enumerate(options) if (skippable if block is None else is_open(block))
+    )
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training: ``paths`` sub-networks of what is ``allowed`` per step, for ``share`` of the steps."""
+    """A part of the training: ``paths`` sub-networks of what is ``allowed`` per step,
+    for ``share`` of the steps.
+    """
 
     name: str
     paths: int
@@ -145,7 +183,9 @@ class Phase:
 
 
 def phases(space: SearchSpace, config: ProgressiveShrinkingConfig) -> list[Phase]:
-    """The phases of a space in order: those of ``PHASES`` that open something. In the last, everything is open."""
+    """The phases of a space in order: those of ``PHASES`` that open something. In the
+    last, everything is open.
+    """
     shares = (config.largest, config.kernel, *config.depth, *config.expansion)
     found: list[Phase] = []
     for (name, paths, opening), share in zip(PHASES, shares, strict=True):
@@ -158,7 +198,9 @@ def phases(space: SearchSpace, config: ProgressiveShrinkingConfig) -> list[Phase
 
 
 class ProgressiveShrinking(Strategy):
-    """Once-for-all. What is open is a function of the step, so there is no state; the teacher is kept with the weights."""
+    """Once-for-all. What is open is a function of the step, so there is no state; the
+    teacher is kept with the weights.
+    """
 
     Config: ClassVar[type[BaseModel]] = ProgressiveShrinkingConfig
     sharing = "collapsed"
@@ -178,12 +220,14 @@ class ProgressiveShrinking(Strategy):
             if choice.kind == "depth" or None in blocks or len(sizes) > 1:
                 return
         raise SpaceError(
-            f"space {space.name} has no second kernel size, depth or expansion anywhere, so there is nothing to shrink: "
-            "search it with another strategy."
+            f"space {space.name} has no second kernel size, depth or expansion anywhere, so there"
+            " is nothing to shrink: search it with another strategy."
         )
 
     def setup(self, ctx: SearchContext) -> None:
-        """Share out the steps. The first phase gets one at least: there is no distillation without a teacher."""
+        """Share out the steps. The first phase gets one at least: there is no
+        distillation without a teacher.
+        """
         self.phases = phases(ctx.space, self.config)
         until = np.cumsum([phase.share for phase in self.phases])
         self.ends = [max(1, round(ctx.steps * float(part))) for part in until / until[-1]]
@@ -217,7 +261,11 @@ def largest_picks(space: SearchSpace) -> Picks:
     """The largest network of a space, at its largest resolution: the teacher."""
     top = allowed(space, LARGEST)
     return {
-        choice.key: max(map(int, choice.options)) if choice.kind == "resolution" else choice.options[top[choice.key][0]]
+        choice.key: (
+            max(map(int, choice.options))
+            if choice.kind == "resolution"
+            else choice.options[top[choice.key][0]]
+        )
         for choice in space.choices
     }
 
@@ -225,7 +273,13 @@ def largest_picks(space: SearchSpace) -> Picks:
 def sampled(space: SearchSpace, phase: Phase, rng: np.random.Generator) -> list[Picks]:
     """The sub-networks of one step: uniform over what is open, all at one resolution."""
     paths: list[Picks] = [
-        {choice.key: choice.options[rng.choice(phase.allowed[choice.key])] for choice in space.choices} for _ in range(phase.paths)
+        {
+            choice.key: choice.options[rng.choice(phase.allowed[choice.key])]
+            for choice in space.choices
+        }
+        for _ in range(phase.paths)
     ]
-    common = {choice.key: paths[0][choice.key] for choice in space.choices if choice.kind == "resolution"}
+    common = {
+        choice.key: paths[0][choice.key] for choice in space.choices if choice.kind == "resolution"
+    }
     return [{**picks, **common} for picks in paths]

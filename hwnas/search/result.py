@@ -20,8 +20,9 @@ from hwnas.search.meter import SearchCost
 class Candidate(BaseModel):
     """An architecture judged by the super-net.
 
-    ``predicted`` is its cost in ``SearchResult.unit``; ``quality`` that of the recalibrated network on held-out images, in 0..1, which
-    ``SearchResult.metric`` names: accuracy, AP or 1 / (1 + loss).
+    ``predicted`` is its cost in ``SearchResult.unit``; ``quality`` that of the
+    recalibrated network on held-out images, in 0..1, which ``SearchResult.metric``
+    names: accuracy, AP or 1 / (1 + loss).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,9 +37,11 @@ class Candidate(BaseModel):
 class SearchResult(Document):
     """What a search found. ``candidates`` are the strategy's proposals, best reward first.
 
-    For comparison, ``random`` are random architectures within the budget, and ``spread`` over the whole space. ``learning`` says whether
-    there is anything in it. Version 1 called ``metric`` quality, and a candidate's ``quality`` accuracy, whatever it was; up to version 2
-    every cost was in milliseconds, and its name said so.
+    For comparison, ``random`` are random architectures within the budget, and
+    ``spread`` over the whole space. ``learning`` says whether there is anything in it.
+    Version 1 called ``metric`` quality, and a candidate's ``quality`` accuracy,
+    whatever it was; up to version 2 every cost was in milliseconds, and its name said
+    so.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.search"
@@ -48,17 +51,30 @@ class SearchResult(Document):
     metric: str = Field(ACCURACY, description="what the candidates' quality is")
     space_sha256: str
     objective: Objective
-    unit: UnitName = Field("ms", description="of all costs here: of the target, of what is reachable, and of the candidates")
+    unit: UnitName = Field(
+        "ms",
+        description="of all costs here: of the target, of what is reachable, and of the candidates",
+    )
     target: float
     tolerance: float
     reachable: tuple[float, float]
-    table_sha256: str | None = Field(None, description="the table that predicts latency; none where costs are counted")
+    table_sha256: str | None = Field(
+        None, description="the table that predicts latency; none where costs are counted"
+    )
     steps: int
     seed: int
-    finder: Plugin | None = Field(None, description="what found the candidates, where it was not the strategy itself")
-    weights_sha256: str | None = Field(None, description="the super-net file, where an already trained one was used")
-    cost: SearchCost | None = Field(None, description="of training, finding and the last ranking; see search/meter.py")
-    learning: Learning | None = Field(None, description="whether it learned anything; see search/learning.py")
+    finder: Plugin | None = Field(
+        None, description="what found the candidates, where it was not the strategy itself"
+    )
+    weights_sha256: str | None = Field(
+        None, description="the super-net file, where an already trained one was used"
+    )
+    cost: SearchCost | None = Field(
+        None, description="of training, finding and the last ranking; see search/meter.py"
+    )
+    learning: Learning | None = Field(
+        None, description="whether it learned anything; see search/learning.py"
+    )
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     random: tuple[Candidate, ...] = ()
     spread: tuple[Candidate, ...] = ()
@@ -78,7 +94,9 @@ class SearchResult(Document):
             of_candidates |= {"accuracy": "quality"}
         for group in ("candidates", "random", "spread"):
             if isinstance(content.get(group), list):
-                content[group] = [_renamed(candidate, of_candidates) for candidate in content[group]]
+                content[group] = [
+                    _renamed(candidate, of_candidates) for candidate in content[group]
+                ]
         renamed: dict[str, Any] = _renamed(content, names)
         return renamed
 

@@ -1,9 +1,12 @@
-"""Shrinking: the operators that a metric finds worst leave the search space, again and again, while its super-net is trained.
+"""Shrinking: the operators that a metric finds worst leave the search space, again and
+again, while its super-net is trained.
 
-Hu, Liang, Guo, Wan, Zhang, Wei, Gu, Sun: "Angle-based Search Space Shrinking for Neural Architecture Search" (ABS; ECCV 2020, arXiv
-2004.13431), algorithm 1; released code megvii-model/AngleNAS. Its generalisation: Hu et al., "PWSNAS: Powering Weight Sharing NAS With
-General Search Space Shrinking Framework" (IEEE TNNLS 34(11), 2023). An operator is an option of a choice of blocks. With a space A,
-its super-net's weights W and their base W0:
+Hu, Liang, Guo, Wan, Zhang, Wei, Gu, Sun: "Angle-based Search Space Shrinking for Neural
+Architecture Search" (ABS; ECCV 2020, arXiv 2004.13431), algorithm 1; released code
+megvii-model/AngleNAS. Its generalisation: Hu et al., "PWSNAS: Powering Weight Sharing
+NAS With General Search Space Shrinking Framework" (IEEE TNNLS 34(11), 2023). An
+operator is an option of a choice of blocks. With a space A, its super-net's weights W
+and their base W0:
 
     W0 = W at initialisation;  train W for a long time
     while |A| > ``until``:
@@ -14,30 +17,41 @@ its super-net's weights W and their base W0:
 
 Metrics, by name (``SHRINK_METRICS``); a higher score is better:
 
-- ``angle`` (ABS): by how far training has turned the architecture's weights, see ``hwnas.search.angle``;
-- ``accuracy``: held-out accuracy of the architecture with the super-net's weights, BN statistics re-estimated; with
-  ``search.quality = "loss"`` 1 / (1 + loss) there;
-- ``magnitude``: no architecture is sampled: the architecture parameter of the operator, trained beside the weights as in DARTS;
+- ``angle`` (ABS): by how far training has turned the architecture's weights, see
+  ``hwnas.search.angle``;
+- ``accuracy``: held-out accuracy of the architecture with the super-net's weights, BN
+  statistics re-estimated; with ``search.quality = "loss"`` 1 / (1 + loss) there;
+- ``magnitude``: no architecture is sampled: the architecture parameter of the operator,
+  trained beside the weights as in DARTS;
 - ``random``: a uniform number, which needs no super-net at all.
 
-Every sampled architecture is a different one and counts for all its operators, and every operator is in ``samples`` of them, where
-there are as many; at most ``tries`` times as many are drawn. ``sampling = "depths"`` draws the number of skipped slots first.
+Every sampled architecture is a different one and counts for all its operators, and
+every operator is in ``samples`` of them, where there are as many; at most ``tries``
+times as many are drawn. ``sampling = "depths"`` draws the number of skipped slots
+first.
 
-PWSNAS has a second strategy: fewer operators leave room for more parameters, so that each weight serves fewer architectures. Only its
-abstract could be had, so what is here is *an interpretation*: by ``shrink.operation_on``, a slot's weights are split at a stage into copies
-per slot that the input comes from (``edge``), or per operator that it comes from (``op``), each of which begins as what was shared.
+PWSNAS has a second strategy: fewer operators leave room for more parameters, so that
+each weight serves fewer architectures. Only its abstract could be had, so what is here
+is *an interpretation*: by ``shrink.operation_on``, a slot's weights are split at a
+stage into copies per slot that the input comes from (``edge``), or per operator that it
+comes from (``op``), each of which begins as what was shared.
 
 *Differences from the papers*:
 
-- The learning rate follows a whole schedule (warm-up, cosine to 0) at every stage, and momentum starts at 0; the code goes on along
-  one schedule. Operators are scored by weights that have settled, then.
-- The released code drops the gradients of weights that are not sampled, as does ``optimizer.unused = "rest"``; it clips gradients by
-  value, the engine by norm (``search.optimizer.clip_norm``).
-- ``magnitude`` in the papers is of a super-net that is trained as DARTS trains it, as a mixture. Here the weights are trained by single
-  paths, as for the other metrics, which can then share the first and longest training; every ``alpha_every`` steps alpha descends
-  the held-out loss of the mixture (first order). Alpha goes on from stage to stage, without the operators that left.
-- W0 is the initialisation, or the weights after ``shrink.base_epochs``: 5 in their DARTS space. There, every edge has one operator; here
-  a node keeps two edges, and an architecture counts for the operators of those that are kept.
+- The learning rate follows a whole schedule (warm-up, cosine to 0) at every stage, and
+  momentum starts at 0; the code goes on along one schedule. Operators are scored by
+  weights that have settled, then.
+- The released code drops the gradients of weights that are not sampled, as does
+  ``optimizer.unused = "rest"``; it clips gradients by value, the engine by norm
+  (``search.optimizer.clip_norm``).
+- ``magnitude`` in the papers is of a super-net that is trained as DARTS trains it, as a
+  mixture. Here the weights are trained by single paths, as for the other metrics, which
+  can then share the first and longest training; every ``alpha_every`` steps alpha
+  descends the held-out loss of the mixture (first order). Alpha goes on from stage to
+  stage, without the operators that left.
+- W0 is the initialisation, or the weights after ``shrink.base_epochs``: 5 in their
+  DARTS space. There, every edge has one operator; here a node keeps two edges, and an
+  architecture counts for the operators of those that are kept.
 """
 
 from __future__ import annotations
@@ -71,10 +85,12 @@ DRAWN = 256
 
 @dataclass
 class Evidence:
-    """What a metric may look at: the space, its super-net as it was and as it is, and what was trained beside it.
+    """What a metric may look at: the space, its super-net as it was and as it is, and
+    what was trained beside it.
 
-    ``judge`` evaluates architectures by the present super-net, ``alphas`` are the architecture parameters by operator, where the metric
-    asked for them. ``children`` are the sampled architectures.
+    ``judge`` evaluates architectures by the present super-net, ``alphas`` are the
+    architecture parameters by operator, where the metric asked for them. ``children``
+    are the sampled architectures.
     """
 
     space: SearchSpace
@@ -90,8 +106,9 @@ class Evidence:
 class Metric(ABC):
     """Says what operators are worth.
 
-    ``trains``: it looks at a super-net. ``samples``: it looks at sampled architectures. ``judges``: it runs each on images. ``alphas``: it
-    wants architecture parameters to be trained beside the weights.
+    ``trains``: it looks at a super-net. ``samples``: it looks at sampled architectures.
+    ``judges``: it runs each on images. ``alphas``: it wants architecture parameters to
+    be trained beside the weights.
     """
 
     trains: ClassVar[bool] = True
@@ -105,7 +122,9 @@ class Metric(ABC):
 
 
 class OfChildren(Metric):
-    """A metric of architectures: an operator's score is the mean over the children that contain it."""
+    """A metric of architectures: an operator's score is the mean over the children that
+    contain it.
+    """
 
     samples = True
 
@@ -116,7 +135,9 @@ class OfChildren(Metric):
     def scores(self, evidence: Evidence) -> Scores:
         """Means over the children; an operator that is in none has no score."""
         metric, values = self.child(evidence), []
-        with evidence.progress.task("scoring sampled architectures", len(evidence.children)) as task:
+        with evidence.progress.task(
+            "scoring sampled architectures", len(evidence.children)
+        ) as task:
             for picks in evidence.children:
                 values.append(metric(picks))
                 task.advance(note=f"{values[-1]:.3g}")
@@ -164,7 +185,9 @@ class Random(Metric):
 
 
 def shrinkable(space: SearchSpace) -> tuple[Choice, ...]:
-    """The choices whose options are operators: those of blocks. Widths, depths and resolutions stay as they are."""
+    """The choices whose options are operators: those of blocks. Widths, depths and
+    resolutions stay as they are.
+    """
     return tuple(choice for choice in space.choices if choice.kind == "op")
 
 
@@ -173,7 +196,9 @@ def operators(space: SearchSpace) -> list[Operator]:
     return [(choice.key, str(option)) for choice in shrinkable(space) for option in choice.options]
 
 
-def operator_means(space: SearchSpace, children: Sequence[Picks], values: Sequence[float]) -> Scores:
+def operator_means(
+    space: SearchSpace, children: Sequence[Picks], values: Sequence[float]
+) -> Scores:
     """Mean value of the children that contain each operator.
 
     Example:
@@ -191,10 +216,14 @@ def operator_means(space: SearchSpace, children: Sequence[Picks], values: Sequen
     return {operator: float(np.mean(each)) for operator, each in found.items() if each}
 
 
-def sample_children(space: SearchSpace, config: ShrinkConfig, samples: int, rng: np.random.Generator) -> list[Picks]:
-    """Different architectures within ``max_macs``, so that each operator is in ``samples`` of them, where that many were found.
+def sample_children(
+    space: SearchSpace, config: ShrinkConfig, samples: int, rng: np.random.Generator
+) -> list[Picks]:
+    """Different architectures within ``max_macs``, so that each operator is in
+    ``samples`` of them, where that many were found.
 
-    Operators on edges that no node keeps are in none. Raises SpaceError where ``max_macs`` leaves an operator none.
+    Operators on edges that no node keeps are in none. Raises SpaceError where
+    ``max_macs`` leaves an operator none.
     """
     position = {choice.key: i for i, choice in enumerate(space.choices)}
     macs = PricedSpace.of_ops(space, lambda op: op.macs) if config.max_macs is not None else None
@@ -212,22 +241,37 @@ def sample_children(space: SearchSpace, config: ShrinkConfig, samples: int, rng:
                     drawn_NC = drawn_NC[macs.of_many(drawn_NC) <= config.max_macs]
                 for row in drawn_NC:
                     name, picks = space.canonical(row).tobytes(), space.at(row)
-                    if name not in found and counts[choice.key][number] < most and space.kept(choice.key, picks):
+                    if (
+                        name not in found
+                        and counts[choice.key][number] < most
+                        and space.kept(choice.key, picks)
+                    ):
                         found[name] = row
                         for other in counts:
                             counts[other][row[position[other]]] += space.kept(other, picks)
             if macs is not None and not counts[choice.key][number]:
                 raise SpaceError(
-                    f"no architecture of space {space.name} with {choice.key} = {option} within shrink.max_macs = {config.max_macs:g} was "
-                    "found: raise it, or remove that option by space.restrict."
+                    f"no architecture of space {space.name} with {choice.key} = {option} within"
+                    f" shrink.max_macs = {config.max_macs:g} was found: raise it, or remove that"
+                    " option by space.restrict."
                 )
     return [space.at(row) for row in found.values()]
 
 
-def _drawn(space: SearchSpace, config: ShrinkConfig, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Random architectures: int64 [count, choices], uniform or with a uniform number of skipped slots."""
-    drawn_NC = np.stack([rng.integers(len(choice.options), size=count) for choice in space.choices], axis=1)
-    skips = {i: choice.options.index(SKIP) for i, choice in enumerate(space.choices) if SKIP in choice.options}
+def _drawn(
+    space: SearchSpace, config: ShrinkConfig, rng: np.random.Generator, count: int
+) -> np.ndarray:
+    """Random architectures: int64 [count, choices], uniform or with a uniform number of
+    skipped slots.
+    """
+    drawn_NC = np.stack(
+        [rng.integers(len(choice.options), size=count) for choice in space.choices], axis=1
+    )
+    skips = {
+        i: choice.options.index(SKIP)
+        for i, choice in enumerate(space.choices)
+        if SKIP in choice.options
+    }
     if config.sampling == "architectures" or not skips:
         return drawn_NC
     skipped_N = rng.integers(len(skips) + 1, size=count)
@@ -238,8 +282,11 @@ def _drawn(space: SearchSpace, config: ShrinkConfig, rng: np.random.Generator, c
     return drawn_NC
 
 
-def worst(space: SearchSpace, scores: Mapping[Operator, float], config: ShrinkConfig) -> list[Operator]:
-    """The operators that leave, the worst first. Every choice keeps ``keep`` options; those without a score stay.
+def worst(
+    space: SearchSpace, scores: Mapping[Operator, float], config: ShrinkConfig
+) -> list[Operator]:
+    """The operators that leave, the worst first. Every choice keeps ``keep`` options;
+    those without a score stay.
 
     Example:
         >>> from hwnas.testing import tiny_space
@@ -251,7 +298,8 @@ def worst(space: SearchSpace, scores: Mapping[Operator, float], config: ShrinkCo
     left = {choice.key: len(choice.options) for choice in shrinkable(space)}
     most = {key: 1 if config.drop == "each" else count for key, count in left.items()}
     found: list[Operator] = []
-    for operator in sorted(scores, key=lambda operator: scores[operator]):  # stable: of equals, the first in the space's order
+    # stable: of equals, the first in the space's order
+    for operator in sorted(scores, key=lambda operator: scores[operator]):
         key, _ = operator
         if config.drop == "lowest" and len(found) == config.dropped:
             break
@@ -264,5 +312,8 @@ def worst(space: SearchSpace, scores: Mapping[Operator, float], config: ShrinkCo
 def without(space: SearchSpace, dropped: Sequence[Operator], name: str) -> SearchSpace:
     """The space that is left: a new document."""
     gone = set(dropped)
-    allowed = {choice.key: [option for option in choice.options if (choice.key, str(option)) not in gone] for choice in shrinkable(space)}
+    allowed = {
+        choice.key: [option for option in choice.options if (choice.key, str(option)) not in gone]
+        for choice in shrinkable(space)
+    }
     return space.restrict(allowed, name)

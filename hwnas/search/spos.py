@@ -1,29 +1,38 @@
 """SPOS: single paths, sampled uniformly, train the super-net; evolution finds the architecture.
 
-Guo, Zhang, Mu, Heng, Liu, Wei, Sun: "Single Path One-Shot Neural Architecture Search with Uniform Sampling" (ECCV 2020, arXiv
-1904.00420); released code megvii-model/SinglePathOneShot. Per step, with Gamma the uniform distribution over the space (eq. 8):
+Guo, Zhang, Mu, Heng, Liu, Wei, Sun: "Single Path One-Shot Neural Architecture Search
+with Uniform Sampling" (ECCV 2020, arXiv 1904.00420); released code
+megvii-model/SinglePathOneShot. Per step, with Gamma the uniform distribution over the
+space (eq. 8):
 
     a ~ Gamma;  one update of the weights that a uses on a training batch
 
 then ``Evolution`` (algorithm 1) by the accuracy of the recalibrated network.
 
-``sampling`` is the path-sampling heuristic of Yu, Ranftl, Salzmann: "How to Train Your Super-Net" (arXiv 2003.04276):
+``sampling`` is the path-sampling heuristic of Yu, Ranftl, Salzmann: "How to Train Your
+Super-Net" (arXiv 2003.04276):
 
 - ``architectures``: uniform over the options of every choice (SPOS);
-- ``decisions``: uniform over the separate decisions of a choice (``factorise``). Where a slot can be skipped, skip or not comes
-  first: half of the time, whatever the number of blocks (TuNAS's uniform policy). Elsewhere it is the same as ``architectures``;
-- ``fair``: FairNAS's strict fairness, one path a step: every choice goes through a random permutation of its options, one option a
-  step, then through a new one. In any n steps from a multiple of n on, each option of a choice with n options trains exactly once.
+- ``decisions``: uniform over the separate decisions of a choice (``factorise``). Where
+  a slot can be skipped, skip or not comes first: half of the time, whatever the number
+  of blocks (TuNAS's uniform policy). Elsewhere it is the same as ``architectures``;
+- ``fair``: FairNAS's strict fairness, one path a step: every choice goes through a
+  random permutation of its options, one option a step, then through a new one. In any n
+  steps from a multiple of n on, each option of a choice with n options trains exactly
+  once.
 
-``within_budget`` is SPOS's constrained uniform sampling: paths with a latency above ``within_budget`` x target are rejected. Where
-none of 256 is below, the fastest of them trains.
+``within_budget`` is SPOS's constrained uniform sampling: paths with a latency above
+``within_budget`` x target are rejected. Where none of 256 is below, the fastest of them
+trains.
 
 *Differences from the paper*:
 
-- The constraint while training is the target's latency, not FLOPs; the other limits count when proposing only.
+- The constraint while training is the target's latency, not FLOPs; the other limits
+  count when proposing only.
 - ``within_budget`` is off by default. Weights then serve any later budget.
 - ``fair`` keeps the permutations of different choices independent, whatever their lengths.
-- BN's affine parameters, dropout and label smoothing are the super-net's and the optimiser's, set there.
+- BN's affine parameters, dropout and label smoothing are the super-net's and the
+  optimiser's, set there.
 """
 
 from __future__ import annotations
@@ -48,17 +57,25 @@ class SPOSConfig(EvolutionConfig):
     """How paths are sampled, and the settings of the evolution."""
 
     sampling: Literal["architectures", "decisions", "fair"] = "architectures"
-    within_budget: float | None = Field(None, gt=0, description="train only paths up to this multiple of the target")
+    within_budget: float | None = Field(
+        None, gt=0, description="train only paths up to this multiple of the target"
+    )
 
     @model_validator(mode="after")
     def _either(self) -> Self:
         if self.sampling == "fair" and self.within_budget is not None:
-            raise ValueError("sampling = 'fair' trains every option equally often, so nothing can be rejected: remove within_budget")
+            raise ValueError(
+                "sampling = 'fair' trains every option equally often, so nothing can be rejected:"
+                " remove within_budget"
+            )
         return self
 
 
-def sampling_policy(space: SearchSpace, sampling: Literal["architectures", "decisions"]) -> dict[str, np.ndarray]:
-    """Probabilities of the options of every choice, uniform over architectures or over decisions: choice key -> float64 [options].
+def sampling_policy(
+    space: SearchSpace, sampling: Literal["architectures", "decisions"]
+) -> dict[str, np.ndarray]:
+    """Probabilities of the options of every choice, uniform over architectures or over
+    decisions: choice key -> float64 [options].
 
     Example:
         >>> from hwnas.testing import tiny_space
@@ -84,7 +101,9 @@ class SPOS(Strategy):
     def __init__(self, config: SPOSConfig) -> None:
         self.config = config
         self.left: dict[str, list[int]] = {}
-        """Of fair sampling: the options of every choice that its present permutation has still to train, in order."""
+        """Of fair sampling: the options of every choice that its present permutation
+        has still to train, in order.
+        """
 
     def setup(self, ctx: SearchContext) -> None:
         """No permutation is begun."""
@@ -92,7 +111,9 @@ class SPOS(Strategy):
 
     def step(self, ctx: SearchContext) -> Metrics:
         """One update of the weights of one path."""
-        picks = ctx.space.at(self._fair(ctx) if self.config.sampling == "fair" else self._uniform(ctx))
+        picks = ctx.space.at(
+            self._fair(ctx) if self.config.sampling == "fair" else self._uniform(ctx)
+        )
         return {**ctx.train(one_hot(picks, ctx.space)), ctx.cost.unit.quantity: ctx.cost.of(picks)}
 
     def _uniform(self, ctx: SearchContext) -> np.ndarray:
@@ -104,7 +125,9 @@ class SPOS(Strategy):
             return first
         latency_N = ctx.cost.of_many(drawn_NC)
         inside_N = latency_N <= bound * ctx.target
-        chosen: np.ndarray = drawn_NC[int(inside_N.argmax()) if inside_N.any() else int(latency_N.argmin())]
+        chosen: np.ndarray = drawn_NC[
+            int(inside_N.argmax()) if inside_N.any() else int(latency_N.argmin())
+        ]
         return chosen
 
     def _fair(self, ctx: SearchContext) -> np.ndarray:

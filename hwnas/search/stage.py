@@ -1,4 +1,6 @@
-"""The search stage: a space, a table and a target in; an architecture and the super-net's weights out."""
+"""The search stage: a space, a table and a target in; an architecture and the
+super-net's weights out.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +41,27 @@ from hwnas.stages import Stage, configured_table
 from hwnas.task import task_of
 
 TRAINED_FINDER = Plugin.model_validate(
-    {"name": "evolution", "generations": 8, "population": 20, "parents": 10, "mutations": 10, "crossovers": 10}
+    {
+        "name": "evolution",
+        "generations": 8,
+        "population": 20,
+        "parents": 10,
+        "mutations": 10,
+        "crossovers": 10,
+    }
 )
-"""What finds architectures in a trained super-net where nothing is named: 160 are judged (ours), minutes on a CPU; SPOS judges 1,000."""
+"""What finds architectures in a trained super-net where nothing is named: 160 are
+judged (ours), minutes on a CPU; SPOS judges 1,000.
+"""
 
 JUDGED = "judged.jsonl"
 """Judgements that a finder has asked for."""
 
 
 def outputs(config: SearchConfig) -> list[str]:
-    """The files the stage writes: the winner, the result, the winner's inherited weights, and the super-net where it trains one."""
+    """The files the stage writes: the winner, the result, the winner's inherited
+    weights, and the super-net where it trains one.
+    """
     made: type[Strategy] = STRATEGIES.get(config.strategy.name)
     trained = [SHARED] if config.weights is None and made.shares else []
     return ["arch.json", "search.json", "supernet.safetensors", *trained]
@@ -59,14 +72,20 @@ def resolve_target(experiment: Experiment, cost: CostModel) -> float:
     config, budget = experiment.search, experiment.search.main_budget
     key = "search.target_ms" if config.budget is None else f"search.budget.{budget.FIELD}"
     if not cost.space.choices:
-        raise SpaceError(f"space {cost.space.name} has no open choice, so nothing to search: train its architecture by train.arch.")
+        raise SpaceError(
+            f"space {cost.space.name} has no open choice, so nothing to search: train its"
+            " architecture by train.arch."
+        )
     low, high = cost.range()
     if budget.most is not None:
         cost.check_target(budget.most, key)
         return budget.most
     if config.target_range is not None:
         return low + config.target_range * (high - low)
-    raise ConfigError(f"{key} is not set: set it to your budget; this space {cost.verb} {cost.unit.shown(low, high)}{cost.source}.")
+    raise ConfigError(
+        f"{key} is not set: set it to your budget; this space {cost.verb}"
+        f" {cost.unit.shown(low, high)}{cost.source}."
+    )
 
 
 def search_strategy(config: SearchConfig) -> Strategy:
@@ -76,7 +95,9 @@ def search_strategy(config: SearchConfig) -> Strategy:
 
 
 def search_finder(config: SearchConfig) -> Finder | None:
-    """The configured finder; a short evolution where a trained super-net is used, whose strategy is over; else None: the strategy's own."""
+    """The configured finder; a short evolution where a trained super-net is used, whose
+    strategy is over; else None: the strategy's own.
+    """
     plugin = _finder_plugin(config)
     if plugin is None:
         return None
@@ -88,36 +109,46 @@ def _finder_plugin(config: SearchConfig) -> Plugin | None:
     return config.finder or (TRAINED_FINDER if config.weights is not None else None)
 
 
-def search_context(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> SearchContext:
-    """The budget of a search, checked: the target and every limit are within the space's reach, and can be met together.
+def search_context(
+    experiment: Experiment, space: SearchSpace, table: LatencyTable | None
+) -> SearchContext:
+    """The budget of a search, checked: the target and every limit are within the
+    space's reach, and can be met together.
 
     ``table`` prices a budget of latency, and is not looked at for one that is counted.
 
-    So are the strategy's demands on space and batch, or those of ``search.weights``. The context has no weights and no steps yet.
-    Raises TargetError, CoverageError, TableError, SpaceError or ConfigError in one sentence.
+    So are the strategy's demands on space and batch, or those of ``search.weights``.
+    The context has no weights and no steps yet. Raises TargetError, CoverageError,
+    TableError, SpaceError or ConfigError in one sentence.
     """
     config = experiment.search
     cost = config.main_budget.cost(space, table, config.allow_uncalibrated)
     target = resolve_target(experiment, cost)
     limits = check_search(experiment, space)
-    search = SearchContext(space, cost, config.objective, target, config.tolerance, 0, config.batch_size, limits=limits)
+    search = SearchContext(
+        space, cost, config.objective, target, config.tolerance, 0, config.batch_size, limits=limits
+    )
     if not random_within(search, 1, np.random.default_rng(experiment.seed)):
         together = "".join(f", {each.title} <= {each.most:g}" for each in limits.compiled)
         around = f"within {100 * config.tolerance:.3g} % of {cost.unit.shown(target)}{together}"
         raise TargetError(
-            f"no architecture of space {space.name} {around} was found: "
-            f"raise search.tolerance{', lower the target or raise a limit' if config.limits else ''}."
+            f"no architecture of space {space.name} {around} was found: raise"
+            f" search.tolerance{', lower the target or raise a limit' if config.limits else ''}."
         )
     return search
 
 
 def check_search(experiment: Experiment, space: SearchSpace) -> Limits:
-    """What a search needs beside a table of its own: limits within reach, and the strategy's demands on space, super-net and batch.
+    """What a search needs beside a table of its own: limits within reach, and the
+    strategy's demands on space, super-net and batch.
 
-    Returns the limits. Raises TargetError, CoverageError, TableError, SpaceError or ConfigError in one sentence.
+    Returns the limits. Raises TargetError, CoverageError, TableError, SpaceError or
+    ConfigError in one sentence.
     """
     config = experiment.search
-    limits = Limits(space, config.limits, _limit_table, allow_uncalibrated=config.allow_uncalibrated)
+    limits = Limits(
+        space, config.limits, _limit_table, allow_uncalibrated=config.allow_uncalibrated
+    )
     limits.check()
     if config.backbone is not None:
         trained_supernet(config.backbone, "search.backbone")
@@ -142,35 +173,41 @@ def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
     supernet = experiment.search.supernet
     if strategy.mixes and (supernet.operation_on != "node" or supernet.wsbn):
         raise ConfigError(
-            f"strategy {experiment.search.strategy.name!r} mixes options, so an input has no one producer: "
-            "set search.supernet.operation_on = 'node' and wsbn = false, or use a strategy that samples paths."
+            f"strategy {experiment.search.strategy.name!r} mixes options, so an input has no one"
+            " producer: set search.supernet.operation_on = 'node' and wsbn = false, or use a"
+            " strategy that samples paths."
         )
     if experiment.search.backbone is not None and not strategy.shares:
         raise ConfigError(
-            f"strategy {experiment.search.strategy.name!r} trains networks that share no weights, so search.backbone begins nothing: "
-            "remove it, or use a strategy with a super-net."
+            f"strategy {experiment.search.strategy.name!r} trains networks that share no weights,"
+            " so search.backbone begins nothing: remove it, or use a strategy with a super-net."
         )
     size, parts = experiment.search.batch_size, strategy.parts()
     for split, count in zip(("training", "held-out"), parts, strict=True):
         if size < 2 * count:
             raise ConfigError(
-                f"strategy {experiment.search.strategy.name!r} splits a {split} batch into {count} parts, and search.batch_size = {size} "
-                f"leaves less than two images for each: set it to {2 * count} or more."
+                f"strategy {experiment.search.strategy.name!r} splits a {split} batch into {count}"
+                f" parts, and search.batch_size = {size} leaves less than two images for each: set"
+                f" it to {2 * count} or more."
             )
 
 
 def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
     """Search, and write the winner, the result and the weights.
 
-    ``arch.json`` and ``supernet.safetensors`` are the winner and its inherited weights, ``search.json`` the result, and
-    ``shared.safetensors`` the whole super-net, where this run has trained one; see ``outputs``.
+    ``arch.json`` and ``supernet.safetensors`` are the winner and its inherited weights,
+    ``search.json`` the result, and ``shared.safetensors`` the whole super-net, where
+    this run has trained one; see ``outputs``.
     """
     config, progress = ctx.experiment.search, ctx.progress
     search = search_context(ctx.experiment, space, table)
     search.progress = progress
     experiment = sized(ctx.experiment, space)
     cost = search.cost
-    progress.say(f"target {cost.unit.shown(search.target)}{cost.source}; {space.name} reaches {cost.unit.shown(*cost.range())}")
+    progress.say(
+        f"target {cost.unit.shown(search.target)}{cost.source}; {space.name} reaches"
+        f" {cost.unit.shown(*cost.range())}"
+    )
     finder = search_finder(config)
     if config.weights is not None:
         judge = Judge(trained(config, space), experiment)
@@ -181,7 +218,9 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
     prepared = prepare(experiment, space, search, ctx.folder)
     engine, judge = prepared.engine, prepared.judge
     if config.backbone is not None:
-        progress.say(str(judge.supernet.inherit(trained_supernet(config.backbone, "search.backbone"))))
+        progress.say(
+            str(judge.supernet.inherit(trained_supernet(config.backbone, "search.backbone")))
+        )
     engine.resume()
     begun_at, begun_with = time.monotonic(), engine.step
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
@@ -193,7 +232,9 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
 
 
 def sized(experiment: Experiment, space: SearchSpace) -> Experiment:
-    """The experiment with images of the space's size, which ``space.restrict`` may have made smaller than the data's."""
+    """The experiment with images of the space's size, which ``space.restrict`` may have
+    made smaller than the data's.
+    """
     return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
 
@@ -208,12 +249,19 @@ class Prepared:
 
     def step(self, number: int) -> Metrics:
         """One step of the strategy."""
-        self.search.step, self.search.rng = number, np.random.default_rng([self.engine.seed, number])
+        self.search.step, self.search.rng = (
+            number,
+            np.random.default_rng([self.engine.seed, number]),
+        )
         return self.strategy.step(self.search)
 
 
-def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, folder: Path) -> Prepared:
-    """Set the strategy up, and build the weights that it trains: a super-net, or networks of their own."""
+def prepare(
+    experiment: Experiment, space: SearchSpace, search: SearchContext, folder: Path
+) -> Prepared:
+    """Set the strategy up, and build the weights that it trains: a super-net, or
+    networks of their own.
+    """
     config, seed = experiment.search, experiment.seed
     train, held_out = _images(experiment), load_images(experiment.data, "held_out")
     search.steps = steps_of(config.epochs, len(train), config.batch_size)
@@ -235,7 +283,10 @@ def prepare(experiment: Experiment, space: SearchSpace, search: SearchContext, f
     )
     batches = Batches(train, held_out, experiment.data, config.batch_size, seed, search.steps)
     weights = SupernetWeights(engine, supernet, batches, judge)
-    search.weights, search.evaluator = CountedWeights(weights, search.meter), CountedEvaluator(judge, search.meter)
+    search.weights, search.evaluator = (
+        CountedWeights(weights, search.meter),
+        CountedEvaluator(judge, search.meter),
+    )
     engine.extra = {"strategy": strategy, "teacher": weights, "cost": search.meter}
     return Prepared(search, strategy, engine, judge)
 
@@ -245,8 +296,9 @@ def _images(experiment: Experiment) -> Images:
     images, config = load_images(experiment.data, "train", augment=True), experiment.search
     if config.data_portion * len(images) < config.batch_size:
         raise ConfigError(
-            f"search.data_portion = {config.data_portion:g} leaves {round(config.data_portion * len(images))} of {len(images)} images, "
-            f"less than a batch of {config.batch_size}: raise it, or lower search.batch_size."
+            f"search.data_portion = {config.data_portion:g} leaves"
+            f" {round(config.data_portion * len(images))} of {len(images)} images, less than a"
+            f" batch of {config.batch_size}: raise it, or lower search.batch_size."
         )
     return Portion(images, config.data_portion) if config.data_portion < 1 else images
 
@@ -257,14 +309,26 @@ def _course(prepared: Prepared, config: SearchConfig) -> Course:
     rows = prepared.engine.metrics.read()
     if judge.quality.of_cross_entropy:
         rows = [{**row, "loss": row["loss"] / strategy.cross_entropies(row)} for row in rows]
-    return Course(rows, strategy.rate, judge.quality.loss_of_a_guess(judge.train.labels, config.label_smoothing))
+    return Course(
+        rows,
+        strategy.rate,
+        judge.quality.loss_of_a_guess(judge.train.labels, config.label_smoothing),
+    )
 
 
-def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder | None, trained: Prepared | None) -> None:
-    """Architectures from trained weights: by the finder, else by the strategy; then the last ranking and the outputs.
+def _find(
+    ctx: StageContext,
+    search: SearchContext,
+    judge: Judge,
+    finder: Finder | None,
+    trained: Prepared | None,
+) -> None:
+    """Architectures from trained weights: by the finder, else by the strategy; then the
+    last ranking and the outputs.
 
-    ``trained`` is None where the weights are those of another run. An architecture within the budget was found before the search began;
-    it is proposed where nothing else is.
+    ``trained`` is None where the weights are those of another run. An architecture
+    within the budget was found before the search began; it is proposed where nothing
+    else is.
     """
     config, seed = ctx.experiment.search, ctx.experiment.seed
     judge.keep(ctx.folder / JUDGED)
@@ -282,8 +346,16 @@ def _find(ctx: StageContext, search: SearchContext, judge: Judge, finder: Finder
     _conclude(ctx, search, judge, proposals, None if trained is None else _course(trained, config))
 
 
-def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals: list[Picks], course: Course | None) -> None:
-    """Rank the proposals, score random architectures beside them, write the outputs, say what was found and whether to believe it."""
+def _conclude(
+    ctx: StageContext,
+    search: SearchContext,
+    judge: Judge,
+    proposals: list[Picks],
+    course: Course | None,
+) -> None:
+    """Rank the proposals, score random architectures beside them, write the outputs,
+    say what was found and whether to believe it.
+    """
     config, space, progress = ctx.experiment.search, judge.supernet.space, ctx.progress
     name = config.strategy.name if config.weights is None else "trained super-net"
     assert search.meter is not None
@@ -294,8 +366,16 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
     for picks in proposals:
         search.meter.judge(picks, config.recalibration_images + len(judge.held_out))
     cost = search.meter.cost  # the random ones below are for the report alone
-    random = _ranked(search, judge, comparison.within, f"scoring {len(comparison.within)} random in budget")
-    spread = _ranked(search, judge, comparison.anywhere, f"scoring {len(comparison.anywhere)} random anywhere", judge.evaluate)
+    random = _ranked(
+        search, judge, comparison.within, f"scoring {len(comparison.within)} random in budget"
+    )
+    spread = _ranked(
+        search,
+        judge,
+        comparison.anywhere,
+        f"scoring {len(comparison.anywhere)} random anywhere",
+        judge.evaluate,
+    )
     best = candidates[0]
     arch = space.decode(best.picks, f"{space.name}-{name.replace(' ', '-')}")
     arch.save(ctx.folder / "arch.json")
@@ -324,7 +404,9 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
         steps=search.steps,
         seed=ctx.experiment.seed,
         finder=_finder_plugin(config),
-        weights_sha256=file_sha256(trained_supernet(config.weights)) if config.weights is not None else None,
+        weights_sha256=(
+            file_sha256(trained_supernet(config.weights)) if config.weights is not None else None
+        ),
         cost=cost,
         learning=learning,
         candidates=tuple(candidates),
@@ -337,7 +419,11 @@ def _conclude(ctx: StageContext, search: SearchContext, judge: Judge, proposals:
 
 
 def _ranked(
-    search: SearchContext, judge: Judge, proposals: Sequence[Picks], description: str, quality_of: Callable[[Picks], float] | None = None
+    search: SearchContext,
+    judge: Judge,
+    proposals: Sequence[Picks],
+    description: str,
+    quality_of: Callable[[Picks], float] | None = None,
 ) -> list[Candidate]:
     """Judge each proposal, by default on all held-out images; best reward first."""
     judged, metric = [], judge.quality.metric
@@ -347,18 +433,30 @@ def _ranked(
             quality, predicted = of_all(picks), search.cost.of(picks)
             values = {} if search.limits is None else search.limits.describe(picks)
             reward = search.reward(quality, predicted)
-            judged.append(Candidate(picks=picks, predicted=predicted, quality=quality, reward=reward, limits=values))
+            judged.append(
+                Candidate(
+                    picks=picks, predicted=predicted, quality=quality, reward=reward, limits=values
+                )
+            )
             task.advance(note=f"{metric} {shown(metric, quality)}")
             named = ", ".join(f"{key} {option}" for key, option in picks.items())
-            search.progress.detail(f"{search.cost.unit.shown(predicted)}, {metric} {shown(metric, quality)}: {named}")
+            search.progress.detail(
+                f"{search.cost.unit.shown(predicted)}, {metric} {shown(metric, quality)}: {named}"
+            )
     return sorted(judged, key=lambda candidate: -candidate.reward)
 
 
 def _summary(arch: Architecture, best: Candidate, search: SearchContext, metric: str) -> str:
     unit = search.cost.unit
-    counts = {"macs": f"{arch.macs / 1e6:.1f} M MACs", "params": f"{arch.params / 1e6:.2f} M parameters"}
+    counts = {
+        "macs": f"{arch.macs / 1e6:.1f} M MACs",
+        "params": f"{arch.params / 1e6:.2f} M parameters",
+    }
     facts = [
-        f"{unit.shown(best.predicted)} predicted ({best.predicted / search.target - 1:+.1%} of the target)",
+        (
+            f"{unit.shown(best.predicted)} predicted ({best.predicted / search.target - 1:+.1%} of"
+            " the target)"
+        ),
         *(text for name, text in counts.items() if name != unit.name),
         f"super-net {metric} {shown(metric, best.quality)}",
     ]
@@ -383,18 +481,24 @@ class Search(Stage):
 
     @classmethod
     def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
-        """Budget, strategy, finder, super-net and optimiser, against the table where one is named."""
+        """Budget, strategy, finder, super-net and optimiser, against the table where
+        one is named.
+        """
         config = experiment.search
         if config.main_budget.most is None and config.target_range is None:
             key, what = "search.target_ms", "your latency budget in milliseconds"
             if config.budget is not None:
                 key, what = f"search.budget.{config.budget.FIELD}", "your budget"
-            raise ConfigError(f"{key} is not set: set it to {what}, or search.target_range to 0..1.")
+            raise ConfigError(
+                f"{key} is not set: set it to {what}, or search.target_range to 0..1."
+            )
         check_search(experiment, space)
         if config.weights is None:
             check_optimizer(config.optimizer, "search.optimizer")
         if config.table is not None or not config.by_table:
-            table = None if config.table is None else LatencyTable.load(configured_table(config.table))
+            table = (
+                None if config.table is None else LatencyTable.load(configured_table(config.table))
+            )
             search_context(experiment, space, table)
 
     @property
@@ -422,13 +526,19 @@ class Search(Stage):
         if budget.most is not None:
             target = f"at {budget.most / UNITS[budget.UNIT].scale:g} {UNITS[budget.UNIT].symbol}"
         elif config.target_range is not None:
-            ends = "the fastest to the slowest" if config.by_table else "the smallest to the largest"
+            ends = (
+                "the fastest to the slowest" if config.by_table else "the smallest to the largest"
+            )
             target = f"at {config.target_range:.0%} of the way from {ends}"
         else:
             key = "search.target_ms" if config.budget is None else f"search.budget.{budget.FIELD}"
             target = f"without a target yet: set {key}"
         trains = config.weights is None
-        searcher = f"{config.strategy.name} for {config.epochs:g} epochs" if trains else "a trained super-net"
+        searcher = (
+            f"{config.strategy.name} for {config.epochs:g} epochs"
+            if trains
+            else "a trained super-net"
+        )
         return f"{searcher} over {counted(self.at.space.architectures)} architectures, {target}"
 
     def run(self, ctx: StageContext) -> None:

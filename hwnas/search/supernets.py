@@ -1,4 +1,6 @@
-"""The super-net that a search trains, or takes from an earlier run, and what counts the cost of both."""
+"""The super-net that a search trains, or takes from an earlier run, and what counts the
+cost of both.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SHARED = "shared.safetensors"
 
 
 def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) -> GatedNetworks:
-    """The weights that a strategy trains: a super-net as it shares them, one that grows, or networks of their own."""
+    """The weights that a strategy trains: a super-net as it shares them, one that
+    grows, or networks of their own.
+    """
     generator = torch.Generator().manual_seed(experiment.seed)
     if strategy.alone:
         return Portfolio(space, strategy.alone, generator)
@@ -32,35 +36,53 @@ def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) 
 
 def meter_of(config: SearchConfig, supernet: GatedNetworks) -> Meter:
     """What counts the cost of a search with these weights."""
-    return Meter(supernet.space, supernet.proxies, config.batch_size, config.recalibration_images + config.evaluation_images)
+    return Meter(
+        supernet.space,
+        supernet.proxies,
+        config.batch_size,
+        config.recalibration_images + config.evaluation_images,
+    )
 
 
 def trained_supernet(folder: str, key: str = "search.weights") -> Path:
-    """The super-net file of an earlier run's search folder (or of the run's folder), named by the configuration's ``key``.
+    """The super-net file of an earlier run's search folder (or of the run's folder),
+    named by the configuration's ``key``.
 
     Raises ConfigError where there is none.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise ConfigError(f"{key} = {folder!r} is no folder: name the folder of a finished run that trained a super-net.")
+        raise ConfigError(
+            f"{key} = {folder!r} is no folder: name the folder of a finished run that trained a"
+            " super-net."
+        )
     for path in (root / SHARED, root / "search" / SHARED):
         if path.is_file():
             return path
-    raise ConfigError(f"{key} = {folder!r} holds no {SHARED}: name the search folder of a finished run that trained a super-net.")
+    raise ConfigError(
+        f"{key} = {folder!r} holds no {SHARED}: name the search folder of a finished run that"
+        " trained a super-net."
+    )
 
 
 def trained(config: SearchConfig, space: SearchSpace) -> SharedNetwork:
-    """The super-net of ``search.weights``, which brings its own sharing. Raises ConfigError where the configuration contradicts it."""
+    """The super-net of ``search.weights``, which brings its own sharing. Raises
+    ConfigError where the configuration contradicts it.
+    """
     assert config.weights is not None
     supernet = load_supernet(trained_supernet(config.weights), space)
     if not config.recalibration_images and not supernet.config.bn_track:
-        raise ConfigError(f"the super-net in {config.weights} tracks no BN statistics: set search.recalibration_images to 2 or more.")
+        raise ConfigError(
+            f"the super-net in {config.weights} tracks no BN statistics: set"
+            " search.recalibration_images to 2 or more."
+        )
     trained, usual = supernet.config.model_dump(), SupernetConfig().model_dump()
-    asked = config.supernet.model_dump()  # a run's own config.json says every key, so a default asks for nothing
+    # a run's own config.json says every key, so a default asks for nothing
+    asked = config.supernet.model_dump()
     other = [key for key, value in asked.items() if value not in (usual[key], trained[key])]
     if other:
         raise ConfigError(
-            f"search.supernet.{other[0]} = {asked[other[0]]!r}, but the trained super-net in {config.weights} has "
-            f"{trained[other[0]]!r}: remove the key."
+            f"search.supernet.{other[0]} = {asked[other[0]]!r}, but the trained super-net in"
+            f" {config.weights} has {trained[other[0]]!r}: remove the key."
         )
     return supernet.to(best_device())

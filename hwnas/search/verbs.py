@@ -1,6 +1,7 @@
 """What a search may ask of the weights that it trains, and of what judges architectures.
 
-``hwnas.search.weights`` and ``hwnas.search.judge`` do it with a super-net, ``hwnas.search.meter`` counts what it costs.
+``hwnas.search.weights`` and ``hwnas.search.judge`` do it with a super-net,
+``hwnas.search.meter`` counts what it costs.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ class Evaluator(Protocol):
 class SharedWeights(Protocol):
     """What trains the shared weights."""
 
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+    def train(
+        self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
+    ) -> Metrics:
         """One update on the next training batch. See ``SearchContext.train``."""
 
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
         """Held-out qualities. See ``SearchContext.qualities``."""
 
-    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+    def gate_gradients(
+        self, gates: Gates, probes: Probes, order: int, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
         """Held-out loss and its derivative by every gate. See ``SearchContext.loss``."""
 
     def remember_teacher(self, picks: Picks) -> None:

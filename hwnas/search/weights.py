@@ -1,4 +1,6 @@
-"""The shared weights of a search: what ``SearchContext`` asks for, done with a super-net on the engine."""
+"""The shared weights of a search: what ``SearchContext`` asks for, done with a
+super-net on the engine.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,19 @@ class _Position:
 
 
 class Batches:
-    """Training and held-out batches of a step. All are functions of the step, so a resumed search sees the same ones."""
+    """Training and held-out batches of a step. All are functions of the step, so a
+    resumed search sees the same ones.
+    """
 
-    def __init__(self, train: Images, held_out: Images, data: DataConfig, batch_size: int, seed: int, steps: int) -> None:
+    def __init__(
+        self,
+        train: Images,
+        held_out: Images,
+        data: DataConfig,
+        batch_size: int,
+        seed: int,
+        steps: int,
+    ) -> None:
         self.train_images, self.held_out_images, self.data = train, held_out, data
         self.batch_size, self.seed, self.steps = batch_size, seed, steps
         self._streams: dict[int, _Position] = {}
@@ -49,14 +61,24 @@ class Batches:
         return self._at(multiple, self.held_out_images, size, self.seed + 1, step)
 
     def _at(self, name: int, images: Images, size: int, seed: int, step: int) -> Batch:
-        """The batch of a step, from a stream that steps of equal distance share. Asked twice in a step, it is the same batch."""
+        """The batch of a step, from a stream that steps of equal distance share. Asked
+        twice in a step, it is the same batch.
+        """
         known = self._streams.get(name)
         if known is not None and known.step == step:
             return known.batch
         stride = 1 if known is None else max(1, step - known.step)
         stream = known.stream if known is not None and known.step + known.stride == step else None
         if stream is None:
-            stream = training_batches(images, size, seed=seed, first=step, last=self.steps, stride=stride, workers=self.data.workers)
+            stream = training_batches(
+                images,
+                size,
+                seed=seed,
+                first=step,
+                last=self.steps,
+                stride=stride,
+                workers=self.data.workers,
+            )
         else:
             assert known is not None
             stride = known.stride
@@ -70,30 +92,42 @@ class SupernetWeights:
     Detectors are trained without a teacher: a distillation of boxes is a method of its own.
     """
 
-    def __init__(self, engine: Engine, supernet: GatedNetworks, batches: Batches, judge: Judge) -> None:
+    def __init__(
+        self, engine: Engine, supernet: GatedNetworks, batches: Batches, judge: Judge
+    ) -> None:
         self.engine, self.supernet, self.batches, self.judge = engine, supernet, batches, judge
         self.quality = judge.quality
         self.held_out_loss = self.quality.criterion().to(engine.device)
         self.teacher: AnyNetwork | None = None
         self._taught: Picks = {}
 
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
-        """One update: all gates on the whole batch and their gradients added up, or each on its part and the mean of them."""
+    def train(
+        self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
+    ) -> Metrics:
+        """One update: all gates on the whole batch and their gradients added up, or
+        each on its part and the mean of them.
+        """
         self.judge.forget()
         self._set_fraction()
         x_NCHW, y = self.engine.to_device(*self.batches.train(self.engine.step))
         shares = _shares(x_NCHW, y, len(gates) if split else 1)
         teach = teach and self.quality.of_cross_entropy
-        taught = [(x, labels, self._soft(x) if teach else None) for x, labels in shares] * (1 if split else len(gates))
+        taught = [(x, labels, self._soft(x) if teach else None) for x, labels in shares] * (
+            1 if split else len(gates)
+        )
         return self.engine.update(
             [
-                Part(x, labels, (each, None, skip_dropout), soft_labels, weight=len(labels) / len(y))
+                Part(
+                    x, labels, (each, None, skip_dropout), soft_labels, weight=len(labels) / len(y)
+                )
                 for each, (x, labels, soft_labels) in zip(gates, taught, strict=True)
             ]
         )
 
     def _set_fraction(self) -> None:
-        """What the super-net's schedules go by: here and not once a step, as a resumed step may begin with any of these calls."""
+        """What the super-net's schedules go by: here and not once a step, as a resumed
+        step may begin with any of these calls.
+        """
         self.supernet.fraction = self.engine.step / self.engine.steps
 
     @torch.no_grad()
@@ -102,7 +136,9 @@ class SupernetWeights:
         assert self.teacher is not None, "no teacher is remembered yet"
         self.teacher.train()  # the statistics of the batch, as in the super-net
         with self.engine.autocast():
-            return torch.softmax(self.teacher(resized(x_NCHW, self.teacher.arch.resolution)).float(), 1)
+            return torch.softmax(
+                self.teacher(resized(x_NCHW, self.teacher.arch.resolution)).float(), 1
+            )
 
     @torch.no_grad()
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
@@ -117,10 +153,14 @@ class SupernetWeights:
             found.append(self.quality.of_outputs(outputs, y_part))
         return found
 
-    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
-        """Held-out loss in training mode, and its derivative by the gates: at the weights, or after a virtual step.
+    def gate_gradients(
+        self, gates: Gates, probes: Probes, order: int, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """Held-out loss in training mode, and its derivative by the gates: at the
+        weights, or after a virtual step.
 
-        Weights, their ``grad`` and BN's running statistics stay as they are. The second order takes no probes.
+        Weights, their ``grad`` and BN's running statistics stay as they are. The second
+        order takes no probes.
         """
         assert self.supernet.shares, "networks that share nothing have no gates to differentiate"
         self._set_fraction()
@@ -131,8 +171,13 @@ class SupernetWeights:
         finally:
             self.supernet.tracking = True
 
-    def _gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
-        leaves = {key: torch.as_tensor(gate).to(self.engine.device, torch.float32).requires_grad_() for key, gate in gates.items()}
+    def _gate_gradients(
+        self, gates: Gates, probes: Probes, order: int, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        leaves = {
+            key: torch.as_tensor(gate).to(self.engine.device, torch.float32).requires_grad_()
+            for key, gate in gates.items()
+        }
         held_out = self.engine.to_device(*self.batches.held_out(self.engine.step, 1))
         if order == 2:
             assert not probes, "the second order takes no probes"
@@ -142,25 +187,47 @@ class SupernetWeights:
         value = self.engine.finite(loss)
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         zero = {key: np.zeros(len(leaf)) for key, leaf in leaves.items()}
-        return value, zero | {key: _array(gradient) for key, gradient in zip(leaves, found, strict=True) if gradient is not None}
+        return value, zero | {
+            key: _array(gradient)
+            for key, gradient in zip(leaves, found, strict=True)
+            if gradient is not None
+        }
 
-    def _loss(self, criterion: Criterion, batch: Batch, gates: Gates, probes: Probes, skip_dropout: float) -> Tensor:
+    def _loss(
+        self, criterion: Criterion, batch: Batch, gates: Gates, probes: Probes, skip_dropout: float
+    ) -> Tensor:
         loss, _ = criterion(self.supernet(batch[0], gates, probes, skip_dropout), batch[1])
         return loss
 
-    def _unrolled(self, leaves: Mapping[str, Tensor], held_out: Batch, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
-        """DARTS's second order. The virtual step is one of SGD, with the momentum buffers where that is the optimiser.
+    def _unrolled(
+        self, leaves: Mapping[str, Tensor], held_out: Batch, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """DARTS's second order. The virtual step is one of SGD, with the momentum
+        buffers where that is the optimiser.
 
-        In full precision: the finite difference moves weights by less than bfloat16, or a GPU's TF32, resolves.
+        In full precision: the finite difference moves weights by less than bfloat16, or
+        a GPU's TF32, resolves.
         """
         train = self.engine.to_device(*self.batches.train(self.engine.step))
-        groups = [(weight, group) for group in self.engine.optimizer.param_groups for weight in group["params"]]
-        momentum = self.engine.optimizer_config.momentum if isinstance(self.engine.optimizer, torch.optim.SGD) else 0.0
-        buffers = [self.engine.optimizer.state.get(weight, {}).get("momentum_buffer") if momentum else None for weight, _ in groups]
+        groups = [
+            (weight, group)
+            for group in self.engine.optimizer.param_groups
+            for weight in group["params"]
+        ]
+        momentum = (
+            self.engine.optimizer_config.momentum
+            if isinstance(self.engine.optimizer, torch.optim.SGD)
+            else 0.0
+        )
+        buffers = [
+            self.engine.optimizer.state.get(weight, {}).get("momentum_buffer") if momentum else None
+            for weight, _ in groups
+        ]
 
         def loss_on(batch: Batch, criterion: Criterion) -> Any:
             def loss(gates: Gates) -> Tensor:
-                torch.manual_seed(self.engine.seed * 1_000_003 + self.engine.step)  # the same dropout masks every time
+                # the same dropout masks every time
+                torch.manual_seed(self.engine.seed * 1_000_003 + self.engine.step)
                 return self._loss(criterion, batch, gates, {}, skip_dropout)
 
             return loss
@@ -181,7 +248,10 @@ class SupernetWeights:
 
     def remember_teacher(self, picks: Picks) -> None:
         """Extract and keep the network of ``picks``."""
-        self.teacher, self._taught = self.supernet.extract(picks).to(memory_format=torch.channels_last), dict(picks)
+        self.teacher, self._taught = (
+            self.supernet.extract(picks).to(memory_format=torch.channels_last),
+            dict(picks),
+        )
 
     def grow(self, number: int) -> None:
         """Go on with super-net ``number``; judgements of the earlier one are forgotten."""
@@ -190,7 +260,10 @@ class SupernetWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's picks and weights."""
-        return {"picks": self._taught, "teacher": None if self.teacher is None else self.teacher.state_dict()}
+        return {
+            "picks": self._taught,
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the teacher."""

@@ -1,4 +1,6 @@
-"""The results of studies as documents: of ranking, of comparing methods, and of shrinking a space."""
+"""The results of studies as documents: of ranking, of comparing methods, and of
+shrinking a space.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from hwnas.core.arch import Picks
 from hwnas.document import Document
 from hwnas.search.meter import SearchCost
 
-METRICS = ("kendall", "over_macs", "sparse_kendall", "kendall_top", "spearman", "regret", "precision", "random_reaches")
+METRICS = (
+    "kendall",
+    "over_macs",
+    "sparse_kendall",
+    "kendall_top",
+    "spearman",
+    "regret",
+    "precision",
+    "random_reaches",
+)
 """The numbers of every score; see study/metrics.py."""
 
 
@@ -19,7 +30,9 @@ class _Part(BaseModel):
 
 
 class Estimate(_Part):
-    """A metric on the scored architectures, and its interval over architectures. None where it is undefined."""
+    """A metric on the scored architectures, and its interval over architectures. None
+    where it is undefined.
+    """
 
     value: float | None
     low: float | None = None
@@ -27,14 +40,18 @@ class Estimate(_Part):
 
 
 class Spread(_Part):
-    """A metric over super-nets: mean and sample standard deviation (none for fewer than two super-nets)."""
+    """A metric over super-nets: mean and sample standard deviation (none for fewer than
+    two super-nets).
+    """
 
     mean: float | None
     std: float | None = None
 
 
 class ScoreResult(_Part):
-    """How a score ranks: metrics by name (``METRICS``), for each super-net in the order of ``RankStudy.supernets``, and over all."""
+    """How a score ranks: metrics by name (``METRICS``), for each super-net in the order
+    of ``RankStudy.supernets``, and over all.
+    """
 
     name: str
     supernets: tuple[dict[str, Estimate], ...]
@@ -42,7 +59,9 @@ class ScoreResult(_Part):
 
 
 class Gap(_Part):
-    """The optimisation gap: mean accuracy of the scored networks with the super-net's weights and trained alone, in 0..1."""
+    """The optimisation gap: mean accuracy of the scored networks with the super-net's
+    weights and trained alone, in 0..1.
+    """
 
     supernet: float
     alone: float
@@ -54,18 +73,24 @@ class Gap(_Part):
 
 
 class SupernetResult(_Part):
-    """A super-net of the study. ``failed`` says of an architecture why it has no score; it takes no part in the metrics."""
+    """A super-net of the study. ``failed`` says of an architecture why it has no score;
+    it takes no part in the metrics.
+    """
 
     seed: int
     strategy: str
     sha256: str
     scored: int
     failed: dict[str, str] = {}
-    gap: Gap | None = Field(None, description="where the recalibrated accuracy was among the scores")
+    gap: Gap | None = Field(
+        None, description="where the recalibrated accuracy was among the scores"
+    )
 
 
 class TruthInfo(_Part):
-    """The ground truth, and its noise: tau between repeated trainings of all its networks, and of the tenth that is best on average."""
+    """The ground truth, and its noise: tau between repeated trainings of all its
+    networks, and of the tenth that is best on average.
+    """
 
     file: str
     sha256: str
@@ -77,7 +102,9 @@ class TruthInfo(_Part):
 
 
 class Point(_Part):
-    """An architecture with its true accuracy and its scores, the mean over the super-nets that scored it."""
+    """An architecture with its true accuracy and its scores, the mean over the
+    super-nets that scored it.
+    """
 
     name: str
     truth: float
@@ -85,7 +112,9 @@ class Point(_Part):
 
 
 class RankStudy(Document):
-    """Does a super-net rank architectures right? ``failed_trainings`` says of a seed why it has no super-net."""
+    """Does a super-net rank architectures right? ``failed_trainings`` says of a seed
+    why it has no super-net.
+    """
 
     SCHEMA: ClassVar[str] = "hwnas.rank-study"
 
@@ -97,7 +126,9 @@ class RankStudy(Document):
     top_k: int
     bootstrap: int
     confidence: float
-    base_epochs: float = Field(0, description="into the training, from where on the angle is; 0: from the initialisation")
+    base_epochs: float = Field(
+        0, description="into the training, from where on the angle is; 0: from the initialisation"
+    )
     recalibration_images: int
     evaluation_images: int
     supernets: tuple[SupernetResult, ...]
@@ -107,10 +138,12 @@ class RankStudy(Document):
 
 
 class Found(_Part):
-    """What a method proposed with a seed, and what it is worth: ``rank`` of ``CompareStudy.architectures``, 1 is best.
+    """What a method proposed with a seed, and what it is worth: ``rank`` of
+    ``CompareStudy.architectures``, 1 is best.
 
-    Ties count against it: the rank is the number of architectures that are at least as good. ``regret`` is to the best in the budget.
-    ``cpu_seconds`` is the one number here that is measured; None where the search was interrupted.
+    Ties count against it: the rank is the number of architectures that are at least as
+    good. ``regret`` is to the best in the budget. ``cpu_seconds`` is the one number
+    here that is measured; None where the search was interrupted.
     """
 
     seed: int
@@ -126,7 +159,9 @@ class Found(_Part):
 
 
 class RandomSearch(_Part):
-    """Random search by ``trainings`` stand-alone trainings, exactly: the mean, and quantiles (``QUANTILES``) of its true rank."""
+    """Random search by ``trainings`` stand-alone trainings, exactly: the mean, and
+    quantiles (``QUANTILES``) of its true rank.
+    """
 
     trainings: int
     rank: float
@@ -137,8 +172,9 @@ class RandomSearch(_Part):
 class MethodResult(_Part):
     """A method over its seeds. ``failed`` says of a seed why it has no result.
 
-    ``cost`` is the mean of its searches in stand-alone trainings. ``beats_one`` and ``beats_equal`` are the probabilities to beat a
-    random architecture, and random search of at least equal cost (``equal``), by true accuracy.
+    ``cost`` is the mean of its searches in stand-alone trainings. ``beats_one`` and
+    ``beats_equal`` are the probabilities to beat a random architecture, and random
+    search of at least equal cost (``equal``), by true accuracy.
     """
 
     name: str
@@ -155,7 +191,9 @@ class MethodResult(_Part):
 
 
 class Duel(_Part):
-    """One method against another: the probability that it finds the better architecture, and the exact two-sided p-value."""
+    """One method against another: the probability that it finds the better
+    architecture, and the exact two-sided p-value.
+    """
 
     first: str
     second: str
@@ -166,7 +204,8 @@ class Duel(_Part):
 class CompareStudy(Document):
     """Do search methods beat random search, and each other? See study/compare.py.
 
-    ``standalone_macs`` is the cost of one stand-alone training of the mean architecture in the budget.
+    ``standalone_macs`` is the cost of one stand-alone training of the mean architecture
+    in the budget.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.compare-study"
@@ -175,7 +214,9 @@ class CompareStudy(Document):
     space_sha256: str
     truth: TruthInfo
     budget: str
-    target_ms: float | None = Field(description="none where the budget is of something else, as ``budget`` says")
+    target_ms: float | None = Field(
+        description="none where the budget is of something else, as ``budget`` says"
+    )
     tolerance: float
     architectures: int
     best: str
@@ -192,10 +233,12 @@ class CompareStudy(Document):
 
 
 class ShrinkStep(Document):
-    """One stage of shrinking: a super-net of ``size`` architectures was trained, its operators scored, and the worst dropped.
+    """One stage of shrinking: a super-net of ``size`` architectures was trained, its
+    operators scored, and the worst dropped.
 
-    ``scores`` are by choice and option, ``children`` the sampled architectures they are means over (0: none were needed), ``params``
-    the super-net's parameters (none: there was no super-net). ``refreshed``: W0 became the present weights after this drop.
+    ``scores`` are by choice and option, ``children`` the sampled architectures they are
+    means over (0: none were needed), ``params`` the super-net's parameters (none: there
+    was no super-net). ``refreshed``: W0 became the present weights after this drop.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.shrink-step"
@@ -220,13 +263,19 @@ class ShrinkPath(Document):
     space: str
     space_sha256: str
     seed: int
-    base_epochs: float = Field(0, description="into the first training, from where on its angle is; 0: from the initialisation")
+    base_epochs: float = Field(
+        0,
+        description=(
+            "into the first training, from where on its angle is; 0: from the initialisation"
+        ),
+    )
     steps: tuple[ShrinkStep, ...]
     shrunk_sha256: str
 
 
 class Remaining(_Part):
-    """What is left of the networks whose accuracy is known: how many, their mean and best accuracy in 0..1, and the worst.
+    """What is left of the networks whose accuracy is known: how many, their mean and
+    best accuracy in 0..1, and the worst.
 
     ``best_tenth`` is the part of the whole file's best tenth that is still there.
     """
@@ -241,8 +290,8 @@ class Remaining(_Part):
 class ShrinkCurve(_Part):
     """The course of a shrinking by the ground truth: before, and after every drop.
 
-    ``operator_kendall`` says of every drop how well the scores ranked the operators: tau with the mean true accuracy of the networks, of
-    those left, that contain each.
+    ``operator_kendall`` says of every drop how well the scores ranked the operators:
+    tau with the mean true accuracy of the networks, of those left, that contain each.
     """
 
     name: str
@@ -251,7 +300,9 @@ class ShrinkCurve(_Part):
 
 
 class Chance(_Part):
-    """Random shrinking, many times: mean and the 5 and 95 % quantiles of the mean true accuracy and of the best tenth's part, by stage."""
+    """Random shrinking, many times: mean and the 5 and 95 % quantiles of the mean true
+    accuracy and of the best tenth's part, by stage.
+    """
 
     repeats: int
     mean: tuple[tuple[float, float, float], ...]
@@ -261,7 +312,8 @@ class Chance(_Part):
 class ShrinkStudy(Document):
     """A space shrunk by several metrics, and, where accuracies are known, what each has left.
 
-    ``oracle`` drops the operators of lowest mean true accuracy by the same rule, drop by drop: what a perfect score of operators does.
+    ``oracle`` drops the operators of lowest mean true accuracy by the same rule, drop
+    by drop: what a perfect score of operators does.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.shrink-study"

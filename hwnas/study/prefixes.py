@@ -1,8 +1,11 @@
-"""Networks judged one after another by weights that they share: the blocks that two have in common, from the input on, run once.
+"""Networks judged one after another by weights that they share: the blocks that two
+have in common, from the input on, run once.
 
-What a block makes depends on what came before it, BN's re-estimated statistics included. Two networks whose first blocks are alike
-are alike up to there, so the second goes on from what the first has made. Judged in the order of their blocks, N random networks of
-L slots with K options run about sum_i min(1, K^i / N) of L slots anew. The numbers are those of whole passes, bit for bit.
+What a block makes depends on what came before it, BN's re-estimated statistics
+included. Two networks whose first blocks are alike are alike up to there, so the second
+goes on from what the first has made. Judged in the order of their blocks, N random
+networks of L slots with K options run about sum_i min(1, K^i / N) of L slots anew. The
+numbers are those of whole passes, bit for bit.
 
 Networks of cells, whose blocks are no row, share nothing here.
 """
@@ -22,8 +25,10 @@ from hwnas.nn.bn import recalibrating
 from hwnas.nn.network import Network
 
 PART_OF_MEMORY = 1 / 6
-"""Of this machine's memory, or its accelerator's, for the maps that are kept (ours). Two are in use where networks are judged with BN
-statistics estimated anew and as they stand. Behind the last block whose maps fit, batches pass one by one."""
+"""Of this machine's memory, or its accelerator's, for the maps that are kept (ours).
+Two are in use where networks are judged with BN statistics estimated anew and as they
+stand. Behind the last block whose maps fit, batches pass one by one.
+"""
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 """Where Linux says what a container may have of the machine's memory: bytes, or ``max``."""
@@ -42,7 +47,9 @@ def memory_for_maps(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Maps:
-    """What the blocks so far have made of batches of images: those that BN statistics are of, and those that are judged."""
+    """What the blocks so far have made of batches of images: those that BN statistics
+    are of, and those that are judged.
+    """
 
     estimating: Sequence[Tensor]
     judged: Sequence[Tensor]
@@ -66,8 +73,10 @@ class _Kept:
 class Prefixes:
     """Runs networks on the same images.
 
-    BN's statistics are averages over ``images.estimating``, whose batches pass by their own. Without such images they are those that the
-    network has, or with ``by_batch`` those of each batch that is judged. ``memory``: bytes of maps that are kept; None: see above.
+    BN's statistics are averages over ``images.estimating``, whose batches pass by their
+    own. Without such images they are those that the network has, or with ``by_batch``
+    those of each batch that is judged. ``memory``: bytes of maps that are kept; None:
+    see above.
     """
 
     def __init__(self, images: Maps, *, by_batch: bool = False, memory: int | None = None) -> None:
@@ -77,7 +86,9 @@ class Prefixes:
 
     @torch.inference_mode()
     def logits(self, network: Network) -> list[Tensor]:
-        """Of the batches that are judged: [N, classes] each. The network is used up: BN is estimated only of blocks that ran."""
+        """Of the batches that are judged: [N, classes] each. The network is used up: BN
+        is estimated only of blocks that ran.
+        """
         if network.arch.graph:
             return list(self._through(network, self.images).judged)
         blocks, ops = list(network.blocks), list(network.arch.ops())
@@ -96,7 +107,9 @@ class Prefixes:
         """How many blocks at the front are those that are kept."""
         for number, (kept, block, op) in enumerate(zip(self._kept, blocks, ops, strict=False)):
             tensors = block.state_dict()
-            if kept.op != op or not all(torch.equal(tensor, tensors[name]) for name, tensor in kept.tensors.items()):
+            if kept.op != op or not all(
+                torch.equal(tensor, tensors[name]) for name, tensor in kept.tensors.items()
+            ):
                 return number
         return min(len(self._kept), len(blocks))
 
@@ -107,4 +120,8 @@ class Prefixes:
             return Maps((), [block(x_NCHW) for x_NCHW in maps.judged])
         with recalibrating(block):
             made = [block(x_NCHW) for x_NCHW in maps.estimating or maps.judged]
-        return Maps(made, [block(x_NCHW) for x_NCHW in maps.judged]) if maps.estimating else Maps((), made)
+        return (
+            Maps(made, [block(x_NCHW) for x_NCHW in maps.judged])
+            if maps.estimating
+            else Maps((), made)
+        )

@@ -1,7 +1,9 @@
-"""``hwnas study rank``: architectures of known accuracy, scored by super-nets; how far the two orders agree.
+"""``hwnas study rank``: architectures of known accuracy, scored by super-nets; how far
+the two orders agree.
 
-The scores of every architecture are kept in a file of their super-net, images and settings, outside of the stage's folder: a study
-that was killed goes on, and one of more architectures or scores computes what is new.
+The scores of every architecture are kept in a file of their super-net, images and
+settings, outside of the stage's folder: a study that was killed goes on, and one of
+more architectures or scores computes what is new.
 """
 
 from __future__ import annotations
@@ -25,7 +27,16 @@ from hwnas.runs import JsonLines, StageContext
 from hwnas.search.angle import initial_supernet
 from hwnas.search.judge import Judge
 from hwnas.study import metrics
-from hwnas.study.documents import METRICS, Estimate, Gap, Point, RankStudy, ScoreResult, Spread, SupernetResult
+from hwnas.study.documents import (
+    METRICS,
+    Estimate,
+    Gap,
+    Point,
+    RankStudy,
+    ScoreResult,
+    Spread,
+    SupernetResult,
+)
 from hwnas.study.scores import LOWER_IS_BETTER, Scorer
 from hwnas.study.supernets import Trained, base_epochs
 from hwnas.study.truth import Truth, configured_truth
@@ -37,20 +48,36 @@ Rows = dict[str, dict[str, float]]
 
 
 def load_truth(experiment: Experiment, space: SearchSpace) -> Truth:
-    """The ground truth of an experiment, checked to be enough. Raises ConfigError, or TableError naming the line."""
+    """The ground truth of an experiment, checked to be enough. Raises ConfigError, or
+    TableError naming the line.
+    """
     config = experiment.study
     truth = configured_truth(config, space)
     if len(truth.names) < config.architectures:
-        raise ConfigError(f"study.architectures = {config.architectures}, but {config.truth} has {len(truth.names)}: lower it.")
+        raise ConfigError(
+            f"study.architectures = {config.architectures}, but {config.truth} has"
+            f" {len(truth.names)}: lower it."
+        )
     return truth
 
 
-def run(ctx: StageContext, space: SearchSpace, truth: Truth, supernets: Sequence[Trained], failed_trainings: Mapping[str, str]) -> None:
+def run(
+    ctx: StageContext,
+    space: SearchSpace,
+    truth: Truth,
+    supernets: Sequence[Trained],
+    failed_trainings: Mapping[str, str],
+) -> None:
     """Score the architectures by every super-net, and write ``study.json``."""
-    experiment = ctx.experiment.model_copy(update={"data": ctx.experiment.data.at(space.resolution)})
+    experiment = ctx.experiment.model_copy(
+        update={"data": ctx.experiment.data.at(space.resolution)}
+    )
     config = experiment.study
     if not supernets:
-        raise HwnasError(f"no super-net was trained, so there is nothing to study: {'; '.join(failed_trainings.values())}")
+        raise HwnasError(
+            "no super-net was trained, so there is nothing to study:"
+            f" {'; '.join(failed_trainings.values())}"
+        )
     chosen = truth.sample(config.architectures)
     results, tables = [], []
     for trained in supernets:
@@ -80,9 +107,16 @@ def run(ctx: StageContext, space: SearchSpace, truth: Truth, supernets: Sequence
 
 
 def _scored(
-    ctx: StageContext, experiment: Experiment, space: SearchSpace, truth: Truth, chosen: np.ndarray, trained: Trained
+    ctx: StageContext,
+    experiment: Experiment,
+    space: SearchSpace,
+    truth: Truth,
+    chosen: np.ndarray,
+    trained: Trained,
 ) -> tuple[Rows, dict[str, str]]:
-    """Scores by a super-net, and why some architectures have none. What a file already holds is not computed again."""
+    """Scores by a super-net, and why some architectures have none. What a file already
+    holds is not computed again.
+    """
     names, search = experiment.study.scores, experiment.search
     decides = {
         "hwnas": __version__, "supernet": file_sha256(trained.path), "seed": trained.seed, "images": fingerprint(experiment.data),
@@ -97,12 +131,19 @@ def _scored(
     failed: dict[str, str] = {}
     wanted = [int(i) for i in chosen]
     left = [i for i in wanted if any(name not in known.get(truth.names[i], {}) for name in names)]
-    left.sort(key=lambda i: _blocks(space, truth.picks[i]))  # neighbours have their first blocks in common (study/prefixes.py)
+    # neighbours have their first blocks in common (study/prefixes.py)
+    left.sort(key=lambda i: _blocks(space, truth.picks[i]))
     title = f"scoring architectures (seed {trained.seed})"
-    with ctx.progress.task(title, len(wanted), len(wanted) - len(left)) as task, file.appending() as append:
+    with (
+        ctx.progress.task(title, len(wanted), len(wanted) - len(left)) as task,
+        file.appending() as append,
+    ):
         for i in left:
             scorer = scorer or _scorer(experiment, space, trained)
-            name, missing = truth.names[i], [each for each in names if each not in known.get(truth.names[i], {})]
+            name, missing = (
+                truth.names[i],
+                [each for each in names if each not in known.get(truth.names[i], {})],
+            )
             try:
                 found = scorer.score(truth.picks[i], missing)
             except ArithmeticError as error:
@@ -111,9 +152,13 @@ def _scored(
             else:
                 append({"architecture": name, "scores": found})
                 known.setdefault(name, {}).update(found)
-            task.advance(note="  ".join(f"{key} {value:.4g}" for key, value in known.get(name, {}).items()))
+            task.advance(
+                note="  ".join(f"{key} {value:.4g}" for key, value in known.get(name, {}).items())
+            )
     rows: Rows = {
-        truth.names[i]: {str(each): known[truth.names[i]][each] for each in names} for i in wanted if truth.names[i] not in failed
+        truth.names[i]: {str(each): known[truth.names[i]][each] for each in names}
+        for i in wanted
+        if truth.names[i] not in failed
     }
     return rows, failed
 
@@ -127,54 +172,89 @@ def _blocks(space: SearchSpace, picks: Picks) -> tuple[int, list[str]]:
 def _scorer(experiment: Experiment, space: SearchSpace, trained: Trained) -> Scorer:
     supernet = load_supernet(trained.path, space)
     if not experiment.search.recalibration_images and not supernet.config.bn_track:
-        raise ConfigError(f"the super-net in {trained.path.parent} tracks no BN statistics: set search.recalibration_images to 2 or more.")
+        raise ConfigError(
+            f"the super-net in {trained.path.parent} tracks no BN statistics: set"
+            " search.recalibration_images to 2 or more."
+        )
     judge = Judge(supernet.to(best_device()), experiment)
     base = None if trained.base is None else load_supernet(trained.base, space).to(best_device())
     return Scorer(judge, supernet, initial_supernet(supernet, trained.seed), base)
 
 
-def _supernet(truth: Truth, trained: Trained, scored: Rows, failed: dict[str, str]) -> SupernetResult:
+def _supernet(
+    truth: Truth, trained: Trained, scored: Rows, failed: dict[str, str]
+) -> SupernetResult:
     gap = None
     if scored and all("accuracy" in row for row in scored.values()):
         alone = dict(zip(truth.names, truth.mean, strict=True))
         gap = Gap(
-            supernet=float(np.mean([row["accuracy"] for row in scored.values()])), alone=float(np.mean([alone[name] for name in scored]))
+            supernet=float(np.mean([row["accuracy"] for row in scored.values()])),
+            alone=float(np.mean([alone[name] for name in scored])),
         )
     return SupernetResult(
-        seed=trained.seed, strategy=trained.strategy, sha256=file_sha256(trained.path), scored=len(scored), failed=failed, gap=gap
+        seed=trained.seed,
+        strategy=trained.strategy,
+        sha256=file_sha256(trained.path),
+        scored=len(scored),
+        failed=failed,
+        gap=gap,
     )
 
 
-def _results(config: StudyConfig, truth: Truth, tables: Sequence[Rows], ctx: StageContext) -> tuple[ScoreResult, ...]:
+def _results(
+    config: StudyConfig, truth: Truth, tables: Sequence[Rows], ctx: StageContext
+) -> tuple[ScoreResult, ...]:
     """Metrics of every score and combination, by super-net and over all."""
     alone = dict(zip(truth.names, truth.mean, strict=True))
-    parts: list[tuple[ScoreName, ...]] = [*((name,) for name in config.scores), *config.combinations]
+    parts: list[tuple[ScoreName, ...]] = [
+        *((name,) for name in config.scores),
+        *config.combinations,
+    ]
     results = []
     with ctx.progress.task("bootstrap intervals", len(parts) * len(tables)) as task:
         for names in parts:
             per_supernet = []
             for rows in tables:
                 truth_N = np.array([alone[name] for name in rows])
-                columns = [np.array([row[name] for row in rows.values()]) * (-1 if name in LOWER_IS_BETTER else 1) for name in names]
+                columns = [
+                    np.array([row[name] for row in rows.values()])
+                    * (-1 if name in LOWER_IS_BETTER else 1)
+                    for name in names
+                ]
                 score_N = columns[0] if len(columns) == 1 else metrics.rank_sum(columns)
-                macs_N = np.array([row["macs"] for row in rows.values()]) if "macs" in config.scores else None
+                macs_N = (
+                    np.array([row["macs"] for row in rows.values()])
+                    if "macs" in config.scores
+                    else None
+                )
                 per_supernet.append(estimates(config, score_N, truth_N, macs_N))
                 task.advance()
-            spread = {metric: _spread([each[metric].value for each in per_supernet]) for metric in METRICS}
-            results.append(ScoreResult(name="+".join(names), supernets=tuple(per_supernet), spread=spread))
+            spread = {
+                metric: _spread([each[metric].value for each in per_supernet]) for metric in METRICS
+            }
+            results.append(
+                ScoreResult(name="+".join(names), supernets=tuple(per_supernet), spread=spread)
+            )
     return tuple(results)
 
 
-def estimates(config: StudyConfig, score_N: np.ndarray, truth_N: np.ndarray, macs_N: np.ndarray | None = None) -> dict[str, Estimate]:
-    """Every metric of a score (higher is better) with its interval; the same resamples for every score.
+def estimates(
+    config: StudyConfig, score_N: np.ndarray, truth_N: np.ndarray, macs_N: np.ndarray | None = None
+) -> dict[str, Estimate]:
+    """Every metric of a score (higher is better) with its interval; the same resamples
+    for every score.
 
     Without ``macs_N`` there is nothing to be better than, and ``over_macs`` has no value.
     """
     k = min(config.top_k, len(truth_N))
     functions: dict[str, metrics.Metric] = {
         "kendall": metrics.kendall,
-        "over_macs": lambda both, truth: metrics.kendall(both[:, 0], truth) - metrics.kendall(both[:, 1], truth),
-        "sparse_kendall": lambda score, truth: metrics.sparse_kendall(score, truth, config.threshold),
+        "over_macs": lambda both, truth: (
+            metrics.kendall(both[:, 0], truth) - metrics.kendall(both[:, 1], truth)
+        ),
+        "sparse_kendall": lambda score, truth: metrics.sparse_kendall(
+            score, truth, config.threshold
+        ),
         "kendall_top": metrics.kendall_top,
         "spearman": spearman,
         "regret": lambda score, truth: metrics.regret(score, truth, k),
@@ -191,7 +271,9 @@ def estimates(config: StudyConfig, score_N: np.ndarray, truth_N: np.ndarray, mac
             found[name] = Estimate(value=None)
             continue
         rng = np.random.default_rng(0)
-        interval = metrics.bootstrap(functions[name], scores, truth_N, rng, config.bootstrap, config.confidence)
+        interval = metrics.bootstrap(
+            functions[name], scores, truth_N, rng, config.bootstrap, config.confidence
+        )
         low, high = interval or (None, None)
         found[name] = Estimate(value=value, low=low, high=high)
     return found
@@ -217,15 +299,36 @@ def lines(study: RankStudy) -> list[str]:
     """The result in words."""
     found = []
     if study.truth.kendall is not None:
-        top = "" if study.truth.kendall_top is None else f", {study.truth.kendall_top:.3f} in the best tenth"
-        found.append(f"tau between repeated trainings of the {study.truth.networks} networks: {study.truth.kendall:.3f}{top}")
+        top = (
+            ""
+            if study.truth.kendall_top is None
+            else f", {study.truth.kendall_top:.3f} in the best tenth"
+        )
+        found.append(
+            f"tau between repeated trainings of the {study.truth.networks} networks:"
+            f" {study.truth.kendall:.3f}{top}"
+        )
     for result in study.scores:
         spread = result.spread["kendall"]
-        first = next((each["kendall"] for each in result.supernets if each["kendall"].value is not None), Estimate(value=None))
-        interval = "" if first.low is None else f" ({study.confidence:.0%}: {first.low:.3f} to {first.high:.3f})"
-        over = "" if spread.std is None else f"; over {len(result.supernets)} super-nets {spread.mean:.3f} ± {spread.std:.3f}"
+        first = next(
+            (each["kendall"] for each in result.supernets if each["kendall"].value is not None),
+            Estimate(value=None),
+        )
+        interval = (
+            ""
+            if first.low is None
+            else f" ({study.confidence:.0%}: {first.low:.3f} to {first.high:.3f})"
+        )
+        over = (
+            ""
+            if spread.std is None
+            else f"; over {len(result.supernets)} super-nets {spread.mean:.3f} ± {spread.std:.3f}"
+        )
         value = "undefined" if first.value is None else f"{first.value:.3f}"
-        better = next((each["over_macs"] for each in result.supernets if each["over_macs"].value is not None), Estimate(value=None))
+        better = next(
+            (each["over_macs"] for each in result.supernets if each["over_macs"].value is not None),
+            Estimate(value=None),
+        )
         than_macs = (
             ""
             if better.low is None or result.name == "macs"
@@ -236,8 +339,14 @@ def lines(study: RankStudy) -> list[str]:
         if supernet.gap is not None:
             gap = supernet.gap
             found.append(
-                f"seed {supernet.seed}: accuracy {gap.supernet:.1%} by the super-net, {gap.alone:.1%} alone, a gap of {gap.difference:.1%}"
+                f"seed {supernet.seed}: accuracy {gap.supernet:.1%} by the super-net,"
+                f" {gap.alone:.1%} alone, a gap of {gap.difference:.1%}"
             )
         if supernet.failed:
-            found.append(f"seed {supernet.seed}: {len(supernet.failed)} architectures have no score; study.json says why")
-    return found + [f"seed {seed} has no super-net: {why}" for seed, why in study.failed_trainings.items()]
+            found.append(
+                f"seed {supernet.seed}: {len(supernet.failed)} architectures have no score;"
+                " study.json says why"
+            )
+    return found + [
+        f"seed {seed} has no super-net: {why}" for seed, why in study.failed_trainings.items()
+    ]

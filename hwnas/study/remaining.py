@@ -1,12 +1,15 @@
-"""What a shrinking has left, by the accuracies of networks that were trained alone; and what chance, and an oracle, would leave.
+"""What a shrinking has left, by the accuracies of networks that were trained alone; and
+what chance, and an oracle, would leave.
 
-``chance`` drops random operators by the same rule, ``oracle`` those whose networks, among those left, have the lowest mean accuracy.
+``chance`` drops random operators by the same rule, ``oracle`` those whose networks,
+among those left, have the lowest mean accuracy.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 
 import numpy as np
@@ -16,7 +19,14 @@ from hwnas.core.describe import counted
 from hwnas.core.space import SearchSpace
 from hwnas.runs import StageContext
 from hwnas.search.shrinking import Operator, Scores, operators, shrinkable, without, worst
-from hwnas.study.documents import Chance, Remaining, ShrinkCurve, ShrinkPath, ShrinkStep, ShrinkStudy
+from hwnas.study.documents import (
+    Chance,
+    Remaining,
+    ShrinkCurve,
+    ShrinkPath,
+    ShrinkStep,
+    ShrinkStudy,
+)
 from hwnas.study.metrics import best_tenth, kendall
 from hwnas.study.truth import Truth
 
@@ -27,17 +37,25 @@ REPEATS = 200
 
 
 class Known:
-    """The networks whose accuracy is known, by operator: ``accuracy_N`` in 0..1, and which of them contain an operator."""
+    """The networks whose accuracy is known, by operator: ``accuracy_N`` in 0..1, and
+    which of them contain an operator.
+    """
 
     def __init__(self, space: SearchSpace, truth: Truth) -> None:
         self.accuracy_N = truth.mean
         self.top_N = np.zeros(len(truth.names), dtype=bool)
         self.top_N[best_tenth(truth.mean)] = True
         columns = {
-            choice.key: [str(picks[choice.key]) if space.kept(choice.key, picks) else None for picks in truth.picks]
+            choice.key: [
+                str(picks[choice.key]) if space.kept(choice.key, picks) else None
+                for picks in truth.picks
+            ]
             for choice in shrinkable(space)
         }
-        self._holds = {(key, option): np.array([each == option for each in columns[key]]) for key, option in operators(space)}
+        self._holds = {
+            (key, option): np.array([each == option for each in columns[key]])
+            for key, option in operators(space)
+        }
 
     def left(self, dropped: Sequence[Operator]) -> np.ndarray:
         """Which networks contain none of the dropped operators: bool [N]."""
@@ -45,9 +63,15 @@ class Known:
         return ~np.any(gone, axis=0) if gone else np.ones(len(self.accuracy_N), dtype=bool)
 
     def means(self, wanted: Sequence[Operator], left_N: np.ndarray) -> Scores:
-        """Mean accuracy of the networks left that contain each of ``wanted``; those that are in none are left out."""
+        """Mean accuracy of the networks left that contain each of ``wanted``; those
+        that are in none are left out.
+        """
         found = {operator: left_N & self._holds[operator] for operator in wanted}
-        return {operator: float(self.accuracy_N[each_N].mean()) for operator, each_N in found.items() if each_N.any()}
+        return {
+            operator: float(self.accuracy_N[each_N].mean())
+            for operator, each_N in found.items()
+            if each_N.any()
+        }
 
     def remaining(self, left_N: np.ndarray) -> Remaining:
         """The numbers of the networks that are left."""
@@ -65,10 +89,17 @@ class Known:
 
 
 def compare(ctx: StageContext, space: SearchSpace, truth: Truth | None) -> None:
-    """Write ``shrink.json``: the paths of all metrics, and what they are worth where accuracies are known."""
+    """Write ``shrink.json``: the paths of all metrics, and what they are worth where
+    accuracies are known.
+    """
     experiment = ctx.experiment
-    paths = tuple(ShrinkPath.load(ctx.path(f"shrink-{name}", "path.json")) for name in experiment.shrink.metrics)
-    study = ShrinkStudy(space=space.name, space_sha256=space.sha256, seed=experiment.seed, paths=paths)
+    paths = tuple(
+        ShrinkPath.load(ctx.path(f"shrink-{name}", "path.json"))
+        for name in experiment.shrink.metrics
+    )
+    study = ShrinkStudy(
+        space=space.name, space_sha256=space.sha256, seed=experiment.seed, paths=paths
+    )
     if truth is not None:
         known = Known(space, truth)
         update = {
@@ -88,10 +119,17 @@ def curve(known: Known, name: str, steps: Sequence[ShrinkStep]) -> ShrinkCurve:
     dropped: list[Operator] = []
     remaining, taus = [known.remaining(known.left(()))], []
     for step in steps:
-        scores = {(key, option): score for key, options in step.scores.items() for option, score in options.items()}
+        scores = {
+            (key, option): score
+            for key, options in step.scores.items()
+            for option, score in options.items()
+        }
         truth = known.means(list(scores), known.left(dropped))
         both = [operator for operator in scores if operator in truth]
-        tau = kendall(np.array([scores[operator] for operator in both]), np.array([truth[operator] for operator in both]))
+        tau = kendall(
+            np.array([scores[operator] for operator in both]),
+            np.array([truth[operator] for operator in both]),
+        )
         taus.append(tau if math.isfinite(tau) else None)
         dropped += step.dropped
         remaining.append(known.remaining(known.left(dropped)))
@@ -111,14 +149,19 @@ def chance(known: Known, space: SearchSpace, config: ShrinkConfig, seed: int) ->
     """
     runs = []
     for repeat in range(REPEATS):
-        rng = np.random.default_rng([seed, repeat, 4])
-        runs.append(_simulated(known, space, config, lambda wanted, left_N, rng=rng: {each: float(rng.random()) for each in wanted}))  # type: ignore[misc]
+        score = partial(_random_scores, np.random.default_rng([seed, repeat, 4]))
+        runs.append(_simulated(known, space, config, score))
     stages = max(map(len, runs))
     padded = [run + [run[-1]] * (stages - len(run)) for run in runs]
-    means = [[run[stage].mean for run in padded if run[stage].mean is not None] for stage in range(stages)]
+    means = [
+        [run[stage].mean for run in padded if run[stage].mean is not None]
+        for stage in range(stages)
+    ]
     means = list(takewhile(bool, means))
     tenths = [[run[stage].best_tenth or 0.0 for run in padded] for stage in range(len(means))]
-    return Chance(repeats=REPEATS, mean=tuple(map(_band, means)), best_tenth=tuple(map(_band, tenths)))
+    return Chance(
+        repeats=REPEATS, mean=tuple(map(_band, means)), best_tenth=tuple(map(_band, tenths))
+    )
 
 
 def _band(values: Sequence[float | None]) -> tuple[float, float, float]:
@@ -127,8 +170,18 @@ def _band(values: Sequence[float | None]) -> tuple[float, float, float]:
     return float(array.mean()), float(low), float(high)
 
 
+def _random_scores(
+    rng: np.random.Generator, wanted: list[Operator], left_N: np.ndarray
+) -> dict[Operator, float]:
+    del left_N
+    return {each: float(rng.random()) for each in wanted}
+
+
 def _simulated(
-    known: Known, space: SearchSpace, config: ShrinkConfig, score: Callable[[list[Operator], np.ndarray], Mapping[Operator, float]]
+    known: Known,
+    space: SearchSpace,
+    config: ShrinkConfig,
+    score: Callable[[list[Operator], np.ndarray], Mapping[Operator, float]],
 ) -> list[Remaining]:
     """A shrinking whose scores need no super-net."""
     dropped: list[Operator] = []
@@ -145,7 +198,9 @@ def _simulated(
 
 
 def shown(name: str) -> str:
-    """What a curve is called beside ``chance``: the metric random is one draw, not the mean of many."""
+    """What a curve is called beside ``chance``: the metric random is one draw, not the
+    mean of many.
+    """
     return "random (one run)" if name == "random" else name
 
 
@@ -159,14 +214,15 @@ def lines(study: ShrinkStudy) -> list[str]:
         means = " -> ".join(_percent(left.mean) for left in each.remaining)
         last = each.remaining[-1]
         found.append(
-            f"{shown(each.name)}: mean true accuracy {means}; {_percent(last.best_tenth)} of the best tenth left, "
-            f"the best {_percent(last.best)}"
+            f"{shown(each.name)}: mean true accuracy {means}; {_percent(last.best_tenth)} of the"
+            f" best tenth left, the best {_percent(last.best)}"
         )
     if study.chance is not None:
         mean, low, high = study.chance.mean[-1]
         found.append(
-            f"chance ({study.chance.repeats} random shrinkings): {_percent(study.chance.mean[0][0])} -> {_percent(mean)} "
-            f"(90 %: {_percent(low)} to {_percent(high)}); {_percent(study.chance.best_tenth[-1][0])} of the best tenth left"
+            f"chance ({study.chance.repeats} random shrinkings):"
+            f" {_percent(study.chance.mean[0][0])} -> {_percent(mean)} (90 %: {_percent(low)} to"
+            f" {_percent(high)}); {_percent(study.chance.best_tenth[-1][0])} of the best tenth left"
         )
     return found
 

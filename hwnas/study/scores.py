@@ -13,10 +13,13 @@
 ``snip``           sum of abs(weight * gradient) there (Lee et al., arXiv 1810.02340)
 ``synflow``        the same without images: weights by their absolute values, an input of ones, the sum of the
                    logits for a loss (Tanaka et al., arXiv 2006.05467)
-=================  ================================================================================================
+=================
+================================================================================================
 
-*Differences from the papers*: the zero-cost scores judge the super-net's initialisation, the same for all architectures, not a new one
-for each; synflow leaves BN out (its statistics are 0 and 1 and its scale is 1 then) instead of computing batch statistics.
+*Differences from the papers*: the zero-cost scores judge the super-net's
+initialisation, the same for all architectures, not a new one for each; synflow leaves
+BN out (its statistics are 0 and 1 and its scale is 1 then) instead of computing batch
+statistics.
 """
 
 from __future__ import annotations
@@ -48,7 +51,13 @@ class Scorer:
     ``initial`` is what it was at first; the angle is from there, or from ``base``.
     """
 
-    def __init__(self, judge: Judge, trained: SharedNetwork, initial: SharedNetwork, base: SharedNetwork | None = None) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        trained: SharedNetwork,
+        initial: SharedNetwork,
+        base: SharedNetwork | None = None,
+    ) -> None:
         self.judge, self.supernet = judge, trained
         self.initial = initial.eval()
         self.angles = Angles(base or self.initial, self.supernet)
@@ -84,17 +93,32 @@ class Scorer:
     def _judged(self, picks: Picks, recalibrated: bool) -> dict[str, float]:
         """Top-1 in 0..1 and mean cross-entropy over the images that are judged."""
         network = _classifier(self.supernet, picks).to(memory_format=torch.channels_last)
-        logits_NK = torch.cat(self._prefixes_of(network.arch.resolution, recalibrated).logits(network)).float()
+        logits_NK = torch.cat(
+            self._prefixes_of(network.arch.resolution, recalibrated).logits(network)
+        ).float()
         y_N = torch.cat([y for _, y in self.judge.evaluation()]).to(logits_NK.device)
-        return {"accuracy": int((logits_NK.argmax(1) == y_N).sum()) / len(y_N), "loss": float(F.cross_entropy(logits_NK, y_N))}
+        return {
+            "accuracy": int((logits_NK.argmax(1) == y_N).sum()) / len(y_N),
+            "loss": float(F.cross_entropy(logits_NK, y_N)),
+        }
 
     def _prefixes_of(self, size: int, recalibrated: bool) -> Prefixes:
         """What runs the networks of a resolution; that of another one is let go."""
         if (size, recalibrated) not in self._prefixes:
             self._prefixes = {key: each for key, each in self._prefixes.items() if key[0] == size}
-            recalibration, evaluation = self.judge.recalibration() if recalibrated else (), self.judge.evaluation()
-            images = Maps(*([placed(x_NCHW, _device(self.supernet), size) for x_NCHW, _ in each] for each in (recalibration, evaluation)))
-            self._prefixes[size, recalibrated] = Prefixes(images, by_batch=not recalibrated and not self.supernet.config.bn_track)
+            recalibration, evaluation = (
+                self.judge.recalibration() if recalibrated else (),
+                self.judge.evaluation(),
+            )
+            images = Maps(
+                *(
+                    [placed(x_NCHW, _device(self.supernet), size) for x_NCHW, _ in each]
+                    for each in (recalibration, evaluation)
+                )
+            )
+            self._prefixes[size, recalibrated] = Prefixes(
+                images, by_batch=not recalibrated and not self.supernet.config.bn_track
+            )
         return self._prefixes[size, recalibrated]
 
     def _shape(self, picks: Picks) -> dict[str, float]:
@@ -107,7 +131,9 @@ class Scorer:
         x_NCHW = resized(x_NCHW.to(_device(network)), network.arch.resolution)
         network.train()
         F.cross_entropy(network(x_NCHW), y.to(x_NCHW.device)).backward()  # type: ignore[no-untyped-call]
-        pairs = [(weight.detach(), weight.grad) for weight in weights(network) if weight.grad is not None]
+        pairs = [
+            (weight.detach(), weight.grad) for weight in weights(network) if weight.grad is not None
+        ]
         return {
             "grad_norm": math.sqrt(sum(float(grad.double().square().sum()) for _, grad in pairs)),
             "snip": sum(float((weight * grad).double().abs().sum()) for weight, grad in pairs),
@@ -115,15 +141,28 @@ class Scorer:
 
 
 def synflow(network: Network) -> float:
-    """Sum of abs(weight * derivative of the summed logits) with all weights positive, an input of ones, and no BN. Logarithm."""
+    """Sum of abs(weight * derivative of the summed logits) with all weights positive,
+    an input of ones, and no BN. Logarithm.
+    """
     network = network.double().eval()
     with torch.no_grad():
         for weight in weights(network):
             weight.abs_()
     arch = network.arch
     device = _device(network)
-    network(torch.ones(1, arch.in_channels, arch.resolution, arch.resolution, dtype=torch.float64, device=device)).sum().backward()
-    pairs = [(weight.detach(), weight.grad) for weight in weights(network) if weight.grad is not None]
+    network(
+        torch.ones(
+            1,
+            arch.in_channels,
+            arch.resolution,
+            arch.resolution,
+            dtype=torch.float64,
+            device=device,
+        )
+    ).sum().backward()
+    pairs = [
+        (weight.detach(), weight.grad) for weight in weights(network) if weight.grad is not None
+    ]
     total = sum(float((weight * grad).abs().sum()) for weight, grad in pairs)
     return math.log(total) if total > 0 else -math.inf
 

@@ -1,6 +1,8 @@
-"""``hwnas study shrink``: a space shrunk by one or more metrics, and what of its good networks is left.
+"""``hwnas study shrink``: a space shrunk by one or more metrics, and what of its good
+networks is left.
 
-The first super-net is trained once; every metric scores its operators and goes on from there with a shrunk super-net of its own. Folders:
+The first super-net is trained once; every metric scores its operators and goes on from
+there with a shrunk super-net of its own. Folders:
 
     shrink-first/                      the first super-net: initial.safetensors (W0), shared.safetensors, alphas.json
     shrink-<metric>/stage-<n>/         n = 0: scored by the first super-net; n > 0: trained on the space of stage n - 1
@@ -9,7 +11,8 @@ The first super-net is trained once; every metric scores its operators and goes 
     shrink-<metric>/space.json  path.json                         what is left in the end, and all stages
     shrink/shrink.json                                            the comparison
 
-A stage that has its step.json is over. One that was interrupted in its training goes on from its checkpoint.
+A stage that has its step.json is over. One that was interrupted in its training goes on
+from its checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +37,16 @@ from hwnas.runs import StageContext
 from hwnas.search import SHRINK_METRICS, STRATEGIES
 from hwnas.search.alphas import Alphas, refuse_resolutions
 from hwnas.search.judge import Judge
-from hwnas.search.shrinking import Evidence, Metric, Scores, operators, sample_children, shrinkable, without, worst
+from hwnas.search.shrinking import (
+    Evidence,
+    Metric,
+    Scores,
+    operators,
+    sample_children,
+    shrinkable,
+    without,
+    worst,
+)
 from hwnas.search.stage import prepare, search_strategy
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.search.supernets import SHARED
@@ -69,31 +81,41 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
     config, search = experiment.shrink, experiment.search
     if not task_of(experiment).studied:
         raise ConfigError(
-            f"task = {experiment.task!r} has no study: shrink the space of classifiers first, and put a detector on what is left."
+            f"task = {experiment.task!r} has no study: shrink the space of classifiers first, and"
+            " put a detector on what is left."
         )
     if not shrinkable(space):
-        raise SpaceError(f"space {space.name} has no choice of blocks left, so nothing can be dropped: take a larger one.")
+        raise SpaceError(
+            f"space {space.name} has no choice of blocks left, so nothing can be dropped: take a"
+            " larger one."
+        )
     if space.size <= config.until:
-        raise ConfigError(f"shrink.until = {config.until}, but space {space.name} has {space.size} architectures already: set it lower.")
+        raise ConfigError(
+            f"shrink.until = {config.until}, but space {space.name} has {space.size} architectures"
+            " already: set it lower."
+        )
     strategy = STRATEGIES.get(search.strategy.name)
     found = [metric(name) for name in config.metrics]
     if not any(each.trains for each in found):
         return
     if not strategy.shares or strategy.mixes:
         raise ConfigError(
-            f"strategy {search.strategy.name!r} does not train single paths of a super-net, which shrinking is about: use spos or fairnas."
+            f"strategy {search.strategy.name!r} does not train single paths of a super-net, which"
+            " shrinking is about: use spos or fairnas."
         )
     search_strategy(search).check(space)
     if not space.CHAIN and set(config.operation_on) - {"node"}:
         raise ConfigError(
-            f"shrink.operation_on = {list(config.operation_on)}, but an edge of space {space.name} has one input: leave it empty."
+            f"shrink.operation_on = {list(config.operation_on)}, but an edge of space {space.name}"
+            " has one input: leave it empty."
         )
     if any(each.alphas for each in found):
         refuse_resolutions(space, "magnitude")
         if search.supernet.wsbn or {search.supernet.operation_on, *config.operation_on} != {"node"}:
             raise ConfigError(
-                "the metric magnitude mixes options, so an input has no one producer: set search.supernet.operation_on = 'node' and "
-                "wsbn = false, leave shrink.operation_on empty, or remove that metric."
+                "the metric magnitude mixes options, so an input has no one producer: set"
+                " search.supernet.operation_on = 'node' and wsbn = false, leave shrink.operation_on"
+                " empty, or remove that metric."
             )
 
 
@@ -108,23 +130,37 @@ def outputs_of_first(config: ShrinkConfig) -> list[str]:
 
 
 def first_sha256(experiment: Experiment) -> str:
-    """Identity of what decides the first training, beside space, seed and images: what only scoring asks for does not."""
+    """Identity of what decides the first training, beside space, seed and images: what
+    only scoring asks for does not.
+    """
     config = experiment.shrink
     ignored = {"recalibration_images", "evaluation_images", "limits", "epochs"}
     if experiment.search.quality == "metric":  # the loss is also what a policy is rewarded by
         ignored.add("quality")
     search = experiment.search.model_dump(mode="json", exclude=ignored)
     beside = (config.alpha_lr, config.alpha_every) if wants_alphas(config) else None
-    return content_sha256([search, config.first_epochs, config.base_epochs, config.operation_on[:1], beside])
+    return content_sha256(
+        [search, config.first_epochs, config.base_epochs, config.operation_on[:1], beside]
+    )
 
 
 def train_first(ctx: StageContext, space: SearchSpace) -> None:
     """Train the super-net of the whole space, which all metrics share."""
-    _train(ctx, space, ctx.folder, 0, None, wants_alphas(ctx.experiment.shrink), "training the super-net of all metrics")
+    _train(
+        ctx,
+        space,
+        ctx.folder,
+        0,
+        None,
+        wants_alphas(ctx.experiment.shrink),
+        "training the super-net of all metrics",
+    )
 
 
 def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) -> None:
-    """Shrink by a metric: ``space.json`` and ``path.json``. ``first`` is the folder of the first training; None where none is needed."""
+    """Shrink by a metric: ``space.json`` and ``path.json``. ``first`` is the folder of
+    the first training; None where none is needed.
+    """
     experiment, config, found = ctx.experiment, ctx.experiment.shrink, metric(name)
     steps: list[ShrinkStep] = []
     present, dropped, refreshed = space, 0, False
@@ -138,8 +174,25 @@ def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) ->
                 before = first if number == 1 else ctx.folder / f"stage-{number - 1}"
                 assert before is not None
                 begin = _beginning(before, found.alphas, steps[-1].refreshed)
-                _train(ctx, present, folder, number, begin, found.alphas, f"{name}: training a super-net of {counted(present.size)}")
-            _score(ctx, present, name, folder, trained if found.trains else None, number, dropped, refreshed)
+                _train(
+                    ctx,
+                    present,
+                    folder,
+                    number,
+                    begin,
+                    found.alphas,
+                    f"{name}: training a super-net of {counted(present.size)}",
+                )
+            _score(
+                ctx,
+                present,
+                name,
+                folder,
+                trained if found.trains else None,
+                number,
+                dropped,
+                refreshed,
+            )
         step = ShrinkStep.load(folder / STEP)
         steps.append(step)
         if not step.dropped:
@@ -162,14 +215,25 @@ def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) ->
 
 
 def _score(
-    ctx: StageContext, space: SearchSpace, name: str, folder: Path, trained: Path | None, number: int, dropped: int, refreshed: bool
+    ctx: StageContext,
+    space: SearchSpace,
+    name: str,
+    folder: Path,
+    trained: Path | None,
+    number: int,
+    dropped: int,
+    refreshed: bool,
 ) -> None:
     """Score the operators, drop the worst, and write what is left."""
     experiment, config, found = _sized(ctx.experiment, space), ctx.experiment.shrink, metric(name)
     rng = np.random.default_rng([experiment.seed, number, 2])
     evidence = Evidence(space, rng, progress=ctx.progress)
     if found.samples:
-        samples = config.judged_samples if found.judges and config.judged_samples is not None else config.samples
+        samples = (
+            config.judged_samples
+            if found.judges and config.judged_samples is not None
+            else config.samples
+        )
         evidence.children = sample_children(space, config, samples, rng)
     if trained is not None:
         evidence.initial = read_supernet(trained / INITIAL).to(best_device())
@@ -180,7 +244,11 @@ def _score(
     scores = found.scores(evidence)
     gone = worst(space, scores, config)
     left = without(space, gone, f"{_root(space.name, name)}-{name}-{number + 1}")
-    refresh = config.refresh_after is not None and not refreshed and dropped + len(gone) > config.refresh_after
+    refresh = (
+        config.refresh_after is not None
+        and not refreshed
+        and dropped + len(gone) > config.refresh_after
+    )
     by_choice: dict[str, dict[str, float]] = {}
     for key, option in operators(space):
         if (key, option) in scores:
@@ -191,7 +259,9 @@ def _score(
         size=space.size,
         epochs=(config.epochs if number else config.first_epochs) if found.trains else 0.0,
         operation_on=None if supernet is None else supernet.config.operation_on,
-        params=None if supernet is None else sum(weight.numel() for weight in supernet.parameters()),
+        params=(
+            None if supernet is None else sum(weight.numel() for weight in supernet.parameters())
+        ),
         children=len(evidence.children),
         scores=by_choice,
         dropped=tuple(gone),
@@ -199,9 +269,9 @@ def _score(
         refreshed=refresh,
     ).save(folder / STEP)
     ctx.progress.say(
-        f"{name}, stage {number}: {len(gone)} of {len(scores)} scored operators dropped "
-        f"({', '.join(f'{key} {option}' for key, option in gone)}; a choice's last operator stays, and is not scored); "
-        f"{counted(space.size)} architectures -> {counted(left.size)}"
+        f"{name}, stage {number}: {len(gone)} of {len(scores)} scored operators dropped"
+        f" ({', '.join(f'{key} {option}' for key, option in gone)}; a choice's last operator stays,"
+        f" and is not scored); {counted(space.size)} architectures -> {counted(left.size)}"
     )
 
 
@@ -212,11 +282,19 @@ def _root(space: str, name: str) -> str:
 
 def _beginning(before: Path, alphas: bool, refreshed: bool) -> _Begin:
     trained = read_supernet(before / SHARED)
-    return _Begin(trained if refreshed else read_supernet(before / INITIAL), trained, _read_alphas(before) if alphas else {})
+    return _Begin(
+        trained if refreshed else read_supernet(before / INITIAL),
+        trained,
+        _read_alphas(before) if alphas else {},
+    )
 
 
 def _read_alphas(folder: Path) -> Scores:
-    return {(key, option): value for key, values in json.loads((folder / ALPHAS).read_text()).items() for option, value in values.items()}
+    return {
+        (key, option): value
+        for key, values in json.loads((folder / ALPHAS).read_text()).items()
+        for option, value in values.items()
+    }
 
 
 def _sized(experiment: Experiment, space: SearchSpace) -> Experiment:
@@ -224,7 +302,13 @@ def _sized(experiment: Experiment, space: SearchSpace) -> Experiment:
 
 
 def _train(
-    ctx: StageContext, space: SearchSpace, folder: Path, number: int, begin: _Begin | None, with_alphas: bool, description: str
+    ctx: StageContext,
+    space: SearchSpace,
+    folder: Path,
+    number: int,
+    begin: _Begin | None,
+    with_alphas: bool,
+    description: str,
 ) -> None:
     """Train the super-net of a stage into ``folder``, with W0 beside it, going on where it was."""
     config = ctx.experiment.shrink
@@ -232,7 +316,13 @@ def _train(
     cost = CostModel.of_macs(space)
     low, high = cost.range()
     search = SearchContext(
-        space, cost, experiment.search.objective, (low + high) / 2, experiment.search.tolerance, 0, experiment.search.batch_size
+        space,
+        cost,
+        experiment.search.objective,
+        (low + high) / 2,
+        experiment.search.tolerance,
+        0,
+        experiment.search.batch_size,
     )
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, folder)
@@ -243,7 +333,11 @@ def _train(
         supernet.take_over(begin.trained.to(engine.device))
         initial.save(folder / INITIAL)
     rng = np.random.default_rng([experiment.seed, number, 3])
-    alphas = Alphas(space, rng, init_std=1e-3, lr=config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3) if with_alphas else None
+    alphas = (
+        Alphas(space, rng, init_std=1e-3, lr=config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3)
+        if with_alphas
+        else None
+    )
     if alphas is not None:
         if begin is not None:
             _carry_alphas(space, begin.alphas, alphas)
@@ -257,15 +351,24 @@ def _train(
             metrics |= {"held_out_loss": float(held_out.detach()), "entropy": alphas.entropy()}
         return metrics
 
-    base = base_step(config.base_epochs, config.first_epochs, engine.steps) if begin is None else None
+    base = (
+        base_step(config.base_epochs, config.first_epochs, engine.steps) if begin is None else None
+    )
     engine.resume()
     engine.fit(saving_at(step, base, supernet, folder / INITIAL), ctx.progress, description)
     if alphas is not None:
         values = {
-            choice.key: {str(option): value for option, value in zip(choice.options, alphas.values[choice.key].tolist(), strict=True)}
+            choice.key: {
+                str(option): value
+                for option, value in zip(
+                    choice.options, alphas.values[choice.key].tolist(), strict=True
+                )
+            }
             for choice in space.choices
         }
-        write_atomic(folder / ALPHAS, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+        write_atomic(
+            folder / ALPHAS, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+        )
     supernet.save(folder / SHARED)
     engine.finish()
 
@@ -274,10 +377,19 @@ def _training(experiment: Experiment, space: SearchSpace, number: int) -> Experi
     """The experiment that trains the super-net of a stage: each sees other batches and paths."""
     config, search = experiment.shrink, experiment.search
     levels = config.operation_on or (search.supernet.operation_on,)
-    supernet = search.supernet.model_copy(update={"operation_on": levels[min(number, len(levels) - 1)]})
-    update = {"epochs": config.epochs if number else config.first_epochs, "supernet": supernet, "limits": ()}
+    supernet = search.supernet.model_copy(
+        update={"operation_on": levels[min(number, len(levels) - 1)]}
+    )
+    update = {
+        "epochs": config.epochs if number else config.first_epochs,
+        "supernet": supernet,
+        "limits": (),
+    }
     return _sized(experiment, space).model_copy(
-        update={"search": search.model_copy(update=update), "seed": (experiment.seed + 7919 * number) % 2**31}
+        update={
+            "search": search.model_copy(update=update),
+            "seed": (experiment.seed + 7919 * number) % 2**31,
+        }
     )
 
 

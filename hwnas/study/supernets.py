@@ -21,7 +21,9 @@ from hwnas.search.supernets import SHARED, trained_supernet
 from hwnas.task import task_of
 
 OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
-"""Settings of a search that its super-net's training has nothing to do with. ``quality`` is none of them: policies are rewarded by it."""
+"""Settings of a search that its super-net's training has nothing to do with.
+``quality`` is none of them: policies are rewarded by it.
+"""
 
 BASE = "base.safetensors"
 """The super-net as it was after ``study.base_epochs``."""
@@ -32,7 +34,8 @@ Step = Callable[[int], Metrics]
 
 @dataclass(frozen=True)
 class Trained:
-    """The file of a trained super-net, the seed that initialised it, and the strategy that trained it.
+    """The file of a trained super-net, the seed that initialised it, and the strategy
+    that trained it.
 
     ``base`` is the file of the weights that the angle is from; None: those of the initialisation.
     """
@@ -46,45 +49,73 @@ class Trained:
 def training(experiment: Experiment, seed: int) -> Experiment:
     """The experiment that trains the super-net of ``seed``.
 
-    A budget of latency without ``search.table`` has no prices: half-way through the MACs of the space is taken instead, within which
-    strategies that steer by their budget are free to go where they like. What only says how architectures are judged afterwards is as
-    by default, so that a study of other settings takes over the super-nets that are there.
+    A budget of latency without ``search.table`` has no prices: half-way through the
+    MACs of the space is taken instead, within which strategies that steer by their
+    budget are free to go where they like. What only says how architectures are judged
+    afterwards is as by default, so that a study of other settings takes over the
+    super-nets that are there.
     """
-    search = experiment.search.model_copy(update={name: SearchConfig.model_fields[name].default for name in OF_JUDGING})
+    search = experiment.search.model_copy(
+        update={name: SearchConfig.model_fields[name].default for name in OF_JUDGING}
+    )
     if search.table is None and search.by_table:
         place = 0.5 if search.target_range is None else search.target_range
-        middle = {"target_ms": None, "budget": MacsLimit(kind="macs"), "target_range": place, "tolerance": 0.5}
+        middle = {
+            "target_ms": None,
+            "budget": MacsLimit(kind="macs"),
+            "target_range": place,
+            "tolerance": 0.5,
+        }
         search = search.model_copy(update=middle)
     return experiment.model_copy(update={"seed": seed, "search": search})
 
 
 def check(experiment: Experiment, space: SearchSpace) -> None:
-    """Raise ConfigError where the configuration names no super-net that a study can use, or none with an angle."""
+    """Raise ConfigError where the configuration names no super-net that a study can
+    use, or none with an angle.
+    """
     if not task_of(experiment).studied:
-        raise ConfigError(f"task = {experiment.task!r} has no study: the accuracies that are known are those of classifiers.")
+        raise ConfigError(
+            f"task = {experiment.task!r} has no study: the accuracies that are known are those of"
+            " classifiers."
+        )
     config = experiment.search
     if config.weights is not None:
-        raise ConfigError(f"search.weights = {config.weights!r} is for 'hwnas search': name the folder in study.supernets.")
+        raise ConfigError(
+            f"search.weights = {config.weights!r} is for 'hwnas search': name the folder in"
+            " study.supernets."
+        )
     base = experiment.study.base_epochs
     if base and experiment.study.supernets:
-        raise ConfigError(f"study.base_epochs = {base:g}, but only the last weights of study.supernets are there: leave it at 0.")
+        raise ConfigError(
+            f"study.base_epochs = {base:g}, but only the last weights of study.supernets are there:"
+            " leave it at 0."
+        )
     if base >= config.epochs:
-        raise ConfigError(f"study.base_epochs = {base:g} is no part of search.epochs = {config.epochs:g}: lower it.")
+        raise ConfigError(
+            f"study.base_epochs = {base:g} is no part of search.epochs = {config.epochs:g}:"
+            " lower it."
+        )
     if not experiment.study.supernets and not STRATEGIES.get(config.strategy.name).shares:
         raise ConfigError(
-            f"strategy {config.strategy.name!r} trains networks that share no weights, so there is no super-net to study: choose another."
+            f"strategy {config.strategy.name!r} trains networks that share no weights, so there is"
+            " no super-net to study: choose another."
         )
     grows = not experiment.study.supernets and bool(search_strategy(config).growth(space))
     if grows and "angle" in experiment.study.scores:
         raise ConfigError(
-            f"strategy {config.strategy.name!r} begins its super-net anew as it grows, so an angle from its first weights says nothing: "
-            "remove angle from study.scores."
+            f"strategy {config.strategy.name!r} begins its super-net anew as it grows, so an angle"
+            " from its first weights says nothing: remove angle from study.scores."
         )
 
 
 def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
-    """Train the super-net of ``ctx.experiment`` (see ``training``) into ``shared.safetensors``, going on where it was."""
-    experiment = ctx.experiment.model_copy(update={"data": ctx.experiment.data.at(space.resolution)})
+    """Train the super-net of ``ctx.experiment`` (see ``training``) into
+    ``shared.safetensors``, going on where it was.
+    """
+    experiment = ctx.experiment.model_copy(
+        update={"data": ctx.experiment.data.at(space.resolution)}
+    )
     search = search_context(experiment, space, table)
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, ctx.folder)
@@ -93,7 +124,11 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> 
     at = base_step(base, experiment.search.epochs, engine.steps) if base else None
     step = saving_at(prepared.step, at, supernet, ctx.folder / BASE)
     engine.resume()
-    engine.fit(step, ctx.progress, f"training a super-net ({experiment.search.strategy.name}, seed {experiment.seed})")
+    engine.fit(
+        step,
+        ctx.progress,
+        f"training a super-net ({experiment.search.strategy.name}, seed {experiment.seed})",
+    )
     supernet.save(ctx.folder / SHARED)
     engine.finish()
 
@@ -125,10 +160,15 @@ def saving_at(step: Step, at: int | None, supernet: GatedNetworks, path: Path) -
 
 
 def earlier(folder: str) -> Trained:
-    """The super-net of an earlier run's search. Raises ConfigError where there is none, or none that is finished."""
+    """The super-net of an earlier run's search. Raises ConfigError where there is none,
+    or none that is finished.
+    """
     path = trained_supernet(folder, "study.supernets")
     result = path.parent / "search.json"
     if not result.is_file():
-        raise ConfigError(f"study.supernets: {path.parent} has no search.json, which says its seed: finish that search first.")
+        raise ConfigError(
+            f"study.supernets: {path.parent} has no search.json, which says its seed: finish that"
+            " search first."
+        )
     found = SearchResult.load(result)
     return Trained(found.seed, path, found.strategy)

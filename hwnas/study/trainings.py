@@ -1,19 +1,24 @@
-"""Many independent trainings: one after another, in several processes of this computer, or on a Ray cluster.
+"""Many independent trainings: one after another, in several processes of this computer,
+or on a Ray cluster.
 
     study.processes = 1     in this process, one after another
     study.processes = n     n processes at a time, each of which trains one network of the study and ends
     study.ray_address       a task of a Ray cluster each, as many at a time as it has CPUs (``study.threads`` each) and
                             ``study.ray_gpus``; see hwnas/study/cluster.py
 
-**The same numbers either way.** A training knows nothing of the others: its random draws are functions of its seed and step, and the
-threads it computes with, which decide the last bits of a float, are a setting of the study. One, two or twenty processes therefore give
-the same bits on like machines; processors of another kind, or other versions of torch, may not.
+**The same numbers either way.** A training knows nothing of the others: its random
+draws are functions of its seed and step, and the threads it computes with, which decide
+the last bits of a float, are a setting of the study. One, two or twenty processes
+therefore give the same bits on like machines; processors of another kind, or other
+versions of torch, may not.
 
-**Failures.** A training that fails, or whose process is killed, is reported by one line and leaves the others alone; the same command
-tries it again from its checkpoint. Within one process a kill ends the study, which goes on with the next command.
+**Failures.** A training that fails, or whose process is killed, is reported by one line
+and leaves the others alone; the same command tries it again from its checkpoint. Within
+one process a kill ends the study, which goes on with the next command.
 
-A child process reads its order from standard input, one line of JSON, and ends with it: no orphan goes on writing after its parent was
-killed. It answers in events, a line of JSON each.
+A child process reads its order from standard input, one line of JSON, and ends with it:
+no orphan goes on writing after its parent was killed. It answers in events, a line of
+JSON each.
 """
 
 from __future__ import annotations
@@ -49,15 +54,19 @@ EVENT_SECONDS = 0.5
 """How often, at most, a training in another process says that it has advanced."""
 
 Event = dict[str, Any]
-"""What happened in a training: ``event`` is begin, advance, end, say, detail, warn, files, done or failed."""
+"""What happened in a training: ``event`` is begin, advance, end, say, detail, warn,
+files, done or failed.
+"""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training, a stage of its own in ``root / name``; ``inputs`` and ``outputs`` are its manifest's (hwnas/runs.py).
+    """One training, a stage of its own in ``root / name``; ``inputs`` and ``outputs``
+    are its manifest's (hwnas/runs.py).
 
-    ``function`` is named as ``module:function``, so that another process finds it. It is called with a StageContext of
-    ``experiment``, the space and the table (None where none is needed), and goes on from the files that it finds in its folder.
+    ``function`` is named as ``module:function``, so that another process finds it. It
+    is called with a StageContext of ``experiment``, the space and the table (None where
+    none is needed), and goes on from the files that it finds in its folder.
     """
 
     name: str
@@ -103,12 +112,18 @@ class Training:
 
 
 def threads_of(config: StudyConfig, trainings: int) -> int | None:
-    """The threads of each training; None: as many as torch takes. What has to be trained decides, not how many processes do it."""
+    """The threads of each training; None: as many as torch takes. What has to be
+    trained decides, not how many processes do it.
+    """
     return config.threads if config.threads is not None else 1 if trainings > 1 else None
 
 
-def run(trainings: Sequence[Training], config: StudyConfig, threads: int | None, progress: Progress) -> dict[str, str]:
-    """Perform all trainings; why some failed, by name. Raises ConfigError where the cluster cannot be reached."""
+def run(
+    trainings: Sequence[Training], config: StudyConfig, threads: int | None, progress: Progress
+) -> dict[str, str]:
+    """Perform all trainings; why some failed, by name. Raises ConfigError where the
+    cluster cannot be reached.
+    """
     if config.ray_address is None and config.processes == 1:
         return _here(trainings, threads, progress)
     if not trainings:
@@ -147,10 +162,15 @@ def _here(trainings: Sequence[Training], threads: int | None, progress: Progress
 def perform(training: Training, threads: int | None, progress: Progress) -> None:
     """Do a training in this process, with so many threads, going on where its folder says."""
     module, _, name = training.function.partition(":")
-    function: Callable[[StageContext, SearchSpace, LatencyTable | None], None] = getattr(importlib.import_module(module), name)
+    function: Callable[[StageContext, SearchSpace, LatencyTable | None], None] = getattr(
+        importlib.import_module(module), name
+    )
     ctx = StageContext(training.experiment, training.root, training.folder, progress)
     training.folder.mkdir(parents=True, exist_ok=True)
-    with stage(training.folder, training.name, training.inputs, list(training.outputs)), _threads(threads):
+    with (
+        stage(training.folder, training.name, training.inputs, list(training.outputs)),
+        _threads(threads),
+    ):
         function(ctx, training.space, training.table)
 
 
@@ -169,7 +189,11 @@ def _threads(count: int | None) -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """Why something failed, in one line."""
     first = str(error).strip().partition("\n")[0]
-    return first if isinstance(error, HwnasError) else f"{type(error).__name__}: {first}".removesuffix(": ")
+    return (
+        first
+        if isinstance(error, HwnasError)
+        else f"{type(error).__name__}: {first}".removesuffix(": ")
+    )
 
 
 class _Titled(Progress):
@@ -194,9 +218,13 @@ class _Titled(Progress):
 
 
 class _Line:
-    """The line of one training among several that run at once: its events as a bar and as messages."""
+    """The line of one training among several that run at once: its events as a bar and
+    as messages.
+    """
 
-    def __init__(self, name: str, progress: Progress, begin: Callable[[str, int, int], Task]) -> None:
+    def __init__(
+        self, name: str, progress: Progress, begin: Callable[[str, int, int], Task]
+    ) -> None:
         self.messages, self.name, self._begin = _Titled(name, progress), name, begin
         self.bar: Task | None = None
 
@@ -207,7 +235,9 @@ class _Line:
             self.bar.end()
             self.bar = None
         if kind == "begin":
-            self.bar = self._begin(f"{self.name}: {event['description']}", event["total"], event["done"])
+            self.bar = self._begin(
+                f"{self.name}: {event['description']}", event["total"], event["done"]
+            )
         elif kind == "advance" and self.bar is not None:
             self.bar.advance(event["steps"], event["note"])
         elif kind in ("say", "detail", "warn"):
@@ -219,11 +249,16 @@ class _Line:
             self.messages.detail(event.get("traceback", ""))
 
 
-# --- processes of this computer -------------------------------------------------------------------------------------------------------
+# --- processes of this computer
+# -------------------------------------------------------------------------------------------------------
 
 
-def _local(trainings: Sequence[Training], processes: int, threads: int | None) -> Generator[tuple[Training, Event], None, None]:
-    """What happens in the trainings, of which ``processes`` run at a time. All of them end with this iterator."""
+def _local(
+    trainings: Sequence[Training], processes: int, threads: int | None
+) -> Generator[tuple[Training, Event], None, None]:
+    """What happens in the trainings, of which ``processes`` run at a time. All of them
+    end with this iterator.
+    """
     waiting: queue.SimpleQueue[Training] = queue.SimpleQueue()
     events: queue.SimpleQueue[tuple[Training, Event] | None] = queue.SimpleQueue()
     alive: set[subprocess.Popen[str]] = set()
@@ -242,7 +277,9 @@ def _local(trainings: Sequence[Training], processes: int, threads: int | None) -
         finally:
             events.put(None)  # whatever happens, or the study would wait for ever
 
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(processes, len(trainings)))]
+    workers = [
+        threading.Thread(target=work, daemon=True) for _ in range(min(processes, len(trainings)))
+    ]
     for worker in workers:
         worker.start()
     try:
@@ -261,8 +298,14 @@ def _local(trainings: Sequence[Training], processes: int, threads: int | None) -
             time.sleep(0.01)
 
 
-def child(order: Mapping[str, Any], alive: set[subprocess.Popen[str]] | None = None, folder: Path | None = None) -> Iterator[Event]:
-    """Perform an order in a process of its own, in ``folder`` or in this one's; its events, of which the last is done or failed."""
+def child(
+    order: Mapping[str, Any],
+    alive: set[subprocess.Popen[str]] | None = None,
+    folder: Path | None = None,
+) -> Iterator[Event]:
+    """Perform an order in a process of its own, in ``folder`` or in this one's; its
+    events, of which the last is done or failed.
+    """
     package = str(Path(hwnas.__file__).parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
@@ -295,8 +338,15 @@ def child(order: Mapping[str, Any], alive: set[subprocess.Popen[str]] | None = N
             yield event
         code = process.wait()
         if last not in ("done", "failed"):
-            how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-            yield {"event": "failed", "reason": f"its process {how}; the same command goes on from its checkpoint"}
+            how = (
+                f"was killed ({signal.Signals(-code).name})"
+                if code < 0
+                else f"ended with exit code {code}"
+            )
+            yield {
+                "event": "failed",
+                "reason": f"its process {how}; the same command goes on from its checkpoint",
+            }
     finally:
         process.kill()
         process.wait()
@@ -345,7 +395,9 @@ class _TellingTask(Task):
 
 
 def _main() -> None:
-    """A child process: one order from standard input, events to standard output, the end with the parent's."""
+    """A child process: one order from standard input, events to standard output, the
+    end with the parent's.
+    """
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no event
 

@@ -29,7 +29,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` finds. ``ratios`` are sorted, smallest first; ``spearman`` is none for fewer than three ops, or all alike.
+    """What ``compare`` finds. ``ratios`` are sorted, smallest first; ``spearman`` is
+    none for fewer than three ops, or all alike.
 
     ``zero`` are common ops that cost nothing in one of the tables: they have no ratio.
     """
@@ -53,25 +54,34 @@ class Comparison:
 def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
     """Compare the entries of two tables, op by op.
 
-    Ops that differ in ReLU and ReLU6 alone, and cost the same, are one: importers enter a block under both where its source names no
-    activation. Raises TableError where the tables have no op in common, or price positions, whose ratios mean nothing.
+    Ops that differ in ReLU and ReLU6 alone, and cost the same, are one: importers enter
+    a block under both where its source names no activation. Raises TableError where the
+    tables have no op in common, or price positions, whose ratios mean nothing.
     """
     for table in (a, b):
         if not table.entries:
             raise TableError(
-                f"table {table.title} prices positions of a space, not ops, so that ratios mean nothing: compare tables of ops."
+                f"table {table.title} prices positions of a space, not ops, so that ratios mean"
+                " nothing: compare tables of ops."
             )
     common = [key for key in a.entries if key in b.entries]
     if not common:
         raise TableError(
-            f"tables {a.title} and {b.title} have no op in common ({next(iter(a.entries))} ... and {next(iter(b.entries))} ...): "
-            "compare tables of the same space, resolution and activation."
+            f"tables {a.title} and {b.title} have no op in common ({next(iter(a.entries))} ... and"
+            f" {next(iter(b.entries))} ...): compare tables of the same space, resolution and"
+            " activation."
         )
     pairs = {(_clamped(key), a.entries[key].ms, b.entries[key].ms): key for key in reversed(common)}
     timed = [(key, a_ms, b_ms) for (_, a_ms, b_ms), key in pairs.items()]
-    ratios = sorted((Ratio(key, a_ms, b_ms, a_ms / b_ms) for key, a_ms, b_ms in timed if a_ms > 0 and b_ms > 0), key=lambda one: one.ratio)
+    ratios = sorted(
+        (Ratio(key, a_ms, b_ms, a_ms / b_ms) for key, a_ms, b_ms in timed if a_ms > 0 and b_ms > 0),
+        key=lambda one: one.ratio,
+    )
     if not ratios:
-        raise TableError(f"all ops common to tables {a.title} and {b.title} cost 0 ms in one of them: there is nothing to compare.")
+        raise TableError(
+            f"all ops common to tables {a.title} and {b.title} cost 0 ms in one of them: there is"
+            " nothing to compare."
+        )
     values = np.array([one.ratio for one in ratios])
     a_ms, b_ms = np.array([one.a_ms for one in ratios]), np.array([one.b_ms for one in ratios])
     return Comparison(
@@ -94,7 +104,9 @@ def _clamped(key: str) -> str:
 
 
 def _alone(table: LatencyTable, common: list[str]) -> tuple[str, ...]:
-    """Ops of ``table`` beside the ``common`` ones; of those that differ in the clamp alone, the first."""
+    """Ops of ``table`` beside the ``common`` ones; of those that differ in the clamp
+    alone, the first.
+    """
     seen = {(_clamped(key), table.entries[key].ms) for key in common}
     alone: dict[tuple[str, float], str] = {}
     for key, entry in table.entries.items():
@@ -104,9 +116,13 @@ def _alone(table: LatencyTable, common: list[str]) -> tuple[str, ...]:
 
 
 def describe_comparison(found: Comparison, width: int = 80) -> str:
-    """As text of at most ``width`` columns (60 suffice); the milliseconds are left out where they do not fit."""
+    """As text of at most ``width`` columns (60 suffice); the milliseconds are left out
+    where they do not fit.
+    """
     rows = [("a / b", "a ms", "b ms", "op")]
-    rows += [(f"{one.ratio:.2f}", f"{one.a_ms:.4g}", f"{one.b_ms:.4g}", one.op) for one in found.ratios]
+    rows += [
+        (f"{one.ratio:.2f}", f"{one.a_ms:.4g}", f"{one.b_ms:.4g}", one.op) for one in found.ratios
+    ]
     ratios = columns(rows)
     if max(map(len, ratios.splitlines())) > width:
         ratios = columns((ratio, op) for ratio, _, _, op in rows)
@@ -115,10 +131,20 @@ def describe_comparison(found: Comparison, width: int = 80) -> str:
     lines = [
         *textwrap.wrap(f"a  {found.a}", width, subsequent_indent="   "),
         *textwrap.wrap(f"b  {found.b}", width, subsequent_indent="   "),
-        *textwrap.wrap(f"{count}: a / b from {found.lowest:.2f} to {found.highest:.2f}, median {found.median:.2f}{rank}", width),
+        *textwrap.wrap(
+            f"{count}: a / b from {found.lowest:.2f} to {found.highest:.2f}, median"
+            f" {found.median:.2f}{rank}",
+            width,
+        ),
         ratios,
     ]
-    for label, keys in (("only in a", found.only_a), ("only in b", found.only_b), ("0 ms in a or b", found.zero)):
+    for label, keys in (
+        ("only in a", found.only_a),
+        ("only in b", found.only_b),
+        ("0 ms in a or b", found.zero),
+    ):
         more = [f"  and {len(keys) - NAMED} more; --json names them"] if len(keys) > NAMED else []
-        lines += [f"{label}: {len(keys)}", *(f"  {key}" for key in keys[:NAMED]), *more] if keys else []
+        lines += (
+            [f"{label}: {len(keys)}", *(f"  {key}" for key in keys[:NAMED]), *more] if keys else []
+        )
     return "\n".join(lines)

@@ -12,7 +12,9 @@ from hwnas.tables.known import KNOWN
 from hwnas.tables.reading import UNKNOWN, Conditions, Publication, Reading, Source
 
 Reader = Callable[[Source, str], Reading]
-"""Reads a source; the text is the column of it that was asked for, empty where none was. Raises TableError."""
+"""Reads a source; the text is the column of it that was asked for, empty where none
+was. Raises TableError.
+"""
 
 FORMATS = Registry(
     "table_format",
@@ -36,12 +38,15 @@ class Imported:
 
 
 def import_table(path: str | Path, format_name: str) -> Imported:
-    """Read a foreign table. ``format_name`` is a format, or ``format:column`` for files with several columns of times.
+    """Read a foreign table. ``format_name`` is a format, or ``format:column`` for files
+    with several columns of times.
 
-    What the source and its publication do not give is ``"unknown"`` in the header. There is no calibration: sums of such entries are
-    not latencies of networks. A model of positions has its intercept, as ``Calibration`` on no networks.
+    What the source and its publication do not give is ``"unknown"`` in the header.
+    There is no calibration: sums of such entries are not latencies of networks. A model
+    of positions has its intercept, as ``Calibration`` on no networks.
 
-    Raises ConfigError (unknown format), TableError (a file of another format, corrupt, cut off) or DocumentError (no file).
+    Raises ConfigError (unknown format), TableError (a file of another format, corrupt,
+    cut off) or DocumentError (no file).
 
     Example:
         >>> import_table("mobile_trim.yaml", "proxylessnas").table.header.device      # doctest: +SKIP
@@ -55,14 +60,23 @@ def import_table(path: str | Path, format_name: str) -> Imported:
     conditions = Conditions()
     if publication is not None:
         if reading.column not in publication.columns:
-            raise source.wrong(f"holds nothing of use in {reading.column!r}: choose from {', '.join(publication.columns)}.")
+            raise source.wrong(
+                f"holds nothing of use in {reading.column!r}: choose from"
+                f" {', '.join(publication.columns)}."
+            )
         conditions = publication.columns[reading.column]
     table = LatencyTable(
         header=_header(conditions, reading.space),
         entries=reading.entries,
         slots=reading.slots,
-        calibration=None if reading.intercept_ms is None else Calibration(intercept_ms=reading.intercept_ms, slope=1.0, networks=0),
-        provenance=_provenance(Path(path).name, source.sha256, name, reading, publication or Publication()),
+        calibration=(
+            None
+            if reading.intercept_ms is None
+            else Calibration(intercept_ms=reading.intercept_ms, slope=1.0, networks=0)
+        ),
+        provenance=_provenance(
+            Path(path).name, source.sha256, name, reading, publication or Publication()
+        ),
     )
     return Imported(table, reading.unmapped)
 
@@ -85,7 +99,9 @@ def _header(conditions: Conditions, space: str) -> TableHeader:
     )
 
 
-def _provenance(file: str, sha256: str, format_name: str, reading: Reading, publication: Publication) -> dict[str, str]:
+def _provenance(
+    file: str, sha256: str, format_name: str, reading: Reading, publication: Publication
+) -> dict[str, str]:
     """Where the table is from; only what there is something to say about."""
     facts = {
         "file": file,

@@ -1,4 +1,6 @@
-"""Published files by the sha256 of their bytes: device, conditions and licence, none of which the files themselves give."""
+"""Published files by the sha256 of their bytes: device, conditions and licence, none of
+which the files themselves give.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ KNOWN: dict[str, Publication] = {
         origin=f"{_PIPE}, search/mobile_trim.yaml",
         licence="MIT",
         columns={"mean": Conditions(device=PIXEL1)},
-        remark="another fork of the repository holds block values that differ by a median of 5 % (0.61 to 1.57 times)",
+        remark=(
+            "another fork of the repository holds block values that differ by a median of 5 % (0.61"
+            " to 1.57 times)"
+        ),
     ),
     "30f31134003af28524ec90bb74fd5baabb593027450f5499f242ed6e9bf408b0": Publication(
         origin=f"{_PIPE}, search/data/latency.yaml",
@@ -46,7 +51,9 @@ KNOWN: dict[str, Publication] = {
         origin=f"{_PIPE}, search/data/tiny/latency.csv", licence="MIT", columns=_PIPE_COLUMNS
     ),
     "59e0d2d1aea3a09b3e6d6fa9f3a0adb567b416e92cb093c769f557bea23b98f5": Publication(
-        origin="github.com/dstamoulis/single-path-nas at 21c1f3e, nas-search/pixel1_runtime_model.json",
+        origin=(
+            "github.com/dstamoulis/single-path-nas at 21c1f3e, nas-search/pixel1_runtime_model.json"
+        ),
         licence="Apache-2.0",
         columns={"": Conditions(device=PIXEL1, runtime="tflite")},
     ),
@@ -62,7 +69,9 @@ KNOWN: dict[str, Publication] = {
     "f5387425013949ae81d97cff1a0757b242fc204ca54bfd18fb3a346e76848fb8": Publication(
         origin="github.com/AnnaAraslanova/FBNet at ad683c6, supernet_functions/lookup_table.txt",
         licence="none stated",
-        columns={"": Conditions(cpu="a desktop CPU that its author does not name", runtime="pytorch")},
+        columns={
+            "": Conditions(cpu="a desktop CPU that its author does not name", runtime="pytorch")
+        },
     ),
     **{
         sha256: Publication(

@@ -1,10 +1,13 @@
-"""Tables by position: one row per layer of a space, one column per block. Single-Path NAS's JSON and FBNet's text.
+"""Tables by position: one row per layer of a space, one column per block. Single-Path
+NAS's JSON and FBNet's text.
 
-Sources: Single-Path NAS (arXiv 1904.02877), ``nas-search/pixel1_runtime_model.json``; FBNet as re-implemented by A. Araslanova,
-``supernet_functions/lookup_table.txt`` (microseconds). Both have a row for each of 22 layers, from after the stem to before the last
-1 x 1 convolution: neither prices stem, head or classifier.
+Sources: Single-Path NAS (arXiv 1904.02877), ``nas-search/pixel1_runtime_model.json``;
+FBNet as re-implemented by A. Araslanova, ``supernet_functions/lookup_table.txt``
+(microseconds). Both have a row for each of 22 layers, from after the stem to before the
+last 1 x 1 convolution: neither prices stem, head or classifier.
 
-Equal blocks at several positions were measured apart: our entry is their median, and how they differ is its spread.
+Equal blocks at several positions were measured apart: our entry is their median, and
+how they differ is its spread.
 """
 
 from __future__ import annotations
@@ -17,16 +20,29 @@ from hwnas.tables.reading import CLAMPS, Reading, Source, Timed, entries_of
 
 _SINGLE_PATH = ("ir_k3_e3", "ir_k3_e6", "ir_k5_e3", "ir_k5_e6")
 """The meaning of "0" to "3"."""
-_FBNET = ("ir_k3_e1", "ir_k3_s2", "ir_k3_e3", "ir_k3_e6", "ir_k5_e1", "ir_k5_s2", "ir_k5_e3", "ir_k5_e6", "skip")
-"""The header of the file, in the order of our space; ``s2`` are the shuffled blocks with 2 groups."""
+_FBNET = (
+    "ir_k3_e1",
+    "ir_k3_s2",
+    "ir_k3_e3",
+    "ir_k3_e6",
+    "ir_k5_e1",
+    "ir_k5_s2",
+    "ir_k5_e3",
+    "ir_k5_e6",
+    "skip",
+)
+"""The header of the file, in the order of our space; ``s2`` are the shuffled blocks
+with 2 groups.
+"""
 MS_PER_US = 1e-3
 
 
 def single_path(source: Source, column: str) -> Reading:
     """Single-Path NAS's JSON: ``{"0": {"0": ms, ...}, ... "21": ...}``.
 
-    Layer 0 is the separable block, which is not searched: its four columns are four measurements of it. The activation is not
-    given: each block is entered for ReLU and for ReLU6.
+    Layer 0 is the separable block, which is not searched: its four columns are four
+    measurements of it. The activation is not given: each block is entered for ReLU and
+    for ReLU6.
     """
     _check_no_column(source, column)
     content = source.json_object()
@@ -37,28 +53,45 @@ def single_path(source: Source, column: str) -> Reading:
         for number, term in enumerate(layers):
             row = content.get(str(number))
             if not isinstance(row, dict) or row.keys() != {"0", "1", "2", "3"}:
-                raise source.wrong(f"has no layer {number} with blocks 0 to 3: it was cut off, or needs another --format.")
+                raise source.wrong(
+                    f"has no layer {number} with blocks 0 to 3: it was cut off, or needs another"
+                    " --format."
+                )
             for code, option in enumerate(_SINGLE_PATH):
                 op = _op(term, option if number else term.options[0])
                 assert op is not None
-                timed.append(Timed(op, source.ms(row[str(code)], f"block {code} of layer {number}")))
-        unmapped |= {f"layer {key}": "the backbone has 22 layers" for key in content.keys() - {str(n) for n in range(len(layers))}}
-    covers = "inverted residuals only, no stem or head; layer 0 is one fixed block; blocks are entered for relu and relu6"
+                timed.append(
+                    Timed(op, source.ms(row[str(code)], f"block {code} of layer {number}"))
+                )
+        unmapped |= {
+            f"layer {key}": "the backbone has 22 layers"
+            for key in content.keys() - {str(n) for n in range(len(layers))}
+        }
+    covers = (
+        "inverted residuals only, no stem or head; layer 0 is one fixed block; blocks are entered"
+        " for relu and relu6"
+    )
     return Reading("proxylessnas_original", covers, entries_of(timed), unmapped=unmapped)
 
 
 def fbnet(source: Source, column: str) -> Reading:
     """FBNet's text: a line of nine names, then 22 lines of nine microseconds.
 
-    ``skip`` is our 1 x 1 convolution where the shape changes, and nothing elsewhere: those values are not mapped.
+    ``skip`` is our 1 x 1 convolution where the shape changes, and nothing elsewhere:
+    those values are not mapped.
     """
     _check_no_column(source, column)
     lines = [line.split() for line in source.text.splitlines() if line.strip()]
     layers = _layers(fbnet_space())
     if not lines or tuple(lines[0]) != _FBNET:
-        raise source.wrong(f"does not begin with the line '{' '.join(_FBNET)}': choose another --format.")
+        raise source.wrong(
+            f"does not begin with the line '{' '.join(_FBNET)}': choose another --format."
+        )
     if len(lines) != 1 + len(layers) or any(len(line) != len(_FBNET) for line in lines):
-        raise source.wrong(f"does not hold {len(layers)} lines of {len(_FBNET)} numbers: it is corrupt or was cut off; fetch it again.")
+        raise source.wrong(
+            f"does not hold {len(layers)} lines of {len(_FBNET)} numbers: it is corrupt or was cut"
+            " off; fetch it again."
+        )
     timed: list[Timed] = []
     unmapped: dict[str, str] = {}
     for number, (term, values) in enumerate(zip(layers, lines[1:], strict=True)):
@@ -66,10 +99,17 @@ def fbnet(source: Source, column: str) -> Reading:
             op = _op(term, option)
             ms = source.ms(value, f"{name} of layer {number}", MS_PER_US)
             if op is None:
-                unmapped[f"{name} of layer {number}"] = f"nothing is run there, {ms:.4f} ms in the source"
+                unmapped[f"{name} of layer {number}"] = (
+                    f"nothing is run there, {ms:.4f} ms in the source"
+                )
             else:
                 timed.append(Timed(op, ms))
-    return Reading("fbnet", "the 22 searched layers only, no stem or head", entries_of(timed), unmapped=unmapped)
+    return Reading(
+        "fbnet",
+        "the 22 searched layers only, no stem or head",
+        entries_of(timed),
+        unmapped=unmapped,
+    )
 
 
 def _layers(space: MacroSpace) -> tuple[Term, ...]:

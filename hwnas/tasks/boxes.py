@@ -1,4 +1,6 @@
-"""Boxes in training and in judgement: a detector's loss as the engine's criterion, what networks and files find, COCO's numbers of it."""
+"""Boxes in training and in judgement: a detector's loss as the engine's criterion, what
+networks and files find, COCO's numbers of it.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +41,30 @@ class DetectionCriterion(nn.Module):
 
 
 def detect(
-    network: DetectionNetwork, images: CocoImages, config: PostProcessing, *, batch_size: int, limit: int | None = None, workers: int = 0
+    network: DetectionNetwork,
+    images: CocoImages,
+    config: PostProcessing,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    workers: int = 0,
 ) -> dict[int, Detections]:
-    """What ``network`` finds, in eval mode, in all images or in ``limit`` of them: detections by image index, in ``evaluation_order``."""
-    found = detections(network, evaluation_batches(images, batch_size, limit=limit, workers=workers), config)
+    """What ``network`` finds, in eval mode, in all images or in ``limit`` of them:
+    detections by image index, in ``evaluation_order``.
+    """
+    found = detections(
+        network, evaluation_batches(images, batch_size, limit=limit, workers=workers), config
+    )
     return dict(zip(evaluation_order(images, limit).tolist(), found, strict=True))
 
 
 @torch.inference_mode()
-def detections(network: DetectionNetwork, batches: Iterable[Batch], config: PostProcessing) -> list[Detections]:
-    """What ``network`` finds, in eval mode, in the images of some batches, one after another, on the CPU."""
+def detections(
+    network: DetectionNetwork, batches: Iterable[Batch], config: PostProcessing
+) -> list[Detections]:
+    """What ``network`` finds, in eval mode, in the images of some batches, one after
+    another, on the CPU.
+    """
     network.eval()
     device = next(network.parameters()).device
     post_processor = PostProcessor(network.arch, config).to(device)
@@ -59,7 +75,9 @@ def detections(network: DetectionNetwork, batches: Iterable[Batch], config: Post
 
 
 def average_precision(images: CocoImages, found: dict[int, Detections]) -> CocoMetrics:
-    """COCO's numbers of the detections in some images, by their indices. Raises DataError where none of these images has an object."""
+    """COCO's numbers of the detections in some images, by their indices. Raises
+    DataError where none of these images has an object.
+    """
     return _numbers(images, {index: _arrays(each) for index, each in found.items()})
 
 
@@ -89,9 +107,17 @@ class Boxes(Answers):
         return {name: value for name, value in numbers.items() if value is not None}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """``found``: x1, y1, x2, y2, score and label of all boxes, image by image; ``counts``: how many each image has."""
-        rows = [np.concatenate((boxes, scores[:, None], classes[:, None]), axis=1) for boxes, scores, classes in self.found]
-        return {"found": np.concatenate(rows).astype(np.float32), "counts": np.array([len(row) for row in rows])}
+        """``found``: x1, y1, x2, y2, score and label of all boxes, image by image;
+        ``counts``: how many each image has.
+        """
+        rows = [
+            np.concatenate((boxes, scores[:, None], classes[:, None]), axis=1)
+            for boxes, scores, classes in self.found
+        ]
+        return {
+            "found": np.concatenate(rows).astype(np.float32),
+            "counts": np.array([len(row) for row in rows]),
+        }
 
     @classmethod
     def of_torch(cls, found: Iterable[Detections]) -> Boxes:
@@ -111,7 +137,9 @@ class FileBoxes(Boxes, FileAnswers):
     ``app_score``: a threshold of an app, at which reading is timed, too.
     """
 
-    def __init__(self, graph: str, arch: Architecture, config: PostProcessing, app_score: float | None = None) -> None:
+    def __init__(
+        self, graph: str, arch: Architecture, config: PostProcessing, app_score: float | None = None
+    ) -> None:
         super().__init__()
         self.graph, self.arch, self.app_score = graph, arch, app_score
         self.options = config.model_dump()
@@ -125,7 +153,9 @@ class FileBoxes(Boxes, FileAnswers):
             self.found.append(found)
             self._times_ms.append(took_ms)
             if self.app_score is not None:
-                self._app_times_ms.append(self._read(row, {**self.options, "min_score": self.app_score})[1])
+                self._app_times_ms.append(
+                    self._read(row, {**self.options, "min_score": self.app_score})[1]
+                )
 
     def _read(self, row: np.ndarray, options: dict[str, Any]) -> tuple[Found, float]:
         begun_at = time.perf_counter()
@@ -136,17 +166,24 @@ class FileBoxes(Boxes, FileAnswers):
         """The median time of an image, of files that leave post-processing to NumPy."""
         if self.graph != "decoded":
             return {}
-        times_ms = {"post_processing_ms": self._times_ms, "app_post_processing_ms": self._app_times_ms}
+        times_ms = {
+            "post_processing_ms": self._times_ms,
+            "app_post_processing_ms": self._app_times_ms,
+        }
         return {name: float(np.median(each)) for name, each in times_ms.items() if each}
 
 
-def parity(graph: str, outputs: np.ndarray, rows: np.ndarray, settings: PostProcessing, resolution: int) -> Parity:
+def parity(
+    graph: str, outputs: np.ndarray, rows: np.ndarray, settings: PostProcessing, resolution: int
+) -> Parity:
     """Compare a file's outputs [N, ...] with PyTorch's rows [N, anchors, 4 + classes].
 
-    ``relative_error`` is the largest difference of a coordinate, in parts of the input, or of a score: over all anchors, and where the
-    graph chooses the detections, over PyTorch's best of each image and what is nearest to them; a missing one counts 1, and so does
-    a file with an output that is no number.
-    ``agreement`` is the part of images whose best detection is of the same class, and overlaps PyTorch's with an IoU of 0.5 or more.
+    ``relative_error`` is the largest difference of a coordinate, in parts of the input,
+    or of a score: over all anchors, and where the graph chooses the detections, over
+    PyTorch's best of each image and what is nearest to them; a missing one counts 1,
+    and so does a file with an output that is no number. ``agreement`` is the part of
+    images whose best detection is of the same class, and overlaps PyTorch's with an IoU
+    of 0.5 or more.
     """
     if not np.isfinite(outputs).all():
         return Parity(images=len(rows), relative_error=1.0, agreement=0.0)
@@ -155,10 +192,16 @@ def parity(graph: str, outputs: np.ndarray, rows: np.ndarray, settings: PostProc
     found = [READERS[graph](row, options, resolution, classes) for row in outputs]
     if graph == "decoded":
         differences = np.abs(outputs.reshape(rows.shape) - rows)
-        error = max(float(differences[..., :4].max()) / resolution, float(differences[..., 4:].max()))
+        error = max(
+            float(differences[..., :4].max()) / resolution, float(differences[..., 4:].max())
+        )
     else:
-        error = max(_furthest(one, other, resolution) for one, other in zip(wanted, found, strict=True))
-    agreement = float(np.mean([_same_best(one, other) for one, other in zip(wanted, found, strict=True)]))
+        error = max(
+            _furthest(one, other, resolution) for one, other in zip(wanted, found, strict=True)
+        )
+    agreement = float(
+        np.mean([_same_best(one, other) for one, other in zip(wanted, found, strict=True)])
+    )
     return Parity(images=len(rows), relative_error=error, agreement=agreement)
 
 
@@ -166,7 +209,9 @@ def _furthest(wanted: Found, found: Found, resolution: int) -> float:
     errors = [0.0]
     for box, score, label in zip(*(part[:BEST] for part in wanted), strict=True):
         same = found[2] == label
-        distances = np.maximum(np.abs(found[0][same] - box).max(axis=1) / resolution, np.abs(found[1][same] - score))
+        distances = np.maximum(
+            np.abs(found[0][same] - box).max(axis=1) / resolution, np.abs(found[1][same] - score)
+        )
         errors.append(float(distances.min(initial=1.0)))
     return max(errors)
 

@@ -1,11 +1,15 @@
-"""Classification: one label per image, judged by the share of test images whose highest logit is the right class.
+"""Classification: one label per image, judged by the share of test images whose highest
+logit is the right class.
 
-In a search, the quality on one batch (the reward of reinforcement learning) is the accuracy, and so is that on the held-out images by
-which finders and the last ranking judge. With ``search.quality = "loss"`` all of these are 1 / (1 + L) of the cross-entropy L, which is 1
-where nothing is wrong and still tells large losses apart, where exp(-L) has no slope left.
+In a search, the quality on one batch (the reward of reinforcement learning) is the
+accuracy, and so is that on the held-out images by which finders and the last ranking
+judge. With ``search.quality = "loss"`` all of these are 1 / (1 + L) of the
+cross-entropy L, which is 1 where nothing is wrong and still tells large losses apart,
+where exp(-L) has no slope left.
 
-Judging by the loss tells architectures apart where images or epochs are few: on NAS-Bench-Macro, tau of a super-net of two epochs on
-1,000 images is 0.28 by accuracy and 0.71 by loss (docs/results).
+Judging by the loss tells architectures apart where images or epochs are few: on
+NAS-Bench-Macro, tau of a super-net of two epochs on 1,000 images is 0.28 by accuracy
+and 0.71 by loss (docs/results).
 """
 
 from __future__ import annotations
@@ -30,7 +34,18 @@ from hwnas.errors import ConfigError
 from hwnas.export.names import PROBABILITIES
 from hwnas.nn.network import AnyNetwork
 from hwnas.nn.supernet import resized
-from hwnas.task import Answers, Evaluated, Evaluation, FileAnswers, Metrics, Output, Parity, Quality, Task, Words
+from hwnas.task import (
+    Answers,
+    Evaluated,
+    Evaluation,
+    FileAnswers,
+    Metrics,
+    Output,
+    Parity,
+    Quality,
+    Task,
+    Words,
+)
 from hwnas.tasks.losses import of_loss, of_mean_loss
 
 BATCH = 256
@@ -58,7 +73,9 @@ class ClassificationQuality(Quality):
         return float((outputs.argmax(1) == y).float().mean())
 
     def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
-        """The entropy of the smoothed class frequencies; ln(classes) where all classes are as frequent, whatever the smoothing."""
+        """The entropy of the smoothed class frequencies; ln(classes) where all classes
+        are as frequent, whatever the smoothing.
+        """
         frequencies_K = np.bincount(labels_N, minlength=self.classes) / len(labels_N)
         smoothed_K = (1 - label_smoothing) * frequencies_K + label_smoothing / self.classes
         present = smoothed_K[smoothed_K > 0]
@@ -68,10 +85,16 @@ class ClassificationQuality(Quality):
         """The share of the most frequent class."""
         return None if self.by_loss else most_frequent(labels_N)
 
-    def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
+    def of_network(
+        self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None
+    ) -> float:
         """Accuracy at the network's own resolution, or 1 / (1 + mean loss of an image)."""
         sized = ((resized(x_NCHW, network.arch.resolution), y) for x_NCHW, y in batches)
-        return of_mean_loss(network, sized, self.criterion()) if self.by_loss else accuracy(network, sized)
+        return (
+            of_mean_loss(network, sized, self.criterion())
+            if self.by_loss
+            else accuracy(network, sized)
+        )
 
 
 class Labels(FileAnswers):
@@ -126,14 +149,20 @@ class Classification(Task):
         """As it is. Raises ConfigError where its networks are detectors."""
         if space.task != self.network_kind:
             name = experiment.space.name
-            raise ConfigError(f"space {name!r} is one of detectors: set task = 'detect' and name data with boxes, or search another.")
+            raise ConfigError(
+                f"space {name!r} is one of detectors: set task = 'detect' and name data with boxes,"
+                " or search another."
+            )
         return space
 
     def architecture(self, arch: Architecture, experiment: Experiment) -> Architecture:
         """As it is. Raises ConfigError where it is a detector."""
         del experiment
         if arch.task != self.network_kind:
-            raise ConfigError(f"architecture {arch.name!r} has a detector: set task = 'detect' and name data with boxes, or train another.")
+            raise ConfigError(
+                f"architecture {arch.name!r} has a detector: set task = 'detect' and name data with"
+                " boxes, or train another."
+            )
         return arch
 
     def criterion(self, arch: Architecture, label_smoothing: float = 0.0) -> Criterion:
@@ -146,7 +175,9 @@ class Classification(Task):
 
     def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
         """Accuracy."""
-        batches = evaluation_batches(images, 4 * how.batch_size, limit=how.limit, workers=how.workers)
+        batches = evaluation_batches(
+            images, 4 * how.batch_size, limit=how.limit, workers=how.workers
+        )
         return Evaluated({ACCURACY: accuracy(network, batches)})
 
     def guess(self, images: Images) -> float | None:
@@ -156,7 +187,11 @@ class Classification(Task):
     def caution(self, metrics: Metrics, images: int, guess: float | None) -> Caution | None:
         """By a binomial test of the right answers."""
         value = metrics[self.metric]
-        if value is None or guess is None or better_than_guessing(round(value * images), images, guess):
+        if (
+            value is None
+            or guess is None
+            or better_than_guessing(round(value * images), images, guess)
+        ):
             return None
         advice = "raise train.epochs, change train.optimizer.lr, and check the data"
         text = f"{self.said(metrics, images)}, where a guess gets {guess:.2%} right: {advice}."
@@ -183,18 +218,30 @@ class Classification(Task):
 
     def outputs(self, graph: str, arch: Architecture, output: str) -> tuple[Output, ...]:
         """A number per label."""
-        adding = "between 0 and 1, and their sum is 1" if output == PROBABILITIES else "of which a softmax makes probabilities"
-        return (Output(name=output, shape=(1, arch.classes), meaning=f"one number per label, {adding}"),)
+        adding = (
+            "between 0 and 1, and their sum is 1"
+            if output == PROBABILITIES
+            else "of which a softmax makes probabilities"
+        )
+        return (
+            Output(name=output, shape=(1, arch.classes), meaning=f"one number per label, {adding}"),
+        )
 
-    def parity(self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture) -> Parity:
-        """``relative_error`` is max |file - torch| / max |torch|; ``agreement`` the part of images with the same highest output."""
+    def parity(
+        self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture
+    ) -> Parity:
+        """``relative_error`` is max |file - torch| / max |torch|; ``agreement`` the
+        part of images with the same highest output.
+        """
         return Parity(
             images=len(outputs),
             relative_error=float(np.abs(outputs - reference).max() / np.abs(reference).max()),
             agreement=float((outputs.argmax(1) == reference.argmax(1)).mean()),
         )
 
-    def answers(self, graph: str, arch: Architecture, app_score: float | None = None) -> FileAnswers:
+    def answers(
+        self, graph: str, arch: Architecture, app_score: float | None = None
+    ) -> FileAnswers:
         """Labels."""
         return Labels()
 

@@ -1,7 +1,9 @@
 """Detection: boxes with labels, judged by COCO's AP.
 
-In a search, the AP of a few images is mostly noise, and no gradient has it, so the quality on one batch is always 1 / (1 + L) of the
-detector's loss L. Architectures are judged by their AP on held-out images; with ``search.quality = "loss"`` by 1 / (1 + L) there, too.
+In a search, the AP of a few images is mostly noise, and no gradient has it, so the
+quality on one batch is always 1 / (1 + L) of the detector's loss L. Architectures are
+judged by their AP on held-out images; with ``search.quality = "loss"`` by 1 / (1 + L)
+there, too.
 """
 
 from __future__ import annotations
@@ -31,8 +33,27 @@ from hwnas.export.names import CHOSEN, DETECTIONS, TASK_OUTPUTS
 from hwnas.export.post_processing import NMS_COLUMNS
 from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 from hwnas.nn.network import AnyNetwork
-from hwnas.task import Answers, Evaluated, Evaluation, FileAnswers, Metrics, Output, Parity, Quality, Task, Words
-from hwnas.tasks.boxes import Boxes, DetectionCriterion, FileBoxes, average_precision, detect, detections, parity
+from hwnas.task import (
+    Answers,
+    Evaluated,
+    Evaluation,
+    FileAnswers,
+    Metrics,
+    Output,
+    Parity,
+    Quality,
+    Task,
+    Words,
+)
+from hwnas.tasks.boxes import (
+    Boxes,
+    DetectionCriterion,
+    FileBoxes,
+    average_precision,
+    detect,
+    detections,
+    parity,
+)
 from hwnas.tasks.losses import of_loss, of_mean_loss
 from hwnas.tasks.pictures import pictures_of
 
@@ -49,7 +70,8 @@ class DetectionQuality(Quality):
         self.by_loss = experiment.search.quality == "loss"
         self.metric = OF_LOSS if self.by_loss else AP
         self.post_processing = experiment.detector.post_processing
-        self.arch = space.decode(space.at([0] * len(space.choices)))  # anchors and classes are those of all
+        # anchors and classes are those of all
+        self.arch = space.decode(space.at([0] * len(space.choices)))
         self._loss = DetectionCriterion(self.arch)
 
     def criterion(self, label_smoothing: float = 0.0) -> Criterion:
@@ -72,15 +94,21 @@ class DetectionQuality(Quality):
         del labels_N
         return None if self.by_loss else 0.0
 
-    def of_network(self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None) -> float:
+    def of_network(
+        self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None
+    ) -> float:
         """AP, or 1 / (1 + mean loss of an image)."""
         assert isinstance(network, DetectionNetwork)
         if self.by_loss:
             return of_mean_loss(network, batches, self._loss)
         if not isinstance(images, CocoImages):
-            raise ConfigError("the AP of a search needs annotations in COCO's format: set data.name = 'coco'.")
+            raise ConfigError(
+                "the AP of a search needs annotations in COCO's format: set data.name = 'coco'."
+            )
         found = detections(network, batches, self.post_processing)
-        return average_precision(images, dict(zip(evaluation_order(images, limit).tolist(), found, strict=True))).AP
+        return average_precision(
+            images, dict(zip(evaluation_order(images, limit).tolist(), found, strict=True))
+        ).AP
 
 
 class Detection(Task):
@@ -95,10 +123,15 @@ class Detection(Task):
         network="detector",
         metric="AP",
         answer="best detection",
-        parity="largest difference of a coordinate, in parts of the input, or of a score from PyTorch’s, over all anchors; with NMS in "
-        "the graph over the best detections",
-        metric_note="AP: COCO’s average precision, the mean over IoU 0.50 to 0.95 and over classes; AP50 and AP75: at one IoU; s, m, l: "
-        "of small, medium and large objects; AR: recall with 1, 10 or 100 detections an image.",
+        parity=(
+            "largest difference of a coordinate, in parts of the input, or of a score from"
+            " PyTorch’s, over all anchors; with NMS in the graph over the best detections"
+        ),
+        metric_note=(
+            "AP: COCO’s average precision, the mean over IoU 0.50 to 0.95 and over classes; AP50"
+            " and AP75: at one IoU; s, m, l: of small, medium and large objects; AR: recall with 1,"
+            " 10 or 100 detections an image."
+        ),
     )
     tables = ("detector",)
     files = ("arch.json", "pictures.json")
@@ -109,11 +142,15 @@ class Detection(Task):
     decodes = True
 
     def space(self, space: SearchSpace, experiment: Experiment) -> SearchSpace:
-        """SSDLite on its networks. Where an architecture is named, a space that carries none is good enough for what is left to do."""
+        """SSDLite on its networks. Where an architecture is named, a space that carries
+        none is good enough for what is left to do.
+        """
         if space.task == self.network_kind:
             return space
         try:
-            return space.with_detector(extras=experiment.detector.extras, scores=experiment.detector.scores)
+            return space.with_detector(
+                extras=experiment.detector.extras, scores=experiment.detector.scores
+            )
         except SpaceError:
             if experiment.train.arch is None:
                 raise
@@ -124,7 +161,13 @@ class Detection(Task):
         if arch.task == self.network_kind:
             return arch
         data, detector = experiment.data, experiment.detector
-        return with_detector(arch, data.classes, resolution=data.resolution, extras=detector.extras, scores=detector.scores)
+        return with_detector(
+            arch,
+            data.classes,
+            resolution=data.resolution,
+            extras=detector.extras,
+            scores=detector.scores,
+        )
 
     def criterion(self, arch: Architecture, label_smoothing: float = 0.0) -> Criterion:
         """The detector's loss."""
@@ -138,9 +181,17 @@ class Detection(Task):
     def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
         """COCO's numbers, the AP of each class, and what was found by image index."""
         found = detect(
-            _detector(network), _coco(images), self.post_processing, batch_size=how.batch_size, limit=how.limit, workers=how.workers
+            _detector(network),
+            _coco(images),
+            self.post_processing,
+            batch_size=how.batch_size,
+            limit=how.limit,
+            workers=how.workers,
         )
-        if how.limit is not None and len(images.labels_of(evaluation_order(images, how.limit))) == 0:
+        if (
+            how.limit is not None
+            and len(images.labels_of(evaluation_order(images, how.limit))) == 0
+        ):
             return Evaluated({AP: None}, answers=found)  # a part of the images may have no object
         numbers = average_precision(_coco(images), found)
         return Evaluated(numbers.by_name, dict(numbers.AP_per_class), found)
@@ -155,11 +206,18 @@ class Detection(Task):
         if value is None or value > NO_AP:
             return None
         advice = "raise train.epochs, change train.optimizer.lr, and check the data"
-        return Caution(headline="the trained network finds nothing", text=f"AP {value:.1%} on {images:,} test images: {advice}.")
+        return Caution(
+            headline="the trained network finds nothing",
+            text=f"AP {value:.1%} on {images:,} test images: {advice}.",
+        )
 
     def said(self, metrics: Metrics, images: int) -> str:
         """AP and AP50."""
-        known = [f"{name} {value:.1%}" for name in (AP, "AP50") if (value := metrics.get(name)) is not None]
+        known = [
+            f"{name} {value:.1%}"
+            for name in (AP, "AP50")
+            if (value := metrics.get(name)) is not None
+        ]
         return f"{', '.join(known)} on {images:,} test images"
 
     def said_of_file(self, value: float, images: int) -> str:
@@ -170,15 +228,22 @@ class Detection(Task):
         """AP."""
         return f"AP {value:.1%} on"
 
-    def record(self, folder: Path, network: AnyNetwork, images: Images, evaluated: Evaluated) -> None:
-        """The architecture, whose detector may be of the training's making, and pictures of what was found."""
+    def record(
+        self, folder: Path, network: AnyNetwork, images: Images, evaluated: Evaluated
+    ) -> None:
+        """The architecture, whose detector may be of the training's making, and
+        pictures of what was found.
+        """
         network.arch.save(folder / "arch.json")
         pictures_of(_coco(images), evaluated.answers).save(folder / "pictures.json")
 
     def check_images(self, images: Images, name: str, arch: Architecture) -> None:
         """They have boxes."""
         if not isinstance(images, CocoImages):
-            raise ConfigError(f"data.name = {name!r} has no boxes, but {arch.name!r} is a detector: name the data it was trained on.")
+            raise ConfigError(
+                f"data.name = {name!r} has no boxes, but {arch.name!r} is a detector: name the data"
+                " it was trained on."
+            )
 
     def reference_images(self, network: AnyNetwork) -> int | None:
         """As many as fit into ``ROWS_BYTES``."""
@@ -190,43 +255,63 @@ class Detection(Task):
         """Rows [N, anchors, 4 + classes]."""
         decoded = Decoded(_detector(network)).cpu().eval()
         x_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
-        rows: np.ndarray = torch.cat([decoded(x_NCHW[at : at + BATCH]) for at in range(0, len(x_NCHW), BATCH)]).numpy()
+        rows: np.ndarray = torch.cat(
+            [decoded(x_NCHW[at : at + BATCH]) for at in range(0, len(x_NCHW), BATCH)]
+        ).numpy()
         return rows
 
     def outputs(self, graph: str, arch: Architecture, output: str) -> tuple[Output, ...]:
         """Rows of anchors, or of detections."""
         limit = self.post_processing.detections
         if graph == "decoded":
-            row = "per anchor: x1, y1, x2, y2 in pixels of the model's input, cut off at its edges; then a score in 0..1 per label"
+            row = (
+                "per anchor: x1, y1, x2, y2 in pixels of the model's input, cut off at its edges;"
+                " then a score in 0..1 per label"
+            )
             shape = (1, detector_of(arch).anchors, CODE_SIZE + arch.classes)
             return (Output(name=DETECTIONS, shape=shape, meaning=row),)
         if graph == "nms":
             row = (
-                "best first: x1, y1, x2, y2 in pixels of the model's input, cut off at its edges; score in 0..1; position of the label; "
-                "rows after the last detection are 0"
+                "best first: x1, y1, x2, y2 in pixels of the model's input, cut off at its edges;"
+                " score in 0..1; position of the label; rows after the last detection are 0"
             )
             return (Output(name=CHOSEN, shape=(1, limit, NMS_COLUMNS), meaning=row),)
         shapes = ((1, limit, 4), (1, limit), (1, limit), (1,))
         meanings = (
-            "best first: ymin, xmin, ymax, xmax in parts of the model's input, not cut off at its edges",
+            (
+                "best first: ymin, xmin, ymax, xmax in parts of the model's input, not cut off at"
+                " its edges"
+            ),
             "position of the label",
             "score in 0..1",
             "number of detections; what follows them is undefined",
         )
         named = zip(TASK_OUTPUTS, shapes, meanings, strict=True)
-        return tuple(Output(name=name, shape=shape, meaning=meaning) for name, shape, meaning in named)
+        return tuple(
+            Output(name=name, shape=shape, meaning=meaning) for name, shape, meaning in named
+        )
 
-    def parity(self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture) -> Parity:
+    def parity(
+        self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture
+    ) -> Parity:
         """See ``boxes.parity``."""
         return parity(graph, outputs, reference, self.post_processing, arch.resolution)
 
-    def answers(self, graph: str, arch: Architecture, app_score: float | None = None) -> FileAnswers:
+    def answers(
+        self, graph: str, arch: Architecture, app_score: float | None = None
+    ) -> FileAnswers:
         """Boxes."""
         return FileBoxes(graph, arch, self.post_processing, app_score)
 
     def torch_answers(self, network: AnyNetwork, images: Images, workers: int) -> Answers:
         """What PyTorch finds."""
-        found = detect(_detector(network), _coco(images), self.post_processing, batch_size=BATCH, workers=workers)
+        found = detect(
+            _detector(network),
+            _coco(images),
+            self.post_processing,
+            batch_size=BATCH,
+            workers=workers,
+        )
         return Boxes.of_torch(found.values())
 
     def kept(self, arrays: Mapping[str, np.ndarray]) -> Answers:

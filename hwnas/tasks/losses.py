@@ -20,7 +20,9 @@ def of_mean_loss(network: AnyNetwork, batches: Iterable[Batch], criterion: Crite
     criterion.to(device)
     total, count = 0.0, 0
     for x_NCHW, y in batches:
-        loss, _ = criterion(network(x_NCHW.to(device, memory_format=torch.channels_last)), y.to(device))
+        loss, _ = criterion(
+            network(x_NCHW.to(device, memory_format=torch.channels_last)), y.to(device)
+        )
         total, count = total + float(loss) * len(y), count + len(y)
     return of_loss(total / count)
 

@@ -1,4 +1,6 @@
-"""Pictures of what a detector finds: some test images with the boxes of the ground truth and those found, as a document."""
+"""Pictures of what a detector finds: some test images with the boxes of the ground
+truth and those found, as a document.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ from hwnas.nn.ssd import Detections
 COUNT, SIDE = 8, 320
 """How many images, and their longer side in pixels at most."""
 MIN_SCORE, MOST = 0.3, 10
-"""Of the detections in an image, the ``MOST`` best from this score on: an evaluation for AP keeps hundreds that nobody wants to see."""
+"""Of the detections in an image, the ``MOST`` best from this score on: an evaluation
+for AP keeps hundreds that nobody wants to see.
+"""
 
 
 class Box(BaseModel):
-    """A labelled box: x1, y1, x2, y2 as fractions of the image, and the score of one that was found."""
+    """A labelled box: x1, y1, x2, y2 as fractions of the image, and the score of one
+    that was found.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,7 +57,9 @@ class Pictures(Document):
 
 def pictures_of(images: CocoImages, found: Mapping[int, Detections]) -> Pictures:
     """The first images of ``found``, which are in ``evaluation_order``. Crowds are not drawn."""
-    return Pictures(pictures=tuple(_picture(images, index, found[index]) for index in list(found)[:COUNT]))
+    return Pictures(
+        pictures=tuple(_picture(images, index, found[index]) for index in list(found)[:COUNT])
+    )
 
 
 def _picture(images: CocoImages, index: int, found: Detections) -> Picture:
@@ -65,14 +73,22 @@ def _picture(images: CocoImages, index: int, found: Detections) -> Picture:
     best = [row for row in range(len(found.scores_D)) if found.scores_D[row] >= MIN_SCORE][:MOST]
     return Picture(
         jpeg=base64.b64encode(_jpeg(images, image)),
-        truth=tuple(_box(box, images.names[label]) for box, label in zip(truth, annotations.classes[objects][single], strict=True)),
-        found=tuple(_box(boxes[row], images.names[int(found.classes_D[row])], float(found.scores_D[row])) for row in best),
+        truth=tuple(
+            _box(box, images.names[label])
+            for box, label in zip(truth, annotations.classes[objects][single], strict=True)
+        ),
+        found=tuple(
+            _box(boxes[row], images.names[int(found.classes_D[row])], float(found.scores_D[row]))
+            for row in best
+        ),
     )
 
 
 def _box(corners: np.ndarray, label: str, score: float | None = None) -> Box:
     x1, y1, x2, y2 = (round(float(value), 4) for value in corners)
-    return Box(corners=(x1, y1, x2, y2), label=label, score=None if score is None else round(score, 4))
+    return Box(
+        corners=(x1, y1, x2, y2), label=label, score=None if score is None else round(score, 4)
+    )
 
 
 def _jpeg(images: CocoImages, image: int) -> bytes:

@@ -17,7 +17,8 @@ from hwnas.task import Metrics, task_named
 class TrainResult(Document):
     """How good the trained network is on the test images.
 
-    Version 1 had ``test_accuracy`` of a classifier, and COCO's numbers of a detector in ``test_coco``.
+    Version 1 had ``test_accuracy`` of a classifier, and COCO's numbers of a detector in
+    ``test_coco``.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.train"
@@ -29,10 +30,16 @@ class TrainResult(Document):
     seed: int
     task: str
     metric: str = Field(description="what the network is judged by")
-    metrics: Metrics = Field(description="each in 0..1 by its name; none where the test images have nothing of the kind")
-    per_class: Metrics = Field({}, description="the metric by the class's name, where the task has it")
+    metrics: Metrics = Field(
+        description="each in 0..1 by its name; none where the test images have nothing of the kind"
+    )
+    per_class: Metrics = Field(
+        {}, description="the metric by the class's name, where the task has it"
+    )
     test_images: int
-    guess: float | None = Field(None, description="the metric of the best answer that does not look at the image")
+    guess: float | None = Field(
+        None, description="the metric of the best answer that does not look at the image"
+    )
     class_names: tuple[str, ...]
 
     @model_validator(mode="after")
@@ -48,7 +55,9 @@ class TrainResult(Document):
 
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """The names of version 1. Its oldest documents knew no better guess than one of equally frequent classes."""
+        """The names of version 1. Its oldest documents knew no better guess than one of
+        equally frequent classes.
+        """
         accuracy, coco = content.pop("test_accuracy", None), content.pop("test_coco", None)
         guess = content.pop("test_guess", None)
         if accuracy is not None:
@@ -57,9 +66,17 @@ class TrainResult(Document):
             content["guess"] = usual if guess is None else guess
         elif coco is not None:
             numbers = CocoMetrics.model_validate(coco)
-            content |= {"task": "detect", "metric": AP, "metrics": numbers.by_name, "per_class": numbers.AP_per_class}
+            content |= {
+                "task": "detect",
+                "metric": AP,
+                "metrics": numbers.by_name,
+                "per_class": numbers.AP_per_class,
+            }
         else:
-            raise DocumentError("a training ends in test_accuracy or in test_coco, and this has neither: train again.")
+            raise DocumentError(
+                "a training ends in test_accuracy or in test_coco, and this has neither: train"
+                " again."
+            )
         return content
 
     @property

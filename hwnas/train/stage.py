@@ -1,4 +1,6 @@
-"""The training stage: an architecture in, a trained network out. It uses all training images; the search held some out."""
+"""The training stage: an architecture in, a trained network out. It uses all training
+images; the search held some out.
+"""
 
 from __future__ import annotations
 
@@ -33,24 +35,34 @@ def outputs(experiment: Experiment) -> list[str]:
 
 
 def backbone_file(folder: str) -> Path:
-    """The weights file in the folder that ``train.backbone`` names. Raises ConfigError where there is none."""
+    """The weights file in the folder that ``train.backbone`` names. Raises ConfigError
+    where there is none.
+    """
     root = Path(folder).expanduser()
-    path = next((path for path in (root / WEIGHTS, root / "train" / WEIGHTS) if path.is_file()), None)
+    path = next(
+        (path for path in (root / WEIGHTS, root / "train" / WEIGHTS) if path.is_file()), None
+    )
     if path is None:
-        raise ConfigError(f"train.backbone = {folder!r} holds no {WEIGHTS}: name the folder of a finished training.")
+        raise ConfigError(
+            f"train.backbone = {folder!r} holds no {WEIGHTS}: name the folder of a finished"
+            " training."
+        )
     return path
 
 
 def trained_backbone(folder: str, arch: Architecture) -> Path:
-    """The weights file of an earlier training, whose first blocks are those of ``arch``. Raises ConfigError where there is none."""
+    """The weights file of an earlier training, whose first blocks are those of
+    ``arch``. Raises ConfigError where there is none.
+    """
     path = backbone_file(folder)
     blocks = load_network(path).arch.blocks
     for position, op in enumerate(arch.blocks):
         there = replace(blocks[position], size=op.size) if position < len(blocks) else None
         if there != op:
             raise ConfigError(
-                f"train.backbone = {folder!r} is another network: block {position} is {there.key if there else 'nothing'} there and "
-                f"{op.key} here; train the same architecture (train.arch) both times."
+                f"train.backbone = {folder!r} is another network: block {position} is"
+                f" {there.key if there else 'nothing'} there and {op.key} here; train the same"
+                " architecture (train.arch) both times."
             )
     return path
 
@@ -74,7 +86,9 @@ def begin(ctx: StageContext, arch: Architecture) -> Training:
     """Build what is trained, and take up what the stage's folder holds of it."""
     config, data, seed = ctx.experiment.train, sized(ctx.experiment, arch), ctx.experiment.seed
     train, test = load_images(data, "all", augment=True), load_images(data, "test")
-    network = network_of(arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed))
+    network = network_of(
+        arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed)
+    )
     _begin(network, ctx)
     steps = steps_of(config.epochs, len(train), config.batch_size)
     engine = Engine(
@@ -91,12 +105,15 @@ def begin(ctx: StageContext, arch: Architecture) -> Training:
     engine.resume()
     validation = Validation(ctx, engine, test, len(train) / config.batch_size)
     validation.resume()
-    batches = training_batches(train, config.batch_size, seed=seed, first=engine.step, last=steps, workers=data.workers)
+    batches = training_batches(
+        train, config.batch_size, seed=seed, first=engine.step, last=steps, workers=data.workers
+    )
     return Training(engine, test, batches, validation)
 
 
 def run(ctx: StageContext, arch: Architecture) -> None:
-    """Train and write ``model.safetensors`` (averaged weights, BN statistics), ``train.json`` and the other ``outputs``.
+    """Train and write ``model.safetensors`` (averaged weights, BN statistics),
+    ``train.json`` and the other ``outputs``.
 
     On the way, ``validation.jsonl`` gets the validation curve.
     """
@@ -106,7 +123,9 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     trained = engine.averaged
     assert isinstance(trained, AnyNetwork)
     task = task_of(ctx.experiment)
-    evaluated = task.evaluate(trained, test, Evaluation(config.batch_size, workers=ctx.experiment.data.workers))
+    evaluated = task.evaluate(
+        trained, test, Evaluation(config.batch_size, workers=ctx.experiment.data.workers)
+    )
     task.record(ctx.folder, trained, test, evaluated)
     result = TrainResult(
         architecture_sha256=arch.sha256,
@@ -122,7 +141,11 @@ def run(ctx: StageContext, arch: Architecture) -> None:
         class_names=test.names,
     )
     metadata = {row: evaluated.metrics[name] for row, name in list(task.curve.items())[:1]}
-    save_network(trained, ctx.folder / WEIGHTS, {name: f"{value:.4f}" for name, value in metadata.items() if value is not None})
+    save_network(
+        trained,
+        ctx.folder / WEIGHTS,
+        {name: f"{value:.4f}" for name, value in metadata.items() if value is not None},
+    )
     result.save(ctx.folder / "train.json")
     engine.finish()
     ctx.progress.say(f"trained {arch.name}: {result.quality}")
@@ -134,7 +157,9 @@ def _begin(network: AnyNetwork, ctx: StageContext) -> None:
     """Give a new network the weights that it inherits, and its BN the recipe's momentum."""
     config = ctx.experiment.train
     if config.weights == "supernet":
-        network.load_state_dict(load_network(ctx.path("search", "supernet.safetensors")).state_dict())
+        network.load_state_dict(
+            load_network(ctx.path("search", "supernet.safetensors")).state_dict()
+        )
     if config.backbone is not None:
         trained = load_network(trained_backbone(config.backbone, network.arch))
         network.blocks.load_state_dict(trained.blocks[: len(network.blocks)].state_dict())
@@ -155,14 +180,22 @@ class Train(Stage):
 
     @classmethod
     def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
-        """The optimiser, a named architecture against the data, and what the training begins with."""
+        """The optimiser, a named architecture against the data, and what the training
+        begins with.
+        """
         config, supernet = experiment.train, experiment.search.supernet
         check_optimizer(config.optimizer, "train.optimizer")
         proxy = supernet.proxy_width != 1.0 or supernet.proxy_depth is not None
-        if config.weights == "supernet" and proxy and config.arch is None and experiment.search.weights is None:
+        if (
+            config.weights == "supernet"
+            and proxy
+            and config.arch is None
+            and experiment.search.weights is None
+        ):
             raise ConfigError(
-                "train.weights = 'supernet' needs a super-net of full size, and search.supernet.proxy_width or proxy_depth makes it "
-                "smaller: set train.weights = 'scratch'."
+                "train.weights = 'supernet' needs a super-net of full size, and"
+                " search.supernet.proxy_width or proxy_depth makes it smaller: set train.weights ="
+                " 'scratch'."
             )
         arch = architecture(experiment, space, Path()) if config.arch is not None else None
         if config.backbone is not None and arch is not None:
@@ -192,10 +225,14 @@ class Train(Stage):
             found |= self.at.hash_of(inherited, "search")
         arch = self.architecture()
         if config.weights == "supernet" and arch != Architecture.load(self.searched):
-            raise ConfigError("train.weights = 'supernet' fits the searched architecture alone: set train.weights = 'scratch'.")
+            raise ConfigError(
+                "train.weights = 'supernet' fits the searched architecture alone: set train.weights"
+                " = 'scratch'."
+            )
         if config.weights == "supernet" and load_network(inherited).arch.identity != arch.identity:
             raise ConfigError(
-                "train.weights = 'supernet' needs a super-net of full size, and this one was a proxy: set train.weights = 'scratch'."
+                "train.weights = 'supernet' needs a super-net of full size, and this one was a"
+                " proxy: set train.weights = 'scratch'."
             )
         if config.backbone is not None:
             found |= {"backbone": file_sha256(trained_backbone(config.backbone, arch))}
@@ -206,7 +243,9 @@ class Train(Stage):
         """What is trained how long, and from which weights."""
         config = self.at.experiment.train
         arch = config.arch or "the searched architecture"
-        return f"{arch} for {config.epochs:g} epochs, weights from {config.backbone or config.weights}"
+        return (
+            f"{arch} for {config.epochs:g} epochs, weights from {config.backbone or config.weights}"
+        )
 
     def run(self, ctx: StageContext) -> None:
         """Train it."""

@@ -1,13 +1,16 @@
 """The validation curve: how good a network is on test images while it trains.
 
-The averaged weights, where an average is kept, are evaluated on a fixed part of the test images, as timm and torchvision do on their
-validation split. *Nothing is chosen by it*: the last weights are kept, whatever the curve says, so the test images judge them as fairly
-as if nobody had looked. Evaluation draws no random number, changes no statistics and no order of batches: the weights are the same, bit
-for bit, with and without it.
+The averaged weights, where an average is kept, are evaluated on a fixed part of the
+test images, as timm and torchvision do on their validation split. *Nothing is chosen by
+it*: the last weights are kept, whatever the curve says, so the test images judge them
+as fairly as if nobody had looked. Evaluation draws no random number, changes no
+statistics and no order of batches: the weights are the same, bit for bit, with and
+without it.
 
-Rows of ``validation.jsonl``: ``step`` (of how many updates the weights are), ``epoch``, ``images``, and what ``Task.curve`` names:
-``test_accuracy`` of a classifier, ``test_ap`` and ``test_ap50`` of a detector. A resumed training has the same rows: those behind its
-checkpoint are dropped and made again.
+Rows of ``validation.jsonl``: ``step`` (of how many updates the weights are), ``epoch``,
+``images``, and what ``Task.curve`` names: ``test_accuracy`` of a classifier,
+``test_ap`` and ``test_ap50`` of a detector. A resumed training has the same rows: those
+behind its checkpoint are dropped and made again.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ SHARE = 0.05
 
 
 class Validation:
-    """Evaluates what ``engine`` trains on a part of ``test``; ``epoch_steps`` are the updates of an epoch, a fraction where they are."""
+    """Evaluates what ``engine`` trains on a part of ``test``; ``epoch_steps`` are the
+    updates of an epoch, a fraction where they are.
+    """
 
     def __init__(self, ctx: StageContext, engine: Engine, test: Images, epoch_steps: float) -> None:
         self.ctx, self.engine, self.test, self.epoch_steps = ctx, engine, test, epoch_steps
@@ -46,7 +51,9 @@ class Validation:
         if every is not None:
             stride = max(1, round(every * self.epoch_steps))
             return frozenset({*range(stride, steps + 1, stride), steps})
-        affordable = int(SHARE * steps * self.engine.batch_size / (self.task.curve_cost * self.limit))
+        affordable = int(
+            SHARE * steps * self.engine.batch_size / (self.task.curve_cost * self.limit)
+        )
         points = min(POINTS, affordable, steps)
         if points < 2:  # the end alone is no curve, and judged anyway
             return frozenset()
@@ -63,12 +70,25 @@ class Validation:
         epoch = self.engine.step / self.epoch_steps
         qualities = self._qualities(self.engine.averaged)
         with self.log.appending() as append:
-            append({"step": self.engine.step, "epoch": round(epoch, 3), "images": self.limit, **qualities})
+            append(
+                {
+                    "step": self.engine.step,
+                    "epoch": round(epoch, 3),
+                    "images": self.limit,
+                    **qualities,
+                }
+            )
         said = self.task.said_on_the_way(next(iter(qualities.values())))
         self.ctx.progress.say(f"epoch {epoch:.3g}: {said} {self.limit:,} test images")
 
     def _qualities(self, network: nn.Module) -> dict[str, float]:
         assert isinstance(network, AnyNetwork)
-        how = Evaluation(self.ctx.experiment.train.batch_size, self.limit, self.ctx.experiment.data.workers)
+        how = Evaluation(
+            self.ctx.experiment.train.batch_size, self.limit, self.ctx.experiment.data.workers
+        )
         metrics = self.task.evaluate(network, self.test, how).metrics
-        return {row: value for row, name in self.task.curve.items() if (value := metrics[name]) is not None}
+        return {
+            row: value
+            for row, name in self.task.curve.items()
+            if (value := metrics[name]) is not None
+        }

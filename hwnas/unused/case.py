@@ -30,7 +30,10 @@ class Situation:
 
     def overrides(self, key: str) -> bool:
         """Whether the command line gave a key, a part of it, or the table that it is in."""
-        return any(f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.") for given in self.overridden)
+        return any(
+            f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.")
+            for given in self.overridden
+        )
 
     @cached_property
     def strategy(self) -> Any:
@@ -44,7 +47,9 @@ class Situation:
 
     @property
     def has_own_arch(self) -> bool:
-        """Whether the architecture is no member of the space: a document, or a published network."""
+        """Whether the architecture is no member of the space: a document, or a
+        published network.
+        """
         name = self.experiment.train.arch
         return name is not None and (Path(name).suffix == ".json" or is_name(name))
 
@@ -68,7 +73,8 @@ class Holds(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """A circumstance in which keys do nothing. ``why`` is half a sentence, formatted with the experiment as ``e``.
+    """A circumstance in which keys do nothing. ``why`` is half a sentence, formatted
+    with the experiment as ``e``.
 
     ``by`` are the keys that bring it about.
     """

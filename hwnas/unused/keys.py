@@ -35,7 +35,10 @@ def _no_metric(attribute: str) -> Holds:
     """No metric of the shrinking has the attribute."""
 
     def holds(situation: Situation) -> bool:
-        return not any(getattr(SHRINK_METRICS.get(name), attribute) for name in situation.experiment.shrink.metrics)
+        return not any(
+            getattr(SHRINK_METRICS.get(name), attribute)
+            for name in situation.experiment.shrink.metrics
+        )
 
     return holds
 
@@ -60,7 +63,9 @@ APART = Case(
     file="warn",
 )
 WRITTEN = Case(
-    lambda s: s.experiment.train.arch is not None and Path(s.experiment.train.arch).suffix == ".json",
+    lambda s: (
+        s.experiment.train.arch is not None and Path(s.experiment.train.arch).suffix == ".json"
+    ),
     "train.arch = {e.train.arch!r} has the widths that the document says",
     ("train.arch",),
     ("run", "train"),
@@ -90,7 +95,8 @@ OPS = Case(
 )
 A_NUMBER = Case(
     lambda s: s.experiment.profile.mode == "ops" and isinstance(s.experiment.profile.networks, int),
-    "profile.mode = 'ops' takes names of networks, and the number of sampled ones is fit_networks + test_networks",
+    "profile.mode = 'ops' takes names of networks, and the number of sampled ones is fit_networks +"
+    " test_networks",
     ("profile.mode",),
     ("run", "profile"),
     fix="set profile.mode = 'networks', or profile.fit_networks",
@@ -118,7 +124,9 @@ TARGETED = Case(
     both="warn",
 )
 BUDGETED = Case(
-    lambda s: s.experiment.search.budget is not None and s.experiment.search.budget.most is not None,
+    lambda s: (
+        s.experiment.search.budget is not None and s.experiment.search.budget.most is not None
+    ),
     "search.budget has a number of its own",
     ("search.budget",),
     ("run", "search"),
@@ -150,9 +158,16 @@ NOT_FOUND = Case(
 )
 # task
 DETECTS = Case(
-    lambda s: network_kind(s.experiment.task) == "detect", "task = 'detect' has no labels of whole images and no top-1", ("task",)
+    lambda s: network_kind(s.experiment.task) == "detect",
+    "task = 'detect' has no labels of whole images and no top-1",
+    ("task",),
 )
-CLASSIFIES = Case(lambda s: network_kind(s.experiment.task) == "classify", "task = 'classify' has no boxes", ("task",), (*VERBS, *STUDIES))
+CLASSIFIES = Case(
+    lambda s: network_kind(s.experiment.task) == "classify",
+    "task = 'classify' has no boxes",
+    ("task",),
+    (*VERBS, *STUDIES),
+)
 OWN_TOLERANCES = Case(
     lambda s: s.experiment.task in TASKS.builtin,
     "the metric of task = {e.task!r} has tolerances of its own",
@@ -180,7 +195,12 @@ TRAIN_MOMENTUM = Case(
     ("run", "train"),
     fix="remove it, or set its betas in train.optimizer.options",
 )
-ALL_USED = Case(_all, "a training uses every weight in every step", (), fix="remove it; search.optimizer.unused is of super-nets")
+ALL_USED = Case(
+    _all,
+    "a training uses every weight in every step",
+    (),
+    fix="remove it; search.optimizer.unused is of super-nets",
+)
 # data, export, validation
 DIGITS = Case(
     lambda s: s.experiment.data.name == "digits",
@@ -203,14 +223,19 @@ NO_TFLITE = Case(
     ("run", "export"),
 )
 NO_FLOAT = Case(
-    lambda s: all(map(_is_int8, s.formats)), "export.formats has no float file", ("export.formats",), ("run", "export", "validate")
+    lambda s: all(map(_is_int8, s.formats)),
+    "export.formats has no float file",
+    ("export.formats",),
+    ("run", "export", "validate"),
 )
 # NMS is timed twice where an app asks for less of it than AP.
 AS_FOR_AP = Case(
     lambda s: (
-        network_kind(s.experiment.task) == "detect" and s.experiment.validation.app_score <= s.experiment.detector.post_processing.min_score
+        network_kind(s.experiment.task) == "detect"
+        and s.experiment.validation.app_score <= s.experiment.detector.post_processing.min_score
     ),
-    "detector.post_processing.min_score = {e.detector.post_processing.min_score:g} drops all scores below it anyway",
+    "detector.post_processing.min_score = {e.detector.post_processing.min_score:g} drops all scores"
+    " below it anyway",
     ("detector.post_processing",),
     ("run", "validate"),
     fix="set it higher, or remove it",
@@ -218,8 +243,12 @@ AS_FOR_AP = Case(
 # studies
 STAGE = Case(_all, "only hwnas study reads it", (), VERBS, file="quiet")
 NOT_RANK = Case(_all, "'hwnas study rank' does not read it", (), ("study rank",), file="quiet")
-NOT_COMPARE = Case(_all, "'hwnas study compare' does not read it", (), ("study compare",), file="quiet")
-NOT_SHRINK = Case(_all, "'hwnas study shrink' does not read it", (), ("study shrink",), file="quiet")
+NOT_COMPARE = Case(
+    _all, "'hwnas study compare' does not read it", (), ("study compare",), file="quiet"
+)
+NOT_SHRINK = Case(
+    _all, "'hwnas study shrink' does not read it", (), ("study shrink",), file="quiet"
+)
 NO_ANGLE = Case(
     lambda s: "angle" not in s.experiment.study.scores,
     "it is where the angle starts, which study.scores does not have",
@@ -252,15 +281,32 @@ EACH = Case(
     ("shrink.drop",),
     ("study shrink",),
 )
-NO_JUDGE = Case(_no_metric("judges"), "no metric of shrink.metrics judges on images", ("shrink.metrics",), ("study shrink",))
-NO_ALPHAS = Case(_no_metric("alphas"), "only the metric magnitude has it", ("shrink.metrics",), ("study shrink",))
-NO_START = Case(
-    lambda s: "angle" not in s.experiment.shrink.metrics, "only the metric angle has it", ("shrink.metrics",), ("study shrink",)
+NO_JUDGE = Case(
+    _no_metric("judges"),
+    "no metric of shrink.metrics judges on images",
+    ("shrink.metrics",),
+    ("study shrink",),
 )
-UNTRAINED = Case(_no_metric("trains"), "no metric of shrink.metrics trains a super-net", ("shrink.metrics",), ("study shrink",))
+NO_ALPHAS = Case(
+    _no_metric("alphas"), "only the metric magnitude has it", ("shrink.metrics",), ("study shrink",)
+)
+NO_START = Case(
+    lambda s: "angle" not in s.experiment.shrink.metrics,
+    "only the metric angle has it",
+    ("shrink.metrics",),
+    ("study shrink",),
+)
+UNTRAINED = Case(
+    _no_metric("trains"),
+    "no metric of shrink.metrics trains a super-net",
+    ("shrink.metrics",),
+    ("study shrink",),
+)
 
 ALWAYS: tuple[Case, ...] = ()
-"""Read whenever the stage runs that it belongs to, or checked by that stage with a reason of its own."""
+"""Read whenever the stage runs that it belongs to, or checked by that stage with a
+reason of its own.
+"""
 
 _PROFILE = (NAMED, TABLE, COUNTED)
 _SHARED = (NAMED, ALONE)
@@ -283,7 +329,17 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "device.cores": (SIMULATED,),
     "data.path": (DIGITS,),
     **dict.fromkeys(
-        ("data.name", "data.resolution", "data.channels", "data.classes", "data.mean", "data.std", "data.augment", "data.workers"), ALWAYS
+        (
+            "data.name",
+            "data.resolution",
+            "data.channels",
+            "data.classes",
+            "data.mean",
+            "data.std",
+            "data.augment",
+            "data.workers",
+        ),
+        ALWAYS,
     ),
     "data.held_out": ALWAYS,  # without a search, int8 ranges are of the other training images
     "profile.mode": _PROFILE,
@@ -291,7 +347,16 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "profile.prior": (*_PROFILE, OPS),
     "profile.fit_networks": (*_PROFILE, NETWORKS),
     "profile.test_networks": (*_PROFILE, NETWORKS),
-    **dict.fromkeys(("profile.rounds", "profile.max_rounds", "profile.max_spread", "profile.min_ms", "profile.min_runs"), _PROFILE),
+    **dict.fromkeys(
+        (
+            "profile.rounds",
+            "profile.max_rounds",
+            "profile.max_spread",
+            "profile.min_ms",
+            "profile.min_runs",
+        ),
+        _PROFILE,
+    ),
     "search.strategy": (*_TRAINED, NOT_COMPARE),
     "search.objective": (NAMED,),
     "search.target_ms": (NAMED, MACS, NOT_SHRINK),
@@ -302,15 +367,36 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "search.allow_uncalibrated": (NAMED, NOT_SHRINK),
     "search.epochs": (*_TRAINED, NOT_SHRINK),
     "search.batch_size": (NAMED,),
-    **{f"search.optimizer.{key}": _TRAINED for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")},
+    **{
+        f"search.optimizer.{key}": _TRAINED
+        for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")
+    },
     "search.optimizer.momentum": (*_TRAINED, SEARCH_MOMENTUM),
     "search.optimizer.unused": (*_TRAINED, ALONE),
     "search.label_smoothing": (*_TRAINED, DETECTS),
     **{
-        f"search.supernet.{key}": _SHARED  # what contradicts a space of cells or a trained super-net is refused with its own reason
+        # what contradicts a space of cells or a trained super-net is refused with its own reason
+        f"search.supernet.{key}": _SHARED
         for key in (
-            *("sharing", "kernels", "channels", "operation_on", "wsbn", "initialisation", "bn_affine", "bn_track", "dropout"),
-            *("path_dropout", "proxy_depth", "proxy_width", "proxy_resolution", "full_resolution", "remat"),
+            *(
+                "sharing",
+                "kernels",
+                "channels",
+                "operation_on",
+                "wsbn",
+                "initialisation",
+                "bn_affine",
+                "bn_track",
+                "dropout",
+            ),
+            *(
+                "path_dropout",
+                "proxy_depth",
+                "proxy_width",
+                "proxy_resolution",
+                "full_resolution",
+                "remat",
+            ),
         )
     },
     "search.data_portion": _TRAINED,
@@ -321,27 +407,37 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "search.limits": (NAMED,),
     "search.candidates": _RANKED,
     "search.recalibration_images": (NAMED,),
-    "search.evaluation_images": (NAMED,),  # without a finder, random architectures of the report are scored on so many
+    # without a finder, random architectures of the report are scored on so many
+    "search.evaluation_images": (NAMED,),
     "search.random_samples": (NAMED, ALONE, NOT_RANK, NOT_COMPARE, NOT_SHRINK),
     "detector.extras": (CLASSIFIES, OWN_DETECTOR),
     "detector.scores": (CLASSIFIES, OWN_DETECTOR),
     "detector.post_processing": (CLASSIFIES,),
-    **dict.fromkeys(("train.arch", "train.weights", "train.backbone", "train.epochs", "train.batch_size"), ALWAYS),
-    **{f"train.optimizer.{key}": ALWAYS for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")},
+    **dict.fromkeys(
+        ("train.arch", "train.weights", "train.backbone", "train.epochs", "train.batch_size"),
+        ALWAYS,
+    ),
+    **{
+        f"train.optimizer.{key}": ALWAYS
+        for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")
+    },
     "train.optimizer.momentum": (TRAIN_MOMENTUM,),
     "train.optimizer.unused": (ALL_USED,),
     "train.bn_momentum": ALWAYS,
     "train.label_smoothing": (DETECTS,),
     "train.dropout": (DETECTS,),
     "train.ema_decay": ALWAYS,
-    **dict.fromkeys(("data.resize", "data.crop_fraction", "data.interpolation"), ALWAYS),  # contradictions are refused by the data's table
+    # contradictions are refused by the data's table
+    **dict.fromkeys(("data.resize", "data.crop_fraction", "data.interpolation"), ALWAYS),
     "train.validate_every": ALWAYS,
     "export.formats": ALWAYS,
-    **dict.fromkeys(("export.input", "export.softmax"), ALWAYS),  # softmax of boxes is refused by the experiment
+    # softmax of boxes is refused by the experiment
+    **dict.fromkeys(("export.input", "export.softmax"), ALWAYS),
     "export.score_calibration": (DETECTS, NO_TFLITE),
     "export.calibration_images": (NO_INT8,),
     "export.parity_images": ALWAYS,
-    "validate.latency_tolerance": ALWAYS,  # wherever there is a table, which an earlier profile may have left
+    # wherever there is a table, which an earlier profile may have left
+    "validate.latency_tolerance": ALWAYS,
     "validate.max_drift": ALWAYS,
     "validate.parity_tolerance": (NO_FLOAT,),
     "validate.accuracy_tolerance": (DETECTS, NO_FLOAT),
@@ -354,17 +450,43 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "study.truth": _STUDIED,
     "study.accuracies": _STUDIED,
     **dict.fromkeys(
-        ("study.architectures", "study.supernets", "study.scores", "study.combinations", "study.threshold", "study.top_k"), _RANK_ONLY
+        (
+            "study.architectures",
+            "study.supernets",
+            "study.scores",
+            "study.combinations",
+            "study.threshold",
+            "study.top_k",
+        ),
+        _RANK_ONLY,
     ),
     "study.base_epochs": (*_RANK_ONLY, NO_ANGLE),
-    **dict.fromkeys(("study.seeds", "study.bootstrap", "study.confidence", "study.threads", "study.ray_address"), _RANK_AND_COMPARE),
+    **dict.fromkeys(
+        (
+            "study.seeds",
+            "study.bootstrap",
+            "study.confidence",
+            "study.threads",
+            "study.ray_address",
+        ),
+        _RANK_AND_COMPARE,
+    ),
     "study.processes": (*_RANK_AND_COMPARE, RAY),
     "study.ray_gpus": (*_RANK_AND_COMPARE, NO_RAY),
-    **{f"study.compare.{key}": _COMPARE_ONLY for key in ("methods", "max_macs", "standalone_epochs", "standalone_images")},
-    **{f"shrink.{key}": _SHRINK_ONLY for key in ("metrics", "samples", "tries", "max_macs", "sampling", "drop", "keep", "until")},
+    **{
+        f"study.compare.{key}": _COMPARE_ONLY
+        for key in ("methods", "max_macs", "standalone_epochs", "standalone_images")
+    },
+    **{
+        f"shrink.{key}": _SHRINK_ONLY
+        for key in ("metrics", "samples", "tries", "max_macs", "sampling", "drop", "keep", "until")
+    },
     "shrink.dropped": (*_SHRINK_ONLY, EACH),
     "shrink.judged_samples": (*_SHRINK_ONLY, NO_JUDGE),
-    **{f"shrink.{key}": (*_SHRINK_ONLY, UNTRAINED) for key in ("first_epochs", "epochs", "operation_on")},
+    **{
+        f"shrink.{key}": (*_SHRINK_ONLY, UNTRAINED)
+        for key in ("first_epochs", "epochs", "operation_on")
+    },
     **{f"shrink.{key}": (*_SHRINK_ONLY, NO_START) for key in ("base_epochs", "refresh_after")},
     **{f"shrink.{key}": (*_SHRINK_ONLY, NO_ALPHAS) for key in ("alpha_lr", "alpha_every")},
 }

@@ -1,4 +1,6 @@
-"""A bundle on its way to be validated: which of its files the device runs, and what they put out there."""
+"""A bundle on its way to be validated: which of its files the device runs, and what
+they put out there.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Exported:
         return self.folder / file.name
 
     def item(self, file: BundleFile, path: Path | None = None, image: Path | None = None) -> Item:
-        """A file to time, or what was made of it at another ``path``, whose name is then the item's."""
+        """A file to time, or what was made of it at another ``path``, whose name is
+        then the item's.
+        """
         path = path or self.path(file)
         return Item(path.name, file.runtime, path, self.bundle.architecture.ops(), image)
 
@@ -41,5 +45,7 @@ def load_bundle(folder: Path) -> Bundle:
     for file in bundle.files:
         path = folder / file.name
         if not path.is_file() or file_sha256(path) != file.sha256:
-            raise DocumentError(f"{path} is missing or not the file that bundle.json describes: export again.")
+            raise DocumentError(
+                f"{path} is missing or not the file that bundle.json describes: export again."
+            )
     return bundle

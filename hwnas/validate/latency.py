@@ -26,8 +26,8 @@ from hwnas.validate.quality import app_score
 class Promise:
     """What a table says of a bundle's network on this device.
 
-    ``table`` is None where it predicts nothing, and ``unpredicted`` says why. ``blocks`` tell the drift; there are none
-    where the table cannot.
+    ``table`` is None where it predicts nothing, and ``unpredicted`` says why.
+    ``blocks`` tell the drift; there are none where the table cannot.
     """
 
     bundle: Bundle
@@ -42,7 +42,9 @@ class Promise:
         return session.drift(self.bundle.architecture.ops(), self.table)
 
     def predicted_ms(self, file: BundleFile) -> float | None:
-        """The latency of a file's network by the table; None where it is of another runtime or dtype, or cannot be timed alone."""
+        """The latency of a file's network by the table; None where it is of another
+        runtime or dtype, or cannot be timed alone.
+        """
         if self.table is None or not is_timed_alone(self.bundle, file):
             return None
         header = self.table.header
@@ -55,7 +57,8 @@ def promise_of(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> Prom
     unpredicted = _unpredicted(bundle, bench, table)
     if table is None or unpredicted is not None:
         return Promise(bundle, None, unpredicted, ())
-    # Prices that were fitted to whole networks are not times of blocks alone, so no block can tell how they have changed.
+    # Prices that were fitted to whole networks are not times of blocks alone, so no
+    # block can tell how they have changed.
     is_measured = all(entry.runs != "unknown" for entry in table.entries.values())
     blocks = bundle.architecture.ops() if is_measured else ()
     return Promise(bundle, table, None, tuple(dict.fromkeys(blocks)))
@@ -70,28 +73,44 @@ def _unpredicted(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> st
     if table.header.threads != bench.settings.threads:
         return f"the table is for {table.header.threads} threads, not {bench.settings.threads}"
     missing = missing_ops(bundle.architecture.ops(), table)
-    return f"the table lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}" if missing else None
+    return (
+        f"the table lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+        if missing
+        else None
+    )
 
 
 def measured(exported: Exported, bench: Bench, promise: Promise, config: ValidateConfig) -> Session:
     """The exported files, and the blocks that tell the drift, measured in interleaved rounds.
 
-    All get as many rounds again while a file's rounds spread too widely: the drift is that of the rounds of the files.
+    All get as many rounds again while a file's rounds spread too widely: the drift is
+    that of the rounds of the files.
     """
     most = 2 * config.rounds
-    schedule = Schedule(rounds=config.rounds, max_rounds=most, max_spread=config.max_spread, together=True)
+    schedule = Schedule(
+        rounds=config.rounds, max_rounds=most, max_spread=config.max_spread, together=True
+    )
     with TemporaryDirectory(dir=bench.folder, prefix=".networks-") as work:
         networks = Path(work)
-        items = [*_network_items(exported, networks), *_block_items(promise, bench), *_nms_items(exported, networks, config)]
+        items = [
+            *_network_items(exported, networks),
+            *_block_items(promise, bench),
+            *_nms_items(exported, networks, config),
+        ]
         session = Session(bench, items, schedule)
         session.run("measuring the exported files")
     if session.noisy:
-        bench.progress.warn(f"{', '.join(session.noisy)} stayed noisy after {most} rounds: measure on a quieter device.")
+        bench.progress.warn(
+            f"{', '.join(session.noisy)} stayed noisy after {most} rounds: measure on a quieter"
+            " device."
+        )
     return session
 
 
 def _network_items(exported: Exported, networks: Path) -> Iterator[Item]:
-    """The files without NMS in their graph, each followed by its network alone where it holds more."""
+    """The files without NMS in their graph, each followed by its network alone where it
+    holds more.
+    """
     for file in exported.files:
         if target(file.format).graph != "decoded":
             continue  # _nms_items
@@ -109,7 +128,9 @@ def is_timed_alone(bundle: Bundle, file: BundleFile) -> bool:
 
 
 def _network_alone(exported: Exported, file: BundleFile) -> bytes | None:
-    """Of a file that holds more than the network, the network alone; None where it holds no more, or cannot be parted from it."""
+    """Of a file that holds more than the network, the network alone; None where it
+    holds no more, or cannot be parted from it.
+    """
     bundle, decodes = exported.bundle, exported.bundle.settings.decodes
     if not is_timed_alone(bundle, file):
         return None
@@ -129,13 +150,17 @@ def _block_items(promise: Promise, bench: Bench) -> Iterator[Item]:
 
 
 def _nms_items(exported: Exported, networks: Path, config: ValidateConfig) -> Iterator[Item]:
-    """The files with NMS in their graph, on a test image, and copies of them with an app's threshold."""
+    """The files with NMS in their graph, on a test image, and copies of them with an
+    app's threshold.
+    """
     files = [file for file in exported.files if target(file.format).graph != "decoded"]
     if not files:
         return
     app = app_score(exported.bundle, config)
     image = networks / "image.npy"
-    write_typical_image(exported.folder, exported.bundle.settings.reference, config.app_score, image)
+    write_typical_image(
+        exported.folder, exported.bundle.settings.reference, config.app_score, image
+    )
     for file in files:
         yield exported.item(file, image=image)
         if app is not None:
@@ -145,8 +170,9 @@ def _nms_items(exported: Exported, networks: Path, config: ValidateConfig) -> It
 
 
 def write_typical_image(bundle_folder: Path, reference: str, score: float, path: Path) -> None:
-    """Write the test image, of a detector's bundle, with as many scores above ``score`` as the median one has, as the files take it,
-    float32 or uint8 [1, H, W, C]: how long NMS takes depends on that. ``reference`` names PyTorch's rows (``Task.reference``).
+    """Write the test image, of a detector's bundle, with as many scores above ``score``
+    as the median one has, as the files take it, float32 or uint8 [1, H, W, C]: how long
+    NMS takes depends on that. ``reference`` names PyTorch's rows (``Task.reference``).
     """
     with np.load(bundle_folder / "parity.npz", allow_pickle=False) as arrays:
         images_NHWC, rows = arrays["images"], arrays[reference]

@@ -41,11 +41,18 @@ class Validate(Stage):
         return self.at.root / "export"
 
     def inputs(self) -> dict[str, str]:
-        """The bundle, the table if there is one, the data, the settings, and what earlier stages say against themselves."""
+        """The bundle, the table if there is one, the data, the settings, and what
+        earlier stages say against themselves.
+        """
         at = self.at
         table = at.hash_of_table() if at.table_path.exists() else {}
         bundle = at.hash_of(self.bundle_folder / "bundle.json", "export")
-        found = {**bundle, **table, **at.hashes_of_data(), **at.hashes_of_config("validate", "device")}
+        found = {
+            **bundle,
+            **table,
+            **at.hashes_of_data(),
+            **at.hashes_of_config("validate", "device"),
+        }
         cautions = [caution.model_dump() for caution in self.cautions()]
         if cautions:  # a verdict without them stays current
             found["warnings"] = content_sha256(cautions)
@@ -54,7 +61,10 @@ class Validate(Stage):
     def cautions(self) -> tuple[Caution, ...]:
         """What the search and the training of the exported network say against themselves."""
         arch = Bundle.load(self.bundle_folder / "bundle.json").architecture
-        searched, search = self.at.path("search", "arch.json"), self.at.path("search", "search.json")
+        searched, search = (
+            self.at.path("search", "arch.json"),
+            self.at.path("search", "search.json"),
+        )
         train = self.at.path("train", "train.json")
         found: list[Caution] = []
         if searched.is_file() and search.is_file() and Architecture.load(searched) == arch:
@@ -84,15 +94,26 @@ class Validate(Stage):
             ctx.progress.say(line)
 
 
-def validate(bench: Bench, folder: Path, data: DataConfig, config: ValidateConfig, table: LatencyTable | None) -> Verdict:
-    """Measure and test every file of the bundle in ``folder`` on a device. Raises DeviceError or DocumentError."""
+def validate(
+    bench: Bench, folder: Path, data: DataConfig, config: ValidateConfig, table: LatencyTable | None
+) -> Verdict:
+    """Measure and test every file of the bundle in ``folder`` on a device. Raises
+    DeviceError or DocumentError.
+    """
     bundle, device = load_bundle(folder), bench.device
     runtimes = bench.connection.runtimes()
     files = tuple(file for file in bundle.files if file.runtime in runtimes)
-    not_run = {file.name: f"{device.id} does not run {file.runtime}" for file in bundle.files if file.runtime not in runtimes}
+    not_run = {
+        file.name: f"{device.id} does not run {file.runtime}"
+        for file in bundle.files
+        if file.runtime not in runtimes
+    }
     if not files:
         has = ", ".join(runtimes) or "no runtime"
-        raise DeviceError(f"{device.id} has {has}, for which the bundle has no file: export one (export.formats), or install its runtime.")
+        raise DeviceError(
+            f"{device.id} has {has}, for which the bundle has no file: export one (export.formats),"
+            " or install its runtime."
+        )
     exported = Exported(bundle, folder, files)
     quality = quality_of(exported, bench, data, config)
     promise = promise_of(bundle, bench, table)
@@ -124,7 +145,9 @@ def validate(bench: Bench, folder: Path, data: DataConfig, config: ValidateConfi
     )
 
 
-def _judged(file: BundleFile, session: Session, promise: Promise, quality: Quality, config: ValidateConfig) -> FileVerdict:
+def _judged(
+    file: BundleFile, session: Session, promise: Promise, quality: Quality, config: ValidateConfig
+) -> FileVerdict:
     predicted = promise.predicted_ms(file)
     drift = promise.drift(session) or 1.0
     network, app = f"network-{file.name}", f"app-{file.name}"
@@ -144,9 +167,15 @@ def _judged(file: BundleFile, session: Session, promise: Promise, quality: Quali
         spread=spread_of(session.rounds(file.name)),
         predicted_ms=predicted,
         latency_error=error,
-        latency_passed=None if error is None else abs(error) <= config.latency_tolerance and abs(drift - 1) <= config.max_drift,
+        latency_passed=(
+            None
+            if error is None
+            else abs(error) <= config.latency_tolerance and abs(drift - 1) <= config.max_drift
+        ),
         parity=judgement.parity,
-        parity_passed=judgement.parity.relative_error <= config.parity_tolerance if made.exact else None,
+        parity_passed=(
+            judgement.parity.relative_error <= config.parity_tolerance if made.exact else None
+        ),
         metrics=judgement.metrics,
         loss=judgement.loss,
         quality_passed=judgement.loss <= config.tolerance(promise.bundle.metric, file.dtype),

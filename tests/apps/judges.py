@@ -14,12 +14,16 @@ ROOT = FOLDER.parent.parent
 
 
 def judge(environment: str, script: str, *arguments: str | Path) -> Any:
-    """What a script of this folder prints as JSON (None for nothing), run by ``.venv-ENVIRONMENT``. Skips the test where it is missing."""
+    """What a script of this folder prints as JSON (None for nothing), run by
+    ``.venv-ENVIRONMENT``. Skips the test where it is missing.
+    """
     folder = ROOT / f".venv-{environment}"
     if not (folder / "installed").exists():
         pytest.skip(f"{folder.name} is missing: make judges")
     command = [str(folder / "bin" / "python"), str(FOLDER / script), *map(str, arguments)]
     # The checkout's own packages must not be found: PYTHONPATH is left out.
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout) if done.stdout else None

@@ -1,7 +1,9 @@
-"""Run a file in MediaPipe's ImageClassifier or ObjectDetector: ``mediapipe_tasks.py classify|detect MODEL IMAGES.npy``.
+"""Run a file in MediaPipe's ImageClassifier or ObjectDetector: ``mediapipe_tasks.py
+classify|detect MODEL IMAGES.npy``.
 
-Run by .venv-mediapipe's Python. Images are uint8 [N, H, W, 3]; for each, a JSON list of [label, score] or
-[label, score, left, top, width, height]. Detections of the same whole pixels are one to MediaPipe, with several categories.
+Run by .venv-mediapipe's Python. Images are uint8 [N, H, W, 3]; for each, a JSON list of
+[label, score] or [label, score, left, top, width, height]. Detections of the same whole
+pixels are one to MediaPipe, with several categories.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ def classified(model: str, images: list[Any]) -> list[Any]:
     options = vision.ImageClassifierOptions(base_options=BaseOptions(model_asset_path=model))
     with vision.ImageClassifier.create_from_options(options) as classifier:
         results = [classifier.classify(image).classifications[0].categories for image in images]
-    return [[[category.category_name, category.score] for category in categories] for categories in results]
+    return [
+        [[category.category_name, category.score] for category in categories]
+        for categories in results
+    ]
 
 
 def detected(model: str, images: list[Any]) -> list[Any]:
@@ -31,11 +36,17 @@ def detected(model: str, images: list[Any]) -> list[Any]:
 
 def rows(detection: Any) -> list[Any]:
     box = detection.bounding_box
-    return [[each.category_name, each.score, box.origin_x, box.origin_y, box.width, box.height] for each in detection.categories]
+    return [
+        [each.category_name, each.score, box.origin_x, box.origin_y, box.width, box.height]
+        for each in detection.categories
+    ]
 
 
 task, model, images_file = sys.argv[1:]
-pictures = [mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image) for image in np.load(images_file)]
+pictures = [
+    mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image)
+    for image in np.load(images_file)
+]
 try:
     answer: Any = {"classify": classified, "detect": detected}[task](model, pictures)
 except (RuntimeError, NotImplementedError) as error:

@@ -1,4 +1,5 @@
-"""Run files in tflite-runtime: ``old_runtime.py INPUTS.npy OUTPUTS.npz MODEL...``, by .venv-tflite-runtime's Python.
+"""Run files in tflite-runtime: ``old_runtime.py INPUTS.npy OUTPUTS.npz MODEL...``, by
+.venv-tflite-runtime's Python.
 
 Inputs are float32 [N, H, W, C]. Outputs: per file and output, "file:position" -> [N, ...].
 """
@@ -22,5 +23,7 @@ for model in models:
         interpreter.set_tensor(entry["index"], image[None])
         interpreter.invoke()
         rows.append([interpreter.get_tensor(exit_["index"]).copy() for exit_ in exits])
-    outputs |= {f"{Path(model).name}:{i}": np.stack(part) for i, part in enumerate(zip(*rows, strict=True))}
+    outputs |= {
+        f"{Path(model).name}:{i}": np.stack(part) for i, part in enumerate(zip(*rows, strict=True))
+    }
 np.savez(outputs_file, **outputs)

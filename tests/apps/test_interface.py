@@ -25,12 +25,20 @@ from tests.train.rectangles import BLOCKS, settings
 
 torch.set_num_threads(1)
 
-PIECES = np.stack([photograph[y : y + 48, y : y + 48] for photograph in load_sample_images().images for y in (0, 100, 200, 300)])
+PIECES = np.stack(
+    [
+        photograph[y : y + 48, y : y + 48]
+        for photograph in load_sample_images().images
+        for y in (0, 100, 200, 300)
+    ]
+)
 """uint8 [8, 48, 48, 3], of two photographs."""
 
 
 def exported(experiment: Experiment, arch: Architecture, scale: float, root: Path) -> Path:
-    """The bundle's folder of a network with random weights, whose last ones are large enough to tell images apart."""
+    """The bundle's folder of a network with random weights, whose last ones are large
+    enough to tell images apart.
+    """
     network = network_of(arch, generator=torch.Generator().manual_seed(0))
     for name, weight in network.named_parameters():
         if name.endswith(("linear.weight", "predict.conv.weight")):
@@ -50,7 +58,9 @@ def outputs(file: Path) -> list[list[np.ndarray]]:
     for piece in PIECES:
         interpreter.set_tensor(entry["index"], piece[None])
         interpreter.invoke()
-        found.append([interpreter.get_tensor(exit_["index"]) for exit_ in interpreter.get_output_details()])
+        found.append(
+            [interpreter.get_tensor(exit_["index"]) for exit_ in interpreter.get_output_details()]
+        )
     return found
 
 
@@ -64,7 +74,13 @@ def test_image_classifier_takes_pixels_and_shows_probabilities(tmp_path: Path) -
     """With a mean and a std per channel, ImageNet's, which it does not take in a float32 file."""
     np.savez(tmp_path / "train.npz", x=PIECES, y=np.arange(8))
     np.savez(tmp_path / "test.npz", x=PIECES, y=np.arange(8))
-    data = {"name": "npz", "path": str(tmp_path), "resolution": 48, "classes": 10, "augment": "none"}
+    data = {
+        "name": "npz",
+        "path": str(tmp_path),
+        "resolution": 48,
+        "classes": 10,
+        "augment": "none",
+    }
     export = {"formats": ["tflite-fp32", "tflite-int8"], "input": "uint8", "softmax": True}
     experiment = Experiment.model_validate({"data": data, "export": export})
     assert len(set(experiment.data.mean)) == 3
@@ -72,10 +88,14 @@ def test_image_classifier_takes_pixels_and_shows_probabilities(tmp_path: Path) -
     folder = exported(experiment, arch, 20.0, tmp_path / "run")
     labels = Bundle.load(folder / "bundle.json").labels
     for name in ("model-fp32.tflite", "model-int8.tflite"):
-        for answer, [probabilities] in zip(mediapipe("classify", folder / name, tmp_path), outputs(folder / name), strict=True):
+        for answer, [probabilities] in zip(
+            mediapipe("classify", folder / name, tmp_path), outputs(folder / name), strict=True
+        ):
             scores = dict(answer)
             assert sum(scores.values()) == pytest.approx(1, abs=1e-4)
-            np.testing.assert_allclose([scores[label] for label in labels], probabilities[0], atol=1e-4)
+            np.testing.assert_allclose(
+                [scores[label] for label in labels], probabilities[0], atol=1e-4
+            )
             assert answer[0][0] == labels[probabilities[0].argmax()]
 
 
@@ -83,15 +103,23 @@ def test_image_classifier_takes_pixels_and_shows_probabilities(tmp_path: Path) -
 def test_object_detector_takes_pixels(tmp_path: Path) -> None:
     content = settings(tmp_path)
     content["detector"]["post_processing"] = {"min_score": 0.3, "detections": 10}
-    content["export"] = {"formats": ["tflite-fp32-tasks", "tflite-int8-tasks"], "input": "uint8", "parity_images": 2}
+    content["export"] = {
+        "formats": ["tflite-fp32-tasks", "tflite-int8-tasks"],
+        "input": "uint8",
+        "parity_images": 2,
+    }
     experiment = Experiment.model_validate(content)
     assert len(set(experiment.data.mean)) == 3
     backbone = Architecture(name="small", blocks=tuple(Op.parse(key) for key in BLOCKS[:4]))
     folder = exported(experiment, with_detector(backbone, 2, resolution=48), 20.0, tmp_path / "run")
     labels = Bundle.load(folder / "bundle.json").labels
     for name, pixels in (("model-fp32-tasks.tflite", 1.01), ("model-int8-tasks.tflite", 2.0)):
-        for answer, parts in zip(mediapipe("detect", folder / name, tmp_path), outputs(folder / name), strict=True):
+        for answer, parts in zip(
+            mediapipe("detect", folder / name, tmp_path), outputs(folder / name), strict=True
+        ):
             ours = in_mediapipes_boxes(detections(parts))
             theirs = np.array([[*box, score, labels.index(label)] for label, score, *box in answer])
             assert len(theirs) == len(ours) > 0
-            assert_found(theirs, ours, score=1e-4 if "fp32" in name else INT8_TOLERANCE, pixels=pixels)
+            assert_found(
+                theirs, ours, score=1e-4 if "fp32" in name else INT8_TOLERANCE, pixels=pixels
+            )

@@ -2,12 +2,15 @@
 
 HWNAS_TEST_DATA=../shared/data pytest tests/benchmarks/test_detection.py --benchmark-only -s
 
-AP on the 40 validation images of the raccoon data, side by side: always the mean box of the training images, with score 1; the network
-of configs/experiments/raccoon.toml as it is initialised; trained from scratch; and trained from a backbone that has seen CIFAR-10
-(``CIFAR_EPOCHS`` epochs). And AP on the 128 images of coco128, 71 classes, after training on the same images: whatever is wrong with
-anchors, matching, losses or boxes keeps a detector from overfitting.
+AP on the 40 validation images of the raccoon data, side by side: always the mean box of
+the training images, with score 1; the network of configs/experiments/raccoon.toml as it
+is initialised; trained from scratch; and trained from a backbone that has seen CIFAR-10
+(``CIFAR_EPOCHS`` epochs). And AP on the 128 images of coco128, 71 classes, after
+training on the same images: whatever is wrong with anchors, matching, losses or boxes
+keeps a detector from overfitting.
 
-Runs are kept in ``$HWNAS_DETECTION`` (default runs/detection): stopped and started again, it goes on.
+Runs are kept in ``$HWNAS_DETECTION`` (default runs/detection): stopped and started
+again, it goes on.
 """
 
 from __future__ import annotations
@@ -69,7 +72,10 @@ def constant_box(train: CocoImages, test: CocoImages) -> CocoMetrics:
     relative = []
     for index, image in enumerate(train.chosen):
         x_y_w_h = annotations.boxes[annotations.objects(image)]
-        relative.append(np.hstack([x_y_w_h[:, :2], x_y_w_h[:, :2] + x_y_w_h[:, 2:]]) / np.tile(train.sizes[index], 2))
+        relative.append(
+            np.hstack([x_y_w_h[:, :2], x_y_w_h[:, :2] + x_y_w_h[:, 2:]])
+            / np.tile(train.sizes[index], 2)
+        )
     box = torch.from_numpy(test.resolution * np.concatenate(relative).mean(axis=0, keepdims=True))
     always = Detections(box, torch.ones(1), torch.zeros(1, dtype=torch.int64))
     return average_precision(test, dict.fromkeys(range(len(test)), always))
@@ -87,24 +93,45 @@ def test_raccoons(benchmark: Any, data: Path) -> None:
     images, test = load_images(experiment.data, "all"), load_images(experiment.data, "test")
     assert isinstance(images, CocoImages) and isinstance(test, CocoImages)
     untrained = DetectionNetwork(
-        architecture(experiment, experiment_space(experiment), root()), generator=torch.Generator().manual_seed(experiment.seed)
+        architecture(experiment, experiment_space(experiment), root()),
+        generator=torch.Generator().manual_seed(experiment.seed),
     )
-    cifar = [f"data.path={data / 'cifar10'}", f"train.arch={experiment.train.arch}", f"train.epochs={CIFAR_EPOCHS}"]
+    cifar = [
+        f"data.path={data / 'cifar10'}",
+        f"train.arch={experiment.train.arch}",
+        f"train.epochs={CIFAR_EPOCHS}",
+    ]
     seconds = {
-        "scratch": benchmark.pedantic(train, args=(CONFIG, *settings), kwargs={"out": root() / "scratch"}, rounds=1, iterations=1),
+        "scratch": benchmark.pedantic(
+            train,
+            args=(CONFIG, *settings),
+            kwargs={"out": root() / "scratch"},
+            rounds=1,
+            iterations=1,
+        ),
         "cifar": train(CLASSIFIER, *cifar, out=root() / "cifar"),
-        "backbone": train(CONFIG, *settings, f"train.backbone={root() / 'cifar'}", out=root() / "backbone"),
+        "backbone": train(
+            CONFIG, *settings, f"train.backbone={root() / 'cifar'}", out=root() / "backbone"
+        ),
     }
     rows: dict[str, CocoMetrics] = {
         "always the mean box": constant_box(images, test),
-        "network, not trained": average_precision(test, detect(untrained, test, experiment.detector.post_processing, batch_size=16)),
+        "network, not trained": average_precision(
+            test, detect(untrained, test, experiment.detector.post_processing, batch_size=16)
+        ),
         "trained from scratch": coco_numbers(root() / "scratch/train/train.json"),
         "trained, backbone from CIFAR-10": coco_numbers(root() / "backbone/train/train.json"),
     }
     classifier = TrainResult.load(root() / "cifar/train/train.json")
-    print(f"\nseconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}; CIFAR-10: {classifier.quality}")
+    print(
+        f"\nseconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())};"
+        f" CIFAR-10: {classifier.quality}"
+    )
     for name, metrics in rows.items():
-        print(f"  {name:32} AP {metrics.AP:6.1%}   AP50 {metrics.AP50:6.1%}   AP75 {metrics.AP75:6.1%}")
+        print(
+            f"  {name:32} AP {metrics.AP:6.1%}   AP50 {metrics.AP50:6.1%}   AP75"
+            f" {metrics.AP75:6.1%}"
+        )
     box, untrained_ap, scratch, backbone = rows.values()
     assert untrained_ap.AP50 < 0.1
     assert min(scratch.AP, backbone.AP) > 1.5 * box.AP and backbone.AP50 > box.AP50 + 0.1
@@ -115,9 +142,14 @@ def test_coco128_is_overfitted(benchmark: Any, data: Path) -> None:
     for name, source in (("train2017", "train2017"), ("val2017", "train2017")):
         shutil.copytree(data / "coco128" / source, folder / name, dirs_exist_ok=True)
         (folder / "annotations").mkdir(exist_ok=True)
-        shutil.copy(data / "coco128/annotations/instances_train2017.json", folder / f"annotations/instances_{name}.json")
+        shutil.copy(
+            data / "coco128/annotations/instances_train2017.json",
+            folder / f"annotations/instances_{name}.json",
+        )
     out = root() / "coco128"
-    seconds = benchmark.pedantic(train, args=(OVERFIT, f"data.path={folder}"), kwargs={"out": out}, rounds=1, iterations=1)
+    seconds = benchmark.pedantic(
+        train, args=(OVERFIT, f"data.path={folder}"), kwargs={"out": out}, rounds=1, iterations=1
+    )
     metrics = coco_numbers(out / "train/train.json")
     print(f"\nseconds: {seconds:.0f}")
     sizes = f"small {metrics.APs:.1%}, medium {metrics.APm:.1%}, large {metrics.APl:.1%}"

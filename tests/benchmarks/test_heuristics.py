@@ -1,14 +1,18 @@
-"""Which settings of a super-net's training decide whether it ranks right? One changed at a time, on NAS-Bench-Macro.
+"""Which settings of a super-net's training decide whether it ranks right? One changed
+at a time, on NAS-Bench-Macro.
 
 HWNAS_TEST_DATA=../shared/data pytest tests/benchmarks/test_heuristics.py --benchmark-only -s
 
-Every row is ``hwnas study rank configs/experiments/nasbench-macro-rank.toml`` with the settings ``SMALL`` and those of the row: images
-of 16 px, half of the channels and few epochs, or the study would take days on a CPU, and options with weights of their own, as in SPOS.
-Kendall's tau with the true accuracies, of the same ``ARCHITECTURES`` networks, by the recalibrated accuracy and its 95 % interval over
-architectures, the recalibrated loss, the accuracy without recalibration and the angle; what MACs reach stands beside it. One seed: the
-interval says nothing of other seeds.
+Every row is ``hwnas study rank configs/experiments/nasbench-macro-rank.toml`` with the
+settings ``SMALL`` and those of the row: images of 16 px, half of the channels and few
+epochs, or the study would take days on a CPU, and options with weights of their own, as
+in SPOS. Kendall's tau with the true accuracies, of the same ``ARCHITECTURES`` networks,
+by the recalibrated accuracy and its 95 % interval over architectures, the recalibrated
+loss, the accuracy without recalibration and the angle; what MACs reach stands beside
+it. One seed: the interval says nothing of other seeds.
 
-Runs are kept in ``$HWNAS_HEURISTICS`` (default runs/heuristics): stopped and started again, it goes on.
+Runs are kept in ``$HWNAS_HEURISTICS`` (default runs/heuristics): stopped and started
+again, it goes on.
 """
 
 from __future__ import annotations
@@ -32,13 +36,20 @@ SMALL = (
     "data.resolution=16",
     "data.held_out=0.1",
     "search.epochs=2",
-    "search.supernet={sharing = 'separate', proxy_width = 0.5, proxy_resolution = 8, full_resolution = 1.0}",  # no step at 8 px
+    # no step at 8 px
+    (
+        "search.supernet={sharing = 'separate', proxy_width = 0.5, proxy_resolution = 8,"
+        " full_resolution = 1.0}"
+    ),
     "search.evaluation_images=1000",
     f"study.architectures={ARCHITECTURES}",
     "study.scores=['accuracy', 'loss', 'unrecalibrated', 'angle', 'macs']",
     "study.combinations=[]",
 )
-SGD = "search.optimizer={name = 'sgd', lr = 0.4, momentum = 0.9, weight_decay = 4e-5, warmup = 0.1, clip_norm = 5.0}"
+SGD = (
+    "search.optimizer={name = 'sgd', lr = 0.4, momentum = 0.9, weight_decay = 4e-5, warmup = 0.1,"
+    " clip_norm = 5.0}"
+)
 VARIANTS: dict[str, tuple[str, ...]] = {
     "the base": (),
     "all channels": ("search.supernet.proxy_width=1.0",),
@@ -50,7 +61,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "weight decay x 5": ("search.optimizer.weight_decay=0.1",),
     "SGD, rate 0.4, decay 4e-5": (SGD,),
     "SGD, PyTorch's initialisation": (SGD, "search.supernet.initialisation='torch'"),
-    "SGD, decay 5e-4, all weights": (SGD.replace("4e-5", "5e-4").replace("}", ", unused = 'move'}"),),
+    "SGD, decay 5e-4, all weights": (
+        SGD.replace("4e-5", "5e-4").replace("}", ", unused = 'move'}"),
+    ),
     "BN without scale and shift": ("search.supernet.bn_affine=false",),
     "BN with tracked statistics": ("search.supernet.bn_track=true",),
     "fair sampling": ("search.strategy.sampling='fair'",),
@@ -71,7 +84,10 @@ def data() -> Path:
         pytest.skip("needs CIFAR-10 and NAS-Bench-Macro: set HWNAS_TEST_DATA")
     source, folder = Path(os.environ["HWNAS_TEST_DATA"]), root() / "data"
     subprocess.run([sys.executable, str(source / "unpack.py"), str(folder), "cifar10"], check=True)
-    with gzip.open(source / "nasbench_macro/nasbench_macro_cifar10.csv.gz") as packed, open(folder / "macro.csv", "wb") as file:
+    with (
+        gzip.open(source / "nasbench_macro/nasbench_macro_cifar10.csv.gz") as packed,
+        open(folder / "macro.csv", "wb") as file,
+    ):
         shutil.copyfileobj(packed, file)
     return folder
 
@@ -80,23 +96,49 @@ def study(data: Path, settings: tuple[str, ...], out: Path) -> float:
     """Seconds that the study took, or 0 where it had been done before."""
     done, started = (out / "rank" / "study.json").exists(), time.monotonic()
     sources = (f"data.path={data / 'cifar10'}", f"study.truth={data / 'macro.csv'}")
-    options = [argument for setting in (*sources, *SMALL, *settings) for argument in ("-s", setting)]
-    command = [sys.executable, "-m", "hwnas", "study", "rank", CONFIG, *options, "--out", str(out), "-q"]
+    options = [
+        argument for setting in (*sources, *SMALL, *settings) for argument in ("-s", setting)
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "hwnas",
+        "study",
+        "rank",
+        CONFIG,
+        *options,
+        "--out",
+        str(out),
+        "-q",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return 0.0 if done else time.monotonic() - started
 
 
 def test_one_setting_at_a_time(benchmark: Any, data: Path) -> None:
-    folders = {name: root() / "".join(letter if letter.isalnum() else "-" for letter in name) for name in VARIANTS}
+    folders = {
+        name: root() / "".join(letter if letter.isalnum() else "-" for letter in name)
+        for name in VARIANTS
+    }
 
     def measure() -> dict[str, float]:
         return {name: study(data, settings, folders[name]) for name, settings in VARIANTS.items()}
 
     seconds = benchmark.pedantic(measure, rounds=1, iterations=1)
-    print(f"\n{'':28} {'accuracy':26} {'loss':>8} {'not rec.':>8} {'angle':>8} {'MACs':>8} {'seconds':>8}")
+    print(
+        f"\n{'':28} {'accuracy':26} {'loss':>8} {'not rec.':>8} {'angle':>8} {'MACs':>8}"
+        f" {'seconds':>8}"
+    )
     for name, folder in folders.items():
-        scores = {score.name: score.supernets[0]["kendall"] for score in RankStudy.load(folder / "rank" / "study.json").scores}
+        scores = {
+            score.name: score.supernets[0]["kendall"]
+            for score in RankStudy.load(folder / "rank" / "study.json").scores
+        }
         tau = scores["accuracy"]
         others = "".join(f" {scores[each].value:8.3f}" for each in SCORES[1:])
-        print(f"{name:28} {tau.value:.3f} ({tau.low:.3f} to {tau.high:.3f})   {others} {seconds[name]:8.0f}")
-        assert scores["loss"].value > 0.3  # beyond chance: 100 networks at random stay below 0.14 in 95 % of cases
+        print(
+            f"{name:28} {tau.value:.3f} ({tau.low:.3f} to {tau.high:.3f})   {others}"
+            f" {seconds[name]:8.0f}"
+        )
+        # beyond chance: 100 networks at random stay below 0.14 in 95 % of cases
+        assert scores["loss"].value > 0.3

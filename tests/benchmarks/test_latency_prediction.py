@@ -1,11 +1,13 @@
-"""How well a latency table predicts whole networks on this computer: the 224-pixel ProxylessNAS space, 20 held-out networks.
+"""How well a latency table predicts whole networks on this computer: the 224-pixel
+ProxylessNAS space, 20 held-out networks.
 
     make benchmark                                              # all benchmarks
     pytest tests/benchmarks/test_latency_prediction.py --benchmark-only -s -k litert-fp32
 
-One profile per runtime and dtype, measured for real (two to six minutes each). Beside the table's calibrated error it prints
-what is left when each part of the procedure is taken away, from the same samples: the device's speed at each moment, the price of
-cold memory, all rounds but one, and the calibration.
+One profile per runtime and dtype, measured for real (two to six minutes each). Beside
+the table's calibrated error it prints what is left when each part of the procedure is
+taken away, from the same samples: the device's speed at each moment, the price of cold
+memory, all rounds but one, and the calibration.
 """
 
 from __future__ import annotations
@@ -32,23 +34,37 @@ from hwnas.runs import JsonLines
 
 CONFIG = ProfileConfig(rounds=9, fit_networks=20, test_networks=20)
 SEED = 1
-"""Other networks than those of the shipped tables (seed 0), on which the form of the calibration was chosen."""
+"""Other networks than those of the shipped tables (seed 0), on which the form of the
+calibration was chosen.
+"""
 
 
 def row(label: str, held_out: HeldOut) -> str:
     rank = f"{held_out.spearman:.3f}" if held_out.spearman is not None else "-"
-    return f"  {label:34} mean {held_out.mape:6.1%}  largest {held_out.max_error:6.1%}  Spearman {rank}"
+    return (
+        f"  {label:34} mean {held_out.mape:6.1%}  largest {held_out.max_error:6.1%}  Spearman"
+        f" {rank}"
+    )
 
 
-def judged(plan: Plan, ms: dict[str, float], truth: dict[str, float], is_cold_priced: bool = True) -> HeldOut:
-    """The calibration fitted to ``ms`` (item -> milliseconds), judged on the networks' times in ``truth``."""
+def judged(
+    plan: Plan, ms: dict[str, float], truth: dict[str, float], is_cold_priced: bool = True
+) -> HeldOut:
+    """The calibration fitted to ``ms`` (item -> milliseconds), judged on the networks'
+    times in ``truth``.
+    """
     networks = (*plan.fit, *plan.test)
     chains: list[tuple[Op, ...]] = [arch.ops() if is_cold_priced else () for arch in networks]
     sums = [sum(ms[op.key] for op in arch.ops()) for arch in networks]
     times = [ms[f"net-{i}"] for i in range(len(networks))]
     cut = len(plan.fit)
     calibration = fit_calibration(chains[:cut], sums[:cut], times[:cut])
-    return judge(calibration, chains[cut:], sums[cut:], [truth[f"net-{i}"] for i in range(cut, len(networks))])
+    return judge(
+        calibration,
+        chains[cut:],
+        sums[cut:],
+        [truth[f"net-{i}"] for i in range(cut, len(networks))],
+    )
 
 
 def as_measured(samples: list[dict[str, Any]], rounds: Container[int]) -> dict[str, float]:
@@ -61,9 +77,13 @@ def as_measured(samples: list[dict[str, Any]], rounds: Container[int]) -> dict[s
 
 
 def at_one_speed(plan: Plan, bench: Bench, samples: JsonLines) -> dict[str, float]:
-    """Item -> its time in the session that left these samples, in which nothing is left to measure."""
+    """Item -> its time in the session that left these samples, in which nothing is left
+    to measure.
+    """
     schedule = Schedule(CONFIG.rounds, CONFIG.max_rounds, CONFIG.max_spread, seed=(SEED,))
-    items = [Item(name, bench.settings.runtime, bench.folder, ops) for name, ops in plan.items.items()]
+    items = [
+        Item(name, bench.settings.runtime, bench.folder, ops) for name, ops in plan.items.items()
+    ]
     session = Session(bench, items, schedule, samples)
     session.run("reading")
     return {name: session.ms(name) for name in plan.items}
@@ -75,7 +95,9 @@ CASES = [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")]
 @pytest.mark.parametrize(("runtime", "dtype"), CASES, ids=["-".join(case) for case in CASES])
 def test_held_out_error(benchmark: Any, tmp_path: Path, runtime: Any, dtype: Any) -> None:
     space = proxylessnas()
-    bench = Bench(HOST, connect(HOST), DeviceConfig(runtime=runtime, dtype=dtype), timing_file, tmp_path)
+    bench = Bench(
+        HOST, connect(HOST), DeviceConfig(runtime=runtime, dtype=dtype), timing_file, tmp_path
+    )
     table = benchmark.pedantic(profile, args=(bench, space, CONFIG, SEED), rounds=1, iterations=1)
     assert table.calibration is not None and table.calibration.held_out is not None
     held_out = table.calibration.held_out
@@ -83,7 +105,10 @@ def test_held_out_error(benchmark: Any, tmp_path: Path, runtime: Any, dtype: Any
     plan = make_plan(space, CONFIG, SEED)
     times = at_one_speed(plan, bench, samples)
     jumping = as_measured(samples.read(), range(CONFIG.max_rounds))
-    passes = sorted((judged(plan, as_measured(samples.read(), [i]), times) for i in range(3)), key=lambda found: found.mape)
+    passes = sorted(
+        (judged(plan, as_measured(samples.read(), [i]), times) for i in range(3)),
+        key=lambda found: found.mape,
+    )
     print(f"\n{table.title}: {len(table.entries)} ops, {held_out.networks} held-out networks")
     print(row("calibrated, all rounds", held_out))
     print(row("at whatever speed the device had", judged(plan, jumping, jumping)))
@@ -91,7 +116,14 @@ def test_held_out_error(benchmark: Any, tmp_path: Path, runtime: Any, dtype: Any
     print(row("calibrated, one pass (median of 3)", passes[1]))
     print(f"  {'plain sum, all rounds':34} mean {held_out.raw_mape:6.1%}")
     naive = sorted(found.raw_mape for found in passes)
-    print(f"  {'plain sum, one pass (three passes)':34} mean {naive[1]:6.1%}  ({naive[0]:.1%} to {naive[2]:.1%})")
+    print(
+        f"  {'plain sum, one pass (three passes)':34} mean {naive[1]:6.1%}  ({naive[0]:.1%} to"
+        f" {naive[2]:.1%})"
+    )
     print(f"  entries flagged as noisy: {sum(entry.noisy for entry in table.entries.values())}")
     if (runtime, dtype) == ("litert", "fp32"):
-        assert held_out.mape <= 0.03 and held_out.max_error <= 0.08 and (held_out.spearman or 0) >= 0.99
+        assert (
+            held_out.mape <= 0.03
+            and held_out.max_error <= 0.08
+            and (held_out.spearman or 0) >= 0.99
+        )

@@ -1,12 +1,15 @@
-"""Every search method at equal cost, then the same stand-alone training, beside random networks of the same budget.
+"""Every search method at equal cost, then the same stand-alone training, beside random
+networks of the same budget.
 
 HWNAS_TEST_DATA=../shared/data pytest tests/benchmarks/test_methods.py --benchmark-only -s
 
-On a part of CIFAR-10 (``IMAGES`` training images, all test images), space mobile32 at half width, the table of this CPU, one
-latency budget, seeds 0 to ``HWNAS_SEEDS`` - 1 (default 3). *Equal cost*: the CPU seconds per step of each method, and per
-architecture that its finder judges, are measured first, in this process; its steps are what then fits into ``SEARCH_SECONDS`` of
-one core. The last ranking of eight candidates, the same for all, comes on top. Two runs go on at a time, one core each. They are
-kept in ``$HWNAS_METHODS`` (default runs/methods): stopped and started again, it goes on.
+On a part of CIFAR-10 (``IMAGES`` training images, all test images), space mobile32 at
+half width, the table of this CPU, one latency budget, seeds 0 to ``HWNAS_SEEDS`` - 1
+(default 3). *Equal cost*: the CPU seconds per step of each method, and per architecture
+that its finder judges, are measured first, in this process; its steps are what then
+fits into ``SEARCH_SECONDS`` of one core. The last ranking of eight candidates, the same
+for all, comes on top. Two runs go on at a time, one core each. They are kept in
+``$HWNAS_METHODS`` (default runs/methods): stopped and started again, it goes on.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ EVOLUTION = "generations = 4, population = 10, parents = 5, mutations = 5, cross
 JUDGED = {"spos": 40, "progressive_shrinking": 40, "fairnas": 40, "random_standalone": 5}
 """Architectures that a method's finder judges, at most."""
 
-METHODS = {  # options for a search of a few hundred steps: rates are ours, as the papers' are for tens of thousands of steps
+# options for a search of a few hundred steps: rates are ours, as the papers' are for
+# tens of thousands of steps
+METHODS = {
     "tunas": '{name = "tunas", rl_lr = 0.02}',
     "proxylessnas": '{name = "proxylessnas", alpha_lr = 0.05, arch_every = 2}',
     "fbnet": '{name = "fbnet", theta_lr = 0.05, theta_every = 2}',
@@ -62,7 +67,13 @@ def root() -> Path:
 
 def hwnas(*arguments: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "hwnas", *arguments, "-q"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "hwnas", *arguments, "-q"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -74,9 +85,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root() / "data"
     if not (folder / "test.npz").exists():
         whole = tmp_path_factory.mktemp("cifar")
-        subprocess.run([sys.executable, str(Path(os.environ["HWNAS_TEST_DATA"], "unpack.py")), str(whole), "cifar10"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                str(Path(os.environ["HWNAS_TEST_DATA"], "unpack.py")),
+                str(whole),
+                "cifar10",
+            ],
+            check=True,
+        )
         folder.mkdir(parents=True, exist_ok=True)
-        with np.load(whole / "cifar10/train.npz") as train, np.load(whole / "cifar10/test.npz") as test:
+        with (
+            np.load(whole / "cifar10/train.npz") as train,
+            np.load(whole / "cifar10/test.npz") as test,
+        ):
             kept = np.random.default_rng(0).permutation(len(train["y"]))[:IMAGES]
             np.savez(folder / "train.npz", x=train["x"][kept], y=train["y"][kept])
             np.savez(folder / "test.npz", x=test["x"], y=test["y"])
@@ -100,13 +122,17 @@ def steps_per_epoch(config: Experiment) -> float:
 
 
 def measured(data: Path, table: Path, strategy: str, folder: Path) -> dict[str, float]:
-    """Seconds per step, the mean over a search in small without its first step; and per architecture judged."""
+    """Seconds per step, the mean over a search in small without its first step; and per
+    architecture judged.
+    """
     torch.set_num_threads(1)
     config = experiment(data, strategy, 0)
     config = experiment(data, strategy, 0, PROBE_STEPS / steps_per_epoch(config))
     space = experiment_space(config)
     assert isinstance(space, MacroSpace)
-    prepared = prepare(config, space, search_context(config, space, LatencyTable.load(table)), folder)
+    prepared = prepare(
+        config, space, search_context(config, space, LatencyTable.load(table)), folder
+    )
     assert prepared.search.steps == PROBE_STEPS
     started = 0.0
     for step in range(PROBE_STEPS):
@@ -124,7 +150,17 @@ def measured(data: Path, table: Path, strategy: str, folder: Path) -> dict[str, 
 
 
 def trained(out: Path, data: Path, arguments: list[str], seed: int) -> dict[str, Any]:
-    hwnas("train", CONFIG, "-s", f"data.path={data}", "-s", f"seed={seed}", *arguments, "--out", str(out))
+    hwnas(
+        "train",
+        CONFIG,
+        "-s",
+        f"data.path={data}",
+        "-s",
+        f"seed={seed}",
+        *arguments,
+        "--out",
+        str(out),
+    )
     result: dict[str, Any] = json.loads((out / "train/train.json").read_text())
     return result
 
@@ -132,9 +168,26 @@ def trained(out: Path, data: Path, arguments: list[str], seed: int) -> dict[str,
 def searched(name: str, data: Path, table: Path, epochs: float, seed: int) -> dict[str, Any]:
     """Search and train; what came out, and how long the search took with finding and ranking."""
     out = root() / f"{name.replace(' ', '-').strip('()')}-{seed}"
-    settings = ["-s", f"search.strategy={METHODS[name]}", "-s", f"search.epochs={epochs}", "-s", f"search.table={table}"]
+    settings = [
+        "-s",
+        f"search.strategy={METHODS[name]}",
+        "-s",
+        f"search.epochs={epochs}",
+        "-s",
+        f"search.table={table}",
+    ]
     started = time.perf_counter()
-    hwnas("search", CONFIG, "-s", f"data.path={data}", "-s", f"seed={seed}", *settings, "--out", str(out))
+    hwnas(
+        "search",
+        CONFIG,
+        "-s",
+        f"data.path={data}",
+        "-s",
+        f"seed={seed}",
+        *settings,
+        "--out",
+        str(out),
+    )
     seconds = time.perf_counter() - started
     seconds_file = out / "seconds.json"  # a second call skips what is current
     if not seconds_file.exists():
@@ -142,7 +195,12 @@ def searched(name: str, data: Path, table: Path, epochs: float, seed: int) -> di
     found = json.loads((out / "search/search.json").read_text())
     accuracy = trained(out, data, settings, seed)["metrics"]["accuracy"]
     latency = found["candidates"][0]["predicted"] / found["target"] - 1
-    return {"method": name, "accuracy": accuracy, "latency": latency, "seconds": json.loads(seconds_file.read_text())}
+    return {
+        "method": name,
+        "accuracy": accuracy,
+        "latency": latency,
+        "seconds": json.loads(seconds_file.read_text()),
+    }
 
 
 def random_network(number: int, data: Path, table: Path, seed: int) -> dict[str, Any]:
@@ -156,7 +214,9 @@ def random_network(number: int, data: Path, table: Path, seed: int) -> dict[str,
     arch: Architecture = space.decode(picks, f"random-{number}-{seed}")
     if not (out / "arch.json").exists():
         arch.save(out / "arch.json")
-    accuracy = trained(out, data, ["-s", f"train.arch={out / 'arch.json'}"], seed)["metrics"]["accuracy"]
+    accuracy = trained(out, data, ["-s", f"train.arch={out / 'arch.json'}"], seed)["metrics"][
+        "accuracy"
+    ]
     return {
         "method": "random network in the budget",
         "accuracy": accuracy,
@@ -169,26 +229,56 @@ def test_methods_at_equal_cost(benchmark: Any, data: Path, table: Path, tmp_path
     seeds = range(int(os.environ.get("HWNAS_SEEDS", "3")))
     plan = root() / "plan.json"
     if not plan.exists():
-        plan.write_text(json.dumps({name: measured(data, table, options, tmp_path) for name, options in METHODS.items()}, indent=1))
+        plan.write_text(
+            json.dumps(
+                {
+                    name: measured(data, table, options, tmp_path)
+                    for name, options in METHODS.items()
+                },
+                indent=1,
+            )
+        )
     cost = json.loads(plan.read_text())
     per_epoch = steps_per_epoch(experiment(data, METHODS["random"], 0))
-    seconds_left = {name: SEARCH_SECONDS - JUDGED.get(name, 0) * cost[name]["judged"] for name in METHODS}
+    seconds_left = {
+        name: SEARCH_SECONDS - JUDGED.get(name, 0) * cost[name]["judged"] for name in METHODS
+    }
     epochs = {name: seconds_left[name] / cost[name]["step"] / per_epoch for name in METHODS}
 
     def everything() -> list[dict[str, Any]]:
         with ThreadPoolExecutor(2) as pool:
-            runs = [pool.submit(random_network, number, data, table, seed) for seed in seeds for number in range(RANDOM_NETWORKS)]
-            runs += [pool.submit(searched, name, data, table, epochs[name], seed) for seed in seeds for name in METHODS]
+            runs = [
+                pool.submit(random_network, number, data, table, seed)
+                for seed in seeds
+                for number in range(RANDOM_NETWORKS)
+            ]
+            runs += [
+                pool.submit(searched, name, data, table, epochs[name], seed)
+                for seed in seeds
+                for name in METHODS
+            ]
             return [run.result() for run in runs]
 
     rows = benchmark.pedantic(everything, rounds=1, iterations=1)
-    print(f"\n{'method':30} {'top-1 %: mean, spread':>24} {'latency - target':>18} {'steps':>6} {'ms/step':>8} {'search s':>9}")
+    print(
+        f"\n{'method':30} {'top-1 %: mean, spread':>24} {'latency - target':>18} {'steps':>6}"
+        f" {'ms/step':>8} {'search s':>9}"
+    )
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == name]
         accuracies = [100 * row["accuracy"] for row in mine]
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan")
         worst = max((row["latency"] for row in mine), key=abs)
-        steps = f"{epochs[name] * per_epoch:6.0f} {1000 * cost[name]['step']:8.0f}" if name in epochs else f"{'-':>6} {'-':>8}"
+        steps = (
+            f"{epochs[name] * per_epoch:6.0f} {1000 * cost[name]['step']:8.0f}"
+            if name in epochs
+            else f"{'-':>6} {'-':>8}"
+        )
         seconds = statistics.mean(row["seconds"] for row in mine)
-        print(f"{name:30} {statistics.mean(accuracies):15.1f} +- {spread:5.1f} {worst:+18.1%} {steps} {seconds:9.0f}")
-        assert all(abs(row["latency"]) <= 0.02 for row in mine), "a searched network missed the budget"
+        print(
+            f"{name:30} {statistics.mean(accuracies):15.1f} +- {spread:5.1f} {worst:+18.1%} {steps}"
+            f" {seconds:9.0f}"
+        )
+        assert all(abs(row["latency"]) <= 0.02 for row in mine), (
+            "a searched network missed the budget"
+        )

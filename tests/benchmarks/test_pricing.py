@@ -1,4 +1,5 @@
-"""What prices cost: architectures per second, and the expected latency's gradient beside a super-net step, in one run.
+"""What prices cost: architectures per second, and the expected latency's gradient
+beside a super-net step, in one run.
 
 pytest tests/benchmarks/test_pricing.py --benchmark-only -s
 """
@@ -52,12 +53,18 @@ def test_architectures_priced_per_second(benchmark: Any, name: str) -> None:
 
 def test_architectures_held_against_three_limits_per_second(benchmark: Any) -> None:
     cost = priced(ENLARGED)
-    others = [MacsLimit(kind="macs", max_macs=10**9), ActivationLimit(kind="activation_bytes", max_bytes=10**7)]
+    others = [
+        MacsLimit(kind="macs", max_macs=10**9),
+        ActivationLimit(kind="activation_bytes", max_bytes=10**7),
+    ]
     limits = Limits(cost.space, others, LatencyTable.load)
     index_NC = uniform_index(cost.space, 100_000, np.random.default_rng(0))
     benchmark(lambda: (cost.of_many(index_NC) <= 1000.0) & limits.feasible(index_NC))
     rate = len(index_NC) / benchmark.stats.stats.median
-    print(f"\n{rate:,.0f} architectures of {ENLARGED} held against latency, MACs and peak memory per second")
+    print(
+        f"\n{rate:,.0f} architectures of {ENLARGED} held against latency, MACs and peak memory per"
+        " second"
+    )
     assert rate > 100_000
 
 
@@ -69,9 +76,14 @@ def test_the_gradient_of_expected_latency_beside_a_super_net_step(benchmark: Any
     generator = torch.Generator().manual_seed(0)
     supernet: Any = Supernet(space, generator)
     supernet = supernet.to(memory_format=torch.channels_last)
-    x_NCHW = torch.randn(64, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
+    x_NCHW = torch.randn(64, 3, 32, 32, generator=generator).contiguous(
+        memory_format=torch.channels_last
+    )
     y = torch.randint(0, 10, (64,), generator=generator)
-    logits = {choice.key: torch.zeros(len(choice.options), dtype=torch.float64, requires_grad=True) for choice in space.choices}
+    logits = {
+        choice.key: torch.zeros(len(choice.options), dtype=torch.float64, requires_grad=True)
+        for choice in space.choices
+    }
 
     def step() -> None:
         supernet.zero_grad(set_to_none=True)
@@ -81,8 +93,13 @@ def test_the_gradient_of_expected_latency_beside_a_super_net_step(benchmark: Any
         cost.expected({key: logit.softmax(0) for key, logit in logits.items()}, torch).backward()
 
     step(), gradient()
-    pairs = [(seconds(step), statistics.median(seconds(gradient) for _ in range(5))) for _ in range(15)]
+    pairs = [
+        (seconds(step), statistics.median(seconds(gradient) for _ in range(5))) for _ in range(15)
+    ]
     step_s, gradient_s = (statistics.median(column) for column in zip(*pairs, strict=True))
     benchmark(gradient)
-    print(f"\nexpected latency, forward and backward: {gradient_s * 1e3:.2f} ms; step: {step_s * 1e3:.0f} ms; {gradient_s / step_s:.2%}")
+    print(
+        f"\nexpected latency, forward and backward: {gradient_s * 1e3:.2f} ms; step:"
+        f" {step_s * 1e3:.0f} ms; {gradient_s / step_s:.2%}"
+    )
     assert gradient_s <= 0.05 * step_s

@@ -1,4 +1,5 @@
-"""What a profile costs: writing the files of ops beside converting them one by one, and whole profiles from nothing.
+"""What a profile costs: writing the files of ops beside converting them one by one, and
+whole profiles from nothing.
 
 pytest tests/benchmarks/test_profile_cost.py --benchmark-only -s                 # needs two quiet cores
 pytest tests/benchmarks/test_profile_cost.py --benchmark-only -s -k one_by_one   # the first part alone, which bears a busy machine
@@ -49,25 +50,46 @@ def convert(op: Op, runtime: str, dtype: str, path: Path) -> None:
         return
     model = to_tflite(module, shape)
     if dtype == "int8":
-        inputs = np.random.default_rng(0).standard_normal((4, op.size, op.size, op.in_ch), dtype=np.float32)
+        inputs = np.random.default_rng(0).standard_normal(
+            (4, op.size, op.size, op.in_ch), dtype=np.float32
+        )
         model = quantize_int8(model, [inputs])
     path.write_bytes(model)
 
 
-@pytest.mark.parametrize(("runtime", "dtype"), [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")])
-def test_writing_beside_converting_one_by_one(benchmark: Any, tmp_path: Path, runtime: str, dtype: str, monkeypatch: Any) -> None:
-    """Time to make a file, and what the files then take: in pairs, one after the other, in every round."""
+@pytest.mark.parametrize(
+    ("runtime", "dtype"), [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")]
+)
+def test_writing_beside_converting_one_by_one(
+    benchmark: Any, tmp_path: Path, runtime: str, dtype: str, monkeypatch: Any
+) -> None:
+    """Time to make a file, and what the files then take: in pairs, one after the other,
+    in every round.
+    """
     monkeypatch.setenv("HWNAS_CACHE", str(tmp_path / "cache"))
-    space = [op for op in load_space("mobilenet_v3_like", resolution=224, classes=1000).ops if not op.pooled]
+    space = [
+        op
+        for op in load_space("mobilenet_v3_like", resolution=224, classes=1000).ops
+        if not op.pooled
+    ]
     ops = space[:: len(space) // OPS][:OPS]
-    paths = [tmp_path / f"{number}.{'onnx' if runtime == 'onnxruntime' else 'tflite'}" for number in range(OPS)]
+    paths = [
+        tmp_path / f"{number}.{'onnx' if runtime == 'onnxruntime' else 'tflite'}"
+        for number in range(OPS)
+    ]
     convert(space[-1], runtime, dtype, paths[-1])  # the imports are not counted
     timing_file((space[-1],), runtime, dtype)
-    converting_s = [seconds(lambda op=op, path=path: convert(op, runtime, dtype, path)) for op, path in zip(ops, paths, strict=True)]
+    converting_s = [
+        seconds(lambda op=op, path=path: convert(op, runtime, dtype, path))
+        for op, path in zip(ops, paths, strict=True)
+    ]
     writing_s = [seconds(lambda op=op: timing_file((op,), runtime, dtype)) for op in ops]
     ratio = statistics.median(c / w for c, w in zip(converting_s, writing_s, strict=True))
     print(f"\n{runtime} {dtype}, {OPS} ops of mobilenet_v3_like at 224 px: ", end="")
-    print(f"written in {statistics.mean(writing_s) * 1e3:.1f} ms each, converted in {statistics.mean(converting_s):.2f} s, {ratio:.0f} x")
+    print(
+        f"written in {statistics.mean(writing_s) * 1e3:.1f} ms each, converted in"
+        f" {statistics.mean(converting_s):.2f} s, {ratio:.0f} x"
+    )
 
     files = {("written", op.key): timing_file((op,), runtime, dtype) for op in ops}
     files |= {("converted", op.key): path for op, path in zip(ops, paths, strict=True)}
@@ -80,13 +102,23 @@ def test_writing_beside_converting_one_by_one(benchmark: Any, tmp_path: Path, ru
     ]
     connection = connect(HOST)
     plan = {"runtime": runtime, "threads": 1, "cores": list(connection.cores(1)), "items": items}
-    rows = benchmark.pedantic(lambda: list(connection.measure(plan, tmp_path)), rounds=1, iterations=1)
+    rows = benchmark.pedantic(
+        lambda: list(connection.measure(plan, tmp_path)), rounds=1, iterations=1
+    )
     ms: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if "id" in row:
             ms[row["id"]].append(statistics.median(row["ms"]))
-    ratios = [statistics.median(w / c for w, c in zip(ms[f"written {op.key}"], ms[f"converted {op.key}"], strict=True)) for op in ops]
-    print(f"  latency written / converted: median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+    ratios = [
+        statistics.median(
+            w / c for w, c in zip(ms[f"written {op.key}"], ms[f"converted {op.key}"], strict=True)
+        )
+        for op in ops
+    ]
+    print(
+        f"  latency written / converted: median {statistics.median(ratios):.3f}, from"
+        f" {min(ratios):.3f} to {max(ratios):.3f}"
+    )
     assert ratio > 20 if dtype == "fp32" else ratio > 5
     assert abs(statistics.median(ratios) - 1) <= 0.02
 
@@ -108,9 +140,15 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
-@pytest.mark.parametrize(("space", "limit_s"), [("proxylessnas", 180), ("proxylessnas_enlarged", 900)])
-def test_a_whole_profile_from_nothing(benchmark: Any, tmp_path: Path, space: str, limit_s: float) -> None:
-    """LiteRT fp32 at 224 px, an empty cache, the default settings: plan, build, measure and calibrate."""
+@pytest.mark.parametrize(
+    ("space", "limit_s"), [("proxylessnas", 180), ("proxylessnas_enlarged", 900)]
+)
+def test_a_whole_profile_from_nothing(
+    benchmark: Any, tmp_path: Path, space: str, limit_s: float
+) -> None:
+    """LiteRT fp32 at 224 px, an empty cache, the default settings: plan, build, measure
+    and calibrate.
+    """
     settings = {"space.name": space, "data.resolution": "224", "data.classes": "1000"}
     command = [sys.executable, "-m", "hwnas", "profile", "--out", str(tmp_path / "run"), "-q"]
     command += [part for key, value in settings.items() for part in ("-s", f"{key}={value}")]
@@ -128,17 +166,27 @@ def test_a_whole_profile_from_nothing(benchmark: Any, tmp_path: Path, space: str
     status, peak_bytes = benchmark.pedantic(profiled, rounds=1, iterations=1)
     wall_s = time.time() - start
     assert status == 0
-    files = sorted((path.stat().st_mtime, path.stat().st_size) for path in (tmp_path / "cache").rglob("*.tflite"))
+    files = sorted(
+        (path.stat().st_mtime, path.stat().st_size)
+        for path in (tmp_path / "cache").rglob("*.tflite")
+    )
     began, built, size_bytes = files[0][0], files[-1][0], sum(size for _, size in files)
     table_path = tmp_path / "run" / "profile" / "table.json"
     table = LatencyTable.load(table_path)
-    print(f"\n{space}: {len(table.entries)} ops in {wall_s:.0f} s, {peak_bytes / 1e9:.2f} GB resident, files of {size_bytes / 1e9:.2f} GB")
-    print(f"  start and plan {began - start:.1f} s, build {built - began:.1f} s, measure {table_path.stat().st_mtime - built:.0f} s")
+    print(
+        f"\n{space}: {len(table.entries)} ops in {wall_s:.0f} s, {peak_bytes / 1e9:.2f} GB"
+        f" resident, files of {size_bytes / 1e9:.2f} GB"
+    )
+    print(
+        f"  start and plan {began - start:.1f} s, build {built - began:.1f} s, measure"
+        f" {table_path.stat().st_mtime - built:.0f} s"
+    )
     noisy = sum(entry.noisy for entry in table.entries.values())
     held_out = table.calibration.held_out if table.calibration else None
     assert held_out is not None
     print(
-        f"  {noisy} entries noisy; {held_out.networks} held-out networks: mean error {held_out.mape:.1%}, largest {held_out.max_error:.1%}"
+        f"  {noisy} entries noisy; {held_out.networks} held-out networks: mean error"
+        f" {held_out.mape:.1%}, largest {held_out.max_error:.1%}"
     )
     assert wall_s <= limit_s
     assert peak_bytes <= 2e9

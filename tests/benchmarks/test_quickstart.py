@@ -1,4 +1,5 @@
-"""The demo, from an empty run folder, on three seeds: is the budget met, is the promise kept, how long and how large is it?
+"""The demo, from an empty run folder, on three seeds: is the budget met, is the promise
+kept, how long and how large is it?
 
 pytest tests/benchmarks/test_quickstart.py --benchmark-only -s        # eight to fifteen minutes on two cores
 """
@@ -23,21 +24,51 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_quickstart(benchmark: Any, tmp_path: Path, seed: int) -> None:
-    command = [sys.executable, "-m", "hwnas", "run", str(QUICKSTART), "--out", str(tmp_path), "-q", "-s", f"seed={seed}"]
+    command = [
+        sys.executable,
+        "-m",
+        "hwnas",
+        "run",
+        str(QUICKSTART),
+        "--out",
+        str(tmp_path),
+        "-q",
+        "-s",
+        f"seed={seed}",
+    ]
     start = time.monotonic()
     done = benchmark.pedantic(subprocess.run, args=(command,), rounds=1, iterations=1)
-    seconds, peak_gb = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    seconds, peak_gb = (
+        time.monotonic() - start,
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6,
+    )
     found = SearchResult.load(tmp_path / "search" / "search.json")
     verdict = Verdict.load(tmp_path / "validate" / "verdict.json")
-    fp32, int8 = (next(file for file in verdict.files if file.dtype == dtype) for dtype in ("fp32", "int8"))
-    assert fp32.predicted_ms is not None and fp32.latency_error is not None and verdict.drift is not None
-    print(f"\nseed {seed}: {seconds:.0f} s, largest process {peak_gb:.2f} GB; {'passed' if verdict.passed else 'FAILED'}")
-    print(f"  target {found.target:.4f} ms; predicted {fp32.predicted_ms:.4f} ms ({fp32.predicted_ms / found.target - 1:+.1%})")
-    print(
-        f"  measured {fp32.measured_ms:.4f} ms ({fp32.measured_ms / fp32.predicted_ms - 1:+.1%} of predicted as it is, "
-        f"drift {verdict.drift - 1:+.1%}, {fp32.latency_error:+.1%} at the profiled speed)"
+    fp32, int8 = (
+        next(file for file in verdict.files if file.dtype == dtype) for dtype in ("fp32", "int8")
     )
-    print(f"  top-1 {verdict.metrics['accuracy']:.2%} in PyTorch, {fp32.metrics['accuracy']:.2%} fp32, {int8.metrics['accuracy']:.2%} int8")
+    assert (
+        fp32.predicted_ms is not None
+        and fp32.latency_error is not None
+        and verdict.drift is not None
+    )
+    print(
+        f"\nseed {seed}: {seconds:.0f} s, largest process {peak_gb:.2f} GB;"
+        f" {'passed' if verdict.passed else 'FAILED'}"
+    )
+    print(
+        f"  target {found.target:.4f} ms; predicted {fp32.predicted_ms:.4f} ms"
+        f" ({fp32.predicted_ms / found.target - 1:+.1%})"
+    )
+    print(
+        f"  measured {fp32.measured_ms:.4f} ms ({fp32.measured_ms / fp32.predicted_ms - 1:+.1%} of"
+        f" predicted as it is, drift {verdict.drift - 1:+.1%}, {fp32.latency_error:+.1%} at the"
+        " profiled speed)"
+    )
+    print(
+        f"  top-1 {verdict.metrics['accuracy']:.2%} in PyTorch, {fp32.metrics['accuracy']:.2%}"
+        f" fp32, {int8.metrics['accuracy']:.2%} int8"
+    )
     print(f"  int8 / fp32 latency {int8.measured_ms / fp32.measured_ms:.2f}")
     assert done.returncode == 0
     assert abs(fp32.predicted_ms / found.target - 1) <= 0.02

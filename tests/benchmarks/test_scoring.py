@@ -1,9 +1,11 @@
-"""Scoring architectures by a super-net: what it saves that blocks which neighbours have in common run once.
+"""Scoring architectures by a super-net: what it saves that blocks which neighbours have
+in common run once.
 
 pytest tests/benchmarks/test_scoring.py --benchmark-only -s
 
-300 random networks of NAS-Bench-Macro in the order of their blocks, as ``hwnas study rank`` scores them: BN statistics of 64 images of
-32 px, logits of 64 others. Whole passes and shared ones take turns, network by network, in one process and on one thread.
+300 random networks of NAS-Bench-Macro in the order of their blocks, as ``hwnas study
+rank`` scores them: BN statistics of 64 images of 32 px, logits of 64 others. Whole
+passes and shared ones take turns, network by network, in one process and on one thread.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ NETWORKS = 300
 
 def images(count: int, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(64, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last) for _ in range(count)]
+    return [
+        torch.randn(64, 3, 32, 32, generator=generator).contiguous(
+            memory_format=torch.channels_last
+        )
+        for _ in range(count)
+    ]
 
 
 def test_shared_passes_against_whole_ones(benchmark: Any) -> None:
@@ -36,7 +43,11 @@ def test_shared_passes_against_whole_ones(benchmark: Any) -> None:
     prefixes = Prefixes(Maps(estimating, judged))
     drawn = np.random.default_rng(0).choice(space.size, NETWORKS, replace=False)
     rows = sorted(
-        tuple(int(digit) for digit in np.unravel_index(each, [len(choice.options) for choice in space.choices])) for each in drawn
+        tuple(
+            int(digit)
+            for digit in np.unravel_index(each, [len(choice.options) for choice in space.choices])
+        )
+        for each in drawn
     )
 
     def network(row: tuple[int, ...]) -> Network:
@@ -59,5 +70,8 @@ def test_shared_passes_against_whole_ones(benchmark: Any) -> None:
         return whole, shared
 
     whole, shared = benchmark.pedantic(measure, rounds=1, iterations=1)
-    print(f"\n{NETWORKS} networks: whole passes {whole:.1f} s, shared {shared:.1f} s, ratio {whole / shared:.2f}")
+    print(
+        f"\n{NETWORKS} networks: whole passes {whole:.1f} s, shared {shared:.1f} s, ratio"
+        f" {whole / shared:.2f}"
+    )
     assert shared < whole

@@ -1,19 +1,25 @@
-"""What a step of every search method costs, in time and memory, against training the same networks alone.
+"""What a step of every search method costs, in time and memory, against training the
+same networks alone.
 
 pytest tests/benchmarks/test_search_cost.py --benchmark-only -s
 
-Batches of CIFAR-10's size (64 x 3 x 32 x 32), space mobile32, one thread. The real strategies train a super-net on an engine; the
-networks that a step has sampled are then trained on the same batch, each by an engine of its own, step by step in turns. Methods that
-mix all options are compared with networks drawn uniformly. Ratios are medians over the repetitions.
+Batches of CIFAR-10's size (64 x 3 x 32 x 32), space mobile32, one thread. The real
+strategies train a super-net on an engine; the networks that a step has sampled are then
+trained on the same batch, each by an engine of its own, step by step in turns. Methods
+that mix all options are compared with networks drawn uniformly. Ratios are medians over
+the repetitions.
 
-- *time*: the weight step (``SearchContext.train``); *whole*: a step of the strategy with its own updates, in the phase in which it
-  makes them. Both relative to the stand-alone steps of the same networks, of which FairNAS has five a step.
-- TuNAS's first steps, where its op warm-up averages all options, have rows of their own; the paper's warm-up costs that time, so it
-  has no bar.
-- *memory*: the largest sum of live tensors above what was there before the step, weights' gradients included, by torch's profiler;
-  relative to the largest of those networks.
+- *time*: the weight step (``SearchContext.train``); *whole*: a step of the strategy
+  with its own updates, in the phase in which it makes them. Both relative to the
+  stand-alone steps of the same networks, of which FairNAS has five a step.
+- TuNAS's first steps, where its op warm-up averages all options, have rows of their
+  own; the paper's warm-up costs that time, so it has no bar.
+- *memory*: the largest sum of live tensors above what was there before the step,
+  weights' gradients included, by torch's profiler; relative to the largest of those
+  networks.
 
-``test_judging_with_a_trained_super_net`` is what ``search.weights`` with evolution costs per architecture.
+``test_judging_with_a_trained_super_net`` is what ``search.weights`` with evolution
+costs per architecture.
 """
 
 from __future__ import annotations
@@ -50,15 +56,20 @@ from hwnas.search.strategy import Gates, Metrics, SearchContext, Strategy
 from hwnas.search.weights import Batches, SupernetWeights
 from hwnas.testing import prepared, synthetic_table
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells nobody that it starts and stops
+# torch's profiler tells nobody that it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 SPACE = mobile32()
 BATCH, STEPS = 64, 1000
 FIRST = 900
-"""The first measured step: every method makes its own updates by then, and P-DARTS is in its last stage."""
+"""The first measured step: every method makes its own updates by then, and P-DARTS is
+in its last stage.
+"""
 
 WARM_UP = {"architectures": 1, "warmup": 0.25, "rl_delay": 0.25}
-"""TuNAS at the start: with probability 1 at step 0, and nearly 1 after it, kernel and skip decisions average all their options."""
+"""TuNAS at the start: with probability 1 at step 0, and nearly 1 after it, kernel and
+skip decisions average all their options.
+"""
 
 
 @dataclass(frozen=True)
@@ -119,13 +130,17 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(max(np.cumsum(changes), default=0))
 
 
 def test_peak_of_a_known_case() -> None:
-    """8 MB live at once, 4 MB of them freed before the next 2 MB come; what was there before does not count."""
+    """8 MB live at once, 4 MB of them freed before the next 2 MB come; what was there
+    before does not count.
+    """
     megabyte = 2**20
     before = torch.zeros(3 * megabyte, dtype=torch.uint8)
 
@@ -146,7 +161,9 @@ class Timed(SupernetWeights):
     gates: Sequence[Gates] = ()
     seconds = 0.0
 
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+    def train(
+        self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
+    ) -> Metrics:
         start = time.perf_counter()
         metrics = super().train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
         self.gates, self.seconds = gates, time.perf_counter() - start
@@ -161,17 +178,28 @@ class Search:
         self.strategy = made(made.Config(**method.options))
         cost = CostModel.of_table(SPACE, synthetic_table(SPACE))
         low, high = cost.range()
-        self.ctx = SearchContext(SPACE, cost, AbsoluteObjective(), (low + high) / 2, 0.02, STEPS, BATCH)
+        self.ctx = SearchContext(
+            SPACE, cost, AbsoluteObjective(), (low + high) / 2, 0.02, STEPS, BATCH
+        )
         prepared(self.strategy, self.ctx, 0)
         self.generator = torch.Generator().manual_seed(0)
-        supernet = Supernet(SPACE, self.generator, SupernetConfig(sharing=self.strategy.sharing, remat=method.remat))
+        supernet = Supernet(
+            SPACE, self.generator, SupernetConfig(sharing=self.strategy.sharing, remat=method.remat)
+        )
         self.folder, noise = folder, Noise()
-        engine, batches = self.engine(supernet), Batches(noise, noise, DataConfig(), BATCH, 0, STEPS)
+        engine, batches = (
+            self.engine(supernet),
+            Batches(noise, noise, DataConfig(), BATCH, 0, STEPS),
+        )
         self.weights = Timed(engine, supernet, batches, Judge(supernet, Experiment()))
         self.ctx.weights = self.weights
-        uniform = {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in SPACE.choices}
+        uniform = {
+            choice.key: np.full(len(choice.options), 1 / len(choice.options))
+            for choice in SPACE.choices
+        }
         self.at(method.first)
-        self.weights.train([uniform], split=False, teach=False, skip_dropout=0.0)  # now every weight has its optimiser's state
+        # now every weight has its optimiser's state
+        self.weights.train([uniform], split=False, teach=False, skip_dropout=0.0)
         self.weights.remember_teacher(largest_picks(SPACE))
 
     def engine(self, model: torch.nn.Module) -> Engine:
@@ -190,9 +218,14 @@ class Search:
         self.strategy.step(self.ctx)
 
     def sampled(self) -> list[Picks]:
-        """The networks of the last step's paths, or, where it mixed options, one drawn uniformly."""
+        """The networks of the last step's paths, or, where it mixed options, one drawn
+        uniformly.
+        """
         if all(max(gate) == 1.0 for each in self.weights.gates for gate in each.values()):
-            return [SPACE.at([int(each[choice.key].argmax()) for choice in SPACE.choices]) for each in self.weights.gates]
+            return [
+                SPACE.at([int(each[choice.key].argmax()) for choice in SPACE.choices])
+                for each in self.weights.gates
+            ]
         return [SPACE.sample(self.ctx.rng)]
 
     def alone(self) -> Iterator[Callable[[], Any]]:
@@ -217,7 +250,9 @@ class Ratios:
     alone_mb: float
 
 
-def measured(method: Method, folder: Path, repetitions: int = 5, memory_repetitions: int = 2) -> Ratios:
+def measured(
+    method: Method, folder: Path, repetitions: int = 5, memory_repetitions: int = 2
+) -> Ratios:
     """One method, interleaved with its networks; the first repetition is for warming up."""
     search = Search(method, folder)
     times, wholes, memories, alone_s, alone_mb = [], [], [], [], []
@@ -237,7 +272,9 @@ def measured(method: Method, folder: Path, repetitions: int = 5, memory_repetiti
         memories.append(peak / max(references))
         alone_mb.append(max(references) / 1e6)
     median = statistics.median
-    return Ratios(median(times), median(wholes), median(memories), 1e3 * median(alone_s), median(alone_mb))
+    return Ratios(
+        median(times), median(wholes), median(memories), 1e3 * median(alone_s), median(alone_mb)
+    )
 
 
 def test_search_cost(benchmark: Any, tmp_path: Path) -> None:
@@ -253,40 +290,61 @@ def test_search_cost(benchmark: Any, tmp_path: Path) -> None:
     missed = []
     for method in METHODS:
         ratios = found[method.title]
-        print(f"{method.title:42}{ratios.time:8.2f}{ratios.whole:8.2f}{ratios.memory:8.2f}{ratios.alone_ms:12.0f}{ratios.alone_mb:12.1f}")
+        print(
+            f"{method.title:42}{ratios.time:8.2f}{ratios.whole:8.2f}{ratios.memory:8.2f}{ratios.alone_ms:12.0f}{ratios.alone_mb:12.1f}"
+        )
         bars = (("time", method.time), ("whole", method.whole), ("memory", method.memory))
         missed += [
-            f"{method.title}: {name} {getattr(ratios, name):.2f}, bar {bar}" for name, bar in bars if bar and getattr(ratios, name) > bar
+            f"{method.title}: {name} {getattr(ratios, name):.2f}, bar {bar}"
+            for name, bar in bars
+            if bar and getattr(ratios, name) > bar
         ]
     assert not missed, "; ".join(missed)
     for name in ("fbnet", "darts, first order", "tunas, op warm-up"):
         assert found[name].memory < found[f"{name}, not rematerialised"].memory
 
 
-def test_judging_with_a_trained_super_net(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds per judged architecture: recalibration on 1,024 images and 1,000 held-out ones by default, or a quarter of both."""
+def test_judging_with_a_trained_super_net(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds per judged architecture: recalibration on 1,024 images and 1,000 held-out
+    ones by default, or a quarter of both.
+    """
     torch.set_num_threads(1)
     held_out, train = Noise(), Noise()
-    monkeypatch.setattr("hwnas.search.judge.load_images", lambda data, split: held_out if split == "held_out" else train)
+    monkeypatch.setattr(
+        "hwnas.search.judge.load_images",
+        lambda data, split: held_out if split == "held_out" else train,
+    )
     supernet = Supernet(SPACE, torch.Generator().manual_seed(0))
     cost = CostModel.of_table(SPACE, synthetic_table(SPACE))
     low, high = cost.range()
-    settings = {"defaults": {}, "a quarter of the images": {"recalibration_images": 256, "evaluation_images": 256}}
+    settings = {
+        "defaults": {},
+        "a quarter of the images": {"recalibration_images": 256, "evaluation_images": 256},
+    }
     found: dict[str, tuple[int, float]] = {}
 
     def run() -> None:
         for title, images in settings.items():
             judge = Judge(supernet, Experiment.model_validate({"search": images}))
-            ctx = SearchContext(SPACE, cost, AbsoluteObjective(), (low + high) / 2, 0.02, 0, BATCH, evaluator=judge)
+            ctx = SearchContext(
+                SPACE, cost, AbsoluteObjective(), (low + high) / 2, 0.02, 0, BATCH, evaluator=judge
+            )
             judge.keep(tmp_path / title)
-            evolution = Evolution(EvolutionConfig(generations=2, population=4, parents=2, mutations=2, crossovers=2))
+            evolution = Evolution(
+                EvolutionConfig(generations=2, population=4, parents=2, mutations=2, crossovers=2)
+            )
             spent = seconds(lambda evolution=evolution, ctx=ctx: evolution.find(ctx, 1))
             judged = (tmp_path / title).read_bytes().count(b"\n")
             found[title] = (judged, spent / judged)
 
     benchmark.pedantic(run, rounds=1, iterations=1)
     for title, (judged, each) in found.items():
-        print(f"\n{title}: {each:.2f} s each for {judged}; the 1,000 of evolution's defaults take {1000 * each / 60:.0f} minutes")
+        print(
+            f"\n{title}: {each:.2f} s each for {judged}; the 1,000 of evolution's defaults take"
+            f" {1000 * each / 60:.0f} minutes"
+        )
     assert found["a quarter of the images"][1] < found["defaults"][1]
 
 
@@ -298,7 +356,9 @@ def test_super_net_step_against_the_same_networks_alone(benchmark: Any) -> None:
     picks = [SPACE.sample(rng) for _ in range(8)]
     alone: list[Any] = [Network(SPACE.decode(each), generator=generator) for each in picks]
     alone = [network.to(memory_format=torch.channels_last) for network in alone]
-    x_NCHW = torch.randn(BATCH, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
+    x_NCHW = torch.randn(BATCH, 3, 32, 32, generator=generator).contiguous(
+        memory_format=torch.channels_last
+    )
     y = torch.randint(0, 10, (BATCH,), generator=generator)
 
     def step(module: Any, *gates: Any) -> None:
@@ -306,10 +366,15 @@ def test_super_net_step_against_the_same_networks_alone(benchmark: Any) -> None:
         F.cross_entropy(module(x_NCHW, *gates), y).backward()
 
     def ratio() -> float:
-        shared = sum(seconds(lambda each=each: step(supernet, one_hot(each, SPACE))) for each in picks)
+        shared = sum(
+            seconds(lambda each=each: step(supernet, one_hot(each, SPACE))) for each in picks
+        )
         return shared / sum(seconds(lambda network=network: step(network)) for network in alone)
 
     ratio()
     ratios = [ratio() for _ in range(5)]
     benchmark.pedantic(lambda: step(supernet, one_hot(picks[0], SPACE)), rounds=3)
-    print(f"\nsuper-net step / stand-alone step: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    print(
+        f"\nsuper-net step / stand-alone step: median {statistics.median(ratios):.2f},"
+        f" {min(ratios):.2f} to {max(ratios):.2f}"
+    )

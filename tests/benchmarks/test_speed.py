@@ -34,9 +34,14 @@ def test_writing_a_block_against_converting_it(benchmark: Any) -> None:
     op = proxylessnas().ops[20]
     module = build(op).eval()
     to_tflite(module, (1, op.in_ch, op.size, op.size))  # the converter's import is not counted
-    converted = statistics.median(seconds(lambda: to_tflite(module, (1, op.in_ch, op.size, op.size))) for _ in range(3))
+    converted = statistics.median(
+        seconds(lambda: to_tflite(module, (1, op.in_ch, op.size, op.size))) for _ in range(3)
+    )
     benchmark(lambda: write_op(op, module))
-    print(f"\nconverting {op.key}: {converted * 1e3:.0f} ms; writing it: {benchmark.stats.stats.median * 1e3:.2f} ms")
+    print(
+        f"\nconverting {op.key}: {converted * 1e3:.0f} ms; writing it:"
+        f" {benchmark.stats.stats.median * 1e3:.2f} ms"
+    )
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mnasnet_b1", "proxylessnas_mobile"])
@@ -47,9 +52,23 @@ def test_int8_against_fp32_on_this_cpu(benchmark: Any, tmp_path: Path, name: str
     (tmp_path / "fp32.tflite").write_bytes(model)
     (tmp_path / "int8.tflite").write_bytes(quantize_int8(model, [image], float_io=True))
     connection = connect(HOST)
-    items = [{"id": kind, "path": str(tmp_path / f"{kind}.tflite"), "round": i} for i in range(9) for kind in ("fp32", "int8")]
+    items = [
+        {"id": kind, "path": str(tmp_path / f"{kind}.tflite"), "round": i}
+        for i in range(9)
+        for kind in ("fp32", "int8")
+    ]
     plan = {"runtime": "litert", "threads": 1, "cores": list(connection.cores(1)), "items": items}
-    rows = benchmark.pedantic(lambda: list(connection.measure(plan, tmp_path)), rounds=1, iterations=1)
-    ms = {kind: statistics.median(statistics.median(row["ms"]) for row in rows if row.get("id") == kind) for kind in ("fp32", "int8")}
-    print(f"\n{name}: fp32 {ms['fp32']:.2f} ms, int8 {ms['int8']:.2f} ms, int8 / fp32 = {ms['int8'] / ms['fp32']:.2f}")
+    rows = benchmark.pedantic(
+        lambda: list(connection.measure(plan, tmp_path)), rounds=1, iterations=1
+    )
+    ms = {
+        kind: statistics.median(
+            statistics.median(row["ms"]) for row in rows if row.get("id") == kind
+        )
+        for kind in ("fp32", "int8")
+    }
+    print(
+        f"\n{name}: fp32 {ms['fp32']:.2f} ms, int8 {ms['int8']:.2f} ms, int8 / fp32 ="
+        f" {ms['int8'] / ms['fp32']:.2f}"
+    )
     assert ms["int8"] < ms["fp32"]

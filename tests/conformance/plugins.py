@@ -10,8 +10,12 @@ import pytest
 from hwnas.registry import Registry
 
 
-def install(registry: Registry, name: str, value: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A distribution in ``folder`` with the entry point ``name = value``, as pip would leave it, that ``registry`` has not seen yet."""
+def install(
+    registry: Registry, name: str, value: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A distribution in ``folder`` with the entry point ``name = value``, as pip would
+    leave it, that ``registry`` has not seen yet.
+    """
     info = folder / "site" / "acme-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")

@@ -67,7 +67,9 @@ class TestProxylessNASFullPath(StrategyConformance):
     steps = 300
 
     def strategy(self) -> ProxylessNAS:
-        return ProxylessNAS(ProxylessNASConfig(mode="full", alpha_lr=0.03, arch_every=1, latency_weight=0.1))
+        return ProxylessNAS(
+            ProxylessNASConfig(mode="full", alpha_lr=0.03, arch_every=1, latency_weight=0.1)
+        )
 
 
 class TestProxylessNASReinforce(StrategyConformance):
@@ -81,7 +83,9 @@ class TestFBNet(StrategyConformance):
     steps = 600
 
     def strategy(self) -> FBNet:
-        return FBNet(FBNetConfig(theta_lr=0.03, theta_every=1, latency_loss="absolute", latency_weight=0.1))
+        return FBNet(
+            FBNetConfig(theta_lr=0.03, theta_every=1, latency_loss="absolute", latency_weight=0.1)
+        )
 
 
 class TestFBNetLikeliest(StrategyConformance):
@@ -90,11 +94,15 @@ class TestFBNetLikeliest(StrategyConformance):
     steps = 400
 
     def strategy(self) -> FBNet:
-        return FBNet(FBNetConfig(theta_lr=0.03, theta_every=1, latency_loss="fbnet", derive="likely"))
+        return FBNet(
+            FBNetConfig(theta_lr=0.03, theta_every=1, latency_loss="fbnet", derive="likely")
+        )
 
 
 class TestRandomStandalone(StrategyConformance):
-    """Networks that share nothing: it proposes those it has trained, so it finds the optimum by training all in the budget."""
+    """Networks that share nothing: it proposes those it has trained, so it finds the
+    optimum by training all in the budget.
+    """
 
     steps = 222
     proposals = 222
@@ -119,11 +127,17 @@ class TestSPOS(StrategyConformance):
 
 class TestSPOSFair(TestSPOS):
     def strategy(self) -> SPOS:
-        return SPOS(SPOSConfig(sampling="fair", generations=12, population=10, parents=5, mutations=5, crossovers=5))
+        return SPOS(
+            SPOSConfig(
+                sampling="fair", generations=12, population=10, parents=5, mutations=5, crossovers=5
+            )
+        )
 
 
 class TestFairNAS(StrategyConformance):
-    """With NSGA-II at its default size where the optimum is asked for, and a short run of it elsewhere."""
+    """With NSGA-II at its default size where the optimum is asked for, and a short run
+    of it elsewhere.
+    """
 
     steps = 20
     short = FairNASConfig(generations=4, population=20)
@@ -140,11 +154,17 @@ class TestProgressiveShrinking(StrategyConformance):
     steps = 20
 
     def strategy(self) -> ProgressiveShrinking:
-        return ProgressiveShrinking(ProgressiveShrinkingConfig(generations=12, population=10, parents=5, mutations=5, crossovers=5))
+        return ProgressiveShrinking(
+            ProgressiveShrinkingConfig(
+                generations=12, population=10, parents=5, mutations=5, crossovers=5
+            )
+        )
 
 
 def test_the_problem_is_hard_for_chance() -> None:
-    """Eight random architectures within the budget rarely hold the optimum, so finding it means something."""
+    """Eight random architectures within the budget rarely hold the optimum, so finding
+    it means something.
+    """
     hits = 0
     for seed in range(5):
         problem = Problem(seed)

@@ -1,4 +1,6 @@
-"""Every built-in target, and one of a third party that is found by its entry point: exported, profiled, timed and validated."""
+"""Every built-in target, and one of a third party that is found by its entry point:
+exported, profiled, timed and validated.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,13 @@ class TestOnnx(TargetConformance):
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The third party's, as pip would leave it."""
-    install(TARGETS, "torch-program", "tests.conformance.torch_target:TorchProgram", tmp_path, monkeypatch)
+    install(
+        TARGETS,
+        "torch-program",
+        "tests.conformance.torch_target:TorchProgram",
+        tmp_path,
+        monkeypatch,
+    )
     return "torch-program"
 
 
@@ -78,10 +86,22 @@ def test_a_target_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: 
     Pipeline(experiment, tmp_path / "run", Progress()).run()
     header = json.loads((tmp_path / "run/profile/table.json").read_text())["header"]
     assert (header["runtime"], header["layout"]) == ("torch", "NCHW")
-    files = {file["name"]: file for file in json.loads((tmp_path / "run/export/bundle.json").read_text())["files"]}
-    assert files["model.pt2"]["runtime"] == "torch" and files["model.pt2"]["parity"]["relative_error"] < 1e-5
-    verdict = {file["name"]: file for file in json.loads((tmp_path / "run/validate/verdict.json").read_text())["files"]}
-    assert verdict["model.pt2"]["predicted_ms"] > 0 and verdict["model-fp32.tflite"]["predicted_ms"] is None
+    files = {
+        file["name"]: file
+        for file in json.loads((tmp_path / "run/export/bundle.json").read_text())["files"]
+    }
+    assert (
+        files["model.pt2"]["runtime"] == "torch"
+        and files["model.pt2"]["parity"]["relative_error"] < 1e-5
+    )
+    verdict = {
+        file["name"]: file
+        for file in json.loads((tmp_path / "run/validate/verdict.json").read_text())["files"]
+    }
+    assert (
+        verdict["model.pt2"]["predicted_ms"] > 0
+        and verdict["model-fp32.tflite"]["predicted_ms"] is None
+    )
 
 
 def test_targets_differ(installed: str) -> None:

@@ -1,4 +1,6 @@
-"""Every built-in task, and one of a third party that is found by its entry point: searched, trained, exported, validated and reported."""
+"""Every built-in task, and one of a third party that is found by its entry point:
+searched, trained, exported, validated and reported.
+"""
 
 from __future__ import annotations
 
@@ -58,14 +60,25 @@ class TestDetection(TaskConformance):
 
     def network(self) -> AnyNetwork:
         """Not trained."""
-        keys = ("conv-h48-i3-o8-k3-s2-relu", "conv-h24-i8-o16-k3-s2-relu", "conv-h12-i16-o24-k3-s2-relu", "classifier-h6-i24-o10")
+        keys = (
+            "conv-h48-i3-o8-k3-s2-relu",
+            "conv-h24-i8-o16-k3-s2-relu",
+            "conv-h12-i16-o24-k3-s2-relu",
+            "classifier-h6-i24-o10",
+        )
         arch = Architecture(name="small", blocks=tuple(map(Op.parse, keys)))
         detector = with_detector(arch, 2, resolution=48, extras=(16,))
         return network_of(detector, generator=torch.Generator().manual_seed(0)).eval()
 
     def images(self) -> Images:
         """Of the test."""
-        config = {"name": "coco", "path": str(self.folder), "resolution": 48, "classes": 2, "augment": "none"}
+        config = {
+            "name": "coco",
+            "path": str(self.folder),
+            "resolution": 48,
+            "classes": 2,
+            "augment": "none",
+        }
         return load_images(DataConfig.model_validate(config), "test")
 
 
@@ -89,7 +102,9 @@ class TestTopTwo(TestClassification):
 
 @pytest.mark.slow
 def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Path) -> None:
-    """Searched, trained, exported, validated and reported, by its name alone; every document has its metric."""
+    """Searched, trained, exported, validated and reported, by its name alone; every
+    document has its metric.
+    """
     overrides = [
         f"task={installed}",
         "data.resolution=16",
@@ -101,15 +116,36 @@ def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Pa
     ]
     run = tmp_path / "run"
     Pipeline(load_experiment("configs/quickstart.toml", overrides), run, Progress()).run()
-    trained, verdict = TrainResult.load(run / "train" / "train.json"), Verdict.load(run / "validate" / "verdict.json")
+    trained, verdict = (
+        TrainResult.load(run / "train" / "train.json"),
+        Verdict.load(run / "validate" / "verdict.json"),
+    )
     bundle = json.loads((run / "export" / "bundle.json").read_text())
-    assert (trained.task, trained.metric, trained.metrics.keys()) == (installed, "top2", {"top2", "accuracy"})
+    assert (trained.task, trained.metric, trained.metrics.keys()) == (
+        installed,
+        "top2",
+        {"top2", "accuracy"},
+    )
     assert (trained.metrics["top2"] or 0) > (trained.metrics["accuracy"] or 0) > 0
-    assert (bundle["task"], bundle["metric"], bundle["metrics"]) == (installed, "top2", trained.metrics)
+    assert (bundle["task"], bundle["metric"], bundle["metrics"]) == (
+        installed,
+        "top2",
+        trained.metrics,
+    )
     assert (verdict.task, verdict.metric, verdict.metrics) == (installed, "top2", trained.metrics)
-    assert verdict.tolerances.tolerance("top2", "fp32") == 0.004 and verdict.tolerances.tolerance("top2", "int8") == 0.02
-    assert [file.name for file in verdict.files] == ["model-fp32.tflite", "model-int8.tflite", "model.onnx"]
-    assert all(file.quality_passed == (file.loss <= (0.02 if file.dtype == "int8" else 0.004)) for file in verdict.files)
+    assert (
+        verdict.tolerances.tolerance("top2", "fp32") == 0.004
+        and verdict.tolerances.tolerance("top2", "int8") == 0.02
+    )
+    assert [file.name for file in verdict.files] == [
+        "model-fp32.tflite",
+        "model-int8.tflite",
+        "model.onnx",
+    ]
+    assert all(
+        file.quality_passed == (file.loss <= (0.02 if file.dtype == "int8" else 0.004))
+        for file in verdict.files
+    )
     assert all(abs(file.loss) <= 0.004 for file in verdict.files if file.dtype == "fp32")
     rows = (run / "train" / "validation.jsonl").read_text().splitlines()
     assert [json.loads(row)["test_top2"] for row in rows][-1] == trained.metrics["top2"]

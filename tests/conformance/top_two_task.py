@@ -1,4 +1,6 @@
-"""A task of a third party: classification that is judged by whether the right label is among the two best."""
+"""A task of a third party: classification that is judged by whether the right label is
+among the two best.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,18 @@ class BestTwo(FileAnswers):
 
     def add(self, outputs: np.ndarray) -> None:
         """Logits or probabilities [N, classes]."""
-        self.labels_N2 = np.concatenate([self.labels_N2, np.argsort(-outputs, axis=1, kind="stable")[:, :2]])
+        self.labels_N2 = np.concatenate(
+            [self.labels_N2, np.argsort(-outputs, axis=1, kind="stable")[:, :2]]
+        )
 
     def metrics(self, images: Images, limit: int | None) -> dict[str, float]:
         """top2 and accuracy."""
         labels = images.labels_of(evaluation_order(images, limit))
         right_N2 = self.labels_N2[: len(labels)] == labels[:, None]
-        return {"top2": float(right_N2.any(axis=1).mean()), "accuracy": float(right_N2[:, 0].mean())}
+        return {
+            "top2": float(right_N2.any(axis=1).mean()),
+            "accuracy": float(right_N2[:, 0].mean()),
+        }
 
     def arrays(self) -> dict[str, np.ndarray]:
         """``labels``."""
@@ -47,19 +54,27 @@ class TopTwo(Classification):
     metric = "top2"
     numbers = ("top2", "accuracy")
     tiles = ("top2", "accuracy")
-    words = replace(Classification.words, metric="top-2", metric_note="Top-2: the right label is among the two best.")
+    words = replace(
+        Classification.words,
+        metric="top-2",
+        metric_note="Top-2: the right label is among the two best.",
+    )
     curve: ClassVar[Mapping[str, str]] = {"test_top2": "top2"}
 
     def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
         """As a file is."""
-        found: Metrics = dict(self.torch_answers(network, images, how.workers).metrics(images, how.limit))
+        found: Metrics = dict(
+            self.torch_answers(network, images, how.workers).metrics(images, how.limit)
+        )
         return Evaluated(found)
 
     def guess(self, images: Images) -> float | None:
         """The share of the two most frequent labels."""
         return float(np.sort(np.bincount(images.labels))[-2:].sum() / len(images))
 
-    def answers(self, graph: str, arch: Architecture, app_score: float | None = None) -> FileAnswers:
+    def answers(
+        self, graph: str, arch: Architecture, app_score: float | None = None
+    ) -> FileAnswers:
         """The two best."""
         return BestTwo()
 
@@ -67,7 +82,9 @@ class TopTwo(Classification):
         """PyTorch's, all at once."""
         found = BestTwo()
         x_NCHW, _ = images.__getitems__([(int(index), 0) for index in evaluation_order(images)])
-        found.add(self.torch_outputs(network.to(torch.device("cpu")), x_NCHW.permute(0, 2, 3, 1).numpy()))
+        found.add(
+            self.torch_outputs(network.to(torch.device("cpu")), x_NCHW.permute(0, 2, 3, 1).numpy())
+        )
         return found
 
     def kept(self, arrays: Mapping[str, np.ndarray]) -> Answers:

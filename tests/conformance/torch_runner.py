@@ -23,7 +23,9 @@ class TorchModel:
         self._x_NCHW = torch.zeros(self._shape)
 
     def randomise(self) -> None:
-        self._x_NCHW = torch.from_numpy(np.random.default_rng(0).standard_normal(self._shape).astype(np.float32))
+        self._x_NCHW = torch.from_numpy(
+            np.random.default_rng(0).standard_normal(self._shape).astype(np.float32)
+        )
 
     def feed(self, image_NHWC: Any) -> None:
         self._x_NCHW = torch.from_numpy(np.ascontiguousarray(image_NHWC.transpose(0, 3, 1, 2)))

@@ -1,4 +1,6 @@
-"""A target of a third party: programs of ``torch.export``, run by PyTorch itself. It needs nothing of hwnas but the contract."""
+"""A target of a third party: programs of ``torch.export``, run by PyTorch itself. It
+needs nothing of hwnas but the contract.
+"""
 
 from __future__ import annotations
 

@@ -29,10 +29,18 @@ def test_counts_are_sums_over_the_blocks() -> None:
 
 def test_a_document_reads_back_with_its_origin() -> None:
     space = mobile32()
-    for arch in (published("mobilenet_v2"), space.decode(space.sample(np.random.default_rng(0))), Architecture(name="a", blocks=BLOCKS)):
+    for arch in (
+        published("mobilenet_v2"),
+        space.decode(space.sample(np.random.default_rng(0))),
+        Architecture(name="a", blocks=BLOCKS),
+    ):
         assert Architecture.parse(arch.to_json()) == arch
     stored = json.loads(Architecture(name="a", blocks=BLOCKS).to_json())
-    assert stored["blocks"] == ["conv-h16-i3-o8-k3-s2-relu", "mbconv-h8-i8-o8-m24-k3-relu-id", "classifier-h8-i8-o5"]
+    assert stored["blocks"] == [
+        "conv-h16-i3-o8-k3-s2-relu",
+        "mbconv-h8-i8-o8-m24-k3-relu-id",
+        "classifier-h8-i8-o5",
+    ]
     assert stored["schema"] == "hwnas.architecture/1"
 
 

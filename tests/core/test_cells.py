@@ -14,17 +14,30 @@ from hwnas.core.cell_plan import NONE, edge_op
 from hwnas.core.cells import CellSpace
 from hwnas.core.ops import Op
 from hwnas.core.priced import PricedSpace
-from hwnas.core.spaces import CELL_SPACES, darts, darts_imagenet, load_space, nasbench201, nds_darts, parse_space
+from hwnas.core.spaces import (
+    CELL_SPACES,
+    darts,
+    darts_imagenet,
+    load_space,
+    nasbench201,
+    nds_darts,
+    parse_space,
+)
 from hwnas.errors import DocumentError, SpaceError
 
-SMALL = {"nasbench201": nasbench201(width=0.25, resolution=8), "darts": darts(channels=4, layers=5, resolution=8)}
+SMALL = {
+    "nasbench201": nasbench201(width=0.25, resolution=8),
+    "darts": darts(channels=4, layers=5, resolution=8),
+}
 DARTS_V2 = {
     "normal": ("sep_conv_3x3 0, sep_conv_3x3 1", "sep_conv_3x3 0, sep_conv_3x3 1", "sep_conv_3x3 1, skip_connect 0",
                "skip_connect 0, dil_conv_3x3 2"),
     "reduce": ("max_pool_3x3 0, max_pool_3x3 1", "skip_connect 2, max_pool_3x3 1", "max_pool_3x3 0, skip_connect 2",
                "skip_connect 2, max_pool_3x3 1"),
 }  # fmt: skip
-"""The genotype that DARTS's code calls DARTS_V2: option and source of both edges of nodes 2 to 5."""
+"""The genotype that DARTS's code calls DARTS_V2: option and source of both edges of
+nodes 2 to 5.
+"""
 
 
 def darts_picks(space: CellSpace, genotype: dict[str, tuple[str, ...]]) -> Picks:
@@ -39,7 +52,9 @@ def darts_picks(space: CellSpace, genotype: dict[str, tuple[str, ...]]) -> Picks
 
 
 def test_darts_s_published_network() -> None:
-    """3,349,342 parameters is what DARTS's released code prints; the paper rounds it to 3.3 M. 530 M multiply-adds: AngleNAS's table."""
+    """3,349,342 parameters is what DARTS's released code prints; the paper rounds it to
+    3.3 M. 530 M multiply-adds: AngleNAS's table.
+    """
     assert darts().decode(darts_picks(darts(), DARTS_V2)).params == 3_349_342
     arch = darts_imagenet().decode(darts_picks(darts_imagenet(), DARTS_V2))
     assert (round(arch.params / 1e6, 1), round(arch.macs / 1e6)) == (4.7, 530)
@@ -47,12 +62,16 @@ def test_darts_s_published_network() -> None:
 
 @pytest.mark.parametrize("layers", [3, 4, 8, 12, 16, 20])
 def test_the_reductions_of_nds(layers: int) -> None:
-    """As in NDS's released code (pycls, ``NetworkCIFAR``): cell i is a reduction where i is layers // 3 or 2 * layers // 3."""
+    """As in NDS's released code (pycls, ``NetworkCIFAR``): cell i is a reduction where
+    i is layers // 3 or 2 * layers // 3.
+    """
     space = load_space("nds_darts", layers=layers, width=0.5)
     arch = space.decode(darts_picks(cast(CellSpace, space), DARTS_V2))
     slots = [place.slot for place in cast(CellSpace, space).plan() if place.kind == "sum"]
     cells = dict.fromkeys((slot.partition(".")[0], slot.split(".")[1]) for slot in slots)
-    assert [kind for _, kind in cells] == ["reduce" if i in (layers // 3, 2 * layers // 3) else "normal" for i in range(layers)]
+    assert [kind for _, kind in cells] == [
+        "reduce" if i in (layers // 3, 2 * layers // 3) else "normal" for i in range(layers)
+    ]
     assert [op.out_ch for op in arch.ops() if op.kind == "conv"] == [3 * 16]
     assert next(op.in_ch for op in arch.ops() if op.kind == "classifier") == 4 * 4 * 16
 
@@ -66,11 +85,20 @@ def test_layers_belong_to_darts_s_cells() -> None:
 
 
 def test_the_size_of_darts() -> None:
-    """Cells with every pair of edges and every option but none: the paper counts prod of (k+1) k / 2 * 7^2, about 10^9."""
+    """Cells with every pair of edges and every option but none: the paper counts prod
+    of (k+1) k / 2 * 7^2, about 10^9.
+    """
     space = darts()
-    edges = {key: [option for option in options if option != NONE] for key, options in space.edges.items()}
+    edges = {
+        key: [option for option in options if option != NONE]
+        for key, options in space.edges.items()
+    }
     kept = math.prod(len(options) for options in space.inputs.values())
-    assert math.isqrt(kept) * 7**8 == math.prod((k + 1) * k // 2 * 7**2 for k in range(1, 5)) == pytest.approx(1e9, rel=0.05)
+    assert (
+        math.isqrt(kept) * 7**8
+        == math.prod((k + 1) * k // 2 * 7**2 for k in range(1, 5))
+        == pytest.approx(1e9, rel=0.05)
+    )
     assert space.restrict(edges).size == kept * 7**28
     assert len(space.choices) == 2 * (14 + 3)
     cell = math.prod(math.comb(node, 2) * 8**2 for node in range(2, 6))
@@ -79,8 +107,16 @@ def test_the_size_of_darts() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_architectures_are_counted_as_they_are_told_apart(name: str) -> None:
-    few = {choice.key: choice.options[:2] for choice in SMALL[name].choices if choice.kind == "op" and not choice.key.startswith("reduce")}
-    one = {choice.key: choice.options[:1] for choice in SMALL[name].choices if choice.key.startswith("reduce") or choice.key.endswith("-5")}
+    few = {
+        choice.key: choice.options[:2]
+        for choice in SMALL[name].choices
+        if choice.kind == "op" and not choice.key.startswith("reduce")
+    }
+    one = {
+        choice.key: choice.options[:1]
+        for choice in SMALL[name].choices
+        if choice.key.startswith("reduce") or choice.key.endswith("-5")
+    }
     space = SMALL[name].restrict(few | one)
     indices = np.array(list(np.ndindex(*(len(choice.options) for choice in space.choices))))
     assert len(indices) == space.size
@@ -90,12 +126,15 @@ def test_architectures_are_counted_as_they_are_told_apart(name: str) -> None:
 def test_darts_s_notation() -> None:
     picks = darts_picks(darts(), DARTS_V2)
     reduce = (
-        "('max_pool_3x3', 0), ('max_pool_3x3', 1), ('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 0), ('skip_connect', 2), "
+        "('max_pool_3x3', 0), ('max_pool_3x3', 1), ('max_pool_3x3', 1), ('skip_connect', 2),"
+        " ('max_pool_3x3', 0), ('skip_connect', 2), "
     )
-    assert darts().write(picks) == (
-        "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('skip_connect', 0), "
-        "('sep_conv_3x3', 1), ('skip_connect', 0), ('dil_conv_3x3', 2)], normal_concat=range(2, 6), "
-        f"reduce=[{reduce}('max_pool_3x3', 1), ('skip_connect', 2)], reduce_concat=range(2, 6))"
+    assert (
+        darts().write(picks)
+        == "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0),"
+        " ('sep_conv_3x3', 1), ('skip_connect', 0), ('sep_conv_3x3', 1), ('skip_connect', 0),"
+        f" ('dil_conv_3x3', 2)], normal_concat=range(2, 6), reduce=[{reduce}('max_pool_3x3', 1),"
+        " ('skip_connect', 2)], reduce_concat=range(2, 6))"
     )
 
 
@@ -103,7 +142,9 @@ PDARTS = """Genotype(normal=[('skip_connect', 0), ('dil_conv_3x3', 1), ('skip_co
   ('sep_conv_3x3', 3), ('sep_conv_3x3', 0), ('dil_conv_5x5', 4)], normal_concat=range(2, 6),
   reduce=[('avg_pool_3x3', 0), ('sep_conv_5x5', 1), ('sep_conv_3x3', 0), ('dil_conv_5x5', 2), ('max_pool_3x3', 0), ('dil_conv_3x3', 1),
   ('dil_conv_3x3', 1), ('dil_conv_5x5', 3)], reduce_concat=range(2, 6))"""
-"""As P-DARTS's code prints it (github.com/chenxin061/pdarts, genotypes.py). The paper: 3.4 M parameters on CIFAR-10, 4.9 M on ImageNet."""
+"""As P-DARTS's code prints it (github.com/chenxin061/pdarts, genotypes.py). The paper:
+3.4 M parameters on CIFAR-10, 4.9 M on ImageNet.
+"""
 
 
 def test_genotypes_are_read() -> None:
@@ -115,13 +156,29 @@ def test_genotypes_are_read() -> None:
     random = space.sample(np.random.default_rng(0))
     assert space.decode(space.read(space.write(random))).identity == space.decode(random).identity
     for concat in ("[2, 3, 4, 5]", "(2, 3, 4, 5)", "list(range(2, 6))"):
-        assert space.read(f"\ngenotype = {PDARTS}".replace("range(2, 6)", concat).replace("normal=", "normal = ")) == picks
+        assert (
+            space.read(
+                f"\ngenotype = {PDARTS}".replace("range(2, 6)", concat).replace(
+                    "normal=", "normal = "
+                )
+            )
+            == picks
+        )
     for wrong, word in (
         (PDARTS.replace("dil_conv_3x3", "dil_conv_33"), "did you mean 'dil_conv_3x3'"),
-        (PDARTS.replace("('sep_conv_5x5', 1)", "('sep_conv_5x5', 0)"), "node 2 of reduce cannot have the inputs 0\\+0"),
-        (PDARTS.replace("('dil_conv_5x5', 4)", "('dil_conv_5x5', 5)"), "node 5 of normal cannot have the inputs 0\\+5"),
+        (
+            PDARTS.replace("('sep_conv_5x5', 1)", "('sep_conv_5x5', 0)"),
+            "node 2 of reduce cannot have the inputs 0\\+0",
+        ),
+        (
+            PDARTS.replace("('dil_conv_5x5', 4)", "('dil_conv_5x5', 5)"),
+            "node 5 of normal cannot have the inputs 0\\+5",
+        ),
         (PDARTS.replace("('skip_connect', 0), ", "", 1), "normal has 7 edges"),
-        (PDARTS.replace("normal_concat=range(2, 6)", "normal_concat=range(4, 6)"), "normal_concat is range"),
+        (
+            PDARTS.replace("normal_concat=range(2, 6)", "normal_concat=range(4, 6)"),
+            "normal_concat is range",
+        ),
         ("Genotype(normal=[])", "instead of 8"),
         ("sep_conv_3x3", r"no architecture of space darts: give Genotype\(normal="),
     ):
@@ -129,7 +186,9 @@ def test_genotypes_are_read() -> None:
             space.read(wrong)
         assert len(str(caught.value)) < 300
     few = space.restrict({"normal.n3.inputs": ["1+2", "0+2"]})
-    with pytest.raises(SpaceError, match=r"node 3 of normal cannot have the inputs 0\+1; known: 0\+2, 1\+2\."):
+    with pytest.raises(
+        SpaceError, match=r"node 3 of normal cannot have the inputs 0\+1; known: 0\+2, 1\+2\."
+    ):
         few.read(PDARTS)
 
 
@@ -141,7 +200,10 @@ def test_nasbench201_s_notation() -> None:
     assert picks["c.e0-1"] == "avg_pool_3x3" and picks["c.e2-3"] == "none"
     for wrong, word in (
         (text.replace("skip_connect~1", "skip_connect~0", 1), "'~1'"),
-        (text.replace("avg_pool_3x3", "avg_pool_5x5"), "'avg_pool_5x5'; did you mean 'avg_pool_3x3'"),
+        (
+            text.replace("avg_pool_3x3", "avg_pool_5x5"),
+            "'avg_pool_5x5'; did you mean 'avg_pool_3x3'",
+        ),
         (text.rpartition("+")[0], "3 edges instead of 6"),
         ("conv", "'conv' is no architecture"),
     ):
@@ -158,7 +220,8 @@ def test_decoding_and_back(name: str) -> None:
         arch = space.decode(picks)
         assert space.encode(arch) == picks
         bare = arch.model_copy(update={"origin": None})
-        assert space.decode(space.encode(bare)).identity == arch.identity  # edges that are not kept may be picked differently
+        # edges that are not kept may be picked differently
+        assert space.decode(space.encode(bare)).identity == arch.identity
         assert Architecture.parse(arch.to_json()) == arch
         canonical = space.at(space.canonical(space.index(picks)))
         assert space.decode(canonical).identity == arch.identity
@@ -173,8 +236,13 @@ def test_prices_are_those_of_the_networks(name: str) -> None:
     macs = PricedSpace.of_ops(space, lambda op: op.macs)
     draws = [space.sample(rng) for _ in range(10)]
     assert [macs.of(picks) for picks in draws] == [space.decode(picks).macs for picks in draws]
-    gates = {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in space.choices}
-    many = np.stack([rng.integers(len(choice.options), size=20_000) for choice in space.choices], axis=1)
+    gates = {
+        choice.key: np.full(len(choice.options), 1 / len(choice.options))
+        for choice in space.choices
+    }
+    many = np.stack(
+        [rng.integers(len(choice.options), size=20_000) for choice in space.choices], axis=1
+    )
     assert macs.expected(gates) == pytest.approx(macs.of_many(many).mean(), rel=0.02)
     assert set(space.decode(draws[0]).ops()) <= set(space.ops)
 
@@ -182,24 +250,49 @@ def test_prices_are_those_of_the_networks(name: str) -> None:
 def test_paths_through_a_cell() -> None:
     space = nasbench201()
     whole = space.paths(dict.fromkeys((choice.key for choice in space.choices), "skip_connect"))
-    assert whole == {"c.e0-1": 2, "c.e0-2": 1, "c.e1-2": 1, "c.e0-3": 1, "c.e1-3": 1, "c.e2-3": 2}  # 0-3, 0-2-3, 0-1-3, 0-1-2-3
-    cut = space.paths(space.read("|nor_conv_3x3~0|+|none~0|none~1|+|none~0|nor_conv_1x1~1|nor_conv_1x1~2|"))
-    assert cut == {"c.e0-1": 1, "c.e0-2": 0, "c.e1-2": 0, "c.e0-3": 0, "c.e1-3": 1, "c.e2-3": 0}  # what node 2 reads is nothing
+    # 0-3, 0-2-3, 0-1-3, 0-1-2-3
+    assert whole == {"c.e0-1": 2, "c.e0-2": 1, "c.e1-2": 1, "c.e0-3": 1, "c.e1-3": 1, "c.e2-3": 2}
+    cut = space.paths(
+        space.read("|nor_conv_3x3~0|+|none~0|none~1|+|none~0|nor_conv_1x1~1|nor_conv_1x1~2|")
+    )
+    # what node 2 reads is nothing
+    assert cut == {"c.e0-1": 1, "c.e0-2": 0, "c.e1-2": 0, "c.e0-3": 0, "c.e1-3": 1, "c.e2-3": 0}
     found = darts().paths(darts_picks(darts(), DARTS_V2))
     assert (found["normal.e0-2"], found["normal.e2-5"], found["normal.e3-4"]) == (2, 2, 0)
 
 
 @pytest.mark.parametrize("name", CELL_SPACES)
 def test_overrides_restrictions_and_documents(name: str) -> None:
-    space = load_space(name, width=0.5, resolution=64, classes=7, in_channels=1, act="relu6", bn_eps=1e-3, name="small")
+    space = load_space(
+        name,
+        width=0.5,
+        resolution=64,
+        classes=7,
+        in_channels=1,
+        act="relu6",
+        bn_eps=1e-3,
+        name="small",
+    )
     arch = space.decode(space.sample(np.random.default_rng(0)))
-    assert (arch.resolution, arch.classes, arch.in_channels, arch.bn_eps, space.name) == (64, 7, 1, 1e-3, "small")
+    assert (arch.resolution, arch.classes, arch.in_channels, arch.bn_eps, space.name) == (
+        64,
+        7,
+        1,
+        1e-3,
+        "small",
+    )
     assert {op.act for op in arch.ops() if op.kind in ("preconv", "norm")} == {"relu6"}
-    assert parse_space(space.to_json()) == space and parse_space(space.to_json()).sha256 == space.sha256
+    assert (
+        parse_space(space.to_json()) == space
+        and parse_space(space.to_json()).sha256 == space.sha256
+    )
     first = space.choices[0]
     fixed = space.restrict({first.key: [first.options[-1]], "resolution": [64]})
     assert [choice.key for choice in fixed.choices] == [choice.key for choice in space.choices[1:]]
-    for allowed, word in (({first.key: ["conv"]}, "cannot be restricted"), ({"e0": ["none"]}, "no choice 'e0'")):
+    for allowed, word in (
+        ({first.key: ["conv"]}, "cannot be restricted"),
+        ({"e0": ["none"]}, "no choice 'e0'"),
+    ):
         with pytest.raises(SpaceError, match=word):
             space.restrict(allowed)
     with pytest.raises(SpaceError, match=r"'widht'; did you mean 'width'"):
@@ -211,7 +304,10 @@ def test_a_node_whose_edges_are_fixed() -> None:
     picks = space.sample(np.random.default_rng(0))
     arch = space.decode(picks)
     assert not space.kept("normal.e1-3", picks) and space.kept("normal.e0-3", picks)
-    assert space.decode(space.encode(arch.model_copy(update={"origin": None}))).identity == arch.identity
+    assert (
+        space.decode(space.encode(arch.model_copy(update={"origin": None}))).identity
+        == arch.identity
+    )
 
 
 def test_what_a_space_of_cells_cannot_be() -> None:
@@ -247,13 +343,21 @@ def test_options_become_ops() -> None:
         assert op is not None and op.key == key and Op.parse(key) == op
     pooled = edge_op("avg_pool_3x3", 16, 8, 1, "relu", pool_norm=True)
     assert pooled is not None and pooled.key == "avgpool-h8-i16-o16-k3-bn"
-    for key in ("conv-h8-i3-o8-bn", "preconv-h8-i8-o8-bn-relu", "avgpool-h8-i8-o16-k3", "facreduce-h7-i8-o8-s2", "resreduce-h8-i8-o8-k3"):
+    for key in (
+        "conv-h8-i3-o8-bn",
+        "preconv-h8-i8-o8-bn-relu",
+        "avgpool-h8-i8-o16-k3",
+        "facreduce-h7-i8-o8-s2",
+        "resreduce-h8-i8-o8-k3",
+    ):
         with pytest.raises(SpaceError):
             Op.parse(key)
 
 
 def test_a_graph_that_does_not_fit() -> None:
-    arch = SMALL["nasbench201"].decode(SMALL["nasbench201"].read("|skip_connect~0|+|skip_connect~0|none~1|+|none~0|none~1|none~2|"))
+    arch = SMALL["nasbench201"].decode(
+        SMALL["nasbench201"].read("|skip_connect~0|+|skip_connect~0|none~1|+|none~0|none~1|none~2|")
+    )
     content = arch.model_dump()
     for graph, word in (
         ([*content["graph"], "op 0"], "more op steps"),

@@ -30,7 +30,22 @@ def test_a_key_is_an_address(key: str, address: Address) -> None:
     assert Address.parse(key) == address and address.key == key
 
 
-@pytest.mark.parametrize("key", ["", "s2", "s2.b", "s2.b01", "s2.b1 ", "s2xb1", "normal.n3", "c.e1-", "c.e٣-1", "s2.widths", "a b.width"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "s2",
+        "s2.b",
+        "s2.b01",
+        "s2.b1 ",
+        "s2xb1",
+        "normal.n3",
+        "c.e1-",
+        "c.e٣-1",
+        "s2.widths",
+        "a b.width",
+    ],
+)
 def test_what_is_no_key(key: str) -> None:
     with pytest.raises(SpaceError, match="is no key of a choice"):
         Address.parse(key)

@@ -40,7 +40,11 @@ def small() -> MacroSpace:
     """Few enough architectures to list, with coupled widths."""
     stages = (
         Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(8, 16, 24), slots=(("ir_k3_e3", "ir_k5_e3"), ("ir_k3_e6", "skip")), residual="matching"),
+        Stage(
+            widths=(8, 16, 24),
+            slots=(("ir_k3_e3", "ir_k5_e3"), ("ir_k3_e6", "skip")),
+            residual="matching",
+        ),
         Stage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
         Stage(widths=(32, 40), slots=(("cn_k1",),)),
     )
@@ -56,7 +60,9 @@ def open_() -> MacroSpace:
         Stage(widths=(24,), stride=2, slots=(options[:2], options, options[:2]), depths=(2, 3)),
         Stage(widths=(32, 48), slots=(("cn_k1",),)),
     )
-    return MacroSpace(name="open", resolution=32, resolutions=(16, 24, 32), classes=10, stages=stages)
+    return MacroSpace(
+        name="open", resolution=32, resolutions=(16, 24, 32), classes=10, stages=stages
+    )
 
 
 def entry_ms(op: Op) -> float:
@@ -70,12 +76,22 @@ def table_of(space: SearchSpace, calibration: Calibration | None = CALIBRATION) 
         device="made-up", cpu=unknown, machine=unknown, runtime="litert", runtime_version=unknown, dtype="fp32", threads=1, cores=(0,),
         governor=unknown, layout="nhwc", batch=1, date=unknown, space=space.name,
     )  # fmt: skip
-    return LatencyTable(header=header, entries={op.key: Entry(ms=entry_ms(op)) for op in space.ops}, calibration=calibration)
+    return LatencyTable(
+        header=header,
+        entries={op.key: Entry(ms=entry_ms(op)) for op in space.ops},
+        calibration=calibration,
+    )
 
 
 @cache
 def priced(name: str) -> CostModel:
-    space = {"proxylessnas": proxylessnas, "mobile32": mobile32, "elastic": elastic, "small": small, "open": open_}[name]()
+    space = {
+        "proxylessnas": proxylessnas,
+        "mobile32": mobile32,
+        "elastic": elastic,
+        "small": small,
+        "open": open_,
+    }[name]()
     return CostModel.of_table(space, table_of(space))
 
 
@@ -106,7 +122,9 @@ def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -
 @pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
 def test_a_batch_costs_what_its_members_cost(name: str) -> None:
     cost, rng = priced(name), np.random.default_rng(0)
-    index_NC = np.stack([rng.integers(len(choice.options), size=100) for choice in cost.space.choices], axis=1)
+    index_NC = np.stack(
+        [rng.integers(len(choice.options), size=100) for choice in cost.space.choices], axis=1
+    )
     single = [cost.of(cost.space.at(index)) for index in index_NC]
     assert cost.of_many(index_NC) == pytest.approx(np.array(single), abs=1e-12)
     assert cost.of_many(index_NC[:0]).shape == (0,)
@@ -118,7 +136,10 @@ def test_the_expectation_is_the_weighted_sum_over_all_architectures() -> None:
     assert len(index_NC) == cost.space.size == 192
     for seed in range(20):
         gates = random_gates(cost.space, np.random.default_rng(seed))
-        weight_N = np.prod([gates[choice.key][index_NC[:, i]] for i, choice in enumerate(cost.space.choices)], axis=0)
+        weight_N = np.prod(
+            [gates[choice.key][index_NC[:, i]] for i, choice in enumerate(cost.space.choices)],
+            axis=0,
+        )
         expected = float(weight_N @ cost.of_many(index_NC))
         assert float(cost.expected(gates)) == pytest.approx(expected, rel=1e-12)
         tensors = {key: torch.tensor(gate) for key, gate in gates.items()}
@@ -139,7 +160,10 @@ def test_the_expectation_of_a_certain_pick_is_its_latency() -> None:
     cost = priced("elastic")
     for seed in range(20):
         picks = cost.space.sample(np.random.default_rng(seed))
-        gates = {choice.key: np.eye(len(choice.options))[choice.options.index(picks[choice.key])] for choice in cost.space.choices}
+        gates = {
+            choice.key: np.eye(len(choice.options))[choice.options.index(picks[choice.key])]
+            for choice in cost.space.choices
+        }
         assert float(cost.expected(gates)) == pytest.approx(cost.of(picks), rel=1e-12)
 
 
@@ -150,11 +174,16 @@ def test_the_gradient_of_the_expectation_is_that_of_finite_differences(name: str
     keys = [choice.key for choice in cost.space.choices]
     generator = torch.Generator().manual_seed(0)
     logits = [
-        torch.randn(len(choice.options), dtype=torch.float64, generator=generator, requires_grad=True) for choice in cost.space.choices
+        torch.randn(
+            len(choice.options), dtype=torch.float64, generator=generator, requires_grad=True
+        )
+        for choice in cost.space.choices
     ]
 
     def expectation(*logits: torch.Tensor) -> torch.Tensor:
-        return cost.expected({key: logit.softmax(0) for key, logit in zip(keys, logits, strict=True)}, torch)
+        return cost.expected(
+            {key: logit.softmax(0) for key, logit in zip(keys, logits, strict=True)}, torch
+        )
 
     assert torch.autograd.gradcheck(expectation, logits, eps=1e-6, atol=1e-7)
     expectation(*logits).backward()
@@ -182,7 +211,9 @@ def test_precisions_can_be_mixed_between_calls() -> None:
     gates = random_gates(cost.space, np.random.default_rng(0))
     expected = float(cost.expected(gates))
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float64, 1e-12)):
-        found = cost.expected({key: torch.tensor(gate, dtype=dtype) for key, gate in gates.items()}, torch)
+        found = cost.expected(
+            {key: torch.tensor(gate, dtype=dtype) for key, gate in gates.items()}, torch
+        )
         assert found.dtype == dtype
         assert float(found) == pytest.approx(expected, rel=tolerance)
 
@@ -195,7 +226,12 @@ def test_the_range_is_that_of_all_architectures() -> None:
         space.restrict({"s1.width": [24], "s0.width": [8]}),
         space.restrict({"s1.b0": ["ir_k5_e3"]}),
     ]
-    for one in [*restricted, elastic().restrict({"s1.width": [8, 24], "s2.b0": ["ir_k3_e3"], "s1.b0": ["ir_k3_e3", "ir_k5_e3"]})]:
+    for one in [
+        *restricted,
+        elastic().restrict(
+            {"s1.width": [8, 24], "s2.b0": ["ir_k3_e3"], "s1.b0": ["ir_k3_e3", "ir_k5_e3"]}
+        ),
+    ]:
         cost = CostModel.of_table(one, table_of(one))
         latencies_ms = cost.of_many(every_index(one))
         assert cost.range() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
@@ -205,11 +241,23 @@ def test_the_range_is_that_of_all_architectures() -> None:
 @given(st.data())
 def test_the_range_is_that_of_all_architectures_of_any_space(data: st.DataObject) -> None:
     widths = st.lists(st.sampled_from((8, 16, 24)), min_size=1, max_size=2, unique=True).map(tuple)
-    blocks = st.lists(st.sampled_from(("ir_k3_e3", "ir_k5_e3", "ds_k3")), min_size=1, max_size=2, unique=True).map(tuple)
+    blocks = st.lists(
+        st.sampled_from(("ir_k3_e3", "ir_k5_e3", "ds_k3")), min_size=1, max_size=2, unique=True
+    ).map(tuple)
     stages = []
     for _ in range(data.draw(st.integers(1, 4))):
-        slots = (data.draw(blocks), (*data.draw(blocks), "skip")) if data.draw(st.booleans()) else (data.draw(blocks),)
-        stages.append(Stage(widths=data.draw(widths), slots=slots, residual=data.draw(st.sampled_from(("after_first", "matching")))))
+        slots = (
+            (data.draw(blocks), (*data.draw(blocks), "skip"))
+            if data.draw(st.booleans())
+            else (data.draw(blocks),)
+        )
+        stages.append(
+            Stage(
+                widths=data.draw(widths),
+                slots=slots,
+                residual=data.draw(st.sampled_from(("after_first", "matching"))),
+            )
+        )
     space = MacroSpace(name="any", resolution=8, classes=3, stages=tuple(stages))
     cost = CostModel.of_table(space, table_of(space))
     latencies_ms = cost.of_many(every_index(space)) if space.choices else np.array([cost.of({})])
@@ -231,20 +279,38 @@ def test_missing_ops_are_named_and_never_guessed() -> None:
     space = small()
     table = table_of(space)
     lacking = [space.ops[2], space.ops[5]]
-    entries = {key: entry for key, entry in table.entries.items() if key not in {op.key for op in lacking}}
+    entries = {
+        key: entry for key, entry in table.entries.items() if key not in {op.key for op in lacking}
+    }
     table = table.model_copy(update={"entries": entries})
     assert missing_ops(space.ops, table) == tuple(op.key for op in lacking)
     with pytest.raises(
-        CoverageError, match=f"lacks 2 of the {len(space.ops)} ops of space small: {lacking[0].key}, {lacking[1].key}\\."
+        CoverageError,
+        match=(
+            f"lacks 2 of the {len(space.ops)} ops of space small: {lacking[0].key},"
+            f" {lacking[1].key}\\."
+        ),
     ) as caught:
         CostModel.of_table(space, table)
     assert caught.value.missing == tuple(op.key for op in lacking)
-    arch = next(arch for arch in map(space.decode, map(space.at, every_index(space))) if lacking[0] in arch.ops())
-    with pytest.raises(CoverageError, match=f"lacks .* of architecture 'small-sample': {lacking[0].key}"):
+    arch = next(
+        arch
+        for arch in map(space.decode, map(space.at, every_index(space)))
+        if lacking[0] in arch.ops()
+    )
+    with pytest.raises(
+        CoverageError, match=f"lacks .* of architecture 'small-sample': {lacking[0].key}"
+    ):
         latency_ms(arch, table)
-    covered = next(arch for arch in map(space.decode, map(space.at, every_index(space))) if not set(lacking) & set(arch.ops()))
+    covered = next(
+        arch
+        for arch in map(space.decode, map(space.at, every_index(space)))
+        if not set(lacking) & set(arch.ops())
+    )
     uncalibrated = table.model_copy(update={"calibration": None})
-    assert latency_ms(covered, uncalibrated) == pytest.approx(sum(entry_ms(op) for op in covered.ops()))
+    assert latency_ms(covered, uncalibrated) == pytest.approx(
+        sum(entry_ms(op) for op in covered.ops())
+    )
 
 
 def test_a_long_list_of_missing_ops_is_cut_in_the_message_but_not_in_the_error() -> None:
@@ -256,12 +322,17 @@ def test_a_long_list_of_missing_ops_is_cut_in_the_message_but_not_in_the_error()
 def test_a_table_without_a_calibration_is_refused_unless_allowed() -> None:
     space = small()
     raw = table_of(space, calibration=None)
-    with pytest.raises(TableError, match=r"made-up/litert-fp32-1t has no calibration .* search\.allow_uncalibrated = true"):
+    with pytest.raises(
+        TableError,
+        match=r"made-up/litert-fp32-1t has no calibration .* search\.allow_uncalibrated = true",
+    ):
         CostModel.of_table(space, raw)
     picks = space.sample(np.random.default_rng(0))
     plain = CostModel.of_table(space, raw, allow_uncalibrated=True).of(picks)
     assert plain == pytest.approx(sum(entry_ms(op) for op in space.decode(picks).ops()))
-    assert priced("small").of(picks) == pytest.approx(0.7 + 1.25 * plain + 0.4 * space.decode(picks).params / 1e6)
+    assert priced("small").of(picks) == pytest.approx(
+        0.7 + 1.25 * plain + 0.4 * space.decode(picks).params / 1e6
+    )
 
 
 def test_a_target_out_of_reach_is_answered_with_the_range() -> None:
@@ -278,7 +349,9 @@ def test_a_target_out_of_reach_is_answered_with_the_range() -> None:
 
 def test_a_table_of_slots_prices_no_widths() -> None:
     space = small()
-    table = table_of(space).model_copy(update={"entries": {}, "slots": {"s1.b0": {"ir_k3_e3": 1.0, "ir_k5_e3": 2.0}}})
+    table = table_of(space).model_copy(
+        update={"entries": {}, "slots": {"s1.b0": {"ir_k3_e3": 1.0, "ir_k5_e3": 2.0}}}
+    )
     with pytest.raises(CoverageError, match="lacks slot prices of space small") as caught:
         CostModel.of_table(space, table)
     assert "s0.width" in caught.value.missing
@@ -287,10 +360,16 @@ def test_a_table_of_slots_prices_no_widths() -> None:
 def test_the_slope_of_a_positional_table_scales_its_slots() -> None:
     """intercept + slope * sum over slots."""
     options = ("ir_k3_e3", "ir_k5_e6", "skip")
-    stages = (Stage(widths=(8,), slots=(("cn_k3",),)), Stage(widths=(16,), slots=(("ir_k3_e3",), options, options)))
+    stages = (
+        Stage(widths=(8,), slots=(("cn_k3",),)),
+        Stage(widths=(16,), slots=(("ir_k3_e3",), options, options)),
+    )
     space = MacroSpace(name="small", resolution=16, classes=4, stages=stages)
     rng = np.random.default_rng(0)
-    slots = {choice.key: {str(option): float(rng.uniform(1, 2)) for option in choice.options} for choice in space.choices}
+    slots = {
+        choice.key: {str(option): float(rng.uniform(1, 2)) for option in choice.options}
+        for choice in space.choices
+    }
     header = synthetic_table(space).header
     calibration = Calibration(intercept_ms=3.0, slope=2.0, networks=5)
     table = LatencyTable(header=header, entries={}, slots=slots, calibration=calibration)

@@ -16,7 +16,10 @@ def table(**changes: object) -> LatencyTable:
         device="board", cpu="A53", machine=unknown, runtime="litert", runtime_version=unknown, dtype="fp32", threads=1, cores=(2, 3),
         governor=unknown, layout=unknown, batch=1, date=unknown, space="mobile32",
     )  # fmt: skip
-    entries = {op.key: Entry(ms=0.1 * (i + 1), p10_ms=0.05, spread=0.123, noisy=i == 3) for i, op in enumerate(mobile32().ops[:5])}
+    entries = {
+        op.key: Entry(ms=0.1 * (i + 1), p10_ms=0.05, spread=0.123, noisy=i == 3)
+        for i, op in enumerate(mobile32().ops[:5])
+    }
     return LatencyTable(header=header, entries=entries, **changes)
 
 
@@ -45,7 +48,12 @@ def test_spaces_of_cells_show_how_many_networks_differ_and_the_genotype_of_the_s
     assert f"genotype     {nasbench201().write(picks)}" in lines
     assert nasbench201().read(nasbench201().write(picks)) == picks
     darts_lines = describe_space(darts()).splitlines()
-    assert any(line.startswith("choices      34, 9.12e+18 architectures (6.27e+29 combinations of options;") for line in darts_lines)
+    assert any(
+        line.startswith(
+            "choices      34, 9.12e+18 architectures (6.27e+29 combinations of options;"
+        )
+        for line in darts_lines
+    )
     assert any(line.startswith("genotype     Genotype(normal=[('") for line in darts_lines)
     assert "26, 423,624 architectures (509,607,936 combinations" in describe_space(nasbench101())
 
@@ -56,7 +64,9 @@ def test_coverage_names_what_is_missing() -> None:
     assert f"5 of {len(space.ops)} ops in table board/litert-fp32-1t; missing:" in text
     assert text.endswith("\n".join(f"  {op.key}" for op in space.ops[5:]))
     full = table().model_copy(update={"entries": {op.key: Entry(ms=1) for op in space.ops}})
-    assert describe_space(space, full).endswith(f"{len(space.ops)} of {len(space.ops)} ops in table board/litert-fp32-1t")
+    assert describe_space(space, full).endswith(
+        f"{len(space.ops)} of {len(space.ops)} ops in table board/litert-fp32-1t"
+    )
 
 
 def test_a_table_shows_its_conditions_and_entries_slowest_first() -> None:
@@ -74,13 +84,22 @@ def test_a_table_shows_its_conditions_and_entries_slowest_first() -> None:
 
 def test_a_table_shows_how_well_it_adds_up() -> None:
     fitted = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
-    judged = fitted.model_copy(update={"held_out": judge(fitted, [()] * 3, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])})
+    judged = fitted.model_copy(
+        update={"held_out": judge(fitted, [()] * 3, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])}
+    )
     text = describe_table(table(calibration=judged))
     assert "1 ms + 2 x sum, fitted on 5 networks" in text
-    assert "3 networks: mean error 11.7%, largest 25.0%, Spearman 1.000; uncalibrated sum 58.9%" in text
+    assert (
+        "3 networks: mean error 11.7%, largest 25.0%, Spearman 1.000; uncalibrated sum 58.9%"
+        in text
+    )
 
 
 def test_a_table_of_slots_lists_their_prices() -> None:
-    text = describe_table(table().model_copy(update={"entries": {}, "slots": {"s2.b1": {"ir_k3_e3": -4.248, "skip": -9.738}}}))
+    text = describe_table(
+        table().model_copy(
+            update={"entries": {}, "slots": {"s2.b1": {"ir_k3_e3": -4.248, "skip": -9.738}}}
+        )
+    )
     assert text.endswith("s2.b1:ir_k3_e3  -4.2480\ns2.b1:skip      -9.7380")
     assert "entries      0 (0 noisy)" in text

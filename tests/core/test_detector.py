@@ -22,13 +22,24 @@ BLOCKS = (
 DETECTOR: dict[str, Any] = {
     "taps": [1, 2],
     "extras": ["extra-h8-i16-o32-m16-k3-s2-relu6"],
-    "heads": ["ssd-h16-i8-o24-k3-a4-relu6", "ssd-h8-i16-o24-k3-a4-relu6", "ssd-h4-i32-o36-k3-a6-relu6"],
+    "heads": [
+        "ssd-h16-i8-o24-k3-a4-relu6",
+        "ssd-h8-i16-o24-k3-a4-relu6",
+        "ssd-h4-i32-o36-k3-a6-relu6",
+    ],
     "aspect_ratios": [[2.0], [2.0], [2.0, 3.0]],
 }
 
 
 def text_of(blocks: tuple[str, ...] = BLOCKS, **changes: Any) -> str:
-    return json.dumps({"schema": "hwnas.architecture/1", "name": "d", "blocks": blocks, "detector": {**DETECTOR, **changes}})
+    return json.dumps(
+        {
+            "schema": "hwnas.architecture/1",
+            "name": "d",
+            "blocks": blocks,
+            "detector": {**DETECTOR, **changes},
+        }
+    )
 
 
 def test_a_detector_reads_back_and_its_keys_are_written() -> None:
@@ -45,7 +56,11 @@ def test_ops_counts_and_classes_are_those_of_backbone_extras_and_heads() -> None
     assert arch.detector is not None
     assert (arch.classes, arch.detector.classes, arch.resolution) == (5, 5, 32)
     assert arch.detector.anchors == 4 * 16**2 + 4 * 8**2 + 6 * 4**2
-    assert [(op.out_ch, op.out_size) for op in arch.detector.maps(arch.blocks)] == [(8, 16), (16, 8), (32, 4)]
+    assert [(op.out_ch, op.out_size) for op in arch.detector.maps(arch.blocks)] == [
+        (8, 16),
+        (16, 8),
+        (32, 4),
+    ]
     backbone = Architecture(name="b", blocks=arch.blocks)
     assert arch.macs - backbone.macs == sum(op.macs for op in arch.ops()[3:]) > 0
     assert arch.params - backbone.params == sum(op.params for op in arch.ops()[3:]) > 0
@@ -53,9 +68,18 @@ def test_ops_counts_and_classes_are_those_of_backbone_extras_and_heads() -> None
 
 def test_documents_without_a_detector_are_what_they_were() -> None:
     """Hashes computed before architectures had detectors."""
-    assert published("mobilenet_v2").sha256 == "6a3cf8a023b61390adc223620fc36a64d76883ae534c901c9562472c02f84c50"
-    assert published("mobilenet_v3_large").sha256 == "89eb825fd2edac17a344b141cd22400eaf493b22211438ed462ed2f11c2a5484"
-    assert published("fbnet_a").sha256 == "35ff9b8846368d8971e460dcde4dcc8867e43167a2b48063b12deeefaefd5096"
+    assert (
+        published("mobilenet_v2").sha256
+        == "6a3cf8a023b61390adc223620fc36a64d76883ae534c901c9562472c02f84c50"
+    )
+    assert (
+        published("mobilenet_v3_large").sha256
+        == "89eb825fd2edac17a344b141cd22400eaf493b22211438ed462ed2f11c2a5484"
+    )
+    assert (
+        published("fbnet_a").sha256
+        == "35ff9b8846368d8971e460dcde4dcc8867e43167a2b48063b12deeefaefd5096"
+    )
     for name in NETWORKS:
         arch = published(name)
         assert ("detector" in json.loads(arch.to_json())) == (arch.detector is not None)
@@ -89,13 +113,17 @@ def test_documents_without_a_detector_are_what_they_were() -> None:
         ({"anchor": 3}, r"unknown key 'detector\.anchor'"),
     ],
 )  # fmt: skip
-def test_detectors_that_do_not_fit_are_refused_in_one_sentence(changes: dict[str, Any], message: str) -> None:
+def test_detectors_that_do_not_fit_are_refused_in_one_sentence(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(DocumentError, match=message) as caught:
         Architecture.parse(text_of(**changes))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("last", ["classifier-h8-i16-o5", "head-h8-i16-o32", "ssd-h8-i16-o24-k3-a4-relu6"])
+@pytest.mark.parametrize(
+    "last", ["classifier-h8-i16-o5", "head-h8-i16-o32", "ssd-h8-i16-o24-k3-a4-relu6"]
+)
 def test_blocks_that_leave_no_feature_map_are_refused(last: str) -> None:
     with pytest.raises(DocumentError, match=f"block {last} leaves no feature map"):
         Architecture.parse(text_of((*BLOCKS, last), taps=[1, 3]))
@@ -105,7 +133,9 @@ def test_predictors_are_the_end_of_a_chain() -> None:
     """Alone they are one, so that a single op can be timed."""
     head = Op.parse("ssd-h8-i16-o24-k3-a4-relu6")
     assert Architecture(name="timing", in_channels=16, blocks=(head,)).ops() == (head,)
-    with pytest.raises(ValueError, match=r"block 0 .* is a head of a detector, but not the last block"):
+    with pytest.raises(
+        ValueError, match=r"block 0 .* is a head of a detector, but not the last block"
+    ):
         Architecture(name="timing", in_channels=16, blocks=(head, Op.parse("conv-h8-i24-o8-k3")))
 
 
@@ -114,7 +144,10 @@ def test_anchors_alone_do_not_make_a_detector_without_heads() -> None:
         Detector(taps=(0,), heads=(), aspect_ratios=())
 
 
-@pytest.mark.parametrize("changes", [{"min_score": 1.0}, {"nms_iou": 1.5}, {"candidates": 0}, {"detections": 0}, {"nms": 0.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"min_score": 1.0}, {"nms_iou": 1.5}, {"candidates": 0}, {"detections": 0}, {"nms": 0.5}],
+)
 def test_post_processing_that_cannot_be_is_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(changes))):
         PostProcessing.model_validate(changes)

@@ -31,7 +31,9 @@ def test_a_classifier_ends_with_its_last_block(chain: Architecture) -> None:
     assert chain.head == ClassifierHead(chain.blocks[-1])
     assert (chain.task, chain.classes, chain.ops()) == ("classify", 7, chain.blocks)
     assert chain.is_chain and chain.wiring == ()
-    assert [place.slot for place in chain.placed()] == [f"block {i}" for i in range(len(chain.blocks))]
+    assert [place.slot for place in chain.placed()] == [
+        f"block {i}" for i in range(len(chain.blocks))
+    ]
 
 
 def test_a_detector_has_ops_after_its_blocks(detector: Architecture) -> None:
@@ -40,21 +42,35 @@ def test_a_detector_has_ops_after_its_blocks(detector: Architecture) -> None:
     assert detector.head == DetectorHead(detector.detector)
     assert (detector.task, detector.classes) == ("detect", 3)
     assert detector.ops() == (*detector.blocks, extra, *detector.detector.heads)
-    assert [place.slot for place in detector.placed()[count:]] == ["extra 0", "head 0", "head 1", "head 2"]
+    assert [place.slot for place in detector.placed()[count:]] == [
+        "extra 0",
+        "head 0",
+        "head 1",
+        "head 2",
+    ]
     assert detector.placed()[count].op == extra and detector.placed()[count].channels == 16
-    assert detector.wiring == tuple(f"tap{tap}" for tap in detector.detector.taps) and not detector.is_chain
+    assert (
+        detector.wiring == tuple(f"tap{tap}" for tap in detector.detector.taps)
+        and not detector.is_chain
+    )
 
 
 def test_cells_are_wired() -> None:
     space = nasbench201()
     arch = space.decode({choice.key: choice.options[-1] for choice in space.choices})
-    assert arch.task == "classify" and arch.wiring == tuple(step.key for step in arch.graph) and not arch.is_chain
+    assert (
+        arch.task == "classify"
+        and arch.wiring == tuple(step.key for step in arch.graph)
+        and not arch.is_chain
+    )
 
 
 def test_a_detector_is_on_a_chain(detector: Architecture) -> None:
     steps = [Step("op", (i,)) for i in range(len(detector.blocks))]
     with pytest.raises(ValueError, match="a network with a graph carries no detector"):
-        Architecture.model_validate({**detector.model_dump(), "graph": [step.key for step in steps]})
+        Architecture.model_validate(
+            {**detector.model_dump(), "graph": [step.key for step in steps]}
+        )
 
 
 def test_the_head_of_a_copy_is_that_of_its_detector(detector: Architecture) -> None:
@@ -67,10 +83,19 @@ def test_spaces_end_as_their_networks() -> None:
     space = proxylessnas(resolution=64, classes=3)
     boxes = space.with_detector(extras=(16,))
     assert space.head == Classifiers(3) and space.task == "classify"
-    assert boxes.detector is not None and boxes.head == Detectors(3, boxes.detector) and boxes.task == "detect"
-    assert space.head.blocks(24, 5) == (Op.parse("classifier-h5-i24-o3"),) and boxes.head.blocks(24, 5) == ()
+    assert (
+        boxes.detector is not None
+        and boxes.head == Detectors(3, boxes.detector)
+        and boxes.task == "detect"
+    )
+    assert (
+        space.head.blocks(24, 5) == (Op.parse("classifier-h5-i24-o3"),)
+        and boxes.head.blocks(24, 5) == ()
+    )
     assert space.scaled(0.5).stages[-1].widths == space.stages[-1].widths
-    assert boxes.scaled(0.5).stages[-1].widths == tuple(width // 2 for width in boxes.stages[-1].widths)
+    assert boxes.scaled(0.5).stages[-1].widths == tuple(
+        width // 2 for width in boxes.stages[-1].widths
+    )
 
 
 def test_places_of_a_member_have_the_names_of_its_space() -> None:
@@ -83,17 +108,24 @@ def test_places_of_a_member_have_the_names_of_its_space() -> None:
         assert [place.slot for place in found] == [*(slot.key for slot in each.slots), *ends]
         assert [place.op for place in found if place.op is not None] == list(arch.ops())
         at = [place.slot for place in found].index("s2.b1")
-        assert found[at].op is None and (found[at].channels, found[at].size) == (found[at - 1].channels, found[at - 1].size)
+        assert found[at].op is None and (found[at].channels, found[at].size) == (
+            found[at - 1].channels,
+            found[at - 1].size,
+        )
         stranger = arch.model_copy(update={"origin": None})
         assert each.placed(stranger) == stranger.placed() and stranger.placed()[0].slot == "block 0"
 
 
 def test_places_of_cells_are_those_that_compute() -> None:
     space = nasbench201()
-    arch = space.decode(space.read("|nor_conv_3x3~0|+|none~0|none~1|+|skip_connect~0|none~1|skip_connect~2|"))
+    arch = space.decode(
+        space.read("|nor_conv_3x3~0|+|none~0|none~1|+|skip_connect~0|none~1|skip_connect~2|")
+    )
     found = space.placed(arch)
     assert [place.op for place in found] == list(arch.blocks)
-    assert [place.slot for place in found[:2]] == ["stem", "cell0.c.e0-1"] and found[-1].slot == "classifier"
+    assert [place.slot for place in found[:2]] == ["stem", "cell0.c.e0-1"] and found[
+        -1
+    ].slot == "classifier"
 
 
 def test_cells_carry_no_detector() -> None:

@@ -1,4 +1,6 @@
-"""Limits: memory by hand and by watching real tensors, values against the walk over an architecture, refusals with their fix."""
+"""Limits: memory by hand and by watching real tensors, values against the walk over an
+architecture, refusals with their fix.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,11 @@ def small() -> MacroSpace:
     """Few enough architectures to list, with coupled widths, squeeze-and-excitation and a skip."""
     stages = (
         Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(8, 16, 24), slots=(("ir_k3_e3", "ds_k5"), ("ir_k3_e6", "ir_k5_e3_se0.25", "skip")), residual="matching"),
+        Stage(
+            widths=(8, 16, 24),
+            slots=(("ir_k3_e3", "ds_k5"), ("ir_k3_e6", "ir_k5_e3_se0.25", "skip")),
+            residual="matching",
+        ),
         Stage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
         Stage(widths=(32,), slots=(("cn_k1",),)),
     )
@@ -56,8 +62,12 @@ def every_index(space: SearchSpace) -> np.ndarray:
 def other_table(space: SearchSpace) -> LatencyTable:
     """A second device, which finds parameters slow and multiplications fast."""
     table = synthetic_table(space)
-    entries = {op.key: table.entries[op.key].model_copy(update={"ms": op.params / 1e3}) for op in space.ops}
-    return table.model_copy(update={"entries": entries, "header": table.header.model_copy(update={"device": "board"})})
+    entries = {
+        op.key: table.entries[op.key].model_copy(update={"ms": op.params / 1e3}) for op in space.ops
+    }
+    return table.model_copy(
+        update={"entries": entries, "header": table.header.model_copy(update={"device": "board"})}
+    )
 
 
 def tables(space: SearchSpace) -> Any:
@@ -67,9 +77,11 @@ def tables(space: SearchSpace) -> Any:
 BY_HAND = {
     # a plain convolution: 3 x 32^2 in, 16 x 16^2 out
     "conv-h32-i3-o16-k3-s2-relu": 3 * 1024 + 16 * 256,
-    # expand 16 + 48, depthwise 48 + 48 and the 16 kept for the sum, project 48 + 16 + 16, all of 8 x 8
+    # expand 16 + 48, depthwise 48 + 48 and the 16 kept for the sum, project 48 + 16 +
+    # 16, all of 8 x 8
     "mbconv-h8-i16-o16-m48-k3-relu-id": (48 + 48 + 16) * 64,
-    # no sum: expand (8 + 24) * 16^2 = 8192; depthwise 24 * (16^2 + 8^2) = 7680; project (24 + 40) * 8^2 = 4096
+    # no sum: expand (8 + 24) * 16^2 = 8192; depthwise 24 * (16^2 + 8^2) = 7680; project
+    # (24 + 40) * 8^2 = 4096
     "mbconv-h16-i8-o40-m24-k3-s2-relu": 8192,
     # the depthwise output stays while its gate is computed, but 48 + 12 + 48 * 64 < 2 * 48 * 64
     "mbconv-h8-i16-o24-m48-k3-q12-relu": (48 + 48) * 64,
@@ -92,11 +104,17 @@ BY_HAND = {
 @pytest.mark.parametrize("key", BY_HAND)
 def test_activation_memory_by_hand(key: str) -> None:
     assert activation_bytes(Op.parse(key), "int8") == BY_HAND[key]
-    assert activation_bytes(Op.parse(key)) == activation_bytes(Op.parse(key), "fp32") == 4 * BY_HAND[key]
+    assert (
+        activation_bytes(Op.parse(key))
+        == activation_bytes(Op.parse(key), "fp32")
+        == 4 * BY_HAND[key]
+    )
 
 
 class Watch:
-    """Real tensors of a network: what each layer reads and writes, and what must outlive it, by identity."""
+    """Real tensors of a network: what each layer reads and writes, and what must
+    outlive it, by identity.
+    """
 
     def __init__(self, network: Network) -> None:
         self.peak = 0
@@ -108,16 +126,22 @@ class Watch:
                 block.register_forward_hook(self.drop)
             for part in parts.values():
                 if isinstance(part, nn.Conv2d | nn.Linear):
-                    part.register_forward_hook(lambda _, inputs, output: self.see(inputs[0], output))
+                    part.register_forward_hook(
+                        lambda _, inputs, output: self.see(inputs[0], output)
+                    )
             if "layers.se" in parts:
-                parts["layers.depthwise"].register_forward_hook(lambda _, inputs, output: self.kept.append(output))
+                parts["layers.depthwise"].register_forward_hook(
+                    lambda _, inputs, output: self.kept.append(output)
+                )
                 parts["layers.se.expand"].register_forward_hook(self.drop)
 
     def drop(self, *_: Any) -> None:
         self.kept.pop()
 
     def see(self, *tensors: Tensor) -> None:
-        alive = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*tensors, *self.kept)}
+        alive = {
+            id(tensor): tensor.numel() * tensor.element_size() for tensor in (*tensors, *self.kept)
+        }
         self.peak = max(self.peak, sum(alive.values()))
 
 
@@ -134,8 +158,14 @@ def test_activation_memory_is_that_of_real_tensors(seed: int) -> None:
 
 
 def test_the_peak_of_mobilenet_v2_is_its_first_strided_depthwise_layer() -> None:
-    """96 channels at 112 x 112 come in and leave at 56 x 56, which is more than the 16 + 96 of the expansion before it."""
-    assert peak_activation_bytes(published("mobilenet_v2"), "int8") == 96 * (112**2 + 56**2) == 1_505_280
+    """96 channels at 112 x 112 come in and leave at 56 x 56, which is more than the 16
+    + 96 of the expansion before it.
+    """
+    assert (
+        peak_activation_bytes(published("mobilenet_v2"), "int8")
+        == 96 * (112**2 + 56**2)
+        == 1_505_280
+    )
 
 
 def values_by_walk(arch: Architecture, space: SearchSpace) -> list[float]:
@@ -167,7 +197,11 @@ def test_limited_values_are_those_of_the_architecture() -> None:
         "latency_ms on board/synthetic-fp32-1t", "macs", "params", "size_bytes in fp32", "size_bytes in int8", "activation_bytes in int8",
     ]  # fmt: skip
     assert list(described.values()) == pytest.approx(walked[5].tolist(), rel=1e-12)
-    assert weight_bytes(archs[5].params, "int8") == archs[5].params == weight_bytes(archs[5].params) / 4
+    assert (
+        weight_bytes(archs[5].params, "int8")
+        == archs[5].params
+        == weight_bytes(archs[5].params) / 4
+    )
 
 
 def test_feasible_is_within_every_limit_at_once_the_bound_included() -> None:
@@ -175,14 +209,19 @@ def test_feasible_is_within_every_limit_at_once_the_bound_included() -> None:
     index_NC = every_index(space)
     values = Limits(space, all_kinds(), tables(space)).values(index_NC)
     macs, peak = int(np.median(values[:, 1])), int(np.quantile(values[:, 5], 0.4))
-    both: list[Limit] = [MacsLimit(kind="macs", max_macs=macs), ActivationLimit(kind="activation_bytes", max_bytes=peak, dtype="int8")]
+    both: list[Limit] = [
+        MacsLimit(kind="macs", max_macs=macs),
+        ActivationLimit(kind="activation_bytes", max_bytes=peak, dtype="int8"),
+    ]
     limits = Limits(space, both, tables(space))
     expected = (values[:, 1] <= macs) & (values[:, 5] <= peak)
     assert (limits.feasible(index_NC) == expected).all()
     assert 0 < expected.sum() < min((values[:, 1] <= macs).sum(), (values[:, 5] <= peak).sum())
     assert ((limits.excess(index_NC) <= 0).all(axis=1) == expected).all()
     assert limits.excess(index_NC)[:, 0] == pytest.approx(values[:, 1] / macs - 1)
-    at_the_bound = Limits(space, [MacsLimit(kind="macs", max_macs=int(values[7, 1]))], tables(space))
+    at_the_bound = Limits(
+        space, [MacsLimit(kind="macs", max_macs=int(values[7, 1]))], tables(space)
+    )
     assert at_the_bound.feasible(index_NC[[7]]).tolist() == [True]
 
 
@@ -198,7 +237,9 @@ def test_no_limits_allow_everything() -> None:
 def test_a_limit_more_leaves_the_first_ones_alone() -> None:
     space = small()
     index_NC = every_index(space)
-    skips = PricedSpace(space, lambda term: np.array([float(op is None) for op in term.ops]).reshape(term.shape))
+    skips = PricedSpace(
+        space, lambda term: np.array([float(op is None) for op in term.ops]).reshape(term.shape)
+    )
     first = Limits(space, all_kinds(), tables(space))
     both = first.also(Compiled("skips", "max_skips", 0.0, skips))
     skipped = np.array([len(space.decode(space.at(index)).ops()) for index in index_NC]) < 6
@@ -211,11 +252,21 @@ def test_two_devices_at_once() -> None:
     space = small()
     index_NC = every_index(space)
     phone, board = (
-        np.array([latency_ms(space.decode(space.at(i)), tables(space)(name)) for i in index_NC]) for name in ("phone.json", "board.json")
+        np.array([latency_ms(space.decode(space.at(i)), tables(space)(name)) for i in index_NC])
+        for name in ("phone.json", "board.json")
     )
-    most = {"phone.json": float(np.quantile(phone, 0.6)), "board.json": float(np.quantile(board, 0.4))}
-    limits = Limits(space, [LatencyLimit(kind="latency", table=name, max_ms=ms) for name, ms in most.items()], tables(space))
-    expected = (phone <= most["phone.json"] * (1 + 1e-12)) & (board <= most["board.json"] * (1 + 1e-12))
+    most = {
+        "phone.json": float(np.quantile(phone, 0.6)),
+        "board.json": float(np.quantile(board, 0.4)),
+    }
+    limits = Limits(
+        space,
+        [LatencyLimit(kind="latency", table=name, max_ms=ms) for name, ms in most.items()],
+        tables(space),
+    )
+    expected = (phone <= most["phone.json"] * (1 + 1e-12)) & (
+        board <= most["board.json"] * (1 + 1e-12)
+    )
     assert (limits.feasible(index_NC) == expected).all()
     assert expected.any()
 
@@ -223,7 +274,10 @@ def test_two_devices_at_once() -> None:
 @pytest.mark.parametrize("position", range(6))
 def test_a_limit_out_of_reach_names_the_range_and_the_key(position: int) -> None:
     space = small()
-    low, high = (extreme(Limits(space, all_kinds(), tables(space)).values(every_index(space))[:, position]) for extreme in (np.min, np.max))
+    low, high = (
+        extreme(Limits(space, all_kinds(), tables(space)).values(every_index(space))[:, position])
+        for extreme in (np.min, np.max)
+    )
     limit = all_kinds()[position]
     below = limit.model_copy(update={limit.FIELD: type(getattr(limit, limit.FIELD))(low * 0.99)})
     with pytest.raises(TargetError) as caught:
@@ -231,21 +285,32 @@ def test_a_limit_out_of_reach_names_the_range_and_the_key(position: int) -> None
     message = str(caught.value)
 
     def shown(value: float) -> str:
-        return str(int(value)) if position else f"{value:.6g}"  # the first is in milliseconds, the others are counts
+        # the first is in milliseconds, the others are counts
+        return str(int(value)) if position else f"{value:.6g}"
 
     assert (
-        f"out of reach of space small: its architectures have {shown(low)} to {shown(high)}; raise search.limits[1].{limit.FIELD}"
-        in message
+        f"out of reach of space small: its architectures have {shown(low)} to {shown(high)}; raise"
+        f" search.limits[1].{limit.FIELD}" in message
     )
-    assert message.startswith(f"limit {limit.kind}" if limit.kind != "latency" else "limit latency_ms on board/")
-    reachable = limit.model_copy(update={limit.FIELD: type(getattr(limit, limit.FIELD))(np.ceil(low))})
+    assert message.startswith(
+        f"limit {limit.kind}" if limit.kind != "latency" else "limit latency_ms on board/"
+    )
+    reachable = limit.model_copy(
+        update={limit.FIELD: type(getattr(limit, limit.FIELD))(np.ceil(low))}
+    )
     Limits(space, [reachable], tables(space)).check()
 
 
 def test_a_table_that_cannot_serve_is_refused() -> None:
     space = small()
     table = synthetic_table(space)
-    lacking = table.model_copy(update={"entries": {key: entry for key, entry in table.entries.items() if key != space.ops[3].key}})
+    lacking = table.model_copy(
+        update={
+            "entries": {
+                key: entry for key, entry in table.entries.items() if key != space.ops[3].key
+            }
+        }
+    )
     limit = LatencyLimit(kind="latency", table="x.json", max_ms=5)
     with pytest.raises(CoverageError, match=space.ops[3].key):
         Limits(space, [limit], lambda _: lacking)
@@ -294,9 +359,12 @@ def test_maps_that_are_read_later_are_alive_in_a_network_of_cells() -> None:
     joined = builder.concat([builder.sum([first, second]), 0])
     builder.op(Op.parse("classifier-h4-i4-o10"), joined)
     found = live_numbers(builder.steps, builder.blocks, (2, 4))
-    # in and out; in, out and the first map; the sum in place of the first, and the image; the sum, the image and both; 64 and their mean
+    # in and out; in, out and the first map; the sum in place of the first, and the
+    # image; the sum, the image and both; 64 and their mean
     assert list(found) == [64, 96, 96, 128, 64 + 4]
-    arch = Architecture(name="cells", in_channels=2, blocks=tuple(builder.blocks), graph=tuple(builder.steps))
+    arch = Architecture(
+        name="cells", in_channels=2, blocks=tuple(builder.blocks), graph=tuple(builder.steps)
+    )
     assert peak_activation_bytes(arch, "int8") == 128
 
 
@@ -311,4 +379,8 @@ def test_a_limit_of_activations_holds_in_a_space_of_cells(build: Callable[[], Se
     limits.check()
     assert limits.compiled[0].priced.range()[0] <= min(peaks)
     with pytest.raises(TargetError, match="out of reach"):
-        Limits(space, [ActivationLimit(kind="activation_bytes", max_bytes=10, dtype="int8")], LatencyTable.load).check()
+        Limits(
+            space,
+            [ActivationLimit(kind="activation_bytes", max_bytes=10, dtype="int8")],
+            LatencyTable.load,
+        ).check()

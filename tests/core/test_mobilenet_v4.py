@@ -35,7 +35,11 @@ def test_small_and_medium_are_picks(name: str, second: str) -> None:
 
 
 def test_the_four_cases_have_the_papers_names() -> None:
-    cases = {key: op.case for key in ("b3-k5", "k5", "b3", "") if isinstance(op := Op.parse(uib(key)), UIB)}
+    cases = {
+        key: op.case
+        for key in ("b3-k5", "k5", "b3", "")
+        if isinstance(op := Op.parse(uib(key)), UIB)
+    }
     assert cases == {"b3-k5": "extra_dw", "k5": "inverted_bottleneck", "b3": "convnext", "": "ffn"}
 
 
@@ -43,6 +47,8 @@ def uib(kernels: str) -> str:
     return "-".join(part for part in ("uib-h14-i64-o64-m256", kernels, "relu-id") if part)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("small", 3.77), ("medium", 9.72), ("large", 32.59)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("small", 3.77), ("medium", 9.72), ("large", 32.59)]
+)
 def test_parameters_are_those_of_timms_results(name: str, millions: float) -> None:
     assert round(published(f"mobilenet_v4_conv_{name}").params / 1e6, 2) == millions

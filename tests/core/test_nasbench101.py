@@ -1,4 +1,6 @@
-"""NAS-Bench-101's cells: validity, pruning, channels and counts by the benchmark's published numbers and hand-worked cells."""
+"""NAS-Bench-101's cells: validity, pruning, channels and counts by the benchmark's
+published numbers and hand-worked cells.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,21 @@ def cell(edges: list[tuple[int, int]], ops: list[str]) -> str:
     return json.dumps({"matrix": matrix.tolist(), "ops": ["input", *ops, "output"]})
 
 
-EXAMPLE = cell([(0, 1), (0, 2), (0, 3), (0, 5), (1, 6), (2, 6), (3, 4), (4, 6), (5, 6)], [C1, C3, C3, C3, P])
+EXAMPLE = cell(
+    [(0, 1), (0, 2), (0, 3), (0, 5), (1, 6), (2, 6), (3, 4), (4, 6), (5, 6)], [C1, C3, C3, C3, P]
+)
 """The cell of the benchmark's README."""
 SMALLEST = cell([(0, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 5), (3, 5), (4, 5)], [P] * 4)
-FIRST = cell([(0, 1), (0, 4), (0, 5), (1, 2), (2, 3), (2, 6), (3, 5), (4, 5), (5, 6)], [C3, P, C3, C3, C1])
+FIRST = cell(
+    [(0, 1), (0, 4), (0, 5), (1, 2), (2, 3), (2, 6), (3, 5), (4, 5), (5, 6)], [C3, P, C3, C3, C1]
+)
 """The first cell of the benchmark's file."""
 
 
 def test_published_parameters_and_hash() -> None:
-    """2,694,282 is what the benchmark's README prints for its example, 227,274 the smallest; the first record holds the others."""
+    """2,694,282 is what the benchmark's README prints for its example, 227,274 the
+    smallest; the first record holds the others.
+    """
     assert SPACE.decode(SPACE.read(EXAMPLE)).params == 2_694_282
     assert SPACE.decode(SPACE.read(SMALLEST)).params == 227_274
     assert SPACE.decode(SPACE.read(FIRST)).params == 8_555_530
@@ -42,7 +50,9 @@ def test_published_parameters_and_hash() -> None:
 
 
 def test_the_channel_rule() -> None:
-    """The output's channels are divided, the first vertices get the rest; inside, the widest that is led to."""
+    """The output's channels are divided, the first vertices get the rest; inside, the
+    widest that is led to.
+    """
     matrix = np.zeros((7, 7), dtype=int)
     for source, vertex in ((0, 1), (1, 2), (1, 3), (2, 6), (3, 6), (1, 4), (4, 5), (5, 6)):
         matrix[source, vertex] = 1
@@ -51,7 +61,9 @@ def test_the_channel_rule() -> None:
 
 
 def test_wider_maps_are_cut() -> None:
-    picks = SPACE.read(cell([(0, 1), (1, 2), (1, 3), (2, 6), (3, 6), (1, 4), (4, 5), (5, 6)], [C3, C3, C1, C1, P]))
+    picks = SPACE.read(
+        cell([(0, 1), (1, 2), (1, 3), (2, 6), (3, 6), (1, 4), (4, 5), (5, 6)], [C3, C3, C1, C1, P])
+    )
     arch = SPACE.decode(picks)
     assert [step.key for step in arch.graph if step.kind == "cut"][:1] == ["cut 3 42"]
     network = Network(arch, generator=torch.Generator().manual_seed(0))
@@ -93,7 +105,9 @@ def test_the_notation_back() -> None:
 
 
 def test_the_fingerprint_knows_no_order() -> None:
-    matrix = np.array([[0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
+    matrix = np.array(
+        [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+    )
     labels = [-1, 0, 1, 2, -2]
     expected = graph_hash(matrix, labels)
     for order in permutations((1, 2, 3)):
@@ -104,9 +118,20 @@ def test_the_fingerprint_knows_no_order() -> None:
 
 @pytest.mark.parametrize("vertices", [2, 3, 4, 5])
 def test_the_number_of_different_cells(vertices: int) -> None:
-    """As the benchmark enumerates them: 1, 6, 84 and 2,441 unique cells that use all of 2, 3, 4 and 5 vertices."""
-    found, pairs = set(), [(source, vertex) for vertex in range(1, vertices) for source in range(vertex)]
-    labellings = np.array(np.meshgrid(*[range(3)] * (vertices - 2), indexing="ij")).reshape(vertices - 2, -1).T if vertices > 2 else [[]]
+    """As the benchmark enumerates them: 1, 6, 84 and 2,441 unique cells that use all of
+    2, 3, 4 and 5 vertices.
+    """
+    found, pairs = (
+        set(),
+        [(source, vertex) for vertex in range(1, vertices) for source in range(vertex)],
+    )
+    labellings = (
+        np.array(np.meshgrid(*[range(3)] * (vertices - 2), indexing="ij"))
+        .reshape(vertices - 2, -1)
+        .T
+        if vertices > 2
+        else [[]]
+    )
     for bits in range(2 ** len(pairs)):
         matrix = np.zeros((vertices, vertices), dtype=int)
         for position, pair in enumerate(pairs):
@@ -122,7 +147,12 @@ def test_what_this_space_does_not_do() -> None:
     for call, words in (
         (SPACE.terms, "nothing is priced by choice"),
         (lambda: SPACE.restrict({"v1": [C3]}), "cannot be restricted"),
-        (lambda: SPACE.encode(SPACE.decode(SPACE.read(EXAMPLE)).model_copy(update={"origin": None})), "does not come from"),
+        (
+            lambda: SPACE.encode(
+                SPACE.decode(SPACE.read(EXAMPLE)).model_copy(update={"origin": None})
+            ),
+            "does not come from",
+        ),
         (lambda: SPACE.read('{"matrix": []}'), "give matrix and ops"),
         (lambda: SPACE.read("0" * 26), "no way of these picks"),
         (lambda: SPACE.read(EXAMPLE.replace(C1, "conv5x5")), "ops between input and output"),

@@ -47,20 +47,32 @@ def test_values_by_hand() -> None:
 @FAST
 @given(QUALITY, COST, COST, BETA)
 def test_tunas_is_absolute_and_add(quality: float, cost: float, target: float, beta: float) -> None:
-    assert penalised(quality, cost, target, "absolute", "add", beta) == pytest.approx(absolute(quality, cost, target, beta))
-    assert absolute(quality, cost, target, beta) == pytest.approx(quality + beta * math.fabs(cost / target - 1))
+    assert penalised(quality, cost, target, "absolute", "add", beta) == pytest.approx(
+        absolute(quality, cost, target, beta)
+    )
+    assert absolute(quality, cost, target, beta) == pytest.approx(
+        quality + beta * math.fabs(cost / target - 1)
+    )
 
 
 @FAST
 @given(QUALITY, COST, COST, BETA)
-def test_mnasnet_soft_is_linear_and_mul(quality: float, cost: float, target: float, beta: float) -> None:
-    assert penalised(quality, cost, target, "linear", "mul", beta) == pytest.approx(mnas(quality, cost, target, beta))
-    assert mnas(quality, cost, target, beta) == pytest.approx(quality * math.exp(beta * math.log(cost / target)))
+def test_mnasnet_soft_is_linear_and_mul(
+    quality: float, cost: float, target: float, beta: float
+) -> None:
+    assert penalised(quality, cost, target, "linear", "mul", beta) == pytest.approx(
+        mnas(quality, cost, target, beta)
+    )
+    assert mnas(quality, cost, target, beta) == pytest.approx(
+        quality * math.exp(beta * math.log(cost / target))
+    )
 
 
 @FAST
 @given(QUALITY, COST, COST, BETA)
-def test_mnasnet_hard_is_positive_and_mul(quality: float, cost: float, target: float, beta: float) -> None:
+def test_mnasnet_hard_is_positive_and_mul(
+    quality: float, cost: float, target: float, beta: float
+) -> None:
     paper = quality * (1.0 if cost <= target else (cost / target) ** beta)
     assert mnas_hard(quality, cost, target, beta) == pytest.approx(paper)
     assert penalised(quality, cost, target, "positive", "mul", beta) == pytest.approx(paper)
@@ -68,44 +80,75 @@ def test_mnasnet_hard_is_positive_and_mul(quality: float, cost: float, target: f
 
 @FAST
 @given(st.floats(0.1, 10), COST, COST, st.floats(0, 1))
-def test_proxylessnas_is_linear_and_add_on_a_loss(loss: float, cost: float, reference: float, scale: float) -> None:
-    assert add_linear(loss, cost, reference, scale) == pytest.approx(loss + scale * (cost - reference) / reference)
+def test_proxylessnas_is_linear_and_add_on_a_loss(
+    loss: float, cost: float, reference: float, scale: float
+) -> None:
+    assert add_linear(loss, cost, reference, scale) == pytest.approx(
+        loss + scale * (cost - reference) / reference
+    )
 
 
 def test_the_papers_losses_by_hand() -> None:
     assert add_linear(2.0, 96.0, 80.0) == pytest.approx(2.02)  # 2 + 0.1 * 16 / 80
     assert mul_log(2.0, 80.0, 80.0) == pytest.approx(0.4)  # at the reference: alpha * CE
     assert mul_log(2.0, 81.0, 9.0) == pytest.approx(0.4 * 2**0.3)  # log 81 = 2 log 9
-    assert mul_log(2.0, 9.0, 81.0, alpha=1.0, beta=0.6) == pytest.approx(2 * 0.5**0.6)  # the class's fallbacks
+    # the class's fallbacks
+    assert mul_log(2.0, 9.0, 81.0, alpha=1.0, beta=0.6) == pytest.approx(2 * 0.5**0.6)
     assert mul_log(2.0, 81e-3, 9e-3, unit_ms=1e-3) == pytest.approx(0.4 * 2**0.3)
     assert fbnet(2.0, math.exp(10) / 1000) == pytest.approx(0.4 * 10**0.6)  # exp(10) microseconds
     assert fbnet(2.0, math.e**4, unit_ms=1.0) == pytest.approx(0.4 * 4**0.6)
-    assert fbnet(2.0, math.e**4, unit_ms=1.0) != pytest.approx(0.4 * 0.6 * 4)  # alpha * beta * log LAT, a known mistake
+    # alpha * beta * log LAT, a known mistake
+    assert fbnet(2.0, math.e**4, unit_ms=1.0) != pytest.approx(0.4 * 0.6 * 4)
     assert proxylessnas_reward(0.75, 160.0, 80.0) == pytest.approx(0.75 * 0.5**0.1)
     assert proxylessnas_reward(0.75, 40.0, 80.0) == pytest.approx(0.75 * 2**0.1)
 
 
 @FAST
-@given(st.floats(0.1, 10), st.floats(1.5, 500), st.floats(1.5, 500), st.floats(0.05, 1), st.floats(0.05, 1))
-def test_the_papers_losses_on_floats_tensors_and_arrays(loss: float, cost: float, reference: float, alpha: float, beta: float) -> None:
+@given(
+    st.floats(0.1, 10),
+    st.floats(1.5, 500),
+    st.floats(1.5, 500),
+    st.floats(0.05, 1),
+    st.floats(0.05, 1),
+)
+def test_the_papers_losses_on_floats_tensors_and_arrays(
+    loss: float, cost: float, reference: float, alpha: float, beta: float
+) -> None:
     expected = [
-        (mul_log, (reference, alpha, beta), alpha * loss * (math.log(cost) / math.log(reference)) ** beta),
+        (
+            mul_log,
+            (reference, alpha, beta),
+            alpha * loss * (math.log(cost) / math.log(reference)) ** beta,
+        ),
         (fbnet, (alpha, beta), loss * alpha * math.log(1000 * cost) ** beta),
         (add_linear, (reference, alpha), loss + alpha * (cost - reference) / reference),
     ]
     for form, others, value in expected:
         assert form(loss, cost, *others) == pytest.approx(value, rel=1e-9)
         assert type(form(loss, cost, *others)) is float
-        assert form(loss, np.array([cost, cost]), *others) == pytest.approx(np.array([value, value]), rel=1e-9)
-        assert float(form(torch.tensor(loss, dtype=torch.float64), torch.tensor(cost, dtype=torch.float64), *others)) == pytest.approx(
-            value
+        assert form(loss, np.array([cost, cost]), *others) == pytest.approx(
+            np.array([value, value]), rel=1e-9
         )
+        assert float(
+            form(
+                torch.tensor(loss, dtype=torch.float64),
+                torch.tensor(cost, dtype=torch.float64),
+                *others,
+            )
+        ) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("form", [lambda ce, ms: mul_log(ce, ms, 70.0), fbnet, lambda ce, ms: add_linear(ce, ms, 70.0)])
+@pytest.mark.parametrize(
+    "form", [lambda ce, ms: mul_log(ce, ms, 70.0), fbnet, lambda ce, ms: add_linear(ce, ms, 70.0)]
+)
 @pytest.mark.parametrize("cost", [1.5, 60.0, 130.0])
-def test_the_papers_losses_push_towards_fast_networks_by_the_right_amount(form: Any, cost: float) -> None:
-    inputs = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), torch.tensor(cost, dtype=torch.float64, requires_grad=True)
+def test_the_papers_losses_push_towards_fast_networks_by_the_right_amount(
+    form: Any, cost: float
+) -> None:
+    inputs = (
+        torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
+        torch.tensor(cost, dtype=torch.float64, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(form, inputs)
     form(*inputs).backward()
     assert float(inputs[0].grad) > 0
@@ -113,24 +156,47 @@ def test_the_papers_losses_push_towards_fast_networks_by_the_right_amount(form: 
 
 
 def test_the_logarithm_of_less_than_a_unit_is_refused() -> None:
-    assert mul_log(2.0, 0.4, 0.5, unit_ms=1e-3) == pytest.approx(0.4 * (math.log(400) / math.log(500)) ** 0.3)
-    for cost, reference in ((80.0, 0.5), (0.5, 80.0), (1.0, 80.0), (torch.tensor([80.0, 0.5]), 80.0), (np.array(0.5), 80.0)):
-        with pytest.raises(TargetError, match=r"above its unit of 1 ms, .*: set unit_ms = 0\.001 \(microseconds\) or less"):
+    assert mul_log(2.0, 0.4, 0.5, unit_ms=1e-3) == pytest.approx(
+        0.4 * (math.log(400) / math.log(500)) ** 0.3
+    )
+    for cost, reference in (
+        (80.0, 0.5),
+        (0.5, 80.0),
+        (1.0, 80.0),
+        (torch.tensor([80.0, 0.5]), 80.0),
+        (np.array(0.5), 80.0),
+    ):
+        with pytest.raises(
+            TargetError,
+            match=r"above its unit of 1 ms, .*: set unit_ms = 0\.001 \(microseconds\) or less",
+        ):
             mul_log(2.0, cost, reference)
     with pytest.raises(TargetError, match=r"above its unit of 0\.001 ms"):
         fbnet(2.0, 0.0009)
 
 
-NONLINEAR = {"linear": lambda x: x, "positive": lambda x: max(x, 0.0), "negative": lambda x: min(x, 0.0), "absolute": abs}
+NONLINEAR = {
+    "linear": lambda x: x,
+    "positive": lambda x: max(x, 0.0),
+    "negative": lambda x: min(x, 0.0),
+    "absolute": abs,
+}
 
 
 @FAST
 @given(st.floats(0.1, 10), COST, COST, st.floats(-1, 1), st.sampled_from(sorted(NONLINEAR)))
-def test_every_form_on_floats_and_tensors(loss: float, cost: float, baseline: float, scale: float, nonlinear: str) -> None:
+def test_every_form_on_floats_and_tensors(
+    loss: float, cost: float, baseline: float, scale: float, nonlinear: str
+) -> None:
     x = NONLINEAR[nonlinear](cost / baseline - 1)
     for aggregate, expected in (("add", loss + scale * x), ("mul", loss * (1 + x) ** scale)):
-        assert penalised(loss, cost, baseline, nonlinear, aggregate, scale) == pytest.approx(expected)
-        tensors = torch.tensor([loss, loss], dtype=torch.float64), torch.tensor([cost, baseline], dtype=torch.float64)
+        assert penalised(loss, cost, baseline, nonlinear, aggregate, scale) == pytest.approx(
+            expected
+        )
+        tensors = (
+            torch.tensor([loss, loss], dtype=torch.float64),
+            torch.tensor([cost, baseline], dtype=torch.float64),
+        )
         found = penalised(*tensors, baseline, nonlinear, aggregate, scale)
         assert found.tolist() == pytest.approx([expected, loss])
 
@@ -138,13 +204,22 @@ def test_every_form_on_floats_and_tensors(loss: float, cost: float, baseline: fl
 @pytest.mark.parametrize("nonlinear", sorted(NONLINEAR))
 @pytest.mark.parametrize("aggregate", ["add", "mul"])
 @pytest.mark.parametrize("cost", [60.0, 130.0])
-def test_gradients_are_those_of_finite_differences(nonlinear: str, aggregate: str, cost: float) -> None:
-    inputs = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), torch.tensor(cost, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda loss, cost: penalised(loss, cost, 100.0, nonlinear, aggregate, 0.6), inputs)
+def test_gradients_are_those_of_finite_differences(
+    nonlinear: str, aggregate: str, cost: float
+) -> None:
+    inputs = (
+        torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
+        torch.tensor(cost, dtype=torch.float64, requires_grad=True),
+    )
+    assert torch.autograd.gradcheck(
+        lambda loss, cost: penalised(loss, cost, 100.0, nonlinear, aggregate, 0.6), inputs
+    )
     over = cost > 100
     penalised(*inputs, 100.0, nonlinear, aggregate, 0.6).backward()
     slope = float(inputs[1].grad)
-    sign = {"linear": 1, "positive": over, "negative": not over, "absolute": 1 if over else -1}[nonlinear]
+    sign = {"linear": 1, "positive": over, "negative": not over, "absolute": 1 if over else -1}[
+        nonlinear
+    ]
     assert (slope > 0) - (slope < 0) == sign
 
 
@@ -163,7 +238,14 @@ def test_the_objectives_of_a_configuration() -> None:
     assert read({"name": "mnas_hard"}) == MnasObjective(name="mnas_hard", beta=-0.07)
     assert read({"name": "penalised"}).reward(0.75, 92.4, 84.0) == pytest.approx(0.74)
     tuned = PenalisedObjective(name="penalised", nonlinear="positive", aggregate="mul", scale=-0.07)
-    assert tuned.reward(0.75, 168.0, 84.0) == pytest.approx(MnasObjective(name="mnas_hard").reward(0.75, 168.0, 84.0))
-    for wrong in ({"name": "abs"}, {"name": "absolute", "beta": 0.1}, {"name": "mnas", "gamma": 1}, {}):
+    assert tuned.reward(0.75, 168.0, 84.0) == pytest.approx(
+        MnasObjective(name="mnas_hard").reward(0.75, 168.0, 84.0)
+    )
+    for wrong in (
+        {"name": "abs"},
+        {"name": "absolute", "beta": 0.1},
+        {"name": "mnas", "gamma": 1},
+        {},
+    ):
         with pytest.raises(ValidationError):
             read(wrong)

@@ -51,14 +51,24 @@ def ops(draw: st.DrawFn) -> Op:
         return Head(size, draw(st.integers(1, 4096)), draw(st.integers(1, 4096)), act=act)
     if kind == "ssd":
         in_ch, anchors, classes = (draw(st.integers(1, 500)) for _ in range(3))
-        return SSD(size, in_ch, anchors * (classes + 1), kernel=draw(st.sampled_from((1, 3, 5))), act=act, anchors=anchors)
+        return SSD(
+            size,
+            in_ch,
+            anchors * (classes + 1),
+            kernel=draw(st.sampled_from((1, 3, 5))),
+            act=act,
+            anchors=anchors,
+        )
     if kind in CELLS:
         return draw(ops_of_cells(CELLS[kind], size, act))
     groups = 1 if kind == "extra" else draw(st.sampled_from((1, 1, 1, 2, 3, 4)))
     in_ch, out_ch = (groups * draw(st.integers(1, 500)) for _ in range(2))
     mid_ch = groups * draw(st.integers(1, 500))
     residual = kind != "extra" and draw(st.booleans())
-    shape = {"kernel": draw(st.sampled_from((1, 3, 5, 7, 9))), "stride": 1 if residual else draw(st.integers(1, 3))}
+    shape = {
+        "kernel": draw(st.sampled_from((1, 3, 5, 7, 9))),
+        "stride": 1 if residual else draw(st.integers(1, 3)),
+    }
     out_ch = in_ch if residual else out_ch
     if kind == "extra":
         return Extra(size, in_ch, out_ch, mid_ch, **shape, act=act)
@@ -66,11 +76,21 @@ def ops(draw: st.DrawFn) -> Op:
         return Conv(size, in_ch, out_ch, **shape, groups=groups, act=act, residual=residual)
     se_ch = draw(st.integers(0, 64))
     gate = draw(st.sampled_from(SE_GATES)) if se_ch else SE_GATES[0]
-    fields = {**shape, "groups": groups, "se_ch": se_ch, "se_gate": gate, "act": act, "residual": residual}
+    fields = {
+        **shape,
+        "groups": groups,
+        "se_ch": se_ch,
+        "se_gate": gate,
+        "act": act,
+        "residual": residual,
+    }
     return separable(size, in_ch, out_ch, mid_ch if kind == "mbconv" else 0, **fields)
 
 
-CELLS = {kind.KIND: kind for kind in (PreConv, SepConv, DilConv, AvgPool, MaxPool, FacReduce, ResReduce, Norm)}
+CELLS = {
+    kind.KIND: kind
+    for kind in (PreConv, SepConv, DilConv, AvgPool, MaxPool, FacReduce, ResReduce, Norm)
+}
 
 
 @st.composite
@@ -103,20 +123,35 @@ def test_different_ops_have_different_keys(a: Op, b: Op) -> None:
 
 
 def test_keys_are_written_as_documented() -> None:
-    assert MBConv(56, 32, 32, 96, 5, act="relu", residual=True).key == "mbconv-h56-i32-o32-m96-k5-relu-id"
-    assert MBConv(28, 40, 80, 240, 3, 2, 2, 64, act="hswish").key == "mbconv-h28-i40-o80-m240-k3-s2-g2-q64-hswish"
-    assert MBConv(28, 24, 40, 72, 5, 2, se_ch=24, act="relu", se_gate="hsig").key == "mbconv-h28-i24-o40-m72-k5-s2-q24-hsig-relu"
+    assert (
+        MBConv(56, 32, 32, 96, 5, act="relu", residual=True).key
+        == "mbconv-h56-i32-o32-m96-k5-relu-id"
+    )
+    assert (
+        MBConv(28, 40, 80, 240, 3, 2, 2, 64, act="hswish").key
+        == "mbconv-h28-i40-o80-m240-k3-s2-g2-q64-hswish"
+    )
+    assert (
+        MBConv(28, 24, 40, 72, 5, 2, se_ch=24, act="relu", se_gate="hsig").key
+        == "mbconv-h28-i24-o40-m72-k5-s2-q24-hsig-relu"
+    )
     assert Head(7, 960, 1280, act="hswish").key == "head-h7-i960-o1280-hswish"
     assert Classifier(7, 1280, 1000).key == "classifier-h7-i1280-o1000"
     assert Conv(224, 3, 32, kernel=3, stride=2, act="relu6").key == "conv-h224-i3-o32-k3-s2-relu6"
     assert Extra(10, 480, 512, 256, 3, 2, act="relu6").key == "extra-h10-i480-o512-m256-k3-s2-relu6"
-    assert SSD(20, 672, 546, kernel=3, act="relu6", anchors=6).key == "ssd-h20-i672-o546-k3-a6-relu6"
+    assert (
+        SSD(20, 672, 546, kernel=3, act="relu6", anchors=6).key == "ssd-h20-i672-o546-k3-a6-relu6"
+    )
 
 
 def test_the_key_in_the_documentation_is_a_key() -> None:
     import hwnas.core.ops.base as module
 
-    shown = next(line.strip() for line in (module.__doc__ or "").splitlines() if line.strip().startswith("mbconv-"))
+    shown = next(
+        line.strip()
+        for line in (module.__doc__ or "").splitlines()
+        if line.strip().startswith("mbconv-")
+    )
     assert Op.parse(shown).key == shown
 
 
@@ -183,7 +218,10 @@ def test_what_is_no_key_is_refused_with_its_text(key: str) -> None:
         (lambda: MBConv(8, 8, 8, 24, 3, 1, 1, -8), "below"),
         (lambda: Conv(8, 3, 8, 3, 0), "below"),
         (lambda: Conv(8, 3, 8, 4), "odd"),
-        (lambda: DSConv(8, 8, 8, 3, 1, 1, 4, "tanh", "relu"), "SE gate 'tanh' is unknown; known: sigmoid, hsig"),
+        (
+            lambda: DSConv(8, 8, 8, 3, 1, 1, 4, "tanh", "relu"),
+            "SE gate 'tanh' is unknown; known: sigmoid, hsig",
+        ),
         (lambda: Op.parse("block-h8-i3-o8"), "known: conv, dsconv, mbconv, head, classifier"),
     ],
 )
@@ -194,7 +232,13 @@ def test_impossible_ops_cannot_be_made(made: Callable[[], Op], message: str) -> 
 
 def test_counts_of_an_mbconv_with_squeeze_and_groups_by_hand() -> None:
     op = MBConv(14, 16, 24, 64, 5, 2, 2, 8, act="relu")
-    assert [layer.name for layer in op.layers] == ["expand", "depthwise", "se.reduce", "se.expand", "project"]
+    assert [layer.name for layer in op.layers] == [
+        "expand",
+        "depthwise",
+        "se.reduce",
+        "se.expand",
+        "project",
+    ]
     expand = 14 * 14 * (16 // 2) * 64
     depthwise = 7 * 7 * 25 * 64
     squeeze = 64 * 8 + 8 * 64
@@ -255,7 +299,9 @@ def test_groups_shuffle_between_the_convolutions_of_a_block_and_cost_nothing() -
 
 @FAST
 @given(st.integers(1, 300), st.sampled_from((1, 3, 5, 7)), st.integers(1, 4))
-def test_output_sizes_are_those_of_a_convolution_padded_by_half_its_kernel(size: int, kernel: int, stride: int) -> None:
+def test_output_sizes_are_those_of_a_convolution_padded_by_half_its_kernel(
+    size: int, kernel: int, stride: int
+) -> None:
     assert out_size(size, stride) == (size + 2 * (kernel // 2) - kernel) // stride + 1
 
 

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwnas.core.ops import Conv, DSConv, Head, MBConv
-from hwnas.core.option import BlockOption, Factors, factorise, make_divisible, parse_option, scale_width
+from hwnas.core.option import (
+    BlockOption,
+    Factors,
+    factorise,
+    make_divisible,
+    parse_option,
+    scale_width,
+)
 from hwnas.errors import SpaceError
 
 FAST = settings(deadline=None, derandomize=True, max_examples=300)
@@ -24,7 +31,9 @@ def test_options_are_read() -> None:
     assert parse_option("ds_k7") == BlockOption("ds", 7)
     assert parse_option("cn_k1") == BlockOption("cn", 1)
     assert parse_option("ds_k3_g2") == BlockOption("ds", 3, groups=2)
-    assert parse_option("ir_k3_e2.3_se0.25_hsig_g2_nre") == BlockOption("ir", 3, 2.3, 0.25, 2, "hsig", "relu")
+    assert parse_option("ir_k3_e2.3_se0.25_hsig_g2_nre") == BlockOption(
+        "ir", 3, 2.3, 0.25, 2, "hsig", "relu"
+    )
     assert parse_option("hd_nr6") == BlockOption("hd", act="relu6")
     assert parse_option("skip") is None
 
@@ -62,16 +71,22 @@ def test_what_is_no_option_is_refused(text: str) -> None:
 def test_options_become_ops() -> None:
     plain = parse_option("ir_k5_e6_se0.25_g2")
     assert plain is not None
-    assert plain.op(32, 40, 56, 2, "relu", False) == MBConv(56, 32, 40, 192, 5, 2, 2, 48, act="relu")
+    assert plain.op(32, 40, 56, 2, "relu", False) == MBConv(
+        56, 32, 40, 192, 5, 2, 2, 48, act="relu"
+    )
     separable = parse_option("ds_k3_se0.25")
     assert separable is not None
-    assert separable.op(32, 32, 56, 1, "relu6", True) == DSConv(56, 32, 32, 3, 1, 1, 8, act="relu6", residual=True)
+    assert separable.op(32, 32, 56, 1, "relu6", True) == DSConv(
+        56, 32, 32, 3, 1, 1, 8, act="relu6", residual=True
+    )
     conv = parse_option("cn_k3")
     assert conv is not None
     assert conv.op(3, 32, 224, 2, "relu", False) == Conv(224, 3, 32, 3, 2, act="relu")
     gated = parse_option("ds_k3_se0.25_hsig_g2_nhs")
     assert gated is not None
-    assert gated.op(32, 32, 56, 1, "relu6", True) == DSConv(56, 32, 32, 3, 1, 2, 8, "hsig", act="hswish", residual=True)
+    assert gated.op(32, 32, 56, 1, "relu6", True) == DSConv(
+        56, 32, 32, 3, 1, 2, 8, "hsig", act="hswish", residual=True
+    )
     head = parse_option("hd")
     assert head is not None
     assert head.op(960, 1280, 7, 1, "hswish", False) == Head(7, 960, 1280, act="hswish")
@@ -113,7 +128,10 @@ def test_scaled_widths_are_those_of_tunas_enlarged_space() -> None:
         512: [256, 320, 384, 512, 640, 768, 1024],
         1024: [512, 640, 768, 1024, 1280, 1536, 2048],
     }
-    assert {base: sorted({scale_width(base, multiplier) for multiplier in multipliers}) for base in expected} == expected
+    assert {
+        base: sorted({scale_width(base, multiplier) for multiplier in multipliers})
+        for base in expected
+    } == expected
 
 
 @pytest.mark.parametrize(
@@ -150,7 +168,9 @@ def test_a_grid_comes_apart_into_kernel_and_expansion() -> None:
 
 
 def test_kernels_alone_are_one_axis() -> None:
-    assert factorise(("ds_k3", "ds_k5", "ds_k7")) == Factors((("kernel", (3.0, 5.0, 7.0)),), ((0,), (1,), (2,)))
+    assert factorise(("ds_k3", "ds_k5", "ds_k7")) == Factors(
+        (("kernel", (3.0, 5.0, 7.0)),), ((0,), (1,), (2,))
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,8 +184,14 @@ def test_kernels_alone_are_one_axis() -> None:
 )
 def test_a_list_that_is_no_grid_stays_one_decision(options: tuple[str, ...]) -> None:
     count = len(options)
-    assert factorise(options) == Factors((("option", tuple(map(float, range(count)))),), tuple((i,) for i in range(count)))
-    assert factorise((options[0], "skip", *options[1:])).grid == ((0,), None, *((i,) for i in range(1, count)))
+    assert factorise(options) == Factors(
+        (("option", tuple(map(float, range(count)))),), tuple((i,) for i in range(count))
+    )
+    assert factorise((options[0], "skip", *options[1:])).grid == (
+        (0,),
+        None,
+        *((i,) for i in range(1, count)),
+    )
     assert factorise(("skip", *options)).decisions == (2, count)
 
 
@@ -182,7 +208,9 @@ def test_one_option_is_no_decision() -> None:
     st.lists(st.sampled_from(("", "_se0.25")), min_size=1, unique=True),
     st.randoms(use_true_random=False),
 )
-def test_every_full_grid_in_any_order_comes_apart(kernels: list[int], expansions: list[int], squeezes: list[str], random) -> None:
+def test_every_full_grid_in_any_order_comes_apart(
+    kernels: list[int], expansions: list[int], squeezes: list[str], random
+) -> None:
     options = [f"ir_k{k}_e{e}{se}" for k, e, se in product(kernels, expansions, squeezes)]
     random.shuffle(options)
     factors = factorise(tuple(options))

@@ -1,4 +1,6 @@
-"""Priced spaces: stacked contractions against one einsum per term, marginals against autograd, maxima against trying everything."""
+"""Priced spaces: stacked contractions against one einsum per term, marginals against
+autograd, maxima against trying everything.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,25 @@ FAST = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 class AnySpace(SearchSpace):
-    """Choices and terms as given: terms may share, skip and reorder choices as no chain of stages does."""
+    """Choices and terms as given: terms may share, skip and reorder choices as no chain
+    of stages does.
+    """
 
     options: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...]
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        return tuple(Choice(f"c{i}", tuple(map(str, range(count))), "op") for i, count in enumerate(self.options))
+        return tuple(
+            Choice(f"c{i}", tuple(map(str, range(count))), "op")
+            for i, count in enumerate(self.options)
+        )
 
     def terms(self) -> tuple[Term, ...]:
         shapes = [tuple(self.options[i] for i in axes) for axes in self.axes]
         return tuple(
-            Term(str(t), tuple(f"c{i}" for i in axes), shape, ()) for t, (axes, shape) in enumerate(zip(self.axes, shapes, strict=True))
+            Term(str(t), tuple(f"c{i}" for i in axes), shape, ())
+            for t, (axes, shape) in enumerate(zip(self.axes, shapes, strict=True))
         )
 
     def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
@@ -45,7 +53,9 @@ class AnySpace(SearchSpace):
     def encode(self, arch: Architecture) -> Picks:
         raise NotImplementedError
 
-    def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> AnySpace:
+    def restrict(
+        self, allowed: Mapping[str, Sequence[Option]], name: str | None = None
+    ) -> AnySpace:
         raise NotImplementedError
 
 
@@ -54,7 +64,13 @@ def spaces(draw: st.DrawFn) -> AnySpace:
     count = draw(st.integers(1, 5))
     options = draw(st.lists(st.integers(2, 4), min_size=count, max_size=count))
     axes = st.lists(st.integers(0, count - 1), max_size=min(count, 4), unique=True).map(tuple)
-    return AnySpace(name="any", resolution=8, classes=2, options=tuple(options), axes=tuple(draw(st.lists(axes, min_size=1, max_size=6))))
+    return AnySpace(
+        name="any",
+        resolution=8,
+        classes=2,
+        options=tuple(options),
+        axes=tuple(draw(st.lists(axes, min_size=1, max_size=6))),
+    )
 
 
 def prices_of(space: SearchSpace, seed: int = 0) -> dict[str, np.ndarray]:
@@ -76,30 +92,45 @@ def every_index(space: SearchSpace) -> np.ndarray:
     return np.array(list(product(*(range(len(choice.options)) for choice in space.choices))))
 
 
-def term_values(space: SearchSpace, prices: Mapping[str, np.ndarray], index: np.ndarray) -> list[float]:
+def term_values(
+    space: SearchSpace, prices: Mapping[str, np.ndarray], index: np.ndarray
+) -> list[float]:
     at = {choice.key: int(i) for choice, i in zip(space.choices, index, strict=True)}
     return [float(prices[term.slot][tuple(at[key] for key in term.keys)]) for term in space.terms()]
 
 
-def plain_expectation(space: SearchSpace, prices: Mapping[str, np.ndarray], gates: Mapping[str, Any], xp: Any) -> Any:
+def plain_expectation(
+    space: SearchSpace, prices: Mapping[str, np.ndarray], gates: Mapping[str, Any], xp: Any
+) -> Any:
     """One einsum per term: the definition."""
     total = 0.0
     for term in space.terms():
         letters = ascii_lowercase[: len(term.keys)]
         array = xp.asarray(prices[term.slot])
         total = (
-            total + xp.einsum(f"{letters},{','.join(letters)}->", array, *(gates[key] for key in term.keys)) if term.keys else total + array
+            total
+            + xp.einsum(
+                f"{letters},{','.join(letters)}->", array, *(gates[key] for key in term.keys)
+            )
+            if term.keys
+            else total + array
         )
     return total
 
 
 @FAST
 @given(spaces(), st.sampled_from(("sum", "max")))
-def test_values_and_their_range_are_those_of_every_architecture(space: AnySpace, reduce: str) -> None:
+def test_values_and_their_range_are_those_of_every_architecture(
+    space: AnySpace, reduce: str
+) -> None:
     prices = prices_of(space)
     found = priced(space, prices, reduce=reduce, fixed=0.3)
     index_NC = every_index(space)
-    combine = (lambda values: 0.3 + sum(values)) if reduce == "sum" else (lambda values: max(0.3, *values))
+    combine = (
+        (lambda values: 0.3 + sum(values))
+        if reduce == "sum"
+        else (lambda values: max(0.3, *values))
+    )
     expected = np.array([combine(term_values(space, prices, index)) for index in index_NC])
     assert found.of_many(index_NC) == pytest.approx(expected, rel=1e-12)
     assert found.of(space.at(index_NC[-1])) == pytest.approx(expected[-1], rel=1e-12)
@@ -113,7 +144,9 @@ def test_stacked_contractions_are_one_einsum_per_term(space: AnySpace) -> None:
     found = priced(space, prices, fixed=0.3)
     expected = 0.3 + float(plain_expectation(space, prices, gates, np))
     assert float(found.expected(gates)) == pytest.approx(expected, rel=1e-12)
-    assert float(found.expected({key: torch.tensor(gate) for key, gate in gates.items()}, torch)) == pytest.approx(expected, rel=1e-12)
+    assert float(
+        found.expected({key: torch.tensor(gate) for key, gate in gates.items()}, torch)
+    ) == pytest.approx(expected, rel=1e-12)
 
 
 @FAST
@@ -134,7 +167,11 @@ def test_marginals_are_the_gradient_of_the_definition(space: AnySpace) -> None:
 def coupled() -> MacroSpace:
     stages = (
         Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(8, 16, 24), slots=(("ir_k3_e3", "ir_k5_e3"), ("ir_k3_e6", "skip")), residual="matching"),
+        Stage(
+            widths=(8, 16, 24),
+            slots=(("ir_k3_e3", "ir_k5_e3"), ("ir_k3_e6", "skip")),
+            residual="matching",
+        ),
         Stage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
     )
     return MacroSpace(name="coupled", resolution=16, classes=4, stages=stages)
@@ -156,12 +193,20 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
 def test_marginals_are_what_taking_an_option_for_certain_changes() -> None:
     space = coupled()
     macs = PricedSpace.of_ops(space, lambda op: op.macs)
-    gates = {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in space.choices}
+    gates = {
+        choice.key: np.full(len(choice.options), 1 / len(choice.options))
+        for choice in space.choices
+    }
     marginals = macs.marginals(gates)
     base = float(macs.expected(gates))
     for choice in space.choices:
-        certain = [float(macs.expected({**gates, choice.key: np.eye(len(choice.options))[i]})) for i in range(len(choice.options))]
-        assert marginals[choice.key] - marginals[choice.key].mean() == pytest.approx(np.array(certain) - base, rel=1e-9, abs=1e-6)
+        certain = [
+            float(macs.expected({**gates, choice.key: np.eye(len(choice.options))[i]}))
+            for i in range(len(choice.options))
+        ]
+        assert marginals[choice.key] - marginals[choice.key].mean() == pytest.approx(
+            np.array(certain) - base, rel=1e-9, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("make", [coupled, mobile32])
@@ -173,7 +218,10 @@ def test_any_function_of_an_op_is_what_the_walk_over_the_architecture_gives(make
         calls.append(op.key)
         return int(op.params)
 
-    total, largest = PricedSpace.of_ops(space, params), PricedSpace.of_ops(space, lambda op: op.params, reduce="max")
+    total, largest = (
+        PricedSpace.of_ops(space, params),
+        PricedSpace.of_ops(space, lambda op: op.params, reduce="max"),
+    )
     assert sorted(calls) == sorted(op.key for op in space.ops)  # each op once
     for _ in range(50):
         picks = space.sample(rng)
@@ -183,8 +231,16 @@ def test_any_function_of_an_op_is_what_the_walk_over_the_architecture_gives(make
 
 
 def test_a_choice_that_every_term_shares_is_eliminated_last() -> None:
-    """The terms of forty choices meet in one shared choice: eliminating that first would take 4^40 numbers, more than 64 bits count."""
-    space = AnySpace(name="star", resolution=8, classes=2, options=(3, *[4] * 40), axes=tuple((i, 0) for i in range(1, 41)))
+    """The terms of forty choices meet in one shared choice: eliminating that first
+    would take 4^40 numbers, more than 64 bits count.
+    """
+    space = AnySpace(
+        name="star",
+        resolution=8,
+        classes=2,
+        options=(3, *[4] * 40),
+        axes=tuple((i, 0) for i in range(1, 41)),
+    )
     prices = prices_of(space)
     each = np.stack([prices[term.slot] for term in space.terms()])  # [terms, 4, 3]
     expected = each.min(axis=1).sum(axis=0).min(), each.max(axis=1).sum(axis=0).max()

@@ -20,21 +20,37 @@ THOUSAND = settings(deadline=None, derandomize=True, max_examples=1000)
 
 
 def elastic() -> MacroSpace:
-    """A space whose widths are searched everywhere, stem and head included, with both kinds of residual."""
+    """A space whose widths are searched everywhere, stem and head included, with both
+    kinds of residual.
+    """
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
         Stage(widths=(8, 16), stride=2, slots=(("cn_k3", "cn_k5"),)),
         Stage(widths=(8, 16), slots=(("ds_k3", "ds_k5"), ("ds_k3", "skip")), residual="matching"),
-        Stage(widths=(16, 24, 32), stride=2, slots=(options, (*options, "skip"), (*options, "skip"))),
-        Stage(widths=(16, 24, 32), slots=(options, ("ir_k3_e1_g2", "ir_k3_e4_se0.25", "skip")), residual="matching", act="hswish"),
-        Stage(widths=(24, 40), stride=2, slots=(("ir_k3_e3",), ("skip",), (*options, "skip")), residual="after_first"),
+        Stage(
+            widths=(16, 24, 32), stride=2, slots=(options, (*options, "skip"), (*options, "skip"))
+        ),
+        Stage(
+            widths=(16, 24, 32),
+            slots=(options, ("ir_k3_e1_g2", "ir_k3_e4_se0.25", "skip")),
+            residual="matching",
+            act="hswish",
+        ),
+        Stage(
+            widths=(24, 40),
+            stride=2,
+            slots=(("ir_k3_e3",), ("skip",), (*options, "skip")),
+            residual="after_first",
+        ),
         Stage(widths=(64, 96), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="elastic", resolution=33, in_channels=1, classes=7, stages=stages)
 
 
 def deep() -> MacroSpace:
-    """A space with elastic depths and resolutions, a skip that keeps the shape, and a pooled head."""
+    """A space with elastic depths and resolutions, a skip that keeps the shape, and a
+    pooled head.
+    """
     options = ("ir_k3_e3", "ir_k5_e3")
     stages = (
         Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
@@ -43,10 +59,22 @@ def deep() -> MacroSpace:
         Stage(widths=(24,), slots=(options, (*options, "skip"), options), depths=(1, 3)),
         Stage(widths=(32, 40), slots=(("hd",),), act="hswish"),
     )
-    return MacroSpace(name="deep", resolution=25, resolutions=(16, 25, 20), in_channels=3, classes=4, stages=stages)
+    return MacroSpace(
+        name="deep",
+        resolution=25,
+        resolutions=(16, 25, 20),
+        in_channels=3,
+        classes=4,
+        stages=stages,
+    )
 
 
-SPACES = {"proxylessnas": proxylessnas(), "mobile32": mobile32(), "elastic": elastic(), "deep": deep()}
+SPACES = {
+    "proxylessnas": proxylessnas(),
+    "mobile32": mobile32(),
+    "elastic": elastic(),
+    "deep": deep(),
+}
 
 
 def indices(space: MacroSpace) -> st.SearchStrategy[tuple[int, ...]]:
@@ -67,11 +95,17 @@ def test_encode_undoes_decode_with_an_origin_and_without(name: str) -> None:
         space, picks = drawn
         arch = space.decode(picks)
         assert space.encode(arch) == picks
-        by_hand = Architecture(name="by hand", in_channels=space.in_channels, bn_eps=space.bn_eps, blocks=arch.blocks)
+        by_hand = Architecture(
+            name="by hand", in_channels=space.in_channels, bn_eps=space.bn_eps, blocks=arch.blocks
+        )
         found = space.encode(by_hand)
         space.check(found)
         assert space.decode(found).blocks == arch.blocks
-        assert all(found[choice.key] == picks[choice.key] for choice in space.choices if choice.kind in ("width", "resolution"))
+        assert all(
+            found[choice.key] == picks[choice.key]
+            for choice in space.choices
+            if choice.kind in ("width", "resolution")
+        )
 
     check()
 
@@ -106,26 +140,39 @@ def test_samples_are_uniform() -> None:
 
 def test_choices_are_the_open_decisions_in_post_order() -> None:
     keys = [choice.key for choice in SPACES["elastic"].choices]
-    expected = "s0.b0 s0.width s1.b0 s1.b1 s1.width s2.b0 s2.b1 s2.b2 s2.width s3.b0 s3.b1 s3.width s4.b2 s4.width s5.width"
+    expected = (
+        "s0.b0 s0.width s1.b0 s1.b1 s1.width s2.b0 s2.b1 s2.b2 s2.width s3.b0 s3.b1 s3.width s4.b2"
+        " s4.width s5.width"
+    )
     assert keys == expected.split()
     assert SPACES["elastic"].choices[1] == Choice("s0.width", (8, 16), "width")
     assert SPACES["elastic"].size == 2**5 * 4 * 5 * 5 * 3 * 4 * 3 * 3 * 5 * 2 * 2
     assert SPACES["mobile32"].size == 2 * 4**4 * 5**8 * 4
     assert len(SPACES["proxylessnas"].ops) == 72
     assert SPACES["proxylessnas"].decisions == 3 * 6**6 * 12**15
-    assert SPACES["elastic"].decisions == 2 * (2 * 2) * (4 * 8 * 8) * (4 * 4) * 8 * (2 * 2 * 3 * 3 * 2 * 2)
+    assert SPACES["elastic"].decisions == 2 * (2 * 2) * (4 * 8 * 8) * (4 * 4) * 8 * (
+        2 * 2 * 3 * 3 * 2 * 2
+    )
 
 
 def test_architectures_are_counted_as_they_are_told_apart() -> None:
     space = deep().restrict({"resolution": [16], "s2.width": [16], "s4.width": [32]})
     indices_NC = np.array(list(np.ndindex(*(len(choice.options) for choice in space.choices))))
-    assert len({space.canonical(index_C).tobytes() for index_C in indices_NC}) == space.architectures < space.size == len(indices_NC)
+    assert (
+        len({space.canonical(index_C).tobytes() for index_C in indices_NC})
+        == space.architectures
+        < space.size
+        == len(indices_NC)
+    )
     assert deep().architectures == 12 * space.architectures
 
 
 def test_choices_of_depth_come_after_the_width_and_the_resolution_last() -> None:
     space = SPACES["deep"]
-    keys = "s1.b0 s2.b0 s2.b1 s2.b2 s2.b3 s2.width s2.depth s3.b0 s3.b1 s3.b2 s3.depth s4.width resolution"
+    keys = (
+        "s1.b0 s2.b0 s2.b1 s2.b2 s2.b3 s2.width s2.depth s3.b0 s3.b1 s3.b2 s3.depth s4.width"
+        " resolution"
+    )
     assert [choice.key for choice in space.choices] == keys.split()
     assert space.choices[6] == Choice("s2.depth", (2, 3, 4), "depth")
     assert space.choices[-1] == Choice("resolution", (16, 25, 20), "resolution")
@@ -160,7 +207,9 @@ def test_terms_indexed_by_picks_are_the_blocks_that_decode_gives(name: str) -> N
         found = []
         for term in space.terms():
             at = tuple(index[positions[key]] for key in term.keys)
-            assert term.shape == tuple(len(space.choices[positions[key]].options) for key in term.keys)
+            assert term.shape == tuple(
+                len(space.choices[positions[key]].options) for key in term.keys
+            )
             found.append(term.ops[int(np.ravel_multi_index(at, term.shape)) if at else 0])
         assert tuple(op for op in found if op is not None) == space.decode(space.at(index)).ops()
 
@@ -173,7 +222,13 @@ def test_blocks_that_the_depth_leaves_out_do_not_count() -> None:
     arch = space.decode(picks)
     assert arch.blocks == space.decode({**picks, "s2.b2": "ir_k3_e3", "s3.b1": "skip"}).blocks
     found = space.encode(Architecture(name="by hand", blocks=arch.blocks))
-    assert found == {**picks, "s2.b2": "ir_k3_e3", "s2.b3": "ir_k3_e3", "s3.b1": "ir_k3_e3", "s3.b2": "ir_k3_e3"}
+    assert found == {
+        **picks,
+        "s2.b2": "ir_k3_e3",
+        "s2.b3": "ir_k3_e3",
+        "s3.b1": "ir_k3_e3",
+        "s3.b2": "ir_k3_e3",
+    }
 
 
 def test_a_resolution_is_the_size_of_the_first_block_and_of_all_after_it() -> None:
@@ -191,7 +246,9 @@ def test_a_resolution_is_the_size_of_the_first_block_and_of_all_after_it() -> No
 
 def test_depth_and_resolution_are_restricted() -> None:
     space = deep()
-    smaller = space.restrict({"s2.depth": [2, 3], "s3.depth": [1], "resolution": [20, 16], "s1.b0": ["skip"]})
+    smaller = space.restrict(
+        {"s2.depth": [2, 3], "s3.depth": [1], "resolution": [20, 16], "s1.b0": ["skip"]}
+    )
     assert [len(stage.slots) for stage in smaller.stages] == [1, 1, 3, 1, 1]
     assert (smaller.stages[2].depths, smaller.stages[3].depths) == ((2, 3), ())
     assert (smaller.resolution, smaller.resolutions) == (20, (16, 20))
@@ -224,7 +281,11 @@ def test_residuals_are_where_the_stage_says() -> None:
 
 def test_a_plain_convolution_is_never_residual() -> None:
     space = MacroSpace(
-        name="c", resolution=8, in_channels=8, classes=2, stages=(Stage(widths=(8,), slots=(("cn_k3",), ("cn_k3",)), residual="matching"),)
+        name="c",
+        resolution=8,
+        in_channels=8,
+        classes=2,
+        stages=(Stage(widths=(8,), slots=(("cn_k3",), ("cn_k3",)), residual="matching"),),
     )
     assert not any(op.residual for op in space.decode({}).ops())
 
@@ -259,7 +320,13 @@ def test_space_documents_read_back(tmp_path) -> None:
     ("picks", "message"),
     [
         ({"s2.b9": "skip"}, r"has no choice 's2\.b9'; did you mean 's2\.b"),
-        ({"s2.b0": "skip"}, r"choice 's2\.b0' of space mobile32 has no option 'skip'; known: ir_k3_e3, ir_k5_e3, ir_k3_e6, ir_k5_e6"),
+        (
+            {"s2.b0": "skip"},
+            (
+                r"choice 's2\.b0' of space mobile32 has no option 'skip'; known: ir_k3_e3,"
+                r" ir_k5_e3, ir_k3_e6, ir_k5_e6"
+            ),
+        ),
         ({"s1.b0": "ds_k3"}, r"lack s2\.b0, s2\.b1, s2\.b2 \.\.\.: pick an option there"),
     ],
 )
@@ -277,7 +344,9 @@ def test_an_architecture_of_another_space_does_not_encode() -> None:
     arch = SPACES["proxylessnas"].decode(SPACES["proxylessnas"].sample(rng))
     with pytest.raises(SpaceError, match="is not in space mobile32"):
         mobile32().encode(arch)
-    shorter = Architecture(name="no classifier", blocks=mobile32().decode(mobile32().sample(rng)).blocks[:-1])
+    shorter = Architecture(
+        name="no classifier", blocks=mobile32().decode(mobile32().sample(rng)).blocks[:-1]
+    )
     with pytest.raises(SpaceError, match="is not in space mobile32"):
         mobile32().encode(shorter)
 
@@ -292,7 +361,9 @@ def test_an_origin_that_contradicts_the_blocks_is_refused() -> None:
 
 def test_restriction_keeps_order_and_reads_as_a_new_document() -> None:
     space = elastic()
-    smaller = space.restrict({"s2.b1": ["skip", "ir_k5_e3"], "s2.width": [32, 16], "s3.b0": ["ir_k3_e3"]}, name="smaller")
+    smaller = space.restrict(
+        {"s2.b1": ["skip", "ir_k5_e3"], "s2.width": [32, 16], "s3.b0": ["ir_k3_e3"]}, name="smaller"
+    )
     options = {choice.key: choice.options for choice in smaller.choices}
     assert options["s2.b1"] == ("ir_k5_e3", "skip")
     assert options["s2.width"] == (16, 32)
@@ -306,7 +377,9 @@ def test_restriction_keeps_order_and_reads_as_a_new_document() -> None:
 
 def test_every_architecture_of_a_restricted_space_is_in_the_whole_space() -> None:
     space, rng = elastic(), np.random.default_rng(3)
-    smaller = space.restrict({"s1.width": [16], "s2.b2": ["skip"], "s3.b1": ["skip", "ir_k3_e1_g2"], "s5.width": [96]})
+    smaller = space.restrict(
+        {"s1.width": [16], "s2.b2": ["skip"], "s3.b1": ["skip", "ir_k3_e1_g2"], "s5.width": [96]}
+    )
     for _ in range(50):
         arch = smaller.decode(smaller.sample(rng))
         assert space.decode(space.encode(arch)).blocks == arch.blocks
@@ -317,14 +390,22 @@ def test_every_architecture_of_a_restricted_space_is_in_the_whole_space() -> Non
     [
         ({"s2.b7": ["skip"]}, r"has no choice 's2\.b7'; did you mean 's2\.b"),
         ({"s2.widht": [16]}, r"has no choice 's2\.widht'; did you mean 's2\.width'"),
-        ({"s2.b1": ["ir_k7_e3"]}, r"'s2\.b1' cannot be restricted to \['ir_k7_e3'\]: its options are ir_k3_e3, "),
-        ({"s2.width": [20]}, r"'s2\.width' cannot be restricted to \[20\]: its options are 16, 24, 32"),
+        (
+            {"s2.b1": ["ir_k7_e3"]},
+            r"'s2\.b1' cannot be restricted to \['ir_k7_e3'\]: its options are ir_k3_e3, ",
+        ),
+        (
+            {"s2.width": [20]},
+            r"'s2\.width' cannot be restricted to \[20\]: its options are 16, 24, 32",
+        ),
         ({"s2.b1": []}, r"'s2\.b1' cannot be restricted to \[\]"),
         ({"s2.depth": [2]}, r"'s2\.depth' cannot be restricted to \[2\]: its options are 3"),
         ({"resolution": [32]}, r"'resolution' cannot be restricted to \[32\]: its options are 33"),
     ],
 )
-def test_impossible_restrictions_are_refused(allowed: dict[str, list[str | int]], message: str) -> None:
+def test_impossible_restrictions_are_refused(
+    allowed: dict[str, list[str | int]], message: str
+) -> None:
     with pytest.raises(SpaceError, match=message):
         elastic().restrict(allowed)
 
@@ -338,11 +419,17 @@ def test_impossible_restrictions_are_refused(allowed: dict[str, list[str | int]]
         ('"slots": [["ir_k4_e3"]]', "kernels are odd"),
         ('"slots": [["ir_k3"]]', "'ir_k3' is not a block option"),
         ('"slots": [["cn_k3_g2"]]', "2 groups do not divide"),
-        ('"slots": [["cn_k3"]], "act": "gelu"', "activation 'gelu' is unknown; known: none, relu, relu6, hswish"),
+        (
+            '"slots": [["cn_k3"]], "act": "gelu"',
+            "activation 'gelu' is unknown; known: none, relu, relu6, hswish",
+        ),
         ('"slots": [["cn_k3"]], "residual": "always"', "residual"),
         ('"slots": [["cn_k3"]], "widht": 3', "unknown key 'stages.0.widht'; did you mean 'widths'"),
         ('"slots": []', "slots"),
-        ('"slots": [["cn_k3"], ["ds_k3"]], "depths": [1]', "stage s0 needs different depths, the largest of them its 2 slots, got .1."),
+        (
+            '"slots": [["cn_k3"], ["ds_k3"]], "depths": [1]',
+            "stage s0 needs different depths, the largest of them its 2 slots, got .1.",
+        ),
         ('"slots": [["cn_k3"], ["ds_k3"]], "depths": [0, 2]', "stage s0 needs different depths"),
         ('"slots": [["cn_k3"], ["ds_k3"]], "depths": [2, 2]', "stage s0 needs different depths"),
         ('"slots": [["hd", "cn_k1"]]', "offers a pooled head"),
@@ -350,15 +437,26 @@ def test_impossible_restrictions_are_refused(allowed: dict[str, list[str | int]]
     ],
 )
 def test_impossible_spaces_are_refused_when_they_are_read(change: str, message: str) -> None:
-    text = '{"schema": "hwnas.space/1", "name": "x", "resolution": 8, "classes": 2, "stages": [{"widths": [8], ' + change + "}]}"
+    text = (
+        '{"schema": "hwnas.space/1", "name": "x", "resolution": 8, "classes": 2, "stages":'
+        ' [{"widths": [8], ' + change + "}]}"
+    )
     with pytest.raises(DocumentError, match=message):
         MacroSpace.parse(text)
 
 
 @pytest.mark.parametrize("resolutions", [(8, 8), (4, 16), (4,), (0, 8)])
 def test_impossible_resolutions_are_refused(resolutions: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="resolutions are different, and the largest is resolution = 8"):
-        MacroSpace(name="r", resolution=8, resolutions=resolutions, classes=2, stages=(Stage(widths=(8,), slots=(("cn_k3",),)),))
+    with pytest.raises(
+        ValueError, match="resolutions are different, and the largest is resolution = 8"
+    ):
+        MacroSpace(
+            name="r",
+            resolution=8,
+            resolutions=resolutions,
+            classes=2,
+            stages=(Stage(widths=(8,), slots=(("cn_k3",),)),),
+        )
 
 
 def test_a_document_without_depths_and_resolutions_is_as_it_was_before_them() -> None:
@@ -370,7 +468,10 @@ def test_a_document_without_depths_and_resolutions_is_as_it_was_before_them() ->
 def test_names_of_spaces() -> None:
     assert load_space("mobile32", classes=3, in_channels=1, resolution=16).decode is not None
     assert load_space("proxylessnas", in_channels=1, classes=10, resolution=64).ops[0].in_ch == 1
-    with pytest.raises(SpaceError, match=r"unknown space 'mobil32'; did you mean 'mobile32'\? A path must end in \.json\."):
+    with pytest.raises(
+        SpaceError,
+        match=r"unknown space 'mobil32'; did you mean 'mobile32'\? A path must end in \.json\.",
+    ):
         load_space("mobil32")
     with pytest.raises(SpaceError, match="takes no such override"):
         load_space("mobile32", depth=3)
@@ -381,9 +482,17 @@ def test_names_of_spaces() -> None:
 def test_architectures_as_text() -> None:
     space = load_space("nasbench_macro")
     picks = space.at([0, 1, 2, 0, 1, 2, 0, 1])
-    for text in ("01201201", " 0 1 2 0 1 2 0 1\n", "0\t1\t2\t0\t1\t2\t0\t1", json.dumps(picks), f"\n{json.dumps(picks, indent=1)}"):
+    for text in (
+        "01201201",
+        " 0 1 2 0 1 2 0 1\n",
+        "0\t1\t2\t0\t1\t2\t0\t1",
+        json.dumps(picks),
+        f"\n{json.dumps(picks, indent=1)}",
+    ):
         assert space.read(text) == picks
-    assert named("01201201", space, resolution=32, classes=10).identity == space.decode(picks).identity
+    assert (
+        named("01201201", space, resolution=32, classes=10).identity == space.decode(picks).identity
+    )
     assert named("mobilenet_v2", space, resolution=32, classes=10).name == "mobilenet_v2"
     for wrong, words in (
         ("0120120", "7 positions, but space nasbench_macro has 8 choices"),
@@ -398,7 +507,9 @@ def test_architectures_as_text() -> None:
 
 def test_a_space_from_a_file_takes_no_overrides(tmp_path) -> None:
     mobile32().save(tmp_path / "s.json")
-    with pytest.raises(SpaceError, match="takes no overrides: edit the document, or remove classes"):
+    with pytest.raises(
+        SpaceError, match="takes no overrides: edit the document, or remove classes"
+    ):
         load_space(str(tmp_path / "s.json"), classes=3)
     with pytest.raises(DocumentError, match="does not exist"):
         load_space(str(tmp_path / "absent.json"))

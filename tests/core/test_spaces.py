@@ -1,4 +1,6 @@
-"""The built-in spaces: how many networks they hold, where their corners are, and what width and resolution make of them."""
+"""The built-in spaces: how many networks they hold, where their corners are, and what
+width and resolution make of them.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,28 @@ from hwnas.core.arch import Architecture, Picks
 from hwnas.core.families import ENLARGED_FILTERS
 from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace
-from hwnas.core.spaces import MACRO_SPACES, load_space, mobilenet_v3_like, ofa_mobilenet_v3, picks_of_codes, proxylessnas
+from hwnas.core.spaces import (
+    MACRO_SPACES,
+    load_space,
+    mobilenet_v3_like,
+    ofa_mobilenet_v3,
+    picks_of_codes,
+    proxylessnas,
+)
 from hwnas.errors import SpaceError
 
 MOBILENET_V2 = (32, 16, 24, 32, 64, 96, 160, 320, 1280)
-MOBILENET_V2_CODES = [0, 3, 3, 6, 6, 3, 3, 3, 6, 3, 3, 3, 3, 3, 3, 3, 6, 3, 3, 3, 6, 3]  # nas-facts 1.2
+# nas-facts 1.2
+MOBILENET_V2_CODES = [0, 3, 3, 6, 6, 3, 3, 3, 6, 3, 3, 3, 3, 3, 3, 3, 6, 3, 3, 3, 6, 3]
 
 
 def corner(space: MacroSpace, at: int) -> Picks:
     """Every choice at its first (0) or last (-1) option, with nothing skipped in the last."""
     picks: Picks = {}
     for choice in space.choices:
-        options = [option for option in choice.options if option != "skip"] if at else choice.options
+        options = (
+            [option for option in choice.options if option != "skip"] if at else choice.options
+        )
         picks[choice.key] = options[at]
     return picks
 
@@ -34,7 +46,12 @@ def corner(space: MacroSpace, at: int) -> Picks:
     ],
 )
 def test_tunas_spaces_have_as_many_decisions_as_its_readme_says(name: str, decisions: int) -> None:
-    expected = {"proxylessnas": "2.16e+21", "proxylessnas_enlarged": "1.39e+28", "mobilenet_v3_like": "8.48e+42"}  # nas-facts T6
+    # nas-facts T6
+    expected = {
+        "proxylessnas": "2.16e+21",
+        "proxylessnas_enlarged": "1.39e+28",
+        "mobilenet_v3_like": "8.48e+42",
+    }
     space = MACRO_SPACES[name]()
     assert space.decisions == decisions
     assert f"{space.decisions:.2e}" == expected[name]
@@ -57,7 +74,9 @@ def test_sizes(name: str, size: int) -> None:
 
 
 def test_identities_of_spaces_that_tables_and_runs_name() -> None:
-    """Fields that came later leave the hash alone: a committed table was made for the first of these."""
+    """Fields that came later leave the hash alone: a committed table was made for the
+    first of these.
+    """
     assert proxylessnas().sha256.startswith("03b8e15211a6e774")
     assert MACRO_SPACES["mobile32"]().sha256.startswith("bc5345c2f8be68cd")
 
@@ -85,7 +104,17 @@ def test_terms_are_the_ops_of_samples(name: str) -> None:
         picks = space.sample(rng)
         index = space.index(picks)
         found = [
-            term.ops[int(np.ravel_multi_index([index[positions[key]] for key in term.keys], term.shape)) if term.keys else 0]
+            term.ops[
+                (
+                    int(
+                        np.ravel_multi_index(
+                            [index[positions[key]] for key in term.keys], term.shape
+                        )
+                    )
+                    if term.keys
+                    else 0
+                )
+            ]
             for term in terms
         ]
         assert tuple(op for op in found if op is not None) == space.decode(picks).ops()
@@ -93,18 +122,37 @@ def test_terms_are_the_ops_of_samples(name: str) -> None:
 
 @pytest.mark.parametrize("name", MACRO_SPACES)
 def test_width_resolution_and_the_rest_are_taken_by_every_space(name: str) -> None:
-    space = load_space(name, width=0.5, resolution=32, classes=7, in_channels=1, act="relu6", bn_eps=1e-5, name="small")
+    space = load_space(
+        name,
+        width=0.5,
+        resolution=32,
+        classes=7,
+        in_channels=1,
+        act="relu6",
+        bn_eps=1e-5,
+        name="small",
+    )
     assert isinstance(space, MacroSpace)
     whole = MACRO_SPACES[name](resolution=32, classes=7, in_channels=1)
     first, last = space.decode(corner(space, -1)), whole.decode(corner(whole, -1))
-    assert (first.resolution, first.classes, first.in_channels, first.bn_eps, space.name) == (32, 7, 1, 1e-5, "small")
+    assert (first.resolution, first.classes, first.in_channels, first.bn_eps, space.name) == (
+        32,
+        7,
+        1,
+        1e-5,
+        "small",
+    )
     assert (first.ops()[0].act, first.ops()[-1].in_ch) == ("relu6", last.ops()[-1].in_ch)
     assert first.macs < 0.6 * last.macs
-    with pytest.raises(SpaceError, match=r"takes no such override as 'widht'; did you mean 'width'\?"):
+    with pytest.raises(
+        SpaceError, match=r"takes no such override as 'widht'; did you mean 'width'\?"
+    ):
         load_space(name, widht=0.5)
 
 
-@pytest.mark.parametrize(("width", "macs"), [(0.35, 59), (0.5, 97), (0.75, 209), (1.0, 300), (1.3, 509), (1.4, 582)])
+@pytest.mark.parametrize(
+    ("width", "macs"), [(0.35, 59), (0.5, 97), (0.75, 209), (1.0, 300), (1.3, 509), (1.4, 582)]
+)
 def test_a_scaled_mobilenet_v2_counts_what_its_authors_counted(width: float, macs: int) -> None:
     space = proxylessnas(MOBILENET_V2, act="relu6").scaled(width)
     found = space.decode(picks_of_codes(space, MOBILENET_V2_CODES)).macs / 1e6
@@ -118,7 +166,9 @@ def test_scaled_widths_merge_and_keep_their_order() -> None:
     assert halved.stages[0].widths == (8,)
     assert halved.stages[3].widths == (8, 16)
     assert halved.stages[-1].widths == space.stages[-1].widths
-    assert space.scaled(2.0).stages[-1].widths == tuple(2 * width for width in space.stages[-1].widths)
+    assert space.scaled(2.0).stages[-1].widths == tuple(
+        2 * width for width in space.stages[-1].widths
+    )
     assert (halved.name, space.scaled(0.25, name="q").name) == ("proxylessnas_enlarged-w0.25", "q")
     assert space.scaled(1.0, name=space.name) == space
     for width in (0.0, -1.0, float("nan"), float("inf")):
@@ -129,7 +179,12 @@ def test_scaled_widths_merge_and_keep_their_order() -> None:
 def test_searched_widths_are_tunas_multipliers() -> None:
     widths = [len(stage.widths) for stage in MACRO_SPACES["proxylessnas_enlarged"]().stages]
     assert widths == [4, 4, 4, 6, 7, 7, 7, 7, 7]
-    assert all(base in stage.widths for base, stage in zip(ENLARGED_FILTERS, MACRO_SPACES["proxylessnas_enlarged"]().stages, strict=True))
+    assert all(
+        base in stage.widths
+        for base, stage in zip(
+            ENLARGED_FILTERS, MACRO_SPACES["proxylessnas_enlarged"]().stages, strict=True
+        )
+    )
 
 
 def test_the_mobilenet_v3_like_space_is_that_of_nas_facts() -> None:
@@ -137,12 +192,18 @@ def test_the_mobilenet_v3_like_space_is_that_of_nas_facts() -> None:
     arch = space.decode({**corner(space, -1), "s0.b0": "cn_k3", "s5.b1": "ir_k3_e1"})
     ops = arch.ops()
     assert ops[0].key == "conv-h224-i3-o32-k3-s2-hswish"
-    assert ops[1].key == "dsconv-h112-i32-o32-k7-relu-id"  # ReLU in a stage whose stem is hard-swish
+    # ReLU in a stage whose stem is hard-swish
+    assert ops[1].key == "dsconv-h112-i32-o32-k7-relu-id"
     assert [op.act for op in ops if op.kind == "mbconv"] == ["relu"] * 8 + ["hswish"] * 12
-    assert Op.parse("mbconv-h7-i512-o512-m512-k3-hswish-id") in ops  # e = 1 keeps its expansion convolution
+    # e = 1 keeps its expansion convolution
+    assert Op.parse("mbconv-h7-i512-o512-m512-k3-hswish-id") in ops
     assert {op.se_gate for op in ops if op.se_ch} == {"sigmoid"}
     assert all(op.se_ch == op.mid_ch // 4 for op in ops if op.se_ch)
-    assert [op.key for op in ops[-3:]] == ["conv-h7-i512-o1024-hswish", "head-h7-i1024-o2048-hswish", "classifier-h1-i2048-o1000"]
+    assert [op.key for op in ops[-3:]] == [
+        "conv-h7-i512-o1024-hswish",
+        "head-h7-i1024-o2048-hswish",
+        "classifier-h1-i2048-o1000",
+    ]
 
 
 def test_once_for_all_s_count() -> None:
@@ -171,6 +232,13 @@ def test_fbnet_skips_the_first_layer_and_convolves_where_the_shape_changes() -> 
     space = MACRO_SPACES["fbnet"]()
     arch = space.decode({choice.key: choice.options[-1] for choice in space.choices})
     assert [op.kind for op in arch.ops()] == ["conv"] * 8 + ["classifier"]
-    assert [(op.out_ch, op.stride) for op in arch.ops()[1:7]] == [(24, 2), (32, 2), (64, 2), (112, 1), (184, 2), (352, 1)]
+    assert [(op.out_ch, op.stride) for op in arch.ops()[1:7]] == [
+        (24, 2),
+        (32, 2),
+        (64, 2),
+        (112, 1),
+        (184, 2),
+        (352, 1),
+    ]
     assert "ds_k3_g2" in MACRO_SPACES["fbnet_no_expand"]().choices[0].options
     assert "ir_k3_e1_g2" in space.choices[0].options

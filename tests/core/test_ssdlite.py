@@ -17,7 +17,8 @@ from hwnas.errors import SpaceError
     ("name", "fine", "coarse"),
     [
         ("mobilenet_v2", 96, 320),
-        ("proxylessnas_mobile", 96, 320),  # TuNAS's endpoints: after blocks 5 and 7, before the 1280 channels of the classifier
+        # TuNAS's endpoints: after blocks 5 and 7, before the 1280 channels of the classifier
+        ("proxylessnas_mobile", 96, 320),
         ("mobilenet_v3_large", 112, 160),
         ("mobilenet_v3_small", 48, 96),
         ("fbnet_a", 112, 352),
@@ -29,14 +30,20 @@ def test_taps_are_the_last_blocks_of_strides_16_and_32(name: str, fine: int, coa
     assert arch.detector is not None
     shapes = [(op.out_ch, op.out_size) for op in arch.detector.maps(arch.blocks)]
     assert shapes == [(fine, 20), (coarse, 10), (512, 5), (256, 3), (256, 2), (128, 1)]
-    assert (arch.resolution, arch.classes, arch.name, arch.origin) == (320, 20, f"{name}-ssdlite", None)
+    assert (arch.resolution, arch.classes, arch.name, arch.origin) == (
+        320,
+        20,
+        f"{name}-ssdlite",
+        None,
+    )
     assert arch.detector.anchors == 6 * (400 + 100 + 25 + 9 + 4 + 1) == 3234
     assert Architecture.parse(arch.to_json()) == arch
 
 
 def test_the_backbone_is_the_network_without_its_classifier() -> None:
     whole = published("mobilenet_v3_large", resolution=320)
-    assert with_detector(published("mobilenet_v3_large"), 3).blocks == whole.blocks[:-3]  # 1 x 1, pooled head, classifier
+    # 1 x 1, pooled head, classifier
+    assert with_detector(published("mobilenet_v3_large"), 3).blocks == whole.blocks[:-3]
     whole = published("mobilenet_v2", resolution=320)
     assert with_detector(whole, 3).blocks == whole.blocks[:-2]
 
@@ -57,15 +64,25 @@ def test_a_detector_replaces_a_detector() -> None:
 
 def test_samples_of_a_space_for_small_images_are_tapped_at_their_own_strides() -> None:
     space = mobile32()
-    arch = with_detector(space.decode(space.sample(np.random.default_rng(1))), 1, resolution=96, extras=(64, 32))
+    arch = with_detector(
+        space.decode(space.sample(np.random.default_rng(1))), 1, resolution=96, extras=(64, 32)
+    )
     assert arch.detector is not None
-    assert [(op.out_ch, op.out_size) for op in arch.detector.maps(arch.blocks)] == [(64, 24), (160, 12), (64, 6), (32, 3)]
+    assert [(op.out_ch, op.out_size) for op in arch.detector.maps(arch.blocks)] == [
+        (64, 24),
+        (160, 12),
+        (64, 6),
+        (32, 3),
+    ]
     assert [op.out_ch for op in arch.detector.heads] == [12] * 4
 
 
 def test_one_resolution_is_too_few() -> None:
     flat = Architecture(name="flat", blocks=(Conv(32, 3, 8, kernel=3), Classifier(32, 8, 10)))
-    with pytest.raises(SpaceError, match=r"^architecture 'flat' cannot carry a detector: it has no two resolutions to tap\.$"):
+    with pytest.raises(
+        SpaceError,
+        match=r"^architecture 'flat' cannot carry a detector: it has no two resolutions to tap\.$",
+    ):
         with_detector(flat, 2)
 
 

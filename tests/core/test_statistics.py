@@ -1,4 +1,6 @@
-"""Statistics against scipy on known numbers, and by simulation: they claim no more often than they say."""
+"""Statistics against scipy on known numbers, and by simulation: they claim no more
+often than they say.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def test_welch_on_known_numbers() -> None:
     expected = stats.ttest_ind(SECOND, FIRST, equal_var=False)
     assert found.value / found.error == pytest.approx(expected.statistic)
     assert found.p_value == pytest.approx(expected.pvalue)
-    assert (expected.statistic, expected.pvalue) == (pytest.approx(2.947, abs=0.001), pytest.approx(0.0065, abs=1e-4))
+    assert (expected.statistic, expected.pvalue) == (
+        pytest.approx(2.947, abs=0.001),
+        pytest.approx(0.0065, abs=1e-4),
+    )
     assert average(FIRST).error == pytest.approx(float(stats.sem(FIRST)))
     assert found.positive and not found.negative
     back = welch(average(SECOND), average(FIRST))
@@ -43,7 +48,9 @@ def test_what_is_taken_off_a_difference() -> None:
 
 
 def test_means_without_spread() -> None:
-    """Every network names the same class: equal means are no difference, others are one beyond doubt."""
+    """Every network names the same class: equal means are no difference, others are one
+    beyond doubt.
+    """
     exact = Average(mean=0.1, error=0.0, count=8)
     assert welch(exact, exact).p_value == 1.0
     assert welch(exact, exact.model_copy(update={"mean": 0.2})).positive
@@ -71,17 +78,23 @@ def test_guesses_by_the_binomial_test() -> None:
 
 
 def test_rates_of_false_alarms() -> None:
-    """Of two thousand pairs of equal means about a twentieth are told apart, whatever their sizes and spreads."""
+    """Of two thousand pairs of equal means about a twentieth are told apart, whatever
+    their sizes and spreads.
+    """
     rng = np.random.default_rng(0)
     pairs = [(average(rng.normal(0, 1, 8)), average(rng.normal(0, 3, 5))) for _ in range(2000)]
     told = np.mean([welch(first, second).p_value < LEVEL for first, second in pairs])
     assert 0.035 < told < 0.065
-    guesses = np.mean([better_than_guessing(int(rng.binomial(300, 0.1)), 300, 0.1) for _ in range(2000)])
+    guesses = np.mean(
+        [better_than_guessing(int(rng.binomial(300, 0.1)), 300, 0.1) for _ in range(2000)]
+    )
     assert 0.02 < guesses < LEVEL + 0.01
 
 
 def test_block_means_allow_for_autocorrelation() -> None:
-    """Of an AR(1) series the plain standard error is several times too small; that of block means is about right."""
+    """Of an AR(1) series the plain standard error is several times too small; that of
+    block means is about right.
+    """
     rng = np.random.default_rng(1)
     plain, blocks = [], []
     for _ in range(600):

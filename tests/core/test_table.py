@@ -29,13 +29,24 @@ def table() -> LatencyTable:
         device="pixel", cpu=unknown, machine=unknown, runtime="litert", runtime_version="2.1", dtype="int8", threads=4, cores=(4, 5),
         governor=unknown, layout="nhwc", batch=1, date="2025-01-01", space="s",
     )  # fmt: skip
-    return LatencyTable(header=header, entries={KEY: Entry(ms=0.25, p10_ms=0.2, p90_ms=0.3, runs=70, rounds=7, spread=0.01)})
+    return LatencyTable(
+        header=header,
+        entries={KEY: Entry(ms=0.25, p10_ms=0.2, p90_ms=0.3, runs=70, rounds=7, spread=0.01)},
+    )
 
 
 def test_a_table_reads_back() -> None:
-    judged = judge(fit_calibration(BARE, [1.0, 2.0, 3.0], [1.5, 2.5, 3.5]), BARE, [1.0, 2.0, 4.0], [1.5, 2.6, 4.4])
+    judged = judge(
+        fit_calibration(BARE, [1.0, 2.0, 3.0], [1.5, 2.5, 3.5]),
+        BARE,
+        [1.0, 2.0, 4.0],
+        [1.5, 2.6, 4.4],
+    )
     calibration = Calibration(intercept_ms=0.5, slope=1, networks=3, held_out=judged)
-    for one in (table(), table().model_copy(update={"calibration": calibration, "slots": {"s0.b0": {"skip": -1.5}}})):
+    for one in (
+        table(),
+        table().model_copy(update={"calibration": calibration, "slots": {"s0.b0": {"skip": -1.5}}}),
+    ):
         assert LatencyTable.parse(one.to_json()) == one
     assert table().title == "pixel/litert-int8-4t"
 
@@ -53,10 +64,16 @@ def test_a_table_reads_back() -> None:
         (("entries", KEY + "-k3"), {"ms": 1.0}, "is not how this op is written"),
         (("entries", "conv"), {"ms": 1.0}, "'conv' is not an op key: it lacks"),
         (("entries",), {}, "a table needs entries or slots"),
-        (("calibration",), {"intercept_ms": 0.0, "slope": -1.0, "networks": 3}, "slope = -1.0: input should be greater than 0"),
+        (
+            ("calibration",),
+            {"intercept_ms": 0.0, "slope": -1.0, "networks": 3},
+            "slope = -1.0: input should be greater than 0",
+        ),
     ],
 )
-def test_wrong_tables_are_refused_with_the_place(place: tuple[str, ...], value: object, message: str) -> None:
+def test_wrong_tables_are_refused_with_the_place(
+    place: tuple[str, ...], value: object, message: str
+) -> None:
     content = json.loads(table().to_json())
     *parents, last = place
     part = content
@@ -77,7 +94,9 @@ def test_every_field_of_the_header_is_required(field: str) -> None:
 
 @FAST
 @given(st.floats(0.3, 3), st.floats(-0.5, 2), st.lists(st.floats(1, 100), min_size=3, max_size=12))
-def test_an_exact_affine_relation_is_recovered(slope: float, intercept: float, sums: list[float]) -> None:
+def test_an_exact_affine_relation_is_recovered(
+    slope: float, intercept: float, sums: list[float]
+) -> None:
     assume(np.ptp(sums) > 0.1 * np.mean(sums))
     measured = [intercept + slope * value for value in sums]
     assume(min(measured) > 0.1)
@@ -95,7 +114,12 @@ def test_the_fit_weighs_relative_errors() -> None:
     def error(parameters: np.ndarray) -> float:
         return float((((parameters[0] + parameters[1] * x) / y - 1) ** 2).mean())
 
-    best = scipy.optimize.minimize(error, [0.0, 1.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14, "maxiter": 5000}).x
+    best = scipy.optimize.minimize(
+        error,
+        [0.0, 1.0],
+        method="Nelder-Mead",
+        options={"xatol": 1e-9, "fatol": 1e-14, "maxiter": 5000},
+    ).x
     found = fit_calibration([()] * len(x), list(x), list(y))
     assert (found.intercept_ms, found.slope) == pytest.approx(tuple(best), abs=1e-4)
 
@@ -110,18 +134,26 @@ def test_the_fit_weighs_relative_errors() -> None:
         ([1.0, 2.0, 3.0], [4.5, 3.0, 1.5]),  # falling: noise, not a calibration
     ],
 )
-def test_where_a_line_cannot_be_fitted_the_slope_alone_is(sums: list[float], measured: list[float]) -> None:
+def test_where_a_line_cannot_be_fitted_the_slope_alone_is(
+    sums: list[float], measured: list[float]
+) -> None:
     found = fit_calibration([()] * len(sums), sums, measured)
     assert found.intercept_ms == 0.0
     assert found.slope == pytest.approx(1.5)
 
 
 def random_networks(rng: np.random.Generator, count: int) -> list[tuple[Op, ...]]:
-    """Chains of blocks with few weights on large images and many on small ones, in all proportions."""
+    """Chains of blocks with few weights on large images and many on small ones, in all
+    proportions.
+    """
     return [
         tuple(
             MBConv(int(size), int(width), int(width), 6 * int(width), 3, act="relu")
-            for size, width in zip(rng.choice([7, 14, 28, 56, 112], 8), rng.choice([8, 16, 32, 96, 160], 8), strict=True)
+            for size, width in zip(
+                rng.choice([7, 14, 28, 56, 112], 8),
+                rng.choice([8, 16, 32, 96, 160], 8),
+                strict=True,
+            )
         )
         for _ in range(count)
     ]
@@ -135,14 +167,24 @@ def mvalues(op: Op) -> float:
 def test_cold_memory_is_priced_in_the_form_that_the_networks_speak_for(form: str) -> None:
     rng = np.random.default_rng(0)
     networks, sums = random_networks(rng, 16), rng.uniform(1, 50, 16)
-    price = (lambda op: 0.12 * op.params / 1e6) if form == "weights" else (lambda op: 0.3 * min(mvalues(op), 0.25))
+    price = (
+        (lambda op: 0.12 * op.params / 1e6)
+        if form == "weights"
+        else (lambda op: 0.3 * min(mvalues(op), 0.25))
+    )
     cold = np.array([sum(map(price, ops)) for ops in networks])
     measured = 0.3 + 1.04 * sums + cold
     found = fit_calibration(networks[:12], list(sums[:12]), list(measured[:12]))
     assert (found.intercept_ms, found.slope) == pytest.approx((0.3, 1.04), abs=1e-9)
     wanted = (0.12, 0.0, None) if form == "weights" else (0.0, 0.3, 0.25)
-    assert (found.cold_ms_per_mparam, found.cold_ms_per_mvalue, found.cold_cap_mvalues) == pytest.approx(wanted, abs=1e-9)
-    assert judge(found, networks[12:], list(sums[12:]), list(measured[12:])).max_error == pytest.approx(0, abs=1e-9)
+    assert (
+        found.cold_ms_per_mparam,
+        found.cold_ms_per_mvalue,
+        found.cold_cap_mvalues,
+    ) == pytest.approx(wanted, abs=1e-9)
+    assert judge(
+        found, networks[12:], list(sums[12:]), list(measured[12:])
+    ).max_error == pytest.approx(0, abs=1e-9)
     assert found.op_ms(2.0, networks[0][0]) == pytest.approx(2.08 + price(networks[0][0]))
 
 
@@ -182,7 +224,9 @@ def test_the_judges_numbers_by_hand() -> None:
     assert found.max_error == pytest.approx(0.25)
     assert found.raw_mape == pytest.approx((2 / 3 + 0.5 + 0.6) / 3)
     assert found.spearman == pytest.approx(1.0)
-    assert judge(calibration, BARE, [1.0, 4.0, 2.0], [3.0, 4.0, 10.0]).spearman == pytest.approx(0.5)
+    assert judge(calibration, BARE, [1.0, 4.0, 2.0], [3.0, 4.0, 10.0]).spearman == pytest.approx(
+        0.5
+    )
 
 
 def test_a_rank_correlation_needs_three_networks_that_differ() -> None:
@@ -190,7 +234,9 @@ def test_a_rank_correlation_needs_three_networks_that_differ() -> None:
     assert judge(calibration, BARE[:2], [1.0, 2.0], [1.0, 2.0]).spearman is None
     alike = judge(calibration, BARE, [2.0, 2.0, 2.0], [1.0, 2.0, 3.0])
     assert alike.spearman is None
-    stored = table().model_copy(update={"calibration": calibration.model_copy(update={"held_out": alike})})
+    stored = table().model_copy(
+        update={"calibration": calibration.model_copy(update={"held_out": alike})}
+    )
     assert LatencyTable.parse(stored.to_json()) == stored
 
 

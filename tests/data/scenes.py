@@ -18,7 +18,17 @@ PLAIN: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
 
 def coco_config(folder: Path, **changes: Any) -> DataConfig:
-    return DataConfig(**{"name": "coco", "path": str(folder), "resolution": 64, "classes": 2, "augment": "none", **PLAIN, **changes})
+    return DataConfig(
+        **{
+            "name": "coco",
+            "path": str(folder),
+            "resolution": 64,
+            "classes": 2,
+            "augment": "none",
+            **PLAIN,
+            **changes,
+        }
+    )
 
 
 def load(config: DataConfig, split: str = "all", *, augment: bool = False) -> CocoImages:
@@ -28,19 +38,37 @@ def load(config: DataConfig, split: str = "all", *, augment: bool = False) -> Co
 
 
 def write_coco(
-    folder: Path, images: dict[str, Any], objects: Sequence[tuple[int, int, Sequence[float]]], part: str = "train", **keys: Any
+    folder: Path,
+    images: dict[str, Any],
+    objects: Sequence[tuple[int, int, Sequence[float]]],
+    part: str = "train",
+    **keys: Any,
 ) -> Path:
-    """Images (id = position + 5, saved without loss) with objects (position, category 3 or 8, box) in COCO's layout."""
+    """Images (id = position + 5, saved without loss) with objects (position, category 3
+    or 8, box) in COCO's layout.
+    """
     (folder / part).mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (name, image) in enumerate(images.items()):
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        picture.save(folder / part / name, **({"quality": 95, "subsampling": 0} if name.endswith("jpg") else {}))
-        rows.append({"id": number + 5, "file_name": name, "width": picture.width, "height": picture.height})
+        picture.save(
+            folder / part / name,
+            **({"quality": 95, "subsampling": 0} if name.endswith("jpg") else {}),
+        )
+        rows.append(
+            {"id": number + 5, "file_name": name, "width": picture.width, "height": picture.height}
+        )
     content = {
         "images": rows,
         "annotations": [
-            {"id": number, "image_id": image + 5, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            {
+                "id": number,
+                "image_id": image + 5,
+                "category_id": category,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
             for number, (image, category, box) in enumerate(objects)
         ],
         "categories": [{"id": 8, "name": "dog"}, {"id": 3, "name": "cat"}],
@@ -55,7 +83,9 @@ def write_json(folder: Path, content: Any, part: str = "train") -> Path:
     return path
 
 
-def scene(width: int, height: int, *rectangles: tuple[tuple[int, int, int], list[int]]) -> np.ndarray:
+def scene(
+    width: int, height: int, *rectangles: tuple[tuple[int, int, int], list[int]]
+) -> np.ndarray:
     """Rectangles (colour, [x, y, width, height]) on black."""
     image = np.zeros((height, width, 3), np.uint8)
     for colour, (x, y, w, h) in rectangles:
@@ -67,7 +97,9 @@ RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
 
 def write_scenes(folder: Path) -> None:
-    """A wide image with a red cat and a green dog, a high one with a dog, one without objects. With crowds."""
+    """A wide image with a red cat and a green dog, a high one with a dog, one without
+    objects. With crowds.
+    """
     cat, dog = [10, 20, 40, 30], [120, 60, 50, 30]
     images = {
         "both.png": scene(200, 100, (RED, cat), (GREEN, dog)),

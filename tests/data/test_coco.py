@@ -1,4 +1,6 @@
-"""COCO data: boxes stay on their objects through every augmentation, and come back to the images as they are stored."""
+"""COCO data: boxes stay on their objects through every augmentation, and come back to
+the images as they are stored.
+"""
 
 from __future__ import annotations
 
@@ -44,53 +46,92 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a shared data set, unpacked once."""
     source = os.environ.get("HWNAS_TEST_DATA")
     if not source:
-        pytest.skip("HWNAS_TEST_DATA is not set: it names a folder whose unpack.py makes coco128 and raccoon")
+        pytest.skip(
+            "HWNAS_TEST_DATA is not set: it names a folder whose unpack.py makes coco128 and"
+            " raccoon"
+        )
     folder = tmp_path_factory.mktemp("coco")
 
     def unpack(name: str) -> Path:
         if not (folder / name).exists():
-            subprocess.run([sys.executable, str(Path(source) / "unpack.py"), str(folder), name], check=True)
+            subprocess.run(
+                [sys.executable, str(Path(source) / "unpack.py"), str(folder), name], check=True
+            )
         return folder / name
 
     return unpack
 
 
 def perfect_results(images: CocoImages) -> list[dict[str, Any]]:
-    """What a network finds that makes no mistakes: the targets of the batches, mapped back to the images as they are stored."""
+    """What a network finds that makes no mistakes: the targets of the batches, mapped
+    back to the images as they are stored.
+    """
     rows, order = [], iter(evaluation_order(images))
     for _, y in evaluation_batches(images, 16):
         for objects in y.numpy():
             objects = objects[objects[:, 4] >= 0]
-            rows += images.results(int(next(order)), objects[:, :4], np.full(len(objects), 0.9), objects[:, 4].astype(int))
+            rows += images.results(
+                int(next(order)),
+                objects[:, :4],
+                np.full(len(objects), 0.9),
+                objects[:, 4].astype(int),
+            )
     return rows
 
 
 def test_raccoons(unpacked: Callable[[str], Path]) -> None:
     config = coco_config(unpacked("raccoon"), classes=1, resolution=320)
     test = load(config, "test")
-    assert [len(load(config, split)) for split in ("train", "held_out", "all", "test")] == [128, 32, 160, 40]
+    assert [len(load(config, split)) for split in ("train", "held_out", "all", "test")] == [
+        128,
+        32,
+        160,
+        40,
+    ]
     assert test.names == ("raccoon",)
     assert len(load(config).labels) == 173
     x, y = next(training_batches(load(config), 8, seed=0, first=0, last=1))
-    assert (x.shape, x.dtype, y.shape[::2], y.dtype) == ((8, 3, 320, 320), torch.float32, (8, 5), torch.float32)
+    assert (x.shape, x.dtype, y.shape[::2], y.dtype) == (
+        (8, 3, 320, 320),
+        torch.float32,
+        (8, 5),
+        torch.float32,
+    )
     metrics = evaluate(test.ground_truth(), perfect_results(test))
     assert (metrics.AP, metrics.AR100, metrics.AP_per_class["raccoon"]) == pytest.approx((1, 1, 1))
 
 
 @pytest.mark.parametrize("split", ["all", "test"])
 def test_coco_itself(unpacked: Callable[[str], Path], split: str) -> None:
-    """80 classes of ids 1 to 90, crowds, images without objects: nothing is lost on the way to the network's input and back."""
-    images = load(coco_config(unpacked("coco128"), classes=80, resolution=640), split)  # at 320, three boxes are below a pixel
-    assert (len(images), len(images.names), images.category_ids[-1], images.names[79]) == (128, 80, 90, "toothbrush")
+    """80 classes of ids 1 to 90, crowds, images without objects: nothing is lost on the
+    way to the network's input and back.
+    """
+    # at 320, three boxes are below a pixel
+    images = load(coco_config(unpacked("coco128"), classes=80, resolution=640), split)
+    assert (len(images), len(images.names), images.category_ids[-1], images.names[79]) == (
+        128,
+        80,
+        90,
+        "toothbrush",
+    )
     metrics = evaluate(images.ground_truth(), perfect_results(images))
     assert (metrics.AP, metrics.APs) == pytest.approx((1, 1))
-    assert sum(value is None for value in metrics.AP_per_class.values()) == {"all": 9, "test": 7}[split]
+    assert (
+        sum(value is None for value in metrics.AP_per_class.values())
+        == {"all": 9, "test": 7}[split]
+    )
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_on_a_border_nothing_is_lost_either(unpacked: Callable[[str], Path], interpolation: str) -> None:
-    """Photographs of every shape, at 320 x 320 on a border, and their boxes back in the photographs' pixels."""
-    config = coco_config(unpacked("raccoon"), classes=1, resolution=320, resize="pad", interpolation=interpolation)
+def test_on_a_border_nothing_is_lost_either(
+    unpacked: Callable[[str], Path], interpolation: str
+) -> None:
+    """Photographs of every shape, at 320 x 320 on a border, and their boxes back in the
+    photographs' pixels.
+    """
+    config = coco_config(
+        unpacked("raccoon"), classes=1, resolution=320, resize="pad", interpolation=interpolation
+    )
     images = load(config, "test")
     assert len({round(width / height, 1) for width, height in images.sizes}) > 3
     metrics = evaluate(images.ground_truth(), perfect_results(images))
@@ -98,7 +139,9 @@ def test_on_a_border_nothing_is_lost_either(unpacked: Callable[[str], Path], int
 
 
 def test_the_ground_truth_is_the_files(unpacked: Callable[[str], Path]) -> None:
-    """Evaluated on ours or on the annotation file itself, imperfect detections get the same numbers to the last digit."""
+    """Evaluated on ours or on the annotation file itself, imperfect detections get the
+    same numbers to the last digit.
+    """
     folder = unpacked("coco128")
     images = load(coco_config(folder, classes=80, resolution=320))
     rows, rng = perfect_results(images), np.random.default_rng(0)
@@ -107,13 +150,21 @@ def test_the_ground_truth_is_the_files(unpacked: Callable[[str], Path]) -> None:
         row["score"] = rng.random()
     metrics = evaluate(images.ground_truth(), rows)
     assert 0.2 < metrics.AP < 0.8
-    assert metrics == evaluate(json.loads((folder / "annotations" / "instances_train2017.json").read_text()), rows)
+    assert metrics == evaluate(
+        json.loads((folder / "annotations" / "instances_train2017.json").read_text()), rows
+    )
 
 
 @pytest.mark.parametrize("augment", ["none", "ssdlite", "ssd"])
-def test_batches_are_functions_of_seed_and_step(unpacked: Callable[[str], Path], augment: str) -> None:
-    """Whatever the loader processes and the step it starts from; and the global generator stays as it was."""
-    images = load(coco_config(unpacked("raccoon"), classes=1, augment=augment), "train", augment=True)
+def test_batches_are_functions_of_seed_and_step(
+    unpacked: Callable[[str], Path], augment: str
+) -> None:
+    """Whatever the loader processes and the step it starts from; and the global
+    generator stays as it was.
+    """
+    images = load(
+        coco_config(unpacked("raccoon"), classes=1, augment=augment), "train", augment=True
+    )
     torch.manual_seed(1)
     straight = list(training_batches(images, 8, seed=0, first=0, last=4))
     after = torch.rand(1)
@@ -123,9 +174,12 @@ def test_batches_are_functions_of_seed_and_step(unpacked: Callable[[str], Path],
         resumed = list(training_batches(images, 8, seed=0, first=2, last=4, workers=workers))
         assert all(same(a, b) for a, b in zip(straight[2:], resumed, strict=True))
     requests = [(index, 7) for index in range(8)]
-    alone = [images.__getitems__([request]) for request in requests]  # whatever else is in the batch
+    # whatever else is in the batch
+    alone = [images.__getitems__([request]) for request in requests]
     assert torch.equal(images.__getitems__(requests)[0], torch.cat([x for x, _ in alone]))
-    assert same(images.__getitems__(requests), images.__getitems__([(index, 8) for index in range(8)])) == (augment == "none")
+    assert same(
+        images.__getitems__(requests), images.__getitems__([(index, 8) for index in range(8)])
+    ) == (augment == "none")
 
 
 def test_a_portion_of_images(scenes: Path) -> None:
@@ -151,11 +205,17 @@ def scenes(tmp_path: Path) -> Path:
 
 
 def test_targets_are_in_pixels_of_the_input(scenes: Path) -> None:
-    """Both axes by their own factor, classes in the order of the ids, padding of class -1, no crowd, an image without objects."""
+    """Both axes by their own factor, classes in the order of the ids, padding of class
+    -1, no crowd, an image without objects.
+    """
     images = load(coco_config(scenes))
     x, y = images.__getitems__([(0, 0), (1, 0), (2, 0)])
     assert images.names == ("cat", "dog")
-    assert (images.ids.tolist(), images.category_ids, images.sizes.tolist()) == ([5, 6, 7], (3, 8), [[200, 100], [60, 120], [80, 80]])
+    assert (images.ids.tolist(), images.category_ids, images.sizes.tolist()) == (
+        [5, 6, 7],
+        (3, 8),
+        [[200, 100], [60, 120], [80, 80]],
+    )
     assert y.tolist() == [
         [pytest.approx([38.4, 38.4, 54.4, 57.6, 1]), pytest.approx([3.2, 12.8, 16, 32, 0])],
         [pytest.approx([64 / 3, 32, 160 / 3, 160 / 3, 1]), [-1] * 5],
@@ -163,48 +223,83 @@ def test_targets_are_in_pixels_of_the_input(scenes: Path) -> None:
     ]
     assert x[0, :, 25, 10].tolist() == [1, 0, 0]
     for index, name in enumerate(("both", "dog")):
-        expected = Image.open(scenes / "train" / f"{name}.png").resize((64, 64), Image.Resampling.BILINEAR)
-        assert (x[index] * 255 - torch.from_numpy(np.array(expected)).permute(2, 0, 1)).abs().max() <= 1
+        expected = Image.open(scenes / "train" / f"{name}.png").resize(
+            (64, 64), Image.Resampling.BILINEAR
+        )
+        assert (
+            x[index] * 255 - torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+        ).abs().max() <= 1
     assert images.__getitems__([(2, 0)])[1].shape == (1, 0, 5)
     assert sampled_images(images, 2).shape == (2, 64, 64, 3)
 
 
 def test_input_is_normalised(scenes: Path) -> None:
     config = coco_config(scenes, mean=(0.5, 0.25, 0.125), std=(0.5, 0.25, 0.125))
-    (plain, _), (x, _) = (load(each).__getitems__([(0, 0), (1, 0)]) for each in (coco_config(scenes), config))
+    (plain, _), (x, _) = (
+        load(each).__getitems__([(0, 0), (1, 0)]) for each in (coco_config(scenes), config)
+    )
     channels = torch.tensor(config.mean).view(3, 1, 1)
     assert torch.allclose(x, (plain - channels) / channels, atol=1e-6)
-    grey = load(coco_config(scenes, channels=1, mean=(0.0,), std=(1.0,), augment="ssd"), augment=True)
+    grey = load(
+        coco_config(scenes, channels=1, mean=(0.0,), std=(1.0,), augment="ssd"), augment=True
+    )
     assert grey.__getitems__([(0, 0)])[0].shape == (1, 1, 64, 64)
 
 
 def test_results_are_in_pixels_of_the_image(scenes: Path) -> None:
     """And the ground truth is the file's: crowds too, for the images asked for."""
     images = load(coco_config(scenes))
-    rows = images.results(0, np.array([[38.4, 38.4, 54.4, 57.6], [3.2, 12.8, 16, 32]]), np.array([0.5, 0.25]), np.array([1, 0]))
-    assert [(row["image_id"], row["category_id"], row["score"]) for row in rows] == [(5, 8, 0.5), (5, 3, 0.25)]
-    assert [row["bbox"] for row in rows] == [pytest.approx([120, 60, 50, 30]), pytest.approx([10, 20, 40, 30])]
+    rows = images.results(
+        0,
+        np.array([[38.4, 38.4, 54.4, 57.6], [3.2, 12.8, 16, 32]]),
+        np.array([0.5, 0.25]),
+        np.array([1, 0]),
+    )
+    assert [(row["image_id"], row["category_id"], row["score"]) for row in rows] == [
+        (5, 8, 0.5),
+        (5, 3, 0.25),
+    ]
+    assert [row["bbox"] for row in rows] == [
+        pytest.approx([120, 60, 50, 30]),
+        pytest.approx([10, 20, 40, 30]),
+    ]
     assert images.results(2, np.zeros((0, 4)), np.zeros(0), np.zeros(0, int)) == []
     json.dumps(rows)  # plain numbers
     truth = images.ground_truth([2, 1])
     assert [row["id"] for row in truth["images"]] == [7, 6]
-    assert [(row["id"], row["image_id"], row["category_id"], row["bbox"]) for row in truth["annotations"]] == [(1, 6, 8, [20, 60, 30, 40])]
+    assert [
+        (row["id"], row["image_id"], row["category_id"], row["bbox"])
+        for row in truth["annotations"]
+    ] == [(1, 6, 8, [20, 60, 30, 40])]
     assert truth["categories"] == [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}]
     everything = images.ground_truth()
-    assert [(row["category_id"], row["iscrowd"]) for row in everything["annotations"]] == [(8, 0), (3, 0), (3, 1), (8, 0)]
-    assert evaluate(everything, rows).AP_per_class == {"cat": pytest.approx(1), "dog": pytest.approx(51 / 101)}
+    assert [(row["category_id"], row["iscrowd"]) for row in everything["annotations"]] == [
+        (8, 0),
+        (3, 0),
+        (3, 1),
+        (8, 0),
+    ]
+    assert evaluate(everything, rows).AP_per_class == {
+        "cat": pytest.approx(1),
+        "dog": pytest.approx(51 / 101),
+    }
 
 
 def test_splits(scenes: Path) -> None:
-    """Held-out images are the same always, the rest are trained on; the test images are those of val, by either name."""
-    path = write_coco(scenes, {f"{number}.png": scene(20, 20) for number in range(10)}, [(0, 3, [1, 1, 9, 9])])
+    """Held-out images are the same always, the rest are trained on; the test images are
+    those of val, by either name.
+    """
+    path = write_coco(
+        scenes, {f"{number}.png": scene(20, 20) for number in range(10)}, [(0, 3, [1, 1, 9, 9])]
+    )
     config = coco_config(scenes)
     parts = {split: set(load(config, split).ids.tolist()) for split in ("train", "held_out", "all")}
     assert parts["train"] | parts["held_out"] == parts["all"] == set(range(5, 15))
     assert not parts["train"] & parts["held_out"]
     assert len(parts["held_out"]) == 2
     content = json.loads(path.read_text())
-    write_json(scenes, {**content, "images": content["images"][::-1]})  # written in another order: the same images
+    # written in another order: the same images
+    write_json(scenes, {**content, "images": content["images"][::-1]})
     assert set(load(config, "held_out").ids.tolist()) == parts["held_out"]
     held_out = [split for split in ("train", "held_out") if 5 not in parts[split]]
     x, y = load(config, held_out[0]).__getitems__([(0, 0)])  # no object in the whole part
@@ -226,9 +321,15 @@ def drawn(x_CHW: torch.Tensor, seen: torch.Tensor) -> tuple[float, float, float,
 @pytest.mark.parametrize("resize", ["squash", "pad"])
 @pytest.mark.parametrize("augment", ["ssdlite", "ssd"])
 def test_boxes_stay_on_their_objects(tmp_path: Path, augment: str, resize: str) -> None:
-    """A white object on black is where its box is, after any crop, zoom, flip and resizing; and the classes go along."""
-    write_coco(tmp_path, {"a.png": scene(120, 90, (WHITE, [20, 30, 40, 24]))}, [(0, 8, [20, 30, 40, 24])])
-    images = load(coco_config(tmp_path, augment=augment, resolution=48, resize=resize), augment=True)
+    """A white object on black is where its box is, after any crop, zoom, flip and
+    resizing; and the classes go along.
+    """
+    write_coco(
+        tmp_path, {"a.png": scene(120, 90, (WHITE, [20, 30, 40, 24]))}, [(0, 8, [20, 30, 40, 24])]
+    )
+    images = load(
+        coco_config(tmp_path, augment=augment, resolution=48, resize=resize), augment=True
+    )
     x_NCHW, y = images.__getitems__([(0, draw) for draw in range(150)])
     sides = []
     for x, (target,) in zip(x_NCHW, y, strict=True):
@@ -240,13 +341,20 @@ def test_boxes_stay_on_their_objects(tmp_path: Path, augment: str, resize: str) 
         sides.append(box[2] - box[0])
     assert max(sides) > 30  # 16 without a crop
     assert (min(sides) < 6) == (augment == "ssd")  # zoomed out
-    assert len({round(float(x.max()), 2) for x in x_NCHW}) > 10 or augment == "ssdlite"  # distorted colours
+    # distorted colours
+    assert len({round(float(x.max()), 2) for x in x_NCHW}) > 10 or augment == "ssdlite"
 
 
 def test_every_image_is_augmented_by_itself(tmp_path: Path) -> None:
-    """Draws depend on the step and on the image: two images that are the same differ in one batch."""
+    """Draws depend on the step and on the image: two images that are the same differ in
+    one batch.
+    """
     box = [20, 30, 40, 24]
-    write_coco(tmp_path, {f"{name}.png": scene(120, 90, (WHITE, box)) for name in "ab"}, [(0, 8, box), (1, 8, box)])
+    write_coco(
+        tmp_path,
+        {f"{name}.png": scene(120, 90, (WHITE, box)) for name in "ab"},
+        [(0, 8, box), (1, 8, box)],
+    )
     images = load(coco_config(tmp_path, augment="ssd"), augment=True)
     differing = 0
     for draw in range(0, 1000, 100):
@@ -256,7 +364,9 @@ def test_every_image_is_augmented_by_itself(tmp_path: Path) -> None:
 
 
 def test_flips_and_crops_are_drawn(scenes: Path) -> None:
-    """Every second image is flipped; a crop may cut an object off, whose box is then gone, and the other's class stays with it."""
+    """Every second image is flipped; a crop may cut an object off, whose box is then
+    gone, and the other's class stays with it.
+    """
     images = load(coco_config(scenes, augment="ssdlite"), augment=True)
     x_NCHW, y = images.__getitems__([(0, draw) for draw in range(150)])
     flipped, alone = 0, 0
@@ -273,7 +383,9 @@ def test_flips_and_crops_are_drawn(scenes: Path) -> None:
 
 
 def test_zooming_out_shows_the_mean(tmp_path: Path) -> None:
-    write_coco(tmp_path, {"a.png": scene(40, 40, (WHITE, [0, 0, 40, 40]))}, [(0, 3, [0, 0, 40, 40])])
+    write_coco(
+        tmp_path, {"a.png": scene(40, 40, (WHITE, [0, 0, 40, 40]))}, [(0, 3, [0, 0, 40, 40])]
+    )
     config = coco_config(tmp_path, augment="ssd", mean=(0.5, 0.25, 0.75), std=(0.2, 0.2, 0.2))
     x_NCHW, y = load(config, augment=True).__getitems__([(0, draw) for draw in range(60)])
     around = [x[:, 0, 0] for x, (box,) in zip(x_NCHW, y, strict=True) if min(box[:2]) > 3]
@@ -283,15 +395,27 @@ def test_zooming_out_shows_the_mean(tmp_path: Path) -> None:
 
 def test_large_photographs_are_shrunk_for_training(tmp_path: Path) -> None:
     """Boxes follow; evaluation has every pixel."""
-    write_coco(tmp_path, {"a.jpg": scene(1600, 1200, (WHITE, [400, 300, 500, 200]))}, [(0, 3, [400, 300, 500, 200])])
-    train, plain = (load(coco_config(tmp_path, augment="ssdlite"), augment=augment) for augment in (True, False))
+    write_coco(
+        tmp_path,
+        {"a.jpg": scene(1600, 1200, (WHITE, [400, 300, 500, 200]))},
+        [(0, 3, [400, 300, 500, 200])],
+    )
+    train, plain = (
+        load(coco_config(tmp_path, augment="ssdlite"), augment=augment) for augment in (True, False)
+    )
     assert (train._decoded(0).size, plain._decoded(0).size) == ((256, 192), (1600, 1200))
     x_NCHW, y = train.__getitems__([(0, draw) for draw in range(50)])
     for x, (target,) in zip(x_NCHW, y, strict=True):
         assert drawn(x, x[0] > 0.5) == pytest.approx(target[:4].tolist(), abs=2)
 
 
-@pytest.mark.parametrize("objects", [[(0, 3, [0.0, 0.0, 2.0, 2.0]), (1, 3, [5.0, 5.0, 20.0, 20.0])], [(1, 3, [5.0, 5.0, 20.0, 20.0])]])
+@pytest.mark.parametrize(
+    "objects",
+    [
+        [(0, 3, [0.0, 0.0, 2.0, 2.0]), (1, 3, [5.0, 5.0, 20.0, 20.0])],
+        [(1, 3, [5.0, 5.0, 20.0, 20.0])],
+    ],
+)
 def test_tiny_and_empty_images_are_augmented(tmp_path: Path, objects: list[Any]) -> None:
     """torchvision's crop divides by zero on the one, and hardly ever ends on the other."""
     write_coco(tmp_path, {"tiny.png": scene(3, 2), "b.png": scene(40, 40)}, objects)
@@ -303,8 +427,12 @@ def test_tiny_and_empty_images_are_augmented(tmp_path: Path, objects: list[Any])
 
 
 def test_boxes_below_a_pixel_are_left_out(tmp_path: Path) -> None:
-    path = write_coco(tmp_path, {"a.png": scene(640, 640)}, [(0, 3, [10, 10, 9, 50]), (0, 8, [10, 10, 11, 50])])
-    assert load(coco_config(tmp_path)).__getitems__([(0, 0)])[1].tolist() == [[pytest.approx([1, 1, 2.1, 6, 1])]]
+    path = write_coco(
+        tmp_path, {"a.png": scene(640, 640)}, [(0, 3, [10, 10, 9, 50]), (0, 8, [10, 10, 11, 50])]
+    )
+    assert load(coco_config(tmp_path)).__getitems__([(0, 0)])[1].tolist() == [
+        [pytest.approx([1, 1, 2.1, 6, 1])]
+    ]
     assert len(load(coco_config(tmp_path)).ground_truth()["annotations"]) == 2
     assert path.exists()
 
@@ -315,10 +443,17 @@ def test_boxes_below_a_pixel_are_left_out(tmp_path: Path) -> None:
 def test_every_kind_of_image_decodes_as_in_torchvision(tmp_path: Path) -> None:
     """Grey, CMYK, palette and transparency become RGB; EXIF orientation is not applied."""
     rng = np.random.default_rng(0)
-    colours = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+    colours = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+        (64, 64), Image.Resampling.BICUBIC
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
-    pictures = {"rgb.jpg": colours, "grey.jpg": colours.convert("L"), "cmyk.jpg": colours.convert("CMYK"), "turned.jpg": colours}
+    pictures = {
+        "rgb.jpg": colours,
+        "grey.jpg": colours.convert("L"),
+        "cmyk.jpg": colours.convert("CMYK"),
+        "turned.jpg": colours,
+    }
     pictures |= {"palette.png": colours.convert("P"), "alpha.png": colours.convert("RGBA")}
     write_coco(tmp_path, pictures, [(0, 3, [1, 1, 9, 9])])
     colours.save(tmp_path / "train" / "turned.jpg", exif=exif, quality=95, subsampling=0)
@@ -359,7 +494,14 @@ def test_an_image_that_does_not_decode(tmp_path: Path, workers: int) -> None:
 
 
 def test_one_class(tmp_path: Path) -> None:
-    write_coco(tmp_path, {"a.png": scene(20, 20)}, [(0, 3, [1, 1, 9, 9])], categories=[{"id": 3, "name": "cat"}])
+    write_coco(
+        tmp_path,
+        {"a.png": scene(20, 20)},
+        [(0, 3, [1, 1, 9, 9])],
+        categories=[{"id": 3, "name": "cat"}],
+    )
     images = load(coco_config(tmp_path, classes=1))
     assert images.__getitems__([(0, 0)])[1][0, 0, 4] == 0
-    assert evaluate(images.ground_truth(), perfect_results(images)).AP_per_class == {"cat": pytest.approx(1)}
+    assert evaluate(images.ground_truth(), perfect_results(images)).AP_per_class == {
+        "cat": pytest.approx(1)
+    }

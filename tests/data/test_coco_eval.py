@@ -1,4 +1,6 @@
-"""The COCO evaluation against published numbers, by hand, and where there is nothing to evaluate."""
+"""The COCO evaluation against published numbers, by hand, and where there is nothing to
+evaluate.
+"""
 
 # ruff: noqa: SIM300 - COCO writes AP in capitals, which ruff takes for a constant
 
@@ -41,22 +43,29 @@ def read(path: Path) -> Any:
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_published_numbers(fixtures: Path, name: str) -> None:
-    """All 12 and every category's. A: COCO's own demo, with crowds; B: another project's numbers; C: no small objects at all."""
+    """All 12 and every category's. A: COCO's own demo, with crowds; B: another
+    project's numbers; C: no small objects at all.
+    """
     expected = json.loads((fixtures / "expected.json").read_text())
     ground_truth, results = (read(fixtures / file) for file in FIXTURES[name])
     metrics = evaluate(ground_truth, results)
-    found = {key: -1.0 if getattr(metrics, key) is None else getattr(metrics, key) for key in NUMBERS}
+    found = {
+        key: -1.0 if getattr(metrics, key) is None else getattr(metrics, key) for key in NUMBERS
+    }
     assert found == pytest.approx(expected[name]["stats"], abs=1e-12)
     names = {str(category["id"]): category["name"] for category in ground_truth["categories"]}
     by_name = {
-        names[key]: None if value == -1 else pytest.approx(value, abs=1e-8) for key, value in expected[name]["AP_per_category"].items()
+        names[key]: None if value == -1 else pytest.approx(value, abs=1e-8)
+        for key, value in expected[name]["AP_per_category"].items()
     }
     assert metrics.AP_per_class == by_name
     if name.startswith("B"):
         assert found == pytest.approx(expected["B_published_by_source"], abs=1e-6)
 
 
-def test_pycocotools_stays_silent_and_changes_nothing(fixtures: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_pycocotools_stays_silent_and_changes_nothing(
+    fixtures: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     ground_truth, results = (read(fixtures / file) for file in FIXTURES["C_small"])
     before = copy.deepcopy((ground_truth, results))
     evaluate(ground_truth, results)
@@ -69,13 +78,27 @@ def test_pycocotools_stays_silent_and_changes_nothing(fixtures: Path, capfd: pyt
 
 
 def truth(
-    *objects: tuple[int, int, list[float]], images: int = 2, classes: tuple[str, ...] = ("cat", "dog"), **keys: Any
+    *objects: tuple[int, int, list[float]],
+    images: int = 2,
+    classes: tuple[str, ...] = ("cat", "dog"),
+    **keys: Any,
 ) -> dict[str, Any]:
     """Objects are (image, category, box)."""
     return {
-        "images": [{"id": number, "width": 100, "height": 100, "file_name": f"{number}.jpg"} for number in range(images)],
+        "images": [
+            {"id": number, "width": 100, "height": 100, "file_name": f"{number}.jpg"}
+            for number in range(images)
+        ],
         "annotations": [
-            {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0, **keys}
+            {
+                "id": number,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                **keys,
+            }
             for number, (image, category, box) in enumerate(objects)
         ],
         "categories": [{"id": number, "name": name} for number, name in enumerate(classes)],
@@ -84,7 +107,10 @@ def truth(
 
 def found(*detections: tuple[int, int, list[float], float]) -> Rows:
     """Detections are (image, category, box, score)."""
-    return [{"image_id": image, "category_id": category, "bbox": box, "score": score} for image, category, box, score in detections]
+    return [
+        {"image_id": image, "category_id": category, "bbox": box, "score": score}
+        for image, category, box, score in detections
+    ]
 
 
 BOX = [10.0, 20.0, 50.0, 50.0]
@@ -98,7 +124,8 @@ def test_one_object_by_hand() -> None:
     assert (metrics.APs, metrics.APl) == (None, None)
     assert metrics.AP_per_class == {"cat": pytest.approx(1), "dog": None}
     metrics = evaluate(truth((0, 0, BOX)), found((0, 0, SHIFTED, 0.9)))
-    assert (metrics.AP, metrics.AP50, metrics.AP75) == (pytest.approx(0.4), pytest.approx(1), 0)  # .50, .55, .60, .65 of 10 thresholds
+    # .50, .55, .60, .65 of 10 thresholds
+    assert (metrics.AP, metrics.AP50, metrics.AP75) == (pytest.approx(0.4), pytest.approx(1), 0)
     assert evaluate(truth((0, 0, BOX)), found((0, 1, BOX, 0.9))).AP == 0  # of another class
     assert evaluate(truth((0, 0, BOX)), found((1, 0, BOX, 0.9))).AP == 0  # in another image
 
@@ -108,16 +135,28 @@ def test_objects_are_told_apart_whatever_their_ids() -> None:
     two = truth((0, 0, BOX), (1, 0, BOX))
     for change in ({"id": 7}, {}):
         annotations = [
-            {key: value for key, value in row.items() if key not in ("id", "area", "iscrowd")} | change for row in two["annotations"]
+            {key: value for key, value in row.items() if key not in ("id", "area", "iscrowd")}
+            | change
+            for row in two["annotations"]
         ]
         metrics = evaluate({**two, "annotations": annotations}, found((0, 0, BOX, 0.9)))
-        assert (metrics.AR100, metrics.AP50, metrics.APm) == (0.5, pytest.approx(51 / 101), pytest.approx(51 / 101))
+        assert (metrics.AR100, metrics.AP50, metrics.APm) == (
+            0.5,
+            pytest.approx(51 / 101),
+            pytest.approx(51 / 101),
+        )
 
 
 def test_images_without_objects_count() -> None:
-    """A more confident detection in an empty image halves the precision; a less confident one, after all are found, costs nothing."""
-    assert evaluate(truth((0, 0, BOX)), found((0, 0, BOX, 0.5), (1, 0, BOX, 0.9))).AP == pytest.approx(0.5)
-    assert evaluate(truth((0, 0, BOX)), found((0, 0, BOX, 0.5), (1, 0, BOX, 0.1))).AP == pytest.approx(1)
+    """A more confident detection in an empty image halves the precision; a less
+    confident one, after all are found, costs nothing.
+    """
+    assert evaluate(
+        truth((0, 0, BOX)), found((0, 0, BOX, 0.5), (1, 0, BOX, 0.9))
+    ).AP == pytest.approx(0.5)
+    assert evaluate(
+        truth((0, 0, BOX)), found((0, 0, BOX, 0.5), (1, 0, BOX, 0.1))
+    ).AP == pytest.approx(1)
     assert evaluate(truth((0, 0, BOX), images=50), found((0, 0, BOX, 0.5))).AP == pytest.approx(1)
 
 
@@ -132,14 +171,30 @@ def test_crowds_count_neither_for_nor_against() -> None:
 
 
 def test_one_class() -> None:
-    metrics = evaluate(truth((0, 0, BOX), (1, 0, BOX), classes=("raccoon",)), found((0, 0, BOX, 0.9), (1, 0, SHIFTED, 0.8)))
+    metrics = evaluate(
+        truth((0, 0, BOX), (1, 0, BOX), classes=("raccoon",)),
+        found((0, 0, BOX, 0.9), (1, 0, SHIFTED, 0.8)),
+    )
     assert metrics.AP_per_class == {"raccoon": metrics.AP}
     assert metrics.AP == pytest.approx((4 * 1 + 6 * 51 / 101) / 10)
 
 
 def test_no_detections_are_worth_nothing() -> None:
     metrics = evaluate(truth((0, 0, BOX)), [])
-    assert [getattr(metrics, name) for name in NUMBERS] == [0, 0, 0, None, 0, None, 0, 0, 0, None, 0, None]
+    assert [getattr(metrics, name) for name in NUMBERS] == [
+        0,
+        0,
+        0,
+        None,
+        0,
+        None,
+        0,
+        0,
+        0,
+        None,
+        0,
+        None,
+    ]
     assert metrics.AP_per_class == {"cat": 0.0, "dog": None}
 
 

@@ -60,23 +60,49 @@ def change(*path: str | int, to: Any = None) -> Callable[[Any], None]:
         (change("images", 0, "height", to=0), ("images.0.height = 0",)),
         (change("images", 1, "id", to="6"), ("images.1.id = '6'", "integer")),
         (change("annotations", 1, "bbox", to=[1, 2, 3]), ("annotations.1.bbox",)),
-        (change("annotations", 1, "bbox", to=[1, 2, -3, 4]), ("annotations.1.bbox.2 = -3", "greater than or equal to 0")),
-        (change("annotations", 1, "bbox", to=[float("nan"), 2, 3, 4]), ("annotations.1.bbox.0 = nan", "finite")),
-        (change("annotations", 1, "bbox", to=[1, 2, 3, float("inf")]), ("annotations.1.bbox.3 = inf", "finite")),
-        (change("annotations", 1, "bbox", to=["1", 2, 3, 4]), ("annotations.1.bbox.0 = '1'", "number")),
+        (
+            change("annotations", 1, "bbox", to=[1, 2, -3, 4]),
+            ("annotations.1.bbox.2 = -3", "greater than or equal to 0"),
+        ),
+        (
+            change("annotations", 1, "bbox", to=[float("nan"), 2, 3, 4]),
+            ("annotations.1.bbox.0 = nan", "finite"),
+        ),
+        (
+            change("annotations", 1, "bbox", to=[1, 2, 3, float("inf")]),
+            ("annotations.1.bbox.3 = inf", "finite"),
+        ),
+        (
+            change("annotations", 1, "bbox", to=["1", 2, 3, 4]),
+            ("annotations.1.bbox.0 = '1'", "number"),
+        ),
         (change("annotations", 1, "area", to=-1), ("annotations.1.area = -1",)),
         (change("annotations", 1, "iscrowd", to=2), ("annotations.1.iscrowd = 2",)),
-        (change("annotations", 1, "image_id", to=99), ("number 1 in its list", "image_id 99", "no such image")),
+        (
+            change("annotations", 1, "image_id", to=99),
+            ("number 1 in its list", "image_id 99", "no such image"),
+        ),
         (change("annotations", 1, "image_id", to=-99), ("image_id -99",)),
-        (change("annotations", 1, "category_id", to=4), ("number 1 in its list", "category_id 4", "no such category")),
+        (
+            change("annotations", 1, "category_id", to=4),
+            ("number 1 in its list", "category_id 4", "no such category"),
+        ),
         (change("images", 1, "id", to=5), ("image ids", "5 is there twice")),
         (change("categories", 1, "id", to=8), ("category ids", "8 is there twice")),
         (change("categories", 1, "name", to="dog"), ("category names", "'dog' is there twice")),
-        (change("images", 1, "file_name", to="gone.png"), ("names 3 images, of which 1 are not in", "'gone.png'")),
-        (change("categories", to=[{"id": n, "name": str(n)} for n in range(1, 10)]), ("9 categories", "data.classes = 2", "to 9")),
+        (
+            change("images", 1, "file_name", to="gone.png"),
+            ("names 3 images, of which 1 are not in", "'gone.png'"),
+        ),
+        (
+            change("categories", to=[{"id": n, "name": str(n)} for n in range(1, 10)]),
+            ("9 categories", "data.classes = 2", "to 9"),
+        ),
     ],
 )
-def test_annotation_files_that_are_wrong(scenes: Path, mistake: Callable[[Any], None], words: tuple[str, ...]) -> None:
+def test_annotation_files_that_are_wrong(
+    scenes: Path, mistake: Callable[[Any], None], words: tuple[str, ...]
+) -> None:
     path = scenes / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
     mistake(content)
@@ -121,11 +147,16 @@ def test_boxes_that_are_wrong_are_counted_in_one_warning(tmp_path: Path) -> None
     with pytest.warns(UserWarning) as caught:
         images = load(coco_config(tmp_path, resolution=100))
     assert [str(warning.message) for warning in caught] == [
-        f"{path}: of 6 boxes, 2 left their image and were clipped, 3 had no area inside it and were left out."
+        f"{path}: of 6 boxes, 2 left their image and were clipped, 3 had no area inside it and were"
+        " left out."
     ]
     expected = [[0, 5, 20, 20], [90, 40, 10, 10], [60, 20, 40.5, 20]]
     assert [row["bbox"] for row in images.ground_truth()["annotations"]] == expected
-    assert images.__getitems__([(0, 0)])[1][0, :, :4].tolist() == [[0, 10, 20, 50], [90, 80, 100, 100], [60, 40, 100, 80]]
+    assert images.__getitems__([(0, 0)])[1][0, :, :4].tolist() == [
+        [0, 10, 20, 50],
+        [90, 80, 100, 100],
+        [60, 40, 100, 80],
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(coco_config(tmp_path))  # the same file, which was read
@@ -137,20 +168,38 @@ def test_boxes_that_are_wrong_are_counted_in_one_warning(tmp_path: Path) -> None
 def test_area_and_crowd_may_be_left_out(scenes: Path) -> None:
     path = scenes / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
-    content["annotations"] = [{key: row[key] for key in ("image_id", "category_id", "bbox")} for row in content["annotations"][:3]]
+    content["annotations"] = [
+        {key: row[key] for key in ("image_id", "category_id", "bbox")}
+        for row in content["annotations"][:3]
+    ]
     content["annotations"][0]["area"] = 7.5
     write_json(scenes, content)
     rows = load(coco_config(scenes)).ground_truth()["annotations"]
-    assert [(row["id"], row["area"], row["iscrowd"]) for row in rows] == [(1, 7.5, 0), (2, 1200, 0), (3, 1200, 0)]
+    assert [(row["id"], row["area"], row["iscrowd"]) for row in rows] == [
+        (1, 7.5, 0),
+        (2, 1200, 0),
+        (3, 1200, 0),
+    ]
 
 
 def test_validation_categories_must_be_the_training_categories(scenes: Path) -> None:
     """Classes are positions in the list of ids: one id other in val would shift them in silence."""
     images, objects = {"v.png": scene(20, 20)}, [(0, 3, [1.0, 1.0, 9.0, 9.0])]
-    for categories in ([{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}], [{"id": 3, "name": "cat"}, {"id": 8, "name": "wolf"}]):
+    for categories in (
+        [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}],
+        [{"id": 3, "name": "cat"}, {"id": 8, "name": "wolf"}],
+    ):
         write_coco(scenes, images, objects, "val", categories=categories)
-        refused(coco_config(scenes), "instances_val.json", "instances_train.json", "8", "same list", split="test")
-    (scenes / "annotations" / "instances_train.json").unlink()  # nothing to compare with: evaluation alone
+        refused(
+            coco_config(scenes),
+            "instances_val.json",
+            "instances_train.json",
+            "8",
+            "same list",
+            split="test",
+        )
+    # nothing to compare with: evaluation alone
+    (scenes / "annotations" / "instances_train.json").unlink()
     assert load(coco_config(scenes), "test").names == ("cat", "wolf")
 
 
@@ -170,7 +219,9 @@ def test_configurations_of_the_other_task(tmp_path: Path, keys: dict[str, Any], 
 
 
 def test_other_annotations_are_other_data(scenes: Path) -> None:
-    """A stage that was done on others is stale, though names and sizes of all files are the same."""
+    """A stage that was done on others is stale, though names and sizes of all files are
+    the same.
+    """
     path = scenes / "annotations" / "instances_train.json"
     before = fingerprint(coco_config(scenes))
     assert fingerprint(coco_config(scenes)) == before

@@ -1,4 +1,6 @@
-"""What is trained is what is evaluated: of every data set, with every augmentation and geometry that it allows."""
+"""What is trained is what is evaluated: of every data set, with every augmentation and
+geometry that it allows.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,16 @@ def geometry(**changes: Any) -> Geometry:
         ({"resize": "crop"}, (375, 500), (256, 341, -16, -58)),
         ({"augment": "imagenet"}, (256, 256), (256, 256, -16, -16)),
         ({"resize": "crop", "crop_fraction": 1}, (640, 480), (298, 224, -37, 0)),
-        ({"resize": "crop", "crop_fraction": 0.55, "resolution": 33}, (60, 60), (60, 60, -14, -14)),  # 33 / 0.55 is 59.99999999999999
+        # 33 / 0.55 is 59.99999999999999
+        ({"resize": "crop", "crop_fraction": 0.55, "resolution": 33}, (60, 60), (60, 60, -14, -14)),
         ({"resize": "pad"}, (640, 480), (224, 168, 0, 28)),
         ({"resize": "pad"}, (101, 333), (67, 224, 78, 0)),
         ({"resize": "pad"}, (3000, 2), (224, 1, 0, 112)),
     ],
 )
-def test_where_an_image_lies(changes: dict[str, Any], size: tuple[int, int], frame: tuple[int, ...]) -> None:
+def test_where_an_image_lies(
+    changes: dict[str, Any], size: tuple[int, int], frame: tuple[int, ...]
+) -> None:
     assert geometry(**changes).frame(*size) == Frame(*frame)
 
 
@@ -70,9 +75,15 @@ def test_the_defaults_are_those_of_the_augmentation() -> None:
 
 @pytest.mark.parametrize("size", [(640, 480), (301, 187), (113, 500), (256, 256), (40, 31)])
 def test_the_evaluation_of_imagenet_is_torchvisions(size: tuple[int, int]) -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    reference = v2.Compose([v2.Resize(256, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(224)])
-    assert np.array_equal(np.asarray(geometry(augment="imagenet").fitted(noise)), np.asarray(reference(noise)))
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    )
+    reference = v2.Compose(
+        [v2.Resize(256, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(224)]
+    )
+    assert np.array_equal(
+        np.asarray(geometry(augment="imagenet").fitted(noise)), np.asarray(reference(noise))
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -106,7 +117,9 @@ def marked(width: int, height: int) -> np.ndarray:
 
 def write_arrays(folder: Path) -> None:
     for part in ("train", "test"):
-        np.savez(folder / f"{part}.npz", x=np.stack([marked(WIDE, HIGH)] * 20), y=np.arange(20) % 10)
+        np.savez(
+            folder / f"{part}.npz", x=np.stack([marked(WIDE, HIGH)] * 20), y=np.arange(20) % 10
+        )
 
 
 def write_cifar10(folder: Path) -> None:
@@ -124,12 +137,19 @@ def write_folder(folder: Path, picture: np.ndarray | None = None) -> None:
         for name in "ab":
             (folder / part / name).mkdir(parents=True)
             for number in range(3):
-                Image.fromarray(marked(WIDE, HIGH) if picture is None else picture).save(folder / part / name / f"{number}.png")
+                Image.fromarray(marked(WIDE, HIGH) if picture is None else picture).save(
+                    folder / part / name / f"{number}.png"
+                )
 
 
 def write_boxes(folder: Path) -> None:
     for part in ("train", "val"):
-        write_coco(folder, {f"{name}.png": marked(WIDE, HIGH) for name in "abcde"}, [(0, 3, [12, 8, 12, 8])], part)
+        write_coco(
+            folder,
+            {f"{name}.png": marked(WIDE, HIGH) for name in "abcde"},
+            [(0, 3, [12, 8, 12, 8])],
+            part,
+        )
 
 
 SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[int, int]]] = {
@@ -139,7 +159,12 @@ SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[int, int]]]
     "coco": (write_boxes, ("none", "ssdlite", "ssd"), (WIDE, HIGH)),
 }
 """Who writes the pictures, what the data set allows, and the pictures' size."""
-REFUSED = {("coco", "none", "crop"), ("coco", "ssdlite", "crop"), ("coco", "ssd", "crop"), ("folder", "imagenet", "pad")}
+REFUSED = {
+    ("coco", "none", "crop"),
+    ("coco", "ssdlite", "crop"),
+    ("coco", "ssd", "crop"),
+    ("folder", "imagenet", "pad"),
+}
 CASES = [
     (name, augment, mode)
     for name, (_, augments, _) in SETS.items()
@@ -150,15 +175,25 @@ CASES = [
 
 
 @pytest.fixture
-def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Resize], DataConfig]:
+def configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str, Resize], DataConfig]:
     """A data set of marked pictures, by name, augmentation and mode."""
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # the md5 is that of the real pictures
+    # the md5 is that of the real pictures
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
 
     def config(name: str, augment: str, mode: Resize) -> DataConfig:
         write, _, _ = SETS[name]
         write(tmp_path)
         classes = {"folder": 2, "coco": 2}.get(name, 10)
-        settings = {"path": str(tmp_path), "classes": classes, "resolution": SIZE, "augment": augment, "resize": mode, **PLAIN}
+        settings = {
+            "path": str(tmp_path),
+            "classes": classes,
+            "resolution": SIZE,
+            "augment": augment,
+            "resize": mode,
+            **PLAIN,
+        }
         return DataConfig.model_validate({"name": name, **settings})
 
     return config
@@ -169,11 +204,15 @@ def places(x_CHW: torch.Tensor) -> np.ndarray:
     bright = torch.stack([x_CHW[0] - x_CHW[2], x_CHW[1] - x_CHW[2]]).clamp(min=0).double().numpy()
     steps = np.arange(x_CHW.shape[-1]) + 0.5
     mass = bright.sum((1, 2))
-    return np.stack([(bright.sum(1) * steps).sum(1) / mass, (bright.sum(2) * steps).sum(1) / mass], axis=1)
+    return np.stack(
+        [(bright.sum(1) * steps).sum(1) / mass, (bright.sum(2) * steps).sum(1) / mass], axis=1
+    )
 
 
 def expected(mode: Resize, width: int, height: int) -> np.ndarray:
-    """How far the blocks are apart in the network's input, in x and y, by the definition of the mode."""
+    """How far the blocks are apart in the network's input, in x and y, by the
+    definition of the mode.
+    """
     factors = {
         "squash": (SIZE / width, SIZE / height),
         "crop": (18 / min(width, height),) * 2,  # 16 / 0.875 = 18.3
@@ -184,7 +223,9 @@ def expected(mode: Resize, width: int, height: int) -> np.ndarray:
 
 
 def drawn_batches(images: Images, draws: int, at_once: int = 100) -> Iterator[torch.Tensor]:
-    """One training image in draw after draw; a batch of arrays has one draw, by which its images differ."""
+    """One training image in draw after draw; a batch of arrays has one draw, by which
+    its images differ.
+    """
     for start in range(0, draws, at_once):
         yield images.__getitems__([(0, start + number) for number in range(at_once)])[0]
 
@@ -193,46 +234,78 @@ def drawn_batches(images: Images, draws: int, at_once: int = 100) -> Iterator[to
 def test_training_has_the_scale_of_evaluation(
     configured: Callable[[str, str, Resize], DataConfig], name: str, augment: str, mode: Resize
 ) -> None:
-    """Some draw augments nothing: then the training image is the evaluated one, bit for bit, and its scale is that of the mode.
+    """Some draw augments nothing: then the training image is the evaluated one, bit for
+    bit, and its scale is that of the mode.
 
-    A random area (``imagenet``) is hardly ever the whole image; but some draw comes near to what is evaluated.
+    A random area (``imagenet``) is hardly ever the whole image; but some draw comes
+    near to what is evaluated.
     """
     config, (width, height) = configured(name, augment, mode), SETS[name][2]
-    evaluated, held_out = (load_images(config, split).__getitems__([(0, 0)])[0][0] for split in ("test", "held_out"))
+    evaluated, held_out = (
+        load_images(config, split).__getitems__([(0, 0)])[0][0] for split in ("test", "held_out")
+    )
     assert torch.equal(evaluated, held_out)  # the pictures are all the same
     seen = places(evaluated)
     assert np.abs(seen[1] - seen[0] - expected(mode, width, height)).max() < 0.1
-    assert seen.mean(0) == pytest.approx([SIZE / 2, SIZE / 2], abs=0.55)  # a middle may be between two pixels
+    # a middle may be between two pixels
+    assert seen.mean(0) == pytest.approx([SIZE / 2, SIZE / 2], abs=0.55)
     training = load_images(config, "train", augment=True)
     if augment == "imagenet":
         images = (x for x_NCHW in drawn_batches(training, 600) for x in x_NCHW)
         nearest = min(np.abs(places(x) - seen).max() for x in images if both_are_in(x))
         assert nearest < 0.7
     else:
-        assert any(torch.equal(x, evaluated) for x_NCHW in drawn_batches(training, 3000) for x in x_NCHW)
+        assert any(
+            torch.equal(x, evaluated) for x_NCHW in drawn_batches(training, 3000) for x in x_NCHW
+        )
 
 
 @pytest.mark.parametrize("mode", ["squash", "crop"])
-def test_random_areas_are_about_square_where_the_network_looks(tmp_path: Path, mode: Resize) -> None:
-    """Also of a picture three times as wide as high, of which a network of squashed images has never seen a square."""
+def test_random_areas_are_about_square_where_the_network_looks(
+    tmp_path: Path, mode: Resize
+) -> None:
+    """Also of a picture three times as wide as high, of which a network of squashed
+    images has never seen a square.
+    """
     write_folder(tmp_path, marked(120, 40))
-    settings = {"name": "folder", "path": str(tmp_path), "classes": 2, "resolution": 48, "augment": "imagenet", "resize": mode, **PLAIN}
+    settings = {
+        "name": "folder",
+        "path": str(tmp_path),
+        "classes": 2,
+        "resolution": 48,
+        "augment": "imagenet",
+        "resize": mode,
+        **PLAIN,
+    }
     config = DataConfig.model_validate(settings)
     (evaluated,), _ = load_images(config, "test").__getitems__([(0, 0)])
-    images = (x for x_NCHW in drawn_batches(load_images(config, "train", augment=True), 300) for x in x_NCHW)
+    images = (
+        x
+        for x_NCHW in drawn_batches(load_images(config, "train", augment=True), 300)
+        for x in x_NCHW
+    )
     apart = [np.abs(np.subtract(*places(x))) for x in images if both_are_in(x)]
-    aspects = np.array([x / y for x, y in apart]) / np.divide(*np.abs(np.subtract(*places(evaluated))))
+    aspects = np.array([x / y for x, y in apart]) / np.divide(
+        *np.abs(np.subtract(*places(evaluated)))
+    )
     assert len(aspects) > 10
-    assert aspects.min() > 0.7 and aspects.max() < 1.45  # 3/4 to 4/3, and blocks that are cut off a little
+    # 3/4 to 4/3, and blocks that are cut off a little
+    assert aspects.min() > 0.7 and aspects.max() < 1.45
 
 
 def both_are_in(x_CHW: torch.Tensor) -> bool:
     return bool(min((x_CHW[0] - x_CHW[2]).max(), (x_CHW[1] - x_CHW[2]).max()) > 0.5)
 
 
-@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in ("npz", "folder") for mode in MODES])
-def test_a_shift_moves_and_scales_nothing(configured: Callable[[str, str, Resize], DataConfig], name: str, mode: Resize) -> None:
-    """By whole pixels, an eighth of the size at most: with ``crop`` over what lies around the middle, else over black."""
+@pytest.mark.parametrize(
+    ("name", "mode"), [(name, mode) for name in ("npz", "folder") for mode in MODES]
+)
+def test_a_shift_moves_and_scales_nothing(
+    configured: Callable[[str, str, Resize], DataConfig], name: str, mode: Resize
+) -> None:
+    """By whole pixels, an eighth of the size at most: with ``crop`` over what lies
+    around the middle, else over black.
+    """
     config = configured(name, "crop", mode)
     found = Geometry.of(config)
     seen = places(load_images(config, "test").__getitems__([(0, 0)])[0][0])
@@ -253,10 +326,16 @@ def test_a_shift_moves_and_scales_nothing(configured: Callable[[str, str, Resize
 @pytest.mark.parametrize("resolution", [8, 20])
 def test_digits(augment: str, mode: Resize, resolution: int) -> None:
     """Of eight pixels, at that size and enlarged."""
-    config = DataConfig(resolution=resolution, channels=1, mean=(0.2,), std=(0.5,), augment=augment, resize=mode)
+    config = DataConfig(
+        resolution=resolution, channels=1, mean=(0.2,), std=(0.5,), augment=augment, resize=mode
+    )
     evaluated = load_images(config, "train").__getitems__([(7, 0)])[0][0]
     training = load_images(config, "train", augment=True)
-    neutral = any(torch.equal(x, evaluated) for draw in range(300) for x in training.__getitems__([(7, draw)] * 2)[0])
+    neutral = any(
+        torch.equal(x, evaluated)
+        for draw in range(300)
+        for x in training.__getitems__([(7, draw)] * 2)[0]
+    )
     assert neutral
 
 
@@ -265,16 +344,24 @@ def test_arrays_of_the_right_size_stay_as_they_are(tmp_path: Path, mode: Resize)
     pixels = np.random.default_rng(0).integers(0, 256, (10, SIZE, SIZE, 3), dtype=np.uint8)
     np.savez(tmp_path / "test.npz", x=pixels, y=np.arange(10))
     for changes in ({"resize": mode}, {"resize": "crop", "crop_fraction": 1.0}):
-        config = DataConfig.model_validate({"name": "npz", "path": str(tmp_path), "resolution": SIZE, **PLAIN, **changes})
+        config = DataConfig.model_validate(
+            {"name": "npz", "path": str(tmp_path), "resolution": SIZE, **PLAIN, **changes}
+        )
         x_NCHW, _ = load_images(config, "test").__getitems__([(index, 0) for index in range(10)])
         assert np.array_equal((x_NCHW * 255).round().numpy().transpose(0, 2, 3, 1), pixels)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_searched_resolution_has_the_same_field_of_view(configured: Callable[[str, str, Resize], DataConfig], mode: Resize) -> None:
-    """A super-net shrinks the images of the largest resolution; the winner is trained on images that are read at its own."""
+def test_a_searched_resolution_has_the_same_field_of_view(
+    configured: Callable[[str, str, Resize], DataConfig], mode: Resize
+) -> None:
+    """A super-net shrinks the images of the largest resolution; the winner is trained
+    on images that are read at its own.
+    """
     config = configured("folder", "none", mode)
-    large, small = (load_images(config.at(size), "test").__getitems__([(0, 0)])[0] for size in (64, 32))
+    large, small = (
+        load_images(config.at(size), "test").__getitems__([(0, 0)])[0] for size in (64, 32)
+    )
     shrunk = places(resized(large, 32)[0])
     assert np.abs(shrunk - places(small[0])).max() < 0.6
 
@@ -282,12 +369,21 @@ def test_a_searched_resolution_has_the_same_field_of_view(configured: Callable[[
 def test_a_border_is_of_the_mean_and_a_shift_is_black(tmp_path: Path) -> None:
     """The border is nearly 0 for the network."""
     write_folder(tmp_path)
-    settings = {"name": "folder", "path": str(tmp_path), "classes": 2, "resolution": SIZE, "resize": "pad", "augment": "crop"}
+    settings = {
+        "name": "folder",
+        "path": str(tmp_path),
+        "classes": 2,
+        "resolution": SIZE,
+        "resize": "pad",
+        "augment": "crop",
+    }
     config = DataConfig.model_validate(settings)
     (x,), _ = load_images(config, "test").__getitems__([(0, 0)])
     assert x[:, :2].abs().max() < 0.01 and x[:, -2:].abs().max() < 0.01
     assert x[:, 2:-2].abs().max() > 1
-    grey = load_images(DataConfig.model_validate({**settings, "channels": 1, "mean": [0.25], "std": [0.2]}), "test")
+    grey = load_images(
+        DataConfig.model_validate({**settings, "channels": 1, "mean": [0.25], "std": [0.2]}), "test"
+    )
     assert grey.__getitems__([(0, 0)])[0][0, 0, :2].abs().max() < 0.01
 
 

@@ -1,4 +1,6 @@
-"""Data: the order of batches, the splits, the augmentation against a slow reference, and every way a file can be wrong."""
+"""Data: the order of batches, the splits, the augmentation against a slow reference,
+and every way a file can be wrong.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def pixels(x_NCHW: torch.Tensor) -> np.ndarray:
 def in_order(images: Images, batch_size: int) -> Iterator[Batch]:
     """All images as they are stored."""
     for start in range(0, len(images), batch_size):
-        yield images.__getitems__([(index, 0) for index in range(start, min(start + batch_size, len(images)))])
+        yield images.__getitems__(
+            [(index, 0) for index in range(start, min(start + batch_size, len(images)))]
+        )
 
 
 # what makes a data set another
@@ -85,8 +89,14 @@ def test_the_fingerprint_of_a_folder_with_nothing_else_stays_what_it_was(tmp_pat
     """Runs from before unread files were left out go on as they are."""
     for part in ("train.npz", "test.npz"):
         (tmp_path / part).write_bytes(part.encode())
-    lines = [f"{part}:{hashlib.sha256(part.encode()).hexdigest()}\n" for part in ("test.npz", "train.npz")]
-    assert fingerprint(DataConfig(name="npz", path=str(tmp_path))) == hashlib.sha256(("npz" + "".join(lines)).encode()).hexdigest()
+    lines = [
+        f"{part}:{hashlib.sha256(part.encode()).hexdigest()}\n"
+        for part in ("test.npz", "train.npz")
+    ]
+    assert (
+        fingerprint(DataConfig(name="npz", path=str(tmp_path)))
+        == hashlib.sha256(("npz" + "".join(lines)).encode()).hexdigest()
+    )
 
 
 def test_digits_have_one_fingerprint(tmp_path: Path) -> None:
@@ -101,10 +111,18 @@ def test_digits_are_real() -> None:
     """All 1,797 of scikit-learn's digits, each in exactly one split, with its own label."""
     bunch = load_digits()
     theirs = {
-        (image.tobytes(), int(label)) for image, label in zip((bunch.images * 255 / 16).round().astype(np.uint8), bunch.target, strict=True)
+        (image.tobytes(), int(label))
+        for image, label in zip(
+            (bunch.images * 255 / 16).round().astype(np.uint8), bunch.target, strict=True
+        )
     }
     parts = [load_images(DIGITS, split) for split in ("train", "held_out", "test")]
-    ours = [(pixels(x)[i, 0].tobytes(), int(y[i])) for part in parts for x, y in in_order(part, 500) for i in range(len(y))]
+    ours = [
+        (pixels(x)[i, 0].tobytes(), int(y[i]))
+        for part in parts
+        for x, y in in_order(part, 500)
+        for i in range(len(y))
+    ]
     assert [len(part) for part in parts] == [1150, 288, 359]
     assert len(ours) == 1797 == len(bunch.target)
     assert set(ours) == theirs
@@ -114,7 +132,10 @@ def test_digits_are_real() -> None:
 def test_splits_are_disjoint_and_cover() -> None:
     assert split_indices(5, 0.2, "all").tolist() == [0, 1, 2, 3, 4]
     for total, held_out in ((10, 0.2), (1438, 0.2), (7, 0.01), (100, 0.5)):
-        train, held = split_indices(total, held_out, "train"), split_indices(total, held_out, "held_out")
+        train, held = (
+            split_indices(total, held_out, "train"),
+            split_indices(total, held_out, "held_out"),
+        )
         assert sorted([*train, *held]) == list(range(total))
         assert len(held) == max(1, round(total * held_out))
 
@@ -129,11 +150,20 @@ def test_normalisation_and_channels() -> None:
 
 
 def test_resized_images_are_pillows() -> None:
-    """Pillow's bilinear filter is antialiased too; the sizes up and down agree within a grey level."""
+    """Pillow's bilinear filter is antialiased too; the sizes up and down agree within a
+    grey level.
+    """
     original = pixels(next(in_order(load_images(DIGITS, "test"), 20))[0])
     for size in (16, 13):
-        found = pixels(next(in_order(load_images(DIGITS.model_copy(update={"resolution": size}), "test"), 20))[0])
-        expected = [np.asarray(Image.fromarray(image[0]).resize((size, size), Image.Resampling.BILINEAR)) for image in original]
+        found = pixels(
+            next(in_order(load_images(DIGITS.model_copy(update={"resolution": size}), "test"), 20))[
+                0
+            ]
+        )
+        expected = [
+            np.asarray(Image.fromarray(image[0]).resize((size, size), Image.Resampling.BILINEAR))
+            for image in original
+        ]
         assert np.abs(found[:, 0].astype(int) - np.stack(expected)).max() <= 1
 
 
@@ -162,11 +192,17 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_kth_step(workers: int) -> None:
-    """A stride leaves steps out and changes none: across epochs (1,150 images in batches of 64), and where it does not divide."""
+    """A stride leaves steps out and changes none: across epochs (1,150 images in
+    batches of 64), and where it does not divide.
+    """
     images = load_images(DIGITS, "train", augment=True)
     straight = list(training_batches(images, 64, seed=3, first=0, last=41))
     for first, stride in ((0, 5), (3, 7), (40, 4)):
-        found = list(training_batches(images, 64, seed=3, first=first, last=41, stride=stride, workers=workers))
+        found = list(
+            training_batches(
+                images, 64, seed=3, first=first, last=41, stride=stride, workers=workers
+            )
+        )
         assert len(found) == len(straight[first::stride])
         assert all(same(a, b) for a, b in zip(found, straight[first::stride], strict=True))
 
@@ -174,10 +210,18 @@ def test_every_kth_step(workers: int) -> None:
 def test_a_portion_is_a_fixed_random_part() -> None:
     """The same images every time, each with its own label."""
     plain = load_images(DIGITS, "train")
-    everything = [(image.tobytes(), int(label)) for x, y in in_order(plain, 500) for image, label in zip(x.numpy(), y, strict=True)]
+    everything = [
+        (image.tobytes(), int(label))
+        for x, y in in_order(plain, 500)
+        for image, label in zip(x.numpy(), y, strict=True)
+    ]
     for portion, count in ((0.5, 575), (0.1, 115), (1e-9, 1)):
         part = Portion(plain, portion)
-        found = [(image.tobytes(), int(label)) for x, y in in_order(part, 500) for image, label in zip(x.numpy(), y, strict=True)]
+        found = [
+            (image.tobytes(), int(label))
+            for x, y in in_order(part, 500)
+            for image, label in zip(x.numpy(), y, strict=True)
+        ]
         assert len(part) == len(found) == count
         assert found == [everything[i] for i in Portion(plain, portion).kept]
         assert [label for _, label in found] == part.labels.tolist()
@@ -185,12 +229,19 @@ def test_a_portion_is_a_fixed_random_part() -> None:
 
 
 def test_each_epoch_visits_every_image_once() -> None:
-    """Epochs do not end at batch boundaries: 3 epochs of 1,150 images in batches of 46, and of 100."""
+    """Epochs do not end at batch boundaries: 3 epochs of 1,150 images in batches of 46,
+    and of 100.
+    """
     plain = load_images(DIGITS, "train")
     everything = sorted(image.tobytes() for image in next(in_order(plain, len(plain)))[0].numpy())
     for size, steps in ((46, 75), (115, 30), (100, 35)):
-        stream = np.concatenate([x.numpy() for x, _ in training_batches(plain, size, seed=0, first=0, last=steps)])
-        epochs = [[image.tobytes() for image in stream[start : start + len(plain)]] for start in (0, 1150, 2300)]
+        stream = np.concatenate(
+            [x.numpy() for x, _ in training_batches(plain, size, seed=0, first=0, last=steps)]
+        )
+        epochs = [
+            [image.tobytes() for image in stream[start : start + len(plain)]]
+            for start in (0, 1150, 2300)
+        ]
         for epoch in epochs:
             assert sorted(epoch) == everything
         assert epochs[0] != epochs[1] != epochs[2]
@@ -208,10 +259,16 @@ class Echo(Images):
 
 def test_every_step_is_augmented_anew() -> None:
     """One seed per step, none twice: an image met again in a later epoch looks different."""
-    draws = [set(requests[:, 1].tolist()) for requests, _ in training_batches(Echo(40), 8, seed=3, first=0, last=100)]
+    draws = [
+        set(requests[:, 1].tolist())
+        for requests, _ in training_batches(Echo(40), 8, seed=3, first=0, last=100)
+    ]
     assert all(len(draw) == 1 for draw in draws)
     assert len(set.union(*draws)) == 100
-    other = [set(requests[:, 1].tolist()) for requests, _ in training_batches(Echo(40), 8, seed=4, first=0, last=100)]
+    other = [
+        set(requests[:, 1].tolist())
+        for requests, _ in training_batches(Echo(40), 8, seed=4, first=0, last=100)
+    ]
     assert not set.union(*draws) & set.union(*other)
 
 
@@ -224,23 +281,35 @@ def test_workers_change_nothing() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_batches_hold_every_image_once(workers: int) -> None:
-    """In one order, the same each time; a limit takes the first of that order, which are of all classes."""
+    """In one order, the same each time; a limit takes the first of that order, which
+    are of all classes.
+    """
     images = load_images(DIGITS, "held_out")
     batches = list(evaluation_batches(images, 64, workers=workers))
     assert [len(y) for _, y in batches] == [64, 64, 64, 64, 32]
-    found = sorted((image.tobytes(), int(label)) for x, y in batches for image, label in zip(x.numpy(), y, strict=True))
+    found = sorted(
+        (image.tobytes(), int(label))
+        for x, y in batches
+        for image, label in zip(x.numpy(), y, strict=True)
+    )
     x_NCHW, y = next(in_order(images, 288))
-    assert found == sorted((image.tobytes(), int(label)) for image, label in zip(x_NCHW.numpy(), y, strict=True))
+    assert found == sorted(
+        (image.tobytes(), int(label)) for image, label in zip(x_NCHW.numpy(), y, strict=True)
+    )
     some = list(evaluation_batches(images, 64, limit=100, workers=workers))
     assert [len(y) for _, y in some] == [64, 36]
     assert same(some[0], batches[0])
     assert set(torch.cat([y for _, y in some]).tolist()) == set(range(10))
-    assert sum(len(y) for _, y in evaluation_batches(images, 64, limit=10_000, workers=workers)) == 288
+    assert (
+        sum(len(y) for _, y in evaluation_batches(images, 64, limit=10_000, workers=workers)) == 288
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_leave_the_global_generator_alone(workers: int) -> None:
-    """Dropout draws from it: a loader that a resumed run makes in the middle of a step must not shift the step's draws."""
+    """Dropout draws from it: a loader that a resumed run makes in the middle of a step
+    must not shift the step's draws.
+    """
     images = load_images(DIGITS, "train", augment=True)
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -255,11 +324,16 @@ def test_loaders_leave_the_global_generator_alone(workers: int) -> None:
 
 @pytest.mark.parametrize("augment", ["crop", "crop_flip"])
 def test_augmentation_against_a_slow_reference(augment: str) -> None:
-    """Each image is one of the 3 x 3 crops of its zero-padded original (8 px: padding 1), flipped or not."""
+    """Each image is one of the 3 x 3 crops of its zero-padded original (8 px: padding
+    1), flipped or not.
+    """
     config = DIGITS.model_copy(update={"augment": augment})
     train, plain = load_images(config, "train", augment=True), load_images(config, "train")
     requests = [(index, 99) for index in range(200)]
-    found, originals = pixels(train.__getitems__(requests)[0])[:, 0], pixels(plain.__getitems__(requests)[0])[:, 0]
+    found, originals = (
+        pixels(train.__getitems__(requests)[0])[:, 0],
+        pixels(plain.__getitems__(requests)[0])[:, 0],
+    )
     seen = {}
     for image, original in zip(found, originals, strict=True):
         padded = np.zeros((10, 10), np.uint8)
@@ -278,9 +352,13 @@ def test_augmentation_is_deterministic_and_only_where_asked() -> None:
     images = load_images(DIGITS, "train", augment=True)
     requests = [(index, 5) for index in range(64)]
     assert same(images.__getitems__(requests), images.__getitems__(requests))
-    assert not same(images.__getitems__(requests), images.__getitems__([(index, 6) for index in range(64)]))
+    assert not same(
+        images.__getitems__(requests), images.__getitems__([(index, 6) for index in range(64)])
+    )
     plain = load_images(DIGITS, "train")
-    assert same(plain.__getitems__(requests), plain.__getitems__([(index, 6) for index in range(64)]))
+    assert same(
+        plain.__getitems__(requests), plain.__getitems__([(index, 6) for index in range(64)])
+    )
 
 
 def test_imagenet_augmentation_needs_a_folder() -> None:
@@ -292,13 +370,21 @@ def test_imagenet_augmentation_needs_a_folder() -> None:
 
 
 def npz_config(folder: Path, **changes: Any) -> DataConfig:
-    return DataConfig(**{"name": "npz", "path": str(folder), "resolution": 8, "classes": 3, **GREY, **changes})
+    return DataConfig(
+        **{"name": "npz", "path": str(folder), "resolution": 8, "classes": 3, **GREY, **changes}
+    )
 
 
 def write_npz(folder: Path, name: str = "train", count: int = 20, **changes: Any) -> None:
     rng = np.random.default_rng(0)
-    arrays = {"x": rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8), "y": np.arange(count) % 3, **changes}
-    np.savez(folder / f"{name}.npz", **{key: value for key, value in arrays.items() if value is not None})
+    arrays = {
+        "x": rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8),
+        "y": np.arange(count) % 3,
+        **changes,
+    }
+    np.savez(
+        folder / f"{name}.npz", **{key: value for key, value in arrays.items() if value is not None}
+    )
 
 
 def refused(config: DataConfig, *words: str, split: str = "train") -> None:
@@ -312,8 +398,11 @@ def refused(config: DataConfig, *words: str, split: str = "train") -> None:
 def test_npz_is_read(tmp_path: Path) -> None:
     write_npz(tmp_path)
     write_npz(tmp_path, "test", 6)
-    assert [len(load_images(npz_config(tmp_path), split)) for split in ("train", "held_out", "test")] == [16, 4, 6]
-    write_npz(tmp_path, "test", x=np.zeros((20, 8, 8), np.uint8))  # grey images without a channel axis
+    assert [
+        len(load_images(npz_config(tmp_path), split)) for split in ("train", "held_out", "test")
+    ] == [16, 4, 6]
+    # grey images without a channel axis
+    write_npz(tmp_path, "test", x=np.zeros((20, 8, 8), np.uint8))
     assert len(load_images(npz_config(tmp_path), "test")) == 20
 
 
@@ -322,7 +411,10 @@ def test_smaller_images_are_pillows_too(tmp_path: Path) -> None:
     originals = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 1), dtype=np.uint8)
     write_npz(tmp_path, "test", 6, x=originals)
     found = pixels(next(in_order(load_images(npz_config(tmp_path, resolution=16), "test"), 6))[0])
-    expected = [np.asarray(Image.fromarray(image[..., 0]).resize((16, 16), Image.Resampling.BILINEAR)) for image in originals]
+    expected = [
+        np.asarray(Image.fromarray(image[..., 0]).resize((16, 16), Image.Resampling.BILINEAR))
+        for image in originals
+    ]
     assert np.abs(found[:, 0].astype(int) - np.stack(expected)).max() <= 1
 
 
@@ -397,9 +489,14 @@ def test_cifar10_folder_missing(tmp_path: Path) -> None:
 def unpacked_cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = os.environ.get("HWNAS_TEST_DATA")
     if not source:
-        pytest.skip("HWNAS_TEST_DATA is not set: it names a folder whose unpack.py makes cifar10/train.npz and test.npz")
+        pytest.skip(
+            "HWNAS_TEST_DATA is not set: it names a folder whose unpack.py makes cifar10/train.npz"
+            " and test.npz"
+        )
     folder = tmp_path_factory.mktemp("data")
-    subprocess.run([sys.executable, str(Path(source) / "unpack.py"), str(folder), "cifar10"], check=True)
+    subprocess.run(
+        [sys.executable, str(Path(source) / "unpack.py"), str(folder), "cifar10"], check=True
+    )
     return folder / "cifar10"
 
 
@@ -411,7 +508,8 @@ def test_cifar10_as_npz(unpacked_cifar10: Path) -> None:
     assert test.names[3] == "cat"
     means = np.mean([x.numpy().mean((0, 2, 3)) for x, _ in in_order(test, 1000)], axis=0)
     unnormalised = means * np.array(config.std) + np.array(config.mean)
-    assert np.allclose(unnormalised, [0.4942, 0.4851, 0.4504], atol=2e-3)  # the test images' published channel means
+    # the test images' published channel means
+    assert np.allclose(unnormalised, [0.4942, 0.4851, 0.4504], atol=2e-3)
 
 
 # folders
@@ -419,7 +517,9 @@ def test_cifar10_as_npz(unpacked_cifar10: Path) -> None:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """2 classes, 6 training and 3 validation images each, of different sizes and modes, as PNG (so that pixels are exact)."""
+    """2 classes, 6 training and 3 validation images each, of different sizes and modes,
+    as PNG (so that pixels are exact).
+    """
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("val", 3)):
         for label, name in enumerate(("cat", "dog")):
@@ -428,12 +528,23 @@ def image_folder(tmp_path: Path) -> Path:
             for i in range(count):
                 size = (20 + i, 24, 3)
                 image = Image.fromarray((rng.integers(0, 60, size) + 120 * label).astype(np.uint8))
-                (image.convert("L") if i == 1 else image.convert("RGBA") if i == 2 else image).save(folder / f"{i}.png")
+                (image.convert("L") if i == 1 else image.convert("RGBA") if i == 2 else image).save(
+                    folder / f"{i}.png"
+                )
     return tmp_path
 
 
 def folder_config(path: Path, **changes: Any) -> DataConfig:
-    return DataConfig(**{"name": "folder", "path": str(path), "resolution": 16, "classes": 2, "augment": "imagenet", **changes})
+    return DataConfig(
+        **{
+            "name": "folder",
+            "path": str(path),
+            "resolution": 16,
+            "classes": 2,
+            "augment": "imagenet",
+            **changes,
+        }
+    )
 
 
 def test_folder_is_decoded(image_folder: Path) -> None:
@@ -444,11 +555,18 @@ def test_folder_is_decoded(image_folder: Path) -> None:
     assert x.shape == (6, 3, 16, 16)
     assert y.tolist() == [0, 0, 0, 1, 1, 1]
     assert test.names == ("cat", "dog")
-    image = Image.open(image_folder / "val" / "cat" / "0.png").resize((21, 18), Image.Resampling.BICUBIC)
+    image = Image.open(image_folder / "val" / "cat" / "0.png").resize(
+        (21, 18), Image.Resampling.BICUBIC
+    )
     expected = np.asarray(image)[1:17, 2:18]  # torchvision rounds (21 - 16) / 2 to 2
     assert np.array_equal(pixels(x)[0].transpose(1, 2, 0), expected)
     assert x[3:].mean() - x[:3].mean() > 0.3
-    assert load_images(folder_config(image_folder, channels=1, mean=(0.5,), std=(0.5,)), "test").__getitems__([(0, 0)])[0].shape[1] == 1
+    assert (
+        load_images(folder_config(image_folder, channels=1, mean=(0.5,), std=(0.5,)), "test")
+        .__getitems__([(0, 0)])[0]
+        .shape[1]
+        == 1
+    )
 
 
 def test_folder_batches_are_deterministic(image_folder: Path) -> None:
@@ -482,13 +600,20 @@ def test_an_image_that_does_not_decode(image_folder: Path) -> None:
 
 def test_folder_errors(image_folder: Path) -> None:
     refused(folder_config(image_folder / "train"), "train")
-    refused(folder_config(image_folder, classes=3).model_copy(update={"classes": 2, "path": str(image_folder / "none")}), "none")
+    refused(
+        folder_config(image_folder, classes=3).model_copy(
+            update={"classes": 2, "path": str(image_folder / "none")}
+        ),
+        "none",
+    )
     empty = image_folder / "train" / "emu"
     empty.mkdir()
     refused(folder_config(image_folder, classes=3), "emu")
 
 
 def test_validation_classes_must_be_the_training_classes(image_folder: Path) -> None:
-    """Labels are positions in the sorted list of folders: one folder less in val would shift them in silence."""
+    """Labels are positions in the sorted list of folders: one folder less in val would
+    shift them in silence.
+    """
     (image_folder / "val" / "cat").rename(image_folder / "val" / "cow")
     refused(folder_config(image_folder), "cat", "cow", split="test")

@@ -1,4 +1,6 @@
-"""deploy/android.sh by a POSIX shell on this computer, with a program that does nothing: what it leaves when it says its last."""
+"""deploy/android.sh by a POSIX shell on this computer, with a program that does
+nothing: what it leaves when it says its last.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,18 @@ def test_the_lock_is_gone_when_it_says_its_last(run: Path, arguments: str, last:
     if last.endswith("failed"):
         (run / "input").mkdir()  # so that dd cannot write it
     environment = os.environ | {"PATH": f"{run.parent.parent / 'bin'}:{os.environ['PATH']}"}
-    with subprocess.Popen(["sh", run / "android.sh", *arguments.split()], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        ["sh", run / "android.sh", *arguments.split()],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
         assert process.stdout is not None
-        said = next(line for line in process.stdout if line.startswith((f"{run.name} done", f"{run.name} failed")))
+        said = next(
+            line
+            for line in process.stdout
+            if line.startswith((f"{run.name} done", f"{run.name} failed"))
+        )
         left = [path.name for path in run.parent.iterdir()]
         process.stdout.read()
     assert said.startswith(last)

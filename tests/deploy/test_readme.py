@@ -1,7 +1,8 @@
 """The snippets of deploy/README.md on real bundles and a real JPEG: they print what hwnas finds.
 
-C++ is compiled where the environment variable HWNAS_LITERT_HEADERS names a checkout of LiteRT, or its C++ SDK, and linked with the
-library of the installed wheel. Kotlin is not compiled.
+C++ is compiled where the environment variable HWNAS_LITERT_HEADERS names a checkout of
+LiteRT, or its C++ SDK, and linked with the library of the installed wheel. Kotlin is
+not compiled.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ NETWORK = Architecture(
 INTERFACES = {
     "floats": {"data": {"resize": "squash"}, "export": {}},
     "pixels": {"data": {"resize": "pad"}, "export": {"input": "uint8"}},
-    "app": {"data": {"resize": "crop", "crop_fraction": 0.8, "interpolation": "bicubic"}, "export": {"input": "uint8", "softmax": True}},
+    "app": {
+        "data": {"resize": "crop", "crop_fraction": 0.8, "interpolation": "bicubic"},
+        "export": {"input": "uint8", "softmax": True},
+    },
 }
 
 
@@ -64,7 +68,14 @@ def snippets(language: str) -> list[str]:
 def python(snippet: str, folder: Path) -> list[str]:
     """What a script prints in a bundle's folder."""
     (folder / "app.py").write_text(snippet)
-    done = subprocess.run([sys.executable, "app.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "app.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -82,7 +93,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for index in range(3):
                     height, width = (int(side) for side in rng.integers(60, 300, 2))
                     y, x = int(rng.integers(0, 427 - height)), int(rng.integers(0, 640 - width))
-                    Image.fromarray(photograph[y : y + height, x : x + width]).save(target / f"{index}.jpg", quality=90)
+                    Image.fromarray(photograph[y : y + height, x : x + width]).save(
+                        target / f"{index}.jpg", quality=90
+                    )
     return folder
 
 
@@ -96,11 +109,22 @@ def lively(arch: Architecture, scale: float) -> Any:
 
 
 @pytest.fixture(scope="module", params=list(INTERFACES))
-def run(request: pytest.FixtureRequest, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
+def run(
+    request: pytest.FixtureRequest, photographs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Experiment, Path]:
     """An experiment and the folder of its bundle."""
     chosen = INTERFACES[request.param]
-    data = {"name": "folder", "path": str(photographs), "resolution": 40, "classes": 4, "augment": "none", **chosen["data"]}
-    experiment = Experiment.model_validate({"data": data, "export": {"formats": ["tflite-int8"], **chosen["export"]}})
+    data = {
+        "name": "folder",
+        "path": str(photographs),
+        "resolution": 40,
+        "classes": 4,
+        "augment": "none",
+        **chosen["data"],
+    }
+    experiment = Experiment.model_validate(
+        {"data": data, "export": {"formats": ["tflite-int8"], **chosen["export"]}}
+    )
     root = tmp_path_factory.mktemp(request.param) / "run"
     network, test = lively(NETWORK, 30.0).eval(), load_images(experiment.data, "test")
     x_NCHW, _ = test.__getitems__([(index, 0) for index in range(len(test))])
@@ -111,7 +135,9 @@ def run(request: pytest.FixtureRequest, photographs: Path, tmp_path_factory: pyt
     return experiment, root / "export"
 
 
-def test_python_finds_the_class_that_hwnas_finds(run: tuple[Experiment, Path], photographs: Path) -> None:
+def test_python_finds_the_class_that_hwnas_finds(
+    run: tuple[Experiment, Path], photographs: Path
+) -> None:
     experiment, folder = run
     bundle, classify = Bundle.load(folder / "bundle.json"), "".join(snippets("python")[:2])
     test = load_images(experiment.data, "test")
@@ -119,8 +145,13 @@ def test_python_finds_the_class_that_hwnas_finds(run: tuple[Experiment, Path], p
     x_NCHW, _ = test.__getitems__([(index, 0) for index in range(len(paths))])
     images = bundle.interface.fed(x_NCHW.permute(0, 2, 3, 1).contiguous().numpy())
     outputs = Host(HOST).predict(folder / "model-int8.tflite", images, folder)
-    wanted = [" ".join((bundle.labels[row.argmax()], bundle.interface.output, str(row.max()))) for row in outputs]
-    assert len({line.partition(" logits")[0].partition(" prob")[0] for line in wanted}) > 1, "or any constant would do"
+    wanted = [
+        " ".join((bundle.labels[row.argmax()], bundle.interface.output, str(row.max())))
+        for row in outputs
+    ]
+    assert len({line.partition(" logits")[0].partition(" prob")[0] for line in wanted}) > 1, (
+        "or any constant would do"
+    )
     for path, line in list(zip(paths, wanted, strict=True))[::2]:
         shutil.copy(path, folder / "photograph.jpg")
         assert python(classify, folder) == [line]
@@ -132,12 +163,21 @@ def test_python_finds_the_boxes_that_hwnas_finds(photographs: Path, tmp_path: Pa
         name="boxes",
         blocks=tuple(
             Op.parse(key)
-            for key in ("conv-h48-i3-o16-k3-s2-relu6", "mbconv-h24-i16-o24-m48-k3-s2-relu6", "mbconv-h12-i24-o32-m72-k3-s2-relu6")
+            for key in (
+                "conv-h48-i3-o16-k3-s2-relu6",
+                "mbconv-h24-i16-o24-m48-k3-s2-relu6",
+                "mbconv-h12-i24-o32-m72-k3-s2-relu6",
+            )
         ),
     )
     arch = with_detector(backbone, 2, resolution=48)
     content["detector"]["post_processing"] = {"min_score": 0.4, "detections": 5}
-    content["export"] = {"formats": ["tflite-int8"], "input": "uint8", "calibration_images": 8, "parity_images": 2}
+    content["export"] = {
+        "formats": ["tflite-int8"],
+        "input": "uint8",
+        "calibration_images": 8,
+        "parity_images": 2,
+    }
     experiment = Experiment.model_validate(content)
     root = tmp_path / "run"
     save_network(lively(arch, 20.0), root / "train" / "model.safetensors", {})
@@ -148,14 +188,21 @@ def test_python_finds_the_boxes_that_hwnas_finds(photographs: Path, tmp_path: Pa
     shutil.copy(path, folder / "photograph.jpg")
     load, _, detect = snippets("python")[:3]
     found = python(load + detect, folder)
-    pixels = Geometry.of(experiment.data).fitted(tv_tensors.Image(Image.open(path))).permute(1, 2, 0).numpy()
+    pixels = (
+        Geometry.of(experiment.data)
+        .fitted(tv_tensors.Image(Image.open(path)))
+        .permute(1, 2, 0)
+        .numpy()
+    )
     row = Host(HOST).predict(folder / "model-int8.tflite", pixels[None], folder)
     bundle = Bundle.load(folder / "bundle.json")
     assert bundle.detector is not None
     boxes, scores, labels = read_decoded(row, bundle.detector.post_processing.model_dump(), 48, 2)
     assert len(boxes) and found[0].startswith(f"{bundle.labels[labels[0]]} ")
     numbers = [float(number) for number in re.findall(r"-?\d+\.\d*(?:e-?\d+)?", found[0])]
-    assert numbers == pytest.approx([float(scores[0]), *(boxes[0] / 48)], abs=0.06), "Pillow rounds pixels otherwise than torchvision"
+    assert numbers == pytest.approx([float(scores[0]), *(boxes[0] / 48)], abs=0.06), (
+        "Pillow rounds pixels otherwise than torchvision"
+    )
 
 
 def library() -> Path:
@@ -174,7 +221,9 @@ def test_the_library_has_what_c_plus_plus_calls() -> None:
 
 
 @pytest.mark.parametrize("run", ["app"], indirect=True)
-def test_c_plus_plus_finds_the_class_that_hwnas_finds(run: tuple[Experiment, Path], tmp_path: Path) -> None:
+def test_c_plus_plus_finds_the_class_that_hwnas_finds(
+    run: tuple[Experiment, Path], tmp_path: Path
+) -> None:
     headers, compiler = os.environ.get("HWNAS_LITERT_HEADERS"), shutil.which("c++")
     if headers is None or compiler is None:
         pytest.skip("needs a C++ compiler, and LiteRT's headers in HWNAS_LITERT_HEADERS")
@@ -183,7 +232,16 @@ def test_c_plus_plus_finds_the_class_that_hwnas_finds(run: tuple[Experiment, Pat
     shutil.copy(Path(headers) / "litert/build_common/config/build_config_cpu_only.h", generated)
     (tmp_path / "classify.cc").write_text(snippets("cpp")[0])
     includes = [f"-I{folder}" for folder in (tmp_path, headers)]
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", *includes, "classify.cc", "-o", "classify"]
+    flags = [
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *includes,
+        "classify.cc",
+        "-o",
+        "classify",
+    ]
     linked = [str(library()), f"-Wl,-rpath,{library().parent}"]
     subprocess.run([compiler, *flags, *linked], cwd=tmp_path, check=True)
     experiment, folder = run
@@ -195,6 +253,10 @@ def test_c_plus_plus_finds_the_class_that_hwnas_finds(run: tuple[Experiment, Pat
     for image, row in zip(pixels, outputs, strict=True):
         image.tofile(tmp_path / "image.rgb")
         command = ["./classify", folder / "model-int8.tflite", "image.rgb"]
-        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
         best, probability = said.split()
-        assert int(best) == row.argmax() and float(probability) == pytest.approx(row.max(), abs=1e-3)
+        assert int(best) == row.argmax() and float(probability) == pytest.approx(
+            row.max(), abs=1e-3
+        )

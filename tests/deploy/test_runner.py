@@ -30,7 +30,13 @@ TAKES_PIXELS = Interface("uint8", False, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
     torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    layers = (
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
     return nn.Sequential(*layers).eval()
 
 
@@ -40,7 +46,9 @@ def images() -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 @pytest.fixture(scope="module")
-def files(net: nn.Module, images: np.ndarray[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(
+    net: nn.Module, images: np.ndarray[Any, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     float32 = to_tflite(net, SHAPE)
     models = {
@@ -48,7 +56,9 @@ def files(net: nn.Module, images: np.ndarray[Any, Any], tmp_path_factory: pytest
         "int8.tflite": quantize_int8(float32, [images]),
         "float_io.tflite": quantize_int8(float32, [images], float_io=True),
         # XNNPACK has no GATHER_ND, so two delegates surround one reference kernel.
-        "split.tflite": to_tflite(nn.Sequential(nn.Conv2d(3, 8, 1), Flip(), nn.Conv2d(8, 4, 1)), SHAPE),
+        "split.tflite": to_tflite(
+            nn.Sequential(nn.Conv2d(3, 8, 1), Flip(), nn.Conv2d(8, 4, 1)), SHAPE
+        ),
         "broken.tflite": b"not a flatbuffer",
     }
     for name, content in models.items():
@@ -65,7 +75,9 @@ class Flip(nn.Module):
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(RUNNER), *map(str, arguments)]
     environment = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=60
+    )
 
 
 def stream(*arguments: object, content: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -76,16 +88,23 @@ def stream(*arguments: object, content: bytes = b"") -> subprocess.CompletedProc
 
 def measure(tmp_path: Path, **plan: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"runtime": "litert", "threads": 1, "warmup_ms": 0, "min_ms": 1, **plan}))
+    path.write_text(
+        json.dumps({"runtime": "litert", "threads": 1, "warmup_ms": 0, "min_ms": 1, **plan})
+    )
     done = run("measure", path)
     assert done.returncode == 0, done.stderr
     header, *lines = (json.loads(line) for line in done.stdout.splitlines())
     return header, lines
 
 
-def test_measure_keeps_the_order_and_survives_a_bad_file(files: dict[str, Path], tmp_path: Path) -> None:
+def test_measure_keeps_the_order_and_survives_a_bad_file(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
     names = ["int8.tflite", "broken.tflite", "fp32.tflite", "missing.tflite", "int8.tflite"]
-    items = [{"id": name, "round": index, "path": str(files.get(name, tmp_path / name))} for index, name in enumerate(names)]
+    items = [
+        {"id": name, "round": index, "path": str(files.get(name, tmp_path / name))}
+        for index, name in enumerate(names)
+    ]
     core = min(os.sched_getaffinity(0))
     header, lines = measure(tmp_path, cores=[core], min_runs=7, min_ms=0, items=items)
     assert header["runner"] == 1
@@ -96,7 +115,9 @@ def test_measure_keeps_the_order_and_survives_a_bad_file(files: dict[str, Path],
         *("cpu", "cores", "governor", "threads"),
     }
     assert all(value != "" for value in header.values())
-    assert [(line["id"], line["round"]) for line in lines] == list(zip(names, range(5), strict=True))
+    assert [(line["id"], line["round"]) for line in lines] == list(
+        zip(names, range(5), strict=True)
+    )
     assert ["error" in line for line in lines] == [False, True, False, True, False]
     for line in lines[::2]:
         assert len(line["ms"]) == 7
@@ -112,43 +133,73 @@ def test_measure_stops_by_time_or_by_count(files: dict[str, Path], tmp_path: Pat
     assert len(by_count["ms"]) == 9
 
 
-def test_measure_tells_whether_xnnpack_took_the_graph(files: dict[str, Path], tmp_path: Path) -> None:
+def test_measure_tells_whether_xnnpack_took_the_graph(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
     names = ["fp32.tflite", "int8.tflite", "float_io.tflite", "split.tflite"]
     _, lines = measure(tmp_path, items=[{"id": name, "path": str(files[name])} for name in names])
     assert [line["delegated"] for line in lines] == [True, True, True, False]
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores")
-def test_cores_are_kept_awake_for_several_threads_and_no_longer(files: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not hasattr(os, "SCHED_IDLE") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs Linux and two cores",
+)
+def test_cores_are_kept_awake_for_several_threads_and_no_longer(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
     """By idle-priority loops, one per core, that end with the runner."""
     cores = sorted(os.sched_getaffinity(0))[:2]
-    plan = {"runtime": "litert", "threads": 2, "cores": cores, "min_ms": 2000, "items": [{"id": "a", "path": str(files["fp32.tflite"])}]}
+    plan = {
+        "runtime": "litert",
+        "threads": 2,
+        "cores": cores,
+        "min_ms": 2000,
+        "items": [{"id": "a", "path": str(files["fp32.tflite"])}],
+    }
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({**plan, "max_runs": 10**6}))
-    with subprocess.Popen([sys.executable, str(RUNNER), "measure", str(path)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, str(RUNNER), "measure", str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
-        header, conditions = json.loads(process.stdout.readline()), json.loads(process.stdout.readline())
+        header, conditions = (
+            json.loads(process.stdout.readline()),
+            json.loads(process.stdout.readline()),
+        )
         assert header["cores"] == cores and conditions == {"conditions": {"cores": "kept awake"}}
-        loops = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        loops = [
+            int(pid)
+            for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
         wanted = [({core}, os.SCHED_IDLE) for core in cores]
         deadline = time.monotonic() + 10
-        while [(os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in loops] != wanted and time.monotonic() < deadline:
+        while [
+            (os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in loops
+        ] != wanted and time.monotonic() < deadline:
             time.sleep(0.02)
         assert [(os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in loops] == wanted
         assert json.loads(process.stdout.readline())["ms"]
-    deadline = time.monotonic() + 60  # idle processes need a moment of their core to end, and it may be busy
+    # idle processes need a moment of their core to end, and it may be busy
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in loops) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in loops if Path(f"/proc/{pid}").exists()]
 
 
-@pytest.mark.parametrize(("runtime", "name"), [("litert", "fp32.tflite"), ("litert", "int8.tflite"), ("onnxruntime", "net.onnx")])
+@pytest.mark.parametrize(
+    ("runtime", "name"),
+    [("litert", "fp32.tflite"), ("litert", "int8.tflite"), ("onnxruntime", "net.onnx")],
+)
 def test_measure_feeds_an_image_where_the_plan_names_one(
     runtime: str, name: str, files: dict[str, Path], images: np.ndarray[Any, Any], tmp_path: Path
 ) -> None:
     np.save(tmp_path / "image.npy", images[:1])
     np.save(tmp_path / "other.npy", images[:1, :5])
-    items = [{"id": name, "path": str(files[name]), **({"input": str(tmp_path / i)} if i else {})} for i in ("", "image.npy", "other.npy")]
+    items = [
+        {"id": name, "path": str(files[name]), **({"input": str(tmp_path / i)} if i else {})}
+        for i in ("", "image.npy", "other.npy")
+    ]
     _, [noise, fed, wrong] = measure(tmp_path, runtime=runtime, items=items)
     assert "input" not in noise and noise["ms"]
     assert fed["input"] == "image" and fed["ms"]
@@ -163,20 +214,27 @@ def test_measure_runs_onnx_files(files: dict[str, Path], tmp_path: Path) -> None
     assert "delegated" not in line
 
 
-def test_predict_agrees_with_pytorch(net: nn.Module, images: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path) -> None:
+def test_predict_agrees_with_pytorch(
+    net: nn.Module, images: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path
+) -> None:
     with torch.no_grad():
         wanted = net(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
     assert wanted.std() > 0.1, "outputs this small would compare silence"
     np.save(tmp_path / "in.npy", images)
     limits = {"fp32.tflite": 1e-5, "net.onnx": 1e-5, "int8.tflite": 0.05, "float_io.tflite": 0.05}
     for name, limit in limits.items():
-        done = run("predict", files[name], tmp_path / "in.npy", tmp_path / "out.npy", "--threads", 2)
+        done = run(
+            "predict", files[name], tmp_path / "in.npy", tmp_path / "out.npy", "--threads", 2
+        )
         assert done.returncode == 0, done.stderr
         got = np.load(tmp_path / "out.npy")
         assert got.dtype == np.float32
         assert got.shape == wanted.shape
         assert np.abs(got - wanted).max() / np.abs(wanted).max() < limit, name
-    assert {path.name for path in tmp_path.iterdir()} == {"in.npy", "out.npy"}, "no temporary file stays"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "in.npy",
+        "out.npy",
+    }, "no temporary file stays"
 
 
 @pytest.mark.parametrize(
@@ -228,16 +286,23 @@ def test_inspect_describes_the_machine() -> None:
 @pytest.mark.parametrize(
     ("hidden", "said"),
     [
-        (("ai_edge_litert", "tflite_runtime"), "ai-edge-litert .* does not import \\(ImportError: hidden\\)"),
+        (
+            ("ai_edge_litert", "tflite_runtime"),
+            "ai-edge-litert .* does not import \\(ImportError: hidden\\)",
+        ),
         (("numpy",), "This Python has no numpy"),
     ],
 )
-def test_what_is_missing_comes_with_the_command_that_installs_it(hidden: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_what_is_missing_comes_with_the_command_that_installs_it(
+    hidden: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
     hide(tmp_path, *hidden)
     (tmp_path / "plan.json").write_text(EMPTY)
     done = run("measure", tmp_path / "plan.json", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (3, "")
-    assert re.fullmatch(f"{said}: {sys.executable} -m pip install ai-edge-litert numpy\n", done.stderr)
+    assert re.fullmatch(
+        f"{said}: {sys.executable} -m pip install ai-edge-litert numpy\n", done.stderr
+    )
     found = json.loads(run("inspect", PYTHONPATH=str(tmp_path)).stdout)
     assert found["missing"]["litert"] == done.stderr.strip()
     assert "litert" not in found["runtimes"]
@@ -251,10 +316,15 @@ def test_tflite_runtime_beside_numpy_2(tmp_path: Path) -> None:
     (tmp_path / "tflite_runtime").mkdir()
     (tmp_path / "tflite_runtime/interpreter.py").touch()
     (tmp_path / "tflite_runtime-2.14.0.dist-info").mkdir()
-    (tmp_path / "tflite_runtime-2.14.0.dist-info/METADATA").write_text("Name: tflite-runtime\nVersion: 2.14.0\n")
+    (tmp_path / "tflite_runtime-2.14.0.dist-info/METADATA").write_text(
+        "Name: tflite-runtime\nVersion: 2.14.0\n"
+    )
     found = json.loads(run("inspect", PYTHONPATH=str(tmp_path)).stdout)
     command = f"{sys.executable} -m pip install tflite-runtime 'numpy<2'"
-    assert found["missing"]["litert"] == f"tflite-runtime 2.14.0 does not work with numpy {np.__version__}: {command}"
+    assert (
+        found["missing"]["litert"]
+        == f"tflite-runtime 2.14.0 does not work with numpy {np.__version__}: {command}"
+    )
 
 
 def test_where_the_system_keeps_its_python_to_itself() -> None:
@@ -262,7 +332,9 @@ def test_where_the_system_keeps_its_python_to_itself() -> None:
     system = Path("/usr/bin/python3")
     if not list(Path("/usr/lib").glob("python3.*/EXTERNALLY-MANAGED")) or not system.exists():
         pytest.skip("this system leaves its Python to pip")
-    found = json.loads(subprocess.run([system, RUNNER, "inspect"], capture_output=True, check=True).stdout)
+    found = json.loads(
+        subprocess.run([system, RUNNER, "inspect"], capture_output=True, check=True).stdout
+    )
     if not found["missing"]:
         pytest.skip("the system's Python has everything")
     sentence = next(iter(found["missing"].values()))
@@ -271,7 +343,9 @@ def test_where_the_system_keeps_its_python_to_itself() -> None:
 
 
 def test_a_plan_from_stdin_ends_with_it(files: dict[str, Path], tmp_path: Path) -> None:
-    """All of it while stdin is open; and nothing more once it closes, not even the run that is under way."""
+    """All of it while stdin is open; and nothing more once it closes, not even the run
+    that is under way.
+    """
     path = str(files["fp32.tflite"])
     plan = {"runtime": "litert", "threads": 1, "min_ms": 1, "items": [{"id": "a", "path": path}]}
     command = [sys.executable, str(RUNNER), "measure", "-"]
@@ -292,14 +366,20 @@ def test_a_plan_from_stdin_ends_with_it(files: dict[str, Path], tmp_path: Path) 
     assert time.monotonic() - started < 30
 
 
-def test_predict_from_stdin_to_stdout(images: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path) -> None:
+def test_predict_from_stdin_to_stdout(
+    images: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path
+) -> None:
     np.save(tmp_path / "in.npy", images)
-    assert run("predict", files["net.onnx"], tmp_path / "in.npy", tmp_path / "out.npy").returncode == 0
+    assert (
+        run("predict", files["net.onnx"], tmp_path / "in.npy", tmp_path / "out.npy").returncode == 0
+    )
     sent = json.dumps(images.shape).encode() + b"\n" + images.tobytes()
     done = stream("predict", files["net.onnx"], "-", "-", content=sent)
     assert done.returncode == 0, done.stderr
     shape, _, values = done.stdout.partition(b"\n")
-    assert np.array_equal(np.frombuffer(values, np.float32).reshape(json.loads(shape)), np.load(tmp_path / "out.npy"))
+    assert np.array_equal(
+        np.frombuffer(values, np.float32).reshape(json.loads(shape)), np.load(tmp_path / "out.npy")
+    )
     done = stream("predict", files["net.onnx"], "-", "-", content=sent[:-1000])
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"the images ended after 5 of 6" in done.stderr
@@ -311,8 +391,12 @@ def pixels(images: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 @pytest.mark.parametrize("name", ["fp32.tflite", "float_io.tflite", "net.onnx"])
-def test_predict_from_pixels(name: str, pixels: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path) -> None:
-    """As they are into a file that takes them, from an array and from a stream; what does not fit is one sentence."""
+def test_predict_from_pixels(
+    name: str, pixels: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path
+) -> None:
+    """As they are into a file that takes them, from an array and from a stream; what
+    does not fit is one sentence.
+    """
     runtime = "onnxruntime" if name.endswith("onnx") else "litert"
     model = tmp_path / name
     model.write_bytes(TAKES_PIXELS.around(files[name].read_bytes(), runtime))
@@ -321,49 +405,92 @@ def test_predict_from_pixels(name: str, pixels: np.ndarray[Any, Any], files: dic
     for entry, images in ((files[name], "floats.npy"), (model, "pixels.npy")):
         done = run("predict", entry, tmp_path / images, tmp_path / f"{entry.parent.name}.npy")
         assert done.returncode == 0, done.stderr
-    wanted, found = np.load(tmp_path / f"{files[name].parent.name}.npy"), np.load(tmp_path / f"{tmp_path.name}.npy")
+    wanted, found = (
+        np.load(tmp_path / f"{files[name].parent.name}.npy"),
+        np.load(tmp_path / f"{tmp_path.name}.npy"),
+    )
     limit = 0.02 if name == "float_io.tflite" else 1e-5
     assert np.abs(found - wanted).max() <= limit * np.abs(wanted).max()
-    done = stream("predict", model, "-", "-", content=json.dumps([*pixels.shape, "uint8"]).encode() + b"\n" + pixels.tobytes())
+    done = stream(
+        "predict",
+        model,
+        "-",
+        "-",
+        content=json.dumps([*pixels.shape, "uint8"]).encode() + b"\n" + pixels.tobytes(),
+    )
     assert done.returncode == 0, done.stderr
     shape, _, values = done.stdout.partition(b"\n")
     assert np.array_equal(np.frombuffer(values, np.float32).reshape(json.loads(shape)), found)
     refused = run("predict", files[name], tmp_path / "pixels.npy", tmp_path / "out.npy")
-    assert refused.returncode == 2 and "These images are uint8, and the model takes float32: normalise them first" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "These images are uint8, and the model takes float32: normalise them first"
+        in refused.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["fp32.tflite", "float_io.tflite", "net.onnx"])
-def test_floats_are_no_pixels(name: str, files: dict[str, Path], images: np.ndarray[Any, Any], tmp_path: Path) -> None:
+def test_floats_are_no_pixels(
+    name: str, files: dict[str, Path], images: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
     """A TFLite file has a scale, but that of pixels, not of normalised images."""
     runtime = "onnxruntime" if name.endswith("onnx") else "litert"
     model = tmp_path / name
     model.write_bytes(TAKES_PIXELS.around(files[name].read_bytes(), runtime))
     np.save(tmp_path / "in.npy", images)
     refused = run("predict", model, tmp_path / "in.npy", tmp_path / "out.npy")
-    sentence = "This model takes uint8 images, pixels as they are, and these are float32: do not normalise them"
+    sentence = (
+        "This model takes uint8 images, pixels as they are, and these are float32: do not normalise"
+        " them"
+    )
     assert refused.returncode == 2 and sentence in refused.stderr
     assert not (tmp_path / "out.npy").exists()
-    fed = [{"id": "fed", "path": str(model), "input": str(tmp_path / "in.npy")}, {"id": "noise", "path": str(model)}]
+    fed = [
+        {"id": "fed", "path": str(model), "input": str(tmp_path / "in.npy")},
+        {"id": "noise", "path": str(model)},
+    ]
     _, [bad, line] = measure(tmp_path, runtime=runtime, items=fed)
     assert sentence in bad["error"] and len(line["ms"]) >= 5
 
 
 def test_receives_what_is_missing(files: dict[str, Path], tmp_path: Path) -> None:
-    """Of three announced files one is there whole, one is there in another size, one is not there."""
-    contents = {"whole": b"0" * 10, "a.tflite": files["fp32.tflite"].read_bytes(), "b c;d": b"2" * 30}
+    """Of three announced files one is there whole, one is there in another size, one is
+    not there.
+    """
+    contents = {
+        "whole": b"0" * 10,
+        "a.tflite": files["fp32.tflite"].read_bytes(),
+        "b c;d": b"2" * 30,
+    }
     (tmp_path / "whole").write_bytes(b"1" * 10)
     (tmp_path / "a.tflite").write_bytes(b"cut off")
-    announced = json.dumps({name: len(content) for name, content in contents.items()}).encode() + b"\n"
+    announced = (
+        json.dumps({name: len(content) for name, content in contents.items()}).encode() + b"\n"
+    )
     plan = json.dumps({"runtime": "litert", "threads": 1, "items": []}).encode() + b"\n"
-    done = stream("measure", "-", "--receive", tmp_path, content=announced + contents["a.tflite"] + contents["b c;d"] + plan)
+    done = stream(
+        "measure",
+        "-",
+        "--receive",
+        tmp_path,
+        content=announced + contents["a.tflite"] + contents["b c;d"] + plan,
+    )
     assert json.loads(done.stdout.splitlines()[0]) == ["a.tflite", "b c;d"]
-    got = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".hwnas-lock"}
+    got = {
+        path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".hwnas-lock"
+    }
     assert got == {**contents, "whole": b"1" * 10}
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", ".hidden", ".", "..", "", ".hwnas-lock"])
 def test_receives_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
-    done = stream("measure", "-", "--receive", tmp_path / "inner", content=json.dumps({name: 3}).encode() + b"\nxyz")
+    done = stream(
+        "measure",
+        "-",
+        "--receive",
+        tmp_path / "inner",
+        content=json.dumps({name: 3}).encode() + b"\nxyz",
+    )
     assert (done.returncode, done.stdout) == (2, b"")
     assert f"{name!r} is no name for a file in {tmp_path}/inner" in done.stderr.decode()
     assert [path.name for path in tmp_path.rglob("*")] == ["inner", ".hwnas-lock"]
@@ -389,7 +516,7 @@ def test_a_broken_stream_leaves_nothing(content: bytes, said: str, tmp_path: Pat
 
 def test_the_script_stands_alone_and_speaks_python_3_8() -> None:
     tree = ast.parse(RUNNER.read_text(), feature_version=(3, 8))
-    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names} | {
-        str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-    }
+    imported = {
+        name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    } | {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {name for name in imported if name.startswith(("hwnas", "torch"))}

@@ -1,9 +1,12 @@
-"""The device side of adb's transport protocol, over TCP: what runs on a phone and answers the adb server of a computer.
+"""The device side of adb's transport protocol, over TCP: what runs on a phone and
+answers the adb server of a computer.
 
-Protocol: packages/modules/adb/protocol.txt (packets, streams), SYNC.TXT (files) and shell_protocol.h (``shell,v2``) of the Android
-sources. ``adb connect 127.0.0.1:PORT`` attaches it as a phone is attached over Wi-Fi.
+Protocol: packages/modules/adb/protocol.txt (packets, streams), SYNC.TXT (files) and
+shell_protocol.h (``shell,v2``) of the Android sources. ``adb connect 127.0.0.1:PORT``
+attaches it as a phone is attached over Wi-Fi.
 
-Paths of the phone are inside ``root``. Its shell is this machine's /bin/sh: the folders of ``MAPPED`` in a command mean those in ``root``.
+Paths of the phone are inside ``root``. Its shell is this machine's /bin/sh: the folders
+of ``MAPPED`` in a command mean those in ``root``.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-CNXN, AUTH, OPEN, OKAY, WRTE, CLSE = (int.from_bytes(name, "little") for name in (b"CNXN", b"AUTH", b"OPEN", b"OKAY", b"WRTE", b"CLSE"))
+CNXN, AUTH, OPEN, OKAY, WRTE, CLSE = (
+    int.from_bytes(name, "little")
+    for name in (b"CNXN", b"AUTH", b"OPEN", b"OKAY", b"WRTE", b"CLSE")
+)
 VERSION, MAX_PAYLOAD_BYTES = 0x01000001, 256 * 1024
 AUTH_TOKEN, AUTH_SIGNATURE = 1, 2
 STDOUT, STDERR, EXIT = 1, 2, 3
@@ -29,7 +35,9 @@ MAPPED = ("/data/local/tmp", "/sys/devices")
 
 
 class Adbd:
-    """A phone's daemon. ``plug`` makes it reachable at ``port``, ``unplug`` breaks every connection, and both can be repeated."""
+    """A phone's daemon. ``plug`` makes it reachable at ``port``, ``unplug`` breaks
+    every connection, and both can be repeated.
+    """
 
     def __init__(self, root: Path, environment: dict[str, str]) -> None:
         self.root, self.environment = root, environment
@@ -87,7 +95,8 @@ class _Connection:
 
     def __init__(self, adbd: Adbd, wire: socket.socket) -> None:
         self.adbd, self.wire = adbd, wire
-        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # packets are small, and each is waited for
+        # packets are small, and each is waited for
+        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.streams: dict[int, _Stream] = {}
         self._sending = threading.Lock()
 
@@ -97,7 +106,15 @@ class _Connection:
         self.wire.close()
 
     def send(self, command: int, arg0: int, arg1: int, payload: bytes = b"") -> None:
-        header = struct.pack("<6I", command, arg0, arg1, len(payload), sum(payload) & 0xFFFFFFFF, command ^ 0xFFFFFFFF)
+        header = struct.pack(
+            "<6I",
+            command,
+            arg0,
+            arg1,
+            len(payload),
+            sum(payload) & 0xFFFFFFFF,
+            command ^ 0xFFFFFFFF,
+        )
         with self._sending:
             self.wire.sendall(header + payload)
 
@@ -115,13 +132,20 @@ class _Connection:
 
     def _handle(self, command: int, arg0: int, arg1: int, payload: bytes) -> None:
         if command == CNXN:
-            self._welcome() if self.adbd.authorized else self.send(AUTH, AUTH_TOKEN, 0, os.urandom(20))
+            (
+                self._welcome()
+                if self.adbd.authorized
+                else self.send(AUTH, AUTH_TOKEN, 0, os.urandom(20))
+            )
         elif command == AUTH and arg0 == AUTH_SIGNATURE:
-            self.send(AUTH, AUTH_TOKEN, 0, os.urandom(20))  # that key is not known here; a new one waits for the dialog
+            # that key is not known here; a new one waits for the dialog
+            self.send(AUTH, AUTH_TOKEN, 0, os.urandom(20))
         elif command == OPEN:
             stream = _Stream(self, arg0)
             self.streams[arg0] = stream
-            threading.Thread(target=stream.serve, args=(payload.rstrip(b"\0").decode(),), daemon=True).start()
+            threading.Thread(
+                target=stream.serve, args=(payload.rstrip(b"\0").decode(),), daemon=True
+            ).start()
         elif arg0 in self.streams:
             stream = self.streams[arg0]
             if command == WRTE:
@@ -132,14 +156,22 @@ class _Connection:
                 stream.end()
 
     def _welcome(self) -> None:
-        self.send(CNXN, VERSION, MAX_PAYLOAD_BYTES, f"device::ro.product.model=Fake Phone;features={FEATURES}".encode())
+        self.send(
+            CNXN,
+            VERSION,
+            MAX_PAYLOAD_BYTES,
+            f"device::ro.product.model=Fake Phone;features={FEATURES}".encode(),
+        )
 
 
 class _Stream:
-    """A stream of a connection: what one service and its client say to each other. Each write waits until the other side took it."""
+    """A stream of a connection: what one service and its client say to each other. Each
+    write waits until the other side took it.
+    """
 
     def __init__(self, connection: _Connection, remote: int) -> None:
-        self.connection, self.adbd, self.id = connection, connection.adbd, remote  # ours may be theirs: the directions are apart
+        # ours may be theirs: the directions are apart
+        self.connection, self.adbd, self.id = connection, connection.adbd, remote
         self.incoming: queue.Queue[bytes | None] = queue.Queue()
         self.credit = threading.Semaphore(1)
         self.ended = False
@@ -185,7 +217,9 @@ class _Stream:
 
 
 def _shell(stream: _Stream, command: str, *, v2: bool) -> None:
-    """Run a command and pass on what it prints; where the client goes away first, the command's session is hung up."""
+    """Run a command and pass on what it prints; where the client goes away first, the
+    command's session is hung up.
+    """
     process = stream.adbd.shell(command)
 
     def watch() -> None:
@@ -227,7 +261,13 @@ class _Sync:
             if kind == b"QUIT":
                 return
             path = self.stream.read(length).decode()
-            {b"STAT": self._stat, b"STA2": self._stat_v2, b"LST2": self._stat_v2, b"SEND": self._receive, b"RECV": self._give}[kind](path)
+            {
+                b"STAT": self._stat,
+                b"STA2": self._stat_v2,
+                b"LST2": self._stat_v2,
+                b"SEND": self._receive,
+                b"RECV": self._give,
+            }[kind](path)
 
     def _stat(self, path: str) -> None:
         file = self.adbd.local(path)
@@ -241,7 +281,17 @@ class _Sync:
         if file.exists():
             found = file.stat()
             times = (int(found.st_atime), int(found.st_mtime), int(found.st_ctime))
-            fields = (0, found.st_dev, found.st_ino, found.st_mode, found.st_nlink, found.st_uid, found.st_gid, found.st_size, *times)
+            fields = (
+                0,
+                found.st_dev,
+                found.st_ino,
+                found.st_mode,
+                found.st_nlink,
+                found.st_uid,
+                found.st_gid,
+                found.st_size,
+                *times,
+            )
         self.stream.write(struct.pack("<4sIQQIIIIQqqq", b"STA2", *fields[:11]))
 
     def _receive(self, path_and_mode: str) -> None:

@@ -20,7 +20,9 @@ def _sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def server(_sshd: Server) -> Iterator[Server]:
-    """A board that can be reached over ssh: no models, no login scripts. Each test must leave it idle."""
+    """A board that can be reached over ssh: no models, no login scripts. Each test must
+    leave it idle.
+    """
     shutil.rmtree(_sshd.home)
     _sshd.home.mkdir()
     yield _sshd

@@ -1,7 +1,9 @@
-"""benchmark_model for the fake phone: LiteRT's real interpreter, asked and answering like LiteRT's tool.
+"""benchmark_model for the fake phone: LiteRT's real interpreter, asked and answering
+like LiteRT's tool.
 
-``LAUNCHER`` is the program on the phone. It sends its folder and arguments to the socket in $PHONE_CHIP, prints what comes back, and
-so starts in milliseconds. ``serve`` is the other side, in the tests' own process.
+``LAUNCHER`` is the program on the phone. It sends its folder and arguments to the
+socket in $PHONE_CHIP, prints what comes back, and so starts in milliseconds. ``serve``
+is the other side, in the tests' own process.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from typing import Any
 
 Say = Callable[[str], None]
 Tool = Callable[[dict[str, str], Path, Say], int]
-"""Flags without their dashes, the folder that it was started in, and where its output goes -> exit status."""
+"""Flags without their dashes, the folder that it was started in, and where its output
+goes -> exit status.
+"""
 
 LAUNCHER = r"""
 #include <stdlib.h>
@@ -51,7 +55,9 @@ def serve(path: Path, tool: Tool) -> socket.socket:
     def accept() -> None:
         with suppress(OSError):
             while True:
-                threading.Thread(target=_answer, args=(listener.accept()[0], tool), daemon=True).start()
+                threading.Thread(
+                    target=_answer, args=(listener.accept()[0], tool), daemon=True
+                ).start()
 
     threading.Thread(target=accept, daemon=True).start()
     return listener
@@ -66,7 +72,10 @@ def _answer(wire: socket.socket, tool: Tool) -> None:
         flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
         lines: list[str] = []
         status = tool(flags, Path(folder), lines.append)
-        wire.sendall(bytes([status]) + "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+        wire.sendall(
+            bytes([status])
+            + "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+        )
 
 
 def litert(flags: dict[str, str], folder: Path, say: Say) -> int:
@@ -77,8 +86,16 @@ def litert(flags: dict[str, str], folder: Path, say: Say) -> int:
     say("INFO: STARTING!")
     say(f"INFO: Graph: [{flags['graph']}]")
     try:
-        plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if flags.get("use_xnnpack") == "false" else OpResolverType.AUTO
-        model = Interpreter(str(folder / flags["graph"]), num_threads=int(flags["num_threads"]), experimental_op_resolver_type=plain)
+        plain = (
+            OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            if flags.get("use_xnnpack") == "false"
+            else OpResolverType.AUTO
+        )
+        model = Interpreter(
+            str(folder / flags["graph"]),
+            num_threads=int(flags["num_threads"]),
+            experimental_op_resolver_type=plain,
+        )
         model.allocate_tensors()
     except (RuntimeError, ValueError) as error:
         for line in str(error).splitlines():
@@ -87,25 +104,39 @@ def litert(flags: dict[str, str], folder: Path, say: Say) -> int:
         return 1
     say(f"INFO: Loaded model {flags['graph']}")
     if flags.get("use_xnnpack") == "true":
-        say("INFO: Explicitly applied XNNPACK delegate, and the model graph will be completely executed by the delegate.")
+        say(
+            "INFO: Explicitly applied XNNPACK delegate, and the model graph will be completely"
+            " executed by the delegate."
+        )
     entry, exits = model.get_input_details()[0], model.get_output_details()
     values = np.random.default_rng(0).uniform(-0.5, 0.5, entry["shape"]).astype(entry["dtype"])
     if "input_layer_value_files" in flags:
         data = (folder / flags["input_layer_value_files"].split(":")[1]).read_bytes()
         assert flags["input_layer_shape"] == ",".join(map(str, entry["shape"]))
         if len(data) != values.nbytes:
-            say(f"ERROR: The size of input is {len(data)} bytes. It should be {values.nbytes} bytes.")
+            say(
+                f"ERROR: The size of input is {len(data)} bytes. It should be {values.nbytes}"
+                " bytes."
+            )
             return 134
         values = np.frombuffer(data, entry["dtype"]).reshape(entry["shape"])
     model.set_tensor(entry["index"], values)
     for runs, seconds in (("warmup_runs", "warmup_min_secs"), ("num_runs", "min_secs")):
         say(
-            f"INFO: Running benchmark for at least {flags[runs]} iterations and at least {float(flags[seconds]):g} seconds but terminate if"
+            f"INFO: Running benchmark for at least {flags[runs]} iterations and at least"
+            f" {float(flags[seconds]):g} seconds but terminate if"
         )
-        say(f"INFO: {_statistics(_times_us(model.invoke, int(flags[runs]), float(flags[seconds])))}")
-    say("INFO: Inference timings in us: Init: 1, First inference: 1, Warmup (avg): 1, Inference (avg): 1")
+        say(
+            f"INFO: {_statistics(_times_us(model.invoke, int(flags[runs]), float(flags[seconds])))}"
+        )
+    say(
+        "INFO: Inference timings in us: Init: 1, First inference: 1, Warmup (avg): 1, Inference"
+        " (avg): 1"
+    )
     if "output_filepath" in flags:
-        (folder / flags["output_filepath"]).write_bytes(b"".join(model.get_tensor(exit_["index"]).tobytes() for exit_ in exits))
+        (folder / flags["output_filepath"]).write_bytes(
+            b"".join(model.get_tensor(exit_["index"]).tobytes() for exit_ in exits)
+        )
     return 0
 
 
@@ -126,7 +157,10 @@ def _statistics(times_us: list[int]) -> str:
     ranked = sorted(times_us)
     p5, median, p95 = (ranked[len(ranked) * percent // 100] for percent in (5, 50, 95))
     if ranked[0] == ranked[-1]:
-        return f"count={len(ranked)} curr={ranked[0]}{'(all same)' if len(ranked) > 1 else ''} p5={p5} median={median} p95={p95}"
+        return (
+            f"count={len(ranked)} curr={ranked[0]}{'(all same)' if len(ranked) > 1 else ''} p5={p5}"
+            f" median={median} p95={p95}"
+        )
     average = sum(ranked) / len(ranked)
     extremes = f"first={times_us[0]} curr={times_us[-1]} min={ranked[0]} max={ranked[-1]}"
     return f"count={len(ranked)} {extremes} avg={average:g} std=0 p5={p5} median={median} p95={p95}"

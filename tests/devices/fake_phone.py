@@ -1,8 +1,10 @@
-"""A phone for tests: the real ``adb`` client and server talk to our ``adbd`` over a folder of this machine.
+"""A phone for tests: the real ``adb`` client and server talk to our ``adbd`` over a
+folder of this machine.
 
-Its shell is /bin/sh with stand-ins for Android's own programs, and its benchmark_model runs LiteRT's real interpreter. Everything that
-can go wrong with a phone can be made to: see ``FakePhone`` and ``Adbd``. ``phone`` and ``phones`` are pytest fixtures; adb's server
-is one of the test session's own, with a home of its own.
+Its shell is /bin/sh with stand-ins for Android's own programs, and its benchmark_model
+runs LiteRT's real interpreter. Everything that can go wrong with a phone can be made
+to: see ``FakePhone`` and ``Adbd``. ``phone`` and ``phones`` are pytest fixtures; adb's
+server is one of the test session's own, with a home of its own.
 """
 
 from __future__ import annotations
@@ -48,18 +50,22 @@ BATTERY = """Current Battery Service state:
   technology: Li-ion
 """
 
-OPS = tuple(MBConv(8, 8, 8, expanded, 3, act="relu", residual=True) for expanded in (16, 24, 32, 40, 48, 56))
+OPS = tuple(
+    MBConv(8, 8, 8, expanded, 3, act="relu", residual=True) for expanded in (16, 24, 32, 40, 48, 56)
+)
 
 STAND_INS = {
     "getprop": 'cat "$PHONE/properties"',
     # The first line as long as it is the only one; each look at the battery uses one line up.
-    "dumpsys": """
+    "dumpsys": (
+        """
 case $1 in
     battery) set -- $(head -n 1 "$PHONE/celsius") && sed "s/TENTHS/$1/" "$PHONE/battery"
         [ "$(wc -l < "$PHONE/celsius")" -gt 1 ] && sed -i 1d "$PHONE/celsius" ;;
     thermalservice) echo "IsStatusOverride: false"; echo "Thermal Status: $(cat "$PHONE/thermal")" ;;
 esac
-""",
+"""
+    ),
     "taskset": 'echo "$1" >> "$PHONE/masks"; shift; exec "$@"',
 }
 
@@ -69,7 +75,11 @@ class FakePhone(Adbd):
 
     def __init__(self, root: Path) -> None:
         bin_folder = root / "system" / "bin"
-        environment = {"PATH": f"{bin_folder}:/usr/bin:/bin", "PHONE": str(root), "PHONE_CHIP": str(root / "chip")}
+        environment = {
+            "PATH": f"{bin_folder}:/usr/bin:/bin",
+            "PHONE": str(root),
+            "PHONE_CHIP": str(root / "chip"),
+        }
         super().__init__(root, environment)
         (root / "data" / "local" / "tmp").mkdir(parents=True)
         bin_folder.mkdir(parents=True)
@@ -79,7 +89,11 @@ class FakePhone(Adbd):
         for number, mhz in CORES_MHZ.items():
             clocks = root / "sys" / "devices" / "system" / "cpu" / f"cpu{number}" / "cpufreq"
             clocks.mkdir(parents=True)
-            for name, text in (("cpuinfo_max_freq", f"{mhz}000"), ("scaling_cur_freq", f"{mhz}000"), ("scaling_governor", "schedutil")):
+            for name, text in (
+                ("cpuinfo_max_freq", f"{mhz}000"),
+                ("scaling_cur_freq", f"{mhz}000"),
+                ("scaling_governor", "schedutil"),
+            ):
                 (clocks / name).write_text(f"{text}\n")
         self.set_properties(PROPERTIES)
         self.set_battery(81, [31.5])
@@ -96,10 +110,14 @@ class FakePhone(Adbd):
 
     def set_properties(self, properties: dict[str, str]) -> None:
         """What ``getprop`` answers."""
-        (self.root / "properties").write_text("".join(f"[{name}]: [{value}]\n" for name, value in properties.items()))
+        (self.root / "properties").write_text(
+            "".join(f"[{name}]: [{value}]\n" for name, value in properties.items())
+        )
 
     def set_battery(self, level: int, celsius: list[float]) -> None:
-        """Charge in percent, and the temperatures that it will tell, one at a time; the last one stays."""
+        """Charge in percent, and the temperatures that it will tell, one at a time; the
+        last one stays.
+        """
         (self.root / "battery").write_text(BATTERY.format(level=level, tenths="TENTHS"))
         (self.root / "celsius").write_text("".join(f"{round(10 * value)}\n" for value in celsius))
 
@@ -120,7 +138,9 @@ class FakePhone(Adbd):
 
     def device(self, **options: str) -> Device:
         """A document of this phone."""
-        return Device(id="fake", soc="none", connection="adb", options={"serial": self.serial, **options})
+        return Device(
+            id="fake", soc="none", connection="adb", options={"serial": self.serial, **options}
+        )
 
     def connect(self) -> None:
         """Plug it in, and tell adb's server."""
@@ -136,7 +156,9 @@ class FakePhone(Adbd):
 
 def adb(*arguments: str) -> str:
     """The real adb."""
-    return subprocess.run(["adb", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(
+        ["adb", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    ).stdout
 
 
 def compile_launcher(folder: Path) -> Path:
@@ -149,7 +171,9 @@ def compile_launcher(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An adb server of our own, and the program that stands for benchmark_model: its path, also in the environment."""
+    """An adb server of our own, and the program that stands for benchmark_model: its
+    path, also in the environment.
+    """
     for program, package in (("adb", "adb"), ("gcc", "gcc")):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program} (apt install {package})")
@@ -161,7 +185,9 @@ def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.delenv(name, raising=False)
         patch.setenv("ANDROID_ADB_SERVER_PORT", str(port))
         own = {"HOME": str(home), "ANDROID_USER_HOME": str(home), "ADB_MDNS": "0"}
-        subprocess.run(["adb", "start-server"], env={**os.environ, **own}, check=True, capture_output=True)
+        subprocess.run(
+            ["adb", "start-server"], env={**os.environ, **own}, check=True, capture_output=True
+        )
         program = compile_launcher(home)
         patch.setenv("HWNAS_BENCHMARK_MODEL", str(program))
         yield program
@@ -172,7 +198,8 @@ def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def phones(adb_server: Path) -> Iterator[Callable[[], FakePhone]]:
     """Makes phones that are plugged in and connected."""
     made: list[FakePhone] = []
-    with tempfile.TemporaryDirectory(prefix="phones-") as folder:  # short: a Unix socket's path has a limit
+    # short: a Unix socket's path has a limit
+    with tempfile.TemporaryDirectory(prefix="phones-") as folder:
 
         def make() -> FakePhone:
             root = Path(folder) / str(len(made))
@@ -195,13 +222,34 @@ def phone(phones: Callable[[], FakePhone]) -> FakePhone:
 
 def plan(count: int = 3, runtime: str = "litert", **changes: Any) -> dict[str, Any]:
     """Small models, two processes of a few milliseconds each."""
-    items = [{"id": op.key, "path": str(timing_file((op,), "litert", "fp32")), "round": 0, "ops": [op.key]} for op in OPS[:count]]
-    return {"runtime": runtime, "threads": 1, "cores": [6], "warmup_ms": 0.0, "min_ms": 1.0, "min_runs": 2, "items": items, **changes}
+    items = [
+        {
+            "id": op.key,
+            "path": str(timing_file((op,), "litert", "fp32")),
+            "round": 0,
+            "ops": [op.key],
+        }
+        for op in OPS[:count]
+    ]
+    return {
+        "runtime": runtime,
+        "threads": 1,
+        "cores": [6],
+        "warmup_ms": 0.0,
+        "min_ms": 1.0,
+        "min_runs": 2,
+        "items": items,
+        **changes,
+    }
 
 
-def sorted_out(rows: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]], list[str], list[dict[str, Any]]]:
+def sorted_out(
+    rows: Iterator[dict[str, Any]],
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[str], list[dict[str, Any]]]:
     """Header, rows of items, notes, conditions."""
     header, *others = rows
     items = [row for row in others if "id" in row]
-    notes, conditions = ([row[key] for row in others if key in row] for key in ("note", "conditions"))
+    notes, conditions = (
+        [row[key] for row in others if key in row] for key in ("note", "conditions")
+    )
     return header, items, notes, conditions

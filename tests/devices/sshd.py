@@ -1,4 +1,6 @@
-"""A real OpenSSH server on loopback: port, keys and home folder of its own, and nothing of the user's settings."""
+"""A real OpenSSH server on loopback: port, keys and home folder of its own, and nothing
+of the user's settings.
+"""
 
 from __future__ import annotations
 
@@ -62,18 +64,24 @@ class Server:
         self.folder, self.config, self.home = folder, folder / "config", folder / "home"
         self.home.mkdir()
         for name in ("host_key", "key", "other_key"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
+            )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         (folder / "sshd_config").write_text(SERVER_CONFIG.format(folder=folder, port=self.port))
-        self.config.write_text(CLIENT_CONFIG.format(folder=folder, port=self.port, user=getpass.getuser()))
+        self.config.write_text(
+            CLIENT_CONFIG.format(folder=folder, port=self.port, user=getpass.getuser())
+        )
         self.trust("host_key")
         assert SSHD is not None
         self.log = folder / "log"
         with self.log.open("w") as log:
             command = [SSHD, "-D", "-e", "-f", folder / "sshd_config"]
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
 
     def trust(self, key: str) -> None:
         """Let clients expect this host key."""
@@ -82,15 +90,24 @@ class Server:
 
     def device(self, **options: str) -> Device:
         """The server as a device that runs this interpreter and keeps models in ``home/models``."""
-        usual = {"host": "board", "config": str(self.config), "python": sys.executable, "folder": "models"}
-        return Device(id="board", soc="a loopback server", connection="ssh", options={**usual, **options})
+        usual = {
+            "host": "board",
+            "config": str(self.config),
+            "python": sys.executable,
+            "folder": "models",
+        }
+        return Device(
+            id="board", soc="a loopback server", connection="ssh", options={**usual, **options}
+        )
 
     def processes(self) -> list[int]:
         """The sessions of the server and everything that runs in them, parents first."""
         parents = {}
         for status in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
-                parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+                parents[int(status.parent.name)] = int(
+                    status.read_text().rpartition(")")[2].split()[1]
+                )
         found = [self.process.pid]
         for pid in found:
             found += [child for child, parent in sorted(parents.items()) if parent == pid]
@@ -98,7 +115,11 @@ class Server:
 
     def runners(self) -> list[int]:
         """The runners at work: Python processes that were given their program on stdin."""
-        return [pid for pid in self.processes() if alive(pid) and "".join(command_line(pid)[2:3]).startswith("import sys")]
+        return [
+            pid
+            for pid in self.processes()
+            if alive(pid) and "".join(command_line(pid)[2:3]).startswith("import sys")
+        ]
 
     def sessions(self) -> list[int]:
         """The server's own processes for its connections."""
@@ -149,7 +170,11 @@ def running(folder: Path) -> Iterator[Server]:
     server = Server(folder)
     try:
         for _ in range(200):
-            done = subprocess.run(["ssh", "-F", server.config, "-oBatchMode=yes", "board", "true"], capture_output=True, check=False)
+            done = subprocess.run(
+                ["ssh", "-F", server.config, "-oBatchMode=yes", "board", "true"],
+                capture_output=True,
+                check=False,
+            )
             if done.returncode == 0 or server.process.poll() is not None:
                 break
             time.sleep(0.05)
@@ -162,15 +187,30 @@ def running(folder: Path) -> Iterator[Server]:
         server.stop()
 
 
-def plan(ops: tuple[Op, ...] = OPS, runtime: str = "litert", rounds: int = 1, **settings: Any) -> dict[str, Any]:
+def plan(
+    ops: tuple[Op, ...] = OPS, runtime: str = "litert", rounds: int = 1, **settings: Any
+) -> dict[str, Any]:
     """A plan of some blocks, for the last core of this computer, which is the board."""
     items = [
-        {"id": op.key, "path": str(timing_file((op,), runtime, "fp32")), "round": number, "ops": [op.key]}
+        {
+            "id": op.key,
+            "path": str(timing_file((op,), runtime, "fp32")),
+            "round": number,
+            "ops": [op.key],
+        }
         for number in range(rounds)
         for op in ops
     ]
     core = max(os.sched_getaffinity(0))
-    return {"runtime": runtime, "threads": 1, "cores": [core], "min_ms": 0.5, "min_runs": 3, "items": items, **settings}
+    return {
+        "runtime": runtime,
+        "threads": 1,
+        "cores": [core],
+        "min_ms": 0.5,
+        "min_runs": 3,
+        "items": items,
+        **settings,
+    }
 
 
 def endless() -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Phones over adb: the real adb client and server, a phone of ours (fake_phone.py) that runs real models, and all that goes wrong."""
+"""Phones over adb: the real adb client and server, a phone of ours (fake_phone.py) that
+runs real models, and all that goes wrong.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def announced(rows: Iterator[dict[str, Any]], first: threading.Event) -> Iterator[dict[str, Any]]:
-    """The rows, and a sign when the first one of an item is here: what comes later than that cannot undo it."""
+    """The rows, and a sign when the first one of an item is here: what comes later than
+    that cannot undo it.
+    """
     for row in rows:
         if "id" in row:
             first.set()
@@ -65,17 +69,31 @@ def test_measures(phone: FakePhone, tmp_path: Path) -> None:
     assert notes == []
     assert (
         conditions
-        == [{"battery_percent": 81, "celsius": 31.5, "plugged": "usb", "thermal_status": 0, "governor": "schedutil", "mhz": 2802.0}] * 2
+        == [
+            {
+                "battery_percent": 81,
+                "celsius": 31.5,
+                "plugged": "usb",
+                "thermal_status": 0,
+                "governor": "schedutil",
+                "mhz": 2802.0,
+            }
+        ]
+        * 2
     ), "before and after the batch"
     assert phone.masks == ["40"] * 6, "core 6, two processes of each of three models"
     assert {run["num_threads"] for run in phone.runs} == {"1"}
-    assert {run["min_secs"] for run in phone.runs} == {"0.000500"} and {run["warmup_min_secs"] for run in phone.runs} == {"0.001000"}
+    assert {run["min_secs"] for run in phone.runs} == {"0.000500"} and {
+        run["warmup_min_secs"] for run in phone.runs
+    } == {"0.001000"}
     left = sorted(path.name.partition("-")[0] for path in phone.folder.iterdir())
     assert left == ["benchmark_model", "models"], "neither the run's folder nor its lock"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_later_rounds_send_nothing_again(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_rounds_send_nothing_again(
+    phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Models go over once, many in one push; later only the list and the script do."""
     sent: list[int] = []
     phone.on_received = sent.append
@@ -115,8 +133,13 @@ def test_without_cores(phone: FakePhone, tmp_path: Path) -> None:
     assert header["cores"] == "unknown" and len(rows) == 1 and phone.masks == []
 
 
-@pytest.mark.parametrize(("delegate", "flag", "delegated"), [("gpu", "use_gpu", "unknown"), ("none", "use_xnnpack", "unknown")])
-def test_delegates(delegate: str, flag: str, delegated: bool | str, phone: FakePhone, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("delegate", "flag", "delegated"),
+    [("gpu", "use_gpu", "unknown"), ("none", "use_xnnpack", "unknown")],
+)
+def test_delegates(
+    delegate: str, flag: str, delegated: bool | str, phone: FakePhone, tmp_path: Path
+) -> None:
     header, rows, _, _ = sorted_out(Adb(phone.device(delegate=delegate)).measure(plan(1), tmp_path))
     assert phone.runs[0][flag] == ("true" if delegate == "gpu" else "false")
     assert header["runtime_package"] == f"benchmark_model {delegate}"
@@ -129,14 +152,21 @@ def test_cores(phone: FakePhone, tmp_path: Path) -> None:
     assert device.cores(1) == (7,)
     assert device.cores(3) == (5, 6, 7)
     assert Adb(phone.device().model_copy(update={"cores": (0, 1)})).cores(2) == (0, 1)
-    with pytest.raises(DeviceError, match=r"9 threads need as many cores, but fake offers 8: lower device\.threads"):
+    with pytest.raises(
+        DeviceError, match=r"9 threads need as many cores, but fake offers 8: lower device\.threads"
+    ):
         device.cores(9)
-    with pytest.raises(DeviceError, match="cannot run on core 12 of fake: its cores are 0, 1, 2, 3, 4, 5, 6, 7"):
+    with pytest.raises(
+        DeviceError, match="cannot run on core 12 of fake: its cores are 0, 1, 2, 3, 4, 5, 6, 7"
+    ):
         next(device.measure(plan(1, cores=[12]), tmp_path))
 
 
 def test_only_litert(phone: FakePhone, tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match=r"fake runs LiteRT files only: set device\.runtime = 'litert', not 'onnxruntime'"):
+    with pytest.raises(
+        DeviceError,
+        match=r"fake runs LiteRT files only: set device\.runtime = 'litert', not 'onnxruntime'",
+    ):
         next(Adb(phone.device()).measure(plan(1, runtime="onnxruntime"), tmp_path))
 
 
@@ -144,12 +174,18 @@ def test_only_litert(phone: FakePhone, tmp_path: Path) -> None:
     ("options", "complaint"),
     [
         ({"serail": "x"}, "options of device 'fake': unknown key 'serail'; did you mean 'serial'"),
-        ({"delegate": "npu"}, "delegate = 'npu': input should be 'xnnpack', 'gpu', 'nnapi' or 'none'"),
+        (
+            {"delegate": "npu"},
+            "delegate = 'npu': input should be 'xnnpack', 'gpu', 'nnapi' or 'none'",
+        ),
         ({"wait_s": "-1"}, "wait_s = '-1': input should be greater than or equal to 0"),
         ({"max_celsius": "warm"}, "max_celsius = 'warm'"),
         ({"folder": "/data/local/tmp/$(reboot)"}, r"folder = '/data/local/tmp/\$\(reboot\)'"),
         ({"folder": "relative"}, "folder = 'relative'"),
-        ({"serial": "$(touch pwned)"}, r"serial = '\$\(touch pwned\)': no phone has such a serial number; 'adb devices' lists"),
+        (
+            {"serial": "$(touch pwned)"},
+            r"serial = '\$\(touch pwned\)': no phone has such a serial number; 'adb devices' lists",
+        ),
         ({"serial": "a;b"}, "no phone has such a serial number"),
         ({"serial": "-d"}, "no phone has such a serial number"),
         ({"serial": "a\nb"}, "no phone has such a serial number"),
@@ -176,7 +212,10 @@ def test_unplugged_while_it_runs(phone: FakePhone, tmp_path: Path) -> None:
     assert [row["id"] for row in rows] == ids(wanted)
     assert all(len(row["ms"]) == 2 for row in rows)
     assert notes == [
-        f"fake went away while it ran {OPS[1].key} (unplugged?): waiting up to 600 s for it to return",
+        (
+            f"fake went away while it ran {OPS[1].key} (unplugged?): waiting up to 600 s for it to"
+            " return"
+        ),
         "fake is back",
     ]
     graphs = [run["graph"] for run in phone.runs]
@@ -231,10 +270,15 @@ def test_a_phone_that_does_not_come_back(phone: FakePhone, tmp_path: Path) -> No
     phone.on_run = pull_the_plug
     rows = announced(Adb(phone.device(wait_s="0.3")).measure(plan(3), tmp_path), first)
     got = []
-    with pytest.raises(DeviceError, match=r"fake did not come back within 0\.3 s: plug it in, and start the same command again"):
+    with pytest.raises(
+        DeviceError,
+        match=r"fake did not come back within 0\.3 s: plug it in, and start the same command again",
+    ):
         for row in rows:
             got.append(row)
-    assert [row["id"] for row in got if "id" in row] == [OPS[0].key], "what was measured before is out"
+    assert [row["id"] for row in got if "id" in row] == [OPS[0].key], (
+        "what was measured before is out"
+    )
 
 
 def test_a_model_that_kills_the_phone(phone: FakePhone, tmp_path: Path) -> None:
@@ -249,7 +293,9 @@ def test_a_model_that_kills_the_phone(phone: FakePhone, tmp_path: Path) -> None:
         return fake_benchmark_model.litert(flags, folder, say)
 
     phone.tool = die
-    with pytest.raises(DeviceError, match=f"fake went away 3 times in a row while it ran {OPS[1].key}"):
+    with pytest.raises(
+        DeviceError, match=f"fake went away 3 times in a row while it ran {OPS[1].key}"
+    ):
         list(announced(Adb(phone.device()).measure(plan(3), tmp_path), first))
 
 
@@ -258,11 +304,18 @@ def test_a_model_that_kills_the_phone(phone: FakePhone, tmp_path: Path) -> None:
     [
         [],
         ["\x00\x01\x02 \udcff\udcfe binary", "run-000000000000 end 0 0 0", "count=50"],
-        ["INFO: Running benchmark for at least 1", "count=many", "INFO: Running benchmark for at least 1", "count="],
+        [
+            "INFO: Running benchmark for at least 1",
+            "count=many",
+            "INFO: Running benchmark for at least 1",
+            "count=",
+        ],
     ],
 )
 def test_garbage_from_the_tool(output: list[str], phone: FakePhone, tmp_path: Path) -> None:
-    """An error of that item, once, and no value of its other processes gets into the next item's."""
+    """An error of that item, once, and no value of its other processes gets into the
+    next item's.
+    """
 
     def garbage(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
         count = len(phone.runs)
@@ -298,7 +351,9 @@ def test_waits_for_a_hot_phone(phone: FakePhone, tmp_path: Path) -> None:
     assert [row["celsius"] for row in conditions] == [44.0, 37.9]
 
 
-def test_does_not_wait_for_ever(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_wait_for_ever(
+    phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A phone that stays throttled is measured after a while, and not waited for again."""
     monkeypatch.setattr(adb_module, "COOL_DOWN_S", 0.2)
     monkeypatch.setattr(adb_module, "BATCH_ITEMS", 1)
@@ -321,9 +376,15 @@ def test_two_phones_at_once(phones: Callable[[], FakePhone], tmp_path: Path) -> 
     assert ids(wanted[0]) != ids(wanted[1])
     meeting = threading.Barrier(2, timeout=20)
     for each in both:
-        each.on_run = lambda count: meeting.wait() if count == 1 else None  # neither starts before the other
+        # neither starts before the other
+        each.on_run = lambda count: meeting.wait() if count == 1 else None
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(lambda pair: list(Adb(pair[0].device()).measure(pair[1], tmp_path)), zip(both, wanted, strict=True)))
+        results = list(
+            pool.map(
+                lambda pair: list(Adb(pair[0].device()).measure(pair[1], tmp_path)),
+                zip(both, wanted, strict=True),
+            )
+        )
     for each, asked, rows in zip(both, wanted, results, strict=True):
         assert [row["id"] for row in rows if "id" in row] == ids(asked)
         assert len({run["graph"] for run in each.runs}) == 3
@@ -345,15 +406,21 @@ def test_two_runs_on_one_phone(phone: FakePhone, tmp_path: Path) -> None:
     phone.tool = count
     wanted = plan(4)
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(lambda _: sorted_out(Adb(phone.device()).measure(wanted, tmp_path)), range(2)))
+        results = list(
+            pool.map(lambda _: sorted_out(Adb(phone.device()).measure(wanted, tmp_path)), range(2))
+        )
     for _, rows, _, _ in results:
         assert [row["id"] for row in rows] == ids(wanted) and all("ms" in row for row in rows)
     assert together == [1]
-    assert [note for _, _, notes, _ in results for note in notes] == ["another run is at work on fake: waiting for it"]
+    assert [note for _, _, notes, _ in results for note in notes] == [
+        "another run is at work on fake: waiting for it"
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
-def test_predicts_as_this_computer_does(dtype: str, phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predicts_as_this_computer_does(
+    dtype: str, phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In several parts, and through an unplugging."""
     model = timing_file((OPS[1], Classifier(8, 8, 10)), "litert", dtype)
     images = np.random.default_rng(0).standard_normal((7, 8, 8, 8)).astype(np.float32)
@@ -369,12 +436,18 @@ def test_predicts_as_this_computer_does(dtype: str, phone: FakePhone, tmp_path: 
     assert found.shape == (7, 10) and found.dtype == np.float32
     assert np.array_equal(found, Host(HOST).predict(model, images, tmp_path))
     assert found.std() > 1e-3
-    assert 3 + 2 + 3 + 1 <= len(phone.runs) <= 3 + 3 + 3 + 1, "only the part that was cut off is computed again"
+    assert 3 + 2 + 3 + 1 <= len(phone.runs) <= 3 + 3 + 3 + 1, (
+        "only the part that was cut off is computed again"
+    )
     assert not list(phone.folder.glob("run-*")) and list(tmp_path.iterdir()) == []
 
 
-def test_predicts_several_outputs_in_a_row(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A detector's four, as the tool writes them: one after another, image by image, in two parts."""
+def test_predicts_several_outputs_in_a_row(
+    phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A detector's four, as the tool writes them: one after another, image by image, in
+    two parts.
+    """
     network = lively_network()
     model = tmp_path / "detector.tflite"
     model.write_bytes(tasks(write_heads(network), network, PostProcessing(detections=5)))
@@ -383,15 +456,25 @@ def test_predicts_several_outputs_in_a_row(phone: FakePhone, tmp_path: Path, mon
     found = Adb(phone.device()).predict(model, x_NHWC, tmp_path)
     assert found.shape == (3, 5 * 4 + 5 + 5 + 1) and found[:, -1].tolist() == [5, 5, 5]
     assert np.array_equal(found, Host(HOST).predict(model, x_NHWC, tmp_path))
-    apart = [np.concatenate([value.reshape(-1) for value in outputs.values()]) for outputs in run_tflite(model.read_bytes(), images())]
+    apart = [
+        np.concatenate([value.reshape(-1) for value in outputs.values()])
+        for outputs in run_tflite(model.read_bytes(), images())
+    ]
     np.testing.assert_allclose(found, np.stack(apart), atol=1e-5)
 
 
-def test_outputs_that_arrive_cut_off(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_arrive_cut_off(
+    phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     received = AdbSession.receive
     monkeypatch.setattr(AdbSession, "receive", lambda session, name: received(session, name)[:-6])
-    with pytest.raises(DeviceError, match=r"fake sent 4090 bytes of outputs of \S+\.tflite, not 4096: run the command again"):
-        Adb(phone.device()).predict(timing_file((OPS[0],), "litert", "fp32"), np.zeros((2, 8, 8, 8), np.float32), tmp_path)
+    with pytest.raises(
+        DeviceError,
+        match=r"fake sent 4090 bytes of outputs of \S+\.tflite, not 4096: run the command again",
+    ):
+        Adb(phone.device()).predict(
+            timing_file((OPS[0],), "litert", "fp32"), np.zeros((2, 8, 8, 8), np.float32), tmp_path
+        )
 
 
 def test_predict_with_a_broken_model(phone: FakePhone, tmp_path: Path) -> None:
@@ -405,11 +488,19 @@ def test_predict_with_a_tool_that_writes_nothing(phone: FakePhone, tmp_path: Pat
     """An old build takes --output_filepath for an unknown flag, and goes on."""
 
     def old(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
-        return fake_benchmark_model.litert({name: value for name, value in flags.items() if name != "output_filepath"}, folder, say)
+        return fake_benchmark_model.litert(
+            {name: value for name, value in flags.items() if name != "output_filepath"}, folder, say
+        )
 
     phone.tool = old
     model = timing_file((OPS[0],), "litert", "fp32")
-    with pytest.raises(DeviceError, match=r"wrote 0 bytes of output where \S+ gives 2048: it is too old, or another tool; .*ANDROID\.md"):
+    with pytest.raises(
+        DeviceError,
+        match=(
+            r"wrote 0 bytes of output where \S+ gives 2048: it is too old, or another tool;"
+            r" .*ANDROID\.md"
+        ),
+    ):
         Adb(phone.device()).predict(model, np.zeros((2, 8, 8, 8), np.float32), tmp_path)
 
 
@@ -419,6 +510,10 @@ def test_predict_where_the_tool_fails(phone: FakePhone, tmp_path: Path) -> None:
         return 1
 
     phone.tool = failing
-    with pytest.raises(DeviceError, match=r"does not run on fake: Failed to apply XNNPACK delegate\.$"):
-        Adb(phone.device()).predict(timing_file((OPS[0],), "litert", "fp32"), np.zeros((2, 8, 8, 8), np.float32), tmp_path)
+    with pytest.raises(
+        DeviceError, match=r"does not run on fake: Failed to apply XNNPACK delegate\.$"
+    ):
+        Adb(phone.device()).predict(
+            timing_file((OPS[0],), "litert", "fp32"), np.zeros((2, 8, 8, 8), np.float32), tmp_path
+        )
     assert len(phone.runs) == 1

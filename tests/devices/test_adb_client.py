@@ -18,16 +18,26 @@ __all__ = ["adb_server", "phone", "phones"]  # fixtures
 
 
 def test_serial_numbers_of_all_kinds() -> None:
-    for serial in ("R58M12ABCDE", "emulator-5554", "192.168.1.5:5555", "[fe80::1%eth0]:5555", "adb-R58M (2)._adb-tls-connect._tcp"):
+    for serial in (
+        "R58M12ABCDE",
+        "emulator-5554",
+        "192.168.1.5:5555",
+        "[fe80::1%eth0]:5555",
+        "adb-R58M (2)._adb-tls-connect._tcp",
+    ):
         Adb(Device(id="fake", soc="none", connection="adb", options={"serial": serial}))
 
 
 def test_not_attached(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = Device(id="fake", soc="none", connection="adb", options={"serial": "R58M123"})
-    with pytest.raises(DeviceError, match=rf"phone R58M123 is not attached; attached: {phone.serial}\."):
+    with pytest.raises(
+        DeviceError, match=rf"phone R58M123 is not attached; attached: {phone.serial}\."
+    ):
         Adb(elsewhere).cores(1)
     monkeypatch.setenv("ANDROID_SERIAL", "$(reboot)")
-    with pytest.raises(ConfigError, match=r"ANDROID_SERIAL = '\$\(reboot\)': no phone has such a serial number"):
+    with pytest.raises(
+        ConfigError, match=r"ANDROID_SERIAL = '\$\(reboot\)': no phone has such a serial number"
+    ):
         Adb(Device(id="any", soc="none", connection="adb")).cores(1)
     monkeypatch.setenv("ANDROID_SERIAL", phone.serial)
     assert Adb(Device(id="any", soc="none", connection="adb")).cores(1) == (7,)
@@ -36,12 +46,17 @@ def test_not_attached(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.Monk
 def test_which_one(phones: Callable[[], FakePhone]) -> None:
     """The only one needs no name; of several, one has to be named."""
     anyone = Device(id="any", soc="none", connection="adb")
-    with pytest.raises(DeviceError, match="no phone is attached: plug one in and allow USB debugging"):
+    with pytest.raises(
+        DeviceError, match="no phone is attached: plug one in and allow USB debugging"
+    ):
         Adb(anyone).cores(1)
     serials = {phones().serial}
     assert Adb(anyone).cores(1) == (7,)
     serials.add(phones().serial)
-    with pytest.raises(DeviceError, match=r"2 phones are attached \(\S+, \S+\): say which with device\.name = 'adb:SERIAL'") as caught:
+    with pytest.raises(
+        DeviceError,
+        match=r"2 phones are attached \(\S+, \S+\): say which with device\.name = 'adb:SERIAL'",
+    ) as caught:
         Adb(anyone).cores(1)
     assert all(serial in str(caught.value) for serial in serials)
 
@@ -51,20 +66,30 @@ def test_unauthorized(phone: FakePhone) -> None:
     phone.authorized = False
     adb("disconnect", phone.serial)
     phone.connect()
-    with pytest.raises(DeviceError, match="does not trust this computer yet: unlock it and accept the dialog 'Allow USB debugging'"):
+    with pytest.raises(
+        DeviceError,
+        match=(
+            "does not trust this computer yet: unlock it and accept the dialog 'Allow USB"
+            " debugging'"
+        ),
+    ):
         Adb(phone.device()).cores(1)
     assert attached_phones() == {phone.serial: "unauthorized"}
 
 
 def test_offline(phone: FakePhone) -> None:
     phone.unplug()
-    with pytest.raises(DeviceError, match="is offline: plug it in again, or run 'adb reconnect offline'"):
+    with pytest.raises(
+        DeviceError, match="is offline: plug it in again, or run 'adb reconnect offline'"
+    ):
         Adb(phone.device()).cores(1)
 
 
 def test_without_adb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DeviceError, match=r"adb is not installed: 'apt install adb' \(Debian, Ubuntu\)"):
+    with pytest.raises(
+        DeviceError, match=r"adb is not installed: 'apt install adb' \(Debian, Ubuntu\)"
+    ):
         Adb(Device(id="any", soc="none", connection="adb")).cores(1)
     assert attached_phones() == {}
 

@@ -17,35 +17,73 @@ __all__ = ["adb_server", "phone", "phones"]  # fixtures
 
 def test_a_full_phone(phone: FakePhone, tmp_path: Path) -> None:
     phone.free_bytes = 20_000
-    with pytest.raises(DeviceError, match=rf"phone {phone.serial} is full: free some space on it, or empty its /data/local/tmp/hwnas\."):
+    with pytest.raises(
+        DeviceError,
+        match=(
+            rf"phone {phone.serial} is full: free some space on it, or empty its"
+            r" /data/local/tmp/hwnas\."
+        ),
+    ):
         list(Adb(phone.device()).measure(plan(2), tmp_path))
     assert not list((phone.folder / "models").iterdir())
 
 
 def test_a_folder_that_cannot_be_written(phone: FakePhone, tmp_path: Path) -> None:
     phone.local("/data/local/tmp/hwnas").write_text("a file")
-    with pytest.raises(DeviceError, match=r"lets nothing be written into /data/local/tmp/hwnas: mkdir"):
+    with pytest.raises(
+        DeviceError, match=r"lets nothing be written into /data/local/tmp/hwnas: mkdir"
+    ):
         list(Adb(phone.device()).measure(plan(1), tmp_path))
 
 
 def test_a_tool_for_another_phone(phone: FakePhone, tmp_path: Path) -> None:
-    phone.set_properties({"ro.product.cpu.abilist": "arm64-v8a,armeabi-v7a", "ro.product.model": "Arm"})
-    with pytest.raises(DeviceError, match=r"benchmark_model is for x86_64, but phone \S+ runs arm64-v8a, armeabi-v7a: get the build for"):
+    phone.set_properties(
+        {"ro.product.cpu.abilist": "arm64-v8a,armeabi-v7a", "ro.product.model": "Arm"}
+    )
+    with pytest.raises(
+        DeviceError,
+        match=(
+            r"benchmark_model is for x86_64, but phone \S+ runs arm64-v8a, armeabi-v7a: get the"
+            r" build for"
+        ),
+    ):
         list(Adb(phone.device()).measure(plan(1), tmp_path))
     with pytest.raises(DeviceError, match="is for x86_64"):
         Adb(phone.device()).runtimes()
     assert phone.runs == [] and not phone.folder.exists()
 
 
-def test_a_tool_that_is_none(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_that_is_none(
+    phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "benchmark_model"
     script.write_text("#!/bin/sh\n")
-    with pytest.raises(DeviceError, match=r"benchmark_model is no program for Android: .*ANDROID\.md says where to get benchmark_model"):
+    with pytest.raises(
+        DeviceError,
+        match=(
+            r"benchmark_model is no program for Android: .*ANDROID\.md says where to get"
+            r" benchmark_model"
+        ),
+    ):
         list(Adb(phone.device(benchmark_model=str(script))).measure(plan(1), tmp_path))
-    with pytest.raises(DeviceError, match=r"benchmark_model = \S+nowhere cannot be read \(No such file or directory\); .*ANDROID\.md"):
-        list(Adb(phone.device(benchmark_model=str(tmp_path / "nowhere"))).measure(plan(1), tmp_path))
+    with pytest.raises(
+        DeviceError,
+        match=(
+            r"benchmark_model = \S+nowhere cannot be read \(No such file or directory\);"
+            r" .*ANDROID\.md"
+        ),
+    ):
+        list(
+            Adb(phone.device(benchmark_model=str(tmp_path / "nowhere"))).measure(plan(1), tmp_path)
+        )
     monkeypatch.delenv("HWNAS_BENCHMARK_MODEL")
-    with pytest.raises(DeviceError, match=r"LiteRT's benchmark_model for Android was not found: name it in \$HWNAS_BENCHMARK_MODEL"):
+    with pytest.raises(
+        DeviceError,
+        match=(
+            r"LiteRT's benchmark_model for Android was not found: name it in"
+            r" \$HWNAS_BENCHMARK_MODEL"
+        ),
+    ):
         Adb(phone.device()).runtimes()
 
 
@@ -60,5 +98,6 @@ def test_found_on_path(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_lock_of_a_dead_run_is_broken(phone: FakePhone, tmp_path: Path) -> None:
     phone.folder.mkdir()
-    (phone.folder / "lock").symlink_to(str(os.getpid()))  # a process that lives, but is none of ours
+    # a process that lives, but is none of ours
+    (phone.folder / "lock").symlink_to(str(os.getpid()))
     assert len(sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))[1]) == 1

@@ -1,4 +1,6 @@
-"""benchmark_model's output, as builds of eight years have printed it, and the flags that it gets."""
+"""benchmark_model's output, as builds of eight years have printed it, and the flags
+that it gets.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def lines(name: str) -> list[str]:
     ],
 )
 def test_golden(name: str, delegate: str, ms: float, runs: int, delegated: bool | str) -> None:
-    """The timed runs, not the warm-up before them: their median where it is printed, else their average."""
+    """The timed runs, not the warm-up before them: their median where it is printed,
+    else their average.
+    """
     found = tool.parse(lines(name), 0, delegate)
     assert found.ms == pytest.approx(ms, rel=1e-6)
     assert (found.runs, found.delegated) == (runs, delegated)
@@ -64,7 +68,9 @@ def test_failures_in_the_tools_own_words(name: str, status: int, why: str) -> No
 
 
 def test_a_gpu_that_compiles_nothing() -> None:
-    with pytest.raises(tool.BenchmarkError, match=r"^Failed to build program executable - Build program failure"):
+    with pytest.raises(
+        tool.BenchmarkError, match=r"^Failed to build program executable - Build program failure"
+    ):
         tool.parse(lines("2024-gpu-refused"), 1)
 
 
@@ -75,7 +81,12 @@ def test_a_gpu_that_compiles_nothing() -> None:
         ["\x00\xff garbage", "count=7"],
         lines("2023-cpu")[:8],  # the warm-up alone
         lines("2023-cpu")[:9],  # the timed runs announced, and nothing of them
-        ["Running benchmark for at least 1", "count=1 curr=5", "Running benchmark for at least 1", "count=0"],
+        [
+            "Running benchmark for at least 1",
+            "count=1 curr=5",
+            "Running benchmark for at least 1",
+            "count=0",
+        ],
     ],
 )
 def test_what_does_not_parse(output: list[str]) -> None:
@@ -85,20 +96,31 @@ def test_what_does_not_parse(output: list[str]) -> None:
 
 
 def test_runs_that_took_all_the_same() -> None:
-    output = ["Running benchmark for at least 1", "count=2 curr=9(all same)", "Running benchmark for at least 5"]
-    assert tool.parse([*output, "INFO: count=5 curr=41(all same) p5=41 median=41 p95=41"], 0).ms == 0.041
+    output = [
+        "Running benchmark for at least 1",
+        "count=2 curr=9(all same)",
+        "Running benchmark for at least 5",
+    ]
+    assert (
+        tool.parse([*output, "INFO: count=5 curr=41(all same) p5=41 median=41 p95=41"], 0).ms
+        == 0.041
+    )
     assert tool.parse([*output, "count=5 curr=41(all same)"], 0) == tool.Timing(0.041, 5, "unknown")
     with pytest.raises(tool.BenchmarkError, match="less than the microsecond"):
         tool.parse([*output, "count=5 curr=0(all same) p5=0 median=0 p95=0"], 0)
 
 
 def test_times_finer_than_the_tools_clock() -> None:
-    """Nine runs of 4 or 5 us and one interrupted: the average tells tenths, and the slowest run is not in it."""
+    """Nine runs of 4 or 5 us and one interrupted: the average tells tenths, and the
+    slowest run is not in it.
+    """
     times_us = [4, 5, 4, 5, 4, 5, 4, 5, 4, 900]
     phase = "Running benchmark for at least 1"
     statistics = f"count=10 first=4 curr=900 min=4 max=900 avg={sum(times_us) / 10} std=268"
     before = [phase, "count=1 curr=9", phase]
-    assert tool.parse([*before, f"{statistics} p5=4 median=5 p95=900"], 0).ms == pytest.approx(40 / 9 / 1e3, rel=1e-3)
+    assert tool.parse([*before, f"{statistics} p5=4 median=5 p95=900"], 0).ms == pytest.approx(
+        40 / 9 / 1e3, rel=1e-3
+    )
     assert tool.parse([*before, "count=1 max=7 avg=7"], 0).ms == 0.007
     with pytest.raises(tool.BenchmarkError):
         tool.parse([*before, "count=2 max=70 avg=7"], 0)
@@ -123,7 +145,10 @@ def test_timing_flags() -> None:
 def test_prediction_flags() -> None:
     """Nothing in them comes from a file's own text."""
     flags = tool.prediction_flags(np.array([1, 32, 32, 3]), "xnnpack")
-    assert "--input_layer_shape=1,32,32,3" in flags and "--input_layer_value_files=image:input" in flags
+    assert (
+        "--input_layer_shape=1,32,32,3" in flags
+        and "--input_layer_value_files=image:input" in flags
+    )
     assert "--output_filepath=output" in flags and "--use_xnnpack=true" in flags
 
 
@@ -142,7 +167,9 @@ def test_abi() -> None:
 
 def runner() -> Any:
     """deploy/runner.py, which quantises for the host."""
-    specification = importlib.util.spec_from_file_location("runner", share_folder("deploy") / "runner.py")
+    specification = importlib.util.spec_from_file_location(
+        "runner", share_folder("deploy") / "runner.py"
+    )
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -159,23 +186,45 @@ def test_quantises_like_the_runner() -> None:
     assert back.shape == images.shape and back.dtype == np.float32
     assert np.array_equal(back, judge.dequantise(judge.quantise(images, entry), entry))
     float_entry = {"dtype": np.float32, "quantization": (0.0, 0), "shape": np.array([1, 4, 4, 2])}
-    assert np.array_equal(tool.from_outputs(tool.to_inputs(images, float_entry), [float_entry]), images)
+    assert np.array_equal(
+        tool.from_outputs(tool.to_inputs(images, float_entry), [float_entry]), images
+    )
 
 
 def test_several_outputs_become_a_row_per_image() -> None:
     floats = {"dtype": np.float32, "quantization": (0.0, 0), "shape": np.array([1, 2, 2])}
     integers = {"dtype": np.int8, "quantization": (0.5, 1), "shape": np.array([1, 3])}
-    images = [np.arange(4, dtype="<f4").tobytes() + np.array([1, 3, -1], np.int8).tobytes(), np.ones(4, "<f4").tobytes() + b"\1\1\1"]
+    images = [
+        np.arange(4, dtype="<f4").tobytes() + np.array([1, 3, -1], np.int8).tobytes(),
+        np.ones(4, "<f4").tobytes() + b"\1\1\1",
+    ]
     rows = tool.from_outputs(b"".join(images), [floats, integers])
-    assert rows.dtype == np.float32 and rows.tolist() == [[0, 1, 2, 3, 0, 1, -1], [1, 1, 1, 1, 0, 0, 0]]
-    with pytest.raises(tool.BenchmarkError, match="37 bytes of outputs are no multiple of the 19 of one image"):
+    assert rows.dtype == np.float32 and rows.tolist() == [
+        [0, 1, 2, 3, 0, 1, -1],
+        [1, 1, 1, 1, 0, 0, 0],
+    ]
+    with pytest.raises(
+        tool.BenchmarkError, match="37 bytes of outputs are no multiple of the 19 of one image"
+    ):
         tool.from_outputs(b"".join(images)[:-1], [floats, integers])
 
 
 def test_pixels_are_inputs_as_they_are() -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3)
-    assert tool.to_inputs(pixels[:, :, ::-1], {"dtype": np.uint8, "quantization": (1 / 255, 0)}) == pixels[:, :, ::-1].tobytes()
-    with pytest.raises(DeviceError, match="this model takes uint8 images, pixels as they are, and these are float32: do not normalise"):
+    assert (
+        tool.to_inputs(pixels[:, :, ::-1], {"dtype": np.uint8, "quantization": (1 / 255, 0)})
+        == pixels[:, :, ::-1].tobytes()
+    )
+    with pytest.raises(
+        DeviceError,
+        match=(
+            "this model takes uint8 images, pixels as they are, and these are float32: do not"
+            " normalise"
+        ),
+    ):
         tool.to_inputs(pixels / np.float32(255), {"dtype": np.uint8, "quantization": (1 / 255, 0)})
-    with pytest.raises(DeviceError, match="the model takes float32 images, and these are uint8: normalise them first"):
+    with pytest.raises(
+        DeviceError,
+        match="the model takes float32 images, and these are uint8: normalise them first",
+    ):
         tool.to_inputs(pixels, {"dtype": np.float32})

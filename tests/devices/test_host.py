@@ -20,16 +20,33 @@ SMALL = MBConv(8, 8, 8, 24, 3, act="relu", residual=True)
 LARGE = MBConv(32, 48, 48, 288, 5, act="relu", residual=True)
 
 
-def plan(ops: list[Op], runtime: str, dtype: str, cores: list[int], rounds: int = 1) -> dict[str, Any]:
+def plan(
+    ops: list[Op], runtime: str, dtype: str, cores: list[int], rounds: int = 1
+) -> dict[str, Any]:
     items = [
-        {"id": op.key, "path": str(timing_file((op,), runtime, dtype)), "round": number, "ops": [op.key]}
+        {
+            "id": op.key,
+            "path": str(timing_file((op,), runtime, dtype)),
+            "round": number,
+            "ops": [op.key],
+        }
         for number in range(rounds)
         for op in ops
     ]
-    return {"runtime": runtime, "threads": 1, "cores": cores, "min_ms": 5.0, "min_runs": 5, "items": items}
+    return {
+        "runtime": runtime,
+        "threads": 1,
+        "cores": cores,
+        "min_ms": 5.0,
+        "min_runs": 5,
+        "items": items,
+    }
 
 
-@pytest.mark.parametrize(("runtime", "dtype", "ops"), [("litert", "fp32", 2), ("litert", "int8", 2), ("onnxruntime", "fp32", 1)])
+@pytest.mark.parametrize(
+    ("runtime", "dtype", "ops"),
+    [("litert", "fp32", 2), ("litert", "int8", 2), ("onnxruntime", "fp32", 1)],
+)
 def test_measures(runtime: str, dtype: str, ops: int, tmp_path: Path) -> None:
     host = Host(HOST)
     core = sorted(os.sched_getaffinity(0))[0]
@@ -40,7 +57,9 @@ def test_measures(runtime: str, dtype: str, ops: int, tmp_path: Path) -> None:
     assert header["threads"] == 1
     assert header["runtime_version"][0].isdigit()
     assert header["cpu"] not in ("", "unknown") or header["machine"] != "x86_64"
-    assert [(row["id"], row["round"]) for row in rows] == [(item["id"], item["round"]) for item in wanted["items"]]
+    assert [(row["id"], row["round"]) for row in rows] == [
+        (item["id"], item["round"]) for item in wanted["items"]
+    ]
     medians = {}
     for row in rows:
         assert len(row["ms"]) >= 5
@@ -78,7 +97,9 @@ def test_a_core_that_is_not_there(tmp_path: Path) -> None:
 
 
 def fake_runner(tmp_path: Path, program: str) -> Host:
-    """A host whose runner is another program: a real process, with the faults that real ones have."""
+    """A host whose runner is another program: a real process, with the faults that real
+    ones have.
+    """
     host = Host(HOST)
     host.runner = tmp_path / "runner.py"
     host.runner.write_text("import json, sys, time\n" + program)
@@ -86,7 +107,9 @@ def fake_runner(tmp_path: Path, program: str) -> Host:
 
 
 def test_a_talkative_runtime_does_not_block(tmp_path: Path) -> None:
-    """Runtimes write warnings to stderr for every model: more than a pipe holds, and nobody would read it."""
+    """Runtimes write warnings to stderr for every model: more than a pipe holds, and
+    nobody would read it.
+    """
     program = """
 print(json.dumps({"runner": 1}), flush=True)
 for i in range(4):
@@ -105,7 +128,10 @@ for i in range(4):
 
 
 def test_a_runner_that_dies_says_why(tmp_path: Path) -> None:
-    program = 'print(json.dumps({"runner": 1}), flush=True)\nsys.stderr.write("loading\\nout of memory\\n")\nsys.exit(7)\n'
+    program = (
+        'print(json.dumps({"runner": 1}), flush=True)\nsys.stderr.write("loading\\nout of'
+        ' memory\\n")\nsys.exit(7)\n'
+    )
     rows = fake_runner(tmp_path, program).measure({"items": []}, tmp_path)
     assert next(rows) == {"runner": 1}
     with pytest.raises(DeviceError, match="status 7: out of memory"):
@@ -114,7 +140,8 @@ def test_a_runner_that_dies_says_why(tmp_path: Path) -> None:
 
 def test_a_runner_that_is_killed_in_the_middle_of_a_line(tmp_path: Path) -> None:
     program = (
-        'import os\nprint(json.dumps({"runner": 1}), flush=True)\nsys.stdout.write("{\\"id\\": \\"x")\nsys.stdout.flush()\nos._exit(9)\n'
+        'import os\nprint(json.dumps({"runner": 1}), flush=True)\nsys.stdout.write("{\\"id\\":'
+        ' \\"x")\nsys.stdout.flush()\nos._exit(9)\n'
     )
     with pytest.raises(DeviceError, match="status 9"):
         list(fake_runner(tmp_path, program).measure({"items": []}, tmp_path))
@@ -132,7 +159,11 @@ def test_predict(tmp_path: Path) -> None:
     for image, output in zip(images, found, strict=True):
         interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image[None])
         interpreter.invoke()
-        assert np.allclose(interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0], output, atol=1e-6)
+        assert np.allclose(
+            interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0],
+            output,
+            atol=1e-6,
+        )
     assert found.std() > 1e-3
     assert list(tmp_path.iterdir()) == []
 
@@ -149,7 +180,9 @@ def test_devices_by_address() -> None:
     assert find_device("ssh:pi@board.local") == Device(
         id="ssh-pi-board.local", soc="unknown", connection="ssh", options={"host": "pi@board.local"}
     )
-    assert find_device("adb:R58M123") == Device(id="adb-R58M123", soc="unknown", connection="adb", options={"serial": "R58M123"})
+    assert find_device("adb:R58M123") == Device(
+        id="adb-R58M123", soc="unknown", connection="adb", options={"serial": "R58M123"}
+    )
     assert find_device("adb") == Device(id="adb", soc="unknown", connection="adb")
 
 

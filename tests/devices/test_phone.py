@@ -48,8 +48,16 @@ def test_everything_told() -> None:
     assert state.chip == "Google Tensor"
     assert state.machine == "arm64-v8a, Google Pixel 6, Android 14"
     assert state.abis == ("arm64-v8a", "armeabi-v7a", "armeabi")
-    assert [(core.number, core.max_mhz, core.mhz) for core in state.cores] == [(0, 1803, 1803), (7, 2802, 500)], "core 6 is off"
-    assert (state.battery_percent, state.celsius, state.plugged, state.thermal_status) == (75, 35.7, "usb", 1)
+    assert [(core.number, core.max_mhz, core.mhz) for core in state.cores] == [
+        (0, 1803, 1803),
+        (7, 2802, 500),
+    ], "core 6 is off"
+    assert (state.battery_percent, state.celsius, state.plugged, state.thermal_status) == (
+        75,
+        35.7,
+        "usb",
+        1,
+    )
     assert state.conditions((0, 7)) == {
         "battery_percent": 75, "celsius": 35.7, "plugged": "usb", "thermal_status": 1, "governor": "sched_pixel", "mhz": 500,
     }  # fmt: skip
@@ -58,7 +66,10 @@ def test_everything_told() -> None:
 
 def test_nothing_told() -> None:
     """An older or locked phone: no clocks, no battery, no chip. Nothing is made up."""
-    state = read("[ro.hardware]: [qcom]\n[ro.product.cpu.abi]: [armeabi-v7a]\ncore 0\n\n\n\n\ncore 1\n\n\n\n\n")
+    state = read(
+        "[ro.hardware]: [qcom]\n[ro.product.cpu.abi]: [armeabi-v7a]\ncore 0\n\n\n\n\ncore"
+        " 1\n\n\n\n\n"
+    )
     assert state.chip == "qcom"
     assert state.machine == "armeabi-v7a, unknown model, Android unknown"
     assert [core.number for core in state.cores] == [0, 1]
@@ -77,5 +88,12 @@ def test_heat() -> None:
 
 def test_fastest_cores() -> None:
     clocks = {0: 1803, 1: 1803, 2: 2253, 3: 2802, 4: 2253}
-    answers = "".join(f"core {number}\n1\n{mhz}000\n{mhz}000\nschedutil\n" for number, mhz in clocks.items())
-    assert [read(answers).fastest(count) for count in (1, 2, 3, 4)] == [(3,), (3, 4), (2, 3, 4), (1, 2, 3, 4)]
+    answers = "".join(
+        f"core {number}\n1\n{mhz}000\n{mhz}000\nschedutil\n" for number, mhz in clocks.items()
+    )
+    assert [read(answers).fastest(count) for count in (1, 2, 3, 4)] == [
+        (3,),
+        (3, 4),
+        (2, 3, 4),
+        (1, 2, 3, 4),
+    ]

@@ -53,7 +53,14 @@ def profiled(
     space: SearchSpace | None = None,
     settings: DeviceConfig | None = None,
 ) -> LatencyTable:
-    bench = Bench(DEVICE, connection or connect(DEVICE), settings or DeviceConfig(), unread, folder, progress or Progress())
+    bench = Bench(
+        DEVICE,
+        connection or connect(DEVICE),
+        settings or DeviceConfig(),
+        unread,
+        folder,
+        progress or Progress(),
+    )
     return profile(bench, space or tiny_space(), config)
 
 
@@ -70,9 +77,20 @@ def test_the_table_is_the_formula(tmp_path: Path) -> None:
         assert entry.p10_ms < entry.ms < entry.p90_ms
         assert (entry.runs, entry.rounds, entry.noisy) == (35, 7, False)
     header = table.header
-    assert (header.device, header.cpu, header.machine, header.space) == ("simulated", "simulated", "simulated", "mobile32")
+    assert (header.device, header.cpu, header.machine, header.space) == (
+        "simulated",
+        "simulated",
+        "simulated",
+        "mobile32",
+    )
     assert "simulated" in header.runtime_version
-    assert (header.runtime, header.dtype, header.threads, header.cores, header.batch) == ("litert", "fp32", 1, (0,), 1)
+    assert (header.runtime, header.dtype, header.threads, header.cores, header.batch) == (
+        "litert",
+        "fp32",
+        1,
+        (0,),
+        1,
+    )
     assert table.provenance["space_sha256"] == space.sha256
 
 
@@ -101,16 +119,31 @@ def test_settings_reach_the_runner(tmp_path: Path) -> None:
             yield from super().measure(plan, folder)
 
     settings = DeviceConfig(runtime="onnxruntime", threads=2, cores=(3, 5))
-    table = profiled(tmp_path, Watched(DEVICE), ProfileConfig(rounds=2, max_rounds=2, min_ms=7.0, min_runs=9), settings=settings)
+    table = profiled(
+        tmp_path,
+        Watched(DEVICE),
+        ProfileConfig(rounds=2, max_rounds=2, min_ms=7.0, min_runs=9),
+        settings=settings,
+    )
     names = [op.key for op in tiny_space().ops] + [f"net-{i}" for i in range(20)]
     assert len(plans) == 2
     orders = [[item["id"] for item in plan["items"]] for plan in plans]
     for number, plan in enumerate(plans):
-        assert (plan["runtime"], plan["threads"], plan["cores"], plan["min_ms"], plan["min_runs"]) == ("onnxruntime", 2, [3, 5], 7.0, 9)
+        assert (
+            plan["runtime"],
+            plan["threads"],
+            plan["cores"],
+            plan["min_ms"],
+            plan["min_runs"],
+        ) == ("onnxruntime", 2, [3, 5], 7.0, 9)
         assert sorted(orders[number]) == sorted(names)
         assert {item["round"] for item in plan["items"]} == {number}
     assert orders[0] != orders[1] != names != orders[0]  # every round has its own random order
-    assert (table.header.runtime, table.header.threads, table.header.cores) == ("onnxruntime", 2, (3, 5))
+    assert (table.header.runtime, table.header.threads, table.header.cores) == (
+        "onnxruntime",
+        2,
+        (3, 5),
+    )
     assert table.header.layout == "NCHW"
 
 
@@ -126,7 +159,9 @@ class Dying(Simulated):
         self.rows, self.inner = rows, inner
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-        for row in self.inner.measure(plan, folder) if self.inner else super().measure(plan, folder):
+        for row in (
+            self.inner.measure(plan, folder) if self.inner else super().measure(plan, folder)
+        ):
             self.rows -= 1
             if self.rows < 0:
                 raise Killed
@@ -156,7 +191,9 @@ class Restless(Simulated):
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         for row in super().measure(plan, folder):
             if "ms" in row:
-                factor = np.random.default_rng([*row["id"].encode(), row["round"]]).uniform(1.0, 3.0)
+                factor = np.random.default_rng([*row["id"].encode(), row["round"]]).uniform(
+                    1.0, 3.0
+                )
                 row = {**row, "ms": [factor * ms for ms in row["ms"]]}
             yield row
 
@@ -172,12 +209,18 @@ def test_interrupted_and_resumed(rows: int, tmp_path: Path) -> None:
         profiled(tmp_path / "killed")
     resumed = profiled(tmp_path / "killed")
     assert resumed.to_json() == straight.to_json()
-    measured = [(row["id"], row["round"]) for row in JsonLines(tmp_path / "killed/samples.jsonl").read() if "id" in row]
+    measured = [
+        (row["id"], row["round"])
+        for row in JsonLines(tmp_path / "killed/samples.jsonl").read()
+        if "id" in row
+    ]
     assert len(measured) == len(set(measured)) == 3 * (len(tiny_space().ops) + 20)
 
 
 def test_interrupted_again_and_again_among_noisy_entries(tmp_path: Path) -> None:
-    """Killed within the additional rounds too: which entries count as noisy must not depend on how far a round had come."""
+    """Killed within the additional rounds too: which entries count as noisy must not
+    depend on how far a round had come.
+    """
     keys = [op.key for op in tiny_space().ops]
 
     class VeryNoisy(Simulated):
@@ -193,7 +236,8 @@ def test_interrupted_again_and_again_among_noisy_entries(tmp_path: Path) -> None
 
     config = ProfileConfig(rounds=3, max_rounds=7, fit_networks=3, test_networks=2)
     straight = profiled(tmp_path / "straight", VeryNoisy(DEVICE), config)
-    assert {entry.rounds for entry in straight.entries.values()} > {3}  # some were measured again, some were not
+    # some were measured again, some were not
+    assert {entry.rounds for entry in straight.entries.values()} > {3}
     assert any(straight.entries[key].noisy for key in keys)
     for _ in range(200):
         try:
@@ -242,7 +286,9 @@ def test_noisy_entries_are_measured_again_then_flagged(tmp_path: Path) -> None:
     connection, progress = Noisy(DEVICE, victim), Listening()
     table = profiled(tmp_path, connection, progress=progress)
     assert sorted(connection.asked[victim]) == list(range(7))
-    assert all(sorted(rounds) == [0, 1, 2] for name, rounds in connection.asked.items() if name != victim)
+    assert all(
+        sorted(rounds) == [0, 1, 2] for name, rounds in connection.asked.items() if name != victim
+    )
     assert table.entries[victim].noisy
     assert table.entries[victim].rounds == 7
     assert isinstance(table.entries[victim].spread, float)
@@ -276,18 +322,27 @@ def test_a_failing_item_is_named(tmp_path: Path) -> None:
     class Failing(Simulated):
         def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
             for row in super().measure(plan, folder):
-                yield {"id": victim, "round": row["round"], "error": "RuntimeError: no such operator"} if row.get("id") == victim else row
+                yield (
+                    {"id": victim, "round": row["round"], "error": "RuntimeError: no such operator"}
+                    if row.get("id") == victim
+                    else row
+                )
 
     with pytest.raises(DeviceError) as caught:
         profiled(tmp_path, Failing(DEVICE))
     assert victim in str(caught.value)
     assert "no such operator" in str(caught.value)
-    assert profiled(tmp_path).to_json() == profiled(tmp_path / "straight").to_json()  # what was measured before counts
+    # what was measured before counts
+    assert profiled(tmp_path).to_json() == profiled(tmp_path / "straight").to_json()
 
 
-@pytest.mark.parametrize("space", [mobile32(), proxylessnas(), tiny_space()], ids=lambda space: space.name)
+@pytest.mark.parametrize(
+    "space", [mobile32(), proxylessnas(), tiny_space()], ids=lambda space: space.name
+)
 def test_networks_are_spread_over_the_range(space: MacroSpace) -> None:
-    """Nearest neighbours to 20 evenly spaced sizes, where uniform picks would crowd around the middle."""
+    """Nearest neighbours to 20 evenly spaced sizes, where uniform picks would crowd
+    around the middle.
+    """
     networks = spread_networks(space, 20, np.random.default_rng(0))
     macs = np.array([arch.macs for arch in networks], dtype=float)
     assert len(networks) == 20
@@ -301,7 +356,9 @@ def test_networks_are_spread_over_the_range(space: MacroSpace) -> None:
         assert len({arch.blocks for arch in networks}) == 20
 
 
-@pytest.mark.parametrize(("fit", "test"), [(12, 8), (3, 2), (1, 8), (4, 12), (5, 1), (0, 8), (12, 0), (0, 0)])
+@pytest.mark.parametrize(
+    ("fit", "test"), [(12, 8), (3, 2), (1, 8), (4, 12), (5, 1), (0, 8), (12, 0), (0, 0)]
+)
 def test_plan_holds_as_many_networks_as_asked(fit: int, test: int) -> None:
     plan = make_plan(mobile32(), ProfileConfig(fit_networks=fit, test_networks=test), 0)
     assert (len(plan.fit), len(plan.test)) == (fit, test)
@@ -312,11 +369,18 @@ def test_plan_holds_as_many_networks_as_asked(fit: int, test: int) -> None:
 
 
 def test_no_networks_no_calibration(tmp_path: Path) -> None:
-    assert profiled(tmp_path, config=ProfileConfig(rounds=1, max_rounds=1, fit_networks=0, test_networks=0)).calibration is None
+    assert (
+        profiled(
+            tmp_path, config=ProfileConfig(rounds=1, max_rounds=1, fit_networks=0, test_networks=0)
+        ).calibration
+        is None
+    )
 
 
 def test_whole_networks_alone_give_a_table(tmp_path: Path) -> None:
-    """No op is timed; the simulated clock is a sum over ops, so the fit must predict networks that it has not seen."""
+    """No op is timed; the simulated clock is a sum over ops, so the fit must predict
+    networks that it has not seen.
+    """
     space, measured = mobile32(), []
 
     class Counting(Simulated):
@@ -349,14 +413,21 @@ def test_a_prior_of_another_space_is_refused_before_anything_is_measured(tmp_pat
 
 
 def test_notes_are_said_and_conditions_kept(tmp_path: Path) -> None:
-    """Conditions of a phone come with its rows; their range over the whole measurement is in the table, and survives a kill."""
+    """Conditions of a phone come with its rows; their range over the whole measurement
+    is in the table, and survives a kill.
+    """
 
     class Phone(Simulated):
         def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
             yield {"note": "waiting for it to cool"}
             for row in super().measure(plan, folder):
                 yield row
-                yield {"conditions": {"celsius": 30.5 + plan["items"][0]["round"], "governor": "schedutil"}}
+                yield {
+                    "conditions": {
+                        "celsius": 30.5 + plan["items"][0]["round"],
+                        "governor": "schedutil",
+                    }
+                }
 
     class Saying(Progress):
         said: list[str] = []
@@ -366,11 +437,16 @@ def test_notes_are_said_and_conditions_kept(tmp_path: Path) -> None:
 
     table = profiled(tmp_path, Phone(DEVICE), ProfileConfig(rounds=3, max_rounds=3), Saying())
     assert Saying.said == ["waiting for it to cool"] * 3
-    assert table.provenance["device_celsius"] == "30.5 to 32.5" and table.provenance["device_governor"] == "schedutil"
+    assert (
+        table.provenance["device_celsius"] == "30.5 to 32.5"
+        and table.provenance["device_governor"] == "schedutil"
+    )
     assert profiled(tmp_path, Phone(DEVICE), ProfileConfig(rounds=3, max_rounds=3)) == table
 
 
-def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_built(
+    tmp_path: Path,
+) -> None:
     class Lacking(Simulated):
         def runtimes(self) -> dict[str, str]:
             return {"onnxruntime": "onnxruntime 1.20"}
@@ -378,8 +454,12 @@ def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_built(tmp
     def build(ops: tuple[Op, ...], runtime: str, dtype: str) -> Path:
         raise AssertionError("nothing is built")
 
-    with pytest.raises(DeviceError, match=r"simulated does not run litert \(it has onnxruntime 1.20\)"):
-        profile(Bench(DEVICE, Lacking(DEVICE), DeviceConfig(), build, tmp_path), tiny_space(), CONFIG)
+    with pytest.raises(
+        DeviceError, match=r"simulated does not run litert \(it has onnxruntime 1.20\)"
+    ):
+        profile(
+            Bench(DEVICE, Lacking(DEVICE), DeviceConfig(), build, tmp_path), tiny_space(), CONFIG
+        )
 
 
 def test_too_few_quiet_networks_say_that_they_were_noisy(tmp_path: Path) -> None:
@@ -392,7 +472,9 @@ def test_too_few_quiet_networks_say_that_they_were_noisy(tmp_path: Path) -> None
 
 def test_a_calibration_of_noisy_networks_is_of_all_of_them(tmp_path: Path) -> None:
     """Where hardly one was quiet: one that happened to be says less than all."""
-    table = profiled(tmp_path, Restless(DEVICE), ProfileConfig(rounds=30, max_rounds=30), space=mobile32())
+    table = profiled(
+        tmp_path, Restless(DEVICE), ProfileConfig(rounds=30, max_rounds=30), space=mobile32()
+    )
     calibration = table.calibration
     assert calibration is not None and calibration.held_out is not None
     assert calibration.noisy_networks > 17

@@ -11,7 +11,18 @@ import pytest
 from hwnas.config import DeviceConfig
 from hwnas.core.table import Entry
 from hwnas.devices.device import Device
-from hwnas.devices.session import Bench, Conditions, Failure, Header, Item, Measurement, Note, Schedule, Session, typed
+from hwnas.devices.session import (
+    Bench,
+    Conditions,
+    Failure,
+    Header,
+    Item,
+    Measurement,
+    Note,
+    Schedule,
+    Session,
+    typed,
+)
 from hwnas.devices.simulated import Simulated, simulated_ms
 from hwnas.errors import DeviceError
 from hwnas.runs import JsonLines
@@ -36,16 +47,29 @@ class Loud(Simulated):
             yield {**row, "ms": [2 * ms for ms in row["ms"]]} if louder else row
 
     def asked(self) -> list[tuple[str, int, set[str]]]:
-        return [(plan["runtime"], plan["items"][0]["round"], {item["id"] for item in plan["items"]}) for plan in self.plans]
+        return [
+            (plan["runtime"], plan["items"][0]["round"], {item["id"] for item in plan["items"]})
+            for plan in self.plans
+        ]
 
 
 def items(image: Path | None = None) -> list[Item]:
-    files = [Item("a.onnx", "onnxruntime", Path("a.onnx"), OPS, image), Item("a.tflite", "litert", Path("a.tflite"), OPS)]
+    files = [
+        Item("a.onnx", "onnxruntime", Path("a.onnx"), OPS, image),
+        Item("a.tflite", "litert", Path("a.tflite"), OPS),
+    ]
     return [*files, *(Item(op.key, "litert", Path("op"), (op,), judged=False) for op in OPS)]
 
 
-def session(device: Simulated, folder: Path, schedule: Schedule, samples: JsonLines | None = None) -> Session:
-    return Session(Bench(DEVICE, device, DeviceConfig(threads=2), lambda *_: Path("unread"), folder), items(), schedule, samples)
+def session(
+    device: Simulated, folder: Path, schedule: Schedule, samples: JsonLines | None = None
+) -> Session:
+    return Session(
+        Bench(DEVICE, device, DeviceConfig(threads=2), lambda *_: Path("unread"), folder),
+        items(),
+        schedule,
+        samples,
+    )
 
 
 LITERT = {"a.tflite", *(op.key for op in OPS)}
@@ -56,10 +80,18 @@ def test_a_round_goes_through_every_runtime(tmp_path: Path) -> None:
     found = session(device, tmp_path, Schedule(rounds=2))
     found.run("measuring")
     assert device.asked() == [
-        (runtime, number, ids) for number in (0, 1) for runtime, ids in (("litert", LITERT), ("onnxruntime", {"a.onnx"}))
+        (runtime, number, ids)
+        for number in (0, 1)
+        for runtime, ids in (("litert", LITERT), ("onnxruntime", {"a.onnx"}))
     ]
-    assert all((plan["threads"], plan["cores"]) == (2, [0, 1]) and not {"min_ms", "min_runs"} & plan.keys() for plan in device.plans)
-    assert set(found.headers) == {"litert", "onnxruntime"} and found.header("litert").cores == [0, 1]
+    assert all(
+        (plan["threads"], plan["cores"]) == (2, [0, 1]) and not {"min_ms", "min_runs"} & plan.keys()
+        for plan in device.plans
+    )
+    assert set(found.headers) == {"litert", "onnxruntime"} and found.header("litert").cores == [
+        0,
+        1,
+    ]
     assert found.ms(OPS[0].key) == pytest.approx(simulated_ms(OPS[0]), rel=0.02)
     assert found.ms("a.onnx") == pytest.approx(1.05 * sum(map(simulated_ms, OPS)) + 0.02, rel=0.02)
 
@@ -68,13 +100,23 @@ def test_a_round_goes_through_every_runtime(tmp_path: Path) -> None:
 def test_noisy_items_are_measured_again(together: bool, tmp_path: Path) -> None:
     """Alone, or with all that belongs to them; and an item that is not judged calls for nothing."""
     device = Loud("a.onnx", OPS[0].key)
-    found = session(device, tmp_path, Schedule(rounds=2, max_rounds=4, max_spread=0.1, together=together))
+    found = session(
+        device, tmp_path, Schedule(rounds=2, max_rounds=4, max_spread=0.1, together=together)
+    )
     found.run("measuring")
     again = [("litert", LITERT)] if together else []
-    assert device.asked()[4:] == [(runtime, number, ids) for number in (2, 3) for runtime, ids in [*again, ("onnxruntime", {"a.onnx"})]]
+    assert device.asked()[4:] == [
+        (runtime, number, ids)
+        for number in (2, 3)
+        for runtime, ids in [*again, ("onnxruntime", {"a.onnx"})]
+    ]
     assert found.noisy == ["a.onnx"]
     assert len(found.rounds("a.tflite")) == (4 if together else 2)
-    calm = session(Loud(OPS[0].key), tmp_path, Schedule(rounds=2, max_rounds=4, max_spread=0.1, together=together))
+    calm = session(
+        Loud(OPS[0].key),
+        tmp_path,
+        Schedule(rounds=2, max_rounds=4, max_spread=0.1, together=together),
+    )
     calm.run("measuring")
     assert calm.noisy == [] and len(calm.rounds("a.onnx")) == 2
 
@@ -83,19 +125,33 @@ def test_drift_is_the_time_of_all_blocks_now(tmp_path: Path) -> None:
     """An op that occurs twice in the network counts twice."""
     found = session(Loud(), tmp_path, Schedule(rounds=3))
     found.run("measuring")
-    entries = {op.key: Entry(ms=found.ms(op.key) / factor) for op, factor in zip(OPS, (1.5, 1.5, 3), strict=True)}
+    entries = {
+        op.key: Entry(ms=found.ms(op.key) / factor)
+        for op, factor in zip(OPS, (1.5, 1.5, 3), strict=True)
+    }
     table = synthetic_table(tiny_space()).model_copy(update={"entries": entries})
     assert found.drift(OPS[:2], table) == pytest.approx(1.5)
     a, b = found.ms(OPS[0].key), found.ms(OPS[2].key)
-    assert found.drift((OPS[0], OPS[0], OPS[2]), table) == pytest.approx((2 * a + b) / (2 * a / 1.5 + b / 3))
+    assert found.drift((OPS[0], OPS[0], OPS[2]), table) == pytest.approx(
+        (2 * a + b) / (2 * a / 1.5 + b / 3)
+    )
 
 
 def test_kept_rows_of_other_conditions_are_refused(tmp_path: Path) -> None:
     samples = JsonLines(tmp_path / "samples.jsonl")
     session(Loud(), tmp_path, Schedule(rounds=1), samples).run("measuring")
-    samples.rewrite([{**row, "governor": "powersave"} if "runner" in row else row for row in samples.read()])
-    session(Loud(), tmp_path, Schedule(rounds=1), samples).run("measuring")  # nothing is left to measure
-    with pytest.raises(DeviceError, match=r"^governor was 'powersave' when this profile began and is 'simulated' now: .* --fresh\.$"):
+    samples.rewrite(
+        [{**row, "governor": "powersave"} if "runner" in row else row for row in samples.read()]
+    )
+    # nothing is left to measure
+    session(Loud(), tmp_path, Schedule(rounds=1), samples).run("measuring")
+    with pytest.raises(
+        DeviceError,
+        match=(
+            r"^governor was 'powersave' when this profile began and is 'simulated' now: .*"
+            r" --fresh\.$"
+        ),
+    ):
         session(Loud(), tmp_path, Schedule(rounds=2), samples).run("measuring")
     session(Loud(), tmp_path, Schedule(rounds=2)).run("measuring")
 
@@ -112,17 +168,28 @@ def test_an_image_is_fed(tmp_path: Path) -> None:
     found = Session(bench, items(image), Schedule())
     found.run("measuring")
     assert found.fed == {"a.onnx"}
-    assert [item.get("input") for plan in device.plans if plan["runtime"] == "onnxruntime" for item in plan["items"]] == [str(image)]
+    assert [
+        item.get("input")
+        for plan in device.plans
+        if plan["runtime"] == "onnxruntime"
+        for item in plan["items"]
+    ] == [str(image)]
 
 
 def test_rows_by_what_they_say() -> None:
     assert typed({"note": "it cools"}) == Note("it cools")
     assert typed({"conditions": {"celsius": 31.5}}) == Conditions({"celsius": 31.5})
-    assert typed({"id": "x", "round": 1, "error": "no such operator"}) == Failure("x", "no such operator")
-    assert typed({"id": "x", "round": 1, "ms": [1.0]}) == Measurement("x", 1, [1.0], "unknown", False)
+    assert typed({"id": "x", "round": 1, "error": "no such operator"}) == Failure(
+        "x", "no such operator"
+    )
+    assert typed({"id": "x", "round": 1, "ms": [1.0]}) == Measurement(
+        "x", 1, [1.0], "unknown", False
+    )
     fed = {"id": "x", "round": 1, "ms": [1.0], "delegated": False, "input": "image"}
     assert typed(fed) == Measurement("x", 1, [1.0], False, True)
-    assert typed({"runner": 1, "cpu": "A", "cores": [3], "threads": 1}) == Header(cpu="A", cores=[3], threads=1)
+    assert typed({"runner": 1, "cpu": "A", "cores": [3], "threads": 1}) == Header(
+        cpu="A", cores=[3], threads=1
+    )
     assert typed({"runner": 1, "cores": "unknown"}) == Header()
     with pytest.raises(DeviceError, match="which is no row of a measurement"):
         typed({"id": "x"})

@@ -14,7 +14,9 @@ def session(rng: np.random.Generator, items: int, rounds: int) -> list[str]:
 
 
 def medians(names: list[str], ms: np.ndarray) -> np.ndarray:
-    return np.array([np.median(ms[[name == item for name in names]]) for item in sorted(set(names))])
+    return np.array(
+        [np.median(ms[[name == item for name in names]]) for item in sorted(set(names))]
+    )
 
 
 def test_a_steady_device_is_left_as_it_is() -> None:
@@ -24,7 +26,9 @@ def test_a_steady_device_is_left_as_it_is() -> None:
 
 
 def test_jumps_of_the_clock_are_taken_out() -> None:
-    """A clock that takes 1.8 times as long for stretches of some measurements: medians are 5 times nearer to the truth."""
+    """A clock that takes 1.8 times as long for stretches of some measurements: medians
+    are 5 times nearer to the truth.
+    """
     rng = np.random.default_rng(1)
     names = session(rng, 40, 9)
     truth = np.exp(rng.normal(size=40))
@@ -33,7 +37,11 @@ def test_jumps_of_the_clock_are_taken_out() -> None:
         clock = 2.8 - clock if rng.random() < 0.05 else clock
         factor.append(clock)
     by_name = dict(zip(sorted(set(names)), truth, strict=True))
-    ms = np.array([by_name[name] for name in names]) * factor * np.exp(rng.normal(scale=0.01, size=len(names)))
+    ms = (
+        np.array([by_name[name] for name in names])
+        * factor
+        * np.exp(rng.normal(scale=0.01, size=len(names)))
+    )
     off, on = (np.log(medians(names, times) / truth) for times in (ms, ms / slowness(names, ms)))
     assert np.std(on) < np.std(off) / 5
     assert np.std(on) < 0.03

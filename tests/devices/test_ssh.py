@@ -29,7 +29,11 @@ from tests.export.test_tflite_writer import OPS as WRITTEN
 
 def files_there(server: Server) -> dict[str, int]:
     """Models on the board and their inodes: a file that was written again has another."""
-    return {path.name: path.stat().st_ino for path in (server.home / "models").iterdir() if path.name != ".hwnas-lock"}
+    return {
+        path.name: path.stat().st_ino
+        for path in (server.home / "models").iterdir()
+        if path.name != ".hwnas-lock"
+    }
 
 
 def test_what_the_board_is(board: Ssh) -> None:
@@ -51,7 +55,9 @@ def test_models_are_sent_once(runtime: str, board: Ssh, server: Server, tmp_path
     assert note["note"].startswith("sending 3 models (0.0 MB) to board")
     assert header["runtime"] == runtime
     assert header["cores"] == wanted["cores"]
-    assert [(row["id"], row["round"]) for row in rows] == [(item["id"], item["round"]) for item in wanted["items"]]
+    assert [(row["id"], row["round"]) for row in rows] == [
+        (item["id"], item["round"]) for item in wanted["items"]
+    ]
     assert all(min(row["ms"]) > 0 and len(row["ms"]) >= 3 for row in rows)
     sent = files_there(server)
     assert len(sent) == len(OPS)
@@ -60,12 +66,17 @@ def test_models_are_sent_once(runtime: str, board: Ssh, server: Server, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_to_feed_travels_with_its_model(board: Ssh, server: Server, tmp_path: Path) -> None:
+def test_an_image_to_feed_travels_with_its_model(
+    board: Ssh, server: Server, tmp_path: Path
+) -> None:
     wanted = plan(OPS[:1])
     [item] = wanted["items"]
     op = OPS[0]
     np.save(tmp_path / "image.npy", np.zeros((1, op.size, op.size, op.in_ch), np.float32))
-    fed = {**wanted, "items": [{**item, "input": str(tmp_path / "image.npy")}, {**item, "round": 1}]}
+    fed = {
+        **wanted,
+        "items": [{**item, "input": str(tmp_path / "image.npy")}, {**item, "round": 1}],
+    }
     _, _, first, second = board.measure(fed, tmp_path)
     assert first["input"] == "image" and first["ms"] and "input" not in second and second["ms"]
     assert {Path(name).suffix for name in files_there(server)} == {".tflite", ".npy"}
@@ -81,7 +92,11 @@ def test_models_may_be_deleted_or_cut_off_there(board: Ssh, server: Server, tmp_
     note, *rows = board.measure(plan(), tmp_path)
     assert note["note"].startswith("sending 2 models")
     assert len(rows) == 1 + len(OPS)
-    assert {path.name: path.read_bytes() for path in (server.home / "models").iterdir() if path.name != ".hwnas-lock"} == whole
+    assert {
+        path.name: path.read_bytes()
+        for path in (server.home / "models").iterdir()
+        if path.name != ".hwnas-lock"
+    } == whole
 
 
 def test_a_model_that_changes_while_it_is_sent(board: Ssh, server: Server, tmp_path: Path) -> None:
@@ -89,14 +104,17 @@ def test_a_model_that_changes_while_it_is_sent(board: Ssh, server: Server, tmp_p
     model = tmp_path / "model.tflite"
     content = bytearray(timing_file(OPS, "litert", "fp32").read_bytes())
     model.write_bytes(content)
-    rows = board.measure({**plan(), "items": [{"id": "model", "path": str(model), "round": 0}]}, tmp_path)
+    rows = board.measure(
+        {**plan(), "items": [{"id": "model", "path": str(model), "round": 0}]}, tmp_path
+    )
     assert "note" in next(rows)
     content[-1] ^= 1
     model.write_bytes(content)
     with pytest.raises(DeviceError, match=r"model\.tflite changed while it was sent to board"):
         next(rows)
     deadline = time.monotonic() + 20
-    while files_there(server) and time.monotonic() < deadline:  # the runner there notices the lost connection a moment later
+    # the runner there notices the lost connection a moment later
+    while files_there(server) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert files_there(server) == {}
 
@@ -105,7 +123,10 @@ def test_what_fails_there_goes_by_the_names_of_here(board: Ssh, tmp_path: Path) 
     broken = tmp_path / "broken.tflite"
     broken.write_bytes(b"no model")
     wanted = plan()
-    wanted["items"][0]["path"], wanted["items"][1]["path"] = str(broken), str(tmp_path / "missing.tflite")
+    wanted["items"][0]["path"], wanted["items"][1]["path"] = (
+        str(broken),
+        str(tmp_path / "missing.tflite"),
+    )
     _, _, first, second, third = board.measure(wanted, tmp_path)
     assert str(tmp_path / "missing.tflite") in second["error"]
     assert "error" in first
@@ -120,7 +141,9 @@ def test_predicts_what_this_computer_predicts(board: Ssh, server: Server, tmp_pa
     assert outputs.dtype == np.float32
     assert np.array_equal(outputs, Host(HOST).predict(model, images, tmp_path))
     assert list(files_there(server)) == [ssh._name_there(model)]
-    assert np.array_equal(board.predict(model, images[5:0:-2], tmp_path), outputs[5:0:-2]), "an array that is not contiguous"
+    assert np.array_equal(board.predict(model, images[5:0:-2], tmp_path), outputs[5:0:-2]), (
+        "an array that is not contiguous"
+    )
 
 
 def test_leaving_early_ends_the_runner_there(board: Ssh, server: Server, tmp_path: Path) -> None:
@@ -130,14 +153,19 @@ def test_leaving_early_ends_the_runner_there(board: Ssh, server: Server, tmp_pat
     assert len(runners) == 1
     rows.close()
     assert sshd.gone(runners)
-    assert [row for row in board.measure(plan(), tmp_path) if "id" in row], "the board is not free again"
+    assert [row for row in board.measure(plan(), tmp_path) if "id" in row], (
+        "the board is not free again"
+    )
 
 
 def test_one_job_at_a_time(board: Ssh, server: Server, tmp_path: Path) -> None:
     rows = board.measure(endless(), tmp_path)
     next(row for row in rows if "id" in row)
     [holder] = server.runners()
-    with pytest.raises(DeviceError, match=rf"Another job runs here \(process {holder}\).*end it with: kill {holder}$"):
+    with pytest.raises(
+        DeviceError,
+        match=rf"Another job runs here \(process {holder}\).*end it with: kill {holder}$",
+    ):
         list(Ssh(server.device()).measure(plan(), tmp_path))
     rows.close()
 
@@ -150,11 +178,17 @@ cd "$HOME"
 
 
 def test_login_scripts_that_print(board: Ssh, server: Server, tmp_path: Path) -> None:
-    """Before anything of ours, even what looks like a header; and modules that lie about in the home folder are not imported."""
+    """Before anything of ours, even what looks like a header; and modules that lie
+    about in the home folder are not imported.
+    """
     (server.home / ".bashrc").write_text(BANNER)
     for module in ("json", "numpy", "argparse"):
-        (server.home / f"{module}.py").write_text("open('/'.join((__import__('os').environ['HOME'], 'executed')), 'w')\n")
-    spoken = subprocess.run(["ssh", "-F", server.config, "board", "true"], capture_output=True, check=True).stdout
+        (server.home / f"{module}.py").write_text(
+            "open('/'.join((__import__('os').environ['HOME'], 'executed')), 'w')\n"
+        )
+    spoken = subprocess.run(
+        ["ssh", "-F", server.config, "board", "true"], capture_output=True, check=True
+    ).stdout
     if b"Welcome" not in spoken:
         pytest.skip("the login shell here does not read .bashrc")
     _, header, *rows = board.measure(plan(), tmp_path)
@@ -165,7 +199,18 @@ def test_login_scripts_that_print(board: Ssh, server: Server, tmp_path: Path) ->
     assert not (server.home / "executed").exists()
 
 
-@pytest.mark.parametrize("host", ["board", "pi@raspberrypi.local", "192.168.0.7", "fe80::1%eth0", "::1", "a_b-c.example.org", "x.y+z@h"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "board",
+        "pi@raspberrypi.local",
+        "192.168.0.7",
+        "fe80::1%eth0",
+        "::1",
+        "a_b-c.example.org",
+        "x.y+z@h",
+    ],
+)
 def test_hosts_as_people_write_them(host: str) -> None:
     assert connect(Device(id="board", soc="none", connection="ssh", options={"host": host}))
     assert find_device(f"ssh:{host}").options == {"host": host}
@@ -184,7 +229,9 @@ def test_paths_in_the_home_folder_there(board: Ssh, server: Server) -> None:
 def test_connections_are_shared_and_closed(
     longest: int, logins: int, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One login for many calls, and nothing is left of it. Where no socket can be made, each call logs in."""
+    """One login for many calls, and nothing is left of it. Where no socket can be made,
+    each call logs in.
+    """
     monkeypatch.setattr(ssh, "SOCKET_PATH_MAX", longest)
     with TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setattr("tempfile.tempdir", folder)
@@ -210,23 +257,51 @@ def test_the_document_in_the_manual() -> None:
 
 @pytest.fixture(scope="module")
 def old_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Python with tflite-runtime 2.14, the last of its name, and the numpy that it was built for."""
+    """A Python with tflite-runtime 2.14, the last of its name, and the numpy that it
+    was built for.
+    """
     folder = tmp_path_factory.mktemp("tflite-runtime")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python", folder / "bin/python"]
-    done = subprocess.run([*pip, "install", "tflite-runtime==2.14.0", "numpy<2"], capture_output=True, text=True, check=False)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "-q",
+        "--disable-pip-version-check",
+        "--python",
+        folder / "bin/python",
+    ]
+    done = subprocess.run(
+        [*pip, "install", "tflite-runtime==2.14.0", "numpy<2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
-        pytest.skip(f"tflite-runtime 2.14.0 cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            "tflite-runtime 2.14.0 cannot be installed here:"
+            f" {done.stderr.strip().splitlines()[-1]}"
+        )
     return str(folder / "bin/python")
 
 
-def test_every_kind_of_block_runs_in_tflite_runtime(old_python: str, server: Server, tmp_path: Path) -> None:
-    """And whole networks: in float32, where XNNPACK takes them whole, and in int8; with the outputs of its successor."""
+def test_every_kind_of_block_runs_in_tflite_runtime(
+    old_python: str, server: Server, tmp_path: Path
+) -> None:
+    """And whole networks: in float32, where XNNPACK takes them whole, and in int8; with
+    the outputs of its successor.
+    """
     board = Ssh(server.device(python=old_python))
     assert board.runtimes() == {"litert": "tflite-runtime 2.14.0"}
-    chains = [(Op.parse(key),) for key in WRITTEN] + [tuple(map(Op.parse, keys)) for keys in NETWORKS.values()]
+    chains = [(Op.parse(key),) for key in WRITTEN] + [
+        tuple(map(Op.parse, keys)) for keys in NETWORKS.values()
+    ]
     items = [
-        {"id": f"{dtype} {'|'.join(op.key for op in ops)}", "path": str(timing_file(ops, "litert", dtype)), "round": 0}
+        {
+            "id": f"{dtype} {'|'.join(op.key for op in ops)}",
+            "path": str(timing_file(ops, "litert", dtype)),
+            "round": 0,
+        }
         for ops in chains
         for dtype in ("fp32", "int8")
     ]
@@ -234,10 +309,18 @@ def test_every_kind_of_block_runs_in_tflite_runtime(old_python: str, server: Ser
     _, header, *rows = board.measure(wanted, tmp_path)
     assert (header["runtime_package"], header["runtime_version"]) == ("tflite-runtime", "2.14.0")
     assert [row for row in rows if "error" in row] == []
-    assert [row["id"] for row in rows if row["id"].startswith("fp32") and row["delegated"] is not True] == []
+    assert [
+        row["id"] for row in rows if row["id"].startswith("fp32") and row["delegated"] is not True
+    ] == []
     for ops in chains[-len(NETWORKS) :]:
-        images = np.random.default_rng(0).standard_normal((3, ops[0].size, ops[0].size, 3)).astype(np.float32)
+        images = (
+            np.random.default_rng(0)
+            .standard_normal((3, ops[0].size, ops[0].size, 3))
+            .astype(np.float32)
+        )
         model = timing_file(ops, "litert", "fp32")
-        here, there = (connection.predict(model, images, tmp_path) for connection in (Host(HOST), board))
+        here, there = (
+            connection.predict(model, images, tmp_path) for connection in (Host(HOST), board)
+        )
         assert here.std() > 1e-3
         assert np.abs(here - there).max() < 1e-5

@@ -1,4 +1,6 @@
-"""What boards and the way to them do wrong: each is one clear sentence, nothing measured is lost, nothing is executed."""
+"""What boards and the way to them do wrong: each is one clear sentence, nothing
+measured is lost, nothing is executed.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +40,26 @@ def complaint(connection: Ssh) -> str:
 
 
 def environment(folder: Path, *packages: str) -> str:
-    """A Python with some of the packages that are installed here, and nothing else. Returns its interpreter."""
+    """A Python with some of the packages that are installed here, and nothing else.
+    Returns its interpreter.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    here, there = (root / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages" for root in (Path(sys.prefix), folder))
+    here, there = (
+        root / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+        for root in (Path(sys.prefix), folder)
+    )
     for package in packages:
         for path in here.glob(f"{package}*"):
             (there / path.name).symlink_to(path)
     return str(folder / "bin/python")
 
 
-ATTACKS = ("x; touch executed", "$(touch executed) `touch executed`", "x' ; touch executed '", 'x" ; touch executed "')
+ATTACKS = (
+    "x; touch executed",
+    "$(touch executed) `touch executed`",
+    "x' ; touch executed '",
+    'x" ; touch executed "',
+)
 
 
 def test_predict_with_a_broken_model_or_misfitting_images(board: Ssh, tmp_path: Path) -> None:
@@ -56,15 +68,29 @@ def test_predict_with_a_broken_model_or_misfitting_images(board: Ssh, tmp_path: 
     with pytest.raises(DeviceError, match=r"board: Cannot run .*/broken\.tflite"):
         board.predict(broken, np.zeros((1000, 64, 64, 3), np.float32), tmp_path)
     with pytest.raises(DeviceError, match="Cannot set tensor"):
-        board.predict(timing_file(OPS, "litert", "fp32"), np.zeros((1, 9, 9, 3), np.float32), tmp_path)
+        board.predict(
+            timing_file(OPS, "litert", "fp32"), np.zeros((1, 9, 9, 3), np.float32), tmp_path
+        )
 
 
 def test_a_lost_connection_loses_no_row(board: Ssh, server: Server, tmp_path: Path) -> None:
-    """The server's side dies in the middle of a profile; started again, it measures only what is missing."""
-    space, config = tiny_space(), ProfileConfig(rounds=1, max_rounds=1, fit_networks=2, test_networks=2, min_ms=0.1, min_runs=2)
+    """The server's side dies in the middle of a profile; started again, it measures
+    only what is missing.
+    """
+    space, config = (
+        tiny_space(),
+        ProfileConfig(
+            rounds=1, max_rounds=1, fit_networks=2, test_networks=2, min_ms=0.1, min_runs=2
+        ),
+    )
     lost = Losing(server.device(), server, after=5)
     arguments = (DeviceConfig(runtime="litert"), timing_file, tmp_path)
-    with pytest.raises(DeviceError, match=r"the connection to board was lost .*: check it, and run the command again to go on\.$"):
+    with pytest.raises(
+        DeviceError,
+        match=(
+            r"the connection to board was lost .*: check it, and run the command again to go on\.$"
+        ),
+    ):
         profile(Bench(server.device(), lost, *arguments), space, config)
     samples = JsonLines(tmp_path / "samples.jsonl")
     assert len([row for row in samples.read() if "id" in row]) >= 5
@@ -90,7 +116,9 @@ class Losing(Ssh):
             yield row
 
 
-def test_a_board_that_falls_silent(board: Ssh, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_board_that_falls_silent(
+    board: Ssh, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No power, no network: nothing is closed, nothing answers."""
     monkeypatch.setattr(ssh, "ALIVE_SECONDS", 1)
     rows = Ssh(server.device()).measure(endless(), tmp_path)
@@ -108,7 +136,13 @@ def test_a_runner_that_is_killed(board: Ssh, server: Server, tmp_path: Path) -> 
     rows = board.measure(endless(), tmp_path)
     next(row for row in rows if "id" in row)
     os.kill(server.runners()[0], signal.SIGKILL)
-    with pytest.raises(DeviceError, match=r"the runner on board was killed \(SIGKILL\): if its memory is full, end other programs there"):
+    with pytest.raises(
+        DeviceError,
+        match=(
+            r"the runner on board was killed \(SIGKILL\): if its memory is full, end other programs"
+            r" there"
+        ),
+    ):
         list(rows)
 
 
@@ -118,16 +152,22 @@ def test_a_runner_that_is_killed(board: Ssh, server: Server, tmp_path: Path) -> 
         ("print('Segmentation fault')", r"printed what does not parse: 'Segmentation fault'"),
         ("print([1, 2])", r"printed what does not parse: '\[1, 2\]'"),
         ("print('{\"id\": \"x', end='')", r"left out 3 of 3 items"),
-        ("sys.stderr.write('loading\\nout of memory\\n'); sys.exit(7)", r"stopped with status 7: out of memory"),
+        (
+            "sys.stderr.write('loading\\nout of memory\\n'); sys.exit(7)",
+            r"stopped with status 7: out of memory",
+        ),
         ("raise KeyError('x')", r"stopped with status 1: KeyError: 'x'"),
     ],
 )
 def test_a_runner_that_prints_rubbish(fake: str, said: str, board: Ssh, tmp_path: Path) -> None:
-    """After a header and with a kilobyte of warnings: a real process with the faults that real ones have."""
+    """After a header and with a kilobyte of warnings: a real process with the faults
+    that real ones have.
+    """
     board.runner = tmp_path / "runner.py"
     board.runner.write_text(
-        "import sys\nsys.stdin.buffer.readline()\nprint('[]', flush=True)\nsys.stdin.buffer.readline()\n"
-        f"sys.stderr.write('INFO: created a delegate ' * 40 + chr(10))\nprint('{{\"runner\": 1}}', flush=True)\n{fake}\n"
+        "import sys\nsys.stdin.buffer.readline()\nprint('[]',"
+        " flush=True)\nsys.stdin.buffer.readline()\nsys.stderr.write('INFO: created a delegate ' *"
+        f" 40 + chr(10))\nprint('{{\"runner\": 1}}', flush=True)\n{fake}\n"
     )
     rows = board.measure(plan(), tmp_path)
     assert next(rows) == {"runner": 1}
@@ -138,12 +178,23 @@ def test_a_runner_that_prints_rubbish(fake: str, said: str, board: Ssh, tmp_path
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("echo 'This account is closed.'; exit 1", r"board does not start the runner \(This account is closed\.\)"),
+        (
+            "echo 'This account is closed.'; exit 1",
+            r"board does not start the runner \(This account is closed\.\)",
+        ),
         ("exit 0", r"board does not start the runner \(it says nothing\)"),
-        ("sleep 30", r"board started nothing within 1 s: see with `ssh -F .* board` what its login scripts wait for\.$"),
+        (
+            "sleep 30",
+            (
+                r"board started nothing within 1 s: see with `ssh -F .* board` what its login"
+                r" scripts wait for\.$"
+            ),
+        ),
     ],
 )
-def test_login_scripts_that_do_not_let_through(script: str, said: str, board: Ssh, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_login_scripts_that_do_not_let_through(
+    script: str, said: str, board: Ssh, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ssh, "START_SECONDS", 1.0)
     (server.home / ".bashrc").write_text(script)
     with pytest.raises(DeviceError, match=said):
@@ -152,8 +203,9 @@ def test_login_scripts_that_do_not_let_through(script: str, said: str, board: Ss
 
 def test_a_board_without_that_python(server: Server) -> None:
     said = complaint(Ssh(server.device(python="python3.99")))
-    assert said == (
-        "board has no such program as 'python3.99': install it there (sudo apt install python3), "
+    assert (
+        said == "board has no such program as 'python3.99': install it there (sudo apt install"
+        " python3), "
         "or name its interpreter in the device option python (now 'python3.99')."
     )
 
@@ -171,12 +223,22 @@ def test_a_python_for_another_machine(server: Server) -> None:
 
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.7"])
 def test_a_python_that_is_too_old(version: str, server: Server) -> None:
-    candidates = [shutil.which(f"python{version}"), *map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))]
-    old = [path for path in candidates if path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0]
+    candidates = [
+        shutil.which(f"python{version}"),
+        *map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")),
+    ]
+    old = [
+        path
+        for path in candidates
+        if path
+        and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
+    ]
     if not old:
         pytest.skip(f"there is no Python {version} here")
     said = complaint(Ssh(server.device(python=old[0])))
-    assert f"board does not start the runner (its Python {version} is too old, 3.8 is needed)" in said
+    assert (
+        f"board does not start the runner (its Python {version} is too old, 3.8 is needed)" in said
+    )
 
 
 def test_a_python_without_numpy(server: Server, tmp_path: Path) -> None:
@@ -191,27 +253,49 @@ def test_a_python_without_numpy(server: Server, tmp_path: Path) -> None:
 
 def test_a_python_without_a_runtime(server: Server, tmp_path: Path) -> None:
     """It says so for the runtime that is asked for; the other one is there and works."""
-    python = environment(server.folder / "onnx", "numpy", "onnxruntime", "pip", "flatbuffers", "packaging", "google", "protobuf")
+    python = environment(
+        server.folder / "onnx",
+        "numpy",
+        "onnxruntime",
+        "pip",
+        "flatbuffers",
+        "packaging",
+        "google",
+        "protobuf",
+    )
     board = Ssh(server.device(python=python))
     assert board.runtimes().keys() == {"onnxruntime"}
     with pytest.raises(DeviceError) as caught:
         list(board.measure(plan(), tmp_path))
     command = f"{python} -m pip install ai-edge-litert numpy"
-    assert str(caught.value) == f"board: This Python has no ai-edge-litert and no tflite-runtime: {command}"
-    assert len([row for row in board.measure(plan(runtime="onnxruntime"), tmp_path) if "ms" in row]) == len(OPS)
+    assert (
+        str(caught.value)
+        == f"board: This Python has no ai-edge-litert and no tflite-runtime: {command}"
+    )
+    assert len(
+        [row for row in board.measure(plan(runtime="onnxruntime"), tmp_path) if "ms" in row]
+    ) == len(OPS)
 
 
 def test_the_hosts_keys(server: Server) -> None:
     """Unknown, changed, and a key of ours that the board does not take."""
     (server.folder / "known_hosts").write_text("")
-    assert "this computer does not know its host key; run `ssh -F" in complaint(Ssh(server.device()))
+    assert "this computer does not know its host key; run `ssh -F" in complaint(
+        Ssh(server.device())
+    )
     server.trust("other_key")
     assert "its host key is not the one this computer knows" in complaint(Ssh(server.device()))
     server.trust("host_key")
     assert "it takes no key of yours; put one there with `ssh-copy-id`" in complaint(
-        Ssh(server.device(identity=str(server.folder / "other_key"), host="127.0.0.1", port=str(server.port)))
+        Ssh(
+            server.device(
+                identity=str(server.folder / "other_key"), host="127.0.0.1", port=str(server.port)
+            )
+        )
     )
-    assert Ssh(server.device(identity=str(server.folder / "key"), host="127.0.0.1", port=str(server.port))).runtimes()
+    assert Ssh(
+        server.device(identity=str(server.folder / "key"), host="127.0.0.1", port=str(server.port))
+    ).runtimes()
 
 
 def test_nobody_answers(server: Server) -> None:
@@ -220,12 +304,18 @@ def test_nobody_answers(server: Server) -> None:
         said = complaint(Ssh(server.device(host="127.0.0.1", port=str(taken.getsockname()[1]))))
     assert "board cannot be reached over ssh: ssh: connect to host 127.0.0.1 port" in said
     assert "Connection refused; check that `ssh -p" in said
-    assert "no machine of that name is known" in complaint(Ssh(server.device(host="no-such-board.invalid")))
+    assert "no machine of that name is known" in complaint(
+        Ssh(server.device(host="no-such-board.invalid"))
+    )
 
 
 def test_no_ssh_here(board: Ssh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert complaint(board) == "this computer has no ssh program: install the OpenSSH client (sudo apt install openssh-client)."
+    assert (
+        complaint(board)
+        == "this computer has no ssh program: install the OpenSSH client (sudo apt install"
+        " openssh-client)."
+    )
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "limit"])
@@ -236,30 +326,57 @@ def test_a_full_disk(kind: str, board: Ssh, server: Server, tmp_path: Path) -> N
     wanted = plan((MBConv(32, 48, 48, 288, 5, act="relu", residual=True),))
     if kind == "limit":
         (server.home / ".bashrc").write_text("ulimit -f 8\n")
-    elif subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", models], capture_output=True, check=False).returncode != 0:
+    elif (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", models],
+            capture_output=True,
+            check=False,
+        ).returncode
+        != 0
+    ):
         pytest.skip("no file system can be mounted here")
     try:
         with pytest.raises(DeviceError) as caught:
             list(board.measure(wanted, tmp_path))
         left = [path.name for path in models.iterdir()]
     finally:
-        subprocess.run(["umount", models], check=True) if kind == "tmpfs" else (server.home / ".bashrc").unlink()
+        (
+            subprocess.run(["umount", models], check=True)
+            if kind == "tmpfs"
+            else (server.home / ".bashrc").unlink()
+        )
     reason = {"tmpfs": "No space left on device", "limit": "File too large"}[kind]
-    command = f"free some space, for instance from earlier models: rm {models}/*.tflite {models}/*.onnx"
+    command = (
+        f"free some space, for instance from earlier models: rm {models}/*.tflite {models}/*.onnx"
+    )
     assert str(caught.value) == f"board: {models} takes no more files ({reason}): {command}"
     assert left == [".hwnas-lock"]
     assert "ms" in list(board.measure(wanted, tmp_path))[-1]
 
 
 def test_a_folder_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match=r"^board: Cannot use the folder /dev/null/models: Not a directory$"):
+    with pytest.raises(
+        DeviceError, match=r"^board: Cannot use the folder /dev/null/models: Not a directory$"
+    ):
         list(Ssh(server.device(folder="/dev/null/models")).measure(plan(), tmp_path))
 
 
 @pytest.mark.parametrize(
-    "attack", [*ATTACKS, "", "x\ntouch executed", "-oProxyCommand=touch executed", "me@-oProxyCommand=touch", "a b", "a@b@c", "ssh://board"]
+    "attack",
+    [
+        *ATTACKS,
+        "",
+        "x\ntouch executed",
+        "-oProxyCommand=touch executed",
+        "me@-oProxyCommand=touch",
+        "a b",
+        "a@b@c",
+        "ssh://board",
+    ],
 )
-def test_hosts_with_shell_characters(attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_with_shell_characters(
+    attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         connect(Device(id="board", soc="none", connection="ssh", options={"host": attack}))

@@ -15,7 +15,9 @@ from hwnas.nn.detector import DetectionNetwork
 from tests.nn.detectors import small_network
 
 CLASSES = 3
-"""With three, a map's logits and codes have the same shape, so that nothing but their order tells them apart."""
+"""With three, a map's logits and codes have the same shape, so that nothing but their
+order tells them apart.
+"""
 
 
 def lively_network(scores: Scores = "softmax", classes: int = CLASSES) -> DetectionNetwork:
@@ -23,7 +25,11 @@ def lively_network(scores: Scores = "softmax", classes: int = CLASSES) -> Detect
     network = small_network(classes, scores)
     generator = torch.Generator().manual_seed(3)
     for part in network.modules():
-        if isinstance(part, nn.BatchNorm2d) and part.running_mean is not None and part.running_var is not None:
+        if (
+            isinstance(part, nn.BatchNorm2d)
+            and part.running_mean is not None
+            and part.running_var is not None
+        ):
             part.running_mean.normal_(0, 0.3, generator=generator)
             part.running_var.uniform_(0.5, 2, generator=generator)
     for name, weight in network.heads.named_parameters():
@@ -45,7 +51,12 @@ def run_tflite(model: bytes, x_NCHW: torch.Tensor) -> list[dict[str, np.ndarray]
     for image in x_NCHW.permute(0, 2, 3, 1).numpy():
         interpreter.set_tensor(entry["index"], np.ascontiguousarray(image[None]))
         interpreter.invoke()
-        found.append({exit_["name"]: interpreter.get_tensor(exit_["index"]) for exit_ in interpreter.get_output_details()})
+        found.append(
+            {
+                exit_["name"]: interpreter.get_tensor(exit_["index"])
+                for exit_ in interpreter.get_output_details()
+            }
+        )
     return found
 
 

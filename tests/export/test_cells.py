@@ -1,4 +1,6 @@
-"""Cells and their ops in the runtimes: files compute what PyTorch computes, with the operators of other people's converters, or fewer."""
+"""Cells and their ops in the runtimes: files compute what PyTorch computes, with the
+operators of other people's converters, or fewer.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ from hwnas.export.timing import timing_file
 from hwnas.nn.blocks import build
 from hwnas.nn.network import network_of
 from tests.export.test_onnx_writer import nodes, optimised, run
-from tests.export.test_tflite_writer import OPS_OF_CELLS, random_images, randomised, relative_error, run_litert
+from tests.export.test_tflite_writer import (
+    OPS_OF_CELLS,
+    random_images,
+    randomised,
+    relative_error,
+    run_litert,
+)
 
 KEYS = (
     "preconv-h8-i4-o6-k3-relu", "sepconv-h8-i4-o6-k5-s2-relu", "dilconv-h8-i4-o6-k3-relu", "avgpool-h8-i4-o4-k3-bn",
@@ -39,8 +47,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def network_and_input(timed: Op | Architecture) -> tuple[torch.nn.Module, torch.Tensor]:
     """What a timing file is made of: weights from a generator seeded with 0."""
-    arch = timed if isinstance(timed, Architecture) else Architecture(name="timing", in_channels=timed.in_ch, blocks=(timed,))
-    x_NCHW = torch.randn(1, arch.in_channels, arch.resolution, arch.resolution, generator=torch.Generator().manual_seed(1))
+    arch = (
+        timed
+        if isinstance(timed, Architecture)
+        else Architecture(name="timing", in_channels=timed.in_ch, blocks=(timed,))
+    )
+    x_NCHW = torch.randn(
+        1,
+        arch.in_channels,
+        arch.resolution,
+        arch.resolution,
+        generator=torch.Generator().manual_seed(1),
+    )
     return network_of(arch, generator=torch.Generator().manual_seed(0)).eval(), x_NCHW
 
 
@@ -53,7 +71,9 @@ def onnx_outputs(path: Path, x_NCHW: torch.Tensor) -> np.ndarray:
 LEANER_ONNX = {"facreduce-h8-i6-o8-s2-relu": 2, "mbconv-h8-i8-o8-m16-k3-c3-relu": 1, "darts": 6}
 """How many operators less than the exporter's, before onnxruntime's optimisation or after it."""
 NETWORKS = {
-    "nasbench201": lambda: CELL.decode(CELL.read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|")),
+    "nasbench201": lambda: CELL.decode(
+        CELL.read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|")
+    ),
     "darts": lambda: sampled(darts(layers=3, resolution=16)),
     "nasbench101": lambda: sampled(nasbench101()),
 }
@@ -79,7 +99,9 @@ def litert_outputs(path: Path, x_NCHW: torch.Tensor) -> np.ndarray:
     """Channels first."""
     interpreter = Interpreter(model_path=str(path))
     interpreter.allocate_tensors()
-    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x_NCHW.permute(0, 2, 3, 1).numpy())
+    interpreter.set_tensor(
+        interpreter.get_input_details()[0]["index"], x_NCHW.permute(0, 2, 3, 1).numpy()
+    )
     interpreter.invoke()
     found: np.ndarray = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
     return found.transpose(0, 3, 1, 2) if found.ndim == 4 else found
@@ -90,13 +112,26 @@ def types(model: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", [*OPS_OF_CELLS, "avgpool-h8-i6-o6-k3-s2", "maxpool-h8-i6-o6-k3-bn", "nasbench201", "nasbench101", *LEANER_ONNX]
+    "name",
+    [
+        *OPS_OF_CELLS,
+        "avgpool-h8-i6-o6-k3-s2",
+        "maxpool-h8-i6-o6-k3-bn",
+        "nasbench201",
+        "nasbench101",
+        *LEANER_ONNX,
+    ],
 )
 def test_onnx_files_have_the_exporters_operators_or_fewer(name: str, tmp_path: Path) -> None:
     """Types of operators: the exporter also writes attributes that are defaults."""
     if name in NETWORKS:
         network = randomised(network_of(NETWORKS[name]()))
-        module, channels, size, written = network, network.arch.in_channels, network.arch.resolution, write_onnx(network)
+        module, channels, size, written = (
+            network,
+            network.arch.in_channels,
+            network.arch.resolution,
+            write_onnx(network),
+        )
     else:
         op = Op.parse(name)
         module = randomised(build(op))
@@ -106,7 +141,10 @@ def test_onnx_files_have_the_exporters_operators_or_fewer(name: str, tmp_path: P
     exported = path.read_bytes()
     optimised_types = types(optimised(written, tmp_path)), types(optimised(exported, tmp_path))
     if name in LEANER_ONNX:
-        lengths = len(types(exported)) - len(types(written)), len(optimised_types[1]) - len(optimised_types[0])
+        lengths = (
+            len(types(exported)) - len(types(written)),
+            len(optimised_types[1]) - len(optimised_types[0]),
+        )
         assert max(lengths) == LEANER_ONNX[name]
         assert min(lengths) >= 0
     else:
@@ -123,11 +161,15 @@ def test_tflite_files_have_no_more_operators_than_the_converters(name: str) -> N
     written, converted = write_tflite(network), to_tflite(network, (1, channels, size, size))
     assert len(graph_ops(written)) <= len(graph_ops(converted))
     images_NHWC = random_images(size, channels)
-    assert relative_error(run_litert(written, images_NHWC), run_litert(converted, images_NHWC)) < 1e-6
+    assert (
+        relative_error(run_litert(written, images_NHWC), run_litert(converted, images_NHWC)) < 1e-6
+    )
 
 
 UNUSED = "|nor_conv_3x3~0|+|nor_conv_1x1~0|avg_pool_3x3~1|+|nor_conv_3x3~0|none~1|none~2|"
-"""Nodes 1 and 2 are read by nobody but each other: two convolutions and a pooling that change nothing."""
+"""Nodes 1 and 2 are read by nobody but each other: two convolutions and a pooling that
+change nothing.
+"""
 
 
 def test_what_nobody_reads_is_in_no_file() -> None:

@@ -1,4 +1,6 @@
-"""The detectors of configs/experiments: a token training on made-up data, every file, and its validation."""
+"""The detectors of configs/experiments: a token training on made-up data, every file,
+and its validation.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ CATEGORIES = [{"id": number + 1, "name": f"kind {number}"} for number in range(8
 
 
 def write_made_up(folder: Path) -> None:
-    """Four images to train on and two to test with, of COCO's number of categories: bright rectangles on noise."""
+    """Four images to train on and two to test with, of COCO's number of categories:
+    bright rectangles on noise.
+    """
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("val", 2)):
         drawn, objects = {}, []
@@ -40,9 +44,12 @@ def write_made_up(folder: Path) -> None:
 def shortened(name: str, folder: Path) -> Experiment:
     """The experiment on made-up data, two steps long."""
     write_made_up(folder / "data")
-    content: dict[str, Any] = load_experiment(Path("configs/experiments") / name).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    content: dict[str, Any] = load_experiment(Path("configs/experiments") / name).model_dump(
+        mode="json", by_alias=True, exclude_unset=True
+    )
     content["data"] |= {"path": str(folder / "data"), "workers": 0}
-    # In two steps the running statistics have to get where they belong: in int8, those of a new network leave nothing but noise.
+    # In two steps the running statistics have to get where they belong: in int8, those
+    # of a new network leave nothing but noise.
     content["train"] |= {"epochs": 1, "batch_size": 2, "bn_momentum": 0.5}
     content["train"]["optimizer"] |= {"lr": 1e-3}
     content |= {"export": {"calibration_images": 3, "parity_images": 2}, "checkpoint_seconds": 1e9}
@@ -53,7 +60,9 @@ def shortened(name: str, folder: Path) -> Experiment:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "validated"), [("coco128.toml", True), ("coco.toml", False)])
 def test_every_file_is_exported_and_agrees(name: str, validated: bool, tmp_path: Path) -> None:
-    """int8 files against the float one: after two steps of training, no class is much likelier than another."""
+    """int8 files against the float one: after two steps of training, no class is much
+    likelier than another.
+    """
     experiment, root = shortened(name, tmp_path), tmp_path / "run"
     pipeline = Pipeline(experiment, root, Progress())
     for stage in ("train", "export"):
@@ -65,13 +74,20 @@ def test_every_file_is_exported_and_agrees(name: str, validated: bool, tmp_path:
     with np.load(root / "export" / "parity.npz") as arrays:
         images, rows = arrays["images"], arrays["rows"]
     host = connect(HOST)
-    float_rows = host.predict(root / "export" / "model-fp32.tflite", images, tmp_path).reshape(rows.shape)
+    float_rows = host.predict(root / "export" / "model-fp32.tflite", images, tmp_path).reshape(
+        rows.shape
+    )
     for file in bundle.files:
         if file.dtype == "fp32":
             assert file.parity.relative_error < 1e-4 and file.parity.agreement == 1.0, file
         elif target(file.format).graph == "decoded":
             outputs = host.predict(root / "export" / file.name, images, tmp_path)
-            assert parity(target(file.format).graph, outputs, float_rows, settings, resolution).relative_error < 0.1, file
+            assert (
+                parity(
+                    target(file.format).graph, outputs, float_rows, settings, resolution
+                ).relative_error
+                < 0.1
+            ), file
     if validated:
         pipeline.run_stage("validate")
         verdict = Verdict.load(root / "validate" / "verdict.json")

@@ -1,4 +1,6 @@
-"""A detector's files against PyTorch and its PostProcessor: what each computes, and what is in its graph."""
+"""A detector's files against PyTorch and its PostProcessor: what each computes, and
+what is in its graph.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,21 @@ torch.set_num_threads(1)
 
 CONFIG = PostProcessing(min_score=0.03, detections=40)
 X_NCHW = images()
-PLAN: dict[str, Any] = {"runtime": "litert", "threads": 1, "cores": None, "min_ms": 0.1, "min_runs": 1}
+PLAN: dict[str, Any] = {
+    "runtime": "litert",
+    "threads": 1,
+    "cores": None,
+    "min_ms": 0.1,
+    "min_runs": 1,
+}
 
 
 def torch_rows(network: DetectionNetwork) -> np.ndarray:
     with torch.no_grad():
         rows: np.ndarray = Decoded(network)(X_NCHW).numpy()
-    assert rows[..., 4:].std() > 5e-3 and rows[..., :4].std() > 10, "or the comparison would be of silence"
+    assert rows[..., 4:].std() > 5e-3 and rows[..., :4].std() > 10, (
+        "or the comparison would be of silence"
+    )
     return rows
 
 
@@ -49,7 +59,10 @@ def calibration() -> np.ndarray:
 
 
 def tasks_found(model: bytes) -> list[Found]:
-    rows = [np.concatenate([value.reshape(-1) for value in outputs.values()]) for outputs in run_tflite(model, X_NCHW)]
+    rows = [
+        np.concatenate([value.reshape(-1) for value in outputs.values()])
+        for outputs in run_tflite(model, X_NCHW)
+    ]
     return [read_tasks(row, {}, 64, CLASSES) for row in rows]
 
 
@@ -75,12 +88,22 @@ def test_one_map_needs_no_joining() -> None:
         "heads": arch.detector.heads[1:2],
         "aspect_ratios": arch.detector.aspect_ratios[:1],
     }
-    alone = DetectionNetwork(arch.model_copy(update={"detector": arch.detector.model_copy(update=last)})).eval()
-    alone.load_state_dict({**network.state_dict(), **{f"heads.0.{k}": v for k, v in network.heads[1].state_dict().items()}}, strict=False)
+    alone = DetectionNetwork(
+        arch.model_copy(update={"detector": arch.detector.model_copy(update=last)})
+    ).eval()
+    alone.load_state_dict(
+        {
+            **network.state_dict(),
+            **{f"heads.0.{k}": v for k, v in network.heads[1].state_dict().items()},
+        },
+        strict=False,
+    )
     with torch.no_grad():
         rows = Decoded(alone)(X_NCHW).numpy()
     outputs = run_tflite(decoded(write_heads(alone), alone), X_NCHW)
-    np.testing.assert_allclose(np.concatenate([each["detections"] for each in outputs]), rows, atol=2e-4)
+    np.testing.assert_allclose(
+        np.concatenate([each["detections"] for each in outputs]), rows, atol=2e-4
+    )
 
 
 def test_codes_of_sizes_are_cut_off_as_in_torchvision() -> None:
@@ -91,7 +114,9 @@ def test_codes_of_sizes_are_cut_off_as_in_torchvision() -> None:
     rows = torch_rows_of(network)
     assert np.isfinite(rows).all()
     outputs = run_tflite(decoded(write_heads(network), network), X_NCHW)
-    np.testing.assert_allclose(np.concatenate([each["detections"] for each in outputs]), rows, atol=1e-3)
+    np.testing.assert_allclose(
+        np.concatenate([each["detections"] for each in outputs]), rows, atol=1e-3
+    )
 
 
 def torch_rows_of(network: DetectionNetwork) -> np.ndarray:
@@ -118,21 +143,29 @@ def test_int8_is_the_network_alone(scores: Scores) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_detections_of_the_tasks_operator(scores: Scores, dtype: str) -> None:
-    """Those of the row it gets, which for int8 is the decoded file's; boxes at the edges may be chosen otherwise, as it cuts off none."""
+    """Those of the row it gets, which for int8 is the decoded file's; boxes at the
+    edges may be chosen otherwise, as it cuts off none.
+    """
     network = lively_network(scores)
     heads = write_heads(network)
     if dtype == "int8":
         heads = quantize_int8(heads, [calibration()], float_io=True)
     outputs = run_tflite(tasks(heads, network, CONFIG), X_NCHW)
     shapes = {"boxes": (1, 40, 4), "classes": (1, 40), "scores": (1, 40), "count": (1,)}
-    assert [{name: value.shape for name, value in each.items()} for each in outputs] == [shapes] * len(X_NCHW)
+    assert [{name: value.shape for name, value in each.items()} for each in outputs] == [
+        shapes
+    ] * len(X_NCHW)
     rows = [each["detections"] for each in run_tflite(decoded(heads, network), X_NCHW)]
     same = total = 0
     for found, row in zip(tasks_found(tasks(heads, network, CONFIG)), rows, strict=True):
         wanted = read_decoded(row, CONFIG.model_dump(), 64, CLASSES)
         assert (np.diff(found[1]) <= 0).all()
         for box, score, label in zip(*wanted, strict=True):
-            near = (np.abs(found[0] - box).max(axis=1) < 0.01) & (np.abs(found[1] - score) < 1e-4) & (found[2] == label)
+            near = (
+                (np.abs(found[0] - box).max(axis=1) < 0.01)
+                & (np.abs(found[1] - score) < 1e-4)
+                & (found[2] == label)
+            )
             same += near.any()
             total += 1
     assert total > 5 and same > 0.8 * total
@@ -142,7 +175,10 @@ def test_the_options_of_the_tasks_operator() -> None:
     network = lively_network()
     model = schema.ModelT.InitFromPackedBuf(tasks(write_heads(network), network, CONFIG))
     [custom] = [code for code in model.operatorCodes if code.customCode]
-    assert (custom.customCode, custom.builtinCode) == (b"TFLite_Detection_PostProcess", schema.BuiltinOperator.CUSTOM)
+    assert (custom.customCode, custom.builtinCode) == (
+        b"TFLite_Detection_PostProcess",
+        schema.BuiltinOperator.CUSTOM,
+    )
     operator = model.subgraphs[0].operators[-1]
     assert flexbuffers.Loads(bytes(operator.customOptions)) == {
         "max_detections": 40, "max_classes_per_detection": 1, "detections_per_class": 40, "use_regular_nms": True,
@@ -151,7 +187,9 @@ def test_the_options_of_the_tasks_operator() -> None:
     }  # fmt: skip
     anchors = model.subgraphs[0].tensors[operator.inputs[2]]
     values = np.frombuffer(bytes(model.buffers[anchors.buffer].data), "<f4").reshape(-1, 4)
-    assert values.shape == (2040, 4) and np.allclose(values[0], [1 / 32, 1 / 32, 0.2, 0.2], atol=0.1)
+    assert values.shape == (2040, 4) and np.allclose(
+        values[0], [1 / 32, 1 / 32, 0.2, 0.2], atol=0.1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -160,15 +198,24 @@ def onnx_models() -> dict[Scores, tuple[DetectionNetwork, bytes]]:
     found: dict[Scores, tuple[DetectionNetwork, bytes]] = {}
     for scores in ("softmax", "sigmoid"):
         network = lively_network(scores)
-        model = onnx_file(Decoded(network), (1, 3, 64, 64), metadata={"architecture": "here"}, output_name="detections")
+        model = onnx_file(
+            Decoded(network),
+            (1, 3, 64, 64),
+            metadata={"architecture": "here"},
+            output_name="detections",
+        )
         found[scores] = (network, model)
     return found
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_rows_of_the_onnx_file_are_pytorchs(scores: Scores, onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]]) -> None:
+def test_rows_of_the_onnx_file_are_pytorchs(
+    scores: Scores, onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]]
+) -> None:
     network, model = onnx_models[scores]
-    np.testing.assert_allclose(np.concatenate(run_onnx(model, X_NCHW)), torch_rows(network), atol=2e-4)
+    np.testing.assert_allclose(
+        np.concatenate(run_onnx(model, X_NCHW)), torch_rows(network), atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
@@ -182,7 +229,9 @@ def test_rows_of_the_onnx_file_are_pytorchs(scores: Scores, onnx_models: dict[Sc
     ],
 )
 def test_onnx_with_nms_finds_what_pytorch_finds(
-    scores: Scores, config: PostProcessing, onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]]
+    scores: Scores,
+    config: PostProcessing,
+    onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]],
 ) -> None:
     network, model = onnx_models[scores]
     with torch.no_grad():
@@ -193,7 +242,9 @@ def test_onnx_with_nms_finds_what_pytorch_finds(
         assert_same(read_nms(row, {}, 64, CLASSES), wanted)
 
 
-def test_the_file_with_nms_is_the_standards_own(onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]]) -> None:
+def test_the_file_with_nms_is_the_standards_own(
+    onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]],
+) -> None:
     parsed = onnx.load_model_from_string(with_nms(onnx_models["softmax"][1], CONFIG))
     assert {node.domain for node in parsed.graph.node} == {""}
     assert [node.op_type for node in parsed.graph.node].count("NonMaxSuppression") == 1
@@ -204,7 +255,10 @@ def test_the_file_with_nms_is_the_standards_own(onnx_models: dict[Scores, tuple[
 
 def test_a_file_that_is_opened_and_packed_again_computes_the_same() -> None:
     network = lively_network()
-    for heads in (write_heads(network), quantize_int8(write_heads(network), [calibration()], float_io=True)):
+    for heads in (
+        write_heads(network),
+        quantize_int8(write_heads(network), [calibration()], float_io=True),
+    ):
         graph, entry, exits = Graph.opened(heads)
         again = graph.pack(entry, *exits)
         assert graph_ops(again) == graph_ops(heads)
@@ -216,19 +270,31 @@ def test_a_file_that_is_opened_and_packed_again_computes_the_same() -> None:
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_network_alone_is_what_it_was_before(int8: bool) -> None:
     network = lively_network()
-    heads = quantize_int8(write_heads(network), [calibration()], float_io=True) if int8 else write_heads(network)
+    heads = (
+        quantize_int8(write_heads(network), [calibration()], float_io=True)
+        if int8
+        else write_heads(network)
+    )
     again = without_decoding(decoded(heads, network))
     assert graph_ops(again) == graph_ops(heads)
     for one, other in zip(run_tflite(heads, X_NCHW), run_tflite(again, X_NCHW), strict=True):
-        assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+        assert one.keys() == other.keys() and all(
+            np.array_equal(one[name], other[name]) for name in one
+        )
 
 
 def test_xnnpack_takes_the_whole_graph(tmp_path: Path) -> None:
     """Six maps, more than it concatenates at once."""
     for classes in (1, 3):
-        network = DetectionNetwork(with_detector(small_arch().model_copy(update={"detector": None}), classes, resolution=64)).eval()
+        network = DetectionNetwork(
+            with_detector(
+                small_arch().model_copy(update={"detector": None}), classes, resolution=64
+            )
+        ).eval()
         assert network.arch.detector is not None and len(network.arch.detector.heads) == 6
         path = tmp_path / "model.tflite"
         path.write_bytes(decoded(write_heads(network), network))
-        [_, row] = Host(HOST).measure(PLAN | {"items": [{"id": "x", "path": str(path), "round": 0}]}, tmp_path)
+        [_, row] = Host(HOST).measure(
+            PLAN | {"items": [{"id": "x", "path": str(path), "round": 0}]}, tmp_path
+        )
         assert row["delegated"] is True

@@ -1,4 +1,6 @@
-"""Timing files of detectors: the writers' outputs are PyTorch's, and every runtime gets a file of every kind of op."""
+"""Timing files of detectors: the writers' outputs are PyTorch's, and every runtime gets
+a file of every kind of op.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ def loud(module: nn.Module) -> Any:
 
 def six_maps() -> DetectionNetwork:
     """With more maps than are joined at once."""
-    arch = with_detector(small_arch().model_copy(update={"detector": None}), 3, resolution=64, extras=(32, 16, 16, 16))
+    arch = with_detector(
+        small_arch().model_copy(update={"detector": None}),
+        3,
+        resolution=64,
+        extras=(32, 16, 16, 16),
+    )
     return loud(DetectionNetwork(arch, generator=torch.Generator().manual_seed(0)))  # type: ignore[no-any-return]
 
 
@@ -49,19 +56,30 @@ def by_onnx(model: bytes, x_NCHW: Tensor) -> dict[str, np.ndarray]:
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
     session = ort.InferenceSession(model)
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(None, {session.get_inputs()[0].name: x_NCHW.numpy()}), strict=True))
+    return dict(
+        zip(names, session.run(None, {session.get_inputs()[0].name: x_NCHW.numpy()}), strict=True)
+    )
 
 
 def by_litert(model: bytes, x_NCHW: Tensor) -> tuple[dict[str, np.ndarray], list[str]]:
     """Outputs, and the operators that run outside of the delegate."""
     interpreter = Interpreter(model_content=model, num_threads=1)
     interpreter.allocate_tensors()
-    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x_NCHW.permute(0, 2, 3, 1).contiguous().numpy())
+    interpreter.set_tensor(
+        interpreter.get_input_details()[0]["index"], x_NCHW.permute(0, 2, 3, 1).contiguous().numpy()
+    )
     interpreter.invoke()
-    found = {output["name"]: interpreter.get_tensor(output["index"]) for output in interpreter.get_output_details()}
+    found = {
+        output["name"]: interpreter.get_tensor(output["index"])
+        for output in interpreter.get_output_details()
+    }
     delegate = [node for node in interpreter._get_ops_details() if node["op_name"] == "DELEGATE"]
     assert len(delegate) == 1
-    return found, [output["name"] for output in interpreter.get_output_details() if output["index"] not in delegate[0]["outputs"]]
+    return found, [
+        output["name"]
+        for output in interpreter.get_output_details()
+        if output["index"] not in delegate[0]["outputs"]
+    ]
 
 
 @torch.no_grad()
@@ -96,17 +114,27 @@ def test_an_extra_is_a_block() -> None:
     y_NCHW = module(x_NCHW)
     found, _ = by_litert(tflite_writer.write_op(EXTRA, module), x_NCHW)
     np.testing.assert_allclose(found["output"], y_NCHW.permute(0, 2, 3, 1).numpy(), atol=1e-5)
-    np.testing.assert_allclose(by_onnx(onnx_writer.write_op(EXTRA, module), x_NCHW)["logits"], y_NCHW.numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        by_onnx(onnx_writer.write_op(EXTRA, module), x_NCHW)["logits"], y_NCHW.numpy(), atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("runtime", "dtype"), [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")])
+@pytest.mark.parametrize(
+    ("runtime", "dtype"), [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")]
+)
 def test_every_runtime_gets_its_files(runtime: str, dtype: str) -> None:
     arch = small_arch()
     names = {timing_file(timed, runtime, dtype).name for timed in ((SSD,), (EXTRA,), arch)}
-    assert len(names) == 3 and all(timing_file(timed, runtime, dtype).stat().st_size > 1000 for timed in ((SSD,), (EXTRA,), arch))
+    assert len(names) == 3 and all(
+        timing_file(timed, runtime, dtype).stat().st_size > 1000
+        for timed in ((SSD,), (EXTRA,), arch)
+    )
     if dtype == "int8":
         interpreter = Interpreter(model_path=str(timing_file(arch, runtime, dtype)))
-        assert [output["dtype"] for output in interpreter.get_output_details()] == [np.int8, np.int8]
+        assert [output["dtype"] for output in interpreter.get_output_details()] == [
+            np.int8,
+            np.int8,
+        ]
 
 
 def test_other_taps_are_another_file() -> None:

@@ -42,7 +42,9 @@ BLOCKS = Architecture(
     ),
 )
 CELL = nasbench201(width=0.25, resolution=16)
-CELLS = CELL.decode(CELL.read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|"))
+CELLS = CELL.decode(
+    CELL.read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|")
+)
 
 
 def photographs(count: int, size: int) -> np.ndarray:
@@ -71,7 +73,13 @@ def plain() -> dict[tuple[str, str], bytes]:
     return files
 
 
-KINDS = [("blocks", "fp32"), ("blocks", "int8"), ("blocks", "onnx"), ("cells", "fp32"), ("cells", "onnx")]
+KINDS = [
+    ("blocks", "fp32"),
+    ("blocks", "int8"),
+    ("blocks", "onnx"),
+    ("cells", "fp32"),
+    ("cells", "onnx"),
+]
 
 
 def runtime(kind: str) -> str:
@@ -82,7 +90,12 @@ def run(model: bytes, kind: str, images_NHWC: np.ndarray) -> np.ndarray:
     """The one output of each image, [N, ...]."""
     if kind == "onnx":
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        return np.concatenate([session.run(None, {"image": image[None]})[0] for image in images_NHWC.transpose(0, 3, 1, 2)])
+        return np.concatenate(
+            [
+                session.run(None, {"image": image[None]})[0]
+                for image in images_NHWC.transpose(0, 3, 1, 2)
+            ]
+        )
     interpreter = Interpreter(model_content=model, num_threads=1)
     interpreter.allocate_tensors()
     [entry], [exit_] = interpreter.get_input_details(), interpreter.get_output_details()
@@ -98,7 +111,9 @@ def run(model: bytes, kind: str, images_NHWC: np.ndarray) -> np.ndarray:
 def test_a_file_that_takes_pixels_gives_what_the_other_gives_for_normalised_ones(
     name: str, kind: str, plain: dict[tuple[str, str], bytes]
 ) -> None:
-    """The int8 file too: behind the normalisation, the numbers are the same down to roundings at the edge of a step."""
+    """The int8 file too: behind the normalisation, the numbers are the same down to
+    roundings at the edge of a step.
+    """
     images = photographs(6, 16)
     wanted = run(plain[name, kind], kind, ((images / 255 - MEAN) / STD).astype(np.float32))
     assert wanted.std() > 0.1, "outputs this small would compare silence"
@@ -106,11 +121,15 @@ def test_a_file_that_takes_pixels_gives_what_the_other_gives_for_normalised_ones
     limit = 0.02 if kind == "int8" else 1e-5
     assert np.abs(found - wanted).max() / np.abs(wanted).max() < limit
     changed = run(PIXELS.around(plain[name, kind], runtime(kind)), kind, images[..., ::-1].copy())
-    assert np.abs(changed - wanted).max() / np.abs(wanted).max() > 0.02, "each channel has its own mean"
+    assert np.abs(changed - wanted).max() / np.abs(wanted).max() > 0.02, (
+        "each channel has its own mean"
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_probabilities_are_the_softmax_of_the_logits(name: str, kind: str, plain: dict[tuple[str, str], bytes]) -> None:
+def test_probabilities_are_the_softmax_of_the_logits(
+    name: str, kind: str, plain: dict[tuple[str, str], bytes]
+) -> None:
     images = photographs(6, 16)
     logits = run(PIXELS.around(plain[name, kind], runtime(kind)), kind, images)
     found = run(BOTH.around(plain[name, kind], runtime(kind)), kind, images)
@@ -122,7 +141,9 @@ def test_probabilities_are_the_softmax_of_the_logits(name: str, kind: str, plain
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_the_interface_of_a_tflite_file(kind: str, plain: dict[tuple[str, str], bytes], tmp_path: Path) -> None:
+def test_the_interface_of_a_tflite_file(
+    kind: str, plain: dict[tuple[str, str], bytes], tmp_path: Path
+) -> None:
     """Names, types and scale for whoever reads the file alone, and XNNPACK takes all of it."""
     model = BOTH.around(plain["blocks", kind], "litert")
     names = [op.name for op in graph_ops(model)]
@@ -131,13 +152,25 @@ def test_the_interface_of_a_tflite_file(kind: str, plain: dict[tuple[str, str], 
     interpreter = Interpreter(model_content=model)
     interpreter.allocate_tensors()
     [entry], [exit_] = interpreter.get_input_details(), interpreter.get_output_details()
-    assert (entry["name"], entry["dtype"], entry["shape"].tolist()) == ("image", np.uint8, [1, 16, 16, 3])
+    assert (entry["name"], entry["dtype"], entry["shape"].tolist()) == (
+        "image",
+        np.uint8,
+        [1, 16, 16, 3],
+    )
     assert entry["quantization"] == (pytest.approx(1 / 255), 0)
-    assert (exit_["name"], exit_["dtype"], exit_["shape"].tolist()) == ("probabilities", np.float32, [1, 5])
-    assert interpreter.get_signature_list() == {"serving_default": {"inputs": ["image"], "outputs": ["probabilities"]}}
+    assert (exit_["name"], exit_["dtype"], exit_["shape"].tolist()) == (
+        "probabilities",
+        np.float32,
+        [1, 5],
+    )
+    assert interpreter.get_signature_list() == {
+        "serving_default": {"inputs": ["image"], "outputs": ["probabilities"]}
+    }
     path = tmp_path / "model.tflite"
     path.write_bytes(model)
-    [_, row] = Host(HOST).measure(PLAN | {"items": [{"id": "x", "path": str(path), "round": 0}]}, tmp_path)
+    [_, row] = Host(HOST).measure(
+        PLAN | {"items": [{"id": "x", "path": str(path), "round": 0}]}, tmp_path
+    )
     assert row["delegated"] is True
 
 
@@ -146,17 +179,28 @@ def test_the_interface_of_an_onnx_file(plain: dict[tuple[str, str], bytes]) -> N
     [entry], [exit_] = parsed.graph.input, parsed.graph.output
     assert (entry.name, entry.type.tensor_type.elem_type) == ("image", onnx.TensorProto.UINT8)
     assert [dim.dim_value for dim in entry.type.tensor_type.shape.dim] == [1, 3, 16, 16]
-    assert (exit_.name, [dim.dim_value for dim in exit_.type.tensor_type.shape.dim]) == ("probabilities", [1, 5])
+    assert (exit_.name, [dim.dim_value for dim in exit_.type.tensor_type.shape.dim]) == (
+        "probabilities",
+        [1, 5],
+    )
     assert {entry.key: entry.value for entry in parsed.metadata_props} == {"architecture": "here"}
     assert {node.domain for node in parsed.graph.node} == {""}
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-@pytest.mark.parametrize("interface", [BOTH, PIXELS, Interface("float32", True, MEAN, STD)], ids=["both", "pixels", "softmax"])
-def test_the_network_alone_is_what_it_was_before(interface: Interface, name: str, kind: str, plain: dict[tuple[str, str], bytes]) -> None:
+@pytest.mark.parametrize(
+    "interface",
+    [BOTH, PIXELS, Interface("float32", True, MEAN, STD)],
+    ids=["both", "pixels", "softmax"],
+)
+def test_the_network_alone_is_what_it_was_before(
+    interface: Interface, name: str, kind: str, plain: dict[tuple[str, str], bytes]
+) -> None:
     before = plain[name, kind]
     around = interface.around(before, runtime(kind))
-    alone = target("onnx" if kind == "onnx" else f"tflite-{kind}").network_alone(around, detector=False)
+    alone = target("onnx" if kind == "onnx" else f"tflite-{kind}").network_alone(
+        around, detector=False
+    )
     assert alone is not None
     if kind == "onnx":
         one, other = (onnx.load_model_from_string(model).graph for model in (before, alone))
@@ -176,9 +220,13 @@ def test_nothing_is_done_where_nothing_is_asked_for(plain: dict[tuple[str, str],
 
 
 def test_pixels_come_back_exactly() -> None:
-    """All 256 of them in each channel, through the float32 that a data set gives; and what never was a pixel becomes the nearest."""
+    """All 256 of them in each channel, through the float32 that a data set gives; and
+    what never was a pixel becomes the nearest.
+    """
     pixels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None, None], 3, axis=3)
-    loaded = ((torch.from_numpy(pixels).float() / 255.0 - torch.tensor(MEAN)) / torch.tensor(STD)).numpy()
+    loaded = (
+        (torch.from_numpy(pixels).float() / 255.0 - torch.tensor(MEAN)) / torch.tensor(STD)
+    ).numpy()
     assert np.array_equal(PIXELS.fed(loaded), pixels)
     assert PIXELS.fed(loaded).dtype == np.uint8
     np.testing.assert_allclose(PIXELS.seen(pixels), loaded, atol=1e-6)
@@ -187,7 +235,10 @@ def test_pixels_come_back_exactly() -> None:
 
 def test_the_range_of_an_input() -> None:
     assert PIXELS.range == (0, 255)
-    assert Interface("float32", False, MEAN, STD).range == (pytest.approx(-2.1179, abs=1e-4), pytest.approx(2.64, abs=1e-4))
+    assert Interface("float32", False, MEAN, STD).range == (
+        pytest.approx(-2.1179, abs=1e-4),
+        pytest.approx(2.64, abs=1e-4),
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
@@ -208,9 +259,17 @@ def test_detectors_take_pixels(dtype: str) -> None:
             for name in one:
                 np.testing.assert_allclose(one[name], other[name], atol=atol)
 
-    assert_near(run_tflite(decoded(with_pixels, network), images), run_tflite(decoded(heads, network), seen), step)
+    assert_near(
+        run_tflite(decoded(with_pixels, network), images),
+        run_tflite(decoded(heads, network), seen),
+        step,
+    )
     if dtype == "fp32":
-        assert_near(run_tflite(tasks(with_pixels, network, CONFIG), images), run_tflite(tasks(heads, network, CONFIG), seen), 1e-3)
+        assert_near(
+            run_tflite(tasks(with_pixels, network, CONFIG), images),
+            run_tflite(tasks(heads, network, CONFIG), seen),
+            1e-3,
+        )
     alone = without_decoding(decoded(with_pixels, network))
     assert graph_ops(alone) == graph_ops(heads)
     for one, other in zip(run_tflite(heads, seen), run_tflite(alone, seen), strict=True):

@@ -37,13 +37,26 @@ from tests.export.test_tflite_file import SETTINGS
 
 torch.set_num_threads(1)
 
-CARD = ModelCard("small", 3, ("cat", "dog", "red panda"), "logits", Normalisation.of_parts((0.5,) * 3, (0.5,) * 3), "to 16 x 16")
+CARD = ModelCard(
+    "small",
+    3,
+    ("cat", "dog", "red panda"),
+    "logits",
+    Normalisation.of_parts((0.5,) * 3, (0.5,) * 3),
+    "to 16 x 16",
+)
 
 
 @pytest.fixture(scope="module")
 def converted() -> bytes:
     torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    layers = (
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
     return to_tflite(nn.Sequential(*layers), (1, 3, 16, 16))
 
 
@@ -52,7 +65,12 @@ def pictures() -> np.ndarray:
 
 
 def outputs(model: bytes) -> np.ndarray:
-    return np.stack([next(iter(found.values())) for found in run_tflite(model, torch.from_numpy(pictures()).permute(0, 3, 1, 2))])
+    return np.stack(
+        [
+            next(iter(found.values()))
+            for found in run_tflite(model, torch.from_numpy(pictures()).permute(0, 3, 1, 2))
+        ]
+    )
 
 
 def entry(model: bytes) -> bytes:
@@ -102,14 +120,18 @@ def test_the_graph_computes_what_it_did_and_has_names(converted: bytes, int8: bo
     interpreter = Interpreter(model_content=model)
     assert interpreter.get_input_details()[0]["name"] == "image"
     assert interpreter.get_output_details()[0]["name"] == "logits"
-    assert interpreter.get_signature_list() == {"serving_default": {"inputs": ["image"], "outputs": ["logits"]}}
+    assert interpreter.get_signature_list() == {
+        "serving_default": {"inputs": ["image"], "outputs": ["logits"]}
+    }
     names = [tensor.name for tensor in schema.ModelT.InitFromPackedBuf(model).subgraphs[0].tensors]
     assert len(names) == len(set(names))
 
 
 def test_a_name_that_another_tensor_has_is_taken_from_it() -> None:
     network = lively_network()
-    heads = quantize_int8(write_heads(network), [images(4).permute(0, 2, 3, 1).numpy()], float_io=True)
+    heads = quantize_int8(
+        write_heads(network), [images(4).permute(0, 2, 3, 1).numpy()], float_io=True
+    )
     model = with_metadata(decoded(heads, network), replace(CARD, output="decoded"))
     names = [tensor.name for tensor in schema.ModelT.InitFromPackedBuf(model).subgraphs[0].tensors]
     assert len(names) == len(set(names)) and b"image" in names and b"detections" in names
@@ -139,10 +161,17 @@ def test_an_input_of_pixels_has_no_normalisation(converted: bytes) -> None:
     assert floats(child(image, tables.Tensor.STATS), tables.Stats.MAX) == [255]
 
 
-@pytest.mark.parametrize(("channels", "color"), [(3, tables.ColorSpace.RGB), (1, tables.ColorSpace.GRAYSCALE)])
-def test_the_image_is_of_a_colour_space(converted: bytes, channels: int, color: tables.ColorSpace) -> None:
+@pytest.mark.parametrize(
+    ("channels", "color"), [(3, tables.ColorSpace.RGB), (1, tables.ColorSpace.GRAYSCALE)]
+)
+def test_the_image_is_of_a_colour_space(
+    converted: bytes, channels: int, color: tables.ColorSpace
+) -> None:
     model = root(entry(with_metadata(converted, replace(CARD, channels=channels))))
-    content = child(child(child(model, tables.Model.SUBGRAPHS, 0), tables.Subgraph.INPUTS, 0), tables.Tensor.CONTENT)
+    content = child(
+        child(child(model, tables.Model.SUBGRAPHS, 0), tables.Subgraph.INPUTS, 0),
+        tables.Tensor.CONTENT,
+    )
     properties = child(content, tables.Content.PROPERTIES)
     assert properties.Bytes[properties.Pos + field(properties, 0)] == color
 
@@ -150,7 +179,9 @@ def test_the_image_is_of_a_colour_space(converted: bytes, channels: int, color: 
 def test_metadata_are_replaced_by_newer_ones(converted: bytes) -> None:
     again = with_metadata(with_metadata(converted, replace(CARD, labels=("a", "b", "c"))), CARD)
     with zipfile.ZipFile(io.BytesIO(again)) as archive:
-        assert archive.namelist() == ["labels.txt"] and archive.read("labels.txt").startswith(b"cat")
+        assert archive.namelist() == ["labels.txt"] and archive.read("labels.txt").startswith(
+            b"cat"
+        )
     assert entry(again) == entry(with_metadata(converted, CARD))
 
 
@@ -161,7 +192,10 @@ def test_score_calibration_is_a_file_and_a_process_unit(converted: bytes) -> Non
         assert archive.read("score_calibration.txt") == b"1,1.5,0\n1,2,-1\n1,-0.25,3"
     logits = child(child(root(entry(model)), tables.Model.SUBGRAPHS, 0), tables.Subgraph.OUTPUTS, 0)
     unit = child(logits, tables.Tensor.PROCESS_UNITS, 0)
-    assert unit.Bytes[unit.Pos + field(unit, tables.Unit.OPTIONS_TYPE)] == tables.UnitType.SCORE_CALIBRATION
+    assert (
+        unit.Bytes[unit.Pos + field(unit, tables.Unit.OPTIONS_TYPE)]
+        == tables.UnitType.SCORE_CALIBRATION
+    )
     assert text(child(logits, tables.Tensor.FILES, 1), tables.File.NAME) == "score_calibration.txt"
 
 
@@ -197,16 +231,29 @@ class Heard(Progress):
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The bundle of a classifier of photographs with a border, normalised per channel, and what its export said."""
+    """The bundle of a classifier of photographs with a border, normalised per channel,
+    and what its export said.
+    """
     folder = tmp_path_factory.mktemp("padded")
     for place in ("train/cat", "train/dog", "val/cat", "val/dog"):
         (folder / place).mkdir(parents=True)
         Image.new("RGB", (20, 12), (200, 100, 50)).save(folder / place / "0.png")
-    data = {"name": "folder", "path": str(folder), "resolution": 16, "classes": 2, "augment": "none", "resize": "pad"}
+    data = {
+        "name": "folder",
+        "path": str(folder),
+        "resolution": 16,
+        "classes": 2,
+        "augment": "none",
+        "resize": "pad",
+    }
     data.update(mean=(0.4, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-    experiment = Experiment.model_validate({"data": data, "export": {"formats": ["tflite-fp32", "onnx"]}})
+    experiment = Experiment.model_validate(
+        {"data": data, "export": {"formats": ["tflite-fp32", "onnx"]}}
+    )
     blocks = (Conv(16, 3, 8, kernel=3, stride=2, act="relu6"), Classifier(8, 8, 2))
-    network = network_of(Architecture(name="small", blocks=blocks), generator=torch.Generator().manual_seed(0))
+    network = network_of(
+        Architecture(name="small", blocks=blocks), generator=torch.Generator().manual_seed(0)
+    )
     save_network(network, folder / "run" / "train" / "model.safetensors", {})
     heard = Heard()
     Pipeline(experiment, folder / "run", heard).run_stage("export")
@@ -225,10 +272,14 @@ def test_the_image_is_described_as_the_bundle_describes_it(padded: tuple[Path, l
 def test_export_says_once_what_apps_do_with_its_files(padded: tuple[Path, list[str]]) -> None:
     _, said = padded
     refused, stretched = (line for line in said if line.startswith("note: "))
-    assert refused.startswith("note: MediaPipe's tasks normalise float32 input with one mean and std") and "'uint8'" in refused
-    assert stretched == (
-        "note: MediaPipe and ML Kit stretch a photograph to the model's square, and these files were made for 'pad': "
-        "resize it yourself before, or set data.resize = 'squash'."
+    assert (
+        refused.startswith("note: MediaPipe's tasks normalise float32 input with one mean and std")
+        and "'uint8'" in refused
+    )
+    assert (
+        stretched
+        == "note: MediaPipe and ML Kit stretch a photograph to the model's square, and these files"
+        " were made for 'pad': resize it yourself before, or set data.resize = 'squash'."
     )
 
 
@@ -244,27 +295,57 @@ def test_export_says_once_what_apps_do_with_its_files(padded: tuple[Path, list[s
     ],
 )
 def test_bundles_that_mediapipe_refuses(
-    mean: tuple[float, ...], std: tuple[float, ...], pixels: bool, reason: str | None, padded: tuple[Path, list[str]]
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    pixels: bool,
+    reason: str | None,
+    padded: tuple[Path, list[str]],
 ) -> None:
-    """Grey images, and float input that is normalised per channel; MediaPipe itself says so in tests/apps."""
+    """Grey images, and float input that is normalised per channel; MediaPipe itself
+    says so in tests/apps.
+    """
     bundle = Bundle.load(padded[0] / "bundle.json")
     files = bundle.files
     if pixels:
-        takes = [file.input.model_copy(update={"dtype": "uint8"}) for file in files if file.input is not None]
-        files = tuple(file.model_copy(update={"input": each}) for file, each in zip(files, takes, strict=True))
-    preprocessing = bundle.preprocessing.model_copy(update={"channels": len(mean), "mean": mean, "std": std})
-    found = refused_by_mediapipe(bundle.model_copy(update={"files": files, "preprocessing": preprocessing}))
+        takes = [
+            file.input.model_copy(update={"dtype": "uint8"})
+            for file in files
+            if file.input is not None
+        ]
+        files = tuple(
+            file.model_copy(update={"input": each}) for file, each in zip(files, takes, strict=True)
+        )
+    preprocessing = bundle.preprocessing.model_copy(
+        update={"channels": len(mean), "mean": mean, "std": std}
+    )
+    found = refused_by_mediapipe(
+        bundle.model_copy(update={"files": files, "preprocessing": preprocessing})
+    )
     assert found is None if reason is None else reason in str(found)
     onnx = tuple(file for file in files if file.runtime == "onnxruntime")
-    assert onnx and refused_by_mediapipe(bundle.model_copy(update={"files": onnx, "preprocessing": preprocessing})) is None
+    assert (
+        onnx
+        and refused_by_mediapipe(
+            bundle.model_copy(update={"files": onnx, "preprocessing": preprocessing})
+        )
+        is None
+    )
 
 
-@pytest.mark.parametrize(("mode", "stretched"), [("squash", False), (None, False), ("crop", True), ("pad", True)])
-def test_bundles_whose_photographs_apps_stretch(mode: str | None, stretched: bool, padded: tuple[Path, list[str]]) -> None:
+@pytest.mark.parametrize(
+    ("mode", "stretched"), [("squash", False), (None, False), ("crop", True), ("pad", True)]
+)
+def test_bundles_whose_photographs_apps_stretch(
+    mode: str | None, stretched: bool, padded: tuple[Path, list[str]]
+) -> None:
     """Of a plug-in's data (None) nobody knows."""
     bundle = Bundle.load(padded[0] / "bundle.json")
-    bundle = bundle.model_copy(update={"preprocessing": bundle.preprocessing.model_copy(update={"mode": mode})})
+    bundle = bundle.model_copy(
+        update={"preprocessing": bundle.preprocessing.model_copy(update={"mode": mode})}
+    )
     found = stretched_by_apps(bundle)
-    assert (found is not None) == stretched and (not stretched or f"made for {mode!r}" in str(found))
+    assert (found is not None) == stretched and (
+        not stretched or f"made for {mode!r}" in str(found)
+    )
     onnx = tuple(file for file in bundle.files if file.runtime == "onnxruntime")
     assert stretched_by_apps(bundle.model_copy(update={"files": onnx})) is None

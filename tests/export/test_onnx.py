@@ -28,7 +28,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]
             layer.running_mean.normal_(0, 0.2, generator=generator)
             layer.running_var.uniform_(0.05, 0.3, generator=generator)
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
-    to_onnx(module, SHAPE, metadata={"architecture": '{"blocks": []}', "dtype": "float32"}, path=path)
+    to_onnx(
+        module, SHAPE, metadata={"architecture": '{"blocks": []}', "dtype": "float32"}, path=path
+    )
     return module, path
 
 
@@ -46,7 +48,9 @@ def test_onnxruntime_agrees_with_pytorch(exported: tuple[nn.Module, Path]) -> No
 def test_the_file_says_what_it_is(exported: tuple[nn.Module, Path]) -> None:
     _, path = exported
     model = onnx.load(path, load_external_data=False)
-    assert [entry.name for entry in path.parent.iterdir()] == ["net.onnx"], "weights inside, nothing else"
+    assert [entry.name for entry in path.parent.iterdir()] == ["net.onnx"], (
+        "weights inside, nothing else"
+    )
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
     assert {entry.key: entry.value for entry in model.metadata_props} == {
         "architecture": '{"blocks": []}',
@@ -58,7 +62,9 @@ def test_the_file_says_what_it_is(exported: tuple[nn.Module, Path]) -> None:
     assert tuple(axis.dim_value for axis in shape.dim) == SHAPE
 
 
-def test_batch_norms_are_folded_and_the_tracer_left_no_notes(exported: tuple[nn.Module, Path]) -> None:
+def test_batch_norms_are_folded_and_the_tracer_left_no_notes(
+    exported: tuple[nn.Module, Path],
+) -> None:
     _, path = exported
     model = onnx.load(path)
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
@@ -66,7 +72,9 @@ def test_batch_norms_are_folded_and_the_tracer_left_no_notes(exported: tuple[nn.
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
 
 
-def test_exporting_is_quiet_repeatable_and_leaves_the_module_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_exporting_is_quiet_repeatable_and_leaves_the_module_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).train()
     for name in ("a.onnx", "b.onnx"):
         to_onnx(module, (1, 3, 8, 8), metadata={}, path=str(tmp_path / name))

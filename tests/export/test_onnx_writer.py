@@ -1,4 +1,6 @@
-"""Files written directly against the exporter's: the same operators, before and after onnxruntime's optimisation, and the same numbers."""
+"""Files written directly against the exporter's: the same operators, before and after
+onnxruntime's optimisation, and the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,24 @@ from hwnas.export.onnx_writer import IR_VERSION, OPSET, write_onnx, write_op
 from hwnas.nn.blocks import build
 from hwnas.nn.network import Network
 from tests.export import test_spaces as spaces
-from tests.export.test_tflite_writer import NETWORKS, OPS, network_of, random_images, randomised, relative_error, run_torch
+from tests.export.test_tflite_writer import (
+    NETWORKS,
+    OPS,
+    network_of,
+    random_images,
+    randomised,
+    relative_error,
+    run_torch,
+)
 
 torch.set_num_threads(1)
 
-POOLED = ("classifier-h7-i32-o10", "classifier-h1-i16-o10", "head-h7-i32-o48-hswish", "head-h1-i32-o48-relu")
+POOLED = (
+    "classifier-h7-i32-o10",
+    "classifier-h1-i16-o10",
+    "head-h7-i32-o48-hswish",
+    "head-h1-i32-o48-relu",
+)
 
 
 @dataclass(frozen=True)
@@ -53,14 +68,21 @@ def run(model: bytes, images_NHWC: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     [entry] = session.get_inputs()
     images_NCHW = np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
-    output = np.concatenate([session.run(None, {entry.name: image[None]})[0] for image in images_NCHW])
+    output = np.concatenate(
+        [session.run(None, {entry.name: image[None]})[0] for image in images_NCHW]
+    )
     return output.transpose(0, 2, 3, 1) if output.ndim == 4 else output
 
 
 def nodes(model: bytes) -> list[tuple[Any, ...]]:
     """Each operator's domain, type, attributes and number of inputs, in order."""
     return [
-        (node.domain, node.op_type, sorted((a.name, repr(onnx.helper.get_attribute_value(a))) for a in node.attribute), len(node.input))
+        (
+            node.domain,
+            node.op_type,
+            sorted((a.name, repr(onnx.helper.get_attribute_value(a))) for a in node.attribute),
+            len(node.input),
+        )
         for node in onnx.load_from_string(model).graph.node
     ]
 
@@ -89,7 +111,9 @@ def test_the_outputs_are_those_of_the_exporter_and_of_pytorch(case: Case) -> Non
 
 
 def test_the_file_says_what_the_exporters_says(case: Case) -> None:
-    """Versions, the names and shapes at its ends, the number of values between: the checker holds all shapes against its own."""
+    """Versions, the names and shapes at its ends, the number of values between: the
+    checker holds all shapes against its own.
+    """
     written, exported = (onnx.load_from_string(model) for model in (case.written, case.exported))
     onnx.checker.check_model(written, full_check=True)
     assert (written.ir_version, written.opset_import[0].version) == (IR_VERSION, OPSET)
@@ -107,8 +131,13 @@ def test_networks_of_every_space_compute_what_pytorch_does(name: str) -> None:
 
 
 def test_names_are_unique() -> None:
-    graph = onnx.load_from_string(write_onnx(Network(published("mobilenet_v2", resolution=32)))).graph
-    names = [*(output for node in graph.node for output in node.output), *(tensor.name for tensor in graph.initializer)]
+    graph = onnx.load_from_string(
+        write_onnx(Network(published("mobilenet_v2", resolution=32)))
+    ).graph
+    names = [
+        *(output for node in graph.node for output in node.output),
+        *(tensor.name for tensor in graph.initializer),
+    ]
     assert len(set(names)) == len(names) > 150
 
 
@@ -124,4 +153,7 @@ def test_a_module_of_another_op_is_refused() -> None:
     with pytest.raises(ExportError, match=r"\[9, 8\] in the module and \[8, 8\] in the op"):
         write_op(Op.parse("classifier-h8-i8-o8"), build(Op.parse("classifier-h8-i8-o9")))
     with pytest.raises(ExportError, match=r"Block without layers\.se"):
-        write_op(Op.parse("mbconv-h8-i8-o8-m16-k3-q4-relu"), build(Op.parse("mbconv-h8-i8-o8-m16-k3-relu")))
+        write_op(
+            Op.parse("mbconv-h8-i8-o8-m16-k3-q4-relu"),
+            build(Op.parse("mbconv-h8-i8-o8-m16-k3-relu")),
+        )

@@ -1,4 +1,6 @@
-"""The NumPy post-processor, against torchvision's on random and on a network's outputs, and by hand."""
+"""The NumPy post-processor, against torchvision's on random and on a network's outputs,
+and by hand.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ import torch
 from hwnas.core.detector import PostProcessing, Scores
 from hwnas.export import post_processing
 from hwnas.export.detector import Decoded
-from hwnas.export.post_processing import Found, apart, post_process, read_decoded, read_nms, read_tasks
+from hwnas.export.post_processing import (
+    Found,
+    apart,
+    post_process,
+    read_decoded,
+    read_nms,
+    read_tasks,
+)
 from hwnas.nn.ssd import Detections, PostProcessor
 from tests.export.detectors import images, lively_network
 
@@ -32,11 +41,13 @@ def assert_same(found: Found, judge: Detections) -> None:
     assert (boxes.dtype, scores.dtype, classes.dtype) == (np.float32, np.float32, np.int64)
     np.testing.assert_allclose(scores, judge.scores_D.numpy(), atol=1e-5)
     rows = np.column_stack([boxes / 64, scores, classes])
-    wanted = np.column_stack([judge.boxes_D4.numpy() / 64, judge.scores_D.numpy(), judge.classes_D.numpy()])
-    nearest = np.abs(rows[None] - wanted[:, None]).max(axis=2)
-    assert nearest.min(axis=1, initial=1.0).max(initial=0.0) < 1e-5 and len(set(nearest.argmin(axis=1) if len(wanted) else ())) == len(
-        wanted
+    wanted = np.column_stack(
+        [judge.boxes_D4.numpy() / 64, judge.scores_D.numpy(), judge.classes_D.numpy()]
     )
+    nearest = np.abs(rows[None] - wanted[:, None]).max(axis=2)
+    assert nearest.min(axis=1, initial=1.0).max(initial=0.0) < 1e-5 and len(
+        set(nearest.argmin(axis=1) if len(wanted) else ())
+    ) == len(wanted)
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
@@ -79,7 +90,9 @@ def test_by_hand() -> None:
         ],
         np.float32,
     )
-    boxes, scores, classes = post_process(rows[None], min_score=0.1, nms_iou=0.5, candidates=10, detections_per_image=10)
+    boxes, scores, classes = post_process(
+        rows[None], min_score=0.1, nms_iou=0.5, candidates=10, detections_per_image=10
+    )
     np.testing.assert_allclose(scores, [0.9, 0.7, 0.6, 0.55, 0.4])
     assert classes.tolist() == [1, 1, 0, 0, 0] and boxes[:, 1].tolist() == [5, 0, 0, 5, 3]
     few = post_process(rows, min_score=0.1, nms_iou=0.3, candidates=1, detections_per_image=10)
@@ -111,8 +124,12 @@ def test_of_equal_scores_the_first_are_candidates() -> None:
     rows[:, 0] = rows[:, 1] = 10 * np.arange(9)
     rows[:, 2:4] = rows[:, :2] + 5
     rows[:, 4] = [0.5, 0.9, 0.5, 0.5, 0.7, 0.5, 0.2, 0.5, 0.5]
-    boxes, scores, _ = post_process(rows, min_score=0.3, nms_iou=0.5, candidates=4, detections_per_image=9)
-    assert boxes[:, 0].tolist() == [10, 40, 0, 20] and scores.tolist() == pytest.approx([0.9, 0.7, 0.5, 0.5])
+    boxes, scores, _ = post_process(
+        rows, min_score=0.3, nms_iou=0.5, candidates=4, detections_per_image=9
+    )
+    assert boxes[:, 0].tolist() == [10, 40, 0, 20] and scores.tolist() == pytest.approx(
+        [0.9, 0.7, 0.5, 0.5]
+    )
 
 
 @pytest.mark.parametrize("read", [read_decoded, read_nms, read_tasks])
@@ -123,9 +140,14 @@ def test_nothing_is_found_in_nothing(read: post_processing.Reader) -> None:
 
 
 def test_rows_that_no_file_should_give_are_dropped() -> None:
-    rows = np.array([[0, 0, 9, 9, 0.9, 1], [0, 0, 9, 9, 0.8, 2], [0, 0, 9, 9, 0.7, -1], [0, 0, 9, 9, 0, 0]], np.float32)
+    rows = np.array(
+        [[0, 0, 9, 9, 0.9, 1], [0, 0, 9, 9, 0.8, 2], [0, 0, 9, 9, 0.7, -1], [0, 0, 9, 9, 0, 0]],
+        np.float32,
+    )
     assert read_nms(rows, {}, 64, 2)[2].tolist() == [1]
-    tasks = np.concatenate([np.tile([0.0, 0, 1, 1], 2), [0, np.nan], [0.5, 0.5], [np.nan]]).astype(np.float32)
+    tasks = np.concatenate([np.tile([0.0, 0, 1, 1], 2), [0, np.nan], [0.5, 0.5], [np.nan]]).astype(
+        np.float32
+    )
     assert len(read_tasks(tasks, {}, 64, 2)[1]) == 0
     tasks[-1] = 2
     assert read_tasks(tasks, {}, 64, 2)[2].tolist() == [0]
@@ -138,6 +160,15 @@ def test_boxes_of_the_tasks_operator_become_pixels() -> None:
 
 
 def test_it_needs_numpy_alone() -> None:
-    code = "import sys, runpy; runpy.run_path(sys.argv[1]); print({'torch', 'hwnas'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code, str(post_processing.__file__)], capture_output=True, text=True, check=True, cwd="/")
+    code = (
+        "import sys, runpy; runpy.run_path(sys.argv[1]); print({'torch', 'hwnas'} &"
+        " set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(post_processing.__file__)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+    )
     assert done.stdout.strip() == "set()"

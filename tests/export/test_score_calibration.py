@@ -32,7 +32,13 @@ def test_the_sigmoids_are_platts() -> None:
     fitted = fit(scores, labels, "IDENTITY")
     for label in range(3):
         found = np.array([fitted.slopes[label], fitted.offsets[label]])
-        best = minimize(platt_loss, [0.0, 0.0], args=(scores[:, label], labels == label), method="Nelder-Mead", options={"maxiter": 4000})
+        best = minimize(
+            platt_loss,
+            [0.0, 0.0],
+            args=(scores[:, label], labels == label),
+            method="Nelder-Mead",
+            options={"maxiter": 4000},
+        )
         assert platt_loss(found, scores[:, label], labels == label) <= best.fun + 1e-6
         assert found == pytest.approx(best.x, rel=1e-2)
 
@@ -43,28 +49,38 @@ def test_calibrated_scores_say_how_often_a_label_is_right() -> None:
     for label in range(3):
         sure = (calibrated[:, label] > 0.6) & (calibrated[:, label] < 0.8)
         assert sure.sum() > 50
-        assert np.mean(labels[2000:][sure] == label) == pytest.approx(calibrated[sure, label].mean(), abs=0.1)
+        assert np.mean(labels[2000:][sure] == label) == pytest.approx(
+            calibrated[sure, label].mean(), abs=0.1
+        )
 
 
 def test_labels_that_are_told_apart_perfectly_get_finite_slopes() -> None:
     labels = np.array([0, 1] * 10)
     fitted = fit(100.0 * np.eye(2)[labels], labels, "IDENTITY")
-    assert fitted.apply(np.array([[100.0, 0.0]])) == pytest.approx(np.array([[11 / 12, 1 / 12]]), abs=1e-3)
+    assert fitted.apply(np.array([[100.0, 0.0]])) == pytest.approx(
+        np.array([[11 / 12, 1 / 12]]), abs=1e-3
+    )
 
 
 def test_a_label_that_no_image_shows_is_unlikely() -> None:
     scores, labels = logits(100)
     fitted = fit(np.hstack([scores, scores[:, :1]]), labels, "IDENTITY")
-    assert fitted.apply(np.hstack([scores, scores[:, :1]]))[:, 3] == pytest.approx(1 / 102, abs=2e-3)
+    assert fitted.apply(np.hstack([scores, scores[:, :1]]))[:, 3] == pytest.approx(
+        1 / 102, abs=2e-3
+    )
 
 
 def test_probabilities_go_through_the_inverse_logistic_function() -> None:
-    """By score_calibration_calculator.cc: below 1e-16, log(x) goes on as 2 log(1e-16) - log(2e-16 - x)."""
+    """By score_calibration_calculator.cc: below 1e-16, log(x) goes on as 2 log(1e-16) -
+    log(2e-16 - x).
+    """
     calibration = ScoreCalibration((0.1,), (1.0,), "INVERSE_LOGISTIC")
     clamped = 2 * math.log(1e-16) - math.log(2e-16)
     evidence = {0.25: math.log(1 / 3), 0.0: clamped, 1.0: -clamped}
     for score, wanted in evidence.items():
-        assert calibration.apply(np.array([[score]]))[0, 0] == pytest.approx(1 / (1 + math.exp(-(0.1 * wanted + 1))), rel=1e-9)
+        assert calibration.apply(np.array([[score]]))[0, 0] == pytest.approx(
+            1 / (1 + math.exp(-(0.1 * wanted + 1))), rel=1e-9
+        )
 
 
 def test_logits_and_their_odds_are_calibrated_alike() -> None:

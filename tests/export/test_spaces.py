@@ -1,4 +1,6 @@
-"""The smallest, the largest and a random network of every built-in space: built, run and written to files."""
+"""The smallest, the largest and a random network of every built-in space: built, run
+and written to files.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ torch.set_num_threads(1)
 
 RESOLUTION = 64
 NEW_SHAPES = ("mobilenet_v3_like", "fbnet", "ofa_mobilenet_v3")
-"""Spaces with shuffles, gates or pooled heads; the others consist of layers that test_onnx.py covers. An export takes seconds."""
+"""Spaces with shuffles, gates or pooled heads; the others consist of layers that
+test_onnx.py covers. An export takes seconds.
+"""
 
 
 def arch_of(name: str, which: str) -> Architecture:
@@ -35,7 +39,9 @@ def arch_of(name: str, which: str) -> Architecture:
 
 
 def macs(option: str | int) -> float:
-    """What an option costs at some fixed shape; widths, depths and resolutions are their own measure."""
+    """What an option costs at some fixed shape; widths, depths and resolutions are
+    their own measure.
+    """
     if isinstance(option, int):
         return option
     block = parse_option(option)
@@ -48,7 +54,9 @@ def network_of(name: str, which: str) -> Network:
 
 @torch.no_grad()
 def trained(network: Network) -> Network:
-    """BN statistics of a batch of noise, then shifted: as after training, activations neither vanish nor explode."""
+    """BN statistics of a batch of noise, then shifted: as after training, activations
+    neither vanish nor explode.
+    """
     generator = torch.Generator().manual_seed(1)
     norms = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
     for part in norms:
@@ -56,7 +64,9 @@ def trained(network: Network) -> Network:
         part.weight.uniform_(0.5, 1.5, generator=generator)
         part.bias.normal_(0, 0.3, generator=generator)
     arch = network.arch
-    network.train()(torch.randn(8, arch.in_channels, arch.resolution, arch.resolution, generator=generator))
+    network.train()(
+        torch.randn(8, arch.in_channels, arch.resolution, arch.resolution, generator=generator)
+    )
     for module in network.modules():
         if isinstance(module, nn.Linear):
             module.weight.normal_(0, 0.3, generator=generator)
@@ -72,7 +82,9 @@ def images(network: Network) -> torch.Tensor:
 def assert_same(found_NC: np.ndarray, network: Network) -> None:
     with torch.inference_mode():
         expected_NC = network(images(network)).numpy()
-    assert np.abs(expected_NC[0] - expected_NC[1]).max() > 0.1, "outputs that do not depend on the image would compare silence"
+    assert np.abs(expected_NC[0] - expected_NC[1]).max() > 0.1, (
+        "outputs that do not depend on the image would compare silence"
+    )
     assert np.abs(found_NC - expected_NC).max() < 1e-4 * np.abs(expected_NC).max()
 
 
@@ -84,7 +96,9 @@ def test_litert_computes_what_pytorch_does(name: str, which: str) -> None:
     interpreter.allocate_tensors()
     outputs = []
     for image_CHW in images(network):
-        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image_CHW.permute(1, 2, 0)[None].numpy())
+        interpreter.set_tensor(
+            interpreter.get_input_details()[0]["index"], image_CHW.permute(1, 2, 0)[None].numpy()
+        )
         interpreter.invoke()
         outputs.append(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]))
     assert_same(np.concatenate(outputs), network)
@@ -95,11 +109,20 @@ def test_onnxruntime_computes_what_pytorch_does(name: str, tmp_path: Path) -> No
     network = network_of(name, "random")
     size = network.arch.resolution
     to_onnx(network, (1, 3, size, size), metadata={}, path=tmp_path / "net.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
-    assert_same(np.concatenate([session.run(None, {"image": image[None].numpy()})[0] for image in images(network)]), network)
+    session = onnxruntime.InferenceSession(
+        tmp_path / "net.onnx", providers=["CPUExecutionProvider"]
+    )
+    assert_same(
+        np.concatenate(
+            [session.run(None, {"image": image[None].numpy()})[0] for image in images(network)]
+        ),
+        network,
+    )
 
 
 def test_the_corners_are_corners() -> None:
     for name in MACRO_SPACES:
-        small, middle, large = (arch_of(name, which).macs for which in ("smallest", "random", "largest"))
+        small, middle, large = (
+            arch_of(name, which).macs for which in ("smallest", "random", "largest")
+        )
         assert small < middle < large

@@ -29,7 +29,10 @@ class Block(nn.Module):
         mid = 6 * c_in
         self.layers = nn.Sequential(
             *(nn.Conv2d(c_in, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU6()),
-            *(nn.Conv2d(mid, mid, kernel, stride, kernel // 2, groups=mid, bias=False), nn.BatchNorm2d(mid)),
+            *(
+                nn.Conv2d(mid, mid, kernel, stride, kernel // 2, groups=mid, bias=False),
+                nn.BatchNorm2d(mid),
+            ),
             *(nn.ReLU6(), nn.Conv2d(mid, c_out, 1, bias=False), nn.BatchNorm2d(c_out)),
         )
         self.residual = stride == 1 and c_in == c_out
@@ -44,7 +47,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()
+        )
         self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 24, 2))
         self.classifier = nn.Linear(24, 10)
 
@@ -66,7 +71,9 @@ def randomised(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def images(shape_NCHW: tuple[int, int, int, int], count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def images(
+    shape_NCHW: tuple[int, int, int, int], count: int
+) -> np.ndarray[Any, np.dtype[np.float32]]:
     n, c, h, w = shape_NCHW
     return np.random.default_rng(0).standard_normal((count * n, h, w, c)).astype(np.float32)
 
@@ -116,7 +123,12 @@ def net() -> tuple[nn.Module, bytes]:
 
 def test_a_residual_block_is_four_fused_operators(block: tuple[nn.Module, bytes]) -> None:
     module, model = block
-    assert [op.name for op in graph_ops(model)] == ["CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D", "ADD"]
+    assert [op.name for op in graph_ops(model)] == [
+        "CONV_2D",
+        "DEPTHWISE_CONV_2D",
+        "CONV_2D",
+        "ADD",
+    ]
     x_NHWC = images(SHAPE, 2)
     assert relative_error(run_litert(model, x_NHWC), run_torch(module, x_NHWC)) < 1e-5
 
@@ -173,7 +185,9 @@ def test_int8_is_int8_throughout_and_close(net: tuple[nn.Module, bytes], float_i
     assert np.corrcoef(got.ravel(), wanted.ravel())[0, 1] > 0.99
 
 
-def test_ranges_are_the_extremes_of_every_tensor_as_the_quantizer_finds_them(net: tuple[nn.Module, bytes]) -> None:
+def test_ranges_are_the_extremes_of_every_tensor_as_the_quantizer_finds_them(
+    net: tuple[nn.Module, bytes],
+) -> None:
     """The judge copies every tensor to Python, which is exact and slow."""
     _, model = net
     key, name, _, _ = quantization._signature(model)
@@ -181,7 +195,9 @@ def test_ranges_are_the_extremes_of_every_tensor_as_the_quantizer_finds_them(net
     manager = recipe_manager.RecipeManager()
     manager.load_quantization_recipe(recipe.static_wi8_ai8())
     mode = calibrator.CalibrationMode.CALIBRATION_PRESERVE_ALL_TENSORS
-    judge = calibrator.Calibrator(model, num_threads=1, mode=mode, qsv_update_func=qsv_utils.min_max_update)
+    judge = calibrator.Calibrator(
+        model, num_threads=1, mode=mode, qsv_update_func=qsv_utils.min_max_update
+    )
     judge.calibrate(samples, manager)
     wanted = judge.get_model_qsvs()
     found = quantization._activation_ranges(model, samples, recipe.static_wi8_ai8())

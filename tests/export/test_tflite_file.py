@@ -1,4 +1,6 @@
-"""Files with their data behind the flatbuffer, as ai-edge-quantizer makes them from 256 KiB on: read, and written inside it."""
+"""Files with their data behind the flatbuffer, as ai-edge-quantizer makes them from 256
+KiB on: read, and written inside it.
+"""
 
 from __future__ import annotations
 
@@ -67,12 +69,23 @@ def raw(network: DetectionNetwork) -> bytes:
 
 def outside(model: Any) -> bytes:
     """The file of a model whose large buffers and custom options lie behind the flatbuffer."""
-    parts = [(buffer, "offset", "size", buffer.data) for buffer in model.buffers if buffer.data is not None and len(buffer.data) >= 64]
+    parts = [
+        (buffer, "offset", "size", buffer.data)
+        for buffer in model.buffers
+        if buffer.data is not None and len(buffer.data) >= 64
+    ]
     for buffer, *_ in parts:
         buffer.data = None
     for operator in model.subgraphs[0].operators:
         if operator.customOptions is not None:
-            parts.append((operator, "largeCustomOptionsOffset", "largeCustomOptionsSize", operator.customOptions))
+            parts.append(
+                (
+                    operator,
+                    "largeCustomOptionsOffset",
+                    "largeCustomOptionsSize",
+                    operator.customOptions,
+                )
+            )
             operator.customOptions = None
     for owner, offset, size, data in parts:
         setattr(owner, offset, 2)  # a place of their own in the flatbuffer
@@ -86,7 +99,9 @@ def outside(model: Any) -> bytes:
 
 
 def repacked(model: Any) -> bytes:
-    """As tools write a file that know nothing of data behind the flatbuffer: TFLite's metadata writers among them."""
+    """As tools write a file that know nothing of data behind the flatbuffer: TFLite's
+    metadata writers among them.
+    """
     builder = flatbuffers.Builder(0)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
@@ -99,7 +114,9 @@ def buffers(content: bytes) -> list[Any]:
 def same(one: bytes, other: bytes) -> bool:
     """Whether two files give the same numbers."""
     pairs = zip(run_tflite(one, X_NCHW), run_tflite(other, X_NCHW), strict=True)
-    return all(list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a) for a, b in pairs)
+    return all(
+        list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a) for a, b in pairs
+    )
 
 
 def test_a_detector_of_ordinary_size_has_int8_files(network: DetectionNetwork) -> None:
@@ -108,11 +125,17 @@ def test_a_detector_of_ordinary_size_has_int8_files(network: DetectionNetwork) -
     assert len(heads) > 256 * 1024
     for file in (decoded(heads, network), tasks(heads, network, SETTINGS)):
         assert {op.dtype for op in graph_ops(file)} >= {"INT8", "FLOAT32"}
-        assert all(np.isfinite(output).all() for outputs in run_tflite(file, X_NCHW) for output in outputs.values())
+        assert all(
+            np.isfinite(output).all()
+            for outputs in run_tflite(file, X_NCHW)
+            for output in outputs.values()
+        )
     assert graph_ops(without_decoding(decoded(heads, network))) == graph_ops(heads)
 
 
-def test_a_file_that_is_quantised_has_its_data_inside_and_is_no_larger(raw: bytes, network: DetectionNetwork) -> None:
+def test_a_file_that_is_quantised_has_its_data_inside_and_is_no_larger(
+    raw: bytes, network: DetectionNetwork
+) -> None:
     assert sum(buffer.offset > 1 for buffer in buffers(raw)) > 10, (
         "the quantizer writes everything inline now: is the rewriting still needed?"
     )
@@ -127,7 +150,9 @@ def test_data_are_aligned_to_16_bytes(raw: bytes) -> None:
     content = inlined(raw)
     model = schema.Model.GetRootAs(content)
     starts = [
-        model.Buffers(i)._tab.Vector(model.Buffers(i)._tab.Offset(4)) for i in range(model.BuffersLength()) if model.Buffers(i).DataLength()
+        model.Buffers(i)._tab.Vector(model.Buffers(i)._tab.Offset(4))
+        for i in range(model.BuffersLength())
+        if model.Buffers(i).DataLength()
     ]
     assert len(starts) > 10 and all(start % 16 == 0 for start in starts)
 
@@ -167,12 +192,17 @@ def test_a_file_that_is_cut_off_is_refused(raw: bytes) -> None:
 def test_a_file_of_2_gib_is_refused(raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     model = read_model(raw)
     monkeypatch.setattr(tflite_file, "LIMIT_BYTES", len(raw) // 2)
-    with pytest.raises(ExportError, match=r"would have 0\.0 GiB, but must stay below 2 GiB: export a smaller network"):
+    with pytest.raises(
+        ExportError,
+        match=r"would have 0\.0 GiB, but must stay below 2 GiB: export a smaller network",
+    ):
         write_model(model)
 
 
 def test_a_converted_network_can_be_timed_in_int8() -> None:
-    """The converter gives a tensor of the graph an empty buffer of its own, which is no constant."""
+    """The converter gives a tensor of the graph an empty buffer of its own, which is no
+    constant.
+    """
     op = Op.parse("conv-h8-i3-o4-k3-s2-relu6")
     model = to_tflite(nn.Sequential(build(op), nn.Conv2d(4, 4, 1)), (1, 3, 8, 8))
     assert {each.dtype for each in graph_ops(quantize_int8_uncalibrated(model))} == {"INT8"}

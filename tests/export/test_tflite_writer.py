@@ -54,12 +54,26 @@ OPS_OF_CELLS = (
 )
 LEANER = {
     # ours, where the converter takes more operators, or slower ones
-    "avgpool-h8-i6-o6-k3-s2": ["PAD", "AVERAGE_POOL_2D", "MUL"],  # two STABLEHLO_REDUCE_WINDOW and DIV
-    "maxpool-h8-i6-o6-k3-s2": ["SLICE", "CONCATENATION", "SLICE", "CONCATENATION", "MAX_POOL_2D"],  # PADV2, which XNNPACK leaves
+    # two STABLEHLO_REDUCE_WINDOW and DIV
+    "avgpool-h8-i6-o6-k3-s2": ["PAD", "AVERAGE_POOL_2D", "MUL"],
+    # PADV2, which XNNPACK leaves
+    "maxpool-h8-i6-o6-k3-s2": ["SLICE", "CONCATENATION", "SLICE", "CONCATENATION", "MAX_POOL_2D"],
     "maxpool-h8-i6-o6-k3-bn": ["MAX_POOL_2D", "MUL", "ADD"],  # SUB instead of ADD
-    "facreduce-h8-i6-o8-s2-relu": ["RELU", "CONV_2D", "SLICE", "CONV_2D", "CONCATENATION"],  # two SLICE, and four for the BN
+    # two SLICE, and four for the BN
+    "facreduce-h8-i6-o8-s2-relu": ["RELU", "CONV_2D", "SLICE", "CONV_2D", "CONCATENATION"],
     "mbconv-h8-i8-o8-m16-k3-c3-relu": [
-        *("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D", "MEAN", "RESHAPE", "CONV_2D", "RESHAPE", "LOGISTIC", "MUL"),  # two TRANSPOSE more
+        # two TRANSPOSE more
+        *(
+            "CONV_2D",
+            "DEPTHWISE_CONV_2D",
+            "CONV_2D",
+            "MEAN",
+            "RESHAPE",
+            "CONV_2D",
+            "RESHAPE",
+            "LOGISTIC",
+            "MUL",
+        ),
     ],
     "head-h7-i32-o48-bn-relu": ["MEAN", "CONV_2D"],
 }
@@ -90,7 +104,9 @@ class Case:
 
 
 def randomised(module: M) -> M:
-    """As after training: with fresh statistics and biases, half of what is folded would be folded unseen."""
+    """As after training: with fresh statistics and biases, half of what is folded would
+    be folded unseen.
+    """
     generator = torch.Generator().manual_seed(0)
     initialise(module, generator)
     with torch.no_grad():
@@ -107,12 +123,18 @@ def randomised(module: M) -> M:
     return module.eval()
 
 
-def random_images(size: int, channels: int, count: int = 3) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.random.default_rng(0).standard_normal((count, size, size, channels)).astype(np.float32)
+def random_images(
+    size: int, channels: int, count: int = 3
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return (
+        np.random.default_rng(0).standard_normal((count, size, size, channels)).astype(np.float32)
+    )
 
 
 def network_of(keys: tuple[str, ...]) -> Network:
-    return randomised(Network(Architecture(name="small", blocks=tuple(Op.parse(key) for key in keys))))
+    return randomised(
+        Network(Architecture(name="small", blocks=tuple(Op.parse(key) for key in keys)))
+    )
 
 
 @pytest.fixture(scope="module", params=[*OPS, *OPS_OF_CELLS, *NETWORKS])
@@ -120,7 +142,12 @@ def case(request: pytest.FixtureRequest) -> Case:
     if request.param in NETWORKS:
         network = network_of(NETWORKS[request.param])
         size = network.arch.resolution
-        return Case(network, write_tflite(network), to_tflite(network, (1, 3, size, size)), random_images(size, 3))
+        return Case(
+            network,
+            write_tflite(network),
+            to_tflite(network, (1, 3, size, size)),
+            random_images(size, 3),
+        )
     op = Op.parse(request.param)
     module = randomised(build(op))
     converted = to_tflite(module, (1, op.in_ch, op.size, op.size))
@@ -178,26 +205,41 @@ def test_xnnpack_takes_the_whole_graph(case: Case) -> None:
 
 
 def test_the_quantizer_makes_the_same_of_both_files(case: Case) -> None:
-    written, converted = (quantize_int8(model, [case.images]) for model in (case.written, case.converted))
+    written, converted = (
+        quantize_int8(model, [case.images]) for model in (case.written, case.converted)
+    )
     assert graph_ops(written) == graph_ops(converted)
     images_int8 = quantised_images(written, case.images)
-    difference = run_litert(written, images_int8).astype(int) - run_litert(converted, images_int8).astype(int)
-    assert np.abs(difference).max() <= 1, "the folding differs in the last float bit, so a rounding may"
+    difference = run_litert(written, images_int8).astype(int) - run_litert(
+        converted, images_int8
+    ).astype(int)
+    assert np.abs(difference).max() <= 1, (
+        "the folding differs in the last float bit, so a rounding may"
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "names"),
-    [("classifier-h7-i32-o10", ["MEAN", "FULLY_CONNECTED"]), ("head-h7-i32-o48-hswish", ["MEAN", "CONV_2D", "HARD_SWISH"])],
+    [
+        ("classifier-h7-i32-o10", ["MEAN", "FULLY_CONNECTED"]),
+        ("head-h7-i32-o48-hswish", ["MEAN", "CONV_2D", "HARD_SWISH"]),
+    ],
 )
-def test_what_begins_with_pooling_is_written_alone_as_at_the_end_of_a_network(key: str, names: list[str]) -> None:
+def test_what_begins_with_pooling_is_written_alone_as_at_the_end_of_a_network(
+    key: str, names: list[str]
+) -> None:
     op = Op.parse(key)
     module = randomised(build(op))
     written = write_op(op, module)
     assert [node.name for node in graph_ops(written)] == names
     converted = to_tflite(module, (1, 32, 7, 7))
-    assert "TRANSPOSE" in [node.name for node in graph_ops(converted)], "the converter got better: add this op to OPS"
+    assert "TRANSPOSE" in [node.name for node in graph_ops(converted)], (
+        "the converter got better: add this op to OPS"
+    )
     images_NHWC = random_images(7, 32)
-    assert relative_error(run_litert(written, images_NHWC), run_litert(converted, images_NHWC)) < 1e-6
+    assert (
+        relative_error(run_litert(written, images_NHWC), run_litert(converted, images_NHWC)) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("key", LEANER)
@@ -206,10 +248,16 @@ def test_leaner_than_the_converter_and_the_same_numbers(key: str) -> None:
     module = randomised(build(op))
     written, converted = write_op(op, module), to_tflite(module, (1, op.in_ch, op.size, op.size))
     assert [node.name for node in graph_ops(written)] == LEANER[key]
-    assert graph_ops(written) != graph_ops(converted), "the converter got better: add this op to OPS"
+    assert graph_ops(written) != graph_ops(converted), (
+        "the converter got better: add this op to OPS"
+    )
     images_NHWC = random_images(op.size, op.in_ch)
-    assert relative_error(run_litert(written, images_NHWC), run_litert(converted, images_NHWC)) < 1e-6
-    assert [node["op_name"] for node in interpreter_of(written)._get_ops_details()].count("DELEGATE") == 1
+    assert (
+        relative_error(run_litert(written, images_NHWC), run_litert(converted, images_NHWC)) < 1e-6
+    )
+    assert [node["op_name"] for node in interpreter_of(written)._get_ops_details()].count(
+        "DELEGATE"
+    ) == 1
 
 
 def test_files_name_their_maker_and_their_ends() -> None:
@@ -220,8 +268,13 @@ def test_files_name_their_maker_and_their_ends() -> None:
     ):
         assert schema.Model.GetRootAs(model).Description().decode() == f"hwnas {__version__}"
         interpreter = interpreter_of(model)
-        assert interpreter.get_signature_list() == {"serving_default": {"inputs": [names[0]], "outputs": [names[1]]}}
-        assert (interpreter.get_input_details()[0]["name"], interpreter.get_output_details()[0]["name"]) == names
+        assert interpreter.get_signature_list() == {
+            "serving_default": {"inputs": [names[0]], "outputs": [names[1]]}
+        }
+        assert (
+            interpreter.get_input_details()[0]["name"],
+            interpreter.get_output_details()[0]["name"],
+        ) == names
 
 
 def test_weights_lie_at_multiples_of_16_bytes() -> None:
@@ -234,7 +287,9 @@ def test_weights_lie_at_multiples_of_16_bytes() -> None:
 
 
 def test_tensor_names_are_unique() -> None:
-    graph = schema.Model.GetRootAs(write_tflite(Network(published("mobilenet_v2", resolution=32)))).Subgraphs(0)
+    graph = schema.Model.GetRootAs(
+        write_tflite(Network(published("mobilenet_v2", resolution=32)))
+    ).Subgraphs(0)
     names = [graph.Tensors(index).Name() for index in range(graph.TensorsLength())]
     assert len(set(names)) == len(names) > 150
 
@@ -250,10 +305,22 @@ def test_the_same_weights_give_the_same_bytes_whatever_the_mode() -> None:
 @pytest.mark.parametrize(
     ("key", "other", "message"),
     [
-        ("conv-h8-i8-o8-k3-relu", "conv-h8-i8-o8-k5-relu", r"\[8, 8, 5, 5\] in the module and \[8, 8, 3, 3\] in the op"),
+        (
+            "conv-h8-i8-o8-k3-relu",
+            "conv-h8-i8-o8-k5-relu",
+            r"\[8, 8, 5, 5\] in the module and \[8, 8, 3, 3\] in the op",
+        ),
         ("mbconv-h8-i8-o8-m16-k3-relu", "dsconv-h8-i8-o8-k3-relu", "Block without layers.expand"),
-        ("mbconv-h8-i8-o8-m16-k3-q4-relu", "mbconv-h8-i8-o8-m16-k3-relu", "Block without layers.se"),
-        ("classifier-h8-i8-o8", "classifier-h8-i8-o9", r"\[9, 8\] in the module and \[8, 8\] in the op"),
+        (
+            "mbconv-h8-i8-o8-m16-k3-q4-relu",
+            "mbconv-h8-i8-o8-m16-k3-relu",
+            "Block without layers.se",
+        ),
+        (
+            "classifier-h8-i8-o8",
+            "classifier-h8-i8-o9",
+            r"\[9, 8\] in the module and \[8, 8\] in the op",
+        ),
         ("classifier-h8-i8-o8", "conv-h8-i8-o8", "Block without linear"),
     ],
 )
@@ -262,7 +329,9 @@ def test_a_module_of_another_op_is_refused(key: str, other: str, message: str) -
         write_op(Op.parse(key), build(Op.parse(other)))
 
 
-def quantised_images(model: bytes, images_NHWC: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int8]]:
+def quantised_images(
+    model: bytes, images_NHWC: np.ndarray[Any, Any]
+) -> np.ndarray[Any, np.dtype[np.int8]]:
     scale, zero_point = interpreter_of(model).get_input_details()[0]["quantization"]
     return np.clip(np.round(images_NHWC / scale) + zero_point, -128, 127).astype(np.int8)
 
@@ -275,6 +344,9 @@ def operators(content: bytes) -> list[tuple[Any, ...]]:
     for node in graph.operators:
         code = model.operatorCodes[node.opcodeIndex]
         options = dict(vars(node.builtinOptions)) if node.builtinOptions else {}
-        shapes = [tuple(int(size) for size in graph.tensors[index].shape) for index in (*node.inputs, *node.outputs)]
+        shapes = [
+            tuple(int(size) for size in graph.tensors[index].shape)
+            for index in (*node.inputs, *node.outputs)
+        ]
         found.append((code.builtinCode, code.deprecatedBuiltinCode, code.version, options, shapes))
     return found

@@ -19,10 +19,20 @@ from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import write_op, write_tflite
 from hwnas.export.timing import timing_file
 from hwnas.nn.blocks import build
-from tests.export.test_tflite_writer import NETWORKS, OPS, interpreter_of, network_of, random_images, randomised
+from tests.export.test_tflite_writer import (
+    NETWORKS,
+    OPS,
+    interpreter_of,
+    network_of,
+    random_images,
+    randomised,
+)
 
 KINDS = (("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32"))
-BLOCK, CLASSIFIER = Op.parse("mbconv-h8-i8-o8-m24-k3-q8-hswish-id"), Op.parse("classifier-h8-i8-o10")
+BLOCK, CLASSIFIER = (
+    Op.parse("mbconv-h8-i8-o8-m24-k3-q8-hswish-id"),
+    Op.parse("classifier-h8-i8-o10"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,9 @@ class Case:
     calibrated: bytes
 
 
-@pytest.fixture(scope="module", params=[*OPS, "classifier-h7-i32-o10", "head-h7-i32-o48-hswish", *NETWORKS])
+@pytest.fixture(
+    scope="module", params=[*OPS, "classifier-h7-i32-o10", "head-h7-i32-o48-hswish", *NETWORKS]
+)
 def case(request: pytest.FixtureRequest) -> Case:
     if request.param in NETWORKS:
         network = network_of(NETWORKS[request.param])
@@ -50,10 +62,17 @@ def test_ranges_by_assumption_change_no_operator_no_shape_and_no_weight(case: Ca
     assumed, calibrated = graph_of(case.assumed), graph_of(case.calibrated)
     assert graph_ops(case.assumed) == graph_ops(case.calibrated)
     tensors = list(zip(assumed.subgraphs[0].tensors, calibrated.subgraphs[0].tensors, strict=True))
-    assert all((a.name, list(a.shape), a.type) == (c.name, list(c.shape), c.type) for a, c in tensors)
+    assert all(
+        (a.name, list(a.shape), a.type) == (c.name, list(c.shape), c.type) for a, c in tensors
+    )
     weights = [(a, c) for a, c in tensors if a.name.endswith(b".weight")]
-    assert weights and all(np.array_equal(a.quantization.scale, c.quantization.scale) for a, c in weights)
-    assert all(np.array_equal(assumed.buffers[a.buffer].data, calibrated.buffers[c.buffer].data) for a, c in weights)
+    assert weights and all(
+        np.array_equal(a.quantization.scale, c.quantization.scale) for a, c in weights
+    )
+    assert all(
+        np.array_equal(assumed.buffers[a.buffer].data, calibrated.buffers[c.buffer].data)
+        for a, c in weights
+    )
 
 
 def test_activations_lie_between_minus_one_and_one(case: Case) -> None:
@@ -65,14 +84,21 @@ def test_xnnpack_takes_as_much_of_both(case: Case) -> None:
     """Of most blocks everything; int8 HARD_SWISH is left to other kernels."""
 
     def nodes(model: bytes) -> list[tuple[str, int]]:
-        return [(node["op_name"], len(node["inputs"])) for node in interpreter_of(model)._get_ops_details()]
+        return [
+            (node["op_name"], len(node["inputs"]))
+            for node in interpreter_of(model)._get_ops_details()
+        ]
 
     assert nodes(case.assumed) == nodes(case.calibrated)
 
 
 @pytest.mark.parametrize(("runtime", "dtype"), KINDS)
-@pytest.mark.parametrize("ops", [(BLOCK,), (CLASSIFIER,), (BLOCK, CLASSIFIER)], ids=["block", "classifier", "network"])
-def test_a_file_is_made_once_and_is_of_its_ops(runtime: str, dtype: str, ops: tuple[Op, ...]) -> None:
+@pytest.mark.parametrize(
+    "ops", [(BLOCK,), (CLASSIFIER,), (BLOCK, CLASSIFIER)], ids=["block", "classifier", "network"]
+)
+def test_a_file_is_made_once_and_is_of_its_ops(
+    runtime: str, dtype: str, ops: tuple[Op, ...]
+) -> None:
     path = timing_file(ops, runtime, dtype)
     made = path.stat()
     assert timing_file(ops, runtime, dtype) == path
@@ -86,18 +112,29 @@ def ends(path: Path) -> tuple[tuple[int, ...], tuple[int, ...], str]:
     """Shape of the input, shape of the output and type of both."""
     if path.suffix == ".onnx":
         graph = onnx.load(path).graph
-        shapes = (tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim) for value in (graph.input[0], graph.output[0]))
-        assert {value.type.tensor_type.elem_type for value in (graph.input[0], graph.output[0])} == {onnx.TensorProto.FLOAT}
+        shapes = (
+            tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
+            for value in (graph.input[0], graph.output[0])
+        )
+        assert {
+            value.type.tensor_type.elem_type for value in (graph.input[0], graph.output[0])
+        } == {onnx.TensorProto.FLOAT}
         return (*shapes, "float32")  # type: ignore[return-value]
     interpreter = Interpreter(str(path))
     entry, exit_ = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
     assert entry["dtype"] == exit_["dtype"]
-    return tuple(entry["shape"].tolist()), tuple(exit_["shape"].tolist()), np.dtype(entry["dtype"]).name
+    return (
+        tuple(entry["shape"].tolist()),
+        tuple(exit_["shape"].tolist()),
+        np.dtype(entry["dtype"]).name,
+    )
 
 
 def test_chains_of_other_order_are_other_files() -> None:
     other = Op.parse("conv-h8-i8-o8-k3-relu")
-    assert timing_file((BLOCK, other), "litert", "fp32") != timing_file((other, BLOCK), "litert", "fp32")
+    assert timing_file((BLOCK, other), "litert", "fp32") != timing_file(
+        (other, BLOCK), "litert", "fp32"
+    )
 
 
 def test_onnxruntime_in_int8_is_refused() -> None:

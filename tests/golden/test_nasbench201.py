@@ -1,4 +1,6 @@
-"""NAS-Bench-201: our networks have the benchmark's own MACs and parameters, by its published numbers and by a second implementation."""
+"""NAS-Bench-201: our networks have the benchmark's own MACs and parameters, by its
+published numbers and by a second implementation.
+"""
 
 from __future__ import annotations
 
@@ -39,35 +41,55 @@ def uniform(option: str, space: CellSpace) -> Architecture:
 def test_the_smallest_and_the_largest_network(
     resolution: int, classes: int, params: tuple[float | None, ...], mega_flops: tuple[float, ...]
 ) -> None:
-    """As the benchmark's users publish its bounds for CIFAR-10, CIFAR-100 and ImageNet16-120. It counts the classifier's bias, too."""
+    """As the benchmark's users publish its bounds for CIFAR-10, CIFAR-100 and
+    ImageNet16-120. It counts the classifier's bias, too.
+    """
     space = nasbench201(resolution=resolution, classes=classes)
-    for option, wanted_params, wanted_flops in zip(("skip_connect", "nor_conv_3x3"), params, mega_flops, strict=True):
+    for option, wanted_params, wanted_flops in zip(
+        ("skip_connect", "nor_conv_3x3"), params, mega_flops, strict=True
+    ):
         arch = uniform(option, space)
         assert round((arch.macs + classes) / 1e6, 5) == wanted_flops
         assert wanted_params is None or arch.params / 1e6 == wanted_params
 
 
 def test_published_networks_between() -> None:
-    """OpenMMLab's example of the benchmark's cost_info, and the benchmark's own example, network 1."""
-    two = SPACE.decode(SPACE.read("|nor_conv_3x3~0|+|nor_conv_3x3~0|none~1|+|skip_connect~0|none~1|avg_pool_3x3~2|"))
+    """OpenMMLab's example of the benchmark's cost_info, and the benchmark's own
+    example, network 1.
+    """
+    two = SPACE.decode(
+        SPACE.read(
+            "|nor_conv_3x3~0|+|nor_conv_3x3~0|none~1|+|skip_connect~0|none~1|avg_pool_3x3~2|"
+        )
+    )
     assert ((two.macs + 10) / 1e6, two.params / 1e6) == (78.56193, 0.559386)
-    first = SPACE.decode(SPACE.read("|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|skip_connect~2|"))
+    first = SPACE.decode(
+        SPACE.read(
+            "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|skip_connect~2|"
+        )
+    )
     assert (round((first.macs + 10) / 1e6, 2), round(first.params / 1e6, 3)) == (113.95, 0.802)
 
 
 class Cell(nn.Module):
-    """A second implementation of the benchmark's cell, from its paper: nothing of hwnas is in it."""
+    """A second implementation of the benchmark's cell, from its paper: nothing of hwnas
+    is in it.
+    """
 
     def __init__(self, text: str, channels: int) -> None:
         super().__init__()
-        self.nodes = [[part.split("~") for part in group.strip("|").split("|")] for group in text.split("+")]
+        self.nodes = [
+            [part.split("~") for part in group.strip("|").split("|")] for group in text.split("+")
+        ]
         self.ops = nn.ModuleDict()
         for node, edges in enumerate(self.nodes, 1):
             for option, source in edges:
                 if option.startswith("nor_conv"):
                     kernel = int(option[-1])
                     conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)
-                    self.ops[f"{source}{node}"] = nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(channels))
+                    self.ops[f"{source}{node}"] = nn.Sequential(
+                        nn.ReLU(), conv, nn.BatchNorm2d(channels)
+                    )
                 elif option == "avg_pool_3x3":
                     self.ops[f"{source}{node}"] = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
@@ -78,7 +100,9 @@ class Cell(nn.Module):
             for option, source in edges:
                 if option != "none":
                     before = points[int(source)]
-                    total = total + (before if option == "skip_connect" else self.ops[f"{source}{node}"](before))
+                    total = total + (
+                        before if option == "skip_connect" else self.ops[f"{source}{node}"](before)
+                    )
             points.append(total)
         return points[-1]
 
@@ -103,7 +127,14 @@ def second_implementation(text: str) -> nn.Sequential:
     for channels in (16, 32, 64):
         parts += [Reduction(channels // 2)] if channels > 16 else []
         parts += [Cell(text, channels) for _ in range(5)]
-    return nn.Sequential(*parts, nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(
+        *parts,
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
 
 
 def random_cells(count: int) -> list[str]:
@@ -119,7 +150,10 @@ def test_sixty_networks_count_and_compute_as_a_second_implementation(first: int)
         network, other = Network(arch).train(), second_implementation(text).train()
         with FlopCounterMode(display=False) as counter:
             expected = other(x_NCHW)
-        assert (counter.get_total_flops(), sum(weight.numel() for weight in other.parameters())) == (4 * arch.macs, arch.params), text
+        assert (
+            counter.get_total_flops(),
+            sum(weight.numel() for weight in other.parameters()),
+        ) == (4 * arch.macs, arch.params), text
         with torch.no_grad():
             for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
                 mine.copy_(theirs)
@@ -127,7 +161,9 @@ def test_sixty_networks_count_and_compute_as_a_second_implementation(first: int)
 
 
 def test_every_network_has_the_counts_that_its_convolutions_add() -> None:
-    """All 15,625: the benchmark's counts depend on how many edges are 3 x 3 and 1 x 1 convolutions."""
+    """All 15,625: the benchmark's counts depend on how many edges are 3 x 3 and 1 x 1
+    convolutions.
+    """
     index_NC = np.array(list(product(range(5), repeat=6)))
     threes, ones = (index_NC == 3).sum(axis=1), (index_NC == 2).sum(axis=1)
     macs = PricedSpace.of_ops(SPACE, lambda op: op.macs).of_many(index_NC)
@@ -137,12 +173,17 @@ def test_every_network_has_the_counts_that_its_convolutions_add() -> None:
     assert params.tolist() == (73_306 + 243_040 * threes + 28_000 * ones).tolist()
 
 
-@pytest.mark.skipif("HWNAS_TEST_DATA" not in os.environ, reason="needs nasbench201/nasbench201_acc.csv.gz: set HWNAS_TEST_DATA")
+@pytest.mark.skipif(
+    "HWNAS_TEST_DATA" not in os.environ,
+    reason="needs nasbench201/nasbench201_acc.csv.gz: set HWNAS_TEST_DATA",
+)
 def test_the_benchmark_s_own_architectures_and_accuracies() -> None:
     path = Path(os.environ["HWNAS_TEST_DATA"], "nasbench201/nasbench201_acc.csv.gz")
     truth = read_truth(path, SPACE, ["cifar10_test_200"])
     assert len(truth.names) == 15_625
-    assert all(SPACE.write(picks) == name for name, picks in zip(truth.names, truth.picks, strict=True))
+    assert all(
+        SPACE.write(picks) == name for name, picks in zip(truth.names, truth.picks, strict=True)
+    )
     assert truth.mean.max() == pytest.approx(0.9437, abs=5e-5)  # the published optimum
     best = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_1x1~2|"
     assert truth.names[int(truth.mean.argmax())] == best

@@ -1,4 +1,6 @@
-"""NAS-Bench-Macro's noise ceiling, and what MACs and parameters alone rank right, from the benchmark's own accuracies."""
+"""NAS-Bench-Macro's noise ceiling, and what MACs and parameters alone rank right, from
+the benchmark's own accuracies.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from hwnas.study.truth import Truth, read_truth
 def truth() -> Truth:
     if "HWNAS_TEST_DATA" not in os.environ:
         pytest.skip("needs nasbench_macro/nasbench_macro_cifar10.csv.gz: set HWNAS_TEST_DATA")
-    return read_truth(Path(os.environ["HWNAS_TEST_DATA"], "nasbench_macro/nasbench_macro_cifar10.csv.gz"), nasbench_macro())
+    return read_truth(
+        Path(os.environ["HWNAS_TEST_DATA"], "nasbench_macro/nasbench_macro_cifar10.csv.gz"),
+        nasbench_macro(),
+    )
 
 
 def test_the_noise_ceiling(truth: Truth) -> None:
@@ -29,16 +34,21 @@ def test_the_noise_ceiling(truth: Truth) -> None:
     top = best_tenth(truth.mean)
     assert len(top) == 656
     assert kendall(first[top], second[top]) == pytest.approx(0.1822, abs=5e-5)
-    assert truth.agreement() == pytest.approx((0.881, 0.185), abs=5e-4)  # means over the three pairs of repeats
+    # means over the three pairs of repeats
+    assert truth.agreement() == pytest.approx((0.881, 0.185), abs=5e-4)
     best = np.flatnonzero(truth.mean == truth.mean.max())
-    assert {truth.names[i] for i in best} == {"22212202", "22212220"}  # the same blocks, and in the file the same accuracies
+    # the same blocks, and in the file the same accuracies
+    assert {truth.names[i] for i in best} == {"22212202", "22212220"}
     assert truth.mean.max() == pytest.approx(0.93127, abs=5e-6)
 
 
 def test_what_the_shape_alone_ranks_right(truth: Truth) -> None:
     space = nasbench_macro()
     archs = [space.decode(picks) for picks in truth.picks]
-    macs, params = np.array([arch.macs for arch in archs]), np.array([arch.params for arch in archs])
+    macs, params = (
+        np.array([arch.macs for arch in archs]),
+        np.array([arch.params for arch in archs]),
+    )
     assert kendall(macs, truth.mean) == pytest.approx(0.556, abs=5e-4)
     assert kendall(params, truth.mean) == pytest.approx(0.218, abs=5e-4)
     assert kendall_top(macs, truth.mean) == pytest.approx(0.341, abs=5e-4)

@@ -39,14 +39,24 @@ def known(path: Path) -> Known:
 def digits(path: Path) -> dict[str, float]:
     """Mean accuracy by the benchmark's name: the digits of the eight layers, 0 identity."""
     with gzip.open(path, "rt") as file:
-        return {row["arch"]: np.mean([float(row[f"acc{i}"]) for i in (1, 2, 3)]) / 100 for row in csv.DictReader(file)}
+        return {
+            row["arch"]: np.mean([float(row[f"acc{i}"]) for i in (1, 2, 3)]) / 100
+            for row in csv.DictReader(file)
+        }
 
 
-def test_identity_is_the_worst_operator_of_every_layer(known: Known, digits: dict[str, float]) -> None:
+def test_identity_is_the_worst_operator_of_every_layer(
+    known: Known, digits: dict[str, float]
+) -> None:
     means = known.means(operators(SPACE), known.left(()))
     for layer, choice in enumerate(SPACE.choices):
-        by_hand = [np.mean([value for name, value in digits.items() if int(name[layer]) == digit]) for digit in range(3)]
-        assert [means[choice.key, str(option)] for option in choice.options] == pytest.approx(by_hand)
+        by_hand = [
+            np.mean([value for name, value in digits.items() if int(name[layer]) == digit])
+            for digit in range(3)
+        ]
+        assert [means[choice.key, str(option)] for option in choice.options] == pytest.approx(
+            by_hand
+        )
         assert by_hand[0] < by_hand[1] < by_hand[2]
 
 
@@ -56,24 +66,41 @@ def test_what_is_left_without_identity(known: Known, digits: dict[str, float]) -
     kept = {name: value for name, value in digits.items() if "0" not in name}
     best = sorted(digits, key=lambda name: -digits[name])[:656]
     assert (left.networks, before.networks) == (2**8, 3**8) == (len(kept), len(digits))
-    assert left.mean == pytest.approx(np.mean(list(kept.values()))) and before.mean == pytest.approx(0.90247, abs=5e-6)
-    assert left.best == pytest.approx(max(kept.values())) and left.worst == pytest.approx(min(kept.values()))
-    assert left.best_tenth == pytest.approx(len([name for name in best if "0" not in name]) / 656, abs=2 / 656)  # ties at the edge
+    assert left.mean == pytest.approx(
+        np.mean(list(kept.values()))
+    ) and before.mean == pytest.approx(0.90247, abs=5e-6)
+    assert left.best == pytest.approx(max(kept.values())) and left.worst == pytest.approx(
+        min(kept.values())
+    )
+    # ties at the edge
+    assert left.best_tenth == pytest.approx(
+        len([name for name in best if "0" not in name]) / 656, abs=2 / 656
+    )
 
 
 def test_a_course_by_hand(known: Known, digits: dict[str, float]) -> None:
     """Scores that rank two operators right and one pair wrong, then a drop."""
     a, b, c = ((KEYS[0], str(option)) for option in SPACE.choices[0].options)
-    step = ShrinkStep(size=6561, epochs=1.0, children=3, scores={KEYS[0]: {a[1]: 1.0, b[1]: 3.0, c[1]: 2.0}}, dropped=(a,), size_after=4374)
+    step = ShrinkStep(
+        size=6561,
+        epochs=1.0,
+        children=3,
+        scores={KEYS[0]: {a[1]: 1.0, b[1]: 3.0, c[1]: 2.0}},
+        dropped=(a,),
+        size_after=4374,
+    )
     found = curve(known, "made up", [step])
     assert found.operator_kendall == (pytest.approx(1 / 3),)
     assert [left.networks for left in found.remaining] == [6561, 4374]
-    assert found.remaining[1].mean == pytest.approx(np.mean([value for name, value in digits.items() if name[0] != "0"]))
+    assert found.remaining[1].mean == pytest.approx(
+        np.mean([value for name, value in digits.items() if name[0] != "0"])
+    )
 
 
 def test_the_truth_as_a_score_raises_the_mean_at_every_drop(known: Known) -> None:
     left = oracle(known, SPACE, CONFIG).remaining
-    assert [each.networks for each in left[:3]] == [3**8, 2**3 * 3**5, 2**6 * 3**2]  # six identities first
+    # six identities first
+    assert [each.networks for each in left[:3]] == [3**8, 2**3 * 3**5, 2**6 * 3**2]
     means = [each.mean or 0.0 for each in left]
     assert all(a < b for a, b in pairwise(means))
     assert means[0] == pytest.approx(0.9025, abs=5e-5) and means[-1] > 0.925

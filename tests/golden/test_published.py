@@ -11,11 +11,20 @@ from torch import nn
 from hwnas.core.arch import Architecture
 from hwnas.core.published import NETWORKS, named
 from hwnas.core.space import MacroSpace
-from hwnas.core.spaces import fairnas, fbnet, fbnet_no_expand, picks_of_codes, proxylessnas, published
+from hwnas.core.spaces import (
+    fairnas,
+    fbnet,
+    fbnet_no_expand,
+    picks_of_codes,
+    proxylessnas,
+    published,
+)
 from hwnas.errors import SpaceError
 from hwnas.nn.network import Network
 
-COUNTS = {  # nas-facts T5 (FBNet: both ways of counting, trap 13.4); exact integers are timm's and torchvision's below
+# nas-facts T5 (FBNet: both ways of counting, trap 13.4); exact integers are timm's and
+# torchvision's below
+COUNTS = {
     "mobilenet_v2": "300.8M/3.50M",
     "mnasnet_b1": "314.4M/4.38M",
     "mnasnet_a1": "311.6M/3.89M",
@@ -37,7 +46,8 @@ COUNTS = {  # nas-facts T5 (FBNet: both ways of counting, trap 13.4); exact inte
     "fbnet_c": "385.0M/5.57M",
     "multi_avg": "432.5M/4.95M",  # no published count: ours, for the shapes in TuNAS's archive
     "multi_max": "349.2M/4.42M",
-    # timm's parameters; MACs are ours at the published resolutions, those at 224 px exactly timm's (below)
+    # timm's parameters; MACs are ours at the published resolutions, those at 224 px
+    # exactly timm's (below)
     "efficientnet_lite0": "385.2M/4.65M",
     "efficientnet_lite1": "600.2M/5.42M",
     "efficientnet_lite2": "859.7M/6.09M",
@@ -50,7 +60,8 @@ COUNTS = {  # nas-facts T5 (FBNet: both ways of counting, trap 13.4); exact inte
     "mobilenet_v4_conv_small": "186.0M/3.77M",
     "mobilenet_v4_conv_medium": "827.6M/9.72M",
     "mobilenet_v4_conv_large": "2171.3M/32.59M",
-    "ssdlite320_mobilenet_v3_large": "583.2M/3.44M",  # 320 px, 91 classes with the background; exact in test_ssdlite.py
+    # 320 px, 91 classes with the background; exact in test_ssdlite.py
+    "ssdlite320_mobilenet_v3_large": "583.2M/3.44M",
 }
 TIMM = {
     "mobilenet_v2": "mobilenetv2_100",
@@ -120,30 +131,50 @@ def test_macs_and_params_are_those_of_other_implementations(name: str, build) ->
 def test_every_convolution_and_every_shortcut_is_where_timm_has_it(name: str, theirs: str) -> None:
     network = timm.create_model(theirs)
     convolutions = [
-        (part.in_channels, part.out_channels, part.kernel_size[0], part.stride[0], part.groups, part.bias is None)
+        (
+            part.in_channels,
+            part.out_channels,
+            part.kernel_size[0],
+            part.stride[0],
+            part.groups,
+            part.bias is None,
+        )
         for part in network.modules()
         if isinstance(part, nn.Conv2d)
     ]
     arch = published(name)
     layers = [layer for op in arch.ops() for layer in op.layers if layer.kind == "conv"]
-    found = [(layer.in_ch, layer.out_ch, layer.kernel, layer.stride, layer.groups, layer.norm) for layer in layers]
+    found = [
+        (layer.in_ch, layer.out_ch, layer.kernel, layer.stride, layer.groups, layer.norm)
+        for layer in layers
+    ]
     assert found == convolutions
     blocks = [block for stage in network.blocks for block in stage if hasattr(block, "has_skip")]
     inner = arch.ops()[1 : 1 + len(blocks)]  # behind the stem
     assert [op.residual for op in inner] == [block.has_skip for block in blocks]
 
 
-@pytest.mark.parametrize(("name", "shuffles"), [("fbnet_a", 3), ("fbnet_a_no_expand", 3), ("fbnet_b", 0)])
+@pytest.mark.parametrize(
+    ("name", "shuffles"), [("fbnet_a", 3), ("fbnet_a_no_expand", 3), ("fbnet_b", 0)]
+)
 def test_grouped_blocks_of_fbnets_shuffle(name: str, shuffles: int) -> None:
-    assert sum(node.kind == "shuffle" for op in published(name).ops() for node in op.program.nodes) == shuffles
+    assert (
+        sum(node.kind == "shuffle" for op in published(name).ops() for node in op.program.nodes)
+        == shuffles
+    )
 
 
 def test_skips_of_fbnet_are_left_out_where_the_shape_stays() -> None:
     first = published("fbnet_a").ops()[:2]
-    assert [op.key for op in first] == ["conv-h224-i3-o16-k3-s2-relu", "mbconv-h112-i16-o24-m48-k3-s2-relu"]
+    assert [op.key for op in first] == [
+        "conv-h224-i3-o16-k3-s2-relu",
+        "mbconv-h112-i16-o24-m48-k3-s2-relu",
+    ]
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "mnasnet_b1", "proxylessnas_cpu", "proxylessnas_mobile_14"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "mnasnet_b1", "proxylessnas_cpu", "proxylessnas_mobile_14"]
+)
 def test_a_network_of_proxylessnas_form_encodes_back_into_its_space(name: str) -> None:
     arch = published(name)
     widths = [op.out_ch for op in arch.ops()[:-1]]
@@ -194,15 +225,24 @@ def test_classes_and_resolution_shape_a_published_network() -> None:
 
 
 def test_an_unknown_network_is_answered_with_the_nearest() -> None:
-    with pytest.raises(SpaceError, match=r"unknown network 'mobilenetv2'; did you mean 'mobilenet_v2'\?"):
+    with pytest.raises(
+        SpaceError, match=r"unknown network 'mobilenetv2'; did you mean 'mobilenet_v2'\?"
+    ):
         published("mobilenetv2")
-    with pytest.raises(SpaceError, match=r"known: efficientnet_lite0, .*, mobilenet_v2, .*, ssdlite320_mobilenet_v3_large\."):
+    with pytest.raises(
+        SpaceError,
+        match=r"known: efficientnet_lite0, .*, mobilenet_v2, .*, ssdlite320_mobilenet_v3_large\.",
+    ):
         published("x")
 
 
 def test_a_multiplier_in_the_name_and_one_beside_it_are_the_same() -> None:
     assert published("mobilenet_v2-w0.35") == published("mobilenet_v2", width=0.35)
-    assert published("mobilenet_v2", width=1.0) == published("mobilenet_v2-w1") == published("mobilenet_v2")
+    assert (
+        published("mobilenet_v2", width=1.0)
+        == published("mobilenet_v2-w1")
+        == published("mobilenet_v2")
+    )
     assert [op.out_ch for op in published("mobilenet_v2-w0.35").ops()][:3] == [16, 8, 8]
     assert published("mobilenet_v2-w0.35").ops()[-1].in_ch == 1280  # the head is never narrowed
 
@@ -215,15 +255,29 @@ def test_every_network_is_scaled(name: str) -> None:
 
 def test_a_network_and_the_configuration_do_not_both_say_a_width() -> None:
     space = proxylessnas()
-    assert named("mobilenet_v2", space, resolution=32, classes=10, width=0.5).name == "mobilenet_v2-w0.5"
-    assert named("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.5).name == "mobilenet_v2-w0.5"
-    with pytest.raises(SpaceError, match=r"'mobilenet_v2-w0.5' says its width, and so does space\.width = 0\.75: remove one"):
+    assert (
+        named("mobilenet_v2", space, resolution=32, classes=10, width=0.5).name
+        == "mobilenet_v2-w0.5"
+    )
+    assert (
+        named("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.5).name
+        == "mobilenet_v2-w0.5"
+    )
+    with pytest.raises(
+        SpaceError,
+        match=r"'mobilenet_v2-w0.5' says its width, and so does space\.width = 0\.75: remove one",
+    ):
         named("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.75)
-    with pytest.raises(SpaceError, match=r"unknown network 'mobilenetv2-w0.5'; did you mean 'mobilenet_v2'\?"):
+    with pytest.raises(
+        SpaceError, match=r"unknown network 'mobilenetv2-w0.5'; did you mean 'mobilenet_v2'\?"
+    ):
         published("mobilenetv2-w0.5")
 
 
 def test_grey_images_shape_a_published_network() -> None:
     grey = published("mobilenet_v3_small", resolution=32, classes=10, in_channels=1)
     assert (grey.in_channels, grey.ops()[0].in_ch) == (1, 1)
-    assert grey.params == published("mobilenet_v3_small", resolution=32, classes=10).params - 2 * 9 * 16
+    assert (
+        grey.params
+        == published("mobilenet_v3_small", resolution=32, classes=10).params - 2 * 9 * 16
+    )

@@ -33,7 +33,12 @@ def theirs() -> SSD:
 def ours_of(theirs: SSD) -> DetectionNetwork:
     """Our network with their weights. They have the heads by branch, we by feature map."""
     ours = DetectionNetwork(ARCH)
-    parts = [ours.blocks, ours.extras, *(head.classes for head in ours.heads), *(head.boxes for head in ours.heads)]
+    parts = [
+        ours.blocks,
+        ours.extras,
+        *(head.classes for head in ours.heads),
+        *(head.boxes for head in ours.heads),
+    ]
     mine = [layer for part in parts for layer in weighted(part)]
     for layer, yours in zip(mine, weighted(theirs), strict=True):
         assert layer.weight.shape == yours.weight.shape
@@ -81,7 +86,9 @@ def test_losses_are_torchvisions(theirs: SSD) -> None:
             [[0, 0, 0, 0, -1]] * 3,
         ]
     )
-    targets = [{"boxes": y[y[:, 4] >= 0, :4], "labels": y[y[:, 4] >= 0, 4].long() + 1} for y in y_NM5]
+    targets = [
+        {"boxes": y[y[:, 4] >= 0, :4], "labels": y[y[:, 4] >= 0, 4].long() + 1} for y in y_NM5
+    ]
     expected = theirs.train()(list(x_NCHW), targets)
     found = DetectionLoss(ARCH).parts(ours(2 * x_NCHW - 1), y_NM5)
     assert found.keys() == expected.keys()
@@ -93,7 +100,9 @@ def test_losses_are_torchvisions(theirs: SSD) -> None:
 def test_anchors_are_torchvisions(theirs: SSD) -> None:
     x_NCHW = images(1)
     maps = list(theirs.backbone(x_NCHW).values())
-    assert torch.equal(default_boxes(ARCH), theirs.anchor_generator(theirs.transform(list(x_NCHW))[0], maps)[0])
+    assert torch.equal(
+        default_boxes(ARCH), theirs.anchor_generator(theirs.transform(list(x_NCHW))[0], maps)[0]
+    )
 
 
 def test_macs_and_params_are_torchvisions(theirs: SSD) -> None:
@@ -120,7 +129,9 @@ def macs_of(model: nn.Module, x: object) -> int:
 
 
 def mobiledet_cpu() -> Iterator[Op]:
-    """The backbone of MobileDet-CPU: tensorflow/models, object_detection/models/ssd_mobiledet_feature_extractor.py."""
+    """The backbone of MobileDet-CPU: tensorflow/models,
+    object_detection/models/ssd_mobiledet_feature_extractor.py.
+    """
     op = Conv(320, 3, 16, kernel=3, stride=2, act="hswish")
     yield op
     op = DSConv(160, 16, 8, kernel=3, se_ch=8, act="hswish")
@@ -133,16 +144,28 @@ def mobiledet_cpu() -> Iterator[Op]:
     for block in blocks:
         width, expansion, kernel, stride = map(int, block.split())
         mid = op.out_ch * expansion
-        op = MBConv(op.out_size, op.out_ch, width, mid, kernel, stride, se_ch=scale_width(mid, 0.25), act="hswish")
+        op = MBConv(
+            op.out_size,
+            op.out_ch,
+            width,
+            mid,
+            kernel,
+            stride,
+            se_ch=scale_width(mid, 0.25),
+            act="hswish",
+        )
         yield op
 
 
 def test_a_mobiledet_counts_as_its_authors_say() -> None:
-    """0.45 B multiply-adds and 4.21 M parameters, which we meet to 1 %: its finest map has three anchors fewer.
+    """0.45 B multiply-adds and 4.21 M parameters, which we meet to 1 %: its finest map
+    has three anchors fewer.
 
     With those, and with the statistics of BN that TensorFlow counts too, it would be 4.205 M.
     """
-    arch = with_detector(Architecture(name="mobiledet_cpu", blocks=tuple(mobiledet_cpu())), 90, scores="sigmoid")
+    arch = with_detector(
+        Architecture(name="mobiledet_cpu", blocks=tuple(mobiledet_cpu())), 90, scores="sigmoid"
+    )
     assert arch.detector is not None
     assert [op.out_ch for op in arch.detector.maps(arch.blocks)] == [72, 144, 512, 256, 256, 128]
     assert arch.macs == pytest.approx(0.45e9, rel=0.01)

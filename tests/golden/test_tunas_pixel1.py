@@ -1,4 +1,5 @@
-"""TuNAS's published linear model of Pixel 1 latency, priced by our cost model: its numbers are the judge of ours.
+"""TuNAS's published linear model of Pixel 1 latency, priced by our cost model: its
+numbers are the judge of ours.
 
 Coefficients: google-research:tunas/cost_model_data.py, key ``proxylessnas_search`` (nas-facts 1.7).
 """
@@ -62,7 +63,9 @@ def pixel1() -> LatencyTable:
         cores=unknown, governor=unknown, layout=unknown, batch=1, date=unknown, space="proxylessnas",
     )  # fmt: skip
     calibration = Calibration(intercept_ms=BIAS_MS, slope=1.0, networks=0)
-    return LatencyTable(header=header, slots={"s1.b0": SEPCONV_MS, **slots}, calibration=calibration)
+    return LatencyTable(
+        header=header, slots={"s1.b0": SEPCONV_MS, **slots}, calibration=calibration
+    )
 
 
 @cache
@@ -71,7 +74,9 @@ def cost() -> CostModel:
 
 
 def picks_of_indices(indices: list[int]) -> Picks:
-    """TuNAS's 73 OneOf indices, post-order: per layer kernel, expansion, outer op; after each block its filters."""
+    """TuNAS's 73 OneOf indices, post-order: per layer kernel, expansion, outer op;
+    after each block its filters.
+    """
     left = iter(indices)
     picks: Picks = {}
     kernels, expansions = (3, 5, 7), (3, 6)
@@ -93,12 +98,19 @@ def picks_of_indices(indices: list[int]) -> Picks:
 
 
 def uniform_gates() -> dict[str, np.ndarray]:
-    """The controller at zero logits: kernel, expansion and skip are decided apart, so a skip has probability 1/2."""
+    """The controller at zero logits: kernel, expansion and skip are decided apart, so a
+    skip has probability 1/2.
+    """
     gates = {}
     for choice in cost().space.choices:
         options = tuple(map(str, choice.options))
         kept = len(options) - factorise(options).skippable
-        gates[choice.key] = np.array([0.5 if option == "skip" else (0.5 if "skip" in options else 1.0) / kept for option in options])
+        gates[choice.key] = np.array(
+            [
+                0.5 if option == "skip" else (0.5 if "skip" in options else 1.0) / kept
+                for option in options
+            ]
+        )
     return gates
 
 
@@ -127,7 +139,9 @@ def test_the_mean_under_the_uniform_controller() -> None:
 
 def test_the_spread_of_uniform_samples_and_how_many_land_at_the_target() -> None:
     rng = np.random.default_rng(0)
-    index_NC = np.stack([rng.choice(len(p), size=200_000, p=p) for p in uniform_gates().values()], axis=1)
+    index_NC = np.stack(
+        [rng.choice(len(p), size=200_000, p=p) for p in uniform_gates().values()], axis=1
+    )
     latencies_ms = cost().of_many(index_NC)
     assert latencies_ms.mean() == pytest.approx(92.7, abs=0.2)
     assert latencies_ms.std() == pytest.approx(16.9, abs=0.15)
@@ -137,7 +151,9 @@ def test_the_spread_of_uniform_samples_and_how_many_land_at_the_target() -> None
 def test_a_restricted_space_keeps_the_prices_of_what_is_now_fixed() -> None:
     picks = picks_of_codes(proxylessnas(), [int(code) for code in T2_CODES.split(",")])
     fixed = ("s1.b0", "s2.b0", "s2.b2", "s7.b0")
-    smaller = CostModel.of_table(proxylessnas().restrict({key: [picks[key]] for key in fixed}), pixel1())
+    smaller = CostModel.of_table(
+        proxylessnas().restrict({key: [picks[key]] for key in fixed}), pixel1()
+    )
     assert len(smaller.space.choices) == 22 - len(fixed)
     rest = {key: option for key, option in picks.items() if key not in fixed}
     assert smaller.of(rest) == pytest.approx(84.416, abs=1e-3)
@@ -146,7 +162,11 @@ def test_a_restricted_space_keeps_the_prices_of_what_is_now_fixed() -> None:
 def test_the_model_refuses_another_space() -> None:
     with pytest.raises(TableError, match=r"prices slots of another space \(s2\.b3, s3\.b3"):
         CostModel.of_table(mobile32(), pixel1())
-    incomplete = pixel1().model_copy(update={"slots": {key: options for key, options in pixel1().slots.items() if key != "s3.b1"}})
+    incomplete = pixel1().model_copy(
+        update={
+            "slots": {key: options for key, options in pixel1().slots.items() if key != "s3.b1"}
+        }
+    )
     with pytest.raises(CoverageError, match=r"s3\.b1:ir_k3_e3") as caught:
         CostModel.of_table(proxylessnas(), incomplete)
     assert len(caught.value.missing) == 7
@@ -171,4 +191,6 @@ def test_each_single_change_costs_the_difference_of_its_coefficients() -> None:
     slots = pixel1().slots
     for key, option in changes:
         change_ms = cost().of({**base, key: option}) - base_ms
-        assert change_ms == pytest.approx(slots[key][str(option)] - slots[key][str(base[key])], abs=1e-9)
+        assert change_ms == pytest.approx(
+            slots[key][str(option)] - slots[key][str(base[key])], abs=1e-9
+        )

@@ -25,11 +25,19 @@ PADDING = [0.0, 0.0, 0.0, 0.0, -1.0]
 
 def small_arch(classes: int = 3, scores: Scores = "softmax") -> Architecture:
     """Four maps of 64 px images."""
-    return with_detector(Architecture(name="small", blocks=BLOCKS), classes, resolution=64, extras=(32, 16), scores=scores)
+    return with_detector(
+        Architecture(name="small", blocks=BLOCKS),
+        classes,
+        resolution=64,
+        extras=(32, 16),
+        scores=scores,
+    )
 
 
 def small_network(classes: int = 3, scores: Scores = "softmax", seed: int = 0) -> DetectionNetwork:
-    return DetectionNetwork(small_arch(classes, scores), generator=torch.Generator().manual_seed(seed))
+    return DetectionNetwork(
+        small_arch(classes, scores), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def batch(classes: int = 3, count: int = 4) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""Small spaces that have everything in them, and super-nets whose weights tell when they are mixed up."""
+"""Small spaces that have everything in them, and super-nets whose weights tell when
+they are mixed up.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,31 @@ WITH_SE = (*PLAIN, *(f"{option}_se0.25" for option in PLAIN))
 
 
 def widths_space(act: str = "relu6") -> MacroSpace:
-    """Searched widths from stem to head, SE, residuals wherever shapes match, lists that are no full grid."""
+    """Searched widths from stem to head, SE, residuals wherever shapes match, lists
+    that are no full grid.
+    """
     stages = (
         Stage(widths=(8, 16), slots=(("cn_k3",),)),
-        Stage(widths=(8, 16), slots=(("ds_k3", "ds_k5", "ds_k3_se0.25"), ("ds_k3", "skip")), residual="matching"),
+        Stage(
+            widths=(8, 16),
+            slots=(("ds_k3", "ds_k5", "ds_k3_se0.25"), ("ds_k3", "skip")),
+            residual="matching",
+        ),
         Stage(widths=(16, 24), stride=2, slots=(WITH_SE, (*PLAIN, "skip"))),
-        Stage(widths=(16, 24), slots=(("ir_k3_e6_se0.25", "ir_k3_e4_se0.5", "ds_k5"), (*WITH_SE, "skip")), residual="matching"),
+        Stage(
+            widths=(16, 24),
+            slots=(("ir_k3_e6_se0.25", "ir_k3_e4_se0.5", "ds_k5"), (*WITH_SE, "skip")),
+            residual="matching",
+        ),
         Stage(widths=(24, 48), slots=(("cn_k1", "cn_k3"),)),
     )
     return MacroSpace(name="widths", resolution=10, classes=7, act=act, stages=stages)
 
 
 def groups_space() -> MacroSpace:
-    """Grouped and ungrouped 1 x 1 convolutions side by side, as in FBNet; a first slot that may be skipped."""
+    """Grouped and ungrouped 1 x 1 convolutions side by side, as in FBNet; a first slot
+    that may be skipped.
+    """
     options = ("ir_k3_e1", "ir_k3_e1_g2", "ir_k5_e3", "ir_k5_e3_g2", "skip")
     stages = (
         Stage(widths=(16,), slots=(("cn_k3",),)),
@@ -54,23 +68,45 @@ def kernels_space() -> MacroSpace:
 
 
 def depths_space() -> MacroSpace:
-    """Searched depths and resolutions, a pooled head, hard sigmoids: once-for-all in small, with searched widths."""
+    """Searched depths and resolutions, a pooled head, hard sigmoids: once-for-all in
+    small, with searched widths.
+    """
     stages = (
         Stage(widths=(8,), slots=(("cn_k3",),)),
         Stage(widths=(8, 16), slots=(PLAIN[:2], PLAIN, (*PLAIN, "skip"), PLAIN), depths=(1, 2, 4)),
-        Stage(widths=(16,), stride=2, slots=(("ir_k5_e3_se0.25_hsig", "ir_k3_e3_se0.25_hsig"), PLAIN[:2]), depths=(1, 2)),
+        Stage(
+            widths=(16,),
+            stride=2,
+            slots=(("ir_k5_e3_se0.25_hsig", "ir_k3_e3_se0.25_hsig"), PLAIN[:2]),
+            depths=(1, 2),
+        ),
         Stage(widths=(24, 32), slots=(("hd",),)),
     )
-    return MacroSpace(name="depths", resolution=12, resolutions=(8, 12), classes=6, act="hswish", stages=stages)
+    return MacroSpace(
+        name="depths", resolution=12, resolutions=(8, 12), classes=6, act="hswish", stages=stages
+    )
 
 
 def universal_space() -> MacroSpace:
-    """All four cases of the universal inverted bottleneck, fused blocks, channel attention, SiLU, a pooled head with BN."""
+    """All four cases of the universal inverted bottleneck, fused blocks, channel
+    attention, SiLU, a pooled head with BN.
+    """
     cases = ("uir_a0_k0_e2", "uir_a3_k5_e4", "uir_a3_k3_e4", "uir_a5_k3_e4", "skip")
-    others = ("er_k3_e2_nsw", "er_k5_e2_nsw", "ir_k3_e2_eca3", "ir_k5_e2_eca3", "ir_k3_e2_eca5", "uir_a3_k0_e2")
+    others = (
+        "er_k3_e2_nsw",
+        "er_k5_e2_nsw",
+        "ir_k3_e2_eca3",
+        "ir_k5_e2_eca3",
+        "ir_k3_e2_eca5",
+        "uir_a3_k0_e2",
+    )
     stages = (
         Stage(widths=(8,), slots=(("cn_k3",),)),
-        Stage(widths=(8, 16), stride=2, slots=(("uir_a3_k0_e2", "uir_a0_k3_e4", "uir_a5_k3_e2"), cases, others)),
+        Stage(
+            widths=(8, 16),
+            stride=2,
+            slots=(("uir_a3_k0_e2", "uir_a0_k3_e4", "uir_a5_k3_e2"), cases, others),
+        ),
         Stage(widths=(24, 32), slots=(("hd_bn",),)),
     )
     return MacroSpace(name="universal", resolution=12, classes=6, act="relu", stages=stages)
@@ -111,7 +147,9 @@ def batch(space: MacroSpace, seed: int = 0, count: int = 6) -> tuple[Tensor, Ten
     """Random images and labels."""
     generator = torch.Generator().manual_seed(seed)
     shape = (count, space.in_channels, space.resolution, space.resolution)
-    return torch.randn(shape, generator=generator), torch.randint(0, space.classes, (count,), generator=generator)
+    return torch.randn(shape, generator=generator), torch.randint(
+        0, space.classes, (count,), generator=generator
+    )
 
 
 def random_picks(space: MacroSpace, count: int) -> list[Picks]:
@@ -122,7 +160,9 @@ def random_picks(space: MacroSpace, count: int) -> list[Picks]:
 
 
 def picked_ops(space: MacroSpace, picks: Picks) -> Iterator[tuple[int, str, Op]]:
-    """(slot position, option, op) of the slots that are neither skipped nor left out, by the space's own decoding."""
+    """(slot position, option, op) of the slots that are neither skipped nor left out,
+    by the space's own decoding.
+    """
     blocks = iter(space.decode(picks).blocks)
     for position, slot in enumerate(space.slots):
         option = str(picks.get(slot.key, slot.options[0]))

@@ -22,9 +22,15 @@ TIMM = {
     "single_path_nas": "spnasnet_100",
     "fbnet_c": "fbnetc_100",
     **{f"efficientnet_lite{size}": f"efficientnet_lite{size}" for size in range(5)},
-    **{f"mobilenet_v4_conv_{size}": f"mobilenetv4_conv_{size}" for size in ("small", "medium", "large")},
+    **{
+        f"mobilenet_v4_conv_{size}": f"mobilenetv4_conv_{size}"
+        for size in ("small", "medium", "large")
+    },
 }
-THEIRS = {f"timm-{name}": (name, lambda theirs=theirs: timm.create_model(theirs)) for name, theirs in TIMM.items()}
+THEIRS = {
+    f"timm-{name}": (name, lambda theirs=theirs: timm.create_model(theirs))
+    for name, theirs in TIMM.items()
+}
 WIDER_AND_NARROWER = {
     "mobilenetv2_035": "mobilenet_v2-w0.35",
     "mobilenetv2_050": "mobilenet_v2-w0.5",
@@ -38,7 +44,10 @@ WIDER_AND_NARROWER = {
     "mobilenetv4_conv_small_035": "mobilenet_v4_conv_small-w0.35",
     "mobilenetv4_conv_small_050": "mobilenet_v4_conv_small-w0.5",
 }
-THEIRS |= {f"timm-{theirs}": (name, lambda theirs=theirs: timm.create_model(theirs)) for theirs, name in WIDER_AND_NARROWER.items()}
+THEIRS |= {
+    f"timm-{theirs}": (name, lambda theirs=theirs: timm.create_model(theirs))
+    for theirs, name in WIDER_AND_NARROWER.items()
+}
 THEIRS |= {
     f"timm-efficientnet_v2_b{size}": (
         f"efficientnet_v2_b{size}",
@@ -47,11 +56,17 @@ THEIRS |= {
     for size in range(4)
 }
 THEIRS |= {
-    f"torchvision-mobilenet_v2-{width}": (f"mobilenet_v2-w{width}", lambda width=width: torchvision.models.mobilenet_v2(width_mult=width))
+    f"torchvision-mobilenet_v2-{width}": (
+        f"mobilenet_v2-w{width}",
+        lambda width=width: torchvision.models.mobilenet_v2(width_mult=width),
+    )
     for width in (0.35, 0.5, 0.75, 1.4)
 }
 THEIRS |= {
-    f"torchvision-mnasnet-{width}": (f"mnasnet_b1-w{width}", lambda width=width: torchvision.models.MNASNet(width))
+    f"torchvision-mnasnet-{width}": (
+        f"mnasnet_b1-w{width}",
+        lambda width=width: torchvision.models.MNASNet(width),
+    )
     for width in (0.5, 0.75, 1.3)
 }
 THEIRS |= {
@@ -62,7 +77,10 @@ THEIRS |= {
     for width in (0.5, 1.4)
 }
 THEIRS |= {
-    f"timm-fbnetc-{width}": (f"fbnet_c-w{width}", lambda width=width: timm.models.efficientnet._gen_fbnetc("fbnetc_100", width))
+    f"timm-fbnetc-{width}": (
+        f"fbnet_c-w{width}",
+        lambda width=width: timm.models.efficientnet._gen_fbnetc("fbnetc_100", width),
+    )
     for width in (0.75, 1.4)
 }
 THEIRS |= {
@@ -73,12 +91,18 @@ THEIRS |= {
 
 def weighted(module: nn.Module) -> list[nn.Module]:
     """Convolutions, batch norms and linear layers in the order in which they were registered."""
-    return [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+    return [
+        part
+        for part in module.modules()
+        if isinstance(part, nn.Conv2d | nn.BatchNorm2d | nn.Linear)
+    ]
 
 
 @torch.no_grad()
 def randomise(module: nn.Module) -> None:
-    """As after training: a fresh network's logits in eval mode are near 1e-9, and comparing them would compare silence."""
+    """As after training: a fresh network's logits in eval mode are near 1e-9, and
+    comparing them would compare silence.
+    """
     generator = torch.Generator().manual_seed(0)
     for part in weighted(module):
         if isinstance(part, nn.BatchNorm2d):
@@ -126,7 +150,9 @@ def test_logits_differ_where_the_epsilon_does() -> None:
 
 def test_proxylessnas_mobile() -> None:
     """4.08 M parameters, as in the authors' logs."""
-    network = Network(published("proxylessnas_mobile"), generator=torch.Generator().manual_seed(0)).eval()
+    network = Network(
+        published("proxylessnas_mobile"), generator=torch.Generator().manual_seed(0)
+    ).eval()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     assert round(parameters / 1e6, 2) == 4.08
     assert parameters == network.arch.params

@@ -45,22 +45,34 @@ def test_every_input_channel_of_a_grouped_block_reaches_every_group(key: str) ->
 def test_the_gates_are_torchs() -> None:
     x_NC11 = torch.linspace(-5, 5, 41).reshape(1, 41, 1, 1)
     assert torch.equal(ACTIVATIONS["sigmoid"](x_NC11, False), torch.sigmoid(x_NC11))
-    torch.testing.assert_close(ACTIVATIONS["hsig"](x_NC11, False), torch.clamp(x_NC11 + 3, 0, 6) / 6)
+    torch.testing.assert_close(
+        ACTIVATIONS["hsig"](x_NC11, False), torch.clamp(x_NC11 + 3, 0, 6) / 6
+    )
 
 
 def test_a_head_pools_before_its_convolution() -> None:
     head = build(Op.parse("head-h5-i8-o16-hswish"))
     x_NCHW = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(0))
     conv = next(part for part in head.modules() if isinstance(part, nn.Conv2d))
-    expected = nn.functional.hardswish(nn.functional.linear(x_NCHW.mean((2, 3)), conv.weight[:, :, 0, 0], conv.bias))
+    expected = nn.functional.hardswish(
+        nn.functional.linear(x_NCHW.mean((2, 3)), conv.weight[:, :, 0, 0], conv.bias)
+    )
     found = head(x_NCHW)
     assert found.shape == (2, 16, 1, 1)
     torch.testing.assert_close(found[:, :, 0, 0], expected)
 
 
 def test_weights_begin_as_asked() -> None:
-    """He's normal as TuNAS has it, or PyTorch's own: of the spread that torch gives by itself, from the generator alone."""
-    own = nn.ModuleList([nn.Conv2d(64, 64, 3, bias=True), nn.Conv2d(64, 64, 5, groups=64, bias=False), nn.Linear(256, 100)])
+    """He's normal as TuNAS has it, or PyTorch's own: of the spread that torch gives by
+    itself, from the generator alone.
+    """
+    own = nn.ModuleList(
+        [
+            nn.Conv2d(64, 64, 3, bias=True),
+            nn.Conv2d(64, 64, 5, groups=64, bias=False),
+            nn.Linear(256, 100),
+        ]
+    )
     spread = [float(tensor.detach().std()) for tensor in own.parameters()]
     made = [copy.deepcopy(own) for _ in range(3)]
     for module, how in zip(made, ("torch", "torch", "he"), strict=True):
@@ -69,12 +81,20 @@ def test_weights_begin_as_asked() -> None:
     assert all(torch.equal(*pair) for pair in zip(torchs, again, strict=True))
     assert [float(tensor.std()) for tensor in torchs] == pytest.approx(spread, rel=0.2)
     fans = (576, 576, 25, 256, 256)
-    assert all(float(tensor.abs().max()) <= fan**-0.5 for tensor, fan in zip(torchs, fans, strict=True))
-    assert [float(tensor.std()) for tensor in he] == pytest.approx([(2 / 576) ** 0.5, 0, (2 / 25) ** 0.5, 0.01, 0], rel=0.05)
+    assert all(
+        float(tensor.abs().max()) <= fan**-0.5 for tensor, fan in zip(torchs, fans, strict=True)
+    )
+    assert [float(tensor.std()) for tensor in he] == pytest.approx(
+        [(2 / 576) ** 0.5, 0, (2 / 25) ** 0.5, 0.01, 0], rel=0.05
+    )
 
 
-def test_the_second_half_of_a_factorised_reduction_reads_the_pixels_that_the_first_leaves_out() -> None:
-    """FactorizedReduce of DARTS: two 1x1 convolutions of stride 2, the second one pixel down and to the right."""
+def test_the_second_half_of_a_factorised_reduction_reads_the_pixels_that_the_first_leaves_out() -> (
+    None
+):
+    """FactorizedReduce of DARTS: two 1x1 convolutions of stride 2, the second one pixel
+    down and to the right.
+    """
     op = Op.parse("facreduce-h8-i4-o6-s2-relu")
     block = build(op).eval()
     initialise(block, torch.Generator().manual_seed(0))

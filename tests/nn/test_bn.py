@@ -40,19 +40,26 @@ def test_closed_form() -> None:
 
 
 def test_statistics_behind_another_norm() -> None:
-    """A second norm sees what the first gives in training mode, so its statistics are those of the same forward pass."""
-    network = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2), nn.Dropout(0.5)).train()
+    """A second norm sees what the first gives in training mode, so its statistics are
+    those of the same forward pass.
+    """
+    network = nn.Sequential(
+        nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2), nn.Dropout(0.5)
+    ).train()
     x_NCHW = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 5 + 3
     recalibrate(network, [x_NCHW])
     inner = torch.relu(
-        (x_NCHW - x_NCHW.mean((0, 2, 3), keepdim=True)) / (x_NCHW.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+        (x_NCHW - x_NCHW.mean((0, 2, 3), keepdim=True))
+        / (x_NCHW.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
     )
     assert torch.allclose(network[2].running_mean, inner.mean((0, 2, 3)), atol=1e-5)
     assert not any(module.training for module in network.modules())
 
 
 def test_without_it_a_ranking_means_nothing(tmp_path: Path) -> None:
-    data = DataConfig(name="digits", resolution=8, channels=1, mean=(0.5,), std=(0.5,), augment="none")
+    data = DataConfig(
+        name="digits", resolution=8, channels=1, mean=(0.5,), std=(0.5,), augment="none"
+    )
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
         Stage(widths=(8,), slots=(("cn_k3",),)),
@@ -66,7 +73,11 @@ def test_without_it_a_ranking_means_nothing(tmp_path: Path) -> None:
     engine = Engine(supernet, optimizer, 150, 64, 0, tmp_path)
     batches = training_batches(train, 64, seed=0, first=0, last=150)
     rng = np.random.default_rng(0)
-    engine.fit(lambda step: engine.weight_step(*next(batches), one_hot(space.sample(rng), space)), Progress(), "training")
+    engine.fit(
+        lambda step: engine.weight_step(*next(batches), one_hot(space.sample(rng), space)),
+        Progress(),
+        "training",
+    )
     gains, weights = [], {name: tensor.clone() for name, tensor in supernet.named_parameters()}
     for option in options:
         network = supernet.extract({"s1.b0": option, "s1.b1": option})
@@ -74,7 +85,9 @@ def test_without_it_a_ranking_means_nothing(tmp_path: Path) -> None:
         before = {name: parameter.clone() for name, parameter in network.named_parameters()}
         recalibrate(network, (x for x, _ in evaluation_batches(train, 64, limit=512)))
         gains.append(accuracy(network, evaluation_batches(held_out, 256)) - without)
-        assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
+        assert all(
+            torch.equal(parameter, before[name]) for name, parameter in network.named_parameters()
+        )
         assert without + gains[-1] > 0.6
     assert min(gains) > 0.2, gains
     assert all(torch.equal(tensor, weights[name]) for name, tensor in supernet.named_parameters())

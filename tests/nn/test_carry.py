@@ -1,4 +1,6 @@
-"""The super-net of a shrunk space begins as the one it was shrunk from: every network that is left is what it was."""
+"""The super-net of a shrunk space begins as the one it was shrunk from: every network
+that is left is what it was.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from hwnas.core.arch import Picks
 from hwnas.core.space import MacroSpace
 from hwnas.nn.supernet import Supernet
 from hwnas.search.proposal import one_hot
-from tests.nn.nets import batch, depths_space, groups_space, kernels_space, random_picks, supernet_of, widths_space
+from tests.nn.nets import (
+    batch,
+    depths_space,
+    groups_space,
+    kernels_space,
+    random_picks,
+    supernet_of,
+    widths_space,
+)
 from tests.search.staging import tiny_space
 
 SHRUNK: dict[str, tuple[MacroSpace, dict[str, list[Any]]]] = {
@@ -55,7 +65,10 @@ def pairs(space: MacroSpace, left: MacroSpace) -> Iterator[tuple[Picks, Picks]]:
 def test_no_weight_is_lost(name: str, config: dict[str, Any]) -> None:
     space, allowed = SHRUNK[name]
     left = space.restrict(allowed, "left")
-    before, after = supernet_of(space, SupernetConfig(**config)), Supernet(left, torch.Generator().manual_seed(8), SupernetConfig(**config))
+    before, after = (
+        supernet_of(space, SupernetConfig(**config)),
+        Supernet(left, torch.Generator().manual_seed(8), SupernetConfig(**config)),
+    )
     with torch.no_grad():
         for key, tensor in [*before.named_parameters(), *before.named_buffers()]:
             if "transforms" in key or "running" in key:
@@ -72,8 +85,16 @@ def test_copies_begin_as_what_was_shared_and_part_in_training(coarse: Any, fine:
     space, allowed = SHRUNK["tiny"]
     left = space.restrict(allowed, "left")
     before = supernet_of(space, SupernetConfig(sharing="separate", operation_on=coarse))
-    same = Supernet(left, torch.Generator().manual_seed(8), SupernetConfig(sharing="separate", operation_on=coarse))
-    after = Supernet(left, torch.Generator().manual_seed(9), SupernetConfig(sharing="separate", operation_on=fine))
+    same = Supernet(
+        left,
+        torch.Generator().manual_seed(8),
+        SupernetConfig(sharing="separate", operation_on=coarse),
+    )
+    after = Supernet(
+        left,
+        torch.Generator().manual_seed(9),
+        SupernetConfig(sharing="separate", operation_on=fine),
+    )
     same.take_over(before)
     after.take_over(before)
     assert sum(p.numel() for p in after.parameters()) > sum(p.numel() for p in same.parameters())
@@ -81,38 +102,68 @@ def test_copies_begin_as_what_was_shared_and_part_in_training(coarse: Any, fine:
     for picks in random_picks(left, 6):
         gates = one_hot(picks, left)
         assert torch.allclose(same(x_NCHW, gates), after(x_NCHW, gates), atol=1e-6)
-    path = {"s0.width": 8, "s1.b0": "ir_k3_e3", "s1.b1": "ir_k5_e3", "s1.b2": "ir_k3_e3", "s2.width": 24}
+    path = {
+        "s0.width": 8,
+        "s1.b0": "ir_k3_e3",
+        "s1.b1": "ir_k5_e3",
+        "s1.b2": "ir_k3_e3",
+        "s2.width": 24,
+    }
     far = {**path, "s1.b1": "skip"}
     last: Any = after.slots[3].copies
     after.zero_grad(set_to_none=True)
     after(x_NCHW, one_hot(path, left)).sum().backward()
-    trained = {number for number, copy in enumerate(last) if any(p.grad is not None for p in copy.parameters())}
+    trained = {
+        number
+        for number, copy in enumerate(last)
+        if any(p.grad is not None for p in copy.parameters())
+    }
     after.zero_grad(set_to_none=True)
     after(x_NCHW, one_hot(far, left)).sum().backward()
-    others = {number for number, copy in enumerate(last) if any(p.grad is not None for p in copy.parameters())}
+    others = {
+        number
+        for number, copy in enumerate(last)
+        if any(p.grad is not None for p in copy.parameters())
+    }
     assert len(trained) == len(others) == 1 and trained != others
 
 
 def test_weights_per_operator_that_the_input_comes_from() -> None:
     """A slot has a copy for each option, but skip, of each slot that its input may come from."""
-    space = tiny_space().restrict({"s1.b0": ["ir_k3_e3", "ir_k5_e3"], "s1.b1": ["ir_k3_e3", "ir_k5_e6", "skip"], "s1.b2": ["ir_k3_e3"]})
+    space = tiny_space().restrict(
+        {
+            "s1.b0": ["ir_k3_e3", "ir_k5_e3"],
+            "s1.b1": ["ir_k3_e3", "ir_k5_e6", "skip"],
+            "s1.b2": ["ir_k3_e3"],
+        }
+    )
     supernet = supernet_of(space, SupernetConfig(sharing="separate", operation_on="op"))
     assert [len(module.copies) for module in supernet.slots] == [1, 1, 2, 4, 1]
     found = {}
     for one in ("ir_k3_e3", "ir_k5_e3"):
         for two in ("ir_k3_e3", "ir_k5_e6", "skip"):
             picks: Picks = {"s0.width": 8, "s1.b0": one, "s1.b1": two, "s2.width": 24}
-            found[one, two] = next(source for position, _, _, source in supernet.path(picks) if position == 3)
-    assert found["ir_k3_e3", "ir_k3_e3"] == found["ir_k5_e3", "ir_k3_e3"]  # it comes from the same operator
+            found[one, two] = next(
+                source for position, _, _, source in supernet.path(picks) if position == 3
+            )
+    # it comes from the same operator
+    assert found["ir_k3_e3", "ir_k3_e3"] == found["ir_k5_e3", "ir_k3_e3"]
     assert len(set(found.values())) == 4
     x_NCHW = batch(space)[0].double()
     supernet = supernet.double()
     for picks in random_picks(space, 8):
-        assert torch.allclose(supernet(x_NCHW, one_hot(picks, space)), supernet.extract(picks).train()(x_NCHW), atol=1e-10)
+        assert torch.allclose(
+            supernet(x_NCHW, one_hot(picks, space)),
+            supernet.extract(picks).train()(x_NCHW),
+            atol=1e-10,
+        )
 
 
 def test_a_slot_that_is_always_skipped_is_no_producer() -> None:
     space = tiny_space().restrict({"s1.b1": ["skip"]})
     supernet = supernet_of(space, SupernetConfig(sharing="separate", operation_on="edge"))
     assert [len(module.copies) for module in supernet.slots] == [1, 1, 1, 1, 2]
-    assert supernet.extract({"s0.width": 8, "s1.b0": "ir_k3_e3", "s1.b2": "skip", "s2.width": 24}) is not None
+    assert (
+        supernet.extract({"s0.width": 8, "s1.b0": "ir_k3_e3", "s1.b2": "skip", "s2.width": 24})
+        is not None
+    )

@@ -1,4 +1,6 @@
-"""The super-net of cells: a single path is its stand-alone network, a mixture is the sum, and what is off costs nothing."""
+"""The super-net of cells: a single path is its stand-alone network, a mixture is the
+sum, and what is off costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from hwnas.search.proposal import one_hot
 SPACES = {
     "nasbench201": nasbench201(width=0.25, resolution=8),
     "darts": darts(channels=4, layers=5, resolution=8),
-    "nds_darts": nds_darts(width=0.125, layers=4, resolution=8),  # whose second stage is one reduction
+    # whose second stage is one reduction
+    "nds_darts": nds_darts(width=0.125, layers=4, resolution=8),
 }
 
 
@@ -31,12 +34,16 @@ def images(count: int = 4) -> torch.Tensor:
 
 
 def supernet_of(space: CellSpace, **config: object) -> CellSupernet:
-    return CellSupernet(space, torch.Generator().manual_seed(0), SupernetConfig.model_validate(config))
+    return CellSupernet(
+        space, torch.Generator().manual_seed(0), SupernetConfig.model_validate(config)
+    )
 
 
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_single_path_is_the_network_that_is_extracted(name: str, affine: bool, tmp_path: Path) -> None:
+def test_a_single_path_is_the_network_that_is_extracted(
+    name: str, affine: bool, tmp_path: Path
+) -> None:
     space, rng = SPACES[name], np.random.default_rng(0)
     supernet = supernet_of(space, bn_affine=affine)
     for _ in range(6):
@@ -57,15 +64,22 @@ def test_a_single_path_gives_no_other_weight_a_gradient(name: str) -> None:
     supernet(images(), one_hot(picks, space)).sum().backward()
     trained = sum(weight.numel() for weight in supernet.parameters() if weight.grad is not None)
     alone = supernet.extract(picks)
-    assert 0 < trained <= sum(weight.numel() for weight in alone.parameters())  # behind a zero node nothing learns
+    # behind a zero node nothing learns
+    assert 0 < trained <= sum(weight.numel() for weight in alone.parameters())
 
 
 def test_a_mixture_is_the_weighted_sum_of_options() -> None:
-    """With one edge open on a space whose only path leads over it, logits before the classifier are linear in nothing but BN: by hand."""
+    """With one edge open on a space whose only path leads over it, logits before the
+    classifier are linear in nothing but BN: by hand.
+    """
     space = SPACES["nasbench201"]
     supernet = supernet_of(space)
-    position, place = next((i, place) for i, place in enumerate(supernet.places) if place.key == "c.e1-3")
-    x_NCHW = torch.randn(2, place.channels, place.size, place.size, generator=torch.Generator().manual_seed(2))
+    position, place = next(
+        (i, place) for i, place in enumerate(supernet.places) if place.key == "c.e1-3"
+    )
+    x_NCHW = torch.randn(
+        2, place.channels, place.size, place.size, generator=torch.Generator().manual_seed(2)
+    )
     weights = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4], requires_grad=True)
     part = supernet.parts[position]
     mixed = supernet._edge(place, part, x_NCHW, with_values({"c.e1-3": weights}), 0.0)
@@ -73,7 +87,11 @@ def test_a_mixture_is_the_weighted_sum_of_options() -> None:
     assert mixed is not None
     torch.testing.assert_close(mixed, by_hand)
     mixed.square().sum().backward()
-    assert weights.grad is not None and weights.grad[[1, 3, 4]].abs().min() > 0 and weights.grad[[0, 2]].abs().max() == 0
+    assert (
+        weights.grad is not None
+        and weights.grad[[1, 3, 4]].abs().min() > 0
+        and weights.grad[[0, 2]].abs().max() == 0
+    )
     assert all(weight.grad is None for weight in part["nor_conv_1x1"].parameters())
 
 
@@ -84,20 +102,32 @@ def test_edges_weigh_as_the_pairs_that_keep_them() -> None:
     gates = {key: torch.tensor(gate) for key, gate in one_hot(picks, space).items()}
     key = "normal.n4.inputs"
     gates["normal.e0-4"] = gates["normal.e3-4"] = torch.eye(8)[3].double()
-    gates[key] = torch.tensor([0.5 if pair in ("0+1", "0+2") else 0.0 for pair in space.inputs[key]])
-    position, place = next((i, place) for i, place in enumerate(supernet.places) if place.key == "normal.e0-4")
+    gates[key] = torch.tensor(
+        [0.5 if pair in ("0+1", "0+2") else 0.0 for pair in space.inputs[key]]
+    )
+    position, place = next(
+        (i, place) for i, place in enumerate(supernet.places) if place.key == "normal.e0-4"
+    )
     x_NCHW = torch.randn(2, place.channels, place.size, place.size)
     kept = supernet._edge(place, supernet.parts[position], x_NCHW, with_values(gates), 0.0)
     assert kept is not None
     torch.testing.assert_close(kept, x_NCHW)
     left_out = next(i for i, place in enumerate(supernet.places) if place.key == "normal.e3-4")
-    assert supernet._edge(supernet.places[left_out], supernet.parts[left_out], x_NCHW, with_values(gates), 0.0) is None
+    assert (
+        supernet._edge(
+            supernet.places[left_out], supernet.parts[left_out], x_NCHW, with_values(gates), 0.0
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_rematerialisation_changes_no_gradient(name: str) -> None:
     space = SPACES[name]
-    gates = {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in space.choices}
+    gates = {
+        choice.key: np.full(len(choice.options), 1 / len(choice.options))
+        for choice in space.choices
+    }
     found = []
     for remat in (True, False):
         supernet = supernet_of(space, remat=remat)
@@ -111,7 +141,10 @@ def test_rematerialisation_changes_no_gradient(name: str) -> None:
 def test_statistics_are_tracked_where_they_are_kept() -> None:
     space = SPACES["darts"]
     supernet = supernet_of(space, bn_track=True)
-    gates = {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in space.choices}
+    gates = {
+        choice.key: np.full(len(choice.options), 1 / len(choice.options))
+        for choice in space.choices
+    }
     norm = next(module for module in supernet.modules() if isinstance(module, torch.nn.BatchNorm2d))
     supernet.tracking = False
     supernet.train()(images(), gates)
@@ -129,7 +162,9 @@ def test_files_and_proxies(name: str, tmp_path: Path) -> None:
     assert supernet.arch(picks).macs < space.decode(picks).macs
     supernet.save(tmp_path / "shared.safetensors")
     again = load_supernet(tmp_path / "shared.safetensors", space)
-    torch.testing.assert_close(again(images(), one_hot(picks, space)), supernet(images(), one_hot(picks, space)))
+    torch.testing.assert_close(
+        again(images(), one_hot(picks, space)), supernet(images(), one_hot(picks, space))
+    )
     with pytest.raises(ConfigError, match="is of space deeper"):
         load_supernet(tmp_path / "shared.safetensors", SPACES[name])
 
@@ -142,13 +177,19 @@ def test_a_super_net_that_grows(tmp_path: Path) -> None:
     for growing.grown in range(3):
         growing.zero_grad()
         growing(images(), one_hot(picks, space)).sum().backward()
-        learnt = {name.split(".")[1] for name, weight in growing.named_parameters() if weight.grad is not None and weight.grad.any()}
+        learnt = {
+            name.split(".")[1]
+            for name, weight in growing.named_parameters()
+            if weight.grad is not None and weight.grad.any()
+        }
         assert learnt == {str(growing.grown)}
         macs.append(growing.arch(picks).macs)
     assert macs == sorted(set(macs))
     growing.save(tmp_path / "shared.safetensors")
     again = load_supernet(tmp_path / "shared.safetensors", space)
-    torch.testing.assert_close(again(images(), one_hot(picks, space)), growing(images(), one_hot(picks, space)))
+    torch.testing.assert_close(
+        again(images(), one_hot(picks, space)), growing(images(), one_hot(picks, space))
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,10 +226,18 @@ def angle_vector(supernet: CellSupernet, text: str) -> list[torch.Tensor]:
                     weights = []
                     break
                 if option == "avg_pool_3x3":
-                    channels = next(place.channels for place in supernet.places if place.slot == f"cell{cell}.c.e{source}-{node}")
+                    channels = next(
+                        place.channels
+                        for place in supernet.places
+                        if place.slot == f"cell{cell}.c.e{source}-{node}"
+                    )
                     weights.append(torch.full((channels * 9,), 1 / 9))
                 elif option != "skip_connect":
-                    weights.append(parts[f"cell{cell}.c.e{source}-{node}"][option].layers.conv.conv.weight.flatten())
+                    weights.append(
+                        parts[f"cell{cell}.c.e{source}-{node}"][
+                            option
+                        ].layers.conv.conv.weight.flatten()
+                    )
             found += weights
     return found
 
@@ -200,7 +249,11 @@ def test_the_angle_s_weights_are_anglenas_s() -> None:
     for _ in range(10):
         picks = space.sample(rng)
         vector = torch.cat(angle_vector(supernet, space.write(picks))).detach()
-        weights = [(weight, times) for part, times in supernet.angle_parts(picks) for weight in supernet.angle_weights(part)]
+        weights = [
+            (weight, times)
+            for part, times in supernet.angle_parts(picks)
+            for weight in supernet.angle_weights(part)
+        ]
         assert sum(weight.numel() * times for weight, times in weights) == len(vector)
         squares = sum(float(weight.detach().square().sum()) * times for weight, times in weights)
         assert squares == pytest.approx(float(vector.square().sum()), rel=1e-4)
@@ -217,15 +270,28 @@ def test_smaller_images_up_to_the_last_part_of_the_training(name: str) -> None:
         if any(step.kind == "zero" for step in network.arch.graph):
             continue  # those of the network alone are of one size
         for supernet.fraction, size in ((0.0, 8), (0.5, 16)):
-            torch.testing.assert_close(supernet.train()(x_NCHW, gates), network(resized(x_NCHW, size)))
+            torch.testing.assert_close(
+                supernet.train()(x_NCHW, gates), network(resized(x_NCHW, size))
+            )
     for size in (10, 16):
-        with pytest.raises(ConfigError, match=rf"proxy_resolution = {size} is no size below the 16 px of space \w+, in multiples of 4"):
+        with pytest.raises(
+            ConfigError,
+            match=(
+                rf"proxy_resolution = {size} is no size below the 16 px of space \w+, in multiples"
+                r" of 4"
+            ),
+        ):
             supernet_of(space, proxy_resolution=size)
 
 
 def test_every_stage_of_a_super_net_that_grows_knows_how_far_the_training_is() -> None:
     config = SupernetConfig(proxy_resolution=8, full_resolution=0.5)
-    growing = GrowingSupernet(SPACES["darts"].changed("larger", resolution=16), torch.Generator().manual_seed(0), config, (1, 1))
+    growing = GrowingSupernet(
+        SPACES["darts"].changed("larger", resolution=16),
+        torch.Generator().manual_seed(0),
+        config,
+        (1, 1),
+    )
     for growing.grown in range(2):
         growing.fraction = 0.0
         assert growing.present.proxy_resolution() == 8
@@ -234,11 +300,18 @@ def test_every_stage_of_a_super_net_that_grows_knows_how_far_the_training_is() -
 
 
 @pytest.mark.parametrize(("asked", "kept"), [("auto", "torch"), ("torch", "torch"), ("he", "he")])
-def test_weights_begin_as_the_papers_code_does_or_as_asked(asked: str, kept: str, tmp_path: Path) -> None:
-    """PyTorch's uniform ones end at 1 / sqrt(fan-in), of which a third of He's normal ones are beyond. The file says which they are."""
+def test_weights_begin_as_the_papers_code_does_or_as_asked(
+    asked: str, kept: str, tmp_path: Path
+) -> None:
+    """PyTorch's uniform ones end at 1 / sqrt(fan-in), of which a third of He's normal
+    ones are beyond. The file says which they are.
+    """
     supernet = supernet_of(SPACES["nasbench201"], initialisation=asked)
     convs = [part.weight for part in supernet.modules() if isinstance(part, torch.nn.Conv2d)]
     beyond = [float((weight.abs() > weight[0].numel() ** -0.5).float().mean()) for weight in convs]
     assert max(beyond) == 0 if kept == "torch" else min(beyond) > 0.2
     supernet.save(tmp_path / "shared.safetensors")
-    assert load_supernet(tmp_path / "shared.safetensors", SPACES["nasbench201"]).config.initialisation == kept
+    assert (
+        load_supernet(tmp_path / "shared.safetensors", SPACES["nasbench201"]).config.initialisation
+        == kept
+    )

@@ -1,4 +1,6 @@
-"""Detection networks: what they put out and in which order, how their weights begin, how they are kept."""
+"""Detection networks: what they put out and in which order, how their weights begin,
+how they are kept.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_every_published_network_carries_a_detector_at_320_px(name: str) -> None
 @torch.inference_mode()
 def test_rows_are_anchors_cell_by_cell_and_map_by_map() -> None:
     network = small_network().eval()
-    maps = [torch.randn(2, head.in_ch, head.size, head.size) for head in detector_of(network.arch).heads]
+    maps = [
+        torch.randn(2, head.in_ch, head.size, head.size) for head in detector_of(network.arch).heads
+    ]
     logits, codes = predictions(network.heads, maps, 3)
     coarser = 6 * 16**2  # the first map's anchors come first
     for row, column, anchor in ((0, 0, 0), (2, 5, 4), (7, 1, 5)):
@@ -49,8 +53,14 @@ def test_weights_are_a_function_of_the_generator_and_begin_as_documented() -> No
     network, same, other = small_network(), small_network(), small_network(seed=1)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, same.state_dict()[name]), name
-    assert not torch.equal(network.blocks[0].layers.conv.conv.weight, other.blocks[0].layers.conv.conv.weight)
-    convolutions = [part for part in (*network.extras.modules(), *network.heads.modules()) if isinstance(part, nn.Conv2d)]
+    assert not torch.equal(
+        network.blocks[0].layers.conv.conv.weight, other.blocks[0].layers.conv.conv.weight
+    )
+    convolutions = [
+        part
+        for part in (*network.extras.modules(), *network.heads.modules())
+        if isinstance(part, nn.Conv2d)
+    ]
     weights = torch.cat([part.weight.flatten() for part in convolutions])
     assert weights.std().item() == pytest.approx(0.03, rel=0.05)
     assert all(part.bias is None or not part.bias.any() for part in convolutions)
@@ -64,11 +74,18 @@ def test_scores_of_sigmoids_begin_at_one_percent() -> None:
 
 
 def test_blocks_take_the_weights_of_a_classifiers() -> None:
-    arch = Architecture(name="classifier", blocks=(*BLOCKS, Conv(8, 40, 64, act="relu6"), Classifier(8, 64, 7)))
+    arch = Architecture(
+        name="classifier", blocks=(*BLOCKS, Conv(8, 40, 64, act="relu6"), Classifier(8, 64, 7))
+    )
     classifier = Network(arch, generator=torch.Generator().manual_seed(5))
     network = small_network()
     left_out = network.load_state_dict(
-        {name: tensor for name, tensor in classifier.state_dict().items() if name in network.state_dict()}, strict=False
+        {
+            name: tensor
+            for name, tensor in classifier.state_dict().items()
+            if name in network.state_dict()
+        },
+        strict=False,
     )
     assert {name.split(".")[0] for name in left_out.missing_keys} == {"extras", "heads"}
 
@@ -98,7 +115,9 @@ def test_weights_without_a_detector_are_no_checkpoint_of_one(tmp_path: Path) -> 
     backbone = Network(Architecture(name="backbone", blocks=network.arch.blocks))
     backbone.arch = network.arch
     save_network(backbone, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"is corrupt or was cut off .*: train again, or restore the file\."):
+    with pytest.raises(
+        CheckpointError, match=r"is corrupt or was cut off .*: train again, or restore the file\."
+    ):
         load_network(tmp_path / "model.safetensors")
 
 

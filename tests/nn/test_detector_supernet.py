@@ -1,4 +1,6 @@
-"""The super-net of a space of detectors: one-hot gates are the extracted detector, mixtures are differentiable, backbones are inherited."""
+"""The super-net of a space of detectors: one-hot gates are the extracted detector,
+mixtures are differentiable, backbones are inherited.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_one_hot_gates_are_the_extracted_detector(config: dict[str, Any]) -> Non
         for norm in network.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.train()  # the statistics of the batch, as in the super-net
-        for mine, theirs in zip(supernet(x_NCHW, one_hot(picks, space)), network(x_NCHW), strict=True):
+        for mine, theirs in zip(
+            supernet(x_NCHW, one_hot(picks, space)), network(x_NCHW), strict=True
+        ):
             assert mine.shape == theirs.shape and mine.std() > 1e-3
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
@@ -63,7 +67,10 @@ def test_one_hot_gates_are_the_extracted_detector(config: dict[str, Any]) -> Non
 def test_every_gate_gets_a_gradient_from_the_detectors_outputs() -> None:
     space = detectors()
     supernet = supernet_of(space).train()
-    gates = {choice.key: torch.full((len(choice.options),), 1 / len(choice.options), requires_grad=True) for choice in space.choices}
+    gates = {
+        choice.key: torch.full((len(choice.options),), 1 / len(choice.options), requires_grad=True)
+        for choice in space.choices
+    }
     logits, codes = supernet(images(), gates)
     (logits.square().mean() + codes.square().mean()).backward()
     for key, gate in gates.items():
@@ -72,10 +79,15 @@ def test_every_gate_gets_a_gradient_from_the_detectors_outputs() -> None:
 
 
 def test_probed_widths_get_a_gradient_too() -> None:
-    """A width that weighs 0 gets its own from the extra, not from the predictors, whose BN would make something of nothing."""
+    """A width that weighs 0 gets its own from the extra, not from the predictors, whose
+    BN would make something of nothing.
+    """
     space = detectors()
     supernet, picks = supernet_of(space).train(), space.at([0] * len(space.choices))
-    gates = {key: torch.tensor(gate, dtype=torch.float32, requires_grad=True) for key, gate in one_hot(picks, space).items()}
+    gates = {
+        key: torch.tensor(gate, dtype=torch.float32, requires_grad=True)
+        for key, gate in one_hot(picks, space).items()
+    }
     logits, codes = supernet(images(), gates, {"s3.width": (1,)})
     (logits.square().mean() + codes.square().mean()).backward()
     gradient = gates["s3.width"].grad
@@ -84,7 +96,9 @@ def test_probed_widths_get_a_gradient_too() -> None:
 
 def test_sigmoid_scores_begin_at_one_percent() -> None:
     supernet = supernet_of(detectors()).eval()
-    logits, _ = supernet(images(), one_hot(detectors().at([0] * len(detectors().choices)), detectors()))
+    logits, _ = supernet(
+        images(), one_hot(detectors().at([0] * len(detectors().choices)), detectors())
+    )
     assert torch.sigmoid(logits[..., 1:]).mean().item() == pytest.approx(0.01, rel=0.2)
 
 
@@ -92,7 +106,10 @@ def test_a_super_net_of_detectors_is_kept_with_its_space(tmp_path: Path) -> None
     supernet = supernet_of(detectors())
     supernet.save(tmp_path / "shared.safetensors")
     again = load_supernet(tmp_path / "shared.safetensors", detectors())
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in supernet.state_dict().items())
+    assert all(
+        torch.equal(again.state_dict()[name], tensor)
+        for name, tensor in supernet.state_dict().items()
+    )
     with pytest.raises(ConfigError, match="is of space boxes-ssdlite"):
         load_supernet(tmp_path / "shared.safetensors", classifiers())
 
@@ -103,7 +120,9 @@ def test_a_portfolio_holds_detectors() -> None:
     members = [space.sample(np.random.default_rng(seed)) for seed in range(2)]
     portfolio = Portfolio(space, members, torch.Generator().manual_seed(0)).eval()
     network = portfolio.extract(members[1]).eval()
-    for mine, theirs in zip(portfolio(images(), one_hot(members[1], space)), network(images()), strict=True):
+    for mine, theirs in zip(
+        portfolio(images(), one_hot(members[1], space)), network(images()), strict=True
+    ):
         assert torch.equal(mine, theirs)
     assert portfolio.no_weight_decay() == set()
 
@@ -115,33 +134,59 @@ def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
     """Images of another size, another stage in the middle."""
     stages = classifiers().stages
     other = classifiers().model_copy(
-        update={"stages": (*stages[:2], Stage(widths=(16,), slots=(("ir_k3_e6",),)), *stages[3:]), "resolution": 32}
+        update={
+            "stages": (*stages[:2], Stage(widths=(16,), slots=(("ir_k3_e6",),)), *stages[3:]),
+            "resolution": 32,
+        }
     )
     source = supernet_of(MacroSpace.model_validate(other.model_dump()), seed=5)
     source.save(tmp_path / "shared.safetensors")
     supernet = supernet_of(detectors())
     before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
     inherited = supernet.inherit(tmp_path / "shared.safetensors")
-    assert inherited.taken == ("s0.b0", "s1.b0", "s1.b1", "s3.b1", "s3.b2") and inherited.left == ("s2.b0", "s2.b1", "s3.b0")
+    assert inherited.taken == ("s0.b0", "s1.b0", "s1.b1", "s3.b1", "s3.b2") and inherited.left == (
+        "s2.b0",
+        "s2.b1",
+        "s3.b0",
+    )
     assert str(inherited) == "5 of 8 slots have inherited weights; s2.b0, s2.b1, s3.b0 begin anew"
     for position, slot in enumerate(supernet.proxy.slots):
         for name, tensor in supernet.slots[position].state_dict().items():
             taken = slot.key in inherited.taken
-            there = [module for module, theirs in zip(source.slots, source.proxy.slots, strict=True) if theirs.key == slot.key]
+            there = [
+                module
+                for module, theirs in zip(source.slots, source.proxy.slots, strict=True)
+                if theirs.key == slot.key
+            ]
             expected = there[0].state_dict()[name] if taken else before[f"slots.{position}.{name}"]
             assert torch.equal(tensor, expected), (slot.key, name)
-    assert all(torch.equal(supernet.state_dict()[name], tensor) for name, tensor in before.items() if name.startswith("detector."))
+    assert all(
+        torch.equal(supernet.state_dict()[name], tensor)
+        for name, tensor in before.items()
+        if name.startswith("detector.")
+    )
 
 
 def test_a_super_net_that_shares_otherwise_gives_nothing(tmp_path: Path) -> None:
-    stages = (Stage(widths=(12,), stride=2, slots=(("cn_k3",),)), Stage(widths=(20,), stride=2, slots=(("ir_k3_e3",),)))
+    stages = (
+        Stage(widths=(12,), stride=2, slots=(("cn_k3",),)),
+        Stage(widths=(20,), stride=2, slots=(("ir_k3_e3",),)),
+    )
     foreign = MacroSpace(name="foreign", resolution=64, classes=3, stages=stages)
     supernet_of(foreign).save(tmp_path / "shared.safetensors")
-    with pytest.raises(ConfigError, match="of space foreign has no slot in common with space boxes-ssdlite: train it on the same space"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            "of space foreign has no slot in common with space boxes-ssdlite: train it on the same"
+            " space"
+        ),
+    ):
         supernet_of(detectors()).inherit(tmp_path / "shared.safetensors")
     cells = nasbench201(width=0.25, resolution=8)
     make_supernet(cells, torch.Generator().manual_seed(0)).save(tmp_path / "shared.safetensors")
-    with pytest.raises(ConfigError, match="of space nasbench201 has no slot in common with space boxes-ssdlite"):
+    with pytest.raises(
+        ConfigError, match="of space nasbench201 has no slot in common with space boxes-ssdlite"
+    ):
         supernet_of(detectors()).inherit(tmp_path / "shared.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError):

@@ -1,6 +1,8 @@
-"""The 14 heuristics of "How to Train Your Super-Net", one by one: each does what its definition says.
+"""The 14 heuristics of "How to Train Your Super-Net", one by one: each does what its
+definition says.
 
-Yu, Ranftl, Salzmann (arXiv 2003.04276, arXiv 2110.01154). The fourteenth, the sampling of paths, is the strategy spos's.
+Yu, Ranftl, Salzmann (arXiv 2003.04276, arXiv 2110.01154). The fourteenth, the sampling
+of paths, is the strategy spos's.
 """
 
 from __future__ import annotations
@@ -27,7 +29,16 @@ from hwnas.nn.supernet import Supernet, resized
 from hwnas.search.proposal import one_hot
 from hwnas.search.tunas import TuNAS
 from hwnas.search.weights import Batches
-from tests.nn.nets import PLAIN, batch, depths_space, groups_space, kernels_space, random_picks, supernet_of, widths_space
+from tests.nn.nets import (
+    PLAIN,
+    batch,
+    depths_space,
+    groups_space,
+    kernels_space,
+    random_picks,
+    supernet_of,
+    widths_space,
+)
 
 torch.set_num_threads(1)
 
@@ -43,7 +54,12 @@ def test_the_defaults_are_tunas_s() -> None:
     assert (config.channels, config.operation_on, config.wsbn) == ("first", "node", False)
     assert (config.sharing, config.kernels) == ("auto", "auto")  # as in the method's paper
     assert (TuNAS.sharing, TuNAS.kernels) == ("collapsed", "own")
-    assert (config.dropout, config.path_dropout, config.proxy_depth, config.proxy_width) == (0.0, 0.0, None, 1.0)
+    assert (config.dropout, config.path_dropout, config.proxy_depth, config.proxy_width) == (
+        0.0,
+        0.0,
+        None,
+        1.0,
+    )
     assert config.proxy_resolution is None
     assert (config.bn_affine, config.bn_track) == (True, False)
     search = SearchConfig()
@@ -52,12 +68,16 @@ def test_the_defaults_are_tunas_s() -> None:
 
 
 def narrow_space() -> MacroSpace:
-    return MacroSpace(name="narrow", resolution=6, classes=3, stages=(Stage(widths=(4, 8), slots=(("cn_k3",),)),))
+    return MacroSpace(
+        name="narrow", resolution=6, classes=3, stages=(Stage(widths=(4, 8), slots=(("cn_k3",),)),)
+    )
 
 
 @pytest.mark.parametrize("method", ["first", "chunk", "random", "interpolation"])
 def test_dynamic_channelling(method: Any) -> None:
-    """A narrower layer is convolved with the first filters, with ones in a row, with any, or with averages of neighbours."""
+    """A narrower layer is convolved with the first filters, with ones in a row, with
+    any, or with averages of neighbours.
+    """
     supernet = supernet_of(narrow_space(), SupernetConfig(channels=method)).double()
     x_NCHW = batch(narrow_space())[0].double()
     part = conv_of(supernet, 0, "conv_k3")
@@ -65,11 +85,20 @@ def test_dynamic_channelling(method: Any) -> None:
     for seed in range(40):
         torch.manual_seed(seed)
         found = supernet.train()(x_NCHW, {"s0.width": np.array([1.0, 0.0])})
-        options = {"first": [[0, 1, 2, 3]], "chunk": [list(range(i, i + 4)) for i in range(5)], "random": [], "interpolation": []}[method]
+        options = {
+            "first": [[0, 1, 2, 3]],
+            "chunk": [list(range(i, i + 4)) for i in range(5)],
+            "random": [],
+            "interpolation": [],
+        }[method]
         if method == "random":
             torch.manual_seed(seed)
             options = [torch.randperm(8)[:4].sort().values.tolist()]
-        taken = [tuple(index) for index in options if torch.allclose(found, logits_of(supernet, x_NCHW, part, index), atol=1e-10)]
+        taken = [
+            tuple(index)
+            for index in options
+            if torch.allclose(found, logits_of(supernet, x_NCHW, part, index), atol=1e-10)
+        ]
         if method == "interpolation":
             assert torch.allclose(found, logits_of(supernet, x_NCHW, part, None), atol=1e-10)
             break
@@ -89,18 +118,32 @@ def logits_of(supernet: Supernet, x_NCHW: Tensor, part: Any, index: list[int] | 
         return tensor.unflatten(0, (-1, 2)).mean(1) if index is None else tensor[index]
 
     x_NCHW = F.conv2d(x_NCHW, kept(part.conv.weight), padding=1)
-    x_NCHW = F.batch_norm(x_NCHW, None, None, kept(part.norms[0].weight), kept(part.norms[0].bias), training=True, eps=1e-3)
-    return F.linear(F.relu(x_NCHW).mean((2, 3)), supernet.classifier.weight[:, :4], supernet.classifier.bias)
+    x_NCHW = F.batch_norm(
+        x_NCHW,
+        None,
+        None,
+        kept(part.norms[0].weight),
+        kept(part.norms[0].bias),
+        training=True,
+        eps=1e-3,
+    )
+    return F.linear(
+        F.relu(x_NCHW).mean((2, 3)), supernet.classifier.weight[:, :4], supernet.classifier.bias
+    )
 
 
 @pytest.mark.parametrize("kernels", ["ofa", "ofa_transform"])
 @pytest.mark.parametrize("sharing", ["collapsed", "separate"])
 def test_ofa_kernel(kernels: Any, sharing: Any) -> None:
-    """One largest kernel and one BN per slot, centres for the smaller ones; transforms start as the identity, and are trained."""
+    """One largest kernel and one BN per slot, centres for the smaller ones; transforms
+    start as the identity, and are trained.
+    """
     space = kernels_space()
     supernet = supernet_of(space, SupernetConfig(kernels=kernels, sharing=sharing)).double()
     prefix = "ir_e3_se0_25|" if sharing == "separate" else ""
-    assert [name for name, _ in supernet.slots[1].copies[0].named_children() if "depthwise" in name] == [f"{prefix}depthwise"]
+    assert [
+        name for name, _ in supernet.slots[1].copies[0].named_children() if "depthwise" in name
+    ] == [f"{prefix}depthwise"]
     part = conv_of(supernet, 1, f"{prefix}depthwise")
     assert part.conv.kernel_size == (7, 7)
     x_NCHW = torch.randn(4, 8, 8, 8).double()
@@ -108,26 +151,43 @@ def test_ofa_kernel(kernels: Any, sharing: Any) -> None:
     with torch.no_grad():
         part.conv.weight[:, :, 2:5, 2:5] = 0  # the centre of 3 x 3
         module = supernet.slots[1]
-        assert torch.equal(module(x_NCHW, executed(module.slot, np.eye(3)[0]), width, width).std((0, 2, 3)) < 1e-6, torch.ones(8) > 0)
+        assert torch.equal(
+            module(x_NCHW, executed(module.slot, np.eye(3)[0]), width, width).std((0, 2, 3)) < 1e-6,
+            torch.ones(8) > 0,
+        )
         part.conv.weight.copy_(weight)
     network = supernet.extract({"s1.b0": "ir_k3_e3_se0.25", "s1.b1": "skip"})
     assert torch.equal(network.blocks[1].layers.depthwise.conv.weight, weight[:, :, 2:5, 2:5])
-    loss = supernet(batch(space)[0].double(), one_hot({"s1.b0": "ir_k3_e3_se0.25", "s1.b1": "skip"}, space)).sum()
+    loss = supernet(
+        batch(space)[0].double(), one_hot({"s1.b0": "ir_k3_e3_se0.25", "s1.b1": "skip"}, space)
+    ).sum()
     loss.backward()
     border = part.conv.weight.grad.clone()
     border[:, :, 2:5, 2:5] = 0
     assert border.abs().sum() == 0
     assert part.conv.weight.grad.abs().sum() > 0
-    assert [matrix.grad is not None for matrix in part.transforms.values()] == [True] * (2 if kernels == "ofa_transform" else 0)
+    assert [matrix.grad is not None for matrix in part.transforms.values()] == [True] * (
+        2 if kernels == "ofa_transform" else 0
+    )
 
 
 def skippable_space() -> MacroSpace:
     """A slot whose input comes from any of three others."""
-    stages = (Stage(widths=(8,), slots=(("cn_k3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"), ("ir_k3_e3",))),)
+    stages = (
+        Stage(
+            widths=(8,),
+            slots=(("cn_k3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"), ("ir_k3_e3",)),
+        ),
+    )
     return MacroSpace(name="skippable", resolution=6, classes=3, stages=stages)
 
 
-PATHS: dict[tuple[str, str], int] = {("ir_k3_e3", "ir_k3_e3"): 0, ("skip", "ir_k3_e3"): 0, ("ir_k3_e3", "skip"): 1, ("skip", "skip"): 2}
+PATHS: dict[tuple[str, str], int] = {
+    ("ir_k3_e3", "ir_k3_e3"): 0,
+    ("skip", "ir_k3_e3"): 0,
+    ("ir_k3_e3", "skip"): 1,
+    ("skip", "skip"): 2,
+}
 """The options of the two slots before the last -> how far back the last slot's input comes from."""
 
 
@@ -136,30 +196,48 @@ def touched(supernet: Supernet, options: tuple[str, str]) -> dict[str, set[int]]
     space = skippable_space()
     x_NCHW, y = batch(space)
     supernet.zero_grad(set_to_none=True)
-    F.cross_entropy(supernet(x_NCHW, one_hot({"s0.b1": options[0], "s0.b2": options[1]}, space)), y).backward()
+    F.cross_entropy(
+        supernet(x_NCHW, one_hot({"s0.b1": options[0], "s0.b2": options[1]}, space)), y
+    ).backward()
     copies: Any = supernet.slots[3].copies
-    trained = [(i, name) for i, copy in enumerate(copies) for name, p in copy.named_parameters() if p.grad is not None]
+    trained = [
+        (i, name)
+        for i, copy in enumerate(copies)
+        for name, p in copy.named_parameters()
+        if p.grad is not None
+    ]
     norms = {int(name.split(".")[2]) for _, name in trained if ".norms." in name}
     return {"copies": {i for i, _ in trained}, "norms": norms}
 
 
 @pytest.mark.parametrize("track", [False, True])
 def test_wsbn(track: bool) -> None:
-    """Scale, shift and running statistics of a slot's own for each slot that its input may come from; convolutions are shared."""
+    """Scale, shift and running statistics of a slot's own for each slot that its input
+    may come from; convolutions are shared.
+    """
     supernet = supernet_of(skippable_space(), SupernetConfig(wsbn=True, bn_track=track))
     assert [len(conv_of(supernet, position, "expand").norms) for position in (1, 2, 3)] == [1, 2, 3]
     for options, far in PATHS.items():
-        before = [norm.running_mean.clone() if track else None for norm in conv_of(supernet, 3, "expand").norms]
+        before = [
+            norm.running_mean.clone() if track else None
+            for norm in conv_of(supernet, 3, "expand").norms
+        ]
         assert touched(supernet, options) == {"copies": {0}, "norms": {far}}
         if track:
             after = [norm.running_mean for norm in conv_of(supernet, 3, "expand").norms]
-            assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i == far for i in range(3)]
+            assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [
+                i == far for i in range(3)
+            ]
     network = supernet.extract({"s0.b1": "skip", "s0.b2": "skip"})
-    assert torch.equal(network.blocks[1].layers.expand.norm.weight, conv_of(supernet, 3, "expand").norms[2].weight)
+    assert torch.equal(
+        network.blocks[1].layers.expand.norm.weight, conv_of(supernet, 3, "expand").norms[2].weight
+    )
 
 
 def test_operation_on_node_or_edge() -> None:
-    """On an edge, all weights of a slot are its own for each slot that the input may come from; on a node there is one set."""
+    """On an edge, all weights of a slot are its own for each slot that the input may
+    come from; on a node there is one set.
+    """
     edge = supernet_of(skippable_space(), SupernetConfig(operation_on="edge"))
     node = supernet_of(skippable_space(), SupernetConfig(operation_on="node"))
     assert [len(module.copies) for module in edge.slots] == [1, 1, 2, 3]
@@ -168,11 +246,15 @@ def test_operation_on_node_or_edge() -> None:
         assert touched(edge, options)["copies"] == {far}
         assert touched(node, options)["copies"] == {0}
     network = edge.extract({"s0.b1": "skip", "s0.b2": "skip"})
-    assert torch.equal(network.blocks[1].layers.expand.conv.weight, conv_of(edge, 3, "expand", 2).conv.weight)
+    assert torch.equal(
+        network.blocks[1].layers.expand.conv.weight, conv_of(edge, 3, "expand", 2).conv.weight
+    )
 
 
 @pytest.mark.parametrize("make", [groups_space, depths_space, skippable_space])
-@pytest.mark.parametrize("config", [{"wsbn": True}, {"operation_on": "edge"}, {"operation_on": "op"}])
+@pytest.mark.parametrize(
+    "config", [{"wsbn": True}, {"operation_on": "edge"}, {"operation_on": "op"}]
+)
 def test_the_producer_may_stand_in_any_stage_before(make: Any, config: dict[str, Any]) -> None:
     """Also where a stage's first slot is skipped, or its depth leaves the last ones out."""
     space = make()
@@ -191,19 +273,25 @@ def test_global_dropout() -> None:
     plain = supernet_of(space)
     x_NCHW, gates = batch(space)[0], one_hot(random_picks(space, 0)[0], space)
     features: list[Tensor] = []
-    plain.classifier.dropout.register_forward_hook(lambda module, args, output: features.append(output))
+    plain.classifier.dropout.register_forward_hook(
+        lambda module, args, output: features.append(output)
+    )
     judged = plain(x_NCHW, gates)
     assert torch.equal(supernet.eval()(x_NCHW, gates), judged)
     torch.manual_seed(4)
     found = supernet.train()(x_NCHW, gates)
     torch.manual_seed(4)
-    expected = F.linear(F.dropout(features[0], 0.4), supernet.classifier.weight, supernet.classifier.bias)
+    expected = F.linear(
+        F.dropout(features[0], 0.4), supernet.classifier.weight, supernet.classifier.bias
+    )
     assert torch.equal(found, expected)
     assert not torch.allclose(found, judged)
 
 
 def test_path_dropout() -> None:
-    """NAO's schedule: keep = 1 - rate * layer / layers * progress. Whole images of residual branches, scaled by 1 / keep."""
+    """NAO's schedule: keep = 1 - rate * layer / layers * progress. Whole images of
+    residual branches, scaled by 1 / keep.
+    """
     supernet = supernet_of(skippable_space(), SupernetConfig(path_dropout=0.6)).double()
     module, width = supernet.slots[3], Width(8, 8)
     x_NCHW, gates = torch.randn(512, 8, 6, 6).double(), executed(module.slot, None)
@@ -212,8 +300,13 @@ def test_path_dropout() -> None:
     for fraction in (0.0, 0.5, 1.0):
         supernet.fraction = fraction
         seen: list[Any] = []
-        handle = module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[-1]))
-        supernet(batch(skippable_space())[0].double(), one_hot({"s0.b1": "skip", "s0.b2": "skip"}, skippable_space()))
+        handle = module.register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[-1])
+        )
+        supernet(
+            batch(skippable_space())[0].double(),
+            one_hot({"s0.b1": "skip", "s0.b2": "skip"}, skippable_space()),
+        )
         handle.remove()
         assert seen[0].keep_path == pytest.approx(1 - 0.6 * 4 / 4 * fraction)
         torch.manual_seed(0)
@@ -221,9 +314,17 @@ def test_path_dropout() -> None:
         kept_N = dropped.abs().sum((1, 2, 3)) > 1e-9
         assert torch.allclose(dropped[kept_N], branch[kept_N] / seen[0].keep_path, atol=1e-9)
         keeps.append(float(kept_N.double().mean()))
-        assert torch.equal(module.eval()(x_NCHW, gates, width, width, seen[0]), module.train()(x_NCHW, gates, width, width))
+        assert torch.equal(
+            module.eval()(x_NCHW, gates, width, width, seen[0]),
+            module.train()(x_NCHW, gates, width, width),
+        )
     assert keeps == [1.0, pytest.approx(0.7, abs=0.07), pytest.approx(0.4, abs=0.07)]
-    assert [round(supernet._keep_path(position), 6) for position in range(4)] == [0.85, 0.7, 0.55, 0.4]
+    assert [round(supernet._keep_path(position), 6) for position in range(4)] == [
+        0.85,
+        0.7,
+        0.55,
+        0.4,
+    ]
     first = supernet.slots[0]  # no residual, so nothing to drop
     x_NCHW = torch.randn(4, 3, 6, 6).double()
     full = first(x_NCHW, executed(first.slot, None), Width(3, 3), width)
@@ -231,13 +332,19 @@ def test_path_dropout() -> None:
 
 
 def test_number_of_layers() -> None:
-    """proxy_depth d trains the first d slots of every stage; the others are as good as not there."""
+    """proxy_depth d trains the first d slots of every stage; the others are as good as
+    not there.
+    """
     space = mobile32(resolution=16)
     supernet = supernet_of(space, SupernetConfig(proxy_depth=2))
     picks = {choice.key: choice.options[0] for choice in space.choices}
     assert len(space.decode(picks).blocks) == 17
     arch = supernet.arch(picks)
-    kept = [block for block, slot in zip(space.decode(picks).blocks, space.slots, strict=False) if slot.index < 2]
+    kept = [
+        block
+        for block, slot in zip(space.decode(picks).blocks, space.slots, strict=False)
+        if slot.index < 2
+    ]
     assert arch.blocks == (*kept, space.decode(picks).blocks[-1])
     x_NCHW, y = batch(space)
     logits = supernet(x_NCHW, one_hot(picks, space))
@@ -248,54 +355,83 @@ def test_number_of_layers() -> None:
 
 
 def test_number_of_channels() -> None:
-    """proxy_width scales every stage but the last, in multiples of 8; picks name the same choices."""
+    """proxy_width scales every stage but the last, in multiples of 8; picks name the
+    same choices.
+    """
     space = mobile32(resolution=16)
     supernet = supernet_of(space, SupernetConfig(proxy_width=0.5))
     picks = space.sample(np.random.default_rng(0))
     assert supernet.arch(picks).blocks == space.scaled(0.5).decode(picks).blocks
     assert [stage.widths[0] for stage in supernet.proxy.stages] == [8, 8, 16, 24, 32, 48, 80, 320]
     x_NCHW, _ = batch(space)
-    assert torch.allclose(supernet(x_NCHW, one_hot(picks, space)), supernet.extract(picks).train()(x_NCHW), atol=1e-5)
-    with pytest.raises(ConfigError, match=r"proxy_width = 0\.25"):  # its searched widths would merge
-        Supernet(proxylessnas_enlarged(resolution=32, classes=10), torch.Generator(), SupernetConfig(proxy_width=0.25))
+    assert torch.allclose(
+        supernet(x_NCHW, one_hot(picks, space)), supernet.extract(picks).train()(x_NCHW), atol=1e-5
+    )
+    # its searched widths would merge
+    with pytest.raises(ConfigError, match=r"proxy_width = 0\.25"):
+        Supernet(
+            proxylessnas_enlarged(resolution=32, classes=10),
+            torch.Generator(),
+            SupernetConfig(proxy_width=0.25),
+        )
 
 
 def test_number_of_pixels() -> None:
-    """proxy_resolution trains on smaller images, up to the last part of the steps; what is judged is as it is."""
+    """proxy_resolution trains on smaller images, up to the last part of the steps; what
+    is judged is as it is.
+    """
     space = mobile32(resolution=16)
     supernet = supernet_of(space, SupernetConfig(proxy_resolution=8, full_resolution=0.25))
     picks = space.sample(np.random.default_rng(0))
     network, gates, (x_NCHW, _) = supernet.extract(picks), one_hot(picks, space), batch(space)
     small, full = network.train()(resized(x_NCHW, 8)), network.train()(x_NCHW)
     assert not torch.allclose(small, full, atol=1e-2)
-    for fraction, mode, expected in ((0.0, True, small), (0.74, True, small), (0.75, True, full), (0.0, False, full)):
+    for fraction, mode, expected in (
+        (0.0, True, small),
+        (0.74, True, small),
+        (0.75, True, full),
+        (0.0, False, full),
+    ):
         supernet.fraction = fraction
-        assert torch.allclose(supernet.train(mode)(x_NCHW, gates), expected, atol=1e-5), (fraction, mode)
-    with pytest.raises(ConfigError, match=r"proxy_resolution = 16 is no size below the 16 px of space mobile32"):
+        assert torch.allclose(supernet.train(mode)(x_NCHW, gates), expected, atol=1e-5), (
+            fraction,
+            mode,
+        )
+    with pytest.raises(
+        ConfigError, match=r"proxy_resolution = 16 is no size below the 16 px of space mobile32"
+    ):
         supernet_of(space, SupernetConfig(proxy_resolution=16))
     with pytest.raises(ConfigError, match="resolutions to choose from"):
         supernet_of(depths_space(), SupernetConfig(proxy_resolution=8))
     with pytest.raises(ConfigError, match="a detector's anchors"):
         supernet_of(space.with_detector(), SupernetConfig(proxy_resolution=8))
-    with pytest.raises(ValueError, match=r"full_resolution = 0\.5 says when a proxy_resolution ends"):
+    with pytest.raises(
+        ValueError, match=r"full_resolution = 0\.5 says when a proxy_resolution ends"
+    ):
         SupernetConfig(full_resolution=0.5)
 
 
 def digits(portion: float) -> tuple[Portion, Any]:
-    config = DataConfig(name="digits", resolution=8, channels=1, mean=(0.3,), std=(0.4,), augment="none")
+    config = DataConfig(
+        name="digits", resolution=8, channels=1, mean=(0.3,), std=(0.4,), augment="none"
+    )
     images = load_images(config, "train")
     return Portion(images, portion), images
 
 
 def test_portion_of_the_training_data() -> None:
-    """A fixed random part, of every class, whatever the seed of the run; epochs are counted on it."""
+    """A fixed random part, of every class, whatever the seed of the run; epochs are
+    counted on it.
+    """
     part, images = digits(0.25)
     assert len(part) == round(0.25 * len(images))
     assert part.kept.tolist() == digits(0.25)[0].kept.tolist() == sorted(set(part.kept.tolist()))
     assert part.kept.tolist() != list(range(len(part)))
     assert len(set(part.labels.tolist())) == 10
     x_NCHW, y = part.__getitems__([(0, 0), (5, 0)])
-    assert torch.equal(x_NCHW, images.__getitems__([(int(part.kept[0]), 0), (int(part.kept[5]), 0)])[0])
+    assert torch.equal(
+        x_NCHW, images.__getitems__([(int(part.kept[0]), 0), (int(part.kept[5]), 0)])[0]
+    )
     assert y.tolist() == part.labels[[0, 5]].tolist()
     assert steps_of(4, len(part), 16) == round(4 * len(part) / 16)
 
@@ -305,10 +441,14 @@ def test_batch_size(size: int) -> None:
     """Images of a training batch, and of a held-out batch; the learning rate follows linearly."""
     part, images = digits(0.5)
     batches = Batches(part, images, DataConfig(), size, 0, 10)
-    assert [len(y) for y in (batches.train(0)[1], batches.held_out(0, 1)[1], batches.held_out(0, 4)[1])] == [size, size, 4 * size]
+    assert [
+        len(y) for y in (batches.train(0)[1], batches.held_out(0, 1)[1], batches.held_out(0, 4)[1])
+    ] == [size, size, 4 * size]
 
 
-def engine_of(model: nn.Module, folder: Path, size: int = 64, steps: int = 100, **settings: Any) -> Engine:
+def engine_of(
+    model: nn.Module, folder: Path, size: int = 64, steps: int = 100, **settings: Any
+) -> Engine:
     return Engine(model, OptimizerConfig(**settings), steps, size, 0, folder)
 
 
@@ -327,14 +467,24 @@ def test_learning_rate_and_epochs(tmp_path: Path) -> None:
 
 
 def test_weight_decay(tmp_path: Path) -> None:
-    """The gradient gets wd * w for convolutions; not for BN, biases and the classifier, nor for weights that the step does not use."""
+    """The gradient gets wd * w for convolutions; not for BN, biases and the classifier,
+    nor for weights that the step does not use.
+    """
     space = kernels_space()
     picks: Picks = {"s1.b0": "ir_k3_e3_se0.25", "s1.b1": "skip"}
     x_NCHW, y = batch(space)
     after = {}
     for decay in (0.0, 0.5):
         supernet = supernet_of(space)
-        engine = engine_of(supernet, tmp_path, name="momentum", lr=0.4, momentum=0.0, weight_decay=decay, warmup=0.0)
+        engine = engine_of(
+            supernet,
+            tmp_path,
+            name="momentum",
+            lr=0.4,
+            momentum=0.0,
+            weight_decay=decay,
+            warmup=0.0,
+        )
         engine.weight_step(x_NCHW, y, one_hot(picks, space))
         after[decay] = {name: parameter.detach() for name, parameter in supernet.named_parameters()}
     used = {name for name, parameter in supernet.named_parameters() if parameter.grad is not None}
@@ -349,11 +499,17 @@ def test_weight_decay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("track", [True, False])
 def test_bn_setting(affine: bool, track: bool) -> None:
-    """Affine: scale and shift are there and trained. Tracked: running statistics are kept, and score; else the batch's do."""
+    """Affine: scale and shift are there and trained. Tracked: running statistics are
+    kept, and score; else the batch's do.
+    """
     space = kernels_space()
     supernet = supernet_of(space, SupernetConfig(bn_affine=affine, bn_track=track)).double()
     norms = [norm for norm in supernet.modules() if isinstance(norm, nn.BatchNorm2d)]
-    assert {norm.weight is not None for norm in norms} == {norm.bias is not None for norm in norms} == {affine}
+    assert (
+        {norm.weight is not None for norm in norms}
+        == {norm.bias is not None for norm in norms}
+        == {affine}
+    )
     assert {norm.running_mean is not None for norm in norms} == {track}
     picks = random_picks(space, 0)[0]
     x_NCHW, gates = batch(space)[0].double(), one_hot(picks, space)
@@ -362,9 +518,12 @@ def test_bn_setting(affine: bool, track: bool) -> None:
     judged, trained = supernet.eval()(x_NCHW, gates), supernet.train()(x_NCHW, gates)
     assert torch.allclose(judged, trained) == (not track)
     halves = torch.cat([supernet.eval()(x_NCHW[:3], gates), supernet.eval()(x_NCHW[3:], gates)])
-    assert torch.allclose(supernet.eval()(x_NCHW, gates), halves) == track  # one image's logits do not depend on the others'
+    # one image's logits do not depend on the others'
+    assert torch.allclose(supernet.eval()(x_NCHW, gates), halves) == track
     network = supernet.extract(picks)
-    assert torch.allclose(network.train(not track)(x_NCHW), supernet.eval()(x_NCHW, gates), atol=1e-10)
+    assert torch.allclose(
+        network.train(not track)(x_NCHW), supernet.eval()(x_NCHW, gates), atol=1e-10
+    )
 
 
 EVERYTHING: dict[str, dict[str, Any]] = {
@@ -381,14 +540,22 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "track": {"bn_track": True},
     "no affine": {"bn_affine": False},
     "dropouts": {"dropout": 0.5, "path_dropout": 0.5},
-    "many": {"channels": "interpolation", "kernels": "ofa_transform", "operation_on": "edge", "wsbn": True, "proxy_depth": 2},
+    "many": {
+        "channels": "interpolation",
+        "kernels": "ofa_transform",
+        "operation_on": "edge",
+        "wsbn": True,
+        "proxy_depth": 2,
+    },
 }
 
 
 @pytest.mark.parametrize("sharing", ["collapsed", "separate"])
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_the_extracted_network_is_the_path_under_every_heuristic(name: str, sharing: Any) -> None:
-    """In evaluation mode, where nothing is random, with transforms and statistics that are not what they started as."""
+    """In evaluation mode, where nothing is random, with transforms and statistics that
+    are not what they started as.
+    """
     for space in (widths_space(), depths_space(), kernels_space()):
         if name == "width":
             space = MacroSpace.model_validate({**space.model_dump(), "stages": wider(space)})
@@ -403,18 +570,25 @@ def test_the_extracted_network_is_the_path_under_every_heuristic(name: str, shar
             network = supernet.extract(picks).train(name != "track")
             found = supernet(x_NCHW, one_hot(picks, space))
             assert found.std() > 1e-3
-            assert torch.allclose(found, network(resized(x_NCHW, network.arch.resolution)), rtol=1e-9, atol=1e-9)
+            assert torch.allclose(
+                found, network(resized(x_NCHW, network.arch.resolution)), rtol=1e-9, atol=1e-9
+            )
             assert not supernet.training
 
 
 def wider(space: MacroSpace) -> list[dict[str, Any]]:
     """Stages whose widths stay different when scaled by 0.8."""
-    return [{**stage.model_dump(), "widths": [4 * width for width in stage.widths]} for stage in space.stages]
+    return [
+        {**stage.model_dump(), "widths": [4 * width for width in stage.widths]}
+        for stage in space.stages
+    ]
 
 
 def test_options_that_share_kernels_still_run_apart_where_they_are_separate() -> None:
     """A mixture of OFA kernels with separate sharing is the sum of the options' outputs."""
-    space = MacroSpace(name="one", resolution=6, classes=3, stages=(Stage(widths=(8,), slots=(("cn_k3",), PLAIN)),))
+    space = MacroSpace(
+        name="one", resolution=6, classes=3, stages=(Stage(widths=(8,), slots=(("cn_k3",), PLAIN)),)
+    )
     supernet = supernet_of(space, SupernetConfig(kernels="ofa", sharing="separate")).double()
     module, width = supernet.slots[1], Width(8, 8)
     x_NCHW = torch.randn(4, 8, 6, 6).double()

@@ -24,7 +24,8 @@ def small_network(seed: int = 0) -> Network:
     space = mobile32(resolution=16)
     picks = {choice.key: choice.options[0] for choice in space.choices}
     network = Network(space.decode(picks), generator=torch.Generator().manual_seed(seed))
-    network.train()(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))  # moves the BN statistics
+    # moves the BN statistics
+    network.train()(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
     return network
 
 
@@ -41,7 +42,9 @@ def test_round_trip(saved: Path) -> None:
     assert loaded.state_dict().keys() == network.state_dict().keys()
     for name, tensor in network.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert not torch.equal(network.state_dict()["blocks.0.layers.conv.norm.running_mean"], torch.zeros(16))
+    assert not torch.equal(
+        network.state_dict()["blocks.0.layers.conv.norm.running_mean"], torch.zeros(16)
+    )
 
 
 def test_metadata_holds_the_architecture(saved: Path) -> None:
@@ -54,13 +57,16 @@ def test_metadata_holds_the_architecture(saved: Path) -> None:
 
 
 def test_same_network_same_bytes(tmp_path: Path) -> None:
-    """In another process too: safetensors alone orders metadata by a hash that is random per process."""
+    """In another process too: safetensors alone orders metadata by a hash that is
+    random per process.
+    """
     metadata = {letter: letter for letter in "abcdefgh"}
     path, again = tmp_path / "model.safetensors", tmp_path / "again.safetensors"
     save_network(small_network(), path, metadata)
     program = (
-        "import sys; from pathlib import Path; from hwnas.nn.network import load_network, save_network\n"
-        "save_network(load_network(Path(sys.argv[1])), Path(sys.argv[2]), {letter: letter for letter in 'hgfedcba'})"
+        "import sys; from pathlib import Path; from hwnas.nn.network import load_network,"
+        " save_network\nsave_network(load_network(Path(sys.argv[1])), Path(sys.argv[2]), {letter:"
+        " letter for letter in 'hgfedcba'})"
     )
     subprocess.run([sys.executable, "-c", program, str(path), str(again)], check=True)
     assert again.read_bytes() == path.read_bytes()
@@ -104,7 +110,11 @@ def test_without_architecture(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(small_network().state_dict(), path)
     refused(path)
-    save_file(small_network().state_dict(), path, {"architecture": json.dumps({"schema": "hwnas.space/1"})})
+    save_file(
+        small_network().state_dict(),
+        path,
+        {"architecture": json.dumps({"schema": "hwnas.space/1"})},
+    )
     refused(path)
 
 

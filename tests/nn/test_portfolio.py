@@ -1,4 +1,6 @@
-"""A portfolio: networks that share nothing behind the interface of a super-net; training in turns is training alone."""
+"""A portfolio: networks that share nothing behind the interface of a super-net;
+training in turns is training alone.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,15 @@ def test_gates_say_which_network_runs() -> None:
         assert network.arch.blocks == space.decode(picks).blocks
         assert torch.equal(logits, network(resized(x_NCHW, picks["resolution"])))
         F.cross_entropy(logits, y).backward()
-        trained = {name.split(".")[1] for name, parameter in portfolio.named_parameters() if parameter.grad is not None}
+        trained = {
+            name.split(".")[1]
+            for name, parameter in portfolio.named_parameters()
+            if parameter.grad is not None
+        }
         assert trained == {str(number)}
-    stranger = space.at((space.index(members[0]) + 1) % [len(choice.options) for choice in space.choices])
+    stranger = space.at(
+        (space.index(members[0]) + 1) % [len(choice.options) for choice in space.choices]
+    )
     with pytest.raises(ValueError, match="not in list"):
         portfolio(x_NCHW, one_hot(stranger, space))
 
@@ -52,7 +60,9 @@ def test_an_extracted_network_is_a_copy_with_its_statistics() -> None:
     portfolio.train()(x_NCHW, one_hot(members[1], space))
     network = portfolio.extract(members[1])
     original = portfolio.networks[1]
-    for (name, mine), theirs in zip(network.state_dict().items(), original.state_dict().values(), strict=True):
+    for (name, mine), theirs in zip(
+        network.state_dict().items(), original.state_dict().values(), strict=True
+    ):
         assert torch.equal(mine, theirs), name
         assert mine.data_ptr() != theirs.data_ptr()
     assert portfolio.arch(members[1]).blocks == network.arch.blocks
@@ -75,13 +85,17 @@ def test_training_in_turns_is_training_each_alone(optimizer: str, tmp_path: Path
         engines[turn].weight_step(resized(x_NCHW, members[turn]["resolution"]), y)
     for network, copy in zip(portfolio.networks, alone, strict=True):
         weights: dict[str, Tensor] = copy.state_dict()
-        assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+        assert all(
+            torch.equal(value, weights[name]) for name, value in network.state_dict().items()
+        )
 
 
 def test_the_classifiers_are_not_decayed() -> None:
     _, members, portfolio = made()
     last = [len(network.blocks) - 1 for network in portfolio.networks]
-    assert portfolio.no_weight_decay() == {f"networks.{i}.blocks.{last[i]}.linear.weight" for i in range(len(members))}
+    assert portfolio.no_weight_decay() == {
+        f"networks.{i}.blocks.{last[i]}.linear.weight" for i in range(len(members))
+    }
     assert portfolio.no_weight_decay() <= {name for name, _ in portfolio.named_parameters()}
 
 
@@ -92,6 +106,10 @@ def test_it_has_the_super_nets_contract_but_nothing_to_share(tmp_path: Path) -> 
     assert portfolio.proxies == supernet.proxies == (space,)
     portfolio.save(tmp_path / "shared.safetensors")
     assert list(tmp_path.iterdir()) == []
-    for refused in (lambda: portfolio.grow(1), lambda: portfolio.inherit(tmp_path), lambda: portfolio.take_over(supernet)):
+    for refused in (
+        lambda: portfolio.grow(1),
+        lambda: portfolio.inherit(tmp_path),
+        lambda: portfolio.take_over(supernet),
+    ):
         with pytest.raises(AssertionError, match="Portfolio"):
             refused()

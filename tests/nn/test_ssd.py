@@ -1,4 +1,6 @@
-"""Losses and detections, against torchvision's parts and by hand. The whole is compared in tests/golden/test_ssdlite.py."""
+"""Losses and detections, against torchvision's parts and by hand. The whole is compared
+in tests/golden/test_ssdlite.py.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ def test_a_detector_learns_its_batch(classes: int, scores: Scores) -> None:
         optimizer.zero_grad()
         value = loss(network(x_NCHW), y_NM5)
         value.backward()
-        assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in network.parameters())
+        assert all(
+            parameter.grad is None or parameter.grad.isfinite().all()
+            for parameter in network.parameters()
+        )
         optimizer.step()
         values.append(float(value.detach()))
     assert values[-1] < 0.5 * values[0]
@@ -62,7 +67,10 @@ def test_padding_order_and_boxes_without_area_make_no_difference(scores: Scores)
     flat = torch.tensor([[10.0, 10, 10, 40, 1], [30, 30, 20, 35, 1]])
     padding = torch.tensor([[5.0, 5, 40, 50, -1]])
     alone = loss(outputs, torch.stack([boxes, boxes]))
-    padded = loss(outputs, torch.stack([torch.cat((padding, boxes, flat)), torch.cat((flat, boxes.flip(0), padding))]))
+    padded = loss(
+        outputs,
+        torch.stack([torch.cat((padding, boxes, flat)), torch.cat((flat, boxes.flip(0), padding))]),
+    )
     torch.testing.assert_close(padded, alone)
     assert loss(outputs, torch.stack([boxes, torch.cat((boxes[:1], padding))])) != alone
 
@@ -82,7 +90,9 @@ def test_the_focal_loss_is_its_formula() -> None:
     anchors = default_boxes(arch)[matched]
     off = (codes[0, matched] - coder.encode_single(boxes.expand(len(anchors), 4), anchors)).abs()
     smooth_l1 = torch.where(off < 1, 0.5 * off**2, off - 0.5)
-    parts = DetectionLoss(arch).parts((logits, codes), torch.tensor([[[*boxes[0].tolist(), label]]]))
+    parts = DetectionLoss(arch).parts(
+        (logits, codes), torch.tensor([[[*boxes[0].tolist(), label]]])
+    )
     assert 1 < int(matched.sum()) < 100
     torch.testing.assert_close(parts["classification"], focal.sum() / matched.sum())
     torch.testing.assert_close(parts["bbox_regression"], smooth_l1.sum() / 4 / matched.sum())
@@ -113,7 +123,11 @@ def test_scores_of_sigmoids_are_sigmoids() -> None:
     arch = small_arch(scores="sigmoid")
     logits, codes = random_outputs(arch, 1)
     config = PostProcessing(min_score=0.9, candidates=10_000, nms_iou=0.6, detections=10_000)
-    boxes_A4 = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0)).decode_single(codes[0], default_boxes(arch)).clamp(0, 64)
+    boxes_A4 = (
+        BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
+        .decode_single(codes[0], default_boxes(arch))
+        .clamp(0, 64)
+    )
     anchor, label = (torch.sigmoid(logits[0, :, 1:]) > 0.9).nonzero(as_tuple=True)
     scores = torch.sigmoid(logits[0, anchor, 1 + label])
     kept = batched_nms(boxes_A4[anchor], scores, label, 0.6)
@@ -130,7 +144,11 @@ def test_nothing_found_is_empty(scores: Scores) -> None:
     logits, codes = random_outputs(arch)
     logits[..., 0], logits[..., 1:] = 50.0, -50.0
     for found in PostProcessor(arch)((logits, codes)):
-        assert (found.boxes_D4.shape, found.scores_D.shape, found.classes_D.shape) == ((0, 4), (0,), (0,))
+        assert (found.boxes_D4.shape, found.scores_D.shape, found.classes_D.shape) == (
+            (0, 4),
+            (0,),
+            (0,),
+        )
 
 
 def test_half_precision_outputs_are_taken() -> None:
@@ -138,5 +156,10 @@ def test_half_precision_outputs_are_taken() -> None:
     arch, (_, y_NM5) = small_arch(), batch(count=2)
     logits, codes = random_outputs(arch)
     half = (logits.bfloat16(), codes.bfloat16())
-    torch.testing.assert_close(DetectionLoss(arch)(half, y_NM5), DetectionLoss(arch)((logits, codes), y_NM5), rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        DetectionLoss(arch)(half, y_NM5),
+        DetectionLoss(arch)((logits, codes), y_NM5),
+        rtol=0.02,
+        atol=0,
+    )
     assert all(found.boxes_D4.dtype == torch.float32 for found in PostProcessor(arch)(half))

@@ -15,7 +15,9 @@ LR, MOMENTUM, DECAY = 0.07, 0.9, 3e-2
 
 
 class Bilevel:
-    """L_train = sum_i g_i (w' A_i w / 2 + b_i' w), quadratic in w; L_val any smooth function of w and g. Two weights, two gates."""
+    """L_train = sum_i g_i (w' A_i w / 2 + b_i' w), quadratic in w; L_val any smooth
+    function of w and g. Two weights, two gates.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -27,7 +29,11 @@ class Bilevel:
         self.buffers: list[Tensor | None] = [normal(4), normal(2, 3)]
         self.gates = {"a": torch.softmax(normal(3), 0), "b": torch.softmax(normal(2), 0)}
         curvature = normal(5, 10, 10)
-        self.curvature, self.slope, self.target = curvature + curvature.transpose(1, 2), normal(5, 10), normal(10)
+        self.curvature, self.slope, self.target = (
+            curvature + curvature.transpose(1, 2),
+            normal(5, 10),
+            normal(10),
+        )
 
     def train(self, gates: Mapping[str, Tensor], weights: Any = None) -> Tensor:
         w, g = self._flat(weights), torch.cat([gates["a"], gates["b"]])
@@ -35,12 +41,16 @@ class Bilevel:
 
     def held_out(self, gates: Mapping[str, Tensor], weights: Any = None) -> Tensor:
         w = self._flat(weights)
-        return ((torch.tanh(w) - self.target) ** 2).sum() * gates["a"][0] + (gates["b"] ** 2).sum() * w.sin().sum()
+        return ((torch.tanh(w) - self.target) ** 2).sum() * gates["a"][0] + (
+            gates["b"] ** 2
+        ).sum() * w.sin().sum()
 
     def _flat(self, weights: Any) -> Tensor:
         return torch.cat([w.reshape(-1) for w in (self.weights if weights is None else weights)])
 
-    def judge(self, decay: float, momentum: float, lr: float = LR) -> tuple[Tensor, dict[str, Tensor]]:
+    def judge(
+        self, decay: float, momentum: float, lr: float = LR
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The derivative through the virtual step by differentiating twice."""
         leaves = {key: gate.clone().requires_grad_() for key, gate in self.gates.items()}
         downhill = torch.autograd.grad(self.train(leaves), self.weights, create_graph=True)
@@ -50,16 +60,27 @@ class Bilevel:
             if buffer is not None
         ]
         loss = self.held_out(leaves, moved)
-        return loss.detach(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        return loss.detach(), dict(
+            zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)
+        )
 
 
 def unrolled(problem: Bilevel, **overrides: Any) -> tuple[float, dict[str, Tensor]]:
-    options = {"lr": LR, "momentum_buffers": problem.buffers, "momentum": MOMENTUM, "weight_decay": DECAY} | overrides
-    return unrolled_gate_gradients(problem.train, problem.held_out, problem.weights, problem.gates, **options)
+    options = {
+        "lr": LR,
+        "momentum_buffers": problem.buffers,
+        "momentum": MOMENTUM,
+        "weight_decay": DECAY,
+    } | overrides
+    return unrolled_gate_gradients(
+        problem.train, problem.held_out, problem.weights, problem.gates, **options
+    )
 
 
 def test_finite_difference_equals_the_mixed_derivative_on_a_quadratic() -> None:
-    """What the second order adds is -xi * (d2 L_train / dg dw) v, where d2 L_train / dg_i dw = A_i w + b_i in closed form."""
+    """What the second order adds is -xi * (d2 L_train / dg dw) v, where d2 L_train /
+    dg_i dw = A_i w + b_i in closed form.
+    """
     problem = Bilevel()
     _, by_gate = unrolled(problem)
     w = problem._flat(None).detach()
@@ -75,7 +96,9 @@ def test_finite_difference_equals_the_mixed_derivative_on_a_quadratic() -> None:
     assert added.abs().min() > 1e-3
 
 
-@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (MOMENTUM, 0.0), (0.0, DECAY), (MOMENTUM, DECAY)])
+@pytest.mark.parametrize(
+    ("momentum", "decay"), [(0.0, 0.0), (MOMENTUM, 0.0), (0.0, DECAY), (MOMENTUM, DECAY)]
+)
 def test_against_double_backward(momentum: float, decay: float) -> None:
     for seed in range(3):
         problem = Bilevel(seed)
@@ -87,7 +110,9 @@ def test_against_double_backward(momentum: float, decay: float) -> None:
 
 
 def test_a_network_against_double_backward() -> None:
-    """Not quadratic: the finite difference is then of second order in eps, so it nearly agrees. float32 as in a search."""
+    """Not quadratic: the finite difference is then of second order in eps, so it nearly
+    agrees. float32 as in a search.
+    """
     torch.manual_seed(0)
     x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
     layers = [nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)]
@@ -95,22 +120,39 @@ def test_a_network_against_double_backward() -> None:
 
     def forward(gates: Mapping[str, Tensor], half: slice, w: list[Tensor]) -> Tensor:
         hidden = torch.tanh(nn.functional.linear(x[half], w[0], w[1]))
-        mixed = torch.stack([torch.tanh(nn.functional.linear(hidden, w[2], w[3])), torch.tanh(nn.functional.linear(hidden, w[4], w[5]))])
+        mixed = torch.stack(
+            [
+                torch.tanh(nn.functional.linear(hidden, w[2], w[3])),
+                torch.tanh(nn.functional.linear(hidden, w[4], w[5])),
+            ]
+        )
         hidden = (gates["slot"][:, None, None] * mixed).sum(0)
         return nn.functional.cross_entropy(nn.functional.linear(hidden, w[6], w[7]), y[half])
 
     first, second = slice(0, 32), slice(32, 64)
     gates = {"slot": torch.tensor([0.4, 0.6])}
     _, by_gate = unrolled_gate_gradients(
-        lambda g: forward(g, first, weights), lambda g: forward(g, second, weights), weights, gates, lr=2.0
+        lambda g: forward(g, first, weights),
+        lambda g: forward(g, second, weights),
+        weights,
+        gates,
+        lr=2.0,
     )
     leaf = gates["slot"].clone().requires_grad_()
-    downhill = torch.autograd.grad(forward({"slot": leaf}, first, weights), weights, create_graph=True)
-    loss = forward({"slot": leaf}, second, [w - 2.0 * gradient for w, gradient in zip(weights, downhill, strict=True)])
+    downhill = torch.autograd.grad(
+        forward({"slot": leaf}, first, weights), weights, create_graph=True
+    )
+    loss = forward(
+        {"slot": leaf},
+        second,
+        [w - 2.0 * gradient for w, gradient in zip(weights, downhill, strict=True)],
+    )
     (expected,) = torch.autograd.grad(loss, [leaf])
     (first_order,) = torch.autograd.grad(forward({"slot": leaf}, second, weights), [leaf])
     torch.testing.assert_close(by_gate["slot"], expected, rtol=2e-2, atol=1e-4)
-    assert not torch.allclose(by_gate["slot"], first_order, rtol=0.1), "the second order makes no difference here"
+    assert not torch.allclose(by_gate["slot"], first_order, rtol=0.1), (
+        "the second order makes no difference here"
+    )
 
 
 def test_zero_rate_is_the_first_order() -> None:
@@ -119,7 +161,9 @@ def test_zero_rate_is_the_first_order() -> None:
     leaves = {key: gate.clone().requires_grad_() for key, gate in problem.gates.items()}
     held_out = problem.held_out(leaves)
     assert loss == held_out.item()
-    for gradient, found in zip(torch.autograd.grad(held_out, list(leaves.values())), by_gate.values(), strict=True):
+    for gradient, found in zip(
+        torch.autograd.grad(held_out, list(leaves.values())), by_gate.values(), strict=True
+    ):
         assert torch.equal(gradient, found)
 
 
@@ -153,7 +197,13 @@ def test_weights_are_restored_bit_for_bit_and_gradients_untouched(call: int | No
 
     def run() -> None:
         unrolled_gate_gradients(
-            train, problem.held_out, problem.weights, problem.gates, lr=LR, momentum_buffers=problem.buffers, momentum=MOMENTUM
+            train,
+            problem.held_out,
+            problem.weights,
+            problem.gates,
+            lr=LR,
+            momentum_buffers=problem.buffers,
+            momentum=MOMENTUM,
         )
 
     if call is None:
@@ -164,7 +214,11 @@ def test_weights_are_restored_bit_for_bit_and_gradients_untouched(call: int | No
     for weight, old in zip(problem.weights, before, strict=True):
         assert torch.equal(weight, old)
         assert weight.grad is not None and torch.equal(weight.grad, torch.full_like(weight, 7.0))
-    assert all(torch.equal(now, old) for now, old in zip(problem.buffers, buffers, strict=True) if now is not None)
+    assert all(
+        torch.equal(now, old)
+        for now, old in zip(problem.buffers, buffers, strict=True)
+        if now is not None
+    )
     assert not problem.gates["a"].requires_grad
 
 
@@ -197,5 +251,7 @@ def test_weights_that_are_not_executed_stay() -> None:
 
 def test_a_held_out_loss_without_weights_has_no_second_order() -> None:
     problem = Bilevel()
-    _, by_gate = unrolled_gate_gradients(problem.train, lambda g: (g["a"] ** 2).sum(), problem.weights, problem.gates, lr=LR)
+    _, by_gate = unrolled_gate_gradients(
+        problem.train, lambda g: (g["a"] ** 2).sum(), problem.weights, problem.gates, lr=LR
+    )
     assert torch.equal(by_gate["a"], 2 * problem.gates["a"])

@@ -1,4 +1,6 @@
-"""The report of a comparison of methods: its tables, its strips, what failed, and that nothing is missed that a study does not make."""
+"""The report of a comparison of methods: its tables, its strips, what failed, and that
+nothing is missed that a study does not make.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from hwnas.runs import StageContext, StageManifest
 from hwnas.search.meter import SearchCost
 from hwnas.study import metrics
 from hwnas.study.compare import lines
-from hwnas.study.documents import CompareStudy, Duel, Estimate, Found, MethodResult, RandomSearch, TruthInfo
+from hwnas.study.documents import (
+    CompareStudy,
+    Duel,
+    Estimate,
+    Found,
+    MethodResult,
+    RandomSearch,
+    TruthInfo,
+)
 from tests.report.test_report import Page
 
 SPACE = mobile32(resolution=16, in_channels=1)
@@ -42,7 +52,12 @@ def make_study(**changes: Any) -> CompareStudy:
     spos, random = (method(name, ranks) for name, ranks in RANKS.items())
     a, b = (np.array([row.accuracy for row in each.found]) for each in (spos, random))
     won = metrics.wins(a, b)
-    duel = Duel(first="random", second="spos", beats=Estimate(value=1 - won.mean(), low=0.0, high=0.4), p_value=metrics.mann_whitney(b, a))
+    duel = Duel(
+        first="random",
+        second="spos",
+        beats=Estimate(value=1 - won.mean(), low=0.0, high=0.4),
+        p_value=metrics.mann_whitney(b, a),
+    )
     study = CompareStudy(
         space=SPACE.name, space_sha256=SPACE.sha256, budget="49.09 to 60 M MACs", target_ms=54.5, tolerance=0.1, architectures=400,
         truth=TruthInfo(file="truth.csv", sha256="0", networks=6561, repeats=3, columns=("acc1",), kendall=0.881, kendall_top=0.185),
@@ -56,7 +71,9 @@ def make_study(**changes: Any) -> CompareStudy:
 def written(root: Path, study: CompareStudy) -> str:
     (root / "compare").mkdir(parents=True)
     study.save(root / "compare" / "compare.json")
-    StageManifest(stage="compare", state="done", hwnas="0.1.0", inputs={}).save(root / "compare" / "stage.json")
+    StageManifest(stage="compare", state="done", hwnas="0.1.0", inputs={}).save(
+        root / "compare" / "stage.json"
+    )
     data = {"resolution": 16, "channels": 1, "classes": 10, "mean": [0.31], "std": [0.37]}
     config = Experiment.model_validate({"name": "macro", "data": data})
     stage.run(StageContext(config, root, root / "report"), SPACE, root / "profile" / "table.json")
@@ -66,7 +83,18 @@ def written(root: Path, study: CompareStudy) -> str:
 def test_a_comparison_has_its_strips_and_its_tables(tmp_path: Path) -> None:
     page = Page(written(tmp_path / "run", make_study()))
     assert page.ids.count("comparison") == 1 and page.tags["svg"] == 1
-    for words in ("12 40 7", "3.0%", "92.88%", "1.25", "61 s", "0.90", "0.81 to 0.97", "of 2, 0.60 to 0.90", "p = 0.2", "22212202"):
+    for words in (
+        "12 40 7",
+        "3.0%",
+        "92.88%",
+        "1.25",
+        "61 s",
+        "0.90",
+        "0.81 to 0.97",
+        "of 2, 0.60 to 0.90",
+        "p = 0.2",
+        "22212202",
+    ):
         assert words in page.text, words
     assert "hwnas study compare" in page.text and "a study of methods" in page.text
     assert "Not finished yet" not in page.text and "not validated" not in page.text
@@ -79,7 +107,8 @@ def test_the_best_median_comes_first_and_duels_are_seen_from_both_sides() -> Non
     spos, random = comparing.duel_rows(study)
     assert spos.cells[0] == random.cells[1] == ("", "")
     assert float(spos.cells[1][0]) + float(random.cells[0][0]) == 1
-    assert float(spos.cells[1][0]) == round(8.5 / 9, 2)  # 12 and 7 beat all three, 40 beats two and equals one
+    # 12 and 7 beat all three, 40 beats two and equals one
+    assert float(spos.cells[1][0]) == round(8.5 / 9, 2)
 
 
 def test_what_failed_is_shown(tmp_path: Path) -> None:
@@ -94,9 +123,16 @@ def test_what_failed_is_shown(tmp_path: Path) -> None:
 
 def test_the_lines_say_what_was_found() -> None:
     said = lines(make_study())
-    assert said[0].startswith("400 of 6561 architectures are in the budget of 49.09 to 60 M MACs; the best, 22212202, has 93.13%")
-    assert said[1].startswith(
-        "spos: median true rank 12 of 400 (by seed: 12, 40, 7), 92.88%; beats a random architecture with probability 0.90"
+    assert said[0].startswith(
+        "400 of 6561 architectures are in the budget of 49.09 to 60 M MACs; the best, 22212202, has"
+        " 93.13%"
     )
-    assert "random search by 2 trainings (its cost: 1.25) with probability 0.75 (0.60 to 0.90)" in said[1]
+    assert said[1].startswith(
+        "spos: median true rank 12 of 400 (by seed: 12, 40, 7), 92.88%; beats a random architecture"
+        " with probability 0.90"
+    )
+    assert (
+        "random search by 2 trainings (its cost: 1.25) with probability 0.75 (0.60 to 0.90)"
+        in said[1]
+    )
     assert said[3] == "random beats spos with probability 0.06 (0.00 to 0.40), p = 0.2"

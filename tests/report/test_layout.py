@@ -1,4 +1,6 @@
-"""The page in a real browser, at the width of a desk and of a phone: nothing is cut off, and no table has to be scrolled."""
+"""The page in a real browser, at the width of a desk and of a phone: nothing is cut
+off, and no table has to be scrolled.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,22 @@ from hwnas.verdict import FileVerdict, Verdict
 from tests.report import test_comparing, test_ranking, test_shrinking
 from tests.report.test_report import Page, experiment, fill, fill_detection, in_words, written
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 WIDTHS = (1280, 400)
-METHODS = ("spos", "fairnas", "tunas", "evolution", "nsga2", "progressive_shrinking", "random", "darts", "proxylessnas", "fbnet")
+METHODS = (
+    "spos",
+    "fairnas",
+    "tunas",
+    "evolution",
+    "nsga2",
+    "progressive_shrinking",
+    "random",
+    "darts",
+    "proxylessnas",
+    "fbnet",
+)
 
 MEASURE = """
 <script>
@@ -54,12 +69,24 @@ addEventListener("load", () => {
 def detector_run(root: Path, classes: int = 80) -> StageContext:
     """A detector of many classes, all six files of it, validated, and a validation curve."""
     ctx = fill_detection(root)
-    names = [f"class {number} {'of a long name ' * (number % 3)}".strip() for number in range(classes)]
+    names = [
+        f"class {number} {'of a long name ' * (number % 3)}".strip() for number in range(classes)
+    ]
     numbers = {name: 0.05 * number + 0.2 for number, name in enumerate(NUMBERS)}
-    coco = CocoMetrics.model_validate({**numbers, "AP_per_class": {name: (7 * i % classes) / classes for i, name in enumerate(names)}})
+    coco = CocoMetrics.model_validate(
+        {
+            **numbers,
+            "AP_per_class": {name: (7 * i % classes) / classes for i, name in enumerate(names)},
+        }
+    )
     result = TrainResult.load(ctx.path("train", "train.json"))
-    result.model_copy(update={"metrics": coco.by_name, "per_class": coco.AP_per_class}).save(ctx.path("train", "train.json"))
-    points = [{"step": 4 * i, "epoch": float(i), "images": 40, "test_ap": 0.02 * i, "test_ap50": 0.04 * i} for i in range(1, 11)]
+    result.model_copy(update={"metrics": coco.by_name, "per_class": coco.AP_per_class}).save(
+        ctx.path("train", "train.json")
+    )
+    points = [
+        {"step": 4 * i, "epoch": float(i), "images": 40, "test_ap": 0.02 * i, "test_ap50": 0.04 * i}
+        for i in range(1, 11)
+    ]
     JsonLines(ctx.path("train", "validation.jsonl")).rewrite(points)
     files, verdicts = [], []
     for kind in (*FORMATS, *NMS_FORMATS):
@@ -96,7 +123,10 @@ def detector_run(root: Path, classes: int = 80) -> StageContext:
 def classifier_run(root: Path) -> StageContext:
     """A whole run of a classifier, with a validation curve."""
     ctx = fill(root, experiment())
-    points = [{"step": 50 * i, "epoch": float(i), "images": 360, "test_accuracy": 0.98 - 0.5 / i**2} for i in range(1, 11)]
+    points = [
+        {"step": 50 * i, "epoch": float(i), "images": 360, "test_accuracy": 0.98 - 0.5 / i**2}
+        for i in range(1, 11)
+    ]
     JsonLines(ctx.path("train", "validation.jsonl")).rewrite(points)
     return ctx
 
@@ -106,9 +136,13 @@ def pages(root: Path) -> dict[str, str]:
     shrink = root / "shrink" / "shrink"
     shrink.mkdir(parents=True)
     test_shrinking.make_study().save(shrink / "shrink.json")
-    test_shrinking.StageManifest(stage="shrink", state="done", hwnas="0.1.0", inputs={}).save(shrink / "stage.json")
+    test_shrinking.StageManifest(stage="shrink", state="done", hwnas="0.1.0", inputs={}).save(
+        shrink / "stage.json"
+    )
     shrinking = StageContext(experiment(), root / "shrink", root / "shrink" / "report")
-    several = tuple(test_comparing.method(name, (12, 40, 7 + number)) for number, name in enumerate(METHODS))
+    several = tuple(
+        test_comparing.method(name, (12, 40, 7 + number)) for number, name in enumerate(METHODS)
+    )
     pairs = [(one, other) for i, one in enumerate(METHODS) for other in METHODS[i + 1 :]]
     [duel] = test_comparing.make_study().duels
     duels = tuple(duel.model_copy(update={"first": one, "second": other}) for one, other in pairs)
@@ -123,15 +157,31 @@ def pages(root: Path) -> dict[str, str]:
 
 
 def measured(page: str, width: int, folder: Path) -> dict[str, Any]:
-    """What is too wide in a window of ``width``. In a frame, for headless windows are 500 px wide at least."""
+    """What is too wide in a window of ``width``. In a frame, for headless windows are
+    500 px wide at least.
+    """
     (folder / "page.html").write_text(page.replace("</body>", MEASURE + "</body>"))
     (folder / "frame.html").write_text(
-        f'<!doctype html><title>waiting</title><iframe src="page.html" style="border:0;width:{width}px;height:900px"></iframe>'
-        '<pre id="found"></pre><script>addEventListener("message", e => found.textContent = JSON.stringify(e.data))</script>'
+        '<!doctype html><title>waiting</title><iframe src="page.html"'
+        f' style="border:0;width:{width}px;height:900px"></iframe><pre'
+        ' id="found"></pre><script>addEventListener("message", e => found.textContent ='
+        " JSON.stringify(e.data))</script>"
     )
     assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder / 'profile'}"]
-    command += [f"--window-size={max(width, 500)},1000", "--virtual-time-budget=20000", "--dump-dom", (folder / "frame.html").as_uri()]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
+    command += [
+        f"--window-size={max(width, 500)},1000",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        (folder / "frame.html").as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=180)
     [found] = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL)
     assert found, "the page has measured nothing"
@@ -155,8 +205,16 @@ def test_no_table_is_cut_off(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
 def test_what_is_cut_off_would_be_found(tmp_path: Path) -> None:
-    table = "<div class='scroll'><table><tr><td style='white-space:nowrap'>" + "wide " * 200 + "</td></tr></table></div>"
-    content = measured(written(classifier_run(tmp_path / "run")).replace("</main>", table + "</main>"), 1280, tmp_path)
+    table = (
+        "<div class='scroll'><table><tr><td style='white-space:nowrap'>"
+        + "wide " * 200
+        + "</td></tr></table></div>"
+    )
+    content = measured(
+        written(classifier_run(tmp_path / "run")).replace("</main>", table + "</main>"),
+        1280,
+        tmp_path,
+    )
     assert [(each["tag"], each["figure"]) for each in content["found"]] == [("DIV", False)]
 
 
@@ -172,8 +230,14 @@ def test_ap_of_every_class_is_open(tmp_path: Path) -> None:
 def test_post_processing_at_both_thresholds(tmp_path: Path) -> None:
     page = Page(written(detector_run(tmp_path / "run")))
     text = " ".join(page.text.split())
-    assert "after 0.301 ms of post-processing in NumPy for scores from 0.3 on (6.52 ms for those from 0.001 on, as AP needs)" in text
-    assert text.count("+ 0.301 at 0.3+ 6.52 at 0.001") == 3 and text.count("in graph2.41 in all at 0.3") == 3
+    assert (
+        "after 0.301 ms of post-processing in NumPy for scores from 0.3 on (6.52 ms for those from"
+        " 0.001 on, as AP needs)" in text
+    )
+    assert (
+        text.count("+ 0.301 at 0.3+ 6.52 at 0.001") == 3
+        and text.count("in graph2.41 in all at 0.3") == 3
+    )
     assert "files with NMS saw a test image" in text
 
 
@@ -182,15 +246,23 @@ def test_the_validation_curve_is_drawn(tmp_path: Path, monkeypatch: pytest.Monke
     real = charts.inline_svg
 
     def keep(figure: Any, name: str, description: str) -> Any:
-        drawn[name] = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+        drawn[name] = {
+            line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines
+        }
         return real(figure, name, description)
 
     monkeypatch.setattr(charts, "inline_svg", keep)
     page = Page(written(classifier_run(tmp_path / "classifier")))
-    assert "Accuracy on test images during training" in page.text and "Test images: 360 on the way" in page.text
+    assert (
+        "Accuracy on test images during training" in page.text
+        and "Test images: 360 on the way" in page.text
+    )
     assert "nothing is chosen by them, the last weights are kept" in page.text
     points = drawn["trainaccuracy"]["test images"]
-    assert points == [[50.0 * i, pytest.approx(98 - 50 / i**2)] for i in range(1, 11)] and "training batch" in drawn["trainaccuracy"]
+    assert (
+        points == [[50.0 * i, pytest.approx(98 - 50 / i**2)] for i in range(1, 11)]
+        and "training batch" in drawn["trainaccuracy"]
+    )
     page = Page(written(detector_run(tmp_path / "detector")))
     assert "AP on test images during training" in page.text
     assert drawn["trainap"]["AP50"][-1] == [40.0, pytest.approx(40.0)]

@@ -1,4 +1,6 @@
-"""The report of a ranking study: its table, its scatter plots, what failed, and that nothing is missed that a study does not make."""
+"""The report of a ranking study: its table, its scatter plots, what failed, and that
+nothing is missed that a study does not make.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from hwnas.config import Experiment, StudyConfig
 from hwnas.core.spaces import mobile32
 from hwnas.report import ranking, stage
 from hwnas.runs import StageContext, StageManifest
-from hwnas.study.documents import Estimate, Gap, Point, RankStudy, ScoreResult, Spread, SupernetResult, TruthInfo
+from hwnas.study.documents import (
+    Estimate,
+    Gap,
+    Point,
+    RankStudy,
+    ScoreResult,
+    Spread,
+    SupernetResult,
+    TruthInfo,
+)
 from hwnas.study.rank import METRICS, estimates
 from tests.report.test_report import Page
 
@@ -22,7 +33,10 @@ SPACE = mobile32(resolution=16, in_channels=1)
 def make_study(seeds: tuple[int, ...] = (0,), **changes: Any) -> RankStudy:
     rng = np.random.default_rng(0)
     truth = rng.uniform(0.8, 0.93, 40)
-    scores = {"accuracy": truth - 0.3 + rng.normal(0, 0.02, 40), "macs": 1e6 * rng.uniform(5, 90, 40)}
+    scores = {
+        "accuracy": truth - 0.3 + rng.normal(0, 0.02, 40),
+        "macs": 1e6 * rng.uniform(5, 90, 40),
+    }
     config = StudyConfig(bootstrap=40)
     results = []
     for name, score in scores.items():
@@ -31,7 +45,11 @@ def make_study(seeds: tuple[int, ...] = (0,), **changes: Any) -> RankStudy:
         spread = {metric: Spread(mean=per_supernet[0][metric].value, std=std) for metric in METRICS}
         results.append(ScoreResult(name=name, supernets=per_supernet, spread=spread))
     points = [
-        Point(name=str(i), truth=float(truth[i]), scores={name: float(score[i]) for name, score in scores.items()})
+        Point(
+            name=str(i),
+            truth=float(truth[i]),
+            scores={name: float(score[i]) for name, score in scores.items()},
+        )
         for i in range(len(truth))
     ]
     study = RankStudy(
@@ -49,7 +67,9 @@ def make_study(seeds: tuple[int, ...] = (0,), **changes: Any) -> RankStudy:
 def written(root: Path, study: RankStudy) -> str:
     (root / "rank").mkdir(parents=True)
     study.save(root / "rank" / "study.json")
-    StageManifest(stage="rank", state="done", hwnas="0.1.0", inputs={}).save(root / "rank" / "stage.json")
+    StageManifest(stage="rank", state="done", hwnas="0.1.0", inputs={}).save(
+        root / "rank" / "stage.json"
+    )
     data = {"resolution": 16, "channels": 1, "classes": 10, "mean": [0.31], "std": [0.37]}
     config = Experiment.model_validate({"name": "macro", "data": data})
     stage.run(StageContext(config, root, root / "report"), SPACE, root / "profile" / "table.json")
@@ -62,7 +82,15 @@ def test_a_study_has_its_table_and_a_plot_per_score(tmp_path: Path) -> None:
     assert page.ids.count("ranking") == 1 and page.tags["svg"] == 2
     tau = make_study().scores[0].supernets[0]["kendall"]
     assert tau.value is not None and tau.low is not None
-    for words in (f"{tau.value:.3f}", f"{tau.low:.3f} to", "0.881", "0.185", "56.0% with", "87.0% trained alone", "P@10"):
+    for words in (
+        f"{tau.value:.3f}",
+        f"{tau.low:.3f} to",
+        "0.881",
+        "0.185",
+        "56.0% with",
+        "87.0% trained alone",
+        "P@10",
+    ):
         assert words in page.text, words
     assert "hwnas study rank" in page.text and "no score can be expected" not in page.text
     assert "Not finished yet" not in page.text and "not validated" not in page.text
@@ -74,7 +102,10 @@ def test_the_best_score_comes_first_and_several_supernets_show_their_spread(tmp_
     rows = ranking.score_rows(study.model_copy(update={"scores": study.scores[::-1]}))
     assert [row.name for row in rows] == ["accuracy", "macs"]
     assert rows[0].cells[0][1] == "± 0.012"
-    assert [title.partition(":")[0] for title, _ in ranking.scatters(study)] == ["Recalibrated accuracy", "MACs"]
+    assert [title.partition(":")[0] for title, _ in ranking.scatters(study)] == [
+        "Recalibrated accuracy",
+        "MACs",
+    ]
 
 
 def test_what_failed_is_shown(tmp_path: Path) -> None:
@@ -90,7 +121,9 @@ def test_undefined_and_negative_numbers(value: float | None) -> None:
     study = make_study()
     estimate = Estimate(value=value)
     changed = ScoreResult(
-        name="macs", supernets=(dict.fromkeys(METRICS, estimate),), spread={metric: Spread(mean=value) for metric in METRICS}
+        name="macs",
+        supernets=(dict.fromkeys(METRICS, estimate),),
+        spread={metric: Spread(mean=value) for metric in METRICS},
     )
     study = study.model_copy(update={"scores": (changed,)})
     shown = ranking.score_rows(study)[0].cells[0]
@@ -102,7 +135,10 @@ def test_a_study_of_before_is_shown_without_the_metric_that_it_lacks() -> None:
     full = make_study().scores[0]
     older = full.model_copy(
         update={
-            "supernets": tuple({name: value for name, value in each.items() if name != "over_macs"} for each in full.supernets),
+            "supernets": tuple(
+                {name: value for name, value in each.items() if name != "over_macs"}
+                for each in full.supernets
+            ),
             "spread": {name: value for name, value in full.spread.items() if name != "over_macs"},
         }
     )
@@ -113,5 +149,11 @@ def test_a_study_of_before_is_shown_without_the_metric_that_it_lacks() -> None:
 def test_a_few_networks_that_learnt_nothing_are_counted_and_not_drawn() -> None:
     study = make_study()
     assert "lie outside" not in ranking.scatters(study)[0][1]
-    points = [point.model_copy(update={"truth": 0.1}) if i < 2 else point for i, point in enumerate(study.points)]
-    assert "2 of 40 lie outside" in ranking.scatters(study.model_copy(update={"points": tuple(points)}))[0][1]
+    points = [
+        point.model_copy(update={"truth": 0.1}) if i < 2 else point
+        for i, point in enumerate(study.points)
+    ]
+    assert (
+        "2 of 40 lie outside"
+        in ranking.scatters(study.model_copy(update={"points": tuple(points)}))[0][1]
+    )

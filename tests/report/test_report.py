@@ -65,7 +65,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
         self.ids += [value or "" for name, value in attrs if name == "id"]
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
+        self.addresses += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href", "action", "data")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -83,7 +87,9 @@ class Page(HTMLParser):
 
 def experiment(**changes: Any) -> Experiment:
     data = {"resolution": 16, "channels": 1, "classes": 10, "mean": [0.31], "std": [0.37]}
-    return Experiment.model_validate({"name": "quickstart", "data": data, "search": {"target_range": 0.35}, **changes})
+    return Experiment.model_validate(
+        {"name": "quickstart", "data": data, "search": {"target_range": 0.35}, **changes}
+    )
 
 
 def small_space() -> MacroSpace:
@@ -96,15 +102,27 @@ def make_table(space: MacroSpace) -> LatencyTable:
     for op in space.ops:
         ms = 0.0012 + op.macs / 4.2e7 * (1 + 0.05 * op.kernel) * float(rng.normal(1, 0.05))
         noisy = bool(rng.random() < 0.06)
-        entries[op.key] = Entry(ms=ms, p10_ms=0.97 * ms, p90_ms=1.2 * ms, runs=420, rounds=7, spread=0.14 if noisy else 0.02, noisy=noisy)
+        entries[op.key] = Entry(
+            ms=ms,
+            p10_ms=0.97 * ms,
+            p90_ms=1.2 * ms,
+            runs=420,
+            rounds=7,
+            spread=0.14 if noisy else 0.02,
+            noisy=noisy,
+        )
     calibration = Calibration(intercept_ms=0.004, slope=1.07, networks=12)
-    sums = [sum(entries[op.key].ms for op in space.decode(space.sample(rng)).ops()) for _ in range(8)]
+    sums = [
+        sum(entries[op.key].ms for op in space.decode(space.sample(rng)).ops()) for _ in range(8)
+    ]
     measured = [(0.004 + 1.07 * ms) * float(rng.normal(1, 0.02)) for ms in sums]
     header = TableHeader(
         device="host", cpu="Intel(R) Xeon(R) Platinum 8481C @ 2.70GHz", machine="x86_64", runtime="litert", runtime_version="2.1.0",
         dtype="fp32", threads=1, cores=(3,), governor="unknown", layout="NHWC", batch=1, date="2026-01-31", space=space.name,
     )  # fmt: skip
-    calibration = calibration.model_copy(update={"held_out": judge(calibration, [()] * len(sums), sums, measured)})
+    calibration = calibration.model_copy(
+        update={"held_out": judge(calibration, [()] * len(sums), sums, measured)}
+    )
     return LatencyTable(header=header, entries=entries, calibration=calibration)
 
 
@@ -121,7 +139,9 @@ def make_search(space: MacroSpace, table: LatencyTable) -> SearchResult:
             if abs(latency / target - 1) < 0.02:
                 accuracy = float(rng.normal(quality, 0.008))
                 reward = accuracy - abs(latency / target - 1) / 10
-                found.append(Candidate(picks=picks, predicted=latency, quality=accuracy, reward=reward))
+                found.append(
+                    Candidate(picks=picks, predicted=latency, quality=accuracy, reward=reward)
+                )
         return tuple(sorted(found, key=lambda candidate: -candidate.reward))
 
     return SearchResult(
@@ -136,10 +156,21 @@ def search_rows(target: float, steps: int) -> list[dict[str, float]]:
     for step in range(steps):
         t = step / steps
         learnt = 1 - 0.85 * np.exp(-5 * t) + rng.normal(0, 0.05)
-        row = {"step": step, "loss": 0.6 + 1.8 * np.exp(-5 * t) + rng.normal(0, 0.08), "train_accuracy": np.clip(learnt, 0, 1)}
+        row = {
+            "step": step,
+            "loss": 0.6 + 1.8 * np.exp(-5 * t) + rng.normal(0, 0.08),
+            "train_accuracy": np.clip(learnt, 0, 1),
+        }
         if t >= 0.25:
-            quality, latency = 0.95 - 0.4 * np.exp(-5 * t) + rng.normal(0, 0.03), target * (1 + rng.normal(0, 0.25 * (1.2 - t)))
-            row |= {"quality": quality, "latency_ms": latency, "reward": quality - 0.1 * abs(latency / target - 1)}
+            quality, latency = (
+                0.95 - 0.4 * np.exp(-5 * t) + rng.normal(0, 0.03),
+                target * (1 + rng.normal(0, 0.25 * (1.2 - t))),
+            )
+            row |= {
+                "quality": quality,
+                "latency_ms": latency,
+                "reward": quality - 0.1 * abs(latency / target - 1),
+            }
         row |= {"entropy": 14.2 - 8 * max(0, t - 0.25), "expected_ms": target * (1 + 0.3 * (1 - t))}
         rows.append({key: value if key == "step" else float(value) for key, value in row.items()})
     return rows
@@ -147,7 +178,13 @@ def search_rows(target: float, steps: int) -> list[dict[str, float]]:
 
 def in_words(data: DataConfig) -> Preprocessing:
     """As a plug-in's data have it."""
-    return Preprocessing(resolution=data.resolution, channels=data.channels, mean=data.mean, std=data.std, resize="bilinear")
+    return Preprocessing(
+        resolution=data.resolution,
+        channels=data.channels,
+        mean=data.mean,
+        std=data.std,
+        resize="bilinear",
+    )
 
 
 def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
@@ -156,9 +193,22 @@ def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
         made = target(kind)
         name, runtime, dtype = made.file, made.runtime, made.dtype
         int8 = dtype == "int8"
-        parity = Parity(images=64, relative_error=0.031 if int8 else 4.1e-7, agreement=0.984 if int8 else 1.0)
-        content = {"name": name, "format": kind, "runtime": runtime, "dtype": dtype, "sha256": "0" * 64, "parity": parity}
-        files.append(BundleFile.model_validate({**content, "size_bytes": arch.params * (1 if int8 else 4) + 9000}))
+        parity = Parity(
+            images=64, relative_error=0.031 if int8 else 4.1e-7, agreement=0.984 if int8 else 1.0
+        )
+        content = {
+            "name": name,
+            "format": kind,
+            "runtime": runtime,
+            "dtype": dtype,
+            "sha256": "0" * 64,
+            "parity": parity,
+        }
+        files.append(
+            BundleFile.model_validate(
+                {**content, "size_bytes": arch.params * (1 if int8 else 4) + 9000}
+            )
+        )
     return Bundle(
         architecture=arch, labels=tuple("0123456789"), preprocessing=in_words(config.data),
         macs=arch.macs, params=arch.params, task="classify", metric="accuracy",
@@ -169,7 +219,9 @@ def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
 
 def make_verdict(bundle: Bundle, predicted: float, *, passed: bool = True) -> Verdict:
     files = []
-    for file, factor, loss in zip(bundle.files, (1.012, 0.6, 0.9), (0.0, 0.0055 if passed else 0.031, 0.0), strict=True):
+    for file, factor, loss in zip(
+        bundle.files, (1.012, 0.6, 0.9), (0.0, 0.0055 if passed else 0.031, 0.0), strict=True
+    ):
         judged = file.name == "model-fp32.tflite"
         files.append(FileVerdict(
             name=file.name, runtime=file.runtime, runtime_version="2.0", dtype=file.dtype, measured_ms=predicted * factor, spread=0.011,
@@ -199,7 +251,9 @@ def make_verdict(bundle: Bundle, predicted: float, *, passed: bool = True) -> Ve
     )
 
 
-def fill(root: Path, config: Experiment, *, until: str = "validate", passed: bool = True) -> StageContext:
+def fill(
+    root: Path, config: Experiment, *, until: str = "validate", passed: bool = True
+) -> StageContext:
     """A run folder with the documents of the stages up to ``until``."""
     order = ["profile", "search", "train", "export", "validate"]
     wanted = order[: order.index(until) + 1]
@@ -210,7 +264,9 @@ def fill(root: Path, config: Experiment, *, until: str = "validate", passed: boo
     bundle = make_bundle(config, arch)
     for name in wanted:
         (root / name).mkdir(parents=True)
-        StageManifest(stage=name, state="done", hwnas="0.1.0", inputs={}, seconds=61.2).save(root / name / "stage.json")
+        StageManifest(stage=name, state="done", hwnas="0.1.0", inputs={}, seconds=61.2).save(
+            root / name / "stage.json"
+        )
     table.save(root / "profile" / "table.json")
     if "search" in wanted:
         search.save(root / "search" / "search.json")
@@ -229,12 +285,17 @@ def fill(root: Path, config: Experiment, *, until: str = "validate", passed: boo
             test_images=360,
             class_names=tuple("0123456789"),
         ).save(root / "train" / "train.json")
-        rows = [{key: row[key] for key in ("step", "loss", "train_accuracy")} for row in search_rows(1.0, 500)]
+        rows = [
+            {key: row[key] for key in ("step", "loss", "train_accuracy")}
+            for row in search_rows(1.0, 500)
+        ]
         JsonLines(root / "train" / "metrics.jsonl").rewrite(rows)
     if "export" in wanted:
         bundle.save(root / "export" / "bundle.json")
     if "validate" in wanted:
-        make_verdict(bundle, search.candidates[0].predicted, passed=passed).save(root / "validate" / "verdict.json")
+        make_verdict(bundle, search.candidates[0].predicted, passed=passed).save(
+            root / "validate" / "verdict.json"
+        )
     return StageContext(config, root, root / "report")
 
 
@@ -251,9 +312,22 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_full_run_has_every_section_in_order(full: str) -> None:
     page = Page(full)
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
-    assert page.tags["svg"] == 10  # drawing, pareto, four search and two training curves, held-out, entries
-    assert "✓ passed" in page.text and "not validated" not in page.text and "Not finished" not in page.text
-    for words in ("model-int8.tflite", "mobile32-tunas", "Spearman", "hwnas run quickstart", "2.1.0", "98.06%", '"target_range": 0.35'):
+    # drawing, pareto, four search and two training curves, held-out, entries
+    assert page.tags["svg"] == 10
+    assert (
+        "✓ passed" in page.text
+        and "not validated" not in page.text
+        and "Not finished" not in page.text
+    )
+    for words in (
+        "model-int8.tflite",
+        "mobile32-tunas",
+        "Spearman",
+        "hwnas run quickstart",
+        "2.1.0",
+        "98.06%",
+        '"target_range": 0.35',
+    ):
         assert words in page.text
 
 
@@ -261,19 +335,30 @@ def test_the_file_stands_alone(full: str) -> None:
     page = Page(full)
     assert all(address.startswith("#") for address in page.addresses)
     assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
-    assert "http:" not in full and "https:" not in full and "@import" not in full and "@font-face" not in full
+    assert (
+        "http:" not in full
+        and "https:" not in full
+        and "@import" not in full
+        and "@font-face" not in full
+    )
     assert full.count("<style") == 1  # matplotlib's own would rule the page
 
 
 def test_ids_are_unique_and_found(full: str) -> None:
     page = Page(full)
     assert len(set(page.ids)) == len(page.ids)
-    used = {*re.findall(r"url\(#([^)]+)\)", full), *(address[1:] for address in page.addresses), *re.findall(r'labelledby="([^"]+)"', full)}
+    used = {
+        *re.findall(r"url\(#([^)]+)\)", full),
+        *(address[1:] for address in page.addresses),
+        *re.findall(r'labelledby="([^"]+)"', full),
+    }
     assert used <= set(page.ids)
 
 
 def test_figures_carry_descriptions_and_theme_colours(full: str) -> None:
-    assert len(re.findall(r'<svg [^>]*role="img" aria-label="[^"]{40,}"', full)) == full.count("<svg ")
+    assert len(re.findall(r'<svg [^>]*role="img" aria-label="[^"]{40,}"', full)) == full.count(
+        "<svg "
+    )
     drawings = "".join(re.findall(r"<svg.*?</svg>", full, flags=re.DOTALL))
     assert "var(--ink)" in drawings
     assert not re.search(r"#[0-9a-f]{6}\b", drawings), "a colour that the dark theme cannot reach"
@@ -287,7 +372,11 @@ def test_the_same_documents_give_the_same_bytes(tmp_path: Path, full: str) -> No
     ("until", "expected", "missing"),
     [
         ("profile", ["table", "provenance"], ["search", "train", "export", "validate"]),
-        ("search", ["architecture", "pareto", "course", "table", "provenance"], ["train", "export", "validate"]),
+        (
+            "search",
+            ["architecture", "pareto", "course", "table", "provenance"],
+            ["train", "export", "validate"],
+        ),
         ("export", SECTIONS, ["validate"]),
     ],
 )
@@ -311,10 +400,16 @@ def test_an_empty_and_an_interrupted_run(tmp_path: Path) -> None:
 def test_a_failed_verdict_says_why(tmp_path: Path) -> None:
     page = Page(written(fill(tmp_path / "run", experiment(), passed=False)))
     assert "✗ FAILED" in page.text
-    assert "model-int8.tflite loses 3.10 points of top-1 against PyTorch; 2.00 are allowed." in page.text
+    assert (
+        "model-int8.tflite loses 3.10 points of top-1 against PyTorch; 2.00 are allowed."
+        in page.text
+    )
 
 
-NOTHING = Caution(headline="the search learned nothing", text="the super-net's loss ended at 2.303: raise search.epochs.")
+NOTHING = Caution(
+    headline="the search learned nothing",
+    text="the super-net's loss ended at 2.303: raise search.epochs.",
+)
 
 
 def test_a_search_that_learned_nothing_has_no_green_badge(tmp_path: Path) -> None:
@@ -326,16 +421,26 @@ def test_a_search_that_learned_nothing_has_no_green_badge(tmp_path: Path) -> Non
             Verdict.load(path).model_copy(update={"warnings": (NOTHING,)}).save(path)
         else:
             path = ctx.path("search", "search.json")
-            SearchResult.load(path).model_copy(update={"learning": Learning(learned=False, cautions=(NOTHING,))}).save(path)
+            SearchResult.load(path).model_copy(
+                update={"learning": Learning(learned=False, cautions=(NOTHING,))}
+            ).save(path)
         page = Page(text := written(ctx))
-        assert '<span class="badge caution">✓ passed · search learned nothing</span>' in text and "badge good" not in text
-        assert "The search learned nothing" in page.text and "The super-net's loss ended at 2.303: raise search.epochs." in page.text
+        assert (
+            '<span class="badge caution">✓ passed · search learned nothing</span>' in text
+            and "badge good" not in text
+        )
+        assert (
+            "The search learned nothing" in page.text
+            and "The super-net's loss ended at 2.303: raise search.epochs." in page.text
+        )
 
 
 def test_a_network_that_guesses_has_no_green_badge(tmp_path: Path) -> None:
     ctx = fill(tmp_path, experiment())
     path = ctx.path("train", "train.json")
-    TrainResult.load(path).model_copy(update={"metrics": {"accuracy": 0.1}, "guess": 0.1}).save(path)
+    TrainResult.load(path).model_copy(update={"metrics": {"accuracy": 0.1}, "guess": 0.1}).save(
+        path
+    )
     text = written(ctx)
     assert '<span class="badge caution">✓ passed · trained network learned nothing</span>' in text
 
@@ -355,7 +460,10 @@ def test_found_against_random_concludes(tmp_path: Path) -> None:
         assert learning.against_random is not None
         search.model_copy(update={"learning": learning}).save(path)
         text = Page(written(ctx)).text
-        assert learning.against_random.sentence in text and "standard error, of 8 proposals and 8 random networks" in text
+        assert (
+            learning.against_random.sentence in text
+            and "standard error, of 8 proposals and 8 random networks" in text
+        )
         assert ("trained on the policy’s own paths" in text) == (course is not None)
 
 
@@ -366,8 +474,13 @@ def test_a_loss_is_not_written_as_a_percentage(tmp_path: Path) -> None:
     search.save(path)
     page = Page(text := written(ctx))
     best, mean = search.candidates[0].quality, np.mean([each.quality for each in search.random])
-    assert f"Chosen: {best:.3f} at" in page.text and f"same budget: {mean:.3f} on average" in page.text
-    assert "1 / (1 + loss) is that of the shared weights" in page.text and "super-net 1 / (1 + loss), held-out images" in text
+    assert (
+        f"Chosen: {best:.3f} at" in page.text and f"same budget: {mean:.3f} on average" in page.text
+    )
+    assert (
+        "1 / (1 + loss) is that of the shared weights" in page.text
+        and "super-net 1 / (1 + loss), held-out images" in text
+    )
     pareto = re.search(r'aria-label="(Scatter plot of super-net[^"]*)"', text)
     assert pareto is not None and f"and {best:.3f}; budget" in pareto[1] and "%" not in pareto[1]
 
@@ -382,9 +495,13 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 def test_documents_that_do_not_belong_together_are_told(tmp_path: Path) -> None:
     ctx = fill(tmp_path, experiment())
     space = small_space()
-    space.decode(space.sample(np.random.default_rng(9)), "other").save(tmp_path / "search" / "arch.json")
+    space.decode(space.sample(np.random.default_rng(9)), "other").save(
+        tmp_path / "search" / "arch.json"
+    )
     search = json.loads((tmp_path / "search" / "search.json").read_text())
-    (tmp_path / "search" / "search.json").write_text(json.dumps({**search, "table_sha256": "0" * 64}))
+    (tmp_path / "search" / "search.json").write_text(
+        json.dumps({**search, "table_sha256": "0" * 64})
+    )
     text = Page(written(ctx)).text
     assert "files are of an earlier architecture" in text and "another latency table" in text
 
@@ -406,11 +523,15 @@ def test_skipped_slots_keep_their_place_in_the_drawing(tmp_path: Path) -> None:
     assert documents.arch is not None
     assert [place.slot for place in places] == [*(slot.key for slot in space.slots), "classifier"]
     assert tuple(place.op for place in places if place.op is not None) == documents.arch.ops()
-    assert len(places) > len(documents.arch.ops()), "the fixture's architecture should skip something"
+    assert len(places) > len(documents.arch.ops()), (
+        "the fixture's architecture should skip something"
+    )
 
 
 def fill_detection(root: Path) -> StageContext:
-    """A run folder of a detector that was trained and not exported, its pictures of plain images."""
+    """A run folder of a detector that was trained and not exported, its pictures of
+    plain images.
+    """
     config = experiment(
         task="detect",
         data={"name": "coco", "path": "data", "resolution": 64, "classes": 2, "augment": "none"},
@@ -418,12 +539,36 @@ def fill_detection(root: Path) -> StageContext:
     )
     arch = with_detector(published("mobilenet_v2"), 2, resolution=64, extras=(64, 32))
     arch.save(root / "train" / "arch.json")
-    numbers = {name: 0.05 * number + 0.2 for number, name in enumerate(NUMBERS)} | {"APs": None, "ARs": None}
+    numbers = {name: 0.05 * number + 0.2 for number, name in enumerate(NUMBERS)} | {
+        "APs": None,
+        "ARs": None,
+    }
     coco = CocoMetrics.model_validate({**numbers, "AP_per_class": {"<cat>": 0.3, "dog": None}})
-    result = {"architecture_sha256": arch.sha256, "weights": "backbone", "steps": 40, "seed": 0, "test_images": 40}
-    numbers = {"task": "detect", "metric": "AP", "metrics": coco.by_name, "per_class": coco.AP_per_class}
-    TrainResult(**result, **numbers, class_names=("<cat>", "dog")).save(root / "train" / "train.json")
-    rows = [{"step": step, "loss": 5 / (step + 1), "class_loss": 3 / (step + 1), "box_loss": 2 / (step + 1)} for step in range(40)]
+    result = {
+        "architecture_sha256": arch.sha256,
+        "weights": "backbone",
+        "steps": 40,
+        "seed": 0,
+        "test_images": 40,
+    }
+    numbers = {
+        "task": "detect",
+        "metric": "AP",
+        "metrics": coco.by_name,
+        "per_class": coco.AP_per_class,
+    }
+    TrainResult(**result, **numbers, class_names=("<cat>", "dog")).save(
+        root / "train" / "train.json"
+    )
+    rows = [
+        {
+            "step": step,
+            "loss": 5 / (step + 1),
+            "class_loss": 3 / (step + 1),
+            "box_loss": 2 / (step + 1),
+        }
+        for step in range(40)
+    ]
     JsonLines(root / "train" / "metrics.jsonl").rewrite(rows)
     cat = Box(corners=(0.1, 0.05, 0.6, 0.8), label="<cat>")
     shown = []
@@ -431,24 +576,51 @@ def fill_detection(root: Path) -> StageContext:
         buffer = io.BytesIO()
         Image.new("RGB", (64, 48 + 8 * number), (40 * number, 80, 120)).save(buffer, "JPEG")
         found = (cat.model_copy(update={"score": 0.875, "label": "dog"}),) * (number > 0)
-        shown.append(Picture(jpeg=base64.b64encode(buffer.getvalue()), truth=(cat,) * (number != 2), found=found))
+        shown.append(
+            Picture(
+                jpeg=base64.b64encode(buffer.getvalue()), truth=(cat,) * (number != 2), found=found
+            )
+        )
     Pictures(pictures=tuple(shown)).save(root / "train" / "pictures.json")
     return StageContext(config, root, root / "report")
 
 
 def test_a_detector_has_its_ap_and_pictures_instead_of_top_1(tmp_path: Path) -> None:
     page = Page(text := written(fill_detection(tmp_path / "boxes")))
-    assert [name for name in page.ids if name in (*SECTIONS, "detections")] == ["detections", "architecture", "course", "provenance"]
+    assert [name for name in page.ids if name in (*SECTIONS, "detections")] == [
+        "detections",
+        "architecture",
+        "course",
+        "provenance",
+    ]
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
     assert sum(address.startswith("data:") for address in page.addresses) == page.tags["image"] == 5
-    assert text.count("dog 0.88") == 4 and "5 test images with the 4 boxes of their annotations and 4 boxes" in text
+    assert (
+        text.count("dog 0.88") == 4
+        and "5 test images with the 4 boxes of their annotations and 4 boxes" in text
+    )
     assert "Top-1, " not in page.text and "right at the end" not in page.text
-    assert page.text.index("AP75") < page.text.index("APs") < page.text.index("APl") < page.text.index("AR1")
+    assert (
+        page.text.index("AP75")
+        < page.text.index("APs")
+        < page.text.index("APl")
+        < page.text.index("AR1")
+    )
     assert "weights from backbone, AP 20.0%, AP50 25.0% on 40 test images at the end" in page.text
-    for words in (*NUMBERS, "<cat>", "AP of each class", "hwnas run boxes --out boxes-again", "extra 1", "head 3", "Its parts"):
+    for words in (
+        *NUMBERS,
+        "<cat>",
+        "AP of each class",
+        "hwnas run boxes --out boxes-again",
+        "extra 1",
+        "head 3",
+        "Its parts",
+    ):
         assert words in page.text, words
     assert "Not finished yet: export, validate. Go on with: hwnas run boxes" in page.text
-    drawings = "".join(re.findall(r"<svg.*?</svg>", re.sub(r"base64,[^\"]*", "", text), flags=re.DOTALL))
+    drawings = "".join(
+        re.findall(r"<svg.*?</svg>", re.sub(r"base64,[^\"]*", "", text), flags=re.DOTALL)
+    )
     assert not re.search(r"#[0-9a-f]{6}\b", drawings), "a colour that the dark theme cannot reach"
     assert written(fill_detection(tmp_path / "again" / "boxes")) == text
 
@@ -464,7 +636,11 @@ def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
         made = target(kind)
         name, runtime, dtype = made.file, made.runtime, made.dtype
         common = {"name": name, "runtime": runtime, "dtype": dtype}
-        files.append(BundleFile.model_validate({**common, "format": kind, "size_bytes": 9000, "sha256": "0" * 64, "parity": parity}))
+        files.append(
+            BundleFile.model_validate(
+                {**common, "format": kind, "size_bytes": 9000, "sha256": "0" * 64, "parity": parity}
+            )
+        )
         verdicts.append(FileVerdict.model_validate({
             **common, "runtime_version": "2.0", "measured_ms": 2.5, "spread": 0.01, "predicted_ms": None, "latency_error": None,
             "latency_passed": None, "parity_passed": None, "metrics": {"AP": 0.32 - lost}, "loss": lost, "quality_passed": lost < 0.03,
@@ -483,10 +659,19 @@ def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
         task="detect", metric="AP", metrics={"AP": 0.32}, files=tuple(verdicts), passed=passed,
     ).save(ctx.path("validate", "verdict.json"))  # fmt: skip
     page = Page(text := written(ctx))
-    assert "takes 2.50 ms on host, and finds objects with an AP of 32.0% on 40 test images, after 0.250 ms of post-processing" in page.text
-    assert "AP, model-int8-tasks.tflite" in page.text and "in graph" in page.text and "Top-1, " not in page.text
+    assert (
+        "takes 2.50 ms on host, and finds objects with an AP of 32.0% on 40 test images, after"
+        " 0.250 ms of post-processing" in page.text
+    )
+    assert (
+        "AP, model-int8-tasks.tflite" in page.text
+        and "in graph" in page.text
+        and "Top-1, " not in page.text
+    )
     assert ("✓ passed" in text, "✗ FAILED" in text) == (passed, not passed)
-    assert ("loses 3.10 points of AP against PyTorch; 3.00 are allowed." in page.text) == (not passed)
+    assert ("loses 3.10 points of AP against PyTorch; 3.00 are allowed." in page.text) == (
+        not passed
+    )
 
 
 def test_boxes_are_drawn_where_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -495,9 +680,14 @@ def test_boxes_are_drawn_where_they_are(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(pictures, "inline_svg", lambda figure, *_: drawn.append(figure))
     shown = Pictures.load(fill_detection(tmp_path).path("train", "pictures.json")).pictures
     pictures.detections(shown)
-    corners = [[box.get_bbox().extents.round(1).tolist() for box in axes.patches] for axes in drawn[0].axes]
+    corners = [
+        [box.get_bbox().extents.round(1).tolist() for box in axes.patches] for axes in drawn[0].axes
+    ]
     box = [[6.4, 0.05 * height, 38.4, 0.8 * height] for height in (48, 56, 64, 72, 80)]
-    assert corners == [np.round(one, 1).tolist() for one in ([box[0]], [box[1]] * 2, [box[2]], [box[3]] * 2, [box[4]] * 2, [], [], [])]
+    assert corners == [
+        np.round(one, 1).tolist()
+        for one in ([box[0]], [box[1]] * 2, [box[2]], [box[3]] * 2, [box[4]] * 2, [], [], [])
+    ]
 
 
 def test_a_detector_that_is_still_in_training(tmp_path: Path) -> None:
@@ -505,7 +695,10 @@ def test_a_detector_that_is_still_in_training(tmp_path: Path) -> None:
     for name in ("train.json", "arch.json", "pictures.json"):
         (tmp_path / "boxes" / "train" / name).unlink()
     page = Page(written(ctx))
-    assert "Not finished yet: train (interrupted at step 40), export, validate. Go on with: hwnas run boxes" in page.text
+    assert (
+        "Not finished yet: train (interrupted at step 40), export, validate. Go on with: hwnas run"
+        " boxes" in page.text
+    )
     assert "detections" not in page.ids and "course" in page.ids
 
 
@@ -513,7 +706,10 @@ def test_every_kind_of_block_can_be_drawn() -> None:
     for name in ("mobilenet_v3_small", "ssdlite320_mobilenet_v3_large"):
         arch = published(name)
         places = tuple(Placed.of(f"block {i}", op) for i, op in enumerate(arch.ops()))
-        assert ">pool<" in drawing.architecture(places, [None] * len(places)) or arch.detector is not None
+        assert (
+            ">pool<" in drawing.architecture(places, [None] * len(places))
+            or arch.detector is not None
+        )
 
 
 def test_a_corrupt_document_is_named(tmp_path: Path) -> None:
@@ -547,11 +743,18 @@ def test_smoothing_keeps_a_constant_and_the_length() -> None:
     assert len(smoothed(np.arange(2.0))) == 2
 
 
-@pytest.mark.parametrize(("value", "text"), [(None, "–"), (1.5, "1.50"), (0.012, "0.0120"), (123.4, "123"), (0.0, "0")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (1.5, "1.50"), (0.012, "0.0120"), (123.4, "123"), (0.0, "0")]
+)
 def test_milliseconds_have_three_digits(value: float | None, text: str) -> None:
     assert stage.ms(value) == text
 
 
 def test_counts_keep_three_digits() -> None:
-    assert [stage.big(count) for count in (999, 345_338, 330_000_000, 1_204_000_000)] == ["999", "345 k", "330 M", "1.20 G"]
+    assert [stage.big(count) for count in (999, 345_338, 330_000_000, 1_204_000_000)] == [
+        "999",
+        "345 k",
+        "330 M",
+        "1.20 G",
+    ]
     assert [stage.huge(count) for count in (12_345, 3 * 6**6 * 7**15)] == ["12,345", "6.6 × 10¹⁷"]

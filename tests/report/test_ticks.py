@@ -1,4 +1,6 @@
-"""Tick labels of axes over ranges of all magnitudes: no two alike, each what it stands for, none longer than it has to be."""
+"""Tick labels of axes over ranges of all magnitudes: no two alike, each what it stands
+for, none longer than it has to be.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,20 @@ def labels(low: float, high: float, formatter: Ticks | None) -> tuple[list[float
         if formatter is not None:
             axes.yaxis.set_major_formatter(formatter)
         svg = str(inline_svg(figure, "ticks", "ticks"))
-        ticks = [float(value) for value in axes.get_yticks() if low - 1e-9 * abs(low) <= value <= high + 1e-9 * abs(high)]
+        ticks = [
+            float(value)
+            for value in axes.get_yticks()
+            if low - 1e-9 * abs(low) <= value <= high + 1e-9 * abs(high)
+        ]
     return ticks, re.findall(r"<text[^>]*>([^<]+)</text>", svg)
 
 
 def value_of(label: str) -> float:
     plain = label.removesuffix("%").replace("−", "-").replace(",", "")
     number, _, power = plain.partition("×10")
-    return float(number) * 10.0 ** int(power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) or 0)
+    return float(number) * 10.0 ** int(
+        power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) or 0
+    )
 
 
 @pytest.mark.parametrize("unit", ["", "%"])
@@ -50,9 +58,17 @@ def test_labels_differ_and_are_what_they_stand_for(low: float, high: float, unit
     assert all(label.endswith(unit) for label in found)
     _, _, decimals = found[-1].removesuffix("%").partition("×")[0].partition(".")
     if decimals:  # one digit less would be wrong for a tick
-        power = 10.0 ** (np.log10(abs(value_of(found[-1])) / abs(float(found[-1].removesuffix("%").partition("×")[0].replace(",", "")))))
+        power = 10.0 ** (
+            np.log10(
+                abs(value_of(found[-1]))
+                / abs(float(found[-1].removesuffix("%").partition("×")[0].replace(",", "")))
+            )
+        )
         shorter = [round(tick / power, len(decimals) - 1) * power for tick in ticks]
-        assert max(abs(one - other) for one, other in zip(shorter, ticks, strict=True)) > 0.01 * distance
+        assert (
+            max(abs(one - other) for one, other in zip(shorter, ticks, strict=True))
+            > 0.01 * distance
+        )
     assert max(map(len, found)) <= 14
 
 
@@ -60,12 +76,17 @@ def test_examples() -> None:
     assert Ticks("%").format_ticks([96.1, 96.15, 96.2]) == ["96.10%", "96.15%", "96.20%"]
     assert Ticks("%").format_ticks([95.0, 96.0, 100.0]) == ["95%", "96%", "100%"]
     assert numbers([0.101, 0.102, 0.103]) == ["0.101", "0.102", "0.103"]
-    assert numbers([-0.5, 0.0, 0.5]) == ["−0.5", "0", "0.5"] and numbers([0, 20_000]) == ["0", "20,000"]
+    assert numbers([-0.5, 0.0, 0.5]) == ["−0.5", "0", "0.5"] and numbers([0, 20_000]) == [
+        "0",
+        "20,000",
+    ]
     assert numbers([0.0, 2.5e-6, 5e-6]) == ["0", "2.5×10⁻⁶", "5.0×10⁻⁶"] and numbers([]) == []
 
 
 def test_every_figure_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A course whose values lie near each other, and one of many steps: what matplotlib would move into the corner."""
+    """A course whose values lie near each other, and one of many steps: what matplotlib
+    would move into the corner.
+    """
     drawn: list[Figure] = []
     real = charts.inline_svg
 
@@ -75,7 +96,15 @@ def test_every_figure_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(charts, "inline_svg", keep)
     rows = [{"step": 50_000 * i, "accuracy": 0.961 + 0.0001 * i} for i in range(31)]
-    svg = str(charts.course("accuracy", "accuracy", rows, [charts.Series("accuracy", "accuracy", exact=True)], percent=True))
+    svg = str(
+        charts.course(
+            "accuracy",
+            "accuracy",
+            rows,
+            [charts.Series("accuracy", "accuracy", exact=True)],
+            percent=True,
+        )
+    )
     [axes] = drawn[0].axes
     for axis in (axes.xaxis, axes.yaxis):
         assert axis.get_offset_text().get_text() == ""

@@ -16,7 +16,9 @@ PROBLEM = Problem(0)
 
 
 class KnownRecorder(KnownWeights):
-    """``trained`` gates, ``judged`` ones with the batch's multiple, ``differentiated`` ones with their probes."""
+    """``trained`` gates, ``judged`` ones with the batch's multiple, ``differentiated``
+    ones with their probes.
+    """
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -32,7 +34,9 @@ class KnownRecorder(KnownWeights):
         self.judged.append((list(gates), multiple))
         return super().qualities(gates, multiple)
 
-    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+    def gate_gradients(
+        self, gates: Gates, probes: Probes, order: int, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
         self.differentiated.append((gates, {key: list(options) for key, options in probes.items()}))
         return super().gate_gradients(gates, probes, order, skip_dropout)
 

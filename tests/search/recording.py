@@ -34,19 +34,27 @@ class Recorder:
     teachers: list[tuple[int, Picks]] = field(default_factory=list)
     evaluated: list[Picks] = field(default_factory=list)
 
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+    def train(
+        self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
+    ) -> Metrics:
         assert not skip_dropout
         for each in gates:
             assert each.keys() == {choice.key for choice in self.space.choices}
-            assert all(sorted(gate) == [0.0] * (len(gate) - 1) + [1.0] for gate in each.values()), "every path is one-hot"
-        index_PC = np.array([[int(np.argmax(each[choice.key])) for choice in self.space.choices] for each in gates])
+            assert all(sorted(gate) == [0.0] * (len(gate) - 1) + [1.0] for gate in each.values()), (
+                "every path is one-hot"
+            )
+        index_PC = np.array(
+            [[int(np.argmax(each[choice.key])) for choice in self.space.choices] for each in gates]
+        )
         self.updates.append(Update(index_PC, split, teach))
         return {"loss": 1.0}
 
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
         raise AssertionError("nothing here scores batches")
 
-    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+    def gate_gradients(
+        self, gates: Gates, probes: Probes, order: int, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
         raise AssertionError("nothing here differentiates")
 
     def evaluate(self, picks: Picks) -> float:
@@ -57,12 +65,24 @@ class Recorder:
         self.space.check(picks)
         self.teachers.append((len(self.updates), dict(picks)))
 
-    def context(self, steps: int = 1, *, target_range: float = 0.45, tolerance: float = 0.02) -> SearchContext:
+    def context(
+        self, steps: int = 1, *, target_range: float = 0.45, tolerance: float = 0.02
+    ) -> SearchContext:
         """A context with a target in the middle of the space's range, under the synthetic table."""
         cost = CostModel.of_table(self.space, synthetic_table(self.space))
         low, high = cost.range()
         target_ms = low + target_range * (high - low)
-        return SearchContext(self.space, cost, AbsoluteObjective(), target_ms, tolerance, steps, 64, weights=self, evaluator=self)
+        return SearchContext(
+            self.space,
+            cost,
+            AbsoluteObjective(),
+            target_ms,
+            tolerance,
+            steps,
+            64,
+            weights=self,
+            evaluator=self,
+        )
 
     @property
     def trained(self) -> np.ndarray:
@@ -70,7 +90,9 @@ class Recorder:
         return np.concatenate([update.index_PC for update in self.updates])
 
 
-def run_steps(strategy: Strategy, ctx: SearchContext, first: int = 0, last: int | None = None, seed: int = 0) -> list[Metrics]:
+def run_steps(
+    strategy: Strategy, ctx: SearchContext, first: int = 0, last: int | None = None, seed: int = 0
+) -> list[Metrics]:
     """The steps from ``first`` to ``last`` as the search stage runs them."""
     metrics = []
     for number in range(first, ctx.steps if last is None else last):
@@ -80,11 +102,15 @@ def run_steps(strategy: Strategy, ctx: SearchContext, first: int = 0, last: int 
 
 
 def elastic_space() -> MacroSpace:
-    """Like once-for-all's, but small: two stages of 2 to 4 blocks, kernel {3, 5, 7}, expansion {3, 4, 6}, three resolutions."""
+    """Like once-for-all's, but small: two stages of 2 to 4 blocks, kernel {3, 5, 7},
+    expansion {3, 4, 6}, three resolutions.
+    """
     options = tuple(f"ir_k{kernel}_e{e}" for kernel in (3, 5, 7) for e in (3, 4, 6))
     stages = (
         Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
         Stage(widths=(16,), stride=2, depths=(2, 3, 4), slots=(options,) * 4),
         Stage(widths=(24,), stride=2, depths=(2, 3, 4), slots=(options,) * 4),
     )
-    return MacroSpace(name="elastic", resolution=32, resolutions=(16, 24, 32), classes=4, stages=stages)
+    return MacroSpace(
+        name="elastic", resolution=32, resolutions=(16, 24, 32), classes=4, stages=stages
+    )

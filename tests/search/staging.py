@@ -1,4 +1,6 @@
-"""Searches of seconds through the search stage: a small space, its experiment, and a kill at any moment."""
+"""Searches of seconds through the search stage: a small space, its experiment, and a
+kill at any moment.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from hwnas.progress import Progress, Task
 from hwnas.runs import StageContext
 from hwnas.search import stage
 
-DATA = {"name": "digits", "resolution": 8, "channels": 1, "mean": (0.3,), "std": (0.35,), "augment": "crop"}
+DATA = {
+    "name": "digits",
+    "resolution": 8,
+    "channels": 1,
+    "mean": (0.3,),
+    "std": (0.35,),
+    "augment": "crop",
+}
 OPTIMIZER = {"name": "sgd", "lr": 2.0, "options": {}}
 
 
@@ -33,14 +42,24 @@ def experiment(name: str = "tunas", **search: Any) -> Experiment:
         "strategy": {"name": name}, "target_range": 0.5, "epochs": 1.0, "batch_size": 32, "optimizer": OPTIMIZER,
         "candidates": 3, "random_samples": 2, "recalibration_images": 256, **search,
     }  # fmt: skip
-    return Experiment.model_validate({"seed": 5, "checkpoint_seconds": 0.0, "data": DATA, "search": settings})
+    return Experiment.model_validate(
+        {"seed": 5, "checkpoint_seconds": 0.0, "data": DATA, "search": settings}
+    )
 
 
 def run(
-    folder: Path, config: Experiment, table: LatencyTable | None, progress: Progress | None = None, space: MacroSpace | None = None
+    folder: Path,
+    config: Experiment,
+    table: LatencyTable | None,
+    progress: Progress | None = None,
+    space: MacroSpace | None = None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    stage.run(StageContext(config, folder.parent, folder, progress or Progress()), space or tiny_space(), table)
+    stage.run(
+        StageContext(config, folder.parent, folder, progress or Progress()),
+        space or tiny_space(),
+        table,
+    )
 
 
 class Saying(Progress):

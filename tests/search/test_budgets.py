@@ -1,4 +1,6 @@
-"""Budgets that are counted: cost models without a table, their configuration, and searches that need no profile."""
+"""Budgets that are counted: cost models without a table, their configuration, and
+searches that need no profile.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ COUNTS = {
 
 def cost_of(kind: str) -> CostModel:
     space = tiny_space()
-    made = {"macs": CostModel.of_macs, "params": CostModel.of_params, "size_bytes": lambda each: CostModel.of_bytes(each, "int8")}
+    made = {
+        "macs": CostModel.of_macs,
+        "params": CostModel.of_params,
+        "size_bytes": lambda each: CostModel.of_bytes(each, "int8"),
+    }
     return made[kind](space)
 
 
@@ -50,7 +56,10 @@ def test_what_is_counted_is_that_of_the_network(kind: str) -> None:
 
 def test_the_ends_of_a_range_are_counts_of_networks() -> None:
     space, cost = tiny_space(), cost_of("macs")
-    smallest = {choice.key: choice.options[0] for choice in space.choices} | {"s1.b1": "skip", "s1.b2": "skip"}
+    smallest = {choice.key: choice.options[0] for choice in space.choices} | {
+        "s1.b1": "skip",
+        "s1.b2": "skip",
+    }
     assert cost.range()[0] == space.decode(smallest).macs
 
 
@@ -67,7 +76,10 @@ def test_a_step_is_noted_in_the_unit_of_the_budget() -> None:
 
 
 def test_an_unreachable_count_is_refused_with_the_key_that_sets_it() -> None:
-    words = r"target 1000 M MACs is out of reach of space tiny: its architectures have .* M MACs; choose search\.budget\.max_macs in that"
+    words = (
+        r"target 1000 M MACs is out of reach of space tiny: its architectures have .* M MACs;"
+        r" choose search\.budget\.max_macs in that"
+    )
     with pytest.raises(TargetError, match=words):
         cost_of("macs").check_target(1e9, "search.budget.max_macs")
 
@@ -76,25 +88,45 @@ def test_an_unreachable_count_is_refused_with_the_key_that_sets_it() -> None:
 
 
 def test_target_ms_is_short_for_a_budget_of_latency() -> None:
-    short, long = load_experiment(None, ["search.target_ms=3"]), load_experiment(None, ["search.budget={kind='latency', max_ms=3}"])
-    assert short.search.main_budget == long.search.main_budget == LatencyLimit(kind="latency", max_ms=3)
+    short, long = (
+        load_experiment(None, ["search.target_ms=3"]),
+        load_experiment(None, ["search.budget={kind='latency', max_ms=3}"]),
+    )
+    assert (
+        short.search.main_budget
+        == long.search.main_budget
+        == LatencyLimit(kind="latency", max_ms=3)
+    )
     assert short.search.by_table and long.search.by_table
 
 
 def test_a_budget_that_is_not_set_is_not_written() -> None:
-    assert "budget" not in load_experiment(None, ["search.target_ms=3"]).search.model_dump(mode="json")
+    assert "budget" not in load_experiment(None, ["search.target_ms=3"]).search.model_dump(
+        mode="json"
+    )
     config = load_experiment(None, ["search.budget={kind='macs', max_macs=3e6}"])
     written = config.search.model_dump(mode="json", by_alias=True)
-    assert written["budget"] == {"kind": "macs", "max_macs": 3_000_000} and isinstance(written["budget"]["max_macs"], int)
+    assert written["budget"] == {"kind": "macs", "max_macs": 3_000_000} and isinstance(
+        written["budget"]["max_macs"], int
+    )
     assert Experiment.model_validate(config.model_dump(mode="json", by_alias=True)) == config
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["search.budget={kind='macs'}", "search.target_ms=3"], "search.target_ms is short for a search.budget .*; remove one of them"),
-        (["search.budget={kind='activation_bytes', max_bytes=9}"], "is a peak and no sum over blocks, .* put it under search.limits"),
-        (["search.budget={kind='latency', table='t.json'}"], "name the table of the budget in search.table"),
+        (
+            ["search.budget={kind='macs'}", "search.target_ms=3"],
+            "search.target_ms is short for a search.budget .*; remove one of them",
+        ),
+        (
+            ["search.budget={kind='activation_bytes', max_bytes=9}"],
+            "is a peak and no sum over blocks, .* put it under search.limits",
+        ),
+        (
+            ["search.budget={kind='latency', table='t.json'}"],
+            "name the table of the budget in search.table",
+        ),
         (["search.budget={kind='flops'}"], "flops"),
         (["search.limits=[{kind='macs'}]"], "max_macs is missing: a limit needs its number"),
         (["search.limits=[{kind='latency', max_ms=3}]"], "table is missing"),
@@ -113,13 +145,21 @@ def test_budgets_that_are_refused(settings: list[str], words: str) -> None:
     [
         ({"name": "tunas"}, {"kind": "macs"}),
         ({"name": "fbnet", "latency_loss": "fbnet"}, {"kind": "params"}),
-        ({"name": "spos", "generations": 2, "population": 6, "parents": 3}, {"kind": "size_bytes", "dtype": "int8"}),
+        (
+            {"name": "spos", "generations": 2, "population": 6, "parents": 3},
+            {"kind": "size_bytes", "dtype": "int8"},
+        ),
     ],
 )
-def test_a_search_without_a_table(strategy: dict[str, Any], budget: dict[str, Any], tmp_path: Path) -> None:
+def test_a_search_without_a_table(
+    strategy: dict[str, Any], budget: dict[str, Any], tmp_path: Path
+) -> None:
     said, kind = Saying(), budget["kind"]
     run(tmp_path / "search", experiment(strategy=strategy, budget=budget, **SHORT), None, said)
-    result, (low, high) = SearchResult.load(tmp_path / "search" / "search.json"), cost_of(kind).range()
+    result, (low, high) = (
+        SearchResult.load(tmp_path / "search" / "search.json"),
+        cost_of(kind).range(),
+    )
     assert (result.unit, result.table_sha256, result.reachable) == (kind, None, (low, high))
     assert result.target == (low + high) / 2
     arch = Architecture.load(tmp_path / "search" / "arch.json")
@@ -130,18 +170,25 @@ def test_a_search_without_a_table(strategy: dict[str, Any], budget: dict[str, An
     assert costs and not any(name.endswith("_ms") for row in rows for name in row)
     assert all(low <= row[name] <= high for row in rows for name in costs & row.keys())
     symbol = UNITS[kind].symbol
-    assert any(re.fullmatch(rf"target \S+ {symbol}; tiny reaches \S+ to \S+ {symbol}", line) for line in said.said)
+    assert any(
+        re.fullmatch(rf"target \S+ {symbol}; tiny reaches \S+ to \S+ {symbol}", line)
+        for line in said.said
+    )
     assert any(re.match(rf"found tiny-\w+: \S+ {symbol} predicted \(", line) for line in said.said)
     assert not any(" ms" in line for line in said.said)
 
 
 def test_a_budget_in_macs_needs_no_profile(tmp_path: Path) -> None:
-    """The number of the budget is the target, no stage asks for a table, and the report says the unit."""
+    """The number of the budget is the target, no stage asks for a table, and the report
+    says the unit.
+    """
     space, said = tiny_space(), Saying()
     space.save(tmp_path / "space.json")
     macs = round(sum(cost_of("macs").range()) / 2)
     config = experiment(budget=MacsLimit(kind="macs", max_macs=macs), target_range=None, **SHORT)
-    config = config.model_copy(update={"space": config.space.model_copy(update={"name": str(tmp_path / "space.json")})})
+    config = config.model_copy(
+        update={"space": config.space.model_copy(update={"name": str(tmp_path / "space.json")})}
+    )
     pipeline = Pipeline(config, tmp_path / "run", said)
     assert "profile" not in pipeline.needed
     assert f"at {macs / 1e6:g} M MACs" in pipeline.plan()
@@ -152,12 +199,23 @@ def test_a_budget_in_macs_needs_no_profile(tmp_path: Path) -> None:
     text = (tmp_path / "run" / "report" / "report.html").read_text()
     assert "predicted M MACs" in text and f"{macs / 1e6:.3g}" in text
     assert '<span class="unit">M MACs</span>' in text and "predicted latency" not in text
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["search"]["budget"] == {"kind": "macs", "max_macs": macs}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["search"]["budget"] == {
+        "kind": "macs",
+        "max_macs": macs,
+    }
 
 
 def test_a_budget_without_its_number_is_asked_for(tmp_path: Path) -> None:
     tiny_space().save(tmp_path / "space.json")
     config = experiment(budget={"kind": "macs"}, target_range=None)
-    config = config.model_copy(update={"space": config.space.model_copy(update={"name": str(tmp_path / "space.json")})})
-    with pytest.raises(ConfigError, match=r"search\.budget\.max_macs is not set: set it to your budget, or search\.target_range to 0\.\.1"):
+    config = config.model_copy(
+        update={"space": config.space.model_copy(update={"name": str(tmp_path / "space.json")})}
+    )
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"search\.budget\.max_macs is not set: set it to your budget, or search\.target_range"
+            r" to 0\.\.1"
+        ),
+    ):
         Pipeline(config, tmp_path / "run", Progress()).run_stage("search")

@@ -1,4 +1,6 @@
-"""Methods on cells: DARTS's derivation and P-DARTS's limit by worked examples, known optima, and searches of seconds."""
+"""Methods on cells: DARTS's derivation and P-DARTS's limit by worked examples, known
+optima, and searches of seconds.
+"""
 
 from __future__ import annotations
 
@@ -40,20 +42,30 @@ def random_policy(space: CellSpace, seed: int) -> dict[str, np.ndarray]:
 
 
 def genotype(space: CellSpace, policy: dict[str, np.ndarray], cell: str) -> dict[str, str]:
-    """DARTS's parse: for each node the two edges whose best option, none aside, is strongest; edge -> option."""
+    """DARTS's parse: for each node the two edges whose best option, none aside, is
+    strongest; edge -> option.
+    """
     found = {}
     for node in range(2, 6):
         best = {}
         for source in range(node):
             key = f"{cell}.e{source}-{node}"
-            best[key] = max((p, option) for p, option in zip(policy[key], space.edges[key], strict=True) if option != NONE)
+            best[key] = max(
+                (p, option)
+                for p, option in zip(policy[key], space.edges[key], strict=True)
+                if option != NONE
+            )
         for key in sorted(best, key=lambda key: -best[key][0])[:2]:
             found[key] = best[key][1]
     return found
 
 
 def kept(space: CellSpace, picks: Picks, cell: str) -> dict[str, str]:
-    return {key: str(picks[key]) for key in space.edges if key.startswith(f"{cell}.") and space.kept(key, picks)}
+    return {
+        key: str(picks[key])
+        for key in space.edges
+        if key.startswith(f"{cell}.") and space.kept(key, picks)
+    }
 
 
 def argmax(space: CellSpace, policy: dict[str, np.ndarray]) -> Picks:
@@ -84,7 +96,8 @@ def test_p_darts_deletes_the_weakest_skips(seed: int) -> None:
     picks = argmax(space, with_few_skips(space, policy, 2))
     assert kept(space, picks, "normal") == normal
     assert count_of_skips(space).of(picks) == 2
-    assert kept(space, picks, "reduce") == genotype(space, policy, "reduce")  # reductions are not limited
+    # reductions are not limited
+    assert kept(space, picks, "reduce") == genotype(space, policy, "reduce")
     assert list(kept(space, picks, "reduce").values()).count(SKIP_CONNECT) == 8
 
 
@@ -96,36 +109,57 @@ def test_nasbench201_may_end_with_none() -> None:
 
 def test_all_edges_run_while_searching_and_any_pair_is_likely() -> None:
     space = SMALL["darts"]
-    mixture = {choice.key: torch.full((len(choice.options),), 1 / len(choice.options)) for choice in space.choices}
+    mixture = {
+        choice.key: torch.full((len(choice.options),), 1 / len(choice.options))
+        for choice in space.choices
+    }
     gates, likely = all_edges(space, mixture), any_pair(space, mixture)
     for key, pairs in space.inputs.items():
         for source in {source for pair in pairs for source in pair.split("+")}:
             inside = [source in pair.split("+") for pair in pairs]
             assert float(gates[key][inside].sum()) == pytest.approx(1.0)
         assert float(likely[key].sum()) == pytest.approx(1.0)
-    assert all(gates[choice.key] is mixture[choice.key] for choice in space.choices if choice.kind == "op")
+    assert all(
+        gates[choice.key] is mixture[choice.key] for choice in space.choices if choice.kind == "op"
+    )
 
 
 class CellProblem:
-    """A cell whose best options are known: every option adds a gain, that of a kept edge counts once for its kind of cell."""
+    """A cell whose best options are known: every option adds a gain, that of a kept
+    edge counts once for its kind of cell.
+    """
 
     def __init__(self, space: CellSpace, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.space, self.cost = space, CostModel.of_table(space, synthetic_table(space))
-        self.gains = {choice.key: 0.02 * rng.random(len(choice.options)) for choice in space.choices}
+        self.gains = {
+            choice.key: 0.02 * rng.random(len(choice.options)) for choice in space.choices
+        }
         for choice in space.choices:
             if choice.kind == "inputs":
                 self.gains[choice.key][:] = 0.0
 
     def quality(self, gates: Gates) -> float:
-        return 0.5 + sum(float(np.dot(np.asarray(gates[key], dtype=float), gain)) for key, gain in self.gains.items())
+        return 0.5 + sum(
+            float(np.dot(np.asarray(gates[key], dtype=float), gain))
+            for key, gain in self.gains.items()
+        )
 
     def context(self, steps: int) -> SearchContext:
         low, high = self.cost.range()
         weights = CellWeights(self)  # type: ignore[arg-type]
         limits = Limits(self.space, (), LatencyTable.load)
         return SearchContext(
-            self.space, self.cost, AbsoluteObjective(), (low + high) / 2, 0.99, steps, 8, weights=weights, evaluator=weights, limits=limits
+            self.space,
+            self.cost,
+            AbsoluteObjective(),
+            (low + high) / 2,
+            0.99,
+            steps,
+            8,
+            weights=weights,
+            evaluator=weights,
+            limits=limits,
         )
 
 
@@ -145,11 +179,17 @@ class CellWeights(KnownWeights):
 def test_darts_finds_the_known_cell(name: str) -> None:
     problem = CellProblem(SMALL[name], 0)
     ctx = problem.context(150)
-    strategy = DARTS(DARTSConfig(order=1, alpha_lr=0.1, alpha_weight_decay=0.0, latency_weight=1e-6))
+    strategy = DARTS(
+        DARTSConfig(order=1, alpha_lr=0.1, alpha_weight_decay=0.0, latency_weight=1e-6)
+    )
     prepared(strategy, ctx, 0)
     searched(strategy, ctx, 0)
     [picks, *_] = proposed(strategy, ctx, 0, 3)
-    best = {key: problem.space.edges[key][int(gain.argmax())] for key, gain in problem.gains.items() if key in problem.space.edges}
+    best = {
+        key: problem.space.edges[key][int(gain.argmax())]
+        for key, gain in problem.gains.items()
+        if key in problem.space.edges
+    }
     assert strategy.alphas.policy().keys() == {choice.key for choice in problem.space.choices}
     if name == "nasbench201":
         assert picks == best
@@ -176,7 +216,13 @@ def test_p_darts_grows_and_drops_as_published() -> None:
 
 
 def cell_experiment(strategy: str, **options: object):
-    short = {"epochs": 0.08, "evaluation_images": 64, "recalibration_images": 64, "candidates": 2, "random_samples": 1}
+    short = {
+        "epochs": 0.08,
+        "evaluation_images": 64,
+        "recalibration_images": 64,
+        "candidates": 2,
+        "random_samples": 1,
+    }
     return experiment(strategy, strategy={"name": strategy, **options}, tolerance=0.3, **short)
 
 
@@ -195,7 +241,12 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_search_cells(method: str, name: str, tmp_path: Path) -> None:
     space = SMALL[name].changed("cells", cells=(2, 1))
-    run(tmp_path / "search", cell_experiment(method, **METHODS[method]), synthetic_table(space), space=space)
+    run(
+        tmp_path / "search",
+        cell_experiment(method, **METHODS[method]),
+        synthetic_table(space),
+        space=space,
+    )
     result = SearchResult.load(tmp_path / "search" / "search.json")
     arch = Architecture.load(tmp_path / "search" / "arch.json")
     assert space.encode(arch) == result.candidates[0].picks
@@ -205,16 +256,26 @@ def test_methods_search_cells(method: str, name: str, tmp_path: Path) -> None:
 
 def test_methods_that_are_for_blocks_in_a_row_say_so(tmp_path: Path) -> None:
     space = SMALL["nasbench201"]
-    with pytest.raises(SpaceError, match=r"'tunas' is for spaces of blocks in a row.*darts, fairnas, pdarts, random"):
+    with pytest.raises(
+        SpaceError,
+        match=r"'tunas' is for spaces of blocks in a row.*darts, fairnas, pdarts, random",
+    ):
         run(tmp_path / "search", cell_experiment("tunas"), synthetic_table(space), space=space)
     config = cell_experiment("spos", **METHODS["spos"])
     config = config.model_copy(
-        update={"search": config.search.model_copy(update={"supernet": config.search.supernet.model_copy(update={"wsbn": True})})}
+        update={
+            "search": config.search.model_copy(
+                update={"supernet": config.search.supernet.model_copy(update={"wsbn": True})}
+            )
+        }
     )
     with pytest.raises(ConfigError, match="wsbn"):
         run(tmp_path / "search", config, synthetic_table(space), space=space)
 
 
 def test_a_grown_search_goes_on_with_its_deepest_super_net() -> None:
-    growing = GrowingSupernet(SMALL["darts"], torch.Generator().manual_seed(0), experiment().search.supernet, (1, 1))
-    assert growing.grown == 1  # a search that is resumed after its last step judges what it trained last
+    growing = GrowingSupernet(
+        SMALL["darts"], torch.Generator().manual_seed(0), experiment().search.supernet, (1, 1)
+    )
+    # a search that is resumed after its last step judges what it trained last
+    assert growing.grown == 1

@@ -1,4 +1,6 @@
-"""Random architectures beside the proposals: how many, on which images, and what is said before they are scored."""
+"""Random architectures beside the proposals: how many, on which images, and what is
+said before they are scored.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def table() -> LatencyTable:
 def after(table: LatencyTable, macs: int, **settings: Any) -> tuple[SearchContext, Judge]:
     """A search that has cost so many multiply-accumulates."""
     config = experiment(**settings)
-    search, judge = search_context(config, tiny_space(), table), Judge(supernet_of(tiny_space()), config)
+    search, judge = (
+        search_context(config, tiny_space(), table),
+        Judge(supernet_of(tiny_space()), config),
+    )
     search.meter = meter_of(config.search, judge.supernet)
     search.meter.load_state_dict({**search.meter.state_dict(), "macs": macs})
     search.rng = np.random.default_rng(3)
@@ -79,9 +84,16 @@ def test_a_number_that_is_set_holds(table: LatencyTable) -> None:
 def test_what_is_said_before(table: LatencyTable) -> None:
     search, judge = after(table, 10**10, evaluation_images=100)
     search.seconds = 1000.0  # so that a percent is ten seconds
-    sentence = compared_with(search, judge, random_within(search, 3, np.random.default_rng(0))).sentence
-    scored = f"ranking 3 proposals and scoring 2 random architectures in the budget on {len(judge.held_out)} held-out images each"
-    found = re.fullmatch(scored + r", and 2 anywhere on 100: about (\d+) s, (\d+)% of the search's cost", sentence)
+    sentence = compared_with(
+        search, judge, random_within(search, 3, np.random.default_rng(0))
+    ).sentence
+    scored = (
+        "ranking 3 proposals and scoring 2 random architectures in the budget on"
+        f" {len(judge.held_out)} held-out images each"
+    )
+    found = re.fullmatch(
+        scored + r", and 2 anywhere on 100: about (\d+) s, (\d+)% of the search's cost", sentence
+    )
     assert found, sentence
     assert int(found[1]) == pytest.approx(10 * int(found[2]), abs=5), "a part of the 1,000 seconds"
     assert 0 < int(found[2]) < 9
@@ -93,20 +105,32 @@ def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywh
     judged: list[int] = []
     original = ClassificationQuality.of_network
 
-    def counted(quality: ClassificationQuality, network: Any, images: Any, batches: Any, limit: int | None) -> float:
+    def counted(
+        quality: ClassificationQuality, network: Any, images: Any, batches: Any, limit: int | None
+    ) -> float:
         batches = list(batches)
         judged.append(sum(len(y) for _, y in batches))
         return original(quality, network, images, batches, limit)
 
     monkeypatch.setattr(ClassificationQuality, "of_network", counted)
     progress = Saying()
-    run(tmp_path / "search", experiment("random", evaluation_images=100, epochs=0.5), table, progress)
+    run(
+        tmp_path / "search",
+        experiment("random", evaluation_images=100, epochs=0.5),
+        table,
+        progress,
+    )
     result = SearchResult.load(tmp_path / "search/search.json")
     every = max(judged)
     assert every > 100
-    assert judged == [every] * (len(result.candidates) + len(result.random)) + [100] * len(result.spread)
+    assert judged == [every] * (len(result.candidates) + len(result.random)) + [100] * len(
+        result.spread
+    )
     assert len(result.random) == len(result.spread) == 2
-    assert any(line.startswith("ranking 3 proposals and scoring 2 random architectures in the budget on") for line in progress.said)
+    assert any(
+        line.startswith("ranking 3 proposals and scoring 2 random architectures in the budget on")
+        for line in progress.said
+    )
 
 
 def test_held_out_images_are_read_once_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:

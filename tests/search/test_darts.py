@@ -1,4 +1,6 @@
-"""DARTS's parts against closed forms: the gradient of alpha, the latency term, what is asked of the super-net and when."""
+"""DARTS's parts against closed forms: the gradient of alpha, the latency term, what is
+asked of the super-net and when.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,26 @@ class LoggedWeights(KnownWeights):
         super().__init__(problem)
         self.log: list[tuple[str, dict[str, np.ndarray], int, float]] = []
 
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
-        self.log += [("train", {key: np.asarray(gate).copy() for key, gate in each.items()}, 0, skip_dropout) for each in gates]
+    def train(
+        self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
+    ) -> Metrics:
+        self.log += [
+            ("train", {key: np.asarray(gate).copy() for key, gate in each.items()}, 0, skip_dropout)
+            for each in gates
+        ]
         return super().train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
 
-    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
-        self.log.append(("loss", {key: np.asarray(gate).copy() for key, gate in gates.items()}, order, skip_dropout))
+    def gate_gradients(
+        self, gates: Gates, probes: Probes, order: int, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        self.log.append(
+            (
+                "loss",
+                {key: np.asarray(gate).copy() for key, gate in gates.items()},
+                order,
+                skip_dropout,
+            )
+        )
         return super().gate_gradients(gates, probes, order, skip_dropout)
 
 
@@ -48,7 +64,9 @@ def logged(strategy: DARTS, steps: int) -> tuple[LoggedWeights, SearchContext, l
 
 @pytest.mark.parametrize("factor", [0.7, 1.3])
 def test_gradient_of_alpha(factor: float) -> None:
-    """d/dalpha_i = p_i (c_i - <p, c>) with c = -gain + latency_weight * sign(E/T - 1) * dE/dp / T."""
+    """d/dalpha_i = p_i (c_i - <p, c>) with c = -gain + latency_weight * sign(E/T - 1) *
+    dE/dp / T.
+    """
     problem = Problem(1)
     strategy = DARTS(DARTSConfig(init_std=0.5, latency_weight=0.3))
     ctx = problem.context(10)
@@ -93,7 +111,10 @@ def test_alpha_starts_near_uniform_and_by_the_seed() -> None:
 def test_alpha_first_then_the_weights_under_the_new_mixture(order: Any) -> None:
     strategy = DARTS(DARTSConfig(order=order, alpha_lr=0.1))
     weights, _, metrics = logged(strategy, 6)
-    assert [(what, asked, dropout) for what, _, asked, dropout in weights.log] == 6 * [("loss", order, 0.0), ("train", 0, 0.0)]
+    assert [(what, asked, dropout) for what, _, asked, dropout in weights.log] == 6 * [
+        ("loss", order, 0.0),
+        ("train", 0, 0.0),
+    ]
     for (_, before, *_), (_, after, *_) in zip(weights.log[::2], weights.log[1::2], strict=True):
         assert all((gate > 0).all() for gate in before.values()), "every option runs"
         assert not np.allclose(before["s1.b0"], after["s1.b0"], rtol=1e-3)
@@ -104,9 +125,13 @@ def test_metrics() -> None:
     strategy = DARTS(DARTSConfig(alpha_lr=0.1))
     weights, ctx, metrics = logged(strategy, 5)
     last = weights.log[-1][1]
-    assert metrics[-1]["entropy"] == pytest.approx(-sum((p * np.log(p)).sum() for p in last.values()))
+    assert metrics[-1]["entropy"] == pytest.approx(
+        -sum((p * np.log(p)).sum() for p in last.values())
+    )
     assert metrics[-1]["expected_ms"] == pytest.approx(float(ctx.cost.expected(last)))
-    assert metrics[-1]["held_out_loss"] == pytest.approx(1 - weights.problem.quality(weights.log[-2][1]))
+    assert metrics[-1]["held_out_loss"] == pytest.approx(
+        1 - weights.problem.quality(weights.log[-2][1])
+    )
     uniform = sum(math.log(len(choice.options)) for choice in ctx.space.choices)
     assert metrics[-1]["entropy"] < uniform
 
@@ -143,7 +168,13 @@ class SeveralResolutions(MacroSpace):
 def test_an_open_resolution_is_refused() -> None:
     DARTS(DARTSConfig()).check(tiny_space())
     open_space = SeveralResolutions.model_validate(tiny_space().model_dump())
-    with pytest.raises(SpaceError, match=r"darts .* 'resolution' of space tiny \(128, 160\) cannot be mixed: restrict it .* tunas, spos"):
+    with pytest.raises(
+        SpaceError,
+        match=(
+            r"darts .* 'resolution' of space tiny \(128, 160\) cannot be mixed: restrict it .*"
+            r" tunas, spos"
+        ),
+    ):
         DARTS(DARTSConfig()).check(open_space)
 
 

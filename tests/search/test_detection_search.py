@@ -1,4 +1,6 @@
-"""Searching a detector: what its quality is, how every kind of method trains it, and the whole way."""
+"""Searching a detector: what its quality is, how every kind of method trains it, and
+the whole way.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,14 @@ def content(folder: Path, **search: Any) -> dict[str, Any]:
         "task": "detect",
         "space": {"name": str(folder / "space.json")},
         "device": {"name": str(folder / "device.json")},
-        "data": {"name": "coco", "path": str(folder / "data"), "resolution": 48, "classes": 2, "held_out": 0.25, "augment": "ssdlite"},
+        "data": {
+            "name": "coco",
+            "path": str(folder / "data"),
+            "resolution": 48,
+            "classes": 2,
+            "held_out": 0.25,
+            "augment": "ssdlite",
+        },
         "detector": {"extras": [32, 16]},
         "profile": {"rounds": 3, "max_rounds": 3, "fit_networks": 4, "test_networks": 4},
         "search": {
@@ -73,7 +82,12 @@ def content(folder: Path, **search: Any) -> dict[str, Any]:
             "optimizer": {"name": "adamw", "lr": 0.05, "weight_decay": 0.01, "warmup": 0.1},
             **search,
         },
-        "train": {"weights": "supernet", "epochs": 2, "batch_size": 6, "optimizer": {"name": "adamw", "lr": 0.05}},
+        "train": {
+            "weights": "supernet",
+            "epochs": 2,
+            "batch_size": 6,
+            "optimizer": {"name": "adamw", "lr": 0.05},
+        },
     }
 
 
@@ -96,7 +110,9 @@ def toml(folder: Path, **search: Any) -> Path:
         )
 
     path = folder / "rectangles.toml"
-    path.write_text("\n".join(f"{key} = {written(value)}" for key, value in content(folder, **search).items()))
+    path.write_text(
+        "\n".join(f"{key} = {written(value)}" for key, value in content(folder, **search).items())
+    )
     return path
 
 
@@ -106,25 +122,55 @@ def judge_of(config: Experiment) -> tuple[Judge, Supernet]:
 
 
 def test_the_whole_way_meets_the_budget(tmp_path: Path) -> None:
-    """Profile, search, train from the super-net's weights, export, validate, report: on a simulated device."""
+    """Profile, search, train from the super-net's weights, export, validate, report: on
+    a simulated device.
+    """
     run = tmp_path / "run"
     Pipeline(load_experiment(toml(tmp_path)), run, Progress()).run()
-    result, table = SearchResult.load(run / "search" / "search.json"), LatencyTable.load(run / "profile" / "table.json")
+    result, table = (
+        SearchResult.load(run / "search" / "search.json"),
+        LatencyTable.load(run / "profile" / "table.json"),
+    )
     arch = Architecture.load(run / "search" / "arch.json")
     assert abs(latency_ms(arch, table) / result.target - 1) <= 0.02
-    assert result.metric == "AP" and arch.detector is not None and arch.detector.heads[0].key in table.entries
-    assert table.calibration is not None and table.calibration.held_out is not None and table.calibration.held_out.mape < 0.03
+    assert (
+        result.metric == "AP"
+        and arch.detector is not None
+        and arch.detector.heads[0].key in table.entries
+    )
+    assert (
+        table.calibration is not None
+        and table.calibration.held_out is not None
+        and table.calibration.held_out.mape < 0.03
+    )
     network = load_network(run / "train" / "model.safetensors")
-    assert isinstance(network, DetectionNetwork) and (network.arch.blocks, network.arch.detector) == (arch.blocks, arch.detector)
+    assert isinstance(network, DetectionNetwork) and (
+        network.arch.blocks,
+        network.arch.detector,
+    ) == (arch.blocks, arch.detector)
     text = (run / "report" / "report.html").read_text()
     assert "AP is that of the shared weights" in text and "extra 0" in text and "head 3" in text
     bundle = Bundle.load(run / "export" / "bundle.json")
-    assert bundle.architecture == network.arch and {file.format for file in bundle.files} >= {"tflite-int8-tasks", "onnx-nms"}
+    assert bundle.architecture == network.arch and {file.format for file in bundle.files} >= {
+        "tflite-int8-tasks",
+        "onnx-nms",
+    }
     assert (run / "validate" / "verdict.json").exists()
 
 
 @pytest.mark.parametrize(
-    "strategy", ["tunas", "proxylessnas", "fbnet", "darts", "pdarts", "spos", "fairnas", "random", "progressive_shrinking"]
+    "strategy",
+    [
+        "tunas",
+        "proxylessnas",
+        "fbnet",
+        "darts",
+        "pdarts",
+        "spos",
+        "fairnas",
+        "random",
+        "progressive_shrinking",
+    ],
 )
 def test_every_method_trains_detectors(strategy: str, tmp_path: Path) -> None:
     config = experiment(tmp_path, strategy=strategy, batch_size=8, epochs=1)
@@ -138,8 +184,14 @@ def test_every_method_trains_detectors(strategy: str, tmp_path: Path) -> None:
         metrics |= prepared.step(number)
     assert metrics["loss"] > 0 and all(np.isfinite(value) for value in metrics.values())
     assert {"class_loss", "box_loss"} <= metrics.keys()
-    moved = [name for name, tensor in prepared.engine.model.named_parameters() if not torch.equal(tensor, before[name])]
-    assert any("heads" in name for name in moved) and any("slots" in name or "blocks" in name for name in moved)
+    moved = [
+        name
+        for name, tensor in prepared.engine.model.named_parameters()
+        if not torch.equal(tensor, before[name])
+    ]
+    assert any("heads" in name for name in moved) and any(
+        "slots" in name or "blocks" in name for name in moved
+    )
 
 
 def _tabled(config: Experiment, folder: Path) -> LatencyTable:
@@ -154,13 +206,17 @@ def _tabled(config: Experiment, folder: Path) -> LatencyTable:
 def test_the_quality_of_a_batch_is_by_its_loss(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     boxes = experiment_space(config)
-    prepared = prepare(config, boxes, search_context(config, boxes, _tabled(config, tmp_path)), tmp_path)
+    prepared = prepare(
+        config, boxes, search_context(config, boxes, _tabled(config, tmp_path)), tmp_path
+    )
     weights: Any = prepared.engine.extra["teacher"]
     gates = one_hot(boxes.sample(np.random.default_rng(0)), boxes)
     (found,) = weights.qualities([gates], 1)
     x_NCHW, y = weights.batches.held_out(0, 1)
     with torch.no_grad():
-        loss, _ = DetectionCriterion(boxes.decode(boxes.at([0] * len(boxes.choices))))(weights.supernet.eval()(x_NCHW, gates), y)
+        loss, _ = DetectionCriterion(boxes.decode(boxes.at([0] * len(boxes.choices))))(
+            weights.supernet.eval()(x_NCHW, gates), y
+        )
     assert found == pytest.approx(1 / (1 + float(loss)), rel=1e-5) and 0.05 < found < 0.5
 
 
@@ -174,13 +230,23 @@ def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path
     network = supernet.extract(picks)
     assert isinstance(network, DetectionNetwork)
     recalibrate(network, (x for x, _ in judge._batches(train, 6, 12)))
-    for limit, found in ((4, judge.evaluate(picks)), (None, judge.on_all_images(judge.network(picks)))):
+    for limit, found in (
+        (4, judge.evaluate(picks)),
+        (None, judge.on_all_images(judge.network(picks))),
+    ):
         if quality == "metric":
-            expected = average_precision(held_out, detect(network, held_out, config.detector.post_processing, batch_size=8, limit=limit)).AP
+            expected = average_precision(
+                held_out,
+                detect(
+                    network, held_out, config.detector.post_processing, batch_size=8, limit=limit
+                ),
+            ).AP
         else:
             batches = list(judge._batches(held_out, 24, limit))
             with torch.no_grad():
-                loss, _ = DetectionCriterion(network.arch)(network.eval()(batches[0][0]), batches[0][1])
+                loss, _ = DetectionCriterion(network.arch)(
+                    network.eval()(batches[0][0]), batches[0][1]
+                )
             expected = 1 / (1 + float(loss))
         assert found == pytest.approx(expected, abs=1e-6)
     assert judge.quality.metric == ("AP" if quality == "metric" else "1 / (1 + loss)")
@@ -201,7 +267,9 @@ def test_the_backbone_begins_with_a_classification_super_net(tmp_path: Path) -> 
             said.append(message)
 
     _tabled(config, tmp_path)
-    config = config.model_copy(update={"search": config.search.model_copy(update={"table": str(tmp_path / "table.json")})})
+    config = config.model_copy(
+        update={"search": config.search.model_copy(update={"table": str(tmp_path / "table.json")})}
+    )
     Pipeline(config, tmp_path / "run", Lines()).run_stage("search")
     assert "5 of 5 slots have inherited weights" in said
 
@@ -225,9 +293,17 @@ def test_what_no_detector_can_be_searched_in_says_so(tmp_path: Path) -> None:
     several = MacroSpace.model_validate({**space().model_dump(), "resolutions": (32, 48)})
     several.save(tmp_path / "several.json")
     assert "has several input resolutions (32, 48)" in refused(
-        changed(config, "space", name=str(tmp_path / "several.json")), tmp_path, "search", SpaceError
+        changed(config, "space", name=str(tmp_path / "several.json")),
+        tmp_path,
+        "search",
+        SpaceError,
     )
-    flat = MacroSpace(name="flat", resolution=48, classes=2, stages=(Stage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),))
+    flat = MacroSpace(
+        name="flat",
+        resolution=48,
+        classes=2,
+        stages=(Stage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),),
+    )
     flat.save(tmp_path / "flat.json")
     assert "has no two resolutions to tap" in refused(
         changed(config, "space", name=str(tmp_path / "flat.json")), tmp_path, "search", SpaceError
@@ -235,9 +311,14 @@ def test_what_no_detector_can_be_searched_in_says_so(tmp_path: Path) -> None:
     boxes = experiment_space(config)
     boxes.save(tmp_path / "boxes.json")
     digits = Experiment.model_validate(
-        {"space": {"name": str(tmp_path / "boxes.json")}, "data": {"name": "digits", "resolution": 48, "classes": 2}}
+        {
+            "space": {"name": str(tmp_path / "boxes.json")},
+            "data": {"name": "digits", "resolution": 48, "classes": 2},
+        }
     )
-    assert "is one of detectors: set task = 'detect'" in refused(digits, tmp_path, "search", ConfigError)
+    assert "is one of detectors: set task = 'detect'" in refused(
+        digits, tmp_path, "search", ConfigError
+    )
 
 
 def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:
@@ -246,7 +327,10 @@ def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:
     _tabled(config, tmp_path)
     config = changed(config, "search", table=table)
     missing = changed(config, "search", backbone=str(tmp_path))
-    assert "search.backbone = " in (said := refused(missing, tmp_path, "search", ConfigError)) and "holds no shared.safetensors" in said
+    assert (
+        "search.backbone = " in (said := refused(missing, tmp_path, "search", ConfigError))
+        and "holds no shared.safetensors" in said
+    )
     (tmp_path / "data" / "annotations" / "instances_train.json").unlink()
     with pytest.raises(DataError, match=r"has no annotations/instances_train2017\.json"):
         Pipeline(config, tmp_path / "run", Progress()).run_stage("search")
@@ -260,7 +344,9 @@ def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:
         ({"quality": "AP"}, r"search\.quality = 'AP'"),
     ],
 )
-def test_settings_that_contradict_are_refused(search: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_that_contradict_are_refused(
+    search: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         load_experiment(toml(tmp_path, **search))
 
@@ -275,4 +361,8 @@ def test_a_space_with_a_detector_of_its_own_keeps_it(tmp_path: Path) -> None:
 def test_the_shipped_example_is_a_space_of_detectors() -> None:
     config = load_experiment("configs/experiments/raccoon-search.toml")
     boxes = experiment_space(config)
-    assert boxes.detector is not None and boxes.detector.extras == config.detector.extras and boxes.size > 1e6
+    assert (
+        boxes.detector is not None
+        and boxes.detector.extras == config.detector.extras
+        and boxes.size > 1e6
+    )

@@ -29,7 +29,9 @@ SMALL = EvolutionConfig(generations=12, population=10, parents=5, mutations=5, c
 
 @pytest.mark.parametrize("seed", range(5))
 def test_finds_the_optimum_of_everything_with_half_the_evaluations(seed: int) -> None:
-    """The known optimum under the budget, by no more than 120 of the 222 architectures that meet it."""
+    """The known optimum under the budget, by no more than 120 of the 222 architectures
+    that meet it.
+    """
     problem = Problem(seed)
     recorder = Recorder(problem.space, KnownWeights(problem).evaluate)
     ctx = problem.context(1)
@@ -40,23 +42,33 @@ def test_finds_the_optimum_of_everything_with_half_the_evaluations(seed: int) ->
 
 
 def test_judges_distinct_architectures_within_the_budget_only() -> None:
-    """In a space with depths, where blocks that are left out make no difference; best reward first."""
+    """In a space with depths, where blocks that are left out make no difference; best
+    reward first.
+    """
     space = elastic_space()
     recorder = Recorder(space, lambda picks: zlib.crc32(repr(picks).encode()) / 2**32)
     ctx = recorder.context(tolerance=0.05)
     found = Evolution(EvolutionConfig(generations=6)).find(ctx, 20)
     names = [space.decode(picks).blocks for picks in recorder.evaluated]
     assert len(set(names)) == len(names) == 6 * 50
-    assert np.all(within_target(ctx, np.array([space.index(picks) for picks in recorder.evaluated])))
-    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in recorder.evaluated]
+    assert np.all(
+        within_target(ctx, np.array([space.index(picks) for picks in recorder.evaluated]))
+    )
+    rewards = [
+        ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in recorder.evaluated
+    ]
     best = np.argsort(-np.array(rewards), kind="stable")[:20]
     assert found == [recorder.evaluated[i] for i in best]
 
 
 def test_later_generations_are_better() -> None:
-    """Selection works: the mean quality of the last generation is far above that of the random first one."""
+    """Selection works: the mean quality of the last generation is far above that of the
+    random first one.
+    """
     space = elastic_space()
-    recorder = Recorder(space, lambda picks: sum(str(option).startswith("ir_k5") for option in picks.values()) / 8)
+    recorder = Recorder(
+        space, lambda picks: sum(str(option).startswith("ir_k5") for option in picks.values()) / 8
+    )
     Evolution(EvolutionConfig(generations=10)).find(recorder.context(tolerance=0.1), 1)
     quality_N = np.array([recorder.quality(picks) for picks in recorder.evaluated])
     assert quality_N[-50:].mean() > quality_N[:50].mean() + 0.25
@@ -68,15 +80,21 @@ def test_limits_hold_beside_the_target() -> None:
     ctx = problem.context(1)
     within_NC = problem.index_NC[within_target(ctx, problem.index_NC)]
     most = int(np.median([problem.space.decode(problem.space.at(row)).params for row in within_NC]))
-    ctx.limits = Limits(problem.space, [ParamsLimit(kind="params", max_params=most)], LatencyTable.load)
+    ctx.limits = Limits(
+        problem.space, [ParamsLimit(kind="params", max_params=most)], LatencyTable.load
+    )
     recorder = Recorder(problem.space, KnownWeights(problem).evaluate)
     ctx.evaluator = recorder
     found = Evolution(SMALL).find(ctx, 5)
     assert len(found) == 5
     assert max(problem.space.decode(picks).params for picks in recorder.evaluated) <= most
     feasible_NC = within_NC[ctx.limits.feasible(within_NC)]
-    rewards = [ctx.reward(recorder.quality(p), ctx.cost.of(p)) for p in map(problem.space.at, feasible_NC)]
-    assert ctx.reward(recorder.quality(found[0]), ctx.cost.of(found[0])) == pytest.approx(max(rewards))
+    rewards = [
+        ctx.reward(recorder.quality(p), ctx.cost.of(p)) for p in map(problem.space.at, feasible_NC)
+    ]
+    assert ctx.reward(recorder.quality(found[0]), ctx.cost.of(found[0])) == pytest.approx(
+        max(rewards)
+    )
 
 
 def test_works_on_a_trained_super_net_alone() -> None:
@@ -100,7 +118,9 @@ def test_ends_where_the_budget_holds_little_or_nothing() -> None:
 
 
 def test_mutation_draws_each_choice_anew_with_its_probability() -> None:
-    """P(changed) = p (1 - 1 / n) for n options, with a probability of its own for the resolution."""
+    """P(changed) = p (1 - 1 / n) for n options, with a probability of its own for the
+    resolution.
+    """
     space = elastic_space()
     ctx = Recorder(space).context()
     parents_PC = np.array([space.index(space.sample(np.random.default_rng(i))) for i in range(3)])
@@ -111,7 +131,9 @@ def test_mutation_draws_each_choice_anew_with_its_probability() -> None:
     ):
         mutants_NC = Evolution(config)._mutants(ctx, parents_PC[:1], count)
         for i, choice in enumerate(space.choices):
-            p = (p_resolution if choice.kind == "resolution" else 0.2) * (1 - 1 / len(choice.options))
+            p = (p_resolution if choice.kind == "resolution" else 0.2) * (
+                1 - 1 / len(choice.options)
+            )
             changed = np.mean(mutants_NC[:, i] != parents_PC[0, i])
             assert abs(changed - p) < 4 * np.sqrt(p * (1 - p) / count), choice.key
 
@@ -119,17 +141,22 @@ def test_mutation_draws_each_choice_anew_with_its_probability() -> None:
 def test_crossover_takes_each_choice_from_one_of_two_parents() -> None:
     space = elastic_space()
     ctx = Recorder(space).context()
-    parents_PC = np.array([[0] * len(space.choices), [1] * len(space.choices), [2] * len(space.choices)])
+    parents_PC = np.array(
+        [[0] * len(space.choices), [1] * len(space.choices), [2] * len(space.choices)]
+    )
     children_NC = _crosses(ctx, parents_PC, 3000)
     assert max(len(set(row)) for row in children_NC.tolist()) == 2
     for option in range(3):
         assert abs(np.mean(children_NC == option) - 1 / 3) < 0.02
     mixed = [row for row in children_NC if len(set(row.tolist())) == 2]
-    assert abs(len(mixed) / 3000 - 2 / 3) < 4 * np.sqrt(2 / 9 / 3000)  # the two parents are the same one a third of the time
+    # the two parents are the same one a third of the time
+    assert abs(len(mixed) / 3000 - 2 / 3) < 4 * np.sqrt(2 / 9 / 3000)
 
 
 def test_a_leaderboard_knows_architectures_not_picks() -> None:
-    """Two slots that can be skipped: leaving out the one or the other is one architecture, evaluated once."""
+    """Two slots that can be skipped: leaving out the one or the other is one
+    architecture, evaluated once.
+    """
     stages = (Stage(widths=(8,), slots=(("cn_k3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"))),)
     space = MacroSpace(name="twice", resolution=8, classes=2, stages=stages)
     recorder = Recorder(space)
@@ -170,7 +197,14 @@ def test_defaults_are_the_papers_and_ofas_fit() -> None:
     config = EvolutionConfig()
     assert (config.generations, config.population, config.parents) == (20, 50, 10)
     assert (config.mutations, config.crossovers, config.mutation_probability) == (25, 25, 0.1)
-    ofa = {"generations": 501, "population": 100, "parents": 25, "mutations": 50, "crossovers": 50, "resolution_mutation_probability": 0.5}
+    ofa = {
+        "generations": 501,
+        "population": 100,
+        "parents": 25,
+        "mutations": 50,
+        "crossovers": 50,
+        "resolution_mutation_probability": 0.5,
+    }
     assert Plugin(name="evolution", **ofa).options(EvolutionConfig).population == 100  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="did you mean 'population'"):
         Plugin(name="evolution", populaton=3).options(EvolutionConfig)  # type: ignore[call-arg]

@@ -20,7 +20,9 @@ def counts_of(paths_index: np.ndarray, options: int) -> list[int]:
 
 
 def test_equal_counts_are_the_paper_exactly() -> None:
-    """FairNAS's own space: 19 layers of 6 options; every step is 6 paths, and each option is on exactly one of them."""
+    """FairNAS's own space: 19 layers of 6 options; every step is 6 paths, and each
+    option is on exactly one of them.
+    """
     space = fairnas()
     assert {len(choice.options) for choice in space.choices} == {6}
     assert len(space.choices) == 19
@@ -33,7 +35,9 @@ def test_equal_counts_are_the_paper_exactly() -> None:
 
 @pytest.mark.parametrize("space", [tiny_space(), elastic_space()], ids=["tiny", "elastic"])
 def test_unequal_counts_differ_by_at_most_one(space: MacroSpace) -> None:
-    """As many paths as the largest choice has options; a choice with fewer covers them as evenly as possible in every step."""
+    """As many paths as the largest choice has options; a choice with fewer covers them
+    as evenly as possible in every step.
+    """
     most = max(len(choice.options) for choice in space.choices)
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -49,30 +53,41 @@ def test_in_the_long_run_the_odd_ones_out_are_drawn_evenly() -> None:
     """Of 4 options on 5 paths one is trained twice: each of the four as often as the others."""
     space, steps = tiny_space(), 2000
     rng = np.random.default_rng(1)
-    index = np.array([[space.index(picks)[0] for picks in fair_paths(space, rng)] for _ in range(steps)])
+    index = np.array(
+        [[space.index(picks)[0] for picks in fair_paths(space, rng)] for _ in range(steps)]
+    )
     twice = np.array([np.bincount(row, minlength=4).argmax() for row in index])
     found = np.bincount(twice, minlength=4) / steps
     assert np.all(np.abs(found - 0.25) < 4 * np.sqrt(0.25 * 0.75 / steps))
 
 
 def test_choices_are_permuted_independently() -> None:
-    """Every pair of options of two choices is on one path as often as every other: 1 / 9 of the paths."""
+    """Every pair of options of two choices is on one path as often as every other: 1 /
+    9 of the paths.
+    """
     stages = (Stage(widths=(8,), slots=(("cn_k3", "cn_k5", "cn_k7"), ("cn_k3", "cn_k5", "cn_k7"))),)
     space = MacroSpace(name="pairs", resolution=8, classes=2, stages=stages)
     rng, steps = np.random.default_rng(2), 1500
-    index_NC = np.array([space.index(picks) for _ in range(steps) for picks in fair_paths(space, rng)])
+    index_NC = np.array(
+        [space.index(picks) for _ in range(steps) for picks in fair_paths(space, rng)]
+    )
     pairs = np.bincount(3 * index_NC[:, 0] + index_NC[:, 1], minlength=9) / (3 * steps)
     assert np.all(np.abs(pairs - 1 / 9) < 0.02)
 
 
 def test_a_step_is_one_update_on_one_batch() -> None:
-    """The paths' gradients are added up on the same batch, not split over parts of it, and every step has new permutations."""
+    """The paths' gradients are added up on the same batch, not split over parts of it,
+    and every step has new permutations.
+    """
     recorder = Recorder(tiny_space())
     strategy, ctx = FairNAS(FairNASConfig()), recorder.context(12)
     strategy.setup(ctx)
     metrics = run_steps(strategy, ctx)
     assert len(recorder.updates) == 12
-    assert all(len(update.index_PC) == 5 and not update.split and not update.teach for update in recorder.updates)
+    assert all(
+        len(update.index_PC) == 5 and not update.split and not update.teach
+        for update in recorder.updates
+    )
     assert len({update.index_PC.tobytes() for update in recorder.updates}) == 12
     latency = [ctx.cost.of_many(update.index_PC).mean() for update in recorder.updates]
     assert [row["latency_ms"] for row in metrics] == pytest.approx(latency)

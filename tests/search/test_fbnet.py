@@ -1,4 +1,6 @@
-"""FBNet's parts against closed forms: temperature, mask, latency and loss of a sampled mask, gradient, schedule, sampling."""
+"""FBNet's parts against closed forms: temperature, mask, latency and loss of a sampled
+mask, gradient, schedule, sampling.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from tests.search.known_recorder import PROBLEM, KnownRecorder, fill, step_at
 torch.set_num_threads(1)
 
 
-def surroundings(steps: int = 900, problem: Problem = PROBLEM) -> tuple[SearchContext, KnownRecorder]:
+def surroundings(
+    steps: int = 900, problem: Problem = PROBLEM
+) -> tuple[SearchContext, KnownRecorder]:
     return known_recorder.surroundings(steps, problem)
 
 
@@ -39,7 +43,9 @@ def step(strategy: FBNet, ctx: SearchContext, number: int = 450, draw: int = 0) 
 
 
 def test_temperature_by_hand() -> None:
-    """5 at the start, 5 e^-0.45 after 10 of 90 epochs, 5 e^-4.05 at the end; one epoch takes it to 0.956 of what it was."""
+    """5 at the start, 5 e^-0.45 after 10 of 90 epochs, 5 e^-4.05 at the end; one epoch
+    takes it to 0.956 of what it was.
+    """
     ctx, _ = surroundings()
     strategy, found = FBNet(FBNetConfig()), {}
     for number in (0, 10, 100, 900):
@@ -51,7 +57,10 @@ def test_temperature_by_hand() -> None:
 
 def test_mask_by_hand() -> None:
     """softmax((theta + G) / tau), with G = -log(-log u) as numpy draws it."""
-    theta = {"a": torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64), "b": torch.tensor([0.5, 0.5], dtype=torch.float64)}
+    theta = {
+        "a": torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64),
+        "b": torch.tensor([0.5, 0.5], dtype=torch.float64),
+    }
     found = gumbel_softmax(theta, 2.5, np.random.default_rng(3))
     rng = np.random.default_rng(3)
     for key, values in theta.items():
@@ -61,7 +70,9 @@ def test_mask_by_hand() -> None:
 
 @pytest.mark.parametrize("temperature", [5.0, 0.087])
 def test_the_largest_of_a_mask_is_a_draw_from_the_policy(temperature: float) -> None:
-    """The Gumbel-max property, at any temperature; a low one makes masks nearly one-hot, a high one nearly uniform."""
+    """The Gumbel-max property, at any temperature; a low one makes masks nearly
+    one-hot, a high one nearly uniform.
+    """
     theta = {"a": torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64)}
     rng, draws = np.random.default_rng(0), 3000
     masks = np.array([gumbel_softmax(theta, temperature, rng)["a"].numpy() for _ in range(draws)])
@@ -73,10 +84,16 @@ def test_the_largest_of_a_mask_is_a_draw_from_the_policy(temperature: float) -> 
 
 
 def test_losses_by_hand() -> None:
-    """CE 1.5 at e^10 microseconds: 1.5 * 0.2 * 10^0.6 = 1.194321, not 1.5 * 0.2 * 0.6 * 10;  1.5 + 0.3 * |22.026466 / 20 - 1|."""
+    """CE 1.5 at e^10 microseconds: 1.5 * 0.2 * 10^0.6 = 1.194321, not 1.5 * 0.2 * 0.6 *
+    10;  1.5 + 0.3 * |22.026466 / 20 - 1|.
+    """
     latency_ms = math.exp(10) / 1000
-    assert FBNet(FBNetConfig(latency_loss="fbnet")).with_latency(1.5, latency_ms, 20.0) == pytest.approx(1.194321, abs=1e-6)
-    assert FBNet(FBNetConfig(latency_loss="absolute")).with_latency(1.5, latency_ms, 20.0) == pytest.approx(1.530397, abs=1e-6)
+    assert FBNet(FBNetConfig(latency_loss="fbnet")).with_latency(
+        1.5, latency_ms, 20.0
+    ) == pytest.approx(1.194321, abs=1e-6)
+    assert FBNet(FBNetConfig(latency_loss="absolute")).with_latency(
+        1.5, latency_ms, 20.0
+    ) == pytest.approx(1.530397, abs=1e-6)
 
 
 def slopes(latency_loss: str, loss: float, latency: float, target: float) -> tuple[float, float]:
@@ -89,7 +106,9 @@ def slopes(latency_loss: str, loss: float, latency: float, target: float) -> tup
 
 @pytest.mark.parametrize("latency_loss", ["absolute", "fbnet"])
 def test_gradient_is_the_closed_form(latency_loss: str) -> None:
-    """dL/dtheta_i = sum_j dL/dm_j m_j (delta_ij - m_i) / tau, the latency being that of the sampled mask."""
+    """dL/dtheta_i = sum_j dL/dm_j m_j (delta_ij - m_i) / tau, the latency being that of
+    the sampled mask.
+    """
     ctx, recorder = surroundings()
     strategy = prepared(ctx, latency_loss=latency_loss)
     for draw in range(5):
@@ -103,7 +122,12 @@ def test_gradient_is_the_closed_form(latency_loss: str) -> None:
         marginal_ms, tau = ctx.cost.marginals(masks), 5 * math.exp(-0.045 * 45)
         for key, m in masks.items():
             by_mask = by_loss * -PROBLEM.gains[key] + by_ms * marginal_ms[key]
-            expected = np.array([sum(by_mask[j] * m[j] * ((i == j) - m[i]) for j in range(len(m))) / tau for i in range(len(m))])
+            expected = np.array(
+                [
+                    sum(by_mask[j] * m[j] * ((i == j) - m[i]) for j in range(len(m))) / tau
+                    for i in range(len(m))
+                ]
+            )
             found = strategy.thetas.values[key].grad
             assert found is not None
             assert np.allclose(found, expected, rtol=1e-9, atol=1e-14)
@@ -111,13 +135,19 @@ def test_gradient_is_the_closed_form(latency_loss: str) -> None:
 
 
 def test_theta_decays_by_adam_where_nothing_pulls() -> None:
-    """Without gradient, Adam's first step is rate * sign(decay * theta): theta 2 -> 1.99, -1 -> -0.99, and 0 stays."""
+    """Without gradient, Adam's first step is rate * sign(decay * theta): theta 2 ->
+    1.99, -1 -> -0.99, and 0 stays.
+    """
     problem = Problem(0)
     problem.gains = {key: np.zeros_like(gain) for key, gain in problem.gains.items()}
     ctx, _ = surroundings(problem=problem)
-    strategy = prepared(ctx, {"s1.b0": [2.0, -1.0, 0.0, 0.0]}, latency_loss="absolute", latency_weight=0.0)
+    strategy = prepared(
+        ctx, {"s1.b0": [2.0, -1.0, 0.0, 0.0]}, latency_loss="absolute", latency_weight=0.0
+    )
     step(strategy, ctx)
-    assert strategy.thetas.values["s1.b0"].tolist() == pytest.approx([1.99, -0.99, 0.0, 0.0], abs=1e-6)
+    assert strategy.thetas.values["s1.b0"].tolist() == pytest.approx(
+        [1.99, -0.99, 0.0, 0.0], abs=1e-6
+    )
 
 
 def test_weights_run_all_options_and_theta_gets_a_mask_of_its_own() -> None:
@@ -132,11 +162,17 @@ def test_weights_run_all_options_and_theta_gets_a_mask_of_its_own() -> None:
         assert np.all(weights > 0)
         assert np.allclose(weights.sum(1), 1)
         assert len({tuple(row) for row in weights.tolist()}) == 6
-    assert all(isinstance(mask[key], torch.Tensor) and not mask[key].requires_grad for mask in masks for key in mask)
+    assert all(
+        isinstance(mask[key], torch.Tensor) and not mask[key].requires_grad
+        for mask in masks
+        for key in mask
+    )
 
 
 def test_schedule() -> None:
-    """Of 900 steps (90 epochs), 100 train weights only; then 1 theta step follows every 4 weight steps."""
+    """Of 900 steps (90 epochs), 100 train weights only; then 1 theta step follows every
+    4 weight steps.
+    """
     ctx, recorder = surroundings()
     strategy = FBNet(FBNetConfig())
     strategy.setup(ctx)
@@ -151,7 +187,13 @@ def test_schedule() -> None:
     assert recorder.differentiated == []
     metrics = step(strategy, ctx, 103)
     assert all(theta.detach().any() for theta in strategy.thetas.values.values())
-    assert {"held_out_loss", "latency_ms", "temperature", "entropy", "expected_ms"} <= metrics.keys()
+    assert {
+        "held_out_loss",
+        "latency_ms",
+        "temperature",
+        "entropy",
+        "expected_ms",
+    } <= metrics.keys()
 
 
 def test_samples_are_distributed_as_the_policy_within_the_budget() -> None:
@@ -159,7 +201,9 @@ def test_samples_are_distributed_as_the_policy_within_the_budget() -> None:
     ctx, _ = surroundings()
     policy = prepared(ctx).thetas.policy()
     index_NC = PROBLEM.index_NC[within_target(ctx, PROBLEM.index_NC)]
-    weights_N = np.prod([policy[choice.key][index_NC[:, i]] for i, choice in enumerate(ctx.space.choices)], axis=0)
+    weights_N = np.prod(
+        [policy[choice.key][index_NC[:, i]] for i, choice in enumerate(ctx.space.choices)], axis=0
+    )
     draws, counts = 250, {choice.key: np.zeros(len(choice.options)) for choice in ctx.space.choices}
     for draw in range(draws):
         ctx.rng = np.random.default_rng(draw)
@@ -173,7 +217,9 @@ def test_samples_are_distributed_as_the_policy_within_the_budget() -> None:
 
 @pytest.mark.parametrize("derive", ["sampled", "likely"])
 def test_proposals_of_a_policy_that_misses_the_budget(derive: str) -> None:
-    """A policy that gives 96 % to an architecture that is far too slow still yields different architectures within the tolerance."""
+    """A policy that gives 96 % to an architecture that is far too slow still yields
+    different architectures within the tolerance.
+    """
     ctx, _ = surroundings()
     strategy = prepared(ctx, derive=derive)
     with torch.no_grad():
@@ -192,7 +238,9 @@ def test_likely_proposals_begin_with_the_argmax() -> None:
     strategy = prepared(ctx, derive="likely")
     with torch.no_grad():
         for choice in ctx.space.choices:
-            strategy.thetas.values[choice.key].copy_(2.0 * torch.eye(len(choice.options))[choice.options.index(PROBLEM.best[choice.key])])
+            strategy.thetas.values[choice.key].copy_(
+                2.0 * torch.eye(len(choice.options))[choice.options.index(PROBLEM.best[choice.key])]
+            )
     ctx.rng = np.random.default_rng(0)
     assert strategy.propose(ctx, 3)[0] == PROBLEM.best
 

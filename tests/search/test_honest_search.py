@@ -1,4 +1,6 @@
-"""Real searches that learned nothing, and what they say of themselves, up to the verdict and the report."""
+"""Real searches that learned nothing, and what they say of themselves, up to the
+verdict and the report.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """scikit-learn's digits with their labels shuffled: there is nothing to learn but which is most frequent."""
+    """scikit-learn's digits with their labels shuffled: there is nothing to learn but
+    which is most frequent.
+    """
     folder = tmp_path_factory.mktemp("shuffled")
     pixels, labels = load_digits(return_X_y=True)
     x_NHWC = (pixels.reshape(-1, 8, 8, 1) / 16 * 255).astype(np.uint8)
@@ -39,23 +43,40 @@ def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_noise(folder: Path, name: str, **search: Any) -> Experiment:
-    config = experiment(strategy={"name": name, **OPTIONS[name], **search.pop("options", {})}, **search)
+    config = experiment(
+        strategy={"name": name, **OPTIONS[name], **search.pop("options", {})}, **search
+    )
     content = config.model_dump(mode="json", by_alias=True)
     content["data"] |= {"name": "npz", "path": str(folder)}
     return Experiment.model_validate(content)
 
 
-@pytest.mark.parametrize("strategy", ["tunas", "darts", "fairnas", "progressive_shrinking", "random_standalone"])
-def test_a_search_on_shuffled_labels_says_that_it_learned_nothing(strategy: str, shuffled: Path, tmp_path: Path) -> None:
-    """By every kind of training: paths, mixtures, several passes, a teacher's second cross-entropy, networks that share nothing."""
+@pytest.mark.parametrize(
+    "strategy", ["tunas", "darts", "fairnas", "progressive_shrinking", "random_standalone"]
+)
+def test_a_search_on_shuffled_labels_says_that_it_learned_nothing(
+    strategy: str, shuffled: Path, tmp_path: Path
+) -> None:
+    """By every kind of training: paths, mixtures, several passes, a teacher's second
+    cross-entropy, networks that share nothing.
+    """
     progress = Saying()
     options = {"order": 1} if strategy == "darts" else {}
-    config = on_noise(shuffled, strategy, options=options, epochs=1.5, candidates=2, random_samples=1, recalibration_images=64)
+    config = on_noise(
+        shuffled,
+        strategy,
+        options=options,
+        epochs=1.5,
+        candidates=2,
+        random_samples=1,
+        recalibration_images=64,
+    )
     run(tmp_path / "search", config, synthetic_table(tiny_space()), progress)
     learning = SearchResult.load(tmp_path / "search/search.json").learning
     assert learning is not None and learning.learned is False
     assert learning.weights is not None and not learning.weights.learned
-    assert learning.weights.chance == pytest.approx(math.log(10), abs=0.003)  # ten classes, nearly as frequent
+    # ten classes, nearly as frequent
+    assert learning.weights.chance == pytest.approx(math.log(10), abs=0.003)
     assert learning.weights.last.mean == pytest.approx(math.log(10), abs=0.12)
     first, *others = learning.cautions
     assert first.headline == "the search learned nothing" and "search.epochs" in first.text
@@ -64,12 +85,24 @@ def test_a_search_on_shuffled_labels_says_that_it_learned_nothing(strategy: str,
 
 
 def test_a_search_that_learns_says_so(tmp_path: Path) -> None:
-    """The same digits with their labels. Random search, whose proposals are random networks, is not compared with them."""
+    """The same digits with their labels. Random search, whose proposals are random
+    networks, is not compared with them.
+    """
     progress = Saying()
-    run(tmp_path / "search", experiment("random", epochs=3.0), synthetic_table(tiny_space()), progress)
+    run(
+        tmp_path / "search",
+        experiment("random", epochs=3.0),
+        synthetic_table(tiny_space()),
+        progress,
+    )
     learning = SearchResult.load(tmp_path / "search/search.json").learning
     assert learning is not None and learning.learned is True and learning.cautions == ()
-    assert learning.weights is not None and learning.weights.learned and learning.held_out is not None and learning.held_out.learned
+    assert (
+        learning.weights is not None
+        and learning.weights.learned
+        and learning.held_out is not None
+        and learning.held_out.learned
+    )
     assert not any("learned nothing" in line for line in progress.said)
 
 
@@ -79,36 +112,61 @@ def test_a_policy_that_learns_is_told_from_one_that_does_not(tmp_path: Path) -> 
     run(tmp_path / "search", config, synthetic_table(tiny_space()))
     learning = SearchResult.load(tmp_path / "search/search.json").learning
     assert learning is not None and learning.policy is not None and learning.policy.rise is not None
-    rewards = [row["reward"] for row in JsonLines(tmp_path / "search/metrics.jsonl").read() if "reward" in row]
+    rewards = [
+        row["reward"]
+        for row in JsonLines(tmp_path / "search/metrics.jsonl").read()
+        if "reward" in row
+    ]
     fifth = round(len(rewards) / 5)
-    assert learning.policy.rise.value == pytest.approx(np.mean(rewards[-fifth:]) - np.mean(rewards[:fifth]))
+    assert learning.policy.rise.value == pytest.approx(
+        np.mean(rewards[-fifth:]) - np.mean(rewards[:fifth])
+    )
     assert learning.policy.moved and learning.policy.rise.positive and learning.learned is True
 
 
 @pytest.fixture(scope="module")
-def command(shuffled: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def command(
+    shuffled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """``hwnas run`` on shuffled labels: its folder, and what it said."""
     folder = tmp_path_factory.mktemp("nothing")
     overrides = ["data.name=npz", f"data.path={shuffled}", "validate.images=300", "train.epochs=1"]
-    arguments = [sys.executable, "-m", "hwnas", "run", str(write_tiny(folder)), "--out", str(folder / "run")]
+    arguments = [
+        sys.executable,
+        "-m",
+        "hwnas",
+        "run",
+        str(write_tiny(folder)),
+        "--out",
+        str(folder / "run"),
+    ]
     for override in overrides:
         arguments += ["-s", override]
     return folder / "run", subprocess.run(arguments, check=False, capture_output=True, text=True)
 
 
-def test_the_command_ends_in_no_plain_passed(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_command_ends_in_no_plain_passed(
+    command: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     """Latency and parity were as promised, so the exit code is 0."""
     _, finished = command
     assert finished.returncode == 0, finished.stderr
     lines = finished.stderr.splitlines()
-    assert any(line.startswith("warning: the search learned nothing: the super-net's loss ended at 2.3") for line in lines)
+    assert any(
+        line.startswith("warning: the search learned nothing: the super-net's loss ended at 2.3")
+        for line in lines
+    )
     assert any(line.startswith("warning: the trained network learned nothing: ") for line in lines)
     [last] = [line for line in lines if line.startswith("verdict: ")]
-    assert last.startswith("verdict: passed, but the search learned nothing: the super-net's loss ended at 2.3")
+    assert last.startswith(
+        "verdict: passed, but the search learned nothing: the super-net's loss ended at 2.3"
+    )
     assert "; the trained network learned nothing: " in last
 
 
-def test_the_documents_carry_it(command: tuple[Path, subprocess.CompletedProcess[str]], shuffled: Path) -> None:
+def test_the_documents_carry_it(
+    command: tuple[Path, subprocess.CompletedProcess[str]], shuffled: Path
+) -> None:
     root, _ = command
     learning = SearchResult.load(root / "search/search.json").learning
     trained = TrainResult.load(root / "train/train.json")
@@ -118,14 +176,19 @@ def test_the_documents_carry_it(command: tuple[Path, subprocess.CompletedProcess
     verdict = Verdict.load(root / "validate/verdict.json")
     assert verdict.passed and verdict.warnings == (*learning.cautions, trained.caution)
     headlines = [each.headline for each in verdict.warnings]
-    assert (headlines[0], headlines[-1]) == ("the search learned nothing", "the trained network learned nothing")
+    assert (headlines[0], headlines[-1]) == (
+        "the search learned nothing",
+        "the trained network learned nothing",
+    )
 
 
 def test_the_report_carries_it(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     root, _ = command
     page = (root / "report/report.html").read_text()
     [badge] = re.findall(r'<span class="badge caution">(.*)</span>', page)
-    assert badge.startswith("✓ passed · search learned nothing") and badge.endswith(" · trained network learned nothing")
+    assert badge.startswith("✓ passed · search learned nothing") and badge.endswith(
+        " · trained network learned nothing"
+    )
     assert "badge good" not in page
     assert "<p>The search learned nothing</p>The super-net&#39;s loss ended at 2.3" in page
 

@@ -1,4 +1,6 @@
-"""The judge of architectures against its parts by hand, and a finder that is killed while it asks."""
+"""The judge of architectures against its parts by hand, and a finder that is killed
+while it asks.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,22 @@ def supernet_of(space: MacroSpace) -> Supernet:
     return supernet
 
 
-def by_hand(supernet: Supernet, config: Experiment, picks: Picks, size: int, images: int | None) -> float:
-    """Accuracy on the first ``images`` held-out images, recalibrated and judged at ``size`` pixels."""
+def by_hand(
+    supernet: Supernet, config: Experiment, picks: Picks, size: int, images: int | None
+) -> float:
+    """Accuracy on the first ``images`` held-out images, recalibrated and judged at
+    ``size`` pixels.
+    """
     network = supernet.extract(picks)
     train, held_out = load_images(config.data, "train"), load_images(config.data, "held_out")
     count = config.search.recalibration_images
-    recalibrate(network, [resized(x, size) for x, _ in evaluation_batches(train, config.search.batch_size, limit=count)])
+    recalibrate(
+        network,
+        [
+            resized(x, size)
+            for x, _ in evaluation_batches(train, config.search.batch_size, limit=count)
+        ],
+    )
     batches = [(resized(x, size), y) for x, y in evaluation_batches(held_out, 50, limit=images)]
     assert sum(len(y) for _, y in batches) == (images or len(held_out))
     return accuracy(network, batches)
@@ -64,19 +76,33 @@ def test_a_finder_asks_for_few_images_and_the_last_ranking_for_all() -> None:
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
 def test_a_search_sees_images_as_an_evaluation_does(tmp_path: Path, resize: str) -> None:
-    """One photograph everywhere: statistics of BN, finders, the last ranking and rewards have it as the test images have it."""
+    """One photograph everywhere: statistics of BN, finders, the last ranking and
+    rewards have it as the test images have it.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (30, 50), dtype=np.uint8)
     for folder in (tmp_path / part / name for part in ("train", "val") for name in "0123456789"):
         folder.mkdir(parents=True)
         for number in range(4):
             Image.fromarray(pixels).save(folder / f"{number}.png")
-    settings = experiment(recalibration_images=8, evaluation_images=4, batch_size=4).model_dump(by_alias=True)
-    settings["data"] |= {"name": "folder", "path": str(tmp_path), "augment": "crop_flip", "resize": resize}
+    settings = experiment(recalibration_images=8, evaluation_images=4, batch_size=4).model_dump(
+        by_alias=True
+    )
+    settings["data"] |= {
+        "name": "folder",
+        "path": str(tmp_path),
+        "augment": "crop_flip",
+        "resize": resize,
+    }
     config = Experiment.model_validate(settings)
     expected = load_images(config.data, "test").__getitems__([(0, 0)])[0]
     judge = Judge(supernet_of(tiny_space()), config)
     rewards = Batches(judge.train, load_images(config.data, "held_out"), config.data, 4, 0, 3)
-    seen = [*judge.recalibration(), *judge.evaluation(), *evaluation_batches(judge.held_out, 4), rewards.held_out(0, 1)]
+    seen = [
+        *judge.recalibration(),
+        *judge.evaluation(),
+        *evaluation_batches(judge.held_out, 4),
+        rewards.held_out(0, 1),
+    ]
     assert sum(len(x_NCHW) for x_NCHW, _ in seen) >= 8 + 4 + 8 + 4
     for x_NCHW, _ in seen:
         assert torch.equal(x_NCHW, expected.expand_as(x_NCHW))
@@ -98,14 +124,24 @@ def test_architectures_are_judged_by_their_loss_on_demand() -> None:
 
 @pytest.mark.parametrize("quality", ["metric", "loss"])
 def test_rewards_are_by_what_architectures_are_judged_by(quality: str, tmp_path: Path) -> None:
-    """The quality that TuNAS is rewarded for, on each step's held-out batch: accuracy, or 1 / (1 + cross-entropy)."""
-    config = experiment(strategy={"name": "tunas", "rl_lr": 0.05, "rl_delay": 0.0, "warmup": 0.0}, quality=quality, epochs=0.2)
+    """The quality that TuNAS is rewarded for, on each step's held-out batch: accuracy,
+    or 1 / (1 + cross-entropy).
+    """
+    config = experiment(
+        strategy={"name": "tunas", "rl_lr": 0.05, "rl_delay": 0.0, "warmup": 0.0},
+        quality=quality,
+        epochs=0.2,
+    )
     space = tiny_space()
-    prepared = prepare(config, space, search_context(config, space, synthetic_table(space)), tmp_path)
+    prepared = prepare(
+        config, space, search_context(config, space, synthetic_table(space)), tmp_path
+    )
     prepared.step(0)
     picks = space.at([1] * len(space.choices))
     [found] = prepared.search.qualities(one_hot(picks, space), multiple=4)
-    x_NCHW, y = Batches(prepared.judge.train, prepared.judge.held_out, config.data, 32, 5, prepared.search.steps).held_out(0, 4)
+    x_NCHW, y = Batches(
+        prepared.judge.train, prepared.judge.held_out, config.data, 32, 5, prepared.search.steps
+    ).held_out(0, 4)
     supernet = prepared.judge.supernet.eval()
     with torch.no_grad():
         logits_NK = supernet(x_NCHW.to(memory_format=torch.channels_last), one_hot(picks, space))
@@ -117,7 +153,9 @@ def test_rewards_are_by_what_architectures_are_judged_by(quality: str, tmp_path:
 
 def test_an_architecture_is_judged_at_its_own_resolution() -> None:
     """Recalibrated and evaluated on images of its size: the same blocks at 8 and at 16 pixels."""
-    elastic = MacroSpace.model_validate({**tiny_space().model_dump(), "resolution": 16, "resolutions": [8, 16]})
+    elastic = MacroSpace.model_validate(
+        {**tiny_space().model_dump(), "resolution": 16, "resolutions": [8, 16]}
+    )
     config = experiment(evaluation_images=200)
     config = config.model_copy(update={"data": config.data.at(16)})
     supernet = supernet_of(elastic)
@@ -129,7 +167,9 @@ def test_an_architecture_is_judged_at_its_own_resolution() -> None:
         found[size] = judge.evaluate(at)
         assert judge.network(at).arch.resolution == size
         assert found[size] == pytest.approx(by_hand(supernet, config, at, size, 200))
-        assert judge.on_all_images(judge.network(at)) == pytest.approx(by_hand(supernet, config, at, size, None))
+        assert judge.on_all_images(judge.network(at)) == pytest.approx(
+            by_hand(supernet, config, at, size, None)
+        )
     assert found[8] != found[16]
     wrong = judge.network({**picks, "resolution": 8})
     held_out = load_images(config.data, "held_out")
@@ -137,7 +177,9 @@ def test_an_architecture_is_judged_at_its_own_resolution() -> None:
 
 
 def test_a_last_recalibration_batch_of_one_image_is_left_out() -> None:
-    """Where the map is 1 x 1, BN cannot estimate from one image: 65 images in batches of 64 are the first 64."""
+    """Where the map is 1 x 1, BN cannot estimate from one image: 65 images in batches
+    of 64 are the first 64.
+    """
     stages = (
         Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
         Stage(widths=(16,), stride=2, slots=(("ir_k3_e3", "ir_k3_e6"),)),
@@ -146,7 +188,12 @@ def test_a_last_recalibration_batch_of_one_image_is_left_out() -> None:
     space = MacroSpace(name="deep", resolution=8, in_channels=1, classes=10, stages=stages)
     assert space.slots[-1].out_sizes == (1,)
     supernet, picks = supernet_of(space), space.at([0, 0])
-    states = [Judge(supernet, experiment(recalibration_images=n, batch_size=64)).network(picks).state_dict() for n in (64, 65, 66)]
+    states = [
+        Judge(supernet, experiment(recalibration_images=n, batch_size=64))
+        .network(picks)
+        .state_dict()
+        for n in (64, 65, 66)
+    ]
     assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
     assert not all(torch.equal(states[2][name], value) for name, value in states[0].items())
 
@@ -168,12 +215,25 @@ class Counting:
         return count
 
 
-@pytest.mark.parametrize("finder", [{"name": "evolution", **EVOLUTION}, {"name": "nsga2", "generations": 3, "population": 6}])
-def test_a_killed_finder_judges_nothing_twice(finder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed twice in its middle, it ends as it would have, with as many judgements in sum, each of them on file once."""
+@pytest.mark.parametrize(
+    "finder",
+    [{"name": "evolution", **EVOLUTION}, {"name": "nsga2", "generations": 3, "population": 6}],
+)
+def test_a_killed_finder_judges_nothing_twice(
+    finder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed twice in its middle, it ends as it would have, with as many judgements in
+    sum, each of them on file once.
+    """
     table: LatencyTable = synthetic_table(tiny_space())
-    run(tmp_path / "first/search", experiment("random", epochs=0.3, candidates=1, random_samples=0), table)
-    weights = experiment(weights=str(tmp_path / "first"), finder=finder, candidates=1, random_samples=0)
+    run(
+        tmp_path / "first/search",
+        experiment("random", epochs=0.3, candidates=1, random_samples=0),
+        table,
+    )
+    weights = experiment(
+        weights=str(tmp_path / "first"), finder=finder, candidates=1, random_samples=0
+    )
     counting = Counting(monkeypatch)
     run(tmp_path / "straight", weights, table)
     straight = counting()
@@ -189,11 +249,15 @@ def test_a_killed_finder_judges_nothing_twice(finder: dict[str, Any], tmp_path: 
     rows = [row["blocks"] for row in JsonLines(tmp_path / "killed" / stage.JUDGED).read()]
     assert len(rows) == len(set(rows)) > 5
     for name in ("search.json", "arch.json", "supernet.safetensors", stage.JUDGED):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (
+            tmp_path / "straight" / name
+        ).read_bytes()
 
     with open(tmp_path / "torn" / stage.JUDGED, "a") as file:  # a kill in the middle of a line
         file.write('{"blocks": "0123')
     run(tmp_path / "torn", weights, table)
     assert counting() == straight - 5
-    result, expected = (SearchResult.load(tmp_path / name / "search.json") for name in ("torn", "straight"))
+    result, expected = (
+        SearchResult.load(tmp_path / name / "search.json") for name in ("torn", "straight")
+    )
     assert result == expected

@@ -26,7 +26,9 @@ class Asked:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
+    def train(
+        self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
+    ) -> Metrics:
         self.calls.append(("train", gates, split, teach, skip_dropout))
         return {"loss": 2.0}
 
@@ -34,7 +36,9 @@ class Asked:
         self.calls.append(("qualities", gates, multiple))
         return [0.25]
 
-    def gate_gradients(self, gates: Gates, probes: Probes, order: int, skip_dropout: float) -> tuple[float, dict[str, np.ndarray]]:
+    def gate_gradients(
+        self, gates: Gates, probes: Probes, order: int, skip_dropout: float
+    ) -> tuple[float, dict[str, np.ndarray]]:
         self.calls.append(("gate_gradients", gates, probes, order, skip_dropout))
         return 3.0, {}
 
@@ -110,11 +114,15 @@ def test_a_mixture_costs_all_that_it_executes() -> None:
     """Two options of one slot cost what the two networks cost together, less what they share."""
     key = next(choice.key for choice in SPACE.choices if len(choice.options) == 4)
     first, second = ({**A, key: option} for option in ("ir_k3_e3", "ir_k5_e6"))
-    without = SPACE.decode(first).macs - next(op.macs for slot, op in SPACE.walk(first) if slot.key == key and op is not None)
+    without = SPACE.decode(first).macs - next(
+        op.macs for slot, op in SPACE.walk(first) if slot.key == key and op is not None
+    )
     other = SPACE.decode(second).macs - without
     gates = {name: torch.as_tensor(gate) for name, gate in one_hot(first, SPACE).items()}
     gates[key] = gates[key] * 0.7
-    position = next(choice for choice in SPACE.choices if choice.key == key).options.index("ir_k5_e6")
+    position = next(choice for choice in SPACE.choices if choice.key == key).options.index(
+        "ir_k5_e6"
+    )
     mixed = {**gates, key: gates[key].clone()}
     mixed[key][position] = 0.3
     for executed, probes in ((mixed, {}), (gates, {key: [position]})):
@@ -157,7 +165,10 @@ def test_cells_of_the_same_blocks_are_judged_one_by_one() -> None:
 
 def test_a_super_net_that_grows_costs_what_it_is() -> None:
     large = SPACE.model_validate({**SPACE.model_dump(), "resolution": 2 * SPACE.resolution})
-    found, macs = Counted(Meter(large, [SPACE, large], batch_size=30, judged_images=100)), large.decode(A).macs
+    found, macs = (
+        Counted(Meter(large, [SPACE, large], batch_size=30, judged_images=100)),
+        large.decode(A).macs,
+    )
     found.grow(0)
     found.train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
     assert found.cost.macs == 90 * MACS_A < 90 * macs

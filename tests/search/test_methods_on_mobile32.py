@@ -18,7 +18,14 @@ from tests.search.staging import run
 
 torch.set_num_threads(1)
 
-DATA = {"name": "digits", "resolution": 32, "channels": 1, "mean": (0.31,), "std": (0.37,), "augment": "crop"}
+DATA = {
+    "name": "digits",
+    "resolution": 32,
+    "channels": 1,
+    "mean": (0.31,),
+    "std": (0.37,),
+    "augment": "crop",
+}
 SPACE = mobile32(resolution=32, in_channels=1, classes=10, width=0.5)
 EVOLUTION = {"generations": 2, "population": 3, "mutations": 1, "crossovers": 1, "parents": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -40,13 +47,22 @@ def table() -> LatencyTable:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_lands_within_two_percent_of_the_target(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
-    """Whatever a policy has learnt in four steps of its own updates, all candidates of all methods."""
+def test_lands_within_two_percent_of_the_target(
+    strategy: str, table: LatencyTable, tmp_path: Path
+) -> None:
+    """Whatever a policy has learnt in four steps of its own updates, all candidates of
+    all methods.
+    """
     search = {
         "strategy": {"name": strategy, **OPTIONS.get(strategy, {})}, "target_range": 0.35, "epochs": 0.028, "batch_size": 8,
         "candidates": 3, "random_samples": 0, "evaluation_images": 16, "recalibration_images": 16,
     }  # fmt: skip
-    run(tmp_path / "search", Experiment.model_validate({"data": DATA, "search": search}), table, space=SPACE)
+    run(
+        tmp_path / "search",
+        Experiment.model_validate({"data": DATA, "search": search}),
+        table,
+        space=SPACE,
+    )
     result = SearchResult.load(tmp_path / "search/search.json")
     assert result.steps == 4
     assert len({tuple(candidate.picks.items()) for candidate in result.candidates}) == 3

@@ -1,4 +1,6 @@
-"""NSGA-II against trying everything, its constraints by hand, and its manners as a guest of Optuna's."""
+"""NSGA-II against trying everything, its constraints by hand, and its manners as a
+guest of Optuna's.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ torch.set_num_threads(1)
 
 @pytest.mark.parametrize("seed", range(2))
 def test_finds_the_optimum_of_everything(seed: int) -> None:
-    """The known optimum under the budget, by less than two thirds of the 222 architectures that meet it."""
+    """The known optimum under the budget, by less than two thirds of the 222
+    architectures that meet it.
+    """
     problem = Problem(seed)
     ctx = problem.context(1)
     recorder = Recorder(problem.space, KnownWeights(problem).evaluate)
@@ -45,7 +49,9 @@ def test_judges_within_the_budget_once_and_ranks_by_reward() -> None:
 
 
 def test_evolves_beyond_the_first_generation() -> None:
-    """More than the 50 random architectures are judged, and the best of the later ones beats the best of these."""
+    """More than the 50 random architectures are judged, and the best of the later ones
+    beats the best of these.
+    """
     problem = Problem(1)
     ctx = problem.context(1)
     recorder = Recorder(problem.space, KnownWeights(problem).evaluate)
@@ -62,21 +68,31 @@ def test_constraints_by_hand() -> None:
     ctx = problem.context(1)
     picks = problem.space.sample(np.random.default_rng(0))
     arch, latency = problem.space.decode(picks), problem.cost.of(picks)
-    limits = [MacsLimit(kind="macs", max_macs=2 * arch.macs), ParamsLimit(kind="params", max_params=arch.params // 2)]
+    limits = [
+        MacsLimit(kind="macs", max_macs=2 * arch.macs),
+        ParamsLimit(kind="params", max_params=arch.params // 2),
+    ]
     index_NC = problem.space.index(picks)[None]
     assert _excess(ctx, index_NC) == pytest.approx({"target": abs(latency / ctx.target - 1) - 0.02})
     ctx.limits = Limits(problem.space, limits, LatencyTable.load)
     ctx.target = latency / 1.01
-    assert _excess(ctx, index_NC) == pytest.approx({"target": -0.01, "limit 0": -0.5, "limit 1": 1.0}, rel=1e-4)
+    assert _excess(ctx, index_NC) == pytest.approx(
+        {"target": -0.01, "limit 0": -0.5, "limit 1": 1.0}, rel=1e-4
+    )
 
 
 def test_meeting_the_constraints_dominates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Optuna's front holds no architecture outside the budget, though those are faster and smaller.
 
-    And the budget draws the run in: twice as many of the children meet it as in the same run blind to it (0.11 against 0.04).
+    And the budget draws the run in: twice as many of the children meet it as in the
+    same run blind to it (0.11 against 0.04).
     """
     studies, create_study = [], optuna.create_study
-    monkeypatch.setattr(optuna, "create_study", lambda **settings: studies.append(create_study(**settings)) or studies[-1])
+    monkeypatch.setattr(
+        optuna,
+        "create_study",
+        lambda **settings: studies.append(create_study(**settings)) or studies[-1],
+    )
 
     def children_within(excess: Any) -> int:
         monkeypatch.setattr("hwnas.search.nsga2._excess", excess)
@@ -87,7 +103,8 @@ def test_meeting_the_constraints_dominates(monkeypatch: pytest.MonkeyPatch) -> N
             ctx.evaluator, ctx.rng = KnownWeights(problem), np.random.default_rng(seed)
             NSGA2(NSGA2Config(generations=8, population=20)).find(ctx, 1)
             tried, front = (
-                [problem.space.index(trial.params) for trial in found] for found in (studies[-1].trials, studies[-1].best_trials)
+                [problem.space.index(trial.params) for trial in found]
+                for found in (studies[-1].trials, studies[-1].best_trials)
             )
             assert bool(within_target(ctx, np.array(front)).all()) == (excess is _excess)
             count += int(within_target(ctx, np.array(tried[20:])).sum())
@@ -101,7 +118,9 @@ def test_limits_hold_beside_the_target() -> None:
     ctx = problem.context(1)
     within_NC = problem.index_NC[within_target(ctx, problem.index_NC)]
     most = int(np.median([problem.space.decode(problem.space.at(row)).params for row in within_NC]))
-    ctx.limits = Limits(problem.space, [ParamsLimit(kind="params", max_params=most)], LatencyTable.load)
+    ctx.limits = Limits(
+        problem.space, [ParamsLimit(kind="params", max_params=most)], LatencyTable.load
+    )
     found = NSGA2(NSGA2Config(generations=5)).find(ctx, 1000)
     assert len(found) >= 50
     assert max(problem.space.decode(picks).params for picks in found) <= most
@@ -137,9 +156,15 @@ def test_silent_and_leaves_optunas_log_as_it_was(capsys: pytest.CaptureFixture[s
 
 
 def test_more_accurate_faster_and_smaller_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optuna's front is that of all trials within the budget by (-quality, latency, parameters), all three to be small."""
+    """Optuna's front is that of all trials within the budget by (-quality, latency,
+    parameters), all three to be small.
+    """
     studies, create_study = [], optuna.create_study
-    monkeypatch.setattr(optuna, "create_study", lambda **settings: studies.append(create_study(**settings)) or studies[-1])
+    monkeypatch.setattr(
+        optuna,
+        "create_study",
+        lambda **settings: studies.append(create_study(**settings)) or studies[-1],
+    )
     problem = Problem(0)
     ctx = problem.context(1)
     ctx.tolerance = 0.3  # many architectures of very different latency and size
@@ -150,7 +175,11 @@ def test_more_accurate_faster_and_smaller_is_better(monkeypatch: pytest.MonkeyPa
         index_NC = space.index(trial.params)[None]
         if within_target(ctx, index_NC)[0]:
             quality = KnownWeights(problem).evaluate(trial.params)
-            costs[index_NC.tobytes()] = (-quality, ctx.cost.of(trial.params), space.decode(trial.params).params)
+            costs[index_NC.tobytes()] = (
+                -quality,
+                ctx.cost.of(trial.params),
+                space.decode(trial.params).params,
+            )
     rows = np.array(list(costs.values()))
     dominated = [np.any(np.all(rows <= row, 1) & np.any(rows < row, 1)) for row in rows]
     front = {key for key, beaten in zip(costs, dominated, strict=True) if not beaten}

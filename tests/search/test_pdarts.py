@@ -1,4 +1,6 @@
-"""P-DARTS's stages, drops, dropout schedule and skip limit against the paper's numbers and worked examples."""
+"""P-DARTS's stages, drops, dropout schedule and skip limit against the paper's numbers
+and worked examples.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ class LoggedWeights(KnownWeights):
         self.gates: list[Gates] = []
         self.dropout: list[float] = []
 
-    def train(self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float) -> Metrics:
-        self.gates += [{key: np.asarray(gate).copy() for key, gate in each.items()} for each in gates]
+    def train(
+        self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
+    ) -> Metrics:
+        self.gates += [
+            {key: np.asarray(gate).copy() for key, gate in each.items()} for each in gates
+        ]
         self.dropout.append(skip_dropout)
         return super().train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
 
@@ -46,13 +52,21 @@ def skippy_space() -> MacroSpace:
         name="skippy",
         resolution=16,
         classes=10,
-        stages=(Stage(widths=(8,), slots=(("cn_k3",),)), Stage(widths=(16,), slots=(options[:3], *[options] * 5))),
+        stages=(
+            Stage(widths=(8,), slots=(("cn_k3",),)),
+            Stage(widths=(16,), slots=(options[:3], *[options] * 5)),
+        ),
     )
 
 
 def context_of(space: MacroSpace, target_ms: float, tolerance: float = 0.02) -> SearchContext:
     ctx = Problem(0).context(10)
-    ctx.space, ctx.cost, ctx.target, ctx.tolerance = space, CostModel.of_table(space, synthetic_table(space)), target_ms, tolerance
+    ctx.space, ctx.cost, ctx.target, ctx.tolerance = (
+        space,
+        CostModel.of_table(space, synthetic_table(space)),
+        target_ms,
+        tolerance,
+    )
     return ctx
 
 
@@ -75,7 +89,9 @@ def test_kept_counts() -> None:
 
 
 def test_dropout_schedule() -> None:
-    """Rate 0.7 in epochs 0, 9, 10, 15 and 24 of 25: 0.7 * 24/25, 0.7 * 15/25, 0.7, 0.7 exp(-1), 0.7 exp(-2.8)."""
+    """Rate 0.7 in epochs 0, 9, 10, 15 and 24 of 25: 0.7 * 24/25, 0.7 * 15/25, 0.7, 0.7
+    exp(-1), 0.7 exp(-2.8).
+    """
     strategy = PDARTS(PDARTSConfig())
     rates = [strategy.skip_dropout(2, epoch / 25) for epoch in (0, 9, 10, 15, 24)]
     assert np.allclose(rates, [0.672, 0.42, 0.7, 0.7 * math.exp(-1), 0.7 * math.exp(-2.8)])
@@ -88,12 +104,18 @@ def test_defaults_are_the_papers() -> None:
     strategy.setup(Problem(0).context(10))
     (group,) = strategy.alphas.optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (6e-4, (0.5, 0.999), 1e-3)
-    assert (strategy.config.warmup, strategy.config.order, strategy.config.dropout) == (10 / 25, 1, (0.0, 0.4, 0.7))
+    assert (strategy.config.warmup, strategy.config.order, strategy.config.dropout) == (
+        10 / 25,
+        1,
+        (0.0, 0.4, 0.7),
+    )
     assert STRATEGIES.get("pdarts") is PDARTS
 
 
 def test_a_search_in_stages() -> None:
-    """75 steps: 25 per stage, of which 10 train only the weights; dropped options have gate 0 for good; alpha starts again."""
+    """75 steps: 25 per stage, of which 10 train only the weights; dropped options have
+    gate 0 for good; alpha starts again.
+    """
     problem = Problem(3)
     ctx = problem.context(75)
     ctx.weights = weights = LoggedWeights(problem)
@@ -105,10 +127,16 @@ def test_a_search_in_stages() -> None:
     assert np.allclose(weights.dropout[60:75], 0.7 * np.exp(-0.2 * np.arange(15)))
     for choice in ctx.space.choices:
         alive = [np.flatnonzero(gates[choice.key]) for gates in weights.gates]
-        counts = [kept_count(len(choice.options), part) if choice.kind == "op" else len(choice.options) for part in (1.0, 5 / 8, 3 / 8)]
+        counts = [
+            kept_count(len(choice.options), part) if choice.kind == "op" else len(choice.options)
+            for part in (1.0, 5 / 8, 3 / 8)
+        ]
         assert [len(each) for each in alive] == [count for count in counts for _ in range(25)]
         for boundary in (25, 50):
-            before, after = weights.gates[boundary - 1][choice.key], weights.gates[boundary][choice.key]
+            before, after = (
+                weights.gates[boundary - 1][choice.key],
+                weights.gates[boundary][choice.key],
+            )
             kept = np.flatnonzero(after)
             assert set(kept) == set(np.argsort(-before)[: len(kept)]), "the lowest go"
             assert np.ptp(after[kept]) < 3e-3, "alpha starts near uniform again"
@@ -161,16 +189,22 @@ def test_the_weakest_skips_are_deleted_and_the_next_best_option_comes() -> None:
     limited = with_few_skips(space, policy, 2)
     assert [int(limited[key].argmax()) for key in policy] == [0, 3, 1, 3, 0, 0]
     assert np.allclose(limited["s1.b2"], [0.2, 0.6, 0.2, 0.0])
-    assert np.allclose(limited["s1.b5"], policy["s1.b5"]), "a skip that does not lead may still be drawn"
+    assert np.allclose(limited["s1.b5"], policy["s1.b5"]), (
+        "a skip that does not lead may still be drawn"
+    )
     assert all(np.array_equal(limited[key], policy[key]) for key in ("s1.b0", "s1.b1", "s1.b3"))
-    assert all(np.array_equal(p, with_few_skips(space, policy, 4)[key]) for key, p in policy.items())
+    assert all(
+        np.array_equal(p, with_few_skips(space, policy, 4)[key]) for key, p in policy.items()
+    )
     alone = {**policy, "s1.b4": np.array([0.0, 0.0, 0.0, 1.0])}
     assert np.allclose(with_few_skips(space, alone, 0)["s1.b4"], [1 / 3, 1 / 3, 1 / 3, 0])
 
 
 @pytest.mark.parametrize(("max_skips", "most"), [(None, 2), (0, 0), (1, 1), (5, 3)])
 def test_proposals_keep_to_the_skip_limit(max_skips: int | None, most: int) -> None:
-    """Though alpha wants more: 3, where 5 are allowed. The default is a quarter of the five slots that can, rounded up."""
+    """Though alpha wants more: 3, where 5 are allowed. The default is a quarter of the
+    five slots that can, rounded up.
+    """
     space = skippy_space()
     low, high = CostModel.of_table(space, synthetic_table(space)).range()
     ctx = context_of(space, low + 0.3 * (high - low), 0.05)
@@ -185,7 +219,9 @@ def test_proposals_keep_to_the_skip_limit(max_skips: int | None, most: int) -> N
 
 
 def test_the_budget_comes_before_the_skip_limit() -> None:
-    """Only architectures with four or five skips are that fast; they are proposed, rather than none."""
+    """Only architectures with four or five skips are that fast; they are proposed,
+    rather than none.
+    """
     space = skippy_space()
     ctx = context_of(space, CostModel.of_table(space, synthetic_table(space)).range()[0])
     strategy = PDARTS(PDARTSConfig(max_skips=1))
@@ -196,7 +232,9 @@ def test_the_budget_comes_before_the_skip_limit() -> None:
 
 
 def test_the_budget_comes_before_the_drops() -> None:
-    """With only the fastest options kept, a slow target still gets proposals within its tolerance."""
+    """With only the fastest options kept, a slow target still gets proposals within its
+    tolerance.
+    """
     problem = Problem(0)
     ctx = problem.context(9)
     ctx.target = 0.97 * problem.cost.range()[1]
@@ -238,4 +276,9 @@ def proposed_by(ctx: SearchContext) -> list[dict[str, str | int]]:
 def test_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Plugin(name="pdarts", **options).options(PDARTS.Config)  # type: ignore[arg-type]
-    assert Plugin(name="pdarts", keep=(1.0, 0.5), dropout=(0.0, 0.3)).options(PDARTS.Config).keep == (1.0, 0.5)  # type: ignore[call-arg]
+    assert Plugin(name="pdarts", keep=(1.0, 0.5), dropout=(0.0, 0.3)).options(
+        PDARTS.Config
+    ).keep == (
+        1.0,
+        0.5,
+    )  # type: ignore[call-arg]

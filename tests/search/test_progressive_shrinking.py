@@ -33,7 +33,9 @@ def names(space: MacroSpace, opening: Opening, key: str) -> set[str | int]:
 
 
 def test_what_is_open_in_an_elastic_space() -> None:
-    """Once-for-all's own table: kernel {7} -> {3, 5, 7}; depth {4} -> {3, 4} -> {2, 3, 4}; expansion {6} -> {4, 6} -> {3, 4, 6}."""
+    """Once-for-all's own table: kernel {7} -> {3, 5, 7}; depth {4} -> {3, 4} -> {2, 3,
+    4}; expansion {6} -> {4, 6} -> {3, 4, 6}.
+    """
     space = elastic_space()
     every = {"3", "5", "7"}
     by_hand = (
@@ -46,13 +48,17 @@ def test_what_is_open_in_an_elastic_space() -> None:
     )
     for (_, _, opening), (kernels, depths, expansions) in zip(PHASES, by_hand, strict=True):
         for key in ("s1.b0", "s1.b3", "s2.b2"):
-            assert names(space, opening, key) == {f"ir_k{kernel}_e{e}" for kernel in kernels for e in expansions}
+            assert names(space, opening, key) == {
+                f"ir_k{kernel}_e{e}" for kernel in kernels for e in expansions
+            }
         assert names(space, opening, "s1.depth") == names(space, opening, "s2.depth") == depths
         assert names(space, opening, "resolution") == {16, 24, 32}
 
 
 def test_what_is_open_in_the_conformance_space() -> None:
-    """Skips for depths; two expansions and two widths, so both sub-phases of either open the same."""
+    """Skips for depths; two expansions and two widths, so both sub-phases of either
+    open the same.
+    """
     space = tiny_space()
     large, both = {"ir_k5_e6"}, {"ir_k3_e6", "ir_k5_e6"}
     every = {"ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6"}
@@ -71,20 +77,35 @@ def test_what_is_open_in_the_conformance_space() -> None:
 
 
 def test_skips_open_from_the_end_of_a_stage() -> None:
-    """The last slot that can be skipped first, as depth 3 of 4 leaves out the last block; then all."""
+    """The last slot that can be skipped first, as depth 3 of 4 leaves out the last
+    block; then all.
+    """
     slots = (("ir_k3_e3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"), ("ir_k3_e3", "ir_k3_e6"))
-    space = MacroSpace(name="skips", resolution=8, classes=2, stages=(Stage(widths=(8,), slots=slots),) * 2)
+    space = MacroSpace(
+        name="skips", resolution=8, classes=2, stages=(Stage(widths=(8,), slots=slots),) * 2
+    )
     for stage in ("s0", "s1"):
-        assert names(space, LARGEST, f"{stage}.b1") == names(space, LARGEST, f"{stage}.b2") == {"ir_k3_e3"}
+        assert (
+            names(space, LARGEST, f"{stage}.b1")
+            == names(space, LARGEST, f"{stage}.b2")
+            == {"ir_k3_e3"}
+        )
         assert names(space, Opening(None, 2), f"{stage}.b1") == {"ir_k3_e3"}
         assert names(space, Opening(None, 2), f"{stage}.b2") == {"ir_k3_e3", "skip"}
         assert names(space, Opening(None, None), f"{stage}.b1") == {"ir_k3_e3", "skip"}
 
 
 def test_options_that_are_no_grid() -> None:
-    """Kinds, SE and groups open last; the largest is the widest expansion, then the largest kernel."""
+    """Kinds, SE and groups open last; the largest is the widest expansion, then the
+    largest kernel.
+    """
     options = ("ds_k5", "ir_k3_e6", "ir_k5_e3", "ir_k3_e6_se0.25", "ir_k3_e6_g2", "ir_k3_e3_se0.25")
-    space = MacroSpace(name="odd", resolution=8, classes=2, stages=(Stage(widths=(8,), slots=(("cn_k3",), options)),))
+    space = MacroSpace(
+        name="odd",
+        resolution=8,
+        classes=2,
+        stages=(Stage(widths=(8,), slots=(("cn_k3",), options)),),
+    )
     assert names(space, LARGEST, "s0.b1") == {"ir_k3_e6_se0.25"}
     assert names(space, Opening(None, None), "s0.b1") == {"ir_k3_e6_se0.25"}
     assert names(space, Opening(None, None, 2), "s0.b1") == {"ir_k3_e6_se0.25", "ir_k3_e3_se0.25"}
@@ -93,37 +114,66 @@ def test_options_that_are_no_grid() -> None:
 
 @pytest.mark.parametrize(
     "space",
-    [tiny_space(), elastic_space(), proxylessnas(), mobilenet_v3_like(), fbnet(), ofa_mobilenet_v3()],
+    [
+        tiny_space(),
+        elastic_space(),
+        proxylessnas(),
+        mobilenet_v3_like(),
+        fbnet(),
+        ofa_mobilenet_v3(),
+    ],
     ids=lambda space: space.name,
 )
 def test_each_phase_opens_more_until_everything_is_open(space: MacroSpace) -> None:
     found = phases(space, ProgressiveShrinkingConfig())
-    assert all(len(found[0].allowed[choice.key]) == 1 for choice in space.choices if choice.kind != "resolution")
+    assert all(
+        len(found[0].allowed[choice.key]) == 1
+        for choice in space.choices
+        if choice.kind != "resolution"
+    )
     for before, after in pairwise(found):
         assert all(set(before.allowed[key]) <= set(after.allowed[key]) for key in before.allowed)
         assert before.allowed != after.allowed
-    assert all(found[-1].allowed[choice.key] == tuple(range(len(choice.options))) for choice in space.choices)
+    assert all(
+        found[-1].allowed[choice.key] == tuple(range(len(choice.options)))
+        for choice in space.choices
+    )
     ops = space.decode(largest_picks(space)).ops()
     rng = np.random.default_rng(0)
-    assert all(sum(op.params for op in ops) >= space.decode(space.sample(rng)).params for _ in range(30))
+    assert all(
+        sum(op.params for op in ops) >= space.decode(space.sample(rng)).params for _ in range(30)
+    )
 
 
 def test_shares_of_the_phases() -> None:
-    """All six in the paper's epochs; phases that open nothing go, and sub-phases that open the same are one."""
+    """All six in the paper's epochs; phases that open nothing go, and sub-phases that
+    open the same are one.
+    """
     config = ProgressiveShrinkingConfig()
     six = phases(elastic_space(), config)
     assert [(phase.name, phase.paths, phase.share) for phase in six] == [
         ("largest", 1, 180), ("kernel", 1, 120), ("depth", 2, 25), ("depth", 2, 120), ("expansion", 4, 25), ("expansion", 4, 120),
     ]  # fmt: skip
     four = phases(tiny_space(), config)
-    assert [(phase.name, phase.share) for phase in four] == [("largest", 180), ("kernel", 120), ("depth", 145), ("expansion", 145)]
+    assert [(phase.name, phase.share) for phase in four] == [
+        ("largest", 180),
+        ("kernel", 120),
+        ("depth", 145),
+        ("expansion", 145),
+    ]
     stages = (Stage(widths=(8,), slots=(("cn_k3",), ("ir_k3_e3", "ir_k3_e4", "ir_k3_e6"))),)
     widths = phases(MacroSpace(name="expansions", resolution=8, classes=2, stages=stages), config)
-    assert [(phase.name, phase.share) for phase in widths] == [("largest", 180), ("expansion", 25), ("expansion", 120)]
+    assert [(phase.name, phase.share) for phase in widths] == [
+        ("largest", 180),
+        ("expansion", 25),
+        ("expansion", 120),
+    ]
 
 
 def test_steps_ask_for_what_the_phase_says() -> None:
-    """59 steps of 590 epochs: phases end at steps 18, 30, 32 (32.5 to even), 44 (44.5), 47 and 59; the teacher is taken once, at 18."""
+    """59 steps of 590 epochs: phases end at steps 18, 30, 32 (32.5 to even), 44 (44.5),
+    47 and 59; the teacher is taken once, at 18.
+    """
     space = elastic_space()
     recorder = Recorder(space)
     strategy, ctx = ProgressiveShrinking(ProgressiveShrinkingConfig()), recorder.context(59)
@@ -133,17 +183,25 @@ def test_steps_ask_for_what_the_phase_says() -> None:
     assert [len(update.index_PC) for update in recorder.updates] == [1] * 30 + [2] * 14 + [4] * 15
     assert [update.teach for update in recorder.updates] == [False] * 18 + [True] * 41
     assert not any(update.split for update in recorder.updates)
-    top = {f"s{i}.b{j}": "ir_k7_e6" for i in (1, 2) for j in range(4)} | {"s1.depth": 4, "s2.depth": 4, "resolution": 32}
+    top = {f"s{i}.b{j}": "ir_k7_e6" for i in (1, 2) for j in range(4)} | {
+        "s1.depth": 4,
+        "s2.depth": 4,
+        "resolution": 32,
+    }
     assert recorder.teachers == [(18, top)]
     number_of = np.repeat(np.arange(6), np.diff([0, *strategy.ends]))
     assert [row["phase"] for row in metrics] == number_of.tolist()
     for number, update in zip(number_of, recorder.updates, strict=True):
         for i, choice in enumerate(space.choices):
-            assert set(update.index_PC[:, i]) <= set(strategy.phases[number].allowed[choice.key]), choice.key
+            assert set(update.index_PC[:, i]) <= set(strategy.phases[number].allowed[choice.key]), (
+                choice.key
+            )
 
 
 def test_sub_networks_are_uniform_and_share_a_resolution() -> None:
-    """In the last phase: every option, and every resolution, as often as the others; in the first phase every resolution too."""
+    """In the last phase: every option, and every resolution, as often as the others; in
+    the first phase every resolution too.
+    """
     space = elastic_space()
     recorder = Recorder(space)
     strategy, ctx = ProgressiveShrinking(ProgressiveShrinkingConfig()), recorder.context(3000)
@@ -155,7 +213,9 @@ def test_sub_networks_are_uniform_and_share_a_resolution() -> None:
     for i, choice in enumerate(space.choices):
         count = len(recorder.trained) / (4 if i == size else 1)
         p = 1 / len(choice.options)
-        found = np.bincount(recorder.trained[:, i], minlength=len(choice.options)) / len(recorder.trained)
+        found = np.bincount(recorder.trained[:, i], minlength=len(choice.options)) / len(
+            recorder.trained
+        )
         assert np.all(np.abs(found - p) < 4 * np.sqrt(p * (1 - p) / count)), choice.key
     recorder.updates.clear()
     run_steps(strategy, ctx, 0, 60)
@@ -164,7 +224,9 @@ def test_sub_networks_are_uniform_and_share_a_resolution() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20])
 def test_short_searches(steps: int) -> None:
-    """However few steps there are, the first trains the largest network, and nothing is taught before there is a teacher."""
+    """However few steps there are, the first trains the largest network, and nothing is
+    taught before there is a teacher.
+    """
     recorder = Recorder(elastic_space())
     strategy, ctx = ProgressiveShrinking(ProgressiveShrinkingConfig()), recorder.context(steps)
     strategy.setup(ctx)
@@ -178,7 +240,9 @@ def test_spaces_without_anything_to_shrink_are_refused() -> None:
     strategy = ProgressiveShrinking(ProgressiveShrinkingConfig())
     stages = (Stage(widths=(8, 16), slots=(("cn_k3",), ("ir_k3_e3", "ir_k3_e3_se0.25"))),)
     space = MacroSpace(name="flat", resolution=8, classes=2, stages=stages)
-    with pytest.raises(SpaceError, match="space flat has no second kernel size, depth or expansion anywhere"):
+    with pytest.raises(
+        SpaceError, match="space flat has no second kernel size, depth or expansion anywhere"
+    ):
         strategy.check(space)
     for slot, depths in (
         (("ir_k3_e3", "ir_k5_e3"), ()),

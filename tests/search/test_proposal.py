@@ -1,4 +1,6 @@
-"""Architectures within several budgets at once: tables that disagree, multiply-accumulates, and peak memory."""
+"""Architectures within several budgets at once: tables that disagree,
+multiply-accumulates, and peak memory.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from hwnas.core.table import Entry, LatencyTable
 from hwnas.search.evolution import Evolution, EvolutionConfig
 from hwnas.search.fbnet import sampled_within
 from hwnas.search.nsga2 import NSGA2, NSGA2Config
-from hwnas.search.proposal import gather_within, likely_within, policy_index, random_within, uniform_index, within_target
+from hwnas.search.proposal import (
+    gather_within,
+    likely_within,
+    policy_index,
+    random_within,
+    uniform_index,
+    within_target,
+)
 from hwnas.search.random import RandomFinder, RandomFinderConfig
 from hwnas.search.steering import distance, tilted, towards_target
 from hwnas.search.strategy import SearchContext
@@ -35,7 +44,9 @@ Policy = dict[str, np.ndarray]
 
 
 def other_table(space: SearchSpace, ms: Callable[[Op], float]) -> LatencyTable:
-    return synthetic_table(space).model_copy(update={"entries": {op.key: Entry(ms=ms(op)) for op in space.ops}})
+    return synthetic_table(space).model_copy(
+        update={"entries": {op.key: Entry(ms=ms(op)) for op in space.ops}}
+    )
 
 
 def by_params(op: Op) -> float:
@@ -45,7 +56,9 @@ def by_params(op: Op) -> float:
 
 def by_kernel(op: Op) -> float:
     """A device for which large kernels are the fast ones."""
-    factor = {3: 2.0, 5: 0.8, 7: 0.5}.get(max((layer.kernel for layer in op.layers), default=1), 1.0)
+    factor = {3: 2.0, 5: 0.8, 7: 0.5}.get(
+        max((layer.kernel for layer in op.layers), default=1), 1.0
+    )
     return factor * op.macs / 1e6 + 0.01
 
 
@@ -54,15 +67,22 @@ def space_of(name: str) -> SearchSpace:
     return load_space(name, resolution=32, classes=10) if name == "mobile32" else load_space(name)
 
 
-def context(space: SearchSpace, *limits: Limit, table: LatencyTable | None = None, part: float = 0.4) -> SearchContext:
+def context(
+    space: SearchSpace, *limits: Limit, table: LatencyTable | None = None, part: float = 0.4
+) -> SearchContext:
     cost = CostModel.of_table(space, synthetic_table(space))
     low, high = cost.range()
     compiled = Limits(space, limits, lambda path: table or synthetic_table(space))
-    return SearchContext(space, cost, AbsoluteObjective(), low + part * (high - low), 0.02, 1, 64, limits=compiled)
+    return SearchContext(
+        space, cost, AbsoluteObjective(), low + part * (high - low), 0.02, 1, 64, limits=compiled
+    )
 
 
 def uniform(space: SearchSpace) -> Policy:
-    return {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in space.choices}
+    return {
+        choice.key: np.full(len(choice.options), 1 / len(choice.options))
+        for choice in space.choices
+    }
 
 
 def assert_distinct_within(ctx: SearchContext, found: list[Picks], count: int) -> None:
@@ -73,7 +93,9 @@ def assert_distinct_within(ctx: SearchContext, found: list[Picks], count: int) -
 
 
 REVIEWED = {"mobile32": 2.73154, "proxylessnas": 22.42024, "proxylessnas_enlarged": 27.9984}
-"""What a random local search of 600,000 architectures at the target reached on ``by_params``, in milliseconds."""
+"""What a random local search of 600,000 architectures at the target reached on
+``by_params``, in milliseconds.
+"""
 
 
 @pytest.mark.parametrize("name", REVIEWED)
@@ -82,8 +104,15 @@ def test_two_tables_that_disagree(name: str) -> None:
     space = space_of(name)
     table = other_table(space, by_params)
     for factor, count in ((1.15, 50), (1.05, 50), (1.0, 1)):
-        ctx = context(space, LatencyLimit(kind="latency", table="board", max_ms=factor * REVIEWED[name] + 1e-6), table=table)
-        assert not within_target(ctx, uniform_index(space, 20_000, np.random.default_rng(1))).any() or factor > 1.1
+        ctx = context(
+            space,
+            LatencyLimit(kind="latency", table="board", max_ms=factor * REVIEWED[name] + 1e-6),
+            table=table,
+        )
+        assert (
+            not within_target(ctx, uniform_index(space, 20_000, np.random.default_rng(1))).any()
+            or factor > 1.1
+        )
         begun = time.process_time()
         assert_distinct_within(ctx, random_within(ctx, count, np.random.default_rng(0)), count)
         assert time.process_time() - begun < 2
@@ -101,7 +130,11 @@ def crowded(board_ms: float, macs: int, bytes_: int) -> SearchContext:
     return context(space, *limits, table=other_table(space, by_kernel))
 
 
-BUDGETS = {"loose": (22.0, 17_500_000, 80_000), "tight": (17.0, 17_100_000, 66_000), "tightest": (14.5, 17_000_000, 66_000)}
+BUDGETS = {
+    "loose": (22.0, 17_500_000, 80_000),
+    "tight": (17.0, 17_100_000, 66_000),
+    "tightest": (14.5, 17_000_000, 66_000),
+}
 RUN = {"generations": 4, "population": 40}
 FINDERS = {
     "evolution": Evolution(EvolutionConfig(**RUN, parents=5, mutations=10, crossovers=10)),  # type: ignore[arg-type]
@@ -112,16 +145,25 @@ FINDERS = {
 
 def peaked(space: SearchSpace) -> Policy:
     """96 % for the last option of every choice: of slots the slowest, or none at all."""
-    return {choice.key: np.array([*[0.04] * (len(choice.options) - 1), 0.96]) for choice in space.choices}
+    return {
+        choice.key: np.array([*[0.04] * (len(choice.options) - 1), 0.96])
+        for choice in space.choices
+    }
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_limit_is_met_by_as_many_as_asked_for(budget: str) -> None:
-    """By all finders, and from policies that know nothing of limits; 400,000 random ones hold many, a few, or none."""
+    """By all finders, and from policies that know nothing of limits; 400,000 random
+    ones hold many, a few, or none.
+    """
     ctx = crowded(*BUDGETS[budget])
     drawn_NC = uniform_index(ctx.space, 400_000, np.random.default_rng(1))
     share = within_target(ctx, drawn_NC).mean()
-    assert {"loose": share * ctx.space.size > 1e6, "tight": 1e-4 > share > 1e-5, "tightest": share == 0}[budget]
+    assert {
+        "loose": share * ctx.space.size > 1e6,
+        "tight": 1e-4 > share > 1e-5,
+        "tightest": share == 0,
+    }[budget]
     for name, finder in FINDERS.items():
         ctx.rng = np.random.default_rng(0)
         recorder = Recorder(ctx.space, lambda picks: zlib.crc32(repr(picks).encode()) / 2**32)
@@ -135,25 +177,38 @@ def test_every_limit_is_met_by_as_many_as_asked_for(budget: str) -> None:
 
 
 def test_all_there_are() -> None:
-    """Against trying everything: where limits leave a few of tiny_space, these are found, each once, and no other."""
+    """Against trying everything: where limits leave a few of tiny_space, these are
+    found, each once, and no other.
+    """
     problem = Problem(0)
     ctx = problem.context(1)
     within_NC = problem.index_NC[within_target(ctx, problem.index_NC)]
     board = other_table(problem.space, by_kernel)
     most = float(np.percentile(CostModel.of_table(problem.space, board).of_many(within_NC), 10))
-    ctx.limits = Limits(problem.space, [LatencyLimit(kind="latency", table="board", max_ms=most)], lambda path: board)
+    ctx.limits = Limits(
+        problem.space,
+        [LatencyLimit(kind="latency", table="board", max_ms=most)],
+        lambda path: board,
+    )
     expected = {tuple(row) for row in within_NC[ctx.limits.feasible(within_NC)]}
     assert 10 <= len(expected) < 30
-    for found in (random_within(ctx, 100, np.random.default_rng(0)), likely_within(ctx, uniform(ctx.space), 100)):
+    for found in (
+        random_within(ctx, 100, np.random.default_rng(0)),
+        likely_within(ctx, uniform(ctx.space), 100),
+    ):
         assert len(found) == len(expected)
         assert {tuple(ctx.space.index(picks)) for picks in found} == expected
 
 
 def test_moves_end_within_the_budget_or_nearer() -> None:
-    """Single changes alone get stuck where two tables disagree; pairs lead on. What is within already stays."""
+    """Single changes alone get stuck where two tables disagree; pairs lead on. What is
+    within already stays.
+    """
     space = space_of("mobile32")
     ctx = context(
-        space, LatencyLimit(kind="latency", table="board", max_ms=1.05 * REVIEWED["mobile32"]), table=other_table(space, by_params)
+        space,
+        LatencyLimit(kind="latency", table="board", max_ms=1.05 * REVIEWED["mobile32"]),
+        table=other_table(space, by_params),
     )
     starts_NC = uniform_index(space, 100, np.random.default_rng(0))
     moved_NC = towards_target(ctx, starts_NC)
@@ -166,11 +221,18 @@ def test_moves_end_within_the_budget_or_nearer() -> None:
 
 
 def test_peaks_that_several_ops_share_go_down() -> None:
-    """No single change lowers the maximum of two equal ops; the number of ops above the limit falls all the same."""
+    """No single change lowers the maximum of two equal ops; the number of ops above the
+    limit falls all the same.
+    """
     ctx = crowded(1e3, 10**9, 66_000)
     assert ctx.limits is not None
     ctx.tolerance = 0.5
-    peak_C = np.array([choice.options.index("ir_k3_e6") if "ir_k3_e6" in choice.options else 0 for choice in ctx.space.choices])
+    peak_C = np.array(
+        [
+            choice.options.index("ir_k3_e6") if "ir_k3_e6" in choice.options else 0
+            for choice in ctx.space.choices
+        ]
+    )
     singles_NC = np.repeat(peak_C[None], len(peak_C), axis=0)
     np.fill_diagonal(singles_NC, 0)
     assert ctx.limits.excess(singles_NC)[:, 2].min() > 0
@@ -178,7 +240,9 @@ def test_peaks_that_several_ops_share_go_down() -> None:
 
 
 def test_a_tilt_meets_sums_in_expectation() -> None:
-    """At the target, below the limits but close, and no further from the given policy than another policy that is so."""
+    """At the target, below the limits but close, and no further from the given policy
+    than another policy that is so.
+    """
     space = space_of("mobile32")
     table = other_table(space, by_kernel)
     ctx = context(space, LatencyLimit(kind="latency", table="board", max_ms=18.0), table=table)
@@ -186,26 +250,46 @@ def test_a_tilt_meets_sums_in_expectation() -> None:
     board = CostModel.of_table(space, table)
     assert ctx.cost.expected(policy) == pytest.approx(ctx.target, rel=1e-4)
     assert 16.0 < board.expected(policy) < 18.0
-    assert within_target(ctx, policy_index(space, policy, 4096, np.random.default_rng(0))).mean() > 0.05
+    assert (
+        within_target(ctx, policy_index(space, policy, 4096, np.random.default_rng(0))).mean()
+        > 0.05
+    )
     # the form of the closest one: log p is linear in both prices
     keys = [choice.key for choice in space.choices]
     prices = [cost.marginals(policy) for cost in (ctx.cost, board)]
-    centred = [np.concatenate([each[key] - each[key].mean() for key in keys]) for each in (*prices, {k: np.log(policy[k]) for k in keys})]
-    (_, nu), (residual,), *_ = np.linalg.lstsq(np.stack(centred[:2], axis=1), centred[2], rcond=None)
+    centred = [
+        np.concatenate([each[key] - each[key].mean() for key in keys])
+        for each in (*prices, {k: np.log(policy[k]) for k in keys})
+    ]
+    (_, nu), (residual,), *_ = np.linalg.lstsq(
+        np.stack(centred[:2], axis=1), centred[2], rcond=None
+    )
     assert nu < 0
     assert residual < 1e-6
     # a limit that the target's tilt meets anyway changes nothing
     loose = context(space, LatencyLimit(kind="latency", table="board", max_ms=1e3), table=table)
     alone = tilted(context(space), uniform(space))
-    assert all(np.allclose(p, alone[key], atol=1e-4) for key, p in tilted(loose, uniform(space)).items())
+    assert all(
+        np.allclose(p, alone[key], atol=1e-4) for key, p in tilted(loose, uniform(space)).items()
+    )
 
 
 def test_architectures_are_sampled_once_whatever_names_them() -> None:
-    """With depths to choose, picks that differ only in blocks that are left out are one architecture."""
+    """With depths to choose, picks that differ only in blocks that are left out are one
+    architecture.
+    """
     space = elastic_space()
     ctx = Recorder(space).context(tolerance=0.02, target_range=0.01)
-    shallow = uniform(space) | {choice.key: np.array([0.9, 0.05, 0.05]) for choice in space.choices if choice.kind == "depth"}
-    for found in (sampled_within(ctx, shallow, 40), likely_within(ctx, shallow, 40), random_within(ctx, 40, ctx.rng)):
+    shallow = uniform(space) | {
+        choice.key: np.array([0.9, 0.05, 0.05])
+        for choice in space.choices
+        if choice.kind == "depth"
+    }
+    for found in (
+        sampled_within(ctx, shallow, 40),
+        likely_within(ctx, shallow, 40),
+        random_within(ctx, 40, ctx.rng),
+    ):
         assert len(found) > 4
         assert_distinct_within(ctx, found, len(found))
         assert len({space.decode(picks).blocks for picks in found}) == len(found)
@@ -213,4 +297,8 @@ def test_architectures_are_sampled_once_whatever_names_them() -> None:
     gathered: dict[bytes, np.ndarray] = {}
     gather_within(ctx, named_NC, gathered)
     names_NC = np.unique(named_NC[within_target(ctx, named_NC)], axis=0)
-    assert len(names_NC) > len(gathered) == len({space.decode(space.at(row)).blocks for row in names_NC})
+    assert (
+        len(names_NC)
+        > len(gathered)
+        == len({space.decode(space.at(row)).blocks for row in names_NC})
+    )

@@ -1,4 +1,6 @@
-"""ProxylessNAS's parts against closed forms: both gate gradients, the rescaling, the losses, REINFORCE, the schedule."""
+"""ProxylessNAS's parts against closed forms: both gate gradients, the rescaling, the
+losses, REINFORCE, the schedule.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from hypothesis import strategies as st
 from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.errors import SpaceError, TargetError
-from hwnas.search.proxylessnas import ProxylessNAS, ProxylessNASConfig, draw_running, keep_mass, softmax_over
+from hwnas.search.proxylessnas import (
+    ProxylessNAS,
+    ProxylessNASConfig,
+    draw_running,
+    keep_mass,
+    softmax_over,
+)
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.testing import Problem
 from tests.search import known_recorder
@@ -24,11 +32,15 @@ from tests.search.known_recorder import PROBLEM, KnownRecorder, fill, step_at
 torch.set_num_threads(1)
 
 
-def surroundings(steps: int = 100, problem: Problem = PROBLEM) -> tuple[SearchContext, KnownRecorder]:
+def surroundings(
+    steps: int = 100, problem: Problem = PROBLEM
+) -> tuple[SearchContext, KnownRecorder]:
     return known_recorder.surroundings(steps, problem)
 
 
-def prepared(ctx: SearchContext, alphas: Mapping[str, Any] | None = None, **options: Any) -> ProxylessNAS:
+def prepared(
+    ctx: SearchContext, alphas: Mapping[str, Any] | None = None, **options: Any
+) -> ProxylessNAS:
     """A strategy that updates alpha in every step, with random or given alphas."""
     strategy = ProxylessNAS(ProxylessNASConfig(**{"arch_every": 1, "warmup": 0.0, **options}))
     strategy.setup(ctx)
@@ -50,24 +62,32 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_two_path_step_by_hand() -> None:
-    """alpha = (ln 3, 0, far below): p = (3/4, 1/4). With dL/dg = (1, -1): 1 * 3/4 * 1/4 + (-1) * 1/4 * (-3/4) = 3/8, and -3/8.
+    """alpha = (ln 3, 0, far below): p = (3/4, 1/4). With dL/dg = (1, -1): 1 * 3/4 * 1/4
+    + (-1) * 1/4 * (-3/4) = 3/8, and -3/8.
 
-    Adam's first step moves them by the rate, 0.1, down: 3 e^-0.1 + e^0.1 = 3.819683 where there was 4, so both move up by 0.046127.
+    Adam's first step moves them by the rate, 0.1, down: 3 e^-0.1 + e^0.1 = 3.819683
+    where there was 4, so both move up by 0.046127.
     """
     problem = Problem(0)
     problem.gains["s1.b0"] = np.array([-1.0, 1.0, 0.0, 0.0])
     ctx, recorder = surroundings(problem=problem)
-    strategy = prepared(ctx, {"s1.b0": [math.log(3), 0.0, -40.0, -41.0]}, alpha_lr=0.1, latency_weight=0.0)
+    strategy = prepared(
+        ctx, {"s1.b0": [math.log(3), 0.0, -40.0, -41.0]}, alpha_lr=0.1, latency_weight=0.0
+    )
     step(strategy, ctx)
     gates, probes = recorder.differentiated[0]
     assert {int(gates["s1.b0"].argmax()), *probes["s1.b0"]} == {0, 1}
     gradient = strategy.alphas.values["s1.b0"].grad
     assert gradient is not None
     assert np.allclose(gradient, [0.375, -0.375, 0, 0], atol=1e-15)
-    assert np.allclose(values(strategy)["s1.b0"], [math.log(3) - 0.053873, 0.146127, -40, -41], atol=1e-6)
+    assert np.allclose(
+        values(strategy)["s1.b0"], [math.log(3) - 0.053873, 0.146127, -40, -41], atol=1e-6
+    )
 
 
-def slopes(options: dict[str, Any], loss: float, latency: float, target: float) -> tuple[float, float]:
+def slopes(
+    options: dict[str, Any], loss: float, latency: float, target: float
+) -> tuple[float, float]:
     """By hand: the combined loss's derivatives by the cross-entropy and by the expected latency."""
     if options["latency_loss"] == "add_linear":
         return 1.0, 0.1 / target
@@ -80,7 +100,9 @@ def slopes(options: dict[str, Any], loss: float, latency: float, target: float) 
 @pytest.mark.parametrize("mode", ["two", "full"])
 @pytest.mark.parametrize("latency_loss", ["absolute", "add_linear", "mul_log"])
 def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
-    """sum_j dL/dg_j p_j (delta_ij - p_i) over the running options, and the same with dE[lat]/dp; others 0; nothing where skip is active."""
+    """sum_j dL/dg_j p_j (delta_ij - p_i) over the running options, and the same with
+    dE[lat]/dp; others 0; nothing where skip is active.
+    """
     options = {"mode": mode, "latency_loss": latency_loss, "unit_ms": 1e-3}
     ctx, recorder = surroundings()
     skipped = 0
@@ -97,7 +119,9 @@ def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
             assert sorted(gates[key].tolist()) == [0.0] * (len(p[key]) - 1) + [1.0]
             p[key][index] = softmax(before[key][index])
         assert metrics["held_out_loss"] == pytest.approx(1 - PROBLEM.quality(gates))
-        by_loss, by_ms = slopes(options, metrics["held_out_loss"], float(ctx.cost.expected(p)), ctx.target)
+        by_loss, by_ms = slopes(
+            options, metrics["held_out_loss"], float(ctx.cost.expected(p)), ctx.target
+        )
         marginal_ms = ctx.cost.marginals(p)
         for choice in ctx.space.choices:
             key = choice.key
@@ -109,7 +133,12 @@ def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
                 continue
             by_gate = by_loss * -PROBLEM.gains[key] + by_ms * marginal_ms[key]
             expected = np.array(
-                [sum(by_gate[j] * p[key][j] * ((i == j) - p[key][i]) for j in range(len(by_gate))) for i in range(len(by_gate))]
+                [
+                    sum(
+                        by_gate[j] * p[key][j] * ((i == j) - p[key][i]) for j in range(len(by_gate))
+                    )
+                    for i in range(len(by_gate))
+                ]
             )
             assert found is not None
             assert np.allclose(found, expected, rtol=1e-9, atol=1e-14)
@@ -123,9 +152,15 @@ def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
     alpha_lr=st.floats(1e-4, 3.0),
     draw=st.integers(0, 1000),
 )
-def test_a_two_path_update_leaves_other_probabilities_alone(alphas: list[float], alpha_lr: float, draw: int) -> None:
+def test_a_two_path_update_leaves_other_probabilities_alone(
+    alphas: list[float], alpha_lr: float, draw: int
+) -> None:
     ctx, recorder = surroundings()
-    strategy = prepared(ctx, {choice.key: alphas[: len(choice.options)] for choice in ctx.space.choices}, alpha_lr=alpha_lr)
+    strategy = prepared(
+        ctx,
+        {choice.key: alphas[: len(choice.options)] for choice in ctx.space.choices},
+        alpha_lr=alpha_lr,
+    )
     before = {key: softmax(alpha) for key, alpha in values(strategy).items()}
     step(strategy, ctx, draw=draw)
     gates, probes = recorder.differentiated[0]
@@ -151,11 +186,15 @@ def test_mass_is_kept_by_the_old_over_the_new_sum() -> None:
 def test_softmax_over_some_options() -> None:
     alpha = torch.tensor([math.log(3), 5.0, 0.0], dtype=torch.float64)
     assert softmax_over(alpha, [2, 0]).tolist() == pytest.approx([0.75, 0.0, 0.25])
-    assert softmax_over(alpha, [0, 1, 2]).tolist() == pytest.approx(torch.softmax(alpha, 0).tolist())
+    assert softmax_over(alpha, [0, 1, 2]).tolist() == pytest.approx(
+        torch.softmax(alpha, 0).tolist()
+    )
 
 
 def test_pairs_are_distributed_as_drawn_without_replacement() -> None:
-    """P({i, j}) = p_i p_j (1 / (1 - p_i) + 1 / (1 - p_j)); of the pair, i is active with p_i / (p_i + p_j)."""
+    """P({i, j}) = p_i p_j (1 / (1 - p_i) + 1 / (1 - p_j)); of the pair, i is active
+    with p_i / (p_i + p_j).
+    """
     p, draws = np.array([0.6, 0.3, 0.1]), 6000
     rng = np.random.default_rng(0)
     counts = np.zeros((3, 3))
@@ -163,8 +202,14 @@ def test_pairs_are_distributed_as_drawn_without_replacement() -> None:
         counts[tuple(draw_running(np.log(p) + 2.0, "two", rng))] += 1
     for i in range(3):
         for j in range(3):
-            expected = 0.0 if i == j else p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])) * p[i] / (p[i] + p[j])
-            assert abs(counts[i, j] / draws - expected) <= 4 * math.sqrt(expected * (1 - expected) / draws)
+            expected = (
+                0.0
+                if i == j
+                else p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])) * p[i] / (p[i] + p[j])
+            )
+            assert abs(counts[i, j] / draws - expected) <= 4 * math.sqrt(
+                expected * (1 - expected) / draws
+            )
 
 
 def test_full_runs_everything_and_draws_the_active_from_the_policy() -> None:
@@ -193,7 +238,12 @@ def test_weights_are_trained_on_one_path_at_a_time() -> None:
 def test_skip_as_the_active_option_leaves_alpha_and_its_moments_alone() -> None:
     ctx, recorder = surroundings()
     strategy = prepared(ctx, {"s1.b1": [0.0, 0.1, 0.2, 0.3, 20.0]}, alpha_lr=0.1)
-    strategy.alphas.apply({key: torch.ones(len(alpha), dtype=alpha.dtype) for key, alpha in strategy.alphas.values.items()})
+    strategy.alphas.apply(
+        {
+            key: torch.ones(len(alpha), dtype=alpha.dtype)
+            for key, alpha in strategy.alphas.values.items()
+        }
+    )
     before = values(strategy)
     step(strategy, ctx)
     assert recorder.differentiated[0][0]["s1.b1"].tolist() == [0, 0, 0, 0, 1]
@@ -205,12 +255,16 @@ def test_skip_as_the_active_option_leaves_alpha_and_its_moments_alone() -> None:
 
 
 def test_schedule() -> None:
-    """Of 1,600 steps, 400 train weights only, and so do the 10 that are the paper's first joint epoch; then every 5th moves alpha."""
+    """Of 1,600 steps, 400 train weights only, and so do the 10 that are the paper's
+    first joint epoch; then every 5th moves alpha.
+    """
     ctx, recorder = surroundings(steps=1600)
     strategy = ProxylessNAS(ProxylessNASConfig())
     strategy.setup(ctx)
     start = values(strategy)
-    learnt = [number for number in range(1600) if (setattr(ctx, "step", number), strategy.learns(ctx))[1]]
+    learnt = [
+        number for number in range(1600) if (setattr(ctx, "step", number), strategy.learns(ctx))[1]
+    ]
     assert learnt == list(range(414, 1600, 5))
     for number in (0, 399, 409, 413):
         step(strategy, ctx, number)
@@ -224,7 +278,9 @@ def test_schedule() -> None:
 
 
 def test_losses_by_hand() -> None:
-    """CE 2 at 40 ms of 80: 0.2 * 2 * (3.688879 / 4.382027)^0.3 = 0.379862;  2 - 0.1 * 0.5;  2 + 0.3 * 0.5."""
+    """CE 2 at 40 ms of 80: 0.2 * 2 * (3.688879 / 4.382027)^0.3 = 0.379862;  2 - 0.1 *
+    0.5;  2 + 0.3 * 0.5.
+    """
     expected = {"mul_log": 0.4 * (3.688879 / 4.382027) ** 0.3, "add_linear": 1.95, "absolute": 2.15}
     for name, value in expected.items():
         strategy = ProxylessNAS(ProxylessNASConfig(latency_loss=name))  # type: ignore[arg-type]
@@ -234,7 +290,9 @@ def test_losses_by_hand() -> None:
 
 @pytest.mark.parametrize("reward", ["objective", "proxylessnas"])
 def test_reinforce_by_hand(reward: str) -> None:
-    """grad = -mean over paths of (R - b) (onehot - p); b is the first mean, then b + 0.99 (mean - b)."""
+    """grad = -mean over paths of (R - b) (onehot - p); b is the first mean, then b +
+    0.99 (mean - b).
+    """
     ctx, recorder = surroundings()
     strategy = prepared(ctx, gradient="reinforce", reward=reward, alpha_lr=0.05)
     baseline = None
@@ -247,14 +305,22 @@ def test_reinforce_by_hand(reward: str) -> None:
         for path in paths:
             quality, latency = PROBLEM.quality(path), float(ctx.cost.expected(path))
             absolute = AbsoluteObjective().reward(quality, latency, ctx.target)
-            rewards.append(absolute if reward == "objective" else quality * (ctx.target / latency) ** 0.1)
+            rewards.append(
+                absolute if reward == "objective" else quality * (ctx.target / latency) ** 0.1
+            )
         mean = float(np.mean(rewards))
         baseline = mean if baseline is None else baseline + 0.99 * (mean - baseline)
         assert metrics["reward"] == pytest.approx(mean)
         assert strategy.baseline == pytest.approx(baseline)
         for key, alpha in strategy.alphas.values.items():
             assert alpha.grad is not None
-            expected = -np.mean([(r - baseline) * (path[key] - p[key]) for r, path in zip(rewards, paths, strict=True)], axis=0)
+            expected = -np.mean(
+                [
+                    (r - baseline) * (path[key] - p[key])
+                    for r, path in zip(rewards, paths, strict=True)
+                ],
+                axis=0,
+            )
             assert np.allclose(alpha.grad, expected, atol=1e-14)
             assert np.abs(expected).max() > 0
     assert recorder.differentiated == []

@@ -10,7 +10,12 @@ import torch
 
 from hwnas.errors import TargetError
 from hwnas.search.proposal import random_within, within_target
-from hwnas.search.random import RandomFinder, RandomFinderConfig, RandomStandalone, RandomStandaloneConfig
+from hwnas.search.random import (
+    RandomFinder,
+    RandomFinderConfig,
+    RandomStandalone,
+    RandomStandaloneConfig,
+)
 from hwnas.testing import KnownWeights, Problem, tiny_space
 from tests.search.recording import Recorder, run_steps
 
@@ -18,7 +23,10 @@ torch.set_num_threads(1)
 
 
 def standalone(recorder: Recorder, steps: int, trainings: int, seed: int = 0) -> RandomStandalone:
-    strategy, ctx = RandomStandalone(RandomStandaloneConfig(trainings=trainings)), recorder.context(steps)
+    strategy, ctx = (
+        RandomStandalone(RandomStandaloneConfig(trainings=trainings)),
+        recorder.context(steps),
+    )
     ctx.rng = np.random.default_rng(seed)
     strategy.setup(ctx)
     return strategy
@@ -35,7 +43,9 @@ def test_the_networks_are_random_ones_within_the_budget_drawn_from_the_seed() ->
 
 
 def test_networks_take_turns_at_equal_cost() -> None:
-    """Of 26 steps and 8 networks: step t trains network t mod 8, each 3 or 4 times and from the start of the schedule to its end."""
+    """Of 26 steps and 8 networks: step t trains network t mod 8, each 3 or 4 times and
+    from the start of the schedule to its end.
+    """
     recorder = Recorder(tiny_space())
     strategy = standalone(recorder, 26, 8)
     ctx = recorder.context(26)
@@ -43,7 +53,9 @@ def test_networks_take_turns_at_equal_cost() -> None:
     turns = [strategy.alone.index(recorder.space.at(row)) for row in recorder.trained]
     assert turns == [t % 8 for t in range(26)]
     assert all(len(update.index_PC) == 1 for update in recorder.updates)
-    assert [row["latency_ms"] for row in metrics] == pytest.approx([ctx.cost.of(strategy.alone[turn]) for turn in turns])
+    assert [row["latency_ms"] for row in metrics] == pytest.approx(
+        [ctx.cost.of(strategy.alone[turn]) for turn in turns]
+    )
 
 
 def test_proposes_its_own_networks_best_first() -> None:
@@ -58,7 +70,9 @@ def test_proposes_its_own_networks_best_first() -> None:
 
 
 def test_the_state_holds_the_networks(tmp_path: Path) -> None:
-    """Restored into a strategy that drew others: the weights on disk belong to the networks of the state."""
+    """Restored into a strategy that drew others: the weights on disk belong to the
+    networks of the state.
+    """
     recorder = Recorder(tiny_space())
     strategy, other = standalone(recorder, 10, 5), standalone(recorder, 10, 5, seed=1)
     torch.save(strategy.state_dict(), tmp_path / "state.pt")
@@ -81,7 +95,9 @@ def test_fewer_networks_where_the_budget_holds_fewer_and_an_error_where_none() -
 
 
 def test_the_finder_is_best_of_n() -> None:
-    """The best by reward of the n that ``random_within`` draws; with n = everything, the optimum of everything."""
+    """The best by reward of the n that ``random_within`` draws; with n = everything,
+    the optimum of everything.
+    """
     problem = Problem(2)
     recorder = Recorder(problem.space, KnownWeights(problem).evaluate)
     ctx = problem.context(0)

@@ -1,4 +1,6 @@
-"""Shrinking by hand: the angle of two layers, means of children, what is drawn, what leaves and what stays."""
+"""Shrinking by hand: the angle of two layers, means of children, what is drawn, what
+leaves and what stays.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,24 @@ from tests.search.staging import tiny_space
 
 def two_layers() -> MacroSpace:
     """A 1 x 1 convolution, or one of 3 x 3 in its place, of one channel, and a classifier."""
-    return MacroSpace(name="two", resolution=4, in_channels=1, classes=2, stages=(Stage(widths=(1,), slots=(("cn_k1", "cn_k3"),)),))
+    return MacroSpace(
+        name="two",
+        resolution=4,
+        in_channels=1,
+        classes=2,
+        stages=(Stage(widths=(1,), slots=(("cn_k1", "cn_k3"),)),),
+    )
 
 
 def test_the_angle_of_two_layers_by_hand() -> None:
-    """V0 = (3; 0, 4), V = (4; 0, 3): <V0, V> = 24 of norms 5 and 5. Of the other option V0 and V agree."""
+    """V0 = (3; 0, 4), V = (4; 0, 3): <V0, V> = 24 of norms 5 and 5. Of the other option
+    V0 and V agree.
+    """
     space = two_layers()
-    initial, trained = (Supernet(space, torch.Generator().manual_seed(0), SupernetConfig(sharing="separate")) for _ in range(2))
+    initial, trained = (
+        Supernet(space, torch.Generator().manual_seed(0), SupernetConfig(sharing="separate"))
+        for _ in range(2)
+    )
     with torch.no_grad():
         for supernet, conv, linear in ((initial, 3.0, 4.0), (trained, 4.0, 3.0)):
             layers: Any = supernet.slots[0].copies
@@ -55,8 +68,14 @@ def test_the_angle_of_two_layers_by_hand() -> None:
 
 
 def test_kept_moments_give_the_angle_of_the_extracted_networks() -> None:
-    for space, config in ((widths_space(), {"sharing": "collapsed"}), (tiny_space(), {"sharing": "separate", "operation_on": "op"})):
-        initial, trained = (Supernet(space, torch.Generator().manual_seed(seed), SupernetConfig(**config)) for seed in (0, 1))
+    for space, config in (
+        (widths_space(), {"sharing": "collapsed"}),
+        (tiny_space(), {"sharing": "separate", "operation_on": "op"}),
+    ):
+        initial, trained = (
+            Supernet(space, torch.Generator().manual_seed(seed), SupernetConfig(**config))
+            for seed in (0, 1)
+        )
         angles = Angles(initial, trained)
         for picks in random_picks(space, 8):
             a, b = initial.extract(picks), trained.extract(picks)
@@ -68,7 +87,13 @@ def test_an_angle_without_weights_is_no_number() -> None:
     assert arc(moments([(torch.ones(2), -torch.ones(2))])) == pytest.approx(math.pi)
 
 
-SPACE = tiny_space().restrict({"s1.b0": ["ir_k3_e3"], "s1.b1": ["ir_k3_e3", "ir_k5_e3", "skip"], "s1.b2": ["ir_k3_e3", "skip"]})
+SPACE = tiny_space().restrict(
+    {
+        "s1.b0": ["ir_k3_e3"],
+        "s1.b1": ["ir_k3_e3", "ir_k5_e3", "skip"],
+        "s1.b2": ["ir_k3_e3", "skip"],
+    }
+)
 FIXED: dict[str, Any] = {"s0.width": 8, "s2.width": 24}
 
 
@@ -88,7 +113,13 @@ def test_widths_are_no_operators() -> None:
     assert len(operators(nasbench_macro())) == 24
 
 
-A, B, C, D, E = (("s1.b1", "ir_k3_e3"), ("s1.b1", "ir_k5_e3"), ("s1.b1", "skip"), ("s1.b2", "ir_k3_e3"), ("s1.b2", "skip"))
+A, B, C, D, E = (
+    ("s1.b1", "ir_k3_e3"),
+    ("s1.b1", "ir_k5_e3"),
+    ("s1.b1", "skip"),
+    ("s1.b2", "ir_k3_e3"),
+    ("s1.b2", "skip"),
+)
 SCORES = {A: 1.0, B: 2.0, C: 3.0, D: 5.0, E: 4.0}
 
 
@@ -104,7 +135,9 @@ SCORES = {A: 1.0, B: 2.0, C: 3.0, D: 5.0, E: 4.0}
         ({"drop": "each", "keep": 2}, [A]),
     ],
 )
-def test_the_lowest_leave_but_never_the_last_of_a_choice(settings: dict[str, Any], expected: list[Any]) -> None:
+def test_the_lowest_leave_but_never_the_last_of_a_choice(
+    settings: dict[str, Any], expected: list[Any]
+) -> None:
     assert worst(SPACE, SCORES, ShrinkConfig(**settings)) == expected
 
 
@@ -116,7 +149,9 @@ def test_the_space_that_is_left_is_a_document_of_its_own() -> None:
     left = without(SPACE, [A, E], "left")
     assert isinstance(left, MacroSpace)
     assert MacroSpace.parse(left.to_json()).sha256 == left.sha256 != SPACE.sha256
-    assert {choice.key: choice.options for choice in left.choices if choice.kind == "op"} == {"s1.b1": ("ir_k5_e3", "skip")}
+    assert {choice.key: choice.options for choice in left.choices if choice.kind == "op"} == {
+        "s1.b1": ("ir_k5_e3", "skip")
+    }
     assert left.slots[3].options == ("ir_k3_e3",)
     assert left.size == 2 * 2 * 2
 
@@ -137,10 +172,14 @@ def test_a_small_space_is_sampled_whole() -> None:
 
 
 def test_depths_are_sampled_uniformly() -> None:
-    """Of five slots that offer skip, 0 to 5 skip equally often; uniform architectures rarely skip many."""
+    """Of five slots that offer skip, 0 to 5 skip equally often; uniform architectures
+    rarely skip many.
+    """
     space, shares = nasbench_macro(), {}
     for sampling in ("depths", "architectures"):
-        children = sample_children(space, ShrinkConfig(sampling=sampling), 400, np.random.default_rng(0))  # type: ignore[arg-type]
+        children = sample_children(
+            space, ShrinkConfig(sampling=sampling), 400, np.random.default_rng(0)
+        )  # type: ignore[arg-type]
         counts = Counter(sum(option == "skip" for option in picks.values()) for picks in children)
         shares[sampling] = [counts[depth] / len(children) for depth in range(6)]
     assert shares["depths"][5] > 4 * shares["architectures"][5]
@@ -149,23 +188,37 @@ def test_depths_are_sampled_uniformly() -> None:
 
 def test_children_are_within_the_limit() -> None:
     space = nasbench_macro()
-    macs = [space.decode(picks).macs for picks in sample_children(space, ShrinkConfig(max_macs=60e6), 20, np.random.default_rng(0))]
+    macs = [
+        space.decode(picks).macs
+        for picks in sample_children(
+            space, ShrinkConfig(max_macs=60e6), 20, np.random.default_rng(0)
+        )
+    ]
     assert len(macs) > 40 and max(macs) <= 60e6
-    with pytest.raises(SpaceError, match=r"no architecture .* within shrink\.max_macs = 1e\+06 was found: raise it"):
+    with pytest.raises(
+        SpaceError, match=r"no architecture .* within shrink\.max_macs = 1e\+06 was found: raise it"
+    ):
         sample_children(space, ShrinkConfig(max_macs=1e6), 20, np.random.default_rng(0))
 
 
 def test_metrics_that_need_no_children() -> None:
     rng = np.random.default_rng(3)
-    alphas = {operator: float(i) for i, operator in enumerate(operators(SPACE))} | {("s0.width", "8"): -1.0}
+    alphas = {operator: float(i) for i, operator in enumerate(operators(SPACE))} | {
+        ("s0.width", "8"): -1.0
+    }
     evidence = Evidence(SPACE, rng, alphas=alphas)
-    assert Magnitude().scores(evidence) == {operator: float(i) for i, operator in enumerate(operators(SPACE))}
+    assert Magnitude().scores(evidence) == {
+        operator: float(i) for i, operator in enumerate(operators(SPACE))
+    }
     scores = Random().scores(evidence)
     assert list(scores) == operators(SPACE) and len(set(scores.values())) == 5
 
 
 def test_the_angle_of_an_operator_is_the_mean_over_its_children() -> None:
-    initial, trained = (Supernet(SPACE, torch.Generator().manual_seed(seed), SupernetConfig(sharing="separate")) for seed in (0, 1))
+    initial, trained = (
+        Supernet(SPACE, torch.Generator().manual_seed(seed), SupernetConfig(sharing="separate"))
+        for seed in (0, 1)
+    )
     children = [child("ir_k3_e3", "skip"), child("skip", "skip"), child("ir_k5_e3", "ir_k3_e3")]
     found = Angle().scores(Evidence(SPACE, np.random.default_rng(0), children, initial, trained))
     each = [angle(initial.extract(picks), trained.extract(picks)) for picks in children]  # type: ignore[arg-type]
@@ -175,7 +228,10 @@ def test_the_angle_of_an_operator_is_the_mean_over_its_children() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"metrics": ["angle", "angle"]}, "'angle' twice"), ({"operation_on": ["edge", "node"]}, "only go from node to edge to op")],
+    [
+        ({"metrics": ["angle", "angle"]}, "'angle' twice"),
+        ({"operation_on": ["edge", "node"]}, "only go from node to edge to op"),
+    ],
 )
 def test_settings_that_contradict_themselves(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -189,7 +245,9 @@ def test_an_unknown_metric_is_said() -> None:
 
 def test_an_operator_counts_where_its_edge_is_kept() -> None:
     """Of a DARTS cell every node keeps two edges: what stands on the others says nothing."""
-    space = darts(channels=4, layers=5, resolution=8).restrict({"normal.n3.inputs": ["0+1"], "normal.n5.inputs": ["0+1", "3+4"]})
+    space = darts(channels=4, layers=5, resolution=8).restrict(
+        {"normal.n3.inputs": ["0+1"], "normal.n5.inputs": ["0+1", "3+4"]}
+    )
     config = ShrinkConfig(samples=2)
     children = sample_children(space, config, 2, np.random.default_rng(0))
     kept = [picks for picks in children if picks["normal.n5.inputs"] == "3+4"]

@@ -27,12 +27,17 @@ def test_one_path_and_one_update_a_step() -> None:
     recorder = Recorder(tiny_space())
     trained(recorder, 50)
     assert len(recorder.updates) == 50
-    assert all(len(update.index_PC) == 1 and not update.split and not update.teach for update in recorder.updates)
+    assert all(
+        len(update.index_PC) == 1 and not update.split and not update.teach
+        for update in recorder.updates
+    )
 
 
 @pytest.mark.parametrize("sampling", ["architectures", "decisions"])
 def test_frequencies_of_paths(sampling: str) -> None:
-    """Of 5 options with skip: 1/5 each, or 1/2 skip and 1/8 each block. Without skip both are uniform."""
+    """Of 5 options with skip: 1/5 each, or 1/2 skip and 1/8 each block. Without skip
+    both are uniform.
+    """
     recorder, steps = Recorder(tiny_space()), 1500
     trained(recorder, steps, sampling=sampling)
     for i, choice in enumerate(recorder.space.choices):
@@ -52,17 +57,23 @@ def test_decisions_of_depths_widths_and_resolutions_are_uniform() -> None:
 
 @pytest.mark.parametrize("space", [tiny_space(), elastic_space()], ids=["tiny", "elastic"])
 def test_fair_sampling_trains_every_option_equally_often(space: object) -> None:
-    """In steps k n to (k + 1) n - 1 each of the n options of a choice exactly once, in an order that varies."""
+    """In steps k n to (k + 1) n - 1 each of the n options of a choice exactly once, in
+    an order that varies.
+    """
     recorder = Recorder(space)  # type: ignore[arg-type]
     trained(recorder, 180, sampling="fair")
     for i, choice in enumerate(recorder.space.choices):
         rounds = recorder.trained[:, i].reshape(-1, len(choice.options))
-        assert np.array_equal(np.sort(rounds, axis=1), np.tile(np.arange(len(choice.options)), (len(rounds), 1)))
+        assert np.array_equal(
+            np.sort(rounds, axis=1), np.tile(np.arange(len(choice.options)), (len(rounds), 1))
+        )
         assert len(np.unique(rounds, axis=0)) > 1
 
 
 def test_fair_sampling_goes_on_within_a_permutation() -> None:
-    """Stopped after 7 of 20 steps, in the middle of every permutation, it ends with the same paths."""
+    """Stopped after 7 of 20 steps, in the middle of every permutation, it ends with the
+    same paths.
+    """
     straight, halves = Recorder(tiny_space()), Recorder(tiny_space())
     trained(straight, 20, sampling="fair")
     ctx = halves.context(20)
@@ -80,14 +91,21 @@ def test_fair_sampling_goes_on_within_a_permutation() -> None:
 
 
 def test_within_budget_rejects_slow_paths_only() -> None:
-    """Up to 1.1 x target: every trained path is below, and options are as frequent as in uniform samples that are below."""
+    """Up to 1.1 x target: every trained path is below, and options are as frequent as
+    in uniform samples that are below.
+    """
     recorder, steps = Recorder(tiny_space()), 600
     trained(recorder, steps, within_budget=1.1)
     ctx = recorder.context(steps)
     latency_N = ctx.cost.of_many(recorder.trained)
     assert latency_N.max() <= 1.1 * ctx.target
     assert latency_N.min() < 0.8 * ctx.target
-    every = np.stack(np.meshgrid(*(np.arange(len(choice.options)) for choice in recorder.space.choices), indexing="ij"), -1)
+    every = np.stack(
+        np.meshgrid(
+            *(np.arange(len(choice.options)) for choice in recorder.space.choices), indexing="ij"
+        ),
+        -1,
+    )
     below = every.reshape(-1, len(recorder.space.choices))
     below = below[ctx.cost.of_many(below) <= 1.1 * ctx.target]
     for i, choice in enumerate(recorder.space.choices):

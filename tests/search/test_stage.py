@@ -31,7 +31,16 @@ from hwnas.search.result import SearchResult
 from hwnas.search.supernets import SHARED
 from hwnas.search.weights import Batches
 from hwnas.testing import synthetic_table
-from tests.search.staging import DATA, EVOLUTION, OPTIONS, Killed, Killing, experiment, run, tiny_space
+from tests.search.staging import (
+    DATA,
+    EVOLUTION,
+    OPTIONS,
+    Killed,
+    Killing,
+    experiment,
+    run,
+    tiny_space,
+)
 
 torch.set_num_threads(1)
 
@@ -41,7 +50,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
     device = Device(id="simulated", soc="none", connection="simulated")
     config = ProfileConfig(rounds=3, max_rounds=3)
     folder = tmp_path_factory.mktemp("profile")
-    bench = Bench(device, connect(device), DeviceConfig(name="simulated"), lambda ops, runtime, dtype: Path("unread"), folder)
+    bench = Bench(
+        device,
+        connect(device),
+        DeviceConfig(name="simulated"),
+        lambda ops, runtime, dtype: Path("unread"),
+        folder,
+    )
     return profile(bench, tiny_space(), config)
 
 
@@ -51,8 +66,11 @@ def test_every_strategy_is_tested_here() -> None:
 
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
-    """The only line that changes is the strategy; what it finds is within 2 % of the target, and better than chance."""
-    options = {**OPTIONS[strategy], **({"order": 1} if strategy == "darts" else {})}  # the second order costs 2.5 times as much
+    """The only line that changes is the strategy; what it finds is within 2 % of the
+    target, and better than chance.
+    """
+    # the second order costs 2.5 times as much
+    options = {**OPTIONS[strategy], **({"order": 1} if strategy == "darts" else {})}
     run(tmp_path / "search", experiment(strategy={"name": strategy, **options}, epochs=4.0), table)
     space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
     result = SearchResult.load(tmp_path / "search/search.json")
@@ -69,9 +87,13 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
         rewards = [candidate.reward for candidate in candidates]
         assert rewards == sorted(rewards, reverse=True)
         for candidate in candidates:
-            assert candidate.predicted == pytest.approx(latency_ms(space.decode(candidate.picks), table))
+            assert candidate.predicted == pytest.approx(
+                latency_ms(space.decode(candidate.picks), table)
+            )
             assert abs(candidate.predicted / result.target - 1) <= 0.02
-            assert candidate.reward == pytest.approx(candidate.quality - 0.1 * abs(candidate.predicted / result.target - 1))
+            assert candidate.reward == pytest.approx(
+                candidate.quality - 0.1 * abs(candidate.predicted / result.target - 1)
+            )
     best = result.candidates[0]
     assert best.quality > 0.2  # of 10 classes, after four epochs
     arch = Architecture.load(tmp_path / "search/arch.json")
@@ -79,14 +101,20 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     network = load_network(tmp_path / "search/supernet.safetensors")
     assert network.arch.blocks == arch.blocks
     held_out = load_images(DataConfig.model_validate(DATA), "held_out")
-    assert accuracy(network, evaluation_batches(held_out, 128)) == pytest.approx(best.quality, abs=0.01)
+    assert accuracy(network, evaluation_batches(held_out, 128)) == pytest.approx(
+        best.quality, abs=0.01
+    )
     assert not (tmp_path / "search/checkpoint.pt").exists()
     lines = (tmp_path / "search/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(144))
 
 
-def resumed_bit_for_bit(folder: Path, config: Experiment, table: LatencyTable, kills: tuple[tuple[str, int], ...]) -> None:
-    """Killed where ``kills`` say, each time checkpointed at every step, against a run that was not."""
+def resumed_bit_for_bit(
+    folder: Path, config: Experiment, table: LatencyTable, kills: tuple[tuple[str, int], ...]
+) -> None:
+    """Killed where ``kills`` say, each time checkpointed at every step, against a run
+    that was not.
+    """
     run(folder / "straight", config, table)
     for where, steps in kills:
         with pytest.raises(Killed):
@@ -94,14 +122,21 @@ def resumed_bit_for_bit(folder: Path, config: Experiment, table: LatencyTable, k
         assert (folder / "killed/checkpoint.pt").exists(), (where, steps)
     run(folder / "killed", config, table)
     for name in ("arch.json", "supernet.safetensors", "search.json", "metrics.jsonl"):
-        assert (folder / "killed" / name).read_bytes() == (folder / "straight" / name).read_bytes(), name
+        assert (folder / "killed" / name).read_bytes() == (
+            folder / "straight" / name
+        ).read_bytes(), name
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_resumed_bit_for_bit(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     """Killed in warm-up, while the policy learns, and while proposals are ranked."""
     config = experiment(strategy={"name": strategy, **OPTIONS[strategy]}, epochs=0.7)
-    resumed_bit_for_bit(tmp_path, config, table, (("searching", 4), ("searching", 9), ("searching", 7), ("ranking", 1)))
+    resumed_bit_for_bit(
+        tmp_path,
+        config,
+        table,
+        (("searching", 4), ("searching", 9), ("searching", 7), ("ranking", 1)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,13 +148,29 @@ def test_resumed_bit_for_bit(strategy: str, table: LatencyTable, tmp_path: Path)
         ("tunas", {"channels": "chunk", "path_dropout": 0.5}),
         ("spos", {"channels": "random", "sharing": "collapsed"}),
         ("spos", {"operation_on": "edge", "wsbn": True, "bn_track": True}),
-        ("progressive_shrinking", {"kernels": "ofa_transform", "channels": "random", "path_dropout": 0.5}),
+        (
+            "progressive_shrinking",
+            {"kernels": "ofa_transform", "channels": "random", "path_dropout": 0.5},
+        ),
     ],
 )
-def test_resumed_bit_for_bit_with_super_net_settings(strategy: str, supernet: dict[str, Any], table: LatencyTable, tmp_path: Path) -> None:
-    """Everything that draws in the middle of a step (dropout, channels), keeps statistics, or has a teacher."""
-    options = {**OPTIONS[strategy], **({"generations": 1} if strategy in ("spos", "progressive_shrinking") else {})}
-    config = experiment(strategy={"name": strategy, **options}, epochs=0.4, supernet=supernet, candidates=1, random_samples=1)
+def test_resumed_bit_for_bit_with_super_net_settings(
+    strategy: str, supernet: dict[str, Any], table: LatencyTable, tmp_path: Path
+) -> None:
+    """Everything that draws in the middle of a step (dropout, channels), keeps
+    statistics, or has a teacher.
+    """
+    options = {
+        **OPTIONS[strategy],
+        **({"generations": 1} if strategy in ("spos", "progressive_shrinking") else {}),
+    }
+    config = experiment(
+        strategy={"name": strategy, **options},
+        epochs=0.4,
+        supernet=supernet,
+        candidates=1,
+        random_samples=1,
+    )
     resumed_bit_for_bit(tmp_path, config, table, (("searching", 3), ("searching", 8)))
 
 
@@ -133,16 +184,26 @@ def test_random_architectures_cover_the_tolerance_band(table: LatencyTable) -> N
     for part in (0.02, 0.5, 0.97):
         target = low + part * (high - low)
         ctx = SearchContext(space, cost, AbsoluteObjective(), target, 0.02, 1, 1)
-        grid = np.stack(np.meshgrid(*(np.arange(len(choice.options)) for choice in space.choices), indexing="ij"), -1)
+        grid = np.stack(
+            np.meshgrid(
+                *(np.arange(len(choice.options)) for choice in space.choices), indexing="ij"
+            ),
+            -1,
+        )
         every = grid.reshape(-1, len(space.choices))
         expected = {tuple(row) for row in every[within_target(ctx, every)]}
-        found = [tuple(space.index(picks)) for picks in random_within(ctx, len(every), np.random.default_rng(0))]
+        found = [
+            tuple(space.index(picks))
+            for picks in random_within(ctx, len(every), np.random.default_rng(0))
+        ]
         assert len(found) == len(set(found))
         assert set(found) == expected
 
 
 def test_targets_that_chance_does_not_meet() -> None:
-    """Near the ends of a large space rejection finds nothing; samples are then moved to the target."""
+    """Near the ends of a large space rejection finds nothing; samples are then moved to
+    the target.
+    """
     from hwnas.core.objective import AbsoluteObjective
     from hwnas.core.spaces import proxylessnas
     from hwnas.search.proposal import uniform_index
@@ -155,7 +216,9 @@ def test_targets_that_chance_does_not_meet() -> None:
         target = low + part * (high - low)
         ctx = SearchContext(space, cost, AbsoluteObjective(), target, 0.005, 1, 1)
         assert not within_target(ctx, uniform_index(space, 10_000, np.random.default_rng(1))).any()
-        found = [tuple(space.index(picks)) for picks in random_within(ctx, 4, np.random.default_rng(0))]
+        found = [
+            tuple(space.index(picks)) for picks in random_within(ctx, 4, np.random.default_rng(0))
+        ]
         assert len(set(found)) == 4
         assert within_target(ctx, np.array(found)).all()
 
@@ -178,26 +241,41 @@ def test_held_out_batches_change_with_the_step() -> None:
 
 
 @pytest.mark.parametrize("finder", ["evolution", "nsga2", "random"])
-def test_a_trained_super_net_serves_another_budget(finder: str, table: LatencyTable, tmp_path: Path) -> None:
+def test_a_trained_super_net_serves_another_budget(
+    finder: str, table: LatencyTable, tmp_path: Path
+) -> None:
     """Only the finder runs: no training step, the weights of the earlier run, another target."""
     run(tmp_path / "first/search", experiment("random", epochs=2.0), table)
-    options = {"evolution": EVOLUTION, "nsga2": OPTIONS["fairnas"], "random": {"architectures": 6}}[finder]
-    again = experiment(weights=str(tmp_path / "first"), finder={"name": finder, **options}, target_range=0.3)
+    options = {"evolution": EVOLUTION, "nsga2": OPTIONS["fairnas"], "random": {"architectures": 6}}[
+        finder
+    ]
+    again = experiment(
+        weights=str(tmp_path / "first"), finder={"name": finder, **options}, target_range=0.3
+    )
     run(tmp_path / "second/search", again, table)
-    first, second = (SearchResult.load(tmp_path / name / "search/search.json") for name in ("first", "second"))
+    first, second = (
+        SearchResult.load(tmp_path / name / "search/search.json") for name in ("first", "second")
+    )
     low, high = first.reachable
     assert second.steps == 0
     assert second.target == pytest.approx(low + 0.3 * (high - low))
-    assert all(abs(candidate.predicted / second.target - 1) <= 0.02 for candidate in second.candidates)
+    assert all(
+        abs(candidate.predicted / second.target - 1) <= 0.02 for candidate in second.candidates
+    )
     assert not (tmp_path / "second/search/metrics.jsonl").exists()
     supernet = load_supernet(tmp_path / "first/search" / SHARED, tiny_space())
     inherited = load_network(tmp_path / "second/search/supernet.safetensors")
     extracted = supernet.extract(second.candidates[0].picks)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(inherited.parameters(), extracted.parameters(), strict=True))
+    assert all(
+        torch.equal(mine, theirs)
+        for mine, theirs in zip(inherited.parameters(), extracted.parameters(), strict=True)
+    )
 
 
 def test_limits_beside_the_target(table: LatencyTable, tmp_path: Path) -> None:
-    """Another device's table and a memory limit: every candidate meets them, and the result says by how much."""
+    """Another device's table and a memory limit: every candidate meets them, and the
+    result says by how much.
+    """
     board = table.model_copy(update={"header": table.header.model_copy(update={"device": "board"})})
     board.save(tmp_path / "board.json")
     space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
@@ -214,8 +292,14 @@ def test_limits_beside_the_target(table: LatencyTable, tmp_path: Path) -> None:
         assert candidate.limits["macs"] == arch.macs <= macs[120]
         assert candidate.predicted <= (low + high) / 2
         assert len(candidate.limits) == 2
-    with pytest.raises(TargetError, match=r"limit macs <= 1000 is out of reach.*search\.limits\[0\]\.max_macs"):
-        run(tmp_path / "other", experiment("random", limits=[{"kind": "macs", "max_macs": 1000}]), table)
+    with pytest.raises(
+        TargetError, match=r"limit macs <= 1000 is out of reach.*search\.limits\[0\]\.max_macs"
+    ):
+        run(
+            tmp_path / "other",
+            experiment("random", limits=[{"kind": "macs", "max_macs": 1000}]),
+            table,
+        )
 
 
 class Warnings(Progress):
@@ -238,32 +322,55 @@ class Warnings(Progress):
         ("random", None),
     ],
 )
-def test_a_policy_that_has_hardly_moved_is_warned_of(strategy: str, rate: str | None, table: LatencyTable, tmp_path: Path) -> None:
-    """At the papers' rates a short search ends where it began; the warning names the option. Random search has nothing that moves."""
+def test_a_policy_that_has_hardly_moved_is_warned_of(
+    strategy: str, rate: str | None, table: LatencyTable, tmp_path: Path
+) -> None:
+    """At the papers' rates a short search ends where it began; the warning names the
+    option. Random search has nothing that moves.
+    """
     progress = Warnings()
-    run(tmp_path / "search", experiment(strategy, epochs=0.2, candidates=1, random_samples=0), table, progress)
-    warned = [warning for warning in progress.warned if "the policy" in warning]  # weights of seven steps may know nothing, too
+    run(
+        tmp_path / "search",
+        experiment(strategy, epochs=0.2, candidates=1, random_samples=0),
+        table,
+        progress,
+    )
+    # weights of seven steps may know nothing, too
+    warned = [warning for warning in progress.warned if "the policy" in warning]
     assert len(warned) == (rate is not None)
     for warning in warned:
-        assert "hardly moved in 7 steps" in warning and f"raise {rate} of search.strategy" in warning
+        assert (
+            "hardly moved in 7 steps" in warning and f"raise {rate} of search.strategy" in warning
+        )
         assert rate in STRATEGIES.get(strategy).Config.model_fields
 
 
 def test_a_policy_that_has_moved_is_not(table: LatencyTable, tmp_path: Path) -> None:
     progress = Warnings()
-    config = experiment(strategy={"name": "proxylessnas", "alpha_lr": 0.5, "arch_every": 1}, epochs=0.5, candidates=1, random_samples=0)
+    config = experiment(
+        strategy={"name": "proxylessnas", "alpha_lr": 0.5, "arch_every": 1},
+        epochs=0.5,
+        candidates=1,
+        random_samples=0,
+    )
     run(tmp_path / "search", config, table, progress)
     assert not any("the policy" in warning for warning in progress.warned)
 
 
 def elastic_space() -> MacroSpace:
-    return MacroSpace.model_validate({**tiny_space().model_dump(), "resolution": 16, "resolutions": [8, 16]})
+    return MacroSpace.model_validate(
+        {**tiny_space().model_dump(), "resolution": 16, "resolutions": [8, 16]}
+    )
 
 
 @pytest.mark.parametrize("resolution", [8, 16])
 @pytest.mark.parametrize("strategy", ["fbnet", "darts", "random"])
-def test_a_space_restricted_to_one_resolution(strategy: str, resolution: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Methods that mix run on it, and images come in the size that is left, also where the data's is larger."""
+def test_a_space_restricted_to_one_resolution(
+    strategy: str, resolution: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Methods that mix run on it, and images come in the size that is left, also where
+    the data's is larger.
+    """
     elastic = elastic_space()
     (tmp_path / "space.json").write_text(elastic.to_json())
     config = experiment(strategy, epochs=0.1, candidates=1, random_samples=1)
@@ -283,16 +390,35 @@ def test_a_space_restricted_to_one_resolution(strategy: str, resolution: int, tm
 
     monkeypatch.setattr(Supernet, "forward", watched)
     run(tmp_path / "search", config, synthetic_table(elastic), space=space)
-    assert space.resolution == Architecture.load(tmp_path / "search/arch.json").resolution == resolution
+    assert (
+        space.resolution
+        == Architecture.load(tmp_path / "search/arch.json").resolution
+        == resolution
+    )
     assert sizes == {resolution}
 
 
-def test_a_run_with_a_trained_super_net_starts_from_its_own_resolved_configuration(table: LatencyTable, tmp_path: Path) -> None:
-    """There every key is written out, defaults included, though the super-net was trained with another setting."""
-    run(tmp_path / "first/search", experiment("random", epochs=0.2, supernet={"dropout": 0.2, "kernels": "ofa"}), table)
+def test_a_run_with_a_trained_super_net_starts_from_its_own_resolved_configuration(
+    table: LatencyTable, tmp_path: Path
+) -> None:
+    """There every key is written out, defaults included, though the super-net was
+    trained with another setting.
+    """
+    run(
+        tmp_path / "first/search",
+        experiment("random", epochs=0.2, supernet={"dropout": 0.2, "kernels": "ofa"}),
+        table,
+    )
     finder = {"name": "random", "architectures": 2}
-    config = experiment(weights=str(tmp_path / "first"), finder=finder, supernet={"kernels": "ofa"}, random_samples=0)
+    config = experiment(
+        weights=str(tmp_path / "first"),
+        finder=finder,
+        supernet={"kernels": "ofa"},
+        random_samples=0,
+    )
     run(tmp_path / "second/search", config, table)
     resolved = Experiment.model_validate(config.model_dump(mode="json", by_alias=True))
     run(tmp_path / "third/search", resolved, table)
-    assert (tmp_path / "third/search/search.json").read_bytes() == (tmp_path / "second/search/search.json").read_bytes()
+    assert (tmp_path / "third/search/search.json").read_bytes() == (
+        tmp_path / "second/search/search.json"
+    ).read_bytes()

@@ -1,4 +1,6 @@
-"""What the search stage refuses, before anything is trained and in one sentence: names, budgets, tables, batches, super-nets."""
+"""What the search stage refuses, before anything is trained and in one sentence: names,
+budgets, tables, batches, super-nets.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ import torch
 from hwnas.core.cost import CostModel
 from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
-from hwnas.errors import ConfigError, CoverageError, DivergenceError, DocumentError, SpaceError, TableError, TargetError
+from hwnas.errors import (
+    ConfigError,
+    CoverageError,
+    DivergenceError,
+    DocumentError,
+    SpaceError,
+    TableError,
+    TargetError,
+)
 from hwnas.testing import synthetic_table
 from tests.search.staging import OPTIONS, experiment, run, tiny_space
 
@@ -29,7 +39,11 @@ def test_unreachable_target(strategy: str, table: LatencyTable, tmp_path: Path) 
     low, high = CostModel.of_table(tiny_space(), table).range()
     for target in (0.9 * low, 1.1 * high):
         with pytest.raises(TargetError) as caught:
-            run(tmp_path / "search", experiment(strategy, target_ms=target, target_range=None), table)
+            run(
+                tmp_path / "search",
+                experiment(strategy, target_ms=target, target_range=None),
+                table,
+            )
         for number in (f"{target:g}", f"{low:.4g}", f"{high:.4g}"):
             assert number in str(caught.value)
     assert not list((tmp_path / "search").iterdir())
@@ -41,7 +55,9 @@ def test_no_target(table: LatencyTable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)
-def test_no_architecture_within_the_tolerance(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
+def test_no_architecture_within_the_tolerance(
+    strategy: str, table: LatencyTable, tmp_path: Path
+) -> None:
     """Said before any training."""
     with pytest.raises(TargetError, match=r"search\.tolerance"):
         run(tmp_path / "search", experiment(strategy, tolerance=1e-9), table)
@@ -76,7 +92,12 @@ def test_a_trained_super_net_of_another_space_or_none(table: LatencyTable, tmp_p
     run(tmp_path / "first/search", experiment("random"), table)
     other = tiny_space().restrict({"s1.b1": ["ir_k3_e3", "skip"]})
     with pytest.raises(ConfigError, match=r"is of space tiny .* not of tiny"):
-        run(tmp_path / "second/search", experiment(weights=str(tmp_path / "first")), table, space=other)
+        run(
+            tmp_path / "second/search",
+            experiment(weights=str(tmp_path / "first")),
+            table,
+            space=other,
+        )
     with pytest.raises(ConfigError, match=r"holds no shared\.safetensors: name the search folder"):
         run(tmp_path / "second/search", experiment(weights=str(tmp_path)), table)
 
@@ -90,7 +111,9 @@ def test_a_table_that_lacks_the_ops_of_a_wider_space(table: LatencyTable, tmp_pa
 
 
 @pytest.mark.parametrize("strategy", ["proxylessnas", "fbnet", "darts", "pdarts"])
-def test_strategies_that_mix_refuse_open_resolutions(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
+def test_strategies_that_mix_refuse_open_resolutions(
+    strategy: str, table: LatencyTable, tmp_path: Path
+) -> None:
     content = {**tiny_space().model_dump(), "resolutions": [8, 4]}
     elastic = MacroSpace.model_validate(content)
     with pytest.raises(SpaceError, match="resolution"):
@@ -98,8 +121,12 @@ def test_strategies_that_mix_refuse_open_resolutions(strategy: str, table: Laten
 
 
 @pytest.mark.parametrize("level", ["edge", "op"])
-def test_strategies_that_mix_refuse_weights_per_edge(level: str, table: LatencyTable, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="strategy 'fbnet' mixes options, so an input has no one producer"):
+def test_strategies_that_mix_refuse_weights_per_edge(
+    level: str, table: LatencyTable, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match="strategy 'fbnet' mixes options, so an input has no one producer"
+    ):
         run(tmp_path / "search", experiment("fbnet", supernet={"operation_on": level}), table)
 
 
@@ -115,15 +142,24 @@ def test_divergence_is_one_sentence(strategy: str, table: LatencyTable, tmp_path
     [
         (
             {"strategy": {"name": "tunas", "architectures": 17}},
-            r"'tunas' splits a training batch into 17 parts, and search\.batch_size = 32 .* set it to 34 or more",
+            (
+                r"'tunas' splits a training batch into 17 parts, and search\.batch_size = 32 .* set"
+                r" it to 34 or more"
+            ),
         ),
         (
             {"strategy": {"name": "proxylessnas", "gradient": "reinforce", "rl_samples": 17}},
-            r"'proxylessnas' splits a held-out batch into 17 parts, and search\.batch_size = 32 .* set it to 34 or more",
+            (
+                r"'proxylessnas' splits a held-out batch into 17 parts, and search\.batch_size = 32"
+                r" .* set it to 34 or more"
+            ),
         ),
         (
             {"data_portion": 0.02},
-            r"search\.data_portion = 0\.02 leaves 23 of 1150 images, less than a batch of 32: raise it, or lower search\.batch_size",
+            (
+                r"search\.data_portion = 0\.02 leaves 23 of 1150 images, less than a batch of 32:"
+                r" raise it, or lower search\.batch_size"
+            ),
         ),
         (
             {"strategy": {"name": "random_standalone", "trainings": 8}, "epochs": 0.1},
@@ -135,7 +171,9 @@ def test_divergence_is_one_sentence(strategy: str, table: LatencyTable, tmp_path
         ),
     ],
 )
-def test_settings_that_cannot_work_together(search: dict[str, Any], message: str, table: LatencyTable, tmp_path: Path) -> None:
+def test_settings_that_cannot_work_together(
+    search: dict[str, Any], message: str, table: LatencyTable, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         run(tmp_path / "search", experiment(**search), table)
     assert "\n" not in str(caught.value)
@@ -143,59 +181,109 @@ def test_settings_that_cannot_work_together(search: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize(
-    "strategy", [{"name": "tunas", "architectures": 16}, {"name": "proxylessnas", "gradient": "reinforce", "rl_samples": 16}]
+    "strategy",
+    [
+        {"name": "tunas", "architectures": 16},
+        {"name": "proxylessnas", "gradient": "reinforce", "rl_samples": 16},
+    ],
 )
-def test_as_many_parts_as_a_batch_of_32_has_pairs(strategy: dict[str, Any], table: LatencyTable, tmp_path: Path) -> None:
-    run(tmp_path / "search", experiment(strategy=strategy, epochs=0.1, candidates=1, random_samples=0), table)
+def test_as_many_parts_as_a_batch_of_32_has_pairs(
+    strategy: dict[str, Any], table: LatencyTable, tmp_path: Path
+) -> None:
+    run(
+        tmp_path / "search",
+        experiment(strategy=strategy, epochs=0.1, candidates=1, random_samples=0),
+        table,
+    )
     assert (tmp_path / "search/arch.json").exists()
 
 
-def test_a_super_net_that_does_not_fit_the_configuration(table: LatencyTable, tmp_path: Path) -> None:
+def test_a_super_net_that_does_not_fit_the_configuration(
+    table: LatencyTable, tmp_path: Path
+) -> None:
     """Of settings that contradict it, and of statistics that it has not tracked."""
-    run(tmp_path / "first/search", experiment("random", epochs=0.1, random_samples=0, candidates=1), table)
+    run(
+        tmp_path / "first/search",
+        experiment("random", epochs=0.1, random_samples=0, candidates=1),
+        table,
+    )
     weights = {"weights": str(tmp_path / "first"), "finder": {"name": "random", "architectures": 2}}
     for search, message in (
         (
             {"supernet": {"dropout": 0.5}},
-            r"search\.supernet\.dropout = 0\.5, but the trained super-net in .*first has 0\.0: remove the key",
+            (
+                r"search\.supernet\.dropout = 0\.5, but the trained super-net in .*first has 0\.0:"
+                r" remove the key"
+            ),
         ),
-        ({"supernet": {"sharing": "collapsed"}}, r"search\.supernet\.sharing = 'collapsed', but .* has 'separate': remove the key"),
+        (
+            {"supernet": {"sharing": "collapsed"}},
+            r"search\.supernet\.sharing = 'collapsed', but .* has 'separate': remove the key",
+        ),
         (
             {"recalibration_images": 0, "supernet": {"bn_track": True}},
-            r"the super-net in .*first tracks no BN statistics: set search\.recalibration_images to 2 or more",
+            (
+                r"the super-net in .*first tracks no BN statistics: set"
+                r" search\.recalibration_images to 2 or more"
+            ),
         ),
     ):
         with pytest.raises(ConfigError, match=message):
             run(tmp_path / "second", experiment(**weights, **search), table)
     assert not list((tmp_path / "second").iterdir())
-    run(tmp_path / "second", experiment(**weights, strategy={"name": "tunas", "architectures": 17}), table)  # trains nothing, so fits
+    # trains nothing, so fits
+    run(
+        tmp_path / "second",
+        experiment(**weights, strategy={"name": "tunas", "architectures": 17}),
+        table,
+    )
     assert (tmp_path / "second/arch.json").exists()
 
 
 def test_tracked_statistics_need_no_recalibration(table: LatencyTable, tmp_path: Path) -> None:
-    tracked: dict[str, Any] = {"recalibration_images": 0, "supernet": {"bn_track": True}, "random_samples": 0, "candidates": 1}
+    tracked: dict[str, Any] = {
+        "recalibration_images": 0,
+        "supernet": {"bn_track": True},
+        "random_samples": 0,
+        "candidates": 1,
+    }
     run(tmp_path / "first/search", experiment("random", epochs=0.1, **tracked), table)
     finder = {"name": "random", "architectures": 2}
-    run(tmp_path / "second", experiment(weights=str(tmp_path / "first"), finder=finder, **tracked), table)
+    run(
+        tmp_path / "second",
+        experiment(weights=str(tmp_path / "first"), finder=finder, **tracked),
+        table,
+    )
     assert (tmp_path / "second/arch.json").exists()
 
 
 def test_limits_that_cannot_be_met_together(table: LatencyTable, tmp_path: Path) -> None:
-    """Each alone is within reach, but the fastest network is the smallest: a slow target and few operations exclude each other."""
+    """Each alone is within reach, but the fastest network is the smallest: a slow
+    target and few operations exclude each other.
+    """
     space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
-    grid = np.stack(np.meshgrid(*(np.arange(len(choice.options)) for choice in space.choices), indexing="ij"), -1)
+    grid = np.stack(
+        np.meshgrid(*(np.arange(len(choice.options)) for choice in space.choices), indexing="ij"),
+        -1,
+    )
     smallest = min(space.decode(space.at(row)).macs for row in grid.reshape(-1, len(space.choices)))
     limits = [{"kind": "macs", "max_macs": smallest + 1}]
     target = cost.range()[1]
     with pytest.raises(
-        TargetError, match=rf"no architecture of space tiny within 2 % of {target:.4g} ms, macs <= \d+ was found: .*raise a limit"
+        TargetError,
+        match=(
+            rf"no architecture of space tiny within 2 % of {target:.4g} ms, macs <= \d+ was found:"
+            r" .*raise a limit"
+        ),
     ) as caught:
         run(tmp_path / "search", experiment("random", limits=limits, target_ms=target), table)
     assert "lower the target or raise a limit" in str(caught.value)
     assert not list((tmp_path / "search").iterdir())
 
 
-def test_a_limits_table(table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limits_table(
+    table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that does not exist is named; the home folder is understood."""
     limits = [{"kind": "latency", "table": "~/board.json", "max_ms": 1e6}]
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,6 @@
-"""The networks that a strategy trains: of the kind that the space is, sharing weights as the method does."""
+"""The networks that a strategy trains: of the kind that the space is, sharing weights
+as the method does.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +60,8 @@ def test_networks_of_their_own_are_a_portfolio() -> None:
 
 
 def test_how_many_skips_are_usual() -> None:
-    """Two of a normal cell as published; of blocks a quarter, rounded up, of the slots that offer one."""
+    """Two of a normal cell as published; of blocks a quarter, rounded up, of the slots
+    that offer one.
+    """
     offering = sum("skip" in choice.options for choice in tiny_space().choices)
     assert (usual_skips(CELLS), usual_skips(tiny_space())) == (2, -(-offering // 4))

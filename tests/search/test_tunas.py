@@ -1,4 +1,6 @@
-"""TuNAS's parts against closed forms: the gradient, the hierarchy, warm-ups, rates, the baseline, the optimiser, the entropy."""
+"""TuNAS's parts against closed forms: the gradient, the hierarchy, warm-ups, rates, the
+baseline, the optimiser, the entropy.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def kernels_space() -> MacroSpace:
 
 
 def grads(controller: Controller) -> dict[str, np.ndarray]:
-    return {name: np.zeros(len(logits)) if logits.grad is None else logits.grad.numpy() for name, logits in controller.logits.items()}
+    return {
+        name: np.zeros(len(logits)) if logits.grad is None else logits.grad.numpy()
+        for name, logits in controller.logits.items()
+    }
 
 
 def sample_of(decided: dict[str, int]) -> Sample:
@@ -50,7 +55,9 @@ def test_gradient_of_one_decision() -> None:
 
 
 def test_expected_gradient_is_the_gradient_of_the_expected_reward() -> None:
-    """REINFORCE summed over all outcomes: -dE[R]/dlogits = -(p * (R - E[R])), whatever the baseline."""
+    """REINFORCE summed over all outcomes: -dE[R]/dlogits = -(p * (R - E[R])), whatever
+    the baseline.
+    """
     controller = Controller(kernels_space())
     rewards, logits = np.array([0.2, 0.5, 0.9]), np.array([0.3, -1.0, 0.7])
     with torch.no_grad():
@@ -59,7 +66,9 @@ def test_expected_gradient_is_the_gradient_of_the_expected_reward() -> None:
     total = np.zeros(3)
     for i in range(3):
         controller.reward_sum, controller.reward_weight = 0.31, 0.5
-        controller.update([sample_of({"s0.b0.kernel": i})], [rewards[i]], lr=0.0, baseline_momentum=1.0)
+        controller.update(
+            [sample_of({"s0.b0.kernel": i})], [rewards[i]], lr=0.0, baseline_momentum=1.0
+        )
         total += p[i] * grads(controller)["s0.b0.kernel"]
     assert np.allclose(total, -p * (rewards - p @ rewards))
 
@@ -89,7 +98,11 @@ def test_samples_are_distributed_as_the_policy_says() -> None:
     """Joint frequencies of a skippable slot: p(skip), and (1 - p(skip)) p(kernel) p(expansion)."""
     controller = Controller(tiny_space())
     with torch.no_grad():
-        for name, values in (("skip", [0.5, -0.5]), ("kernel", [1.0, 0.0]), ("expansion", [0.0, 0.4])):
+        for name, values in (
+            ("skip", [0.5, -0.5]),
+            ("kernel", [1.0, 0.0]),
+            ("expansion", [0.0, 0.4]),
+        ):
             controller.logits[f"s1.b1.{name}"].copy_(torch.tensor(values))
     expected = controller.option_probabilities()["s1.b1"]
     keep = 1 / (1 + math.exp(-1))
@@ -102,7 +115,9 @@ def test_samples_are_distributed_as_the_policy_says() -> None:
 
 
 def test_warmed_up_decisions() -> None:
-    """Kernels and skips become uniform mixtures, expansions and widths their largest option, and none of them is learnt from."""
+    """Kernels and skips become uniform mixtures, expansions and widths their largest
+    option, and none of them is learnt from.
+    """
     controller = Controller(tiny_space())
     sample = controller.sample(np.random.default_rng(0), warmup_probability=1.0)
     assert sample.decided == {}
@@ -120,14 +135,23 @@ def test_warmed_up_decisions() -> None:
 
 @pytest.mark.parametrize("widths", [(16, 24, 32), (32, 24, 16), (24, 32, 16)])
 def test_warm_up_takes_the_largest_width_in_any_order(widths: tuple[int, ...]) -> None:
-    space = MacroSpace(name="widths", resolution=8, classes=3, stages=(Stage(widths=widths, slots=(("cn_k3",),)),))
+    space = MacroSpace(
+        name="widths", resolution=8, classes=3, stages=(Stage(widths=widths, slots=(("cn_k3",),)),)
+    )
     sample = Controller(space).sample(np.random.default_rng(0), warmup_probability=1.0)
     assert sample.picks == {"s0.width": 32}
 
 
 def test_widths_are_one_decision() -> None:
-    """Each option reachable, with its own probability, and the index of the option that was picked."""
-    space = MacroSpace(name="widths", resolution=8, classes=3, stages=(Stage(widths=(32, 16, 24), slots=(("cn_k3",),)),))
+    """Each option reachable, with its own probability, and the index of the option that
+    was picked.
+    """
+    space = MacroSpace(
+        name="widths",
+        resolution=8,
+        classes=3,
+        stages=(Stage(widths=(32, 16, 24), slots=(("cn_k3",),)),),
+    )
     controller = Controller(space)
     seen = set()
     for seed in range(30):
@@ -166,7 +190,9 @@ class Recorder(KnownWeights):
 
 
 def test_warm_up_probability_falls_linearly() -> None:
-    """p(t) = 1 - t / (0.25 T), per decision. Of T = 80: 1 at step 0, 0.6 at step 8, 0 from step 20 on."""
+    """p(t) = 1 - t / (0.25 T), per decision. Of T = 80: 1 at step 0, 0.6 at step 8, 0
+    from step 20 on.
+    """
     recorder, strategy = Recorder(80), TuNAS(TuNASConfig())
     strategy.setup(recorder.ctx)
     for number, expected in ((0, 1.0), (8, 0.6), (15, 0.25), (19, 0.05), (20, 0.0), (79, 0.0)):
@@ -193,12 +219,15 @@ def test_nothing_is_learnt_or_scored_during_the_delay() -> None:
     recorder.step(strategy, 21)
     assert len(recorder.scored) == 2
     assert any(np.ptp(p) > 0 for p in strategy.controller.probabilities().values())
-    assert [gates for gates, _ in recorder.scored] == recorder.trained[-2:]  # the architecture that was just trained
+    # the architecture that was just trained
+    assert [gates for gates, _ in recorder.scored] == recorder.trained[-2:]
     assert {multiple for _, multiple in recorder.scored} == {4}
 
 
 def test_rate_ramps_to_ten_times() -> None:
-    """3e-4 per 256 images; batch 512: 6e-4 at a quarter, 6e-4 * sqrt(10) half way on, 6e-3 at the end."""
+    """3e-4 per 256 images; batch 512: 6e-4 at a quarter, 6e-4 * sqrt(10) half way on,
+    6e-3 at the end.
+    """
     recorder, strategy = Recorder(80), TuNAS(TuNASConfig())
     rates = {}
     for number in (0, 19, 20, 50, 80):
@@ -213,16 +242,26 @@ def test_reward_metrics() -> None:
     recorder, strategy = Recorder(80), TuNAS(TuNASConfig())
     strategy.setup(recorder.ctx)
     metrics = recorder.step(strategy, 40)
-    picks = {c.key: c.options[int(np.argmax(recorder.trained[0][c.key]))] for c in recorder.ctx.space.choices}
+    picks = {
+        c.key: c.options[int(np.argmax(recorder.trained[0][c.key]))]
+        for c in recorder.ctx.space.choices
+    }
     latency = recorder.ctx.cost.of(picks)
     assert metrics["latency_ms"] == pytest.approx(latency)
-    assert metrics["reward"] == pytest.approx(metrics["quality"] - 0.1 * abs(latency / recorder.ctx.target - 1))
+    assert metrics["reward"] == pytest.approx(
+        metrics["quality"] - 0.1 * abs(latency / recorder.ctx.target - 1)
+    )
     every = recorder.ctx.cost.of_many(recorder.problem.index_NC)
-    uniform = {choice.key: np.full(len(choice.options), 1 / len(choice.options)) for choice in recorder.ctx.space.choices}
+    uniform = {
+        choice.key: np.full(len(choice.options), 1 / len(choice.options))
+        for choice in recorder.ctx.space.choices
+    }
     skippable = np.array([0.125] * 4 + [0.5])  # skip is decided first
     weights = np.ones(len(every))
     for i, choice in enumerate(recorder.ctx.space.choices):
-        weights *= (skippable if "skip" in choice.options else uniform[choice.key])[recorder.problem.index_NC[:, i]]
+        weights *= (skippable if "skip" in choice.options else uniform[choice.key])[
+            recorder.problem.index_NC[:, i]
+        ]
     assert metrics["expected_ms"] == pytest.approx(weights @ every, rel=1e-3)
 
 
@@ -230,7 +269,8 @@ def test_baseline_is_a_zero_debiased_average() -> None:
     """After rewards 1, 2, 4 with momentum 0.9: (0.1, 0.29, 0.661) over (0.1, 0.19, 0.271)."""
     controller = Controller(kernels_space())
     advantages = [
-        controller.update([sample_of({"s0.b0.kernel": 0})], [reward], 0.0, baseline_momentum=0.9)[0] for reward in (1.0, 2.0, 4.0)
+        controller.update([sample_of({"s0.b0.kernel": 0})], [reward], 0.0, baseline_momentum=0.9)[0]
+        for reward in (1.0, 2.0, 4.0)
     ]
     assert advantages == pytest.approx([0.0, 2 - 0.29 / 0.19, 4 - 0.661 / 0.271])
 
@@ -259,20 +299,35 @@ def test_entropy_bonus_pulls_towards_uniform() -> None:
         controller.logits["s0.b0.kernel"].copy_(torch.tensor([3.0, 0.0, 0.0]))
     before = float(controller.entropy().detach())
     for _ in range(20):
-        controller.update([sample_of({"s0.b0.kernel": 0})], [1.0], 0.05, entropy=0.1)  # equal rewards: no advantage
+        # equal rewards: no advantage
+        controller.update([sample_of({"s0.b0.kernel": 0})], [1.0], 0.05, entropy=0.1)
     assert float(controller.entropy().detach()) > before + 0.1
 
 
 def test_entropy_at_the_start() -> None:
-    """Two plain slots of ln 2 + ln 2 (and one more), two skippable ones of ln 2 + (ln 2 + ln 2) / 2, one width of ln 2."""
+    """Two plain slots of ln 2 + ln 2 (and one more), two skippable ones of ln 2 + (ln 2
+    + ln 2) / 2, one width of ln 2.
+    """
     space = tiny_space()
     ln2 = math.log(2)
-    assert float(Controller(space).entropy().detach()) == pytest.approx(3 * 2 * ln2 + 2 * (ln2 + 0.5 * 2 * ln2) + ln2)
+    assert float(Controller(space).entropy().detach()) == pytest.approx(
+        3 * 2 * ln2 + 2 * (ln2 + 0.5 * 2 * ln2) + ln2
+    )
 
 
 def test_entropy_is_that_of_the_distinct_architectures() -> None:
-    """-sum p log p over all options of a skippable slot, at random logits: the hierarchical sum is exact."""
-    stages = (Stage(widths=(8,), slots=(("ir_k3_e3",), ("ir_k3_e3", "ir_k5_e3", "ir_k7_e3", "ir_k3_e6", "ir_k5_e6", "ir_k7_e6", "skip"))),)
+    """-sum p log p over all options of a skippable slot, at random logits: the
+    hierarchical sum is exact.
+    """
+    stages = (
+        Stage(
+            widths=(8,),
+            slots=(
+                ("ir_k3_e3",),
+                ("ir_k3_e3", "ir_k5_e3", "ir_k7_e3", "ir_k3_e6", "ir_k5_e6", "ir_k7_e6", "skip"),
+            ),
+        ),
+    )
     controller = Controller(MacroSpace(name="one", resolution=8, classes=3, stages=stages))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -286,7 +341,10 @@ def test_entropy_is_that_of_the_distinct_architectures() -> None:
 def test_lists_that_are_no_grid_stay_one_decision() -> None:
     stages = (Stage(widths=(8,), slots=(("ir_k3_e3",), ("ds_k3", "ir_k3_e6", "ir_k5_e3", "skip"))),)
     controller = Controller(MacroSpace(name="odd", resolution=8, classes=3, stages=stages))
-    assert {name: len(logits) for name, logits in controller.logits.items()} == {"s0.b1.skip": 2, "s0.b1.option": 3}
+    assert {name: len(logits) for name, logits in controller.logits.items()} == {
+        "s0.b1.skip": 2,
+        "s0.b1.option": 3,
+    }
     gates = controller.sample(np.random.default_rng(0), warmup_probability=1.0).gates["s0.b1"]
     assert gates == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
 
@@ -309,7 +367,9 @@ def test_no_warm_up() -> None:
 
 
 def test_the_argmax_of_every_decision_leads_the_proposals_where_it_meets_the_budget() -> None:
-    """Not the likeliest architecture: skipping a block is likelier than any one of its forms, keeping it is likelier than that."""
+    """Not the likeliest architecture: skipping a block is likelier than any one of its
+    forms, keeping it is likelier than that.
+    """
     problem = Problem(0)
     strategy = TuNAS(TuNASConfig())
     ctx = problem.context(1)
@@ -321,7 +381,10 @@ def test_the_argmax_of_every_decision_leads_the_proposals_where_it_meets_the_bud
                 logits.copy_(torch.tensor([math.log(0.6), math.log(0.4)]))
     best = controller.best()
     options = controller.option_probabilities()
-    likeliest = {choice.key: choice.options[int(options[choice.key].argmax())] for choice in ctx.space.choices}
+    likeliest = {
+        choice.key: choice.options[int(options[choice.key].argmax())]
+        for choice in ctx.space.choices
+    }
     assert best != likeliest
     ctx.target, ctx.tolerance = ctx.cost.of(best), 0.9
     assert abs(ctx.cost.of(likeliest) / ctx.target - 1) < 0.9

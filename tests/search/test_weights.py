@@ -1,4 +1,6 @@
-"""The shared weights of a search, each promise of ``SearchContext`` against plain autograd on the same super-net and batches."""
+"""The shared weights of a search, each promise of ``SearchContext`` against plain
+autograd on the same super-net and batches.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,25 @@ BATCH = 24
 
 def weights_of(folder: Path, optimizer: str = "momentum", **settings: Any) -> SupernetWeights:
     """A super-net of the tiny space on digits, in the middle of its training."""
-    experiment = Experiment(data=DATA, search=SearchConfig(batch_size=BATCH, recalibration_images=64, evaluation_images=100))
-    supernet = Supernet(tiny_space(), torch.Generator().manual_seed(0), SupernetConfig(**({"sharing": "separate"} | settings)))
+    experiment = Experiment(
+        data=DATA,
+        search=SearchConfig(batch_size=BATCH, recalibration_images=64, evaluation_images=100),
+    )
+    supernet = Supernet(
+        tiny_space(),
+        torch.Generator().manual_seed(0),
+        SupernetConfig(**({"sharing": "separate"} | settings)),
+    )
     with torch.no_grad():
         supernet.classifier.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    config = OptimizerConfig(name=optimizer, lr=1.0, momentum=0.9, weight_decay=0.05, options={}, warmup=0.0)
+    config = OptimizerConfig(
+        name=optimizer, lr=1.0, momentum=0.9, weight_decay=0.05, options={}, warmup=0.0
+    )
     engine = Engine(supernet, config, 20, BATCH, 0, folder, CrossEntropy(SMOOTHING))
     train, held_out = load_images(DATA, "train"), load_images(DATA, "held_out")
-    return SupernetWeights(engine, supernet, Batches(train, held_out, DATA, BATCH, 0, 20), Judge(supernet, experiment))
+    return SupernetWeights(
+        engine, supernet, Batches(train, held_out, DATA, BATCH, 0, 20), Judge(supernet, experiment)
+    )
 
 
 def sampled(count: int, seed: int = 0) -> list[Picks]:
@@ -56,11 +69,18 @@ def gates_of(picks: list[Picks]) -> list[dict[str, np.ndarray]]:
 
 def mixed() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
-    return {choice.key: rng.dirichlet(np.full(len(choice.options), 2.0)) for choice in tiny_space().choices}
+    return {
+        choice.key: rng.dirichlet(np.full(len(choice.options), 2.0))
+        for choice in tiny_space().choices
+    }
 
 
 def grads(supernet: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in supernet.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in supernet.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def by_hand(
@@ -69,14 +89,21 @@ def by_hand(
     """Gradients of sum_i weight_i * loss_i on a copy of the super-net, and the losses."""
     supernet = copy.deepcopy(weights.supernet).train()
     supernet.zero_grad(set_to_none=True)
-    losses = [F.cross_entropy(supernet(x, gates), y, label_smoothing=SMOOTHING) for x, y, gates, _ in parts]
+    losses = [
+        F.cross_entropy(supernet(x, gates), y, label_smoothing=SMOOTHING)
+        for x, y, gates, _ in parts
+    ]
     sum(weight * loss for loss, (*_, weight) in zip(losses, parts, strict=True)).backward()  # type: ignore[union-attr]
     return grads(supernet), [float(loss.detach()) for loss in losses]
 
 
 def same(mine: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     close = all(torch.allclose(mine[name], other[name], rtol=1e-4, atol=1e-6) for name in other)
-    return mine.keys() == other.keys() and close and max(float(g.abs().max()) for g in mine.values()) > 1e-3
+    return (
+        mine.keys() == other.keys()
+        and close
+        and max(float(g.abs().max()) for g in mine.values()) > 1e-3
+    )
 
 
 def test_several_gates_on_one_batch_add_their_gradients_up(tmp_path: Path) -> None:
@@ -94,22 +121,32 @@ def test_split_is_the_mean_over_the_batch_of_which_each_has_a_part(tmp_path: Pat
     weights = weights_of(tmp_path)
     x_NCHW, y = weights.batches.train(0)
     gates, cuts = gates_of(sampled(5)), [0, 5, 10, 15, 20, 24]
-    parts = [(x_NCHW[a:b], y[a:b], each, (b - a) / 24) for a, b, each in zip(cuts[:-1], cuts[1:], gates, strict=True)]
+    parts = [
+        (x_NCHW[a:b], y[a:b], each, (b - a) / 24)
+        for a, b, each in zip(cuts[:-1], cuts[1:], gates, strict=True)
+    ]
     expected, _ = by_hand(weights, parts)
     weights.train(gates, split=True, teach=False, skip_dropout=0.0)
     assert same(grads(weights.supernet), expected)
 
 
 def test_a_step_is_the_optimisers_on_what_was_executed(tmp_path: Path) -> None:
-    """Separate sharing: candidates that do not run get no gradient, no momentum, no decay, whatever came before."""
+    """Separate sharing: candidates that do not run get no gradient, no momentum, no
+    decay, whatever came before.
+    """
     weights = weights_of(tmp_path)
     first, second = (
         {key: np.eye(len(gate))[0] for key, gate in mixed().items()},
         {key: np.eye(len(gate))[1] for key, gate in mixed().items()},
     )
     weights.train([first], split=False, teach=False, skip_dropout=0.0)
-    before = {name: parameter.detach().clone() for name, parameter in weights.supernet.named_parameters()}
-    momentum = {p: weights.engine.optimizer.state[p]["momentum_buffer"].clone() for p in weights.engine.optimizer.state}
+    before = {
+        name: parameter.detach().clone() for name, parameter in weights.supernet.named_parameters()
+    }
+    momentum = {
+        p: weights.engine.optimizer.state[p]["momentum_buffer"].clone()
+        for p in weights.engine.optimizer.state
+    }
     weights.engine.step = 1
     weights.train([second], split=False, teach=False, skip_dropout=0.0)
     fixed = ("slots.0.", "slots.4.", "classifier.")  # stem, head: slots of one option
@@ -118,12 +155,19 @@ def test_a_step_is_the_optimisers_on_what_was_executed(tmp_path: Path) -> None:
         assert (parameter.grad is not None) == runs, name
         assert torch.equal(parameter, before[name]) == (not runs), name
         if not runs and parameter in momentum:
-            assert torch.equal(weights.engine.optimizer.state[parameter]["momentum_buffer"], momentum[parameter]), name
-    assert any("ir_k3_e3|" in name and parameter in momentum for name, parameter in weights.supernet.named_parameters())
+            assert torch.equal(
+                weights.engine.optimizer.state[parameter]["momentum_buffer"], momentum[parameter]
+            ), name
+    assert any(
+        "ir_k3_e3|" in name and parameter in momentum
+        for name, parameter in weights.supernet.named_parameters()
+    )
 
 
 def test_batches_of_every_kth_step_come_from_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream is made at the first step, at the first distance, and where the distance changes; it gives what a fresh one gives."""
+    """A stream is made at the first step, at the first distance, and where the distance
+    changes; it gives what a fresh one gives.
+    """
     made: list[int] = []
 
     def counted(*arguments: Any, **settings: Any) -> Any:
@@ -147,7 +191,9 @@ def test_batches_of_every_kth_step_come_from_one_stream(monkeypatch: pytest.Monk
     assert made == [0]
     made.clear()
     for step in (10, 11, 12, 5):  # back to a checkpoint
-        assert torch.equal(batches.train(step)[0], Batches(train, held_out, DATA, BATCH, 3, 60).train(step)[0])
+        assert torch.equal(
+            batches.train(step)[0], Batches(train, held_out, DATA, BATCH, 3, 60).train(step)[0]
+        )
 
 
 def test_qualities_are_accuracies_on_parts_of_the_held_out_batch(tmp_path: Path) -> None:
@@ -162,13 +208,17 @@ def test_qualities_are_accuracies_on_parts_of_the_held_out_batch(tmp_path: Path)
     expected = []
     for number, each in enumerate(gates):
         part = slice(number * BATCH, (number + 1) * BATCH)
-        expected.append(float((weights.supernet(x_NCHW[part], each).argmax(1) == y[part]).float().mean()))
+        expected.append(
+            float((weights.supernet(x_NCHW[part], each).argmax(1) == y[part]).float().mean())
+        )
     assert found == pytest.approx(expected)
     assert weights.qualities(gates, 3) == found  # the batch of a step is one batch
 
 
 def test_qualities_are_scored_in_eval_mode(tmp_path: Path) -> None:
-    """Dropout, path dropout and random channels do not act, and tracked statistics are used and stay: as by hand, and asked twice."""
+    """Dropout, path dropout and random channels do not act, and tracked statistics are
+    used and stay: as by hand, and asked twice.
+    """
     settings: tuple[dict[str, Any], ...] = (
         {"dropout": 0.5},
         {"path_dropout": 0.9},
@@ -184,66 +234,99 @@ def test_qualities_are_scored_in_eval_mode(tmp_path: Path) -> None:
         weights.engine.step = 19
         state = copy.deepcopy(weights.supernet.state_dict())
         x_NCHW, y = weights.batches.held_out(19, 1)
-        gates = gates_of([tiny_space().at([0] * len(tiny_space().choices))])  # narrower than the super-net
+        # narrower than the super-net
+        gates = gates_of([tiny_space().at([0] * len(tiny_space().choices))])
         with torch.no_grad():
-            expected = (copy.deepcopy(weights.supernet).eval()(x_NCHW, gates[0]).argmax(1) == y).float().mean()
+            expected = (
+                (copy.deepcopy(weights.supernet).eval()(x_NCHW, gates[0]).argmax(1) == y)
+                .float()
+                .mean()
+            )
         torch.manual_seed(1)
-        assert weights.qualities(gates, 1) == weights.qualities(gates, 1) == [pytest.approx(float(expected))], setting
-        assert all(torch.equal(value, state[name]) for name, value in weights.supernet.state_dict().items()), setting
+        assert (
+            weights.qualities(gates, 1)
+            == weights.qualities(gates, 1)
+            == [pytest.approx(float(expected))]
+        ), setting
+        assert all(
+            torch.equal(value, state[name]) for name, value in weights.supernet.state_dict().items()
+        ), setting
         logits = [weights.supernet(x_NCHW, gates[0]), weights.supernet.train()(x_NCHW, gates[0])]
         assert not torch.allclose(*logits), setting  # the mode makes a difference here
 
 
 def test_first_order_gate_gradients(tmp_path: Path) -> None:
-    """Held-out cross-entropy without label smoothing in training mode; at a mixture, and at a path with probes."""
+    """Held-out cross-entropy without label smoothing in training mode; at a mixture,
+    and at a path with probes.
+    """
     weights = weights_of(tmp_path)
     x_NCHW, y = weights.batches.held_out(0, 1)
     path = {key: np.eye(len(gate))[1] for key, gate in mixed().items()}
     probes = {key: [0, 2] for key in path}
     for gates, probed in ((mixed(), {}), (path, probes)):
         value, found = weights.gate_gradients(gates, probed, 1, 0.0)
-        leaves = {key: torch.tensor(gate, dtype=torch.float32, requires_grad=True) for key, gate in gates.items()}
+        leaves = {
+            key: torch.tensor(gate, dtype=torch.float32, requires_grad=True)
+            for key, gate in gates.items()
+        }
         loss = F.cross_entropy(weights.supernet.train()(x_NCHW, leaves, probed), y)
         expected = torch.autograd.grad(loss, list(leaves.values()))
         assert value == pytest.approx(float(loss.detach()), rel=1e-6)
         for key, gradient in zip(leaves, expected, strict=True):
             assert np.allclose(found[key], gradient.numpy(), rtol=1e-4, atol=1e-6), key
             assert found[key].dtype == np.float64
-            assert ((found[key] != 0) == ((gates[key] != 0) | np.isin(np.arange(len(gates[key])), probed.get(key, [])))).all()
+            assert (
+                (found[key] != 0)
+                == ((gates[key] != 0) | np.isin(np.arange(len(gates[key])), probed.get(key, [])))
+            ).all()
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "rmsproptf"])
 def test_second_order_gate_gradients(optimizer: str, tmp_path: Path) -> None:
-    """``unrolled_gate_gradients`` with the engine's rate, decay per group, and SGD's momentum buffers."""
+    """``unrolled_gate_gradients`` with the engine's rate, decay per group, and SGD's
+    momentum buffers.
+    """
     weights = weights_of(tmp_path, optimizer)
     weights.train([mixed()], split=False, teach=False, skip_dropout=0.0)
     weights.engine.step = 7
     value, found = weights.gate_gradients(mixed(), {}, 2, 0.0)
     train, held_out = weights.batches.train(7), weights.batches.held_out(7, 1)
     supernet, engine = weights.supernet.train(), weights.engine
-    decayed = {name for name, p in supernet.named_parameters() if p.ndim > 1 and name != "classifier.weight"}
+    decayed = {
+        name
+        for name, p in supernet.named_parameters()
+        if p.ndim > 1 and name != "classifier.weight"
+    }
     named = dict(supernet.named_parameters())
     expected_value, expected = unrolled_gate_gradients(
-        lambda gates: F.cross_entropy(supernet(train[0], gates), train[1], label_smoothing=SMOOTHING),
+        lambda gates: F.cross_entropy(
+            supernet(train[0], gates), train[1], label_smoothing=SMOOTHING
+        ),
         lambda gates: F.cross_entropy(supernet(held_out[0], gates), held_out[1]),
         list(named.values()),
         {key: torch.tensor(gate, dtype=torch.float32) for key, gate in mixed().items()},
         lr=engine.lr,
-        momentum_buffers=[engine.optimizer.state[p].get("momentum_buffer") if optimizer == "momentum" else None for p in named.values()],
+        momentum_buffers=[
+            engine.optimizer.state[p].get("momentum_buffer") if optimizer == "momentum" else None
+            for p in named.values()
+        ],
         momentum=0.9 if optimizer == "momentum" else 0.0,
         weight_decay=[0.05 if name in decayed else 0.0 for name in named],
     )
     assert value == pytest.approx(expected_value, rel=1e-5)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for key, gradient in expected.items():
-        assert np.allclose(found[key], gradient.numpy(), atol=0.02 * largest), key  # a finite difference in float32
+        # a finite difference in float32
+        assert np.allclose(found[key], gradient.numpy(), atol=0.02 * largest), key
     first = weights.gate_gradients(mixed(), {}, 1, 0.0)[1]
     assert max(float(np.abs(first[key] - found[key]).max()) for key in found) > 0.1 * largest
 
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_gate_gradients_leave_everything_as_it_is(order: int, tmp_path: Path) -> None:
-    """Weights, their gradients, running statistics; and the next training step is the same as without."""
+    """Weights, their gradients, running statistics; and the next training step is the
+    same as without.
+    """
     after = []
     for asked in (False, True):
         weights = weights_of(tmp_path, bn_track=True, remat=True)
@@ -253,16 +336,22 @@ def test_gate_gradients_leave_everything_as_it_is(order: int, tmp_path: Path) ->
         gradients = grads(weights.supernet)
         if asked:
             weights.gate_gradients(mixed(), {}, order, 0.0)
-        assert all(torch.equal(value, state[name]) for name, value in weights.supernet.state_dict().items())
+        assert all(
+            torch.equal(value, state[name]) for name, value in weights.supernet.state_dict().items()
+        )
         assert gradients.keys() == grads(weights.supernet).keys()
-        assert all(torch.equal(value, gradients[name]) for name, value in grads(weights.supernet).items())
+        assert all(
+            torch.equal(value, gradients[name]) for name, value in grads(weights.supernet).items()
+        )
         weights.train([mixed()], split=False, teach=False, skip_dropout=0.0)
         after.append(weights.supernet.state_dict())
     assert all(torch.equal(value, after[1][name]) for name, value in after[0].items())
 
 
 def test_dropout_behind_skips_is_passed_on(tmp_path: Path) -> None:
-    """P-DARTS: the mixture whose skips are dropped has another loss; with no skip among the options it has the same."""
+    """P-DARTS: the mixture whose skips are dropped has another loss; with no skip among
+    the options it has the same.
+    """
     weights = weights_of(tmp_path)
 
     def loss(gates: dict[str, np.ndarray], rate: float) -> float:
@@ -275,7 +364,9 @@ def test_dropout_behind_skips_is_passed_on(tmp_path: Path) -> None:
 
 
 def test_dropout_behind_skips_arrives_in_the_weight_step(tmp_path: Path) -> None:
-    """The loss and the gradients of one step are those of the super-net that drops, by the same draws; without, others."""
+    """The loss and the gradients of one step are those of the super-net that drops, by
+    the same draws; without, others.
+    """
     found = {}
     for rate in (0.0, 0.7):
         weights = weights_of(tmp_path)
@@ -300,7 +391,9 @@ def soft_labels(weights: SupernetWeights, x_NCHW: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("split", [False, True])
 def test_teaching_adds_the_soft_cross_entropy(split: bool, tmp_path: Path) -> None:
-    """Of the teacher's probabilities for the same images, in the statistics of the batch that the student sees."""
+    """Of the teacher's probabilities for the same images, in the statistics of the
+    batch that the student sees.
+    """
     weights = weights_of(tmp_path)
     teacher, student = sampled(2)
     weights.remember_teacher(teacher)
@@ -312,7 +405,10 @@ def test_teaching_adds_the_soft_cross_entropy(split: bool, tmp_path: Path) -> No
     for half, each in zip(halves, gates, strict=True):
         logits = supernet(x_NCHW[half], each)
         soft = -(soft_labels(weights, x_NCHW[half]) * torch.log_softmax(logits, 1)).sum(1).mean()
-        losses.append((F.cross_entropy(logits, y[half], label_smoothing=SMOOTHING) + soft) * (0.5 if split else 1.0))
+        losses.append(
+            (F.cross_entropy(logits, y[half], label_smoothing=SMOOTHING) + soft)
+            * (0.5 if split else 1.0)
+        )
     sum(losses).backward()  # type: ignore[union-attr]
     weights.train(gates, split=split, teach=True, skip_dropout=0.0)
     assert same(grads(weights.supernet), grads(supernet))
@@ -325,10 +421,19 @@ def test_the_teacher_stays_as_it_was_and_survives_a_checkpoint(tmp_path: Path) -
     picks = sampled(1)[0]
     weights.remember_teacher(picks)
     assert weights.teacher is not None
-    before = {name: parameter.detach().clone() for name, parameter in weights.teacher.named_parameters()}
+    before = {
+        name: parameter.detach().clone() for name, parameter in weights.teacher.named_parameters()
+    }
     weights.train(gates_of([picks]), split=False, teach=True, skip_dropout=0.0)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in weights.teacher.named_parameters())
-    assert not any(torch.equal(p, before[name]) for name, p in weights.supernet.extract(picks).named_parameters() if "conv.weight" in name)
+    assert all(
+        torch.equal(parameter, before[name])
+        for name, parameter in weights.teacher.named_parameters()
+    )
+    assert not any(
+        torch.equal(p, before[name])
+        for name, p in weights.supernet.extract(picks).named_parameters()
+        if "conv.weight" in name
+    )
 
     buffer = io.BytesIO()
     torch.save(weights.state_dict(), buffer)
@@ -353,7 +458,9 @@ def test_accuracies_are_forgotten_when_the_weights_change(tmp_path: Path) -> Non
         weights.train(gates_of([picks]), split=False, teach=False, skip_dropout=0.0)
     network = weights.judge.network(picks)
     assert network.arch.blocks == known.decode(picks).blocks
-    x_NCHW, y = load_images(DATA, "held_out").__getitems__([(i, 0) for i in range(len(load_images(DATA, "held_out")))])
+    x_NCHW, y = load_images(DATA, "held_out").__getitems__(
+        [(i, 0) for i in range(len(load_images(DATA, "held_out")))]
+    )
     order = np.random.default_rng(0).permutation(len(y))[:100]
     with torch.no_grad():
         right = (network.eval()(x_NCHW[order]).argmax(1) == y[order]).float().mean()

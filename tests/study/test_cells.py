@@ -1,4 +1,6 @@
-"""The study on cells, from the configuration to the document: strings in, scores of a trained super-net out."""
+"""The study on cells, from the configuration to the document: strings in, scores of a
+trained super-net out.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,17 @@ from hwnas.study.documents import RankStudy, ShrinkStudy
 from tests.search.staging import experiment
 
 SPACE = nasbench201(width=0.25, resolution=8, in_channels=1).changed("cells", cells=(1, 1))
-SCORES = ("accuracy", "loss", "unrecalibrated", "angle", "macs", "params", "grad_norm", "snip", "synflow")
+SCORES = (
+    "accuracy",
+    "loss",
+    "unrecalibrated",
+    "angle",
+    "macs",
+    "params",
+    "grad_norm",
+    "snip",
+    "synflow",
+)
 
 
 def test_a_study_of_cells(tmp_path: Path) -> None:
@@ -31,13 +43,21 @@ def test_a_study_of_cells(tmp_path: Path) -> None:
     with open(tmp_path / "truth.csv", "w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["idx", "arch_str", "test"])
-        lines.writerows((i, text, 50 + SPACE.decode(SPACE.read(text)).macs / 1e5) for i, text in enumerate(texts))
-    plain = experiment("spos", evaluation_images=64, target_range=None, epochs=0.3, recalibration_images=64)
+        lines.writerows(
+            (i, text, 50 + SPACE.decode(SPACE.read(text)).macs / 1e5)
+            for i, text in enumerate(texts)
+        )
+    plain = experiment(
+        "spos", evaluation_images=64, target_range=None, epochs=0.3, recalibration_images=64
+    )
     study = {
         "truth": str(tmp_path / "truth.csv"), "accuracies": ["test"], "architectures": 8, "top_k": 3, "bootstrap": 20, "scores": SCORES,
         "combinations": [("accuracy", "angle")],
     }  # fmt: skip
-    content = plain.model_dump(mode="json", by_alias=True) | {"space": {"name": str(tmp_path / "cells.json")}, "study": study}
+    content = plain.model_dump(mode="json", by_alias=True) | {
+        "space": {"name": str(tmp_path / "cells.json")},
+        "study": study,
+    }
     study_rank(Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()))
     found = RankStudy.load(tmp_path / "run" / "rank" / "study.json")
     assert found.space == "cells" and found.supernets[0].scored == 8
@@ -57,30 +77,50 @@ def test_a_super_net_that_begins_anew_has_no_angle() -> None:
         plain = experiment("pdarts", target_range=None).model_dump(mode="json", by_alias=True)
         config = Experiment.model_validate(plain | {"study": {"scores": scores}})
         if "angle" in scores:
-            with pytest.raises(ConfigError, match=r"begins its super-net anew as it grows.* remove angle from study\.scores"):
+            with pytest.raises(
+                ConfigError,
+                match=r"begins its super-net anew as it grows.* remove angle from study\.scores",
+            ):
                 supernets.check(config, space)
         else:
             supernets.check(config, space)
 
 
 def test_cells_are_shrunk(tmp_path: Path) -> None:
-    """Stage by stage, with the weights of the stage before; the space that is left is a document that is searched."""
+    """Stage by stage, with the weights of the stage before; the space that is left is a
+    document that is searched.
+    """
     SPACE.save(tmp_path / "cells.json")
-    plain = experiment("spos", evaluation_images=64, target_range=None, epochs=0.3, recalibration_images=64)
+    plain = experiment(
+        "spos", evaluation_images=64, target_range=None, epochs=0.3, recalibration_images=64
+    )
     shrink = {
         "metrics": ["angle", "magnitude"], "samples": 4, "dropped": 12, "until": 80, "first_epochs": 0.3, "epochs": 0.1, "alpha_every": 2,
     }  # fmt: skip
-    content = plain.model_dump(mode="json", by_alias=True) | {"space": {"name": str(tmp_path / "cells.json")}, "shrink": shrink}
+    content = plain.model_dump(mode="json", by_alias=True) | {
+        "space": {"name": str(tmp_path / "cells.json")},
+        "shrink": shrink,
+    }
     study_shrink(Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()))
     found = ShrinkStudy.load(tmp_path / "run" / "shrink" / "shrink.json")
     for path in found.paths:
         left = load_space(str(tmp_path / "run" / f"shrink-{path.metric}" / "space.json"))
         assert isinstance(left, CellSpace) and left.sha256 == path.shrunk_sha256
-        assert [step.size_after for step in path.steps][-1] == left.size <= 80 < SPACE.size and len(path.steps) == 2
-        before = read_supernet(tmp_path / "run" / "shrink-first" / "shared.safetensors").state_dict()
-        begin = read_supernet(tmp_path / "run" / f"shrink-{path.metric}" / "stage-1" / "initial.safetensors").state_dict()
-        first = read_supernet(tmp_path / "run" / "shrink-first" / "initial.safetensors").state_dict()
-        assert begin.keys() < before.keys() and all(tensor.equal(first[name]) for name, tensor in begin.items())
+        assert [step.size_after for step in path.steps][-1] == left.size <= 80 < SPACE.size and len(
+            path.steps
+        ) == 2
+        before = read_supernet(
+            tmp_path / "run" / "shrink-first" / "shared.safetensors"
+        ).state_dict()
+        begin = read_supernet(
+            tmp_path / "run" / f"shrink-{path.metric}" / "stage-1" / "initial.safetensors"
+        ).state_dict()
+        first = read_supernet(
+            tmp_path / "run" / "shrink-first" / "initial.safetensors"
+        ).state_dict()
+        assert begin.keys() < before.keys() and all(
+            tensor.equal(first[name]) for name, tensor in begin.items()
+        )
     edges = Experiment.model_validate(content | {"shrink": {**shrink, "operation_on": ["edge"]}})
     with pytest.raises(ConfigError, match="an edge of space cells has one input"):
         study_shrink(Pipeline(edges, tmp_path / "no", Progress()))

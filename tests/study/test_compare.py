@@ -1,4 +1,6 @@
-"""The comparison from configuration to document: ranks and costs counted anew, killed, resumed, with a failed search, refused."""
+"""The comparison from configuration to document: ranks and costs counted anew, killed,
+resumed, with a failed search, refused.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ EVALUATION, RECALIBRATION, BATCH = 64, 256, 32
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A space document, and a truth of all its architectures that follows the MACs but for noise."""
+    """A space document, and a truth of all its architectures that follows the MACs but
+    for noise.
+    """
     root = tmp_path_factory.mktemp("compare")
     SPACE.save(root / "tiny.json")
     rng, archs = np.random.default_rng(0), {}
@@ -49,17 +53,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = csv.writer(file)
         lines.writerow(["arch", "acc1", "acc2"])
         for picks, value in zip(archs.values(), accuracy, strict=True):
-            lines.writerow([json.dumps(picks), f"{value:.4f}", f"{value + rng.normal() * 0.01:.4f}"])
+            lines.writerow(
+                [json.dumps(picks), f"{value:.4f}", f"{value + rng.normal() * 0.01:.4f}"]
+            )
     return root
 
 
 def study(folder: Path, search: dict[str, Any] | None = None, **settings: Any) -> Experiment:
-    plain = experiment("spos", evaluation_images=EVALUATION, **{"target_range": None, "epochs": 0.2, "tolerance": 0.3, **(search or {})})
-    compared = {"methods": METHODS, "max_macs": MAX_MACS, "standalone_epochs": 0.1, "standalone_images": 1000}
+    plain = experiment(
+        "spos",
+        evaluation_images=EVALUATION,
+        **{"target_range": None, "epochs": 0.2, "tolerance": 0.3, **(search or {})},
+    )
+    compared = {
+        "methods": METHODS,
+        "max_macs": MAX_MACS,
+        "standalone_epochs": 0.1,
+        "standalone_images": 1000,
+    }
     wanted = {
         "truth": str(folder / "truth.csv"), "bootstrap": 50, "seeds": [5, 6], **settings, "compare": compared | settings.get("compare", {}),
     }  # fmt: skip
-    content = plain.model_dump(mode="json", by_alias=True) | {"space": {"name": str(folder / "tiny.json")}, "study": wanted}
+    content = plain.model_dump(mode="json", by_alias=True) | {
+        "space": {"name": str(folder / "tiny.json")},
+        "study": wanted,
+    }
     return Experiment.model_validate(content)
 
 
@@ -83,19 +101,34 @@ def finished(folder: Path) -> tuple[Path, CompareStudy]:
 
 
 def budgeted(folder: Path) -> dict[str, tuple[int, list[float]]]:
-    """Architectures of the file in the budget: MACs and accuracies, read and counted without the study's own code."""
+    """Architectures of the file in the budget: MACs and accuracies, read and counted
+    without the study's own code.
+    """
     with open(folder / "truth.csv") as file:
-        rows = {row["arch"]: [float(row["acc1"]), float(row["acc2"])] for row in csv.DictReader(file)}
+        rows = {
+            row["arch"]: [float(row["acc1"]), float(row["acc2"])] for row in csv.DictReader(file)
+        }
     macs = {name: SPACE.decode(json.loads(name)).macs for name in rows}
-    return {name: (macs[name], rows[name]) for name in rows if MAX_MACS * 0.7 / 1.3 <= macs[name] <= MAX_MACS}
+    return {
+        name: (macs[name], rows[name])
+        for name in rows
+        if MAX_MACS * 0.7 / 1.3 <= macs[name] <= MAX_MACS
+    }
 
 
-def test_ranks_are_those_among_the_architectures_in_the_budget(folder: Path, finished: tuple[Path, CompareStudy]) -> None:
+def test_ranks_are_those_among_the_architectures_in_the_budget(
+    folder: Path, finished: tuple[Path, CompareStudy]
+) -> None:
     root, found = finished
     inside = {name: np.mean(values) for name, (_, values) in budgeted(folder).items()}
     assert 20 < found.architectures == len(inside) < found.truth.networks
-    assert found.best_accuracy == pytest.approx(max(inside.values())) and inside[found.best] == max(inside.values())
-    assert [method.name for method in found.methods] == ["spos", "one-shot"] and found.seeds == (5, 6)
+    assert found.best_accuracy == pytest.approx(max(inside.values())) and inside[found.best] == max(
+        inside.values()
+    )
+    assert [method.name for method in found.methods] == ["spos", "one-shot"] and found.seeds == (
+        5,
+        6,
+    )
     for method in found.methods:
         assert [row.seed for row in method.found] == [5, 6]
         for row in method.found:
@@ -103,41 +136,68 @@ def test_ranks_are_those_among_the_architectures_in_the_budget(folder: Path, fin
             own = inside[row.name]
             assert SPACE.decode(json.loads(row.name)) == SPACE.decode(searched.candidates[0].picks)
             assert row.macs == SPACE.decode(row.picks).macs == searched.candidates[0].predicted
-            assert row.accuracy == pytest.approx(own) and row.regret == pytest.approx(max(inside.values()) - own)
+            assert row.accuracy == pytest.approx(own) and row.regret == pytest.approx(
+                max(inside.values()) - own
+            )
             assert row.rank == sum(value >= own for value in inside.values())
             assert row.cpu_seconds is not None and row.cpu_seconds > 0
         assert method.rank == np.median([row.rank for row in method.found])
-        one = np.mean([[(row.accuracy > value) + (row.accuracy == value) / 2 for value in inside.values()] for row in method.found])
+        one = np.mean(
+            [
+                [(row.accuracy > value) + (row.accuracy == value) / 2 for value in inside.values()]
+                for row in method.found
+            ]
+        )
         assert method.beats_one.value == pytest.approx(one)
     (duel,) = found.duels
-    wins = [(a.accuracy > b.accuracy) + (a.accuracy == b.accuracy) / 2 for a in found.methods[0].found for b in found.methods[1].found]
+    wins = [
+        (a.accuracy > b.accuracy) + (a.accuracy == b.accuracy) / 2
+        for a in found.methods[0].found
+        for b in found.methods[1].found
+    ]
     assert duel.beats.value == np.mean(wins) and (duel.first, duel.second) == ("spos", "one-shot")
 
 
 def test_costs_are_counted(finished: tuple[Path, CompareStudy]) -> None:
-    """Random search trains one path a step, whose MACs its log has, and judges its candidates once, on all held-out images."""
+    """Random search trains one path a step, whose MACs its log has, and judges its
+    candidates once, on all held-out images.
+    """
     root, found = finished
     for row in found.methods[1].found:
         folder = root / f"one-shot-{row.seed}"
-        result, steps = SearchResult.load(folder / "search.json"), JsonLines(folder / "metrics.jsonl").read()
+        result, steps = (
+            SearchResult.load(folder / "search.json"),
+            JsonLines(folder / "metrics.jsonl").read(),
+        )
         trained = sum(3 * BATCH * step["macs"] for step in steps)
-        judged = sum((RECALIBRATION + 288) * each.predicted for each in result.candidates)  # 288: a fifth of the 1,438 digits
+        # 288: a fifth of the 1,438 digits
+        judged = sum((RECALIBRATION + 288) * each.predicted for each in result.candidates)
         assert row.cost.macs == pytest.approx(trained + judged, rel=1e-9)
-        assert (row.cost.training_images, row.cost.judged) == (BATCH * len(steps), len(result.candidates))
+        assert (row.cost.training_images, row.cost.judged) == (
+            BATCH * len(steps),
+            len(result.candidates),
+        )
     spos = found.methods[0].found[0].cost
     assert spos.judged == 6 + 3 + 3 + 3  # the evolution's, and the candidates of the last ranking
     mean = np.mean([row.cost.macs for row in found.methods[0].found])
     assert found.methods[0].cost == pytest.approx(mean / found.standalone_macs)
-    assert found.methods[0].equal is not None and found.methods[0].equal.trainings == int(np.ceil(mean / found.standalone_macs)) > 1
+    assert (
+        found.methods[0].equal is not None
+        and found.methods[0].equal.trainings == int(np.ceil(mean / found.standalone_macs)) > 1
+    )
 
 
-def test_random_search_is_what_many_random_searches_find(folder: Path, finished: tuple[Path, CompareStudy]) -> None:
+def test_random_search_is_what_many_random_searches_find(
+    folder: Path, finished: tuple[Path, CompareStudy]
+) -> None:
     field = arena(study(folder), SPACE)
     inside = [values for _, values in budgeted(folder).values()]
     accuracy_NR, rng = np.array(inside), np.random.default_rng(0)
     mean_N = accuracy_NR.mean(1)
     rank_N = np.array([(mean_N >= value).sum() for value in mean_N])
-    assert finished[1].standalone_macs == pytest.approx(3 * 0.1 * 1000 * np.mean([macs for macs, _ in budgeted(folder).values()]))
+    assert finished[1].standalone_macs == pytest.approx(
+        3 * 0.1 * 1000 * np.mean([macs for macs, _ in budgeted(folder).values()])
+    )
     for trainings in (1, 4):
         assert chosen_by_random(field, trainings).sum() == pytest.approx(1)
         drawn = rng.integers(len(mean_N), size=(20_000, trainings))
@@ -146,21 +206,32 @@ def test_random_search_is_what_many_random_searches_find(folder: Path, finished:
         exact = random_search(field, trainings)
         assert exact.rank == pytest.approx(rank_N[chosen].mean(), rel=0.03)
         assert exact.accuracy == pytest.approx(mean_N[chosen].mean(), abs=1e-3)
-        assert exact.ranks == pytest.approx(np.quantile(rank_N[chosen], QUANTILES), abs=0.02 * len(mean_N) + 1)
+        assert exact.ranks == pytest.approx(
+            np.quantile(rank_N[chosen], QUANTILES), abs=0.02 * len(mean_N) + 1
+        )
 
 
-def test_again_nothing_is_done_and_a_further_seed_searches_alone(folder: Path, finished: tuple[Path, CompareStudy]) -> None:
+def test_again_nothing_is_done_and_a_further_seed_searches_alone(
+    folder: Path, finished: tuple[Path, CompareStudy]
+) -> None:
     root, before = finished
     said = Saying()
     assert compared(study(folder), root, said) == before
-    assert set(said.said) == {f"{name}: current, skipped" for name in ("spos-5", "one-shot-5", "spos-6", "one-shot-6", "compare")}
+    assert set(said.said) == {
+        f"{name}: current, skipped"
+        for name in ("spos-5", "one-shot-5", "spos-6", "one-shot-6", "compare")
+    }
     assert not list(root.glob("*/*.safetensors"))
     shutil.copytree(root, folder / "more")
     after = compared(study(folder, seeds=[5, 6, 7]), folder / "more", said)
-    assert [method.found[:2] for method in after.methods] == [method.found for method in before.methods]
+    assert [method.found[:2] for method in after.methods] == [
+        method.found for method in before.methods
+    ]
 
 
-@pytest.mark.parametrize(("where", "steps"), [("one-shot-5: searching", 2), ("spos-6: evolution", 5)])
+@pytest.mark.parametrize(
+    ("where", "steps"), [("one-shot-5: searching", 2), ("spos-6: evolution", 5)]
+)
 def test_a_killed_study_ends_as_one_that_was_not(
     folder: Path, finished: tuple[Path, CompareStudy], tmp_path: Path, where: str, steps: int
 ) -> None:
@@ -173,7 +244,10 @@ def test_a_killed_study_ends_as_one_that_was_not(
 
 
 def test_a_failed_search_is_reported_and_leaves_the_others(
-    folder: Path, finished: tuple[Path, CompareStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    finished: tuple[Path, CompareStudy],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from hwnas.search.spos import SPOS
 
@@ -189,12 +263,15 @@ def test_a_failed_search_is_reported_and_leaves_the_others(
     found = compared(study(folder), tmp_path / "run", said)
     assert found.methods[0].failed == {"5": "the loss is nan at step 0."}
     assert [row.seed for row in found.methods[0].found] == [6]
-    assert [row.rank for row in found.methods[1].found] == [row.rank for row in finished[1].methods[1].found]
+    assert [row.rank for row in found.methods[1].found] == [
+        row.rank for row in finished[1].methods[1].found
+    ]
     assert "spos has no result for seed 5: the loss is nan at step 0." in said.said
     with pytest.raises(HwnasError, match=r"every search failed.*the loss is nan"):
         compared(study(folder, seeds=[5], compare={"methods": METHODS[:1]}), tmp_path / "alone")
     monkeypatch.undo()
-    assert counted(compared(study(folder), tmp_path / "run")) == counted(finished[1])  # the same command tries again
+    # the same command tries again
+    assert counted(compared(study(folder), tmp_path / "run")) == counted(finished[1])
 
 
 @pytest.mark.parametrize(
@@ -204,11 +281,27 @@ def test_a_failed_search_is_reported_and_leaves_the_others(
         ({}, {"seeds": []}, "study.seeds is empty"),
         ({}, {"compare": {"methods": []}}, "study.compare.methods is empty"),
         ({}, {"compare": {"methods": ["sposs"]}}, "'sposs'.*did you mean 'spos'"),
-        ({}, {"compare": {"methods": [{"strategy": {"name": "spos", "generation": 2}}]}}, "generation"),
-        ({}, {"compare": {"methods": [{"strategy": "spos", "search": {"epoch": 2}}]}}, "'spos'.*epoch"),
-        ({}, {"compare": {"methods": [{"strategy": "spos", "search": {"finder": "evolutoin"}}]}}, "evolutoin"),
+        (
+            {},
+            {"compare": {"methods": [{"strategy": {"name": "spos", "generation": 2}}]}},
+            "generation",
+        ),
+        (
+            {},
+            {"compare": {"methods": [{"strategy": "spos", "search": {"epoch": 2}}]}},
+            "'spos'.*epoch",
+        ),
+        (
+            {},
+            {"compare": {"methods": [{"strategy": "spos", "search": {"finder": "evolutoin"}}]}},
+            "evolutoin",
+        ),
         ({}, {"compare": {"max_macs": None}}, "study.compare.max_macs is not set"),
-        ({}, {"compare": {"max_macs": 1000}}, "no architecture of .*truth.csv has 538 to 1000 MACs; they have"),
+        (
+            {},
+            {"compare": {"max_macs": 1000}},
+            "no architecture of .*truth.csv has 538 to 1000 MACs; they have",
+        ),
         ({"limits": [{"kind": "params", "max_params": 1}]}, {}, "params"),
         ({"weights": "x"}, {}, "search.weights and search.backbone"),
         ({"table": "x.json"}, {}, "remove it, or limit MACs"),
@@ -227,11 +320,16 @@ def test_what_cannot_be_compared_is_said_before_any_training(
     ("settings", "words"),
     [
         ({"compare": {"methods": ["spos", "spos"]}}, "has 'spos' twice"),
-        ({"compare": {"methods": [{"strategy": "spos", "search": {"tolerance": 0.5}}]}}, "sets search.tolerance, which all methods"),
+        (
+            {"compare": {"methods": [{"strategy": "spos", "search": {"tolerance": 0.5}}]}},
+            "sets search.tolerance, which all methods",
+        ),
         ({"compare": {"methods": [{"strategy": "spos", "name": "a/b"}]}}, "name"),
     ],
 )
-def test_settings_that_contradict_each_other(folder: Path, settings: dict[str, Any], words: str) -> None:
+def test_settings_that_contradict_each_other(
+    folder: Path, settings: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         study(folder, **settings)
 
@@ -239,27 +337,44 @@ def test_settings_that_contradict_each_other(folder: Path, settings: dict[str, A
 def test_a_truth_that_lacks_architectures(folder: Path, tmp_path: Path) -> None:
     lines = (folder / "truth.csv").read_text().splitlines()
     (tmp_path / "part.csv").write_text("\n".join(lines[: len(lines) // 2]))
-    with pytest.raises(ConfigError, match=r"part.csv' has no accuracy of \{.*a random search proposes: a comparison needs every"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"part.csv' has no accuracy of \{.*a random search proposes: a comparison needs every"
+        ),
+    ):
         compared(study(folder, truth=str(tmp_path / "part.csv")), tmp_path / "run")
 
 
 def test_a_method_changes_what_it_names_and_no_more(folder: Path) -> None:
     config = study(folder)
     first, second = (searching(config, method, 9) for method in config.study.compare.methods)
-    assert (first.seed, first.search.epochs, second.search.epochs, second.search.strategy.name) == (9, 0.2, 0.1, "random")
+    assert (first.seed, first.search.epochs, second.search.epochs, second.search.strategy.name) == (
+        9,
+        0.2,
+        0.1,
+        "random",
+    )
     assert first.search.main_budget == second.search.main_budget
     assert first.search.main_budget.most == pytest.approx(200_000 / 1.3)
 
 
 def test_the_command_and_its_exit_code(
-    folder: Path, finished: tuple[Path, CompareStudy], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    finished: tuple[Path, CompareStudy],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["hwnas", "study", "compare", str(finished[0]), "--json", "-q"])
+    monkeypatch.setattr(
+        sys, "argv", ["hwnas", "study", "compare", str(finished[0]), "--json", "-q"]
+    )
     with pytest.raises(SystemExit) as done:
         main()
     assert done.value.code == 0
     assert CompareStudy.parse(capsys.readouterr().out) == finished[1]
-    monkeypatch.setattr(sys, "argv", ["hwnas", "study", "compare", "-q", "-s", "study.compare.methods=['spos']"])
+    monkeypatch.setattr(
+        sys, "argv", ["hwnas", "study", "compare", "-q", "-s", "study.compare.methods=['spos']"]
+    )
     with pytest.raises(SystemExit) as refused:
         main()
     assert refused.value.code == 2

@@ -42,14 +42,17 @@ def test_tau_b_by_hand() -> None:
 def test_sparse_tau_counts_near_ties_as_ties() -> None:
     truth, score = np.array([0.911, 0.9112, 0.9126, 0.930]), np.array([2.0, 1.0, 3.0, 4.0])
     assert metrics.binned(truth, 1e-3).tolist() == [911, 911, 912, 930]
-    assert metrics.kendall(score, truth) == pytest.approx(4 / 6)  # one pair of six is the wrong way round
-    assert metrics.sparse_kendall(score, truth, 1e-3) == pytest.approx(5 / math.sqrt(6 * 5))  # that pair is a tie now
+    # one pair of six is the wrong way round
+    assert metrics.kendall(score, truth) == pytest.approx(4 / 6)
+    # that pair is a tie now
+    assert metrics.sparse_kendall(score, truth, 1e-3) == pytest.approx(5 / math.sqrt(6 * 5))
     assert metrics.sparse_kendall(score, truth, 1e-5) == metrics.kendall(score, truth)
 
 
 def test_a_bin_does_not_depend_on_rounding() -> None:
     accuracies = np.array([k / 1000 for k in range(1001)])
-    assert metrics.binned(accuracies, 1e-3).tolist() == list(range(1001))  # 0.009 / 0.001 is 8.999...
+    # 0.009 / 0.001 is 8.999...
+    assert metrics.binned(accuracies, 1e-3).tolist() == list(range(1001))
 
 
 def test_regret_precision_and_random_by_hand() -> None:
@@ -57,7 +60,8 @@ def test_regret_precision_and_random_by_hand() -> None:
     assert metrics.regret(score, truth, 1) == pytest.approx(0.1)
     assert metrics.regret(score, truth, 5) == 0
     assert metrics.precision(score, truth, 2) == 0.5  # chosen: the second and the fourth
-    assert metrics.random_reaches(score, truth, 2) == pytest.approx(1 - (1 - 2 / 5) ** 2)  # the best chosen is second of five
+    # the best chosen is second of five
+    assert metrics.random_reaches(score, truth, 2) == pytest.approx(1 - (1 - 2 / 5) ** 2)
 
 
 def test_ties_at_the_edge_are_shared_or_count_against_the_score() -> None:
@@ -70,11 +74,15 @@ def test_ties_at_the_edge_are_shared_or_count_against_the_score() -> None:
 
 
 @given(PAIRS, st.integers(1, 60))
-def test_precision_is_the_mean_over_orders_of_the_ties(pairs: list[tuple[int, int]], k: int) -> None:
+def test_precision_is_the_mean_over_orders_of_the_ties(
+    pairs: list[tuple[int, int]], k: int
+) -> None:
     score, truth = np.array(pairs, dtype=float).T
     k, rng, found = min(k, len(truth)), np.random.default_rng(0), []
     for _ in range(100):
-        chosen, best = (set(np.lexsort((rng.random(len(truth)), -values))[:k]) for values in (score, truth))
+        chosen, best = (
+            set(np.lexsort((rng.random(len(truth)), -values))[:k]) for values in (score, truth)
+        )
         found.append(len(chosen & best) / k)
     assert metrics.precision(score, truth, k) == pytest.approx(np.mean(found), abs=0.25)
     assert metrics.precision(truth, truth + 0.01 * np.arange(len(truth)), len(truth)) == 1
@@ -96,10 +104,14 @@ def test_the_interval_holds_the_value_and_is_the_same_each_time() -> None:
     rng = np.random.default_rng(1)
     truth = rng.normal(size=200)
     score = truth + rng.normal(size=200)
-    found = [metrics.bootstrap(metrics.kendall, score, truth, np.random.default_rng(0), 400, 0.95) for _ in range(2)]
+    found = [
+        metrics.bootstrap(metrics.kendall, score, truth, np.random.default_rng(0), 400, 0.95)
+        for _ in range(2)
+    ]
     assert found[0] == found[1] is not None
     assert found[0][0] < metrics.kendall(score, truth) < found[0][1]
-    assert 0.05 < found[0][1] - found[0][0] < 0.2  # scipy's standard error for tau at this size is about 0.035
+    # scipy's standard error for tau at this size is about 0.035
+    assert 0.05 < found[0][1] - found[0][0] < 0.2
 
 
 def test_the_interval_covers_the_true_tau_as_often_as_it_says() -> None:
@@ -113,11 +125,18 @@ def test_the_interval_covers_the_true_tau_as_often_as_it_says() -> None:
 
 
 def test_without_differences_there_is_no_interval() -> None:
-    assert metrics.bootstrap(metrics.kendall, np.ones(9), np.arange(9.0), np.random.default_rng(0), 50, 0.95) is None
+    assert (
+        metrics.bootstrap(
+            metrics.kendall, np.ones(9), np.arange(9.0), np.random.default_rng(0), 50, 0.95
+        )
+        is None
+    )
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=14, unique=True), st.data())
-def test_mann_whitney_is_scipys_where_nothing_is_tied(values: list[int], data: st.DataObject) -> None:
+def test_mann_whitney_is_scipys_where_nothing_is_tied(
+    values: list[int], data: st.DataObject
+) -> None:
     cut = data.draw(st.integers(1, len(values) - 1))
     a, b = np.array(values[:cut], dtype=float), np.array(values[cut:], dtype=float)
     judge = mannwhitneyu(a, b, method="exact")
@@ -126,19 +145,27 @@ def test_mann_whitney_is_scipys_where_nothing_is_tied(values: list[int], data: s
     assert metrics.mann_whitney(b, a) == pytest.approx(judge.pvalue, abs=1e-12)
 
 
-@pytest.mark.parametrize(("a", "b"), [([3, 3, 5, 9], [3, 4, 4]), ([1, 1, 2], [2, 2, 3, 3, 3]), ([1, 2, 2, 7, 7], [2, 2, 7, 9, 9])])
-def test_mann_whitney_with_ties_is_scipys_over_all_permutations(a: list[float], b: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [([3, 3, 5, 9], [3, 4, 4]), ([1, 1, 2], [2, 2, 3, 3, 3]), ([1, 2, 2, 7, 7], [2, 2, 7, 9, 9])],
+)
+def test_mann_whitney_with_ties_is_scipys_over_all_permutations(
+    a: list[float], b: list[float]
+) -> None:
     def u(x: np.ndarray, y: np.ndarray) -> float:
         return float(mannwhitneyu(x, y, method="asymptotic").statistic)
 
-    judge = permutation_test((a, b), u, permutation_type="independent", n_resamples=np.inf, alternative="two-sided")
+    judge = permutation_test(
+        (a, b), u, permutation_type="independent", n_resamples=np.inf, alternative="two-sided"
+    )
     assert metrics.mann_whitney(np.array(a), np.array(b)) == pytest.approx(judge.pvalue, abs=1e-12)
 
 
 def test_superiority_and_its_p_value_by_hand() -> None:
     a, b = np.array([2.0, 3.0]), np.array([1.0, 2.0])
     assert metrics.wins(a, b).tolist() == [[1.0, 0.5], [1.0, 1.0]]
-    # ranks 2.5, 4 and 1, 2.5: of the six pairs of ranks, two have the sum 6.5 (4 with either 2.5) and none more; 2 x 2 / 6
+    # ranks 2.5, 4 and 1, 2.5: of the six pairs of ranks, two have the sum 6.5 (4 with
+    # either 2.5) and none more; 2 x 2 / 6
     assert metrics.mann_whitney(a, b) == pytest.approx(4 / 6)
     assert metrics.mann_whitney(a, a) == 1
     five = np.arange(5.0)
@@ -148,12 +175,15 @@ def test_superiority_and_its_p_value_by_hand() -> None:
 def test_best_of_random_by_hand() -> None:
     choice = np.array([0.9, 0.8, 0.8, 0.1])
     assert metrics.best_of_random(choice, 1).tolist() == [0.25] * 4
-    # of two draws: the best unless neither is it, 1 - (3/4)^2; the worst only twice, 1/16; those tied share the rest
+    # of two draws: the best unless neither is it, 1 - (3/4)^2; the worst only twice,
+    # 1/16; those tied share the rest
     assert metrics.best_of_random(choice, 2) == pytest.approx([7 / 16, 4 / 16, 4 / 16, 1 / 16])
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 40))
-def test_random_search_reaches_a_rank_with_the_papers_probability(values: list[int], k: int) -> None:
+def test_random_search_reaches_a_rank_with_the_papers_probability(
+    values: list[int], k: int
+) -> None:
     choice = np.array(values, dtype=float)
     probability = metrics.best_of_random(choice, k)
     for value in choice:

@@ -1,4 +1,6 @@
-"""Networks judged one after another, with the blocks that they share run once: the numbers of whole passes, from fewer blocks."""
+"""Networks judged one after another, with the blocks that they share run once: the
+numbers of whole passes, from fewer blocks.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,25 @@ from hwnas.study.prefixes import PART_OF_MEMORY, Maps, Prefixes, memory_for_maps
 from tests.search.staging import tiny_space
 
 torch.set_num_threads(1)
-SPACES = {"chain": tiny_space(), "cells": nasbench201(cells=(1, 1, 1), channels=4, resolution=8, classes=10)}
+SPACES = {
+    "chain": tiny_space(),
+    "cells": nasbench201(cells=(1, 1, 1), channels=4, resolution=8, classes=10),
+}
 
 
 def supernet_of(space: SearchSpace, **settings: bool) -> SharedNetwork:
-    return make_supernet(space, torch.Generator().manual_seed(0), SupernetConfig.model_validate(settings)).eval()
+    return make_supernet(
+        space, torch.Generator().manual_seed(0), SupernetConfig.model_validate(settings)
+    ).eval()
 
 
 def images(space: SearchSpace, count: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (6, space.in_channels, space.resolution, space.resolution)
-    return [torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last) for _ in range(count)]
+    return [
+        torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+        for _ in range(count)
+    ]
 
 
 def network_of(supernet: SharedNetwork, row: np.ndarray) -> Network:
@@ -42,7 +52,10 @@ def network_of(supernet: SharedNetwork, row: np.ndarray) -> Network:
 
 def rows(space: SearchSpace, count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    drawn = [np.array([rng.integers(len(choice.options)) for choice in space.choices]) for _ in range(count)]
+    drawn = [
+        np.array([rng.integers(len(choice.options)) for choice in space.choices])
+        for _ in range(count)
+    ]
     return sorted(drawn, key=tuple)
 
 
@@ -72,7 +85,9 @@ def test_logits_are_those_of_a_whole_pass(kind: str, memory: int) -> None:
         alone = network_of(supernet, row)
         recalibrate(alone, estimating)
         with torch.inference_mode():
-            assert all(torch.equal(a, alone(x_NCHW)) for a, x_NCHW in zip(found, judged, strict=True))
+            assert all(
+                torch.equal(a, alone(x_NCHW)) for a, x_NCHW in zip(found, judged, strict=True)
+            )
 
 
 @pytest.mark.parametrize("kind", sorted(SPACES))
@@ -113,13 +128,17 @@ def test_common_blocks_run_once() -> None:
 
 
 def test_other_weights_are_noticed() -> None:
-    """A block that looks alike but whose weights differ, such as one that only shares some, is run."""
+    """A block that looks alike but whose weights differ, such as one that only shares
+    some, is run.
+    """
     supernet = supernet_of(SPACES["chain"])
     estimating, judged = images(supernet.space, 3, 1), images(supernet.space, 2, 2)
     prefixes, row = Prefixes(Maps(estimating, judged)), rows(supernet.space, 1)[0]
     before = prefixes.logits(network_of(supernet, row))
     changed = network_of(supernet, row)
-    weight = next(module.weight for module in changed.blocks[1].modules() if isinstance(module, nn.Conv2d))
+    weight = next(
+        module.weight for module in changed.blocks[1].modules() if isinstance(module, nn.Conv2d)
+    )
     with torch.no_grad():
         weight[0] *= 2.0
         weight[1] += 0.5
@@ -129,7 +148,11 @@ def test_other_weights_are_noticed() -> None:
 
 def test_maps_that_do_not_fit_are_not_kept() -> None:
     supernet = supernet_of(SPACES["chain"])
-    estimating, judged, row = images(supernet.space, 3, 1), images(supernet.space, 2, 2), rows(supernet.space, 1)[0]
+    estimating, judged, row = (
+        images(supernet.space, 3, 1),
+        images(supernet.space, 2, 2),
+        rows(supernet.space, 1)[0],
+    )
     network = network_of(supernet, row)
     first = network.arch.ops()[0]
     bytes_of_first = 5 * 6 * first.out_ch * first.out_size**2 * 4
@@ -140,7 +163,9 @@ def test_maps_that_do_not_fit_are_not_kept() -> None:
         assert runs.count == 5 * (len(network.blocks) - kept)
 
 
-def test_maps_take_a_part_of_what_a_container_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_take_a_part_of_what_a_container_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "CGROUP", tmp_path / "memory.max")
     whole = memory_for_maps(torch.device("cpu"))
     (tmp_path / "memory.max").write_text("max\n")

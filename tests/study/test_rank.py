@@ -1,4 +1,6 @@
-"""The study from configuration to document: trained, killed, resumed, with a failed training, a failed architecture, on earlier weights."""
+"""The study from configuration to document: trained, killed, resumed, with a failed
+training, a failed architecture, on earlier weights.
+"""
 
 from __future__ import annotations
 
@@ -48,17 +50,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = csv.writer(file)
         lines.writerow(["arch", "acc1", "acc2"])
         for picks, value in zip(archs.values(), accuracy, strict=True):
-            lines.writerow([json.dumps(picks), f"{value:.4f}", f"{value + rng.normal() * 0.01:.4f}"])
+            lines.writerow(
+                [json.dumps(picks), f"{value:.4f}", f"{value + rng.normal() * 0.01:.4f}"]
+            )
     return root
 
 
 def study(folder: Path, search: dict[str, Any] | None = None, **settings: Any) -> Experiment:
-    plain = experiment("spos", evaluation_images=64, **{"target_range": None, "epochs": 0.3, **(search or {})})
+    plain = experiment(
+        "spos", evaluation_images=64, **{"target_range": None, "epochs": 0.3, **(search or {})}
+    )
     wanted = {
         "truth": str(folder / "truth.csv"), "architectures": 12, "top_k": 3, "bootstrap": 30, "scores": SCORES,
         "combinations": [("accuracy", "angle")], **settings,
     }  # fmt: skip
-    content = plain.model_dump(mode="json", by_alias=True) | {"space": {"name": str(folder / "tiny.json")}, "study": wanted}
+    content = plain.model_dump(mode="json", by_alias=True) | {
+        "space": {"name": str(folder / "tiny.json")},
+        "study": wanted,
+    }
     return Experiment.model_validate(content)
 
 
@@ -84,12 +93,16 @@ def test_metrics_are_those_of_the_scores(finished: tuple[Path, RankStudy]) -> No
     assert of_macs.spread["kendall"].std == 0
     assert all(each["over_macs"] == Estimate(value=0, low=0, high=0) for each in of_macs.supernets)
     loss = next(result for result in found.scores if result.name == "loss").supernets[0]
-    assert loss["over_macs"].value == pytest.approx(loss["kendall"].value - kendalltau(macs, truth).statistic)  # type: ignore[operator]
+    assert loss["over_macs"].value == pytest.approx(
+        loss["kendall"].value - kendalltau(macs, truth).statistic
+    )  # type: ignore[operator]
     for result in found.scores:
         for each in result.supernets:
             assert set(each) == set(METRICS)
             tau = each["kendall"]
-            assert result.name == "accuracy" or (tau.low is not None and tau.high is not None and tau.low <= tau.high)
+            assert result.name == "accuracy" or (
+                tau.low is not None and tau.high is not None and tau.low <= tau.high
+            )
     angle = next(result for result in found.scores if result.name == "angle")
     values = [each["kendall"].value for each in angle.supernets]
     assert values[0] != values[1]
@@ -116,19 +129,31 @@ def test_the_gap_and_the_noise_of_the_truth(finished: tuple[Path, RankStudy]) ->
     assert gap is not None
     assert gap.alone == pytest.approx(np.mean([point.truth for point in found.points]))
     assert gap.difference == pytest.approx(gap.alone - gap.supernet) and gap.difference > 0
-    assert (found.truth.networks, found.truth.repeats, found.truth.columns) == (30, 2, ("acc1", "acc2"))
+    assert (found.truth.networks, found.truth.repeats, found.truth.columns) == (
+        30,
+        2,
+        ("acc1", "acc2"),
+    )
     assert found.truth.kendall is not None and 0.5 < found.truth.kendall < 1
 
 
-def test_again_nothing_is_done_and_more_architectures_keep_the_old_scores(folder: Path, finished: tuple[Path, RankStudy]) -> None:
+def test_again_nothing_is_done_and_more_architectures_keep_the_old_scores(
+    folder: Path, finished: tuple[Path, RankStudy]
+) -> None:
     root, before = finished
     said = Saying()
     ranked(study(folder, seeds=[5, 6]), root, said)
-    assert {"supernet-5: current, skipped", "supernet-6: current, skipped", "rank: current, skipped"} <= set(said.said)
+    assert {
+        "supernet-5: current, skipped",
+        "supernet-6: current, skipped",
+        "rank: current, skipped",
+    } <= set(said.said)
     copy = folder / "more"
     shutil.copytree(root, copy)
     after = ranked(study(folder, seeds=[5, 6], architectures=15), copy)
-    assert [point for point in after.points if point.name in {p.name for p in before.points}] == list(before.points)
+    assert [
+        point for point in after.points if point.name in {p.name for p in before.points}
+    ] == list(before.points)
     assert all(len(rows) == 15 for rows in _rows(copy))  # twelve were there
     wider = ranked(study(folder, seeds=[5, 6], architectures=15, scores=[*SCORES, "synflow"]), copy)
     assert {"synflow", *SCORES} == set(wider.points[0].scores)
@@ -137,10 +162,14 @@ def test_again_nothing_is_done_and_more_architectures_keep_the_old_scores(folder
     judged = config.search.model_copy(update={"evaluation_images": 77, "recalibration_images": 66})
     other = ranked(config.model_copy(update={"search": judged}), copy, said)
     assert {"supernet-5: current, skipped", "supernet-6: current, skipped"} <= set(said.said)
-    assert [point.scores["loss"] for point in other.points] != [point.scores["loss"] for point in before.points]
+    assert [point.scores["loss"] for point in other.points] != [
+        point.scores["loss"] for point in before.points
+    ]
 
 
-@pytest.mark.parametrize(("where", "steps"), [("training a super-net", 5), ("scoring", 4), ("bootstrap", 2)])
+@pytest.mark.parametrize(
+    ("where", "steps"), [("training a super-net", 5), ("scoring", 4), ("bootstrap", 2)]
+)
 def test_a_killed_study_ends_as_one_that_was_not(
     folder: Path, finished: tuple[Path, RankStudy], tmp_path: Path, where: str, steps: int
 ) -> None:
@@ -190,20 +219,33 @@ def test_a_failed_architecture_is_reported_and_leaves_the_others(
     found = ranked(study(folder), tmp_path / "run")
     assert found.supernets[0].failed == {bad: "its loss is nan"}
     assert found.supernets[0].scored == 11
-    assert [point.name for point in found.points] == [point.name for point in finished[1].points if point.name != bad]
+    assert [point.name for point in found.points] == [
+        point.name for point in finished[1].points if point.name != bad
+    ]
 
 
-def test_an_earlier_search_lends_its_supernet(folder: Path, tmp_path: Path, finished: tuple[Path, RankStudy]) -> None:
+def test_an_earlier_search_lends_its_supernet(
+    folder: Path, tmp_path: Path, finished: tuple[Path, RankStudy]
+) -> None:
     plain = study(
-        folder, search={"target_range": 0.5, "random_samples": 0, "candidates": 1, "strategy": {"name": "spos", "generations": 1}}
+        folder,
+        search={
+            "target_range": 0.5,
+            "random_samples": 0,
+            "candidates": 1,
+            "strategy": {"name": "spos", "generations": 1},
+        },
     )
     search = plain.search.model_copy(update={"budget": MacsLimit(kind="macs"), "tolerance": 0.5})
-    Pipeline(plain.model_copy(update={"search": search}), tmp_path / "searched", Progress()).run_stage("search")
+    Pipeline(
+        plain.model_copy(update={"search": search}), tmp_path / "searched", Progress()
+    ).run_stage("search")
     found = ranked(study(folder, supernets=[str(tmp_path / "searched")]), tmp_path / "run")
     assert not (tmp_path / "run" / "supernet-5").exists()
     assert found.supernets[0].strategy == "spos"
     of_first = [result.supernets[:1] for result in finished[1].scores]
-    assert [result.supernets for result in found.scores] == of_first  # the same training as the study's own of that seed
+    # the same training as the study's own of that seed
+    assert [result.supernets for result in found.scores] == of_first
 
 
 @pytest.mark.parametrize(
@@ -235,22 +277,33 @@ def test_what_cannot_be_studied_is_said_before_any_training(
         ({"combinations": [["accuracy"]]}, "give two or more of study.scores"),
     ],
 )
-def test_settings_that_contradict_each_other(folder: Path, settings: dict[str, Any], words: str) -> None:
+def test_settings_that_contradict_each_other(
+    folder: Path, settings: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         study(folder, **settings)
 
 
 def test_the_angle_is_from_the_weights_after_the_base_epochs(folder: Path, tmp_path: Path) -> None:
-    """Killed before and behind them: the same file, and the angles of a training that was not killed."""
+    """Killed before and behind them: the same file, and the angles of a training that
+    was not killed.
+    """
     config = study(folder, scores=["angle"], combinations=[], base_epochs=0.1)
     straight = ranked(config, tmp_path / "straight")
-    base, last = (load_supernet(tmp_path / "straight/supernet-5" / name, SPACE) for name in ("base.safetensors", "shared.safetensors"))
+    base, last = (
+        load_supernet(tmp_path / "straight/supernet-5" / name, SPACE)
+        for name in ("base.safetensors", "shared.safetensors")
+    )
     angles = Angles(base, last)
     truth = read_truth(folder / "truth.csv", SPACE)
     picks = dict(zip(truth.names, truth.picks, strict=True))
-    assert all(point.scores["angle"] == angles.of(picks[point.name]) > 0 for point in straight.points)
+    assert all(
+        point.scores["angle"] == angles.of(picks[point.name]) > 0 for point in straight.points
+    )
     from_the_start = ranked(study(folder, scores=["angle"], combinations=[]), tmp_path / "whole")
-    assert all(a.scores != b.scores for a, b in zip(straight.points, from_the_start.points, strict=True))
+    assert all(
+        a.scores != b.scores for a, b in zip(straight.points, from_the_start.points, strict=True)
+    )
     for steps in (1, 4):
         with pytest.raises(Killed):
             ranked(config, tmp_path / "killed", Killing("training a super-net", steps))
@@ -258,14 +311,18 @@ def test_the_angle_is_from_the_weights_after_the_base_epochs(folder: Path, tmp_p
 
 
 def test_base_epochs_that_cannot_be(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"base_epochs = 0\.3 is no part of search\.epochs = 0\.3"):
+    with pytest.raises(
+        ConfigError, match=r"base_epochs = 0\.3 is no part of search\.epochs = 0\.3"
+    ):
         ranked(study(folder, base_epochs=0.3), tmp_path)
     with pytest.raises(ConfigError, match=r"only the last weights of study\.supernets"):
         ranked(study(folder, base_epochs=0.1, supernets=["x"]), tmp_path)
 
 
 def test_a_difference_to_macs_is_of_the_same_networks() -> None:
-    """A score that follows the MACs closely is told from them where the intervals of the two taus overlap."""
+    """A score that follows the MACs closely is told from them where the intervals of
+    the two taus overlap.
+    """
     rng = np.random.default_rng(0)
     truth_N = rng.normal(size=200)
     macs_N = truth_N + rng.normal(size=200)

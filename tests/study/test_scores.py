@@ -1,4 +1,6 @@
-"""Scores of architectures: against plain formulas on their networks, and that each looks at what it says."""
+"""Scores of architectures: against plain formulas on their networks, and that each
+looks at what it says.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from tests.search.staging import experiment, tiny_space
 
 SPACE = tiny_space()
 PICKS = [SPACE.sample(np.random.default_rng(seed)) for seed in range(4)]
-SMALLEST = {choice.key: choice.options[-1] if "skip" in choice.options else choice.options[0] for choice in SPACE.choices}
+SMALLEST = {
+    choice.key: choice.options[-1] if "skip" in choice.options else choice.options[0]
+    for choice in SPACE.choices
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,9 @@ def config() -> Experiment:
 
 
 def scorer(config: Experiment, seed: int = 3, moved: float = 0.1) -> Scorer:
-    """A scorer of a super-net whose weights have moved from their initialisation by ``moved`` of themselves, at random."""
+    """A scorer of a super-net whose weights have moved from their initialisation by
+    ``moved`` of themselves, at random.
+    """
     supernet = Supernet(SPACE, torch.Generator().manual_seed(seed), config.search.supernet)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -37,15 +44,24 @@ def scorer(config: Experiment, seed: int = 3, moved: float = 0.1) -> Scorer:
 
 
 def flat(network: torch.nn.Module) -> np.ndarray:
-    layers = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+    layers = [
+        module
+        for module in network.modules()
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)
+    ]
     return np.concatenate([layer.weight.detach().double().numpy().ravel() for layer in layers])
 
 
 def test_the_initialisation_is_found_again(config: Experiment) -> None:
     one = scorer(config, moved=0.0)
-    assert all(torch.equal(a, b) for a, b in zip(one.initial.parameters(), one.supernet.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.initial.parameters(), one.supernet.parameters(), strict=True)
+    )
     assert one.score(PICKS[0], ["angle"])["angle"] == pytest.approx(0, abs=1e-6)
-    assert initial_supernet(one.supernet, 4).classifier.weight.ne(one.supernet.classifier.weight).any()
+    assert (
+        initial_supernet(one.supernet, 4).classifier.weight.ne(one.supernet.classifier.weight).any()
+    )
 
 
 def test_the_angle_is_one_cosine_of_all_weights(config: Experiment) -> None:
@@ -60,7 +76,11 @@ def test_the_angle_is_one_cosine_of_all_weights(config: Experiment) -> None:
 def test_identity_adds_nothing_to_the_angle(config: Experiment) -> None:
     one = scorer(config)
     before = one.score(SMALLEST, ["angle"])
-    skipped = [module for module, slot in zip(one.supernet.slots, SPACE.slots, strict=True) if SMALLEST.get(slot.key) == "skip"]
+    skipped = [
+        module
+        for module, slot in zip(one.supernet.slots, SPACE.slots, strict=True)
+        if SMALLEST.get(slot.key) == "skip"
+    ]
     assert skipped
     with torch.no_grad():
         for module in skipped:
@@ -77,7 +97,9 @@ def test_opposite_weights_are_pi_apart(config: Experiment) -> None:
     assert one.angles.of(PICKS[0]) == pytest.approx(math.pi)
 
 
-def test_recalibrated_accuracy_is_the_judges_and_loss_is_of_the_same_network(config: Experiment) -> None:
+def test_recalibrated_accuracy_is_the_judges_and_loss_is_of_the_same_network(
+    config: Experiment,
+) -> None:
     one = scorer(config)
     found = one.score(PICKS[1], ["accuracy", "loss"])
     assert found["accuracy"] == one.judge.evaluate(PICKS[1])
@@ -91,7 +113,9 @@ def test_recalibrated_accuracy_is_the_judges_and_loss_is_of_the_same_network(con
 
 
 def test_unrecalibrated_uses_tracked_statistics_where_there_are_any(config: Experiment) -> None:
-    tracking = experiment("spos", recalibration_images=64, evaluation_images=100, supernet={"bn_track": True})
+    tracking = experiment(
+        "spos", recalibration_images=64, evaluation_images=100, supernet={"bn_track": True}
+    )
     one, other = scorer(config), scorer(tracking)
     with torch.no_grad():
         for module in other.supernet.modules():
@@ -104,7 +128,10 @@ def test_unrecalibrated_uses_tracked_statistics_where_there_are_any(config: Expe
 
 def test_shape_scores(config: Experiment) -> None:
     arch = SPACE.decode(PICKS[3])
-    assert scorer(config).score(PICKS[3], ["macs", "params"]) == {"macs": arch.macs, "params": arch.params}
+    assert scorer(config).score(PICKS[3], ["macs", "params"]) == {
+        "macs": arch.macs,
+        "params": arch.params,
+    }
 
 
 def test_zero_cost_scores_are_of_the_initialisation(config: Experiment) -> None:
@@ -115,13 +142,23 @@ def test_zero_cost_scores_are_of_the_initialisation(config: Experiment) -> None:
     network = one.initial.extract(PICKS[0]).train()
     x_NCHW, y = (part[:32] for part in one.judge.evaluation()[0])  # search.batch_size
     F.cross_entropy(network(x_NCHW), y).backward()
-    pairs = [(m.weight.detach(), m.weight.grad) for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
-    assert found[0]["grad_norm"] == pytest.approx(math.sqrt(sum(float((g**2).sum()) for _, g in pairs)), rel=1e-4)
-    assert found[0]["snip"] == pytest.approx(sum(float((w * g).abs().sum()) for w, g in pairs), rel=1e-4)
+    pairs = [
+        (m.weight.detach(), m.weight.grad)
+        for m in network.modules()
+        if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+    ]
+    assert found[0]["grad_norm"] == pytest.approx(
+        math.sqrt(sum(float((g**2).sum()) for _, g in pairs)), rel=1e-4
+    )
+    assert found[0]["snip"] == pytest.approx(
+        sum(float((w * g).abs().sum()) for w, g in pairs), rel=1e-4
+    )
 
 
 def test_synflow_scales_with_every_layer(config: Experiment) -> None:
-    """The summed logits are multilinear in the layers of a chain without residuals: doubling one adds log 2."""
+    """The summed logits are multilinear in the layers of a chain without residuals:
+    doubling one adds log 2.
+    """
     one = scorer(config)
     networks = [one.initial.extract(SMALLEST) for _ in range(2)]
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Shrinking from configuration to documents: killed and resumed, what the stages hand on, and the space that searches take."""
+"""Shrinking from configuration to documents: killed and resumed, what the stages hand
+on, and the space that searches take.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def study(folder: Path, search: dict[str, Any] | None = None, truth: bool = True, **settings: Any) -> Experiment:
-    plain = experiment("spos", evaluation_images=64, **{"recalibration_images": 64, "target_range": None, **(search or {})})
+def study(
+    folder: Path, search: dict[str, Any] | None = None, truth: bool = True, **settings: Any
+) -> Experiment:
+    plain = experiment(
+        "spos",
+        evaluation_images=64,
+        **{"recalibration_images": 64, "target_range": None, **(search or {})},
+    )
     shrink = {
         "metrics": METRICS, "samples": 4, "dropped": 3, "until": 40, "first_epochs": 0.3, "epochs": 0.2, "refresh_after": 3,
         "alpha_lr": 0.01, "alpha_every": 2, **settings,
     }  # fmt: skip
-    content = plain.model_dump(mode="json", by_alias=True) | {"space": {"name": str(folder / "tiny.json")}, "shrink": shrink}
-    return Experiment.model_validate(content | {"study": {"truth": str(folder / "truth.csv") if truth else None}})
+    content = plain.model_dump(mode="json", by_alias=True) | {
+        "space": {"name": str(folder / "tiny.json")},
+        "shrink": shrink,
+    }
+    return Experiment.model_validate(
+        content | {"study": {"truth": str(folder / "truth.csv") if truth else None}}
+    )
 
 
 def shrunk(config: Experiment, root: Path, progress: Progress | None = None) -> ShrinkStudy:
@@ -75,21 +88,40 @@ def test_every_metric_has_its_path_and_its_space(finished: tuple[Path, ShrinkStu
         left = MacroSpace.load(root / f"shrink-{path.metric}" / "space.json")
         assert (left.sha256, left.size) == (path.shrunk_sha256, path.steps[-1].size_after)
         assert left.size <= 40 < path.steps[-1].size  # it stops as soon as it is small enough
-        assert [step.size for step in path.steps[1:]] == [step.size_after for step in path.steps[:-1]]
+        assert [step.size for step in path.steps[1:]] == [
+            step.size_after for step in path.steps[:-1]
+        ]
         for number, step in enumerate(path.steps):
-            scores = {(key, option): score for key, options in step.scores.items() for option, score in options.items()}
+            scores = {
+                (key, option): score
+                for key, options in step.scores.items()
+                for option, score in options.items()
+            }
             assert len(step.dropped) == 3
             kept = min(score for operator, score in scores.items() if operator not in step.dropped)
-            alone = {key for key, options in step.scores.items() if len(options) - sum(k == key for k, _ in step.dropped) == 1}
+            alone = {
+                key
+                for key, options in step.scores.items()
+                if len(options) - sum(k == key for k, _ in step.dropped) == 1
+            }
             assert all(scores[each] <= kept for each in step.dropped) or alone
-            after = MacroSpace.load(root / f"shrink-{path.metric}" / f"stage-{number}" / "space.json")
+            after = MacroSpace.load(
+                root / f"shrink-{path.metric}" / f"stage-{number}" / "space.json"
+            )
             assert after.size == step.size_after
-        assert [step.refreshed for step in path.steps[:3]] == [False, True, False][: len(path.steps)]  # once, beyond three dropped
+        # once, beyond three dropped
+        assert [step.refreshed for step in path.steps[:3]] == [False, True, False][
+            : len(path.steps)
+        ]
 
 
-def test_all_share_the_first_training_and_random_needs_none(finished: tuple[Path, ShrinkStudy]) -> None:
+def test_all_share_the_first_training_and_random_needs_none(
+    finished: tuple[Path, ShrinkStudy],
+) -> None:
     root, found = finished
-    assert not list(root.glob("shrink-*/stage-0/*.safetensors")) and not list(root.glob("shrink-random/*/*.safetensors"))
+    assert not list(root.glob("shrink-*/stage-0/*.safetensors")) and not list(
+        root.glob("shrink-random/*/*.safetensors")
+    )
     first = read_supernet(root / "shrink-first" / "shared.safetensors")
     params = sum(weight.numel() for weight in first.parameters())
     by_metric = {path.metric: path.steps for path in found.paths}
@@ -107,7 +139,9 @@ def test_weights_and_base_weights_go_on(finished: tuple[Path, ShrinkStudy]) -> N
     assert found.paths[0].steps[1].refreshed
     last = {
         number: [read_supernet(folder / f"{name}.safetensors") for name in ("initial", "shared")]
-        for number, folder in enumerate((root / "shrink-first", root / "shrink-angle/stage-1", root / "shrink-angle/stage-2"))
+        for number, folder in enumerate(
+            (root / "shrink-first", root / "shrink-angle/stage-1", root / "shrink-angle/stage-2")
+        )
     }
     fixed = [[net.slots[0].state_dict() for net in nets] for nets in last.values()]
 
@@ -123,7 +157,10 @@ def test_the_truth_says_what_is_left(finished: tuple[Path, ShrinkStudy]) -> None
     assert found.truth is not None and found.oracle is not None and found.chance is not None
     assert found.truth.networks == SPACE.size == 400
     for curve, path in zip(found.curves, found.paths, strict=True):
-        assert [left.networks for left in curve.remaining] == [400, *(step.size_after for step in path.steps)]
+        assert [left.networks for left in curve.remaining] == [
+            400,
+            *(step.size_after for step in path.steps),
+        ]
         assert len(curve.operator_kendall) == len(path.steps)
     means = [left.mean for left in found.oracle.remaining]
     assert all(a < b for a, b in pairwise(means))  # type: ignore[operator]
@@ -144,9 +181,16 @@ def test_the_truth_says_what_is_left(finished: tuple[Path, ShrinkStudy]) -> None
     ],
 )
 def test_a_killed_study_ends_as_one_that_was_not(
-    folder: Path, finished: tuple[Path, ShrinkStudy], tmp_path: Path, metric: str, where: str, steps: int
+    folder: Path,
+    finished: tuple[Path, ShrinkStudy],
+    tmp_path: Path,
+    metric: str,
+    where: str,
+    steps: int,
 ) -> None:
-    """And as that of several metrics, though architecture parameters are trained beside the weights only where a metric asks for them."""
+    """And as that of several metrics, though architecture parameters are trained beside
+    the weights only where a metric asks for them.
+    """
     config = study(folder, metrics=(metric,))
     with pytest.raises(Killed):
         shrunk(config, tmp_path / "run", Killing(where, steps))
@@ -155,7 +199,9 @@ def test_a_killed_study_ends_as_one_that_was_not(
     assert found.curves == tuple(curve for curve in finished[1].curves if curve.name == metric)
 
 
-def test_again_nothing_is_done_and_further_metrics_keep_what_is_there(folder: Path, finished: tuple[Path, ShrinkStudy]) -> None:
+def test_again_nothing_is_done_and_further_metrics_keep_what_is_there(
+    folder: Path, finished: tuple[Path, ShrinkStudy]
+) -> None:
     copy, said = folder / "again", Saying()
     shutil.copytree(finished[0], copy)
     shrunk(study(folder), copy, said)
@@ -165,7 +211,8 @@ def test_again_nothing_is_done_and_further_metrics_keep_what_is_there(folder: Pa
     assert fewer.paths == (finished[1].paths[2], finished[1].paths[0])
     assert {"shrink-first: current, skipped", "shrink-angle: current, skipped"} <= set(said.said)
     changed = study(folder, metrics=("magnitude", "angle"), dropped=2, until=200)
-    other = shrunk(changed, copy, said := Saying())  # scores anew, but the first training is the same
+    # scores anew, but the first training is the same
+    other = shrunk(changed, copy, said := Saying())
     assert "shrink-first: current, skipped" in said.said
     assert len(other.paths[1].steps[0].dropped) == 2
     assert other.paths[1].steps[0].scores == finished[1].paths[0].steps[0].scores
@@ -175,7 +222,14 @@ def test_less_sharing_stage_by_stage(folder: Path, tmp_path: Path) -> None:
     """PWSNAS's second strategy: the space shrinks and the super-net does not."""
     settings: dict[str, Any] = {"metrics": ("angle",), "dropped": 1, "until": 150}
     plain = shrunk(study(folder, truth=False, **settings), tmp_path / "plain").paths[0].steps
-    split = shrunk(study(folder, truth=False, operation_on=("node", "edge", "op"), **settings), tmp_path / "split").paths[0].steps
+    split = (
+        shrunk(
+            study(folder, truth=False, operation_on=("node", "edge", "op"), **settings),
+            tmp_path / "split",
+        )
+        .paths[0]
+        .steps
+    )
     assert [step.operation_on for step in split[:3]] == ["node", "edge", "op"][: len(split)]
     assert split[0] == plain[0]
     assert split[0].params < split[1].params < split[2].params  # type: ignore[operator]
@@ -183,23 +237,35 @@ def test_less_sharing_stage_by_stage(folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_truth_there_is_nothing_to_compare(folder: Path, tmp_path: Path) -> None:
-    found = shrunk(study(folder, truth=False, metrics=("random",), drop="each", keep=2), tmp_path / "run", said := Saying())
+    found = shrunk(
+        study(folder, truth=False, metrics=("random",), drop="each", keep=2),
+        tmp_path / "run",
+        said := Saying(),
+    )
     assert (found.truth, found.curves, found.oracle, found.chance) == (None, (), None, None)
     assert not (tmp_path / "run" / "shrink-first").exists()
     sizes = [step.size_after for step in found.paths[0].steps]
     assert sizes == [3 * 4 * 4 * 4, 2 * 3 * 3 * 4, 2 * 2 * 2 * 4]
-    assert any(line.startswith("random, stage 0: 3 of 14 scored operators dropped (") for line in said.said)
-    assert any("; a choice's last operator stays, and is not scored); 400 architectures -> 192" in line for line in said.said)
+    assert any(
+        line.startswith("random, stage 0: 3 of 14 scored operators dropped (") for line in said.said
+    )
+    assert any(
+        "; a choice's last operator stays, and is not scored); 400 architectures -> 192" in line
+        for line in said.said
+    )
 
 
 def test_it_ends_where_nothing_may_leave(folder: Path, tmp_path: Path) -> None:
     found = shrunk(study(folder, metrics=("random",), until=1, keep=4), tmp_path / "run")
     steps = found.paths[0].steps
-    assert sum(len(step.dropped) for step in steps) == 2 and not steps[-1].dropped  # two choices have five options
+    # two choices have five options
+    assert sum(len(step.dropped) for step in steps) == 2 and not steps[-1].dropped
 
 
 @pytest.mark.parametrize("strategy", ["spos", "fairnas", "proxylessnas", "darts", "pdarts"])
-def test_searches_take_the_space_before_and_after(strategy: str, finished: tuple[Path, ShrinkStudy], tmp_path: Path) -> None:
+def test_searches_take_the_space_before_and_after(
+    strategy: str, finished: tuple[Path, ShrinkStudy], tmp_path: Path
+) -> None:
     after = load_space(str(finished[0] / "shrink-angle" / "space.json"))
     assert isinstance(after, MacroSpace) and after.size < SPACE.size
     options = {"name": strategy, **OPTIONS[strategy]}
@@ -215,23 +281,45 @@ def test_searches_take_the_space_before_and_after(strategy: str, finished: tuple
             random_samples=0,
         )
         run(tmp_path / str(number) / "search", config, synthetic_table(space), space=space)
-        picks = json.loads((tmp_path / str(number) / "search" / "search.json").read_text())["candidates"][0]["picks"]
+        picks = json.loads((tmp_path / str(number) / "search" / "search.json").read_text())[
+            "candidates"
+        ][0]["picks"]
         space.check(picks)
 
 
 @pytest.mark.parametrize(
     ("search", "settings", "error", "words"),
     [
-        ({"strategy": {"name": "darts"}}, {}, ConfigError, "'darts' does not train single paths .* use spos or fairnas"),
+        (
+            {"strategy": {"name": "darts"}},
+            {},
+            ConfigError,
+            "'darts' does not train single paths .* use spos or fairnas",
+        ),
         ({}, {"until": 400}, ConfigError, "shrink.until = 400, but space tiny has 400"),
         ({}, {"metrics": ["angel"]}, ConfigError, "did you mean 'angle'"),
-        ({}, {"operation_on": ["edge"]}, ConfigError, "magnitude mixes options, so an input has no one producer"),
-        ({"supernet": {"wsbn": True}}, {}, ConfigError, "magnitude mixes options, so an input has no one producer"),
+        (
+            {},
+            {"operation_on": ["edge"]},
+            ConfigError,
+            "magnitude mixes options, so an input has no one producer",
+        ),
+        (
+            {"supernet": {"wsbn": True}},
+            {},
+            ConfigError,
+            "magnitude mixes options, so an input has no one producer",
+        ),
         ({}, {"max_macs": 10.0}, SpaceError, "within shrink.max_macs = 10 was found"),
     ],
 )
 def test_what_cannot_be_shrunk(
-    folder: Path, tmp_path: Path, search: dict[str, Any], settings: dict[str, Any], error: Any, words: str
+    folder: Path,
+    tmp_path: Path,
+    search: dict[str, Any],
+    settings: dict[str, Any],
+    error: Any,
+    words: str,
 ) -> None:
     with pytest.raises(error, match=words):
         shrunk(study(folder, search, **settings), tmp_path / "run")
@@ -240,7 +328,12 @@ def test_what_cannot_be_shrunk(
 def test_steps_are_documents(finished: tuple[Path, ShrinkStudy]) -> None:
     for path in finished[1].paths:
         for number, step in enumerate(path.steps):
-            assert ShrinkStep.load(finished[0] / f"shrink-{path.metric}" / f"stage-{number}" / "step.json") == step
+            assert (
+                ShrinkStep.load(
+                    finished[0] / f"shrink-{path.metric}" / f"stage-{number}" / "step.json"
+                )
+                == step
+            )
 
 
 def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
@@ -249,23 +342,48 @@ def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
     for root, base in zip(roots, (0.0, 0.2), strict=True):
         shrunk(study(folder, metrics=["angle"], until=300, base_epochs=base), root)
     files = ("initial.safetensors", "shared.safetensors")
-    initial, last = ([read_supernet(root / "shrink-first" / file) for root in roots] for file in files)
+    initial, last = (
+        [read_supernet(root / "shrink-first" / file) for root in roots] for file in files
+    )
     with pytest.raises(Killed):  # behind the base epochs
-        shrunk(study(folder, metrics=["angle"], until=300, base_epochs=0.1), tmp_path / "killed", Killing("super-net of all metrics", 5))
+        shrunk(
+            study(folder, metrics=["angle"], until=300, base_epochs=0.1),
+            tmp_path / "killed",
+            Killing("super-net of all metrics", 5),
+        )
     shrunk(study(folder, metrics=["angle"], until=300, base_epochs=0.1), tmp_path / "killed")
     shrunk(study(folder, metrics=["angle"], until=300, base_epochs=0.1), tmp_path / "straight")
-    files_of = [(root / "shrink-first/initial.safetensors").read_bytes() for root in (tmp_path / "killed", tmp_path / "straight", roots[0])]
+    files_of = [
+        (root / "shrink-first/initial.safetensors").read_bytes()
+        for root in (tmp_path / "killed", tmp_path / "straight", roots[0])
+    ]
     assert files_of[0] == files_of[1] != files_of[2]
-    same = [all(torch.equal(*pair) for pair in zip(*(each.parameters() for each in both), strict=True)) for both in (initial, last)]
+    same = [
+        all(torch.equal(*pair) for pair in zip(*(each.parameters() for each in both), strict=True))
+        for both in (initial, last)
+    ]
     assert same == [False, True]
-    assert [ShrinkPath.load(root / "shrink-angle" / "path.json").base_epochs for root in roots] == [0.0, 0.2]
+    assert [ShrinkPath.load(root / "shrink-angle" / "path.json").base_epochs for root in roots] == [
+        0.0,
+        0.2,
+    ]
     with pytest.raises(ValueError, match=r"base_epochs = 0\.3 is no part of first_epochs = 0\.3"):
         study(folder, base_epochs=0.3)
 
 
 def test_what_policies_are_rewarded_by_decides_a_training() -> None:
-    """Judging by the loss is of rewards, too, so neither study takes over a super-net that was trained by accuracy."""
-    by_metric, by_loss, fewer = (experiment("tunas", **each) for each in ({}, {"quality": "loss"}, {"evaluation_images": 7}))
-    assert shrink.first_sha256(by_metric) == shrink.first_sha256(fewer) != shrink.first_sha256(by_loss)
-    assert supernets.training(by_metric, 0) == supernets.training(fewer, 0) != supernets.training(by_loss, 0)
+    """Judging by the loss is of rewards, too, so neither study takes over a super-net
+    that was trained by accuracy.
+    """
+    by_metric, by_loss, fewer = (
+        experiment("tunas", **each) for each in ({}, {"quality": "loss"}, {"evaluation_images": 7})
+    )
+    assert (
+        shrink.first_sha256(by_metric) == shrink.first_sha256(fewer) != shrink.first_sha256(by_loss)
+    )
+    assert (
+        supernets.training(by_metric, 0)
+        == supernets.training(fewer, 0)
+        != supernets.training(by_loss, 0)
+    )
     assert supernets.training(by_loss, 0).search.quality == "loss"

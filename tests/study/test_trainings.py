@@ -1,4 +1,6 @@
-"""Trainings in one process, in several and on a Ray cluster: the same bits; failures, kills and interruptions of single ones."""
+"""Trainings in one process, in several and on a Ray cluster: the same bits; failures,
+kills and interruptions of single ones.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,20 @@ from tests.search.staging import EVOLUTION, Saying, experiment, tiny_space
 
 SPACE = tiny_space()
 TABLE = synthetic_table(SPACE)
-SEARCH = experiment("spos", strategy={"name": "spos", **EVOLUTION}, epochs=0.5, evaluation_images=64, tolerance=0.3)
+SEARCH = experiment(
+    "spos", strategy={"name": "spos", **EVOLUTION}, epochs=0.5, evaluation_images=64, tolerance=0.3
+)
 FILES = ("arch.json", "search.json", "shared.safetensors", "supernet.safetensors", "metrics.jsonl")
 
 
-def training(root: Path, seed: int, function: str = "tests.study.jobs:searches", name: str = "") -> Training:
+def training(
+    root: Path, seed: int, function: str = "tests.study.jobs:searches", name: str = ""
+) -> Training:
     outputs = FILES if function.endswith(("searches", "run", "is_killed")) else []
     config = SEARCH.model_copy(update={"seed": seed})
-    return Training(name or f"search-{seed}", function, config, SPACE, TABLE, root, {"seed": str(seed)}, outputs)
+    return Training(
+        name or f"search-{seed}", function, config, SPACE, TABLE, root, {"seed": str(seed)}, outputs
+    )
 
 
 def contents(root: Path, seed: int) -> dict[str, bytes]:
@@ -52,7 +60,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_two_processes_give_the_same_bits_whatever_fails_beside(alone: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_same_bits_whatever_fails_beside(
+    alone: Path, tmp_path: Path
+) -> None:
     said = Saying()
     wanted = [
         training(tmp_path, 1, "tests.study.jobs:is_killed"),
@@ -62,7 +72,9 @@ def test_two_processes_give_the_same_bits_whatever_fails_beside(alone: Path, tmp
     ]
     failed = trainings.run(wanted, StudyConfig(processes=2), 1, said)
     assert failed == {
-        "search-1": "its process was killed (SIGKILL); the same command goes on from its checkpoint",
+        "search-1": (
+            "its process was killed (SIGKILL); the same command goes on from its checkpoint"
+        ),
         "diverges": "the loss is nan at step 7.",
         "is-wrong": "KeyError: 'no such thing'",
     }
@@ -78,8 +90,12 @@ def test_two_processes_give_the_same_bits_whatever_fails_beside(alone: Path, tmp
 
 def test_failures_in_one_process(tmp_path: Path) -> None:
     said = Saying()
-    wanted = [training(tmp_path, 9, "tests.study.jobs:diverges", name) for name in ("first", "second")]
-    assert trainings.run(wanted, StudyConfig(), 1, said) == dict.fromkeys(("first", "second"), "the loss is nan at step 7.")
+    wanted = [
+        training(tmp_path, 9, "tests.study.jobs:diverges", name) for name in ("first", "second")
+    ]
+    assert trainings.run(wanted, StudyConfig(), 1, said) == dict.fromkeys(
+        ("first", "second"), "the loss is nan at step 7."
+    )
     assert "second: the loss is nan at step 7." in said.said
 
 
@@ -92,23 +108,33 @@ def gone(pid: int) -> bool:
     return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc whether a process is there")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="asks /proc whether a process is there"
+)
 def test_an_interruption_ends_the_children(tmp_path: Path) -> None:
     class Impatient(Progress):
         def say(self, message: str) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainings.run([training(tmp_path, 1, "tests.study.jobs:waits")], StudyConfig(processes=2), 1, Impatient())
+        trainings.run(
+            [training(tmp_path, 1, "tests.study.jobs:waits")],
+            StudyConfig(processes=2),
+            1,
+            Impatient(),
+        )
     assert gone(int((tmp_path / "search-1/pid").read_text()))
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc whether a process is there")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="asks /proc whether a process is there"
+)
 def test_children_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from hwnas.config import StudyConfig; from hwnas.progress import Progress; "
-        "from hwnas.study import trainings; from tests.study.test_trainings import training; "
-        f"trainings.run([training(Path({str(tmp_path)!r}), 1, 'tests.study.jobs:waits')], StudyConfig(processes=2), 1, Progress())"
+        "from pathlib import Path; from hwnas.config import StudyConfig; from hwnas.progress"
+        " import Progress; from hwnas.study import trainings; from tests.study.test_trainings"
+        f" import training; trainings.run([training(Path({str(tmp_path)!r}), 1,"
+        " 'tests.study.jobs:waits')], StudyConfig(processes=2), 1, Progress())"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     found = tmp_path / "search-1/pid"
@@ -124,7 +150,11 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
 
 
 def test_one_thread_each_where_there_are_several() -> None:
-    assert trainings.threads_of(StudyConfig(), 2) == trainings.threads_of(StudyConfig(processes=4), 2) == 1
+    assert (
+        trainings.threads_of(StudyConfig(), 2)
+        == trainings.threads_of(StudyConfig(processes=4), 2)
+        == 1
+    )
     assert trainings.threads_of(StudyConfig(), 1) is None
     assert trainings.threads_of(StudyConfig(threads=3), 2) == 3
 
@@ -135,7 +165,9 @@ def cluster() -> Iterator[str]:
     pytest.importorskip("ray", reason="needs Ray: pip install 'hwnas[ray]'")
     from ray.cluster_utils import Cluster
 
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    started = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
     yield started.address
     started.shutdown()
 
@@ -147,14 +179,20 @@ def test_a_ray_cluster_gives_the_same_bits(alone: Path, tmp_path: Path, cluster:
     killed = training(tmp_path, 1, "tests.study.jobs:is_killed")
     assert "SIGKILL" in trainings.run([killed], StudyConfig(processes=2), 1, Progress())["search-1"]
     nowhere = SEARCH.data.model_copy(update={"name": "npz", "path": "/nowhere"})
-    lost = replace(training(tmp_path, 3, search), experiment=SEARCH.model_copy(update={"data": nowhere}))
+    lost = replace(
+        training(tmp_path, 3, search), experiment=SEARCH.model_copy(update={"data": nowhere})
+    )
     said = Saying()
     wanted = [training(tmp_path, 1, search), training(tmp_path, 2, search), lost]
     failed = trainings.run(wanted, StudyConfig(ray_address=cluster), 1, said)
     assert list(failed) == ["search-3"] and "/nowhere" in failed["search-3"]
-    assert contents(tmp_path, 1) == contents(alone, 1) and contents(tmp_path, 2) == contents(alone, 2)
+    assert contents(tmp_path, 1) == contents(alone, 1) and contents(tmp_path, 2) == contents(
+        alone, 2
+    )
     assert not list(tmp_path.glob("search-[12]/checkpoint.pt"))
-    with pytest.raises(ConfigError, match=r"study.threads = 64, but the largest machine of .* has 2 CPUs"):
+    with pytest.raises(
+        ConfigError, match=r"study.threads = 64, but the largest machine of .* has 2 CPUs"
+    ):
         trainings.run([training(tmp_path, 4, search)], StudyConfig(ray_address=cluster), 64, said)
 
 
@@ -174,16 +212,26 @@ def test_a_cluster_that_is_not_there(tmp_path: Path, address: str, words: str) -
 
 def test_ray_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"needs Ray, which is not installed: run pip install 'hwnas\[ray\]'"):
-        trainings.run([training(tmp_path, 1)], StudyConfig(ray_address="127.0.0.1:6379"), 1, Progress())
+    with pytest.raises(
+        ConfigError, match=r"needs Ray, which is not installed: run pip install 'hwnas\[ray\]'"
+    ):
+        trainings.run(
+            [training(tmp_path, 1)], StudyConfig(ray_address="127.0.0.1:6379"), 1, Progress()
+        )
 
 
-def test_words_that_are_no_event_do_not_stop_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is killed in the middle of a line, and one that says something of its own, have failed, and that is all."""
+def test_words_that_are_no_event_do_not_stop_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed in the middle of a line, and one that says something of
+    its own, have failed, and that is all.
+    """
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nread order\necho welcome\nprintf \'{"event": "adv\'\nexit 3\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    failed = trainings.run([training(tmp_path, 1), training(tmp_path, 2)], StudyConfig(processes=2), 1, Progress())
+    failed = trainings.run(
+        [training(tmp_path, 1), training(tmp_path, 2)], StudyConfig(processes=2), 1, Progress()
+    )
     assert failed.keys() == {"search-1", "search-2"}
     assert all("ended with exit code 3" in why for why in failed.values())

@@ -29,10 +29,13 @@ def test_ratios_are_sorted_and_summed_up() -> None:
     rng = np.random.default_rng(0)
     a_ms, b_ms = rng.uniform(1, 5, (2, len(KEYS)))
     found = compare(
-        table({**dict(zip(KEYS, a_ms, strict=True)), "conv-h32-i3-o8-k3-relu": 1.0}), table(dict(zip(KEYS, b_ms, strict=True)), "b")
+        table({**dict(zip(KEYS, a_ms, strict=True)), "conv-h32-i3-o8-k3-relu": 1.0}),
+        table(dict(zip(KEYS, b_ms, strict=True)), "b"),
     )
     assert [one.ratio for one in found.ratios] == pytest.approx(np.sort(a_ms / b_ms))
-    assert (found.median, found.lowest, found.highest) == pytest.approx((np.median(a_ms / b_ms), *np.sort(a_ms / b_ms)[[0, -1]]))
+    assert (found.median, found.lowest, found.highest) == pytest.approx(
+        (np.median(a_ms / b_ms), *np.sort(a_ms / b_ms)[[0, -1]])
+    )
     assert found.spearman == pytest.approx(scipy.stats.spearmanr(a_ms, b_ms).statistic)
     assert (found.only_a, found.only_b) == (("conv-h32-i3-o8-k3-relu",), ())
     assert json.loads(json.dumps(found.to_dict()))["ratios"][0]["op"] == found.ratios[0].op
@@ -51,15 +54,23 @@ def test_relu_and_relu6_at_one_price_are_one_row() -> None:
 
 def test_ops_at_no_cost_have_no_ratio() -> None:
     found = compare(table({KEYS[0]: 0.0, KEYS[1]: 2.0}), table({KEYS[0]: 1.0, KEYS[1]: 1.0}))
-    assert ([one.op for one in found.ratios], found.zero, found.spearman) == ([KEYS[1]], (KEYS[0],), None)
+    assert ([one.op for one in found.ratios], found.zero, found.spearman) == (
+        [KEYS[1]],
+        (KEYS[0],),
+        None,
+    )
     with pytest.raises(TableError, match="cost 0 ms in one of them"):
         compare(table({KEYS[0]: 0.0}), table({KEYS[0]: 1.0}))
 
 
 def test_what_cannot_be_compared() -> None:
-    with pytest.raises(TableError, match=r"tables a and b have no op in common \(mbconv-h14.*same space"):
+    with pytest.raises(
+        TableError, match=r"tables a and b have no op in common \(mbconv-h14.*same space"
+    ):
         compare(table({KEYS[0]: 1.0}), table({KEYS[1]: 1.0}, "b"))
-    positional = table({KEYS[0]: 1.0}).model_copy(update={"entries": {}, "slots": {"s1.b0": {"skip": -1.0}}})
+    positional = table({KEYS[0]: 1.0}).model_copy(
+        update={"entries": {}, "slots": {"s1.b0": {"skip": -1.0}}}
+    )
     for pair in ((positional, table({KEYS[0]: 1.0})), (table({KEYS[0]: 1.0}), positional)):
         with pytest.raises(TableError, match="prices positions of a space"):
             compare(*pair)
@@ -68,7 +79,8 @@ def test_what_cannot_be_compared() -> None:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_text_fits_the_terminal(width: int) -> None:
     a = table(
-        {key: 1.0 + i for i, key in enumerate(KEYS)} | {LONG: 3.0}, "a-board-with-quite-a-long-name-that-says-all-about-its-cpu-cores-too"
+        {key: 1.0 + i for i, key in enumerate(KEYS)} | {LONG: 3.0},
+        "a-board-with-quite-a-long-name-that-says-all-about-its-cpu-cores-too",
     )
     b = table({LONG: 1.5, KEYS[0]: 1.0}, "b")
     text = describe_comparison(compare(a, b), width)

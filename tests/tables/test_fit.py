@@ -1,4 +1,6 @@
-"""Tables fitted from whole networks: the algebra against other people's, what is recovered, what is never done, what is refused."""
+"""Tables fitted from whole networks: the algebra against other people's, what is
+recovered, what is never done, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -39,20 +41,35 @@ def sampled(count: int, seed: int = 0, space: MacroSpace = SPACE) -> list[Archit
 
 
 def device(seed: int = 0, spread: float = 0.3) -> np.ndarray:
-    """Milliseconds per op of a made-up device: neither its MACs nor its layers alone, and every op with a factor of its own."""
+    """Milliseconds per op of a made-up device: neither its MACs nor its layers alone,
+    and every op with a factor of its own.
+    """
     factors = np.random.default_rng([seed, 5]).lognormal(0.0, spread, len(OPS))
-    return np.array([0.02 * len(op.layers) + op.macs / 4e6 + op.out_ch * op.out_size**2 / 2e6 for op in OPS]) * factors
+    return (
+        np.array(
+            [0.02 * len(op.layers) + op.macs / 4e6 + op.out_ch * op.out_size**2 / 2e6 for op in OPS]
+        )
+        * factors
+    )
 
 
 def measured(
     networks: list[Architecture], prices: np.ndarray, noise: float = 0.0, fixed_ms: float = 0.3
 ) -> list[tuple[Architecture, float]]:
-    ms = (count_ops(OPS, networks) @ prices + fixed_ms) * np.random.default_rng(9).normal(1.0, noise, len(networks))
+    ms = (count_ops(OPS, networks) @ prices + fixed_ms) * np.random.default_rng(9).normal(
+        1.0, noise, len(networks)
+    )
     return [(arch, float(value)) for arch, value in zip(networks, ms, strict=True)]
 
 
 def header(device_name: str = "made-up") -> TableHeader:
-    return TableHeader.model_validate({**dict.fromkeys(TableHeader.model_fields, "unknown"), "device": device_name, "space": SPACE.name})
+    return TableHeader.model_validate(
+        {
+            **dict.fromkeys(TableHeader.model_fields, "unknown"),
+            "device": device_name,
+            "space": SPACE.name,
+        }
+    )
 
 
 def table_of(prices: np.ndarray, name: str, intercept_ms: float = 0.0) -> LatencyTable:
@@ -72,9 +89,13 @@ def covariance(belief: Belief, prior: Prior, rho: float, tau: float) -> np.ndarr
     """S of a part over all prices, written out from the formula in ``prior``."""
     every = np.arange(len(prior.ops))
     fixed = np.eye(len(every) + 1)[-1]
-    s = np.outer(belief.centre_P, belief.centre_P) + prior_module.INTERCEPT**2 * np.outer(fixed, fixed)
+    s = np.outer(belief.centre_P, belief.centre_P) + prior_module.INTERCEPT**2 * np.outer(
+        fixed, fixed
+    )
     s += rho**2 * belief.away_KP.T @ belief.away_KP
-    s[:-1, :-1] += tau**2 * prior.alike(every, every) * np.outer(belief.centre_P[:-1], belief.centre_P[:-1])
+    s[:-1, :-1] += (
+        tau**2 * prior.alike(every, every) * np.outer(belief.centre_P[:-1], belief.centre_P[:-1])
+    )
     return s
 
 
@@ -85,8 +106,12 @@ def design(networks: list[tuple[Architecture, float]]) -> tuple[np.ndarray, np.n
 
 
 @pytest.mark.parametrize("count", [7, 150])
-def test_one_part_is_the_optimum_of_the_penalised_error(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """min |A w - 1|^2 / noise^2 + w' S^-1 w by least squares in the coordinates w = L z, with fewer and with more networks than ops."""
+def test_one_part_is_the_optimum_of_the_penalised_error(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """min |A w - 1|^2 / noise^2 + w' S^-1 w by least squares in the coordinates w = L
+    z, with fewer and with more networks than ops.
+    """
     monkeypatch.setattr(regression, "PASSES", 1)
     monkeypatch.setattr(regression, "NOISE", (0.05,))
     monkeypatch.setattr(Belief, "sizes", property(lambda self: iter([(0.2, 0.3, 0.0)])))
@@ -96,7 +121,9 @@ def test_one_part_is_the_optimum_of_the_penalised_error(count: int, monkeypatch:
     values, vectors = np.linalg.eigh(covariance(belief, prior, 0.2, 0.3))
     root = vectors * np.sqrt(np.maximum(values, 0.0))
     z = np.linalg.lstsq(
-        np.r_[a @ root / 0.05, np.eye(root.shape[1])], np.r_[np.full(count, 1 / 0.05), np.zeros(root.shape[1])], rcond=None
+        np.r_[a @ root / 0.05, np.eye(root.shape[1])],
+        np.r_[np.full(count, 1 / 0.05), np.zeros(root.shape[1])],
+        rcond=None,
     )[0]
     best = root @ z * np.median(ms)
     prices = fit_prices(prior, counts, ms)
@@ -106,8 +133,12 @@ def test_one_part_is_the_optimum_of_the_penalised_error(count: int, monkeypatch:
 
 
 @pytest.mark.parametrize("count", [8, 150])
-def test_beliefs_are_weighted_by_their_evidence(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against scipy's density of the normal distribution: every network has the relative latency 1."""
+def test_beliefs_are_weighted_by_their_evidence(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against scipy's density of the normal distribution: every network has the
+    relative latency 1.
+    """
     monkeypatch.setattr(regression, "PASSES", 1)
     counts, ms, a = design(measured(sampled(count), device(0), noise=0.15))
     prior = Prior.of(OPS, [table_of(device(1), "one", 0.1), table_of(device(2), "two")])
@@ -116,10 +147,16 @@ def test_beliefs_are_weighted_by_their_evidence(count: int, monkeypatch: pytest.
         for rho, tau, log_probability in belief.sizes:
             k = a @ covariance(belief, prior, rho, tau) @ a.T
             for noise in regression.NOISE:
-                normal = scipy.stats.multivariate_normal(np.zeros(count), k + noise**2 * np.eye(count), allow_singular=True)
-                log.setdefault(belief.name, []).append(log_probability + normal.logpdf(np.ones(count)))
+                normal = scipy.stats.multivariate_normal(
+                    np.zeros(count), k + noise**2 * np.eye(count), allow_singular=True
+                )
+                log.setdefault(belief.name, []).append(
+                    log_probability + normal.logpdf(np.ones(count))
+                )
     total = np.logaddexp.reduce(np.concatenate(list(log.values())))
-    expected = {name: float(np.exp(np.logaddexp.reduce(values) - total)) for name, values in log.items()}
+    expected = {
+        name: float(np.exp(np.logaddexp.reduce(values) - total)) for name, values in log.items()
+    }
     assert fit_prices(prior, counts, ms).believed == pytest.approx(expected, abs=1e-6)
 
 
@@ -132,26 +169,37 @@ def test_a_network_is_trusted_as_far_as_the_others_predict_it(count: int) -> Non
     seen = np.flatnonzero(a.any(axis=0))
     weights = np.random.default_rng(0).uniform(0.3, 1.2, count)
     data = regression._Data.of(a[:, seen], weights)
-    parts = list(regression._parts([belief], data, seen, prior.alike(np.arange(len(OPS)), seen[:-1])))
+    parts = list(
+        regression._parts([belief], data, seen, prior.alike(np.arange(len(OPS)), seen[:-1]))
+    )
     part = parts[5]
     noise = regression.NOISE[int(part.evidence_S.argmax())] ** 2
     k = a @ covariance(belief, prior, part.rho, part.tau) @ a.T
     expected = []
     for i in range(count):
         others = np.delete(np.arange(count), i)
-        gain = np.linalg.solve(k[np.ix_(others, others)] + np.diag(noise / weights[others]), k[others, i])
+        gain = np.linalg.solve(
+            k[np.ix_(others, others)] + np.diag(noise / weights[others]), k[others, i]
+        )
         residual, variance = 1 - gain.sum(), k[i, i] - gain @ k[others, i]
-        expected.append((regression.TAIL + 1) / (regression.TAIL + residual**2 / (variance + noise)))
+        expected.append(
+            (regression.TAIL + 1) / (regression.TAIL + residual**2 / (variance + noise))
+        )
     assert regression._trust(part, data, weights) == pytest.approx(np.array(expected), rel=1e-4)
 
 
 def test_probabilities_of_a_belief_add_up() -> None:
-    assert [belief.exact for belief in Prior.of(OPS, [table_of(device(), "known")]).beliefs(np.ones(len(OPS) + 1))] == [
+    assert [
+        belief.exact
+        for belief in Prior.of(OPS, [table_of(device(), "known")]).beliefs(np.ones(len(OPS) + 1))
+    ] == [
         prior_module.EXACT,
         0,
     ]
     for away, exact in product((np.zeros((0, 3)), np.ones((2, 3))), (0.0, 0.75, 1.0)):
-        assert np.exp([p for _, _, p in Belief("one", np.ones(3), away, exact).sizes]).sum() == pytest.approx(1)
+        assert np.exp(
+            [p for _, _, p in Belief("one", np.ones(3), away, exact).sizes]
+        ).sum() == pytest.approx(1)
 
 
 def test_ops_are_alike_in_as_many_fields_as_their_keys_share() -> None:
@@ -165,11 +213,20 @@ def test_ops_are_alike_in_as_many_fields_as_their_keys_share() -> None:
     found = prior.alike(np.array([0, 1]), np.arange(4))
     # against the classifier: kind, size, out, expansion, kernel, activation, residual
     assert found == pytest.approx(prior_module.ALIKE ** np.array([[0, 1, 3, 7], [1, 0, 2, 7]]))
-    assert np.linalg.eigvalsh(Prior.of(OPS).alike(np.arange(len(OPS)), np.arange(len(OPS)))).min() > 0
+    assert (
+        np.linalg.eigvalsh(Prior.of(OPS).alike(np.arange(len(OPS)), np.arange(len(OPS)))).min() > 0
+    )
 
 
 def test_the_roofline_counts_layers_macs_values_and_parameters() -> None:
-    ops = [Op.parse(key) for key in ("mbconv-h8-i16-o24-m48-k5-s2-relu", "dsconv-h4-i8-o8-k3-relu-id", "classifier-h4-i16-o10")]
+    ops = [
+        Op.parse(key)
+        for key in (
+            "mbconv-h8-i16-o24-m48-k5-s2-relu",
+            "dsconv-h4-i8-o8-k3-relu-id",
+            "classifier-h4-i16-o10",
+        )
+    ]
     counted = Prior.of(ops).counted
     assert counted[:, 0].tolist() == [
         3,
@@ -178,20 +235,36 @@ def test_the_roofline_counts_layers_macs_values_and_parameters() -> None:
         64 * (16 + 48) + 80 * 48 + 16 * (48 + 24),
         ops[0].params,
     ]
-    assert counted[:, 1].tolist() == [2, 16 * 64, 16 * 9 * 8, 16 * 16 + 16 * 16 + 16 * 8, ops[1].params]  # the input is read twice
+    # the input is read twice
+    assert counted[:, 1].tolist() == [
+        2,
+        16 * 64,
+        16 * 9 * 8,
+        16 * 16 + 16 * 16 + 16 * 8,
+        ops[1].params,
+    ]
     assert counted[:, 2].tolist() == [1, 160, 0, 16 * 16 + 16 + 10, 170]
     assert not counted[:, 3].any()  # no intercept
 
 
 def test_networks_without_depthwise_layers_have_a_roofline_too() -> None:
-    ops = [Op.parse(key) for key in ("conv-h8-i3-o8-k3-relu", "conv-h8-i3-o16-k3-relu", "conv-h8-i3-o16-k5-relu")]
+    ops = [
+        Op.parse(key)
+        for key in ("conv-h8-i3-o8-k3-relu", "conv-h8-i3-o16-k3-relu", "conv-h8-i3-o16-k5-relu")
+    ]
     found = fit_prices(Prior.of(ops), np.eye(3), np.array([1.0, 2.0, 5.0]))
     assert found.of(np.eye(3)) == pytest.approx([1, 2, 5], rel=0.2)
 
 
 @FAST
-@given(order=st.permutations(range(12)), factor=st.sampled_from([1e-3, 1.0, 1e3]), seed=st.integers(0, 5))
-def test_neither_the_order_of_networks_nor_the_unit_of_time_matters(order: list[int], factor: float, seed: int) -> None:
+@given(
+    order=st.permutations(range(12)),
+    factor=st.sampled_from([1e-3, 1.0, 1e3]),
+    seed=st.integers(0, 5),
+)
+def test_neither_the_order_of_networks_nor_the_unit_of_time_matters(
+    order: list[int], factor: float, seed: int
+) -> None:
     counts, ms, _ = design(measured(sampled(12, seed), device(seed), noise=0.05))
     prior = Prior.of(OPS, [table_of(device(7), "known")])
     one, two = fit_prices(prior, counts, ms), fit_prices(prior, counts[order], factor * ms[order])
@@ -219,16 +292,26 @@ def test_a_known_device_is_found_among_others_and_scaled() -> None:
     known = [table_of(device(seed), f"device-{seed}") for seed in (1, 2, 3)]
     found = fitted(measured(sampled(6), 2.5 * device(2), noise=0.005, fixed_ms=0.0), *known)
     assert found.provenance["resembles"].startswith("device-2 100%")
-    assert [entry.ms for entry in found.entries.values()] == pytest.approx(2.5 * device(2), rel=0.03)
+    assert [entry.ms for entry in found.entries.values()] == pytest.approx(
+        2.5 * device(2), rel=0.03
+    )
 
 
 def test_what_no_network_tells_is_the_known_devices_word() -> None:
-    """Networks of the first options alone, exactly as the known device has them, at a third of its speed."""
+    """Networks of the first options alone, exactly as the known device has them, at a
+    third of its speed.
+    """
     prices = device(1)
-    networks = [arch for arch in sampled(400) if not any(op.kernel == 5 for op in arch.blocks[2:5])][:8]
+    networks = [
+        arch for arch in sampled(400) if not any(op.kernel == 5 for op in arch.blocks[2:5])
+    ][:8]
     found = fitted(measured(networks, 3 * prices, fixed_ms=0.0), table_of(prices, "known"))
     seen = count_ops(OPS, networks).any(axis=0)
-    assert found.provenance["prior_alone"] == f"{(~seen).sum()} of {len(OPS)} ops are in no measured network: their price is the prior's"
+    assert (
+        found.provenance["prior_alone"]
+        == f"{(~seen).sum()} of {len(OPS)} ops are in no measured network: their price is the"
+        " prior's"
+    )
     assert 0 < seen.sum() < len(OPS)
     ratio = np.array([entry.ms for entry in found.entries.values()]) / prices
     assert ratio == pytest.approx(3, rel=0.02)
@@ -237,11 +320,17 @@ def test_what_no_network_tells_is_the_known_devices_word() -> None:
 def test_a_known_table_counts_with_its_calibration() -> None:
     calibration = Calibration(intercept_ms=0.7, slope=1.5, cold_ms_per_mparam=2.0, networks=9)
     table = table_of(device(1), "known").model_copy(update={"calibration": calibration})
-    assert Prior.of(OPS, [table]).known_KP[0] == pytest.approx([*(op_ms(op, table) for op in OPS), 0.7])
+    assert Prior.of(OPS, [table]).known_KP[0] == pytest.approx(
+        [*(op_ms(op, table) for op in OPS), 0.7]
+    )
 
 
 def test_a_few_stalls_do_not_spoil_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    known, prices, fresh = table_of(device(1), "known"), 1.7 * device(1, spread=0.35), count_ops(OPS, sampled(200, seed=1))
+    known, prices, fresh = (
+        table_of(device(1), "known"),
+        1.7 * device(1, spread=0.35),
+        count_ops(OPS, sampled(200, seed=1)),
+    )
     networks = measured(sampled(16), prices, noise=0.01)
     for i in (3, 8):
         networks[i] = (networks[i][0], 2.2 * networks[i][1])
@@ -249,7 +338,9 @@ def test_a_few_stalls_do_not_spoil_the_fit(monkeypatch: pytest.MonkeyPatch) -> N
     truth = fresh @ prices + 0.3
 
     def error() -> float:
-        return float(np.abs(fit_prices(Prior.of(OPS, [known]), counts, ms).of(fresh) / truth - 1).mean())
+        return float(
+            np.abs(fit_prices(Prior.of(OPS, [known]), counts, ms).of(fresh) / truth - 1).mean()
+        )
 
     robust = error()
     monkeypatch.setattr(regression, "PASSES", 1)
@@ -272,7 +363,9 @@ def test_more_networks_help_until_only_noise_is_left() -> None:
 
 
 def test_pixel_3_is_learned_from_ever_more_networks() -> None:
-    """The published Pixel 3 latencies are sums over a table of blocks: nothing but that table is to be learned."""
+    """The published Pixel 3 latencies are sums over a table of blocks: nothing but that
+    table is to be learned.
+    """
     folder = os.environ.get("HWNAS_TEST_DATA")
     if not folder:
         pytest.skip("HWNAS_TEST_DATA is not set: it names a folder with help_latency")
@@ -280,13 +373,18 @@ def test_pixel_3_is_learned_from_ever_more_networks() -> None:
         codes, ms = data["op_idx"].astype(int), data["lat_pixel3"].astype(float)
     flat = fbnet(resolution=32, classes=100, head=1504)
     strides = (1, 1, 1, 2, 2, 1, 2, 1, 1)  # HW-NAS-Bench's space for 32-pixel images
-    stages = [{**stage.model_dump(), "stride": stride} for stage, stride in zip(flat.stages, strides, strict=True)]
+    stages = [
+        {**stage.model_dump(), "stride": stride}
+        for stage, stride in zip(flat.stages, strides, strict=True)
+    ]
     space = MacroSpace.model_validate({**flat.model_dump(), "stages": stages})
     counts = count_ops(space.ops, [space.decode(space.at(row)) for row in codes[:600]])
     errors = []
     for count in (10, 20, 50, 200):
         rows = [np.arange(start, start + count) for start in range(0, 200, 40)]
-        found = [fit_prices(Prior.of(space.ops), counts[row], ms[row]).of(counts[400:]) for row in rows]
+        found = [
+            fit_prices(Prior.of(space.ops), counts[row], ms[row]).of(counts[400:]) for row in rows
+        ]
         errors.append(float(np.mean([np.abs(one / ms[400:600] - 1).mean() for one in found])))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] < 0.03 and errors[-1] < 0.002
@@ -299,51 +397,81 @@ def test_pixel_3_is_learned_from_ever_more_networks() -> None:
 def test_the_table_prices_the_space_and_says_where_it_is_from() -> None:
     networks = measured(sampled(12), device(), noise=0.02)
     unseen = int((~count_ops(OPS, [arch for arch, _ in networks]).any(axis=0)).sum())
-    found = fit_table(OPS, networks, header("phone"), np.random.default_rng(0), provenance={"file": "nets.csv"})
+    found = fit_table(
+        OPS, networks, header("phone"), np.random.default_rng(0), provenance={"file": "nets.csv"}
+    )
     assert found.header == header("phone")
     assert list(found.entries) == [op.key for op in OPS]
     assert LatencyTable.parse(found.to_json()) == found
     cost = CostModel.of_table(SPACE, found)
     arch, ms = networks[0]
     assert arch.origin is not None
-    assert cost.of(arch.origin.picks) == pytest.approx(latency_ms(arch, found)) == pytest.approx(ms, rel=0.2)
+    assert (
+        cost.of(arch.origin.picks)
+        == pytest.approx(latency_ms(arch, found))
+        == pytest.approx(ms, rel=0.2)
+    )
     calibration = found.calibration
     assert calibration is not None and calibration.held_out is not None
-    assert (calibration.networks, calibration.slope, calibration.cold_ms_per_mparam) == (12, 1.0, 0.0)
+    assert (calibration.networks, calibration.slope, calibration.cold_ms_per_mparam) == (
+        12,
+        1.0,
+        0.0,
+    )
     assert [pair[1] for pair in calibration.held_out.pairs] == [value for _, value in networks]
     assert found.provenance == {
         "method": "fitted from 12 whole networks, judged by cross-validation",
         "prior": ROOFLINE,
         "resembles": "roofline 100%",
-        "prior_alone": f"{unseen} of {len(OPS)} ops are in no measured network: their price is the prior's",
+        "prior_alone": (
+            f"{unseen} of {len(OPS)} ops are in no measured network: their price is the prior's"
+        ),
         "more_networks": found.provenance["more_networks"],
         "file": "nets.csv",
     }
 
 
 def test_no_network_is_judged_by_a_fit_that_knows_its_latency() -> None:
-    """With ten networks each is left out alone: whatever its own latency is, the prediction for it stays."""
+    """With ten networks each is left out alone: whatever its own latency is, the
+    prediction for it stays.
+    """
     networks = measured(sampled(10), device(), noise=0.05)
     before = fitted(networks).calibration
     for i in (0, 7):
         changed = [*networks[:i], (networks[i][0], 5 * networks[i][1]), *networks[i + 1 :]]
         after = fitted(changed).calibration
-        assert before is not None and before.held_out is not None and after is not None and after.held_out is not None
+        assert (
+            before is not None
+            and before.held_out is not None
+            and after is not None
+            and after.held_out is not None
+        )
         assert after.held_out.pairs[i][0] == pytest.approx(before.held_out.pairs[i][0], rel=1e-9)
-        assert after.held_out.pairs[i - 1][0] != pytest.approx(before.held_out.pairs[i - 1][0], rel=1e-9)
+        assert after.held_out.pairs[i - 1][0] != pytest.approx(
+            before.held_out.pairs[i - 1][0], rel=1e-9
+        )
 
 
 @FAST
-@given(ms=st.lists(st.floats(1e-3, 1e4), min_size=3, max_size=6), with_known=st.booleans(), seed=st.integers(0, 9))
-def test_any_latencies_give_prices_that_are_finite_and_not_below_zero(ms: list[float], with_known: bool, seed: int) -> None:
+@given(
+    ms=st.lists(st.floats(1e-3, 1e4), min_size=3, max_size=6),
+    with_known=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_any_latencies_give_prices_that_are_finite_and_not_below_zero(
+    ms: list[float], with_known: bool, seed: int
+) -> None:
     networks = list(zip(sampled(len(ms), seed), ms, strict=True))
-    found = fitted(networks, *([table_of(device(1), "known")] if with_known else []))  # the document refuses what is not finite
+    # the document refuses what is not finite
+    found = fitted(networks, *([table_of(device(1), "known")] if with_known else []))
     assert all(entry.ms >= 0 for entry in found.entries.values()) and len(found.entries) == len(OPS)
 
 
 @FAST
 @given(prices=st.lists(st.floats(-2, 2), min_size=3, max_size=6))
-def test_a_price_that_would_be_below_zero_is_zero_and_the_intercept_pays(prices: list[float]) -> None:
+def test_a_price_that_would_be_below_zero_is_zero_and_the_intercept_pays(
+    prices: list[float],
+) -> None:
     before = np.array(prices)
     mean = np.append(np.linspace(0.1, 2.0, len(prices) - 1), 1.0)
     cut, intercept = cut_at_zero(before, mean)
@@ -356,18 +484,31 @@ def test_a_price_that_would_be_below_zero_is_zero_and_the_intercept_pays(prices:
 
 def test_refusals() -> None:
     networks = measured(sampled(5), device())
-    with pytest.raises(TableError, match=r"from 3 or more different networks, got 2: measure more\."):
+    with pytest.raises(
+        TableError, match=r"from 3 or more different networks, got 2: measure more\."
+    ):
         fitted(networks[:2])
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(TableError, match=r"network 'net-1' takes \S+ ms: give latencies above 0\."):
+        with pytest.raises(
+            TableError, match=r"network 'net-1' takes \S+ ms: give latencies above 0\."
+        ):
             fitted([networks[0], (networks[1][0], wrong), *networks[2:]])
-    with pytest.raises(CoverageError, match=r"'mobilenet_v2' holds conv-h224-i3-o32-k3-s2-relu6, which the space of the table does not\."):
+    with pytest.raises(
+        CoverageError,
+        match=(
+            r"'mobilenet_v2' holds conv-h224-i3-o32-k3-s2-relu6, which the space of the table does"
+            r" not\."
+        ),
+    ):
         fitted([*networks, (published("mobilenet_v2"), 50.0)])
     known = table_of(device(1), "known")
     partial = known.model_copy(update={"entries": dict(list(known.entries.items())[:-1])})
     with pytest.raises(CoverageError, match=f"lacks 1 of the {len(OPS)} ops of the fit"):
         fitted(networks, known, partial)
     with pytest.raises(TableError, match="prices positions of a space, not ops"):
-        fitted(networks, known.model_copy(update={"entries": {}, "slots": {"s2.b0": {"ir_k3_e3": 1.0}}}))
+        fitted(
+            networks,
+            known.model_copy(update={"entries": {}, "slots": {"s2.b0": {"ir_k3_e3": 1.0}}}),
+        )
     with pytest.raises(TableError, match="known prices the measured networks at 0 ms"):
         fitted(networks, table_of(0 * device(1), "known"))

@@ -1,4 +1,6 @@
-"""Measured networks from CSV files: every way to write one, and what is refused, with the line and the fix."""
+"""Measured networks from CSV files: every way to write one, and what is refused, with
+the line and the fix.
+"""
 
 from __future__ import annotations
 
@@ -52,25 +54,36 @@ def test_cells_are_written_in_their_benchmark_s_notation(tmp_path: Path) -> None
     cell = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
     space = load_space("nasbench201")
     networks = read_networks(written(tmp_path, f"architecture,ms\n{cell},2\n"), space)
-    assert [(arch.identity, ms) for arch, ms in networks] == [(space.decode(space.read(cell)).identity, 2.0)]
+    assert [(arch.identity, ms) for arch, ms in networks] == [
+        (space.decode(space.read(cell)).identity, 2.0)
+    ]
 
 
 def test_names_are_built_at_the_spaces_largest_resolution_and_classes(tmp_path: Path) -> None:
     space = ofa_mobilenet_v3(resolution=160, classes=10)
     path = written(tmp_path, "architecture,ms\nmobilenet_v2,3\n")
     with pytest.raises(
-        TableError, match="network 'mobilenet_v2' holds conv-h160-i3-o32-k3-s2-relu6, which space ofa_mobilenet_v3 does not"
+        TableError,
+        match=(
+            "network 'mobilenet_v2' holds conv-h160-i3-o32-k3-s2-relu6, which space"
+            " ofa_mobilenet_v3 does not"
+        ),
     ):
         read_networks(path, space)
     assert (
-        read_networks(written(tmp_path, "architecture,ms\nproxylessnas_mobile,3\n"), proxylessnas(act="relu6", classes=10))[0][0].classes
+        read_networks(
+            written(tmp_path, "architecture,ms\nproxylessnas_mobile,3\n"),
+            proxylessnas(act="relu6", classes=10),
+        )[0][0].classes
         == 10
     )
 
 
 @FAST
 @given(seeds=st.lists(st.integers(0, 10**6), min_size=1, max_size=6), as_picks=st.booleans())
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, seeds: list[int], as_picks: bool) -> None:
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, seeds: list[int], as_picks: bool
+) -> None:
     path = tmp_path_factory.mktemp("csv") / "nets.csv"
     expected: dict[tuple[str, ...], list[float]] = {}
     with open(path, "w", newline="") as file:
@@ -78,17 +91,29 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, seeds
         rows.writerow(["architecture", "ms"])
         for i, seed in enumerate(seeds):
             picks = TINY.sample(np.random.default_rng(seed))
-            rows.writerow([json.dumps(picks) if as_picks else " ".join(map(str, TINY.index(picks))), i + 1])
-            expected.setdefault(tuple(op.key for op in TINY.decode(picks).blocks), []).append(i + 1.0)
+            rows.writerow(
+                [json.dumps(picks) if as_picks else " ".join(map(str, TINY.index(picks))), i + 1]
+            )
+            expected.setdefault(tuple(op.key for op in TINY.decode(picks).blocks), []).append(
+                i + 1.0
+            )
     found = read_networks(path, TINY)
-    assert {tuple(op.key for op in arch.blocks): ms for arch, ms in found} == {key: float(np.median(ms)) for key, ms in expected.items()}
+    assert {tuple(op.key for op in arch.blocks): ms for arch, ms in found} == {
+        key: float(np.median(ms)) for key, ms in expected.items()
+    }
 
 
 @pytest.mark.parametrize(
     "encode",
-    [lambda text: text.encode("utf-8-sig"), lambda text: gzip.compress(text.encode()), lambda text: text.replace("\n", "\r\n").encode()],
+    [
+        lambda text: text.encode("utf-8-sig"),
+        lambda text: gzip.compress(text.encode()),
+        lambda text: text.replace("\n", "\r\n").encode(),
+    ],
 )
-def test_byte_order_marks_gzip_blank_lines_and_carriage_returns(tmp_path: Path, encode: object) -> None:
+def test_byte_order_marks_gzip_blank_lines_and_carriage_returns(
+    tmp_path: Path, encode: object
+) -> None:
     path = tmp_path / "nets.csv"
     path.write_bytes(encode("\n architecture , ms \n\n0 0 0, 1.5\n,\n0 0 1,2\n"))  # type: ignore[operator]
     assert [ms for _, ms in read_networks(path, TINY)] == [1.5, 2.0]
@@ -143,25 +168,39 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_a_table_from_a_file_says_which_file_and_is_the_same_again(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    lines = [f"{' '.join(map(str, TINY.index(TINY.sample(rng))))},{rng.uniform(1, 2)}" for _ in range(8)]
+    lines = [
+        f"{' '.join(map(str, TINY.index(TINY.sample(rng))))},{rng.uniform(1, 2)}" for _ in range(8)
+    ]
     path = written(tmp_path, "\n".join(["architecture,ms", *lines]))
     table = fit_from_csv(path, TINY)
     assert table == fit_from_csv(path, TINY)
-    assert (table.header.device, table.header.space, table.header.runtime, table.header.batch) == ("nets", "tiny", "unknown", "unknown")
+    assert (table.header.device, table.header.space, table.header.runtime, table.header.batch) == (
+        "nets",
+        "tiny",
+        "unknown",
+        "unknown",
+    )
     assert (table.provenance["file"], table.provenance["space_sha256"]) == ("nets.csv", TINY.sha256)
     with pytest.raises(TableError, match="from 3 or more different networks, got 2"):
         fit_from_csv(written(tmp_path, "\n".join(["architecture,ms", *lines[:2]])), TINY)
 
 
 def test_help_as_csv(tmp_path: Path) -> None:
-    """The rows of HELP's FBNet networks as anyone would write them; a GPU whose latencies are sums over blocks, nearly."""
+    """The rows of HELP's FBNet networks as anyone would write them; a GPU whose
+    latencies are sums over blocks, nearly.
+    """
     folder = os.environ.get("HWNAS_TEST_DATA")
     if not folder:
         pytest.skip("HWNAS_TEST_DATA is not set: it names a folder with help_latency")
     space: SearchSpace = load_space("fbnet", resolution=32, classes=100)
     assert isinstance(space, MacroSpace)
     with np.load(Path(folder, "help_latency/fbnet.npz")) as data:
-        rows = [f"{' '.join(map(str, row))},{ms}" for row, ms in zip(data["op_idx"][:60], data["lat_titanxp_32"], strict=False)]
+        rows = [
+            f"{' '.join(map(str, row))},{ms}"
+            for row, ms in zip(data["op_idx"][:60], data["lat_titanxp_32"], strict=False)
+        ]
     table = fit_from_csv(written(tmp_path, "\n".join(["architecture,ms", *rows])), space)
     assert table.calibration is not None and table.calibration.held_out is not None
-    assert table.calibration.held_out.mape < 0.02 and (table.calibration.held_out.spearman or 0) > 0.95
+    assert (
+        table.calibration.held_out.mape < 0.02 and (table.calibration.held_out.spearman or 0) > 0.95
+    )

@@ -1,4 +1,6 @@
-"""The published tables themselves: every one loads, and networks sum to what others computed from them (nas-facts 0, 2.5, 9.5)."""
+"""The published tables themselves: every one loads, and networks sum to what others
+computed from them (nas-facts 0, 2.5, 9.5).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ TFNAS = "tfnas_lut/tfnas_latency.json.gz"
 FBNET = "fbnet_cpu_lut/lookup_table.txt"
 NOTE10 = "ofa_note10_lut/note10_{}.yaml"
 TABLES = {  # file, format: entries, what is not mapped, device
-    (TRIM, "proxylessnas"): (143, 0, "pixel1"),  # 71 of 72 under relu and relu6: the classifier has no activation
+    # 71 of 72 under relu and relu6: the classifier has no activation
+    (TRIM, "proxylessnas"): (143, 0, "pixel1"),
     (PIPE, "proxylessnas"): (151, 0, "pixel1"),
     (PIPE, "proxylessnas:big"): (151, 0, "unknown"),
     (PIPE, "proxylessnas:small"): (151, 0, "unknown"),
@@ -41,7 +44,11 @@ TABLES = {  # file, format: entries, what is not mapped, device
     (FBNET, "fbnet"): (102, 16, "unknown"),
     (TFNAS, "tfnas:cpu"): (1372, 67, "xeon-gold-6130"),
     (TFNAS, "tfnas:gpu"): (1372, 67, "titan-rtx"),
-    **{(NOTE10.format(size), "ofa"): (95, 0, "samsung-note10") for size in (160, 176, 192, 208, 224)},  # pooling is in the head
+    # pooling is in the head
+    **{
+        (NOTE10.format(size), "ofa"): (95, 0, "samsung-note10")
+        for size in (160, 176, 192, 208, 224)
+    },
 }
 
 
@@ -60,13 +67,23 @@ def table(name: str, format_name: str) -> LatencyTable:
 def test_every_table_loads(name: str, format_name: str) -> None:
     imported = import_table(data(name), format_name)
     entries, unmapped, device = TABLES[name, format_name]
-    assert (len(imported.table.entries), len(imported.unmapped), imported.table.header.device) == (entries, unmapped, device)
+    assert (len(imported.table.entries), len(imported.unmapped), imported.table.header.device) == (
+        entries,
+        unmapped,
+        device,
+    )
     assert LatencyTable.parse(imported.table.to_json()) == imported.table
     assert imported.table.calibration is None
     header = imported.table.header
-    assert (header.dtype, header.date, header.layout, header.governor, header.runtime_version) == ("unknown",) * 5
+    assert (header.dtype, header.date, header.layout, header.governor, header.runtime_version) == (
+        "unknown",
+    ) * 5
     provenance = imported.table.provenance
-    assert provenance["file"] == Path(name).name and len(provenance["sha256"]) == 64 and provenance["licence"] != "unknown"
+    assert (
+        provenance["file"] == Path(name).name
+        and len(provenance["sha256"]) == 64
+        and provenance["licence"] != "unknown"
+    )
     assert all(one in provenance["unmapped"] for one in imported.unmapped)
 
 
@@ -77,7 +94,9 @@ def test_mnasnet_b1_and_all_k3e3() -> None:
     space = proxylessnas_original()
     cost = CostModel.of_table(space, trim, allow_uncalibrated=True)
     for option, expected_ms in (("ir_k3_e3", 76.0), ("ir_k5_e6", 159.0)):
-        assert cost.of({choice.key: option for choice in space.choices}) == pytest.approx(expected_ms, abs=0.05)
+        assert cost.of({choice.key: option for choice in space.choices}) == pytest.approx(
+            expected_ms, abs=0.05
+        )
 
 
 def test_proxylessnas_mobile_names_its_three_missing_ops() -> None:
@@ -131,7 +150,9 @@ def test_the_two_pixel_1_tables_differ_by_0_44_to_2_0() -> None:
 
 @pytest.mark.parametrize("size", [160, 176, 192, 208, 224])
 def test_ofa_prices_every_network_of_its_width(size: int) -> None:
-    """Judge: the same networks summed over the source's own keys, written out from the description of the space."""
+    """Judge: the same networks summed over the source's own keys, written out from the
+    description of the space.
+    """
     source = yaml.safe_load(data(NOTE10.format(size)).read_text())
     space = ofa_mobilenet_v3(width=1.2, resolution=size).restrict({"resolution": [size]})
     cost = CostModel.of_table(space, table(NOTE10.format(size), "ofa"), allow_uncalibrated=True)
@@ -141,10 +162,14 @@ def test_ofa_prices_every_network_of_its_width(size: int) -> None:
         assert cost.of(picks) == pytest.approx(ofa_sum_ms(source, picks, size), rel=1e-12)
 
 
-def ofa_sum_ms(source: dict[str, dict[str, float]], picks: dict[str, str | int], size: int) -> float:
+def ofa_sum_ms(
+    source: dict[str, dict[str, float]], picks: dict[str, str | int], size: int
+) -> float:
     half, total, channels = -(-size // 2), 0.0, 24
     keys = [f"Conv-input:{size}x{size}x3-output:{half}x{half}x24"]
-    keys.append(f"expanded_conv-input:{half}x{half}x24-output:{half}x{half}x24-expand:24-kernel:3-stride:1-idskip:1-se:0-hs:0")
+    keys.append(
+        f"expanded_conv-input:{half}x{half}x24-output:{half}x{half}x24-expand:24-kernel:3-stride:1-idskip:1-se:0-hs:0"
+    )
     side = half
     stages = [(32, 2, 0, 0), (48, 2, 1, 0), (96, 2, 0, 1), (136, 1, 1, 1), (192, 2, 1, 1)]
     for number, (width, stride, se, hs) in enumerate(stages, 2):
@@ -157,7 +182,10 @@ def ofa_sum_ms(source: dict[str, dict[str, float]], picks: dict[str, str | int],
                 f"-kernel:{kernel}-stride:{step}-idskip:{int(block > 0)}-se:{se}-hs:{hs}"
             )
             side, channels = out, width
-    keys += [f"Conv_1-input:{side}x{side}x192-output:{side}x{side}x1152", f"AvgPool2D-input:{side}x{side}x1152-output:1x1x1152"]
+    keys += [
+        f"Conv_1-input:{side}x{side}x192-output:{side}x{side}x1152",
+        f"AvgPool2D-input:{side}x{side}x1152-output:1x1x1152",
+    ]
     keys += ["Conv_2-input:1x1x1152-output:1x1x1536", "Logits-input:1x1x1536-output:1000"]
     for key in keys:
         total += source[key]["mean"]
@@ -165,9 +193,13 @@ def ofa_sum_ms(source: dict[str, dict[str, float]], picks: dict[str, str | int],
 
 
 def test_the_fastest_and_slowest_network_of_the_note10_table() -> None:
-    """The 30 ms network that gave its name to T3 is not in the data: its latency lies between these."""
+    """The 30 ms network that gave its name to T3 is not in the data: its latency lies
+    between these.
+    """
     space = ofa_mobilenet_v3(width=1.2).restrict({"resolution": [224]})
-    low, high = CostModel.of_table(space, table(NOTE10.format(224), "ofa"), allow_uncalibrated=True).range()
+    low, high = CostModel.of_table(
+        space, table(NOTE10.format(224), "ofa"), allow_uncalibrated=True
+    ).range()
     assert low < 29.97 < high
 
 
@@ -182,7 +214,9 @@ def test_fbnet_in_milliseconds_for_its_space() -> None:
                 assert imported.table.entries[op.key].ms == pytest.approx(value_us / 1000)
     same = by_layer[2].ops[0]
     assert same is not None
-    assert imported.table.entries[same.key].ms == pytest.approx(np.median([lines[n][0] for n in (2, 3, 4)]) / 1000)
+    assert imported.table.entries[same.key].ms == pytest.approx(
+        np.median([lines[n][0] for n in (2, 3, 4)]) / 1000
+    )
     assert all(name.startswith("skip of layer ") for name in imported.unmapped)
     assert imported.table.header.runtime == "pytorch"
 
@@ -191,11 +225,19 @@ def test_tfnas_by_width() -> None:
     source = json.loads(gzip.decompress(data(TFNAS).read_bytes()))["cpu"]
     imported = import_table(data(TFNAS), "tfnas:cpu")
     entries = imported.table.entries
-    assert entries["mbconv-h56-i24-o24-m100-k5-q48-relu-id"].ms == source["MBInvertedResBlock_56_24_48_24_k5_s1_relu"]["100"]
-    assert entries["dsconv-h112-i16-o24-k3-s2-relu"].ms == source["MBInvertedResBlock_112_16_0_24_k3_s2_relu"]["16"]
+    assert (
+        entries["mbconv-h56-i24-o24-m100-k5-q48-relu-id"].ms
+        == source["MBInvertedResBlock_56_24_48_24_k5_s1_relu"]["100"]
+    )
+    assert (
+        entries["dsconv-h112-i16-o24-k3-s2-relu"].ms
+        == source["MBInvertedResBlock_112_16_0_24_k3_s2_relu"]["16"]
+    )
     assert "base" in imported.unmapped
     swish = [name for name in imported.unmapped if name.endswith("_swish")]
-    assert len(swish) == 54 and all("'swish' is unknown" in imported.unmapped[name] for name in swish)
+    assert len(swish) == 54 and all(
+        "'swish' is unknown" in imported.unmapped[name] for name in swish
+    )
     header = imported.table.header
     assert (header.threads, header.batch) == (1, 1)
     assert table(TFNAS, "tfnas:gpu").header.batch == 32
@@ -205,7 +247,11 @@ def test_tfnas_by_width() -> None:
     ("name", "format_name", "message"),
     [
         (TRIM, "ofa", "holds no block of format 'ofa': try --format proxylessnas"),
-        (NOTE10.format(224), "proxylessnas", "holds no block of format 'proxylessnas': try --format ofa"),
+        (
+            NOTE10.format(224),
+            "proxylessnas",
+            "holds no block of format 'proxylessnas': try --format ofa",
+        ),
         (SPNAS, "proxylessnas", "holds no 'mean'|has no 'mean' in entry"),
         (FBNET, "proxylessnas", "needs another --format"),
         (TRIM, "fbnet", "does not begin with the line"),
@@ -216,7 +262,11 @@ def test_tfnas_by_width() -> None:
         (TRIM, "tunas", "holds no constant _PROXYLESSNAS_SEARCH_KERNEL"),
         (CIFAR, "proxylessnas", "has several columns: choose one of cpu_b, cpu_s, gpu"),
         (TRIM, "proxylessnas:big", "has no 'big' in entry"),
-        (PIPE, "proxylessnas:count", "holds nothing of use in 'count': choose from mean, big, small, gpu"),
+        (
+            PIPE,
+            "proxylessnas:count",
+            "holds nothing of use in 'count': choose from mean, big, small, gpu",
+        ),
         (SPNAS, "single_path:mean", "has no columns to choose from"),
         ("ofa_note10_lut/acc_predictor.npz", "ofa", "is not text"),
     ],
@@ -226,8 +276,13 @@ def test_a_file_of_another_format(name: str, format_name: str, message: str) -> 
         import_table(data(name), format_name)
 
 
-@pytest.mark.parametrize(("name", "format_name"), [(TRIM, "proxylessnas"), (NOTE10.format(224), "ofa"), (SPNAS, "single_path")])
-def test_a_file_that_was_cut_off_is_refused_or_gives_nothing_wrong(tmp_path: Path, name: str, format_name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "format_name"),
+    [(TRIM, "proxylessnas"), (NOTE10.format(224), "ofa"), (SPNAS, "single_path")],
+)
+def test_a_file_that_was_cut_off_is_refused_or_gives_nothing_wrong(
+    tmp_path: Path, name: str, format_name: str
+) -> None:
     """Cut between two entries it is a smaller table; cut anywhere else, an error."""
     whole = data(name).read_bytes()
     full = table(name, format_name)

@@ -1,4 +1,6 @@
-"""A small detection training: a network of four blocks that finds coloured rectangles on noise after a hundred steps."""
+"""A small detection training: a network of four blocks that finds coloured rectangles
+on noise after a hundred steps.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ def classifier() -> Architecture:
     return Architecture(name="small", blocks=tuple(Op.parse(key) for key in BLOCKS))
 
 
-def write_rectangles(folder: Path, *, images: int = 24, test_images: int = 8, classes: int = 2, empty: int = 0) -> Path:
-    """Images of 64 x 48 pixels with one or two rectangles; the first ``empty`` training images have none."""
+def write_rectangles(
+    folder: Path, *, images: int = 24, test_images: int = 8, classes: int = 2, empty: int = 0
+) -> Path:
+    """Images of 64 x 48 pixels with one or two rectangles; the first ``empty`` training
+    images have none.
+    """
     rng = np.random.default_rng(0)
     for part, count in (("train", images), ("val", test_images)):
         drawn, objects = {}, []
@@ -41,21 +47,31 @@ def write_rectangles(folder: Path, *, images: int = 24, test_images: int = 8, cl
                 w, h = (int(value) for value in rng.integers(14, 30, 2))
                 x, y = int(rng.integers(0, 64 - w)), int(rng.integers(0, 48 - h))
                 pixels[y : y + h, x : x + w] = COLOURS[label]
-                objects.append((number, int(CATEGORIES[label]["id"]), [float(x), float(y), float(w), float(h)]))
+                objects.append(
+                    (number, int(CATEGORIES[label]["id"]), [float(x), float(y), float(w), float(h)])
+                )
             drawn[f"{number}.png"] = pixels
         write_coco(folder, drawn, objects, part, categories=CATEGORIES[:classes])
     return folder
 
 
 def settings(folder: Path, *, classes: int = 2, **train: Any) -> dict[str, Any]:
-    """The configuration of a training on data below ``folder``, where they and the network's document are written."""
+    """The configuration of a training on data below ``folder``, where they and the
+    network's document are written.
+    """
     write_rectangles(folder / "data", classes=classes)
     classifier().save(folder / "small.json")
     return {
         "name": "rectangles",
         "task": "detect",
         "checkpoint_seconds": 1e9,
-        "data": {"name": "coco", "path": str(folder / "data"), "resolution": 48, "classes": classes, "augment": "none"},
+        "data": {
+            "name": "coco",
+            "path": str(folder / "data"),
+            "resolution": 48,
+            "classes": classes,
+            "augment": "none",
+        },
         "detector": {"extras": [48, 32]},
         "train": {
             "arch": str(folder / "small.json"),

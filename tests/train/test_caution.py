@@ -12,14 +12,26 @@ from hwnas.train.result import TrainResult
 @pytest.mark.parametrize(("right", "cautious"), [(9, True), (15, True), (16, False), (90, False)])
 def test_a_classifier_that_guesses_is_named(right: int, cautious: bool) -> None:
     """Of 100 images in ten classes: 15 right may be guesses (p = 0.073), 16 are not (p = 0.040)."""
-    common = {"architecture_sha256": "0", "weights": "scratch", "steps": 1, "seed": 0, "test_images": 100}
-    metrics = {"task": "classify", "metric": "accuracy", "metrics": {"accuracy": right / 100}, "guess": 0.1}
+    common = {
+        "architecture_sha256": "0",
+        "weights": "scratch",
+        "steps": 1,
+        "seed": 0,
+        "test_images": 100,
+    }
+    metrics = {
+        "task": "classify",
+        "metric": "accuracy",
+        "metrics": {"accuracy": right / 100},
+        "guess": 0.1,
+    }
     found = TrainResult.model_validate({**common, **metrics, "class_names": list("0123456789")})
     assert (stats.binomtest(right, 100, 0.1, alternative="greater").pvalue >= 0.05) == cautious
     assert (found.caution is not None) == cautious
     if found.caution is not None:
         assert str(found.caution).startswith(
-            f"the trained network learned nothing: {right}.00% of 100 test images right, where a guess gets 10"
+            f"the trained network learned nothing: {right}.00% of 100 test images right, where a"
+            " guess gets 10"
         )
         assert "train.epochs" in found.caution.text and "train.optimizer.lr" in found.caution.text
     frequent = found.model_copy(update={"guess": 0.9})
@@ -30,10 +42,25 @@ def test_a_classifier_that_guesses_is_named(right: int, cautious: bool) -> None:
 @pytest.mark.parametrize(("ap", "cautious"), [(0.0, True), (0.0004, True), (0.02, False)])
 def test_a_detector_that_finds_nothing_is_named(ap: float, cautious: bool) -> None:
     coco = CocoMetrics.model_validate({**dict.fromkeys(NUMBERS, ap), "AP_per_class": {"a": ap}})
-    common = {"architecture_sha256": "0", "weights": "scratch", "steps": 1, "seed": 0, "test_images": 5, "class_names": ("a",)}
+    common = {
+        "architecture_sha256": "0",
+        "weights": "scratch",
+        "steps": 1,
+        "seed": 0,
+        "test_images": 5,
+        "class_names": ("a",),
+    }
     found = TrainResult.model_validate(
-        {**common, "task": "detect", "metric": "AP", "metrics": coco.by_name, "per_class": coco.AP_per_class}
+        {
+            **common,
+            "task": "detect",
+            "metric": "AP",
+            "metrics": coco.by_name,
+            "per_class": coco.AP_per_class,
+        }
     )
     assert (found.caution is not None) == cautious
     if found.caution is not None:
-        assert str(found.caution).startswith("the trained network finds nothing: AP 0.0% on 5 test images: raise train.epochs")
+        assert str(found.caution).startswith(
+            "the trained network finds nothing: AP 0.0% on 5 test images: raise train.epochs"
+        )

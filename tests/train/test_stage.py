@@ -1,4 +1,6 @@
-"""Training a detector as a stage: it learns, it ends the same however often it is killed, and what it cannot do it says first."""
+"""Training a detector as a stage: it learns, it ends the same however often it is
+killed, and what it cannot do it says first.
+"""
 
 from __future__ import annotations
 
@@ -65,9 +67,15 @@ def refused(experiment: Experiment, run: Path, stage: str = "train") -> str:
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_it_learns(scores: Scores, tmp_path: Path) -> None:
     config = settings(tmp_path, epochs=40)
-    result, lines = trained(Experiment.model_validate({**config, "detector": {"extras": [48, 32], "scores": scores}}), tmp_path / "run")
+    result, lines = trained(
+        Experiment.model_validate({**config, "detector": {"extras": [48, 32], "scores": scores}}),
+        tmp_path / "run",
+    )
     assert (result.metrics["AP50"] or 0) > 0.7
-    assert lines.said[-2] == f"trained small-ssdlite: AP {result.metrics['AP']:.1%}, AP50 {result.metrics['AP50']:.1%} on 8 test images"
+    assert (
+        lines.said[-2] == f"trained small-ssdlite: AP {result.metrics['AP']:.1%}, AP50"
+        f" {result.metrics['AP50']:.1%} on 8 test images"
+    )
 
 
 def test_what_it_writes(tmp_path: Path) -> None:
@@ -75,12 +83,20 @@ def test_what_it_writes(tmp_path: Path) -> None:
     result, _ = trained(config, tmp_path / "run")
     folder = tmp_path / "run" / "train"
     arch = Architecture.load(folder / "arch.json")
-    assert (result.steps, result.test_images, result.class_names, result.weights) == (6, 8, ("red", "blue"), "scratch")
+    assert (result.steps, result.test_images, result.class_names, result.weights) == (
+        6,
+        8,
+        ("red", "blue"),
+        "scratch",
+    )
     assert result.architecture_sha256 == arch.sha256 and arch.detector is not None
     assert (arch.classes, arch.resolution, len(arch.detector.extras)) == (2, 48, 2)
     stored = json.loads((folder / "train.json").read_text())
     assert (stored["task"], stored["metric"]) == ("detect", "AP") and "guess" not in stored
-    assert stored["metrics"].keys() == set(NUMBERS) and stored["per_class"].keys() == {"red", "blue"}
+    assert stored["metrics"].keys() == set(NUMBERS) and stored["per_class"].keys() == {
+        "red",
+        "blue",
+    }
     rows = JsonLines(folder / "metrics.jsonl").read()
     assert [row["step"] for row in rows] == list(range(6))
     assert all(row["loss"] == pytest.approx(row["class_loss"] + row["box_loss"]) for row in rows)
@@ -91,7 +107,9 @@ def test_what_it_writes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
-    """SIGKILL in the middle of the training, with augmentation, average and crops, and the same command again."""
+    """SIGKILL in the middle of the training, with augmentation, average and crops, and
+    the same command again.
+    """
     config = settings(tmp_path, epochs=6, ema_decay=0.9, validate_every=1)
     config["data"]["augment"] = "ssd"
     config["checkpoint_seconds"] = 0
@@ -105,13 +123,19 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
     process = subprocess.Popen(commands["killed"], stdout=subprocess.DEVNULL)
     log = tmp_path / "killed" / "train" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while (not log.exists() or log.read_bytes().count(b"\n") < 7) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        (not log.exists() or log.read_bytes().count(b"\n") < 7)
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
     subprocess.run(commands["killed"], check=True, stdout=subprocess.DEVNULL)
     for name in (*outputs(Experiment.model_validate(config)), "metrics.jsonl", "validation.jsonl"):
-        assert file_sha256(tmp_path / "killed" / "train" / name) == file_sha256(tmp_path / "straight" / "train" / name), name
+        assert file_sha256(tmp_path / "killed" / "train" / name) == file_sha256(
+            tmp_path / "straight" / "train" / name
+        ), name
 
 
 def test_one_class_images_without_objects_and_batches_without_boxes(tmp_path: Path) -> None:
@@ -155,8 +179,12 @@ def saved_classifier(folder: Path, arch: Architecture | None = None) -> Network:
 
 @pytest.mark.parametrize("named", ["", "train"])
 def test_the_backbone_begins_with_the_weights_of_a_classifier(named: str, tmp_path: Path) -> None:
-    """Also with one for images of another size; the learning rate is next to nothing, so the weights are still there in the end."""
-    small = Architecture(name="small", blocks=tuple(replace(op, size=op.size * 2 // 3) for op in classifier().blocks))
+    """Also with one for images of another size; the learning rate is next to nothing,
+    so the weights are still there in the end.
+    """
+    small = Architecture(
+        name="small", blocks=tuple(replace(op, size=op.size * 2 // 3) for op in classifier().blocks)
+    )
     source = saved_classifier(tmp_path / "classifier", small)
     still = {"name": "momentum", "lr": 1e-12, "weight_decay": 0.0}
     config = experiment(tmp_path, optimizer=still, backbone=str(tmp_path / "classifier" / named))
@@ -165,7 +193,9 @@ def test_the_backbone_begins_with_the_weights_of_a_classifier(named: str, tmp_pa
     assert result.weights == "backbone"
     theirs, ours = dict(source.named_parameters()), dict(network.named_parameters())
     shared = theirs.keys() & ours.keys()
-    assert shared == {name for name in ours if name.startswith("blocks.")} and theirs.keys() - shared
+    assert (
+        shared == {name for name in ours if name.startswith("blocks.")} and theirs.keys() - shared
+    )
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9) for name in shared)
     Pipeline(config, tmp_path / "run", lines := Lines()).run_stage("train")
     assert lines.said == ["train: current, skipped"]
@@ -183,8 +213,12 @@ def test_a_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
     saved_classifier(tmp_path / "wide", Architecture(name="wide", blocks=keys))
     message = refused(experiment(tmp_path, backbone=str(tmp_path / "wide")), tmp_path / "run")
     assert f"block 3 is {keys[3]} there and {blocks[3].key} here" in message
-    assert "block 2 is nothing there" in refused(experiment(tmp_path, backbone=str(tmp_path / "short")), tmp_path / "run")
-    assert "holds no model.safetensors" in refused(experiment(tmp_path, backbone=str(tmp_path / "data")), tmp_path / "run")
+    assert "block 2 is nothing there" in refused(
+        experiment(tmp_path, backbone=str(tmp_path / "short")), tmp_path / "run"
+    )
+    assert "holds no model.safetensors" in refused(
+        experiment(tmp_path, backbone=str(tmp_path / "data")), tmp_path / "run"
+    )
 
 
 # what is trained
@@ -198,11 +232,16 @@ def test_the_architecture_of_a_detection_experiment(tmp_path: Path) -> None:
     config["data"]["resolution"] = 96
     attached = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
     assert attached.detector is not None and attached.resolution == 96
-    assert (attached.detector.scores, [op.out_ch for op in attached.detector.extras]) == ("sigmoid", [32])
+    assert (attached.detector.scores, [op.out_ch for op in attached.detector.extras]) == (
+        "sigmoid",
+        [32],
+    )
     attached.save(tmp_path / "own.json")
     config["train"]["arch"] = str(tmp_path / "own.json")
     config["detector"] = {}
-    assert architecture(Experiment.model_validate(config), mobile32(), tmp_path) == attached, "a detector of its own stays"
+    assert architecture(Experiment.model_validate(config), mobile32(), tmp_path) == attached, (
+        "a detector of its own stays"
+    )
     config["train"]["arch"] = "ssdlite320_mobilenet_v3_large"
     assert architecture(Experiment.model_validate(config), mobile32(), tmp_path) == published(
         "ssdlite320_mobilenet_v3_large", resolution=96, classes=2
@@ -210,12 +249,16 @@ def test_the_architecture_of_a_detection_experiment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "channels"), [(0.35, 3), (1.4, 1)])
-def test_a_published_network_has_the_width_and_the_channels_that_are_set(tmp_path: Path, width: float, channels: int) -> None:
+def test_a_published_network_has_the_width_and_the_channels_that_are_set(
+    tmp_path: Path, width: float, channels: int
+) -> None:
     one_each = {"mean": [0.5] * channels, "std": [0.5] * channels}
     data = {"name": "digits", "resolution": 32, "channels": channels, **one_each}
     config = {"space": {"width": width}, "data": data, "train": {"arch": "mobilenet_v2"}}
     found = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
-    assert found == published("mobilenet_v2", resolution=32, classes=10, in_channels=channels, width=width)
+    assert found == published(
+        "mobilenet_v2", resolution=32, classes=10, in_channels=channels, width=width
+    )
     theirs = torchvision.models.mobilenet_v2(num_classes=10, width_mult=width)
     of_colours = (3 - channels) * 9 * found.ops()[0].out_ch
     assert found.params == sum(parameter.numel() for parameter in theirs.parameters()) - of_colours
@@ -225,10 +268,18 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = settings(tmp_path)
     own = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
     own.save(tmp_path / "own.json")
-    three: dict[str, Any] = {**config, "data": {**config["data"], "resolution": 64}, "train": {"arch": str(tmp_path / "own.json")}}
-    assert "has 2 classes, 48 px and 3 channels, but the data 2, 64 and 3" in refused(Experiment.model_validate(three), tmp_path / "run")
+    three: dict[str, Any] = {
+        **config,
+        "data": {**config["data"], "resolution": 64},
+        "train": {"arch": str(tmp_path / "own.json")},
+    }
+    assert "has 2 classes, 48 px and 3 channels, but the data 2, 64 and 3" in refused(
+        Experiment.model_validate(three), tmp_path / "run"
+    )
     digits = {"train": {"arch": str(tmp_path / "own.json")}}
-    assert "has a detector: set task = 'detect'" in refused(Experiment.model_validate(digits), tmp_path / "run")
+    assert "has a detector: set task = 'detect'" in refused(
+        Experiment.model_validate(digits), tmp_path / "run"
+    )
     one_size = Architecture(name="flat", blocks=tuple(classifier().blocks[:1]))
     one_size.save(tmp_path / "small.json")
     with pytest.raises(SpaceError, match="no two resolutions to tap"):
@@ -244,26 +295,59 @@ def test_without_an_architecture_it_asks_for_a_search(tmp_path: Path) -> None:
 
 
 def test_a_result_has_its_metric() -> None:
-    common = {"architecture_sha256": "0", "weights": "scratch", "steps": 1, "seed": 0, "test_images": 5, "class_names": ["a"]}
+    common = {
+        "architecture_sha256": "0",
+        "weights": "scratch",
+        "steps": 1,
+        "seed": 0,
+        "test_images": 5,
+        "class_names": ["a"],
+    }
     judged = {"task": "classify", "metric": "accuracy", "metrics": {"top5": 0.5}}
-    with pytest.raises(DocumentError, match="metrics lack 'accuracy', which is the metric: train again"):
+    with pytest.raises(
+        DocumentError, match="metrics lack 'accuracy', which is the metric: train again"
+    ):
         TrainResult.parse(json.dumps({"schema": "hwnas.train/2", **common, **judged}))
 
 
 def test_results_of_before_are_read() -> None:
     """Version 1 had names for each task."""
-    common = {"schema": "hwnas.train/1", "architecture_sha256": "0", "weights": "scratch", "steps": 1, "seed": 0, "test_images": 5}
-    classified = TrainResult.parse(json.dumps({**common, "class_names": ["a", "b"], "test_accuracy": 0.5}))
-    assert (classified.task, classified.metric, classified.metrics, classified.guess) == ("classify", "accuracy", {"accuracy": 0.5}, 0.5)
-    assert classified.quality == "50.00% of 5 test images right" and TrainResult.parse(classified.to_json()) == classified
+    common = {
+        "schema": "hwnas.train/1",
+        "architecture_sha256": "0",
+        "weights": "scratch",
+        "steps": 1,
+        "seed": 0,
+        "test_images": 5,
+    }
+    classified = TrainResult.parse(
+        json.dumps({**common, "class_names": ["a", "b"], "test_accuracy": 0.5})
+    )
+    assert (classified.task, classified.metric, classified.metrics, classified.guess) == (
+        "classify",
+        "accuracy",
+        {"accuracy": 0.5},
+        0.5,
+    )
+    assert (
+        classified.quality == "50.00% of 5 test images right"
+        and TrainResult.parse(classified.to_json()) == classified
+    )
     numbers = dict.fromkeys(NUMBERS, 0.25) | {"APs": None}
     coco = {**numbers, "AP_per_class": {"a": 0.25}}
     detected = TrainResult.parse(json.dumps({**common, "class_names": ["a"], "test_coco": coco}))
-    assert (detected.task, detected.metric, detected.metrics, detected.per_class) == ("detect", "AP", numbers, {"a": 0.25})
+    assert (detected.task, detected.metric, detected.metrics, detected.per_class) == (
+        "detect",
+        "AP",
+        numbers,
+        {"a": 0.25},
+    )
     assert detected.quality == "AP 25.0%, AP50 25.0% on 5 test images"
     with pytest.raises(DocumentError, match="has neither: train again"):
         TrainResult.parse(json.dumps({**common, "class_names": ["a"]}))
     with pytest.raises(DocumentError, match="AP50"):
-        TrainResult.parse(json.dumps({**common, "class_names": ["a"], "test_coco": {**coco, "AP50": None}}))
+        TrainResult.parse(
+            json.dumps({**common, "class_names": ["a"], "test_coco": {**coco, "AP50": None}})
+        )
     with pytest.raises(DocumentError, match=r"no hwnas\.train/1 document"):
         TrainResult.parse(json.dumps({**common, "class_names": 3, "test_accuracy": 0.5}))

@@ -1,4 +1,6 @@
-"""The validation curve: the right values, nothing else changed by looking, and the same rows after a kill at the worst moment."""
+"""The validation curve: the right values, nothing else changed by looking, and the same
+rows after a kill at the worst moment.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +51,24 @@ class Lines(Progress):
 
 def digits(**train: Any) -> Experiment:
     content = {
-        "data": {"name": "digits", "resolution": 8, "channels": 1, "classes": 10, "mean": [0.31], "std": [0.37]},
+        "data": {
+            "name": "digits",
+            "resolution": 8,
+            "channels": 1,
+            "classes": 10,
+            "mean": [0.31],
+            "std": [0.37],
+        },
         "space": {"name": "mobile32"},
         "checkpoint_seconds": 1e9,
-        "train": {"epochs": 3, "batch_size": 96, "dropout": 0.2, "ema_decay": 0.9, "optimizer": OPTIMIZER, **train},
+        "train": {
+            "epochs": 3,
+            "batch_size": 96,
+            "dropout": 0.2,
+            "ema_decay": 0.9,
+            "optimizer": OPTIMIZER,
+            **train,
+        },
     }
     return Experiment.model_validate(content)
 
@@ -77,15 +93,24 @@ def test_looking_changes_no_bit(tmp_path: Path) -> None:
     for name in ("model.safetensors", "train.json", "metrics.jsonl"):
         assert file_sha256(folder / name) == file_sha256(without / name), name
     assert JsonLines(without / validation.FILE).read() == []
-    rows, result = JsonLines(folder / validation.FILE).read(), TrainResult.load(folder / "train.json")
+    rows, result = (
+        JsonLines(folder / validation.FILE).read(),
+        TrainResult.load(folder / "train.json"),
+    )
     assert [row["step"] for row in rows] == [7, 14, 21, 28, 35, 42, 45]
-    assert [row["epoch"] for row in rows] == [pytest.approx(row["step"] * 96 / 1438, abs=1e-3) for row in rows]
-    assert {row["images"] for row in rows} == {result.test_images} and rows[-1]["test_accuracy"] == result.metrics["accuracy"]
+    assert [row["epoch"] for row in rows] == [
+        pytest.approx(row["step"] * 96 / 1438, abs=1e-3) for row in rows
+    ]
+    assert {row["images"] for row in rows} == {result.test_images} and rows[-1][
+        "test_accuracy"
+    ] == result.metrics["accuracy"]
     assert len({row["test_accuracy"] for row in rows}) > 3
     assert lines.said[0] == f"epoch 0.467: {rows[0]['test_accuracy']:.1%} of 359 test images"
 
 
-def test_it_is_of_the_averaged_weights_on_the_first_images_of_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_is_of_the_averaged_weights_on_the_first_images_of_the_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(Classification, "curve_images", 100)
     experiment = small(tmp_path, validate_every=1)
     folder = trained(experiment, tmp_path / "run")
@@ -99,9 +124,13 @@ def test_it_is_of_the_averaged_weights_on_the_first_images_of_the_order(monkeypa
 
 @pytest.mark.parametrize("last", [2, 3])
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
-def test_killed_between_a_row_and_its_checkpoint(last: int, checkpoint_seconds: float, tmp_path: Path) -> None:
+def test_killed_between_a_row_and_its_checkpoint(
+    last: int, checkpoint_seconds: float, tmp_path: Path
+) -> None:
     straight = trained(small(tmp_path, validate_every=0.5), tmp_path / "straight")
-    experiment = small(tmp_path, validate_every=0.5).model_copy(update={"checkpoint_seconds": checkpoint_seconds})
+    experiment = small(tmp_path, validate_every=0.5).model_copy(
+        update={"checkpoint_seconds": checkpoint_seconds}
+    )
     with pytest.raises(Killed):
         trained(experiment, tmp_path / "killed", Lines(last))
     assert len(JsonLines(tmp_path / "killed" / "train" / validation.FILE).read()) == last
@@ -114,29 +143,55 @@ def test_killed_between_a_row_and_its_checkpoint(last: int, checkpoint_seconds: 
 def test_of_a_detector(tmp_path: Path) -> None:
     experiment = Experiment.model_validate(settings(tmp_path, epochs=6, validate_every=2))
     folder = trained(experiment, tmp_path / "run", lines := Lines())
-    without = trained(Experiment.model_validate(settings(tmp_path, epochs=6, validate_every=0)), tmp_path / "without")
+    without = trained(
+        Experiment.model_validate(settings(tmp_path, epochs=6, validate_every=0)),
+        tmp_path / "without",
+    )
     assert file_sha256(folder / "model.safetensors") == file_sha256(without / "model.safetensors")
-    rows, result = JsonLines(folder / validation.FILE).read(), TrainResult.load(folder / "train.json")
+    rows, result = (
+        JsonLines(folder / validation.FILE).read(),
+        TrainResult.load(folder / "train.json"),
+    )
     assert [row["step"] for row in rows] == [6, 12, 18] and result.metric == "AP"
-    assert (rows[-1]["test_ap"], rows[-1]["test_ap50"]) == (result.metrics["AP"], result.metrics["AP50"])
+    assert (rows[-1]["test_ap"], rows[-1]["test_ap50"]) == (
+        result.metrics["AP"],
+        result.metrics["AP50"],
+    )
     assert lines.said[2] == f"epoch 6: AP {result.metrics['AP']:.1%} on 8 test images"
 
 
-@pytest.mark.parametrize(("epochs", "points"), [(1, 0), (3, 0), (6, 3), (12, 7), (30, 10), (3000, 10)])
+@pytest.mark.parametrize(
+    ("epochs", "points"), [(1, 0), (3, 0), (6, 3), (12, 7), (30, 10), (3000, 10)]
+)
 def test_the_default_costs_a_twentieth_at_most(epochs: int, points: int, tmp_path: Path) -> None:
-    """359 test images, forward only, a third of the 1438 training images of an epoch: 0.05 * 1438 / 120 = 0.6 evaluations an epoch."""
+    """359 test images, forward only, a third of the 1438 training images of an epoch:
+    0.05 * 1438 / 120 = 0.6 evaluations an epoch.
+    """
     experiment = small(tmp_path, epochs=epochs)
     steps = round(epochs * 1438 / 96)
-    network = Network(Architecture.load(tmp_path / "arch.json"), generator=torch.Generator().manual_seed(0))
+    network = Network(
+        Architecture.load(tmp_path / "arch.json"), generator=torch.Generator().manual_seed(0)
+    )
     engine = Engine(network, experiment.train.optimizer, steps, 96, 0, tmp_path)
-    due = Validation(StageContext(experiment, tmp_path, tmp_path), engine, load_images(experiment.data, "test"), 1438 / 96).due
+    due = Validation(
+        StageContext(experiment, tmp_path, tmp_path),
+        engine,
+        load_images(experiment.data, "test"),
+        1438 / 96,
+    ).due
     assert len(due) == points and (not due or max(due) == steps)
     assert len(due) * 359 / 3 <= 0.05 * epochs * 1438 * 1.01
     distances = np.diff(sorted(due))
     assert not len(distances) or distances.max() - distances.min() <= 1
 
 
-def test_test_images_without_objects_have_no_curve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("hwnas.data.coco.CocoImages.labels_of", lambda images, indices: np.zeros(0, np.int64))
-    folder = trained(Experiment.model_validate(settings(tmp_path, validate_every=1)), tmp_path / "run")
+def test_test_images_without_objects_have_no_curve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "hwnas.data.coco.CocoImages.labels_of", lambda images, indices: np.zeros(0, np.int64)
+    )
+    folder = trained(
+        Experiment.model_validate(settings(tmp_path, validate_every=1)), tmp_path / "run"
+    )
     assert JsonLines(folder / validation.FILE).read() == []

@@ -1,8 +1,20 @@
-"""The kinds of ops: one registered class each. See ``base`` for what an op is and how it is written."""
+"""The kinds of ops: one registered class each. See ``base`` for what an op is and how
+it is written.
+"""
 
 from hwnas.core.ops.base import ACTIVATIONS, Op, OpKey, kinds, register, source_files
 from hwnas.core.ops.blocks import SE_GATES, Classifier, Conv, DSConv, Head, MBConv, separable
-from hwnas.core.ops.cells import AvgPool, DilConv, FacReduce, MaxPool, Norm, Pool, PreConv, ResReduce, SepConv
+from hwnas.core.ops.cells import (
+    AvgPool,
+    DilConv,
+    FacReduce,
+    MaxPool,
+    Norm,
+    Pool,
+    PreConv,
+    ResReduce,
+    SepConv,
+)
 from hwnas.core.ops.detector import SSD, Extra
 from hwnas.core.ops.fused import Fused
 from hwnas.core.ops.uib import UIB

@@ -1,15 +1,19 @@
-"""The measurable unit: one block of a network with everything that decides its latency, and nothing else.
+"""The measurable unit: one block of a network with everything that decides its latency,
+and nothing else.
 
-An op is a frozen dataclass of its kind, which says what it computes (``write``), and is written as a key, for instance::
+An op is a frozen dataclass of its kind, which says what it computes (``write``), and is
+written as a key, for instance::
 
     mbconv-h56-i32-o32-m96-k5-relu-id
 
-kind, then its fields: numbers by their letters, words as they are, flags where they are set. ``h`` is the input height = width,
-``i`` and ``o`` are input and output channels, and the other fields are the kind's own. Fields at their defaults are left out, so
-a field added later leaves old keys as they are. ``Op.parse(op.key) == op``.
+kind, then its fields: numbers by their letters, words as they are, flags where they are
+set. ``h`` is the input height = width, ``i`` and ``o`` are input and output channels,
+and the other fields are the kind's own. Fields at their defaults are left out, so a
+field added later leaves old keys as they are. ``Op.parse(op.key) == op``.
 
-A new kind is one registered class with its fields, its checks and its program. Everything else follows: counting, timing,
-building, sharing weights, training, files, drawing.
+A new kind is one registered class with its fields, its checks and its program.
+Everything else follows: counting, timing, building, sharing weights, training, files,
+drawing.
 """
 
 from __future__ import annotations
@@ -37,8 +41,14 @@ _NOUNS = {"act": "activation", "se_gate": "SE gate"}
 
 
 def number(letter: str, default: int | None = None) -> Any:
-    """A field that a key writes as a letter and a number, such as ``k5``. Without a default it must be given."""
-    return field(metadata={"letter": letter}) if default is None else field(default=default, metadata={"letter": letter})
+    """A field that a key writes as a letter and a number, such as ``k5``. Without a
+    default it must be given.
+    """
+    return (
+        field(metadata={"letter": letter})
+        if default is None
+        else field(default=default, metadata={"letter": letter})
+    )
 
 
 def word(choices: Sequence[str], default: str) -> Any:
@@ -57,16 +67,23 @@ def activation(default: str = "none") -> Any:
 
 
 def register(kind: O) -> O:
-    """Make a kind of op known by its name, for ``Op.parse``. Raises SpaceError where another class has that name."""
+    """Make a kind of op known by its name, for ``Op.parse``. Raises SpaceError where
+    another class has that name.
+    """
     known = _KINDS.setdefault(kind.KIND, kind)
     if known is not kind:
-        raise SpaceError(f"op kind {kind.KIND!r} is taken by {known.__module__}.{known.__qualname__}: choose another name.")
+        raise SpaceError(
+            f"op kind {kind.KIND!r} is taken by {known.__module__}.{known.__qualname__}: choose"
+            " another name."
+        )
     return kind
 
 
 def source_files() -> tuple[Path, ...]:
     """Where the registered kinds are written, and what all have in common."""
-    return tuple(sorted({Path(__file__), *(Path(inspect.getfile(kind)) for kind in _KINDS.values())}))
+    return tuple(
+        sorted({Path(__file__), *(Path(inspect.getfile(kind)) for kind in _KINDS.values())})
+    )
 
 
 def kinds() -> tuple[str, ...]:
@@ -76,7 +93,9 @@ def kinds() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Written:
-    """How a key writes a field: by a ``letter``, as one of several ``words``, or as a ``flag``. ``default`` may be MISSING."""
+    """How a key writes a field: by a ``letter``, as one of several ``words``, or as a
+    ``flag``. ``default`` may be MISSING.
+    """
 
     name: str
     default: Any
@@ -97,7 +116,9 @@ def _written(kind: type[Op]) -> tuple[_Written, ...]:
 
 @dataclass(frozen=True)
 class Op(ABC):
-    """A block and its shape: input height = width, input channels, output channels. See the module for the key."""
+    """A block and its shape: input height = width, input channels, output channels. See
+    the module for the key.
+    """
 
     KIND: ClassVar[str]
     WEIGHTS: ClassVar[str] = "layers."
@@ -122,13 +143,23 @@ class Op(ABC):
         for each in _written(type(self)):
             value = getattr(self, each.name)
             if each.letter and value < (0 if each.default == 0 else 1):
-                raise SpaceError(f"op {self.key} has a size, width, kernel, stride or group count below 1.")
+                raise SpaceError(
+                    f"op {self.key} has a size, width, kernel, stride or group count below 1."
+                )
             if each.words and value not in each.words:
-                raise SpaceError(f"{_NOUNS.get(each.name, each.name)} {value!r} is unknown; known: {', '.join(each.words)}.")
+                raise SpaceError(
+                    f"{_NOUNS.get(each.name, each.name)} {value!r} is unknown; known:"
+                    f" {', '.join(each.words)}."
+                )
         if self.kernel % 2 == 0 and not self.even_kernel:
-            raise SpaceError(f"op {self.key}: kernels are odd here, padded by kernel // 2; those of pooling may be as large as its stride.")
+            raise SpaceError(
+                f"op {self.key}: kernels are odd here, padded by kernel // 2; those of pooling may"
+                " be as large as its stride."
+            )
         self.check()
-        if self.groups > 1 and any(node.in_ch % node.groups or node.out_ch % node.groups for node in self.layers):
+        if self.groups > 1 and any(
+            node.in_ch % node.groups or node.out_ch % node.groups for node in self.layers
+        ):
             raise SpaceError(f"op {self.key}: {self.groups} groups do not divide its channels.")
         if self.residual and (self.in_ch != self.out_ch or self.stride != 1):
             raise SpaceError(f"op {self.key}: a residual needs equal input and output shapes.")
@@ -139,7 +170,9 @@ class Op(ABC):
         return False
 
     def check(self) -> None:  # noqa: B027 - not every kind has something to check
-        """Raise SpaceError where the fields do not fit each other. A kind says what is wrong by ``self.key``."""
+        """Raise SpaceError where the fields do not fit each other. A kind says what is
+        wrong by ``self.key``.
+        """
 
     @abstractmethod
     def write(self, write: ProgramWriter) -> int | tuple[int, ...]:
@@ -159,17 +192,26 @@ class Op(ABC):
     def key(self) -> str:
         """The op's name in tables and files: ``[a-z0-9-]+``."""
         values = ((each, getattr(self, each.name)) for each in _written(type(self)))
-        return "-".join([self.KIND, *(each.part(value) for each, value in values if value != each.default)])
+        return "-".join(
+            [self.KIND, *(each.part(value) for each, value in values if value != each.default)]
+        )
 
     @staticmethod
     def parse(key: str) -> Op:
         """The op of a key. Raises SpaceError where the key is not one."""
         name, *parts = key.split("-")
         if name not in _KINDS:
-            raise SpaceError(f"{key!r} is not an op key: op kind {name!r} is unknown; known: {', '.join(_KINDS)}.")
+            raise SpaceError(
+                f"{key!r} is not an op key: op kind {name!r} is unknown; known:"
+                f" {', '.join(_KINDS)}."
+            )
         kind = _KINDS[name]
         values = dict(kind._parsed(key, part) for part in parts)
-        missing = [each.name for each in _written(kind) if each.default is MISSING and each.name not in values]
+        missing = [
+            each.name
+            for each in _written(kind)
+            if each.default is MISSING and each.name not in values
+        ]
         if missing:
             raise SpaceError(f"{key!r} is not an op key: it lacks {', '.join(sorted(missing))}.")
         op = kind(**values)
@@ -237,5 +279,7 @@ def _parse_key(value: Any) -> Any:
     return Op.parse(value) if isinstance(value, str) else value
 
 
-OpKey = Annotated[InstanceOf[Op], BeforeValidator(_parse_key), PlainSerializer(lambda op: op.key, return_type=str)]
+OpKey = Annotated[
+    InstanceOf[Op], BeforeValidator(_parse_key), PlainSerializer(lambda op: op.key, return_type=str)
+]
 """An op inside a document, where it is written as its key."""

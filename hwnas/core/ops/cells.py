@@ -1,4 +1,6 @@
-"""Ops of networks of cells: edges of DARTS's and NAS-Bench's cells, and what stands between the cells."""
+"""Ops of networks of cells: edges of DARTS's and NAS-Bench's cells, and what stands
+between the cells.
+"""
 
 from __future__ import annotations
 
@@ -61,13 +63,16 @@ class DilConv(Op):
     def write(self, write: ProgramWriter) -> int:
         """One depthwise-separable convolution, dilated."""
         x = write.act(INPUT, self.act)
-        x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, dilation=2, norm=False)
+        x = write.depthwise(
+            "depthwise", x, kernel=self.kernel, stride=self.stride, dilation=2, norm=False
+        )
         return write.conv("pointwise", x, self.out_ch)
 
 
 @dataclass(frozen=True)
 class Pool(Op):
-    """k x k pooling that does not count its padding; without padding where k is even, which is then the stride.
+    """k x k pooling that does not count its padding; without padding where k is even,
+    which is then the stride.
 
     ``norm`` puts a BN without scale and shift behind it.
     """
@@ -86,11 +91,15 @@ class Pool(Op):
         if self.in_ch != self.out_ch:
             raise SpaceError(f"op {self.key}: a {self.KIND} does not change the width.")
         if self.kernel % 2 == 0 and self.size % self.kernel:
-            raise SpaceError(f"op {self.key}: windows of {self.kernel} pixels do not fill {self.size} of them.")
+            raise SpaceError(
+                f"op {self.key}: windows of {self.kernel} pixels do not fill {self.size} of them."
+            )
 
     def pool(self, write: ProgramWriter, kind: Literal["avgpool", "maxpool"]) -> int:
         """One node of that kind."""
-        return write.pool("pool", kind, INPUT, kernel=self.kernel, stride=self.stride, norm=self.norm)
+        return write.pool(
+            "pool", kind, INPUT, kernel=self.kernel, stride=self.stride, norm=self.norm
+        )
 
 
 @register
@@ -124,13 +133,17 @@ class _Halving(Op):
     def check_halving(self) -> None:
         """Raise SpaceError where the stride is not 2 or the size is odd."""
         if self.stride != 2 or self.size % 2:
-            raise SpaceError(f"op {self.key}: a {self.KIND} halves an even size, so it has stride 2.")
+            raise SpaceError(
+                f"op {self.key}: a {self.KIND} halves an even size, so it has stride 2."
+            )
 
 
 @register
 @dataclass(frozen=True)
 class FacReduce(_Halving):
-    """Act, two 1 x 1 convolutions of stride 2 to half the channels each, the second one pixel further, BN (DARTS)."""
+    """Act, two 1 x 1 convolutions of stride 2 to half the channels each, the second one
+    pixel further, BN (DARTS).
+    """
 
     KIND: ClassVar[str] = "facreduce"
 
@@ -154,7 +167,9 @@ class FacReduce(_Halving):
 @register
 @dataclass(frozen=True)
 class ResReduce(_Halving):
-    """Act, k x k with stride 2, BN; act, k x k, BN; added to 2 x 2 average pooling and 1 x 1 (NAS-Bench-201's reduction)."""
+    """Act, k x k with stride 2, BN; act, k x k, BN; added to 2 x 2 average pooling and
+    1 x 1 (NAS-Bench-201's reduction).
+    """
 
     KIND: ClassVar[str] = "resreduce"
 

@@ -1,4 +1,6 @@
-"""What a detector adds to a backbone: layers that make coarser maps, and predictions from each map."""
+"""What a detector adds to a backbone: layers that make coarser maps, and predictions
+from each map.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from hwnas.errors import SpaceError
 @register
 @dataclass(frozen=True)
 class Extra(Op):
-    """1 x 1, BN, act; depthwise k x k, BN, act; 1 x 1, BN, act: SSDLite's layer that makes the next feature map."""
+    """1 x 1, BN, act; depthwise k x k, BN, act; 1 x 1, BN, act: SSDLite's layer that
+    makes the next feature map.
+    """
 
     KIND: ClassVar[str] = "extra"
 
@@ -32,10 +36,12 @@ class Extra(Op):
 @register
 @dataclass(frozen=True)
 class SSD(Op):
-    """What SSDLite predicts from one feature map: class logits and box codes of each cell's ``anchors``, from branches of their own.
+    """What SSDLite predicts from one feature map: class logits and box codes of each
+    cell's ``anchors``, from branches of their own.
 
-    Each is depthwise k x k, BN, act; 1 x 1 convolution with bias. Class logits are ``out_ch`` = anchors x (classes + 1 for the
-    background) channels, box codes 4 x anchors.
+    Each is depthwise k x k, BN, act; 1 x 1 convolution with bias. Class logits are
+    ``out_ch`` = anchors x (classes + 1 for the background) channels, box codes 4 x
+    anchors.
     """
 
     KIND: ClassVar[str] = "ssd"
@@ -48,15 +54,20 @@ class SSD(Op):
     def check(self) -> None:
         """There are anchors, and each has a logit for the background and for one class at least."""
         if not self.anchors:
-            raise SpaceError(f"op {self.key}: predictors need the number of anchors of each cell (a).")
+            raise SpaceError(
+                f"op {self.key}: predictors need the number of anchors of each cell (a)."
+            )
         if self.out_ch % self.anchors or self.out_ch < 2 * self.anchors:
             raise SpaceError(
-                f"op {self.key}: output channels are anchors (a) x (classes + 1), a multiple of {self.anchors} from {2 * self.anchors} on."
+                f"op {self.key}: output channels are anchors (a) x (classes + 1), a multiple of"
+                f" {self.anchors} from {2 * self.anchors} on."
             )
 
     def write(self, write: ProgramWriter) -> tuple[int, int]:
         """Class logits and box codes."""
-        return self._branch(write, "classes", self.out_ch), self._branch(write, "boxes", 4 * self.anchors)
+        return self._branch(write, "classes", self.out_ch), self._branch(
+            write, "boxes", 4 * self.anchors
+        )
 
     def _branch(self, write: ProgramWriter, name: str, columns: int) -> int:
         x = write.depthwise(f"{name}.depthwise", INPUT, kernel=self.kernel, act=self.act)

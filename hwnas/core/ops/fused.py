@@ -15,8 +15,9 @@ from hwnas.core.ops.blocks import SE_GATES, check_gates, squeeze_excite
 class Fused(Op):
     """k x k expansion with the stride, BN, act; [SE]; 1 x 1 projection, BN.
 
-    An inverted bottleneck whose expansion and depthwise convolution are one full convolution: more work, but of the kind that
-    accelerators are fast at. timm's ``EdgeResidual``.
+    An inverted bottleneck whose expansion and depthwise convolution are one full
+    convolution: more work, but of the kind that accelerators are fast at. timm's
+    ``EdgeResidual``.
     """
 
     KIND: ClassVar[str] = "fused"
@@ -36,7 +37,9 @@ class Fused(Op):
 
     def write(self, write: ProgramWriter) -> int:
         """Expansion and projection."""
-        x = write.conv("expand", INPUT, self.mid_ch, kernel=self.kernel, stride=self.stride, act=self.act)
+        x = write.conv(
+            "expand", INPUT, self.mid_ch, kernel=self.kernel, stride=self.stride, act=self.act
+        )
         x = squeeze_excite(write, x, self.se_ch, self.se_gate, self.act if self.se_act else "relu")
         x = write.conv("project", x, self.out_ch)
         return write.add(INPUT, x) if self.residual else x

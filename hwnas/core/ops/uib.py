@@ -15,10 +15,13 @@ Case = Literal["extra_dw", "inverted_bottleneck", "convnext", "ffn"]
 @register
 @dataclass(frozen=True)
 class UIB(Op):
-    """[depthwise ``start``, BN]; 1 x 1 expansion, BN, act; [depthwise ``kernel``, BN, act]; 1 x 1 projection, BN.
+    """[depthwise ``start``, BN]; 1 x 1 expansion, BN, act; [depthwise ``kernel``, BN,
+    act]; 1 x 1 projection, BN.
 
-    Which of the two depthwise convolutions there are (a kernel of 0: none) makes four known blocks of one; see ``case``. The stride is
-    the middle one's, or the start's where there is no middle one. timm's ``UniversalInvertedResidual`` without layer scale.
+    Which of the two depthwise convolutions there are (a kernel of 0: none) makes four
+    known blocks of one; see ``case``. The stride is the middle one's, or the start's
+    where there is no middle one. timm's ``UniversalInvertedResidual`` without layer
+    scale.
     """
 
     KIND: ClassVar[str] = "uib"
@@ -47,7 +50,10 @@ class UIB(Op):
         if self.start and self.start % 2 == 0:
             raise SpaceError(f"op {self.key}: kernels are odd here, padded by kernel // 2.")
         if self.stride > 1 and self.case == "ffn":
-            raise SpaceError(f"op {self.key}: without a depthwise convolution (b or k) there is none to have a stride.")
+            raise SpaceError(
+                f"op {self.key}: without a depthwise convolution (b or k) there is none to have a"
+                " stride."
+            )
 
     def write(self, write: ProgramWriter) -> int:
         """What there is of the start, the expansion, the middle, the projection."""
@@ -56,6 +62,8 @@ class UIB(Op):
             x = write.depthwise("start", x, kernel=self.start, stride=start_stride)
         x = write.conv("expand", x, self.mid_ch, act=self.act)
         if self.kernel:
-            x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, act=self.act)
+            x = write.depthwise(
+                "depthwise", x, kernel=self.kernel, stride=self.stride, act=self.act
+            )
         x = write.conv("project", x, self.out_ch)
         return write.add(INPUT, x) if self.residual else x
