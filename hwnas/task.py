@@ -240,7 +240,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
-        """How good a network is, in eval mode, where its weights are."""
+        """How good a network is, where its weights are. It is in eval mode already."""
 
     @abstractmethod
     def guess(self, images: Images) -> float | None:
@@ -325,6 +325,14 @@ class Task(ABC):
 def task_of(experiment: Experiment) -> Task:
     """The task of an experiment, with its settings."""
     return task_named(experiment.task, experiment.detector.post_processing)
+
+
+def evaluate(task: Task, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
+    """``task.evaluate`` in eval mode, so that no test image changes a network's
+    statistics, whatever a task leaves out.
+    """
+    network.eval()
+    return task.evaluate(network, images, how)
 
 
 def task_named(name: str, post_processing: PostProcessing | None = None) -> Task:

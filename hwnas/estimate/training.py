@@ -9,7 +9,7 @@ from hwnas.estimate.parts import Estimate, Part, peak_memory
 from hwnas.estimate.searching import checkpoints
 from hwnas.nn.network import AnyNetwork
 from hwnas.runs import StageContext
-from hwnas.task import Evaluation, task_of
+from hwnas.task import Evaluation, evaluate, task_of
 from hwnas.train import stage
 
 STEPS = 0.15
@@ -44,7 +44,7 @@ def of_training(ctx: Context) -> Estimate:
     assert isinstance(network, AnyNetwork)
     how = Evaluation(experiment.train.batch_size, count, experiment.data.workers)
     each_image = (
-        watch.once(lambda: task_of(experiment).evaluate(network, training.test, how)) / count
+        watch.once(lambda: evaluate(task_of(experiment), network, training.test, how)) / count
     )
     validation = training.validation
     curve = Part("validation curve", len(validation.due), validation.limit * each_image)

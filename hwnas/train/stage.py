@@ -22,7 +22,7 @@ from hwnas.networks import architecture, sized
 from hwnas.nn.network import AnyNetwork, load_network, network_of, save_network
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
-from hwnas.task import Evaluation, task_of
+from hwnas.task import Evaluation, evaluate, task_of
 from hwnas.train.result import TrainResult
 from hwnas.train.validation import Validation
 
@@ -123,9 +123,8 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     trained = engine.averaged
     assert isinstance(trained, AnyNetwork)
     task = task_of(ctx.experiment)
-    evaluated = task.evaluate(
-        trained, test, Evaluation(config.batch_size, workers=ctx.experiment.data.workers)
-    )
+    how = Evaluation(config.batch_size, workers=ctx.experiment.data.workers)
+    evaluated = evaluate(task, trained, test, how)
     task.record(ctx.folder, trained, test, evaluated)
     result = TrainResult(
         architecture_sha256=arch.sha256,

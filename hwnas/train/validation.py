@@ -21,7 +21,7 @@ from hwnas.data.images import Images, evaluation_order
 from hwnas.engine import Engine
 from hwnas.nn.network import AnyNetwork
 from hwnas.runs import JsonLines, StageContext
-from hwnas.task import Evaluation, task_of
+from hwnas.task import Evaluation, evaluate, task_of
 
 FILE = "validation.jsonl"
 POINTS = 10
@@ -86,7 +86,7 @@ class Validation:
         how = Evaluation(
             self.ctx.experiment.train.batch_size, self.limit, self.ctx.experiment.data.workers
         )
-        metrics = self.task.evaluate(network, self.test, how).metrics
+        metrics = evaluate(self.task, network, self.test, how).metrics
         return {
             row: value
             for row, name in self.task.curve.items()

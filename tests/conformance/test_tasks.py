@@ -15,11 +15,11 @@ from hwnas.config.tasks import TASKS
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
 from hwnas.core.ssdlite import with_detector
-from hwnas.data.images import Images, load_images
+from hwnas.data.images import Images, evaluation_batches, load_images
 from hwnas.nn.network import AnyNetwork, network_of
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from hwnas.task import task_named
+from hwnas.task import Evaluated, Evaluation, evaluate, task_named
 from hwnas.tasks.classification import Classification
 from hwnas.tasks.detection import Detection
 from hwnas.testing import TaskConformance
@@ -151,3 +151,25 @@ def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Pa
     assert [json.loads(row)["test_top2"] for row in rows][-1] == trained.metrics["top2"]
     report = (run / "report" / "report.html").read_text()
     assert "Top-2, PyTorch" in report and "Top2 on test images during training" in report
+
+
+class Forgetful(Classification):
+    """Its evaluation is its own, and does not say in which mode the network is."""
+
+    def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
+        """Runs the network as it finds it."""
+        x_NCHW, y = next(evaluation_batches(images, 64))
+        with torch.no_grad():
+            right = network(x_NCHW).argmax(1) == y
+        return Evaluated({"accuracy": float(right.float().mean())})
+
+
+def test_test_images_change_no_statistics_whatever_a_task_forgets() -> None:
+    cases = TestClassification()
+    network = cases.network()
+    other = cases.network()
+    network.train()
+    evaluate(Forgetful(), network, cases.images(), Evaluation(64))
+    state, untouched = network.state_dict(), other.state_dict()
+    assert any("running_mean" in name for name in state)
+    assert all(torch.equal(state[name], untouched[name]) for name in state)
