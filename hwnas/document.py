@@ -237,14 +237,16 @@ def merged(
     base: Mapping[str, Any], changes: Mapping[str, Any], *, replace: Collection[str] = ()
 ) -> dict[str, Any]:
     """Nested mappings merged; ``changes`` win. A mapping under a key in ``replace`` is
-    not merged with one of another ``name``.
+    not merged with one of another ``name`` or ``kind``.
     """
     out = dict(base)
     for key, value in changes.items():
         old = out.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            renamed = key in replace and value.get("name", old.get("name")) != old.get("name")
-            out[key] = value if renamed else merged(old, value, replace=replace)
+            other = any(
+                value.get(word, old.get(word)) != old.get(word) for word in ("name", "kind")
+            )
+            out[key] = value if key in replace and other else merged(old, value, replace=replace)
         else:
             out[key] = value
     return out

@@ -324,3 +324,12 @@ def test_every_shipped_recipe_names_its_optimizers() -> None:
                 *experiment.train.model_fields_set,
                 *experiment.search.model_fields_set,
             }, path
+
+
+def test_a_budget_of_another_kind_replaces_the_one_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "one.toml"
+    path.write_text('[search.budget]\nkind = "macs"\nmax_macs = 20_000_000\n')
+    other = "search.budget={kind = 'params', max_params = 300000}"
+    assert load_experiment(path, [other]).search.main_budget.most == 300_000
+    same = "search.budget.max_macs=10000000"
+    assert load_experiment(path, [same]).search.main_budget.most == 10_000_000

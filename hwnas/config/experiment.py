@@ -117,7 +117,9 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     set_content = content
     for override in overrides or []:
         set_content = merged(
-            set_content, _override(override), replace=("strategy", "objective", "optimizer")
+            set_content,
+            _override(override),
+            replace=("strategy", "objective", "optimizer", "budget"),
         )
     try:
         return Experiment.model_validate(set_content)
