@@ -56,15 +56,26 @@ class Registry:
         return iter(sorted(self._discover()))
 
     def get(self, name: str) -> Any:
-        """Import and return the plug-in. Raises ConfigError with the nearest known name."""
+        """Import and return the plug-in. Raises ConfigError with the nearest known name,
+        or where it cannot be loaded or lacks methods.
+        """
         targets = self._discover()
         if name not in targets:
             raise ConfigError(f"unknown {self.noun} {name!r}; {nearest(name, targets)}")
         module, _, attribute = targets[name].partition(":")
+        called = f"{self.noun} {name!r} ({targets[name]})"
         try:
-            return getattr(import_module(module), attribute)
+            found = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
-                f"{self.noun} {name!r} ({targets[name]}) cannot be loaded ({error}): reinstall the"
-                " package it is from."
+                f"{called} cannot be loaded ({error}): reinstall the package it is from."
             ) from error
+        except Exception as error:  # whatever somebody else's module raises while it is imported
+            raise ConfigError(
+                f"{called} cannot be loaded ({type(error).__name__}: {error}): mend it, or remove"
+                " the package it is from."
+            ) from error
+        missing = sorted(getattr(found, "__abstractmethods__", ()))
+        if missing:
+            raise ConfigError(f"{called} lacks {', '.join(missing)}: add what its base asks for.")
+        return found

@@ -81,3 +81,26 @@ def test_every_built_in_plugin_can_be_imported(registry: Registry) -> None:
     assert list(registry)
     for name in registry:
         assert callable(registry.get(name))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("class Mine:\n    x = undefined\n", r"cannot be loaded \(NameError: name 'undefined'"),
+        ("class Mine\n", r"cannot be loaded \(SyntaxError: "),
+        (
+            "from abc import ABC, abstractmethod\n\n\nclass Mine(ABC):\n"
+            "    @abstractmethod\n    def work(self): ...\n",
+            r"lacks work: add what its base asks for\.",
+        ),
+    ],
+)
+def test_a_plug_in_that_is_wrong_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    (tmp_path / "their_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_module", raising=False)
+    registry = Registry("task", {"theirs": "their_module:Mine"})
+    with pytest.raises(ConfigError, match=r"task 'theirs' \(their_module:Mine\) " + message):
+        registry.get("theirs")
