@@ -8,15 +8,20 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hwnas.cli import app
+from hwnas.config import Experiment, load_experiment
 from hwnas.core.cost import latency_ms
+from hwnas.core.published import NETWORKS
 from hwnas.core.spaces import proxylessnas
 from hwnas.core.table import LatencyTable
+from hwnas.experiments import experiment_space
+from hwnas.search.stage import search_context
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -129,3 +134,21 @@ def test_the_readme_is_short() -> None:
 def test_no_placeholder_is_left() -> None:
     for document in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *PAGES]:
         assert not re.search(r"\b[A-Z]+_(TABLE|ROWS?)\b|TODO|TBD", document.read_text()), document
+
+
+def test_the_budget_and_the_limit_of_the_readme_can_be_met() -> None:
+    """But for the latency limit, whose table is a reader's own."""
+    [block] = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    search = tomllib.loads(block)["search"]
+    limits = [limit for limit in search["limits"] if limit["kind"] != "latency"]
+    assert len(limits) == len(search["limits"]) - 1
+    experiment = load_experiment(ROOT / "configs/experiments/cifar10-npz.toml")
+    content = experiment.model_dump(mode="json", by_alias=True)
+    content["search"] |= {"budget": search["budget"], "limits": limits}
+    changed = Experiment.model_validate(content)
+    assert search_context(changed, experiment_space(changed), None).target == 20_000_000
+
+
+def test_published_networks_are_listed_by_their_names() -> None:
+    listed = re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs/spaces.md").read_text())
+    assert set(NETWORKS) <= set(listed)
