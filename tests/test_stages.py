@@ -111,3 +111,16 @@ def test_what_is_not_there_yet_is_asked_for(tmp_path: Path) -> None:
         UserError, match=r"model\.safetensors does not exist yet: run 'hwnas train'"
     ):
         pipeline(tmp_path).stage("export").inputs()
+
+
+def test_a_format_that_cannot_be_timed_is_refused_before_a_table_is_set_aside(
+    tmp_path: Path,
+) -> None:
+    finished = tmp_path / "run" / "profile"
+    finished.mkdir(parents=True)
+    (finished / "table.json").write_text("{}")
+    refused = pipeline(tmp_path, "device.runtime=onnxruntime", "device.dtype=int8")
+    with pytest.raises(UserError, match=r"device\.dtype = 'int8' is not supported"):
+        refused.run_stage("profile")
+    assert (finished / "table.json").read_text() == "{}"
+    assert [path.name for path in finished.parent.iterdir() if path.is_dir()] == ["profile"]

@@ -21,6 +21,7 @@ from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.devices.device import ADDRESSES, connect, find_device
 from hwnas.devices.session import Bench, Item, Schedule, Session, spread_of
 from hwnas.errors import ConfigError, DeviceError, TableError
+from hwnas.export.target import timing_target
 from hwnas.export.timing import bench_of
 from hwnas.networks import named_networks
 from hwnas.profile.plan import Plan, make_plan, planned_ops
@@ -57,6 +58,7 @@ class Profile(Stage):
         """
         self.at.check_searchable()
         experiment, device = self.at.experiment, find_device(self.at.experiment.device.name)
+        timing_target(experiment.device.runtime, experiment.device.dtype)  # refuses what has none
         found = {f"profile.networks[{i}]": arch.sha256 for i, arch in enumerate(self.networks)}
         found |= {"space.json": self.at.space.sha256, "device.json": device.sha256}
         found |= self.at.hashes_of_config("device", "profile", "seed")
