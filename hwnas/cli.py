@@ -159,10 +159,21 @@ def _check_verdict(pipeline: Pipeline) -> None:
 
 @app.command()
 def run(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-    plan: Annotated[bool, typer.Option("--plan", help="print what would be done, and how long (-q: without timing a few steps)")] = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="print what would be done, and how long (-q: without timing a few steps)"
+        ),
+    ] = False,
+) -> None:
     """All stages: profile, search, train, export, validate, report. Current ones are skipped."""
     pipeline = _pipeline("run", config, overrides, out, quiet, verbose)
     if plan:
@@ -178,9 +189,15 @@ def run(
 
 @app.command()
 def profile(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Measure a device: every op of the space, and whole networks, into a calibrated
     latency table.
     """
@@ -191,9 +208,15 @@ def profile(
 
 @app.command()
 def search(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Search the space for the most accurate architecture at the target latency."""
     _run_stage(
         "search", _pipeline("search", config, overrides, out, quiet, verbose), fresh, as_json
@@ -202,18 +225,30 @@ def search(
 
 @app.command()
 def train(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Train the searched architecture, or the one that train.arch names."""
     _run_stage("train", _pipeline("train", config, overrides, out, quiet, verbose), fresh, as_json)
 
 
 @app.command()
 def export(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Write TFLite and ONNX files with labels, preprocessing and parity numbers: a bundle."""
     _run_stage(
         "export", _pipeline("export", config, overrides, out, quiet, verbose), fresh, as_json
@@ -222,9 +257,15 @@ def export(
 
 @app.command()
 def validate(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Run the bundle on the device: latency as predicted, accuracy as trained? Exit
     code 1 where not.
     """
@@ -235,9 +276,15 @@ def validate(
 
 @app.command()
 def report(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Draw what a run folder holds: one self-contained HTML file."""
     _run_stage(
         "report", _pipeline("report", config, overrides, out, quiet, verbose), fresh, as_json
@@ -247,9 +294,13 @@ def report(
 @app.command()
 def space(
     config: Annotated[str, typer.Argument(help="a space, an experiment (.toml) or a run folder")],
-    table: Annotated[Path | None, typer.Argument(help="a latency table, to show its coverage")] = None,
-    overrides: Set = None, as_json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    table: Annotated[
+        Path | None, typer.Argument(help="a latency table, to show its coverage")
+    ] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Show a space, of an experiment as its data shape it: size, plan, a sample, what a
     table covers and predicts.
     """
@@ -325,11 +376,17 @@ def table_show(
 def table_import(
     file: Annotated[Path, typer.Argument(help="a published table, gzipped or not")],
     format_name: Annotated[
-        str, typer.Option("--format", metavar="NAME[:COLUMN]", help="proxylessnas, ofa, single_path, tfnas, fbnet or tunas")
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME[:COLUMN]",
+            help="proxylessnas, ofa, single_path, tfnas, fbnet or tunas",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="the table to write (.json)")],
-    as_json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Turn somebody else's table into one of ours; what no op stands for is listed."""
     from hwnas.tables.formats import import_table
 
@@ -355,8 +412,9 @@ def table_import(
 def table_compare(
     a: Annotated[Path, typer.Argument(help="a latency table (.json)")],
     b: Annotated[Path, typer.Argument(help="another")],
-    as_json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Show what the same ops cost in two tables: their ratios, the range, and how far
     the orders agree.
     """
@@ -374,12 +432,26 @@ def table_compare(
 
 @table_app.command("fit")
 def table_fit(
-    file: Annotated[Path, typer.Argument(help="measured networks (.csv): architecture,ms; a name, a document, positions or picks")],
-    space_name: Annotated[str, typer.Option("--space", metavar="NAME", help="a built-in space, or a space document (.json)")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="measured networks (.csv): architecture,ms; a name, a document, positions or picks"
+        ),
+    ],
+    space_name: Annotated[
+        str,
+        typer.Option(
+            "--space", metavar="NAME", help="a built-in space, or a space document (.json)"
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="the table to write (.json)")],
-    prior: Annotated[list[Path] | None, typer.Option("--prior", help="another device's table of the space; may be repeated")] = None,
-    as_json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    prior: Annotated[
+        list[Path] | None,
+        typer.Option("--prior", help="another device's table of the space; may be repeated"),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Fit a table to whole networks that somebody has timed; says its cross-validated
     error, and whether more would help.
     """
@@ -411,9 +483,15 @@ def _study(
 
 @study_app.command("rank")
 def study_rank(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Does a super-net rank architectures right? Its scores against accuracies that are known."""
     from hwnas.studies import study_rank as study
 
@@ -428,9 +506,15 @@ def study_rank(
 
 @study_app.command("compare")
 def study_compare(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Do search methods beat random search at equal cost? What each finds, by
     accuracies that are known.
     """
@@ -447,9 +531,15 @@ def study_compare(
 
 @study_app.command("shrink")
 def study_shrink(
-    config: Config = None, overrides: Set = None, out: Out = None, fresh: Fresh = False, as_json: Json = False,
-    quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
+    config: Config = None,
+    overrides: Set = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
     """Shrink a space by what a super-net says of its operators; what of the good
     networks is left?
     """

@@ -73,7 +73,8 @@ def _torch() -> Finding:
     try:
         import torch
         import torchvision
-    except Exception as error:  # a torchvision of another build fails with RuntimeError, a missing library with OSError
+    # a torchvision of another build fails with RuntimeError, a missing library with OSError
+    except Exception as error:
         return Finding(
             "torch works",
             False,

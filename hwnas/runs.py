@@ -198,7 +198,8 @@ class JsonLines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self.rewrite(self.read())
-            file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (what the caller's body raises is not ours to explain)
+            # no ``with`` around all: what the caller's body raises is not ours to explain
+            file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise self._unwritable(error) from error
 

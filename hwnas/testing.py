@@ -60,9 +60,20 @@ def tiny_space() -> MacroSpace:
 def synthetic_table(space: SearchSpace) -> LatencyTable:
     """A table in which every op costs its MACs at 1e9 a second, plus 10 microseconds."""
     header = TableHeader(
-        device="synthetic", cpu="synthetic", machine="synthetic", runtime="synthetic", runtime_version="1", dtype="fp32", threads=1,
-        cores=(0,), governor="synthetic", layout="NHWC", batch=1, date="2000-01-01", space=space.name,
-    )  # fmt: skip
+        device="synthetic",
+        cpu="synthetic",
+        machine="synthetic",
+        runtime="synthetic",
+        runtime_version="1",
+        dtype="fp32",
+        threads=1,
+        cores=(0,),
+        governor="synthetic",
+        layout="NHWC",
+        batch=1,
+        date="2000-01-01",
+        space=space.name,
+    )
     entries = {op.key: Entry(ms=op.macs / 1e6 + 0.01) for op in space.ops}
     return LatencyTable(
         header=header,

@@ -13,7 +13,7 @@ from hwnas.config.search import OperationOn
 
 ScoreName = Literal[
     "accuracy", "loss", "unrecalibrated", "angle", "macs", "params", "grad_norm", "snip", "synflow"
-]  # fmt: skip
+]
 """What ``hwnas study rank`` scores architectures by; see study/scores.py."""
 
 

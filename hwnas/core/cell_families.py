@@ -31,8 +31,15 @@ from hwnas.errors import SpaceError
 NASBENCH201_OPTIONS = (NONE, SKIP_CONNECT, "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 """In the benchmark's order."""
 DARTS_OPTIONS = (
-    NONE, "max_pool_3x3", "avg_pool_3x3", SKIP_CONNECT, "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5",
-)  # fmt: skip
+    NONE,
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    SKIP_CONNECT,
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
 """In the order of DARTS's code."""
 DARTS_CELLS = ("normal", "reduce")
 
@@ -92,8 +99,14 @@ def darts(
     }
     return _space(
         Shape(name="darts") | shape,
-        skeleton="darts", stem=stem, channels=channels, cells=cells, nodes=6, edges=edges, inputs=inputs,
-    )  # fmt: skip
+        skeleton="darts",
+        stem=stem,
+        channels=channels,
+        cells=cells,
+        nodes=6,
+        edges=edges,
+        inputs=inputs,
+    )
 
 
 def darts_imagenet(*, layers: int = 14, **shape: Unpack[Shape]) -> CellSpace:

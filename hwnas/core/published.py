@@ -188,8 +188,14 @@ def is_name(text: str) -> bool:
 
 
 def named(
-    name: str, space: SearchSpace, *, resolution: int, classes: int, in_channels: int = 3, width: float = 1.0
-) -> Architecture:  # fmt: skip
+    name: str,
+    space: SearchSpace,
+    *,
+    resolution: int,
+    classes: int,
+    in_channels: int = 3,
+    width: float = 1.0,
+) -> Architecture:
     """A published network by its name, ``width`` times as wide, or an architecture of
     ``space`` in its notation (``SearchSpace.read``).
 
@@ -252,11 +258,11 @@ def published(
     width *= 1.0 if own is None else own
     if base not in NETWORKS:
         raise SpaceError(f"unknown network {name!r}; {nearest(base, NETWORKS)}")
-    usual_resolution, usual_classes = (
-        (320, 90)
-        if base == _SSDLITE
-        else (WRITTEN[base].resolution if base in WRITTEN else 224, 1000)
-    )
+    usual_resolution, usual_classes = 224, 1000
+    if base == _SSDLITE:
+        usual_resolution, usual_classes = 320, 90
+    elif base in WRITTEN:
+        usual_resolution = WRITTEN[base].resolution
     name = base if width == 1.0 else f"{base}-w{width:g}"
     shape = Shape(
         name=f"{name}-space",
@@ -296,8 +302,12 @@ def _ssdlite320_mobilenet_v3_large(name: str, shape: Shape, width: float) -> Arc
     blocks[tap : tap + 1] = split_expansion(blocks[tap])
     detector = ssdlite(blocks, (tap, len(blocks) - 1), shape["classes"])
     return Architecture(
-        name=name, in_channels=shape["in_channels"], bn_eps=shape["bn_eps"], blocks=tuple(blocks), detector=detector
-    )  # fmt: skip
+        name=name,
+        in_channels=shape["in_channels"],
+        bn_eps=shape["bn_eps"],
+        blocks=tuple(blocks),
+        detector=detector,
+    )
 
 
 def _codes(blocks: str, names: Sequence[str]) -> list[int]:

@@ -150,15 +150,15 @@ class MacroSpace(SearchSpace):
     def _term(self, slot: Slot) -> Term:
         inputs: tuple[int | None, ...] = slot.in_widths if slot.first else (None,)
         depths = slot.depths if slot.elective else (len(self.stages[slot.stage].slots),)
+
+        def op(option: str, input_: int | None, output: int, depth: int, size: int) -> Op | None:
+            if slot.index >= depth:
+                return None
+            return slot.op(option, output if input_ is None else input_, output, size)
+
         ops = tuple(
-            (
-                slot.op(option, output if input_ is None else input_, output, size)
-                if slot.index < depth
-                else None
-            )
-            for option, input_, output, depth, size in product(
-                slot.options, inputs, slot.out_widths, depths, slot.sizes
-            )
+            op(*chosen)
+            for chosen in product(slot.options, inputs, slot.out_widths, depths, slot.sizes)
         )
         counts = {slot.key: len(slot.options)} | ({slot.in_key: len(inputs)} if slot.first else {})
         counts |= {

@@ -250,9 +250,15 @@ class AdbClient:
         try:
             with _installed():
                 done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                    text=True, errors="replace", timeout=timeout_s, check=False,
-                )  # fmt: skip
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    timeout=timeout_s,
+                    check=False,
+                )
         except subprocess.TimeoutExpired as error:
             raise PhoneGoneError(f"phone {self.serial} does not answer.") from error
         if done.returncode != 0 and not self.present():

@@ -201,6 +201,10 @@ def _litert_torch() -> Any:
                 raise ExportError(
                     "Converting a module to TFLite needs litert-torch: pip install 'hwnas[convert]'"
                 ) from error
+            except Exception as error:  # what its parts raise on a torch that is too old for them
+                raise ExportError(
+                    f"litert-torch cannot be imported ({first_line(error)}): upgrade it and torch"
+                ) from error
     finally:
         if level is None:
             del os.environ["TF_CPP_MIN_LOG_LEVEL"]

@@ -130,11 +130,10 @@ class _Writer(Graph, BlockWriter[int]):
         bias = self.constant(f"{node.name}.bias", bias_O)
         if not _same_padding(node):
             x = self._padded(x, node)
-        code, version = (
-            ("DEPTHWISE_CONV_2D", 1 if node.dilation == 1 else 2)
-            if depthwise
-            else ("CONV_2D", 1 if node.groups == 1 else 6)
-        )
+        if depthwise:
+            code, version = "DEPTHWISE_CONV_2D", 1 if node.dilation == 1 else 2
+        else:
+            code, version = "CONV_2D", 1 if node.groups == 1 else 6
         shape = (1, node.out_size, node.out_size, node.out_ch)
         x = self.operator(
             code, node.name, [x, weight, bias], shape, _conv_options(node, act), version=version

@@ -27,11 +27,10 @@ class Inherited:
     left: tuple[str, ...]
 
     def __str__(self) -> str:
-        rest = (
-            f"; {', '.join(self.left[:5])}{' ...' if len(self.left) > 5 else ''} begin anew"
-            if self.left
-            else ""
-        )
+        rest = ""
+        if self.left:
+            more = " ..." if len(self.left) > 5 else ""
+            rest = f"; {', '.join(self.left[:5])}{more} begin anew"
         return (
             f"{len(self.taken)} of {len(self.taken) + len(self.left)} slots have inherited"
             f" weights{rest}"

@@ -49,8 +49,16 @@ from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
 __all__ = [
-    "Gates", "Probes", "SharedNetwork", "Supernet", "check_supernet", "load_supernet", "make_supernet", "read_supernet", "resized",
-]  # fmt: skip
+    "Gates",
+    "Probes",
+    "SharedNetwork",
+    "Supernet",
+    "check_supernet",
+    "load_supernet",
+    "make_supernet",
+    "read_supernet",
+    "resized",
+]
 
 Producer = tuple[int, str]
 """Where an input comes from: the slot's position, and, with ``operation_on = "op"``,

@@ -76,14 +76,10 @@ def unrolled_gate_gradients(
     )
     try:
         _, downhill, _ = _gradients(train_loss(leaves), weights, leaves)
-        steps = [
-            (
-                None
-                if gradient is None
-                else gradient + decay * w + (momentum * buffer if buffer is not None else 0.0)
-            )
-            for gradient, w, buffer, decay in zip(downhill, original, buffers, decays, strict=True)
-        ]
+        steps: list[Tensor | None] = []
+        for gradient, w, buffer, decay in zip(downhill, original, buffers, decays, strict=True):
+            velocity = momentum * buffer if buffer is not None else 0.0
+            steps.append(None if gradient is None else gradient + decay * w + velocity)
         _move(weights, original, steps, -lr)
         value, direction, by_gate = _gradients(held_out_loss(leaves), weights, leaves)
         norm = nn.utils.get_total_norm([v for v in direction if v is not None]).item()

@@ -110,9 +110,15 @@ def ranks(study: CompareStudy) -> Markup | None:
             share = [each.rank / study.architectures for each in method.found]
             middle = method.rank / study.architectures
             axes.scatter(
-                share, [row] * len(share), s=44, color=LIGHT["blue"], edgecolors=LIGHT["paper"], lw=0.8, zorder=4,
+                share,
+                [row] * len(share),
+                s=44,
+                color=LIGHT["blue"],
+                edgecolors=LIGHT["paper"],
+                lw=0.8,
+                zorder=4,
                 label="a seed" if first else None,
-            )  # fmt: skip
+            )
             axes.plot(
                 [middle] * 2,
                 [row - 0.3, row + 0.3],

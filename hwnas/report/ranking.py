@@ -55,7 +55,11 @@ def scatters(study: RankStudy) -> list[tuple[str, Markup]]:
     found = []
     for result in sorted(single, key=lambda result: -_tau(result)):
         label = LABELS[result.name]
-        scale = 100.0 if result.name in PERCENTAGES else 1e-6 if result.name in MILLIONS else 1.0
+        scale = 1.0
+        if result.name in PERCENTAGES:
+            scale = 100.0
+        elif result.name in MILLIONS:
+            scale = 1e-6
         title = label.partition(",")[0]
         with canvas(HALF, 300) as figure:
             axes = figure.subplots()

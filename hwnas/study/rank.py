@@ -119,10 +119,15 @@ def _scored(
     """
     names, search = experiment.study.scores, experiment.search
     decides = {
-        "hwnas": __version__, "supernet": file_sha256(trained.path), "seed": trained.seed, "images": fingerprint(experiment.data),
-        "data": experiment.data.model_dump(mode="json"), "recalibration": search.recalibration_images,
-        "evaluation": search.evaluation_images, "batch": search.batch_size,
-    } | ({} if trained.base is None else {"base": file_sha256(trained.base)})  # fmt: skip
+        "hwnas": __version__,
+        "supernet": file_sha256(trained.path),
+        "seed": trained.seed,
+        "images": fingerprint(experiment.data),
+        "data": experiment.data.model_dump(mode="json"),
+        "recalibration": search.recalibration_images,
+        "evaluation": search.evaluation_images,
+        "batch": search.batch_size,
+    } | ({} if trained.base is None else {"base": file_sha256(trained.base)})
     file = JsonLines(ctx.root / "scores" / f"{content_sha256(decides)[:16]}.jsonl")
     known: Rows = {}
     for row in file.read():

@@ -255,9 +255,10 @@ def _score(
             by_choice.setdefault(key, {})[option] = scores[key, option]
     left.save(folder / SPACE)
     supernet = evidence.trained
+    epochs = config.epochs if number else config.first_epochs
     ShrinkStep(
         size=space.size,
-        epochs=(config.epochs if number else config.first_epochs) if found.trains else 0.0,
+        epochs=epochs if found.trains else 0.0,
         operation_on=None if supernet is None else supernet.config.operation_on,
         params=(
             None if supernet is None else sum(weight.numel() for weight in supernet.parameters())

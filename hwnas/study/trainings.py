@@ -115,7 +115,9 @@ def threads_of(config: StudyConfig, trainings: int) -> int | None:
     """The threads of each training; None: as many as torch takes. What has to be
     trained decides, not how many processes do it.
     """
-    return config.threads if config.threads is not None else 1 if trainings > 1 else None
+    if config.threads is not None:
+        return config.threads
+    return 1 if trainings > 1 else None
 
 
 def run(

@@ -73,11 +73,10 @@ def _unpredicted(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> st
     if table.header.threads != bench.settings.threads:
         return f"the table is for {table.header.threads} threads, not {bench.settings.threads}"
     missing = missing_ops(bundle.architecture.ops(), table)
-    return (
-        f"the table lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
-        if missing
-        else None
-    )
+    if not missing:
+        return None
+    more = " ..." if len(missing) > 3 else ""
+    return f"the table lacks {', '.join(missing[:3])}{more}"
 
 
 def measured(exported: Exported, bench: Bench, promise: Promise, config: ValidateConfig) -> Session:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -228,3 +230,13 @@ def test_refusals_say_what_is_wrong(block: tuple[nn.Module, bytes]) -> None:
         quantize_int8(b"not a flatbuffer, though long enough", [images(SHAPE, 1)])
     with pytest.raises(ExportError, match="nothing to quantise"):
         quantize_int8(to_tflite(nn.Identity(), SHAPE), [images(SHAPE, 1)])
+
+
+def test_a_converter_that_does_not_fit_the_torch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "litert_torch.py").write_text("raise AttributeError('no register_constant')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "litert_torch", raising=False)
+    with pytest.raises(ExportError, match=r"AttributeError: no register_constant\): upgrade it"):
+        to_tflite(nn.Identity(), (1, 3, 8, 8))
