@@ -139,24 +139,21 @@ def used_steps(graph: Sequence[Step]) -> frozenset[int]:
 
 
 def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> Iterator[int]:
-    """How many numbers of feature maps are alive at most while each used step runs:
-    what it needs, and what later steps read.
+    """How many numbers of feature maps are alive at most while each step runs: what it
+    needs, and what later steps read.
 
     A sum works in place where nobody reads its first point afterwards; see
-    ``ir.Program.live_numbers`` for what an op needs.
+    ``ir.Program.live_numbers`` for what an op needs. Steps that nobody reads count,
+    although files leave them out: an upper bound there.
     """
     sizes = [channels * size**2 for channels, size in shapes(graph, blocks, image)]
-    used = used_steps(graph)
-    last = {point: position for position in sorted(used) for point in graph[position].of}
+    last = {point: position for position, step in enumerate(graph) for point in step.of}
     alive, ops = {0}, iter(blocks)
     for position, step in enumerate(graph):
-        op = next(ops) if step.kind == "op" else None
-        if position not in used:
-            continue
         ending = {point for point in step.of if last[point] == position}
-        if op is not None:
+        if step.kind == "op":
             [point] = step.of
-            needed = op.program.live_numbers(keep_input=point not in ending)
+            needed = next(ops).program.live_numbers(keep_input=point not in ending)
             yield sum(sizes[each] for each in alive - {point}) + max(needed)
         else:
             in_place = step.kind == "sum" and step.of[0] in ending
