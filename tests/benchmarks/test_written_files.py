@@ -1,0 +1,93 @@
+"""Whole networks, written directly against converted by litert-torch and torch's
+exporter: how long each file takes on this CPU.
+
+pytest tests/benchmarks/test_written_files.py --benchmark-only -s
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.core.arch import Architecture
+from hwnas.core.spaces import darts_imagenet, nasbench201, published
+from hwnas.devices.device import HOST, connect
+from hwnas.export.convert import to_onnx, to_tflite
+from hwnas.export.onnx_writer import write_onnx
+from hwnas.export.tflite_writer import write_tflite
+from hwnas.nn.network import network_of
+
+ROUNDS = 15
+SLOWER = 1.05
+"""Least time of the written file over that of the converted one, at most: both run in turns."""
+
+
+def sampled(space: Any) -> Architecture:
+    found: Architecture = space.decode(space.sample(np.random.default_rng(0)))
+    return found
+
+
+NETWORKS: dict[str, Callable[[], Architecture]] = {
+    "mobilenet_v2": lambda: published("mobilenet_v2"),
+    "mobilenet_v3_large": lambda: published("mobilenet_v3_large"),
+    "mobilenet_v4_conv_small": lambda: published("mobilenet_v4_conv_small"),
+    "efficientnet_v2_b0": lambda: published("efficientnet_v2_b0"),
+    "ssdlite320_mobilenet_v3_large": lambda: published(
+        "ssdlite320_mobilenet_v3_large", resolution=320, classes=90
+    ),
+    "nasbench201": lambda: sampled(nasbench201()),
+    "darts_imagenet": lambda: sampled(darts_imagenet()),
+}
+
+
+def files(name: str, runtime: str, folder: Path) -> dict[str, Path]:
+    network = network_of(NETWORKS[name](), generator=torch.Generator().manual_seed(0)).eval()
+    shape = (1, network.arch.in_channels, network.arch.resolution, network.arch.resolution)
+    suffix = "tflite" if runtime == "litert" else "onnx"
+    paths = {kind: folder / f"{kind}.{suffix}" for kind in ("written", "converted")}
+    if runtime == "litert":
+        paths["written"].write_bytes(write_tflite(network))
+        paths["converted"].write_bytes(to_tflite(network, shape))
+    else:
+        paths["written"].write_bytes(write_onnx(network))
+        to_onnx(network, shape, metadata={}, path=paths["converted"])
+    return paths
+
+
+@pytest.mark.parametrize("runtime", ["litert", "onnxruntime"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_written_files_are_as_fast_as_converted_ones(
+    benchmark: Any, tmp_path: Path, name: str, runtime: str
+) -> None:
+    if name.startswith("ssdlite") and runtime == "onnxruntime":
+        pytest.skip("the exporter's way in takes networks of one output")
+    paths = files(name, runtime, tmp_path)
+    connection = connect(HOST)
+    items = [
+        {"id": kind, "path": str(path), "round": i}
+        for i in range(ROUNDS)
+        for kind, path in paths.items()
+    ]
+    plan = {"runtime": runtime, "threads": 1, "cores": list(connection.cores(1)), "items": items}
+    rows = benchmark.pedantic(
+        lambda: list(connection.measure(plan, tmp_path)), rounds=1, iterations=1
+    )
+    times = {
+        kind: [statistics.median(row["ms"]) for row in rows if row.get("id") == kind]
+        for kind in paths
+    }
+    least = {kind: min(each) for kind, each in times.items()}
+    middle = {kind: statistics.median(each) for kind, each in times.items()}
+    ratios = least["written"] / least["converted"], middle["written"] / middle["converted"]
+    said = f"written {least['written']:.2f} ms, converted {least['converted']:.2f} ms"
+    print(
+        f"\n{name}, {runtime}: {said}, ratio of the least {ratios[0]:.2f}, of the medians"
+        f" {ratios[1]:.2f}"
+    )
+    assert ratios[0] < SLOWER
