@@ -27,7 +27,7 @@ import copy
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,14 @@ def to_onnx(
     *,
     metadata: Mapping[str, str],
     path: str | Path,
+    output_names: Sequence[str] = (LOGITS,),
 ) -> None:
     """Write ``module`` in eval mode as one ONNX file; see ``onnx_file``. An existing
     file is replaced only by a complete one.
 
     >>> to_onnx(net, (1, 3, 224, 224), metadata={"recipe": "mobile"}, path="net.onnx")  # doctest: +SKIP
     """
-    write_atomic(path, onnx_file(module, input_shape, metadata=metadata))
+    write_atomic(path, onnx_file(module, input_shape, metadata=metadata, output_names=output_names))
 
 
 def onnx_file(
@@ -103,25 +104,29 @@ def onnx_file(
     input_shape: tuple[int, int, int, int],
     *,
     metadata: Mapping[str, str],
-    output_name: str = LOGITS,
+    output_names: Sequence[str] = (LOGITS,),
 ) -> bytes:
     """The ONNX file of ``module`` in eval mode, weights inside, as ``onnx.checker`` accepts it.
 
     The file takes ``image`` float32 NCHW, exactly ``input_shape`` (batch 1), and
-    returns ``output_name``. ``metadata`` goes into its ``metadata_props``; the
-    architecture belongs there. The module itself is left untouched.
+    returns ``output_names``, one for each output of the module. ``metadata`` goes into
+    its ``metadata_props``; the architecture belongs there. The module itself is left
+    untouched.
 
     Raises ExportError where the exporter or the checker refuses the module, or where it
-    has several outputs.
+    has another number of outputs.
     """
     if len(input_shape) != 4 or input_shape[0] != 1:
         raise ExportError(
             f"The input shape is {input_shape}; exported files take NCHW with batch 1"
         )
     name = type(module).__name__
-    model = _traced(module, input_shape, output_name)
-    if len(model.graph.output) != 1:
-        raise ExportError(f"{name} has {len(model.graph.output)} outputs; an ONNX bundle takes one")
+    model = _traced(module, input_shape, output_names)
+    if len(model.graph.output) != len(output_names):
+        raise ExportError(
+            f"{name} has {len(model.graph.output)} outputs, and output_names names"
+            f" {len(output_names)}: name each of them"
+        )
     _strip(model)
     model.ir_version = IR_VERSION
     onnx.helper.set_model_props(model, dict(metadata))
@@ -134,7 +139,7 @@ def onnx_file(
 
 
 def _traced(
-    module: nn.Module, input_shape: tuple[int, int, int, int], output_name: str
+    module: nn.Module, input_shape: tuple[int, int, int, int], output_names: Sequence[str]
 ) -> onnx.ModelProto:
     if importlib.util.find_spec("onnxscript") is None:
         raise ExportError(
@@ -146,7 +151,7 @@ def _traced(
             eager,
             (torch.zeros(input_shape),),
             input_names=[IMAGE],
-            output_names=[output_name],
+            output_names=list(output_names),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,

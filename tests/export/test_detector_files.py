@@ -202,7 +202,7 @@ def onnx_models() -> dict[Scores, tuple[DetectionNetwork, bytes]]:
             Decoded(network),
             (1, 3, 64, 64),
             metadata={"architecture": "here"},
-            output_name="detections",
+            output_names=("detections",),
         )
         found[scores] = (network, model)
     return found

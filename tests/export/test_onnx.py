@@ -83,9 +83,16 @@ def test_exporting_is_quiet_repeatable_and_leaves_the_module_alone(
     assert all(layer.training for layer in module.modules())
 
 
+class TwoOutputs(nn.Module):
+    def forward(self, x_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x_NCHW + 1, x_NCHW + 2
+
+
 def test_refusals_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="batch 1"):
         to_onnx(nn.Identity(), (4, 3, 8, 8), metadata={}, path=tmp_path / "x.onnx")
     with pytest.raises(ExportError, match="refuses Conv2d"):
         to_onnx(nn.Conv2d(3, 4, 1), (1, 4, 8, 8), metadata={}, path=tmp_path / "x.onnx")
+    with pytest.raises(ExportError, match="has 2 outputs, and output_names names 1"):
+        to_onnx(TwoOutputs(), (1, 3, 8, 8), metadata={}, path=tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())

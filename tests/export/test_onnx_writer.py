@@ -4,6 +4,7 @@ onnxruntime's optimisation, and the same numbers.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ import torch
 from torch import nn
 
 from hwnas import __version__
+from hwnas.core.detector import Scores
 from hwnas.core.ops import Op
 from hwnas.core.spaces import MACRO_SPACES, published
 from hwnas.errors import ExportError
-from hwnas.export.convert import to_onnx
+from hwnas.export.convert import onnx_file, to_onnx
 from hwnas.export.onnx_writer import IR_VERSION, OPSET, write_onnx, write_op
 from hwnas.nn.blocks import build
 from hwnas.nn.network import Network
 from tests.export import test_spaces as spaces
+from tests.export.detectors import images as detector_images
+from tests.export.detectors import lively_network
 from tests.export.test_tflite_writer import (
     NETWORKS,
     OPS,
@@ -121,6 +125,34 @@ def test_the_file_says_what_the_exporters_says(case: Case) -> None:
     assert list(written.graph.input) == list(exported.graph.input)
     assert list(written.graph.output) == list(exported.graph.output)
     assert len(written.graph.value_info) == len(written.graph.node) - 1
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_detectors_are_those_of_the_exporter(scores: Scores, tmp_path: Path) -> None:
+    network = lively_network(scores)
+    names = ("logits", "codes")
+    exported = onnx_file(network, (1, 3, 64, 64), metadata={}, output_names=names)
+    written = write_onnx(network)
+    assert operators(optimised(written, tmp_path)) == operators(optimised(exported, tmp_path))
+    with torch.no_grad():
+        torch_outputs = network(detector_images())
+    for name, by_torch in zip(names, torch_outputs, strict=True):
+        ours = run_output(written, name)
+        assert relative_error(ours, run_output(exported, name)) < 1e-6
+        assert relative_error(ours, by_torch.numpy()) < 1e-6
+
+
+def operators(model: bytes) -> Counter[str]:
+    """How often each operator occurs: the exporter visits the maps of a detector in
+    another order.
+    """
+    return Counter(node.op_type for node in onnx.load_from_string(model).graph.node)
+
+
+def run_output(model: bytes, name: str) -> np.ndarray[Any, Any]:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    rows = [session.run([name], {"image": x[None].numpy()})[0] for x in detector_images()]
+    return np.concatenate(rows)
 
 
 @pytest.mark.parametrize("name", MACRO_SPACES)
