@@ -24,7 +24,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.document import file_sha256
 from hwnas.errors import ConfigError, SpaceError
 from hwnas.experiments import experiment_space
-from hwnas.nn.network import load_network
+from hwnas.nn.checkpoint import load_network
 from hwnas.nn.supernet import load_supernet
 from hwnas.pipeline import STAGES, Pipeline
 from hwnas.progress import Progress

@@ -29,7 +29,8 @@ from hwnas.export.post_processing import READERS
 from hwnas.export.target import target
 from hwnas.export.timing import timing_file
 from hwnas.networks import architecture
-from hwnas.nn.network import network_of, save_network
+from hwnas.nn.checkpoint import save_network
+from hwnas.nn.network import network_of
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.tasks.boxes import parity

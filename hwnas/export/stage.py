@@ -28,7 +28,8 @@ from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, ModelCard
 from hwnas.export.score_calibration import ScoreCalibration, Transformation
 from hwnas.export.target import Trained, target
-from hwnas.nn.network import AnyNetwork, load_network
+from hwnas.nn.checkpoint import load_network
+from hwnas.nn.network import AnyNetwork
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
 from hwnas.task import Task, task_named, task_of

@@ -19,9 +19,10 @@ from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.space import Option, SearchSpace, Slot
 from hwnas.errors import ConfigError
+from hwnas.nn.checkpoint import save_tensors_atomically
 from hwnas.nn.detector import Outputs
 from hwnas.nn.inheritance import Inherited
-from hwnas.nn.network import AnyNetwork, save_tensors_atomically
+from hwnas.nn.network import AnyNetwork
 
 Gates = Mapping[str, Any]
 """Choice key -> weight vector [options], numpy or torch. Options at zero are not executed."""

@@ -39,12 +39,13 @@ from hwnas.errors import CheckpointError, ConfigError
 from hwnas.nn import inheritance
 from hwnas.nn.blocks import initialise
 from hwnas.nn.cells import CellSupernet, GrowingSupernet
+from hwnas.nn.checkpoint import load_tensors_checked
 from hwnas.nn.detector import Outputs
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
 from hwnas.nn.elastic_head import ElasticClassifier, ElasticHead
 from hwnas.nn.inheritance import Inherited
-from hwnas.nn.network import AnyNetwork, load_tensors_checked, network_of
+from hwnas.nn.network import AnyNetwork, network_of
 from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 

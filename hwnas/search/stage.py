@@ -23,7 +23,7 @@ from hwnas.data.images import Images, Portion, load_images
 from hwnas.document import file_sha256
 from hwnas.engine import Engine, check_optimizer, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
-from hwnas.nn.network import save_network
+from hwnas.nn.checkpoint import save_network
 from hwnas.nn.supernet import check_supernet
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES, check_space

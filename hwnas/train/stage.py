@@ -5,7 +5,7 @@ images; the search held some out.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,52 +19,24 @@ from hwnas.document import file_sha256
 from hwnas.engine import Engine, Metrics, check_optimizer, steps_of
 from hwnas.errors import ConfigError
 from hwnas.networks import architecture, sized
-from hwnas.nn.network import AnyNetwork, load_network, network_of, save_network
+from hwnas.nn.checkpoint import load_network, save_network
+from hwnas.nn.network import AnyNetwork, network_of
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
 from hwnas.task import Evaluation, evaluate, task_of
+from hwnas.train.initial_weights import (
+    WEIGHTS,
+    backbone_file,
+    load_initial_weights,
+    trained_backbone,
+)
 from hwnas.train.result import TrainResult
 from hwnas.train.validation import Validation
-
-WEIGHTS = "model.safetensors"
 
 
 def outputs(experiment: Experiment) -> list[str]:
     """The files the stage writes: the weights, the result, and what else the task shows."""
     return [WEIGHTS, "train.json", *task_of(experiment).files]
-
-
-def backbone_file(folder: str) -> Path:
-    """The weights file in the folder that ``train.backbone`` names. Raises ConfigError
-    where there is none.
-    """
-    root = Path(folder).expanduser()
-    path = next(
-        (path for path in (root / WEIGHTS, root / "train" / WEIGHTS) if path.is_file()), None
-    )
-    if path is None:
-        raise ConfigError(
-            f"train.backbone = {folder!r} holds no {WEIGHTS}: name the folder of a finished"
-            " training."
-        )
-    return path
-
-
-def trained_backbone(folder: str, arch: Architecture) -> Path:
-    """The weights file of an earlier training, whose first blocks are those of
-    ``arch``. Raises ConfigError where there is none.
-    """
-    path = backbone_file(folder)
-    blocks = load_network(path).arch.blocks
-    for position, op in enumerate(arch.blocks):
-        there = replace(blocks[position], size=op.size) if position < len(blocks) else None
-        if there != op:
-            raise ConfigError(
-                f"train.backbone = {folder!r} is another network: block {position} is"
-                f" {there.key if there else 'nothing'} there and {op.key} here; train the same"
-                " architecture (train.arch) both times."
-            )
-    return path
 
 
 @dataclass(frozen=True)
@@ -89,7 +61,10 @@ def begin(ctx: StageContext, arch: Architecture) -> Training:
     network = network_of(
         arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed)
     )
-    _begin(network, ctx)
+    load_initial_weights(network, ctx)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = config.bn_momentum
     steps = steps_of(config.epochs, len(train), config.batch_size)
     engine = Engine(
         network,
@@ -150,21 +125,6 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     ctx.progress.say(f"trained {arch.name}: {result.quality}")
     if result.caution is not None:
         ctx.progress.warn(str(result.caution))
-
-
-def _begin(network: AnyNetwork, ctx: StageContext) -> None:
-    """Give a new network the weights that it inherits, and its BN the recipe's momentum."""
-    config = ctx.experiment.train
-    if config.weights == "supernet":
-        network.load_state_dict(
-            load_network(ctx.path("search", "supernet.safetensors")).state_dict()
-        )
-    if config.backbone is not None:
-        trained = load_network(trained_backbone(config.backbone, network.arch))
-        network.blocks.load_state_dict(trained.blocks[: len(network.blocks)].state_dict())
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = config.bn_momentum
 
 
 class Train(Stage):

@@ -16,7 +16,8 @@ from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
 from hwnas.core.ssdlite import with_detector
 from hwnas.export.bundle import Bundle
-from hwnas.nn.network import network_of, save_network
+from hwnas.nn.checkpoint import save_network
+from hwnas.nn.network import network_of
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from tests.apps.judges import judge

@@ -34,7 +34,8 @@ from hwnas.devices.device import HOST
 from hwnas.devices.host import Host
 from hwnas.export.bundle import Bundle
 from hwnas.export.post_processing import read_decoded
-from hwnas.nn.network import network_of, save_network
+from hwnas.nn.checkpoint import save_network
+from hwnas.nn.network import network_of
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from tests.train.rectangles import settings

@@ -29,7 +29,8 @@ from hwnas.export.stage import refused_by_mediapipe, stretched_by_apps
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
 from hwnas.export.tflite_file import Graph, graph_ops
 from hwnas.export.tflite_writer import write_heads
-from hwnas.nn.network import network_of, save_network
+from hwnas.nn.checkpoint import save_network
+from hwnas.nn.network import network_of
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from tests.export.detectors import images, lively_network, run_tflite

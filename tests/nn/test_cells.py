@@ -17,7 +17,7 @@ from hwnas.core.cells import CellSpace
 from hwnas.core.spaces import darts, nasbench201, nds_darts
 from hwnas.errors import ConfigError
 from hwnas.nn.cells import CellSupernet, GrowingSupernet, with_values
-from hwnas.nn.network import load_network, save_network
+from hwnas.nn.checkpoint import load_network, save_network
 from hwnas.nn.supernet import load_supernet, make_supernet, resized
 from hwnas.search.proposal import one_hot
 

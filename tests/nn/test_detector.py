@@ -16,8 +16,9 @@ from hwnas.core.published import NETWORKS, published
 from hwnas.core.ssdlite import with_detector
 from hwnas.errors import CheckpointError
 from hwnas.nn.bn import recalibrate
+from hwnas.nn.checkpoint import load_network, save_network
 from hwnas.nn.detector import DetectionNetwork, detector_of, predictions
-from hwnas.nn.network import Network, load_network, save_network
+from hwnas.nn.network import Network
 from tests.nn.detectors import BLOCKS, batch, small_arch, small_network
 
 torch.set_num_threads(1)

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from hwnas.core.arch import Architecture
 from hwnas.core.spaces import mobile32, published
 from hwnas.errors import CheckpointError
-from hwnas.nn.network import Network, load_network, save_network
+from hwnas.nn.checkpoint import load_network, save_network
+from hwnas.nn.network import Network
 
 torch.set_num_threads(1)
 
@@ -64,7 +65,7 @@ def test_same_network_same_bytes(tmp_path: Path) -> None:
     path, again = tmp_path / "model.safetensors", tmp_path / "again.safetensors"
     save_network(small_network(), path, metadata)
     program = (
-        "import sys; from pathlib import Path; from hwnas.nn.network import load_network,"
+        "import sys; from pathlib import Path; from hwnas.nn.checkpoint import load_network,"
         " save_network\nsave_network(load_network(Path(sys.argv[1])), Path(sys.argv[2]), {letter:"
         " letter for letter in 'hgfedcba'})"
     )

@@ -23,8 +23,8 @@ from hwnas.errors import ConfigError, DataError, SpaceError, UserError
 from hwnas.experiments import experiment_space
 from hwnas.export.bundle import Bundle
 from hwnas.nn.bn import recalibrate
+from hwnas.nn.checkpoint import load_network
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.network import load_network
 from hwnas.nn.supernet import Supernet
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress

@@ -21,7 +21,7 @@ from hwnas.devices.session import Bench
 from hwnas.engine import accuracy
 from hwnas.errors import TargetError
 from hwnas.experiments import experiment_space
-from hwnas.nn.network import load_network
+from hwnas.nn.checkpoint import load_network
 from hwnas.nn.supernet import Supernet, load_supernet
 from hwnas.profile.stage import profile
 from hwnas.progress import Progress

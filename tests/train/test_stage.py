@@ -28,8 +28,9 @@ from hwnas.data.coco_eval import NUMBERS
 from hwnas.document import file_sha256
 from hwnas.errors import ConfigError, DivergenceError, DocumentError, SpaceError, UserError
 from hwnas.networks import architecture
+from hwnas.nn.checkpoint import load_network, save_network
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.network import Network, load_network, save_network
+from hwnas.nn.network import Network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines

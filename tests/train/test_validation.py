@@ -17,7 +17,8 @@ from hwnas.core.ops import Op
 from hwnas.data.images import evaluation_batches, load_images
 from hwnas.document import file_sha256
 from hwnas.engine import Engine
-from hwnas.nn.network import Network, load_network
+from hwnas.nn.checkpoint import load_network
+from hwnas.nn.network import Network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines, StageContext

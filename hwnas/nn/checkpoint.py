@@ -1,0 +1,93 @@
+"""Checkpoint files: weights as safetensors, with the architecture in their metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from hwnas.core.arch import Architecture
+from hwnas.document import read_bytes, write_atomic
+from hwnas.errors import CheckpointError, DocumentError
+from hwnas.nn.network import AnyNetwork, network_of
+
+
+def save_network(network: AnyNetwork, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Weights and BN statistics as safetensors, the architecture in the metadata,
+    written atomically.
+    """
+    save_tensors_atomically(
+        network, path, {"architecture": network.arch.to_json(), **(metadata or {})}
+    )
+
+
+def load_network(path: Path) -> AnyNetwork:
+    """The network of a checkpoint, of the kind that its architecture is.
+
+    Raises CheckpointError where the file is corrupt, cut off or no network's.
+    """
+    tensors, metadata = load_tensors_checked(path)
+    try:
+        network = network_of(Architecture.parse(metadata["architecture"], str(path)))
+        network.load_state_dict(tensors)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise _corrupt(path, error) from error
+    return network
+
+
+def save_tensors_atomically(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """A module's state as safetensors: the same state gives the same bytes, and an old
+    file is replaced by a whole one only.
+    """
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
+    write_atomic(path, _canonical(save_tensors(tensors, metadata)))
+
+
+def load_tensors_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises CheckpointError where
+    it is missing, corrupt or cut off.
+    """
+    try:
+        content = read_bytes(path)
+    except DocumentError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        return load_tensors(content), _metadata(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _corrupt(path, error) from error
+
+
+def _corrupt(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {path} is corrupt or was cut off ({_first_line(error)}): train again, or"
+        " restore the file."
+    )
+
+
+def _canonical(content: bytes) -> bytes:
+    """The same safetensors file with its header sorted: safetensors orders metadata at
+    random, and hashes would differ.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(
+        json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: 8 bytes of header length, then the header as JSON."""
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return metadata
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
