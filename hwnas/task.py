@@ -32,7 +32,7 @@ from hwnas.core.detector import PostProcessing
 from hwnas.core.search_space import SearchSpace
 from hwnas.data.images import Batch, Images
 from hwnas.engine import Criterion
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 
 
 class Parity(BaseModel):
@@ -121,7 +121,7 @@ class Quality(ABC):
 
     @abstractmethod
     def of_network(
-        self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None
+        self, network: Network, images: Images, batches: Iterable[Batch], limit: int | None
     ) -> float:
         """The quality in 0..1 of a network on the evaluation ``batches`` of ``limit``
         of the ``images`` (None: all).
@@ -239,7 +239,7 @@ class Task(ABC):
     # How good it is
 
     @abstractmethod
-    def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
+    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
         """How good a network is, where its weights are. It is in eval mode already."""
 
     @abstractmethod
@@ -264,9 +264,7 @@ class Task(ABC):
     def said_on_the_way(self, value: float) -> str:
         """How good a network is while it trains, before "N test images"."""
 
-    def record(
-        self, folder: Path, network: AnyNetwork, images: Images, evaluated: Evaluated
-    ) -> None:
+    def record(self, folder: Path, network: Network, images: Images, evaluated: Evaluated) -> None:
         """Write the ``files`` of a training: none."""
         del folder, network, images, evaluated
 
@@ -278,13 +276,13 @@ class Task(ABC):
         """
         del images, name, arch
 
-    def reference_images(self, network: AnyNetwork) -> int | None:
+    def reference_images(self, network: Network) -> int | None:
         """For how many images a bundle keeps PyTorch's outputs at most."""
         del network
         return None
 
     @abstractmethod
-    def torch_outputs(self, network: AnyNetwork, images_NHWC: np.ndarray) -> np.ndarray:
+    def torch_outputs(self, network: Network, images_NHWC: np.ndarray) -> np.ndarray:
         """What PyTorch puts out for channels-last float32 images, on the CPU in
         float32, as the plain float file does.
         """
@@ -310,7 +308,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def torch_answers(self, network: AnyNetwork, images: Images, workers: int) -> Answers:
+    def torch_answers(self, network: Network, images: Images, workers: int) -> Answers:
         """PyTorch's for all images, on the CPU in float32."""
 
     @abstractmethod
@@ -327,7 +325,7 @@ def task_of(experiment: Experiment) -> Task:
     return task_named(experiment.task, experiment.detector.post_processing)
 
 
-def evaluate(task: Task, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
+def evaluate(task: Task, network: Network, images: Images, how: Evaluation) -> Evaluated:
     """``task.evaluate`` in eval mode, so that no test image changes a network's
     statistics, whatever a task leaves out.
     """

@@ -37,7 +37,8 @@ from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard
 from hwnas.export.target import Target, Trained
 from hwnas.export.timing import timing_file
-from hwnas.nn.network import AnyNetwork, Network
+from hwnas.nn.classifier import ClassificationNetwork
+from hwnas.nn.network import Network
 from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Gates, Metrics, Probes, SearchContext, Strategy
 from hwnas.task import Evaluation, Task
@@ -509,11 +510,11 @@ class TargetConformance(ABC):
         "classifier-h8-i8-o10",
     )
 
-    def network(self, keys: Sequence[str] | None = None) -> Network:
+    def network(self, keys: Sequence[str] | None = None) -> ClassificationNetwork:
         """A small classifier, or the ops of other keys."""
         blocks = tuple(map(Op.parse, keys or self.KEYS))
         arch = Architecture(name="small", in_channels=blocks[0].in_ch, blocks=blocks)
-        return Network(arch, generator=torch.Generator().manual_seed(0)).eval()
+        return ClassificationNetwork(arch, generator=torch.Generator().manual_seed(0)).eval()
 
     def trained(self) -> Trained:
         """The classifier with plain ends."""
@@ -581,7 +582,7 @@ class TaskConformance(ABC):
     """
 
     @abstractmethod
-    def network(self) -> AnyNetwork:
+    def network(self) -> Network:
         """A small one, in eval mode."""
 
     @abstractmethod

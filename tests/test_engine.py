@@ -25,7 +25,7 @@ from hwnas.core.space import MacroSpace, Stage
 from hwnas.data.images import evaluation_batches, load_images, training_batches
 from hwnas.engine import CrossEntropy, Engine, Metrics, Part, accuracy, schedule, steps_of
 from hwnas.errors import CheckpointError, ConfigError, DivergenceError
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.progress import Progress, Task
 from hwnas.runs import JsonLines
 
@@ -54,7 +54,9 @@ def architecture() -> Architecture:
 def make(
     folder: Path, steps: int = 30, optimizer: OptimizerConfig = RMSPROP, **changes: Any
 ) -> Engine:
-    network = Network(architecture(), dropout=0.2, generator=torch.Generator().manual_seed(0))
+    network = ClassificationNetwork(
+        architecture(), dropout=0.2, generator=torch.Generator().manual_seed(0)
+    )
     return Engine(
         network, optimizer, steps, 32, 1, folder, **{"checkpoint_seconds": 0.0, **changes}
     )

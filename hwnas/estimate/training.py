@@ -7,7 +7,7 @@ from __future__ import annotations
 from hwnas.estimate.context import Context
 from hwnas.estimate.parts import Estimate, Part, peak_memory
 from hwnas.estimate.searching import checkpoints
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 from hwnas.runs import StageContext
 from hwnas.task import Evaluation, evaluate, task_of
 from hwnas.train import stage
@@ -41,7 +41,7 @@ def of_training(ctx: Context) -> Estimate:
     ctx.test_images = len(training.test)
     count = min(TESTED, ctx.test_images)
     network = engine.averaged
-    assert isinstance(network, AnyNetwork)
+    assert isinstance(network, Network)
     how = Evaluation(experiment.train.batch_size, count, experiment.data.workers)
     each_image = (
         watch.once(lambda: evaluate(task_of(experiment), network, training.test, how)) / count

@@ -24,7 +24,7 @@ from hwnas.core.ir import INPUT, POOLS, Node, Program
 from hwnas.core.ops import Op
 from hwnas.errors import ExportError
 from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 
 V = TypeVar("V")
 """How a format refers to a value of its graph: by index or by name."""
@@ -40,7 +40,7 @@ class BlockWriter(ABC, Generic[V]):
     scope = ""
     """Goes before all names, so that they are unique in a network."""
 
-    def network(self, x: V, network: AnyNetwork) -> tuple[V, ...]:
+    def network(self, x: V, network: Network) -> tuple[V, ...]:
         """Add a network, and return its outputs: logits; of a detector, class logits
         and box codes, a row per anchor.
         """

@@ -32,7 +32,7 @@ from hwnas.core.ops import Op
 from hwnas.export.block_writer import BlockWriter, Numbers
 from hwnas.export.names import IMAGE, LOGITS
 from hwnas.nn.detector import JOINED
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 
 OPSET = 18
 IR_VERSION = 8
@@ -41,7 +41,7 @@ _HARD_SIGMOID = {"alpha": 1 / 6, "beta": 0.5}
 _ACTS = {"relu": "Relu", "hswish": "HardSwish", "sigmoid": "Sigmoid", "hsig": "HardSigmoid"}
 
 
-def write_onnx(network: AnyNetwork, metadata: Mapping[str, str] | None = None) -> bytes:
+def write_onnx(network: Network, metadata: Mapping[str, str] | None = None) -> bytes:
     """The float32 ONNX file of a network: ``image`` [1, channels, size, size] in,
     ``logits`` [1, classes] out.
 
@@ -53,7 +53,7 @@ def write_onnx(network: AnyNetwork, metadata: Mapping[str, str] | None = None) -
     ``metadata_props``. Takes about 40 ms for MobileNetV2.
 
     >>> from hwnas.core.spaces import published
-    >>> len(write_onnx(Network(published("mobilenet_v2")))) // 1_000_000  # MB
+    >>> len(write_onnx(ClassificationNetwork(published("mobilenet_v2")))) // 1_000_000  # MB
     13
     """
     writer = OnnxWriter(network.arch.in_channels, network.arch.resolution)

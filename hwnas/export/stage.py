@@ -29,7 +29,7 @@ from hwnas.export.metadata import LABELS_FILE, ModelCard
 from hwnas.export.score_calibration import ScoreCalibration, Transformation
 from hwnas.export.target import Trained, target
 from hwnas.nn.checkpoint import load_network
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
 from hwnas.task import Task, task_named, task_of
@@ -68,7 +68,7 @@ def run(ctx: StageContext, predict: Predict) -> None:
             ctx.progress.say(f"note: {reason}")
 
 
-def _check_kind(network: AnyNetwork, task: Task) -> None:
+def _check_kind(network: Network, task: Task) -> None:
     """Raise ConfigError where the network is another task's."""
     arch = network.arch
     if arch.task != task.network_kind:
@@ -118,7 +118,7 @@ def _has_tflite(bundle: Bundle) -> bool:
     return any(file.runtime == "litert" for file in bundle.files)
 
 
-def _exported(ctx: StageContext, network: AnyNetwork, task: Task, predict: Predict) -> Bundle:
+def _exported(ctx: StageContext, network: Network, task: Task, predict: Predict) -> Bundle:
     """Write the files and ``parity.npz``; return what ``bundle.json`` has to say."""
     config, formats, arch = ctx.experiment.export, ctx.experiment.export_formats, network.arch
     data = ctx.experiment.data.at(arch.resolution)
@@ -209,7 +209,7 @@ class _Calibrated:
 
 
 def _score_calibration(
-    network: AnyNetwork, task: Task, test: Images, interface: Interface, workers: int
+    network: Network, task: Task, test: Images, interface: Interface, workers: int
 ) -> _Calibrated:
     """Fitted to PyTorch's outputs for half of the test images: the final training has
     seen all others.

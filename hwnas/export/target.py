@@ -26,7 +26,7 @@ from hwnas.core.detector import PostProcessing
 from hwnas.errors import ConfigError, ExportError
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 
 Graph = Literal["decoded", "nms", "tasks"]
 """What a detector's file has in its graph; ``post_processing`` says what they are."""
@@ -41,7 +41,7 @@ class Trained:
     ``post_processing`` what a detector's graph chooses by.
     """
 
-    network: AnyNetwork
+    network: Network
     interface: Interface
     calibration_NHWC: np.ndarray
     card: ModelCard
@@ -90,7 +90,7 @@ class Target(ABC):
         """The file of a trained network. Raises ExportError where the network has no such form."""
 
     @abstractmethod
-    def timing_file(self, network: AnyNetwork) -> bytes:
+    def timing_file(self, network: Network) -> bytes:
         """The file of a network that is only timed, of one op or of many: without
         metadata, as fast as a trained one's.
         """

@@ -26,7 +26,7 @@ from hwnas.export.quantization import quantize_int8, quantize_int8_uncalibrated
 from hwnas.export.target import Graph, Target, Trained
 from hwnas.export.tflite_writer import write_heads, write_tflite
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 
 
 class _TFLite(Target):
@@ -78,7 +78,7 @@ class _TFLite(Target):
         """Another option of the operator."""
         return tflite_detector.tasks_at(model, min_score)
 
-    def timing_file(self, network: AnyNetwork) -> bytes:
+    def timing_file(self, network: Network) -> bytes:
         """An op alone has the ends of an op."""
         ops = network.arch.ops()
         return (
@@ -111,7 +111,7 @@ class TFLiteInt8(_TFLite):
         """Quantised, with the ranges of the calibration images."""
         return quantize_int8(model, [trained.calibration_NHWC], float_io=True)
 
-    def timing_file(self, network: AnyNetwork) -> bytes:
+    def timing_file(self, network: Network) -> bytes:
         """Inputs and outputs are int8, too."""
         return quantize_int8_uncalibrated(super().timing_file(network))
 
@@ -148,7 +148,7 @@ class Onnx(Target):
             "onnx", lambda: trained.interface.around(self._network(trained.network), "onnxruntime")
         )
 
-    def _network(self, network: AnyNetwork) -> bytes:
+    def _network(self, network: Network) -> bytes:
         metadata = {"architecture": network.arch.to_json()}
         if isinstance(network, DetectionNetwork):
             return onnx_detector.decoded(network, metadata)
@@ -158,7 +158,7 @@ class Onnx(Target):
         """Without the interface; a detector's decoding stays."""
         return None if detector else onnx_interface.network_alone(model)
 
-    def timing_file(self, network: AnyNetwork) -> bytes:
+    def timing_file(self, network: Network) -> bytes:
         """An op alone has the ends of an op."""
         ops = network.arch.ops()
         return (

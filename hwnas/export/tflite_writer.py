@@ -40,7 +40,7 @@ from hwnas.export.block_writer import BlockWriter, Numbers
 from hwnas.export.names import IMAGE, LOGITS
 from hwnas.export.tflite_file import Graph
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 
 _HEIGHT, _WIDTH, _CHANNELS = 1, 2, 3
 _FUSED = {
@@ -51,7 +51,7 @@ _FUSED = {
 _ACTS = {"relu": "RELU", "relu6": "RELU6", "hswish": "HARD_SWISH", "sigmoid": "LOGISTIC"}
 
 
-def write_tflite(network: AnyNetwork) -> bytes:
+def write_tflite(network: Network) -> bytes:
     """The float32 TFLite file of a network: ``image`` [1, size, size, channels] in,
     ``logits`` [1, classes] out.
 
@@ -62,7 +62,7 @@ def write_tflite(network: AnyNetwork) -> bytes:
     untouched. The same weights give the same bytes. Takes about 40 ms for MobileNetV2.
 
     >>> from hwnas.core.spaces import published
-    >>> len(write_tflite(Network(published("mobilenet_v2")))) // 1_000_000  # MB
+    >>> len(write_tflite(ClassificationNetwork(published("mobilenet_v2")))) // 1_000_000  # MB
     13
     """
     graph = _Writer()

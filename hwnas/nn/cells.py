@@ -33,7 +33,7 @@ from hwnas.core.ops import Pool
 from hwnas.core.space import Option
 from hwnas.errors import ConfigError
 from hwnas.nn.blocks import build, initialise
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
 
 _MEANINGLESS = {"channels": "first", "operation_on": "node", "wsbn": False, "path_dropout": 0.0}
@@ -218,11 +218,11 @@ class CellSupernet(SharedNetwork):
         """
         return self.proxy.network(picks, self.places)
 
-    def extract(self, picks: Mapping[str, Option]) -> Network:
+    def extract(self, picks: Mapping[str, Option]) -> ClassificationNetwork:
         """A stand-alone network with copies of the weights that ``picks`` use. Its BN
         statistics are not estimated yet.
         """
-        network = Network(self.arch(picks)).to(next(self.parameters()))
+        network = ClassificationNetwork(self.arch(picks)).to(next(self.parameters()))
         with torch.no_grad():
             for block, origin in zip(
                 network.blocks, self.proxy.walk(picks, self.places)[1], strict=True
@@ -364,7 +364,7 @@ class GrowingSupernet(SharedNetwork):
         """As the present super-net."""
         return self.present.arch(picks)
 
-    def extract(self, picks: Mapping[str, Option]) -> Network:
+    def extract(self, picks: Mapping[str, Option]) -> ClassificationNetwork:
         """As the present super-net."""
         return self.present.extract(picks)
 

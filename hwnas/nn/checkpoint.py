@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from hwnas.core.arch import Architecture
 from hwnas.document import read_bytes, write_atomic
 from hwnas.errors import CheckpointError, DocumentError
-from hwnas.nn.network import AnyNetwork, network_of
+from hwnas.nn.network import Network, network_of
 
 
-def save_network(network: AnyNetwork, path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_network(network: Network, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Weights and BN statistics as safetensors, the architecture in the metadata,
     written atomically.
     """
@@ -25,7 +25,7 @@ def save_network(network: AnyNetwork, path: Path, metadata: dict[str, str] | Non
     )
 
 
-def load_network(path: Path) -> AnyNetwork:
+def load_network(path: Path) -> Network:
     """The network of a checkpoint, of the kind that its architecture is.
 
     Raises CheckpointError where the file is corrupt, cut off or no network's.

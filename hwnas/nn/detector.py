@@ -28,7 +28,7 @@ RARE_CLASS_BIAS = -4.6
 
 class DetectionNetwork(nn.Module):
     """An architecture with a detector in torch. Its blocks have the names of a
-    ``Network``'s, so that their weights can be inherited.
+    ``ClassificationNetwork``'s, so that their weights can be inherited.
 
     Example:
         >>> from hwnas.core.published import published

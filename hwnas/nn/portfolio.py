@@ -16,7 +16,7 @@ from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.space import Option, SearchSpace
 from hwnas.nn.detector import Outputs
-from hwnas.nn.network import AnyNetwork, network_of
+from hwnas.nn.network import Network, network_of
 from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
 
 
@@ -67,7 +67,7 @@ class Portfolio(GatedNetworks):
         """The architecture of ``picks``."""
         return self.space.decode(picks)
 
-    def extract(self, picks: Mapping[str, Option]) -> AnyNetwork:
+    def extract(self, picks: Mapping[str, Option]) -> Network:
         """A copy of the network of ``picks``, its BN statistics included."""
         return copy.deepcopy(
             self._members()[self.members.index(tuple(int(i) for i in self.space.index(picks)))]
@@ -78,5 +78,5 @@ class Portfolio(GatedNetworks):
         search's winner.
         """
 
-    def _members(self) -> list[AnyNetwork]:
-        return [cast(AnyNetwork, network) for network in self.networks]
+    def _members(self) -> list[Network]:
+        return [cast(Network, network) for network in self.networks]

@@ -22,7 +22,7 @@ from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import save_tensors_atomically
 from hwnas.nn.detector import Outputs
 from hwnas.nn.inheritance import Inherited
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 
 Gates = Mapping[str, Any]
 """Choice key -> weight vector [options], numpy or torch. Options at zero are not executed."""
@@ -69,7 +69,7 @@ class GatedNetworks(nn.Module, ABC):
         """
 
     @abstractmethod
-    def extract(self, picks: Mapping[str, Option]) -> AnyNetwork:
+    def extract(self, picks: Mapping[str, Option]) -> Network:
         """A stand-alone network with copies of the weights that ``picks`` use. Its BN
         statistics are not estimated yet.
         """

@@ -45,7 +45,7 @@ from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
 from hwnas.nn.elastic_head import ElasticClassifier, ElasticHead
 from hwnas.nn.inheritance import Inherited
-from hwnas.nn.network import AnyNetwork, network_of
+from hwnas.nn.network import Network, network_of
 from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
 
@@ -211,7 +211,7 @@ class Supernet(SharedNetwork):
             [(self.proxy.slots[position], op) for position, _, op, _ in self.path(picks)], arch.name
         )
 
-    def extract(self, picks: Mapping[str, Option]) -> AnyNetwork:
+    def extract(self, picks: Mapping[str, Option]) -> Network:
         """A stand-alone network with copies of the weights that ``picks`` use. Its BN
         statistics are not estimated yet.
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from hwnas.core.space import Option
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.supernet import SharedNetwork, make_supernet
 
 Moments = tuple[float, float, float]
@@ -105,7 +105,7 @@ def initial_supernet(supernet: SharedNetwork, seed: int) -> SharedNetwork:
     return fresh.to(next(supernet.parameters()).device).eval()
 
 
-def weights(network: Network) -> Iterator[Tensor]:
+def weights(network: ClassificationNetwork) -> Iterator[Tensor]:
     """Convolution and linear weights, input to output: no BN, no biases."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -18,7 +18,7 @@ from hwnas.config import Experiment
 from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, evaluation_batches, load_images
 from hwnas.nn.bn import recalibrate
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 from hwnas.nn.shared import GatedNetworks, resized
 from hwnas.runs import JsonLines
 from hwnas.task import task_of
@@ -55,7 +55,7 @@ class Judge:
         self._evaluation: list[Batch] = []
         self._all: list[Batch] = []
 
-    def network(self, picks: Picks) -> AnyNetwork:
+    def network(self, picks: Picks) -> Network:
         """The network of ``picks`` with the super-net's weights and re-estimated BN
         statistics (or tracked ones, where none are).
         """
@@ -104,7 +104,7 @@ class Judge:
         )
         return self._evaluation
 
-    def on_all_images(self, network: AnyNetwork) -> float:
+    def on_all_images(self, network: Network) -> float:
         """Quality in 0..1 on all held-out images."""
         return self.quality.of_network(network, self.held_out, self.all_held_out(), None)
 

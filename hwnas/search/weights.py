@@ -16,7 +16,7 @@ from hwnas.config import DataConfig
 from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, training_batches
 from hwnas.engine import Criterion, Engine, Part
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
 from hwnas.nn.unrolled import unrolled_gate_gradients
 from hwnas.search.judge import Judge
@@ -98,7 +98,7 @@ class SupernetWeights:
         self.engine, self.supernet, self.batches, self.judge = engine, supernet, batches, judge
         self.quality = judge.quality
         self.held_out_loss = self.quality.criterion().to(engine.device)
-        self.teacher: AnyNetwork | None = None
+        self.teacher: Network | None = None
         self._taught: Picks = {}
 
     def train(

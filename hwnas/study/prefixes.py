@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hwnas.core.ops import Op
 from hwnas.nn.bn import recalibrating
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 
 PART_OF_MEMORY = 1 / 6
 """Of this machine's memory, or its accelerator's, for the maps that are kept (ours).
@@ -85,7 +85,7 @@ class Prefixes:
         self._kept: list[_Kept] = []
 
     @torch.inference_mode()
-    def logits(self, network: Network) -> list[Tensor]:
+    def logits(self, network: ClassificationNetwork) -> list[Tensor]:
         """Of the batches that are judged: [N, classes] each. The network is used up: BN
         is estimated only of blocks that ran.
         """

@@ -33,7 +33,7 @@ from torch import nn
 
 from hwnas.config import ScoreName
 from hwnas.core.arch import Picks
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.supernet import SharedNetwork, resized
 from hwnas.search.angle import Angles, weights
 from hwnas.search.judge import Judge, placed
@@ -140,7 +140,7 @@ class Scorer:
         }
 
 
-def synflow(network: Network) -> float:
+def synflow(network: ClassificationNetwork) -> float:
     """Sum of abs(weight * derivative of the summed logits) with all weights positive,
     an input of ones, and no BN. Logarithm.
     """
@@ -167,10 +167,10 @@ def synflow(network: Network) -> float:
     return math.log(total) if total > 0 else -math.inf
 
 
-def _classifier(supernet: SharedNetwork, picks: Picks) -> Network:
+def _classifier(supernet: SharedNetwork, picks: Picks) -> ClassificationNetwork:
     """The one-path network. Studies have no detectors."""
     network = supernet.extract(picks)
-    assert isinstance(network, Network)
+    assert isinstance(network, ClassificationNetwork)
     return network
 
 

@@ -32,7 +32,7 @@ from hwnas.data.images import Batch, Images, evaluation_batches, evaluation_orde
 from hwnas.engine import Criterion, CrossEntropy, accuracy
 from hwnas.errors import ConfigError
 from hwnas.export.names import PROBABILITIES
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 from hwnas.nn.supernet import resized
 from hwnas.task import (
     Answers,
@@ -86,7 +86,7 @@ class ClassificationQuality(Quality):
         return None if self.by_loss else most_frequent(labels_N)
 
     def of_network(
-        self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None
+        self, network: Network, images: Images, batches: Iterable[Batch], limit: int | None
     ) -> float:
         """Accuracy at the network's own resolution, or 1 / (1 + mean loss of an image)."""
         sized = ((resized(x_NCHW, network.arch.resolution), y) for x_NCHW, y in batches)
@@ -173,7 +173,7 @@ class Classification(Task):
         """Accuracy, or 1 / (1 + cross-entropy)."""
         return ClassificationQuality(experiment)
 
-    def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
+    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
         """Accuracy."""
         batches = evaluation_batches(
             images, 4 * how.batch_size, limit=how.limit, workers=how.workers
@@ -210,7 +210,7 @@ class Classification(Task):
         return f"{value:.1%} of"
 
     @torch.inference_mode()
-    def torch_outputs(self, network: AnyNetwork, images_NHWC: np.ndarray) -> np.ndarray:
+    def torch_outputs(self, network: Network, images_NHWC: np.ndarray) -> np.ndarray:
         """Logits [N, classes]."""
         x_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
         logits: np.ndarray = network.cpu().eval()(x_NCHW).numpy()
@@ -246,7 +246,7 @@ class Classification(Task):
         return Labels()
 
     @torch.inference_mode()
-    def torch_answers(self, network: AnyNetwork, images: Images, workers: int) -> Answers:
+    def torch_answers(self, network: Network, images: Images, workers: int) -> Answers:
         """PyTorch's labels."""
         found, network = Labels(), network.cpu().eval()
         for x_NCHW, _ in evaluation_batches(images, BATCH, workers=workers):

@@ -32,7 +32,7 @@ from hwnas.export.detector import Decoded, columns
 from hwnas.export.names import CHOSEN, DETECTIONS, TASK_OUTPUTS
 from hwnas.export.post_processing import NMS_COLUMNS
 from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 from hwnas.task import (
     Answers,
     Evaluated,
@@ -95,7 +95,7 @@ class DetectionQuality(Quality):
         return None if self.by_loss else 0.0
 
     def of_network(
-        self, network: AnyNetwork, images: Images, batches: Iterable[Batch], limit: int | None
+        self, network: Network, images: Images, batches: Iterable[Batch], limit: int | None
     ) -> float:
         """AP, or 1 / (1 + mean loss of an image)."""
         assert isinstance(network, DetectionNetwork)
@@ -178,7 +178,7 @@ class Detection(Task):
         """AP, or 1 / (1 + loss)."""
         return DetectionQuality(experiment, space)
 
-    def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
+    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
         """COCO's numbers, the AP of each class, and what was found by image index."""
         found = detect(
             _detector(network),
@@ -228,9 +228,7 @@ class Detection(Task):
         """AP."""
         return f"AP {value:.1%} on"
 
-    def record(
-        self, folder: Path, network: AnyNetwork, images: Images, evaluated: Evaluated
-    ) -> None:
+    def record(self, folder: Path, network: Network, images: Images, evaluated: Evaluated) -> None:
         """The architecture, whose detector may be of the training's making, and
         pictures of what was found.
         """
@@ -245,13 +243,13 @@ class Detection(Task):
                 " it was trained on."
             )
 
-    def reference_images(self, network: AnyNetwork) -> int | None:
+    def reference_images(self, network: Network) -> int | None:
         """As many as fit into ``ROWS_BYTES``."""
         numbers = detector_of(network.arch).anchors * columns(_detector(network))
         return max(1, ROWS_BYTES // (4 * numbers))
 
     @torch.inference_mode()
-    def torch_outputs(self, network: AnyNetwork, images_NHWC: np.ndarray) -> np.ndarray:
+    def torch_outputs(self, network: Network, images_NHWC: np.ndarray) -> np.ndarray:
         """Rows [N, anchors, 4 + classes]."""
         decoded = Decoded(_detector(network)).cpu().eval()
         x_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
@@ -303,7 +301,7 @@ class Detection(Task):
         """Boxes."""
         return FileBoxes(graph, arch, self.post_processing, app_score)
 
-    def torch_answers(self, network: AnyNetwork, images: Images, workers: int) -> Answers:
+    def torch_answers(self, network: Network, images: Images, workers: int) -> Answers:
         """What PyTorch finds."""
         found = detect(
             _detector(network),
@@ -323,7 +321,7 @@ class Detection(Task):
         return self.post_processing.min_score
 
 
-def _detector(network: AnyNetwork) -> DetectionNetwork:
+def _detector(network: Network) -> DetectionNetwork:
     assert isinstance(network, DetectionNetwork)
     return network
 

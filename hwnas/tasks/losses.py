@@ -9,11 +9,11 @@ import torch
 
 from hwnas.data.images import Batch
 from hwnas.engine import Criterion
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 
 
 @torch.inference_mode()
-def of_mean_loss(network: AnyNetwork, batches: Iterable[Batch], criterion: Criterion) -> float:
+def of_mean_loss(network: Network, batches: Iterable[Batch], criterion: Criterion) -> float:
     """1 / (1 + mean loss of an image)."""
     network.eval()
     device = next(network.parameters()).device

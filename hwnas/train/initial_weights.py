@@ -8,13 +8,13 @@ from pathlib import Path
 from hwnas.core.arch import Architecture
 from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import load_network
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 from hwnas.runs import StageContext
 
 WEIGHTS = "model.safetensors"
 
 
-def load_initial_weights(network: AnyNetwork, ctx: StageContext) -> None:
+def load_initial_weights(network: Network, ctx: StageContext) -> None:
     """Copy into a new network the weights that the settings name. With ``train.weights =
     "scratch"`` and no backbone it stays as it is.
     """

@@ -20,7 +20,7 @@ from hwnas.engine import Engine, Metrics, check_optimizer, steps_of
 from hwnas.errors import ConfigError
 from hwnas.networks import architecture, sized
 from hwnas.nn.checkpoint import load_network, save_network
-from hwnas.nn.network import AnyNetwork, network_of
+from hwnas.nn.network import Network, network_of
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
 from hwnas.task import Evaluation, evaluate, task_of
@@ -96,7 +96,7 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     engine, test = training.engine, training.test
     engine.fit(training.step, ctx.progress, f"training {arch.name}", training.validation)
     trained = engine.averaged
-    assert isinstance(trained, AnyNetwork)
+    assert isinstance(trained, Network)
     task = task_of(ctx.experiment)
     how = Evaluation(config.batch_size, workers=ctx.experiment.data.workers)
     evaluated = evaluate(task, trained, test, how)

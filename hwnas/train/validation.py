@@ -19,7 +19,7 @@ from torch import nn
 
 from hwnas.data.images import Images, evaluation_order
 from hwnas.engine import Engine
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 from hwnas.runs import JsonLines, StageContext
 from hwnas.task import Evaluation, evaluate, task_of
 
@@ -82,7 +82,7 @@ class Validation:
         self.ctx.progress.say(f"epoch {epoch:.3g}: {said} {self.limit:,} test images")
 
     def _qualities(self, network: nn.Module) -> dict[str, float]:
-        assert isinstance(network, AnyNetwork)
+        assert isinstance(network, Network)
         how = Evaluation(
             self.ctx.experiment.train.batch_size, self.limit, self.ctx.experiment.data.workers
         )

@@ -18,7 +18,7 @@ import torch
 
 from hwnas.core.families import nasbench_macro
 from hwnas.nn.bn import recalibrate
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.supernet import make_supernet
 from hwnas.study.prefixes import Maps, Prefixes
 
@@ -50,9 +50,9 @@ def test_shared_passes_against_whole_ones(benchmark: Any) -> None:
         for each in drawn
     )
 
-    def network(row: tuple[int, ...]) -> Network:
+    def network(row: tuple[int, ...]) -> ClassificationNetwork:
         found = supernet.extract(space.at(row)).to(memory_format=torch.channels_last)
-        assert isinstance(found, Network)
+        assert isinstance(found, ClassificationNetwork)
         return found
 
     def measure() -> tuple[float, float]:

@@ -45,7 +45,7 @@ from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.spaces import mobile32
 from hwnas.data.images import Batch, Images, Request
 from hwnas.engine import Engine
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.supernet import Supernet
 from hwnas.search import STRATEGIES
 from hwnas.search.evolution import Evolution, EvolutionConfig
@@ -232,7 +232,9 @@ class Search:
         """A training step of each of those networks on this step's batch, after a first one."""
         x_NCHW, y = self.weights.batches.train(self.ctx.step)
         for picks in self.sampled():
-            engine = self.engine(Network(SPACE.decode(picks), generator=self.generator))
+            engine = self.engine(
+                ClassificationNetwork(SPACE.decode(picks), generator=self.generator)
+            )
             engine.step = self.ctx.step
             engine.weight_step(x_NCHW, y)
             engine.optimizer.zero_grad(set_to_none=True)
@@ -354,7 +356,9 @@ def test_super_net_step_against_the_same_networks_alone(benchmark: Any) -> None:
     supernet: Any = Supernet(SPACE, generator)
     supernet = supernet.to(memory_format=torch.channels_last)
     picks = [SPACE.sample(rng) for _ in range(8)]
-    alone: list[Any] = [Network(SPACE.decode(each), generator=generator) for each in picks]
+    alone: list[Any] = [
+        ClassificationNetwork(SPACE.decode(each), generator=generator) for each in picks
+    ]
     alone = [network.to(memory_format=torch.channels_last) for network in alone]
     x_NCHW = torch.randn(BATCH, 3, 32, 32, generator=generator).contiguous(
         memory_format=torch.channels_last

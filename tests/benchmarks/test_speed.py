@@ -21,7 +21,7 @@ from hwnas.export.convert import to_tflite
 from hwnas.export.quantization import quantize_int8
 from hwnas.export.tflite_writer import write_op, write_tflite
 from hwnas.nn.blocks import build
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -46,7 +46,9 @@ def test_writing_a_block_against_converting_it(benchmark: Any) -> None:
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mnasnet_b1", "proxylessnas_mobile"])
 def test_int8_against_fp32_on_this_cpu(benchmark: Any, tmp_path: Path, name: str) -> None:
-    network = Network(published(name), generator=torch.Generator().manual_seed(0)).eval()
+    network = ClassificationNetwork(
+        published(name), generator=torch.Generator().manual_seed(0)
+    ).eval()
     model = write_tflite(network)
     image = np.random.default_rng(0).standard_normal((1, 224, 224, 3), dtype=np.float32)
     (tmp_path / "fp32.tflite").write_bytes(model)

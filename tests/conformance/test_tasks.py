@@ -16,7 +16,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
 from hwnas.core.ssdlite import with_detector
 from hwnas.data.images import Images, evaluation_batches, load_images
-from hwnas.nn.network import AnyNetwork, network_of
+from hwnas.nn.network import Network, network_of
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.task import Evaluated, Evaluation, evaluate, task_named
@@ -35,7 +35,7 @@ class TestClassification(TaskConformance):
 
     task = Classification
 
-    def network(self) -> AnyNetwork:
+    def network(self) -> Network:
         """Not trained."""
         keys = ("conv-h8-i1-o8-k3-relu", "classifier-h8-i8-o10")
         arch = Architecture(name="small", in_channels=1, blocks=tuple(map(Op.parse, keys)))
@@ -58,7 +58,7 @@ class TestDetection(TaskConformance):
         write_rectangles(tmp_path)
         self.folder = tmp_path
 
-    def network(self) -> AnyNetwork:
+    def network(self) -> Network:
         """Not trained."""
         keys = (
             "conv-h48-i3-o8-k3-s2-relu",
@@ -156,7 +156,7 @@ def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Pa
 class Forgetful(Classification):
     """Its evaluation is its own, and does not say in which mode the network is."""
 
-    def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
+    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
         """Runs the network as it finds it."""
         x_NCHW, y = next(evaluation_batches(images, 64))
         with torch.no_grad():

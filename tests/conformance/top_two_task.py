@@ -13,7 +13,7 @@ import torch
 
 from hwnas.core.arch import Architecture
 from hwnas.data.images import Images, evaluation_order
-from hwnas.nn.network import AnyNetwork
+from hwnas.nn.network import Network
 from hwnas.task import Answers, Evaluated, Evaluation, FileAnswers, Metrics
 from hwnas.tasks.classification import Classification
 
@@ -61,7 +61,7 @@ class TopTwo(Classification):
     )
     curve: ClassVar[Mapping[str, str]] = {"test_top2": "top2"}
 
-    def evaluate(self, network: AnyNetwork, images: Images, how: Evaluation) -> Evaluated:
+    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
         """As a file is."""
         found: Metrics = dict(
             self.torch_answers(network, images, how.workers).metrics(images, how.limit)
@@ -78,7 +78,7 @@ class TopTwo(Classification):
         """The two best."""
         return BestTwo()
 
-    def torch_answers(self, network: AnyNetwork, images: Images, workers: int) -> Answers:
+    def torch_answers(self, network: Network, images: Images, workers: int) -> Answers:
         """PyTorch's, all at once."""
         found = BestTwo()
         x_NCHW, _ = images.__getitems__([(int(index), 0) for index in evaluation_order(images)])

@@ -36,7 +36,7 @@ from hwnas.core.space import MacroSpace, SearchSpace, Stage
 from hwnas.core.spaces import darts, mobile32, nasbench201, published
 from hwnas.core.table import LatencyTable
 from hwnas.errors import CoverageError, TableError, TargetError
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.testing import synthetic_table
 
 
@@ -116,7 +116,7 @@ class Watch:
     outlive it, by identity.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: ClassificationNetwork) -> None:
         self.peak = 0
         self.kept: list[Tensor] = []
         for block in network.blocks:
@@ -150,7 +150,7 @@ def test_activation_memory_is_that_of_real_tensors(seed: int) -> None:
     torch.set_num_threads(1)
     space = small() if seed % 2 else mobile32()
     arch = space.decode(space.sample(np.random.default_rng(seed)))
-    network = Network(arch).eval()
+    network = ClassificationNetwork(arch).eval()
     watch = Watch(network)
     with torch.no_grad():
         network(torch.zeros(1, arch.in_channels, arch.resolution, arch.resolution))

@@ -15,7 +15,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.nasbench101 import OPS, NASBench101Space, graph_hash, pruned, vertex_channels
 from hwnas.core.spaces import load_space, nasbench101, parse_space
 from hwnas.errors import SpaceError
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 
 SPACE = nasbench101()
 C3, C1, P = OPS
@@ -66,7 +66,7 @@ def test_wider_maps_are_cut() -> None:
     )
     arch = SPACE.decode(picks)
     assert [step.key for step in arch.graph if step.kind == "cut"][:1] == ["cut 3 42"]
-    network = Network(arch, generator=torch.Generator().manual_seed(0))
+    network = ClassificationNetwork(arch, generator=torch.Generator().manual_seed(0))
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert sum(weight.numel() for weight in network.parameters()) == arch.params
 

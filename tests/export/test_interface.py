@@ -24,7 +24,7 @@ from hwnas.export.target import target
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
 from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import write_heads
-from hwnas.nn.network import AnyNetwork, network_of
+from hwnas.nn.network import Network, network_of
 from tests.export.detectors import lively_network, run_tflite
 from tests.export.test_detector_files import CONFIG, PLAN, calibration
 
@@ -52,7 +52,7 @@ def photographs(count: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def network(arch: Architecture) -> AnyNetwork:
+def network(arch: Architecture) -> Network:
     made = network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
     for name, weight in made.named_parameters():
         if name.endswith("linear.weight"):

@@ -24,7 +24,7 @@ from hwnas.errors import ExportError
 from hwnas.export.convert import onnx_file, to_onnx
 from hwnas.export.onnx_writer import IR_VERSION, OPSET, write_onnx, write_op
 from hwnas.nn.blocks import build
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from tests.export import test_spaces as spaces
 from tests.export.detectors import images as detector_images
 from tests.export.detectors import lively_network
@@ -164,7 +164,7 @@ def test_networks_of_every_space_compute_what_pytorch_does(name: str) -> None:
 
 def test_names_are_unique() -> None:
     graph = onnx.load_from_string(
-        write_onnx(Network(published("mobilenet_v2", resolution=32)))
+        write_onnx(ClassificationNetwork(published("mobilenet_v2", resolution=32)))
     ).graph
     names = [
         *(output for node in graph.node for output in node.output),

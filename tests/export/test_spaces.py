@@ -18,7 +18,7 @@ from hwnas.core.option import parse_option
 from hwnas.core.spaces import MACRO_SPACES, load_space
 from hwnas.export.convert import to_onnx
 from hwnas.export.tflite_writer import write_tflite
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 
 torch.set_num_threads(1)
 
@@ -48,12 +48,14 @@ def macs(option: str | int) -> float:
     return 0 if block is None else block.op(16, 16, 8, 1, "relu", False).macs
 
 
-def network_of(name: str, which: str) -> Network:
-    return trained(Network(arch_of(name, which), generator=torch.Generator().manual_seed(0)))
+def network_of(name: str, which: str) -> ClassificationNetwork:
+    return trained(
+        ClassificationNetwork(arch_of(name, which), generator=torch.Generator().manual_seed(0))
+    )
 
 
 @torch.no_grad()
-def trained(network: Network) -> Network:
+def trained(network: ClassificationNetwork) -> ClassificationNetwork:
     """BN statistics of a batch of noise, then shifted: as after training, activations
     neither vanish nor explode.
     """
@@ -74,12 +76,12 @@ def trained(network: Network) -> Network:
     return network.eval()
 
 
-def images(network: Network) -> torch.Tensor:
+def images(network: ClassificationNetwork) -> torch.Tensor:
     size = network.arch.resolution
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
-def assert_same(found_NC: np.ndarray, network: Network) -> None:
+def assert_same(found_NC: np.ndarray, network: ClassificationNetwork) -> None:
     with torch.inference_mode():
         expected_NC = network(images(network)).numpy()
     assert np.abs(expected_NC[0] - expected_NC[1]).max() > 0.1, (

@@ -210,9 +210,9 @@ def test_a_converted_network_can_be_timed_in_int8() -> None:
 
 def test_a_classifier_of_ordinary_size_is_written_inline() -> None:
     from hwnas.core.spaces import published
-    from hwnas.nn.network import Network
+    from hwnas.nn.classifier import ClassificationNetwork
 
     arch = published("mobilenet_v2")
-    quantised = quantize_int8_uncalibrated(write_tflite(Network(arch)))
+    quantised = quantize_int8_uncalibrated(write_tflite(ClassificationNetwork(arch)))
     assert len(quantised) > 3_000_000
     assert all(buffer.offset == 0 for buffer in buffers(quantised))

@@ -22,7 +22,7 @@ from hwnas.export.quantization import quantize_int8
 from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import write_op, write_tflite
 from hwnas.nn.blocks import build, initialise
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -131,9 +131,11 @@ def random_images(
     )
 
 
-def network_of(keys: tuple[str, ...]) -> Network:
+def network_of(keys: tuple[str, ...]) -> ClassificationNetwork:
     return randomised(
-        Network(Architecture(name="small", blocks=tuple(Op.parse(key) for key in keys)))
+        ClassificationNetwork(
+            Architecture(name="small", blocks=tuple(Op.parse(key) for key in keys))
+        )
     )
 
 
@@ -288,7 +290,7 @@ def test_weights_lie_at_multiples_of_16_bytes() -> None:
 
 def test_tensor_names_are_unique() -> None:
     graph = schema.Model.GetRootAs(
-        write_tflite(Network(published("mobilenet_v2", resolution=32)))
+        write_tflite(ClassificationNetwork(published("mobilenet_v2", resolution=32)))
     ).Subgraphs(0)
     names = [graph.Tensors(index).Name() for index in range(graph.TensorsLength())]
     assert len(set(names)) == len(names) > 150

@@ -20,7 +20,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.cells import CellSpace
 from hwnas.core.priced import PricedSpace
 from hwnas.core.spaces import nasbench201
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.study.truth import read_truth
 
 SPACE = nasbench201()
@@ -147,7 +147,7 @@ def test_sixty_networks_count_and_compute_as_a_second_implementation(first: int)
     x_NCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for text in random_cells(60)[first : first + 20]:
         arch = SPACE.decode(SPACE.read(text))
-        network, other = Network(arch).train(), second_implementation(text).train()
+        network, other = ClassificationNetwork(arch).train(), second_implementation(text).train()
         with FlopCounterMode(display=False) as counter:
             expected = other(x_NCHW)
         assert (

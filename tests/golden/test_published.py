@@ -20,7 +20,7 @@ from hwnas.core.spaces import (
     published,
 )
 from hwnas.errors import SpaceError
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 
 # nas-facts T5 (FBNet: both ways of counting, trap 13.4); exact integers are timm's and
 # torchvision's below
@@ -109,7 +109,7 @@ def test_macs_and_params_are_those_of_the_papers(name: str) -> None:
 def test_counts_without_another_implementation_are_those_of_torch(name: str) -> None:
     torch.set_num_threads(1)
     arch = published(name)
-    assert (arch.macs, arch.params) == count(Network(arch))
+    assert (arch.macs, arch.params) == count(ClassificationNetwork(arch))
 
 
 @pytest.mark.parametrize(

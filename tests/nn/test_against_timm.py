@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from hwnas.core.spaces import published
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 
 torch.set_num_threads(1)
 
@@ -123,7 +123,7 @@ def test_logits_equal(judge: str) -> None:
     name, make = THEIRS[judge]
     theirs = make()
     randomise(theirs)
-    ours = Network(published(name, bn_eps=1e-5))
+    ours = ClassificationNetwork(published(name, bn_eps=1e-5))
     pairs = list(zip(weighted(ours), weighted(theirs), strict=True))
     for mine, yours in pairs:
         assert mine.weight.shape == yours.weight.shape
@@ -139,7 +139,7 @@ def test_logits_differ_where_the_epsilon_does() -> None:
     """The comparison above can fail: another BN epsilon alone breaks it."""
     theirs = timm.create_model("mobilenetv2_100").eval()
     randomise(theirs)
-    ours = Network(published("mobilenet_v2", bn_eps=1e-3)).eval()
+    ours = ClassificationNetwork(published("mobilenet_v2", bn_eps=1e-3)).eval()
     for mine, yours in zip(weighted(ours), weighted(theirs), strict=True):
         mine.load_state_dict(yours.state_dict())
     x_NCHW = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
@@ -150,7 +150,7 @@ def test_logits_differ_where_the_epsilon_does() -> None:
 
 def test_proxylessnas_mobile() -> None:
     """4.08 M parameters, as in the authors' logs."""
-    network = Network(
+    network = ClassificationNetwork(
         published("proxylessnas_mobile"), generator=torch.Generator().manual_seed(0)
     ).eval()
     parameters = sum(parameter.numel() for parameter in network.parameters())

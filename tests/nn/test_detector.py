@@ -17,8 +17,8 @@ from hwnas.core.ssdlite import with_detector
 from hwnas.errors import CheckpointError
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.checkpoint import load_network, save_network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.detector import DetectionNetwork, detector_of, predictions
-from hwnas.nn.network import Network
 from tests.nn.detectors import BLOCKS, batch, small_arch, small_network
 
 torch.set_num_threads(1)
@@ -78,7 +78,7 @@ def test_blocks_take_the_weights_of_a_classifiers() -> None:
     arch = Architecture(
         name="classifier", blocks=(*BLOCKS, Conv(8, 40, 64, act="relu6"), Classifier(8, 64, 7))
     )
-    classifier = Network(arch, generator=torch.Generator().manual_seed(5))
+    classifier = ClassificationNetwork(arch, generator=torch.Generator().manual_seed(5))
     network = small_network()
     left_out = network.load_state_dict(
         {
@@ -113,7 +113,7 @@ def test_a_checkpoint_gives_the_detector_back(tmp_path: Path) -> None:
 
 def test_weights_without_a_detector_are_no_checkpoint_of_one(tmp_path: Path) -> None:
     network = small_network()
-    backbone = Network(Architecture(name="backbone", blocks=network.arch.blocks))
+    backbone = ClassificationNetwork(Architecture(name="backbone", blocks=network.arch.blocks))
     backbone.arch = network.arch
     save_network(backbone, tmp_path / "model.safetensors")
     with pytest.raises(
@@ -124,6 +124,6 @@ def test_weights_without_a_detector_are_no_checkpoint_of_one(tmp_path: Path) -> 
 
 def test_a_classifier_is_not_built_of_a_detector() -> None:
     with pytest.raises(AssertionError, match="has a detector"):
-        Network(small_arch())
+        ClassificationNetwork(small_arch())
     with pytest.raises(AssertionError, match="has no detector"):
         DetectionNetwork(published("mobilenet_v2"))

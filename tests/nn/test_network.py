@@ -16,15 +16,17 @@ from hwnas.core.arch import Architecture
 from hwnas.core.spaces import mobile32, published
 from hwnas.errors import CheckpointError
 from hwnas.nn.checkpoint import load_network, save_network
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 
 torch.set_num_threads(1)
 
 
-def small_network(seed: int = 0) -> Network:
+def small_network(seed: int = 0) -> ClassificationNetwork:
     space = mobile32(resolution=16)
     picks = {choice.key: choice.options[0] for choice in space.choices}
-    network = Network(space.decode(picks), generator=torch.Generator().manual_seed(seed))
+    network = ClassificationNetwork(
+        space.decode(picks), generator=torch.Generator().manual_seed(seed)
+    )
     # moves the BN statistics
     network.train()(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
     return network

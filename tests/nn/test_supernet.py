@@ -19,7 +19,7 @@ from hwnas.core.ir import Node
 from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, Stage
 from hwnas.engine import Engine
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.slot import ElasticSlot, Width, executed
 from hwnas.nn.supernet import Supernet, resized
 from hwnas.search.proposal import one_hot
@@ -45,7 +45,7 @@ PATHS = [
 
 
 def shared_tensors(
-    supernet: Supernet, picks: Picks, network: Network, sharing: str
+    supernet: Supernet, picks: Picks, network: ClassificationNetwork, sharing: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(the super-net's parameter, the extracted network's) for each parameter of the
     network, found by shape and place only.

@@ -15,7 +15,7 @@ from hwnas.config import SupernetConfig
 from hwnas.core.cell_families import nasbench201
 from hwnas.core.space import SearchSpace
 from hwnas.nn.bn import recalibrate
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.supernet import SharedNetwork, make_supernet
 from hwnas.search.proposal import one_hot
 from hwnas.study import prefixes as module
@@ -44,9 +44,9 @@ def images(space: SearchSpace, count: int, seed: int) -> list[Tensor]:
     ]
 
 
-def network_of(supernet: SharedNetwork, row: np.ndarray) -> Network:
+def network_of(supernet: SharedNetwork, row: np.ndarray) -> ClassificationNetwork:
     network = supernet.extract(supernet.space.at(row)).to(memory_format=torch.channels_last)
-    assert isinstance(network, Network)
+    assert isinstance(network, ClassificationNetwork)
     return network
 
 
@@ -65,7 +65,7 @@ class Runs:
     def __init__(self) -> None:
         self.count = 0
 
-    def of(self, network: Network) -> Network:
+    def of(self, network: ClassificationNetwork) -> ClassificationNetwork:
         for block in network.blocks:
             block.register_forward_hook(self._counted)
         return network

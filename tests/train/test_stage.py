@@ -29,8 +29,8 @@ from hwnas.document import file_sha256
 from hwnas.errors import ConfigError, DivergenceError, DocumentError, SpaceError, UserError
 from hwnas.networks import architecture
 from hwnas.nn.checkpoint import load_network, save_network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.network import Network
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
@@ -172,8 +172,10 @@ def test_batch_norm_has_the_momentum_of_the_recipe(tmp_path: Path) -> None:
 # where its weights come from
 
 
-def saved_classifier(folder: Path, arch: Architecture | None = None) -> Network:
-    network = Network(arch or classifier(), generator=torch.Generator().manual_seed(5))
+def saved_classifier(folder: Path, arch: Architecture | None = None) -> ClassificationNetwork:
+    network = ClassificationNetwork(
+        arch or classifier(), generator=torch.Generator().manual_seed(5)
+    )
     save_network(network, folder / "train" / "model.safetensors")
     return network
 

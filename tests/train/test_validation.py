@@ -18,7 +18,7 @@ from hwnas.data.images import evaluation_batches, load_images
 from hwnas.document import file_sha256
 from hwnas.engine import Engine
 from hwnas.nn.checkpoint import load_network
-from hwnas.nn.network import Network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines, StageContext
@@ -170,7 +170,7 @@ def test_the_default_costs_a_twentieth_at_most(epochs: int, points: int, tmp_pat
     """
     experiment = small(tmp_path, epochs=epochs)
     steps = round(epochs * 1438 / 96)
-    network = Network(
+    network = ClassificationNetwork(
         Architecture.load(tmp_path / "arch.json"), generator=torch.Generator().manual_seed(0)
     )
     engine = Engine(network, experiment.train.optimizer, steps, 96, 0, tmp_path)

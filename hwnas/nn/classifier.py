@@ -1,0 +1,79 @@
+"""Stand-alone classifiers: the blocks of an architecture one after another, or as its
+graph says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hwnas.core.arch import Architecture
+from hwnas.core.graph import Step
+from hwnas.nn.blocks import build, initialise
+
+
+class ClassificationNetwork(nn.Module):
+    """An architecture without a detector in torch.
+
+    Example:
+        >>> from hwnas.core.spaces import published
+        >>> ClassificationNetwork(published("mobilenet_v2", resolution=64)).eval()(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 1000])
+    """
+
+    def __init__(
+        self, arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        assert arch.detector is None, f"{arch.name} has a detector: build a DetectionNetwork"
+        self.arch = arch
+        self.blocks = nn.Sequential(
+            *(build(op, bn_eps=arch.bn_eps, dropout=dropout) for op in arch.ops())
+        )
+        if generator is not None:
+            initialise(self, generator)
+
+    def no_weight_decay(self) -> set[str]:
+        """Weights without L2, by timm's convention: the classifier's (as in TuNAS's code)."""
+        return {f"blocks.{len(self.blocks) - 1}.linear.weight"}
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Images [N, channels, size, size] -> logits [N, classes]."""
+        logits: Tensor = (
+            run_graph(self.arch.graph, self.blocks, x_NCHW)
+            if self.arch.graph
+            else self.blocks(x_NCHW)
+        )
+        return logits
+
+
+def run_graph(graph: Sequence[Step], blocks: Iterable[nn.Module], x_NCHW: Tensor) -> Tensor:
+    """The last point of a graph (``hwnas.core.graph``); each point is let go after its last use."""
+    last = {point: position for position, step in enumerate(graph) for point in step.of}
+    points: dict[int, Tensor] = {0: x_NCHW}
+    each = iter(blocks)
+    for position, step in enumerate(graph):
+        points[position + 1] = _made(step, [points[point] for point in step.of], each, x_NCHW)
+        for point in set(step.of):
+            if last[point] == position:
+                del points[point]
+    return points[len(graph)]
+
+
+def _made(step: Step, read: list[Tensor], blocks: Iterator[nn.Module], x_NCHW: Tensor) -> Tensor:
+    if step.kind == "op":
+        made: Tensor = next(blocks)(read[0])
+        return made
+    if step.kind == "concat":
+        return torch.cat(read, dim=1)
+    if step.kind == "cut":
+        return read[0][:, : step.channels]
+    if step.kind == "zero":
+        zeros = x_NCHW.new_zeros(x_NCHW.shape[0], step.channels, step.size, step.size)
+        return zeros.contiguous(memory_format=torch.channels_last)
+    total = read[0]
+    for term in read[1:]:
+        total = total + term
+    return total
