@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from hwnas.errors import HwnasError
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 
 PACKAGES = {
     "torch": "search and training",
@@ -44,7 +44,7 @@ def examine() -> list[Finding]:
     ]
     found += [_package(name, purpose) for name, purpose in PACKAGES.items()]
     found += [
-        Finding(f"{name}/", share_folder(name).is_dir(), str(share_folder(name)))
+        Finding(f"{name}/", resource_path(name).is_dir(), str(resource_path(name)))
         for name in ("configs", "deploy", "latency_tables")
     ]
     if all(finding.good for finding in found):

@@ -29,6 +29,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from hwnas.errors import DocumentError, StorageError
 
 
+class Record(BaseModel):
+    """Base of what documents are made of: frozen, no unknown keys, no NaN and no infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
 class Document(BaseModel):
     """Base of all documents. Subclasses set ``SCHEMA`` (``"hwnas.table"``) and ``VERSION``."""
 
@@ -110,7 +116,10 @@ class Document(BaseModel):
 
     def to_json(self) -> str:
         """The stored form: sorted keys, one level a line, newline at the end."""
-        content = {"schema": f"{self.SCHEMA}/{self.VERSION}", **self.model_dump(mode="json")}
+        content = {
+            "schema": f"{self.SCHEMA}/{self.VERSION}",
+            **self.model_dump(mode="json", by_alias=True),
+        }
         return (
             json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
             + "\n"

@@ -2,7 +2,7 @@
 
 The engine owns what strategies must never see: optimiser, schedule, mixed precision,
 weight averaging, checkpoints, the check that the loss is finite. A step is any function
-of the step number that calls ``Engine.weight_step``. What is minimised is a module of
+of the step number that calls ``Engine.train_step``. What is minimised is a module of
 its own, the criterion: the engine knows no task.
 
 Resuming is exact: every random draw is a function of (seed, step), so a checkpoint
@@ -89,8 +89,8 @@ def make_optimizer(
 
 
 def check_optimizer(config: OptimizerConfig, table: str) -> None:
-    """Raise ConfigError where an optimiser cannot be made, or keeps nothing by which
-    unused weights could move on.
+    """Raise ConfigError where an optimiser cannot be made, or keeps no state by which
+    inactive weights could decay.
     """
     model = nn.Linear(2, 2)
     optimizer = make_optimizer(model, config, config.lr, table)
@@ -102,10 +102,10 @@ def check_optimizer(config: OptimizerConfig, table: str) -> None:
 def _require_state(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, table: str = "optimizer"
 ) -> None:
-    if config.unused == "move" and not optimizer.state:
+    if config.inactive_weights == "decay" and not optimizer.state:
         raise ConfigError(
-            f"{table}.unused = 'move', but {config.name!r} without momentum keeps nothing by which"
-            f" weights move on: set {table}.momentum, or unused = 'rest'."
+            f"{table}.inactive_weights = 'decay', but {config.name!r} without momentum keeps no state by which"
+            f" weights move on: set {table}.momentum, or inactive_weights = 'frozen'."
         )
 
 
@@ -145,7 +145,7 @@ class CrossEntropy(nn.Module):
 
 
 @dataclass(frozen=True)
-class Part:
+class Microbatch:
     """One forward pass of an update: a batch, what the model takes beside the images,
     and how much its gradient weighs.
 
@@ -213,7 +213,7 @@ class Engine:
         self.step = 0
 
     @property
-    def averaged(self) -> nn.Module:
+    def ema_model(self) -> nn.Module:
         """The weights to keep: the moving average where one is kept, else the model's own."""
         return self.model if self.ema is None else self.ema.module
 
@@ -230,13 +230,13 @@ class Engine:
             self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
         )
 
-    def weight_step(self, x_NCHW: Tensor, y: Tensor, *forward_args: Any) -> Metrics:
+    def train_step(self, x_NCHW: Tensor, y: Tensor, *forward_args: Any) -> Metrics:
         """One update of the weights on a batch. Raises DivergenceError, before the
         update, where the loss is not finite.
         """
-        return self.update([Part(x_NCHW, y, forward_args)])
+        return self.optimizer_step([Microbatch(x_NCHW, y, forward_args)])
 
-    def update(self, parts: Sequence[Part]) -> Metrics:
+    def optimizer_step(self, parts: Sequence[Microbatch]) -> Metrics:
         """One update of the weights by the summed gradients of several forward passes,
         which run one after another.
 
@@ -250,7 +250,7 @@ class Engine:
         for part in parts:
             for name, value in self._backward(part).items():
                 means[name] = means.get(name, 0.0) + value / len(parts)
-        if self.optimizer_config.unused == "move":
+        if self.optimizer_config.inactive_weights == "decay":
             # those that were used before, also by the run that this one resumes
             for weight in self.optimizer.state:
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -267,7 +267,7 @@ class Engine:
         """The learning rate of this step."""
         return self.base_lr * schedule(self.step, self.steps, self.optimizer_config.warmup)
 
-    def _backward(self, part: Part) -> Metrics:
+    def _backward(self, part: Microbatch) -> Metrics:
         """Add the gradients of one forward pass; its loss and what the criterion says of it."""
         x_NCHW, y = self.to_device(part.x_NCHW, part.y)
         with self.autocast():

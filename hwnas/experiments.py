@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hwnas.config import Experiment
-from hwnas.core.published import named
+from hwnas.core.published import resolve_arch
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.spaces import DARTS_SPACES, SPACES, is_document, load_space
 from hwnas.data import DATASETS
@@ -86,7 +86,7 @@ def check_names(experiment: Experiment, space: SearchSpace) -> None:
     name = experiment.train.arch
     if name is not None and Path(name).suffix != ".json":
         data, width = experiment.data, experiment.space.width
-        named(
+        resolve_arch(
             name,
             space,
             resolution=data.resolution,

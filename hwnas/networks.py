@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hwnas.config import DataConfig, Experiment, located
+from hwnas.config import DataConfig, Experiment, resolve_path
 from hwnas.core.arch import Architecture
-from hwnas.core.published import named
+from hwnas.core.published import resolve_arch
 from hwnas.core.search_space import SearchSpace
 from hwnas.errors import ConfigError, SpaceError, UserError
 from hwnas.task import task_of
@@ -25,10 +25,10 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
     if name is None:
         arch = Architecture.load(searched)
     elif Path(name).suffix == ".json":
-        arch = Architecture.load(located(Path(name)))
+        arch = Architecture.load(resolve_path(Path(name)))
     else:
         width = experiment.space.width
-        arch = named(
+        arch = resolve_arch(
             name,
             space,
             resolution=data.resolution,

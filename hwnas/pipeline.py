@@ -103,7 +103,7 @@ class Pipeline:
         folder, started = self.root / current.name, time.monotonic()
         with stage(folder, current.name, inputs, current.outputs):
             current.run(StageContext(self.experiment, self.root, folder, self.progress))
-        self.progress.say(f"{current.name}: done in {time.monotonic() - started:.0f} s")
+        self.progress.info(f"{current.name}: done in {time.monotonic() - started:.0f} s")
 
     def begins(self, name: str, inputs: Mapping[str, str], fresh: bool) -> bool:
         """Whether a stage has something to do. Its folder is then there, and what it
@@ -112,20 +112,20 @@ class Pipeline:
         folder = self.root / name
         state = "stale" if fresh and folder.exists() else state_of(folder, inputs)
         if state == "done":
-            self.progress.say(f"{name}: current, skipped")
+            self.progress.info(f"{name}: current, skipped")
             return False
         if state == "stale":
             if not fresh:
-                self.progress.detail(
+                self.progress.debug(
                     f"{name}: changed since:"
                     f" {', '.join(changed_inputs(folder, inputs)) or 'its output files'}"
                 )
             why = "starting anew" if fresh else "inputs changed"
-            self.progress.say(
+            self.progress.info(
                 f"{name}: {why}; the earlier results move to {set_aside(folder).name}"
             )
         elif state == "resume":
-            self.progress.say(f"{name}: resumes")
+            self.progress.info(f"{name}: resumes")
         # not earlier: a refused configuration must not replace that of the results
         save_config(self.root, self.experiment)
         folder.mkdir(exist_ok=True)
@@ -164,7 +164,7 @@ class Pipeline:
         from hwnas.estimate.plan import Estimates
         from hwnas.networks import architecture
 
-        self.progress.say("timing a few steps of every stage")
+        self.progress.info("timing a few steps of every stage")
         current, table_path = self._up_to_date(), self.folder.table_path
         profiled = self.experiment.search.table is not None or "profile" in current
         searched = self.folder.path("search", "arch.json")

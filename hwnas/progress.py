@@ -32,13 +32,13 @@ class Progress:
         """
         yield lambda description, total, done: Task()
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         """One line that matters (a result, a decision)."""
 
-    def detail(self, message: str) -> None:
+    def debug(self, message: str) -> None:
         """One line for those who asked for more (``-v``)."""
 
-    def warn(self, message: str) -> None:
+    def warning(self, message: str) -> None:
         """One line about something that is not as it should be, though work goes on."""
 
 

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ValidationError
 
 from hwnas import __version__
-from hwnas.config import Experiment
+from hwnas.config import Experiment, with_new_keys
 from hwnas.document import Document, explain, file_sha256, write_atomic
 from hwnas.errors import StorageError, UserError
 from hwnas.progress import Progress
@@ -157,7 +157,8 @@ def load_config(root: Path) -> Experiment:
     same run whatever the defaults are now.
     """
     try:
-        return Experiment.model_validate(json.loads((root / "config.json").read_text()))
+        content = json.loads((root / "config.json").read_text())
+        return Experiment.model_validate(with_new_keys(content, str(root / "config.json")))
     except ValidationError as error:
         raise UserError(f"{root / 'config.json'}: {explain(error, Experiment)}") from error
     except (OSError, ValueError) as error:

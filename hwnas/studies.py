@@ -15,12 +15,12 @@ from hwnas.engine import flush_denormals
 from hwnas.pipeline import Pipeline
 from hwnas.runs import StageContext, locked, prepare, set_aside
 from hwnas.search.stage import limit_hashes, search_context
-from hwnas.search.supernets import SHARED
-from hwnas.study import compare, rank, remaining, shrink, supernets, trainings
+from hwnas.search.supernets import SUPERNET_FILE
+from hwnas.study import compare, rank, shrink, shrink_eval, supernets, trainings
 from hwnas.study.trainings import Training
 from hwnas.study.truth import configured_truth
 
-HOW = ("processes", "ray_address", "ray_gpus")
+EXECUTION_KEYS = ("processes", "ray_address", "ray_gpus")
 """Keys of ``study`` that decide where and when trainings run, and no number."""
 
 
@@ -62,7 +62,7 @@ class _Trainings:
             **limit_hashes(experiment.search),
             **_data(experiment),
         }
-        if supernets.BASE in outputs:
+        if supernets.BASE_FILE in outputs:
             inputs["base"] = str(experiment.study.base_epochs)
         return Training(
             name,
@@ -115,11 +115,13 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
         for seed, training in wanted.items():
             if training.name not in failed:
                 base = (
-                    training.folder / supernets.BASE if supernets.BASE in training.outputs else None
+                    training.folder / supernets.BASE_FILE
+                    if supernets.BASE_FILE in training.outputs
+                    else None
                 )
                 found.append(
                     supernets.Trained(
-                        seed, training.folder / SHARED, experiment.search.strategy.name, base
+                        seed, training.folder / SUPERNET_FILE, experiment.search.strategy.name, base
                     )
                 )
         reasons = {
@@ -245,7 +247,7 @@ def study_shrink(pipeline: Pipeline, *, fresh: bool = False) -> None:
         }
         last |= {"columns": ", ".join(experiment.study.accuracies)}
         compared = StudyStage(
-            "shrink", [remaining.RESULT], last, lambda ctx: remaining.compare(ctx, space, truth)
+            "shrink", [shrink_eval.RESULT], last, lambda ctx: shrink_eval.compare(ctx, space, truth)
         )
         pipeline.perform(compared, fresh)
 
@@ -259,7 +261,7 @@ def _shrinking(
     if begin is not None:
         search = content_sha256(experiment.search.model_dump(mode="json"))
         inputs |= {
-            "first super-net": file_sha256(begin / SHARED),
+            "first super-net": file_sha256(begin / SUPERNET_FILE),
             "search": search,
             **_data(experiment),
         }
@@ -287,5 +289,5 @@ def _numbers(experiment: Experiment, *others: str) -> str:
     """The hash of what decides a study's numbers."""
     content = experiment.study.model_dump(mode="json")
     return content_sha256(
-        {key: value for key, value in content.items() if key not in (*HOW, *others)}
+        {key: value for key, value in content.items() if key not in (*EXECUTION_KEYS, *others)}
     )

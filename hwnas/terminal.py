@@ -65,18 +65,18 @@ class TerminalProgress(Progress):
 
             yield begin
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         """A line."""
         self.console.print(message, markup=False, soft_wrap=not self.console.is_terminal)
 
-    def detail(self, message: str) -> None:
+    def debug(self, message: str) -> None:
         """A dim line, in verbose mode."""
         if self.verbose:
             self.console.print(
                 message, style="dim", markup=False, soft_wrap=not self.console.is_terminal
             )
 
-    def warn(self, message: str) -> None:
+    def warning(self, message: str) -> None:
         """A line in yellow."""
         self.console.print(
             f"warning: {message}",

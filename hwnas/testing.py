@@ -29,7 +29,7 @@ from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cost import CostModel
 from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.ops import Classifier, Conv, MBConv, Op
-from hwnas.core.space import MacroSpace, SearchSpace, Stage
+from hwnas.core.space import MacroSpace, SearchSpace, SpaceStage
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.data.images import Images, evaluation_batches, sampled_images
 from hwnas.devices.device import HOST, Connection, connect
@@ -49,11 +49,11 @@ def tiny_space() -> MacroSpace:
     first = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     later = (*first, "skip")
     stages = (
-        Stage(widths=(16,), slots=(("cn_k3",),)),
-        Stage(widths=(24, 32), stride=2, slots=(first, later)),
-        Stage(widths=(40,), stride=2, slots=(first, later)),
-        Stage(widths=(64,), slots=(first,)),
-        Stage(widths=(96,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(16,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(24, 32), stride=2, slots=(first, later)),
+        SpaceStage(widths=(40,), stride=2, slots=(first, later)),
+        SpaceStage(widths=(64,), slots=(first,)),
+        SpaceStage(widths=(96,), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="tiny", resolution=32, classes=10, stages=stages)
 
@@ -101,21 +101,21 @@ class Problem:
         rng = np.random.default_rng(seed)
         planted: Picks = {}
         while (
-            not planted or abs(self.cost.of(planted) / self.target_ms - 1) > 0.25 * self.tolerance
+            not planted or abs(self.cost.cost(planted) / self.target_ms - 1) > 0.25 * self.tolerance
         ):
             planted = self.space.sample(rng)
         smallest = {choice.key: choice.options[0] for choice in self.space.choices}
         self.gains: dict[str, np.ndarray] = {}
         for choice in self.space.choices:
             ms = np.array(
-                [self.cost.of({**smallest, choice.key: option}) for option in choice.options]
+                [self.cost.cost({**smallest, choice.key: option}) for option in choice.options]
             )
             bonus = 0.004 * np.array([option == planted[choice.key] for option in choice.options])
             self.gains[choice.key] = 0.06 * (ms - ms.min()) / (high - low) + bonus
         self.index_NC = np.array(
             list(itertools.product(*(range(len(choice.options)) for choice in self.space.choices)))
         )
-        latency_N = self.cost.of_many(self.index_NC)
+        latency_N = self.cost.costs(self.index_NC)
         quality_N = 0.5 + np.sum(
             [
                 self.gains[choice.key][self.index_NC[:, i]]
@@ -164,7 +164,7 @@ class Problem:
             quality = 0.5 + sum(
                 gain[self.space.index(picks)[i]] for i, gain in enumerate(self.gains.values())
             )
-            return AbsoluteObjective().reward(quality, self.cost.of(picks), self.target_ms)
+            return AbsoluteObjective().reward(quality, self.cost.cost(picks), self.target_ms)
 
         return sorted(proposals, key=reward, reverse=True)
 
@@ -289,7 +289,7 @@ class StrategyConformance(ABC):
                 )
                 for picks in proposals:
                     problem.space.check(picks)
-                    latency = problem.cost.of(picks)
+                    latency = problem.cost.cost(picks)
                     assert abs(latency / target_ms - 1) <= ctx.tolerance, (
                         f"{latency} ms is not within 2 % of {target_ms} ms"
                     )

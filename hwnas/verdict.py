@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     field_serializer,
@@ -16,7 +14,7 @@ from pydantic import (
 from hwnas.config import ValidateConfig
 from hwnas.core.caution import Caution
 from hwnas.core.metric import ACCURACY, AP
-from hwnas.document import Document
+from hwnas.document import Document, Record
 from hwnas.task import Parity, Words, task_named
 
 OPTIONAL_FIELDS = (
@@ -47,11 +45,7 @@ def _sparse(content: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileVerdict(_Part):
+class FileVerdict(Record):
     """One file on the device. Latency is judged where a table of the same runtime,
     dtype and threads predicts it.
     """

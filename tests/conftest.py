@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.devices.device import Device
 
 TINY_CONFIG = """
@@ -57,10 +57,10 @@ def tiny_space(name: str = "tiny") -> MacroSpace:
     """Three searched slots on 8-pixel grey images."""
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
-        Stage(widths=(8,), slots=(("cn_k3",),)),
-        Stage(widths=(16,), stride=2, slots=(options, (*options, "skip"))),
-        Stage(widths=(24,), stride=2, slots=(options,)),
-        Stage(widths=(32,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), stride=2, slots=(options, (*options, "skip"))),
+        SpaceStage(widths=(24,), stride=2, slots=(options,)),
+        SpaceStage(widths=(32,), slots=(("cn_k1",),)),
     )
     return MacroSpace(name=name, resolution=8, in_channels=1, classes=10, stages=stages)
 

@@ -11,12 +11,12 @@ from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObje
 from hwnas.devices.device import known_devices
 from hwnas.errors import ConfigError
 from hwnas.experiments import experiment_space
+from hwnas.resources import resource_path
 from hwnas.search import STRATEGIES
-from hwnas.share import share_folder
 
 COCO = 'task = "detect"\n[data]\nname = "coco"\naugment = "ssd"\n'
 TUNAS_S = ("quickstart.toml", "cifar10.toml", "cifar10-npz.toml", "imagenet.toml")
-SHIPPED = sorted(share_folder("configs").rglob("*.toml"))
+SHIPPED = sorted(resource_path("configs").rglob("*.toml"))
 
 
 def written(folder: Path, text: str) -> Path:

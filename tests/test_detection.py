@@ -17,7 +17,7 @@ from hwnas.config import OptimizerConfig
 from hwnas.core.detector import PostProcessing, Scores
 from hwnas.data.coco_eval import evaluate
 from hwnas.data.images import evaluation_order
-from hwnas.engine import CrossEntropy, Engine, Part
+from hwnas.engine import CrossEntropy, Engine, Microbatch
 from hwnas.errors import DataError, DivergenceError
 from hwnas.nn.ssd import DetectionLoss, Detections, default_boxes
 from hwnas.tasks.boxes import DetectionCriterion, average_precision, detect
@@ -56,7 +56,9 @@ def test_the_engine_minimises_any_criterion(tmp_path: Path) -> None:
     w = float(model.weight.detach())
     engine = engine_of(model, tmp_path, criterion=Squares())
     x = torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1, 1)
-    metrics = engine.update([Part(x[:2], 3 * x[:2]), Part(x[2:], 3 * x[2:], weight=0.5)])
+    metrics = engine.optimizer_step(
+        [Microbatch(x[:2], 3 * x[:2]), Microbatch(x[2:], 3 * x[2:], weight=0.5)]
+    )
     assert metrics == pytest.approx(
         {
             "loss": (w - 3) ** 2 * (5 + 25) / 2,
@@ -80,7 +82,7 @@ def test_the_criterion_of_a_detector_is_its_loss_and_says_its_parts(
     network = small_network(scores=scores).train()
     x_NCHW, y_NM5 = batch()
     expected = float(DetectionLoss(network.arch)(network(x_NCHW), y_NM5).detach())
-    metrics = engine_of(network, tmp_path, criterion=DetectionCriterion(network.arch)).weight_step(
+    metrics = engine_of(network, tmp_path, criterion=DetectionCriterion(network.arch)).train_step(
         x_NCHW, y_NM5
     )
     assert list(metrics) == ["loss", "class_loss", "box_loss"]
@@ -95,7 +97,7 @@ def test_outputs_that_are_no_numbers_are_a_divergence(scores: Scores, tmp_path: 
     engine = engine_of(network, tmp_path, criterion=DetectionCriterion(network.arch))
     x_NCHW, y_NM5 = batch()
     with pytest.raises(DivergenceError, match="the loss is nan at step 0"):
-        engine.weight_step(torch.full_like(x_NCHW, torch.nan), y_NM5)
+        engine.train_step(torch.full_like(x_NCHW, torch.nan), y_NM5)
 
 
 # the judgement

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from hwnas.config import DataConfig, OptimizerConfig
 from hwnas.core.arch import Architecture
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.data.images import evaluation_batches, load_images, training_batches
-from hwnas.engine import CrossEntropy, Engine, Metrics, Part, accuracy, schedule, steps_of
+from hwnas.engine import CrossEntropy, Engine, Metrics, Microbatch, accuracy, schedule, steps_of
 from hwnas.errors import CheckpointError, ConfigError, DivergenceError
 from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.progress import Progress, Task
@@ -42,9 +42,9 @@ class Stopped(Exception):  # noqa: N818 - stands for a kill
 
 def architecture() -> Architecture:
     stages = (
-        Stage(widths=(16,), slots=(("cn_k3",),)),
-        Stage(widths=(24,), stride=2, slots=(("ir_k3_e3",), ("ir_k3_e3",))),
-        Stage(widths=(64,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(16,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(24,), stride=2, slots=(("ir_k3_e3",), ("ir_k3_e3",))),
+        SpaceStage(widths=(64,), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="tiny", resolution=8, in_channels=1, classes=10, stages=stages).decode(
         {}
@@ -73,7 +73,7 @@ def train(engine: Engine, stop_at: int | None = None, nan_at: int | None = None)
         x_NCHW, y = next(batches)
         if number == nan_at:
             x_NCHW = torch.full_like(x_NCHW, math.nan)
-        metrics = engine.weight_step(x_NCHW, y)
+        metrics = engine.train_step(x_NCHW, y)
         if number == stop_at:
             raise Stopped
         return metrics
@@ -124,7 +124,7 @@ def test_learning_rate_follows_the_schedule_and_the_batch(tmp_path: Path) -> Non
     x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
     for step, factor in ((0, 0.2), (4, 1.0), (22, 0.5)):
         engine.step = step
-        engine.weight_step(x_NCHW, y)
+        engine.train_step(x_NCHW, y)
         assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx(
             [0.8 * 32 / 256 * factor] * 2
         )
@@ -146,7 +146,7 @@ def test_one_step_of_sgd_by_hand(tmp_path: Path) -> None:
         torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).double(),
         torch.arange(10) % 3,
     )
-    metrics = engine.weight_step(x[:, :, None, None], y)
+    metrics = engine.train_step(x[:, :, None, None], y)
     logits = x @ start.double().T + bias.double()
     p, target = torch.softmax(logits, 1), 0.7 * F.one_hot(y, 3) + 0.3 / 3
     assert metrics["loss"] == pytest.approx(float(-(target * p.log()).sum(1).mean()))
@@ -170,7 +170,7 @@ def test_what_is_decayed(tmp_path: Path) -> None:
         )
         engine = make(tmp_path, 10, config)
         torch.manual_seed(0)
-        engine.weight_step(x_NCHW, y)
+        engine.train_step(x_NCHW, y)
         states.append(dict(engine.model.named_parameters()))
     decayed = {
         name for name, parameter in states[0].items() if not torch.equal(parameter, states[1][name])
@@ -194,7 +194,7 @@ def test_clipping(tmp_path: Path) -> None:
         )
         engine = make(tmp_path, 10, config)
         before = [parameter.detach().clone() for parameter in engine.model.parameters()]
-        engine.weight_step(x_NCHW, y)
+        engine.train_step(x_NCHW, y)
         squares = [
             ((now - then) ** 2).sum()
             for now, then in zip(engine.model.parameters(), before, strict=True)
@@ -213,7 +213,7 @@ def test_moving_average_by_hand(tmp_path: Path) -> None:
     batches = training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=12)
 
     def step(number: int) -> Metrics:
-        metrics = engine.weight_step(*next(batches))
+        metrics = engine.train_step(*next(batches))
         decay = min(0.6, 1 - (1 + max(0, number - 1)) ** (-2 / 3))
         for name, tensor in engine.model.state_dict().items():
             expected[name] = (
@@ -224,13 +224,13 @@ def test_moving_average_by_hand(tmp_path: Path) -> None:
         return metrics
 
     engine.fit(step, Progress(), "training")
-    averaged = engine.averaged.state_dict()
+    averaged = engine.ema_model.state_dict()
     for name, tensor in expected.items():
         assert torch.allclose(averaged[name], tensor, rtol=1e-4, atol=1e-6), name
     weight = "blocks.0.layers.conv.conv.weight"
     assert not torch.allclose(averaged[weight], engine.model.state_dict()[weight], rtol=1e-4)
     without = make(tmp_path / "without")
-    assert without.averaged is without.model
+    assert without.ema_model is without.model
 
 
 @pytest.mark.parametrize("optimizer", ["rmsproptf", "sgd", "adamw"])
@@ -255,7 +255,7 @@ def test_resumed_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
             train(killed)
     assert_same(killed.model.state_dict(), straight.model.state_dict())
     assert_same(killed.optimizer.state_dict(), straight.optimizer.state_dict())
-    assert_same(killed.averaged.state_dict(), straight.averaged.state_dict())
+    assert_same(killed.ema_model.state_dict(), straight.ema_model.state_dict())
     assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (
         tmp_path / "straight/metrics.jsonl"
     ).read_bytes()
@@ -289,7 +289,7 @@ def test_resume_drops_metrics_behind_the_checkpoint(tmp_path: Path) -> None:
     def step(number: int) -> Metrics:
         if number == 5:
             engine.save()
-        return engine.weight_step(*next(batches))
+        return engine.train_step(*next(batches))
 
     with pytest.raises(Stopped):
         engine.fit(step, Interrupting(), "training")
@@ -465,7 +465,7 @@ class Either(nn.Module):
 USED = [0, 0, 1, 0, 1, 1, 0]
 
 
-def either(folder: Path, unused: str, stop_at: int | None = None) -> list[Tensor]:
+def either(folder: Path, inactive_weights: str, stop_at: int | None = None) -> list[Tensor]:
     """The weights after steps that use one layer each."""
     optimizer = OptimizerConfig.model_validate(
         {
@@ -474,7 +474,7 @@ def either(folder: Path, unused: str, stop_at: int | None = None) -> list[Tensor
             "weight_decay": 0.1,
             "warmup": 0.0,
             "options": {},
-            "unused": unused,
+            "inactive_weights": inactive_weights,
         }
     )
     engine = Engine(
@@ -485,7 +485,7 @@ def either(folder: Path, unused: str, stop_at: int | None = None) -> list[Tensor
     def step(number: int) -> Metrics:
         if number == stop_at:
             raise Stopped
-        return engine.update([Part(x_NF, y, (USED[number],))])
+        return engine.optimizer_step([Microbatch(x_NF, y, (USED[number],))])
 
     engine.to_device = lambda *batch: batch  # type: ignore[method-assign]  # these are no images
     engine.resume()
@@ -493,8 +493,8 @@ def either(folder: Path, unused: str, stop_at: int | None = None) -> list[Tensor
     return [layer.weight.detach().clone() for layer in engine.model.layers]
 
 
-@pytest.mark.parametrize("unused", ["rest", "move"])
-def test_weights_that_a_step_does_not_use(unused: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("inactive_weights", ["frozen", "decay"])
+def test_weights_that_a_step_does_not_use(inactive_weights: str, tmp_path: Path) -> None:
     """They rest, or momentum and decay go on: against torch's own optimiser, with
     gradients of zero. Killed and resumed, the same.
     """
@@ -507,26 +507,29 @@ def test_weights_that_a_step_does_not_use(unused: str, tmp_path: Path) -> None:
             model(torch.tensor([[1.0, 2.0, -1.0]]), which), torch.tensor([1])
         ).backward()
         seen.add(which)
-        if unused == "move" and 1 - which in seen:
+        if inactive_weights == "decay" and 1 - which in seen:
             model.layers[1 - which].weight.grad = torch.zeros(2, 3)
         optimizer.param_groups[0]["lr"] = 0.2 * schedule(number, len(USED), 0.0)
         optimizer.step()
     expected = [layer.weight.detach() for layer in model.layers]
-    found = either(tmp_path / "straight", unused)
+    found = either(tmp_path / "straight", inactive_weights)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(Stopped):
-        either(tmp_path / "killed", unused, stop_at=3)
+        either(tmp_path / "killed", inactive_weights, stop_at=3)
     assert all(
-        torch.equal(a, b) for a, b in zip(either(tmp_path / "killed", unused), found, strict=True)
+        torch.equal(a, b)
+        for a, b in zip(either(tmp_path / "killed", inactive_weights), found, strict=True)
     )
 
 
 def test_unused_weights_cannot_move_on_without_momentum(tmp_path: Path) -> None:
-    optimizer = OptimizerConfig(name="momentum", momentum=0.0, options={}, unused="move")
+    optimizer = OptimizerConfig(name="momentum", momentum=0.0, options={}, inactive_weights="decay")
     x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
-    with pytest.raises(ConfigError, match=r"set optimizer\.momentum, or unused = 'rest'"):
-        make(tmp_path, 2, optimizer).weight_step(x_NCHW, y)
+    with pytest.raises(
+        ConfigError, match=r"set optimizer\.momentum, or inactive_weights = 'frozen'"
+    ):
+        make(tmp_path, 2, optimizer).train_step(x_NCHW, y)
 
 
 def test_every_step_and_every_seed_draws_its_own_dropout_masks(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hwnas.config import Experiment, SupernetConfig, load_experiment
-from hwnas.core.published import named
+from hwnas.core.published import resolve_arch
 from hwnas.estimate import plan, searching, training
 from hwnas.estimate.context import Context
 from hwnas.estimate.parts import Estimate, Part, Stopwatch, size, span, total
@@ -274,7 +274,7 @@ def test_a_named_architecture_needs_no_search(tiny: Experiment) -> None:
     data = tiny.data.model_copy(
         update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3}
     )
-    arch = named("mobilenet_v2", None, resolution=32, classes=10)
+    arch = resolve_arch("mobilenet_v2", None, resolution=32, classes=10)
     experiment = tiny.model_copy(update={"data": data})
     found = plan.Estimates(experiment, experiment_space(tiny), ("train",), arch=arch).stages[
         "train"

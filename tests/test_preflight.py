@@ -200,12 +200,12 @@ def test_an_optimiser_without_a_state_cannot_move_what_is_unused() -> None:
     overrides = [
         "search.optimizer.name=momentum",
         "search.optimizer.momentum=0.0",
-        "search.optimizer.unused=move",
+        "search.optimizer.inactive_weights=decay",
     ]
     config = load_experiment(None, overrides).search.optimizer
     with pytest.raises(
         ConfigError,
-        match=r"search\.optimizer\.unused = 'move', but 'momentum' without momentum keeps nothing",
+        match=r"search\.optimizer\.inactive_weights = 'decay', but 'momentum' without momentum keeps no state",
     ):
         check_optimizer(config, "search.optimizer")
     check_optimizer(config.model_copy(update={"momentum": 0.9}), "search.optimizer")

@@ -87,7 +87,7 @@ def test_the_end_of_a_profile_says_what_the_networks_would_take(tmp_path: Path) 
     class Heard(Progress):
         lines: list[str] = []
 
-        def say(self, message: str) -> None:
+        def info(self, message: str) -> None:
             self.lines.append(message)
 
     config = write_tiny(tmp_path)

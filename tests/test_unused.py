@@ -14,15 +14,15 @@ from hwnas.cli import app
 from hwnas.config import all_keys, keys_given, load_experiment
 from hwnas.errors import ConfigError
 from hwnas.progress import Progress
+from hwnas.resources import resource_path
 from hwnas.runs import load_config, save_config
-from hwnas.share import share_folder
 from hwnas.unused import check_used
 from hwnas.unused.case import STUDIES, VERBS
 from hwnas.unused.keys import KEYS
 from tests.conftest import write_tiny
 from tests.test_readme import commands
 
-SHIPPED = sorted(share_folder("configs").rglob("*.toml"))
+SHIPPED = sorted(resource_path("configs").rglob("*.toml"))
 MACS = ["search.budget={kind='macs', max_macs=9}"]
 COCO = ["task=detect", "data.name=coco", "data.augment=ssdlite"]
 
@@ -33,7 +33,7 @@ class Heard(Progress):
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
-    def warn(self, message: str) -> None:
+    def warning(self, message: str) -> None:
         self.warnings.append(message)
 
 
@@ -93,7 +93,7 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         (["export.score_calibration=true", "export.formats=['onnx']"], "export", "has no TFLite file, whose metadata hold it; remove it"),
         (["search.optimizer.name=adamw", "search.optimizer.momentum=0.8"], "search", "momentum = 0.8 does nothing: .*'adamw' takes no"),
         (["train.optimizer.name=adamw", "train.optimizer.momentum=0.8"], "train", "momentum = 0.8 does nothing: .*'adamw' takes no"),
-        (["train.optimizer.unused=move"], "train", "train.optimizer.unused = 'move' does nothing: a training uses every weight"),
+        (["train.optimizer.inactive_weights=decay"], "train", "inactive_weights = 'decay' does nothing: a training uses every weight"),
         ([*COCO, "train.dropout=0.1"], "train", "train.dropout = 0.1 does nothing: task = 'detect'"),
         ([*COCO, "train.label_smoothing=0.1"], "train", "train.label_smoothing = 0.1 does nothing: task = 'detect'"),
         ([*COCO, "search.label_smoothing=0.1"], "search", "search.label_smoothing = 0.1 does nothing: task = 'detect'"),
@@ -120,7 +120,7 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         ([*MACS, "profile.rounds=3"], "run", "profile.rounds = 3 does nothing: search.budget.kind = 'macs' is counted"),
         (MACS, "study shrink", "search.budget = .* does nothing: 'hwnas study shrink' does not read it"),
         (["shrink.drop=each", "shrink.dropped=3"], "study shrink", "shrink.dropped = 3 does nothing: shrink.drop = 'each'"),
-        (["shrink.judged_samples=3"], "study shrink", "shrink.judged_samples = 3 does nothing: no metric .* judges on images"),
+        (["shrink.evaluated_samples=3"], "study shrink", "shrink.evaluated_samples = 3 does nothing: no metric .* evaluates architectures on images"),
         (["shrink.alpha_lr=0.1"], "study shrink", "shrink.alpha_lr = 0.1 does nothing: only the metric magnitude has it"),
         (["shrink.metrics=['random']", "shrink.epochs=3"], "study shrink", "shrink.epochs = 3.0 does nothing: no metric .* trains"),
         (["shrink.metrics=['random']", "shrink.base_epochs=3"], "study shrink", "does nothing: only the metric angle has it"),

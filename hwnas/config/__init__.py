@@ -13,8 +13,9 @@ written into the run folder. Each field's description is its documentation.
 """
 
 from hwnas.config.base import Plugin, Section
-from hwnas.config.experiment import Experiment, all_keys, keys_given, load_experiment, located
+from hwnas.config.experiment import Experiment, all_keys, keys_given, load_experiment, resolve_path
 from hwnas.config.formats import FORMATS, NMS_FORMATS, TARGETS, Format
+from hwnas.config.old_keys import with_new_keys
 from hwnas.config.search import OperationOn, OptimizerConfig, SearchConfig, SupernetConfig
 from hwnas.config.study import (
     FIXED_BY_THE_STUDY,
@@ -70,5 +71,6 @@ __all__ = [
     "all_keys",
     "keys_given",
     "load_experiment",
-    "located",
+    "resolve_path",
+    "with_new_keys",
 ]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hwnas.config.base import Section
 from hwnas.config.formats import FORMATS, NMS_FORMATS, Format
+from hwnas.config.old_keys import with_new_keys
 from hwnas.config.search import SearchConfig
 from hwnas.config.study import ShrinkConfig, StudyConfig
 from hwnas.config.tables import (
@@ -26,7 +27,7 @@ from hwnas.config.tables import (
 from hwnas.config.tasks import TaskName, network_kind
 from hwnas.document import explain, merged
 from hwnas.errors import ConfigError
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 
 
 class Experiment(Section):
@@ -107,7 +108,8 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     content: dict[str, Any] = {}
     if path is not None:
         try:
-            content = tomllib.loads(located(Path(path)).read_text())
+            content = tomllib.loads(resolve_path(Path(path)).read_text())
+            content = with_new_keys(content, str(path))
         except FileNotFoundError as error:
             raise ConfigError(
                 f"configuration {path} does not exist: check the path, or see 'hwnas run --help'."
@@ -118,7 +120,7 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     for override in overrides or []:
         set_content = merged(
             set_content,
-            _override(override),
+            with_new_keys(_override(override), f"-s {override}"),
             replace=("strategy", "objective", "optimizer", "budget"),
         )
     try:
@@ -204,13 +206,13 @@ def _in_order(key: list[str], place: list[str]) -> bool:
     return all(part in parts for part in key)
 
 
-def located(path: Path) -> Path:
+def resolve_path(path: Path) -> Path:
     """The path itself, or, for ``configs/...`` where there is no checkout, the one that
     ships with the package.
     """
     if path.exists() or path.parts[:1] != ("configs",):
         return path
-    return share_folder("configs").joinpath(*path.parts[1:])
+    return resource_path("configs").joinpath(*path.parts[1:])
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -47,11 +47,12 @@ class OptimizerConfig(Section):
         description="part of the steps with linearly rising rate; then cosine to 0",
     )
     clip_norm: float | None = Field(None, description="clip the gradient's global norm")
-    unused: Literal["rest", "move"] = Field(
-        "rest",
+    inactive_weights: Literal["frozen", "decay"] = Field(
+        "frozen",
         description=(
-            "weights that a step does not use rest (SPOS), or, once used, move on by momentum and"
-            " decay (NAS-Bench-201's code)"
+            "what happens to weights that a step does not use: they stay as they are (SPOS), or"
+            " momentum and weight decay go on moving them once they have been used"
+            " (NAS-Bench-201's code)"
         ),
     )
 

@@ -219,12 +219,12 @@ class ShrinkConfig(Section):
             "sampled architectures that contain each operator, at least, where there are as many"
         ),
     )
-    judged_samples: int | None = Field(
+    evaluated_samples: int | None = Field(
         None,
         ge=1,
         description=(
-            "the same of metrics that judge each on images, such as accuracy (ours); default:"
-            " samples"
+            "the same for metrics that evaluate each architecture on images, such as accuracy"
+            " (ours); default: samples"
         ),
     )
     tries: int = Field(100, ge=1, description="at most so many times as many are drawn")

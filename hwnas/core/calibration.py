@@ -12,7 +12,7 @@ from hwnas.core.ops import Op
 from hwnas.core.statistics import rank_correlation
 from hwnas.core.table import Calibration, HeldOut
 
-FIT_COLD_FROM = 8
+FIT_CACHE_MISSES_FROM = 8
 """Networks from which on the price of cold memory is fitted too; with fewer, a third
 coefficient would fit noise.
 """
@@ -28,7 +28,7 @@ def fit_calibration(
 
     Relative, because a table serves fast and slow networks alike. Three or more
     networks whose sums differ by 5 % are needed; with fewer, or where the fit would
-    have a slope below zero, the slope alone is fitted. From ``FIT_COLD_FROM`` networks
+    have a slope below zero, the slope alone is fitted. From ``FIT_CACHE_MISSES_FROM`` networks
     on, the price of cold memory is fitted in each of its forms; the form that predicts
     every network best from the others is taken, and none where its price would be
     negative.
@@ -38,10 +38,10 @@ def fit_calibration(
     if len(x) < 3 or np.ptp(x) <= 0.05 * x.mean():
         return plain
     shapes = [plain]
-    if len(x) >= FIT_COLD_FROM:
-        shapes.append(plain.model_copy(update={"cold_ms_per_mparam": 1.0}))
+    if len(x) >= FIT_CACHE_MISSES_FROM:
+        shapes.append(plain.model_copy(update={"cache_miss_ms_per_mparam": 1.0}))
         shapes += [
-            plain.model_copy(update={"cold_ms_per_mvalue": 1.0, "cold_cap_mvalues": cap})
+            plain.model_copy(update={"cache_miss_ms_per_mvalue": 1.0, "cache_mvalues": cap})
             for cap in CAPS_MVALUES
         ]
     fits = [
@@ -71,7 +71,7 @@ def _fit_shape(
     left_out = np.abs(design @ coefficients - 1) / np.maximum(1 - leverage, 1e-9)
     prices = {
         name: float(price) * getattr(shape, name)
-        for name in ("cold_ms_per_mparam", "cold_ms_per_mvalue")
+        for name in ("cache_miss_ms_per_mparam", "cache_miss_ms_per_mvalue")
     }
     return float(left_out.mean()), shape.model_copy(
         update={"slope": float(slope), "intercept_ms": float(intercept), **prices}

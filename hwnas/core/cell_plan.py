@@ -16,13 +16,13 @@ from hwnas.core.ops import (
     Classifier,
     Conv,
     DilConv,
-    FacReduce,
+    FactorizedReduce,
     MaxPool,
     Norm,
     Op,
     Pool,
-    PreConv,
-    ResReduce,
+    ReLUConvBN,
+    ResidualReduce,
     SepConv,
 )
 from hwnas.errors import SpaceError
@@ -36,8 +36,8 @@ KEPT = 2
 _OPTION = re.compile(
     r"(?P<name>nor_conv|sep_conv|dil_conv|avg_pool|max_pool)_(?P<kernel>[1-9])x(?P=kernel)"
 )
-_KINDS: dict[str, type[Pool | PreConv | SepConv | DilConv]] = {
-    "nor_conv": PreConv,
+_KINDS: dict[str, type[Pool | ReLUConvBN | SepConv | DilConv]] = {
+    "nor_conv": ReLUConvBN,
     "sep_conv": SepConv,
     "dil_conv": DilConv,
     "avg_pool": AvgPool,
@@ -46,7 +46,7 @@ _KINDS: dict[str, type[Pool | PreConv | SepConv | DilConv]] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class CellStep:
     """One step of a network of cells, which makes a point, as in ``hwnas.core.graph``:
     ``of`` are the points it reads.
 
@@ -78,7 +78,7 @@ def edge_op(
     if option == NONE or (option == SKIP_CONNECT and stride == 1):
         return None
     if option == SKIP_CONNECT:
-        return FacReduce(size, channels, channels, stride=2, act=act)
+        return FactorizedReduce(size, channels, channels, stride=2, act=act)
     match = _OPTION.fullmatch(option)
     if match is None:
         raise SpaceError(
@@ -114,10 +114,10 @@ class _Plan:
 
     space: CellSpace
     pool_norm: bool
-    places: list[Place] = field(default_factory=list)
+    places: list[CellStep] = field(default_factory=list)
 
     def op(self, slot: str, op: Op, of: int) -> int:
-        return self._add(Place("op", (of,), slot, op.out_ch, op.out_size, op=op))
+        return self._add(CellStep("op", (of,), slot, op.out_ch, op.out_size, op=op))
 
     def cell(
         self,
@@ -143,13 +143,13 @@ class _Plan:
                     self._add(replace(place, of=(points[source],), slot=f"{slot}.{place.key}"))
                 )
             points.append(
-                self._add(Place("sum", tuple(edges), f"{slot}.{cell}.n{node}", channels, inner))
+                self._add(CellStep("sum", tuple(edges), f"{slot}.{cell}.n{node}", channels, inner))
             )
         return points
 
     def _edge(
         self, cell: str, source: int, node: int, channels: int, size: int, stride: int
-    ) -> Place:
+    ) -> CellStep:
         """An edge of a kind of cell, of no place yet."""
         key, keep_key = edge_key(cell, source, node), inputs_key(cell, node)
         options, pairs = self.space.edges[key], self.space.inputs.get(keep_key, ())
@@ -159,7 +159,7 @@ class _Plan:
         )
         kept = tuple(source in sources_of(pair) for pair in pairs)
         into = keep_key if pairs else ""
-        return Place(
+        return CellStep(
             "edge",
             (),
             "",
@@ -175,27 +175,31 @@ class _Plan:
     def concat(self, slot: str, points: Sequence[int]) -> int:
         read = [self.places[point - 1] for point in points]
         return self._add(
-            Place("concat", tuple(points), slot, sum(each.channels for each in read), read[0].size)
+            CellStep(
+                "concat", tuple(points), slot, sum(each.channels for each in read), read[0].size
+            )
         )
 
-    def classifier(self, point: int) -> tuple[Place, ...]:
+    def classifier(self, point: int) -> tuple[CellStep, ...]:
         last = self.places[point - 1]
         self.op("classifier", Classifier(last.size, last.channels, self.space.classes), point)
         return tuple(self.places)
 
-    def _add(self, place: Place) -> int:
+    def _add(self, place: CellStep) -> int:
         self.places.append(place)
         return len(self.places)
 
 
-def _resnet_plan(plan: _Plan) -> tuple[Place, ...]:
+def _resnet_plan(plan: _Plan) -> tuple[CellStep, ...]:
     """NAS-Bench-201's skeleton."""
     space = plan.space
     size, channels, number = space.resolution, space.channels, 0
     point = plan.op("stem", Conv(size, space.in_channels, channels, kernel=3), 0)
     for stage, count in enumerate(space.cells):
         if stage:
-            reduction = ResReduce(size, channels, 2 * channels, kernel=3, stride=2, act=space.act)
+            reduction = ResidualReduce(
+                size, channels, 2 * channels, kernel=3, stride=2, act=space.act
+            )
             point = plan.op(f"cell{number}", reduction, point)
             size, channels, number = size // 2, 2 * channels, number + 1
         for _ in range(count):
@@ -204,7 +208,7 @@ def _resnet_plan(plan: _Plan) -> tuple[Place, ...]:
     return plan.classifier(plan.op("norm", Norm(size, channels, channels, act=space.act), point))
 
 
-def _darts_plan(plan: _Plan) -> tuple[Place, ...]:
+def _darts_plan(plan: _Plan) -> tuple[CellStep, ...]:
     """DARTS's skeleton: the first cell of every stage but the first is a reduction."""
     space, channels = plan.space, plan.space.channels
     before, last = _darts_stem(plan)
@@ -242,7 +246,9 @@ def _darts_stem(plan: _Plan) -> tuple[int, int]:
     )
     quarter = plan.op("stem1", Conv(size // 2, channels // 2, channels, kernel=3, stride=2), half)
     return quarter, plan.op(
-        "stem2", PreConv(size // 4, channels, channels, kernel=3, stride=2, act=space.act), quarter
+        "stem2",
+        ReLUConvBN(size // 4, channels, channels, kernel=3, stride=2, act=space.act),
+        quarter,
     )
 
 
@@ -250,13 +256,15 @@ def _preprocessed(plan: _Plan, slot: str, point: int, channels: int, size: int) 
     """An input of a cell at its width and size."""
     given = plan.places[point - 1]
     if given.size == size:
-        return plan.op(slot, PreConv(size, given.channels, channels, act=plan.space.act), point)
+        return plan.op(slot, ReLUConvBN(size, given.channels, channels, act=plan.space.act), point)
     return plan.op(
-        slot, FacReduce(given.size, given.channels, channels, stride=2, act=plan.space.act), point
+        slot,
+        FactorizedReduce(given.size, given.channels, channels, stride=2, act=plan.space.act),
+        point,
     )
 
 
-def plan_of(space: CellSpace, pool_norm: bool) -> tuple[Place, ...]:
+def plan_of(space: CellSpace, pool_norm: bool) -> tuple[CellStep, ...]:
     """All places of a space's networks; ``pool_norm``: with BN behind pooling."""
     return (_resnet_plan if space.skeleton == "nasbench201" else _darts_plan)(
         _Plan(space, pool_norm)

@@ -38,11 +38,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from hwnas.core.arch import Architecture, Origin, Picks, Placed
-from hwnas.core.cell_plan import KEPT, NONE, Place, edge_key, inputs_key, plan_of, sources_of
+from hwnas.core.cell_plan import KEPT, NONE, CellStep, edge_key, inputs_key, plan_of, sources_of
 from hwnas.core.choice import Address
 from hwnas.core.graph import GraphBuilder
 from hwnas.core.ops import Op
-from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term, shortened
+from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term, truncate
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
 
@@ -51,7 +51,7 @@ _EDGE = re.compile(r"\(\s*['\"](\w+)['\"],\s*(\d+)\s*\)")
 
 
 @dataclass(frozen=True)
-class Block:
+class PlacedOp:
     """A block of a network, and where it comes from: the position of its place in the
     plan, and the option of an edge.
     """
@@ -77,7 +77,7 @@ class CellSpace(SearchSpace):
         316346
     """
 
-    LATER = ("detector", "inputs")
+    SPARSE_FIELDS = ("detector", "inputs")
 
     kind: Literal["cell"] = "cell"
     skeleton: Literal["nasbench201", "darts"]
@@ -182,14 +182,14 @@ class CellSpace(SearchSpace):
                 found += [Choice(key, self.inputs[key], "inputs")] if key in self.inputs else []
         return tuple(choice for choice in found if len(choice.options) > 1)
 
-    def plan(self, pool_norm: bool = False) -> tuple[Place, ...]:
+    def plan(self, pool_norm: bool = False) -> tuple[CellStep, ...]:
         """All places of the network in order. ``pool_norm``: with the BN that DARTS has
         behind pooling while it searches.
         """
         return plan_of(self, pool_norm)
 
     @cached_property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[CellStep, ...]:
         """The plan of the networks that are trained in the end."""
         return self.plan()
 
@@ -204,7 +204,7 @@ class CellSpace(SearchSpace):
         return self.network(picks, self.places, name)
 
     def network(
-        self, picks: Mapping[str, Option], places: Sequence[Place], name: str | None = None
+        self, picks: Mapping[str, Option], places: Sequence[CellStep], name: str | None = None
     ) -> Architecture:
         """The network of ``picks`` on the ``places`` of a plan."""
         self.check(picks)
@@ -219,8 +219,8 @@ class CellSpace(SearchSpace):
         )
 
     def walk(
-        self, picks: Mapping[str, Option], places: Sequence[Place]
-    ) -> tuple[GraphBuilder, tuple[Block, ...]]:
+        self, picks: Mapping[str, Option], places: Sequence[CellStep]
+    ) -> tuple[GraphBuilder, tuple[PlacedOp, ...]]:
         """The graph of ``picks`` on the ``places`` of a plan, and where each of its
         blocks comes from.
         """
@@ -230,7 +230,7 @@ class CellSpace(SearchSpace):
             option = str(picks.get(place.key, place.options[0])) if place.kind == "edge" else ""
             before = len(builder.blocks)
             points.append(_step(builder, place, points, option, _keeps(place, picks)))
-            blocks += [Block(position, option, op) for op in builder.blocks[before:]]
+            blocks += [PlacedOp(position, option, op) for op in builder.blocks[before:]]
         return builder, tuple(blocks)
 
     def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
@@ -420,13 +420,13 @@ class CellSpace(SearchSpace):
                 option, _, number = part.partition("~")
                 if number != str(source) or (key := edge_key("c", source, node)) not in self.edges:
                     raise SpaceError(
-                        f"{shortened(text)} is no cell of space {self.name}: {part!r} should be an"
+                        f"{truncate(text)} is no cell of space {self.name}: {part!r} should be an"
                         f" option and '~{source}'."
                     )
                 picks[key] = self._option(key, option, text)
         if len(picks) != len(self.edges):
             raise SpaceError(
-                f"{shortened(text)} is no cell of space {self.name}: it has {len(picks)} edges"
+                f"{truncate(text)} is no cell of space {self.name}: it has {len(picks)} edges"
                 f" instead of {len(self.edges)}."
             )
         return {choice.key: picks[choice.key] for choice in self.choices}
@@ -440,7 +440,7 @@ class CellSpace(SearchSpace):
             edges = [(option, int(source)) for option, source in _EDGE.findall(parts.get(cell, ""))]
             if len(edges) != KEPT * len(every):
                 raise SpaceError(
-                    f"{shortened(text)}: {cell} has {len(edges)} edges ('option', source) instead"
+                    f"{truncate(text)}: {cell} has {len(edges)} edges ('option', source) instead"
                     f" of {KEPT * len(every)}, {KEPT} a node."
                 )
             concat = parts.get(f"{cell}_concat", "").replace(" ", "")
@@ -449,7 +449,7 @@ class CellSpace(SearchSpace):
                 ",".join(map(str, every)),
             ):
                 raise SpaceError(
-                    f"{shortened(text)}: {cell}_concat is {concat or 'missing'}, but cells of space"
+                    f"{truncate(text)}: {cell}_concat is {concat or 'missing'}, but cells of space"
                     f" {self.name} put all nodes together."
                 )
             for number, node in enumerate(every):
@@ -461,7 +461,7 @@ class CellSpace(SearchSpace):
                 pairs = self.inputs.get(key, self._pairs(node))
                 if inputs not in pairs:
                     raise SpaceError(
-                        f"{shortened(text)}: node {node} of {cell} cannot have the inputs {inputs};"
+                        f"{truncate(text)}: node {node} of {cell} cannot have the inputs {inputs};"
                         f" known: {', '.join(pairs)}."
                     )
                 picks |= {key: inputs} | {
@@ -475,7 +475,7 @@ class CellSpace(SearchSpace):
     def _option(self, key: str, option: str, text: str) -> str:
         if option not in self.edges[key]:
             raise SpaceError(
-                f"edge {key} of {shortened(text)} cannot be {option!r};"
+                f"edge {key} of {truncate(text)} cannot be {option!r};"
                 f" {nearest(option, self.edges[key])}"
             )
         return option
@@ -523,7 +523,7 @@ def _copy(builder: GraphBuilder) -> GraphBuilder:
     return GraphBuilder(list(builder.blocks), list(builder.steps))
 
 
-def _keeps(place: Place, picks: Mapping[str, Option]) -> bool:
+def _keeps(place: CellStep, picks: Mapping[str, Option]) -> bool:
     """Whether the picks keep an edge."""
     if not place.kept:
         return True
@@ -533,7 +533,7 @@ def _keeps(place: Place, picks: Mapping[str, Option]) -> bool:
 
 
 def _step(
-    builder: GraphBuilder, place: Place, points: Sequence[int | None], option: str, kept: bool
+    builder: GraphBuilder, place: CellStep, points: Sequence[int | None], option: str, kept: bool
 ) -> int | None:
     """Add a place to a graph; the point it makes, None for no connection."""
     read = [points[point] for point in place.of]
@@ -552,7 +552,7 @@ def _step(
     return present[0] if op is None else builder.op(op, present[0])
 
 
-def _term(place: Place) -> Term:
+def _term(place: CellStep) -> Term:
     """The term of an op or an edge."""
     if place.kind == "op":
         return Term(place.slot, (), (), (place.op,))

@@ -5,7 +5,7 @@ parameters, or bytes of their weights.
 
 By a table, the fixed part is the calibration's intercept and the prices are its
 calibrated entries; what is counted has no fixed part. How a space is priced, exactly
-and in expectation, is in ``priced``.
+and in expectation, is in ``additive_cost``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
-from hwnas.core.priced import PricedSpace
 from hwnas.core.space import Option, SearchSpace, Term
 from hwnas.core.table import LatencyTable
 from hwnas.errors import CoverageError, TableError, TargetError
@@ -124,12 +124,12 @@ class CostModel:
     are counted.
 
     Example:
-        >>> cost = CostModel.of_table(space, table)             # doctest: +SKIP
-        >>> cost.of(space.sample(rng))                          # doctest: +SKIP
+        >>> cost_model = CostModel.of_table(space, table)   # doctest: +SKIP
+        >>> cost_model.cost(space.sample(rng))              # doctest: +SKIP
         31.2
     """
 
-    priced: PricedSpace
+    additive_cost: AdditiveCost
     unit: Unit
     title: str
     table: LatencyTable | None = None
@@ -153,12 +153,12 @@ class CostModel:
             )
         fixed_ms = table.calibration.intercept_ms if table.calibration is not None else 0.0
         if table.slots:
-            priced = PricedSpace(
+            additive_cost = AdditiveCost(
                 space, lambda term: _positional_ms(term, table, space), fixed=fixed_ms
             )
         else:
-            priced = PricedSpace.of_ops(space, lambda op: op_ms(op, table), fixed=fixed_ms)
-        return cls(priced, UNITS["ms"], f"latency_ms on {table.title}", table)
+            additive_cost = AdditiveCost.of_ops(space, lambda op: op_ms(op, table), fixed=fixed_ms)
+        return cls(additive_cost, UNITS["ms"], f"latency_ms on {table.title}", table)
 
     @classmethod
     def of_macs(cls, space: SearchSpace) -> CostModel:
@@ -181,12 +181,12 @@ class CostModel:
     def _counted(
         cls, space: SearchSpace, unit: UnitName, title: str, price: Callable[[Op], float]
     ) -> CostModel:
-        return cls(PricedSpace.of_ops(space, price), UNITS[unit], title)
+        return cls(AdditiveCost.of_ops(space, price), UNITS[unit], title)
 
     @property
     def space(self) -> SearchSpace:
         """The space that is priced."""
-        return self.priced.space
+        return self.additive_cost.space
 
     @property
     def verb(self) -> str:
@@ -202,13 +202,13 @@ class CostModel:
         """
         return "" if self.table is None else f" on {self.table.title}"
 
-    def of(self, picks: Mapping[str, Option]) -> float:
+    def cost(self, picks: Mapping[str, Option]) -> float:
         """The cost of picks. Raises SpaceError where they are none of the space."""
-        return self.priced.of(picks)
+        return self.additive_cost.cost(picks)
 
-    def of_many(self, index_NC: np.ndarray) -> np.ndarray:
+    def costs(self, index_NC: np.ndarray) -> np.ndarray:
         """The costs of many picks at once: option positions int [N, choices] -> float64 [N]."""
-        return self.priced.of_many(index_NC)
+        return self.additive_cost.costs(index_NC)
 
     def expected(self, gates: Mapping[str, Any], xp: Any = np) -> Any:
         """Expected cost under independent choices, exact and differentiable.
@@ -216,7 +216,7 @@ class CostModel:
         ``gates`` maps each choice key to a probability vector [options] of the array
         library ``xp`` (numpy or torch).
         """
-        return self.priced.expected(gates, xp)
+        return self.additive_cost.expected(gates, xp)
 
     def marginals(self, gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """d E[cost] / d gate, in numpy: choice key -> float64 [options].
@@ -226,11 +226,11 @@ class CostModel:
         little, p * exp(-s * marginal), normalised, is the smallest in Kullback-Leibler
         divergence.
         """
-        return self.priced.marginals(gates)
+        return self.additive_cost.marginals(gates)
 
     def range(self) -> tuple[float, float]:
         """The cost of the cheapest and of the dearest architecture, exact."""
-        return self.priced.range()
+        return self.additive_cost.range()
 
     def check_target(self, target: float, key: str = "search.target_ms") -> None:
         """Raise TargetError, printing the reachable range, where no architecture can
@@ -260,10 +260,10 @@ def _positional_ms(term: Term, table: LatencyTable, space: SearchSpace) -> np.nd
     """Milliseconds of a term by a positional model: it prices every slot that varied in
     its space, the rest is in its intercept.
     """
-    priced = table.slots.get(term.slot, {})
-    if not priced and not term.keys:
+    option_ms = table.slots.get(term.slot, {})
+    if not option_ms and not term.keys:
         return np.zeros(())
-    missing = tuple(f"{term.slot}:{option}" for option in term.options if option not in priced)
+    missing = tuple(f"{term.slot}:{option}" for option in term.options if option not in option_ms)
     missing += tuple(key for key in term.keys if key != term.slot)
     if missing:
         raise CoverageError(
@@ -271,4 +271,4 @@ def _positional_ms(term: Term, table: LatencyTable, space: SearchSpace) -> np.nd
             missing,
         )
     slope = 1.0 if table.calibration is None else table.calibration.slope
-    return slope * np.array([priced[option] for option in term.options]).reshape(term.shape)
+    return slope * np.array([option_ms[option] for option in term.options]).reshape(term.shape)

@@ -25,11 +25,11 @@ def columns(rows: Iterable[tuple[str, ...]]) -> str:
     )
 
 
-def counted(number: int) -> str:
+def format_count(number: int) -> str:
     """A count in full below 1e9, else to three digits.
 
     Example:
-        >>> counted(15_625), counted(5**20)
+        >>> format_count(15_625), format_count(5**20)
         ('15,625', '9.54e+13')
     """
     return f"{number:,}" if number < 10**9 else f"{number:.3g}"
@@ -43,11 +43,11 @@ def describe_space(
     arch = space.decode(picks, f"{space.name}-sample-0")
     lines = [f"space {space.name}  (sha256 {space.sha256[:12]})", *_facts(space)]
     alike = (
-        f" ({counted(space.size)} combinations of options; the others make the same networks, or no"
+        f" ({format_count(space.size)} combinations of options; the others make the same networks, or no"
         " network)"
     )
     different = (
-        f"{counted(space.architectures)}"
+        f"{format_count(space.architectures)}"
         f" architectures{alike if space.size > space.architectures else ''}"
     )
     lines.append(f"choices      {len(space.choices)}, {different}")
@@ -93,7 +93,7 @@ def _facts_of_blocks(space: MacroSpace) -> list[str]:
     return [
         f"input        {pixels}, {space.classes} classes, {space.act}",
         (
-            f"decisions    {counted(space.decisions)} raw combinations (kernel, expansion, skip,"
+            f"decisions    {format_count(space.decisions)} raw combinations (kernel, expansion, skip,"
             " width, depth, resolution apart)"
         ),
     ]
@@ -230,12 +230,12 @@ def describe_table(table: LatencyTable) -> str:
             )
         )
     lines.append(columns(rows))
-    priced = [
+    rows = [
         (f"{slot}:{option}", _number(ms))
         for slot, options in table.slots.items()
         for option, ms in options.items()
     ]
-    lines += [columns(priced)] if priced else []
+    lines += [columns(rows)] if rows else []
     return "\n".join(lines)
 
 

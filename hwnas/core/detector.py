@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hwnas.core.ops import SSD, Extra, Op, OpKey
+from hwnas.core.ops import ExtraLayer, Op, OpKey, SSDPredictor
 
 Scores = Literal["softmax", "sigmoid"]
 Ratio = Annotated[float, Field(gt=0)]
@@ -59,8 +59,8 @@ class Detector(BaseModel):
         return sum(head.anchors * head.size**2 for head in self._ssd)
 
     @property
-    def _ssd(self) -> tuple[SSD, ...]:
-        return tuple(head for head in self.heads if isinstance(head, SSD))
+    def _ssd(self) -> tuple[SSDPredictor, ...]:
+        return tuple(head for head in self.heads if isinstance(head, SSDPredictor))
 
     def maps(self, blocks: Sequence[Op]) -> tuple[Op, ...]:
         """The ops whose outputs are the feature maps."""
@@ -75,7 +75,7 @@ class Detector(BaseModel):
                 f" {last}, the last block"
             )
         for op in blocks:
-            if op.pooled or isinstance(op, SSD):
+            if op.pooled or isinstance(op, SSDPredictor):
                 raise ValueError(
                     f"block {op.key} leaves no feature map, so a network with a detector has none"
                     " such"
@@ -99,7 +99,7 @@ class Detector(BaseModel):
 
     def _check_extras(self, source: Op) -> None:
         for position, extra in enumerate(self.extras):
-            if not isinstance(extra, Extra):
+            if not isinstance(extra, ExtraLayer):
                 raise ValueError(
                     f"extra {position} ({extra.key}) is a {extra.kind}: write an extra"
                 )
@@ -107,7 +107,7 @@ class Detector(BaseModel):
             source = extra
 
     def _check_head(self, position: int, source: Op, head: Op, anchors: int) -> None:
-        if not isinstance(head, SSD):
+        if not isinstance(head, SSDPredictor):
             raise ValueError(f"head {position} ({head.key}) is a {head.kind}: write an ssd")
         _check_input(f"head {position}", head, source)
         if head.anchors != anchors:

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 from hwnas.core.option import SKIP, scale_width
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 
 KERNELS_EXPANSIONS = ("ir_k3_e3", "ir_k5_e3", "ir_k7_e3", "ir_k3_e6", "ir_k5_e6", "ir_k7_e6")
 """Inverted residuals in the order of TuNAS's model archive: index 3 * [e = 6] + kernel
@@ -61,7 +61,7 @@ class Shape(TypedDict, total=False):
 
 
 def _space(
-    stages: Sequence[Stage],
+    stages: Sequence[SpaceStage],
     *,
     name: str,
     resolution: int = 224,
@@ -91,19 +91,21 @@ def _inverted_residuals(
     *,
     separable: Sequence[str] = ("ds_k3",),
     skippable: bool = True,
-) -> list[Stage]:
+) -> list[SpaceStage]:
     """The family of ProxylessNAS: stem, separable layer, stages of inverted residuals
     with kernel {3, 5, 7} and e {3, 6}, head.
     """
     later = (*KERNELS_EXPANSIONS, SKIP) if skippable else KERNELS_EXPANSIONS
     return [
-        Stage(widths=widths[0], stride=2, slots=(("cn_k3",),)),
-        Stage(widths=widths[1], slots=(tuple(separable),)),
+        SpaceStage(widths=widths[0], stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=widths[1], slots=(tuple(separable),)),
         *(
-            Stage(widths=width, stride=stride, slots=(KERNELS_EXPANSIONS, *[later] * (count - 1)))
+            SpaceStage(
+                widths=width, stride=stride, slots=(KERNELS_EXPANSIONS, *[later] * (count - 1))
+            )
             for width, stride, count in zip(widths[2:8], (2, 2, 2, 1, 2, 1), slots, strict=True)
         ),
-        Stage(widths=widths[8], slots=(("cn_k1",),)),
+        SpaceStage(widths=widths[8], slots=(("cn_k1",),)),
     ]
 
 
@@ -170,17 +172,17 @@ def mobilenet_v3_like(**shape: Unpack[Shape]) -> MacroSpace:
     later = (*blocks, SKIP)
     acts = ("relu", "relu", None, None, None)
     stages = [
-        Stage(
+        SpaceStage(
             widths=widths[0],
             stride=2,
             slots=(("cn_k3", "cn_k5"), ("ds_k3_nre", "ds_k5_nre", "ds_k7_nre", SKIP)),
         ),
         *(
-            Stage(widths=width, stride=stride, act=act, slots=(blocks, later, later, later))
+            SpaceStage(widths=width, stride=stride, act=act, slots=(blocks, later, later, later))
             for width, stride, act in zip(widths[1:6], (2, 2, 2, 1, 2), acts, strict=True)
         ),
-        Stage(widths=widths[6], slots=(("cn_k1",),)),
-        Stage(widths=widths[7], slots=(("hd",),)),
+        SpaceStage(widths=widths[6], slots=(("cn_k1",),)),
+        SpaceStage(widths=widths[7], slots=(("hd",),)),
     ]
     return _space(stages, **Shape(name="mobilenet_v3_like", act="hswish") | shape)
 
@@ -201,10 +203,10 @@ def fbnet(*, head: int = 1984, expand: bool = True, **shape: Unpack[Shape]) -> M
     )  # HW-NAS-Bench's order
     first, later = (*blocks, "cn_k1"), (*blocks, SKIP)
     stages = [
-        Stage(widths=(16,), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(16,), residual="matching", slots=(later,)),
+        SpaceStage(widths=(16,), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), residual="matching", slots=(later,)),
         *(
-            Stage(
+            SpaceStage(
                 widths=(width,),
                 stride=stride,
                 residual="matching",
@@ -219,7 +221,7 @@ def fbnet(*, head: int = 1984, expand: bool = True, **shape: Unpack[Shape]) -> M
                 (352, 1, 1),
             )
         ),
-        Stage(widths=(head,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(head,), slots=(("cn_k1",),)),
     ]
     return _space(stages, **Shape(name="fbnet" if expand else "fbnet_no_expand") | shape)
 
@@ -246,14 +248,16 @@ def ofa_mobilenet_v3(**shape: Unpack[Shape]) -> MacroSpace:
         (160, 2, None, squeezed),
     )
     stages = [
-        Stage(widths=(16,), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(16,), act="relu", residual="matching", slots=(("ds_k3",),)),
+        SpaceStage(widths=(16,), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), act="relu", residual="matching", slots=(("ds_k3",),)),
         *(
-            Stage(widths=(width,), stride=stride, act=act, depths=(2, 3, 4), slots=(options,) * 4)
+            SpaceStage(
+                widths=(width,), stride=stride, act=act, depths=(2, 3, 4), slots=(options,) * 4
+            )
             for width, stride, act, options in elastic
         ),
-        Stage(widths=(960,), slots=(("cn_k1",),)),
-        Stage(widths=(1280,), slots=(("hd",),)),
+        SpaceStage(widths=(960,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(1280,), slots=(("hd",),)),
     ]
     largest = shape.get("resolution", 224)
     smaller = (scale_width(largest, part / 7) for part in (4, 5, 6))
@@ -281,20 +285,20 @@ def mobilenet_v4(**shape: Unpack[Shape]) -> MacroSpace:
     # a stride needs a depthwise convolution
     strided = tuple(option for option in universal if not option.startswith("uir_a0_k0"))
     stages = [
-        Stage(widths=(32,), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(32, 48), stride=2, slots=(("cn_k3", "er_k3_e4"), ("cn_k1", SKIP))),
-        Stage(widths=(80, 96), stride=2, slots=(("cn_k3", "er_k3_e4", "uir_a3_k5_e4"),)),
-        Stage(
+        SpaceStage(widths=(32,), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=(32, 48), stride=2, slots=(("cn_k3", "er_k3_e4"), ("cn_k1", SKIP))),
+        SpaceStage(widths=(80, 96), stride=2, slots=(("cn_k3", "er_k3_e4", "uir_a3_k5_e4"),)),
+        SpaceStage(
             widths=(64, 80), residual="matching", slots=(("cn_k1", "uir_a3_k3_e2", "uir_a3_k3_e4"),)
         ),
-        Stage(
+        SpaceStage(
             widths=(96, 160), stride=2, depths=(4, 5, 6, 7, 8), slots=(strided, *[universal] * 7)
         ),
-        Stage(
+        SpaceStage(
             widths=(128, 256), stride=2, depths=(4, 6, 8, 11), slots=(strided, *[universal] * 10)
         ),
-        Stage(widths=(960,), slots=(("cn_k1",),)),
-        Stage(widths=(1280,), slots=(("hd_bn",),)),
+        SpaceStage(widths=(960,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(1280,), slots=(("hd_bn",),)),
     ]
     return _space(stages, **Shape(name="mobilenet_v4") | shape)
 
@@ -309,16 +313,16 @@ def nasbench_macro(**shape: Unpack[Shape]) -> MacroSpace:
     """
     blocks = ("ir_k3_e3", "ir_k5_e6")
     stages = [
-        Stage(widths=(32,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(32,), slots=(("cn_k3",),)),
         *(
-            Stage(
+            SpaceStage(
                 widths=(width,),
                 stride=2,
                 slots=(("cn_k1_nli", *blocks), *[(SKIP, *blocks)] * later),
             )
             for width, later in ((64, 1), (128, 2), (256, 2))
         ),
-        Stage(widths=(1280,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(1280,), slots=(("cn_k1",),)),
     ]
     return _space(
         stages, **Shape(name="nasbench_macro", resolution=32, classes=10, bn_eps=1e-5) | shape
@@ -335,13 +339,13 @@ def mobile32(**shape: Unpack[Shape]) -> MacroSpace:
     first = tuple(option for option in KERNELS_EXPANSIONS if "k7" not in option)
     later = (*first, SKIP)
     stages = [
-        Stage(widths=(16,), slots=(("cn_k3",),)),
-        Stage(widths=(16,), slots=(("ds_k3", "ds_k5"),)),
-        Stage(widths=(24,), stride=2, slots=(first, later, later)),
-        Stage(widths=(40,), stride=2, slots=(first, later, later)),
-        Stage(widths=(64,), slots=(first, later, later)),
-        Stage(widths=(96,), stride=2, slots=(first, later, later)),
-        Stage(widths=(160,), slots=(first,)),
-        Stage(widths=(320,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(16,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), slots=(("ds_k3", "ds_k5"),)),
+        SpaceStage(widths=(24,), stride=2, slots=(first, later, later)),
+        SpaceStage(widths=(40,), stride=2, slots=(first, later, later)),
+        SpaceStage(widths=(64,), slots=(first, later, later)),
+        SpaceStage(widths=(96,), stride=2, slots=(first, later, later)),
+        SpaceStage(widths=(160,), slots=(first,)),
+        SpaceStage(widths=(320,), slots=(("cn_k1",),)),
     ]
     return _space(stages, **Shape(name="mobile32", resolution=32, classes=10) | shape)

@@ -37,11 +37,11 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import BYTES, CostModel, Dtype, UnitName
 from hwnas.core.graph import live_numbers
 from hwnas.core.ops import Op
-from hwnas.core.priced import PricedSpace
 from hwnas.core.space import Option, SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.errors import TargetError
@@ -82,19 +82,19 @@ class PeakOfNetworks:
     """Peak activations of the networks of a space of cells: what is alive depends on
     all picks, so each network is looked at.
 
-    It has the methods of a ``PricedSpace`` that limits need.
+    It has the methods of a ``AdditiveCost`` that limits need.
     """
 
-    def __init__(self, space: SearchSpace, alone: PricedSpace, dtype: Dtype) -> None:
+    def __init__(self, space: SearchSpace, alone: AdditiveCost, dtype: Dtype) -> None:
         self.space, self.alone, self.dtype = space, alone, dtype
 
-    def of(self, picks: Mapping[str, Option]) -> float:
+    def cost(self, picks: Mapping[str, Option]) -> float:
         """The peak of picks, in bytes."""
         return float(peak_activation_bytes(self.space.decode(picks), self.dtype))
 
-    def of_many(self, index_NC: np.ndarray) -> np.ndarray:
+    def costs(self, index_NC: np.ndarray) -> np.ndarray:
         """The peaks of many picks: option positions int [N, choices] -> float64 [N]."""
-        return np.array([self.of(self.space.at(index_C)) for index_C in np.asarray(index_NC)])
+        return np.array([self.cost(self.space.at(index_C)) for index_C in np.asarray(index_NC)])
 
     def range(self) -> tuple[float, float]:
         """A lower bound of all networks: their largest op alone needs as much. And no
@@ -115,20 +115,20 @@ class Compiled:
     title: str
     field: str
     most: float
-    priced: PricedSpace | PeakOfNetworks
-    over: PricedSpace | None = None
+    additive_cost: AdditiveCost | PeakOfNetworks
+    over: AdditiveCost | None = None
 
     @property
-    def as_sum(self) -> tuple[PricedSpace, float]:
+    def as_sum(self) -> tuple[AdditiveCost, float]:
         """A sum and its maximum that say the same, for what needs expectations: for a
         peak, no op is above the limit.
         """
         if self.over is not None:
             return self.over, 0.5
-        assert isinstance(self.priced, PricedSpace), (
+        assert isinstance(self.additive_cost, AdditiveCost), (
             "what is no sum of ops says which ops are above the limit"
         )
-        return self.priced, self.most
+        return self.additive_cost, self.most
 
 
 Count = Annotated[int | float, Field(union_mode="left_to_right")]
@@ -171,7 +171,7 @@ class _Limit(BaseModel):
 
     def _compiled(self, cost: CostModel) -> Compiled:
         assert self.most is not None  # see ``Limit``
-        return Compiled(cost.title, self.FIELD, self.most, cost.priced)
+        return Compiled(cost.title, self.FIELD, self.most, cost.additive_cost)
 
 
 class LatencyLimit(_Limit):
@@ -283,8 +283,8 @@ class ActivationLimit(_Limit):
         """
         assert self.max_bytes is not None  # see ``Limit``
         most, price = self.max_bytes, partial(activation_bytes, dtype=self.dtype)
-        over = PricedSpace.of_ops(space, lambda op: float(price(op) > most))
-        alone = PricedSpace.of_ops(space, price, reduce="max")
+        over = AdditiveCost.of_ops(space, lambda op: float(price(op) > most))
+        alone = AdditiveCost.of_ops(space, price, reduce="max")
         peak = alone if space.CHAIN else PeakOfNetworks(space, alone, self.dtype)
         return Compiled(f"activation_bytes in {self.dtype}", self.FIELD, most, peak, over)
 
@@ -357,7 +357,7 @@ class Limits:
         """What is limited, of many picks: option positions int [N, choices] -> float64
         [N, limits].
         """
-        columns = [each.priced.of_many(index_NC) for each in self.compiled]
+        columns = [each.additive_cost.costs(index_NC) for each in self.compiled]
         return np.stack(columns, axis=1) if columns else np.zeros((len(index_NC), 0))
 
     def excess(self, index_NC: np.ndarray) -> np.ndarray:
@@ -373,7 +373,8 @@ class Limits:
         """
         sums = [each.as_sum for each in self.compiled]
         columns = [
-            (priced.of_many(index_NC) - most) / (most if most > 0 else 1.0) for priced, most in sums
+            (additive_cost.costs(index_NC) - most) / (most if most > 0 else 1.0)
+            for additive_cost, most in sums
         ]
         return np.stack(columns, axis=1) if columns else np.zeros((len(index_NC), 0))
 
@@ -385,14 +386,14 @@ class Limits:
         """What is limited, of picks, by name: ``{"macs": 2.1e7, "latency_ms on
         board/litert-int8-1t": 11.9}``.
         """
-        return {each.title: each.priced.of(picks) for each in self.compiled}
+        return {each.title: each.additive_cost.cost(picks) for each in self.compiled}
 
     def check(self) -> None:
         """Raise TargetError, printing the reachable range, where no architecture meets
         one of the limits, taken alone.
         """
         for i, each in enumerate(self.compiled):
-            low, high = each.priced.range()
+            low, high = each.additive_cost.range()
             if low > each.most:
                 raise TargetError(
                     f"limit {each.title} <= {_shown(each.most)} is out of reach of space"

@@ -36,7 +36,7 @@ from hwnas.core.arch import Architecture, Origin, Picks
 from hwnas.core.choice import Address
 from hwnas.core.graph import GraphBuilder
 from hwnas.core.ops import Classifier, Conv, MaxPool, Op
-from hwnas.core.search_space import Choice, Option, SearchSpace, Term, shortened
+from hwnas.core.search_space import Choice, Option, SearchSpace, Term, truncate
 from hwnas.errors import SpaceError
 
 CONV3, CONV1, POOL3 = "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3"
@@ -164,7 +164,7 @@ class NASBench101Space(SearchSpace):
             matrix_VV, ops = np.array(content["matrix"], dtype=np.int64), list(content["ops"])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise SpaceError(
-                f"{shortened(text)} is no cell of space {self.name}: give matrix and ops as a JSON"
+                f"{truncate(text)} is no cell of space {self.name}: give matrix and ops as a JSON"
                 " object."
             ) from error
         count = len(ops)
@@ -179,7 +179,7 @@ class NASBench101Space(SearchSpace):
             or not set(ops[1:-1]) <= set(OPS)
         ):
             raise SpaceError(
-                f"{shortened(text)} is no cell of space {self.name}: the matrix has 0 and 1 above"
+                f"{truncate(text)} is no cell of space {self.name}: the matrix has 0 and 1 above"
                 f" its diagonal, a row for each of 2 to {VERTICES} vertices, and the ops between"
                 f" input and output are {', '.join(OPS)}."
             )

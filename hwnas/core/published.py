@@ -187,7 +187,7 @@ def is_name(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z][\w.-]*", text) is not None
 
 
-def named(
+def resolve_arch(
     name: str,
     space: SearchSpace,
     *,

@@ -24,14 +24,14 @@ from hwnas.core.ssdlite import EXTRAS, DetectorSpec
 from hwnas.document import Document, nearest
 from hwnas.errors import ConfigError, SpaceError
 
-__all__ = ["RESOLUTION", "Choice", "Option", "SearchSpace", "Term", "shortened"]
+__all__ = ["RESOLUTION", "Choice", "Option", "SearchSpace", "Term", "truncate"]
 
 
 class SearchSpace(Document):
     """What every kind of space can do. ``kind`` tells the kinds apart in a file."""
 
     SCHEMA: ClassVar[str] = "hwnas.space"
-    LATER: ClassVar[tuple[str, ...]] = ("detector",)
+    SPARSE_FIELDS: ClassVar[tuple[str, ...]] = ("detector",)
     CHAIN: ClassVar[bool] = False
     """Whether its networks are blocks in a row; those of others are cells, in which
     blocks run side by side.
@@ -48,11 +48,13 @@ class SearchSpace(Document):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the ``LATER`` fields where they are empty, so that documents from
+        """Without the ``SPARSE_FIELDS`` fields where they are empty, so that documents from
         before them keep their hash.
         """
         return {
-            name: value for name, value in handler(self).items() if name not in self.LATER or value
+            name: value
+            for name, value in handler(self).items()
+            if name not in self.SPARSE_FIELDS or value
         }
 
     @property
@@ -142,7 +144,7 @@ class SearchSpace(Document):
                 picks: Picks = dict(json.loads(text))
             except (ValueError, RecursionError) as error:
                 raise SpaceError(
-                    f"{shortened(text)} is not valid JSON ({error}): write picks as an object."
+                    f"{truncate(text)} is not valid JSON ({error}): write picks as an object."
                 ) from error
             # True equals 1
             wrong = next(
@@ -162,17 +164,17 @@ class SearchSpace(Document):
                 " object"
             )
             raise SpaceError(
-                f"{shortened(text)} is no architecture of space {self.name}: give {how}."
+                f"{truncate(text)} is no architecture of space {self.name}: give {how}."
             )
         if len(parts) != len(self.choices):
             raise SpaceError(
-                f"{shortened(text)} has {len(parts)} positions, but space {self.name} has"
+                f"{truncate(text)} has {len(parts)} positions, but space {self.name} has"
                 f" {len(self.choices)} choices: give one for each."
             )
         for part, choice in zip(parts, self.choices, strict=True):
             if int(part) >= len(choice.options):
                 raise SpaceError(
-                    f"position {part} at choice {choice.key!r} of {shortened(text)}: its options"
+                    f"position {part} at choice {choice.key!r} of {truncate(text)}: its options"
                     f" are 0 to {len(choice.options) - 1}."
                 )
         return self.at([int(part) for part in parts])
@@ -259,6 +261,6 @@ class SearchSpace(Document):
             )
 
 
-def shortened(text: str) -> str:
+def truncate(text: str) -> str:
     """An architecture's text as messages quote it."""
     return repr(text if len(text) <= 60 else f"{text[:56]} ...")

@@ -27,12 +27,12 @@ from hwnas.core.ops import Op
 from hwnas.core.option import make_divisible
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
 from hwnas.core.space_head import last_stages
+from hwnas.core.space_stage import Slot, SpaceStage, block_key, depth_key, width_key
 from hwnas.core.ssdlite import EXTRAS, DetectorSpec
-from hwnas.core.stage import Slot, Stage, block_key, depth_key, width_key
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
 
-__all__ = ["Choice", "MacroSpace", "Option", "SearchSpace", "Slot", "Stage", "Term"]
+__all__ = ["Choice", "MacroSpace", "Option", "SearchSpace", "Slot", "SpaceStage", "Term"]
 
 
 class MacroSpace(SearchSpace):
@@ -47,13 +47,13 @@ class MacroSpace(SearchSpace):
         True
     """
 
-    LATER = ("resolutions", "detector")
+    SPARSE_FIELDS = ("resolutions", "detector")
     CHAIN = True
 
     kind: Literal["macro"] = "macro"
     resolutions: tuple[int, ...] = ()
     act: str = "relu"
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[SpaceStage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -405,7 +405,7 @@ class MacroSpace(SearchSpace):
         spec = DetectorSpec(taps=ends[-2:], extras=tuple(extras), scores=scores)
         return bare._changed(bare.stages, None, detector=spec.model_dump())
 
-    def _changed(self, stages: Sequence[Stage], name: str | None, **update: Any) -> Self:
+    def _changed(self, stages: Sequence[SpaceStage], name: str | None, **update: Any) -> Self:
         content = {
             **self.model_dump(),
             **update,

@@ -19,8 +19,8 @@ from hwnas.core.detector import Detector
 from hwnas.core.head import ClassifierHead, DetectorHead
 from hwnas.core.ops import Classifier, Op
 from hwnas.core.option import parse_option
+from hwnas.core.space_stage import Slot, SpaceStage
 from hwnas.core.ssdlite import DetectorSpec, extra_op, head_op, ssdlite
-from hwnas.core.stage import Slot, Stage
 
 
 class SpaceHead(ABC):
@@ -36,7 +36,7 @@ class SpaceHead(ABC):
         """Raise ValueError where it does not fit on the slots."""
 
     @abstractmethod
-    def backbone(self, stages: Sequence[Stage]) -> list[Stage]:
+    def backbone(self, stages: Sequence[SpaceStage]) -> list[SpaceStage]:
         """The stages without those that are only there for it: what can carry a detector."""
 
     @abstractmethod
@@ -69,7 +69,7 @@ class Classifiers(SpaceHead):
     def check(self, slots: Sequence[Slot]) -> None:
         """It fits on any slots."""
 
-    def backbone(self, stages: Sequence[Stage]) -> list[Stage]:
+    def backbone(self, stages: Sequence[SpaceStage]) -> list[SpaceStage]:
         """Without stages of pooled heads, and without the last 1 x 1 convolution."""
         found = [stage for stage in stages if not any(map(_pools, stage.slots))]
         return found[:-1] if found and _narrow(found[-1]) else found
@@ -133,7 +133,7 @@ class Detectors(SpaceHead):
                 f" its resolution ({list(ends)} are), that end with {ends[-1]}, the last stage"
             )
 
-    def backbone(self, stages: Sequence[Stage]) -> list[Stage]:
+    def backbone(self, stages: Sequence[SpaceStage]) -> list[SpaceStage]:
         """All: none of them pools."""
         return list(stages)
 
@@ -197,7 +197,7 @@ def _pools(options: tuple[str, ...]) -> bool:
     return any(block is not None and block.kind == "hd" for block in map(parse_option, options))
 
 
-def _narrow(stage: Stage) -> bool:
+def _narrow(stage: SpaceStage) -> bool:
     """Whether a stage is a 1 x 1 convolution and nothing else."""
     blocks = [parse_option(option) for options in stage.slots for option in options]
     return (

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import Detector, Scores
-from hwnas.core.ops import SSD, Conv, DSConv, Extra, MBConv, Op
+from hwnas.core.ops import Conv, DSConv, ExtraLayer, MBConv, Op, SSDPredictor
 from hwnas.errors import SpaceError
 
 EXTRAS = (512, 256, 256, 128)
@@ -112,12 +112,14 @@ def extra_op(size: int, in_ch: int, width: int) -> Op:
     """The layer that makes the next feature map, ``width`` channels of it, of one of
     ``size`` px.
     """
-    return Extra(size, in_ch, width, width // 2, kernel=3, stride=2, act="relu6")
+    return ExtraLayer(size, in_ch, width, width // 2, kernel=3, stride=2, act="relu6")
 
 
 def head_op(size: int, in_ch: int, classes: int) -> Op:
     """The predictors on a feature map of ``size`` px."""
-    return SSD(size, in_ch, ANCHORS * (classes + 1), kernel=3, act="relu6", anchors=ANCHORS)
+    return SSDPredictor(
+        size, in_ch, ANCHORS * (classes + 1), kernel=3, act="relu6", anchors=ANCHORS
+    )
 
 
 def split_expansion(op: Op) -> tuple[Op, Op]:

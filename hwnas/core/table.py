@@ -7,17 +7,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from hwnas.core.ops import Op
-from hwnas.document import Document
+from hwnas.document import Document, Record
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TableHeader(_Part):
+class TableHeader(Record):
     """The conditions of the measurement. All are required; what is not known is written
     ``"unknown"``.
     """
@@ -37,7 +33,7 @@ class TableHeader(_Part):
     space: str
 
 
-class Entry(_Part):
+class Entry(Record):
     """One op's latency in milliseconds.
 
     ``ms`` is the median over rounds of the median over runs; ``p10_ms`` and ``p90_ms``
@@ -58,7 +54,7 @@ class Entry(_Part):
     )
 
 
-class HeldOut(_Part):
+class HeldOut(Record):
     """Calibrated prediction against measurement on networks that the calibration has not seen."""
 
     networks: int
@@ -73,24 +69,32 @@ class HeldOut(_Part):
     )
 
 
-class Calibration(_Part):
-    """``network_ms = intercept_ms + sum over ops of (slope * entry + cold(op))``,
+class Calibration(Record):
+    """``network_ms = intercept_ms + sum over ops of (slope * entry + cache_miss(op))``,
     fitted on whole networks.
 
-    ``cold(op)`` is what an op that is timed alone does not pay: it finds its weights,
-    its input and the place of its output in the cache every time, while inside a
-    network they come from further away, unless they never fitted. So it is
-    ``cold_ms_per_mparam * parameters / 10^6`` or ``cold_ms_per_mvalue * min(parameters
-    + inputs + outputs, cap) / 10^6``, whichever the networks speak for. It stays a
-    price per op, so nothing else changes.
+    ``cache_miss(op)`` is the cost that timing an op in isolation hides. There, its
+    weights, input and output are in the cache in every run; inside a network they come
+    from memory, unless they never fitted into the cache. It is either
+    ``cache_miss_ms_per_mparam * parameters / 10^6``, or ``cache_miss_ms_per_mvalue *
+    min(parameters + inputs + outputs, cache_mvalues * 10^6) / 10^6``, whichever fits the
+    measured networks better. It is a cost per op, so a network's cost stays a sum.
+
+    In documents these fields keep their first names, ``cold_...``: a table is known by
+    the hash of its document.
     """
+
+    model_config = ConfigDict(populate_by_name=True)
 
     intercept_ms: float
     slope: float = Field(gt=0)
-    cold_ms_per_mparam: float = Field(0.0, ge=0)
-    cold_ms_per_mvalue: float = Field(0.0, ge=0)
-    cold_cap_mvalues: float | None = Field(
-        None, gt=0, description="million values that the cache holds; none: no cap"
+    cache_miss_ms_per_mparam: float = Field(0.0, ge=0, alias="cold_ms_per_mparam")
+    cache_miss_ms_per_mvalue: float = Field(0.0, ge=0, alias="cold_ms_per_mvalue")
+    cache_mvalues: float | None = Field(
+        None,
+        gt=0,
+        alias="cold_cap_mvalues",
+        description="million values that the cache holds; none: no cap",
     )
     networks: int = Field(description="how many networks it was fitted on")
     noisy_networks: int = Field(
@@ -100,32 +104,29 @@ class Calibration(_Part):
 
     def op_ms(self, entry_ms: float, op: Op) -> float:
         """What an op costs inside a network, in milliseconds."""
-        cold = self.cold_ms_per_mparam * op.params / 1e6 + self.cold_ms_per_mvalue * _mvalues(
-            op, self.cold_cap_mvalues
+        cache_miss_ms = (
+            self.cache_miss_ms_per_mparam * op.params / 1e6
+            + self.cache_miss_ms_per_mvalue * _mvalues(op, self.cache_mvalues)
         )
-        return self.slope * entry_ms + cold
+        return self.slope * entry_ms + cache_miss_ms
 
     def network_ms(self, ops: Iterable[Op], sum_ms: float) -> float:
         """What a network of these ops costs, whose entries add up to ``sum_ms``."""
         return self.intercept_ms + self.slope * sum_ms + sum(self.op_ms(0.0, op) for op in ops)
 
     def __str__(self) -> str:
-        cold = (
-            f" + {self.cold_ms_per_mparam:.4g} ms x million parameters"
-            if self.cold_ms_per_mparam
+        cache_misses = (
+            f" + {self.cache_miss_ms_per_mparam:.4g} ms x million parameters"
+            if self.cache_miss_ms_per_mparam
             else ""
         )
-        cap = (
-            f", at most {self.cold_cap_mvalues:g} per op"
-            if self.cold_cap_mvalues is not None
+        cap = f", at most {self.cache_mvalues:g} per op" if self.cache_mvalues is not None else ""
+        cache_misses += (
+            f" + {self.cache_miss_ms_per_mvalue:.4g} ms x million weights and activations{cap}"
+            if self.cache_miss_ms_per_mvalue
             else ""
         )
-        cold += (
-            f" + {self.cold_ms_per_mvalue:.4g} ms x million weights and activations{cap}"
-            if self.cold_ms_per_mvalue
-            else ""
-        )
-        return f"{self.intercept_ms:.4g} ms + {self.slope:.4g} x sum{cold}"
+        return f"{self.intercept_ms:.4g} ms + {self.slope:.4g} x sum{cache_misses}"
 
 
 class LatencyTable(Document):

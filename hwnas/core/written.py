@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from hwnas.core.families import Shape
 from hwnas.core.ops import DSConv, MBConv, Op
 from hwnas.core.option import make_divisible, scale_width
-from hwnas.core.space import MacroSpace, Stage
-from hwnas.core.stage import Residual
+from hwnas.core.space import MacroSpace, SpaceStage
+from hwnas.core.space_stage import Residual
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def written(
     ``last`` times.
     """
     stages = tuple(
-        Stage(
+        SpaceStage(
             widths=(channels,),
             stride=stride,
             slots=tuple((option,) for option in blocks.split()),

@@ -41,18 +41,18 @@ as they are, so that its AP is the official one.
 """
 
 
-class _Part(BaseModel):
+class _FileRecord(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class _Image(_Part):
+class _Image(_FileRecord):
     id: int
     file_name: str
     width: PositiveInt
     height: PositiveInt
 
 
-class _Annotation(_Part):
+class _Annotation(_FileRecord):
     image_id: int
     category_id: int
     bbox: tuple[float, float, NonNegativeFloat, NonNegativeFloat]
@@ -60,12 +60,12 @@ class _Annotation(_Part):
     iscrowd: Annotated[bool, Field(strict=False)] = False
 
 
-class _Category(_Part):
+class _Category(_FileRecord):
     id: int
     name: str
 
 
-class _File(_Part):
+class _File(_FileRecord):
     images: Annotated[list[_Image], FailFast()]
     annotations: Annotated[list[_Annotation], FailFast()]
     categories: Annotated[list[_Category], FailFast()]

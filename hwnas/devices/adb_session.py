@@ -25,7 +25,7 @@ from hwnas.devices.adb_client import AdbClient, PhoneGoneError
 from hwnas.devices.phone import QUESTIONS, PhoneState, read
 from hwnas.document import file_sha256
 from hwnas.errors import DeviceError, StorageError
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 
 SILENCE_S = 900.0
 """How long the tool may print nothing. Each of its two phases ends after 150 s; a GPU's
@@ -39,7 +39,7 @@ SCRIPT = "android.sh"
 
 def guide() -> Path:
     """Where a person reads how to get benchmark_model."""
-    return share_folder("deploy") / "ANDROID.md"
+    return resource_path("deploy") / "ANDROID.md"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class AdbSession:
             state = self.ask()
             self.program.check(self.client.serial, state)
             self._there = self._prepare()
-            self._to_send = {SCRIPT: share_folder("deploy") / SCRIPT}
+            self._to_send = {SCRIPT: resource_path("deploy") / SCRIPT}
             if self._there.get(self.program.name) != self.program.path.stat().st_size:
                 self._to_send[self.program.name] = self.program.path
         assert self._state is not None

@@ -12,7 +12,7 @@ import numpy as np
 from hwnas.devices import CONNECTIONS
 from hwnas.document import Document, nearest
 from hwnas.errors import ConfigError
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 
 
 class Device(Document):
@@ -75,7 +75,7 @@ rest of the name is.
 def known_devices() -> dict[str, Device]:
     """The host, and every device document in ``configs/devices``."""
     devices = {HOST.id: HOST}
-    for path in sorted((share_folder("configs") / "devices").glob("*.json")):
+    for path in sorted((resource_path("configs") / "devices").glob("*.json")):
         device = Device.load(path)
         devices[device.id] = device
     return devices

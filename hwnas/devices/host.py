@@ -17,7 +17,7 @@ from hwnas.config import TARGETS
 from hwnas.devices.device import Device
 from hwnas.document import write_atomic
 from hwnas.errors import DeviceError, StorageError
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 
 
 class Host:
@@ -27,7 +27,7 @@ class Host:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.runner = share_folder("deploy") / "runner.py"
+        self.runner = resource_path("deploy") / "runner.py"
 
     @property
     def environment(self) -> dict[str, str]:

@@ -293,7 +293,7 @@ class Session:
             noisy = self.noisy
             if not noisy:
                 return
-            progress.detail(f"noisy after {number} rounds: {', '.join(noisy)}")
+            progress.debug(f"noisy after {number} rounds: {', '.join(noisy)}")
             again = list(self.items) if schedule.together else noisy
             with progress.task(f"measuring {len(noisy)} noisy entries again", len(again)) as task:
                 self._round(number, again, task.advance)
@@ -369,7 +369,7 @@ class Session:
         with _appending(self.samples) as append:
             for row, raw in answers(self.bench.connection, plan, self.bench.folder):
                 if isinstance(row, Note):
-                    self.bench.progress.say(row.text)
+                    self.bench.progress.info(row.text)
                     continue
                 append(raw)
                 self._keep(row)

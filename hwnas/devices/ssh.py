@@ -38,7 +38,7 @@ import numpy as np
 from hwnas.devices.device import Device
 from hwnas.document import file_sha256, nearest
 from hwnas.errors import ConfigError, DeviceError
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 
 OPTIONS = ("host", "port", "identity", "config", "python", "folder")
 _NAME = "[A-Za-z0-9_][A-Za-z0-9._+-]*"
@@ -107,7 +107,7 @@ class Ssh:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.runner = share_folder("deploy") / "runner.py"
+        self.runner = resource_path("deploy") / "runner.py"
         options = _checked(device)
         # commands start in the home folder
         self.python = re.sub("^~/", "./", options.get("python", "python3"))

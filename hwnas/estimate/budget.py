@@ -11,7 +11,7 @@ from hwnas.core.table import Entry, LatencyTable, TableHeader
 from hwnas.devices.simulated import simulated_ms
 from hwnas.errors import HwnasError
 from hwnas.search import stage
-from hwnas.search.proposal import random_within
+from hwnas.search.proposal import sample_feasible
 from hwnas.search.strategy import SearchContext
 
 
@@ -64,7 +64,7 @@ def sampled(experiment: Experiment, space: SearchSpace, table: LatencyTable | No
     where there is none.
     """
     _, search = search_context(experiment, space, table)
-    found = random_within(search, 1, np.random.default_rng(experiment.seed))
+    found = sample_feasible(search, 1, np.random.default_rng(experiment.seed))
     if not found:
         raise HwnasError("no architecture within the budget was found")
     return found[0]

@@ -1,5 +1,5 @@
 """The search stage: a few real steps of the strategy in every one of its phases, and a
-few images through one judged network.
+few images through one evaluated network.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
 from hwnas.nn.bn import recalibrate
 from hwnas.search import STRATEGIES, stage
 from hwnas.search.comparison import compared_with, image_counts
-from hwnas.search.judge import KEPT_BYTES, Judge, placed
-from hwnas.search.proposal import random_within
+from hwnas.search.evaluator import KEPT_BYTES, SupernetEvaluator, placed
+from hwnas.search.proposal import sample_feasible
 from hwnas.search.strategy import SearchContext, Strategy
-from hwnas.search.supernets import meter_of, trained
+from hwnas.search.supernets import cost_counter_of, trained
 
 STEPS = 0.3
 """Part of the timing's seconds for steps of the strategy."""
 STEPS_OF_A_PHASE = 9
 """Steps that are timed of a phase, at most, the first of which warms up."""
 JUDGING = 3.0
-"""Seconds for judging one network, about."""
+"""Seconds for evaluating one network, about."""
 FEW = 8
 """Images that tell how many more there is time for."""
 MOST_WEIGHTS = 100_000_000
@@ -73,20 +73,20 @@ def of_search(ctx: Context) -> Estimate:
     experiment, search = search_context(ctx.experiment, space, ctx.table)
     experiment = stage.sized(experiment, space)
     if config.weights is not None:
-        judge = Judge(trained(config, space), experiment)
-        search.meter = meter_of(config, judge.supernet)
-        return _of_finding(experiment, search, judge, None)
+        evaluator = SupernetEvaluator(trained(config, space), experiment)
+        search.cost_counter = cost_counter_of(config, evaluator.supernet)
+        return _of_finding(experiment, search, evaluator, None)
     prepared = stage.prepare(experiment, space, search, ctx.folder("search"))
     per_step, macs_per_step = _step_seconds(prepared, watch)
-    assert search.meter is not None
-    search.meter.load_state_dict(
-        {**search.meter.state_dict(), "macs": round(macs_per_step * search.steps)}
+    assert search.cost_counter is not None
+    search.cost_counter.load_state_dict(
+        {**search.cost_counter.state_dict(), "macs": round(macs_per_step * search.steps)}
     )
     training = Part("training", search.steps, per_step)
     saving, checkpoint_bytes = checkpoints(
         prepared.engine, training, experiment.checkpoint_seconds, watch
     )
-    rest = _of_finding(experiment, search, prepared.judge, prepared.strategy)
+    rest = _of_finding(experiment, search, prepared.evaluator, prepared.strategy)
     return replace(
         rest, parts=(training, saving, *rest.parts), disk_bytes=rest.disk_bytes + checkpoint_bytes
     )
@@ -109,20 +109,20 @@ def _step_seconds(prepared: stage.Prepared, watch: Stopwatch) -> tuple[float, fl
     strategy, each as long as it is.
     """
     search = prepared.search
-    assert search.meter is not None
+    assert search.cost_counter is not None
     begins = sorted(
         {min(step, search.steps - 1) for step in (0, *prepared.strategy.milestones(search))}
     )
     seconds = macs = 0.0
     timed = _Steps(prepared)
     for begin, end in pairwise((*begins, search.steps)):
-        before, timed.numbers = search.meter.cost.macs, []
+        before, timed.numbers = search.cost_counter.cost.macs, []
         # warm-ups fade, so that neither end is like the whole
         middle = min((begin + end) // 2, end - 1)
         numbers = [begin, *range(middle, min(end, middle + STEPS_OF_A_PHASE))]
         each = watch.mean([partial(timed, number) for number in numbers], STEPS / len(begins))
         seconds += (end - begin) * each
-        macs += (end - begin) * (search.meter.cost.macs - before) / len(timed.numbers)
+        macs += (end - begin) * (search.cost_counter.cost.macs - before) / len(timed.numbers)
     return seconds / search.steps, macs / search.steps
 
 
@@ -152,11 +152,14 @@ class _Counting:
 
 
 def _of_finding(
-    experiment: Experiment, search: SearchContext, judge: Judge, strategy: Strategy | None
+    experiment: Experiment,
+    search: SearchContext,
+    evaluator: SupernetEvaluator,
+    strategy: Strategy | None,
 ) -> Estimate:
     """What comes after the training: finding, ranking, scoring random architectures."""
-    config, meter = experiment.search, search.meter
-    assert meter is not None
+    config, cost_counter = experiment.search, search.cost_counter
+    assert cost_counter is not None
     counting = _Counting(search.space)
     search.evaluator = counting
     search.step, search.rng = search.steps, np.random.default_rng([experiment.seed, search.steps])
@@ -166,18 +169,18 @@ def _of_finding(
         if finder is not None
         else strategy and strategy.propose(search, config.candidates)
     )
-    proposals = found or random_within(search, 1, search.rng)
-    of_part = image_counts(judge)[1]
+    proposals = found or sample_feasible(search, 1, search.rng)
+    of_part = image_counts(evaluator)[1]
     for _ in counting.known:
-        meter.judge(proposals[0], of_part)
-    comparison = compared_with(search, judge, proposals)
-    costs = _costs_of_judging(judge, proposals[0])
-    estimated = min(config.recalibration_images, len(judge.train))
+        cost_counter.count_evaluation(proposals[0], of_part)
+    comparison = compared_with(search, evaluator, proposals)
+    costs = _costs_of_judging(evaluator, proposals[0])
+    estimated = min(config.recalibration_images, len(evaluator.train))
     recalibration = costs.extraction + estimated * costs.estimating
-    full = recalibration + len(judge.held_out) * costs.judging
-    part = recalibration + min(len(judge.held_out), config.evaluation_images) * costs.judging
+    full = recalibration + len(evaluator.held_out) * costs.evaluating
+    part = recalibration + min(len(evaluator.held_out), config.evaluation_images) * costs.evaluating
     parts = (
-        Part("reading images", estimated + len(judge.held_out), costs.reading),
+        Part("reading images", estimated + len(evaluator.held_out), costs.reading),
         Part("finding", len(counting.known), part),
         Part("ranking", len(proposals), full),
         Part(
@@ -186,8 +189,10 @@ def _of_finding(
             full,
         ),
     )
-    kept = costs.image_bytes * estimated + min(KEPT_BYTES, costs.image_bytes * len(judge.held_out))
-    weights_bytes = sum(tensor.nbytes for tensor in judge.supernet.state_dict().values())
+    kept = costs.image_bytes * estimated + min(
+        KEPT_BYTES, costs.image_bytes * len(evaluator.held_out)
+    )
+    weights_bytes = sum(tensor.nbytes for tensor in evaluator.supernet.state_dict().values())
     trained_bytes = weights_bytes if config.weights is None else 0
     network_bytes = 4.0 * search.space.decode(proposals[0]).params
     return Estimate(
@@ -200,36 +205,40 @@ def _of_finding(
 @dataclass(frozen=True)
 class _Costs:
     """Seconds of extracting a network, and per image of reading it, of estimating BN
-    statistics and of judging; bytes of an image.
+    statistics and of evaluating; bytes of an image.
     """
 
     extraction: float
     reading: float
     estimating: float
-    judging: float
+    evaluating: float
     image_bytes: int
 
 
-def _costs_of_judging(judge: Judge, picks: Picks) -> _Costs:
+def _costs_of_judging(evaluator: SupernetEvaluator, picks: Picks) -> _Costs:
     watch = Stopwatch(math.inf)
     networks = []
-    extraction = watch.once(lambda: networks.append(judge.supernet.extract(picks)))
+    extraction = watch.once(lambda: networks.append(evaluator.supernet.extract(picks)))
     network = networks[0]
     network.to(memory_format=torch.channels_last)
     device, size_px = next(network.parameters()).device, network.arch.resolution
-    size = 4 * judge.config.batch_size
-    few, _ = next(evaluation_batches(judge.held_out, size, limit=FEW, workers=judge.workers))
+    size = 4 * evaluator.config.batch_size
+    few, _ = next(
+        evaluation_batches(evaluator.held_out, size, limit=FEW, workers=evaluator.workers)
+    )
     warm = watch.once(lambda: recalibrate(network, [placed(few, device, size_px)])) / len(few)
-    count = min(len(judge.held_out), size, max(len(few), int(JUDGING / 3 / warm)))
+    count = min(len(evaluator.held_out), size, max(len(few), int(JUDGING / 3 / warm)))
     batches: list[Batch] = []
     reading = watch.once(
         lambda: batches.extend(
-            evaluation_batches(judge.held_out, size, limit=count, workers=judge.workers)
+            evaluation_batches(evaluator.held_out, size, limit=count, workers=evaluator.workers)
         )
     )
-    x_NCHW = placed(batches[0][0][: judge.config.batch_size], device, size_px)
+    x_NCHW = placed(batches[0][0][: evaluator.config.batch_size], device, size_px)
     estimating = watch.once(lambda: recalibrate(network, [x_NCHW]))
-    judging = watch.once(lambda: judge.quality.of_network(network, judge.held_out, batches, count))
+    evaluating = watch.once(
+        lambda: evaluator.quality.of_network(network, evaluator.held_out, batches, count)
+    )
     return _Costs(
-        extraction, reading / count, estimating / len(x_NCHW), judging / count, few[0].nbytes
+        extraction, reading / count, estimating / len(x_NCHW), evaluating / count, few[0].nbytes
     )

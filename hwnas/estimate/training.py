@@ -40,7 +40,7 @@ def of_training(ctx: Context) -> Estimate:
     saving, checkpoint_bytes = checkpoints(engine, steps, experiment.checkpoint_seconds, watch)
     ctx.test_images = len(training.test)
     count = min(TESTED, ctx.test_images)
-    network = engine.averaged
+    network = engine.ema_model
     assert isinstance(network, Network)
     how = Evaluation(experiment.train.batch_size, count, experiment.data.workers)
     each_image = (

@@ -30,8 +30,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -44,7 +42,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.core.metric import ACCURACY, AP
 from hwnas.data.images import Images
-from hwnas.document import Document, file_sha256, write_atomic
+from hwnas.document import Document, Record, file_sha256, write_atomic
 from hwnas.errors import DocumentError
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, labels_text
@@ -54,11 +52,7 @@ from hwnas.export.target import Target, target
 from hwnas.task import Output, Parity, Task, task_named
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileInput(_Part):
+class FileInput(Record):
     """What a file takes: one image, of batch 1. ``range`` has the smallest and the
     largest value that any channel can have.
     """
@@ -71,7 +65,7 @@ class FileInput(_Part):
     meaning: str
 
 
-class BundleFile(_Part):
+class BundleFile(Record):
     """One exported file. Older bundles do not say what all files take and return."""
 
     name: str
@@ -90,7 +84,7 @@ class BundleFile(_Part):
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
-class TextFile(_Part):
+class TextFile(Record):
     """A file beside the models."""
 
     name: str
@@ -98,7 +92,7 @@ class TextFile(_Part):
     sha256: str
 
 
-class CalibrationPart(_Part):
+class CalibrationPart(Record):
     """How the score calibration in the metadata of a classifier's TFLite files was
     fitted (``score_calibration`` has the formula).
     """
@@ -110,7 +104,7 @@ class CalibrationPart(_Part):
     offsets: tuple[float, ...]
 
 
-class Preprocessing(_Part):
+class Preprocessing(Record):
     """From an RGB or grey image to the network's input: resize, scale to 0..1, subtract
     ``mean``, divide by ``std``.
 
@@ -152,7 +146,7 @@ class Preprocessing(_Part):
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
-class DetectorPart(_Part):
+class DetectorPart(Record):
     """How to read a detector's files. ``post_processing`` is what those without it in
     the graph still need.
     """

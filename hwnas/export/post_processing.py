@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Found = tuple[Floats, Floats, npt.NDArray[np.int64]]
+DetectionArrays = tuple[Floats, Floats, npt.NDArray[np.int64]]
 """Boxes [D, 4], scores [D], classes [D]."""
-Reader = Callable[[Floats, "dict[str, Any]", int, int], Found]
+Reader = Callable[[Floats, "dict[str, Any]", int, int], DetectionArrays]
 """Outputs of one image, the bundle's post-processing, resolution of the input, number
 of classes -> detections.
 """
@@ -41,8 +41,8 @@ def post_process(
     nms_iou: float,
     candidates: int,
     detections_per_image: int,
-) -> Found:
-    """Detections of one image. ``detections`` is the row of a ``decoded`` file: [1,
+) -> DetectionArrays:
+    """DetectionArrays of one image. ``detections`` is the row of a ``decoded`` file: [1,
     anchors, 4 + classes] or [anchors, 4 + classes].
 
     Per class the ``candidates`` best above ``min_score``; of those that overlap by more
@@ -119,7 +119,7 @@ def iou(boxes: Floats) -> Floats:
 
 def read_decoded(
     row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
-) -> Found:
+) -> DetectionArrays:
     """The outputs of a ``decoded`` file for one image, [anchors * (4 + classes)] in any
     shape. ``post_processing`` is the bundle's.
     """
@@ -133,7 +133,9 @@ def read_decoded(
     )
 
 
-def read_nms(row: Floats, post_processing: dict[str, Any], resolution: int, classes: int) -> Found:
+def read_nms(
+    row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
+) -> DetectionArrays:
     """The outputs of an ``nms`` file for one image, [D * 6] in any shape: x1, y1, x2,
     y2, score, class.
     """
@@ -144,7 +146,7 @@ def read_nms(row: Floats, post_processing: dict[str, Any], resolution: int, clas
 
 def read_tasks(
     row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
-) -> Found:
+) -> DetectionArrays:
     """The outputs of a ``tasks`` file for one image, flattened one after another: boxes
     [D * 4] (ymin, xmin, ymax, xmax in parts of the model's input), classes [D], scores
     [D] and the number of detections. Boxes are cut off at its edges, as the op does
@@ -159,7 +161,7 @@ def read_tasks(
     return _valid(np.clip(boxes * resolution, 0, resolution), scores, labels, classes)
 
 
-def _valid(boxes: Floats, scores: Floats, labels: Floats, classes: int) -> Found:
+def _valid(boxes: Floats, scores: Floats, labels: Floats, classes: int) -> DetectionArrays:
     """Without the rows that fill up, and without those of a class that there is not."""
     real = (scores > 0) & (labels >= 0) & (labels < classes)
     return boxes[real], scores[real], labels[real].astype(np.int64)

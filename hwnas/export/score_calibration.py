@@ -53,10 +53,10 @@ class ScoreCalibration:
         >>> ScoreCalibration((2.0,), (-1.0,), "IDENTITY").apply(np.array([[0.5]])).tolist()
         [[0.5]]
         """
-        evidence = _transformed(scores.astype(np.float64), self.transformation) * np.array(
+        context = _transformed(scores.astype(np.float64), self.transformation) * np.array(
             self.slopes
         ) + np.array(self.offsets)
-        calibrated: Floats = 1 / (1 + np.exp(-evidence))
+        calibrated: Floats = 1 / (1 + np.exp(-context))
         return calibrated
 
 
@@ -72,14 +72,14 @@ def fit(
     """
     if not len(scores):
         raise ExportError("Score calibration needs at least one image")
-    evidence, right = _transformed(scores.astype(np.float64), transformation), np.asarray(labels)
-    fitted = [_platt(evidence[:, label], right == label) for label in range(scores.shape[1])]
+    context, right = _transformed(scores.astype(np.float64), transformation), np.asarray(labels)
+    fitted = [_platt(context[:, label], right == label) for label in range(scores.shape[1])]
     return ScoreCalibration(
         tuple(slope for slope, _ in fitted), tuple(offset for _, offset in fitted), transformation
     )
 
 
-def _platt(evidence: Floats, is_label: npt.NDArray[np.bool_]) -> tuple[float, float]:
+def _platt(context: Floats, is_label: npt.NDArray[np.bool_]) -> tuple[float, float]:
     """Slope and offset of the sigmoid whose cross-entropy with Platt's targets is least."""
     from sklearn.linear_model import LogisticRegression
 
@@ -88,10 +88,10 @@ def _platt(evidence: Floats, is_label: npt.NDArray[np.bool_]) -> tuple[float, fl
     targets = np.where(is_label, (positives + 1) / (positives + 2), 1 / (negatives + 2))
     # A target of 0.9 is nine tenths of an image that shows the label, and a tenth of
     # one that does not.
-    twice, classes = np.concatenate([evidence, evidence])[:, None], np.repeat([1, 0], len(evidence))
+    twice, classes = np.concatenate([context, context])[:, None], np.repeat([1, 0], len(context))
     weights = np.concatenate([targets, 1 - targets])
     # the solver stops by the size of gradients, so scores get one scale
-    spread = float(evidence.std()) or 1.0
+    spread = float(context.std()) or 1.0
     model = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(
         twice / spread, classes, sample_weight=weights
     )

@@ -56,16 +56,16 @@ def run(ctx: StageContext, predict: Predict) -> None:
     _check_kind(network, task)
     bundle = _exported(ctx, network, task, predict)
     bundle.save(ctx.folder / "bundle.json")
-    ctx.progress.say(f"PyTorch: {task.said(dict(bundle.metrics), bundle.test_images)}")
+    ctx.progress.info(f"PyTorch: {task.said(dict(bundle.metrics), bundle.test_images)}")
     for file in bundle.files:
-        ctx.progress.say(
+        ctx.progress.info(
             f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error"
             f" {file.parity.relative_error:.1e}, same {task.words.answer} on"
             f" {file.parity.agreement:.1%} of {file.parity.images} images"
         )
     for reason in (refused_by_mediapipe(bundle), stretched_by_apps(bundle)):
         if reason is not None:
-            ctx.progress.say(f"note: {reason}")
+            ctx.progress.info(f"note: {reason}")
 
 
 def _check_kind(network: Network, task: Task) -> None:

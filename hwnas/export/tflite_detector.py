@@ -160,10 +160,10 @@ class _Tail:
                 for at, name in enumerate(("background", "object"))
             )
             shape = self.graph.shape(object_)
-            evidence = self.graph.operator(
+            context = self.graph.operator(
                 "SUB", "evidence", [object_, background], shape, schema.SubOptionsT()
             )
-            return self.graph.operator("LOGISTIC", "scores", [evidence], shape)
+            return self.graph.operator("LOGISTIC", "scores", [context], shape)
         options = schema.SoftmaxOptionsT()
         options.beta = 1.0
         shares = self.graph.operator(

@@ -27,16 +27,16 @@ from torch.utils.checkpoint import checkpoint
 
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
-from hwnas.core.cell_plan import NONE, Place
+from hwnas.core.cell_plan import NONE, CellStep
 from hwnas.core.cells import CellSpace
 from hwnas.core.ops import Pool
 from hwnas.core.space import Option
 from hwnas.errors import ConfigError
 from hwnas.nn.blocks import build, initialise
 from hwnas.nn.classifier import ClassificationNetwork
-from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
+from hwnas.nn.shared import Gates, Probes, Supernet, check_proxy_resolution, resized, resolve_config
 
-_MEANINGLESS = {"channels": "first", "operation_on": "node", "wsbn": False, "path_dropout": 0.0}
+UNSUPPORTED = {"channels": "first", "operation_on": "node", "wsbn": False, "path_dropout": 0.0}
 """Settings that say how options share weights, which options of cells do not, and the
 values that leave them off.
 """
@@ -49,7 +49,7 @@ Weighted = tuple[str, Any]
 """An option and its weight, a number or a scalar tensor."""
 
 
-class CellSupernet(SharedNetwork):
+class CellSupernet(Supernet):
     """All networks of a space of cells in one module.
 
     Example:
@@ -64,7 +64,7 @@ class CellSupernet(SharedNetwork):
         self, space: CellSpace, generator: torch.Generator, config: SupernetConfig | None = None
     ) -> None:
         super().__init__()
-        self.config = config = settled(config, "torch")
+        self.config = config = resolve_config(config, "torch")
         self.check(space, config)
         self.space, self.proxy = space, _proxy(space, config)
         self.places = self.proxy.plan(pool_norm=space.skeleton == "darts")
@@ -79,7 +79,7 @@ class CellSupernet(SharedNetwork):
     def check(cls, space: CellSpace, config: SupernetConfig) -> None:
         """Raise ConfigError where a setting has no meaning for cells."""
         check_proxy_resolution(space, config, space.multiple)
-        for key, usual in _MEANINGLESS.items():
+        for key, usual in UNSUPPORTED.items():
             if getattr(config, key) != usual:
                 raise ConfigError(
                     f"search.supernet.{key} = {getattr(config, key)!r} says how blocks in a row"
@@ -92,7 +92,7 @@ class CellSupernet(SharedNetwork):
                     f" {space.name} share no weights: set {usual!r}."
                 )
 
-    def _part(self, place: Place) -> nn.Module:
+    def _part(self, place: CellStep) -> nn.Module:
         """The weights of a place."""
         if place.kind == "op":
             assert place.op is not None
@@ -163,7 +163,7 @@ class CellSupernet(SharedNetwork):
 
     def _made(
         self,
-        place: Place,
+        place: CellStep,
         part: Any,
         read: Sequence[Tensor | None],
         gates: Listed,
@@ -181,7 +181,7 @@ class CellSupernet(SharedNetwork):
         return self._edge(place, part, present[0], gates, skip_dropout)
 
     def _edge(
-        self, place: Place, part: Any, x_NCHW: Tensor, gates: Listed, skip_dropout: float
+        self, place: CellStep, part: Any, x_NCHW: Tensor, gates: Listed, skip_dropout: float
     ) -> Tensor | None:
         """The gated sum of an edge's options."""
         kept = _kept(place, gates)
@@ -279,7 +279,7 @@ class CellSupernet(SharedNetwork):
             if everything or weight.dim() > 1
         ]
 
-    def take_over(self, source: SharedNetwork) -> None:
+    def copy_weights(self, source: Supernet) -> None:
         """Begin with the weights of the super-net of a space that this one's was shrunk
         from: those of the options that are left.
         """
@@ -287,7 +287,7 @@ class CellSupernet(SharedNetwork):
         self.load_state_dict({name: there[name] for name in self.state_dict()})
 
 
-class GrowingSupernet(SharedNetwork):
+class GrowingSupernet(Supernet):
     """Super-nets of one space with more and more cells, each beginning anew (P-DARTS).
     Only the one that is ``grown`` runs and learns.
 
@@ -396,7 +396,7 @@ def with_values(gates: Gates) -> Listed:
     return {key: (gate, gate.tolist()) for key, gate in gates.items()}
 
 
-def _kept(place: Place, gates: Listed) -> Any:
+def _kept(place: CellStep, gates: Listed) -> Any:
     """How much of an edge its node keeps: the sum of the weights of the pairs that it is in."""
     if not place.kept:
         return 1.0
@@ -409,7 +409,7 @@ def _kept(place: Place, gates: Listed) -> Any:
     return sum(gate[i] for i in inside) if _differentiable(gate) else sum(values[i] for i in inside)
 
 
-def _weighted(place: Place, gates: Listed) -> list[Weighted]:
+def _weighted(place: CellStep, gates: Listed) -> list[Weighted]:
     """The options of an edge with a weight, but for ``none``, which adds nothing."""
     if place.key not in gates:
         assert len(place.options) == 1, f"no gate for {place.key}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hwnas.config import SupernetConfig
 from hwnas.core.ir import INPUT, Node
-from hwnas.core.ops import SSD, Extra, Op
+from hwnas.core.ops import ExtraLayer, Op, SSDPredictor
 from hwnas.core.space import MacroSpace
 from hwnas.nn.blocks import place
 from hwnas.nn.detector import (
@@ -88,11 +88,14 @@ class ElasticDetector(ElasticHead):
         widest: dict[str, Op] = {}
         for term in space.terms():
             for op in term.ops:
-                if isinstance(op, Extra | SSD) and op.in_ch >= widest.get(term.slot, op).in_ch:
+                if (
+                    isinstance(op, ExtraLayer | SSDPredictor)
+                    and op.in_ch >= widest.get(term.slot, op).in_ch
+                ):
                     widest[term.slot] = op
         made = [ElasticOp(op, space.bn_eps, sharing) for op in widest.values()]
-        self.extras = nn.ModuleList(module for module in made if isinstance(module.op, Extra))
-        self.heads = nn.ModuleList(module for module in made if isinstance(module.op, SSD))
+        self.extras = nn.ModuleList(module for module in made if isinstance(module.op, ExtraLayer))
+        self.heads = nn.ModuleList(module for module in made if isinstance(module.op, SSDPredictor))
 
     def outputs(self, maps: Maps, tracks: bool = True) -> Outputs:
         """The tapped feature maps with their widths -> class logits [N, anchors,
@@ -135,7 +138,7 @@ class ElasticDetector(ElasticHead):
         """None: it has no classifier."""
         return set()
 
-    def take_over(self, source: ElasticDetector) -> None:
+    def copy_weights(self, source: ElasticDetector) -> None:
         """Begin with all its weights, of the same widths."""
         self.load_state_dict(source.state_dict())
 

@@ -58,7 +58,7 @@ class ElasticHead(nn.Module, ABC):
         """Give a stand-alone network the weights that it uses."""
 
     @abstractmethod
-    def take_over(self, source: Any) -> None:
+    def copy_weights(self, source: Any) -> None:
         """Begin with the weights of another head of its kind, which is as wide or wider."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class ElasticClassifier(nn.Linear, ElasticHead):
         linear.weight.copy_(self.weight[:, : linear.in_features])
         linear.bias.copy_(self.bias)
 
-    def take_over(self, source: ElasticClassifier) -> None:
+    def copy_weights(self, source: ElasticClassifier) -> None:
         """Begin with the first columns of a wider one."""
         self.weight.copy_(source.weight[:, : self.in_features])
         self.bias.copy_(source.bias)

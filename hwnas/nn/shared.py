@@ -1,7 +1,7 @@
 """What a search trains: architectures of a space behind gates, whether they share weights or not.
 
 ``GatedNetworks`` is what all kinds can do: run under gates, and give one of the
-architectures as a network of its own. A ``SharedNetwork`` is a super-net.
+architectures as a network of its own. A ``Supernet`` is a super-net.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hwnas.core.space import Option, SearchSpace, Slot
 from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import save_tensors_atomically
 from hwnas.nn.detector import Outputs
-from hwnas.nn.inheritance import Inherited
 from hwnas.nn.network import Network
+from hwnas.nn.transfer import Transferred
 
 Gates = Mapping[str, Any]
 """Choice key -> weight vector [options], numpy or torch. Options at zero are not executed."""
@@ -87,7 +87,7 @@ class GatedNetworks(nn.Module, ABC):
         """
         raise AssertionError(f"{type(self).__name__} does not grow to {number}")
 
-    def inherit(self, path: Path) -> Inherited:
+    def load_backbone(self, path: Path) -> Transferred:
         """Begin with the weights of every slot that is the same in a super-net's file:
         options, widths, stride and sharing.
 
@@ -96,7 +96,7 @@ class GatedNetworks(nn.Module, ABC):
         """
         raise AssertionError(f"{type(self).__name__} has no slots to take from {path}")
 
-    def take_over(self, source: SharedNetwork) -> None:
+    def copy_weights(self, source: Supernet) -> None:
         """Begin with the weights of the super-net of a space that this one's was shrunk
         from: every network left is what it was.
 
@@ -113,7 +113,7 @@ class GatedNetworks(nn.Module, ABC):
         """Keep what another run can go on with; networks that share nothing leave no file."""
 
 
-class SharedNetwork(GatedNetworks):
+class Supernet(GatedNetworks):
     """All architectures of a space in one module."""
 
     shares = True
@@ -178,7 +178,7 @@ def resized(x_NCHW: Tensor, size: int | None) -> Tensor:
     )
 
 
-def settled(
+def resolve_config(
     config: SupernetConfig | None, initialisation: Literal["he", "torch"]
 ) -> SupernetConfig:
     """The settings with the initialisation that ``auto`` stands for: a file of a

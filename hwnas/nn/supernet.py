@@ -11,7 +11,7 @@ BN uses the statistics of the batch, also when scoring; nothing is tracked unles
 
 *Differences from the papers*: TuNAS masks channels of the widest weights; **slicing**
 computes the same. Shared weights that a step does not touch at all get no decay and no
-momentum, unless ``optimizer.unused`` says so; of those it does touch, the channels
+momentum, unless ``optimizer.inactive_weights`` says so; of those it does touch, the channels
 outside the slice do. A mixture over kernels is averaged before the shared projection,
 as in TuNAS. In a mixture over widths, expansions are relative to the widest, and a BN
 that follows a depthwise convolution of the masked channels (``ds``) scales them up
@@ -36,7 +36,7 @@ from hwnas.core.option import SKIP
 from hwnas.core.space import MacroSpace, Option, SearchSpace, Slot
 from hwnas.core.spaces import parse_space
 from hwnas.errors import CheckpointError, ConfigError
-from hwnas.nn import inheritance
+from hwnas.nn import transfer
 from hwnas.nn.blocks import initialise
 from hwnas.nn.cells import CellSupernet, GrowingSupernet
 from hwnas.nn.checkpoint import load_tensors_checked
@@ -44,15 +44,14 @@ from hwnas.nn.detector import Outputs
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
 from hwnas.nn.elastic_head import ElasticClassifier, ElasticHead
-from hwnas.nn.inheritance import Inherited
 from hwnas.nn.network import Network, network_of
-from hwnas.nn.shared import Gates, Probes, SharedNetwork, check_proxy_resolution, resized, settled
+from hwnas.nn.shared import Gates, Probes, Supernet, check_proxy_resolution, resized, resolve_config
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
+from hwnas.nn.transfer import Transferred
 
 __all__ = [
     "Gates",
     "Probes",
-    "SharedNetwork",
     "Supernet",
     "check_supernet",
     "load_supernet",
@@ -82,11 +81,11 @@ HEADS: Mapping[str, type[ElasticClassifier] | type[ElasticDetector]] = {
 """Task of a space -> what its networks end with."""
 
 
-class Supernet(SharedNetwork):
+class MacroSupernet(Supernet):
     """All architectures of a macro space in one module.
 
     Example:
-        >>> supernet = Supernet(space, torch.Generator().manual_seed(0))      # doctest: +SKIP
+        >>> supernet = MacroSupernet(space, torch.Generator().manual_seed(0))      # doctest: +SKIP
         >>> logits = supernet(images, one_hot(picks, space))            # doctest: +SKIP
     """
 
@@ -97,7 +96,7 @@ class Supernet(SharedNetwork):
         self, space: MacroSpace, generator: torch.Generator, config: SupernetConfig | None = None
     ) -> None:
         super().__init__()
-        self.config = config = settled(config, "he")
+        self.config = config = resolve_config(config, "he")
         self.check(space, config)
         self.space, self.proxy = space, _proxy(space, config)
         kernels = "own" if config.kernels == "auto" else config.kernels
@@ -258,12 +257,12 @@ class Supernet(SharedNetwork):
             for slot, module in zip(self.proxy.slots, self.slots, strict=True)
         }
 
-    def inherit(self, path: Path) -> Inherited:
+    def load_backbone(self, path: Path) -> Transferred:
         """Begin with the weights of every slot that is the same in a super-net's file;
         see ``GatedNetworks``.
         """
         source = read_supernet(path)
-        found = inheritance.inherit(self.by_slot, source.by_slot)
+        found = transfer.load_backbone(self.by_slot, source.by_slot)
         if not found.taken:
             raise ConfigError(
                 f"the super-net {path} of space {source.space.name} has no slot in common with"
@@ -273,11 +272,11 @@ class Supernet(SharedNetwork):
         return found
 
     @torch.no_grad()
-    def take_over(self, source: SharedNetwork) -> None:
+    def copy_weights(self, source: Supernet) -> None:
         """Begin with the weights of the super-net of a space that this one's was shrunk
         from; see ``GatedNetworks``.
         """
-        assert isinstance(source, Supernet)
+        assert isinstance(source, MacroSupernet)
         training = source.training
         source.eval()  # random channels are for training: here the first ones
         there = {slot.key: position for position, slot in enumerate(source.proxy.slots)}
@@ -287,11 +286,13 @@ class Supernet(SharedNetwork):
             numbers = [
                 known.index(self._seen_by(source, there, producer)) for producer in producers
             ]
-            inheritance.take_over(module, theirs[slot.key], numbers)
-        self.head.take_over(source.head)
+            transfer.copy_weights(module, theirs[slot.key], numbers)
+        self.head.copy_weights(source.head)
         source.train(training)
 
-    def _seen_by(self, source: Supernet, there: Mapping[str, int], producer: Producer) -> Producer:
+    def _seen_by(
+        self, source: MacroSupernet, there: Mapping[str, int], producer: Producer
+    ) -> Producer:
         """What ``source``, whose slots are ``there``, calls a producer of this super-net."""
         position, option = producer
         if producer == IMAGE:
@@ -323,7 +324,7 @@ class Supernet(SharedNetwork):
         return path
 
 
-SUPERNETS: Mapping[type[SearchSpace], Any] = {MacroSpace: Supernet, CellSpace: CellSupernet}
+SUPERNETS: Mapping[type[SearchSpace], Any] = {MacroSpace: MacroSupernet, CellSpace: CellSupernet}
 """Kind of space -> its super-net. The other kinds have none."""
 
 GROWING: Mapping[type[SearchSpace], Any] = {CellSpace: GrowingSupernet}
@@ -335,14 +336,14 @@ def make_supernet(
     generator: torch.Generator,
     config: SupernetConfig | None = None,
     growth: Sequence[int] = (),
-) -> SharedNetwork:
+) -> Supernet:
     """The super-net of a space, of the kind that the space is. ``growth``: cells of
     each stage in those that follow one another.
     """
     if growth:
-        growing: SharedNetwork = GROWING[type(space)](space, generator, config, growth)
+        growing: Supernet = GROWING[type(space)](space, generator, config, growth)
         return growing
-    supernet: SharedNetwork = SUPERNETS[type(space)](space, generator, config)
+    supernet: Supernet = SUPERNETS[type(space)](space, generator, config)
     return supernet
 
 
@@ -353,7 +354,7 @@ def check_supernet(space: SearchSpace, config: SupernetConfig) -> None:
         kind.check(space, config)
 
 
-def read_supernet(path: Path) -> SharedNetwork:
+def read_supernet(path: Path) -> Supernet:
     """The super-net of a file. Raises CheckpointError where the file is corrupt, or no
     super-net's.
     """
@@ -373,7 +374,7 @@ def read_supernet(path: Path) -> SharedNetwork:
     return supernet
 
 
-def load_supernet(path: Path, space: SearchSpace) -> SharedNetwork:
+def load_supernet(path: Path, space: SearchSpace) -> Supernet:
     """The super-net of a file, for ``space``. Raises CheckpointError where the file is
     corrupt, ConfigError where the space differs.
     """

@@ -99,18 +99,18 @@ class Profile(Stage):
         table.save(ctx.folder / "table.json")
         held_out = table.calibration.held_out if table.calibration else None
         if "more_networks" in table.provenance:
-            ctx.progress.say(
+            ctx.progress.info(
                 f"table of {len(table.entries)} ops fitted to whole networks:"
                 f" {table.provenance['more_networks']}"
             )
         elif held_out is not None:
-            ctx.progress.say(
+            ctx.progress.info(
                 f"table of {len(table.entries)} ops; {held_out.networks} held-out networks: mean"
                 f" error {held_out.mape:.1%}, largest {held_out.max_error:.1%} (uncalibrated sum:"
                 f" {held_out.raw_mape:.1%})"
             )
         for line in describe_networks(self.networks, table):
-            ctx.progress.say(line)
+            ctx.progress.info(line)
 
 
 def profile(
@@ -269,13 +269,13 @@ def _range(values: list[float | str]) -> str:
 def _warn(found: dict[str, Entry], progress: Progress) -> None:
     noisy = [name for name, entry in found.items() if entry.noisy]
     if noisy:
-        progress.warn(
+        progress.warning(
             f"{len(noisy)} of {len(found)} entries stayed noisy and are flagged:"
             f" {', '.join(noisy[:3])}."
         )
     slow = [name for name, entry in found.items() if entry.delegated is False]
     if slow:
-        progress.warn(
+        progress.warning(
             f"the delegate did not take {len(slow)} of {len(found)} models whole, so slower kernels"
             f" ran: {', '.join(slow[:3])}."
         )

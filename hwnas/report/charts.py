@@ -41,7 +41,7 @@ def pareto(search: SearchResult) -> Markup:
         )
         axes.axvline(search.target / unit.scale, color=LIGHT["orange"], lw=1.2, zorder=1)
         groups: tuple[tuple[str, tuple[Candidate, ...], dict[str, Any]], ...] = (
-            ("random, anywhere", search.spread, {"marker": "x", "color": LIGHT["muted"]}),
+            ("random, anywhere", search.random_anywhere, {"marker": "x", "color": LIGHT["muted"]}),
             (
                 "random, in the budget",
                 search.random,
@@ -73,7 +73,8 @@ def pareto(search: SearchResult) -> Markup:
                 )
                 axes.scatter(*points, label=label, **{"s": 42, "zorder": 3, **look})
         costs = [
-            c.predicted / unit.scale for c in (*search.candidates, *search.random, *search.spread)
+            c.predicted / unit.scale
+            for c in (*search.candidates, *search.random, *search.random_anywhere)
         ]
         left, right = min(*costs, low), max(*costs, high)
         axes.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))

@@ -25,7 +25,7 @@ class MethodRow:
 
 
 @dataclass(frozen=True)
-class DuelRow:
+class PairwiseRow:
     """A method, and its probability to beat each other one, with the p-value below; an
     empty cell for itself.
     """
@@ -70,25 +70,25 @@ def _cells(study: CompareStudy, method: MethodResult) -> tuple[tuple[str, str], 
         ),
         (f"{100 * method.regret:.2f}", ""),
         (f"{method.cost:.3g}", f"{sum(seconds) / len(seconds):.0f} s" if seconds else ""),
-        _chance(method.beats_one),
+        _chance(method.p_better_than_one),
         (
-            _chance(method.beats_equal)[0],
-            f"of {method.equal.trainings}, {_chance(method.beats_equal)[1]}",
+            _chance(method.p_better_than_random)[0],
+            f"of {method.equal.trainings}, {_chance(method.p_better_than_random)[1]}",
         ),
     )
 
 
-def duel_rows(study: CompareStudy) -> list[DuelRow]:
+def pairwise_rows(study: CompareStudy) -> list[PairwiseRow]:
     """Every method against every other, in order."""
     names = [method.name for method in ordered(study) if method.found]
     cells = {}
-    for duel in study.duels:
-        p = f"p = {duel.p_value:.3g}"
-        assert duel.beats.value is not None
-        cells[duel.first, duel.second] = f"{duel.beats.value:.2f}", p
-        cells[duel.second, duel.first] = f"{1 - duel.beats.value:.2f}", p
+    for pair in study.pairwise:
+        p = f"p = {pair.p_value:.3g}"
+        assert pair.beats.value is not None
+        cells[pair.first, pair.second] = f"{pair.beats.value:.2f}", p
+        cells[pair.second, pair.first] = f"{1 - pair.beats.value:.2f}", p
     return [
-        DuelRow(name, tuple(cells.get((name, other), ("", "")) for other in names))
+        PairwiseRow(name, tuple(cells.get((name, other), ("", "")) for other in names))
         for name in names
     ]
 

@@ -30,10 +30,10 @@ def architecture(places: Sequence[Placed], ms: Sequence[float | None]) -> Markup
     ``ms`` holds each place's latency (None: unknown, or skipped); without any, the
     strip of costs is left out.
     """
-    priced = any(value is not None for value in ms)
+    has_costs = any(value is not None for value in ms)
     pitch = min(56.0, max(34.0, (FULL - GUTTER) / len(places)))
     width = GUTTER + pitch * len(places)
-    height = LEGEND + BARS + LABELS + (COSTS if priced else 0)
+    height = LEGEND + BARS + LABELS + (COSTS if has_costs else 0)
     with canvas(width, height, arranged=False) as figure:
 
         def panel(top: float, part: float) -> Axes:
@@ -45,7 +45,7 @@ def architecture(places: Sequence[Placed], ms: Sequence[float | None]) -> Markup
         _legend(panel(0, LEGEND), places, GUTTER / pitch, pitch)
         _bars(panel(LEGEND, BARS), places)
         _labels(panel(LEGEND + BARS, LABELS), places, GUTTER / pitch)
-        if priced:
+        if has_costs:
             _costs(panel(LEGEND + BARS + LABELS, COSTS), ms, GUTTER / pitch)
         return inline_svg(figure, "architecture", describe(places))
 

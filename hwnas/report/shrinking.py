@@ -9,11 +9,11 @@ from itertools import pairwise
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from hwnas.core.describe import counted
+from hwnas.core.describe import format_count
 from hwnas.report.charts import FULL
 from hwnas.report.style import LIGHT, canvas, inline_svg
 from hwnas.study.documents import Remaining, ShrinkCurve, ShrinkPath, ShrinkStudy
-from hwnas.study.remaining import shown
+from hwnas.study.shrink_eval import shown
 
 LOOKS = (("blue", "o"), ("orange", "s"), ("green", "^"), ("red", "D"), ("ink", "v"))
 """Colour and marker of each metric in turn."""
@@ -79,7 +79,7 @@ def rows(study: ShrinkStudy) -> list[ShrinkRow]:
 
 def _row(path: ShrinkPath, curve: ShrinkCurve | None) -> ShrinkRow:
     sizes = _arrows(
-        counted(size)
+        format_count(size)
         for size in (
             *(step.size for step in path.steps[:1]),
             *(step.size_after for step in path.steps),

@@ -70,7 +70,7 @@ def run(ctx: StageContext, space: SearchSpace, table_path: Path) -> None:
     """Write ``report.html`` from what the run folder holds."""
     page = render(read(ctx, space, table_path))
     write_atomic(ctx.folder / "report.html", page.encode())
-    ctx.progress.say(f"report: {ctx.folder / 'report.html'}")
+    ctx.progress.info(f"report: {ctx.folder / 'report.html'}")
 
 
 def render(documents: RunDocuments) -> str:
@@ -116,7 +116,9 @@ def render(documents: RunDocuments) -> str:
         methods=(
             comparing.method_rows(documents.comparison) if documents.comparison is not None else []
         ),
-        duels=comparing.duel_rows(documents.comparison) if documents.comparison is not None else [],
+        pairwise=comparing.pairwise_rows(documents.comparison)
+        if documents.comparison is not None
+        else [],
         shrunk=shrinking.rows(documents.shrinking) if documents.shrinking is not None else [],
         config=json.dumps(
             documents.experiment.model_dump(mode="json", by_alias=True),
@@ -326,9 +328,9 @@ def block_rows(documents: RunDocuments) -> list[BlockRow]:
 
 def block_prices(documents: RunDocuments) -> list[float | None]:
     """The table's entry of each place; None where a slot is skipped or the table has none."""
-    priced = documents.table.entries if documents.table is not None else {}
+    entries = documents.table.entries if documents.table is not None else {}
     return [
-        priced[place.op.key].ms if place.op is not None and place.op.key in priced else None
+        entries[place.op.key].ms if place.op is not None and place.op.key in entries else None
         for place in documents.places()
     ]
 

@@ -40,7 +40,7 @@ SHRINK_METRICS = Registry(
         "random": "hwnas.search.shrinking:Random",
     },
 )
-"""By what a space is shrunk: ``hwnas.search.shrinking.Metric``."""
+"""By what a space is shrunk: ``hwnas.search.shrinking.ShrinkMetric``."""
 
 
 def check_space(strategy: str, space: SearchSpace) -> None:

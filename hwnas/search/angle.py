@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from hwnas.core.space import Option
 from hwnas.nn.classifier import ClassificationNetwork
-from hwnas.nn.supernet import SharedNetwork, make_supernet
+from hwnas.nn.supernet import Supernet, make_supernet
 
 Moments = tuple[float, float, float]
 """<a, b>, <a, a>, <b, b> of two vectors: what an angle is made of. Those of a
@@ -79,7 +79,7 @@ class Angles:
         0.4171
     """
 
-    def __init__(self, initial: SharedNetwork, trained: SharedNetwork) -> None:
+    def __init__(self, initial: Supernet, trained: Supernet) -> None:
         # random channels are for training
         self.initial, self.trained = initial.eval(), trained.eval()
         self._known: dict[Hashable, Moments] = {}
@@ -99,7 +99,7 @@ class Angles:
         return self._known[part]
 
 
-def initial_supernet(supernet: SharedNetwork, seed: int) -> SharedNetwork:
+def initial_supernet(supernet: Supernet, seed: int) -> Supernet:
     """A trained super-net as it was when ``seed`` initialised it."""
     fresh = make_supernet(supernet.space, torch.Generator().manual_seed(seed), supernet.config)
     return fresh.to(next(supernet.parameters()).device).eval()

@@ -9,7 +9,7 @@ a short search that can take as long as the search. Where ``search.random_sample
 not set, there are so many of them that ranking and scoring cost at most ``SHARE`` of
 what the search cost, but never fewer than ``FEWEST``: less would say nothing of chance.
 
-The cost is counted in multiply-accumulates (``meter``) and not timed, so it is the same
+The cost is counted in multiply-accumulates (``cost_counter``) and not timed, so it is the same
 on every machine and after every kill.
 """
 
@@ -22,9 +22,9 @@ import numpy as np
 
 from hwnas.core.arch import Picks
 from hwnas.progress import duration
-from hwnas.search.judge import Judge
-from hwnas.search.meter import Meter
-from hwnas.search.proposal import random_within
+from hwnas.search.cost_counter import CostCounter
+from hwnas.search.evaluator import SupernetEvaluator
+from hwnas.search.proposal import sample_feasible
 from hwnas.search.strategy import SearchContext
 
 SHARE = 0.2
@@ -44,43 +44,51 @@ class Comparison:
     sentence: str
 
 
-def compared_with(search: SearchContext, judge: Judge, proposals: Sequence[Picks]) -> Comparison:
+def compared_with(
+    search: SearchContext, evaluator: SupernetEvaluator, proposals: Sequence[Picks]
+) -> Comparison:
     """What to score beside the proposals of a search that is over. Networks that were
     trained alone say nothing about others.
     """
-    meter, config, space = search.meter, judge.config, search.space
-    assert meter is not None
-    spent = meter.cost.macs
-    of_all, of_part = image_counts(judge)
-    ranking = sum(meter.judging(picks, of_all) for picks in proposals)
+    cost_counter, config, space = search.cost_counter, evaluator.config, search.space
+    assert cost_counter is not None
+    spent = cost_counter.cost.macs
+    of_all, of_part = image_counts(evaluator)
+    ranking = sum(cost_counter.evaluation_macs(picks, of_all) for picks in proposals)
     most = config.random_samples if config.random_samples is not None else MOST
     within: list[Picks] = []
     anywhere: list[Picks] = []
-    if judge.supernet.shares:
-        within = random_within(search, most, search.rng)
+    if evaluator.supernet.shares:
+        within = sample_feasible(search, most, search.rng)
         anywhere = [space.sample(search.rng) for _ in range(most)]
     count = most
     if config.random_samples is None:
         count = affordable(
-            SHARE * spent - ranking, _costs(meter, within, of_all), _costs(meter, anywhere, of_part)
+            SHARE * spent - ranking,
+            _costs(cost_counter, within, of_all),
+            _costs(cost_counter, anywhere, of_part),
         )
     within, anywhere = within[:count], anywhere[:count]
-    total = ranking + sum(_costs(meter, within, of_all)) + sum(_costs(meter, anywhere, of_part))
+    total = (
+        ranking
+        + sum(_costs(cost_counter, within, of_all))
+        + sum(_costs(cost_counter, anywhere, of_part))
+    )
     return Comparison(
         within,
         anywhere,
         _sentence(
-            search, judge, (len(proposals), len(within), len(anywhere)), total / max(spent, 1)
+            search, evaluator, (len(proposals), len(within), len(anywhere)), total / max(spent, 1)
         ),
     )
 
 
-def image_counts(judge: Judge) -> tuple[int, int]:
-    """Images that pass through a network that is judged on all held-out images, and on
+def image_counts(evaluator: SupernetEvaluator) -> tuple[int, int]:
+    """Images that pass through a network that is evaluated on all held-out images, and on
     ``search.evaluation_images`` of them.
     """
-    estimating, held_out = judge.config.recalibration_images, len(judge.held_out)
-    return estimating + held_out, estimating + min(held_out, judge.config.evaluation_images)
+    estimating, held_out = evaluator.config.recalibration_images, len(evaluator.held_out)
+    return estimating + held_out, estimating + min(held_out, evaluator.config.evaluation_images)
 
 
 def affordable(left: float, within: Sequence[float], anywhere: Sequence[float]) -> int:
@@ -94,15 +102,18 @@ def affordable(left: float, within: Sequence[float], anywhere: Sequence[float]) 
     return max(FEWEST, int(np.searchsorted(np.cumsum(sums), left, side="right")))
 
 
-def _costs(meter: Meter, architectures: Sequence[Picks], images: int) -> list[float]:
-    return [meter.judging(picks, images) for picks in architectures]
+def _costs(cost_counter: CostCounter, architectures: Sequence[Picks], images: int) -> list[float]:
+    return [cost_counter.evaluation_macs(picks, images) for picks in architectures]
 
 
 def _sentence(
-    search: SearchContext, judge: Judge, counts: tuple[int, int, int], share: float
+    search: SearchContext, evaluator: SupernetEvaluator, counts: tuple[int, int, int], share: float
 ) -> str:
     proposals, within, anywhere = counts
-    images, part = len(judge.held_out), min(len(judge.held_out), judge.config.evaluation_images)
+    images, part = (
+        len(evaluator.held_out),
+        min(len(evaluator.held_out), evaluator.config.evaluation_images),
+    )
     scoring = f" and scoring {within} random architectures in the budget" if within else ""
     cloud = f", and {anywhere} anywhere on {part:,}" if anywhere else ""
     about = f"about {duration(share * search.seconds)}, " if search.seconds else ""

@@ -55,8 +55,8 @@ from hwnas.core.arch import Picks
 from hwnas.core.objective import penalised
 from hwnas.core.space import SearchSpace
 from hwnas.search.alphas import Alphas, refuse_resolutions
-from hwnas.search.genotype import all_edges, any_pair, derived
-from hwnas.search.proposal import likely_within
+from hwnas.search.genotype import all_edges, any_pair, derive_cell
+from hwnas.search.proposal import propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 
@@ -145,7 +145,7 @@ class DARTS(Strategy):
             held_out = ctx.loss(
                 all_edges(ctx.space, mixture), order=self.config.order, skip_dropout=dropout
             )
-            expected = ctx.cost.expected(any_pair(ctx.space, mixture), torch)
+            expected = ctx.cost_model.expected(any_pair(ctx.space, mixture), torch)
             self.alphas.update(
                 penalised(
                     held_out, expected, ctx.target, "absolute", scale=self.config.latency_weight
@@ -155,14 +155,18 @@ class DARTS(Strategy):
         with torch.no_grad():
             mixture = self.alphas.softmax()
         metrics |= ctx.train(_arrays(all_edges(ctx.space, mixture)), skip_dropout=dropout)
-        expected_ms = float(ctx.cost.expected(_arrays(any_pair(ctx.space, mixture))))
-        return {**metrics, "entropy": self.alphas.entropy(), ctx.cost.unit.expected: expected_ms}
+        expected_ms = float(ctx.cost_model.expected(_arrays(any_pair(ctx.space, mixture))))
+        return {
+            **metrics,
+            "entropy": self.alphas.entropy(),
+            ctx.cost_model.unit.expected: expected_ms,
+        }
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The argmax first, where it is within the tolerance, then likely samples of
         the softmax that are.
         """
-        return likely_within(ctx, derived(ctx.space, self.alphas.policy()), count)
+        return propose_feasible(ctx, derive_cell(ctx.space, self.alphas.policy()), count)
 
     def state_dict(self) -> dict[str, Any]:
         """Alpha and the stage."""

@@ -7,12 +7,12 @@ generations:
 
     P_0 = random architectures in C
     for i in 0 .. T - 1:
-        judge P_i by recalibrated accuracy;  Top = the best k of P_0 .. P_i
+        evaluator P_i by recalibrated accuracy;  Top = the best k of P_0 .. P_i
         P_{i+1} = n children of crossover(Top) in C, and m of mutation(Top, p) in C
 
 Crossover takes every choice from one of two random parents; mutation replaces every
 choice of one with probability p by a uniform one. Children outside C, and architectures
-judged before, are rejected. Defaults are the paper's: T = 20, P = 50, k = 10, n = m =
+evaluated before, are rejected. Defaults are the paper's: T = 20, P = 50, k = 10, n = m =
 25, p = 0.1; at most 10 children are drawn for each that is wanted (the code's bound),
 then random architectures fill up.
 
@@ -26,7 +26,7 @@ evaluated, and 50,000 evaluations are many.
 
 - The constraint is the target's tolerance on both sides, and every limit, where the
   papers bound cost from above only. It may be so narrow that few children meet it;
-  children that miss are then moved into the budget (``towards_target``) before random
+  children that miss are then moved into the budget (``repair``) before random
   architectures fill up.
 - Ranked by the objective at the architecture's latency, not by accuracy alone; within
   the tolerance they nearly agree.
@@ -42,9 +42,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.core.arch import Picks
+from hwnas.search.budget import repair
 from hwnas.search.finder import Finder, Leaderboard
-from hwnas.search.proposal import random_within, uniform_index, within_target
-from hwnas.search.steering import towards_target
+from hwnas.search.proposal import is_feasible, sample_feasible, uniform_index
 from hwnas.search.strategy import SearchContext
 
 TRIES = 10
@@ -57,7 +57,7 @@ class EvolutionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     generations: int = Field(
-        20, ge=1, description="populations judged, the random first one counted"
+        20, ge=1, description="populations evaluated, the random first one counted"
     )
     population: int = Field(50, ge=1, description="random architectures in the first generation")
     parents: int = Field(10, ge=1, description="best architectures so far that have children")
@@ -93,10 +93,10 @@ class Evolution(Finder):
         )
         with ctx.progress.task("evolution", total) as task:
             board = Leaderboard(ctx, task)
-            generation = random_within(ctx, config.population, ctx.rng)
+            generation = sample_feasible(ctx, config.population, ctx.rng)
             for number in range(config.generations):
                 for picks in generation:
-                    board.judge(picks)
+                    board.evaluate(picks)
                 if not len(board) or number == config.generations - 1:
                     break
                 generation = self._children(ctx, board)
@@ -118,14 +118,14 @@ class Evolution(Finder):
             )
             _adopt(
                 ctx,
-                towards_target(ctx, bred_NC[~within_target(ctx, bred_NC)]),
+                repair(ctx, bred_NC[~is_feasible(ctx, bred_NC)]),
                 missing,
                 board,
                 children,
             )
         missing = mutations + crossovers - len(children)
         if missing:
-            strangers = random_within(ctx, mutations + crossovers, ctx.rng)
+            strangers = sample_feasible(ctx, mutations + crossovers, ctx.rng)
             _adopt(ctx, [ctx.space.index(picks) for picks in strangers], missing, board, children)
         return list(children.values())
 
@@ -161,11 +161,11 @@ def _adopt(
     children: dict[str, Picks],
 ) -> None:
     """Add up to ``wanted`` of the rows to ``children``, in order: those within the
-    budget, not judged before and not there yet.
+    budget, not evaluated before and not there yet.
     """
     rows_NC = np.array(rows, dtype=np.int64).reshape(-1, len(ctx.space.choices))
     full = len(children) + wanted
-    for row in rows_NC[within_target(ctx, rows_NC)] if len(rows_NC) else rows_NC:
+    for row in rows_NC[is_feasible(ctx, rows_NC)] if len(rows_NC) else rows_NC:
         if len(children) == full:
             return
         picks = ctx.space.at(row)

@@ -73,7 +73,9 @@ class FairNAS(Strategy):
         metrics = ctx.train(*(one_hot(picks, ctx.space) for picks in paths))
         return {
             **metrics,
-            ctx.cost.unit.quantity: float(np.mean([ctx.cost.of(picks) for picks in paths])),
+            ctx.cost_model.unit.quantity: float(
+                np.mean([ctx.cost_model.cost(picks) for picks in paths])
+            ),
         }
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:

@@ -48,8 +48,8 @@ from hwnas.core.arch import Picks
 from hwnas.core.objective import MICROSECOND_MS, fbnet, penalised
 from hwnas.core.space import SearchSpace
 from hwnas.search.alphas import Alphas, refuse_resolutions
-from hwnas.search.proposal import SAMPLES, Policy, gather_within, likely_within, policy_index
-from hwnas.search.steering import tilted
+from hwnas.search.budget import tilt_policy
+from hwnas.search.proposal import SAMPLES, Policy, gather_feasible, policy_index, propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 EPOCHS = 90
@@ -106,18 +106,18 @@ def gumbel_softmax(
     }
 
 
-def sampled_within(ctx: SearchContext, policy: Policy, count: int) -> list[Picks]:
+def sampled_feasible(ctx: SearchContext, policy: Policy, count: int) -> list[Picks]:
     """Up to ``count`` different architectures within the budget, in the order in which
     they were drawn from a policy.
 
-    Where it holds too few, samples of its ``tilted`` form follow, and then ``likely_within``.
+    Where it holds too few, samples of its ``tilt_policy`` form follow, and then ``propose_feasible``.
     """
     found: dict[bytes, np.ndarray] = {}
-    for each in (policy, tilted(ctx, policy)):
-        gather_within(ctx, policy_index(ctx.space, each, SAMPLES, ctx.rng), found)
+    for each in (policy, tilt_policy(ctx, policy)):
+        gather_feasible(ctx, policy_index(ctx.space, each, SAMPLES, ctx.rng), found)
     if len(found) < count:
-        others = [ctx.space.index(picks) for picks in likely_within(ctx, policy, count)]
-        gather_within(ctx, np.array(others), found)
+        others = [ctx.space.index(picks) for picks in propose_feasible(ctx, policy, count)]
+        gather_feasible(ctx, np.array(others), found)
     return [ctx.space.at(row) for row in list(found.values())[:count]]
 
 
@@ -150,7 +150,9 @@ class FBNet(Strategy):
             weight_decay=config.theta_weight_decay,
         )
         self.with_latency(
-            1.0, ctx.cost.range()[0] / ctx.cost.unit.scale, ctx.target / ctx.cost.unit.scale
+            1.0,
+            ctx.cost_model.range()[0] / ctx.cost_model.unit.scale,
+            ctx.target / ctx.cost_model.unit.scale,
         )
 
     def with_latency(self, loss: Any, latency_ms: Any, target_ms: float) -> Any:
@@ -183,24 +185,24 @@ class FBNet(Strategy):
         metrics = ctx.train({key: mask.detach() for key, mask in masks.items()})
         if self.learns(ctx):
             masks = gumbel_softmax(self.thetas.values, temperature, ctx.rng)
-            loss, latency = ctx.loss(masks), ctx.cost.expected(masks, torch)
-            scale = ctx.cost.unit.scale
+            loss, latency = ctx.loss(masks), ctx.cost_model.expected(masks, torch)
+            scale = ctx.cost_model.unit.scale
             self.thetas.update(self.with_latency(loss, latency / scale, ctx.target / scale))
             metrics |= {
                 "held_out_loss": float(loss.detach()),
-                ctx.cost.unit.quantity: float(latency.detach()),
+                ctx.cost_model.unit.quantity: float(latency.detach()),
             }
-        expected = float(ctx.cost.expected(self.thetas.policy()))
+        expected = float(ctx.cost_model.expected(self.thetas.policy()))
         return {
             **metrics,
             "temperature": temperature,
             "entropy": self.thetas.entropy(),
-            ctx.cost.unit.expected: expected,
+            ctx.cost_model.unit.expected: expected,
         }
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """Samples of P within the budget, in the order drawn, or the likeliest of them."""
-        derive = sampled_within if self.config.derive == "sampled" else likely_within
+        derive = sampled_feasible if self.config.derive == "sampled" else propose_feasible
         return derive(ctx, self.thetas.policy(), count)
 
     def state_dict(self) -> dict[str, Any]:

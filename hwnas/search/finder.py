@@ -30,7 +30,7 @@ class Finder(ABC):
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ScoredPicks:
     """What the super-net says of an architecture: recalibrated quality in 0..1, and the
     objective at its cost.
     """
@@ -42,35 +42,35 @@ class Judgement:
 
 
 class Leaderboard:
-    """Every architecture that a finder has judged, each once, whatever picks name it.
+    """Every architecture that a finder has evaluated, each once, whatever picks name it.
 
     Picks that differ only in slots that are left out decode to one architecture. Each
-    new judgement advances ``task``.
+    new scored advances ``task``.
     """
 
     def __init__(self, ctx: SearchContext, task: Task) -> None:
         self._ctx, self._task = ctx, task
-        self._judged: dict[str, Judgement] = {}
+        self._scored: dict[str, ScoredPicks] = {}
         self._best_reward = -float("inf")
 
     def __len__(self) -> int:
-        return len(self._judged)
+        return len(self._scored)
 
     def __contains__(self, identity: str) -> bool:
-        return identity in self._judged
+        return identity in self._scored
 
-    def judge(self, picks: Picks) -> Judgement:
-        """The judgement of an architecture, by ``ctx.evaluate`` where it is new."""
+    def evaluate(self, picks: Picks) -> ScoredPicks:
+        """The scored of an architecture, by ``ctx.evaluate`` where it is new."""
         identity = self._ctx.space.decode(picks).identity
-        if identity not in self._judged:
-            quality, latency = self._ctx.evaluate(picks), self._ctx.cost.of(picks)
-            judgement = Judgement(picks, latency, quality, self._ctx.reward(quality, latency))
-            self._judged[identity] = judgement
-            self._best_reward = max(self._best_reward, judgement.reward)
+        if identity not in self._scored:
+            quality, latency = self._ctx.evaluate(picks), self._ctx.cost_model.cost(picks)
+            scored = ScoredPicks(picks, latency, quality, self._ctx.reward(quality, latency))
+            self._scored[identity] = scored
+            self._best_reward = max(self._best_reward, scored.reward)
             self._task.advance(note=f"best reward {self._best_reward:.4f}")
-        return self._judged[identity]
+        return self._scored[identity]
 
     def best(self, count: int) -> list[Picks]:
-        """Up to ``count`` architectures, best reward first; of equal ones the first judged."""
-        ranked = sorted(self._judged.values(), key=lambda judgement: -judgement.reward)
-        return [judgement.picks for judgement in ranked[:count]]
+        """Up to ``count`` architectures, best reward first; of equal ones the first evaluated."""
+        ranked = sorted(self._scored.values(), key=lambda scored: -scored.reward)
+        return [scored.picks for scored in ranked[:count]]

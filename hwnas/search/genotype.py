@@ -59,13 +59,13 @@ def any_pair(space: SearchSpace, mixture: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 @singledispatch
-def derived(space: SearchSpace, policy: Policy) -> dict[str, np.ndarray]:
+def derive_cell(space: SearchSpace, policy: Policy) -> dict[str, np.ndarray]:
     """The policy whose argmax is the network that DARTS derives. See the module."""
     del space
     return {key: np.array(p, dtype=float) for key, p in policy.items()}
 
 
-@derived.register
+@derive_cell.register
 def _derived_cell(space: CellSpace, policy: Policy) -> dict[str, np.ndarray]:
     """The edges that its nodes keep, with their options.
 
@@ -74,7 +74,7 @@ def _derived_cell(space: CellSpace, policy: Policy) -> dict[str, np.ndarray]:
         >>> space = darts()
         >>> policy = {choice.key: np.ones(len(choice.options)) / len(choice.options) for choice in space.choices}
         >>> policy["normal.e1-3"][4] = policy["normal.e2-3"][5] = 0.5
-        >>> found = derived(space, policy)
+        >>> found = derive_cell(space, policy)
         >>> [space.inputs["normal.n3.inputs"][found["normal.n3.inputs"].argmax()], found["normal.e2-3"].argmax()]
         ['1+2', 5]
     """

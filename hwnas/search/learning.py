@@ -17,7 +17,7 @@ standard errors.
    the least variance of each; what a finder's choice among many owes to that noise is
    taken off.
 
-A difference counts where its p-value is below 5 %. What cannot be judged (a search of
+A difference counts where its p-value is below 5 %. What cannot be evaluated (a search of
 few steps, few networks) is None.
 """
 
@@ -27,7 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hwnas.core.caution import Caution
 from hwnas.core.metric import ACCURACY, AP, shown, shown_difference, shown_points
@@ -42,6 +42,7 @@ from hwnas.core.statistics import (
     selection_intensity,
     welch,
 )
+from hwnas.document import Record
 
 PART = 0.2
 """Part of the steps that counts as the first or the last of them (ours)."""
@@ -60,17 +61,13 @@ that is told from noise, and still nothing.
 NOTHING = 0.0005
 """A part of a quality that reads as none."""
 
-STILL = 0.05
+MIN_ENTROPY_CHANGE = 0.05
 """Part of its entropy that a policy should have lost or won in a search (ours)."""
 
 Rows = Sequence[Mapping[str, float]]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Weights(_Part):
+class Weights(Record):
     """The training loss of the shared weights, per cross-entropy where a teacher adds one."""
 
     first: Average
@@ -95,7 +92,7 @@ class Weights(_Part):
         return f"the super-net's loss ended at {_pm(self.last)}, and a guess's is {self.chance:.3f}"
 
 
-class HeldOut(_Part):
+class HeldOut(Record):
     """The mean quality of the ranked networks on ``images`` held-out images, and that
     of a guess.
     """
@@ -124,7 +121,7 @@ class HeldOut(_Part):
         )
 
 
-class Policy(_Part):
+class Policy(Record):
     """The policy's entropy in nats at both ends, and the reward of its steps (of
     gradients: minus the held-out loss) in both parts.
     """
@@ -139,7 +136,7 @@ class Policy(_Part):
     @property
     def moved(self) -> bool:
         """Whether the entropy has changed by a twentieth."""
-        return abs(self.entropy[1] - self.entropy[0]) >= STILL * self.entropy[0]
+        return abs(self.entropy[1] - self.entropy[0]) >= MIN_ENTROPY_CHANGE * self.entropy[0]
 
     @property
     def rise(self) -> Difference | None:
@@ -180,7 +177,7 @@ class Policy(_Part):
         return Caution(headline="the policy learned nothing", text=text)
 
 
-class AgainstRandom(_Part):
+class AgainstRandom(Record):
     """Proposals against random networks within the same budget.
 
     ``selection``: what the finder's choice on the same images is expected to owe to
@@ -237,8 +234,8 @@ class AgainstRandom(_Part):
         )
 
 
-class Learning(_Part):
-    """What is known of a search's learning. ``learned`` is None where nothing could be judged."""
+class Learning(Record):
+    """What is known of a search's learning. ``learned`` is None where nothing could be evaluated."""
 
     learned: bool | None
     weights: Weights | None = None
@@ -264,7 +261,7 @@ class Ranking:
     """What a search has ranked: qualities of the proposals and of random networks on
     ``images`` held-out images; a guess's quality.
 
-    ``judged`` networks were looked at by a finder, on ``judged_images`` of these.
+    ``evaluated`` networks were looked at by a finder, on ``evaluation_images`` of these.
     ``same`` is the noun of the budget's unit.
     """
 
@@ -272,8 +269,8 @@ class Ranking:
     proposals: Sequence[float]
     random: Sequence[float]
     images: int
-    judged_images: int
-    judged: int
+    evaluation_images: int
+    evaluated: int
     chance: float | None
     same: str = "latency"
 
@@ -293,8 +290,8 @@ def learning_of(course: Course | None, ranking: Ranking) -> Learning:
         *([] if basic else _further(policy, compared)),
     ]
     policy_judged = policy is not None and (not policy.moved or policy.rise is not None)
-    judged = policy_judged or any(each is not None for each in (weights, held_out, compared))
-    learned = not cautions if judged else None
+    evaluated = policy_judged or any(each is not None for each in (weights, held_out, compared))
+    learned = not cautions if evaluated else None
     return Learning(
         learned=learned,
         weights=weights,
@@ -379,12 +376,12 @@ def _against_random(ranking: Ranking, by_policy: bool) -> AgainstRandom | None:
     networks themselves, which nobody chose.
     """
     if min(len(ranking.proposals), len(ranking.random)) < LEAST_NETWORKS or not (
-        by_policy or ranking.judged
+        by_policy or ranking.evaluated
     ):
         return None
     noise = _noise(ranking.proposals, ranking), _noise(ranking.random, ranking)
     proposals, random = average(ranking.proposals, noise[0]), average(ranking.random, noise[1])
-    selection = _selection(ranking) if ranking.judged else 0.0
+    selection = _selection(ranking) if ranking.evaluated else 0.0
     return AgainstRandom(
         metric=ranking.metric,
         proposals=proposals,
@@ -408,17 +405,17 @@ def _noise(qualities: Sequence[float], ranking: Ranking) -> float:
 
 
 def _selection(ranking: Ranking) -> float:
-    """What the best of all that a finder has judged are expected to owe to noise, on
+    """What the best of all that a finder has evaluated are expected to owe to noise, on
     all held-out images; see ``statistics``.
     """
     spread = average(ranking.random).error ** 2 * len(ranking.random)
     # whatever all networks share does not tell them apart
     noise = min(_noise(ranking.random, ranking), spread)
-    finders_noise = noise * ranking.images / min(ranking.judged_images, ranking.images)
+    finders_noise = noise * ranking.images / min(ranking.evaluation_images, ranking.images)
     finders_spread = math.sqrt(spread - noise + finders_noise)
     if finders_spread == 0.0:
         return 0.0
-    return selection_intensity(len(ranking.proposals), ranking.judged) * noise / finders_spread
+    return selection_intensity(len(ranking.proposals), ranking.evaluated) * noise / finders_spread
 
 
 def _pm(found: Average, sign: int = 1) -> str:

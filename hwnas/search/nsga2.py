@@ -21,7 +21,7 @@ objectives, then by crowding distance.
 - An architecture outside the budget is not evaluated: its rank does not depend on its
   accuracy, which is entered as 0. At a narrow tolerance this is most of them, so a run
   costs far fewer evaluations than it tries architectures.
-- The answer is not the Pareto front, but all judged architectures within the budget by
+- The answer is not the Pareto front, but all evaluated architectures within the budget by
   reward: of equally accurate ones the budget decides, and the front is among them.
 """
 
@@ -34,10 +34,10 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Picks
-from hwnas.core.priced import PricedSpace
 from hwnas.search.finder import Finder, Leaderboard
-from hwnas.search.proposal import random_within, within_target
+from hwnas.search.proposal import is_feasible, sample_feasible
 from hwnas.search.strategy import SearchContext
 
 
@@ -63,13 +63,13 @@ class NSGA2(Finder):
         self.config = config
 
     def find(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The best ``count`` by reward of all that were judged. None where random
+        """The best ``count`` by reward of all that were evaluated. None where random
         search finds none within the budget.
         """
-        first = random_within(ctx, self.config.population, ctx.rng)
+        first = sample_feasible(ctx, self.config.population, ctx.rng)
         if not first:
             return []
-        params = PricedSpace.of_ops(ctx.space, lambda op: op.params)
+        params = AdditiveCost.of_ops(ctx.space, lambda op: op.params)
         total = self.config.generations * self.config.population
         with (
             _study(self.config.population, int(ctx.rng.integers(2**31))) as study,
@@ -79,7 +79,7 @@ class NSGA2(Finder):
             for picks in first:
                 study.enqueue_trial(picks)
             for _ in range(total):
-                trial, judged = study.ask(), len(board)
+                trial, evaluated = study.ask(), len(board)
                 picks = {
                     choice.key: trial.suggest_categorical(choice.key, choice.options)
                     for choice in ctx.space.choices
@@ -87,9 +87,11 @@ class NSGA2(Finder):
                 index_NC = ctx.space.index(picks)[None]
                 for name, excess in _excess(ctx, index_NC).items():
                     trial.set_constraint(name, excess)
-                quality = board.judge(picks).quality if within_target(ctx, index_NC)[0] else 0.0
-                study.tell(trial, [quality, ctx.cost.of(picks), params.of(picks)])
-                task.advance(1 - (len(board) - judged))  # the leaderboard counts what is new to it
+                quality = board.evaluate(picks).quality if is_feasible(ctx, index_NC)[0] else 0.0
+                study.tell(trial, [quality, ctx.cost_model.cost(picks), params.cost(picks)])
+                task.advance(
+                    1 - (len(board) - evaluated)
+                )  # the leaderboard counts what is new to it
         return board.best(count)
 
 
@@ -97,7 +99,7 @@ def _excess(ctx: SearchContext, index_NC: np.ndarray) -> dict[str, float]:
     """By how much one architecture [1, choices] exceeds each constraint, relatively; at
     most 0 where it is met.
     """
-    off = abs(float(ctx.cost.of_many(index_NC)[0]) / ctx.target - 1)
+    off = abs(float(ctx.cost_model.costs(index_NC)[0]) / ctx.target - 1)
     limits = [] if ctx.limits is None else ctx.limits.excess(index_NC)[0]
     return {"target": off - ctx.tolerance} | {
         f"limit {i}": float(excess) for i, excess in enumerate(limits)

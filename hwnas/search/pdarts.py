@@ -59,7 +59,7 @@ from hwnas.core.limits import Compiled, Limits
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.search.darts import DARTS, DARTSConfig
-from hwnas.search.proposal import likely_within
+from hwnas.search.proposal import propose_feasible
 from hwnas.search.skips import count_of_skips, usual_skips, with_few_skips
 from hwnas.search.strategy import Metrics, SearchContext
 
@@ -187,7 +187,7 @@ class PDARTS(DARTS):
         if most is None:
             most = usual_skips(ctx.space)
         policy = with_few_skips(ctx.space, self.alphas.policy(), most)
-        return likely_within(_limited(ctx, most), policy, count) or likely_within(
+        return propose_feasible(_limited(ctx, most), policy, count) or propose_feasible(
             ctx, policy, count
         )
 

@@ -245,8 +245,8 @@ class ProgressiveShrinking(Strategy):
             ctx.remember_teacher(largest_picks(ctx.space))
         paths = sampled(ctx.space, phase, ctx.rng)
         metrics = ctx.train(*(one_hot(picks, ctx.space) for picks in paths), teach=number > 0)
-        latency = float(np.mean([ctx.cost.of(picks) for picks in paths]))
-        return {**metrics, "phase": float(number), ctx.cost.unit.quantity: latency}
+        latency = float(np.mean([ctx.cost_model.cost(picks) for picks in paths]))
+        return {**metrics, "phase": float(number), ctx.cost_model.unit.quantity: latency}
 
     def cross_entropies(self, row: Metrics) -> int:
         """All phases but the first have a teacher."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from hwnas.core.arch import Picks
 from hwnas.core.space import Option, SearchSpace
-from hwnas.search.steering import BATCH, distance, tilted, towards_target
+from hwnas.search.budget import BATCH, distance, repair, tilt_policy
 from hwnas.search.strategy import SearchContext
 
 Policy = Mapping[str, np.ndarray]
@@ -32,11 +32,11 @@ def one_hot(picks: Mapping[str, Option], space: SearchSpace) -> dict[str, np.nda
     }
 
 
-def within_target(ctx: SearchContext, index_NC: np.ndarray) -> np.ndarray:
+def is_feasible(ctx: SearchContext, index_NC: np.ndarray) -> np.ndarray:
     """Which of the indexed architectures [N, choices] meet the target within the
     tolerance, and every limit: bool [N].
     """
-    within: np.ndarray = np.abs(ctx.cost.of_many(index_NC) / ctx.target - 1) <= ctx.tolerance
+    within: np.ndarray = np.abs(ctx.cost_model.costs(index_NC) / ctx.target - 1) <= ctx.tolerance
     return within if ctx.limits is None else within & ctx.limits.feasible(index_NC)
 
 
@@ -60,25 +60,27 @@ def policy_index(
     return np.stack(drawn, axis=1)
 
 
-def gather_within(ctx: SearchContext, index_NC: np.ndarray, found: dict[bytes, np.ndarray]) -> None:
+def gather_feasible(
+    ctx: SearchContext, index_NC: np.ndarray, found: dict[bytes, np.ndarray]
+) -> None:
     """Add the rows within the budget to ``found``, each architecture once: left-out
     slots differ in nothing but name.
     """
-    for row in index_NC[within_target(ctx, index_NC)] if len(index_NC) else index_NC:
+    for row in index_NC[is_feasible(ctx, index_NC)] if len(index_NC) else index_NC:
         found.setdefault(ctx.space.canonical(row).tobytes(), row)
 
 
-def random_within(ctx: SearchContext, count: int, rng: np.random.Generator) -> list[Picks]:
+def sample_feasible(ctx: SearchContext, count: int, rng: np.random.Generator) -> list[Picks]:
     """Up to ``count`` different architectures within the target's tolerance and the
     limits, uniform by rejection.
 
     Where the budget is so far out in the space that rejection finds too few, the rest
-    are samples of the uniform policy ``tilted`` into the budget, uniform and tilted
-    samples moved ``towards_target``, and variations of all these.
+    are samples of the uniform policy ``tilt_policy`` into the budget, uniform and tilted
+    samples moved ``repair``, and variations of all these.
     """
     found: dict[bytes, np.ndarray] = {}
     for _ in range(ROUNDS):
-        gather_within(ctx, uniform_index(ctx.space, SAMPLES, rng), found)
+        gather_feasible(ctx, uniform_index(ctx.space, SAMPLES, rng), found)
         if len(found) >= count:
             break
     if len(found) < count:
@@ -86,10 +88,10 @@ def random_within(ctx: SearchContext, count: int, rng: np.random.Generator) -> l
             choice.key: np.full(len(choice.options), 1 / len(choice.options))
             for choice in ctx.space.choices
         }
-        drawn_NC = policy_index(ctx.space, tilted(ctx, uniform), SAMPLES, rng)
-        gather_within(ctx, drawn_NC, found)
+        drawn_NC = policy_index(ctx.space, tilt_policy(ctx, uniform), SAMPLES, rng)
+        gather_feasible(ctx, drawn_NC, found)
         nearest_NC = drawn_NC[np.argsort(distance(ctx, drawn_NC), kind="stable")]
-        _fill(ctx, nearest_NC[~within_target(ctx, nearest_NC)][:MOVED], count, rng, found)
+        _fill(ctx, nearest_NC[~is_feasible(ctx, nearest_NC)][:MOVED], count, rng, found)
     if len(found) < count:
         _fill(ctx, uniform_index(ctx.space, min(4 * count, MOVED), rng), count, rng, found)
     return [ctx.space.at(row) for row in list(found.values())[:count]]
@@ -109,7 +111,7 @@ def _fill(
     yields nothing new.
     """
     for first in range(0, len(index_NC), BATCH):
-        gather_within(ctx, towards_target(ctx, index_NC[first : first + BATCH]), found)
+        gather_feasible(ctx, repair(ctx, index_NC[first : first + BATCH]), found)
         if len(found) >= count:
             return
     for _ in range(ROUNDS if found else 0):
@@ -119,26 +121,26 @@ def _fill(
         changed_NC = (
             rng.random(varied_NC.shape) < rng.integers(1, 4, size=(SAMPLES, 1)) / varied_NC.shape[1]
         )
-        gather_within(
+        gather_feasible(
             ctx, np.where(changed_NC, uniform_index(ctx.space, SAMPLES, rng), varied_NC), found
         )
         if len(found) >= count or len(found) == before:
             break
 
 
-def likely_within(
+def propose_feasible(
     ctx: SearchContext, policy: Policy, count: int, best: Picks | None = None
 ) -> list[Picks]:
     """Up to ``count`` different architectures within the budget that a policy makes
     likely, the likeliest first.
 
     ``best`` (default: the argmax of every choice) leads where it meets the budget. The
-    others are drawn from the policy and from its ``tilted`` form; where both hold too
-    few, likely samples moved ``towards_target``, variations of them and random
+    others are drawn from the policy and from its ``tilt_policy`` form; where both hold too
+    few, likely samples moved ``repair``, variations of them and random
     architectures follow.
     """
     keys = [choice.key for choice in ctx.space.choices]
-    centred = tilted(ctx, policy)
+    centred = tilt_policy(ctx, policy)
     drawn = [policy_index(ctx.space, each, SAMPLES, ctx.rng) for each in (policy, centred)]
     modes = [np.array([[int(each[key].argmax()) for key in keys]]) for each in (policy, centred)]
     first = modes[0] if best is None else ctx.space.index(best)[None]
@@ -149,10 +151,10 @@ def likely_within(
     log_p_N[0] = np.inf
     ranked = index_NC[np.argsort(-log_p_N, kind="stable")]
     found: dict[bytes, np.ndarray] = {}
-    gather_within(ctx, ranked, found)
+    gather_feasible(ctx, ranked, found)
     if len(found) < count:
         _fill(ctx, ranked[: min(4 * count, MOVED)], count, ctx.rng, found)
     if len(found) < count:
-        others = random_within(ctx, count, ctx.rng)
-        gather_within(ctx, np.array([ctx.space.index(picks) for picks in others]), found)
+        others = sample_feasible(ctx, count, ctx.rng)
+        gather_feasible(ctx, np.array([ctx.space.index(picks) for picks in others]), found)
     return [ctx.space.at(row) for row in list(found.values())[:count]]

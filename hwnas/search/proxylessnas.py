@@ -43,7 +43,7 @@ so that latency, too, moves the sampled alphas only; and a choice whose active o
   of latency, or the policy leaves the target; much more drowns the cross-entropy in the
   latency noise of the drawn pairs.
 - REINFORCE's reward is the experiment's objective; ``reward = "proxylessnas"`` is the
-  paper's acc (T0 / lat)^0.1. Every path is judged on a part of the held-out batch as
+  paper's acc (T0 / lat)^0.1. Every path is evaluated on a part of the held-out batch as
   large as a training batch, not all on the same images. The code makes 300 updates per
   epoch of ImageNet, one in 16 steps: ``arch_every = 16``.
 - The gradient of step 2 is autograd's through g = onehot + p - p.detach(), which is the same.
@@ -73,7 +73,7 @@ from hwnas.core.objective import add_linear, mul_log, penalised, proxylessnas_re
 from hwnas.core.option import SKIP
 from hwnas.core.space import SearchSpace
 from hwnas.search.alphas import Alphas, refuse_resolutions
-from hwnas.search.proposal import likely_within
+from hwnas.search.proposal import propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 JOINT_EPOCHS = 120
@@ -193,7 +193,9 @@ class ProxylessNAS(Strategy):
         )
         self.baseline = None
         self.with_latency(
-            1.0, ctx.cost.range()[0] / ctx.cost.unit.scale, ctx.target / ctx.cost.unit.scale
+            1.0,
+            ctx.cost_model.range()[0] / ctx.cost_model.unit.scale,
+            ctx.target / ctx.cost_model.unit.scale,
         )
 
     def with_latency(self, loss: Any, expected_ms: Any, target_ms: float) -> Any:
@@ -242,7 +244,7 @@ class ProxylessNAS(Strategy):
         return {
             **metrics,
             "entropy": self.alphas.entropy(),
-            ctx.cost.unit.expected: float(ctx.cost.expected(self.alphas.policy())),
+            ctx.cost_model.unit.expected: float(ctx.cost_model.expected(self.alphas.policy())),
         }
 
     def _path(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -268,8 +270,8 @@ class ProxylessNAS(Strategy):
         }
         gates = {key: one_hot[key] + (p - p.detach()) for key, p in probabilities.items()}
         loss = ctx.loss(gates, probes={key: others for key, (_, *others) in running.items()})
-        scale = ctx.cost.unit.scale
-        latency = ctx.cost.expected(probabilities, torch) / scale
+        scale = ctx.cost_model.unit.scale
+        latency = ctx.cost_model.expected(probabilities, torch) / scale
         gradients = self.alphas.gradients(self.with_latency(loss, latency, ctx.target / scale))
         for choice in ctx.space.choices:
             if choice.options[running[choice.key][0]] == SKIP:
@@ -284,7 +286,7 @@ class ProxylessNAS(Strategy):
         """An Adam step on REINFORCE's loss over several paths."""
         paths = [self._path(ctx.rng) for _ in range(self.config.rl_samples)]
         qualities = ctx.qualities(*paths, multiple=len(paths))
-        latencies = [float(ctx.cost.expected(path)) for path in paths]
+        latencies = [float(ctx.cost_model.expected(path)) for path in paths]
         rewards = [
             self._reward(ctx, quality, latency)
             for quality, latency in zip(qualities, latencies, strict=True)
@@ -305,7 +307,7 @@ class ProxylessNAS(Strategy):
         self.alphas.update(loss)
         return {
             "quality": float(np.mean(qualities)),
-            ctx.cost.unit.quantity: float(np.mean(latencies)),
+            ctx.cost_model.unit.quantity: float(np.mean(latencies)),
             "reward": mean,
         }
 
@@ -318,7 +320,7 @@ class ProxylessNAS(Strategy):
         """The argmax first, where it is within the tolerance, then likely samples of
         the policy that are.
         """
-        return likely_within(ctx, self.alphas.policy(), count)
+        return propose_feasible(ctx, self.alphas.policy(), count)
 
     def state_dict(self) -> dict[str, Any]:
         """Alphas, their Adam, and REINFORCE's baseline."""

@@ -22,7 +22,7 @@ arXiv 1904.00420). ``RandomSearch``, best of n by the super-net:
 baseline is uniform over decisions (a slot is skipped with probability 1/7 here and 1/2
 there); architectures outside the latency budget are rejected when proposing, not when
 training, as in TuNAS's baseline (83 to 85 ms around 84). The number of trainings is
-ours, and so is that of the finder's architectures: as many as SPOS's evolution judges.
+ours, and so is that of the finder's architectures: as many as SPOS's evolution evaluates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hwnas.core.arch import Picks
 from hwnas.errors import ConfigError, TargetError
 from hwnas.search.finder import Finder, Leaderboard
-from hwnas.search.proposal import one_hot, random_within
+from hwnas.search.proposal import one_hot, sample_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 
@@ -61,11 +61,14 @@ class RandomSearch(Strategy):
     def step(self, ctx: SearchContext) -> Metrics:
         """One update of the weights of a uniformly drawn architecture."""
         picks = ctx.space.sample(ctx.rng)
-        return {**ctx.train(one_hot(picks, ctx.space)), ctx.cost.unit.quantity: ctx.cost.of(picks)}
+        return {
+            **ctx.train(one_hot(picks, ctx.space)),
+            ctx.cost_model.unit.quantity: ctx.cost_model.cost(picks),
+        }
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """``count`` random architectures within the tolerance of the target, in random order."""
-        return random_within(ctx, count, ctx.rng)
+        return sample_feasible(ctx, count, ctx.rng)
 
 
 class RandomStandaloneConfig(BaseModel):
@@ -100,11 +103,11 @@ class RandomStandalone(Strategy):
         """Draw the architectures. Raises TargetError where there are none, ConfigError
         where there are more than steps.
         """
-        self.alone = random_within(ctx, self.config.trainings, ctx.rng)
+        self.alone = sample_feasible(ctx, self.config.trainings, ctx.rng)
         if not self.alone:
             raise TargetError(
                 f"no architecture of space {ctx.space.name} within {ctx.tolerance:.2g} of"
-                f" {ctx.cost.unit.shown(ctx.target)} was found to train: raise search.tolerance or"
+                f" {ctx.cost_model.unit.shown(ctx.target)} was found to train: raise search.tolerance or"
                 " a limit."
             )
         if ctx.steps < len(self.alone):
@@ -116,11 +119,14 @@ class RandomStandalone(Strategy):
     def step(self, ctx: SearchContext) -> Metrics:
         """One update of the network whose turn it is."""
         picks = self.alone[ctx.step % len(self.alone)]
-        return {**ctx.train(one_hot(picks, ctx.space)), ctx.cost.unit.quantity: ctx.cost.of(picks)}
+        return {
+            **ctx.train(one_hot(picks, ctx.space)),
+            ctx.cost_model.unit.quantity: ctx.cost_model.cost(picks),
+        }
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The trained architectures, best reward first."""
-        return _best_of(ctx, self.alone, count, "judging stand-alone networks")
+        return _best_of(ctx, self.alone, count, "evaluating stand-alone networks")
 
     def state_dict(self) -> dict[str, Any]:
         """The architectures."""
@@ -132,7 +138,7 @@ class RandomStandalone(Strategy):
 
 
 class RandomFinderConfig(BaseModel):
-    """How many architectures are judged."""
+    """How many architectures are evaluated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -151,9 +157,9 @@ class RandomFinder(Finder):
         """The best ``count`` by reward."""
         return _best_of(
             ctx,
-            random_within(ctx, self.config.architectures, ctx.rng),
+            sample_feasible(ctx, self.config.architectures, ctx.rng),
             count,
-            "judging random architectures",
+            "evaluating random architectures",
         )
 
 
@@ -163,5 +169,5 @@ def _best_of(
     with ctx.progress.task(description, len(candidates)) as task:
         board = Leaderboard(ctx, task)
         for picks in candidates:
-            board.judge(picks)
+            board.evaluate(picks)
     return board.best(count)

@@ -13,12 +13,12 @@ from hwnas.core.cost import UNITS, Unit, UnitName
 from hwnas.core.metric import ACCURACY
 from hwnas.core.objective import Objective
 from hwnas.document import Document
+from hwnas.search.cost_counter import SearchCost
 from hwnas.search.learning import Learning
-from hwnas.search.meter import SearchCost
 
 
 class Candidate(BaseModel):
-    """An architecture judged by the super-net.
+    """An architecture evaluated by the super-net.
 
     ``predicted`` is its cost in ``SearchResult.unit``; ``quality`` that of the
     recalibrated network on held-out images, in 0..1, which ``SearchResult.metric``
@@ -38,14 +38,15 @@ class SearchResult(Document):
     """What a search found. ``candidates`` are the strategy's proposals, best reward first.
 
     For comparison, ``random`` are random architectures within the budget, and
-    ``spread`` over the whole space. ``learning`` says whether there is anything in it.
+    ``random_anywhere`` in the whole space. ``learning`` says whether there is anything in it.
     Version 1 called ``metric`` quality, and a candidate's ``quality`` accuracy,
     whatever it was; up to version 2 every cost was in milliseconds, and its name said
-    so.
+    so; up to version 3 ``random_anywhere`` was called spread, and ``cost.evaluated``
+    judged.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.search"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     strategy: str
     metric: str = Field(ACCURACY, description="what the candidates' quality is")
@@ -70,14 +71,14 @@ class SearchResult(Document):
         None, description="the super-net file, where an already trained one was used"
     )
     cost: SearchCost | None = Field(
-        None, description="of training, finding and the last ranking; see search/meter.py"
+        None, description="of training, finding and the last ranking; see search/cost_counter.py"
     )
     learning: Learning | None = Field(
         None, description="whether it learned anything; see search/learning.py"
     )
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     random: tuple[Candidate, ...] = ()
-    spread: tuple[Candidate, ...] = ()
+    random_anywhere: tuple[Candidate, ...] = ()
 
     @property
     def shown_in(self) -> Unit:
@@ -86,9 +87,14 @@ class SearchResult(Document):
 
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """The names of versions 1 and 2."""
-        names = {"target_ms": "target", "reachable_ms": "reachable"}
+        """The names of versions 1 to 3."""
+        names = {
+            "target_ms": "target",
+            "reachable_ms": "reachable",
+            "spread": "random_anywhere",
+        }
         of_candidates = {"latency_ms": "predicted"}
+        content["cost"] = _renamed(content.get("cost"), {"judged": "evaluated"})
         if version == 1:
             content["metric"] = content.pop("quality", ACCURACY)
             of_candidates |= {"accuracy": "quality"}

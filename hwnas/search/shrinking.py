@@ -42,7 +42,7 @@ comes from (``op``), each of which begins as what was shared.
   momentum starts at 0; the code goes on along one schedule. Operators are scored by
   weights that have settled, then.
 - The released code drops the gradients of weights that are not sampled, as does
-  ``optimizer.unused = "rest"``; it clips gradients by value, the engine by norm
+  ``optimizer.inactive_weights = "frozen"``; it clips gradients by value, the engine by norm
   (``search.optimizer.clip_norm``).
 - ``magnitude`` in the papers is of a super-net that is trained as DARTS trains it, as a
   mixture. Here the weights are trained by single paths, as for the other metrics, which
@@ -64,15 +64,15 @@ from typing import ClassVar
 import numpy as np
 
 from hwnas.config import ShrinkConfig
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Picks
 from hwnas.core.option import SKIP
-from hwnas.core.priced import PricedSpace
 from hwnas.core.space import Choice, SearchSpace
 from hwnas.errors import SpaceError
-from hwnas.nn.supernet import SharedNetwork
+from hwnas.nn.supernet import Supernet
 from hwnas.progress import Progress
 from hwnas.search.angle import Angles
-from hwnas.search.judge import Judge
+from hwnas.search.evaluator import SupernetEvaluator
 
 Operator = tuple[str, str]
 """Choice key, option."""
@@ -84,11 +84,11 @@ DRAWN = 256
 
 
 @dataclass
-class Evidence:
+class MetricContext:
     """What a metric may look at: the space, its super-net as it was and as it is, and
     what was trained beside it.
 
-    ``judge`` evaluates architectures by the present super-net, ``alphas`` are the
+    ``evaluator`` evaluates architectures by the present super-net, ``alphas`` are the
     architecture parameters by operator, where the metric asked for them. ``children``
     are the sampled architectures.
     """
@@ -96,32 +96,32 @@ class Evidence:
     space: SearchSpace
     rng: np.random.Generator
     children: Sequence[Picks] = ()
-    initial: SharedNetwork | None = None
-    trained: SharedNetwork | None = None
-    judge: Judge | None = None
+    initial: Supernet | None = None
+    trained: Supernet | None = None
+    evaluator: SupernetEvaluator | None = None
     alphas: Scores = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
 
 
-class Metric(ABC):
+class ShrinkMetric(ABC):
     """Says what operators are worth.
 
     ``trains``: it looks at a super-net. ``samples``: it looks at sampled architectures.
-    ``judges``: it runs each on images. ``alphas``: it wants architecture parameters to
+    ``evaluates``: it runs each on images. ``alphas``: it wants architecture parameters to
     be trained beside the weights.
     """
 
     trains: ClassVar[bool] = True
     samples: ClassVar[bool] = False
-    judges: ClassVar[bool] = False
+    evaluates: ClassVar[bool] = False
     alphas: ClassVar[bool] = False
 
     @abstractmethod
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: MetricContext) -> Scores:
         """The score of every operator of the space that could be scored; a higher one is better."""
 
 
-class OfChildren(Metric):
+class SampledMetric(ShrinkMetric):
     """A metric of architectures: an operator's score is the mean over the children that
     contain it.
     """
@@ -129,59 +129,57 @@ class OfChildren(Metric):
     samples = True
 
     @abstractmethod
-    def child(self, evidence: Evidence) -> Callable[[Picks], float]:
+    def child(self, context: MetricContext) -> Callable[[Picks], float]:
         """The metric as a function of the picks of an architecture."""
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: MetricContext) -> Scores:
         """Means over the children; an operator that is in none has no score."""
-        metric, values = self.child(evidence), []
-        with evidence.progress.task(
-            "scoring sampled architectures", len(evidence.children)
-        ) as task:
-            for picks in evidence.children:
+        metric, values = self.child(context), []
+        with context.progress.task("scoring sampled architectures", len(context.children)) as task:
+            for picks in context.children:
                 values.append(metric(picks))
                 task.advance(note=f"{values[-1]:.3g}")
-        return operator_means(evidence.space, evidence.children, values)
+        return operator_means(context.space, context.children, values)
 
 
-class Angle(OfChildren):
+class Angle(SampledMetric):
     """The angle between an architecture's weights in W0 and W."""
 
-    def child(self, evidence: Evidence) -> Callable[[Picks], float]:
+    def child(self, context: MetricContext) -> Callable[[Picks], float]:
         """See ``hwnas.search.angle``."""
-        assert evidence.initial is not None and evidence.trained is not None
-        return Angles(evidence.initial, evidence.trained).of
+        assert context.initial is not None and context.trained is not None
+        return Angles(context.initial, context.trained).of
 
 
-class Accuracy(OfChildren):
+class Accuracy(SampledMetric):
     """Held-out accuracy after BN recalibration."""
 
-    judges = True
+    evaluates = True
 
-    def child(self, evidence: Evidence) -> Callable[[Picks], float]:
-        """See ``hwnas.search.judge``."""
-        assert evidence.judge is not None
-        return evidence.judge.evaluate
+    def child(self, context: MetricContext) -> Callable[[Picks], float]:
+        """See ``hwnas.search.evaluator``."""
+        assert context.evaluator is not None
+        return context.evaluator.evaluate
 
 
-class Magnitude(Metric):
+class Magnitude(ShrinkMetric):
     """The operator's architecture parameter."""
 
     alphas = True
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: MetricContext) -> Scores:
         """Those of the choices of blocks are scores as they are."""
-        return {operator: evidence.alphas[operator] for operator in operators(evidence.space)}
+        return {operator: context.alphas[operator] for operator in operators(context.space)}
 
 
-class Random(Metric):
+class Random(ShrinkMetric):
     """What any metric must beat."""
 
     trains = False
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: MetricContext) -> Scores:
         """A uniform number each."""
-        return {operator: float(evidence.rng.random()) for operator in operators(evidence.space)}
+        return {operator: float(context.rng.random()) for operator in operators(context.space)}
 
 
 def shrinkable(space: SearchSpace) -> tuple[Choice, ...]:
@@ -226,7 +224,7 @@ def sample_children(
     ``max_macs`` leaves an operator none.
     """
     position = {choice.key: i for i, choice in enumerate(space.choices)}
-    macs = PricedSpace.of_ops(space, lambda op: op.macs) if config.max_macs is not None else None
+    macs = AdditiveCost.of_ops(space, lambda op: op.macs) if config.max_macs is not None else None
     found: dict[bytes, np.ndarray] = {}
     counts = {choice.key: np.zeros(len(choice.options), dtype=int) for choice in shrinkable(space)}
     for choice in shrinkable(space):
@@ -238,7 +236,7 @@ def sample_children(
                 drawn_NC = _drawn(space, config, rng, DRAWN)
                 drawn_NC[:, position[choice.key]] = number
                 if macs is not None:
-                    drawn_NC = drawn_NC[macs.of_many(drawn_NC) <= config.max_macs]
+                    drawn_NC = drawn_NC[macs.costs(drawn_NC) <= config.max_macs]
                 for row in drawn_NC:
                     name, picks = space.canonical(row).tobytes(), space.at(row)
                     if (
@@ -282,7 +280,7 @@ def _drawn(
     return drawn_NC
 
 
-def worst(
+def select_drops(
     space: SearchSpace, scores: Mapping[Operator, float], config: ShrinkConfig
 ) -> list[Operator]:
     """The operators that leave, the worst first. Every choice keeps ``keep`` options;
@@ -292,7 +290,7 @@ def worst(
         >>> from hwnas.testing import tiny_space
         >>> space = tiny_space().restrict({"s1.b0": ["ir_k3_e3"], "s1.b1": ["ir_k3_e3", "skip"], "s1.b2": ["ir_k3_e3", "skip"]})
         >>> scores = {("s1.b1", "skip"): 1.0, ("s1.b1", "ir_k3_e3"): 2.0, ("s1.b2", "skip"): 4.0, ("s1.b2", "ir_k3_e3"): 3.0}
-        >>> worst(space, scores, ShrinkConfig(dropped=2))
+        >>> select_drops(space, scores, ShrinkConfig(dropped=2))
         [('s1.b1', 'skip'), ('s1.b2', 'ir_k3_e3')]
     """
     left = {choice.key: len(choice.options) for choice in shrinkable(space)}
@@ -309,7 +307,7 @@ def worst(
     return found
 
 
-def without(space: SearchSpace, dropped: Sequence[Operator], name: str) -> SearchSpace:
+def remove_operators(space: SearchSpace, dropped: Sequence[Operator], name: str) -> SearchSpace:
     """The space that is left: a new document."""
     gone = set(dropped)
     allowed = {

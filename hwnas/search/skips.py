@@ -13,13 +13,13 @@ from functools import singledispatch
 
 import numpy as np
 
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.cell_plan import SKIP_CONNECT
 from hwnas.core.cells import CellSpace
 from hwnas.core.choice import Address
 from hwnas.core.option import SKIP
-from hwnas.core.priced import PricedSpace
 from hwnas.core.search_space import SearchSpace, Term
-from hwnas.search.genotype import Policy, derived
+from hwnas.search.genotype import Policy, derive_cell
 
 SKIPS_OF_A_CELL = 2
 """Skips of a normal cell in the paper."""
@@ -62,7 +62,7 @@ def _with_few_skips_in_a_cell(space: CellSpace, policy: Policy, most: int) -> di
     """
     limited = {key: np.array(p, dtype=float) for key, p in policy.items()}
     while True:
-        choice = derived(space, limited)
+        choice = derive_cell(space, limited)
         picks = space.at([int(choice[each.key].argmax()) for each in space.choices])
         kept = [
             key
@@ -78,7 +78,7 @@ def _with_few_skips_in_a_cell(space: CellSpace, policy: Policy, most: int) -> di
 
 
 @singledispatch
-def count_of_skips(space: SearchSpace) -> PricedSpace:
+def count_of_skips(space: SearchSpace) -> AdditiveCost:
     """How many slots are skips, or how many edges of the normal cell, as a price. (A
     slot that a depth leaves out counts, too.)
     """
@@ -90,11 +90,11 @@ def count_of_skips(space: SearchSpace) -> PricedSpace:
             count[positions[term.slot]] = 1.0
         return count
 
-    return PricedSpace(space, skips)
+    return AdditiveCost(space, skips)
 
 
 @count_of_skips.register
-def _count_of_skips_in_a_cell(space: CellSpace) -> PricedSpace:
+def _count_of_skips_in_a_cell(space: CellSpace) -> AdditiveCost:
     first = {
         key: next(place for place in space.places if place.key == key)
         for key in _limited_edges(space)
@@ -110,7 +110,7 @@ def _count_of_skips_in_a_cell(space: CellSpace) -> PricedSpace:
             term.shape
         )
 
-    return PricedSpace(space, skips)
+    return AdditiveCost(space, skips)
 
 
 def _skips(space: SearchSpace) -> Mapping[str, int]:

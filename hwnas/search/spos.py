@@ -114,7 +114,10 @@ class SPOS(Strategy):
         picks = ctx.space.at(
             self._fair(ctx) if self.config.sampling == "fair" else self._uniform(ctx)
         )
-        return {**ctx.train(one_hot(picks, ctx.space)), ctx.cost.unit.quantity: ctx.cost.of(picks)}
+        return {
+            **ctx.train(one_hot(picks, ctx.space)),
+            ctx.cost_model.unit.quantity: ctx.cost_model.cost(picks),
+        }
 
     def _uniform(self, ctx: SearchContext) -> np.ndarray:
         assert self.config.sampling != "fair"
@@ -123,7 +126,7 @@ class SPOS(Strategy):
         if bound is None:
             first: np.ndarray = drawn_NC[0]
             return first
-        latency_N = ctx.cost.of_many(drawn_NC)
+        latency_N = ctx.cost_model.costs(drawn_NC)
         inside_N = latency_N <= bound * ctx.target
         chosen: np.ndarray = drawn_NC[
             int(inside_N.argmax()) if inside_N.any() else int(latency_N.argmin())

@@ -14,7 +14,7 @@ import numpy as np
 from hwnas.config import Experiment, Plugin, SearchConfig
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cost import UNITS, CostModel
-from hwnas.core.describe import counted
+from hwnas.core.describe import format_count
 from hwnas.core.limits import LatencyLimit, Limits
 from hwnas.core.metric import shown
 from hwnas.core.space import SearchSpace
@@ -28,14 +28,20 @@ from hwnas.nn.supernet import check_supernet
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES, check_space
 from hwnas.search.comparison import compared_with
+from hwnas.search.cost_counter import CountedEvaluator, CountedWeights
+from hwnas.search.evaluator import EVALUATIONS, SupernetEvaluator
 from hwnas.search.finder import Finder
-from hwnas.search.judge import Judge
 from hwnas.search.learning import Course, Ranking, learning_of
-from hwnas.search.meter import CountedEvaluator, CountedWeights
-from hwnas.search.proposal import random_within
+from hwnas.search.proposal import sample_feasible
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
-from hwnas.search.supernets import SHARED, meter_of, supernet_of, trained, trained_supernet
+from hwnas.search.supernets import (
+    SUPERNET_FILE,
+    cost_counter_of,
+    supernet_of,
+    trained,
+    trained_supernet,
+)
 from hwnas.search.weights import Batches, SupernetWeights
 from hwnas.stages import Stage, configured_table
 from hwnas.task import task_of
@@ -51,11 +57,8 @@ TRAINED_FINDER = Plugin.model_validate(
     }
 )
 """What finds architectures in a trained super-net where nothing is named: 160 are
-judged (ours), minutes on a CPU; SPOS judges 1,000.
+evaluated (ours), minutes on a CPU; SPOS evaluates 1,000.
 """
-
-JUDGED = "judged.jsonl"
-"""Judgements that a finder has asked for."""
 
 
 def outputs(config: SearchConfig) -> list[str]:
@@ -63,7 +66,7 @@ def outputs(config: SearchConfig) -> list[str]:
     weights, and the super-net where it trains one.
     """
     made: type[Strategy] = STRATEGIES.get(config.strategy.name)
-    trained = [SHARED] if config.weights is None and made.shares else []
+    trained = [SUPERNET_FILE] if config.weights is None and made.shares else []
     return ["arch.json", "search.json", "supernet.safetensors", *trained]
 
 
@@ -128,7 +131,7 @@ def search_context(
     search = SearchContext(
         space, cost, config.objective, target, config.tolerance, 0, config.batch_size, limits=limits
     )
-    if not random_within(search, 1, np.random.default_rng(experiment.seed)):
+    if not sample_feasible(search, 1, np.random.default_rng(experiment.seed)):
         together = "".join(f", {each.title} <= {each.most:g}" for each in limits.compiled)
         around = f"within {100 * config.tolerance:.3g} % of {cost.unit.shown(target)}{together}"
         raise TargetError(
@@ -203,31 +206,35 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
     search = search_context(ctx.experiment, space, table)
     search.progress = progress
     experiment = sized(ctx.experiment, space)
-    cost = search.cost
-    progress.say(
+    cost = search.cost_model
+    progress.info(
         f"target {cost.unit.shown(search.target)}{cost.source}; {space.name} reaches"
         f" {cost.unit.shown(*cost.range())}"
     )
     finder = search_finder(config)
     if config.weights is not None:
-        judge = Judge(trained(config, space), experiment)
-        search.meter = meter_of(config, judge.supernet)
-        _find(ctx, search, judge, finder, None)
+        evaluator = SupernetEvaluator(trained(config, space), experiment)
+        search.cost_counter = cost_counter_of(config, evaluator.supernet)
+        _find(ctx, search, evaluator, finder, None)
         return
 
     prepared = prepare(experiment, space, search, ctx.folder)
-    engine, judge = prepared.engine, prepared.judge
+    engine, evaluator = prepared.engine, prepared.evaluator
     if config.backbone is not None:
-        progress.say(
-            str(judge.supernet.inherit(trained_supernet(config.backbone, "search.backbone")))
+        progress.info(
+            str(
+                evaluator.supernet.load_backbone(
+                    trained_supernet(config.backbone, "search.backbone")
+                )
+            )
         )
     engine.resume()
     begun_at, begun_with = time.monotonic(), engine.step
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
     if begun_with < search.steps:
         search.seconds = (time.monotonic() - begun_at) * search.steps / (search.steps - begun_with)
-    judge.supernet.save(ctx.folder / SHARED)
-    _find(ctx, search, judge, finder, prepared)
+    evaluator.supernet.save(ctx.folder / SUPERNET_FILE)
+    _find(ctx, search, evaluator, finder, prepared)
     engine.finish()
 
 
@@ -245,7 +252,7 @@ class Prepared:
     search: SearchContext
     strategy: Strategy
     engine: Engine
-    judge: Judge
+    evaluator: SupernetEvaluator
 
     def step(self, number: int) -> Metrics:
         """One step of the strategy."""
@@ -269,8 +276,8 @@ def prepare(
     search.rng = np.random.default_rng([seed, search.steps, 1])
     strategy.setup(search)
     supernet = supernet_of(experiment, space, strategy)
-    judge = Judge(supernet, experiment)
-    search.meter = meter_of(config, supernet)
+    evaluator = SupernetEvaluator(supernet, experiment)
+    search.cost_counter = cost_counter_of(config, supernet)
     engine = Engine(
         supernet,
         config.optimizer,
@@ -278,17 +285,17 @@ def prepare(
         config.batch_size,
         seed,
         folder,
-        criterion=judge.quality.criterion(config.label_smoothing),
+        criterion=evaluator.quality.criterion(config.label_smoothing),
         checkpoint_seconds=experiment.checkpoint_seconds,
     )
     batches = Batches(train, held_out, experiment.data, config.batch_size, seed, search.steps)
-    weights = SupernetWeights(engine, supernet, batches, judge)
+    weights = SupernetWeights(engine, supernet, batches, evaluator)
     search.weights, search.evaluator = (
-        CountedWeights(weights, search.meter),
-        CountedEvaluator(judge, search.meter),
+        CountedWeights(weights, search.cost_counter),
+        CountedEvaluator(evaluator, search.cost_counter),
     )
-    engine.extra = {"strategy": strategy, "teacher": weights, "cost": search.meter}
-    return Prepared(search, strategy, engine, judge)
+    engine.extra = {"strategy": strategy, "teacher": weights, "cost": search.cost_counter}
+    return Prepared(search, strategy, engine, evaluator)
 
 
 def _images(experiment: Experiment) -> Images:
@@ -305,21 +312,21 @@ def _images(experiment: Experiment) -> Images:
 
 def _course(prepared: Prepared, config: SearchConfig) -> Course:
     """What the search has logged, its losses per cross-entropy."""
-    strategy, judge = prepared.strategy, prepared.judge
+    strategy, evaluator = prepared.strategy, prepared.evaluator
     rows = prepared.engine.metrics.read()
-    if judge.quality.of_cross_entropy:
+    if evaluator.quality.of_cross_entropy:
         rows = [{**row, "loss": row["loss"] / strategy.cross_entropies(row)} for row in rows]
     return Course(
         rows,
         strategy.rate,
-        judge.quality.loss_of_a_guess(judge.train.labels, config.label_smoothing),
+        evaluator.quality.loss_of_a_guess(evaluator.train.labels, config.label_smoothing),
     )
 
 
 def _find(
     ctx: StageContext,
     search: SearchContext,
-    judge: Judge,
+    evaluator: SupernetEvaluator,
     finder: Finder | None,
     trained: Prepared | None,
 ) -> None:
@@ -331,9 +338,9 @@ def _find(
     else is.
     """
     config, seed = ctx.experiment.search, ctx.experiment.seed
-    judge.keep(ctx.folder / JUDGED)
-    assert search.meter is not None
-    search.evaluator = CountedEvaluator(judge, search.meter)
+    evaluator.keep(ctx.folder / EVALUATIONS)
+    assert search.cost_counter is not None
+    search.evaluator = CountedEvaluator(evaluator, search.cost_counter)
     search.step, search.rng = search.steps, np.random.default_rng([seed, search.steps])
     begun_at = time.monotonic()
     if finder is not None:
@@ -342,65 +349,69 @@ def _find(
         assert trained is not None
         proposals = trained.strategy.propose(search, config.candidates)
     search.seconds += time.monotonic() - begun_at
-    proposals = proposals or random_within(search, 1, np.random.default_rng(seed))
-    _conclude(ctx, search, judge, proposals, None if trained is None else _course(trained, config))
+    proposals = proposals or sample_feasible(search, 1, np.random.default_rng(seed))
+    _conclude(
+        ctx, search, evaluator, proposals, None if trained is None else _course(trained, config)
+    )
 
 
 def _conclude(
     ctx: StageContext,
     search: SearchContext,
-    judge: Judge,
+    evaluator: SupernetEvaluator,
     proposals: list[Picks],
     course: Course | None,
 ) -> None:
     """Rank the proposals, score random architectures beside them, write the outputs,
     say what was found and whether to believe it.
     """
-    config, space, progress = ctx.experiment.search, judge.supernet.space, ctx.progress
+    config, space, progress = ctx.experiment.search, evaluator.supernet.space, ctx.progress
     name = config.strategy.name if config.weights is None else "trained super-net"
-    assert search.meter is not None
-    judged = search.meter.cost.judged
-    comparison = compared_with(search, judge, proposals)
-    progress.say(comparison.sentence)
-    candidates = _ranked(search, judge, proposals, f"ranking {len(proposals)} proposals")
+    assert search.cost_counter is not None
+    evaluated = search.cost_counter.cost.evaluated
+    comparison = compared_with(search, evaluator, proposals)
+    progress.info(comparison.sentence)
+    candidates = _ranked(search, evaluator, proposals, f"ranking {len(proposals)} proposals")
     for picks in proposals:
-        search.meter.judge(picks, config.recalibration_images + len(judge.held_out))
-    cost = search.meter.cost  # the random ones below are for the report alone
+        search.cost_counter.count_evaluation(
+            picks, config.recalibration_images + len(evaluator.held_out)
+        )
+    cost = search.cost_counter.cost  # the random ones below are for the report alone
     random = _ranked(
-        search, judge, comparison.within, f"scoring {len(comparison.within)} random in budget"
+        search, evaluator, comparison.within, f"scoring {len(comparison.within)} random in budget"
     )
-    spread = _ranked(
+    anywhere = _ranked(
         search,
-        judge,
+        evaluator,
         comparison.anywhere,
         f"scoring {len(comparison.anywhere)} random anywhere",
-        judge.evaluate,
+        evaluator.evaluate,
     )
     best = candidates[0]
     arch = space.decode(best.picks, f"{space.name}-{name.replace(' ', '-')}")
     arch.save(ctx.folder / "arch.json")
-    save_network(judge.network(best.picks), ctx.folder / "supernet.safetensors")
+    save_network(evaluator.network(best.picks), ctx.folder / "supernet.safetensors")
     ranking = Ranking(
-        metric=judge.quality.metric,
+        metric=evaluator.quality.metric,
         proposals=[candidate.quality for candidate in candidates],
         random=[candidate.quality for candidate in random],
-        images=len(judge.held_out),
-        judged_images=config.evaluation_images,
-        judged=judged,
-        chance=judge.quality.of_a_guess(judge.held_out.labels),
-        same=search.cost.unit.noun,
+        images=len(evaluator.held_out),
+        evaluation_images=config.evaluation_images,
+        evaluated=evaluated,
+        chance=evaluator.quality.of_a_guess(evaluator.held_out.labels),
+        same=search.cost_model.unit.noun,
     )
     learning = learning_of(course, ranking)
     SearchResult(
         strategy=name,
-        metric=judge.quality.metric,
+        metric=evaluator.quality.metric,
         space_sha256=space.sha256,
         objective=config.objective,
-        unit=search.cost.unit.name,
+        unit=search.cost_model.unit.name,
         target=search.target,
         tolerance=config.tolerance,
-        reachable=search.cost.range(),
-        table_sha256=None if search.cost.table is None else search.cost.table.sha256,
+        reachable=search.cost_model.range(),
+        table_sha256=None if search.cost_model.table is None else search.cost_model.table.sha256,
         steps=search.steps,
         seed=ctx.experiment.seed,
         finder=_finder_plugin(config),
@@ -411,43 +422,43 @@ def _conclude(
         learning=learning,
         candidates=tuple(candidates),
         random=tuple(random),
-        spread=tuple(spread),
+        random_anywhere=tuple(anywhere),
     ).save(ctx.folder / "search.json")
-    progress.say(_summary(arch, best, search, judge.quality.metric))
+    progress.info(_summary(arch, best, search, evaluator.quality.metric))
     for caution in learning.cautions:
-        progress.warn(str(caution))
+        progress.warning(str(caution))
 
 
 def _ranked(
     search: SearchContext,
-    judge: Judge,
+    evaluator: SupernetEvaluator,
     proposals: Sequence[Picks],
     description: str,
     quality_of: Callable[[Picks], float] | None = None,
 ) -> list[Candidate]:
     """Judge each proposal, by default on all held-out images; best reward first."""
-    judged, metric = [], judge.quality.metric
-    of_all = quality_of or (lambda picks: judge.on_all_images(judge.network(picks)))
+    evaluated, metric = [], evaluator.quality.metric
+    of_all = quality_of or (lambda picks: evaluator.on_all_images(evaluator.network(picks)))
     with search.progress.task(description, len(proposals)) as task:
         for picks in proposals:
-            quality, predicted = of_all(picks), search.cost.of(picks)
+            quality, predicted = of_all(picks), search.cost_model.cost(picks)
             values = {} if search.limits is None else search.limits.describe(picks)
             reward = search.reward(quality, predicted)
-            judged.append(
+            evaluated.append(
                 Candidate(
                     picks=picks, predicted=predicted, quality=quality, reward=reward, limits=values
                 )
             )
             task.advance(note=f"{metric} {shown(metric, quality)}")
             named = ", ".join(f"{key} {option}" for key, option in picks.items())
-            search.progress.detail(
-                f"{search.cost.unit.shown(predicted)}, {metric} {shown(metric, quality)}: {named}"
+            search.progress.debug(
+                f"{search.cost_model.unit.shown(predicted)}, {metric} {shown(metric, quality)}: {named}"
             )
-    return sorted(judged, key=lambda candidate: -candidate.reward)
+    return sorted(evaluated, key=lambda candidate: -candidate.reward)
 
 
 def _summary(arch: Architecture, best: Candidate, search: SearchContext, metric: str) -> str:
-    unit = search.cost.unit
+    unit = search.cost_model.unit
     counts = {
         "macs": f"{arch.macs / 1e6:.1f} M MACs",
         "params": f"{arch.params / 1e6:.2f} M parameters",
@@ -539,7 +550,9 @@ class Search(Stage):
             if trains
             else "a trained super-net"
         )
-        return f"{searcher} over {counted(self.at.space.architectures)} architectures, {target}"
+        return (
+            f"{searcher} over {format_count(self.at.space.architectures)} architectures, {target}"
+        )
 
     def run(self, ctx: StageContext) -> None:
         """Search with the table as it is now."""

@@ -24,7 +24,7 @@ from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObje
 from hwnas.core.space import SearchSpace
 from hwnas.nn.supernet import Gates, Probes
 from hwnas.progress import Progress
-from hwnas.search.meter import Meter
+from hwnas.search.cost_counter import CostCounter
 from hwnas.search.verbs import Evaluator, Metrics, SharedWeights
 
 __all__ = ["Evaluator", "Gates", "Metrics", "Probes", "SearchContext", "SharedWeights", "Strategy"]
@@ -37,16 +37,16 @@ class SearchContext:
     ``rng`` is renewed for every step from (seed, step), which makes strategies resume
     exactly as long as they draw from nothing else. ``weights`` are not there yet during
     ``Strategy.setup``, nor where a finder works on an already trained super-net;
-    ``evaluator`` is there once weights are trained. ``meter`` holds what all this has
+    ``evaluator`` is there once weights are trained. ``cost_counter`` holds what all this has
     cost. ``seconds`` is what the search has taken, as far as this process knows: for
     what is said to people, and for nothing that decides.
 
-    ``target`` is in the unit of ``cost``, and so are the costs that ``reward`` takes:
+    ``target`` is in the unit of ``cost_model``, and so are the costs that ``reward`` takes:
     milliseconds, or what is counted.
     """
 
     space: SearchSpace
-    cost: CostModel
+    cost_model: CostModel
     objective: AbsoluteObjective | MnasObjective | PenalisedObjective
     target: float
     tolerance: float
@@ -55,7 +55,7 @@ class SearchContext:
     weights: SharedWeights | None = None
     evaluator: Evaluator | None = None
     limits: Limits | None = None
-    meter: Meter | None = None
+    cost_counter: CostCounter | None = None
     step: int = 0
     seconds: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))

@@ -12,13 +12,13 @@ from hwnas.config import Experiment, SearchConfig, SupernetConfig
 from hwnas.core.space import SearchSpace
 from hwnas.engine import best_device
 from hwnas.errors import ConfigError
-from hwnas.nn.portfolio import Portfolio
+from hwnas.nn.independent import IndependentNetworks
 from hwnas.nn.shared import GatedNetworks
-from hwnas.nn.supernet import SUPERNETS, SharedNetwork, load_supernet, make_supernet
-from hwnas.search.meter import Meter
+from hwnas.nn.supernet import SUPERNETS, Supernet, load_supernet, make_supernet
+from hwnas.search.cost_counter import CostCounter
 from hwnas.search.strategy import Strategy
 
-SHARED = "shared.safetensors"
+SUPERNET_FILE = "shared.safetensors"
 """The whole trained super-net, which ``search.weights`` of another run takes."""
 
 
@@ -28,15 +28,15 @@ def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) 
     """
     generator = torch.Generator().manual_seed(experiment.seed)
     if strategy.alone:
-        return Portfolio(space, strategy.alone, generator)
-    kind: type[SharedNetwork] = SUPERNETS[type(space)]
+        return IndependentNetworks(space, strategy.alone, generator)
+    kind: type[Supernet] = SUPERNETS[type(space)]
     config = kind.shared_by(experiment.search.supernet, strategy.sharing, strategy.kernels)
     return make_supernet(space, generator, config, strategy.growth(space))
 
 
-def meter_of(config: SearchConfig, supernet: GatedNetworks) -> Meter:
+def cost_counter_of(config: SearchConfig, supernet: GatedNetworks) -> CostCounter:
     """What counts the cost of a search with these weights."""
-    return Meter(
+    return CostCounter(
         supernet.space,
         supernet.proxies,
         config.batch_size,
@@ -56,16 +56,16 @@ def trained_supernet(folder: str, key: str = "search.weights") -> Path:
             f"{key} = {folder!r} is no folder: name the folder of a finished run that trained a"
             " super-net."
         )
-    for path in (root / SHARED, root / "search" / SHARED):
+    for path in (root / SUPERNET_FILE, root / "search" / SUPERNET_FILE):
         if path.is_file():
             return path
     raise ConfigError(
-        f"{key} = {folder!r} holds no {SHARED}: name the search folder of a finished run that"
+        f"{key} = {folder!r} holds no {SUPERNET_FILE}: name the search folder of a finished run that"
         " trained a super-net."
     )
 
 
-def trained(config: SearchConfig, space: SearchSpace) -> SharedNetwork:
+def trained(config: SearchConfig, space: SearchSpace) -> Supernet:
     """The super-net of ``search.weights``, which brings its own sharing. Raises
     ConfigError where the configuration contradicts it.
     """

@@ -54,7 +54,7 @@ from torch import Tensor
 from hwnas.core.arch import Picks
 from hwnas.core.option import Factors, factorise
 from hwnas.core.space import Choice, SearchSpace
-from hwnas.search.proposal import likely_within
+from hwnas.search.proposal import propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 FILTER_AXES = ("expansion",)
@@ -344,7 +344,7 @@ class TuNAS(Strategy):
         rate = self.rl_rate(ctx)
         if rate > 0.0:
             qualities = ctx.qualities(*gates, multiple=self.config.held_out_multiple)
-            latencies = [float(ctx.cost.expected(each)) for each in gates]
+            latencies = [float(ctx.cost_model.expected(each)) for each in gates]
             rewards = [
                 ctx.reward(quality, latency)
                 for quality, latency in zip(qualities, latencies, strict=True)
@@ -352,20 +352,24 @@ class TuNAS(Strategy):
             self.controller.update(
                 samples, rewards, rate, self.config.baseline_momentum, self.config.entropy
             )
-            means = {"quality": qualities, ctx.cost.unit.quantity: latencies, "reward": rewards}
+            means = {
+                "quality": qualities,
+                ctx.cost_model.unit.quantity: latencies,
+                "reward": rewards,
+            }
             metrics |= {name: float(np.mean(values)) for name, values in means.items()}
-        expected = float(ctx.cost.expected(self.controller.option_probabilities()))
+        expected = float(ctx.cost_model.expected(self.controller.option_probabilities()))
         return {
             **metrics,
             "entropy": float(self.controller.entropy().detach()),
-            ctx.cost.unit.expected: expected,
+            ctx.cost_model.unit.expected: expected,
         }
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The argmax first, where it is within the tolerance, then likely samples of
         the policy that are.
         """
-        return likely_within(
+        return propose_feasible(
             ctx, self.controller.option_probabilities(), count, self.controller.best()
         )
 

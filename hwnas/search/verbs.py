@@ -1,7 +1,7 @@
-"""What a search may ask of the weights that it trains, and of what judges architectures.
+"""What a search may ask of the weights that it trains, and of what evaluates architectures.
 
-``hwnas.search.weights`` and ``hwnas.search.judge`` do it with a super-net,
-``hwnas.search.meter`` counts what it costs.
+``hwnas.search.weights`` and ``hwnas.search.evaluator`` do it with a super-net,
+``hwnas.search.cost_counter`` counts what it costs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Metrics = dict[str, float]
 
 
 class Evaluator(Protocol):
-    """What judges architectures."""
+    """What evaluates architectures."""
 
     def evaluate(self, picks: Picks) -> float:
         """Recalibrated quality. See ``SearchContext.evaluate``."""

@@ -15,11 +15,11 @@ from torch import Tensor
 from hwnas.config import DataConfig
 from hwnas.core.arch import Picks
 from hwnas.data.images import Batch, Images, training_batches
-from hwnas.engine import Criterion, Engine, Part
+from hwnas.engine import Criterion, Engine, Microbatch
 from hwnas.nn.network import Network
 from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
 from hwnas.nn.unrolled import unrolled_gate_gradients
-from hwnas.search.judge import Judge
+from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.verbs import Metrics
 
 
@@ -93,10 +93,19 @@ class SupernetWeights:
     """
 
     def __init__(
-        self, engine: Engine, supernet: GatedNetworks, batches: Batches, judge: Judge
+        self,
+        engine: Engine,
+        supernet: GatedNetworks,
+        batches: Batches,
+        evaluator: SupernetEvaluator,
     ) -> None:
-        self.engine, self.supernet, self.batches, self.judge = engine, supernet, batches, judge
-        self.quality = judge.quality
+        self.engine, self.supernet, self.batches, self.evaluator = (
+            engine,
+            supernet,
+            batches,
+            evaluator,
+        )
+        self.quality = evaluator.quality
         self.held_out_loss = self.quality.criterion().to(engine.device)
         self.teacher: Network | None = None
         self._taught: Picks = {}
@@ -107,7 +116,7 @@ class SupernetWeights:
         """One update: all gates on the whole batch and their gradients added up, or
         each on its part and the mean of them.
         """
-        self.judge.forget()
+        self.evaluator.forget()
         self._set_fraction()
         x_NCHW, y = self.engine.to_device(*self.batches.train(self.engine.step))
         shares = _shares(x_NCHW, y, len(gates) if split else 1)
@@ -115,9 +124,9 @@ class SupernetWeights:
         taught = [(x, labels, self._soft(x) if teach else None) for x, labels in shares] * (
             1 if split else len(gates)
         )
-        return self.engine.update(
+        return self.engine.optimizer_step(
             [
-                Part(
+                Microbatch(
                     x, labels, (each, None, skip_dropout), soft_labels, weight=len(labels) / len(y)
                 )
                 for each, (x, labels, soft_labels) in zip(gates, taught, strict=True)
@@ -254,9 +263,9 @@ class SupernetWeights:
         )
 
     def grow(self, number: int) -> None:
-        """Go on with super-net ``number``; judgements of the earlier one are forgotten."""
+        """Go on with super-net ``number``; evaluations of the earlier one are forgotten."""
         if self.supernet.grow(number):
-            self.judge.forget()
+            self.evaluator.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's picks and weights."""

@@ -12,8 +12,8 @@ that file that meet the budget.
 proposed, and nothing below B (1 - tolerance) / (1 + tolerance): architectures far below
 a budget are bad in the mean, and random search among them would be beaten too easily.
 
-**The cost** of a search is counted in multiply-accumulates (search/meter.py): training
-the super-net, judging architectures, and the last ranking. The unit is a stand-alone
+**The cost** of a search is counted in multiply-accumulates (search/cost_counter.py): training
+the super-net, evaluating architectures, and the last ranking. The unit is a stand-alone
 training: ``standalone_epochs`` x ``standalone_images`` images, forward and backward (3
 MACs for each MAC), through the mean architecture in the budget. CPU seconds are
 measured beside it, and decide nothing.
@@ -24,7 +24,7 @@ measured beside it, and decide nothing.
 2. k random architectures, each trained alone, the best taken, at the method's cost: k =
    cost / stand-alone training, rounded up, so at least one, in favour of random search.
    It takes the best by one training (each repeat of the file in turn) and is then
-   judged by the mean of all, as everybody is. Exact: with a single repeat, rank r or
+   evaluated by the mean of all, as everybody is. Exact: with a single repeat, rank r or
    better has probability 1 - (1 - r / n)^k;
 3. random architectures ranked by a super-net at equal cost: the strategy ``random``, a
    method like any other.
@@ -58,13 +58,20 @@ from hwnas.document import explain, merged, write_atomic
 from hwnas.errors import ConfigError, HwnasError
 from hwnas.runs import StageContext
 from hwnas.search import stage as search_stage
-from hwnas.search.meter import GRADIENT
-from hwnas.search.proposal import random_within, within_target
+from hwnas.search.cost_counter import GRADIENT
+from hwnas.search.proposal import is_feasible, sample_feasible
 from hwnas.search.result import SearchResult
 from hwnas.search.stage import search_context, search_finder
 from hwnas.search.strategy import SearchContext
 from hwnas.study import metrics
-from hwnas.study.documents import CompareStudy, Duel, Estimate, Found, MethodResult, RandomSearch
+from hwnas.study.documents import (
+    CompareStudy,
+    Estimate,
+    MethodResult,
+    PairwiseResult,
+    RandomSearch,
+    SearchOutcome,
+)
 from hwnas.study.truth import Truth, configured_truth
 from hwnas.task import task_of
 
@@ -80,7 +87,7 @@ PROBED = 256
 
 
 @dataclass(frozen=True)
-class Arena:
+class ComparisonPool:
     """Where methods meet: the architectures of the truth in the budget, with their
     accuracies, float [n] and [n, repeats].
     """
@@ -136,8 +143,8 @@ def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
             "search.weights and search.backbone give a search a start, and a comparison begins from"
             " nothing: remove them."
         )
-    priced = experiment.search.table is not None or not experiment.search.by_table
-    if not priced and config.compare.max_macs is None:
+    has_costs = experiment.search.table is not None or not experiment.search.by_table
+    if not has_costs and config.compare.max_macs is None:
         raise ConfigError(
             "study.compare.max_macs is not set: give the budget in multiply-accumulates, or"
             " search.table and its target, or search.budget."
@@ -174,7 +181,7 @@ def searching(experiment: Experiment, method: MethodConfig, seed: int) -> Experi
         ) from error
 
 
-def arena(experiment: Experiment, space: SearchSpace) -> Arena:
+def arena(experiment: Experiment, space: SearchSpace) -> ComparisonPool:
     """The budget and what the truth has in it, checked, and every method's settings
     with it, before anything is trained.
 
@@ -205,14 +212,14 @@ def arena(experiment: Experiment, space: SearchSpace) -> Arena:
         contexts.append(search_context(each, space, table))
         search_finder(each.search)
     search = contexts[0]
-    inside_N = within_target(search, index_NC)
+    inside_N = is_feasible(search, index_NC)
     if not inside_N.any():
         raise ConfigError(
             f"no architecture of {experiment.study.truth} is within {_budget(experiment, search)}:"
             " change the budget."
         )
     kept = np.flatnonzero(inside_N)
-    found = Arena(
+    found = ComparisonPool(
         search,
         table,
         truth,
@@ -221,7 +228,7 @@ def arena(experiment: Experiment, space: SearchSpace) -> Arena:
         truth.accuracy_NR[kept],
         macs_N[kept].astype(float),
     )
-    for picks in random_within(search, PROBED, np.random.default_rng(0)):
+    for picks in sample_feasible(search, PROBED, np.random.default_rng(0)):
         _position(experiment.study, found, picks, "a random search")
     return found
 
@@ -239,11 +246,11 @@ def _budget(experiment: Experiment, search: SearchContext) -> str:
         else ""
     )
     if most is None:
-        return f"{100 * search.tolerance:.3g} % of {search.cost.unit.shown(search.target)}{limits}"
+        return f"{100 * search.tolerance:.3g} % of {search.cost_model.unit.shown(search.target)}{limits}"
     return f"{most * _least(experiment) / 1e6:.4g} to {most / 1e6:.4g} M MACs{limits}"
 
 
-def _position(config: StudyConfig, found: Arena, picks: Picks, who: str) -> int:
+def _position(config: StudyConfig, found: ComparisonPool, picks: Picks, who: str) -> int:
     position = found.position(picks)
     if position is None:
         named = json.dumps(picks)
@@ -277,7 +284,7 @@ Searches = Mapping[tuple[str, int], Path]
 def run(
     ctx: StageContext,
     space: SearchSpace,
-    found: Arena,
+    found: ComparisonPool,
     searches: Searches,
     failed: Mapping[tuple[str, int], str],
 ) -> None:
@@ -313,7 +320,7 @@ def run(
         space_sha256=space.sha256,
         truth=found.truth.info(str(config.truth)),
         budget=_budget(ctx.experiment, found.search),
-        target_ms=found.search.target if found.search.cost.unit.name == "ms" else None,
+        target_ms=found.search.target if found.search.cost_model.unit.name == "ms" else None,
         tolerance=found.search.tolerance,
         architectures=len(found.names),
         best=found.names[best],
@@ -326,23 +333,25 @@ def run(
         seeds=config.seeds,
         methods=tuple(results),
         random=random_search(found, 1),
-        duels=tuple(
-            _duel(config, a, b)
+        pairwise=tuple(
+            _pairwise(config, a, b)
             for a, b in combinations([each for each in results if each.found], 2)
         ),
     )
     study.save(ctx.folder / RESULT)
     for line in lines(study):
-        ctx.progress.say(line)
+        ctx.progress.info(line)
 
 
-def _found(config: StudyConfig, found: Arena, method: str, seed: int, folder: Path) -> Found:
+def _found(
+    config: StudyConfig, found: ComparisonPool, method: str, seed: int, folder: Path
+) -> SearchOutcome:
     result = SearchResult.load(folder / "search.json")
     chosen = result.candidates[0]
     position = _position(config, found, chosen.picks, f"{method} (seed {seed})")
     accuracy = float(found.mean_N[position])
     assert result.cost is not None
-    return Found(
+    return SearchOutcome(
         seed=seed,
         name=found.names[position],
         picks=chosen.picks,
@@ -358,9 +367,9 @@ def _found(config: StudyConfig, found: Arena, method: str, seed: int, folder: Pa
 
 def _method(
     config: StudyConfig,
-    found: Arena,
+    found: ComparisonPool,
     method: MethodConfig,
-    rows: Sequence[Found],
+    rows: Sequence[SearchOutcome],
     failed: Mapping[str, str],
     standalone: float,
 ) -> MethodResult:
@@ -380,12 +389,12 @@ def _method(
         regret=float(np.median([row.regret for row in rows])),
         cost=cost,
         equal=random_search(found, trainings),
-        beats_one=_beats_random(config, found, rows, 1),
-        beats_equal=_beats_random(config, found, rows, trainings),
+        p_better_than_one=_beats_random(config, found, rows, 1),
+        p_better_than_random=_beats_random(config, found, rows, trainings),
     )
 
 
-def chosen_by_random(found: Arena, trainings: int) -> np.ndarray:
+def chosen_by_random(found: ComparisonPool, trainings: int) -> np.ndarray:
     """The probability [n] of each architecture to be what random search by so many
     trainings ends with; see the module.
     """
@@ -395,7 +404,7 @@ def chosen_by_random(found: Arena, trainings: int) -> np.ndarray:
     return mean
 
 
-def random_search(found: Arena, trainings: int) -> RandomSearch:
+def random_search(found: ComparisonPool, trainings: int) -> RandomSearch:
     """Random search exactly."""
     probability_N = chosen_by_random(found, trainings)
     rank_N = np.array([found.rank(accuracy) for accuracy in found.mean_N])
@@ -411,7 +420,7 @@ def random_search(found: Arena, trainings: int) -> RandomSearch:
 
 
 def _beats_random(
-    config: StudyConfig, found: Arena, rows: Sequence[Found], trainings: int
+    config: StudyConfig, found: ComparisonPool, rows: Sequence[SearchOutcome], trainings: int
 ) -> Estimate:
     """The probability to beat random search, which is exact, so only the method's seeds
     are drawn anew for the interval.
@@ -428,9 +437,9 @@ def _estimate(config: StudyConfig, won: np.ndarray) -> Estimate:
     return Estimate(value=float(won.mean()), low=low, high=high)
 
 
-def _duel(config: StudyConfig, first: MethodResult, second: MethodResult) -> Duel:
+def _pairwise(config: StudyConfig, first: MethodResult, second: MethodResult) -> PairwiseResult:
     a, b = (np.array([row.accuracy for row in each.found]) for each in (first, second))
-    return Duel(
+    return PairwiseResult(
         first=first.name,
         second=second.name,
         beats=_estimate(config, metrics.wins(a, b)),
@@ -459,17 +468,17 @@ def lines(study: CompareStudy) -> list[str]:
             found.append(
                 f"{method.name}: median true rank {method.rank:g} of {n} (by seed: {ranks}),"
                 f" {method.accuracy:.2%}; beats a random architecture"
-                f" {_chance(method.beats_one, study.confidence)}, and random search by"
+                f" {_chance(method.p_better_than_one, study.confidence)}, and random search by"
                 f" {method.equal.trainings} training{'s' if method.equal.trainings > 1 else ''}"
-                f" (its cost: {method.cost:.3g}) {_chance(method.beats_equal)}"
+                f" (its cost: {method.cost:.3g}) {_chance(method.p_better_than_random)}"
             )
         found += [
             f"{method.name} has no result for seed {seed}: {why}"
             for seed, why in method.failed.items()
         ]
-    for duel in study.duels:
+    for pair in study.pairwise:
         found.append(
-            f"{duel.first} beats {duel.second} {_chance(duel.beats)}, p = {duel.p_value:.3g}"
+            f"{pair.first} beats {pair.second} {_chance(pair.beats)}, p = {pair.p_value:.3g}"
         )
     return found
 

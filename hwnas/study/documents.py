@@ -4,13 +4,13 @@ shrinking a space.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hwnas.core.arch import Picks
-from hwnas.document import Document
-from hwnas.search.meter import SearchCost
+from hwnas.document import Document, Record
+from hwnas.search.cost_counter import SearchCost
 
 METRICS = (
     "kendall",
@@ -25,11 +25,7 @@ METRICS = (
 """The numbers of every score; see study/metrics.py."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Estimate(_Part):
+class Estimate(Record):
     """A metric on the scored architectures, and its interval over architectures. None
     where it is undefined.
     """
@@ -39,7 +35,7 @@ class Estimate(_Part):
     high: float | None = None
 
 
-class Spread(_Part):
+class Spread(Record):
     """A metric over super-nets: mean and sample standard deviation (none for fewer than
     two super-nets).
     """
@@ -48,7 +44,7 @@ class Spread(_Part):
     std: float | None = None
 
 
-class ScoreResult(_Part):
+class ScoreResult(Record):
     """How a score ranks: metrics by name (``METRICS``), for each super-net in the order
     of ``RankStudy.supernets``, and over all.
     """
@@ -58,7 +54,7 @@ class ScoreResult(_Part):
     spread: dict[str, Spread]
 
 
-class Gap(_Part):
+class Gap(Record):
     """The optimisation gap: mean accuracy of the scored networks with the super-net's
     weights and trained alone, in 0..1.
     """
@@ -72,7 +68,7 @@ class Gap(_Part):
         return self.alone - self.supernet
 
 
-class SupernetResult(_Part):
+class SupernetResult(Record):
     """A super-net of the study. ``failed`` says of an architecture why it has no score;
     it takes no part in the metrics.
     """
@@ -87,7 +83,7 @@ class SupernetResult(_Part):
     )
 
 
-class TruthInfo(_Part):
+class TruthInfo(Record):
     """The ground truth, and its noise: tau between repeated trainings of all its
     networks, and of the tenth that is best on average.
     """
@@ -101,7 +97,7 @@ class TruthInfo(_Part):
     kendall_top: float | None = None
 
 
-class Point(_Part):
+class Point(Record):
     """An architecture with its true accuracy and its scores, the mean over the
     super-nets that scored it.
     """
@@ -137,7 +133,7 @@ class RankStudy(Document):
     points: tuple[Point, ...]
 
 
-class Found(_Part):
+class SearchOutcome(Record):
     """What a method proposed with a seed, and what it is worth: ``rank`` of
     ``CompareStudy.architectures``, 1 is best.
 
@@ -158,7 +154,7 @@ class Found(_Part):
     cpu_seconds: float | None = None
 
 
-class RandomSearch(_Part):
+class RandomSearch(Record):
     """Random search by ``trainings`` stand-alone trainings, exactly: the mean, and
     quantiles (``QUANTILES``) of its true rank.
     """
@@ -169,28 +165,28 @@ class RandomSearch(_Part):
     ranks: tuple[int, ...]
 
 
-class MethodResult(_Part):
+class MethodResult(Record):
     """A method over its seeds. ``failed`` says of a seed why it has no result.
 
-    ``cost`` is the mean of its searches in stand-alone trainings. ``beats_one`` and
-    ``beats_equal`` are the probabilities to beat a random architecture, and random
+    ``cost`` is the mean of its searches in stand-alone trainings. ``p_better_than_one`` and
+    ``p_better_than_random`` are the probabilities to beat a random architecture, and random
     search of at least equal cost (``equal``), by true accuracy.
     """
 
     name: str
     strategy: str
-    found: tuple[Found, ...]
+    found: tuple[SearchOutcome, ...]
     failed: dict[str, str] = {}
     rank: float | None = Field(None, description="median over seeds")
     accuracy: float | None = Field(None, description="median over seeds")
     regret: float | None = Field(None, description="median over seeds")
     cost: float | None = None
     equal: RandomSearch | None = None
-    beats_one: Estimate = Estimate(value=None)
-    beats_equal: Estimate = Estimate(value=None)
+    p_better_than_one: Estimate = Estimate(value=None)
+    p_better_than_random: Estimate = Estimate(value=None)
 
 
-class Duel(_Part):
+class PairwiseResult(Record):
     """One method against another: the probability that it finds the better
     architecture, and the exact two-sided p-value.
     """
@@ -209,6 +205,7 @@ class CompareStudy(Document):
     """
 
     SCHEMA: ClassVar[str] = "hwnas.compare-study"
+    VERSION: ClassVar[int] = 2
 
     space: str
     space_sha256: str
@@ -229,7 +226,18 @@ class CompareStudy(Document):
     seeds: tuple[int, ...]
     methods: tuple[MethodResult, ...]
     random: RandomSearch
-    duels: tuple[Duel, ...]
+    pairwise: tuple[PairwiseResult, ...]
+
+    @classmethod
+    def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
+        """The names of version 1."""
+        content["pairwise"] = content.pop("duels")
+        for method in content["methods"]:
+            method["p_better_than_one"] = method.pop("beats_one")
+            method["p_better_than_random"] = method.pop("beats_equal")
+            for outcome in method["found"]:
+                outcome["cost"]["evaluated"] = outcome["cost"].pop("judged")
+        return content
 
 
 class ShrinkStep(Document):
@@ -273,7 +281,7 @@ class ShrinkPath(Document):
     shrunk_sha256: str
 
 
-class Remaining(_Part):
+class Remaining(Record):
     """What is left of the networks whose accuracy is known: how many, their mean and
     best accuracy in 0..1, and the worst.
 
@@ -287,7 +295,7 @@ class Remaining(_Part):
     best_tenth: float | None = None
 
 
-class ShrinkCurve(_Part):
+class ShrinkCurve(Record):
     """The course of a shrinking by the ground truth: before, and after every drop.
 
     ``operator_kendall`` says of every drop how well the scores ranked the operators:
@@ -299,7 +307,7 @@ class ShrinkCurve(_Part):
     operator_kendall: tuple[float | None, ...] = ()
 
 
-class Chance(_Part):
+class Chance(Record):
     """Random shrinking, many times: mean and the 5 and 95 % quantiles of the mean true
     accuracy and of the best tenth's part, by stage.
     """

@@ -45,7 +45,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import stats
 
-Metric = Callable[[np.ndarray, np.ndarray], float]
+RankMetric = Callable[[np.ndarray, np.ndarray], float]
 """(score [N], truth [N]) -> number."""
 
 TOP_PART = 0.1
@@ -122,7 +122,7 @@ def rank_sum(scores: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def bootstrap(
-    metric: Metric,
+    metric: RankMetric,
     score: np.ndarray,
     truth: np.ndarray,
     rng: np.random.Generator,

@@ -1,4 +1,4 @@
-"""Networks judged one after another by weights that they share: the blocks that two
+"""Networks evaluated one after another by weights that they share: the blocks that two
 have in common, from the input on, run once.
 
 What a block makes depends on what came before it, BN's re-estimated statistics
@@ -26,7 +26,7 @@ from hwnas.nn.classifier import ClassificationNetwork
 
 PART_OF_MEMORY = 1 / 6
 """Of this machine's memory, or its accelerator's, for the maps that are kept (ours).
-Two are in use where networks are judged with BN statistics estimated anew and as they
+Two are in use where networks are evaluated with BN statistics estimated anew and as they
 stand. Behind the last block whose maps fit, batches pass one by one.
 """
 
@@ -48,16 +48,16 @@ def memory_for_maps(device: torch.device) -> int:
 @dataclass(frozen=True)
 class Maps:
     """What the blocks so far have made of batches of images: those that BN statistics
-    are of, and those that are judged.
+    are of, and those that are evaluated.
     """
 
     estimating: Sequence[Tensor]
-    judged: Sequence[Tensor]
+    evaluated: Sequence[Tensor]
 
     def size(self, op: Op) -> int:
         """Bytes of what ``op`` makes of them."""
-        images = sum(len(x_NCHW) for x_NCHW in (*self.estimating, *self.judged))
-        return images * op.out_ch * op.out_size**2 * self.judged[0].element_size()
+        images = sum(len(x_NCHW) for x_NCHW in (*self.estimating, *self.evaluated))
+        return images * op.out_ch * op.out_size**2 * self.evaluated[0].element_size()
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,22 @@ class Prefixes:
 
     BN's statistics are averages over ``images.estimating``, whose batches pass by their
     own. Without such images they are those that the network has, or with ``by_batch``
-    those of each batch that is judged. ``memory``: bytes of maps that are kept; None:
+    those of each batch that is evaluated. ``memory``: bytes of maps that are kept; None:
     see above.
     """
 
     def __init__(self, images: Maps, *, by_batch: bool = False, memory: int | None = None) -> None:
         self.images, self.by_batch = images, by_batch
-        self.memory = memory_for_maps(images.judged[0].device) if memory is None else memory
+        self.memory = memory_for_maps(images.evaluated[0].device) if memory is None else memory
         self._kept: list[_Kept] = []
 
     @torch.inference_mode()
     def logits(self, network: ClassificationNetwork) -> list[Tensor]:
-        """Of the batches that are judged: [N, classes] each. The network is used up: BN
+        """Of the batches that are evaluated: [N, classes] each. The network is used up: BN
         is estimated only of blocks that ran.
         """
         if network.arch.graph:
-            return list(self._through(network, self.images).judged)
+            return list(self._through(network, self.images).evaluated)
         blocks, ops = list(network.blocks), list(network.arch.ops())
         at = self._common(blocks, ops)
         del self._kept[at:]
@@ -101,7 +101,7 @@ class Prefixes:
             maps = self._through(blocks[at], maps)
             self._kept.append(_Kept(ops[at], tensors, maps, size))
             at, left = at + 1, left - size
-        return list(self._through(nn.Sequential(*blocks[at:]), maps).judged)
+        return list(self._through(nn.Sequential(*blocks[at:]), maps).evaluated)
 
     def _common(self, blocks: Sequence[nn.Module], ops: Iterable[Op]) -> int:
         """How many blocks at the front are those that are kept."""
@@ -117,11 +117,11 @@ class Prefixes:
         """What a block, or several in a row, make of the maps before."""
         block.eval()
         if not maps.estimating and not self.by_batch:
-            return Maps((), [block(x_NCHW) for x_NCHW in maps.judged])
+            return Maps((), [block(x_NCHW) for x_NCHW in maps.evaluated])
         with recalibrating(block):
-            made = [block(x_NCHW) for x_NCHW in maps.estimating or maps.judged]
+            made = [block(x_NCHW) for x_NCHW in maps.estimating or maps.evaluated]
         return (
-            Maps(made, [block(x_NCHW) for x_NCHW in maps.judged])
+            Maps(made, [block(x_NCHW) for x_NCHW in maps.evaluated])
             if maps.estimating
             else Maps((), made)
         )

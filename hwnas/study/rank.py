@@ -25,7 +25,7 @@ from hwnas.errors import ConfigError, HwnasError
 from hwnas.nn.supernet import load_supernet
 from hwnas.runs import JsonLines, StageContext
 from hwnas.search.angle import initial_supernet
-from hwnas.search.judge import Judge
+from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.study import metrics
 from hwnas.study.documents import (
     METRICS,
@@ -103,7 +103,7 @@ def run(
     )
     study.save(ctx.folder / RESULT)
     for line in lines(study):
-        ctx.progress.say(line)
+        ctx.progress.info(line)
 
 
 def _scored(
@@ -153,7 +153,7 @@ def _scored(
                 found = scorer.score(truth.picks[i], missing)
             except ArithmeticError as error:
                 failed[name] = str(error).partition("\n")[0]
-                ctx.progress.warn(f"architecture {name} has no score: {failed[name]}")
+                ctx.progress.warning(f"architecture {name} has no score: {failed[name]}")
             else:
                 append({"architecture": name, "scores": found})
                 known.setdefault(name, {}).update(found)
@@ -181,9 +181,9 @@ def _scorer(experiment: Experiment, space: SearchSpace, trained: Trained) -> Sco
             f"the super-net in {trained.path.parent} tracks no BN statistics: set"
             " search.recalibration_images to 2 or more."
         )
-    judge = Judge(supernet.to(best_device()), experiment)
+    evaluator = SupernetEvaluator(supernet.to(best_device()), experiment)
     base = None if trained.base is None else load_supernet(trained.base, space).to(best_device())
-    return Scorer(judge, supernet, initial_supernet(supernet, trained.seed), base)
+    return Scorer(evaluator, supernet, initial_supernet(supernet, trained.seed), base)
 
 
 def _supernet(
@@ -252,7 +252,7 @@ def estimates(
     Without ``macs_N`` there is nothing to be better than, and ``over_macs`` has no value.
     """
     k = min(config.top_k, len(truth_N))
-    functions: dict[str, metrics.Metric] = {
+    functions: dict[str, metrics.RankMetric] = {
         "kendall": metrics.kendall,
         "over_macs": lambda both, truth: (
             metrics.kendall(both[:, 0], truth) - metrics.kendall(both[:, 1], truth)

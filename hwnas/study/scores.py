@@ -4,7 +4,7 @@
 ``accuracy``       top-1 of the one-path network with BN statistics re-estimated, on held-out images
 ``loss``           its cross-entropy (lower is better)
 ``unrecalibrated`` top-1 of the super-net as it stands: BN by its tracked statistics (``supernet.bn_track``), else by
-                   those of the batch that is judged
+                   those of the batch that is evaluated
 ``angle``          by which training has turned the weights of the one-path network, in radians (see search/angle.py),
                    from their initialisation or from ``study.base_epochs`` on. Needs no images
 ``macs, params``   multiply-accumulates and parameters: what any score must beat
@@ -16,7 +16,7 @@
 =================
 ================================================================================================
 
-*Differences from the papers*: the zero-cost scores judge the super-net's
+*Differences from the papers*: the zero-cost scores evaluate the super-net's
 initialisation, the same for all architectures, not a new one for each; synflow leaves
 BN out (its statistics are 0 and 1 and its scale is 1 then) instead of computing batch
 statistics.
@@ -34,9 +34,9 @@ from torch import nn
 from hwnas.config import ScoreName
 from hwnas.core.arch import Picks
 from hwnas.nn.classifier import ClassificationNetwork
-from hwnas.nn.supernet import SharedNetwork, resized
+from hwnas.nn.supernet import Supernet, resized
 from hwnas.search.angle import Angles, weights
-from hwnas.search.judge import Judge, placed
+from hwnas.search.evaluator import SupernetEvaluator, placed
 from hwnas.study.prefixes import Maps, Prefixes
 
 LOWER_IS_BETTER = ("loss",)
@@ -46,19 +46,19 @@ OF_SHAPE = ("macs", "params")
 
 
 class Scorer:
-    """Scores architectures by a trained super-net, which ``judge`` judges too.
+    """Scores architectures by a trained super-net, which ``evaluator`` evaluates too.
 
     ``initial`` is what it was at first; the angle is from there, or from ``base``.
     """
 
     def __init__(
         self,
-        judge: Judge,
-        trained: SharedNetwork,
-        initial: SharedNetwork,
-        base: SharedNetwork | None = None,
+        evaluator: SupernetEvaluator,
+        trained: Supernet,
+        initial: Supernet,
+        base: Supernet | None = None,
     ) -> None:
-        self.judge, self.supernet = judge, trained
+        self.evaluator, self.supernet = evaluator, trained
         self.initial = initial.eval()
         self.angles = Angles(base or self.initial, self.supernet)
         self._prefixes: dict[tuple[int, bool], Prefixes] = {}
@@ -85,18 +85,18 @@ class Scorer:
         return {name: found[name] for name in names}
 
     def _recalibrated(self, picks: Picks) -> dict[str, float]:
-        return self._judged(picks, recalibrated=True)
+        return self._evaluated(picks, recalibrated=True)
 
     def _as_it_stands(self, picks: Picks) -> dict[str, float]:
-        return {"unrecalibrated": self._judged(picks, recalibrated=False)["accuracy"]}
+        return {"unrecalibrated": self._evaluated(picks, recalibrated=False)["accuracy"]}
 
-    def _judged(self, picks: Picks, recalibrated: bool) -> dict[str, float]:
-        """Top-1 in 0..1 and mean cross-entropy over the images that are judged."""
+    def _evaluated(self, picks: Picks, recalibrated: bool) -> dict[str, float]:
+        """Top-1 in 0..1 and mean cross-entropy over the images that are evaluated."""
         network = _classifier(self.supernet, picks).to(memory_format=torch.channels_last)
         logits_NK = torch.cat(
             self._prefixes_of(network.arch.resolution, recalibrated).logits(network)
         ).float()
-        y_N = torch.cat([y for _, y in self.judge.evaluation()]).to(logits_NK.device)
+        y_N = torch.cat([y for _, y in self.evaluator.evaluation()]).to(logits_NK.device)
         return {
             "accuracy": int((logits_NK.argmax(1) == y_N).sum()) / len(y_N),
             "loss": float(F.cross_entropy(logits_NK, y_N)),
@@ -107,8 +107,8 @@ class Scorer:
         if (size, recalibrated) not in self._prefixes:
             self._prefixes = {key: each for key, each in self._prefixes.items() if key[0] == size}
             recalibration, evaluation = (
-                self.judge.recalibration() if recalibrated else (),
-                self.judge.evaluation(),
+                self.evaluator.recalibration() if recalibrated else (),
+                self.evaluator.evaluation(),
             )
             images = Maps(
                 *(
@@ -127,7 +127,9 @@ class Scorer:
 
     def _gradients(self, picks: Picks) -> dict[str, float]:
         network = _classifier(self.initial, picks)
-        x_NCHW, y = (part[: self.judge.config.batch_size] for part in self.judge.evaluation()[0])
+        x_NCHW, y = (
+            part[: self.evaluator.config.batch_size] for part in self.evaluator.evaluation()[0]
+        )
         x_NCHW = resized(x_NCHW.to(_device(network)), network.arch.resolution)
         network.train()
         F.cross_entropy(network(x_NCHW), y.to(x_NCHW.device)).backward()  # type: ignore[no-untyped-call]
@@ -167,7 +169,7 @@ def synflow(network: ClassificationNetwork) -> float:
     return math.log(total) if total > 0 else -math.inf
 
 
-def _classifier(supernet: SharedNetwork, picks: Picks) -> ClassificationNetwork:
+def _classifier(supernet: Supernet, picks: Picks) -> ClassificationNetwork:
     """The one-path network. Studies have no detectors."""
     network = supernet.extract(picks)
     assert isinstance(network, ClassificationNetwork)

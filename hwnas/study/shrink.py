@@ -26,30 +26,30 @@ import torch
 
 from hwnas.config import Experiment, ShrinkConfig
 from hwnas.core.cost import CostModel
-from hwnas.core.describe import counted
+from hwnas.core.describe import format_count
 from hwnas.core.space import SearchSpace
 from hwnas.core.spaces import parse_space
 from hwnas.document import content_sha256, read_bytes, write_atomic
 from hwnas.engine import best_device
 from hwnas.errors import ConfigError, SpaceError
-from hwnas.nn.supernet import SharedNetwork, make_supernet, read_supernet
+from hwnas.nn.supernet import Supernet, make_supernet, read_supernet
 from hwnas.runs import StageContext
 from hwnas.search import SHRINK_METRICS, STRATEGIES
 from hwnas.search.alphas import Alphas, refuse_resolutions
-from hwnas.search.judge import Judge
+from hwnas.search.evaluator import EVALUATIONS, SupernetEvaluator
 from hwnas.search.shrinking import (
-    Evidence,
-    Metric,
+    MetricContext,
     Scores,
+    ShrinkMetric,
     operators,
+    remove_operators,
     sample_children,
+    select_drops,
     shrinkable,
-    without,
-    worst,
 )
 from hwnas.search.stage import prepare, search_strategy
 from hwnas.search.strategy import Metrics, SearchContext
-from hwnas.search.supernets import SHARED
+from hwnas.search.supernets import SUPERNET_FILE
 from hwnas.study.documents import ShrinkPath, ShrinkStep
 from hwnas.study.supernets import base_step, saving_at
 from hwnas.task import task_of
@@ -65,14 +65,14 @@ STEP = "step.json"
 class _Begin:
     """What a stage begins with: the super-nets W0 and W of the space before, and alpha there."""
 
-    initial: SharedNetwork
-    trained: SharedNetwork
+    initial: Supernet
+    trained: Supernet
     alphas: Scores
 
 
-def metric(name: str) -> Metric:
+def metric(name: str) -> ShrinkMetric:
     """A metric by name. Raises ConfigError on an unknown one."""
-    made: type[Metric] = SHRINK_METRICS.get(name)
+    made: type[ShrinkMetric] = SHRINK_METRICS.get(name)
     return made()
 
 
@@ -126,7 +126,7 @@ def wants_alphas(config: ShrinkConfig) -> bool:
 
 def outputs_of_first(config: ShrinkConfig) -> list[str]:
     """The files of the first training."""
-    return [INITIAL, SHARED, *([ALPHAS] if wants_alphas(config) else [])]
+    return [INITIAL, SUPERNET_FILE, *([ALPHAS] if wants_alphas(config) else [])]
 
 
 def first_sha256(experiment: Experiment) -> str:
@@ -170,7 +170,7 @@ def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) ->
         folder.mkdir(exist_ok=True)
         if not (folder / STEP).exists():
             trained = first if number == 0 else folder
-            if number > 0 and found.trains and not (folder / SHARED).exists():
+            if number > 0 and found.trains and not (folder / SUPERNET_FILE).exists():
                 before = first if number == 1 else ctx.folder / f"stage-{number - 1}"
                 assert before is not None
                 begin = _beginning(before, found.alphas, steps[-1].refreshed)
@@ -181,7 +181,7 @@ def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) ->
                     number,
                     begin,
                     found.alphas,
-                    f"{name}: training a super-net of {counted(present.size)}",
+                    f"{name}: training a super-net of {format_count(present.size)}",
                 )
             _score(
                 ctx,
@@ -227,23 +227,23 @@ def _score(
     """Score the operators, drop the worst, and write what is left."""
     experiment, config, found = _sized(ctx.experiment, space), ctx.experiment.shrink, metric(name)
     rng = np.random.default_rng([experiment.seed, number, 2])
-    evidence = Evidence(space, rng, progress=ctx.progress)
+    context = MetricContext(space, rng, progress=ctx.progress)
     if found.samples:
         samples = (
-            config.judged_samples
-            if found.judges and config.judged_samples is not None
+            config.evaluated_samples
+            if found.evaluates and config.evaluated_samples is not None
             else config.samples
         )
-        evidence.children = sample_children(space, config, samples, rng)
+        context.children = sample_children(space, config, samples, rng)
     if trained is not None:
-        evidence.initial = read_supernet(trained / INITIAL).to(best_device())
-        evidence.trained = read_supernet(trained / SHARED).to(best_device())
-        evidence.judge = Judge(evidence.trained, experiment)
-        evidence.judge.keep(folder / "judged.jsonl")
-        evidence.alphas = _read_alphas(trained) if found.alphas else {}
-    scores = found.scores(evidence)
-    gone = worst(space, scores, config)
-    left = without(space, gone, f"{_root(space.name, name)}-{name}-{number + 1}")
+        context.initial = read_supernet(trained / INITIAL).to(best_device())
+        context.trained = read_supernet(trained / SUPERNET_FILE).to(best_device())
+        context.evaluator = SupernetEvaluator(context.trained, experiment)
+        context.evaluator.keep(folder / EVALUATIONS)
+        context.alphas = _read_alphas(trained) if found.alphas else {}
+    scores = found.scores(context)
+    gone = select_drops(space, scores, config)
+    left = remove_operators(space, gone, f"{_root(space.name, name)}-{name}-{number + 1}")
     refresh = (
         config.refresh_after is not None
         and not refreshed
@@ -254,7 +254,7 @@ def _score(
         if (key, option) in scores:
             by_choice.setdefault(key, {})[option] = scores[key, option]
     left.save(folder / SPACE)
-    supernet = evidence.trained
+    supernet = context.trained
     epochs = config.epochs if number else config.first_epochs
     ShrinkStep(
         size=space.size,
@@ -263,16 +263,16 @@ def _score(
         params=(
             None if supernet is None else sum(weight.numel() for weight in supernet.parameters())
         ),
-        children=len(evidence.children),
+        children=len(context.children),
         scores=by_choice,
         dropped=tuple(gone),
         size_after=left.size,
         refreshed=refresh,
     ).save(folder / STEP)
-    ctx.progress.say(
+    ctx.progress.info(
         f"{name}, stage {number}: {len(gone)} of {len(scores)} scored operators dropped"
         f" ({', '.join(f'{key} {option}' for key, option in gone)}; a choice's last operator stays,"
-        f" and is not scored); {counted(space.size)} architectures -> {counted(left.size)}"
+        f" and is not scored); {format_count(space.size)} architectures -> {format_count(left.size)}"
     )
 
 
@@ -282,7 +282,7 @@ def _root(space: str, name: str) -> str:
 
 
 def _beginning(before: Path, alphas: bool, refreshed: bool) -> _Begin:
-    trained = read_supernet(before / SHARED)
+    trained = read_supernet(before / SUPERNET_FILE)
     return _Begin(
         trained if refreshed else read_supernet(before / INITIAL),
         trained,
@@ -327,11 +327,11 @@ def _train(
     )
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, folder)
-    engine, supernet = prepared.engine, prepared.judge.supernet
+    engine, supernet = prepared.engine, prepared.evaluator.supernet
     if begin is not None:
         initial = make_supernet(space, torch.Generator().manual_seed(0), supernet.config)
-        initial.take_over(begin.initial)
-        supernet.take_over(begin.trained.to(engine.device))
+        initial.copy_weights(begin.initial)
+        supernet.copy_weights(begin.trained.to(engine.device))
         initial.save(folder / INITIAL)
     rng = np.random.default_rng([experiment.seed, number, 3])
     alphas = (
@@ -370,7 +370,7 @@ def _train(
         write_atomic(
             folder / ALPHAS, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
         )
-    supernet.save(folder / SHARED)
+    supernet.save(folder / SUPERNET_FILE)
     engine.finish()
 
 

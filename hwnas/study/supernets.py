@@ -17,15 +17,21 @@ from hwnas.search import STRATEGIES
 from hwnas.search.result import SearchResult
 from hwnas.search.stage import prepare, search_context, search_strategy
 from hwnas.search.strategy import Metrics
-from hwnas.search.supernets import SHARED, trained_supernet
+from hwnas.search.supernets import SUPERNET_FILE, trained_supernet
 from hwnas.task import task_of
 
-OF_JUDGING = ("evaluation_images", "recalibration_images", "candidates", "random_samples", "finder")
+EVAL_ONLY_KEYS = (
+    "evaluation_images",
+    "recalibration_images",
+    "candidates",
+    "random_samples",
+    "finder",
+)
 """Settings of a search that its super-net's training has nothing to do with.
 ``quality`` is none of them: policies are rewarded by it.
 """
 
-BASE = "base.safetensors"
+BASE_FILE = "base.safetensors"
 """The super-net as it was after ``study.base_epochs``."""
 
 Step = Callable[[int], Metrics]
@@ -51,12 +57,12 @@ def training(experiment: Experiment, seed: int) -> Experiment:
 
     A budget of latency without ``search.table`` has no prices: half-way through the
     MACs of the space is taken instead, within which strategies that steer by their
-    budget are free to go where they like. What only says how architectures are judged
+    budget are free to go where they like. What only says how architectures are evaluated
     afterwards is as by default, so that a study of other settings takes over the
     super-nets that are there.
     """
     search = experiment.search.model_copy(
-        update={name: SearchConfig.model_fields[name].default for name in OF_JUDGING}
+        update={name: SearchConfig.model_fields[name].default for name in EVAL_ONLY_KEYS}
     )
     if search.table is None and search.by_table:
         place = 0.5 if search.target_range is None else search.target_range
@@ -119,23 +125,23 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> 
     search = search_context(experiment, space, table)
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, ctx.folder)
-    engine, supernet = prepared.engine, prepared.judge.supernet
+    engine, supernet = prepared.engine, prepared.evaluator.supernet
     base = base_epochs(experiment)
     at = base_step(base, experiment.search.epochs, engine.steps) if base else None
-    step = saving_at(prepared.step, at, supernet, ctx.folder / BASE)
+    step = saving_at(prepared.step, at, supernet, ctx.folder / BASE_FILE)
     engine.resume()
     engine.fit(
         step,
         ctx.progress,
         f"training a super-net ({experiment.search.strategy.name}, seed {experiment.seed})",
     )
-    supernet.save(ctx.folder / SHARED)
+    supernet.save(ctx.folder / SUPERNET_FILE)
     engine.finish()
 
 
 def outputs(experiment: Experiment) -> list[str]:
     """The files of a training."""
-    return [SHARED, *([BASE] if base_epochs(experiment) else [])]
+    return [SUPERNET_FILE, *([BASE_FILE] if base_epochs(experiment) else [])]
 
 
 def base_epochs(experiment: Experiment) -> float:

@@ -155,9 +155,9 @@ def _here(trainings: Sequence[Training], threads: int | None, progress: Progress
             perform(training, threads, line)
         except Exception as error:  # as in a process of its own: whatever it is, the others go on
             failed[training.name] = reason(error)
-            line.warn(failed[training.name])
+            line.warning(failed[training.name])
         else:
-            line.say(f"done in {time.monotonic() - started:.0f} s")
+            line.info(f"done in {time.monotonic() - started:.0f} s")
     return failed
 
 
@@ -209,14 +209,14 @@ class _Titled(Progress):
         with self.progress.task(f"{self.title}: {description}", total, done) as task:
             yield task
 
-    def say(self, message: str) -> None:
-        self.progress.say(f"{self.title}: {message}")
+    def info(self, message: str) -> None:
+        self.progress.info(f"{self.title}: {message}")
 
-    def detail(self, message: str) -> None:
-        self.progress.detail(f"{self.title}: {message}")
+    def debug(self, message: str) -> None:
+        self.progress.debug(f"{self.title}: {message}")
 
-    def warn(self, message: str) -> None:
-        self.progress.warn(f"{self.title}: {message}")
+    def warning(self, message: str) -> None:
+        self.progress.warning(f"{self.title}: {message}")
 
 
 class _Line:
@@ -245,10 +245,10 @@ class _Line:
         elif kind in ("say", "detail", "warn"):
             getattr(self.messages, kind)(event["text"])
         elif kind == "done":
-            self.messages.say(f"done in {event['seconds']:.0f} s")
+            self.messages.info(f"done in {event['seconds']:.0f} s")
         elif kind == "failed":
-            self.messages.warn(event["reason"])
-            self.messages.detail(event.get("traceback", ""))
+            self.messages.warning(event["reason"])
+            self.messages.debug(event.get("traceback", ""))
 
 
 # --- processes of this computer
@@ -372,13 +372,13 @@ class _Telling(Progress):
         task.tell()
         self.write({"event": "end"})
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         self.write({"event": "say", "text": message})
 
-    def detail(self, message: str) -> None:
+    def debug(self, message: str) -> None:
         self.write({"event": "detail", "text": message})
 
-    def warn(self, message: str) -> None:
+    def warning(self, message: str) -> None:
         self.write({"event": "warn", "text": message})
 
 

@@ -120,7 +120,7 @@ class _Data:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _PriorFit:
     """One belief at one size of its deviations: log evidence [noise levels] and dual
     coefficients [noise levels, rows].
     """
@@ -136,7 +136,7 @@ class _Part:
 
 def _parts(
     beliefs: list[Belief], data: _Data, seen: np.ndarray, alike: np.ndarray
-) -> Iterator[_Part]:
+) -> Iterator[_PriorFit]:
     """Every belief at every size of its deviations. ``seen`` are the columns of the
     data, ``alike`` [ops, ops seen].
     """
@@ -152,17 +152,17 @@ def _parts(
             eigenvalues, vectors = np.linalg.eigh(as_is + rho**2 * along + tau**2 * single)
             variance_SN = np.maximum(eigenvalues, 0.0) + noise_S
             turned = vectors.T @ data.goal
-            evidence = log_probability - 0.5 * (np.log(variance_SN) + turned**2 / variance_SN).sum(
+            context = log_probability - 0.5 * (np.log(variance_SN) + turned**2 / variance_SN).sum(
                 axis=1
             )
-            evidence -= 0.5 * (data.spare * np.log(noise_S) + data.lost / noise_S)[:, 0]
-            yield _Part(
-                belief, rho, tau, evidence, turned / variance_SN @ vectors.T, eigenvalues, vectors
+            context -= 0.5 * (data.spare * np.log(noise_S) + data.lost / noise_S)[:, 0]
+            yield _PriorFit(
+                belief, rho, tau, context, turned / variance_SN @ vectors.T, eigenvalues, vectors
             )
 
 
 def _average(
-    beliefs: list[Belief], parts: list[_Part], data: _Data, seen: np.ndarray, alike: np.ndarray
+    beliefs: list[Belief], parts: list[_PriorFit], data: _Data, seen: np.ndarray, alike: np.ndarray
 ) -> tuple[np.ndarray, dict[str, float]]:
     """The mean of the prices [ops + 1] over all parts and noise levels, and the share
     of each belief in it.
@@ -189,7 +189,7 @@ def _average(
     return prices, believed
 
 
-def _trust(part: _Part, data: _Data, weights: np.ndarray) -> np.ndarray:
+def _trust(part: _PriorFit, data: _Data, weights: np.ndarray) -> np.ndarray:
     """New weights of the networks, from how far each is from what ``part`` predicts for
     it out of the others.
     """

@@ -17,7 +17,7 @@ from hwnas.core.detector import PostProcessing
 from hwnas.data.coco import CocoImages
 from hwnas.data.coco_eval import CocoMetrics, evaluate
 from hwnas.data.images import Batch, Images, evaluation_batches, evaluation_order
-from hwnas.export.post_processing import READERS, Found, iou
+from hwnas.export.post_processing import READERS, DetectionArrays, iou
 from hwnas.nn.detector import DetectionNetwork, Outputs
 from hwnas.nn.ssd import DetectionLoss, Detections, PostProcessor
 from hwnas.task import Answers, FileAnswers, Parity
@@ -81,11 +81,11 @@ def average_precision(images: CocoImages, found: dict[int, Detections]) -> CocoM
     return _numbers(images, {index: _arrays(each) for index, each in found.items()})
 
 
-def _arrays(found: Detections) -> Found:
+def _arrays(found: Detections) -> DetectionArrays:
     return found.boxes_D4.numpy(), found.scores_D.numpy(), found.classes_D.numpy()
 
 
-def _numbers(images: CocoImages, found: dict[int, Found]) -> CocoMetrics:
+def _numbers(images: CocoImages, found: dict[int, DetectionArrays]) -> CocoMetrics:
     rows = [row for index, each in found.items() for row in images.results(index, *each)]
     return evaluate(images.ground_truth(np.array(list(found))), rows)
 
@@ -93,7 +93,7 @@ def _numbers(images: CocoImages, found: dict[int, Found]) -> CocoMetrics:
 class Boxes(Answers):
     """What was found in each image."""
 
-    def __init__(self, found: Sequence[Found] = ()) -> None:
+    def __init__(self, found: Sequence[DetectionArrays] = ()) -> None:
         self.found = list(found)
 
     def __len__(self) -> int:
@@ -157,7 +157,7 @@ class FileBoxes(Boxes, FileAnswers):
                     self._read(row, {**self.options, "min_score": self.app_score})[1]
                 )
 
-    def _read(self, row: np.ndarray, options: dict[str, Any]) -> tuple[Found, float]:
+    def _read(self, row: np.ndarray, options: dict[str, Any]) -> tuple[DetectionArrays, float]:
         begun_at = time.perf_counter()
         found = READERS[self.graph](row, options, self.arch.resolution, self.arch.classes)
         return found, 1e3 * (time.perf_counter() - begun_at)
@@ -205,7 +205,7 @@ def parity(
     return Parity(images=len(rows), relative_error=error, agreement=agreement)
 
 
-def _furthest(wanted: Found, found: Found, resolution: int) -> float:
+def _furthest(wanted: DetectionArrays, found: DetectionArrays, resolution: int) -> float:
     errors = [0.0]
     for box, score, label in zip(*(part[:BEST] for part in wanted), strict=True):
         same = found[2] == label
@@ -216,7 +216,7 @@ def _furthest(wanted: Found, found: Found, resolution: int) -> float:
     return max(errors)
 
 
-def _same_best(one: Found, other: Found) -> bool:
+def _same_best(one: DetectionArrays, other: DetectionArrays) -> bool:
     if not len(one[1]) or not len(other[1]):
         return len(one[1]) == len(other[1])
     return bool(one[2][0] == other[2][0] and iou(np.stack([one[0][0], other[0][0]]))[0, 1] >= 0.5)

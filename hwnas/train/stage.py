@@ -51,7 +51,7 @@ class Training:
     def step(self, number: int) -> Metrics:
         """One update on the next batch."""
         del number  # the loader is already at this step
-        return self.engine.weight_step(*next(self.batches))
+        return self.engine.train_step(*next(self.batches))
 
 
 def begin(ctx: StageContext, arch: Architecture) -> Training:
@@ -95,7 +95,7 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     config, training = ctx.experiment.train, begin(ctx, arch)
     engine, test = training.engine, training.test
     engine.fit(training.step, ctx.progress, f"training {arch.name}", training.validation)
-    trained = engine.averaged
+    trained = engine.ema_model
     assert isinstance(trained, Network)
     task = task_of(ctx.experiment)
     how = Evaluation(config.batch_size, workers=ctx.experiment.data.workers)
@@ -122,9 +122,9 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     )
     result.save(ctx.folder / "train.json")
     engine.finish()
-    ctx.progress.say(f"trained {arch.name}: {result.quality}")
+    ctx.progress.info(f"trained {arch.name}: {result.quality}")
     if result.caution is not None:
-        ctx.progress.warn(str(result.caution))
+        ctx.progress.warning(str(result.caution))
 
 
 class Train(Stage):

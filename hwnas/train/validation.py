@@ -68,7 +68,7 @@ class Validation:
         if self.engine.step not in self.due:
             return
         epoch = self.engine.step / self.epoch_steps
-        qualities = self._qualities(self.engine.averaged)
+        qualities = self._qualities(self.engine.ema_model)
         with self.log.appending() as append:
             append(
                 {
@@ -79,7 +79,7 @@ class Validation:
                 }
             )
         said = self.task.said_on_the_way(next(iter(qualities.values())))
-        self.ctx.progress.say(f"epoch {epoch:.3g}: {said} {self.limit:,} test images")
+        self.ctx.progress.info(f"epoch {epoch:.3g}: {said} {self.limit:,} test images")
 
     def _qualities(self, network: nn.Module) -> dict[str, float]:
         assert isinstance(network, Network)

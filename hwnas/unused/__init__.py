@@ -53,7 +53,7 @@ def check_used(
         if case is not None and level == "warn":
             idle[case].append(key)
     for case, keys in idle.items():
-        progress.warn(
+        progress.warning(
             f"{case.why.format(e=experiment)}, so {', '.join(keys)}"
             f" {'do' if len(keys) > 1 else 'does'} nothing."
         )

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hwnas.config import Experiment, located
+from hwnas.config import Experiment, resolve_path
 from hwnas.core.arch import Architecture
 from hwnas.core.published import has_detector, is_name
 from hwnas.search import STRATEGIES
@@ -60,7 +60,7 @@ class Situation:
         if name is None:
             return False
         if Path(name).suffix == ".json":
-            return Architecture.load(located(Path(name))).task == "detect"
+            return Architecture.load(resolve_path(Path(name))).task == "detect"
         return has_detector(name)
 
 

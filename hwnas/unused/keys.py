@@ -199,7 +199,7 @@ ALL_USED = Case(
     _all,
     "a training uses every weight in every step",
     (),
-    fix="remove it; search.optimizer.unused is of super-nets",
+    fix="remove it; search.optimizer.inactive_weights is of super-nets",
 )
 # data, export, validation
 DIGITS = Case(
@@ -281,9 +281,9 @@ EACH = Case(
     ("shrink.drop",),
     ("study shrink",),
 )
-NO_JUDGE = Case(
-    _no_metric("judges"),
-    "no metric of shrink.metrics judges on images",
+NO_EVALUATION = Case(
+    _no_metric("evaluates"),
+    "no metric of shrink.metrics evaluates architectures on images",
     ("shrink.metrics",),
     ("study shrink",),
 )
@@ -372,7 +372,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
         for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")
     },
     "search.optimizer.momentum": (*_TRAINED, SEARCH_MOMENTUM),
-    "search.optimizer.unused": (*_TRAINED, ALONE),
+    "search.optimizer.inactive_weights": (*_TRAINED, ALONE),
     "search.label_smoothing": (*_TRAINED, DETECTS),
     **{
         # what contradicts a space of cells or a trained super-net is refused with its own reason
@@ -422,7 +422,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
         for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")
     },
     "train.optimizer.momentum": (TRAIN_MOMENTUM,),
-    "train.optimizer.unused": (ALL_USED,),
+    "train.optimizer.inactive_weights": (ALL_USED,),
     "train.bn_momentum": ALWAYS,
     "train.label_smoothing": (DETECTS,),
     "train.dropout": (DETECTS,),
@@ -482,7 +482,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
         for key in ("metrics", "samples", "tries", "max_macs", "sampling", "drop", "keep", "until")
     },
     "shrink.dropped": (*_SHRINK_ONLY, EACH),
-    "shrink.judged_samples": (*_SHRINK_ONLY, NO_JUDGE),
+    "shrink.evaluated_samples": (*_SHRINK_ONLY, NO_EVALUATION),
     **{
         f"shrink.{key}": (*_SHRINK_ONLY, UNTRAINED)
         for key in ("first_epochs", "epochs", "operation_on")

@@ -99,7 +99,7 @@ def measured(exported: Exported, bench: Bench, promise: Promise, config: Validat
         session = Session(bench, items, schedule)
         session.run("measuring the exported files")
     if session.noisy:
-        bench.progress.warn(
+        bench.progress.warning(
             f"{', '.join(session.noisy)} stayed noisy after {most} rounds: measure on a quieter"
             " device."
         )

@@ -96,7 +96,7 @@ class Validate(Stage):
         verdict = verdict.model_copy(update={"warnings": self.cautions()})
         verdict.save(ctx.folder / "verdict.json")
         for line in lines(verdict):
-            ctx.progress.say(line)
+            ctx.progress.info(line)
 
 
 def validate(

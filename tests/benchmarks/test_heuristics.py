@@ -62,7 +62,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "SGD, rate 0.4, decay 4e-5": (SGD,),
     "SGD, PyTorch's initialisation": (SGD, "search.supernet.initialisation='torch'"),
     "SGD, decay 5e-4, all weights": (
-        SGD.replace("4e-5", "5e-4").replace("}", ", unused = 'move'}"),
+        SGD.replace("4e-5", "5e-4").replace("}", ", inactive_weights = 'decay'}"),
     ),
     "BN without scale and shift": ("search.supernet.bn_affine=false",),
     "BN with tracked statistics": ("search.supernet.bn_track=true",),

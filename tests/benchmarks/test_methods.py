@@ -33,7 +33,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
 from hwnas.experiments import experiment_space
-from hwnas.search.proposal import random_within
+from hwnas.search.proposal import sample_feasible
 from hwnas.search.stage import prepare, search_context
 
 CONFIG = "configs/experiments/methods-cifar10.toml"
@@ -42,7 +42,7 @@ PROBE_STEPS = 24
 """Steps of the short search that measures a method's seconds per step: all its phases in small."""
 
 EVOLUTION = "generations = 4, population = 10, parents = 5, mutations = 5, crossovers = 5"
-JUDGED = {"spos": 40, "progressive_shrinking": 40, "fairnas": 40, "random_standalone": 5}
+EVALUATIONS = {"spos": 40, "progressive_shrinking": 40, "fairnas": 40, "random_standalone": 5}
 """Architectures that a method's finder judges, at most."""
 
 # options for a search of a few hundred steps: rates are ours, as the papers' are for
@@ -142,10 +142,10 @@ def measured(data: Path, table: Path, strategy: str, folder: Path) -> dict[str, 
         prepared.step(step)
     per_step = (time.process_time() - started) / (PROBE_STEPS - 1)
     members = prepared.strategy.alone or [space.sample(np.random.default_rng(i)) for i in range(4)]
-    prepared.judge.evaluate(members[0])
+    prepared.evaluator.evaluate(members[0])
     started = time.process_time()
     for picks in members[1:]:
-        prepared.judge.evaluate(picks)
+        prepared.evaluator.evaluate(picks)
     return {"step": per_step, "judged": (time.process_time() - started) / (len(members) - 1)}
 
 
@@ -208,7 +208,7 @@ def random_network(number: int, data: Path, table: Path, seed: int) -> dict[str,
     config = experiment(data, METHODS["random"], seed)
     space = experiment_space(config)
     context = search_context(config, space, LatencyTable.load(table))
-    picks = random_within(context, RANDOM_NETWORKS, np.random.default_rng([seed, 7]))[number]
+    picks = sample_feasible(context, RANDOM_NETWORKS, np.random.default_rng([seed, 7]))[number]
     out = root() / f"random-network-{number}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     arch: Architecture = space.decode(picks, f"random-{number}-{seed}")
@@ -220,7 +220,7 @@ def random_network(number: int, data: Path, table: Path, seed: int) -> dict[str,
     return {
         "method": "random network in the budget",
         "accuracy": accuracy,
-        "latency": context.cost.of(picks) / context.target - 1,
+        "latency": context.cost_model.cost(picks) / context.target - 1,
         "seconds": 0.0,
     }
 
@@ -241,7 +241,7 @@ def test_methods_at_equal_cost(benchmark: Any, data: Path, table: Path, tmp_path
     cost = json.loads(plan.read_text())
     per_epoch = steps_per_epoch(experiment(data, METHODS["random"], 0))
     seconds_left = {
-        name: SEARCH_SECONDS - JUDGED.get(name, 0) * cost[name]["judged"] for name in METHODS
+        name: SEARCH_SECONDS - EVALUATIONS.get(name, 0) * cost[name]["judged"] for name in METHODS
     }
     epochs = {name: seconds_left[name] / cost[name]["step"] / per_epoch for name in METHODS}
 

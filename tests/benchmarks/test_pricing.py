@@ -21,7 +21,7 @@ from hwnas.core.cost import CostModel
 from hwnas.core.limits import ActivationLimit, Limits, MacsLimit
 from hwnas.core.spaces import load_space
 from hwnas.core.table import LatencyTable
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.search.proposal import one_hot, uniform_index
 from hwnas.testing import synthetic_table
 
@@ -29,7 +29,7 @@ ENLARGED = "proxylessnas_enlarged"
 
 
 @cache
-def priced(name: str, resolution: int = 224, classes: int = 1000) -> CostModel:
+def cost_model(name: str, resolution: int = 224, classes: int = 1000) -> CostModel:
     space = load_space(name, resolution=resolution, classes=classes)
     return CostModel.of_table(space, synthetic_table(space))
 
@@ -43,23 +43,23 @@ def seconds(work: Callable[[], Any]) -> float:
 @pytest.mark.parametrize("name", ["proxylessnas", ENLARGED])
 def test_architectures_priced_per_second(benchmark: Any, name: str) -> None:
     torch.set_num_threads(1)
-    cost = priced(name)
+    cost = cost_model(name)
     index_NC = uniform_index(cost.space, 100_000, np.random.default_rng(0))
-    benchmark(lambda: cost.of_many(index_NC))
+    benchmark(lambda: cost.costs(index_NC))
     rate = len(index_NC) / benchmark.stats.stats.median
     print(f"\n{rate:,.0f} architectures of {name} priced per second")
     assert rate > 100_000
 
 
 def test_architectures_held_against_three_limits_per_second(benchmark: Any) -> None:
-    cost = priced(ENLARGED)
+    cost = cost_model(ENLARGED)
     others = [
         MacsLimit(kind="macs", max_macs=10**9),
         ActivationLimit(kind="activation_bytes", max_bytes=10**7),
     ]
     limits = Limits(cost.space, others, LatencyTable.load)
     index_NC = uniform_index(cost.space, 100_000, np.random.default_rng(0))
-    benchmark(lambda: (cost.of_many(index_NC) <= 1000.0) & limits.feasible(index_NC))
+    benchmark(lambda: (cost.costs(index_NC) <= 1000.0) & limits.feasible(index_NC))
     rate = len(index_NC) / benchmark.stats.stats.median
     print(
         f"\n{rate:,.0f} architectures of {ENLARGED} held against latency, MACs and peak memory per"
@@ -71,10 +71,10 @@ def test_architectures_held_against_three_limits_per_second(benchmark: Any) -> N
 def test_the_gradient_of_expected_latency_beside_a_super_net_step(benchmark: Any) -> None:
     """One core; a step is forward and backward of one sampled path, 64 images of 32 pixels."""
     torch.set_num_threads(1)
-    cost = priced(ENLARGED, resolution=32, classes=10)
+    cost = cost_model(ENLARGED, resolution=32, classes=10)
     space, rng = cost.space, np.random.default_rng(0)
     generator = torch.Generator().manual_seed(0)
-    supernet: Any = Supernet(space, generator)
+    supernet: Any = MacroSupernet(space, generator)
     supernet = supernet.to(memory_format=torch.channels_last)
     x_NCHW = torch.randn(64, 3, 32, 32, generator=generator).contiguous(
         memory_format=torch.channels_last

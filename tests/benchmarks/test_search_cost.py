@@ -46,10 +46,10 @@ from hwnas.core.spaces import mobile32
 from hwnas.data.images import Batch, Images, Request
 from hwnas.engine import Engine
 from hwnas.nn.classifier import ClassificationNetwork
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.search import STRATEGIES
+from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.evolution import Evolution, EvolutionConfig
-from hwnas.search.judge import Judge
 from hwnas.search.progressive_shrinking import largest_picks
 from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Gates, Metrics, SearchContext, Strategy
@@ -183,7 +183,7 @@ class Search:
         )
         prepared(self.strategy, self.ctx, 0)
         self.generator = torch.Generator().manual_seed(0)
-        supernet = Supernet(
+        supernet = MacroSupernet(
             SPACE, self.generator, SupernetConfig(sharing=self.strategy.sharing, remat=method.remat)
         )
         self.folder, noise = folder, Noise()
@@ -191,7 +191,7 @@ class Search:
             self.engine(supernet),
             Batches(noise, noise, DataConfig(), BATCH, 0, STEPS),
         )
-        self.weights = Timed(engine, supernet, batches, Judge(supernet, Experiment()))
+        self.weights = Timed(engine, supernet, batches, SupernetEvaluator(supernet, Experiment()))
         self.ctx.weights = self.weights
         uniform = {
             choice.key: np.full(len(choice.options), 1 / len(choice.options))
@@ -236,9 +236,9 @@ class Search:
                 ClassificationNetwork(SPACE.decode(picks), generator=self.generator)
             )
             engine.step = self.ctx.step
-            engine.weight_step(x_NCHW, y)
+            engine.train_step(x_NCHW, y)
             engine.optimizer.zero_grad(set_to_none=True)
-            yield lambda engine=engine: engine.weight_step(x_NCHW, y)
+            yield lambda engine=engine: engine.train_step(x_NCHW, y)
 
 
 @dataclass
@@ -315,10 +315,10 @@ def test_judging_with_a_trained_super_net(
     torch.set_num_threads(1)
     held_out, train = Noise(), Noise()
     monkeypatch.setattr(
-        "hwnas.search.judge.load_images",
+        "hwnas.search.evaluator.load_images",
         lambda data, split: held_out if split == "held_out" else train,
     )
-    supernet = Supernet(SPACE, torch.Generator().manual_seed(0))
+    supernet = MacroSupernet(SPACE, torch.Generator().manual_seed(0))
     cost = CostModel.of_table(SPACE, synthetic_table(SPACE))
     low, high = cost.range()
     settings = {
@@ -329,11 +329,18 @@ def test_judging_with_a_trained_super_net(
 
     def run() -> None:
         for title, images in settings.items():
-            judge = Judge(supernet, Experiment.model_validate({"search": images}))
+            evaluator = SupernetEvaluator(supernet, Experiment.model_validate({"search": images}))
             ctx = SearchContext(
-                SPACE, cost, AbsoluteObjective(), (low + high) / 2, 0.02, 0, BATCH, evaluator=judge
+                SPACE,
+                cost,
+                AbsoluteObjective(),
+                (low + high) / 2,
+                0.02,
+                0,
+                BATCH,
+                evaluator=evaluator,
             )
-            judge.keep(tmp_path / title)
+            evaluator.keep(tmp_path / title)
             evolution = Evolution(
                 EvolutionConfig(generations=2, population=4, parents=2, mutations=2, crossovers=2)
             )
@@ -353,7 +360,7 @@ def test_judging_with_a_trained_super_net(
 def test_super_net_step_against_the_same_networks_alone(benchmark: Any) -> None:
     """The same eight architectures, interleaved, forward and backward only."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    supernet: Any = Supernet(SPACE, generator)
+    supernet: Any = MacroSupernet(SPACE, generator)
     supernet = supernet.to(memory_format=torch.channels_last)
     picks = [SPACE.sample(rng) for _ in range(8)]
     alone: list[Any] = [

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.cell_plan import NONE, edge_op
 from hwnas.core.cells import CellSpace
 from hwnas.core.ops import Op
-from hwnas.core.priced import PricedSpace
 from hwnas.core.spaces import (
     CELL_SPACES,
     darts,
@@ -233,9 +233,9 @@ def test_decoding_and_back(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_prices_are_those_of_the_networks(name: str) -> None:
     space, rng = SMALL[name], np.random.default_rng(1)
-    macs = PricedSpace.of_ops(space, lambda op: op.macs)
+    macs = AdditiveCost.of_ops(space, lambda op: op.macs)
     draws = [space.sample(rng) for _ in range(10)]
-    assert [macs.of(picks) for picks in draws] == [space.decode(picks).macs for picks in draws]
+    assert [macs.cost(picks) for picks in draws] == [space.decode(picks).macs for picks in draws]
     gates = {
         choice.key: np.full(len(choice.options), 1 / len(choice.options))
         for choice in space.choices
@@ -243,7 +243,7 @@ def test_prices_are_those_of_the_networks(name: str) -> None:
     many = np.stack(
         [rng.integers(len(choice.options), size=20_000) for choice in space.choices], axis=1
     )
-    assert macs.expected(gates) == pytest.approx(macs.of_many(many).mean(), rel=0.02)
+    assert macs.expected(gates) == pytest.approx(macs.costs(many).mean(), rel=0.02)
     assert set(space.decode(draws[0]).ops()) <= set(space.ops)
 
 

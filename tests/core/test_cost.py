@@ -14,24 +14,26 @@ from hypothesis import strategies as st
 
 from hwnas.core.cost import CostModel, latency_ms, missing_ops
 from hwnas.core.ops import Op
-from hwnas.core.space import MacroSpace, SearchSpace, Stage
+from hwnas.core.space import MacroSpace, SearchSpace, SpaceStage
 from hwnas.core.spaces import mobile32, proxylessnas
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import CoverageError, TableError, TargetError
 from hwnas.testing import synthetic_table
 
 THOUSAND = settings(deadline=None, derandomize=True, max_examples=1000)
-CALIBRATION = Calibration(intercept_ms=0.7, slope=1.25, cold_ms_per_mparam=0.4, networks=12)
+CALIBRATION = Calibration(intercept_ms=0.7, slope=1.25, cache_miss_ms_per_mparam=0.4, networks=12)
 
 
 def elastic() -> MacroSpace:
     """Every width is searched, stem and head included; both kinds of residual; a fixed skip."""
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "skip")
     stages = (
-        Stage(widths=(8, 16), stride=2, slots=(("cn_k3", "cn_k5"),)),
-        Stage(widths=(8, 16, 24), slots=(options[:3], options, ("skip",)), residual="matching"),
-        Stage(widths=(16, 24), stride=2, slots=(options[:3], options, ("ir_k3_e4_se0.25",))),
-        Stage(widths=(32, 48), slots=(("cn_k1",),)),
+        SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3", "cn_k5"),)),
+        SpaceStage(
+            widths=(8, 16, 24), slots=(options[:3], options, ("skip",)), residual="matching"
+        ),
+        SpaceStage(widths=(16, 24), stride=2, slots=(options[:3], options, ("ir_k3_e4_se0.25",))),
+        SpaceStage(widths=(32, 48), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="elastic", resolution=32, classes=10, stages=stages)
 
@@ -39,14 +41,14 @@ def elastic() -> MacroSpace:
 def small() -> MacroSpace:
     """Few enough architectures to list, with coupled widths."""
     stages = (
-        Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
-        Stage(
+        SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(
             widths=(8, 16, 24),
             slots=(("ir_k3_e3", "ir_k5_e3"), ("ir_k3_e6", "skip")),
             residual="matching",
         ),
-        Stage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
-        Stage(widths=(32, 40), slots=(("cn_k1",),)),
+        SpaceStage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
+        SpaceStage(widths=(32, 40), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="small", resolution=16, classes=4, stages=stages)
 
@@ -55,10 +57,14 @@ def open_() -> MacroSpace:
     """Blocks, widths, depths and the resolution are searched."""
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6")
     stages = (
-        Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(8, 16, 24), slots=(options, options, (*options, "skip")), depths=(1, 2, 3)),
-        Stage(widths=(24,), stride=2, slots=(options[:2], options, options[:2]), depths=(2, 3)),
-        Stage(widths=(32, 48), slots=(("cn_k1",),)),
+        SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(
+            widths=(8, 16, 24), slots=(options, options, (*options, "skip")), depths=(1, 2, 3)
+        ),
+        SpaceStage(
+            widths=(24,), stride=2, slots=(options[:2], options, options[:2]), depths=(2, 3)
+        ),
+        SpaceStage(widths=(32, 48), slots=(("cn_k1",),)),
     )
     return MacroSpace(
         name="open", resolution=32, resolutions=(16, 24, 32), classes=10, stages=stages
@@ -84,7 +90,7 @@ def table_of(space: SearchSpace, calibration: Calibration | None = CALIBRATION) 
 
 
 @cache
-def priced(name: str) -> CostModel:
+def cost_model(name: str) -> CostModel:
     space = {
         "proxylessnas": proxylessnas,
         "mobile32": mobile32,
@@ -105,7 +111,7 @@ def random_gates(space: SearchSpace, rng: np.random.Generator) -> dict[str, np.n
 
 @pytest.mark.parametrize("name", ["proxylessnas", "mobile32", "elastic", "open"])
 def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -> None:
-    cost = priced(name)
+    cost = cost_model(name)
     space = cost.space
 
     @THOUSAND
@@ -113,7 +119,7 @@ def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -
     def check(index: tuple[int, ...]) -> None:
         arch = space.decode(space.at(index))
         walked = 0.7 + sum(1.25 * entry_ms(op) + 0.4 * op.params / 1e6 for op in arch.ops())
-        assert cost.of(space.at(index)) == pytest.approx(walked, abs=1e-9)
+        assert cost.cost(space.at(index)) == pytest.approx(walked, abs=1e-9)
         assert latency_ms(arch, cost.table) == pytest.approx(walked, abs=1e-9)
 
     check()
@@ -121,17 +127,17 @@ def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -
 
 @pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
 def test_a_batch_costs_what_its_members_cost(name: str) -> None:
-    cost, rng = priced(name), np.random.default_rng(0)
+    cost, rng = cost_model(name), np.random.default_rng(0)
     index_NC = np.stack(
         [rng.integers(len(choice.options), size=100) for choice in cost.space.choices], axis=1
     )
-    single = [cost.of(cost.space.at(index)) for index in index_NC]
-    assert cost.of_many(index_NC) == pytest.approx(np.array(single), abs=1e-12)
-    assert cost.of_many(index_NC[:0]).shape == (0,)
+    single = [cost.cost(cost.space.at(index)) for index in index_NC]
+    assert cost.costs(index_NC) == pytest.approx(np.array(single), abs=1e-12)
+    assert cost.costs(index_NC[:0]).shape == (0,)
 
 
 def test_the_expectation_is_the_weighted_sum_over_all_architectures() -> None:
-    cost = priced("small")
+    cost = cost_model("small")
     index_NC = every_index(cost.space)
     assert len(index_NC) == cost.space.size == 192
     for seed in range(20):
@@ -140,7 +146,7 @@ def test_the_expectation_is_the_weighted_sum_over_all_architectures() -> None:
             [gates[choice.key][index_NC[:, i]] for i, choice in enumerate(cost.space.choices)],
             axis=0,
         )
-        expected = float(weight_N @ cost.of_many(index_NC))
+        expected = float(weight_N @ cost.costs(index_NC))
         assert float(cost.expected(gates)) == pytest.approx(expected, rel=1e-12)
         tensors = {key: torch.tensor(gate) for key, gate in gates.items()}
         assert float(cost.expected(tensors, torch)) == pytest.approx(expected, rel=1e-12)
@@ -148,29 +154,29 @@ def test_the_expectation_is_the_weighted_sum_over_all_architectures() -> None:
 
 @pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
 def test_the_expectation_is_what_sampling_gives(name: str) -> None:
-    cost, rng = priced(name), np.random.default_rng(7)
+    cost, rng = cost_model(name), np.random.default_rng(7)
     gates = random_gates(cost.space, rng)
     index_NC = np.stack([rng.choice(len(p), size=100_000, p=p) for p in gates.values()], axis=1)
-    latencies_ms = cost.of_many(index_NC)
+    latencies_ms = cost.costs(index_NC)
     error = abs(latencies_ms.mean() - float(cost.expected(gates)))
     assert error < 4 * latencies_ms.std() / np.sqrt(len(latencies_ms))
 
 
 def test_the_expectation_of_a_certain_pick_is_its_latency() -> None:
-    cost = priced("elastic")
+    cost = cost_model("elastic")
     for seed in range(20):
         picks = cost.space.sample(np.random.default_rng(seed))
         gates = {
             choice.key: np.eye(len(choice.options))[choice.options.index(picks[choice.key])]
             for choice in cost.space.choices
         }
-        assert float(cost.expected(gates)) == pytest.approx(cost.of(picks), rel=1e-12)
+        assert float(cost.expected(gates)) == pytest.approx(cost.cost(picks), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["elastic", "small", "open"])
 def test_the_gradient_of_the_expectation_is_that_of_finite_differences(name: str) -> None:
     torch.set_num_threads(1)
-    cost = priced(name)
+    cost = cost_model(name)
     keys = [choice.key for choice in cost.space.choices]
     generator = torch.Generator().manual_seed(0)
     logits = [
@@ -192,7 +198,7 @@ def test_the_gradient_of_the_expectation_is_that_of_finite_differences(name: str
 
 @pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
 def test_marginals_are_the_gradient_that_autograd_finds(name: str) -> None:
-    cost = priced(name)
+    cost = cost_model(name)
     gates = random_gates(cost.space, np.random.default_rng(3))
     leaves = {key: torch.tensor(gate, requires_grad=True) for key, gate in gates.items()}
     cost.expected(leaves, torch).backward()
@@ -207,7 +213,7 @@ def test_marginals_are_the_gradient_that_autograd_finds(name: str) -> None:
 
 
 def test_precisions_can_be_mixed_between_calls() -> None:
-    cost = priced("small")
+    cost = cost_model("small")
     gates = random_gates(cost.space, np.random.default_rng(0))
     expected = float(cost.expected(gates))
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float64, 1e-12)):
@@ -233,7 +239,7 @@ def test_the_range_is_that_of_all_architectures() -> None:
         ),
     ]:
         cost = CostModel.of_table(one, table_of(one))
-        latencies_ms = cost.of_many(every_index(one))
+        latencies_ms = cost.costs(every_index(one))
         assert cost.range() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
 
 
@@ -252,7 +258,7 @@ def test_the_range_is_that_of_all_architectures_of_any_space(data: st.DataObject
             else (data.draw(blocks),)
         )
         stages.append(
-            Stage(
+            SpaceStage(
                 widths=data.draw(widths),
                 slots=slots,
                 residual=data.draw(st.sampled_from(("after_first", "matching"))),
@@ -260,7 +266,7 @@ def test_the_range_is_that_of_all_architectures_of_any_space(data: st.DataObject
         )
     space = MacroSpace(name="any", resolution=8, classes=3, stages=tuple(stages))
     cost = CostModel.of_table(space, table_of(space))
-    latencies_ms = cost.of_many(every_index(space)) if space.choices else np.array([cost.of({})])
+    latencies_ms = cost.costs(every_index(space)) if space.choices else np.array([cost.cost({})])
     assert cost.range() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
 
 
@@ -269,9 +275,9 @@ def test_a_space_with_one_architecture_has_one_price() -> None:
     picks = space.sample(np.random.default_rng(0))
     single = space.restrict({key: [option] for key, option in picks.items()})
     cost = CostModel.of_table(single, table_of(space))
-    expected = priced("small").of(picks)
+    expected = cost_model("small").cost(picks)
     assert cost.range() == pytest.approx((expected, expected))
-    assert cost.of({}) == pytest.approx(expected)
+    assert cost.cost({}) == pytest.approx(expected)
     assert float(cost.expected({})) == pytest.approx(expected)
 
 
@@ -328,15 +334,15 @@ def test_a_table_without_a_calibration_is_refused_unless_allowed() -> None:
     ):
         CostModel.of_table(space, raw)
     picks = space.sample(np.random.default_rng(0))
-    plain = CostModel.of_table(space, raw, allow_uncalibrated=True).of(picks)
+    plain = CostModel.of_table(space, raw, allow_uncalibrated=True).cost(picks)
     assert plain == pytest.approx(sum(entry_ms(op) for op in space.decode(picks).ops()))
-    assert priced("small").of(picks) == pytest.approx(
+    assert cost_model("small").cost(picks) == pytest.approx(
         0.7 + 1.25 * plain + 0.4 * space.decode(picks).params / 1e6
     )
 
 
 def test_a_target_out_of_reach_is_answered_with_the_range() -> None:
-    cost = priced("small")
+    cost = cost_model("small")
     low, high = cost.range()
     for target_ms in (low * 0.99, high * 1.01):
         with pytest.raises(TargetError) as caught:
@@ -361,8 +367,8 @@ def test_the_slope_of_a_positional_table_scales_its_slots() -> None:
     """intercept + slope * sum over slots."""
     options = ("ir_k3_e3", "ir_k5_e6", "skip")
     stages = (
-        Stage(widths=(8,), slots=(("cn_k3",),)),
-        Stage(widths=(16,), slots=(("ir_k3_e3",), options, options)),
+        SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), slots=(("ir_k3_e3",), options, options)),
     )
     space = MacroSpace(name="small", resolution=16, classes=4, stages=stages)
     rng = np.random.default_rng(0)
@@ -377,4 +383,4 @@ def test_the_slope_of_a_positional_table_scales_its_slots() -> None:
     for _ in range(5):
         picks = space.sample(rng)
         total = sum(slots[key][str(option)] for key, option in picks.items())
-        assert cost.of(picks) == pytest.approx(3.0 + 2.0 * total)
+        assert cost.cost(picks) == pytest.approx(3.0 + 2.0 * total)

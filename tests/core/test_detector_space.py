@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import activation_bytes
 from hwnas.core.ops import Op
-from hwnas.core.priced import PricedSpace
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.spaces import MACRO_SPACES, mobile32, ofa_mobilenet_v3
 from hwnas.core.ssdlite import with_detector
 from hwnas.errors import DocumentError, SpaceError
@@ -28,12 +28,12 @@ OPTIONS = ("ir_k3_e3", "ir_k5_e3")
 def classifiers() -> MacroSpace:
     """Open widths at both taps, an open depth at one, and skips behind the other."""
     stages = (
-        Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(16, 24), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
-        Stage(widths=(16, 24, 32), slots=(OPTIONS, (*OPTIONS, "skip"))),
-        Stage(widths=(32, 40), stride=2, slots=(OPTIONS,) * 3, depths=(2, 3)),
-        Stage(widths=(64,), slots=(("cn_k1",),)),
-        Stage(widths=(96,), slots=(("hd",),)),
+        SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=(16, 24), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
+        SpaceStage(widths=(16, 24, 32), slots=(OPTIONS, (*OPTIONS, "skip"))),
+        SpaceStage(widths=(32, 40), stride=2, slots=(OPTIONS,) * 3, depths=(2, 3)),
+        SpaceStage(widths=(64,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(96,), slots=(("hd",),)),
     )
     return MacroSpace(name="boxes", resolution=64, classes=3, stages=stages)
 
@@ -98,7 +98,7 @@ def test_indexed_terms_are_the_architectures_ops_in_order(index: tuple[int, ...]
     ]
     arch = space.decode(space.at(index))
     assert tuple(op for op in ops if op is not None) == arch.ops()
-    assert PricedSpace.of_ops(space, lambda op: op.params).of(space.at(index)) == arch.params
+    assert AdditiveCost.of_ops(space, lambda op: op.params).cost(space.at(index)) == arch.params
 
 
 def test_only_what_reads_a_tap_depends_on_its_width() -> None:
@@ -125,7 +125,7 @@ def test_expected_latency_is_the_mean_over_all_picks() -> None:
     weight_N = np.prod(
         [gates[choice.key][index_NC[:, i]] for i, choice in enumerate(space.choices)], axis=0
     )
-    assert float(cost.expected(gates)) == pytest.approx(float(weight_N @ cost.of_many(index_NC)))
+    assert float(cost.expected(gates)) == pytest.approx(float(weight_N @ cost.costs(index_NC)))
 
 
 @pytest.mark.parametrize("name", MACRO_SPACES)
@@ -188,7 +188,7 @@ def test_spaces_that_carry_no_detector_say_why() -> None:
         name="flat",
         resolution=8,
         classes=2,
-        stages=(Stage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),),
+        stages=(SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),),
     )
     with pytest.raises(
         SpaceError, match="space flat cannot carry a detector: it has no two resolutions to tap"

@@ -15,6 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms, weight_bytes
 from hwnas.core.graph import GraphBuilder, live_numbers
@@ -31,8 +32,7 @@ from hwnas.core.limits import (
     peak_activation_bytes,
 )
 from hwnas.core.ops import Op
-from hwnas.core.priced import PricedSpace
-from hwnas.core.space import MacroSpace, SearchSpace, Stage
+from hwnas.core.space import MacroSpace, SearchSpace, SpaceStage
 from hwnas.core.spaces import darts, mobile32, nasbench201, published
 from hwnas.core.table import LatencyTable
 from hwnas.errors import CoverageError, TableError, TargetError
@@ -43,14 +43,14 @@ from hwnas.testing import synthetic_table
 def small() -> MacroSpace:
     """Few enough architectures to list, with coupled widths, squeeze-and-excitation and a skip."""
     stages = (
-        Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
-        Stage(
+        SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(
             widths=(8, 16, 24),
             slots=(("ir_k3_e3", "ds_k5"), ("ir_k3_e6", "ir_k5_e3_se0.25", "skip")),
             residual="matching",
         ),
-        Stage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
-        Stage(widths=(32,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
+        SpaceStage(widths=(32,), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="small", resolution=16, classes=4, stages=stages)
 
@@ -237,7 +237,7 @@ def test_no_limits_allow_everything() -> None:
 def test_a_limit_more_leaves_the_first_ones_alone() -> None:
     space = small()
     index_NC = every_index(space)
-    skips = PricedSpace(
+    skips = AdditiveCost(
         space, lambda term: np.array([float(op is None) for op in term.ops]).reshape(term.shape)
     )
     first = Limits(space, all_kinds(), tables(space))
@@ -377,7 +377,7 @@ def test_a_limit_of_activations_holds_in_a_space_of_cells(build: Callable[[], Se
     limits = Limits(space, [limit], LatencyTable.load)
     assert limits.feasible(index_NC).tolist() == [peak <= limit.max_bytes for peak in peaks]
     limits.check()
-    assert limits.compiled[0].priced.range()[0] <= min(peaks)
+    assert limits.compiled[0].additive_cost.range()[0] <= min(peaks)
     with pytest.raises(TargetError, match="out of reach"):
         Limits(
             space,

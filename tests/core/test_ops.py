@@ -13,14 +13,13 @@ from hwnas.core.ir import out_size
 from hwnas.core.ops import (
     ACTIVATIONS,
     SE_GATES,
-    SSD,
     AvgPool,
     Classifier,
     Conv,
     DilConv,
     DSConv,
-    Extra,
-    FacReduce,
+    ExtraLayer,
+    FactorizedReduce,
     Head,
     MaxPool,
     MBConv,
@@ -28,9 +27,10 @@ from hwnas.core.ops import (
     Op,
     OpKey,
     Pool,
-    PreConv,
-    ResReduce,
+    ReLUConvBN,
+    ResidualReduce,
     SepConv,
+    SSDPredictor,
     kinds,
     separable,
 )
@@ -51,7 +51,7 @@ def ops(draw: st.DrawFn) -> Op:
         return Head(size, draw(st.integers(1, 4096)), draw(st.integers(1, 4096)), act=act)
     if kind == "ssd":
         in_ch, anchors, classes = (draw(st.integers(1, 500)) for _ in range(3))
-        return SSD(
+        return SSDPredictor(
             size,
             in_ch,
             anchors * (classes + 1),
@@ -71,7 +71,7 @@ def ops(draw: st.DrawFn) -> Op:
     }
     out_ch = in_ch if residual else out_ch
     if kind == "extra":
-        return Extra(size, in_ch, out_ch, mid_ch, **shape, act=act)
+        return ExtraLayer(size, in_ch, out_ch, mid_ch, **shape, act=act)
     if kind == "conv":
         return Conv(size, in_ch, out_ch, **shape, groups=groups, act=act, residual=residual)
     se_ch = draw(st.integers(0, 64))
@@ -89,7 +89,16 @@ def ops(draw: st.DrawFn) -> Op:
 
 CELLS = {
     kind.KIND: kind
-    for kind in (PreConv, SepConv, DilConv, AvgPool, MaxPool, FacReduce, ResReduce, Norm)
+    for kind in (
+        ReLUConvBN,
+        SepConv,
+        DilConv,
+        AvgPool,
+        MaxPool,
+        FactorizedReduce,
+        ResidualReduce,
+        Norm,
+    )
 }
 
 
@@ -102,10 +111,10 @@ def ops_of_cells(draw: st.DrawFn, kind: type[Op], size: int, act: str) -> Op:
         return kind(size, in_ch, in_ch, kernel, stride, norm=draw(st.booleans()))
     if kind is Norm:
         return Norm(size, in_ch, in_ch, act=act)
-    if kind is FacReduce:
-        return FacReduce(2 * size, in_ch, out_ch, stride=2, act=act)
-    if kind is ResReduce:
-        return ResReduce(2 * size, in_ch, out_ch, kernel, 2, act)
+    if kind is FactorizedReduce:
+        return FactorizedReduce(2 * size, in_ch, out_ch, stride=2, act=act)
+    if kind is ResidualReduce:
+        return ResidualReduce(2 * size, in_ch, out_ch, kernel, 2, act)
     return kind(size, in_ch, out_ch, kernel, stride, act)  # type: ignore[call-arg]
 
 
@@ -138,9 +147,13 @@ def test_keys_are_written_as_documented() -> None:
     assert Head(7, 960, 1280, act="hswish").key == "head-h7-i960-o1280-hswish"
     assert Classifier(7, 1280, 1000).key == "classifier-h7-i1280-o1000"
     assert Conv(224, 3, 32, kernel=3, stride=2, act="relu6").key == "conv-h224-i3-o32-k3-s2-relu6"
-    assert Extra(10, 480, 512, 256, 3, 2, act="relu6").key == "extra-h10-i480-o512-m256-k3-s2-relu6"
     assert (
-        SSD(20, 672, 546, kernel=3, act="relu6", anchors=6).key == "ssd-h20-i672-o546-k3-a6-relu6"
+        ExtraLayer(10, 480, 512, 256, 3, 2, act="relu6").key
+        == "extra-h10-i480-o512-m256-k3-s2-relu6"
+    )
+    assert (
+        SSDPredictor(20, 672, 546, kernel=3, act="relu6", anchors=6).key
+        == "ssd-h20-i672-o546-k3-a6-relu6"
     )
 
 
@@ -262,12 +275,12 @@ def test_counts_of_the_other_kinds_by_hand() -> None:
 
 
 def test_counts_of_the_layers_of_a_detector_by_hand() -> None:
-    extra = Extra(10, 480, 512, 256, 3, 2, act="relu6")
+    extra = ExtraLayer(10, 480, 512, 256, 3, 2, act="relu6")
     assert extra.out_size == 5
     assert extra.macs == 100 * 480 * 256 + 25 * 9 * 256 + 25 * 256 * 512
     assert extra.params == 480 * 256 + 9 * 256 + 256 * 512 + 2 * (256 + 256 + 512)
     assert [layer.act for layer in extra.layers] == ["relu6"] * 3
-    ssd = SSD(20, 96, 6 * 21, kernel=3, act="relu6", anchors=6)
+    ssd = SSDPredictor(20, 96, 6 * 21, kernel=3, act="relu6", anchors=6)
     assert (ssd.out_size, ssd.pooled) == (20, False)
     assert ssd.macs == 400 * (2 * 9 * 96 + 96 * 126 + 96 * 24)
     assert ssd.params == 2 * (9 * 96 + 2 * 96) + 96 * 126 + 126 + 96 * 24 + 24

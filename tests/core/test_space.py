@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.ops import Classifier, Op
-from hwnas.core.published import named
-from hwnas.core.space import Choice, MacroSpace, Stage
+from hwnas.core.published import resolve_arch
+from hwnas.core.space import Choice, MacroSpace, SpaceStage
 from hwnas.core.spaces import load_space, mobile32, proxylessnas
 from hwnas.errors import DocumentError, SpaceError
 
@@ -25,24 +25,26 @@ def elastic() -> MacroSpace:
     """
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
-        Stage(widths=(8, 16), stride=2, slots=(("cn_k3", "cn_k5"),)),
-        Stage(widths=(8, 16), slots=(("ds_k3", "ds_k5"), ("ds_k3", "skip")), residual="matching"),
-        Stage(
+        SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3", "cn_k5"),)),
+        SpaceStage(
+            widths=(8, 16), slots=(("ds_k3", "ds_k5"), ("ds_k3", "skip")), residual="matching"
+        ),
+        SpaceStage(
             widths=(16, 24, 32), stride=2, slots=(options, (*options, "skip"), (*options, "skip"))
         ),
-        Stage(
+        SpaceStage(
             widths=(16, 24, 32),
             slots=(options, ("ir_k3_e1_g2", "ir_k3_e4_se0.25", "skip")),
             residual="matching",
             act="hswish",
         ),
-        Stage(
+        SpaceStage(
             widths=(24, 40),
             stride=2,
             slots=(("ir_k3_e3",), ("skip",), (*options, "skip")),
             residual="after_first",
         ),
-        Stage(widths=(64, 96), slots=(("cn_k1",),)),
+        SpaceStage(widths=(64, 96), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="elastic", resolution=33, in_channels=1, classes=7, stages=stages)
 
@@ -53,11 +55,11 @@ def deep() -> MacroSpace:
     """
     options = ("ir_k3_e3", "ir_k5_e3")
     stages = (
-        Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(8,), slots=(("ir_k3_e1_g2", "ds_k3_nhs", "skip"),), residual="matching"),
-        Stage(widths=(16, 24), stride=2, slots=(options,) * 4, depths=(2, 3, 4)),
-        Stage(widths=(24,), slots=(options, (*options, "skip"), options), depths=(1, 3)),
-        Stage(widths=(32, 40), slots=(("hd",),), act="hswish"),
+        SpaceStage(widths=(8,), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=(8,), slots=(("ir_k3_e1_g2", "ds_k3_nhs", "skip"),), residual="matching"),
+        SpaceStage(widths=(16, 24), stride=2, slots=(options,) * 4, depths=(2, 3, 4)),
+        SpaceStage(widths=(24,), slots=(options, (*options, "skip"), options), depths=(1, 3)),
+        SpaceStage(widths=(32, 40), slots=(("hd",),), act="hswish"),
     )
     return MacroSpace(
         name="deep",
@@ -268,7 +270,7 @@ def test_residuals_are_where_the_stage_says() -> None:
     def residuals(widths: dict[str, int], residual: str, stride: int = 1) -> list[bool]:
         space = MacroSpace(
             name="r", resolution=8, in_channels=8, classes=2,
-            stages=(Stage(**stage), Stage(**stage, residual=residual, stride=stride)),
+            stages=(SpaceStage(**stage), SpaceStage(**stage, residual=residual, stride=stride)),
         )  # fmt: skip
         return [op.residual for op in space.decode(widths).ops()][2:4]
 
@@ -285,7 +287,7 @@ def test_a_plain_convolution_is_never_residual() -> None:
         resolution=8,
         in_channels=8,
         classes=2,
-        stages=(Stage(widths=(8,), slots=(("cn_k3",), ("cn_k3",)), residual="matching"),),
+        stages=(SpaceStage(widths=(8,), slots=(("cn_k3",), ("cn_k3",)), residual="matching"),),
     )
     assert not any(op.residual for op in space.decode({}).ops())
 
@@ -455,7 +457,7 @@ def test_impossible_resolutions_are_refused(resolutions: tuple[int, ...]) -> Non
             resolution=8,
             resolutions=resolutions,
             classes=2,
-            stages=(Stage(widths=(8,), slots=(("cn_k3",),)),),
+            stages=(SpaceStage(widths=(8,), slots=(("cn_k3",),)),),
         )
 
 
@@ -491,9 +493,10 @@ def test_architectures_as_text() -> None:
     ):
         assert space.read(text) == picks
     assert (
-        named("01201201", space, resolution=32, classes=10).identity == space.decode(picks).identity
+        resolve_arch("01201201", space, resolution=32, classes=10).identity
+        == space.decode(picks).identity
     )
-    assert named("mobilenet_v2", space, resolution=32, classes=10).name == "mobilenet_v2"
+    assert resolve_arch("mobilenet_v2", space, resolution=32, classes=10).name == "mobilenet_v2"
     for wrong, words in (
         ("0120120", "7 positions, but space nasbench_macro has 8 choices"),
         ("01201203", "position 3 at choice"),
@@ -502,7 +505,7 @@ def test_architectures_as_text() -> None:
         ("a b", "'a b' is no architecture of space nasbench_macro: give the positions"),
     ):
         with pytest.raises(SpaceError, match=words):
-            named(wrong, space, resolution=32, classes=10)
+            resolve_arch(wrong, space, resolution=32, classes=10)
 
 
 def test_a_space_from_a_file_takes_no_overrides(tmp_path) -> None:

@@ -178,9 +178,9 @@ def test_cold_memory_is_priced_in_the_form_that_the_networks_speak_for(form: str
     assert (found.intercept_ms, found.slope) == pytest.approx((0.3, 1.04), abs=1e-9)
     wanted = (0.12, 0.0, None) if form == "weights" else (0.0, 0.3, 0.25)
     assert (
-        found.cold_ms_per_mparam,
-        found.cold_ms_per_mvalue,
-        found.cold_cap_mvalues,
+        found.cache_miss_ms_per_mparam,
+        found.cache_miss_ms_per_mvalue,
+        found.cache_mvalues,
     ) == pytest.approx(wanted, abs=1e-9)
     assert judge(
         found, networks[12:], list(sums[12:]), list(measured[12:])
@@ -195,8 +195,8 @@ def test_cold_memory_is_not_priced_from_too_few_networks_or_below_zero() -> None
     few = fit_calibration(networks[:7], list(sums[:7]), list((0.3 + 1.04 * sums + 0.12 * cold)[:7]))
     below = fit_calibration(networks, list(sums), list(0.3 + 1.04 * sums - 0.05 * cold))
     for found in (few, below):
-        assert found.cold_ms_per_mparam == 0
-    assert few.cold_ms_per_mvalue == 0
+        assert found.cache_miss_ms_per_mparam == 0
+    assert few.cache_miss_ms_per_mvalue == 0
 
 
 def test_the_error_of_leaving_a_network_out_is_that_of_the_fit_to_the_others() -> None:
@@ -205,7 +205,7 @@ def test_the_error_of_leaving_a_network_out_is_that_of_the_fit_to_the_others() -
     networks, x = random_networks(rng, 10), rng.uniform(1, 50, 10)
     cold = np.array([sum(op.params for op in ops) / 1e6 for ops in networks])
     y = (0.5 + 1.1 * x + 0.4 * cold) * rng.uniform(0.95, 1.05, 10)
-    shape = Calibration(intercept_ms=0, slope=1, cold_ms_per_mparam=1, networks=10)
+    shape = Calibration(intercept_ms=0, slope=1, cache_miss_ms_per_mparam=1, networks=10)
     design, errors = np.stack([x, np.ones(10), cold], axis=1) / y[:, None], []
     for i in range(10):
         others = np.arange(10) != i

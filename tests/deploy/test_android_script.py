@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def run(tmp_path: Path) -> Path:
     """A run's folder beside a program and a model, and an ``rm`` that takes its time."""
     run = tmp_path / "hwnas" / "run-1"
     run.mkdir(parents=True)
-    shutil.copy(share_folder("deploy") / "android.sh", run)
+    shutil.copy(resource_path("deploy") / "android.sh", run)
     (run / "batch").write_text("0 model.tflite\n")
     (run / "model.tflite").write_text("")
     (run / "inputs").write_text("1234")

@@ -13,7 +13,7 @@ import pytest
 
 from hwnas.devices import benchmark_model as tool
 from hwnas.errors import DeviceError
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -168,7 +168,7 @@ def test_abi() -> None:
 def runner() -> Any:
     """deploy/runner.py, which quantises for the host."""
     specification = importlib.util.spec_from_file_location(
-        "runner", share_folder("deploy") / "runner.py"
+        "runner", resource_path("deploy") / "runner.py"
     )
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)

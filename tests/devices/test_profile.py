@@ -14,7 +14,7 @@ import pytest
 from hwnas.config import DeviceConfig, ProfileConfig
 from hwnas.core.cost import latency_ms
 from hwnas.core.ops import Op
-from hwnas.core.space import MacroSpace, SearchSpace, Stage
+from hwnas.core.space import MacroSpace, SearchSpace, SpaceStage
 from hwnas.core.spaces import mobile32, proxylessnas
 from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Connection, Device, connect
@@ -33,9 +33,9 @@ CONFIG = ProfileConfig(rounds=3, max_rounds=7)
 def tiny_space() -> MacroSpace:
     options = ("ir_k3_e3", "ir_k5_e6", "skip")
     stages = (
-        Stage(widths=(8, 16), slots=(("cn_k3",),)),
-        Stage(widths=(16,), stride=2, slots=(options[:-1], options)),
-        Stage(widths=(32,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(8, 16), slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), stride=2, slots=(options[:-1], options)),
+        SpaceStage(widths=(32,), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="tiny", resolution=16, classes=10, stages=stages)
 
@@ -277,7 +277,7 @@ class Listening(Progress):
 
         yield Bar()
 
-    def warn(self, message: str) -> None:
+    def warning(self, message: str) -> None:
         self.warnings.append(message)
 
 
@@ -432,7 +432,7 @@ def test_notes_are_said_and_conditions_kept(tmp_path: Path) -> None:
     class Saying(Progress):
         said: list[str] = []
 
-        def say(self, message: str) -> None:
+        def info(self, message: str) -> None:
             self.said.append(message)
 
     table = profiled(tmp_path, Phone(DEVICE), ProfileConfig(rounds=3, max_rounds=3), Saying())

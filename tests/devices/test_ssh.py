@@ -20,7 +20,7 @@ from hwnas.devices.host import Host
 from hwnas.devices.ssh import Ssh
 from hwnas.errors import DeviceError
 from hwnas.export.timing import timing_file
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 from tests.devices import sshd
 from tests.devices.sshd import OPS, Server, endless, plan
 from tests.export.test_tflite_writer import NETWORKS
@@ -249,7 +249,7 @@ def test_connections_are_shared_and_closed(
 
 def test_the_document_in_the_manual() -> None:
     """It parses, and shows every option there is."""
-    manual = (share_folder("deploy") / "README.md").read_text()
+    manual = (resource_path("deploy") / "README.md").read_text()
     device = Device.parse(manual.partition("```json\n")[2].partition("```")[0])
     assert device.connection == "ssh"
     assert sorted(device.options) == sorted(ssh.OPTIONS)

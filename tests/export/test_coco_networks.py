@@ -41,7 +41,7 @@ def write_made_up(folder: Path) -> None:
         write_coco(folder, drawn, objects, part, categories=CATEGORIES)
 
 
-def shortened(name: str, folder: Path) -> Experiment:
+def truncate(name: str, folder: Path) -> Experiment:
     """The experiment on made-up data, two steps long."""
     write_made_up(folder / "data")
     content: dict[str, Any] = load_experiment(Path("configs/experiments") / name).model_dump(
@@ -63,7 +63,7 @@ def test_every_file_is_exported_and_agrees(name: str, validated: bool, tmp_path:
     """int8 files against the float one: after two steps of training, no class is much
     likelier than another.
     """
-    experiment, root = shortened(name, tmp_path), tmp_path / "run"
+    experiment, root = truncate(name, tmp_path), tmp_path / "run"
     pipeline = Pipeline(experiment, root, Progress())
     for stage in ("train", "export"):
         pipeline.run_stage(stage)

@@ -21,7 +21,7 @@ from hwnas.devices.host import Host
 from hwnas.export.convert import onnx_file
 from hwnas.export.detector import Decoded
 from hwnas.export.onnx_detector import with_nms
-from hwnas.export.post_processing import Found, read_decoded, read_nms, read_tasks
+from hwnas.export.post_processing import DetectionArrays, read_decoded, read_nms, read_tasks
 from hwnas.export.quantization import quantize_int8
 from hwnas.export.tflite_detector import decoded, tasks, without_decoding
 from hwnas.export.tflite_file import Graph, graph_ops
@@ -58,7 +58,7 @@ def calibration() -> np.ndarray:
     return np.ascontiguousarray(images(8).permute(0, 2, 3, 1).numpy())
 
 
-def tasks_found(model: bytes) -> list[Found]:
+def tasks_found(model: bytes) -> list[DetectionArrays]:
     rows = [
         np.concatenate([value.reshape(-1) for value in outputs.values()])
         for outputs in run_tflite(model, X_NCHW)

@@ -23,7 +23,10 @@ from hwnas.nn.detector import DetectionNetwork
 from tests.nn.detectors import BLOCKS, small_arch
 
 torch.set_num_threads(1)
-SSD, EXTRA = Op.parse("ssd-h9-i16-o24-k3-a6-relu6"), Op.parse("extra-h8-i16-o32-m16-k3-s2-relu6")
+SSDPredictor, EXTRA = (
+    Op.parse("ssd-h9-i16-o24-k3-a6-relu6"),
+    Op.parse("extra-h8-i16-o32-m16-k3-s2-relu6"),
+)
 
 
 def loud(module: nn.Module) -> Any:
@@ -98,12 +101,12 @@ def test_a_whole_detector_computes_what_pytorch_does() -> None:
 
 @torch.no_grad()
 def test_predictors_have_two_outputs() -> None:
-    module, x_NCHW = loud(build(SSD)), image(SSD)
+    module, x_NCHW = loud(build(SSDPredictor)), image(SSDPredictor)
     classes, boxes = module(x_NCHW)
-    found, _ = by_litert(tflite_writer.write_op(SSD, module), x_NCHW)
+    found, _ = by_litert(tflite_writer.write_op(SSDPredictor, module), x_NCHW)
     np.testing.assert_allclose(found["classes"], classes.permute(0, 2, 3, 1).numpy(), atol=1e-5)
     np.testing.assert_allclose(found["boxes"], boxes.permute(0, 2, 3, 1).numpy(), atol=1e-5)
-    found = by_onnx(onnx_writer.write_op(SSD, module), x_NCHW)
+    found = by_onnx(onnx_writer.write_op(SSDPredictor, module), x_NCHW)
     np.testing.assert_allclose(found["classes"], classes.numpy(), atol=1e-5)
     np.testing.assert_allclose(found["boxes"], boxes.numpy(), atol=1e-5)
 
@@ -124,10 +127,10 @@ def test_an_extra_is_a_block() -> None:
 )
 def test_every_runtime_gets_its_files(runtime: str, dtype: str) -> None:
     arch = small_arch()
-    names = {timing_file(timed, runtime, dtype).name for timed in ((SSD,), (EXTRA,), arch)}
+    names = {timing_file(timed, runtime, dtype).name for timed in ((SSDPredictor,), (EXTRA,), arch)}
     assert len(names) == 3 and all(
         timing_file(timed, runtime, dtype).stat().st_size > 1000
-        for timed in ((SSD,), (EXTRA,), arch)
+        for timed in ((SSDPredictor,), (EXTRA,), arch)
     )
     if dtype == "int8":
         interpreter = Interpreter(model_path=str(timing_file(arch, runtime, dtype)))

@@ -15,7 +15,7 @@ from hwnas.core.detector import PostProcessing, Scores
 from hwnas.export import post_processing
 from hwnas.export.detector import Decoded
 from hwnas.export.post_processing import (
-    Found,
+    DetectionArrays,
     apart,
     post_process,
     read_decoded,
@@ -35,7 +35,7 @@ CONFIGS = [
 ]
 
 
-def assert_same(found: Found, judge: Detections) -> None:
+def assert_same(found: DetectionArrays, judge: Detections) -> None:
     """The same detections, best first; rounding may swap neighbours of nearly the same score."""
     boxes, scores, classes = found
     assert (boxes.dtype, scores.dtype, classes.dtype) == (np.float32, np.float32, np.int64)

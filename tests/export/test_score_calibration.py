@@ -23,8 +23,8 @@ def platt_loss(parameters: np.ndarray, scores: np.ndarray, shown: np.ndarray) ->
     """Equation of Platt (1999), section 2.2, with its targets."""
     positives, negatives = shown.sum(), (~shown).sum()
     targets = np.where(shown, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-    evidence = parameters[0] * scores + parameters[1]
-    return float((np.logaddexp(0, evidence) - targets * evidence).sum())
+    context = parameters[0] * scores + parameters[1]
+    return float((np.logaddexp(0, context) - targets * context).sum())
 
 
 def test_the_sigmoids_are_platts() -> None:
@@ -76,8 +76,8 @@ def test_probabilities_go_through_the_inverse_logistic_function() -> None:
     """
     calibration = ScoreCalibration((0.1,), (1.0,), "INVERSE_LOGISTIC")
     clamped = 2 * math.log(1e-16) - math.log(2e-16)
-    evidence = {0.25: math.log(1 / 3), 0.0: clamped, 1.0: -clamped}
-    for score, wanted in evidence.items():
+    context = {0.25: math.log(1 / 3), 0.0: clamped, 1.0: -clamped}
+    for score, wanted in context.items():
         assert calibration.apply(np.array([[score]]))[0, 0] == pytest.approx(
             1 / (1 + math.exp(-(0.1 * wanted + 1))), rel=1e-9
         )

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture
 from hwnas.core.cells import CellSpace
-from hwnas.core.priced import PricedSpace
 from hwnas.core.spaces import nasbench201
 from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.study.truth import read_truth
@@ -166,8 +166,8 @@ def test_every_network_has_the_counts_that_its_convolutions_add() -> None:
     """
     index_NC = np.array(list(product(range(5), repeat=6)))
     threes, ones = (index_NC == 3).sum(axis=1), (index_NC == 2).sum(axis=1)
-    macs = PricedSpace.of_ops(SPACE, lambda op: op.macs).of_many(index_NC)
-    params = PricedSpace.of_ops(SPACE, lambda op: op.params).of_many(index_NC)
+    macs = AdditiveCost.of_ops(SPACE, lambda op: op.macs).costs(index_NC)
+    params = AdditiveCost.of_ops(SPACE, lambda op: op.params).costs(index_NC)
     assert SPACE.size == len(index_NC) == 15_625
     assert macs.tolist() == (7_783_040 + 35_389_440 * threes + 3_932_160 * ones).tolist()
     assert params.tolist() == (73_306 + 243_040 * threes + 28_000 * ones).tolist()

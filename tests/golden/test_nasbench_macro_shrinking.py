@@ -15,7 +15,7 @@ from hwnas.config import ShrinkConfig
 from hwnas.core.spaces import nasbench_macro
 from hwnas.search.shrinking import operators
 from hwnas.study.documents import ShrinkStep
-from hwnas.study.remaining import Known, chance, curve, oracle
+from hwnas.study.shrink_eval import Known, chance, curve, oracle
 from hwnas.study.truth import read_truth
 
 SPACE = nasbench_macro()

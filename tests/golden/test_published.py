@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from hwnas.core.arch import Architecture
-from hwnas.core.published import NETWORKS, named
+from hwnas.core.published import NETWORKS, resolve_arch
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import (
     fairnas,
@@ -256,18 +256,18 @@ def test_every_network_is_scaled(name: str) -> None:
 def test_a_network_and_the_configuration_do_not_both_say_a_width() -> None:
     space = proxylessnas()
     assert (
-        named("mobilenet_v2", space, resolution=32, classes=10, width=0.5).name
+        resolve_arch("mobilenet_v2", space, resolution=32, classes=10, width=0.5).name
         == "mobilenet_v2-w0.5"
     )
     assert (
-        named("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.5).name
+        resolve_arch("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.5).name
         == "mobilenet_v2-w0.5"
     )
     with pytest.raises(
         SpaceError,
         match=r"'mobilenet_v2-w0.5' says its width, and so does space\.width = 0\.75: remove one",
     ):
-        named("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.75)
+        resolve_arch("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.75)
     with pytest.raises(
         SpaceError, match=r"unknown network 'mobilenetv2-w0.5'; did you mean 'mobilenet_v2'\?"
     ):

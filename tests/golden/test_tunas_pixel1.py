@@ -117,12 +117,12 @@ def uniform_gates() -> dict[str, np.ndarray]:
 def test_t1_an_architecture_of_the_unit_test() -> None:
     indices = [int(index) for index in T1_INDICES.split(",")]
     assert len(indices) == 73
-    assert cost().of(picks_of_indices(indices)) == pytest.approx(84.0167, abs=1e-3)
+    assert cost().cost(picks_of_indices(indices)) == pytest.approx(84.0167, abs=1e-3)
 
 
 def test_t2_proxylessnas_mobile() -> None:
     picks = picks_of_codes(proxylessnas(), [int(code) for code in T2_CODES.split(",")])
-    assert cost().of(picks) == pytest.approx(84.416, abs=1e-3)
+    assert cost().cost(picks) == pytest.approx(84.416, abs=1e-3)
 
 
 def test_the_range_of_the_space() -> None:
@@ -142,7 +142,7 @@ def test_the_spread_of_uniform_samples_and_how_many_land_at_the_target() -> None
     index_NC = np.stack(
         [rng.choice(len(p), size=200_000, p=p) for p in uniform_gates().values()], axis=1
     )
-    latencies_ms = cost().of_many(index_NC)
+    latencies_ms = cost().costs(index_NC)
     assert latencies_ms.mean() == pytest.approx(92.7, abs=0.2)
     assert latencies_ms.std() == pytest.approx(16.9, abs=0.15)
     assert ((latencies_ms >= 83) & (latencies_ms <= 85)).mean() == pytest.approx(0.043, abs=0.002)
@@ -156,7 +156,7 @@ def test_a_restricted_space_keeps_the_prices_of_what_is_now_fixed() -> None:
     )
     assert len(smaller.space.choices) == 22 - len(fixed)
     rest = {key: option for key, option in picks.items() if key not in fixed}
-    assert smaller.of(rest) == pytest.approx(84.416, abs=1e-3)
+    assert smaller.cost(rest) == pytest.approx(84.416, abs=1e-3)
 
 
 def test_the_model_refuses_another_space() -> None:
@@ -185,12 +185,12 @@ def test_t7_reward() -> None:
 
 def test_each_single_change_costs_the_difference_of_its_coefficients() -> None:
     base = {choice.key: choice.options[0] for choice in cost().space.choices}
-    base_ms = cost().of(base)
+    base_ms = cost().cost(base)
     changes = [(choice.key, option) for choice in cost().space.choices for option in choice.options]
     assert len(changes) == 144  # the number of coefficients in TuNAS's file
     slots = pixel1().slots
     for key, option in changes:
-        change_ms = cost().of({**base, key: option}) - base_ms
+        change_ms = cost().cost({**base, key: option}) - base_ms
         assert change_ms == pytest.approx(
             slots[key][str(option)] - slots[key][str(base[key])], abs=1e-9
         )

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Picks
 from hwnas.core.ops import Op
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.spaces import fbnet, mobile32, mobilenet_v3_like
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.search.angle import arc, moments, weights
 
 PLAIN = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
@@ -27,19 +27,19 @@ def widths_space(act: str = "relu6") -> MacroSpace:
     that are no full grid.
     """
     stages = (
-        Stage(widths=(8, 16), slots=(("cn_k3",),)),
-        Stage(
+        SpaceStage(widths=(8, 16), slots=(("cn_k3",),)),
+        SpaceStage(
             widths=(8, 16),
             slots=(("ds_k3", "ds_k5", "ds_k3_se0.25"), ("ds_k3", "skip")),
             residual="matching",
         ),
-        Stage(widths=(16, 24), stride=2, slots=(WITH_SE, (*PLAIN, "skip"))),
-        Stage(
+        SpaceStage(widths=(16, 24), stride=2, slots=(WITH_SE, (*PLAIN, "skip"))),
+        SpaceStage(
             widths=(16, 24),
             slots=(("ir_k3_e6_se0.25", "ir_k3_e4_se0.5", "ds_k5"), (*WITH_SE, "skip")),
             residual="matching",
         ),
-        Stage(widths=(24, 48), slots=(("cn_k1", "cn_k3"),)),
+        SpaceStage(widths=(24, 48), slots=(("cn_k1", "cn_k3"),)),
     )
     return MacroSpace(name="widths", resolution=10, classes=7, act=act, stages=stages)
 
@@ -50,9 +50,9 @@ def groups_space() -> MacroSpace:
     """
     options = ("ir_k3_e1", "ir_k3_e1_g2", "ir_k5_e3", "ir_k5_e3_g2", "skip")
     stages = (
-        Stage(widths=(16,), slots=(("cn_k3",),)),
-        Stage(widths=(16,), slots=(options,), residual="matching"),
-        Stage(widths=(16, 32), stride=2, slots=(options[:-1], options)),
+        SpaceStage(widths=(16,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), slots=(options,), residual="matching"),
+        SpaceStage(widths=(16, 32), stride=2, slots=(options[:-1], options)),
     )
     return MacroSpace(name="groups", resolution=8, classes=5, stages=stages)
 
@@ -61,8 +61,8 @@ def kernels_space() -> MacroSpace:
     """One slot that changes the shape and one residual one, each with three kernels and SE."""
     options = ("ir_k3_e3_se0.25", "ir_k5_e3_se0.25", "ir_k7_e3_se0.25")
     stages = (
-        Stage(widths=(8,), slots=(("cn_k3",),)),
-        Stage(widths=(8,), slots=(options, (*options, "skip"))),
+        SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(8,), slots=(options, (*options, "skip"))),
     )
     return MacroSpace(name="kernels", resolution=8, classes=4, stages=stages)
 
@@ -72,15 +72,17 @@ def depths_space() -> MacroSpace:
     small, with searched widths.
     """
     stages = (
-        Stage(widths=(8,), slots=(("cn_k3",),)),
-        Stage(widths=(8, 16), slots=(PLAIN[:2], PLAIN, (*PLAIN, "skip"), PLAIN), depths=(1, 2, 4)),
-        Stage(
+        SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+        SpaceStage(
+            widths=(8, 16), slots=(PLAIN[:2], PLAIN, (*PLAIN, "skip"), PLAIN), depths=(1, 2, 4)
+        ),
+        SpaceStage(
             widths=(16,),
             stride=2,
             slots=(("ir_k5_e3_se0.25_hsig", "ir_k3_e3_se0.25_hsig"), PLAIN[:2]),
             depths=(1, 2),
         ),
-        Stage(widths=(24, 32), slots=(("hd",),)),
+        SpaceStage(widths=(24, 32), slots=(("hd",),)),
     )
     return MacroSpace(
         name="depths", resolution=12, resolutions=(8, 12), classes=6, act="hswish", stages=stages
@@ -101,13 +103,13 @@ def universal_space() -> MacroSpace:
         "uir_a3_k0_e2",
     )
     stages = (
-        Stage(widths=(8,), slots=(("cn_k3",),)),
-        Stage(
+        SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+        SpaceStage(
             widths=(8, 16),
             stride=2,
             slots=(("uir_a3_k0_e2", "uir_a0_k3_e4", "uir_a5_k3_e2"), cases, others),
         ),
-        Stage(widths=(24, 32), slots=(("hd_bn",),)),
+        SpaceStage(widths=(24, 32), slots=(("hd_bn",),)),
     )
     return MacroSpace(name="universal", resolution=12, classes=6, act="relu", stages=stages)
 
@@ -131,10 +133,10 @@ SPACES: dict[str, Callable[[], MacroSpace]] = {
 }
 
 
-def supernet_of(space: MacroSpace, config: SupernetConfig | None = None) -> Supernet:
+def supernet_of(space: MacroSpace, config: SupernetConfig | None = None) -> MacroSupernet:
     """With BN scales and all biases away from 1 and 0, so that mixing them up shows."""
     generator = torch.Generator().manual_seed(3)
-    supernet = Supernet(space, generator, config)
+    supernet = MacroSupernet(space, generator, config)
     with torch.no_grad():
         for parameter in supernet.parameters():
             if parameter.ndim == 1:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from hwnas.config import DataConfig, OptimizerConfig
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.data.images import evaluation_batches, load_images, training_batches
 from hwnas.engine import Engine, accuracy
 from hwnas.nn.bn import recalibrate
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.progress import Progress
 from hwnas.search.proposal import one_hot
 
@@ -62,19 +62,19 @@ def test_without_it_a_ranking_means_nothing(tmp_path: Path) -> None:
     )
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
-        Stage(widths=(8,), slots=(("cn_k3",),)),
-        Stage(widths=(16,), stride=2, slots=(options, (*options, "skip"))),
-        Stage(widths=(32,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), stride=2, slots=(options, (*options, "skip"))),
+        SpaceStage(widths=(32,), slots=(("cn_k1",),)),
     )
     space = MacroSpace(name="tiny", resolution=8, in_channels=1, classes=10, stages=stages)
-    supernet = Supernet(space, torch.Generator().manual_seed(0))
+    supernet = MacroSupernet(space, torch.Generator().manual_seed(0))
     train, held_out = load_images(data, "train"), load_images(data, "held_out")
     optimizer = OptimizerConfig(name="sgd", lr=1.6, momentum=0.9, options={})
     engine = Engine(supernet, optimizer, 150, 64, 0, tmp_path)
     batches = training_batches(train, 64, seed=0, first=0, last=150)
     rng = np.random.default_rng(0)
     engine.fit(
-        lambda step: engine.weight_step(*next(batches), one_hot(space.sample(rng), space)),
+        lambda step: engine.train_step(*next(batches), one_hot(space.sample(rng), space)),
         Progress(),
         "training",
     )

@@ -13,7 +13,7 @@ import torch
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Picks
 from hwnas.core.space import MacroSpace
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.search.proposal import one_hot
 from tests.nn.nets import (
     batch,
@@ -67,13 +67,13 @@ def test_no_weight_is_lost(name: str, config: dict[str, Any]) -> None:
     left = space.restrict(allowed, "left")
     before, after = (
         supernet_of(space, SupernetConfig(**config)),
-        Supernet(left, torch.Generator().manual_seed(8), SupernetConfig(**config)),
+        MacroSupernet(left, torch.Generator().manual_seed(8), SupernetConfig(**config)),
     )
     with torch.no_grad():
         for key, tensor in [*before.named_parameters(), *before.named_buffers()]:
             if "transforms" in key or "running" in key:
                 tensor.uniform_(0.1, 1.0)
-    after.take_over(before)
+    after.copy_weights(before)
     for picks, same in pairs(space, left):
         a, b = before.extract(same).state_dict(), after.extract(picks).state_dict()
         assert a.keys() == b.keys()
@@ -85,18 +85,18 @@ def test_copies_begin_as_what_was_shared_and_part_in_training(coarse: Any, fine:
     space, allowed = SHRUNK["tiny"]
     left = space.restrict(allowed, "left")
     before = supernet_of(space, SupernetConfig(sharing="separate", operation_on=coarse))
-    same = Supernet(
+    same = MacroSupernet(
         left,
         torch.Generator().manual_seed(8),
         SupernetConfig(sharing="separate", operation_on=coarse),
     )
-    after = Supernet(
+    after = MacroSupernet(
         left,
         torch.Generator().manual_seed(9),
         SupernetConfig(sharing="separate", operation_on=fine),
     )
-    same.take_over(before)
-    after.take_over(before)
+    same.copy_weights(before)
+    after.copy_weights(before)
     assert sum(p.numel() for p in after.parameters()) > sum(p.numel() for p in same.parameters())
     x_NCHW, _ = batch(left)
     for picks in random_picks(left, 6):

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from hwnas.config import SupernetConfig
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.spaces import nasbench201
 from hwnas.errors import CheckpointError, ConfigError
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import Supernet, load_supernet, make_supernet
+from hwnas.nn.independent import IndependentNetworks
+from hwnas.nn.supernet import MacroSupernet, load_supernet, make_supernet
 from hwnas.search.proposal import one_hot
 from tests.core.test_detector_space import classifiers, detectors
 
@@ -30,11 +30,11 @@ def images(count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 
-def supernet_of(space: MacroSpace, seed: int = 0, **config: Any) -> Supernet:
-    return Supernet(space, torch.Generator().manual_seed(seed), SupernetConfig(**config))
+def supernet_of(space: MacroSpace, seed: int = 0, **config: Any) -> MacroSupernet:
+    return MacroSupernet(space, torch.Generator().manual_seed(seed), SupernetConfig(**config))
 
 
-SHARED: tuple[dict[str, Any], ...] = (
+SUPERNET_FILE: tuple[dict[str, Any], ...] = (
     {},
     {"sharing": "separate"},
     {"kernels": "ofa", "channels": "interpolation"},
@@ -44,7 +44,7 @@ SHARED: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("config", SHARED)
+@pytest.mark.parametrize("config", SUPERNET_FILE)
 @torch.no_grad()
 def test_one_hot_gates_are_the_extracted_detector(config: dict[str, Any]) -> None:
     space = detectors()
@@ -118,7 +118,7 @@ def test_a_super_net_of_detectors_is_kept_with_its_space(tmp_path: Path) -> None
 def test_a_portfolio_holds_detectors() -> None:
     space = detectors()
     members = [space.sample(np.random.default_rng(seed)) for seed in range(2)]
-    portfolio = Portfolio(space, members, torch.Generator().manual_seed(0)).eval()
+    portfolio = IndependentNetworks(space, members, torch.Generator().manual_seed(0)).eval()
     network = portfolio.extract(members[1]).eval()
     for mine, theirs in zip(
         portfolio(images(), one_hot(members[1], space)), network(images()), strict=True
@@ -135,7 +135,7 @@ def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
     stages = classifiers().stages
     other = classifiers().model_copy(
         update={
-            "stages": (*stages[:2], Stage(widths=(16,), slots=(("ir_k3_e6",),)), *stages[3:]),
+            "stages": (*stages[:2], SpaceStage(widths=(16,), slots=(("ir_k3_e6",),)), *stages[3:]),
             "resolution": 32,
         }
     )
@@ -143,7 +143,7 @@ def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
     source.save(tmp_path / "shared.safetensors")
     supernet = supernet_of(detectors())
     before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
-    inherited = supernet.inherit(tmp_path / "shared.safetensors")
+    inherited = supernet.load_backbone(tmp_path / "shared.safetensors")
     assert inherited.taken == ("s0.b0", "s1.b0", "s1.b1", "s3.b1", "s3.b2") and inherited.left == (
         "s2.b0",
         "s2.b1",
@@ -169,8 +169,8 @@ def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
 
 def test_a_super_net_that_shares_otherwise_gives_nothing(tmp_path: Path) -> None:
     stages = (
-        Stage(widths=(12,), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(20,), stride=2, slots=(("ir_k3_e3",),)),
+        SpaceStage(widths=(12,), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=(20,), stride=2, slots=(("ir_k3_e3",),)),
     )
     foreign = MacroSpace(name="foreign", resolution=64, classes=3, stages=stages)
     supernet_of(foreign).save(tmp_path / "shared.safetensors")
@@ -181,13 +181,13 @@ def test_a_super_net_that_shares_otherwise_gives_nothing(tmp_path: Path) -> None
             " space"
         ),
     ):
-        supernet_of(detectors()).inherit(tmp_path / "shared.safetensors")
+        supernet_of(detectors()).load_backbone(tmp_path / "shared.safetensors")
     cells = nasbench201(width=0.25, resolution=8)
     make_supernet(cells, torch.Generator().manual_seed(0)).save(tmp_path / "shared.safetensors")
     with pytest.raises(
         ConfigError, match="of space nasbench201 has no slot in common with space boxes-ssdlite"
     ):
-        supernet_of(detectors()).inherit(tmp_path / "shared.safetensors")
+        supernet_of(detectors()).load_backbone(tmp_path / "shared.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError):
-        supernet_of(detectors()).inherit(tmp_path / "broken.safetensors")
+        supernet_of(detectors()).load_backbone(tmp_path / "broken.safetensors")

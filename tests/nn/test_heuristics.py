@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from hwnas.config import DataConfig, OptimizerConfig, SearchConfig, SupernetConfig
 from hwnas.core.arch import Picks
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.spaces import mobile32, proxylessnas_enlarged
 from hwnas.data.images import Portion, load_images
 from hwnas.engine import Engine, steps_of
 from hwnas.errors import ConfigError
 from hwnas.nn.slot import Width, executed
-from hwnas.nn.supernet import Supernet, resized
+from hwnas.nn.supernet import MacroSupernet, resized
 from hwnas.search.proposal import one_hot
 from hwnas.search.tunas import TuNAS
 from hwnas.search.weights import Batches
@@ -43,7 +43,7 @@ from tests.nn.nets import (
 torch.set_num_threads(1)
 
 
-def conv_of(supernet: Supernet, position: int, name: str, source: int = 0) -> Any:
+def conv_of(supernet: MacroSupernet, position: int, name: str, source: int = 0) -> Any:
     """An elastic convolution of a super-net."""
     copies: Any = supernet.slots[position].copies
     return copies[source][name]
@@ -69,7 +69,10 @@ def test_the_defaults_are_tunas_s() -> None:
 
 def narrow_space() -> MacroSpace:
     return MacroSpace(
-        name="narrow", resolution=6, classes=3, stages=(Stage(widths=(4, 8), slots=(("cn_k3",),)),)
+        name="narrow",
+        resolution=6,
+        classes=3,
+        stages=(SpaceStage(widths=(4, 8), slots=(("cn_k3",),)),),
     )
 
 
@@ -111,7 +114,9 @@ def test_dynamic_channelling(method: Any) -> None:
     assert torch.allclose(judged, logits_of(supernet, x_NCHW, part, index), atol=1e-10)
 
 
-def logits_of(supernet: Supernet, x_NCHW: Tensor, part: Any, index: list[int] | None) -> Tensor:
+def logits_of(
+    supernet: MacroSupernet, x_NCHW: Tensor, part: Any, index: list[int] | None
+) -> Tensor:
     """Logits of the one layer with some of its filters, or (None) with averages of pairs."""
 
     def kept(tensor: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ def test_ofa_kernel(kernels: Any, sharing: Any) -> None:
 def skippable_space() -> MacroSpace:
     """A slot whose input comes from any of three others."""
     stages = (
-        Stage(
+        SpaceStage(
             widths=(8,),
             slots=(("cn_k3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"), ("ir_k3_e3",)),
         ),
@@ -191,7 +196,7 @@ PATHS: dict[tuple[str, str], int] = {
 """The options of the two slots before the last -> how far back the last slot's input comes from."""
 
 
-def touched(supernet: Supernet, options: tuple[str, str]) -> dict[str, set[int]]:
+def touched(supernet: MacroSupernet, options: tuple[str, str]) -> dict[str, set[int]]:
     """Numbers of the copies and norms of the last slot that a step trains."""
     space = skippable_space()
     x_NCHW, y = batch(space)
@@ -369,7 +374,7 @@ def test_number_of_channels() -> None:
     )
     # its searched widths would merge
     with pytest.raises(ConfigError, match=r"proxy_width = 0\.25"):
-        Supernet(
+        MacroSupernet(
             proxylessnas_enlarged(resolution=32, classes=10),
             torch.Generator(),
             SupernetConfig(proxy_width=0.25),
@@ -485,7 +490,7 @@ def test_weight_decay(tmp_path: Path) -> None:
             weight_decay=decay,
             warmup=0.0,
         )
-        engine.weight_step(x_NCHW, y, one_hot(picks, space))
+        engine.train_step(x_NCHW, y, one_hot(picks, space))
         after[decay] = {name: parameter.detach() for name, parameter in supernet.named_parameters()}
     used = {name for name, parameter in supernet.named_parameters() if parameter.grad is not None}
     before = dict(supernet_of(space).named_parameters())
@@ -587,7 +592,10 @@ def wider(space: MacroSpace) -> list[dict[str, Any]]:
 def test_options_that_share_kernels_still_run_apart_where_they_are_separate() -> None:
     """A mixture of OFA kernels with separate sharing is the sum of the options' outputs."""
     space = MacroSpace(
-        name="one", resolution=6, classes=3, stages=(Stage(widths=(8,), slots=(("cn_k3",), PLAIN)),)
+        name="one",
+        resolution=6,
+        classes=3,
+        stages=(SpaceStage(widths=(8,), slots=(("cn_k3",), PLAIN)),),
     )
     supernet = supernet_of(space, SupernetConfig(kernels="ofa", sharing="separate")).double()
     module, width = supernet.slots[1], Width(8, 8)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Picks
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.nn.slot import SlotGates, Width, executed
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.search.proposal import one_hot
 from tests.nn.nets import (
     PLAIN,
@@ -37,7 +37,7 @@ SEPARATE = SupernetConfig(sharing="separate")
 
 def double(
     space: MacroSpace, config: SupernetConfig | None = None
-) -> tuple[Supernet, Tensor, Tensor]:
+) -> tuple[MacroSupernet, Tensor, Tensor]:
     """A super-net in float64, images and labels."""
     x_NCHW, y = batch(space)
     return supernet_of(space, config).double(), x_NCHW.double(), y
@@ -68,7 +68,7 @@ def leaves(picks: Picks, space: MacroSpace) -> dict[str, Tensor]:
     }
 
 
-def by_hand(supernet: Supernet, x_NCHW: Tensor, gates: Mapping[str, Any]) -> Tensor:
+def by_hand(supernet: MacroSupernet, x_NCHW: Tensor, gates: Mapping[str, Any]) -> Tensor:
     """The definition, in plain autograd, of separate sharing without resolutions: all
     options at all weights, widths as masks.
 
@@ -141,7 +141,10 @@ def test_a_mixture_of_widths_is_a_weighted_mask_over_channels(act: str) -> None:
     """FBNetV2: the channels that only the wider option has are multiplied by its
     weight, the others by both weights' sum.
     """
-    stages = (Stage(widths=(8, 16), slots=(("cn_k3",),)), Stage(widths=(8,), slots=(("cn_k1",),)))
+    stages = (
+        SpaceStage(widths=(8, 16), slots=(("cn_k3",),)),
+        SpaceStage(widths=(8,), slots=(("cn_k1",),)),
+    )
     space = MacroSpace(name="two", resolution=6, classes=3, act=act, stages=stages)
     supernet, x_NCHW, _ = double(space)
     first, second = (module.copies[0] for module in supernet.slots)
@@ -339,7 +342,7 @@ def test_probes_run_in_the_precision_of_the_forward_pass() -> None:
 
 
 def run_with_gradients(
-    supernet: Supernet, x_NCHW: Tensor, y: Tensor, gates: dict[str, Tensor]
+    supernet: MacroSupernet, x_NCHW: Tensor, y: Tensor, gates: dict[str, Tensor]
 ) -> tuple[list[Tensor | None], int]:
     """Logits, gradients of everything, running statistics; and the bytes kept between
     the passes, weights not counted.
@@ -410,7 +413,7 @@ def test_what_a_gate_executes() -> None:
         name="s",
         resolution=8,
         classes=2,
-        stages=(Stage(widths=(8,), slots=(("cn_k3",), (*PLAIN, "skip"))),),
+        stages=(SpaceStage(widths=(8,), slots=(("cn_k3",), (*PLAIN, "skip"))),),
     ).slots[1]
     gates = executed(slot, np.array([0.0, 0.5, 0.0, 0.0, 0.5]), [1, 2])
     assert gates.executed == (("ir_k5_e3", 0.5), ("skip", 0.5))

@@ -17,11 +17,11 @@ from hwnas.config import OptimizerConfig, SupernetConfig
 from hwnas.core.arch import Picks
 from hwnas.core.ir import Node
 from hwnas.core.ops import Op
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.engine import Engine
 from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.slot import ElasticSlot, Width, executed
-from hwnas.nn.supernet import Supernet, resized
+from hwnas.nn.supernet import MacroSupernet, resized
 from hwnas.search.proposal import one_hot
 from tests.nn.nets import (
     SPACES,
@@ -45,7 +45,7 @@ PATHS = [
 
 
 def shared_tensors(
-    supernet: Supernet, picks: Picks, network: ClassificationNetwork, sharing: str
+    supernet: MacroSupernet, picks: Picks, network: ClassificationNetwork, sharing: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(the super-net's parameter, the extracted network's) for each parameter of the
     network, found by shape and place only.
@@ -124,7 +124,7 @@ class MaskedSupernet:
     Convolutions in groups are dense ones with a block-diagonal mask. In float64.
     """
 
-    def __init__(self, supernet: Supernet, sharing: str) -> None:
+    def __init__(self, supernet: MacroSupernet, sharing: str) -> None:
         self.supernet, self.sharing = supernet, sharing
 
     def layer(self, position: int, option: str, layer: Node, x_NCHW: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ def test_half_a_skip_halves_the_branch() -> None:
 
 def test_half_a_skip_beside_a_plain_convolution() -> None:
     """A plain convolution has no residual, so half a skip adds half the input."""
-    stages = (Stage(widths=(8,), slots=(("cn_k3",), ("cn_k3", "ir_k3_e3", "skip"))),)
+    stages = (SpaceStage(widths=(8,), slots=(("cn_k3",), ("cn_k3", "ir_k3_e3", "skip"))),)
     space = MacroSpace(name="plain", resolution=6, classes=4, stages=stages)
     supernet = supernet_of(space).double()
     slot = supernet.slots[1]
@@ -382,12 +382,12 @@ def test_unused_weights_stay_bit_identical(optimizer: str, tmp_path: Path) -> No
     config = OptimizerConfig(name=optimizer, lr=1.0, weight_decay=0.1, options={}, warmup=0.0)
     engine = Engine(supernet, config, 10, 6, 0, tmp_path)
     # builds momentum
-    engine.weight_step(
+    engine.train_step(
         *batch(space), {"s1.b0": np.array([1.0, 0, 0]), "s1.b1": np.array([0, 0, 1.0, 0])}
     )
     engine.step = 1
     before = {name: parameter.detach().clone() for name, parameter in supernet.named_parameters()}
-    engine.weight_step(
+    engine.train_step(
         *batch(space, 1), {"s1.b0": np.array([0, 1.0, 0]), "s1.b1": np.array([0, 0, 0, 1.0])}
     )
     changed = {

@@ -13,16 +13,16 @@ from hwnas.config import Experiment, StudyConfig
 from hwnas.core.spaces import mobile32
 from hwnas.report import comparing, stage
 from hwnas.runs import StageContext, StageManifest
-from hwnas.search.meter import SearchCost
+from hwnas.search.cost_counter import SearchCost
 from hwnas.study import metrics
 from hwnas.study.compare import lines
 from hwnas.study.documents import (
     CompareStudy,
-    Duel,
     Estimate,
-    Found,
     MethodResult,
+    PairwiseResult,
     RandomSearch,
+    SearchOutcome,
     TruthInfo,
 )
 from tests.report.test_report import Page
@@ -33,9 +33,9 @@ RANKS = {"spos": (12, 40, 7), "random": (300, 40, 150)}
 
 def method(name: str, ranks: tuple[int, ...], **changes: Any) -> MethodResult:
     found = tuple(
-        Found(
+        SearchOutcome(
             seed=seed, name=f"{rank:08}", picks={}, macs=50_000_000, accuracy=0.93 - rank / 1e4, rank=rank, regret=rank / 1e4,
-            supernet_quality=0.5, cost=SearchCost(macs=10**15, training_images=1000, judged=8), cpu_seconds=61.0 if seed else None,
+            supernet_quality=0.5, cost=SearchCost(macs=10**15, training_images=1000, evaluated=8), cpu_seconds=61.0 if seed else None,
         )
         for seed, rank in enumerate(ranks)
     )  # fmt: skip
@@ -43,7 +43,7 @@ def method(name: str, ranks: tuple[int, ...], **changes: Any) -> MethodResult:
     content = MethodResult(
         name=name, strategy=name, found=found, rank=middle, accuracy=0.93 - middle / 1e4, regret=middle / 1e4, cost=1.25,
         equal=RandomSearch(trainings=2, rank=130.0, accuracy=0.917, ranks=(20, 55, 117, 200, 274)),
-        beats_one=Estimate(value=0.9, low=0.81, high=0.97), beats_equal=Estimate(value=0.75, low=0.6, high=0.9),
+        p_better_than_one=Estimate(value=0.9, low=0.81, high=0.97), p_better_than_random=Estimate(value=0.75, low=0.6, high=0.9),
     )  # fmt: skip
     return content.model_copy(update=changes)
 
@@ -52,7 +52,7 @@ def make_study(**changes: Any) -> CompareStudy:
     spos, random = (method(name, ranks) for name, ranks in RANKS.items())
     a, b = (np.array([row.accuracy for row in each.found]) for each in (spos, random))
     won = metrics.wins(a, b)
-    duel = Duel(
+    pair = PairwiseResult(
         first="random",
         second="spos",
         beats=Estimate(value=1 - won.mean(), low=0.0, high=0.4),
@@ -62,7 +62,7 @@ def make_study(**changes: Any) -> CompareStudy:
         space=SPACE.name, space_sha256=SPACE.sha256, budget="49.09 to 60 M MACs", target_ms=54.5, tolerance=0.1, architectures=400,
         truth=TruthInfo(file="truth.csv", sha256="0", networks=6561, repeats=3, columns=("acc1",), kendall=0.881, kendall_top=0.185),
         best="22212202", best_accuracy=0.9313, standalone_epochs=50, standalone_images=50_000, standalone_macs=4e14,
-        bootstrap=StudyConfig().bootstrap, confidence=0.95, seeds=(0, 1, 2), methods=(random, spos), duels=(duel,),
+        bootstrap=StudyConfig().bootstrap, confidence=0.95, seeds=(0, 1, 2), methods=(random, spos), pairwise=(pair,),
         random=RandomSearch(trainings=1, rank=200.5, accuracy=0.91, ranks=(40, 100, 200, 300, 360)),
     )  # fmt: skip
     return study.model_copy(update=changes)
@@ -104,7 +104,7 @@ def test_a_comparison_has_its_strips_and_its_tables(tmp_path: Path) -> None:
 def test_the_best_median_comes_first_and_duels_are_seen_from_both_sides() -> None:
     study = make_study()
     assert [row.name for row in comparing.method_rows(study)] == ["spos", "random"]
-    spos, random = comparing.duel_rows(study)
+    spos, random = comparing.pairwise_rows(study)
     assert spos.cells[0] == random.cells[1] == ("", "")
     assert float(spos.cells[1][0]) + float(random.cells[0][0]) == 1
     # 12 and 7 beat all three, 40 beats two and equals one
@@ -118,7 +118,7 @@ def test_what_failed_is_shown(tmp_path: Path) -> None:
     assert "darts has no result for seed 1: the loss is <nan>" in page.text
     assert comparing.method_rows(study)[-1].cells[0] == ("–", "")
     assert "darts has no result for seed 1: the loss is <nan>" in lines(study)
-    assert comparing.ranks(make_study(methods=(lost,), duels=())) is None
+    assert comparing.ranks(make_study(methods=(lost,), pairwise=())) is None
 
 
 def test_the_lines_say_what_was_found() -> None:

@@ -144,9 +144,11 @@ def pages(root: Path) -> dict[str, str]:
         test_comparing.method(name, (12, 40, 7 + number)) for number, name in enumerate(METHODS)
     )
     pairs = [(one, other) for i, one in enumerate(METHODS) for other in METHODS[i + 1 :]]
-    [duel] = test_comparing.make_study().duels
-    duels = tuple(duel.model_copy(update={"first": one, "second": other}) for one, other in pairs)
-    comparison = test_comparing.make_study(methods=several, duels=duels)
+    [pair] = test_comparing.make_study().pairwise
+    pairwise = tuple(
+        pair.model_copy(update={"first": one, "second": other}) for one, other in pairs
+    )
+    comparison = test_comparing.make_study(methods=several, pairwise=pairwise)
     return {
         "classifier": written(classifier_run(root / "classifier")),
         "detector": written(detector_run(root / "detector")),

@@ -135,7 +135,7 @@ def make_search(space: MacroSpace, table: LatencyTable) -> SearchResult:
         found: list[Candidate] = []
         while len(found) < count:
             picks = space.sample(rng)
-            latency = cost.of(picks)
+            latency = cost.cost(picks)
             if abs(latency / target - 1) < 0.02:
                 accuracy = float(rng.normal(quality, 0.008))
                 reward = accuracy - abs(latency / target - 1) / 10
@@ -147,7 +147,7 @@ def make_search(space: MacroSpace, table: LatencyTable) -> SearchResult:
     return SearchResult(
         strategy="tunas", space_sha256=space.sha256, objective=AbsoluteObjective(), tolerance=0.02, target=target,
         reachable=(low, high), table_sha256=table.sha256, steps=800, seed=0,
-        candidates=candidates(8, 0.952), random=candidates(8, 0.935), spread=candidates(4, 0.93),
+        candidates=candidates(8, 0.952), random=candidates(8, 0.935), random_anywhere=candidates(4, 0.93),
     )  # fmt: skip
 
 
@@ -452,11 +452,13 @@ def test_found_against_random_concludes(tmp_path: Path) -> None:
     search = SearchResult.load(path)
     assert "of the same latency" not in written(ctx)  # of before there was a conclusion
     qualities = ([each.quality for each in group] for group in (search.candidates, search.random))
-    ranking = Ranking("accuracy", *qualities, images=360, judged_images=360, judged=0, chance=0.1)
+    ranking = Ranking(
+        "accuracy", *qualities, images=360, evaluation_images=360, evaluated=0, chance=0.1
+    )
     for course in (None, Course(search_rows(search.target, 800), "rl_lr", 2.3)):
         learning = learning_of(course, ranking)
         if course is None:
-            learning = learning_of(None, replace(ranking, judged=30))
+            learning = learning_of(None, replace(ranking, evaluated=30))
         assert learning.against_random is not None
         search.model_copy(update={"learning": learning}).save(path)
         text = Page(written(ctx)).text

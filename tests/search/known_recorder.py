@@ -16,14 +16,14 @@ PROBLEM = Problem(0)
 
 
 class KnownRecorder(KnownWeights):
-    """``trained`` gates, ``judged`` ones with the batch's multiple, ``differentiated``
+    """``trained`` gates, ``evaluated`` ones with the batch's multiple, ``differentiated``
     ones with their probes.
     """
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.trained: list[Gates] = []
-        self.judged: list[tuple[list[Gates], int]] = []
+        self.evaluated: list[tuple[list[Gates], int]] = []
         self.differentiated: list[tuple[Gates, dict[str, list[int]]]] = []
 
     def train(self, gates: Sequence[Gates], **options: Any) -> Metrics:
@@ -31,7 +31,7 @@ class KnownRecorder(KnownWeights):
         return super().train(gates, **options)
 
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
-        self.judged.append((list(gates), multiple))
+        self.evaluated.append((list(gates), multiple))
         return super().qualities(gates, multiple)
 
     def gate_gradients(

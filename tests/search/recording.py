@@ -10,7 +10,7 @@ import numpy as np
 from hwnas.core.arch import Picks
 from hwnas.core.cost import CostModel
 from hwnas.core.objective import AbsoluteObjective
-from hwnas.core.space import MacroSpace, SearchSpace, Stage
+from hwnas.core.space import MacroSpace, SearchSpace, SpaceStage
 from hwnas.search.strategy import Gates, Metrics, Probes, SearchContext, Strategy
 from hwnas.testing import synthetic_table
 
@@ -107,9 +107,9 @@ def elastic_space() -> MacroSpace:
     """
     options = tuple(f"ir_k{kernel}_e{e}" for kernel in (3, 5, 7) for e in (3, 4, 6))
     stages = (
-        Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(16,), stride=2, depths=(2, 3, 4), slots=(options,) * 4),
-        Stage(widths=(24,), stride=2, depths=(2, 3, 4), slots=(options,) * 4),
+        SpaceStage(widths=(8,), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), stride=2, depths=(2, 3, 4), slots=(options,) * 4),
+        SpaceStage(widths=(24,), stride=2, depths=(2, 3, 4), slots=(options,) * 4),
     )
     return MacroSpace(
         name="elastic", resolution=32, resolutions=(16, 24, 32), classes=4, stages=stages

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hwnas.config import Experiment
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.table import LatencyTable
 from hwnas.progress import Progress, Task
 from hwnas.runs import StageContext
@@ -30,9 +30,9 @@ OPTIMIZER = {"name": "sgd", "lr": 2.0, "options": {}}
 def tiny_space(width: int = 16) -> MacroSpace:
     first = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
-        Stage(widths=(8, 16), slots=(("cn_k3",),)),
-        Stage(widths=(width,), stride=2, slots=(first, (*first, "skip"), (*first, "skip"))),
-        Stage(widths=(24, 32), slots=(("cn_k1",),)),
+        SpaceStage(widths=(8, 16), slots=(("cn_k3",),)),
+        SpaceStage(widths=(width,), stride=2, slots=(first, (*first, "skip"), (*first, "skip"))),
+        SpaceStage(widths=(24, 32), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="tiny", resolution=8, in_channels=1, classes=10, stages=stages)
 
@@ -68,10 +68,10 @@ class Saying(Progress):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         self.said.append(message)
 
-    def warn(self, message: str) -> None:
+    def warning(self, message: str) -> None:
         self.said.append(message)
 
 

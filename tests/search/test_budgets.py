@@ -47,8 +47,8 @@ def test_what_is_counted_is_that_of_the_network(kind: str) -> None:
     space, cost, rng = tiny_space(), cost_of(kind), np.random.default_rng(0)
     picks = [space.sample(rng) for _ in range(20)]
     values = [COUNTS[kind](space.decode(each)) for each in picks]
-    assert [cost.of(each) for each in picks] == values
-    assert cost.of_many(np.array([space.index(each) for each in picks])).tolist() == values
+    assert [cost.cost(each) for each in picks] == values
+    assert cost.costs(np.array([space.index(each) for each in picks])).tolist() == values
     low, high = cost.range()
     assert low <= min(values) < max(values) <= high
     assert (cost.unit, cost.table, cost.source) == (UNITS[kind], None, "")

@@ -21,7 +21,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError, SpaceError
 from hwnas.nn.cells import GrowingSupernet
 from hwnas.search.darts import DARTS, DARTSConfig
-from hwnas.search.genotype import all_edges, any_pair, derived
+from hwnas.search.genotype import all_edges, any_pair, derive_cell
 from hwnas.search.pdarts import PDARTS, PDARTSConfig
 from hwnas.search.result import SearchResult
 from hwnas.search.skips import count_of_skips, with_few_skips
@@ -75,7 +75,7 @@ def argmax(space: CellSpace, policy: dict[str, np.ndarray]) -> Picks:
 @pytest.mark.parametrize("seed", range(10))
 def test_the_derived_cell_is_darts_s(seed: int) -> None:
     space, policy = SMALL["darts"], random_policy(SMALL["darts"], seed)
-    picks = argmax(space, derived(space, policy))
+    picks = argmax(space, derive_cell(space, policy))
     for cell in ("normal", "reduce"):
         assert kept(space, picks, cell) == genotype(space, policy, cell)
 
@@ -95,7 +95,7 @@ def test_p_darts_deletes_the_weakest_skips(seed: int) -> None:
         limited[min(skips, key=lambda key: limited[key][skip])][skip] = 0.0
     picks = argmax(space, with_few_skips(space, policy, 2))
     assert kept(space, picks, "normal") == normal
-    assert count_of_skips(space).of(picks) == 2
+    assert count_of_skips(space).cost(picks) == 2
     # reductions are not limited
     assert kept(space, picks, "reduce") == genotype(space, policy, "reduce")
     assert list(kept(space, picks, "reduce").values()).count(SKIP_CONNECT) == 8
@@ -104,7 +104,7 @@ def test_p_darts_deletes_the_weakest_skips(seed: int) -> None:
 def test_nasbench201_may_end_with_none() -> None:
     space, policy = SMALL["nasbench201"], random_policy(SMALL["nasbench201"], 0)
     policy["c.e0-1"] = np.array([0.9, 0.1, 0.0, 0.0, 0.0])
-    assert argmax(space, derived(space, policy))["c.e0-1"] == NONE
+    assert argmax(space, derive_cell(space, policy))["c.e0-1"] == NONE
 
 
 def test_all_edges_run_while_searching_and_any_pair_is_likely() -> None:
@@ -212,7 +212,7 @@ def test_p_darts_grows_and_drops_as_published() -> None:
     assert ctx.weights.grown == [0] * 25 + [1] * 25 + [2] * 25  # type: ignore[union-attr]
     assert strategy.growth(problem.space) == (1, 3, 5)
     for picks in proposed(strategy, ctx, 0, 4):
-        assert count_of_skips(problem.space).of(picks) <= 2
+        assert count_of_skips(problem.space).cost(picks) <= 2
 
 
 def cell_experiment(strategy: str, **options: object):
@@ -277,5 +277,5 @@ def test_a_grown_search_goes_on_with_its_deepest_super_net() -> None:
     growing = GrowingSupernet(
         SMALL["darts"], torch.Generator().manual_seed(0), experiment().search.supernet, (1, 1)
     )
-    # a search that is resumed after its last step judges what it trained last
+    # a search that is resumed after its last step evaluates what it trained last
     assert growing.grown == 1

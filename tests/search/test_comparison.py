@@ -16,17 +16,17 @@ import torch
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Batch, Images, Request
 from hwnas.search import comparison
-from hwnas.search import judge as judging
+from hwnas.search import evaluator as evaluation
 from hwnas.search.comparison import affordable, compared_with, image_counts
-from hwnas.search.judge import Judge
-from hwnas.search.proposal import random_within
+from hwnas.search.evaluator import SupernetEvaluator
+from hwnas.search.proposal import sample_feasible
 from hwnas.search.stage import SearchResult, search_context
 from hwnas.search.strategy import SearchContext
-from hwnas.search.supernets import meter_of
+from hwnas.search.supernets import cost_counter_of
 from hwnas.tasks.classification import ClassificationQuality
 from hwnas.testing import synthetic_table
 from tests.search.staging import Saying, experiment, run, tiny_space
-from tests.search.test_judge import supernet_of
+from tests.search.test_evaluator import supernet_of
 
 torch.set_num_threads(1)
 
@@ -36,17 +36,19 @@ def table() -> LatencyTable:
     return synthetic_table(tiny_space())
 
 
-def after(table: LatencyTable, macs: int, **settings: Any) -> tuple[SearchContext, Judge]:
+def after(
+    table: LatencyTable, macs: int, **settings: Any
+) -> tuple[SearchContext, SupernetEvaluator]:
     """A search that has cost so many multiply-accumulates."""
     config = experiment(**settings)
-    search, judge = (
+    search, evaluator = (
         search_context(config, tiny_space(), table),
-        Judge(supernet_of(tiny_space()), config),
+        SupernetEvaluator(supernet_of(tiny_space()), config),
     )
-    search.meter = meter_of(config.search, judge.supernet)
-    search.meter.load_state_dict({**search.meter.state_dict(), "macs": macs})
+    search.cost_counter = cost_counter_of(config.search, evaluator.supernet)
+    search.cost_counter.load_state_dict({**search.cost_counter.state_dict(), "macs": macs})
     search.rng = np.random.default_rng(3)
-    return search, judge
+    return search, evaluator
 
 
 def test_how_many_pairs_are_affordable() -> None:
@@ -60,36 +62,41 @@ def test_how_many_pairs_are_affordable() -> None:
 def test_a_short_search_scores_fewer_and_a_long_one_eight(table: LatencyTable) -> None:
     counts = {}
     for macs in (10**6, 10**10, 10**12):
-        search, judge = after(table, macs, random_samples=None)
-        proposals = random_within(search, 3, np.random.default_rng(0))
-        found = compared_with(search, judge, proposals)
+        search, evaluator = after(table, macs, random_samples=None)
+        proposals = sample_feasible(search, 3, np.random.default_rng(0))
+        found = compared_with(search, evaluator, proposals)
         counts[macs] = len(found.within)
         assert len(found.anywhere) == len(found.within)
         if len(found.within) > comparison.FEWEST:
-            assert search.meter is not None
-            of_all, of_part = image_counts(judge)
-            spent = sum(search.meter.judging(each, of_all) for each in (*proposals, *found.within))
-            spent += sum(search.meter.judging(each, of_part) for each in found.anywhere)
+            assert search.cost_counter is not None
+            of_all, of_part = image_counts(evaluator)
+            spent = sum(
+                search.cost_counter.evaluation_macs(each, of_all)
+                for each in (*proposals, *found.within)
+            )
+            spent += sum(
+                search.cost_counter.evaluation_macs(each, of_part) for each in found.anywhere
+            )
             assert spent <= comparison.SHARE * macs
     assert counts[10**6] == comparison.FEWEST
     assert counts[10**12] == comparison.MOST
 
 
 def test_a_number_that_is_set_holds(table: LatencyTable) -> None:
-    search, judge = after(table, 1, random_samples=6)
-    found = compared_with(search, judge, random_within(search, 3, np.random.default_rng(0)))
+    search, evaluator = after(table, 1, random_samples=6)
+    found = compared_with(search, evaluator, sample_feasible(search, 3, np.random.default_rng(0)))
     assert (len(found.within), len(found.anywhere)) == (6, 6)
 
 
 def test_what_is_said_before(table: LatencyTable) -> None:
-    search, judge = after(table, 10**10, evaluation_images=100)
+    search, evaluator = after(table, 10**10, evaluation_images=100)
     search.seconds = 1000.0  # so that a percent is ten seconds
     sentence = compared_with(
-        search, judge, random_within(search, 3, np.random.default_rng(0))
+        search, evaluator, sample_feasible(search, 3, np.random.default_rng(0))
     ).sentence
     scored = (
         "ranking 3 proposals and scoring 2 random architectures in the budget on"
-        f" {len(judge.held_out)} held-out images each"
+        f" {len(evaluator.held_out)} held-out images each"
     )
     found = re.fullmatch(
         scored + r", and 2 anywhere on 100: about (\d+) s, (\d+)% of the search's cost", sentence
@@ -102,14 +109,14 @@ def test_what_is_said_before(table: LatencyTable) -> None:
 def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywhere_few(
     table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged: list[int] = []
+    evaluated: list[int] = []
     original = ClassificationQuality.of_network
 
     def counted(
         quality: ClassificationQuality, network: Any, images: Any, batches: Any, limit: int | None
     ) -> float:
         batches = list(batches)
-        judged.append(sum(len(y) for _, y in batches))
+        evaluated.append(sum(len(y) for _, y in batches))
         return original(quality, network, images, batches, limit)
 
     monkeypatch.setattr(ClassificationQuality, "of_network", counted)
@@ -121,12 +128,12 @@ def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywh
         progress,
     )
     result = SearchResult.load(tmp_path / "search/search.json")
-    every = max(judged)
+    every = max(evaluated)
     assert every > 100
-    assert judged == [every] * (len(result.candidates) + len(result.random)) + [100] * len(
-        result.spread
+    assert evaluated == [every] * (len(result.candidates) + len(result.random)) + [100] * len(
+        result.random_anywhere
     )
-    assert len(result.random) == len(result.spread) == 2
+    assert len(result.random) == len(result.random_anywhere) == 2
     assert any(
         line.startswith("ranking 3 proposals and scoring 2 random architectures in the budget on")
         for line in progress.said
@@ -134,23 +141,23 @@ def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywh
 
 
 def test_held_out_images_are_read_once_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = Judge(supernet_of(tiny_space()), experiment())
+    evaluator = SupernetEvaluator(supernet_of(tiny_space()), experiment())
     picks = tiny_space().at([0] * len(tiny_space().choices))
     reads = 0
-    kind = type(judge.held_out)
+    kind = type(evaluator.held_out)
     original = kind.__getitems__
 
     def counted(images: Images, requests: Sequence[Request]) -> Batch:
         nonlocal reads
-        reads += len(requests) if images is judge.held_out else 0
+        reads += len(requests) if images is evaluator.held_out else 0
         return original(images, requests)
 
     monkeypatch.setattr(kind, "__getitems__", counted)
-    first, second = (judge.on_all_images(judge.network(picks)) for _ in range(2))
+    first, second = (evaluator.on_all_images(evaluator.network(picks)) for _ in range(2))
     assert first == second
-    assert reads == len(judge.held_out)
-    monkeypatch.setattr(judging, "KEPT_BYTES", 1000)
-    streaming = Judge(judge.supernet, experiment())
-    streaming.held_out, reads = judge.held_out, 0
+    assert reads == len(evaluator.held_out)
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", 1000)
+    streaming = SupernetEvaluator(evaluator.supernet, experiment())
+    streaming.held_out, reads = evaluator.held_out, 0
     assert [streaming.on_all_images(streaming.network(picks)) for _ in range(2)] == [first, first]
-    assert reads == 2 * len(judge.held_out)
+    assert reads == 2 * len(evaluator.held_out)

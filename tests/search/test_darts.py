@@ -128,7 +128,7 @@ def test_metrics() -> None:
     assert metrics[-1]["entropy"] == pytest.approx(
         -sum((p * np.log(p)).sum() for p in last.values())
     )
-    assert metrics[-1]["expected_ms"] == pytest.approx(float(ctx.cost.expected(last)))
+    assert metrics[-1]["expected_ms"] == pytest.approx(float(ctx.cost_model.expected(last)))
     assert metrics[-1]["held_out_loss"] == pytest.approx(
         1 - weights.problem.quality(weights.log[-2][1])
     )

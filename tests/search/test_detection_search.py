@@ -14,7 +14,7 @@ import torch
 from hwnas.config import Experiment, load_experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.table import LatencyTable
 from hwnas.data.coco import CocoImages
 from hwnas.data.images import load_images
@@ -25,10 +25,10 @@ from hwnas.export.bundle import Bundle
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.checkpoint import load_network
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from hwnas.search.judge import Judge
+from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.proposal import one_hot
 from hwnas.search.result import SearchResult
 from hwnas.search.stage import prepare, search_context
@@ -43,10 +43,10 @@ OPTIONS = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
 def space(classes: int = 2) -> MacroSpace:
     """Strides 4 and 8, four open blocks, an open width at each tap."""
     stages = (
-        Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(16, 24), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
-        Stage(widths=(24, 32), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
-        Stage(widths=(48,), slots=(("cn_k1",),)),
+        SpaceStage(widths=(8,), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=(16, 24), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
+        SpaceStage(widths=(24, 32), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
+        SpaceStage(widths=(48,), slots=(("cn_k1",),)),
     )
     return MacroSpace(name="rectangles", resolution=48, classes=classes, stages=stages)
 
@@ -116,9 +116,9 @@ def toml(folder: Path, **search: Any) -> Path:
     return path
 
 
-def judge_of(config: Experiment) -> tuple[Judge, Supernet]:
-    supernet = Supernet(experiment_space(config), torch.Generator().manual_seed(0))
-    return Judge(supernet, config), supernet
+def evaluator_of(config: Experiment) -> tuple[SupernetEvaluator, MacroSupernet]:
+    supernet = MacroSupernet(experiment_space(config), torch.Generator().manual_seed(0))
+    return SupernetEvaluator(supernet, config), supernet
 
 
 def test_the_whole_way_meets_the_budget(tmp_path: Path) -> None:
@@ -223,16 +223,16 @@ def test_the_quality_of_a_batch_is_by_its_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quality", ["metric", "loss"])
 def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path: Path) -> None:
     config = experiment(tmp_path, quality=quality, evaluation_images=4)
-    judge, supernet = judge_of(config)
+    evaluator, supernet = evaluator_of(config)
     picks = supernet.space.sample(np.random.default_rng(1))
     train, held_out = load_images(config.data, "train"), load_images(config.data, "held_out")
     assert isinstance(held_out, CocoImages) and len(held_out) == 6
     network = supernet.extract(picks)
     assert isinstance(network, DetectionNetwork)
-    recalibrate(network, (x for x, _ in judge._batches(train, 6, 12)))
+    recalibrate(network, (x for x, _ in evaluator._batches(train, 6, 12)))
     for limit, found in (
-        (4, judge.evaluate(picks)),
-        (None, judge.on_all_images(judge.network(picks))),
+        (4, evaluator.evaluate(picks)),
+        (None, evaluator.on_all_images(evaluator.network(picks))),
     ):
         if quality == "metric":
             expected = average_precision(
@@ -242,14 +242,14 @@ def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path
                 ),
             ).AP
         else:
-            batches = list(judge._batches(held_out, 24, limit))
+            batches = list(evaluator._batches(held_out, 24, limit))
             with torch.no_grad():
                 loss, _ = DetectionCriterion(network.arch)(
                     network.eval()(batches[0][0]), batches[0][1]
                 )
             expected = 1 / (1 + float(loss))
         assert found == pytest.approx(expected, abs=1e-6)
-    assert judge.quality.metric == ("AP" if quality == "metric" else "1 / (1 + loss)")
+    assert evaluator.quality.metric == ("AP" if quality == "metric" else "1 / (1 + loss)")
 
 
 # what it begins with
@@ -257,13 +257,13 @@ def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path
 
 def test_the_backbone_begins_with_a_classification_super_net(tmp_path: Path) -> None:
     config = experiment(tmp_path, backbone=str(tmp_path / "classified"), epochs=0.01)
-    source = Supernet(space(), torch.Generator().manual_seed(7))
+    source = MacroSupernet(space(), torch.Generator().manual_seed(7))
     (tmp_path / "classified" / "search").mkdir(parents=True)
     source.save(tmp_path / "classified" / "search" / "shared.safetensors")
     said: list[str] = []
 
     class Lines(Progress):
-        def say(self, message: str) -> None:
+        def info(self, message: str) -> None:
             said.append(message)
 
     _tabled(config, tmp_path)
@@ -302,7 +302,7 @@ def test_what_no_detector_can_be_searched_in_says_so(tmp_path: Path) -> None:
         name="flat",
         resolution=48,
         classes=2,
-        stages=(Stage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),),
+        stages=(SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),),
     )
     flat.save(tmp_path / "flat.json")
     assert "has no two resolutions to tap" in refused(

@@ -12,13 +12,13 @@ import torch
 
 from hwnas.config import Plugin
 from hwnas.core.limits import Limits, ParamsLimit
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError
 from hwnas.progress import Progress, Task
 from hwnas.search.evolution import Evolution, EvolutionConfig, _crosses
 from hwnas.search.finder import Leaderboard
-from hwnas.search.proposal import within_target
+from hwnas.search.proposal import is_feasible
 from hwnas.testing import KnownWeights, Problem
 from tests.search.recording import Recorder, elastic_space
 
@@ -38,7 +38,7 @@ def test_finds_the_optimum_of_everything_with_half_the_evaluations(seed: int) ->
     ctx.evaluator, ctx.rng = recorder, np.random.default_rng(seed)
     assert Evolution(SMALL).find(ctx, 3)[0] == problem.best
     assert len(recorder.evaluated) <= 10 + 11 * 10
-    assert within_target(ctx, problem.index_NC).sum() == 222
+    assert is_feasible(ctx, problem.index_NC).sum() == 222
 
 
 def test_judges_distinct_architectures_within_the_budget_only() -> None:
@@ -51,11 +51,10 @@ def test_judges_distinct_architectures_within_the_budget_only() -> None:
     found = Evolution(EvolutionConfig(generations=6)).find(ctx, 20)
     names = [space.decode(picks).blocks for picks in recorder.evaluated]
     assert len(set(names)) == len(names) == 6 * 50
-    assert np.all(
-        within_target(ctx, np.array([space.index(picks) for picks in recorder.evaluated]))
-    )
+    assert np.all(is_feasible(ctx, np.array([space.index(picks) for picks in recorder.evaluated])))
     rewards = [
-        ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in recorder.evaluated
+        ctx.reward(recorder.quality(picks), ctx.cost_model.cost(picks))
+        for picks in recorder.evaluated
     ]
     best = np.argsort(-np.array(rewards), kind="stable")[:20]
     assert found == [recorder.evaluated[i] for i in best]
@@ -75,10 +74,10 @@ def test_later_generations_are_better() -> None:
 
 
 def test_limits_hold_beside_the_target() -> None:
-    """Of the architectures at the target, those above the median of parameters are never judged."""
+    """Of the architectures at the target, those above the median of parameters are never evaluated."""
     problem = Problem(0)
     ctx = problem.context(1)
-    within_NC = problem.index_NC[within_target(ctx, problem.index_NC)]
+    within_NC = problem.index_NC[is_feasible(ctx, problem.index_NC)]
     most = int(np.median([problem.space.decode(problem.space.at(row)).params for row in within_NC]))
     ctx.limits = Limits(
         problem.space, [ParamsLimit(kind="params", max_params=most)], LatencyTable.load
@@ -90,9 +89,10 @@ def test_limits_hold_beside_the_target() -> None:
     assert max(problem.space.decode(picks).params for picks in recorder.evaluated) <= most
     feasible_NC = within_NC[ctx.limits.feasible(within_NC)]
     rewards = [
-        ctx.reward(recorder.quality(p), ctx.cost.of(p)) for p in map(problem.space.at, feasible_NC)
+        ctx.reward(recorder.quality(p), ctx.cost_model.cost(p))
+        for p in map(problem.space.at, feasible_NC)
     ]
-    assert ctx.reward(recorder.quality(found[0]), ctx.cost.of(found[0])) == pytest.approx(
+    assert ctx.reward(recorder.quality(found[0]), ctx.cost_model.cost(found[0])) == pytest.approx(
         max(rewards)
     )
 
@@ -109,7 +109,7 @@ def test_ends_where_the_budget_holds_little_or_nothing() -> None:
     problem = Problem(0)
     ctx = problem.context(1)
     ctx.target = 1.01 * problem.cost.range()[0]
-    few = int(within_target(ctx, problem.index_NC).sum())
+    few = int(is_feasible(ctx, problem.index_NC).sum())
     assert 1 <= few < 20
     found = Evolution(SMALL).find(ctx, 50)
     assert len(found) == few
@@ -157,12 +157,14 @@ def test_a_leaderboard_knows_architectures_not_picks() -> None:
     """Two slots that can be skipped: leaving out the one or the other is one
     architecture, evaluated once.
     """
-    stages = (Stage(widths=(8,), slots=(("cn_k3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"))),)
+    stages = (
+        SpaceStage(widths=(8,), slots=(("cn_k3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"))),
+    )
     space = MacroSpace(name="twice", resolution=8, classes=2, stages=stages)
     recorder = Recorder(space)
     board = Leaderboard(recorder.context(), Task())
     first, second = {"s0.b1": "skip", "s0.b2": "ir_k3_e3"}, {"s0.b1": "ir_k3_e3", "s0.b2": "skip"}
-    assert board.judge(first) is board.judge(second)
+    assert board.evaluate(first) is board.evaluate(second)
     assert recorder.evaluated == [first]
     assert board.best(5) == [first]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hwnas.core.families import fairnas
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.search.fairnas import FairNAS, FairNASConfig, fair_paths
 from hwnas.testing import tiny_space
 from tests.search.recording import Recorder, elastic_space, run_steps
@@ -65,7 +65,9 @@ def test_choices_are_permuted_independently() -> None:
     """Every pair of options of two choices is on one path as often as every other: 1 /
     9 of the paths.
     """
-    stages = (Stage(widths=(8,), slots=(("cn_k3", "cn_k5", "cn_k7"), ("cn_k3", "cn_k5", "cn_k7"))),)
+    stages = (
+        SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5", "cn_k7"), ("cn_k3", "cn_k5", "cn_k7"))),
+    )
     space = MacroSpace(name="pairs", resolution=8, classes=2, stages=stages)
     rng, steps = np.random.default_rng(2), 1500
     index_NC = np.array(
@@ -89,5 +91,5 @@ def test_a_step_is_one_update_on_one_batch() -> None:
         for update in recorder.updates
     )
     assert len({update.index_PC.tobytes() for update in recorder.updates}) == 12
-    latency = [ctx.cost.of_many(update.index_PC).mean() for update in recorder.updates]
+    latency = [ctx.cost_model.costs(update.index_PC).mean() for update in recorder.updates]
     assert [row["latency_ms"] for row in metrics] == pytest.approx(latency)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.errors import SpaceError, TargetError
-from hwnas.search.fbnet import FBNet, FBNetConfig, gumbel_softmax, sampled_within
-from hwnas.search.proposal import within_target
+from hwnas.search.fbnet import FBNet, FBNetConfig, gumbel_softmax, sampled_feasible
+from hwnas.search.proposal import is_feasible
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.testing import Problem
 from tests.search import known_recorder
@@ -114,12 +114,12 @@ def test_gradient_is_the_closed_form(latency_loss: str) -> None:
     for draw in range(5):
         metrics = step(strategy, ctx, draw=draw)
         masks = {key: np.asarray(mask) for key, mask in recorder.differentiated[-1][0].items()}
-        latency = float(ctx.cost.expected(masks))
+        latency = float(ctx.cost_model.expected(masks))
         assert metrics["latency_ms"] == pytest.approx(latency)
-        assert abs(latency / float(ctx.cost.expected(strategy.thetas.policy())) - 1) > 1e-3
+        assert abs(latency / float(ctx.cost_model.expected(strategy.thetas.policy())) - 1) > 1e-3
         assert metrics["held_out_loss"] == pytest.approx(1 - PROBLEM.quality(masks))
         by_loss, by_ms = slopes(latency_loss, metrics["held_out_loss"], latency, ctx.target)
-        marginal_ms, tau = ctx.cost.marginals(masks), 5 * math.exp(-0.045 * 45)
+        marginal_ms, tau = ctx.cost_model.marginals(masks), 5 * math.exp(-0.045 * 45)
         for key, m in masks.items():
             by_mask = by_loss * -PROBLEM.gains[key] + by_ms * marginal_ms[key]
             expected = np.array(
@@ -200,14 +200,14 @@ def test_samples_are_distributed_as_the_policy_within_the_budget() -> None:
     """P(option | within the tolerance) by enumeration against the first of many proposals."""
     ctx, _ = surroundings()
     policy = prepared(ctx).thetas.policy()
-    index_NC = PROBLEM.index_NC[within_target(ctx, PROBLEM.index_NC)]
+    index_NC = PROBLEM.index_NC[is_feasible(ctx, PROBLEM.index_NC)]
     weights_N = np.prod(
         [policy[choice.key][index_NC[:, i]] for i, choice in enumerate(ctx.space.choices)], axis=0
     )
     draws, counts = 250, {choice.key: np.zeros(len(choice.options)) for choice in ctx.space.choices}
     for draw in range(draws):
         ctx.rng = np.random.default_rng(draw)
-        first = ctx.space.index(sampled_within(ctx, policy, 1)[0])
+        first = ctx.space.index(sampled_feasible(ctx, policy, 1)[0])
         for key, option in zip(counts, first, strict=True):
             counts[key][option] += 1
     for i, count in enumerate(counts.values()):
@@ -230,7 +230,7 @@ def test_proposals_of_a_policy_that_misses_the_budget(derive: str) -> None:
     proposals = strategy.propose(ctx, 5)
     index_NC = np.array([ctx.space.index(picks) for picks in proposals])
     assert len(np.unique(index_NC, axis=0)) == 5
-    assert np.all(within_target(ctx, index_NC))
+    assert np.all(is_feasible(ctx, index_NC))
 
 
 def test_likely_proposals_begin_with_the_argmax() -> None:
@@ -246,7 +246,7 @@ def test_likely_proposals_begin_with_the_argmax() -> None:
 
 
 def test_open_resolutions_are_refused() -> None:
-    stages = (Stage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),)
+    stages = (SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),)
     space = MacroSpace(name="sizes", resolution=32, resolutions=(24, 32), classes=3, stages=stages)
     with pytest.raises(SpaceError, match=r"'resolution' of space sizes.*24, 32"):
         FBNet(FBNetConfig()).check(space)

@@ -22,7 +22,13 @@ from hwnas.tasks.classification import ClassificationQuality
 
 CHANCE = math.log(10)
 GOOD = Ranking(
-    ACCURACY, proposals=(0.8,), random=(), images=500, judged_images=500, judged=0, chance=0.1
+    ACCURACY,
+    proposals=(0.8,),
+    random=(),
+    images=500,
+    evaluation_images=500,
+    evaluated=0,
+    chance=0.1,
 )
 """Networks that know something, and too few to compare."""
 
@@ -41,7 +47,7 @@ def rows(steps: int, seed: int, **means: Any) -> Rows:
     ]
 
 
-def judged(
+def evaluated(
     found: Rows, *, rate: str | None = None, chance: float | None = CHANCE, ranking: Ranking = GOOD
 ) -> Learning:
     return learning_of(Course(found, rate, chance), ranking)
@@ -55,7 +61,7 @@ def texts(found: Learning) -> list[str]:
 
 
 def test_a_loss_at_chance_is_named_with_its_figures() -> None:
-    found = judged(rows(200, 0, loss=(2.4, CHANCE)))
+    found = evaluated(rows(200, 0, loss=(2.4, CHANCE)))
     assert found.learned is False and found.weights is not None and found.weights.last.count == 8
     assert found.weights.last.mean == pytest.approx(
         np.mean([row["loss"] for row in rows(200, 0, loss=(2.4, CHANCE))[-40:]])
@@ -69,7 +75,7 @@ def test_a_loss_at_chance_is_named_with_its_figures() -> None:
 
 
 def test_a_loss_below_chance_is_not() -> None:
-    found = judged(rows(200, 0, loss=(CHANCE, 0.95 * CHANCE)))
+    found = evaluated(rows(200, 0, loss=(CHANCE, 0.95 * CHANCE)))
     assert found.learned is True and found.cautions == ()
 
 
@@ -77,17 +83,17 @@ def test_a_short_search_whose_loss_falls_has_learned() -> None:
     """The losses of a detector in 48 steps: of the first ten and the last ten, no two
     are alike, and the former fall.
     """
-    found = judged(rows(48, 0, loss=(6.0, 3.0)), chance=None)
+    found = evaluated(rows(48, 0, loss=(6.0, 3.0)), chance=None)
     assert found.weights is not None and found.weights.learned and found.cautions == ()
 
 
 def test_a_loss_above_chance_has_not_learned_either() -> None:
-    assert judged(rows(200, 0, loss=(2.0, 3.0))).learned is False
+    assert evaluated(rows(200, 0, loss=(2.0, 3.0))).learned is False
 
 
 def test_what_a_long_search_tells_from_noise_may_still_be_nothing() -> None:
     """Half a percent below a guess, a hundred standard errors away."""
-    found = judged(rows(20_000, 0, loss=0.995 * CHANCE))
+    found = evaluated(rows(20_000, 0, loss=0.995 * CHANCE))
     assert found.weights is not None
     assert (
         CHANCE - found.weights.last.mean
@@ -101,13 +107,13 @@ def test_chance_hardly_ever_passes_for_learning() -> None:
     rng, passed = np.random.default_rng(3), 0
     for _ in range(200):
         noise = np.convolve(rng.normal(0, 0.1, 43), np.full(4, 0.5), "valid")
-        passed += bool(judged([{"loss": CHANCE + each} for each in noise]).learned)
+        passed += bool(evaluated([{"loss": CHANCE + each} for each in noise]).learned)
     assert passed <= 24  # nearer a tenth than the level, one in twenty
 
 
 @pytest.mark.parametrize(("steps", "known"), [(17, False), (18, True)])
 def test_few_steps_say_nothing(steps: int, known: bool) -> None:
-    found = judged(
+    found = evaluated(
         rows(steps, 0, loss=1.1 * CHANCE), ranking=Ranking(OF_LOSS, (0.3,), (), 500, 500, 0, None)
     )
     assert (found.weights is not None, found.learned) == ((True, False) if known else (False, None))
@@ -119,8 +125,8 @@ def test_few_steps_say_nothing(steps: int, known: bool) -> None:
 def test_a_detectors_loss_is_held_against_its_start(
     ends: tuple[float, float], learned: bool
 ) -> None:
-    ranking = Ranking(AP, (0.1,), (), images=30, judged_images=30, judged=0, chance=0.0)
-    found = judged(rows(100, 0, loss=ends), chance=None, ranking=ranking)
+    ranking = Ranking(AP, (0.1,), (), images=30, evaluation_images=30, evaluated=0, chance=0.0)
+    found = evaluated(rows(100, 0, loss=ends), chance=None, ranking=ranking)
     assert found.learned is learned
     assert [
         text.startswith("the search learned nothing: the super-net's loss did not fall (")
@@ -160,9 +166,15 @@ def test_a_guess_has_the_lowest_loss_of_those_who_do_not_look(
 
 def test_weights_that_know_their_images_by_heart_have_learned_nothing() -> None:
     ranking = Ranking(
-        ACCURACY, (0.11, 0.09), (0.1, 0.1), images=500, judged_images=500, judged=0, chance=0.11
+        ACCURACY,
+        (0.11, 0.09),
+        (0.1, 0.1),
+        images=500,
+        evaluation_images=500,
+        evaluated=0,
+        chance=0.11,
     )
-    found = judged(rows(200, 0, loss=(2.3, 0.1)), ranking=ranking)
+    found = evaluated(rows(200, 0, loss=(2.3, 0.1)), ranking=ranking)
     [text] = texts(found)
     assert (
         "its networks have accuracy 10.0% on 500 held-out images, and a guess has 11.0%" in text
@@ -174,7 +186,7 @@ def test_weights_that_know_their_images_by_heart_have_learned_nothing() -> None:
 def test_an_ap_of_zero(ap: float, learned: bool) -> None:
     """Without rows: the weights are those of another run."""
     found = learning_of(
-        None, Ranking(AP, (ap,), (ap,), images=30, judged_images=30, judged=5, chance=0.0)
+        None, Ranking(AP, (ap,), (ap,), images=30, evaluation_images=30, evaluated=5, chance=0.0)
     )
     assert found.learned is learned and found.weights is found.policy is None
 
@@ -183,7 +195,7 @@ def test_an_ap_of_zero(ap: float, learned: bool) -> None:
 
 
 def test_entropy_that_falls_on_noise_is_not_learning() -> None:
-    found = judged(rows(300, 0, loss=(2.3, 1.0), entropy=(14.0, 5.0), reward=0.4), rate="rl_lr")
+    found = evaluated(rows(300, 0, loss=(2.3, 1.0), entropy=(14.0, 5.0), reward=0.4), rate="rl_lr")
     [text] = texts(found)
     assert text.startswith(
         "the policy learned nothing: its entropy went from 14 to 5 nats, but its reward did not"
@@ -198,7 +210,7 @@ def test_entropy_that_falls_on_noise_is_not_learning() -> None:
 
 
 def test_a_reward_that_rises_is() -> None:
-    found = judged(
+    found = evaluated(
         rows(300, 0, loss=(2.3, 1.0), entropy=(14.0, 5.0), reward=(0.4, 0.5)), rate="rl_lr"
     )
     assert found.learned is True and found.policy is not None and found.policy.rise is not None
@@ -208,7 +220,7 @@ def test_a_reward_that_rises_is() -> None:
 
 @pytest.mark.parametrize(("ends", "learned"), [((2.0, 1.5), True), ((1.5, 1.5), False)])
 def test_a_held_out_loss_should_fall(ends: tuple[float, float], learned: bool) -> None:
-    found = judged(
+    found = evaluated(
         rows(300, 0, loss=(2.3, 1.0), entropy=(14.0, 5.0), held_out_loss=ends), rate="alpha_lr"
     )
     assert found.learned is learned
@@ -218,7 +230,7 @@ def test_a_held_out_loss_should_fall(ends: tuple[float, float], learned: bool) -
 
 
 def test_a_still_policy_is_named_whatever_its_reward() -> None:
-    found = judged(
+    found = evaluated(
         rows(300, 0, loss=(2.3, 1.0), entropy=(14.0, 13.9), reward=(0.4, 0.5)), rate="rl_lr"
     )
     assert texts(found) == [
@@ -229,17 +241,17 @@ def test_a_still_policy_is_named_whatever_its_reward() -> None:
 
 def test_a_still_policy_is_named_beside_weights_that_know_nothing() -> None:
     """Its own rate mends it; the other figures mean nothing then."""
-    found = judged(rows(300, 0, loss=CHANCE, entropy=(14.0, 13.9), reward=0.1), rate="rl_lr")
+    found = evaluated(rows(300, 0, loss=CHANCE, entropy=(14.0, 13.9), reward=0.1), rate="rl_lr")
     assert [caution.headline for caution in found.cautions] == [
         "the search learned nothing",
         "the policy has hardly moved in 300 steps",
     ]
-    moved = judged(rows(300, 0, loss=CHANCE, entropy=(14.0, 3.9), reward=0.1), rate="rl_lr")
+    moved = evaluated(rows(300, 0, loss=CHANCE, entropy=(14.0, 3.9), reward=0.1), rate="rl_lr")
     assert [caution.headline for caution in moved.cautions] == ["the search learned nothing"]
 
 
 def test_a_method_without_a_policy_is_not_judged_by_one() -> None:
-    assert judged(rows(300, 0, loss=(2.3, 1.0), entropy=(14.0, 13.9))).policy is None
+    assert evaluated(rows(300, 0, loss=(2.3, 1.0), entropy=(14.0, 13.9))).policy is None
 
 
 # random networks
@@ -253,7 +265,7 @@ def compared(
     images: int = 10**9,
     judged_by_finder: int = 100_000,
 ) -> Learning:
-    """Of a finder that has judged so many networks; with so many images nothing is owed
+    """Of a finder that has evaluated so many networks; with so many images nothing is owed
     to noise.
     """
     chance = None if metric == OF_LOSS else 0.1
@@ -395,7 +407,7 @@ def test_few_networks_are_not_compared(proposals: int, random: int) -> None:
 
 
 def test_proposals_that_are_random_themselves_are_not_compared() -> None:
-    """No policy, and no finder that has judged: random search, whose choice is the best of them."""
+    """No policy, and no finder that has evaluated: random search, whose choice is the best of them."""
     assert compared(PROPOSALS, RANDOM, judged_by_finder=0).against_random is None
 
 

@@ -15,7 +15,7 @@ import torch
 from hwnas.core.limits import Limits, MacsLimit, ParamsLimit
 from hwnas.core.table import LatencyTable
 from hwnas.search.nsga2 import NSGA2, NSGA2Config, _excess
-from hwnas.search.proposal import within_target
+from hwnas.search.proposal import is_feasible
 from hwnas.testing import KnownWeights, Problem
 from tests.search.recording import Recorder
 
@@ -42,14 +42,14 @@ def test_judges_within_the_budget_once_and_ranks_by_reward() -> None:
     ctx.weights, ctx.evaluator = None, recorder  # an already trained super-net
     found = NSGA2(NSGA2Config(generations=5)).find(ctx, 1000)
     index_NC = np.array([problem.space.index(picks) for picks in recorder.evaluated])
-    assert np.all(within_target(ctx, index_NC))
+    assert np.all(is_feasible(ctx, index_NC))
     assert len(np.unique(index_NC, axis=0)) == len(index_NC) == len(found)
-    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in found]
+    rewards = [ctx.reward(recorder.quality(picks), ctx.cost_model.cost(picks)) for picks in found]
     assert rewards == sorted(rewards, reverse=True)
 
 
 def test_evolves_beyond_the_first_generation() -> None:
-    """More than the 50 random architectures are judged, and the best of the later ones
+    """More than the 50 random architectures are evaluated, and the best of the later ones
     beats the best of these.
     """
     problem = Problem(1)
@@ -67,7 +67,7 @@ def test_constraints_by_hand() -> None:
     problem = Problem(0)
     ctx = problem.context(1)
     picks = problem.space.sample(np.random.default_rng(0))
-    arch, latency = problem.space.decode(picks), problem.cost.of(picks)
+    arch, latency = problem.space.decode(picks), problem.cost.cost(picks)
     limits = [
         MacsLimit(kind="macs", max_macs=2 * arch.macs),
         ParamsLimit(kind="params", max_params=arch.params // 2),
@@ -106,8 +106,8 @@ def test_meeting_the_constraints_dominates(monkeypatch: pytest.MonkeyPatch) -> N
                 [problem.space.index(trial.params) for trial in found]
                 for found in (studies[-1].trials, studies[-1].best_trials)
             )
-            assert bool(within_target(ctx, np.array(front)).all()) == (excess is _excess)
-            count += int(within_target(ctx, np.array(tried[20:])).sum())
+            assert bool(is_feasible(ctx, np.array(front)).all()) == (excess is _excess)
+            count += int(is_feasible(ctx, np.array(tried[20:])).sum())
         return count
 
     assert children_within(_excess) > 2 * children_within(lambda ctx, index_NC: {"target": -1.0})
@@ -116,7 +116,7 @@ def test_meeting_the_constraints_dominates(monkeypatch: pytest.MonkeyPatch) -> N
 def test_limits_hold_beside_the_target() -> None:
     problem = Problem(0)
     ctx = problem.context(1)
-    within_NC = problem.index_NC[within_target(ctx, problem.index_NC)]
+    within_NC = problem.index_NC[is_feasible(ctx, problem.index_NC)]
     most = int(np.median([problem.space.decode(problem.space.at(row)).params for row in within_NC]))
     ctx.limits = Limits(
         problem.space, [ParamsLimit(kind="params", max_params=most)], LatencyTable.load
@@ -138,7 +138,7 @@ def test_draws_from_the_given_generator_only() -> None:
 
 def test_an_empty_budget_has_no_answer() -> None:
     ctx = Problem(0).context(1)
-    ctx.target = 0.5 * ctx.cost.range()[0]
+    ctx.target = 0.5 * ctx.cost_model.range()[0]
     assert NSGA2(NSGA2Config(generations=2, population=4)).find(ctx, 5) == []
 
 
@@ -173,11 +173,11 @@ def test_more_accurate_faster_and_smaller_is_better(monkeypatch: pytest.MonkeyPa
     costs = {}
     for trial in studies[-1].trials:
         index_NC = space.index(trial.params)[None]
-        if within_target(ctx, index_NC)[0]:
+        if is_feasible(ctx, index_NC)[0]:
             quality = KnownWeights(problem).evaluate(trial.params)
             costs[index_NC.tobytes()] = (
                 -quality,
-                ctx.cost.of(trial.params),
+                ctx.cost_model.cost(trial.params),
                 space.decode(trial.params).params,
             )
     rows = np.array(list(costs.values()))

@@ -15,7 +15,7 @@ import torch
 from hwnas.config import Plugin
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import Limits, MacsLimit
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError
 from hwnas.search import STRATEGIES
@@ -53,15 +53,15 @@ def skippy_space() -> MacroSpace:
         resolution=16,
         classes=10,
         stages=(
-            Stage(widths=(8,), slots=(("cn_k3",),)),
-            Stage(widths=(16,), slots=(options[:3], *[options] * 5)),
+            SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+            SpaceStage(widths=(16,), slots=(options[:3], *[options] * 5)),
         ),
     )
 
 
 def context_of(space: MacroSpace, target_ms: float, tolerance: float = 0.02) -> SearchContext:
     ctx = Problem(0).context(10)
-    ctx.space, ctx.cost, ctx.target, ctx.tolerance = (
+    ctx.space, ctx.cost_model, ctx.target, ctx.tolerance = (
         space,
         CostModel.of_table(space, synthetic_table(space)),
         target_ms,
@@ -215,7 +215,7 @@ def test_proposals_keep_to_the_skip_limit(max_skips: int | None, most: int) -> N
     assert len(proposals) == 8
     assert max(skips_of(picks) for picks in proposals) == most
     for picks in proposals:
-        assert abs(ctx.cost.of(picks) / ctx.target - 1) <= ctx.tolerance
+        assert abs(ctx.cost_model.cost(picks) / ctx.target - 1) <= ctx.tolerance
 
 
 def test_the_budget_comes_before_the_skip_limit() -> None:
@@ -245,7 +245,7 @@ def test_the_budget_comes_before_the_drops() -> None:
     proposals = proposed(strategy, ctx, 0, 4)
     assert proposals
     for picks in proposals:
-        assert abs(problem.cost.of(picks) / ctx.target - 1) <= ctx.tolerance
+        assert abs(problem.cost.cost(picks) / ctx.target - 1) <= ctx.tolerance
 
 
 def test_the_other_limits_still_hold() -> None:

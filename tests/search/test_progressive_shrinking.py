@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hwnas.core.families import fbnet, mobilenet_v3_like, ofa_mobilenet_v3, proxylessnas
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.errors import SpaceError
 from hwnas.search.progressive_shrinking import (
     LARGEST,
@@ -82,7 +82,7 @@ def test_skips_open_from_the_end_of_a_stage() -> None:
     """
     slots = (("ir_k3_e3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"), ("ir_k3_e3", "ir_k3_e6"))
     space = MacroSpace(
-        name="skips", resolution=8, classes=2, stages=(Stage(widths=(8,), slots=slots),) * 2
+        name="skips", resolution=8, classes=2, stages=(SpaceStage(widths=(8,), slots=slots),) * 2
     )
     for stage in ("s0", "s1"):
         assert (
@@ -104,7 +104,7 @@ def test_options_that_are_no_grid() -> None:
         name="odd",
         resolution=8,
         classes=2,
-        stages=(Stage(widths=(8,), slots=(("cn_k3",), options)),),
+        stages=(SpaceStage(widths=(8,), slots=(("cn_k3",), options)),),
     )
     assert names(space, LARGEST, "s0.b1") == {"ir_k3_e6_se0.25"}
     assert names(space, Opening(None, None), "s0.b1") == {"ir_k3_e6_se0.25"}
@@ -161,7 +161,7 @@ def test_shares_of_the_phases() -> None:
         ("depth", 145),
         ("expansion", 145),
     ]
-    stages = (Stage(widths=(8,), slots=(("cn_k3",), ("ir_k3_e3", "ir_k3_e4", "ir_k3_e6"))),)
+    stages = (SpaceStage(widths=(8,), slots=(("cn_k3",), ("ir_k3_e3", "ir_k3_e4", "ir_k3_e6"))),)
     widths = phases(MacroSpace(name="expansions", resolution=8, classes=2, stages=stages), config)
     assert [(phase.name, phase.share) for phase in widths] == [
         ("largest", 180),
@@ -238,7 +238,7 @@ def test_short_searches(steps: int) -> None:
 
 def test_spaces_without_anything_to_shrink_are_refused() -> None:
     strategy = ProgressiveShrinking(ProgressiveShrinkingConfig())
-    stages = (Stage(widths=(8, 16), slots=(("cn_k3",), ("ir_k3_e3", "ir_k3_e3_se0.25"))),)
+    stages = (SpaceStage(widths=(8, 16), slots=(("cn_k3",), ("ir_k3_e3", "ir_k3_e3_se0.25"))),)
     space = MacroSpace(name="flat", resolution=8, classes=2, stages=stages)
     with pytest.raises(
         SpaceError, match="space flat has no second kernel size, depth or expansion anywhere"
@@ -250,5 +250,5 @@ def test_spaces_without_anything_to_shrink_are_refused() -> None:
         (("ir_k3_e3", "skip"), ()),
         (("ir_k3_e3",), (1, 2)),
     ):
-        stages = (Stage(widths=(8,), slots=(("cn_k3",), slot), depths=depths),)
+        stages = (SpaceStage(widths=(8,), slots=(("cn_k3",), slot), depths=depths),)
         strategy.check(MacroSpace(name="shrinks", resolution=8, classes=2, stages=stages))

@@ -21,19 +21,19 @@ from hwnas.core.ops import Op
 from hwnas.core.space import SearchSpace
 from hwnas.core.spaces import load_space
 from hwnas.core.table import Entry, LatencyTable
+from hwnas.search.budget import distance, repair, tilt_policy
 from hwnas.search.evolution import Evolution, EvolutionConfig
-from hwnas.search.fbnet import sampled_within
+from hwnas.search.fbnet import sampled_feasible
 from hwnas.search.nsga2 import NSGA2, NSGA2Config
 from hwnas.search.proposal import (
-    gather_within,
-    likely_within,
+    gather_feasible,
+    is_feasible,
     policy_index,
-    random_within,
+    propose_feasible,
+    sample_feasible,
     uniform_index,
-    within_target,
 )
 from hwnas.search.random import RandomFinder, RandomFinderConfig
-from hwnas.search.steering import distance, tilted, towards_target
 from hwnas.search.strategy import SearchContext
 from hwnas.testing import Problem, synthetic_table
 from tests.search.recording import Recorder, elastic_space
@@ -88,7 +88,7 @@ def uniform(space: SearchSpace) -> Policy:
 def assert_distinct_within(ctx: SearchContext, found: list[Picks], count: int) -> None:
     index_NC = np.array([ctx.space.index(picks) for picks in found])
     assert len(found) == count
-    assert within_target(ctx, index_NC).all()
+    assert is_feasible(ctx, index_NC).all()
     assert len({ctx.space.canonical(row).tobytes() for row in index_NC}) == count
 
 
@@ -110,13 +110,13 @@ def test_two_tables_that_disagree(name: str) -> None:
             table=table,
         )
         assert (
-            not within_target(ctx, uniform_index(space, 20_000, np.random.default_rng(1))).any()
+            not is_feasible(ctx, uniform_index(space, 20_000, np.random.default_rng(1))).any()
             or factor > 1.1
         )
         begun = time.process_time()
-        assert_distinct_within(ctx, random_within(ctx, count, np.random.default_rng(0)), count)
+        assert_distinct_within(ctx, sample_feasible(ctx, count, np.random.default_rng(0)), count)
         assert time.process_time() - begun < 2
-        assert_distinct_within(ctx, likely_within(ctx, uniform(space), count), count)
+        assert_distinct_within(ctx, propose_feasible(ctx, uniform(space), count), count)
 
 
 def crowded(board_ms: float, macs: int, bytes_: int) -> SearchContext:
@@ -158,7 +158,7 @@ def test_every_limit_is_met_by_as_many_as_asked_for(budget: str) -> None:
     """
     ctx = crowded(*BUDGETS[budget])
     drawn_NC = uniform_index(ctx.space, 400_000, np.random.default_rng(1))
-    share = within_target(ctx, drawn_NC).mean()
+    share = is_feasible(ctx, drawn_NC).mean()
     assert {
         "loose": share * ctx.space.size > 1e6,
         "tight": 1e-4 > share > 1e-5,
@@ -170,9 +170,9 @@ def test_every_limit_is_met_by_as_many_as_asked_for(budget: str) -> None:
         ctx.evaluator = recorder
         assert_distinct_within(ctx, finder.find(ctx, 20), 20)
         index_NC = np.array([ctx.space.index(picks) for picks in recorder.evaluated])
-        assert within_target(ctx, index_NC).all(), name
+        assert is_feasible(ctx, index_NC).all(), name
     for policy in (uniform(ctx.space), peaked(ctx.space)):
-        for propose in (likely_within, sampled_within):
+        for propose in (propose_feasible, sampled_feasible):
             assert_distinct_within(ctx, propose(ctx, policy, 50), 50)
 
 
@@ -182,9 +182,9 @@ def test_all_there_are() -> None:
     """
     problem = Problem(0)
     ctx = problem.context(1)
-    within_NC = problem.index_NC[within_target(ctx, problem.index_NC)]
+    within_NC = problem.index_NC[is_feasible(ctx, problem.index_NC)]
     board = other_table(problem.space, by_kernel)
-    most = float(np.percentile(CostModel.of_table(problem.space, board).of_many(within_NC), 10))
+    most = float(np.percentile(CostModel.of_table(problem.space, board).costs(within_NC), 10))
     ctx.limits = Limits(
         problem.space,
         [LatencyLimit(kind="latency", table="board", max_ms=most)],
@@ -193,8 +193,8 @@ def test_all_there_are() -> None:
     expected = {tuple(row) for row in within_NC[ctx.limits.feasible(within_NC)]}
     assert 10 <= len(expected) < 30
     for found in (
-        random_within(ctx, 100, np.random.default_rng(0)),
-        likely_within(ctx, uniform(ctx.space), 100),
+        sample_feasible(ctx, 100, np.random.default_rng(0)),
+        propose_feasible(ctx, uniform(ctx.space), 100),
     ):
         assert len(found) == len(expected)
         assert {tuple(ctx.space.index(picks)) for picks in found} == expected
@@ -211,13 +211,13 @@ def test_moves_end_within_the_budget_or_nearer() -> None:
         table=other_table(space, by_params),
     )
     starts_NC = uniform_index(space, 100, np.random.default_rng(0))
-    moved_NC = towards_target(ctx, starts_NC)
+    moved_NC = repair(ctx, starts_NC)
     assert (distance(ctx, moved_NC) <= distance(ctx, starts_NC)).all()
-    within_N = within_target(ctx, moved_NC)
+    within_N = is_feasible(ctx, moved_NC)
     assert within_N.mean() > 0.5
     assert np.array_equal(distance(ctx, moved_NC) <= 0, within_N)
-    assert np.array_equal(towards_target(ctx, moved_NC[within_N]), moved_NC[within_N])
-    assert len(towards_target(ctx, starts_NC[:0])) == 0
+    assert np.array_equal(repair(ctx, moved_NC[within_N]), moved_NC[within_N])
+    assert len(repair(ctx, starts_NC[:0])) == 0
 
 
 def test_peaks_that_several_ops_share_go_down() -> None:
@@ -236,7 +236,7 @@ def test_peaks_that_several_ops_share_go_down() -> None:
     singles_NC = np.repeat(peak_C[None], len(peak_C), axis=0)
     np.fill_diagonal(singles_NC, 0)
     assert ctx.limits.excess(singles_NC)[:, 2].min() > 0
-    assert ctx.limits.feasible(towards_target(ctx, peak_C[None]))[0]
+    assert ctx.limits.feasible(repair(ctx, peak_C[None]))[0]
 
 
 def test_a_tilt_meets_sums_in_expectation() -> None:
@@ -246,17 +246,16 @@ def test_a_tilt_meets_sums_in_expectation() -> None:
     space = space_of("mobile32")
     table = other_table(space, by_kernel)
     ctx = context(space, LatencyLimit(kind="latency", table="board", max_ms=18.0), table=table)
-    policy = tilted(ctx, uniform(space))
+    policy = tilt_policy(ctx, uniform(space))
     board = CostModel.of_table(space, table)
-    assert ctx.cost.expected(policy) == pytest.approx(ctx.target, rel=1e-4)
+    assert ctx.cost_model.expected(policy) == pytest.approx(ctx.target, rel=1e-4)
     assert 16.0 < board.expected(policy) < 18.0
     assert (
-        within_target(ctx, policy_index(space, policy, 4096, np.random.default_rng(0))).mean()
-        > 0.05
+        is_feasible(ctx, policy_index(space, policy, 4096, np.random.default_rng(0))).mean() > 0.05
     )
     # the form of the closest one: log p is linear in both prices
     keys = [choice.key for choice in space.choices]
-    prices = [cost.marginals(policy) for cost in (ctx.cost, board)]
+    prices = [cost.marginals(policy) for cost in (ctx.cost_model, board)]
     centred = [
         np.concatenate([each[key] - each[key].mean() for key in keys])
         for each in (*prices, {k: np.log(policy[k]) for k in keys})
@@ -268,9 +267,10 @@ def test_a_tilt_meets_sums_in_expectation() -> None:
     assert residual < 1e-6
     # a limit that the target's tilt meets anyway changes nothing
     loose = context(space, LatencyLimit(kind="latency", table="board", max_ms=1e3), table=table)
-    alone = tilted(context(space), uniform(space))
+    alone = tilt_policy(context(space), uniform(space))
     assert all(
-        np.allclose(p, alone[key], atol=1e-4) for key, p in tilted(loose, uniform(space)).items()
+        np.allclose(p, alone[key], atol=1e-4)
+        for key, p in tilt_policy(loose, uniform(space)).items()
     )
 
 
@@ -286,17 +286,17 @@ def test_architectures_are_sampled_once_whatever_names_them() -> None:
         if choice.kind == "depth"
     }
     for found in (
-        sampled_within(ctx, shallow, 40),
-        likely_within(ctx, shallow, 40),
-        random_within(ctx, 40, ctx.rng),
+        sampled_feasible(ctx, shallow, 40),
+        propose_feasible(ctx, shallow, 40),
+        sample_feasible(ctx, 40, ctx.rng),
     ):
         assert len(found) > 4
         assert_distinct_within(ctx, found, len(found))
         assert len({space.decode(picks).blocks for picks in found}) == len(found)
     named_NC = policy_index(space, shallow, 4096, ctx.rng)
     gathered: dict[bytes, np.ndarray] = {}
-    gather_within(ctx, named_NC, gathered)
-    names_NC = np.unique(named_NC[within_target(ctx, named_NC)], axis=0)
+    gather_feasible(ctx, named_NC, gathered)
+    names_NC = np.unique(named_NC[is_feasible(ctx, named_NC)], axis=0)
     assert (
         len(names_NC)
         > len(gathered)

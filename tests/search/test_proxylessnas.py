@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwnas.core.objective import AbsoluteObjective
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.errors import SpaceError, TargetError
 from hwnas.search.proxylessnas import (
     ProxylessNAS,
@@ -120,9 +120,9 @@ def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
             p[key][index] = softmax(before[key][index])
         assert metrics["held_out_loss"] == pytest.approx(1 - PROBLEM.quality(gates))
         by_loss, by_ms = slopes(
-            options, metrics["held_out_loss"], float(ctx.cost.expected(p)), ctx.target
+            options, metrics["held_out_loss"], float(ctx.cost_model.expected(p)), ctx.target
         )
-        marginal_ms = ctx.cost.marginals(p)
+        marginal_ms = ctx.cost_model.marginals(p)
         for choice in ctx.space.choices:
             key = choice.key
             found = strategy.alphas.values[key].grad
@@ -299,11 +299,11 @@ def test_reinforce_by_hand(reward: str) -> None:
     for draw in range(3):
         p = {key: softmax(alpha) for key, alpha in values(strategy).items()}
         metrics = step(strategy, ctx, draw=draw)
-        paths, multiple = recorder.judged[-1]
+        paths, multiple = recorder.evaluated[-1]
         assert len(paths) == multiple == 10
         rewards = []
         for path in paths:
-            quality, latency = PROBLEM.quality(path), float(ctx.cost.expected(path))
+            quality, latency = PROBLEM.quality(path), float(ctx.cost_model.expected(path))
             absolute = AbsoluteObjective().reward(quality, latency, ctx.target)
             rewards.append(
                 absolute if reward == "objective" else quality * (ctx.target / latency) ** 0.1
@@ -327,7 +327,7 @@ def test_reinforce_by_hand(reward: str) -> None:
 
 
 def test_open_resolutions_are_refused_where_options_run_together() -> None:
-    stages = (Stage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),)
+    stages = (SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),)
     space = MacroSpace(name="sizes", resolution=32, resolutions=(24, 32), classes=3, stages=stages)
     with pytest.raises(SpaceError, match=r"'resolution' of space sizes.*24, 32"):
         ProxylessNAS(ProxylessNASConfig()).check(space)

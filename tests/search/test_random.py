@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hwnas.errors import TargetError
-from hwnas.search.proposal import random_within, within_target
+from hwnas.search.proposal import is_feasible, sample_feasible
 from hwnas.search.random import (
     RandomFinder,
     RandomFinderConfig,
@@ -37,7 +37,7 @@ def test_the_networks_are_random_ones_within_the_budget_drawn_from_the_seed() ->
     strategy = standalone(recorder, 10, 6)
     index_NC = np.array([recorder.space.index(picks) for picks in strategy.alone])
     assert len(np.unique(index_NC, axis=0)) == 6
-    assert np.all(within_target(recorder.context(), index_NC))
+    assert np.all(is_feasible(recorder.context(), index_NC))
     assert standalone(recorder, 10, 6).alone == strategy.alone
     assert standalone(recorder, 10, 6, seed=1).alone != strategy.alone
 
@@ -54,7 +54,7 @@ def test_networks_take_turns_at_equal_cost() -> None:
     assert turns == [t % 8 for t in range(26)]
     assert all(len(update.index_PC) == 1 for update in recorder.updates)
     assert [row["latency_ms"] for row in metrics] == pytest.approx(
-        [ctx.cost.of(strategy.alone[turn]) for turn in turns]
+        [ctx.cost_model.cost(strategy.alone[turn]) for turn in turns]
     )
 
 
@@ -65,7 +65,9 @@ def test_proposes_its_own_networks_best_first() -> None:
     strategy, ctx = standalone(recorder, 10, 8), recorder.context(10)
     found = strategy.propose(ctx, 5)
     assert recorder.evaluated == strategy.alone
-    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in strategy.alone]
+    rewards = [
+        ctx.reward(recorder.quality(picks), ctx.cost_model.cost(picks)) for picks in strategy.alone
+    ]
     assert found == [strategy.alone[i] for i in np.argsort(-np.array(rewards), kind="stable")[:5]]
 
 
@@ -84,7 +86,7 @@ def test_fewer_networks_where_the_budget_holds_fewer_and_an_error_where_none() -
     problem = Problem(0)
     ctx = problem.context(10)
     ctx.target = 1.01 * problem.cost.range()[0]
-    few = int(within_target(ctx, problem.index_NC).sum())
+    few = int(is_feasible(ctx, problem.index_NC).sum())
     strategy = RandomStandalone(RandomStandaloneConfig(trainings=30))
     strategy.setup(ctx)
     assert len(strategy.alone) == few < 30
@@ -95,7 +97,7 @@ def test_fewer_networks_where_the_budget_holds_fewer_and_an_error_where_none() -
 
 
 def test_the_finder_is_best_of_n() -> None:
-    """The best by reward of the n that ``random_within`` draws; with n = everything,
+    """The best by reward of the n that ``sample_feasible`` draws; with n = everything,
     the optimum of everything.
     """
     problem = Problem(2)
@@ -103,8 +105,8 @@ def test_the_finder_is_best_of_n() -> None:
     ctx = problem.context(0)
     ctx.weights, ctx.evaluator, ctx.rng = None, recorder, np.random.default_rng(5)
     found = RandomFinder(RandomFinderConfig(architectures=30)).find(ctx, 4)
-    drawn = random_within(ctx, 30, np.random.default_rng(5))
+    drawn = sample_feasible(ctx, 30, np.random.default_rng(5))
     assert recorder.evaluated == drawn
-    rewards = [ctx.reward(recorder.quality(picks), ctx.cost.of(picks)) for picks in drawn]
+    rewards = [ctx.reward(recorder.quality(picks), ctx.cost_model.cost(picks)) for picks in drawn]
     assert found == [drawn[i] for i in np.argsort(-np.array(rewards), kind="stable")[:4]]
     assert RandomFinder(RandomFinderConfig(architectures=222)).find(ctx, 1) == [problem.best]

@@ -13,23 +13,23 @@ import pytest
 import torch
 
 from hwnas.config import ShrinkConfig, SupernetConfig
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.spaces import darts, nasbench_macro
 from hwnas.errors import ConfigError, SpaceError
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.search import SHRINK_METRICS
 from hwnas.search.angle import Angles, arc, moments
 from hwnas.search.shrinking import (
     Angle,
-    Evidence,
     Magnitude,
+    MetricContext,
     Random,
     operator_means,
     operators,
+    remove_operators,
     sample_children,
+    select_drops,
     shrinkable,
-    without,
-    worst,
 )
 from tests.nn.nets import angle, random_picks, widths_space
 from tests.search.staging import tiny_space
@@ -42,7 +42,7 @@ def two_layers() -> MacroSpace:
         resolution=4,
         in_channels=1,
         classes=2,
-        stages=(Stage(widths=(1,), slots=(("cn_k1", "cn_k3"),)),),
+        stages=(SpaceStage(widths=(1,), slots=(("cn_k1", "cn_k3"),)),),
     )
 
 
@@ -52,7 +52,7 @@ def test_the_angle_of_two_layers_by_hand() -> None:
     """
     space = two_layers()
     initial, trained = (
-        Supernet(space, torch.Generator().manual_seed(0), SupernetConfig(sharing="separate"))
+        MacroSupernet(space, torch.Generator().manual_seed(0), SupernetConfig(sharing="separate"))
         for _ in range(2)
     )
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_kept_moments_give_the_angle_of_the_extracted_networks() -> None:
         (tiny_space(), {"sharing": "separate", "operation_on": "op"}),
     ):
         initial, trained = (
-            Supernet(space, torch.Generator().manual_seed(seed), SupernetConfig(**config))
+            MacroSupernet(space, torch.Generator().manual_seed(seed), SupernetConfig(**config))
             for seed in (0, 1)
         )
         angles = Angles(initial, trained)
@@ -138,15 +138,15 @@ SCORES = {A: 1.0, B: 2.0, C: 3.0, D: 5.0, E: 4.0}
 def test_the_lowest_leave_but_never_the_last_of_a_choice(
     settings: dict[str, Any], expected: list[Any]
 ) -> None:
-    assert worst(SPACE, SCORES, ShrinkConfig(**settings)) == expected
+    assert select_drops(SPACE, SCORES, ShrinkConfig(**settings)) == expected
 
 
 def test_what_has_no_score_stays() -> None:
-    assert worst(SPACE, {C: 1.0, E: 2.0}, ShrinkConfig(dropped=5)) == [C, E]
+    assert select_drops(SPACE, {C: 1.0, E: 2.0}, ShrinkConfig(dropped=5)) == [C, E]
 
 
 def test_the_space_that_is_left_is_a_document_of_its_own() -> None:
-    left = without(SPACE, [A, E], "left")
+    left = remove_operators(SPACE, [A, E], "left")
     assert isinstance(left, MacroSpace)
     assert MacroSpace.parse(left.to_json()).sha256 == left.sha256 != SPACE.sha256
     assert {choice.key: choice.options for choice in left.choices if choice.kind == "op"} == {
@@ -206,21 +206,25 @@ def test_metrics_that_need_no_children() -> None:
     alphas = {operator: float(i) for i, operator in enumerate(operators(SPACE))} | {
         ("s0.width", "8"): -1.0
     }
-    evidence = Evidence(SPACE, rng, alphas=alphas)
-    assert Magnitude().scores(evidence) == {
+    context = MetricContext(SPACE, rng, alphas=alphas)
+    assert Magnitude().scores(context) == {
         operator: float(i) for i, operator in enumerate(operators(SPACE))
     }
-    scores = Random().scores(evidence)
+    scores = Random().scores(context)
     assert list(scores) == operators(SPACE) and len(set(scores.values())) == 5
 
 
 def test_the_angle_of_an_operator_is_the_mean_over_its_children() -> None:
     initial, trained = (
-        Supernet(SPACE, torch.Generator().manual_seed(seed), SupernetConfig(sharing="separate"))
+        MacroSupernet(
+            SPACE, torch.Generator().manual_seed(seed), SupernetConfig(sharing="separate")
+        )
         for seed in (0, 1)
     )
     children = [child("ir_k3_e3", "skip"), child("skip", "skip"), child("ir_k5_e3", "ir_k3_e3")]
-    found = Angle().scores(Evidence(SPACE, np.random.default_rng(0), children, initial, trained))
+    found = Angle().scores(
+        MetricContext(SPACE, np.random.default_rng(0), children, initial, trained)
+    )
     each = [angle(initial.extract(picks), trained.extract(picks)) for picks in children]  # type: ignore[arg-type]
     assert found["s1.b2", "skip"] == pytest.approx((each[0] + each[1]) / 2)
     assert found["s1.b1", "ir_k5_e3"] == pytest.approx(each[2])

@@ -97,7 +97,7 @@ def test_within_budget_rejects_slow_paths_only() -> None:
     recorder, steps = Recorder(tiny_space()), 600
     trained(recorder, steps, within_budget=1.1)
     ctx = recorder.context(steps)
-    latency_N = ctx.cost.of_many(recorder.trained)
+    latency_N = ctx.cost_model.costs(recorder.trained)
     assert latency_N.max() <= 1.1 * ctx.target
     assert latency_N.min() < 0.8 * ctx.target
     every = np.stack(
@@ -107,7 +107,7 @@ def test_within_budget_rejects_slow_paths_only() -> None:
         -1,
     )
     below = every.reshape(-1, len(recorder.space.choices))
-    below = below[ctx.cost.of_many(below) <= 1.1 * ctx.target]
+    below = below[ctx.cost_model.costs(below) <= 1.1 * ctx.target]
     for i, choice in enumerate(recorder.space.choices):
         p = np.bincount(below[:, i], minlength=len(choice.options)) / len(below)
         found = np.bincount(recorder.trained[:, i], minlength=len(choice.options)) / steps
@@ -118,8 +118,8 @@ def test_where_nothing_is_within_budget_fast_paths_train() -> None:
     recorder = Recorder(tiny_space())
     trained(recorder, 20, within_budget=0.01)
     ctx = recorder.context(1)
-    low, high = ctx.cost.range()
-    assert np.all(ctx.cost.of_many(recorder.trained) < low + 0.1 * (high - low))
+    low, high = ctx.cost_model.range()
+    assert np.all(ctx.cost_model.costs(recorder.trained) < low + 0.1 * (high - low))
 
 
 def test_fair_sampling_cannot_reject() -> None:

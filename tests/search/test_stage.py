@@ -22,13 +22,13 @@ from hwnas.engine import accuracy
 from hwnas.errors import TargetError
 from hwnas.experiments import experiment_space
 from hwnas.nn.checkpoint import load_network
-from hwnas.nn.supernet import Supernet, load_supernet
+from hwnas.nn.supernet import MacroSupernet, load_supernet
 from hwnas.profile.stage import profile
 from hwnas.progress import Progress
 from hwnas.search import STRATEGIES
-from hwnas.search.proposal import random_within, within_target
+from hwnas.search.proposal import is_feasible, sample_feasible
 from hwnas.search.result import SearchResult
-from hwnas.search.supernets import SHARED
+from hwnas.search.supernets import SUPERNET_FILE
 from hwnas.search.weights import Batches
 from hwnas.testing import synthetic_table
 from tests.search.staging import (
@@ -81,8 +81,8 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     assert result.steps == 144
     assert 1 <= len(result.candidates) <= 3
     shares = strategy != "random_standalone"  # networks that share nothing say nothing about others
-    assert len(result.random) == len(result.spread) == (2 if shares else 0)
-    assert (tmp_path / "search" / SHARED).exists() == shares
+    assert len(result.random) == len(result.random_anywhere) == (2 if shares else 0)
+    assert (tmp_path / "search" / SUPERNET_FILE).exists() == shares
     for candidates in (result.candidates, result.random):
         rewards = [candidate.reward for candidate in candidates]
         assert rewards == sorted(rewards, reverse=True)
@@ -191,10 +191,10 @@ def test_random_architectures_cover_the_tolerance_band(table: LatencyTable) -> N
             -1,
         )
         every = grid.reshape(-1, len(space.choices))
-        expected = {tuple(row) for row in every[within_target(ctx, every)]}
+        expected = {tuple(row) for row in every[is_feasible(ctx, every)]}
         found = [
             tuple(space.index(picks))
-            for picks in random_within(ctx, len(every), np.random.default_rng(0))
+            for picks in sample_feasible(ctx, len(every), np.random.default_rng(0))
         ]
         assert len(found) == len(set(found))
         assert set(found) == expected
@@ -215,12 +215,12 @@ def test_targets_that_chance_does_not_meet() -> None:
     for part in (0.02, 0.97):
         target = low + part * (high - low)
         ctx = SearchContext(space, cost, AbsoluteObjective(), target, 0.005, 1, 1)
-        assert not within_target(ctx, uniform_index(space, 10_000, np.random.default_rng(1))).any()
+        assert not is_feasible(ctx, uniform_index(space, 10_000, np.random.default_rng(1))).any()
         found = [
-            tuple(space.index(picks)) for picks in random_within(ctx, 4, np.random.default_rng(0))
+            tuple(space.index(picks)) for picks in sample_feasible(ctx, 4, np.random.default_rng(0))
         ]
         assert len(set(found)) == 4
-        assert within_target(ctx, np.array(found)).all()
+        assert is_feasible(ctx, np.array(found)).all()
 
 
 def test_held_out_batches_change_with_the_step() -> None:
@@ -263,7 +263,7 @@ def test_a_trained_super_net_serves_another_budget(
         abs(candidate.predicted / second.target - 1) <= 0.02 for candidate in second.candidates
     )
     assert not (tmp_path / "second/search/metrics.jsonl").exists()
-    supernet = load_supernet(tmp_path / "first/search" / SHARED, tiny_space())
+    supernet = load_supernet(tmp_path / "first/search" / SUPERNET_FILE, tiny_space())
     inherited = load_network(tmp_path / "second/search/supernet.safetensors")
     extracted = supernet.extract(second.candidates[0].picks)
     assert all(
@@ -308,7 +308,7 @@ class Warnings(Progress):
     def __init__(self) -> None:
         self.warned: list[str] = []
 
-    def warn(self, message: str) -> None:
+    def warning(self, message: str) -> None:
         self.warned.append(message)
 
 
@@ -382,13 +382,13 @@ def test_a_space_restricted_to_one_resolution(
     config = Experiment.model_validate(content)
     space = experiment_space(config)
     sizes: set[int] = set()
-    forward = Supernet.forward
+    forward = MacroSupernet.forward
 
-    def watched(self: Supernet, x_NCHW: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def watched(self: MacroSupernet, x_NCHW: torch.Tensor, *arguments: Any) -> torch.Tensor:
         sizes.add(x_NCHW.shape[-1])
         return forward(self, x_NCHW, *arguments)
 
-    monkeypatch.setattr(Supernet, "forward", watched)
+    monkeypatch.setattr(MacroSupernet, "forward", watched)
     run(tmp_path / "search", config, synthetic_table(elastic), space=space)
     assert (
         space.resolution

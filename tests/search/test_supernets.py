@@ -11,8 +11,8 @@ import pytest
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.spaces import darts, nasbench201
 from hwnas.nn.cells import CellSupernet, GrowingSupernet
-from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.independent import IndependentNetworks
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.search.skips import usual_skips
 from hwnas.search.stage import search_strategy
 from hwnas.search.supernets import supernet_of
@@ -24,10 +24,16 @@ CELLS = darts(channels=4, layers=5, resolution=8)
 @pytest.mark.parametrize(
     ("name", "space", "kind", "settings", "shared"),
     [
-        ("spos", tiny_space(), Supernet, {}, ("separate", "own")),
-        ("progressive_shrinking", tiny_space(), Supernet, {}, ("collapsed", "ofa_transform")),
-        ("progressive_shrinking", tiny_space(), Supernet, {"kernels": "ofa"}, ("collapsed", "ofa")),
-        ("pdarts", tiny_space(), Supernet, {}, ("separate", "own")),
+        ("spos", tiny_space(), MacroSupernet, {}, ("separate", "own")),
+        ("progressive_shrinking", tiny_space(), MacroSupernet, {}, ("collapsed", "ofa_transform")),
+        (
+            "progressive_shrinking",
+            tiny_space(),
+            MacroSupernet,
+            {"kernels": "ofa"},
+            ("collapsed", "ofa"),
+        ),
+        ("pdarts", tiny_space(), MacroSupernet, {}, ("separate", "own")),
         ("darts", CELLS, CellSupernet, {}, ("auto", "auto")),
         ("darts", CELLS, CellSupernet, {"sharing": "separate"}, ("separate", "auto")),
         ("pdarts", CELLS, GrowingSupernet, {}, ("auto", "auto")),
@@ -56,7 +62,7 @@ def test_networks_of_their_own_are_a_portfolio() -> None:
     strategy = search_strategy(config.search)
     strategy.alone = [{choice.key: choice.options[0] for choice in space.choices}]
     found = supernet_of(config, space, strategy)
-    assert isinstance(found, Portfolio) and not found.shares and len(found.networks) == 1
+    assert isinstance(found, IndependentNetworks) and not found.shares and len(found.networks) == 1
 
 
 def test_how_many_skips_are_usual() -> None:

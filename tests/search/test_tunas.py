@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hwnas.config import Plugin
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.errors import ConfigError
 from hwnas.search.strategy import Gates, Metrics
 from hwnas.search.tunas import Controller, Sample, TuNAS, TuNASConfig
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 def kernels_space() -> MacroSpace:
     """One decision: three kernels."""
-    stages = (Stage(widths=(8,), slots=(("cn_k3", "cn_k5", "cn_k7"),)),)
+    stages = (SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5", "cn_k7"),)),)
     return MacroSpace(name="kernels", resolution=8, classes=3, stages=stages)
 
 
@@ -136,7 +136,10 @@ def test_warmed_up_decisions() -> None:
 @pytest.mark.parametrize("widths", [(16, 24, 32), (32, 24, 16), (24, 32, 16)])
 def test_warm_up_takes_the_largest_width_in_any_order(widths: tuple[int, ...]) -> None:
     space = MacroSpace(
-        name="widths", resolution=8, classes=3, stages=(Stage(widths=widths, slots=(("cn_k3",),)),)
+        name="widths",
+        resolution=8,
+        classes=3,
+        stages=(SpaceStage(widths=widths, slots=(("cn_k3",),)),),
     )
     sample = Controller(space).sample(np.random.default_rng(0), warmup_probability=1.0)
     assert sample.picks == {"s0.width": 32}
@@ -150,7 +153,7 @@ def test_widths_are_one_decision() -> None:
         name="widths",
         resolution=8,
         classes=3,
-        stages=(Stage(widths=(32, 16, 24), slots=(("cn_k3",),)),),
+        stages=(SpaceStage(widths=(32, 16, 24), slots=(("cn_k3",),)),),
     )
     controller = Controller(space)
     seen = set()
@@ -246,12 +249,12 @@ def test_reward_metrics() -> None:
         c.key: c.options[int(np.argmax(recorder.trained[0][c.key]))]
         for c in recorder.ctx.space.choices
     }
-    latency = recorder.ctx.cost.of(picks)
+    latency = recorder.ctx.cost_model.cost(picks)
     assert metrics["latency_ms"] == pytest.approx(latency)
     assert metrics["reward"] == pytest.approx(
         metrics["quality"] - 0.1 * abs(latency / recorder.ctx.target - 1)
     )
-    every = recorder.ctx.cost.of_many(recorder.problem.index_NC)
+    every = recorder.ctx.cost_model.costs(recorder.problem.index_NC)
     uniform = {
         choice.key: np.full(len(choice.options), 1 / len(choice.options))
         for choice in recorder.ctx.space.choices
@@ -320,7 +323,7 @@ def test_entropy_is_that_of_the_distinct_architectures() -> None:
     hierarchical sum is exact.
     """
     stages = (
-        Stage(
+        SpaceStage(
             widths=(8,),
             slots=(
                 ("ir_k3_e3",),
@@ -339,7 +342,9 @@ def test_entropy_is_that_of_the_distinct_architectures() -> None:
 
 
 def test_lists_that_are_no_grid_stay_one_decision() -> None:
-    stages = (Stage(widths=(8,), slots=(("ir_k3_e3",), ("ds_k3", "ir_k3_e6", "ir_k5_e3", "skip"))),)
+    stages = (
+        SpaceStage(widths=(8,), slots=(("ir_k3_e3",), ("ds_k3", "ir_k3_e6", "ir_k5_e3", "skip"))),
+    )
     controller = Controller(MacroSpace(name="odd", resolution=8, classes=3, stages=stages))
     assert {name: len(logits) for name, logits in controller.logits.items()} == {
         "s0.b1.skip": 2,
@@ -386,10 +391,10 @@ def test_the_argmax_of_every_decision_leads_the_proposals_where_it_meets_the_bud
         for choice in ctx.space.choices
     }
     assert best != likeliest
-    ctx.target, ctx.tolerance = ctx.cost.of(best), 0.9
-    assert abs(ctx.cost.of(likeliest) / ctx.target - 1) < 0.9
+    ctx.target, ctx.tolerance = ctx.cost_model.cost(best), 0.9
+    assert abs(ctx.cost_model.cost(likeliest) / ctx.target - 1) < 0.9
     proposals = strategy.propose(ctx, 5)
     assert proposals[0] == best
     assert len(proposals) == 5
-    ctx.target, ctx.tolerance = 2 * ctx.cost.of(best), 0.1
+    ctx.target, ctx.tolerance = 2 * ctx.cost_model.cost(best), 0.1
     assert best not in strategy.propose(ctx, 5)

@@ -21,9 +21,9 @@ from hwnas.core.arch import Picks
 from hwnas.core.space import MacroSpace
 from hwnas.data.images import load_images, training_batches
 from hwnas.engine import CrossEntropy, Engine
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.nn.unrolled import unrolled_gate_gradients
-from hwnas.search.judge import Judge
+from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.proposal import one_hot
 from hwnas.search.weights import Batches, SupernetWeights
 from tests.conftest import tiny_space
@@ -41,7 +41,7 @@ def weights_of(folder: Path, optimizer: str = "momentum", **settings: Any) -> Su
         data=DATA,
         search=SearchConfig(batch_size=BATCH, recalibration_images=64, evaluation_images=100),
     )
-    supernet = Supernet(
+    supernet = MacroSupernet(
         tiny_space(),
         torch.Generator().manual_seed(0),
         SupernetConfig(**({"sharing": "separate"} | settings)),
@@ -54,7 +54,10 @@ def weights_of(folder: Path, optimizer: str = "momentum", **settings: Any) -> Su
     engine = Engine(supernet, config, 20, BATCH, 0, folder, CrossEntropy(SMOOTHING))
     train, held_out = load_images(DATA, "train"), load_images(DATA, "held_out")
     return SupernetWeights(
-        engine, supernet, Batches(train, held_out, DATA, BATCH, 0, 20), Judge(supernet, experiment)
+        engine,
+        supernet,
+        Batches(train, held_out, DATA, BATCH, 0, 20),
+        SupernetEvaluator(supernet, experiment),
     )
 
 
@@ -452,11 +455,11 @@ def test_accuracies_are_forgotten_when_the_weights_change(tmp_path: Path) -> Non
     weights = weights_of(tmp_path)
     picks = sampled(1)[0]
     known: MacroSpace = weights.supernet.space
-    assert weights.judge.evaluate(picks) == weights.judge.evaluate(picks)
+    assert weights.evaluator.evaluate(picks) == weights.evaluator.evaluate(picks)
     for step in range(3):
         weights.engine.step = step
         weights.train(gates_of([picks]), split=False, teach=False, skip_dropout=0.0)
-    network = weights.judge.network(picks)
+    network = weights.evaluator.network(picks)
     assert network.arch.blocks == known.decode(picks).blocks
     x_NCHW, y = load_images(DATA, "held_out").__getitems__(
         [(i, 0) for i in range(len(load_images(DATA, "held_out")))]
@@ -464,4 +467,4 @@ def test_accuracies_are_forgotten_when_the_weights_change(tmp_path: Path) -> Non
     order = np.random.default_rng(0).permutation(len(y))[:100]
     with torch.no_grad():
         right = (network.eval()(x_NCHW[order]).argmax(1) == y[order]).float().mean()
-    assert weights.judge.evaluate(picks) == pytest.approx(float(right))
+    assert weights.evaluator.evaluate(picks) == pytest.approx(float(right))

@@ -21,7 +21,7 @@ from hwnas.search import stage
 
 def searches(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
     """A search that says by how many threads it computes."""
-    ctx.progress.say(f"threads {torch.get_num_threads()}")
+    ctx.progress.info(f"threads {torch.get_num_threads()}")
     print("what a library prints is no event", flush=True)
     stage.run(ctx, space, table)
 
@@ -56,5 +56,5 @@ def is_wrong(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
 def waits(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
     """Says who it is, and takes a minute."""
     (ctx.folder / "pid").write_text(str(os.getpid()))
-    ctx.progress.say("waiting")
+    ctx.progress.info("waiting")
     time.sleep(60)

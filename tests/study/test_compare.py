@@ -148,18 +148,18 @@ def test_ranks_are_those_among_the_architectures_in_the_budget(
                 for row in method.found
             ]
         )
-        assert method.beats_one.value == pytest.approx(one)
-    (duel,) = found.duels
+        assert method.p_better_than_one.value == pytest.approx(one)
+    (pair,) = found.pairwise
     wins = [
         (a.accuracy > b.accuracy) + (a.accuracy == b.accuracy) / 2
         for a in found.methods[0].found
         for b in found.methods[1].found
     ]
-    assert duel.beats.value == np.mean(wins) and (duel.first, duel.second) == ("spos", "one-shot")
+    assert pair.beats.value == np.mean(wins) and (pair.first, pair.second) == ("spos", "one-shot")
 
 
 def test_costs_are_counted(finished: tuple[Path, CompareStudy]) -> None:
-    """Random search trains one path a step, whose MACs its log has, and judges its
+    """Random search trains one path a step, whose MACs its log has, and evaluates its
     candidates once, on all held-out images.
     """
     root, found = finished
@@ -171,14 +171,16 @@ def test_costs_are_counted(finished: tuple[Path, CompareStudy]) -> None:
         )
         trained = sum(3 * BATCH * step["macs"] for step in steps)
         # 288: a fifth of the 1,438 digits
-        judged = sum((RECALIBRATION + 288) * each.predicted for each in result.candidates)
-        assert row.cost.macs == pytest.approx(trained + judged, rel=1e-9)
-        assert (row.cost.training_images, row.cost.judged) == (
+        evaluated = sum((RECALIBRATION + 288) * each.predicted for each in result.candidates)
+        assert row.cost.macs == pytest.approx(trained + evaluated, rel=1e-9)
+        assert (row.cost.training_images, row.cost.evaluated) == (
             BATCH * len(steps),
             len(result.candidates),
         )
     spos = found.methods[0].found[0].cost
-    assert spos.judged == 6 + 3 + 3 + 3  # the evolution's, and the candidates of the last ranking
+    assert (
+        spos.evaluated == 6 + 3 + 3 + 3
+    )  # the evolution's, and the candidates of the last ranking
     mean = np.mean([row.cost.macs for row in found.methods[0].found])
     assert found.methods[0].cost == pytest.approx(mean / found.standalone_macs)
     assert (

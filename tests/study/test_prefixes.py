@@ -1,4 +1,4 @@
-"""Networks judged one after another, with the blocks that they share run once: the
+"""Networks evaluated one after another, with the blocks that they share run once: the
 numbers of whole passes, from fewer blocks.
 """
 
@@ -16,7 +16,7 @@ from hwnas.core.cell_families import nasbench201
 from hwnas.core.space import SearchSpace
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.classifier import ClassificationNetwork
-from hwnas.nn.supernet import SharedNetwork, make_supernet
+from hwnas.nn.supernet import Supernet, make_supernet
 from hwnas.search.proposal import one_hot
 from hwnas.study import prefixes as module
 from hwnas.study.prefixes import PART_OF_MEMORY, Maps, Prefixes, memory_for_maps
@@ -29,7 +29,7 @@ SPACES = {
 }
 
 
-def supernet_of(space: SearchSpace, **settings: bool) -> SharedNetwork:
+def supernet_of(space: SearchSpace, **settings: bool) -> Supernet:
     return make_supernet(
         space, torch.Generator().manual_seed(0), SupernetConfig.model_validate(settings)
     ).eval()
@@ -44,7 +44,7 @@ def images(space: SearchSpace, count: int, seed: int) -> list[Tensor]:
     ]
 
 
-def network_of(supernet: SharedNetwork, row: np.ndarray) -> ClassificationNetwork:
+def network_of(supernet: Supernet, row: np.ndarray) -> ClassificationNetwork:
     network = supernet.extract(supernet.space.at(row)).to(memory_format=torch.channels_last)
     assert isinstance(network, ClassificationNetwork)
     return network
@@ -78,15 +78,15 @@ class Runs:
 @pytest.mark.parametrize("memory", [2**30, 200_000, 0])
 def test_logits_are_those_of_a_whole_pass(kind: str, memory: int) -> None:
     supernet = supernet_of(SPACES[kind])
-    estimating, judged = images(supernet.space, 3, 1), images(supernet.space, 2, 2)
-    prefixes = Prefixes(Maps(estimating, judged), memory=memory)
+    estimating, evaluated = images(supernet.space, 3, 1), images(supernet.space, 2, 2)
+    prefixes = Prefixes(Maps(estimating, evaluated), memory=memory)
     for row in rows(supernet.space, 12):
         found = prefixes.logits(network_of(supernet, row))
         alone = network_of(supernet, row)
         recalibrate(alone, estimating)
         with torch.inference_mode():
             assert all(
-                torch.equal(a, alone(x_NCHW)) for a, x_NCHW in zip(found, judged, strict=True)
+                torch.equal(a, alone(x_NCHW)) for a, x_NCHW in zip(found, evaluated, strict=True)
             )
 
 
@@ -99,20 +99,20 @@ def test_without_recalibration_they_are_the_super_nets(kind: str, tracked: bool)
         for name, buffer in supernet.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
-    judged = images(supernet.space, 2, 2)
-    prefixes = Prefixes(Maps((), judged), by_batch=not tracked)
+    evaluated = images(supernet.space, 2, 2)
+    prefixes = Prefixes(Maps((), evaluated), by_batch=not tracked)
     for row in rows(supernet.space, 8):
         found = prefixes.logits(network_of(supernet, row))
         gates = one_hot(supernet.space.at(row), supernet.space)
         with torch.inference_mode():
-            for logits, x_NCHW in zip(found, judged, strict=True):
+            for logits, x_NCHW in zip(found, evaluated, strict=True):
                 torch.testing.assert_close(logits, supernet(x_NCHW, gates), rtol=1e-3, atol=1e-4)
 
 
 def test_common_blocks_run_once() -> None:
     supernet = supernet_of(SPACES["chain"])
-    estimating, judged, runs = images(supernet.space, 3, 1), images(supernet.space, 2, 2), Runs()
-    prefixes = Prefixes(Maps(estimating, judged))
+    estimating, evaluated, runs = images(supernet.space, 3, 1), images(supernet.space, 2, 2), Runs()
+    prefixes = Prefixes(Maps(estimating, evaluated))
     row = rows(supernet.space, 1)[0]
     network = runs.of(network_of(supernet, row))
     prefixes.logits(network)
@@ -132,8 +132,8 @@ def test_other_weights_are_noticed() -> None:
     some, is run.
     """
     supernet = supernet_of(SPACES["chain"])
-    estimating, judged = images(supernet.space, 3, 1), images(supernet.space, 2, 2)
-    prefixes, row = Prefixes(Maps(estimating, judged)), rows(supernet.space, 1)[0]
+    estimating, evaluated = images(supernet.space, 3, 1), images(supernet.space, 2, 2)
+    prefixes, row = Prefixes(Maps(estimating, evaluated)), rows(supernet.space, 1)[0]
     before = prefixes.logits(network_of(supernet, row))
     changed = network_of(supernet, row)
     weight = next(
@@ -148,7 +148,7 @@ def test_other_weights_are_noticed() -> None:
 
 def test_maps_that_do_not_fit_are_not_kept() -> None:
     supernet = supernet_of(SPACES["chain"])
-    estimating, judged, row = (
+    estimating, evaluated, row = (
         images(supernet.space, 3, 1),
         images(supernet.space, 2, 2),
         rows(supernet.space, 1)[0],
@@ -157,7 +157,7 @@ def test_maps_that_do_not_fit_are_not_kept() -> None:
     first = network.arch.ops()[0]
     bytes_of_first = 5 * 6 * first.out_ch * first.out_size**2 * 4
     for memory, kept in ((bytes_of_first - 1, 0), (bytes_of_first, 1)):
-        runs, prefixes = Runs(), Prefixes(Maps(estimating, judged), memory=memory)
+        runs, prefixes = Runs(), Prefixes(Maps(estimating, evaluated), memory=memory)
         prefixes.logits(network_of(supernet, row))
         prefixes.logits(runs.of(network_of(supernet, row)))
         assert runs.count == 5 * (len(network.blocks) - kept)

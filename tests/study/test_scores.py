@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from hwnas.config import Experiment
-from hwnas.nn.supernet import Supernet
+from hwnas.nn.supernet import MacroSupernet
 from hwnas.search.angle import initial_supernet
-from hwnas.search.judge import Judge
+from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.study.scores import Scorer, synflow
 from tests.search.staging import experiment, tiny_space
 
@@ -35,12 +35,12 @@ def scorer(config: Experiment, seed: int = 3, moved: float = 0.1) -> Scorer:
     """A scorer of a super-net whose weights have moved from their initialisation by
     ``moved`` of themselves, at random.
     """
-    supernet = Supernet(SPACE, torch.Generator().manual_seed(seed), config.search.supernet)
+    supernet = MacroSupernet(SPACE, torch.Generator().manual_seed(seed), config.search.supernet)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in supernet.parameters():
             weight += moved * torch.randn(weight.shape, generator=generator) * weight.abs().mean()
-    return Scorer(Judge(supernet, config), supernet, initial_supernet(supernet, seed))
+    return Scorer(SupernetEvaluator(supernet, config), supernet, initial_supernet(supernet, seed))
 
 
 def flat(network: torch.nn.Module) -> np.ndarray:
@@ -102,9 +102,9 @@ def test_recalibrated_accuracy_is_the_judges_and_loss_is_of_the_same_network(
 ) -> None:
     one = scorer(config)
     found = one.score(PICKS[1], ["accuracy", "loss"])
-    assert found["accuracy"] == one.judge.evaluate(PICKS[1])
-    network = one.judge.network(PICKS[1])
-    batches = one.judge.evaluation()
+    assert found["accuracy"] == one.evaluator.evaluate(PICKS[1])
+    network = one.evaluator.network(PICKS[1])
+    batches = one.evaluator.evaluation()
     with torch.no_grad():
         logits = torch.cat([network(x_NCHW) for x_NCHW, _ in batches])
     y = torch.cat([labels for _, labels in batches])
@@ -140,7 +140,7 @@ def test_zero_cost_scores_are_of_the_initialisation(config: Experiment) -> None:
     assert found[0] == found[1]
     one = scorer(config)
     network = one.initial.extract(PICKS[0]).train()
-    x_NCHW, y = (part[:32] for part in one.judge.evaluation()[0])  # search.batch_size
+    x_NCHW, y = (part[:32] for part in one.evaluator.evaluation()[0])  # search.batch_size
     F.cross_entropy(network(x_NCHW), y).backward()
     pairs = [
         (m.weight.detach(), m.weight.grad)

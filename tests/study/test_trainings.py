@@ -113,7 +113,7 @@ def gone(pid: int) -> bool:
 )
 def test_an_interruption_ends_the_children(tmp_path: Path) -> None:
     class Impatient(Progress):
-        def say(self, message: str) -> None:
+        def info(self, message: str) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

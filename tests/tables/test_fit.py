@@ -318,7 +318,7 @@ def test_what_no_network_tells_is_the_known_devices_word() -> None:
 
 
 def test_a_known_table_counts_with_its_calibration() -> None:
-    calibration = Calibration(intercept_ms=0.7, slope=1.5, cold_ms_per_mparam=2.0, networks=9)
+    calibration = Calibration(intercept_ms=0.7, slope=1.5, cache_miss_ms_per_mparam=2.0, networks=9)
     table = table_of(device(1), "known").model_copy(update={"calibration": calibration})
     assert Prior.of(OPS, [table]).known_KP[0] == pytest.approx(
         [*(op_ms(op, table) for op in OPS), 0.7]
@@ -407,13 +407,13 @@ def test_the_table_prices_the_space_and_says_where_it_is_from() -> None:
     arch, ms = networks[0]
     assert arch.origin is not None
     assert (
-        cost.of(arch.origin.picks)
+        cost.cost(arch.origin.picks)
         == pytest.approx(latency_ms(arch, found))
         == pytest.approx(ms, rel=0.2)
     )
     calibration = found.calibration
     assert calibration is not None and calibration.held_out is not None
-    assert (calibration.networks, calibration.slope, calibration.cold_ms_per_mparam) == (
+    assert (calibration.networks, calibration.slope, calibration.cache_miss_ms_per_mparam) == (
         12,
         1.0,
         0.0,

@@ -64,10 +64,10 @@ def test_the_tunas_model_is_the_golden_one(tmp_path: Path) -> None:
         "Apache-2.0",
     )
     cost = CostModel.of_table(proxylessnas(), table)
-    assert cost.of(picks_of_indices(list(map(int, T1_INDICES.split(","))))) == pytest.approx(
+    assert cost.cost(picks_of_indices(list(map(int, T1_INDICES.split(","))))) == pytest.approx(
         84.0167, abs=1e-3
     )
-    assert cost.of(
+    assert cost.cost(
         picks_of_codes(proxylessnas(), list(map(int, T2_CODES.split(","))))
     ) == pytest.approx(84.416, abs=1e-3)
 

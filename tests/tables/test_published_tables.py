@@ -94,7 +94,7 @@ def test_mnasnet_b1_and_all_k3e3() -> None:
     space = proxylessnas_original()
     cost = CostModel.of_table(space, trim, allow_uncalibrated=True)
     for option, expected_ms in (("ir_k3_e3", 76.0), ("ir_k5_e6", 159.0)):
-        assert cost.of({choice.key: option for choice in space.choices}) == pytest.approx(
+        assert cost.cost({choice.key: option for choice in space.choices}) == pytest.approx(
             expected_ms, abs=0.05
         )
 
@@ -159,7 +159,7 @@ def test_ofa_prices_every_network_of_its_width(size: int) -> None:
     rng = np.random.default_rng(size)
     for _ in range(20):
         picks = space.sample(rng)
-        assert cost.of(picks) == pytest.approx(ofa_sum_ms(source, picks, size), rel=1e-12)
+        assert cost.cost(picks) == pytest.approx(ofa_sum_ms(source, picks, size), rel=1e-12)
 
 
 def ofa_sum_ms(

@@ -12,9 +12,9 @@ import pytest
 from hwnas.core.cost import CostModel
 from hwnas.core.spaces import load_space
 from hwnas.core.table import LatencyTable
-from hwnas.share import share_folder
+from hwnas.resources import resource_path
 
-FOLDER = share_folder("latency_tables")
+FOLDER = resource_path("latency_tables")
 TABLES = sorted(path for path in FOLDER.glob("*/*.json") if path.name != "device.json")
 CONDITIONS = {
     ("litert", "fp32", 1),
@@ -44,7 +44,7 @@ def test_a_table_prices_its_space_and_was_judged_on_unseen_networks(path: Path) 
     space = load_space(header.space)
     cost = CostModel.of_table(space, table)  # refuses a table that lacks an op
     low, high = cost.range()
-    assert 0 < low < cost.of(space.sample(np.random.default_rng(0))) < high
+    assert 0 < low < cost.cost(space.sample(np.random.default_rng(0))) < high
     held_out = table.calibration.held_out if table.calibration is not None else None
     assert held_out is not None and held_out.networks >= 19 and held_out.spearman is not None
     strict = header.dtype == "fp32" and header.threads == 1

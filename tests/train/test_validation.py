@@ -44,7 +44,7 @@ class Lines(Progress):
         self.said: list[str] = []
         self.last = last
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         self.said.append(message)
         if len(self.said) == self.last:
             raise Killed

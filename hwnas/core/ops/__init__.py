@@ -7,30 +7,29 @@ from hwnas.core.ops.blocks import SE_GATES, Classifier, Conv, DSConv, Head, MBCo
 from hwnas.core.ops.cells import (
     AvgPool,
     DilConv,
-    FacReduce,
+    FactorizedReduce,
     MaxPool,
     Norm,
     Pool,
-    PreConv,
-    ResReduce,
+    ReLUConvBN,
+    ResidualReduce,
     SepConv,
 )
-from hwnas.core.ops.detector import SSD, Extra
+from hwnas.core.ops.detector import ExtraLayer, SSDPredictor
 from hwnas.core.ops.fused import Fused
 from hwnas.core.ops.uib import UIB
 
 __all__ = [
     "ACTIVATIONS",
     "SE_GATES",
-    "SSD",
     "UIB",
     "AvgPool",
     "Classifier",
     "Conv",
     "DSConv",
     "DilConv",
-    "Extra",
-    "FacReduce",
+    "ExtraLayer",
+    "FactorizedReduce",
     "Fused",
     "Head",
     "MBConv",
@@ -39,8 +38,9 @@ __all__ = [
     "Op",
     "OpKey",
     "Pool",
-    "PreConv",
-    "ResReduce",
+    "ReLUConvBN",
+    "ResidualReduce",
+    "SSDPredictor",
     "SepConv",
     "kinds",
     "register",

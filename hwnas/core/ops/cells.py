@@ -14,7 +14,7 @@ from hwnas.errors import SpaceError
 
 @register
 @dataclass(frozen=True)
-class PreConv(Op):
+class ReLUConvBN(Op):
     """Act, k x k convolution, BN."""
 
     KIND: ClassVar[str] = "preconv"
@@ -140,7 +140,7 @@ class _Halving(Op):
 
 @register
 @dataclass(frozen=True)
-class FacReduce(_Halving):
+class FactorizedReduce(_Halving):
     """Act, two 1 x 1 convolutions of stride 2 to half the channels each, the second one
     pixel further, BN (DARTS).
     """
@@ -166,7 +166,7 @@ class FacReduce(_Halving):
 
 @register
 @dataclass(frozen=True)
-class ResReduce(_Halving):
+class ResidualReduce(_Halving):
     """Act, k x k with stride 2, BN; act, k x k, BN; added to 2 x 2 average pooling and
     1 x 1 (NAS-Bench-201's reduction).
     """

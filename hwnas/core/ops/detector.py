@@ -14,7 +14,7 @@ from hwnas.errors import SpaceError
 
 @register
 @dataclass(frozen=True)
-class Extra(Op):
+class ExtraLayer(Op):
     """1 x 1, BN, act; depthwise k x k, BN, act; 1 x 1, BN, act: SSDLite's layer that
     makes the next feature map.
     """
@@ -35,7 +35,7 @@ class Extra(Op):
 
 @register
 @dataclass(frozen=True)
-class SSD(Op):
+class SSDPredictor(Op):
     """What SSDLite predicts from one feature map: class logits and box codes of each
     cell's ``anchors``, from branches of their own.
 

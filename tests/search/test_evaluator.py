@@ -1,4 +1,4 @@
-"""The judge of architectures against its parts by hand, and a finder that is killed
+"""The evaluator of architectures against its parts by hand, and a finder that is killed
 while it asks.
 """
 
@@ -15,15 +15,14 @@ from PIL import Image
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Picks
-from hwnas.core.space import MacroSpace, Stage
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import evaluation_batches, load_images
 from hwnas.engine import accuracy
 from hwnas.nn.bn import recalibrate
-from hwnas.nn.supernet import Supernet, resized
+from hwnas.nn.supernet import MacroSupernet, resized
 from hwnas.runs import JsonLines
-from hwnas.search import stage
-from hwnas.search.judge import Judge
+from hwnas.search.evaluator import EVALUATIONS, SupernetEvaluator
 from hwnas.search.proposal import one_hot
 from hwnas.search.result import SearchResult
 from hwnas.search.stage import prepare, search_context
@@ -34,18 +33,18 @@ from tests.search.staging import EVOLUTION, Killed, Killing, experiment, run, ti
 torch.set_num_threads(1)
 
 
-def supernet_of(space: MacroSpace) -> Supernet:
+def supernet_of(space: MacroSpace) -> MacroSupernet:
     """Random weights, whose logits differ between images."""
-    supernet = Supernet(space, torch.Generator().manual_seed(0))
+    supernet = MacroSupernet(space, torch.Generator().manual_seed(0))
     with torch.no_grad():
         supernet.classifier.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     return supernet
 
 
 def by_hand(
-    supernet: Supernet, config: Experiment, picks: Picks, size: int, images: int | None
+    supernet: MacroSupernet, config: Experiment, picks: Picks, size: int, images: int | None
 ) -> float:
-    """Accuracy on the first ``images`` held-out images, recalibrated and judged at
+    """Accuracy on the first ``images`` held-out images, recalibrated and evaluated at
     ``size`` pixels.
     """
     network = supernet.extract(picks)
@@ -66,12 +65,12 @@ def by_hand(
 def test_a_finder_asks_for_few_images_and_the_last_ranking_for_all() -> None:
     config = experiment(evaluation_images=70)
     supernet = supernet_of(tiny_space())
-    judge = Judge(supernet, config)
+    evaluator = SupernetEvaluator(supernet, config)
     picks = tiny_space().at([0] * len(tiny_space().choices))
     few, every = (by_hand(supernet, config, picks, 8, images) for images in (70, None))
     assert few != every
-    assert judge.evaluate(picks) == pytest.approx(few)
-    assert judge.on_all_images(judge.network(picks)) == pytest.approx(every)
+    assert evaluator.evaluate(picks) == pytest.approx(few)
+    assert evaluator.on_all_images(evaluator.network(picks)) == pytest.approx(every)
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
@@ -95,12 +94,12 @@ def test_a_search_sees_images_as_an_evaluation_does(tmp_path: Path, resize: str)
     }
     config = Experiment.model_validate(settings)
     expected = load_images(config.data, "test").__getitems__([(0, 0)])[0]
-    judge = Judge(supernet_of(tiny_space()), config)
-    rewards = Batches(judge.train, load_images(config.data, "held_out"), config.data, 4, 0, 3)
+    evaluator = SupernetEvaluator(supernet_of(tiny_space()), config)
+    rewards = Batches(evaluator.train, load_images(config.data, "held_out"), config.data, 4, 0, 3)
     seen = [
-        *judge.recalibration(),
-        *judge.evaluation(),
-        *evaluation_batches(judge.held_out, 4),
+        *evaluator.recalibration(),
+        *evaluator.evaluation(),
+        *evaluation_batches(evaluator.held_out, 4),
         rewards.held_out(0, 1),
     ]
     assert sum(len(x_NCHW) for x_NCHW, _ in seen) >= 8 + 4 + 8 + 4
@@ -111,15 +110,15 @@ def test_a_search_sees_images_as_an_evaluation_does(tmp_path: Path, resize: str)
 def test_architectures_are_judged_by_their_loss_on_demand() -> None:
     config = experiment(evaluation_images=70, quality="loss")
     supernet = supernet_of(tiny_space())
-    judge = Judge(supernet, config)
+    evaluator = SupernetEvaluator(supernet, config)
     picks = tiny_space().at([0] * len(tiny_space().choices))
-    network = judge.network(picks).eval()
+    network = evaluator.network(picks).eval()
     batches = list(evaluation_batches(load_images(config.data, "held_out"), 50, limit=70))
     with torch.no_grad():
         logits_NK = torch.cat([network(x_NCHW) for x_NCHW, _ in batches])
     loss = torch.nn.functional.cross_entropy(logits_NK, torch.cat([y for _, y in batches]))
-    assert judge.evaluate(picks) == pytest.approx(1 / (1 + float(loss)), rel=1e-5)
-    assert judge.quality.metric == "1 / (1 + loss)"
+    assert evaluator.evaluate(picks) == pytest.approx(1 / (1 + float(loss)), rel=1e-5)
+    assert evaluator.quality.metric == "1 / (1 + loss)"
 
 
 @pytest.mark.parametrize("quality", ["metric", "loss"])
@@ -140,9 +139,14 @@ def test_rewards_are_by_what_architectures_are_judged_by(quality: str, tmp_path:
     picks = space.at([1] * len(space.choices))
     [found] = prepared.search.qualities(one_hot(picks, space), multiple=4)
     x_NCHW, y = Batches(
-        prepared.judge.train, prepared.judge.held_out, config.data, 32, 5, prepared.search.steps
+        prepared.evaluator.train,
+        prepared.evaluator.held_out,
+        config.data,
+        32,
+        5,
+        prepared.search.steps,
     ).held_out(0, 4)
-    supernet = prepared.judge.supernet.eval()
+    supernet = prepared.evaluator.supernet.eval()
     with torch.no_grad():
         logits_NK = supernet(x_NCHW.to(memory_format=torch.channels_last), one_hot(picks, space))
     loss = float(torch.nn.functional.cross_entropy(logits_NK, y))
@@ -159,19 +163,19 @@ def test_an_architecture_is_judged_at_its_own_resolution() -> None:
     config = experiment(evaluation_images=200)
     config = config.model_copy(update={"data": config.data.at(16)})
     supernet = supernet_of(elastic)
-    judge = Judge(supernet, config)
+    evaluator = SupernetEvaluator(supernet, config)
     picks = elastic.at([0] * len(elastic.choices))
     found = {}
     for size in (8, 16):
         at = {**picks, "resolution": size}
-        found[size] = judge.evaluate(at)
-        assert judge.network(at).arch.resolution == size
+        found[size] = evaluator.evaluate(at)
+        assert evaluator.network(at).arch.resolution == size
         assert found[size] == pytest.approx(by_hand(supernet, config, at, size, 200))
-        assert judge.on_all_images(judge.network(at)) == pytest.approx(
+        assert evaluator.on_all_images(evaluator.network(at)) == pytest.approx(
             by_hand(supernet, config, at, size, None)
         )
     assert found[8] != found[16]
-    wrong = judge.network({**picks, "resolution": 8})
+    wrong = evaluator.network({**picks, "resolution": 8})
     held_out = load_images(config.data, "held_out")
     assert accuracy(wrong, evaluation_batches(held_out, 50, limit=200)) != pytest.approx(found[8])
 
@@ -181,15 +185,15 @@ def test_a_last_recalibration_batch_of_one_image_is_left_out() -> None:
     of 64 are the first 64.
     """
     stages = (
-        Stage(widths=(8,), stride=2, slots=(("cn_k3",),)),
-        Stage(widths=(16,), stride=2, slots=(("ir_k3_e3", "ir_k3_e6"),)),
-        Stage(widths=(24,), stride=2, slots=(("ir_k3_e3", "ir_k3_e6"),)),
+        SpaceStage(widths=(8,), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), stride=2, slots=(("ir_k3_e3", "ir_k3_e6"),)),
+        SpaceStage(widths=(24,), stride=2, slots=(("ir_k3_e3", "ir_k3_e6"),)),
     )
     space = MacroSpace(name="deep", resolution=8, in_channels=1, classes=10, stages=stages)
     assert space.slots[-1].out_sizes == (1,)
     supernet, picks = supernet_of(space), space.at([0, 0])
     states = [
-        Judge(supernet, experiment(recalibration_images=n, batch_size=64))
+        SupernetEvaluator(supernet, experiment(recalibration_images=n, batch_size=64))
         .network(picks)
         .state_dict()
         for n in (64, 65, 66)
@@ -199,7 +203,7 @@ def test_a_last_recalibration_batch_of_one_image_is_left_out() -> None:
 
 
 class Counting:
-    """Counts recalibrations, of which every judgement makes one."""
+    """Counts recalibrations, of which every evaluation makes one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -208,7 +212,7 @@ class Counting:
             self.count += 1
             recalibrate(*arguments)
 
-        monkeypatch.setattr("hwnas.search.judge.recalibrate", counted)
+        monkeypatch.setattr("hwnas.search.evaluator.recalibrate", counted)
 
     def __call__(self) -> int:
         count, self.count = self.count, 0
@@ -222,7 +226,7 @@ class Counting:
 def test_a_killed_finder_judges_nothing_twice(
     finder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed twice in its middle, it ends as it would have, with as many judgements in
+    """Killed twice in its middle, it ends as it would have, with as many evaluations in
     sum, each of them on file once.
     """
     table: LatencyTable = synthetic_table(tiny_space())
@@ -241,19 +245,19 @@ def test_a_killed_finder_judges_nothing_twice(
     for steps, known in ((3, 3), (5, 5)):  # the second goes past what is known, which also advances
         with pytest.raises(Killed):
             run(tmp_path / "killed", weights, table, Killing(bar, steps))
-        assert len(JsonLines(tmp_path / "killed" / stage.JUDGED).read()) == known
+        assert len(JsonLines(tmp_path / "killed" / EVALUATIONS).read()) == known
     assert counting() == 5
     shutil.copytree(tmp_path / "killed", tmp_path / "torn")
     run(tmp_path / "killed", weights, table)
     assert counting() == straight - 5
-    rows = [row["blocks"] for row in JsonLines(tmp_path / "killed" / stage.JUDGED).read()]
+    rows = [row["blocks"] for row in JsonLines(tmp_path / "killed" / EVALUATIONS).read()]
     assert len(rows) == len(set(rows)) > 5
-    for name in ("search.json", "arch.json", "supernet.safetensors", stage.JUDGED):
+    for name in ("search.json", "arch.json", "supernet.safetensors", EVALUATIONS):
         assert (tmp_path / "killed" / name).read_bytes() == (
             tmp_path / "straight" / name
         ).read_bytes()
 
-    with open(tmp_path / "torn" / stage.JUDGED, "a") as file:  # a kill in the middle of a line
+    with open(tmp_path / "torn" / EVALUATIONS, "a") as file:  # a kill in the middle of a line
         file.write('{"blocks": "0123')
     run(tmp_path / "torn", weights, table)
     assert counting() == straight - 5

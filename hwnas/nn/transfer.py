@@ -1,7 +1,7 @@
 """Slots that begin with the weights of another super-net's.
 
-``inherit``: the backbone of a super-net of detectors, with those of a trained super-net
-of classifiers. ``take_over``: a slot of a shrunk space, with those of the slot that it
+``load_backbone``: the backbone of a super-net of detectors, with those of a trained super-net
+of classifiers. ``copy_weights``: a slot of a shrunk space, with those of the slot that it
 was shrunk from.
 """
 
@@ -14,13 +14,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hwnas.core.stage import Slot
+from hwnas.core.space_stage import Slot
 from hwnas.nn.elastic import ElasticConv
 from hwnas.nn.slot import ElasticSlot
 
 
 @dataclass(frozen=True)
-class Inherited:
+class Transferred:
     """Keys of the slots that took weights, and of those that did not."""
 
     taken: tuple[str, ...]
@@ -37,7 +37,9 @@ class Inherited:
         )
 
 
-def inherit(slots: Mapping[Slot, nn.Module], sources: Mapping[Slot, nn.Module]) -> Inherited:
+def load_backbone(
+    slots: Mapping[Slot, nn.Module], sources: Mapping[Slot, nn.Module]
+) -> Transferred:
     """Copy the weights of every slot that is the same among the sources: options,
     widths, stride and sharing, not the images' size.
     """
@@ -50,7 +52,7 @@ def inherit(slots: Mapping[Slot, nn.Module], sources: Mapping[Slot, nn.Module]) 
             taken.append(slot.key)
         else:
             left.append(slot.key)
-    return Inherited(tuple(taken), tuple(left))
+    return Transferred(tuple(taken), tuple(left))
 
 
 def _sizeless(slot: Slot) -> Slot:
@@ -63,7 +65,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def take_over(slot: ElasticSlot, source: ElasticSlot, numbers: Sequence[int]) -> None:
+def copy_weights(slot: ElasticSlot, source: ElasticSlot, numbers: Sequence[int]) -> None:
     """Copy what a slot with fewer options, or less sharing, keeps of another's weights.
 
     ``numbers``: by producer of the slot's input, which of the source's producers it was.

@@ -16,18 +16,18 @@ from hwnas.config import OptimizerConfig
 from hwnas.core.arch import Picks
 from hwnas.core.space import MacroSpace
 from hwnas.engine import Engine
-from hwnas.nn.portfolio import Portfolio
-from hwnas.nn.supernet import Supernet, resized
+from hwnas.nn.independent import IndependentNetworks
+from hwnas.nn.supernet import MacroSupernet, resized
 from hwnas.search.proposal import one_hot
 from tests.nn.nets import batch, depths_space
 
 torch.set_num_threads(1)
 
 
-def made() -> tuple[MacroSpace, list[Picks], Portfolio]:
+def made() -> tuple[MacroSpace, list[Picks], IndependentNetworks]:
     space, rng = depths_space(), np.random.default_rng(1)
     members = [{**space.sample(rng), "resolution": size} for size in (8, 12, 12)]
-    return space, members, Portfolio(space, members, torch.Generator().manual_seed(0))
+    return space, members, IndependentNetworks(space, members, torch.Generator().manual_seed(0))
 
 
 def test_gates_say_which_network_runs() -> None:
@@ -81,8 +81,8 @@ def test_training_in_turns_is_training_each_alone(optimizer: str, tmp_path: Path
         x_NCHW, y = batch(space, step)
         turn = step % 3
         together.step = engines[turn].step = step
-        together.weight_step(x_NCHW, y, one_hot(members[turn], space))
-        engines[turn].weight_step(resized(x_NCHW, members[turn]["resolution"]), y)
+        together.train_step(x_NCHW, y, one_hot(members[turn], space))
+        engines[turn].train_step(resized(x_NCHW, members[turn]["resolution"]), y)
     for network, copy in zip(portfolio.networks, alone, strict=True):
         weights: dict[str, Tensor] = copy.state_dict()
         assert all(
@@ -101,15 +101,15 @@ def test_the_classifiers_are_not_decayed() -> None:
 
 def test_it_has_the_super_nets_contract_but_nothing_to_share(tmp_path: Path) -> None:
     space, _, portfolio = made()
-    supernet = Supernet(space, torch.Generator())
+    supernet = MacroSupernet(space, torch.Generator())
     assert (portfolio.shares, supernet.shares) == (False, True)
     assert portfolio.proxies == supernet.proxies == (space,)
     portfolio.save(tmp_path / "shared.safetensors")
     assert list(tmp_path.iterdir()) == []
     for refused in (
         lambda: portfolio.grow(1),
-        lambda: portfolio.inherit(tmp_path),
-        lambda: portfolio.take_over(supernet),
+        lambda: portfolio.load_backbone(tmp_path),
+        lambda: portfolio.copy_weights(supernet),
     ):
-        with pytest.raises(AssertionError, match="Portfolio"):
+        with pytest.raises(AssertionError, match="IndependentNetworks"):
             refused()

@@ -20,7 +20,7 @@ from hwnas.nn.network import Network, network_of
 from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
 
 
-class Portfolio(GatedNetworks):
+class IndependentNetworks(GatedNetworks):
     """The networks of ``members``, each with weights of its own; gates say which one runs.
 
     Networks that a step does not run get no gradient, so training them in turns is
@@ -52,7 +52,7 @@ class Portfolio(GatedNetworks):
         self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0
     ) -> Tensor | Outputs:
         """Images [N, channels, size, size] through the network that one-hot ``gates``
-        name -> its outputs, as ``Supernet.forward``.
+        name -> its outputs, as ``MacroSupernet.forward``.
         """
         assert not probes and not skip_dropout, "networks that share nothing have nothing to probe"
         network = self._members()[

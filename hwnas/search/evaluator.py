@@ -23,6 +23,12 @@ from hwnas.nn.shared import GatedNetworks, resized
 from hwnas.runs import JsonLines
 from hwnas.task import task_of
 
+EVALUATIONS = "evaluations.jsonl"
+"""Evaluations that a finder has asked for, so that a stopped one resumes."""
+
+_OLD_EVALUATIONS = "judged.jsonl"
+"""Its name before; read for one release."""
+
 KEPT_BYTES = 2**28
 """Held-out images that are kept in memory between the networks of the last ranking, at
 most, instead of being read for each anew (ours): 2,000 images of 224 px are 1.2 GB,
@@ -30,11 +36,11 @@ most, instead of being read for each anew (ours): 2,000 images of 224 px are 1.2
 """
 
 
-class Judge:
+class SupernetEvaluator:
     """Evaluates architectures, each one once until ``forget`` is called: what it says
     holds for the weights of the moment.
 
-    Once ``keep`` has named a file, judgements are also kept there, so that a finder
+    Once ``keep`` has named a file, evaluations are also kept there, so that a finder
     that is stopped resumes.
     """
 
@@ -96,7 +102,7 @@ class Judge:
         return self._known[name]
 
     def evaluation(self) -> list[Batch]:
-        """The ``search.evaluation_images`` held-out images that a finder judges on, at
+        """The ``search.evaluation_images`` held-out images that a finder evaluates on, at
         the data's resolution.
         """
         self._evaluation = self._evaluation or list(
@@ -122,7 +128,10 @@ class Judge:
         return self._all
 
     def keep(self, path: Path) -> None:
-        """The weights are final: take over the judgements in a file, and add further ones to it."""
+        """The weights are final: take over the evaluations in a file, and add further ones to it."""
+        old_path = path.with_name(_OLD_EVALUATIONS)
+        if old_path.exists() and not path.exists():
+            old_path.rename(path)
         self._file = JsonLines(path)
         self._known = {
             row["blocks"]: row["quality"] for row in self._file.read() if "quality" in row

@@ -41,15 +41,15 @@ class Stack:
     index: tuple[Any, ...]
 
 
-class PricedSpace:
+class AdditiveCost:
     """A space priced by any function of a term, or of an op (``of_ops``).
 
     Example:
         >>> from hwnas.core.spaces import mobile32, published
         >>> from hwnas.core.ops import Op
-        >>> macs = PricedSpace.of_ops(mobile32(), lambda op: op.macs)
+        >>> macs = AdditiveCost.of_ops(mobile32(), lambda op: op.macs)
         >>> picks = mobile32().sample(np.random.default_rng(0))
-        >>> macs.of(picks) == mobile32().decode(picks).macs
+        >>> macs.cost(picks) == mobile32().decode(picks).macs
         True
     """
 
@@ -83,13 +83,13 @@ class PricedSpace:
         *,
         reduce: Literal["sum", "max"] = "sum",
         fixed: float = 0.0,
-    ) -> PricedSpace:
+    ) -> AdditiveCost:
         """A space priced op by op. Each op is priced once; prices must not be below 0
         where ``reduce`` is ``"max"``.
         """
         known: dict[Op, float] = {}
 
-        def priced(term: Term) -> np.ndarray:
+        def term_costs(term: Term) -> np.ndarray:
             for op in term.ops:
                 if op is not None and op not in known:
                     known[op] = float(price(op))
@@ -97,13 +97,13 @@ class PricedSpace:
                 term.shape
             )
 
-        return cls(space, priced, reduce=reduce, fixed=fixed)
+        return cls(space, term_costs, reduce=reduce, fixed=fixed)
 
-    def of(self, picks: Mapping[str, Option]) -> float:
+    def cost(self, picks: Mapping[str, Option]) -> float:
         """The value of picks. Raises SpaceError where they are none of the space."""
-        return float(self.of_many(self.space.index(picks)[None])[0])
+        return float(self.costs(self.space.index(picks)[None])[0])
 
-    def of_many(self, index_NC: np.ndarray) -> np.ndarray:
+    def costs(self, index_NC: np.ndarray) -> np.ndarray:
         """The values of many picks at once: option positions int [N, choices] -> float64 [N]."""
         index_CN = np.ascontiguousarray(np.asarray(index_NC).T)
         total = np.full(index_CN.shape[1], self.fixed)

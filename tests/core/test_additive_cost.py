@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture, Picks
-from hwnas.core.priced import PricedSpace
-from hwnas.core.space import Choice, MacroSpace, Option, SearchSpace, Stage, Term
+from hwnas.core.space import Choice, MacroSpace, Option, SearchSpace, SpaceStage, Term
 from hwnas.core.spaces import mobile32
 from hwnas.errors import SpaceError
 
@@ -78,8 +78,8 @@ def prices_of(space: SearchSpace, seed: int = 0) -> dict[str, np.ndarray]:
     return {term.slot: rng.uniform(0.1, 5.0, term.shape) for term in space.terms()}
 
 
-def priced(space: SearchSpace, prices: Mapping[str, np.ndarray], **how: Any) -> PricedSpace:
-    return PricedSpace(space, lambda term: prices[term.slot], **how)
+def additive_cost(space: SearchSpace, prices: Mapping[str, np.ndarray], **how: Any) -> AdditiveCost:
+    return AdditiveCost(space, lambda term: prices[term.slot], **how)
 
 
 def gates_of(space: SearchSpace, seed: int = 1) -> dict[str, np.ndarray]:
@@ -124,7 +124,7 @@ def test_values_and_their_range_are_those_of_every_architecture(
     space: AnySpace, reduce: str
 ) -> None:
     prices = prices_of(space)
-    found = priced(space, prices, reduce=reduce, fixed=0.3)
+    found = additive_cost(space, prices, reduce=reduce, fixed=0.3)
     index_NC = every_index(space)
     combine = (
         (lambda values: 0.3 + sum(values))
@@ -132,8 +132,8 @@ def test_values_and_their_range_are_those_of_every_architecture(
         else (lambda values: max(0.3, *values))
     )
     expected = np.array([combine(term_values(space, prices, index)) for index in index_NC])
-    assert found.of_many(index_NC) == pytest.approx(expected, rel=1e-12)
-    assert found.of(space.at(index_NC[-1])) == pytest.approx(expected[-1], rel=1e-12)
+    assert found.costs(index_NC) == pytest.approx(expected, rel=1e-12)
+    assert found.cost(space.at(index_NC[-1])) == pytest.approx(expected[-1], rel=1e-12)
     assert found.range() == pytest.approx((expected.min(), expected.max()), rel=1e-12)
 
 
@@ -141,7 +141,7 @@ def test_values_and_their_range_are_those_of_every_architecture(
 @given(spaces())
 def test_stacked_contractions_are_one_einsum_per_term(space: AnySpace) -> None:
     prices, gates = prices_of(space), gates_of(space)
-    found = priced(space, prices, fixed=0.3)
+    found = additive_cost(space, prices, fixed=0.3)
     expected = 0.3 + float(plain_expectation(space, prices, gates, np))
     assert float(found.expected(gates)) == pytest.approx(expected, rel=1e-12)
     assert float(
@@ -157,7 +157,7 @@ def test_marginals_are_the_gradient_of_the_definition(space: AnySpace) -> None:
     total = plain_expectation(space, prices, leaves, torch)
     if total.requires_grad:
         total.backward()
-    marginals = priced(space, prices).marginals(gates)
+    marginals = additive_cost(space, prices).marginals(gates)
     assert marginals.keys() == gates.keys()
     for key, leaf in leaves.items():
         expected = np.zeros(len(leaf)) if leaf.grad is None else leaf.grad.numpy()
@@ -166,20 +166,20 @@ def test_marginals_are_the_gradient_of_the_definition(space: AnySpace) -> None:
 
 def coupled() -> MacroSpace:
     stages = (
-        Stage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
-        Stage(
+        SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
+        SpaceStage(
             widths=(8, 16, 24),
             slots=(("ir_k3_e3", "ir_k5_e3"), ("ir_k3_e6", "skip")),
             residual="matching",
         ),
-        Stage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
+        SpaceStage(widths=(16, 24), stride=2, slots=(("ir_k3_e3", "ir_k5_e6"),)),
     )
     return MacroSpace(name="coupled", resolution=16, classes=4, stages=stages)
 
 
 def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
     space = coupled()
-    macs = PricedSpace.of_ops(space, lambda op: op.macs / 1e5)
+    macs = AdditiveCost.of_ops(space, lambda op: op.macs / 1e5)
     keys = [choice.key for choice in space.choices]
     leaves = [torch.tensor(gate, requires_grad=True) for gate in gates_of(space).values()]
 
@@ -192,7 +192,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
 
 def test_marginals_are_what_taking_an_option_for_certain_changes() -> None:
     space = coupled()
-    macs = PricedSpace.of_ops(space, lambda op: op.macs)
+    macs = AdditiveCost.of_ops(space, lambda op: op.macs)
     gates = {
         choice.key: np.full(len(choice.options), 1 / len(choice.options))
         for choice in space.choices
@@ -219,15 +219,15 @@ def test_any_function_of_an_op_is_what_the_walk_over_the_architecture_gives(make
         return int(op.params)
 
     total, largest = (
-        PricedSpace.of_ops(space, params),
-        PricedSpace.of_ops(space, lambda op: op.params, reduce="max"),
+        AdditiveCost.of_ops(space, params),
+        AdditiveCost.of_ops(space, lambda op: op.params, reduce="max"),
     )
     assert sorted(calls) == sorted(op.key for op in space.ops)  # each op once
     for _ in range(50):
         picks = space.sample(rng)
         arch = space.decode(picks)
-        assert total.of(picks) == arch.params
-        assert largest.of(picks) == max(op.params for op in arch.ops())
+        assert total.cost(picks) == arch.params
+        assert largest.cost(picks) == max(op.params for op in arch.ops())
 
 
 def test_a_choice_that_every_term_shares_is_eliminated_last() -> None:
@@ -244,14 +244,14 @@ def test_a_choice_that_every_term_shares_is_eliminated_last() -> None:
     prices = prices_of(space)
     each = np.stack([prices[term.slot] for term in space.terms()])  # [terms, 4, 3]
     expected = each.min(axis=1).sum(axis=0).min(), each.max(axis=1).sum(axis=0).max()
-    assert priced(space, prices).range() == pytest.approx(expected, rel=1e-12)
+    assert additive_cost(space, prices).range() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_peak_has_no_expectation_and_foreign_picks_no_price() -> None:
     space = coupled()
-    peak = PricedSpace.of_ops(space, lambda op: op.macs, reduce="max")
+    peak = AdditiveCost.of_ops(space, lambda op: op.macs, reduce="max")
     for work in (peak.expected, peak.marginals):
         with pytest.raises(AssertionError, match="maximum"):
             work(gates_of(space))
     with pytest.raises(SpaceError, match=r"lack s0\.width"):
-        peak.of({})
+        peak.cost({})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def share_folder(name: str) -> Path:
-    """The folder ``name``: inside an installed package (``hwnas/share``), or at the top
+def resource_path(name: str) -> Path:
+    """The folder ``name``: inside an installed package (``hwnas/resources``), or at the top
     of a checkout.
     """
     package = Path(__file__).parent

@@ -15,10 +15,17 @@ from itertools import takewhile
 import numpy as np
 
 from hwnas.config import ShrinkConfig
-from hwnas.core.describe import counted
+from hwnas.core.describe import format_count
 from hwnas.core.space import SearchSpace
 from hwnas.runs import StageContext
-from hwnas.search.shrinking import Operator, Scores, operators, shrinkable, without, worst
+from hwnas.search.shrinking import (
+    Operator,
+    Scores,
+    operators,
+    remove_operators,
+    select_drops,
+    shrinkable,
+)
 from hwnas.study.documents import (
     Chance,
     Remaining,
@@ -111,7 +118,7 @@ def compare(ctx: StageContext, space: SearchSpace, truth: Truth | None) -> None:
         study = study.model_copy(update=update)
     study.save(ctx.folder / RESULT)
     for line in lines(study):
-        ctx.progress.say(line)
+        ctx.progress.info(line)
 
 
 def curve(known: Known, name: str, steps: Sequence[ShrinkStep]) -> ShrinkCurve:
@@ -188,11 +195,11 @@ def _simulated(
     found = [known.remaining(known.left(()))]
     present = space
     while present.size > config.until and shrinkable(present):
-        gone = worst(present, score(operators(present), known.left(dropped)), config)
+        gone = select_drops(present, score(operators(present), known.left(dropped)), config)
         if not gone:
             break
         dropped += gone
-        present = without(present, gone, space.name)
+        present = remove_operators(present, gone, space.name)
         found.append(known.remaining(known.left(dropped)))
     return found
 
@@ -209,7 +216,7 @@ def lines(study: ShrinkStudy) -> list[str]:
     found = []
     for path in study.paths:
         sizes = [step.size for step in path.steps[:1]] + [step.size_after for step in path.steps]
-        found.append(f"{shown(path.metric)}: {' -> '.join(map(counted, sizes))} architectures")
+        found.append(f"{shown(path.metric)}: {' -> '.join(map(format_count, sizes))} architectures")
     for each in (*study.curves, *([study.oracle] if study.oracle is not None else [])):
         means = " -> ".join(_percent(left.mean) for left in each.remaining)
         last = each.remaining[-1]

@@ -39,7 +39,7 @@ most of its samples meet the limit.
 """
 
 
-def towards_target(ctx: SearchContext, index_NC: np.ndarray) -> np.ndarray:
+def repair(ctx: SearchContext, index_NC: np.ndarray) -> np.ndarray:
     """The architectures int [N, choices], each moved into the budget or, where no
     change leads closer, as near as it got.
 
@@ -87,7 +87,7 @@ def _made(changes_XC: np.ndarray, index_XC: np.ndarray) -> np.ndarray:
 
 
 def _moved(ctx: SearchContext, index_NC: np.ndarray, moves: _Moves) -> np.ndarray:
-    """``towards_target`` of a batch."""
+    """``repair`` of a batch."""
     now_NC, now_NM = index_NC.copy(), _offsets(ctx, index_NC)
     left_N, pairs_N = _beyond(ctx, now_NM), np.zeros(len(index_NC), dtype=np.int64)
     open_N = np.flatnonzero(left_N > 0)
@@ -135,7 +135,7 @@ def _offsets(ctx: SearchContext, index_NC: np.ndarray) -> np.ndarray:
     """Of architectures, float64 [N, 1 + limits]: latency / target - 1, and by what part
     they exceed each limit.
     """
-    off_N = ctx.cost.of_many(index_NC) / ctx.target - 1
+    off_N = ctx.cost_model.costs(index_NC) / ctx.target - 1
     return (
         off_N[:, None]
         if ctx.limits is None
@@ -153,7 +153,7 @@ def _beyond(ctx: SearchContext, offsets_XM: np.ndarray) -> np.ndarray:
     return beyond_X
 
 
-def tilted(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def tilt_policy(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The policy bent until its expected latency is the target, and what is limited is
     in expectation below the limits.
 
@@ -167,7 +167,7 @@ def tilted(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, np
     bisection, after ``_limited`` has found it together with ``nu``.
     """
     limited = _limited(ctx, policy) if ctx.limits is not None and ctx.limits.compiled else policy
-    prices = ctx.cost.marginals(limited)
+    prices = ctx.cost_model.marginals(limited)
 
     def bent(mu: float) -> dict[str, np.ndarray]:
         logits = {
@@ -181,7 +181,7 @@ def tilted(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, np
     low, high = -STEEPEST * scale, STEEPEST * scale
     for _ in range(40):
         middle = (low + high) / 2
-        too_slow = float(ctx.cost.expected(bent(middle))) > ctx.target
+        too_slow = float(ctx.cost_model.expected(bent(middle))) > ctx.target
         low, high = (middle, high) if too_slow else (low, middle)
     return bent((low + high) / 2)
 
@@ -196,7 +196,10 @@ def _limited(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, 
     over lambda = (mu, nu), whose gradient is how far the expectations are from the aims.
     """
     assert ctx.limits is not None
-    sums = [(ctx.cost.priced, ctx.target), *(each.as_sum for each in ctx.limits.compiled)]
+    sums = [
+        (ctx.cost_model.additive_cost, ctx.target),
+        *(each.as_sum for each in ctx.limits.compiled),
+    ]
     sizes = [len(choice.options) for choice in ctx.space.choices]
     starts = np.cumsum([0, *sizes[:-1]])
     keys = [choice.key for choice in ctx.space.choices]
@@ -204,11 +207,13 @@ def _limited(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, 
     current = dict(policy)
     for _ in range(SLOPES):
         p_K = np.concatenate([current[key] for key in keys])
-        marginals = [priced.marginals(current) for priced, _ in sums]
+        marginals = [additive_cost.marginals(current) for additive_cost, _ in sums]
         prices_KM = np.stack(
             [np.concatenate([each[key] for key in keys]) for each in marginals], axis=1
         )
-        aims_M = np.array([most - float(priced.expected(current)) for priced, most in sums])
+        aims_M = np.array(
+            [most - float(additive_cost.expected(current)) for additive_cost, most in sums]
+        )
         sd_M = np.sqrt(_segments(p_K, prices_KM, starts)[1].diagonal())
         aims_M[1:] -= SPREAD * sd_M[1:]
         aims_M += p_K @ prices_KM

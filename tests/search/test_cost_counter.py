@@ -10,7 +10,7 @@ import torch
 
 from hwnas.core.arch import Picks
 from hwnas.core.spaces import nasbench201
-from hwnas.search.meter import CountedEvaluator, CountedWeights, Meter, SearchCost
+from hwnas.search.cost_counter import CostCounter, CountedEvaluator, CountedWeights, SearchCost
 from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Gates, Metrics, Probes
 from tests.search.staging import tiny_space
@@ -21,7 +21,7 @@ MACS_A, MACS_B = (SPACE.decode(picks).macs for picks in (A, B))
 
 
 class Asked:
-    """Weights, and what judges them, that write down what they are asked for."""
+    """Weights, and what evaluates them, that write down what they are asked for."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -56,32 +56,37 @@ class Asked:
 class Counted(CountedWeights):
     """A search whose weights have nothing to do, and what it has cost."""
 
-    def __init__(self, meter: Meter) -> None:
-        super().__init__(Asked(), meter)
+    def __init__(self, cost_counter: CostCounter) -> None:
+        super().__init__(Asked(), cost_counter)
 
     @property
     def cost(self) -> SearchCost:
-        return self.meter.cost
+        return self.cost_counter.cost
 
 
-def meter() -> Meter:
-    return Meter(SPACE, [SPACE], batch_size=30, judged_images=100)
+def cost_counter() -> CostCounter:
+    return CostCounter(SPACE, [SPACE], batch_size=30, evaluation_images=100)
 
 
 def counted() -> Counted:
-    return Counted(meter())
+    return Counted(cost_counter())
 
 
 def test_what_is_counted_is_asked_for_as_it_was() -> None:
     asked, gates = Asked(), one_hot(A, SPACE)
-    weights, evaluator = CountedWeights(asked, meter()), CountedEvaluator(asked, meter())
+    weights, evaluator = (
+        CountedWeights(asked, cost_counter()),
+        CountedEvaluator(asked, cost_counter()),
+    )
     assert weights.train([gates], split=True, teach=False, skip_dropout=0.5) == {"loss": 2.0}
     assert weights.qualities([gates], 4) == [0.25]
     assert weights.gate_gradients(gates, {}, 2, 0.25) == (3.0, {})
     weights.remember_teacher(B)
     weights.grow(0)
     assert evaluator.evaluate(A) == evaluator.evaluate(A) == 0.75
-    assert evaluator.meter.cost == SearchCost(macs=100 * MACS_A, training_images=0, judged=1)
+    assert evaluator.cost_counter.cost == SearchCost(
+        macs=100 * MACS_A, training_images=0, evaluated=1
+    )
     assert asked.calls == [
         ("train", [gates], True, False, 0.5),
         ("qualities", [gates], 4),
@@ -135,18 +140,18 @@ def test_a_mixture_costs_all_that_it_executes() -> None:
 
 
 def test_an_architecture_is_judged_once_until_the_weights_change() -> None:
-    found = meter()
+    found = cost_counter()
     for picks in (A, B, A):
-        found.judge(picks)
-    assert (found.cost.macs, found.cost.judged) == (100 * (MACS_A + MACS_B), 2)
-    found.judge(A, images=7)  # the last ranking, on other images
+        found.count_evaluation(picks)
+    assert (found.cost.macs, found.cost.evaluated) == (100 * (MACS_A + MACS_B), 2)
+    found.count_evaluation(A, images=7)  # the last ranking, on other images
     assert found.cost.macs == 107 * MACS_A + 100 * MACS_B
-    other = meter()
+    other = cost_counter()
     other.load_state_dict(found.state_dict())
     assert other.cost == found.cost
     Counted(found).train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
-    found.judge(A)
-    assert found.cost.judged == 4
+    found.count_evaluation(A)
+    assert found.cost.evaluated == 4
 
 
 def test_cells_of_the_same_blocks_are_judged_one_by_one() -> None:
@@ -157,16 +162,16 @@ def test_cells_of_the_same_blocks_are_judged_one_by_one() -> None:
     )
     one, other = (space.read(text) for text in texts)
     assert space.decode(one).blocks == space.decode(other).blocks
-    found = Meter(space, [space], batch_size=4, judged_images=10)
+    found = CostCounter(space, [space], batch_size=4, evaluation_images=10)
     for picks in (one, other, one):
-        found.judge(picks)
-    assert found.cost.judged == 2
+        found.count_evaluation(picks)
+    assert found.cost.evaluated == 2
 
 
 def test_a_super_net_that_grows_costs_what_it_is() -> None:
     large = SPACE.model_validate({**SPACE.model_dump(), "resolution": 2 * SPACE.resolution})
     found, macs = (
-        Counted(Meter(large, [SPACE, large], batch_size=30, judged_images=100)),
+        Counted(CostCounter(large, [SPACE, large], batch_size=30, evaluation_images=100)),
         large.decode(A).macs,
     )
     found.grow(0)

@@ -34,7 +34,7 @@ def depth_key(stage: int) -> str:
     return Address("depth", f"s{stage}").key
 
 
-class Stage(BaseModel):
+class SpaceStage(BaseModel):
     """Slots in a row that share an output width. The first slot changes width and stride.
 
     ``residual`` says which slots add their input to their output: all but the first
