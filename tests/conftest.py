@@ -53,8 +53,8 @@ rounds = 1
 """Latency is simulated, so the tolerance on it means nothing here; everything else is real."""
 
 
-def tiny_space(name: str = "tiny") -> MacroSpace:
-    """Three searched slots on 8-pixel grey images."""
+def digits_space(name: str = "tiny") -> MacroSpace:
+    """For scikit-learn's digits: three searched slots on 8-pixel grey images."""
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
         SpaceStage(widths=(8,), slots=(("cn_k3",),)),
@@ -70,7 +70,7 @@ def write_tiny(folder: Path, delay_ms: float = 0.0) -> Path:
     Returns the configuration's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_space().save(folder / "space.json")
+    digits_space().save(folder / "space.json")
     Device(
         id="simulated", soc="formula", connection="simulated", options={"delay_ms": str(delay_ms)}
     ).save(folder / "device.json")

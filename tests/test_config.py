@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hwnas.devices.device import known_devices
 from hwnas.errors import ConfigError
 from hwnas.experiments import experiment_space
 from hwnas.resources import resource_path
+from hwnas.runs import load_config, save_config
 from hwnas.search import STRATEGIES
 
 COCO = 'task = "detect"\n[data]\nname = "coco"\naugment = "ssd"\n'
@@ -333,3 +335,38 @@ def test_a_budget_of_another_kind_replaces_the_one_of_the_file(tmp_path: Path) -
     assert load_experiment(path, [other]).search.main_budget.most == 300_000
     same = "search.budget.max_macs=10000000"
     assert load_experiment(path, [same]).search.main_budget.most == 10_000_000
+
+
+def test_renamed_keys_are_read_and_reported(tmp_path: Path) -> None:
+    """In a file, by ``-s`` and in a run folder, for one release."""
+    path = tmp_path / "old.toml"
+    path.write_text("[search.optimizer]\nunused = 'move'\n[shrink]\njudged_samples = 7\n")
+    with pytest.warns(FutureWarning) as warned:
+        config = load_experiment(path, ["train.optimizer.unused=rest"])
+    assert config.search.optimizer.inactive_weights == "decay"
+    assert config.train.optimizer.inactive_weights == "frozen"
+    assert config.shrink.evaluated_samples == 7
+    assert [str(warning.message) for warning in warned] == [
+        f"{path}: search.optimizer.unused = 'move' is now search.optimizer.inactive_weights ="
+        " 'decay'; the old spelling is read until the next release.",
+        f"{path}: shrink.judged_samples = 7 is now shrink.evaluated_samples = 7; the old spelling"
+        " is read until the next release.",
+        "-s train.optimizer.unused=rest: train.optimizer.unused = 'rest' is now"
+        " train.optimizer.inactive_weights = 'frozen'; the old spelling is read until the next"
+        " release.",
+    ]
+
+    save_config(tmp_path, config)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["search"]["optimizer"]["unused"] = "move"
+    del content["search"]["optimizer"]["inactive_weights"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.warns(FutureWarning, match=r"search\.optimizer\.unused = 'move' is now"):
+        assert load_config(tmp_path) == config
+
+
+def test_what_stands_under_a_renamed_key_is_checked_like_any_other(tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match="inactive_weights = 'x'"):
+        load_experiment(None, ["search.optimizer.unused=x"])
+    with pytest.raises(ConfigError, match="optimizer"):
+        load_experiment(None, ["search.optimizer=3"])

@@ -120,7 +120,7 @@ def test_the_commands_of_the_readme_set_nothing_in_vain() -> None:
         ([*MACS, "profile.rounds=3"], "run", "profile.rounds = 3 does nothing: search.budget.kind = 'macs' is counted"),
         (MACS, "study shrink", "search.budget = .* does nothing: 'hwnas study shrink' does not read it"),
         (["shrink.drop=each", "shrink.dropped=3"], "study shrink", "shrink.dropped = 3 does nothing: shrink.drop = 'each'"),
-        (["shrink.evaluated_samples=3"], "study shrink", "shrink.evaluated_samples = 3 does nothing: no metric .* evaluates architectures on images"),
+        (["shrink.evaluated_samples=3"], "study shrink", "shrink.evaluated_samples = 3 does nothing: no metric .* evaluates architectures"),
         (["shrink.alpha_lr=0.1"], "study shrink", "shrink.alpha_lr = 0.1 does nothing: only the metric magnitude has it"),
         (["shrink.metrics=['random']", "shrink.epochs=3"], "study shrink", "shrink.epochs = 3.0 does nothing: no metric .* trains"),
         (["shrink.metrics=['random']", "shrink.base_epochs=3"], "study shrink", "does nothing: only the metric angle has it"),

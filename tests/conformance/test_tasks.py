@@ -19,7 +19,7 @@ from hwnas.data.images import Images, evaluation_batches, load_images
 from hwnas.nn.network import Network, network_of
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from hwnas.task import Evaluated, Evaluation, evaluate, task_named
+from hwnas.task import EvaluationResult, EvaluationSettings, evaluate, task_named
 from hwnas.tasks.classification import Classification
 from hwnas.tasks.detection import Detection
 from hwnas.testing import TaskConformance
@@ -156,12 +156,14 @@ def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Pa
 class Forgetful(Classification):
     """Its evaluation is its own, and does not say in which mode the network is."""
 
-    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
+    def evaluate(
+        self, network: Network, images: Images, how: EvaluationSettings
+    ) -> EvaluationResult:
         """Runs the network as it finds it."""
         x_NCHW, y = next(evaluation_batches(images, 64))
         with torch.no_grad():
             right = network(x_NCHW).argmax(1) == y
-        return Evaluated({"accuracy": float(right.float().mean())})
+        return EvaluationResult({"accuracy": float(right.float().mean())})
 
 
 def test_test_images_change_no_statistics_whatever_a_task_forgets() -> None:
@@ -169,7 +171,7 @@ def test_test_images_change_no_statistics_whatever_a_task_forgets() -> None:
     network = cases.network()
     other = cases.network()
     network.train()
-    evaluate(Forgetful(), network, cases.images(), Evaluation(64))
+    evaluate(Forgetful(), network, cases.images(), EvaluationSettings(64))
     state, untouched = network.state_dict(), other.state_dict()
     assert any("running_mean" in name for name in state)
     assert all(torch.equal(state[name], untouched[name]) for name in state)

@@ -14,7 +14,7 @@ import torch
 from hwnas.core.arch import Architecture
 from hwnas.data.images import Images, evaluation_order
 from hwnas.nn.network import Network
-from hwnas.task import Answers, Evaluated, Evaluation, FileAnswers, Metrics
+from hwnas.task import Answers, EvaluationResult, EvaluationSettings, FileAnswers, Metrics
 from hwnas.tasks.classification import Classification
 
 
@@ -61,12 +61,14 @@ class TopTwo(Classification):
     )
     curve: ClassVar[Mapping[str, str]] = {"test_top2": "top2"}
 
-    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
+    def evaluate(
+        self, network: Network, images: Images, how: EvaluationSettings
+    ) -> EvaluationResult:
         """As a file is."""
         found: Metrics = dict(
             self.torch_answers(network, images, how.workers).metrics(images, how.limit)
         )
-        return Evaluated(found)
+        return EvaluationResult(found)
 
     def guess(self, images: Images) -> float | None:
         """The share of the two most frequent labels."""

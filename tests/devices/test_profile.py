@@ -30,7 +30,8 @@ DEVICE = Device(id="simulated", soc="none", connection="simulated")
 CONFIG = ProfileConfig(rounds=3, max_rounds=7)
 
 
-def tiny_space() -> MacroSpace:
+def small_space() -> MacroSpace:
+    """Few ops, so that a profile takes seconds: it has a searched width and a skip."""
     options = ("ir_k3_e3", "ir_k5_e6", "skip")
     stages = (
         SpaceStage(widths=(8, 16), slots=(("cn_k3",),)),
@@ -61,7 +62,7 @@ def profiled(
         folder,
         progress or Progress(),
     )
-    return profile(bench, space or tiny_space(), config)
+    return profile(bench, space or small_space(), config)
 
 
 def test_the_table_is_the_formula(tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_settings_reach_the_runner(tmp_path: Path) -> None:
         ProfileConfig(rounds=2, max_rounds=2, min_ms=7.0, min_runs=9),
         settings=settings,
     )
-    names = [op.key for op in tiny_space().ops] + [f"net-{i}" for i in range(20)]
+    names = [op.key for op in small_space().ops] + [f"net-{i}" for i in range(20)]
     assert len(plans) == 2
     orders = [[item["id"] for item in plan["items"]] for plan in plans]
     for number, plan in enumerate(plans):
@@ -214,14 +215,14 @@ def test_interrupted_and_resumed(rows: int, tmp_path: Path) -> None:
         for row in JsonLines(tmp_path / "killed/samples.jsonl").read()
         if "id" in row
     ]
-    assert len(measured) == len(set(measured)) == 3 * (len(tiny_space().ops) + 20)
+    assert len(measured) == len(set(measured)) == 3 * (len(small_space().ops) + 20)
 
 
 def test_interrupted_again_and_again_among_noisy_entries(tmp_path: Path) -> None:
     """Killed within the additional rounds too: which entries count as noisy must not
     depend on how far a round had come.
     """
-    keys = [op.key for op in tiny_space().ops]
+    keys = [op.key for op in small_space().ops]
 
     class VeryNoisy(Simulated):
         """Every item jumps about, by a factor that depends on item and round only."""
@@ -282,7 +283,7 @@ class Listening(Progress):
 
 
 def test_noisy_entries_are_measured_again_then_flagged(tmp_path: Path) -> None:
-    victim = tiny_space().ops[2].key
+    victim = small_space().ops[2].key
     connection, progress = Noisy(DEVICE, victim), Listening()
     table = profiled(tmp_path, connection, progress=progress)
     assert sorted(connection.asked[victim]) == list(range(7))
@@ -296,12 +297,12 @@ def test_noisy_entries_are_measured_again_then_flagged(tmp_path: Path) -> None:
     assert [key for key, entry in table.entries.items() if entry.noisy] == [victim]
     assert len(progress.warnings) == 1
     assert victim in progress.warnings[0]
-    assert progress.advanced["measuring"] == 3 * (len(tiny_space().ops) + 20)
+    assert progress.advanced["measuring"] == 3 * (len(small_space().ops) + 20)
 
 
 def test_an_entry_that_calms_down_is_not_flagged(tmp_path: Path) -> None:
     """Its additional rounds outvote the bad ones, and no more than needed are taken."""
-    victim = tiny_space().ops[2]
+    victim = small_space().ops[2]
     connection, progress = Noisy(DEVICE, victim.key, rounds=3), Listening()
     table = profiled(tmp_path, connection, ProfileConfig(rounds=3, max_rounds=20), progress)
     assert 3 < len(connection.asked[victim.key]) < 20
@@ -317,7 +318,7 @@ def test_spread_by_hand() -> None:
 
 
 def test_a_failing_item_is_named(tmp_path: Path) -> None:
-    victim = tiny_space().ops[3].key
+    victim = small_space().ops[3].key
 
     class Failing(Simulated):
         def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
@@ -337,7 +338,7 @@ def test_a_failing_item_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "space", [mobile32(), proxylessnas(), tiny_space()], ids=lambda space: space.name
+    "space", [mobile32(), proxylessnas(), small_space()], ids=lambda space: space.name
 )
 def test_networks_are_spread_over_the_range(space: MacroSpace) -> None:
     """Nearest neighbours to 20 evenly spaced sizes, where uniform picks would crowd
@@ -458,7 +459,7 @@ def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_built(
         DeviceError, match=r"simulated does not run litert \(it has onnxruntime 1.20\)"
     ):
         profile(
-            Bench(DEVICE, Lacking(DEVICE), DeviceConfig(), build, tmp_path), tiny_space(), CONFIG
+            Bench(DEVICE, Lacking(DEVICE), DeviceConfig(), build, tmp_path), small_space(), CONFIG
         )
 
 

@@ -27,10 +27,10 @@ from hwnas.devices.simulated import Simulated, simulated_ms
 from hwnas.errors import DeviceError
 from hwnas.runs import JsonLines
 from hwnas.testing import synthetic_table
-from tests.conftest import tiny_space
+from tests.conftest import digits_space
 
 DEVICE = Device(id="simulated", soc="none", connection="simulated")
-OPS = tiny_space().ops[:3]
+OPS = digits_space().ops[:3]
 
 
 class Loud(Simulated):
@@ -129,7 +129,7 @@ def test_drift_is_the_time_of_all_blocks_now(tmp_path: Path) -> None:
         op.key: Entry(ms=found.ms(op.key) / factor)
         for op, factor in zip(OPS, (1.5, 1.5, 3), strict=True)
     }
-    table = synthetic_table(tiny_space()).model_copy(update={"entries": entries})
+    table = synthetic_table(digits_space()).model_copy(update={"entries": entries})
     assert found.drift(OPS[:2], table) == pytest.approx(1.5)
     a, b = found.ms(OPS[0].key), found.ms(OPS[2].key)
     assert found.drift((OPS[0], OPS[0], OPS[2]), table) == pytest.approx(

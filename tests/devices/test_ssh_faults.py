@@ -27,7 +27,7 @@ from hwnas.errors import ConfigError, DeviceError
 from hwnas.export.timing import timing_file
 from hwnas.profile.stage import profile
 from hwnas.runs import JsonLines
-from tests.conftest import tiny_space
+from tests.conftest import digits_space
 from tests.devices.sshd import OPS, Server, endless, plan
 
 
@@ -78,7 +78,7 @@ def test_a_lost_connection_loses_no_row(board: Ssh, server: Server, tmp_path: Pa
     only what is missing.
     """
     space, config = (
-        tiny_space(),
+        digits_space(),
         ProfileConfig(
             rounds=1, max_rounds=1, fit_networks=2, test_networks=2, min_ms=0.1, min_runs=2
         ),

@@ -4,6 +4,7 @@ nothing is missed that a study does not make.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def make_study(**changes: Any) -> CompareStudy:
         random=RandomSearch(trainings=1, rank=200.5, accuracy=0.91, ranks=(40, 100, 200, 300, 360)),
     )  # fmt: skip
     return study.model_copy(update=changes)
+
+
+def test_a_study_of_version_1_is_read() -> None:
+    study = make_study()
+    content = json.loads(study.to_json())
+    content["schema"], content["duels"] = "hwnas.compare-study/1", content.pop("pairwise")
+    for one in content["methods"]:
+        one["beats_one"], one["beats_equal"] = (
+            one.pop("p_better_than_one"),
+            one.pop("p_better_than_random"),
+        )
+        for outcome in one["found"]:
+            outcome["cost"]["judged"] = outcome["cost"].pop("evaluated")
+    assert CompareStudy.parse(json.dumps(content)) == study
 
 
 def written(root: Path, study: CompareStudy) -> str:

@@ -27,7 +27,10 @@ DATA = {
 OPTIMIZER = {"name": "sgd", "lr": 2.0, "options": {}}
 
 
-def tiny_space(width: int = 16) -> MacroSpace:
+def elastic_digits_space(width: int = 16) -> MacroSpace:
+    """For scikit-learn's digits, with searched widths at both ends and two slots that may
+    be skipped.
+    """
     first = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
         SpaceStage(widths=(8, 16), slots=(("cn_k3",),)),
@@ -57,7 +60,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     stage.run(
         StageContext(config, folder.parent, folder, progress or Progress()),
-        space or tiny_space(),
+        space or elastic_digits_space(),
         table,
     )
 

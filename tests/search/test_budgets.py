@@ -22,7 +22,7 @@ from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 from hwnas.search.result import SearchResult
-from tests.search.staging import Saying, experiment, run, tiny_space
+from tests.search.staging import Saying, elastic_digits_space, experiment, run
 
 SHORT: dict[str, Any] = {"epochs": 0.5, "candidates": 2, "tolerance": 0.05}
 COUNTS = {
@@ -33,7 +33,7 @@ COUNTS = {
 
 
 def cost_of(kind: str) -> CostModel:
-    space = tiny_space()
+    space = elastic_digits_space()
     made = {
         "macs": CostModel.of_macs,
         "params": CostModel.of_params,
@@ -44,7 +44,7 @@ def cost_of(kind: str) -> CostModel:
 
 @pytest.mark.parametrize("kind", COUNTS)
 def test_what_is_counted_is_that_of_the_network(kind: str) -> None:
-    space, cost, rng = tiny_space(), cost_of(kind), np.random.default_rng(0)
+    space, cost, rng = elastic_digits_space(), cost_of(kind), np.random.default_rng(0)
     picks = [space.sample(rng) for _ in range(20)]
     values = [COUNTS[kind](space.decode(each)) for each in picks]
     assert [cost.cost(each) for each in picks] == values
@@ -55,7 +55,7 @@ def test_what_is_counted_is_that_of_the_network(kind: str) -> None:
 
 
 def test_the_ends_of_a_range_are_counts_of_networks() -> None:
-    space, cost = tiny_space(), cost_of("macs")
+    space, cost = elastic_digits_space(), cost_of("macs")
     smallest = {choice.key: choice.options[0] for choice in space.choices} | {
         "s1.b1": "skip",
         "s1.b2": "skip",
@@ -182,7 +182,7 @@ def test_a_budget_in_macs_needs_no_profile(tmp_path: Path) -> None:
     """The number of the budget is the target, no stage asks for a table, and the report
     says the unit.
     """
-    space, said = tiny_space(), Saying()
+    space, said = elastic_digits_space(), Saying()
     space.save(tmp_path / "space.json")
     macs = round(sum(cost_of("macs").range()) / 2)
     config = experiment(budget=MacsLimit(kind="macs", max_macs=macs), target_range=None, **SHORT)
@@ -206,7 +206,7 @@ def test_a_budget_in_macs_needs_no_profile(tmp_path: Path) -> None:
 
 
 def test_a_budget_without_its_number_is_asked_for(tmp_path: Path) -> None:
-    tiny_space().save(tmp_path / "space.json")
+    elastic_digits_space().save(tmp_path / "space.json")
     config = experiment(budget={"kind": "macs"}, target_range=None)
     config = config.model_copy(
         update={"space": config.space.model_copy(update={"name": str(tmp_path / "space.json")})}

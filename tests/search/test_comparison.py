@@ -25,7 +25,7 @@ from hwnas.search.strategy import SearchContext
 from hwnas.search.supernets import cost_counter_of
 from hwnas.tasks.classification import ClassificationQuality
 from hwnas.testing import synthetic_table
-from tests.search.staging import Saying, experiment, run, tiny_space
+from tests.search.staging import Saying, elastic_digits_space, experiment, run
 from tests.search.test_evaluator import supernet_of
 
 torch.set_num_threads(1)
@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def table() -> LatencyTable:
-    return synthetic_table(tiny_space())
+    return synthetic_table(elastic_digits_space())
 
 
 def after(
@@ -42,8 +42,8 @@ def after(
     """A search that has cost so many multiply-accumulates."""
     config = experiment(**settings)
     search, evaluator = (
-        search_context(config, tiny_space(), table),
-        SupernetEvaluator(supernet_of(tiny_space()), config),
+        search_context(config, elastic_digits_space(), table),
+        SupernetEvaluator(supernet_of(elastic_digits_space()), config),
     )
     search.cost_counter = cost_counter_of(config.search, evaluator.supernet)
     search.cost_counter.load_state_dict({**search.cost_counter.state_dict(), "macs": macs})
@@ -141,8 +141,8 @@ def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywh
 
 
 def test_held_out_images_are_read_once_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluator = SupernetEvaluator(supernet_of(tiny_space()), experiment())
-    picks = tiny_space().at([0] * len(tiny_space().choices))
+    evaluator = SupernetEvaluator(supernet_of(elastic_digits_space()), experiment())
+    picks = elastic_digits_space().at([0] * len(elastic_digits_space().choices))
     reads = 0
     kind = type(evaluator.held_out)
     original = kind.__getitems__

@@ -13,9 +13,9 @@ from hwnas.core.spaces import nasbench201
 from hwnas.search.cost_counter import CostCounter, CountedEvaluator, CountedWeights, SearchCost
 from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Gates, Metrics, Probes
-from tests.search.staging import tiny_space
+from tests.search.staging import elastic_digits_space
 
-SPACE = tiny_space()
+SPACE = elastic_digits_space()
 A, B = (SPACE.sample(np.random.default_rng(seed)) for seed in (0, 1))
 MACS_A, MACS_B = (SPACE.decode(picks).macs for picks in (A, B))
 
@@ -147,6 +147,10 @@ def test_an_architecture_is_judged_once_until_the_weights_change() -> None:
     found.count_evaluation(A, images=7)  # the last ranking, on other images
     assert found.cost.macs == 107 * MACS_A + 100 * MACS_B
     other = cost_counter()
+    state = found.state_dict()
+    state["judged"] = state.pop("evaluated")  # as in checkpoints of before
+    other.load_state_dict(state)
+    assert other.cost == found.cost
     other.load_state_dict(found.state_dict())
     assert other.cost == found.cost
     Counted(found).train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)

@@ -23,7 +23,7 @@ from hwnas.testing import synthetic_table
 from hwnas.train.result import TrainResult
 from hwnas.verdict import Verdict
 from tests.conftest import write_tiny
-from tests.search.staging import OPTIONS, Saying, experiment, run, tiny_space
+from tests.search.staging import OPTIONS, Saying, elastic_digits_space, experiment, run
 
 torch.set_num_threads(1)
 
@@ -71,7 +71,7 @@ def test_a_search_on_shuffled_labels_says_that_it_learned_nothing(
         random_samples=1,
         recalibration_images=64,
     )
-    run(tmp_path / "search", config, synthetic_table(tiny_space()), progress)
+    run(tmp_path / "search", config, synthetic_table(elastic_digits_space()), progress)
     learning = SearchResult.load(tmp_path / "search/search.json").learning
     assert learning is not None and learning.learned is False
     assert learning.weights is not None and not learning.weights.learned
@@ -92,7 +92,7 @@ def test_a_search_that_learns_says_so(tmp_path: Path) -> None:
     run(
         tmp_path / "search",
         experiment("random", epochs=3.0),
-        synthetic_table(tiny_space()),
+        synthetic_table(elastic_digits_space()),
         progress,
     )
     learning = SearchResult.load(tmp_path / "search/search.json").learning
@@ -109,7 +109,7 @@ def test_a_search_that_learns_says_so(tmp_path: Path) -> None:
 def test_a_policy_that_learns_is_told_from_one_that_does_not(tmp_path: Path) -> None:
     """TuNAS with a rate at which it moves; rewards rise as the weights train."""
     config = experiment(strategy={"name": "tunas", "rl_lr": 0.05}, epochs=4.0, random_samples=0)
-    run(tmp_path / "search", config, synthetic_table(tiny_space()))
+    run(tmp_path / "search", config, synthetic_table(elastic_digits_space()))
     learning = SearchResult.load(tmp_path / "search/search.json").learning
     assert learning is not None and learning.policy is not None and learning.policy.rise is not None
     rewards = [

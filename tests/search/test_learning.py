@@ -16,6 +16,7 @@ from scipy import stats
 from hwnas.config import Experiment
 from hwnas.core.metric import ACCURACY, AP, OF_LOSS
 from hwnas.core.objective import AbsoluteObjective
+from hwnas.search.cost_counter import SearchCost
 from hwnas.search.learning import Course, Learning, Ranking, Rows, learning_of
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.tasks.classification import ClassificationQuality
@@ -434,7 +435,7 @@ def test_results_of_earlier_versions_are_read() -> None:
     content = {
         names.get(name, name): value
         for name, value in content.items()
-        if name not in ("metric", "learning", "unit")
+        if name not in ("metric", "learning", "unit", "random_anywhere")
     }
     content |= {
         "schema": "hwnas.search/1",
@@ -461,7 +462,10 @@ def test_results_of_earlier_versions_are_read() -> None:
         SearchResult.parse(json.dumps(second | {"candidates": [newer], "random": [newer, newer]}))
         == found
     )
-    assert (
-        json.loads(found.to_json())["schema"] == "hwnas.search/3"
-        and SearchResult.parse(found.to_json()) == found
-    )
+    counted = SearchCost(macs=7, training_images=6, evaluated=5)
+    found = found.model_copy(update={"cost": counted, "random_anywhere": found.random})
+    third = json.loads(found.to_json())
+    assert third["schema"] == "hwnas.search/4" and SearchResult.parse(found.to_json()) == found
+    third["schema"], third["spread"] = "hwnas.search/3", third.pop("random_anywhere")
+    third["cost"]["judged"] = third["cost"].pop("evaluated")
+    assert SearchResult.parse(json.dumps(third)) == found

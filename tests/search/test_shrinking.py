@@ -32,7 +32,7 @@ from hwnas.search.shrinking import (
     shrinkable,
 )
 from tests.nn.nets import angle, random_picks, widths_space
-from tests.search.staging import tiny_space
+from tests.search.staging import elastic_digits_space
 
 
 def two_layers() -> MacroSpace:
@@ -70,7 +70,7 @@ def test_the_angle_of_two_layers_by_hand() -> None:
 def test_kept_moments_give_the_angle_of_the_extracted_networks() -> None:
     for space, config in (
         (widths_space(), {"sharing": "collapsed"}),
-        (tiny_space(), {"sharing": "separate", "operation_on": "op"}),
+        (elastic_digits_space(), {"sharing": "separate", "operation_on": "op"}),
     ):
         initial, trained = (
             MacroSupernet(space, torch.Generator().manual_seed(seed), SupernetConfig(**config))
@@ -87,7 +87,7 @@ def test_an_angle_without_weights_is_no_number() -> None:
     assert arc(moments([(torch.ones(2), -torch.ones(2))])) == pytest.approx(math.pi)
 
 
-SPACE = tiny_space().restrict(
+SPACE = elastic_digits_space().restrict(
     {
         "s1.b0": ["ir_k3_e3"],
         "s1.b1": ["ir_k3_e3", "ir_k5_e3", "skip"],

@@ -37,9 +37,9 @@ from tests.search.staging import (
     OPTIONS,
     Killed,
     Killing,
+    elastic_digits_space,
     experiment,
     run,
-    tiny_space,
 )
 
 torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
         lambda ops, runtime, dtype: Path("unread"),
         folder,
     )
-    return profile(bench, tiny_space(), config)
+    return profile(bench, elastic_digits_space(), config)
 
 
 def test_every_strategy_is_tested_here() -> None:
@@ -72,7 +72,7 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     # the second order costs 2.5 times as much
     options = {**OPTIONS[strategy], **({"order": 1} if strategy == "darts" else {})}
     run(tmp_path / "search", experiment(strategy={"name": strategy, **options}, epochs=4.0), table)
-    space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
+    space, cost = elastic_digits_space(), CostModel.of_table(elastic_digits_space(), table)
     result = SearchResult.load(tmp_path / "search/search.json")
     low, high = cost.range()
     assert result.target == pytest.approx((low + high) / 2)
@@ -179,7 +179,7 @@ def test_random_architectures_cover_the_tolerance_band(table: LatencyTable) -> N
     from hwnas.core.objective import AbsoluteObjective
     from hwnas.search.strategy import SearchContext
 
-    space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
+    space, cost = elastic_digits_space(), CostModel.of_table(elastic_digits_space(), table)
     low, high = cost.range()
     for part in (0.02, 0.5, 0.97):
         target = low + part * (high - low)
@@ -263,7 +263,7 @@ def test_a_trained_super_net_serves_another_budget(
         abs(candidate.predicted / second.target - 1) <= 0.02 for candidate in second.candidates
     )
     assert not (tmp_path / "second/search/metrics.jsonl").exists()
-    supernet = load_supernet(tmp_path / "first/search" / SUPERNET_FILE, tiny_space())
+    supernet = load_supernet(tmp_path / "first/search" / SUPERNET_FILE, elastic_digits_space())
     inherited = load_network(tmp_path / "second/search/supernet.safetensors")
     extracted = supernet.extract(second.candidates[0].picks)
     assert all(
@@ -278,7 +278,7 @@ def test_limits_beside_the_target(table: LatencyTable, tmp_path: Path) -> None:
     """
     board = table.model_copy(update={"header": table.header.model_copy(update={"device": "board"})})
     board.save(tmp_path / "board.json")
-    space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
+    space, cost = elastic_digits_space(), CostModel.of_table(elastic_digits_space(), table)
     low, high = cost.range()
     macs = sorted(space.decode(space.sample(np.random.default_rng(i))).macs for i in range(200))
     limits = [
@@ -359,7 +359,7 @@ def test_a_policy_that_has_moved_is_not(table: LatencyTable, tmp_path: Path) -> 
 
 def elastic_space() -> MacroSpace:
     return MacroSpace.model_validate(
-        {**tiny_space().model_dump(), "resolution": 16, "resolutions": [8, 16]}
+        {**elastic_digits_space().model_dump(), "resolution": 16, "resolutions": [8, 16]}
     )
 
 

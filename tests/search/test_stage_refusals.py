@@ -24,19 +24,19 @@ from hwnas.errors import (
     TargetError,
 )
 from hwnas.testing import synthetic_table
-from tests.search.staging import OPTIONS, experiment, run, tiny_space
+from tests.search.staging import OPTIONS, elastic_digits_space, experiment, run
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def table() -> LatencyTable:
-    return synthetic_table(tiny_space())
+    return synthetic_table(elastic_digits_space())
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_unreachable_target(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
-    low, high = CostModel.of_table(tiny_space(), table).range()
+    low, high = CostModel.of_table(elastic_digits_space(), table).range()
     for target in (0.9 * low, 1.1 * high):
         with pytest.raises(TargetError) as caught:
             run(
@@ -65,7 +65,7 @@ def test_no_architecture_within_the_tolerance(
 
 
 def test_table_of_another_space(table: LatencyTable, tmp_path: Path) -> None:
-    other = tiny_space(width=24)
+    other = elastic_digits_space(width=24)
     with pytest.raises(CoverageError) as caught:
         run(tmp_path / "search", experiment(), table, space=other)
     missing = [op.key for op in other.ops if op.key not in table.entries]
@@ -78,7 +78,7 @@ def test_uncalibrated_table_is_refused(table: LatencyTable, tmp_path: Path) -> N
     uncalibrated = table.model_copy(update={"calibration": None})
     with pytest.raises(TableError, match="allow_uncalibrated"):
         run(tmp_path / "search", experiment(), uncalibrated)
-    CostModel.of_table(tiny_space(), uncalibrated, allow_uncalibrated=True)
+    CostModel.of_table(elastic_digits_space(), uncalibrated, allow_uncalibrated=True)
 
 
 def test_unknown_strategy_and_option(table: LatencyTable, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_unknown_strategy_and_option(table: LatencyTable, tmp_path: Path) -> Non
 
 def test_a_trained_super_net_of_another_space_or_none(table: LatencyTable, tmp_path: Path) -> None:
     run(tmp_path / "first/search", experiment("random"), table)
-    other = tiny_space().restrict({"s1.b1": ["ir_k3_e3", "skip"]})
+    other = elastic_digits_space().restrict({"s1.b1": ["ir_k3_e3", "skip"]})
     with pytest.raises(ConfigError, match=r"is of space tiny .* not of tiny"):
         run(
             tmp_path / "second/search",
@@ -104,7 +104,7 @@ def test_a_trained_super_net_of_another_space_or_none(table: LatencyTable, tmp_p
 
 def test_a_table_that_lacks_the_ops_of_a_wider_space(table: LatencyTable, tmp_path: Path) -> None:
     """Per strategy the same sentence, before anything is trained."""
-    wider = tiny_space().scaled(2.0)
+    wider = elastic_digits_space().scaled(2.0)
     for strategy in OPTIONS:
         with pytest.raises(CoverageError, match=r"lacks \d+ of the \d+ ops of space"):
             run(tmp_path / "search", experiment(strategy), table, space=wider)
@@ -114,7 +114,7 @@ def test_a_table_that_lacks_the_ops_of_a_wider_space(table: LatencyTable, tmp_pa
 def test_strategies_that_mix_refuse_open_resolutions(
     strategy: str, table: LatencyTable, tmp_path: Path
 ) -> None:
-    content = {**tiny_space().model_dump(), "resolutions": [8, 4]}
+    content = {**elastic_digits_space().model_dump(), "resolutions": [8, 4]}
     elastic = MacroSpace.model_validate(content)
     with pytest.raises(SpaceError, match="resolution"):
         run(tmp_path / "search", experiment(strategy), synthetic_table(elastic), space=elastic)
@@ -261,7 +261,7 @@ def test_limits_that_cannot_be_met_together(table: LatencyTable, tmp_path: Path)
     """Each alone is within reach, but the fastest network is the smallest: a slow
     target and few operations exclude each other.
     """
-    space, cost = tiny_space(), CostModel.of_table(tiny_space(), table)
+    space, cost = elastic_digits_space(), CostModel.of_table(elastic_digits_space(), table)
     grid = np.stack(
         np.meshgrid(*(np.arange(len(choice.options)) for choice in space.choices), indexing="ij"),
         -1,

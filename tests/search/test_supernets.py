@@ -16,7 +16,7 @@ from hwnas.nn.supernet import MacroSupernet
 from hwnas.search.skips import usual_skips
 from hwnas.search.stage import search_strategy
 from hwnas.search.supernets import supernet_of
-from tests.search.staging import experiment, tiny_space
+from tests.search.staging import elastic_digits_space, experiment
 
 CELLS = darts(channels=4, layers=5, resolution=8)
 
@@ -24,16 +24,22 @@ CELLS = darts(channels=4, layers=5, resolution=8)
 @pytest.mark.parametrize(
     ("name", "space", "kind", "settings", "shared"),
     [
-        ("spos", tiny_space(), MacroSupernet, {}, ("separate", "own")),
-        ("progressive_shrinking", tiny_space(), MacroSupernet, {}, ("collapsed", "ofa_transform")),
+        ("spos", elastic_digits_space(), MacroSupernet, {}, ("separate", "own")),
         (
             "progressive_shrinking",
-            tiny_space(),
+            elastic_digits_space(),
+            MacroSupernet,
+            {},
+            ("collapsed", "ofa_transform"),
+        ),
+        (
+            "progressive_shrinking",
+            elastic_digits_space(),
             MacroSupernet,
             {"kernels": "ofa"},
             ("collapsed", "ofa"),
         ),
-        ("pdarts", tiny_space(), MacroSupernet, {}, ("separate", "own")),
+        ("pdarts", elastic_digits_space(), MacroSupernet, {}, ("separate", "own")),
         ("darts", CELLS, CellSupernet, {}, ("auto", "auto")),
         ("darts", CELLS, CellSupernet, {"sharing": "separate"}, ("separate", "auto")),
         ("pdarts", CELLS, GrowingSupernet, {}, ("auto", "auto")),
@@ -52,13 +58,13 @@ def test_a_super_net_is_of_the_spaces_kind_and_shares_as_the_method_does(
 def test_cells_grow_and_blocks_do_not() -> None:
     config = experiment("pdarts", strategy={"name": "pdarts", "cells": [1, 1, 2]})
     strategy = search_strategy(config.search)
-    assert (strategy.growth(CELLS), strategy.growth(tiny_space())) == ((1, 1, 2), ())
+    assert (strategy.growth(CELLS), strategy.growth(elastic_digits_space())) == ((1, 1, 2), ())
     assert len(supernet_of(config, CELLS, strategy).proxies) == 3
-    assert len(supernet_of(config, tiny_space(), strategy).proxies) == 1
+    assert len(supernet_of(config, elastic_digits_space(), strategy).proxies) == 1
 
 
 def test_networks_of_their_own_are_a_portfolio() -> None:
-    config, space = experiment("random_standalone"), tiny_space()
+    config, space = experiment("random_standalone"), elastic_digits_space()
     strategy = search_strategy(config.search)
     strategy.alone = [{choice.key: choice.options[0] for choice in space.choices}]
     found = supernet_of(config, space, strategy)
@@ -69,5 +75,5 @@ def test_how_many_skips_are_usual() -> None:
     """Two of a normal cell as published; of blocks a quarter, rounded up, of the slots
     that offer one.
     """
-    offering = sum("skip" in choice.options for choice in tiny_space().choices)
-    assert (usual_skips(CELLS), usual_skips(tiny_space())) == (2, -(-offering // 4))
+    offering = sum("skip" in choice.options for choice in elastic_digits_space().choices)
+    assert (usual_skips(CELLS), usual_skips(elastic_digits_space())) == (2, -(-offering // 4))

@@ -26,7 +26,7 @@ from hwnas.nn.unrolled import unrolled_gate_gradients
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.proposal import one_hot
 from hwnas.search.weights import Batches, SupernetWeights
-from tests.conftest import tiny_space
+from tests.conftest import digits_space
 
 torch.set_num_threads(1)
 
@@ -42,7 +42,7 @@ def weights_of(folder: Path, optimizer: str = "momentum", **settings: Any) -> Su
         search=SearchConfig(batch_size=BATCH, recalibration_images=64, evaluation_images=100),
     )
     supernet = MacroSupernet(
-        tiny_space(),
+        digits_space(),
         torch.Generator().manual_seed(0),
         SupernetConfig(**({"sharing": "separate"} | settings)),
     )
@@ -63,18 +63,18 @@ def weights_of(folder: Path, optimizer: str = "momentum", **settings: Any) -> Su
 
 def sampled(count: int, seed: int = 0) -> list[Picks]:
     rng = np.random.default_rng(seed)
-    return [tiny_space().sample(rng) for _ in range(count)]
+    return [digits_space().sample(rng) for _ in range(count)]
 
 
 def gates_of(picks: list[Picks]) -> list[dict[str, np.ndarray]]:
-    return [one_hot(each, tiny_space()) for each in picks]
+    return [one_hot(each, digits_space()) for each in picks]
 
 
 def mixed() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
     return {
         choice.key: rng.dirichlet(np.full(len(choice.options), 2.0))
-        for choice in tiny_space().choices
+        for choice in digits_space().choices
     }
 
 
@@ -238,7 +238,7 @@ def test_qualities_are_scored_in_eval_mode(tmp_path: Path) -> None:
         state = copy.deepcopy(weights.supernet.state_dict())
         x_NCHW, y = weights.batches.held_out(19, 1)
         # narrower than the super-net
-        gates = gates_of([tiny_space().at([0] * len(tiny_space().choices))])
+        gates = gates_of([digits_space().at([0] * len(digits_space().choices))])
         with torch.no_grad():
             expected = (
                 (copy.deepcopy(weights.supernet).eval()(x_NCHW, gates[0]).argmax(1) == y)

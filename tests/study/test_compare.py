@@ -26,9 +26,16 @@ from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.studies import study_compare
 from hwnas.study.compare import QUANTILES, arena, chosen_by_random, random_search, searching
 from hwnas.study.documents import CompareStudy
-from tests.search.staging import EVOLUTION, Killed, Killing, Saying, experiment, tiny_space
+from tests.search.staging import (
+    EVOLUTION,
+    Killed,
+    Killing,
+    Saying,
+    elastic_digits_space,
+    experiment,
+)
 
-SPACE = tiny_space()
+SPACE = elastic_digits_space()
 MAX_MACS = 200_000
 METHODS = [
     {"strategy": {"name": "spos", **EVOLUTION}},

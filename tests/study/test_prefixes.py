@@ -20,11 +20,11 @@ from hwnas.nn.supernet import Supernet, make_supernet
 from hwnas.search.proposal import one_hot
 from hwnas.study import prefixes as module
 from hwnas.study.prefixes import PART_OF_MEMORY, Maps, Prefixes, memory_for_maps
-from tests.search.staging import tiny_space
+from tests.search.staging import elastic_digits_space
 
 torch.set_num_threads(1)
 SPACES = {
-    "chain": tiny_space(),
+    "chain": elastic_digits_space(),
     "cells": nasbench201(cells=(1, 1, 1), channels=4, resolution=8, classes=10),
 }
 

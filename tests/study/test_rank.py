@@ -29,9 +29,9 @@ from hwnas.study.documents import Estimate, RankStudy
 from hwnas.study.rank import METRICS, estimates
 from hwnas.study.scores import Scorer
 from hwnas.study.truth import read_truth
-from tests.search.staging import Killed, Killing, Saying, experiment, tiny_space
+from tests.search.staging import Killed, Killing, Saying, elastic_digits_space, experiment
 
-SPACE = tiny_space()
+SPACE = elastic_digits_space()
 SCORES = ("accuracy", "loss", "angle", "macs")
 
 

@@ -16,9 +16,9 @@ from hwnas.nn.supernet import MacroSupernet
 from hwnas.search.angle import initial_supernet
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.study.scores import Scorer, synflow
-from tests.search.staging import experiment, tiny_space
+from tests.search.staging import elastic_digits_space, experiment
 
-SPACE = tiny_space()
+SPACE = elastic_digits_space()
 PICKS = [SPACE.sample(np.random.default_rng(seed)) for seed in range(4)]
 SMALLEST = {
     choice.key: choice.options[-1] if "skip" in choice.options else choice.options[0]

@@ -27,9 +27,17 @@ from hwnas.studies import study_shrink
 from hwnas.study import shrink, supernets
 from hwnas.study.documents import ShrinkPath, ShrinkStep, ShrinkStudy
 from hwnas.testing import synthetic_table
-from tests.search.staging import OPTIONS, Killed, Killing, Saying, experiment, run, tiny_space
+from tests.search.staging import (
+    OPTIONS,
+    Killed,
+    Killing,
+    Saying,
+    elastic_digits_space,
+    experiment,
+    run,
+)
 
-SPACE = tiny_space()
+SPACE = elastic_digits_space()
 METRICS = ("angle", "accuracy", "magnitude", "random")
 
 

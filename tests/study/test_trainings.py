@@ -23,9 +23,9 @@ from hwnas.progress import Progress
 from hwnas.study import trainings
 from hwnas.study.trainings import Training
 from hwnas.testing import synthetic_table
-from tests.search.staging import EVOLUTION, Saying, experiment, tiny_space
+from tests.search.staging import EVOLUTION, Saying, elastic_digits_space, experiment
 
-SPACE = tiny_space()
+SPACE = elastic_digits_space()
 TABLE = synthetic_table(SPACE)
 SEARCH = experiment(
     "spos", strategy={"name": "spos", **EVOLUTION}, epochs=0.5, evaluation_images=64, tolerance=0.3

@@ -22,10 +22,10 @@ from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.spaces import load_space, ofa_mobilenet_v3, proxylessnas
 from hwnas.errors import DocumentError, TableError
 from hwnas.tables.networks import fit_from_csv, read_networks
-from tests.conftest import tiny_space
+from tests.conftest import digits_space
 
 FAST = settings(deadline=None, derandomize=True, max_examples=30)
-TINY = tiny_space()
+TINY = digits_space()
 
 
 def written(folder: Path, text: str) -> Path:

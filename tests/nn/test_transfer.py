@@ -24,7 +24,7 @@ from tests.nn.nets import (
     supernet_of,
     widths_space,
 )
-from tests.search.staging import tiny_space
+from tests.search.staging import elastic_digits_space
 
 SHRUNK: dict[str, tuple[MacroSpace, dict[str, list[Any]]]] = {
     "kernels": (kernels_space(), {"s1.b0": ["ir_k3_e3_se0.25", "ir_k5_e3_se0.25"], "s1.b1": ["ir_k3_e3_se0.25", "skip"]}),
@@ -34,7 +34,7 @@ SHRUNK: dict[str, tuple[MacroSpace, dict[str, list[Any]]]] = {
     ),
     "groups": (groups_space(), {"s1.b0": ["ir_k3_e1_g2", "skip"], "s2.b1": ["ir_k5_e3", "ir_k3_e1"]}),
     "depths": (depths_space(), {"s1.b2": ["ir_k3_e6", "skip"], "s1.depth": [1, 2], "s2.depth": [1]}),
-    "tiny": (tiny_space(), {"s1.b1": ["skip", "ir_k5_e3"], "s1.b2": ["ir_k3_e3", "ir_k5_e3"]}),
+    "tiny": (elastic_digits_space(), {"s1.b1": ["skip", "ir_k5_e3"], "s1.b2": ["ir_k3_e3", "ir_k5_e3"]}),
 }  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_copies_begin_as_what_was_shared_and_part_in_training(coarse: Any, fine:
 
 def test_weights_per_operator_that_the_input_comes_from() -> None:
     """A slot has a copy for each option, but skip, of each slot that its input may come from."""
-    space = tiny_space().restrict(
+    space = elastic_digits_space().restrict(
         {
             "s1.b0": ["ir_k3_e3", "ir_k5_e3"],
             "s1.b1": ["ir_k3_e3", "ir_k5_e6", "skip"],
@@ -160,7 +160,7 @@ def test_weights_per_operator_that_the_input_comes_from() -> None:
 
 
 def test_a_slot_that_is_always_skipped_is_no_producer() -> None:
-    space = tiny_space().restrict({"s1.b1": ["skip"]})
+    space = elastic_digits_space().restrict({"s1.b1": ["skip"]})
     supernet = supernet_of(space, SupernetConfig(sharing="separate", operation_on="edge"))
     assert [len(module.copies) for module in supernet.slots] == [1, 1, 1, 1, 2]
     assert (
