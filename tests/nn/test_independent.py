@@ -1,4 +1,4 @@
-"""A portfolio: networks that share nothing behind the interface of a super-net;
+"""Independent networks: networks that share nothing behind the interface of a super-net;
 training in turns is training alone.
 """
 
@@ -32,18 +32,18 @@ def made() -> tuple[MacroSpace, list[Picks], IndependentNetworks]:
 
 def test_gates_say_which_network_runs() -> None:
     """At its own resolution; the others get no gradient."""
-    space, members, portfolio = made()
+    space, members, independent = made()
     x_NCHW, y = batch(space)
     for number, picks in enumerate(members):
-        portfolio.zero_grad(set_to_none=True)
-        logits = portfolio(x_NCHW, one_hot(picks, space))
-        network = portfolio.networks[number]
+        independent.zero_grad(set_to_none=True)
+        logits = independent(x_NCHW, one_hot(picks, space))
+        network = independent.networks[number]
         assert network.arch.blocks == space.decode(picks).blocks
         assert torch.equal(logits, network(resized(x_NCHW, picks["resolution"])))
         F.cross_entropy(logits, y).backward()
         trained = {
             name.split(".")[1]
-            for name, parameter in portfolio.named_parameters()
+            for name, parameter in independent.named_parameters()
             if parameter.grad is not None
         }
         assert trained == {str(number)}
@@ -51,31 +51,31 @@ def test_gates_say_which_network_runs() -> None:
         (space.index(members[0]) + 1) % [len(choice.options) for choice in space.choices]
     )
     with pytest.raises(ValueError, match="not in list"):
-        portfolio(x_NCHW, one_hot(stranger, space))
+        independent(x_NCHW, one_hot(stranger, space))
 
 
 def test_an_extracted_network_is_a_copy_with_its_statistics() -> None:
-    space, members, portfolio = made()
+    space, members, independent = made()
     x_NCHW, _ = batch(space)
-    portfolio.train()(x_NCHW, one_hot(members[1], space))
-    network = portfolio.extract(members[1])
-    original = portfolio.networks[1]
+    independent.train()(x_NCHW, one_hot(members[1], space))
+    network = independent.extract(members[1])
+    original = independent.networks[1]
     for (name, mine), theirs in zip(
         network.state_dict().items(), original.state_dict().values(), strict=True
     ):
         assert torch.equal(mine, theirs), name
         assert mine.data_ptr() != theirs.data_ptr()
-    assert portfolio.arch(members[1]).blocks == network.arch.blocks
+    assert independent.arch(members[1]).blocks == network.arch.blocks
     assert torch.equal(network.eval()(x_NCHW), original.eval()(x_NCHW))
 
 
 @pytest.mark.parametrize("optimizer", ["rmsproptf", "momentum", "adamw"])
 def test_training_in_turns_is_training_each_alone(optimizer: str, tmp_path: Path) -> None:
     """Bit for bit: no decay, no momentum and no statistics from the steps of the others."""
-    space, members, portfolio = made()
+    space, members, independent = made()
     config = OptimizerConfig(name=optimizer, lr=0.5, weight_decay=0.1, options={}, warmup=0.0)
-    alone = [portfolio.extract(picks) for picks in members]
-    together = Engine(portfolio, config, 9, 6, 0, tmp_path)
+    alone = [independent.extract(picks) for picks in members]
+    together = Engine(independent, config, 9, 6, 0, tmp_path)
     engines = [Engine(network, config, 9, 6, 0, tmp_path) for network in alone]
     for step in range(9):
         x_NCHW, y = batch(space, step)
@@ -83,7 +83,7 @@ def test_training_in_turns_is_training_each_alone(optimizer: str, tmp_path: Path
         together.step = engines[turn].step = step
         together.train_step(x_NCHW, y, one_hot(members[turn], space))
         engines[turn].train_step(resized(x_NCHW, members[turn]["resolution"]), y)
-    for network, copy in zip(portfolio.networks, alone, strict=True):
+    for network, copy in zip(independent.networks, alone, strict=True):
         weights: dict[str, Tensor] = copy.state_dict()
         assert all(
             torch.equal(value, weights[name]) for name, value in network.state_dict().items()
@@ -91,25 +91,25 @@ def test_training_in_turns_is_training_each_alone(optimizer: str, tmp_path: Path
 
 
 def test_the_classifiers_are_not_decayed() -> None:
-    _, members, portfolio = made()
-    last = [len(network.blocks) - 1 for network in portfolio.networks]
-    assert portfolio.no_weight_decay() == {
+    _, members, independent = made()
+    last = [len(network.blocks) - 1 for network in independent.networks]
+    assert independent.no_weight_decay() == {
         f"networks.{i}.blocks.{last[i]}.linear.weight" for i in range(len(members))
     }
-    assert portfolio.no_weight_decay() <= {name for name, _ in portfolio.named_parameters()}
+    assert independent.no_weight_decay() <= {name for name, _ in independent.named_parameters()}
 
 
 def test_it_has_the_super_nets_contract_but_nothing_to_share(tmp_path: Path) -> None:
-    space, _, portfolio = made()
+    space, _, independent = made()
     supernet = MacroSupernet(space, torch.Generator())
-    assert (portfolio.shares, supernet.shares) == (False, True)
-    assert portfolio.proxies == supernet.proxies == (space,)
-    portfolio.save(tmp_path / "shared.safetensors")
+    assert (independent.shares, supernet.shares) == (False, True)
+    assert independent.proxies == supernet.proxies == (space,)
+    independent.save(tmp_path / "shared.safetensors")
     assert list(tmp_path.iterdir()) == []
     for refused in (
-        lambda: portfolio.grow(1),
-        lambda: portfolio.load_backbone(tmp_path),
-        lambda: portfolio.copy_weights(supernet),
+        lambda: independent.grow(1),
+        lambda: independent.load_backbone(tmp_path),
+        lambda: independent.copy_weights(supernet),
     ):
         with pytest.raises(AssertionError, match="IndependentNetworks"):
             refused()
