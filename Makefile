@@ -1,18 +1,22 @@
 # make demo   set-up, then the whole job on this computer: profile, search, train, export, validate, report
 # make test   set-up, then style, types, import rules and all tests
+# make fast   the same without slow tests: a few minutes
 # make judges set-up of other people's programs that tests take our files to: MediaPipe, and tflite-runtime (Python 3.11)
 PYTHON ?= python3
 VENV ?= .venv
 PROCESSES ?= auto
 BIN := $(VENV)/bin
 
-.PHONY: demo test check setup judges benchmark clean
+.PHONY: demo test fast check setup judges benchmark clean
 
 demo: $(VENV)/installed
 	$(BIN)/hwnas run configs/quickstart.toml
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
+
+fast: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal -m "not slow"
 
 check: setup
 	$(BIN)/ruff format --check -q .
