@@ -1,53 +1,55 @@
 #!/usr/bin/env python3
-"""Time and run model files on a device. Standalone: Python >= 3.8, numpy and one
-runtime; nothing of hwnas.
+"""Time and run model files on a device. Standalone: needs only Python >= 3.8, numpy and
+one runtime, and nothing from hwnas.
 
     python runner.py measure PLAN.json
     python runner.py predict MODEL INPUTS.npy OUTPUTS.npy [--threads N]
     python runner.py inspect
 
-``measure`` reads a plan
+``measure`` reads a plan:
 
     {"runtime": "litert" | "onnxruntime", "threads": 1, "cores": [0] | null,
      "warmup_ms": 5, "min_ms": 20, "min_runs": 5, "max_runs": 200,
      "items": [{"id": "any", "path": "x.tflite", "round": 0, "input": "image.npy"}, ...]}
 
-where ``input`` is optional: a file of one image [1, H, W, C], float32 or uint8 as for
-``predict``, for models whose time depends on what they see (NMS). Others get noise.
+``input`` is optional: a file with one image [1, H, W, C], float32 or uint8 as for
+``predict``. It is for models whose time depends on the image (NMS). Other models get
+noise.
 
-JSON lines go to stdout: a header that describes the machine, then for each item, in the
-plan's order, ``{"id", "round", "delegated", "ms": [every single run]}``, with
-``"input": "image"`` where an image was fed, or ``{"id", "round", "error"}``. Times are
-the wall clock of one invocation, in milliseconds. ``delegated`` (LiteRT only) says
-whether XNNPACK took the whole graph: true, false, or "unknown" where the runtime does
-not tell. With several threads, idle-priority loops keep the pinned cores awake
-(``keep_awake`` says why), and after the header a line ``{"conditions": {"cores": "kept
-awake"}}`` says so.
+``measure`` prints JSON lines: first a header that describes the machine, then for each
+item, in the order of the plan, ``{"id", "round", "delegated", "ms": [every single
+run]}``, with ``"input": "image"`` if an image was fed, or ``{"id", "round", "error"}``.
+Times are the wall-clock times of single invocations, in milliseconds. ``delegated``
+(LiteRT only) tells whether XNNPACK runs the whole graph: true, false, or "unknown" if
+the runtime does not reveal it. With several threads, idle-priority loops keep the
+pinned cores awake (see ``keep_awake``), and the line ``{"conditions": {"cores": "kept
+awake"}}`` follows the header.
 
 ``predict`` feeds images [N, H, W, C] one by one and writes float32 outputs [N, ...]. It
-quantises and dequantises for int8 models, and transposes to NCHW for ONNX files.
-Several outputs become one row per image: each is flattened, and they follow one another
-in the file's order. Images are float32, or uint8 for a model that takes pixels as they
-are.
+quantises inputs and dequantises outputs of int8 models, and transposes images to NCHW
+for ONNX files. If a model has several outputs, each row holds all of them, flattened
+and concatenated in the order of the file. Images are float32, or uint8 for models that
+take raw pixels.
 
-``inspect`` writes a JSON line: what this machine is, its cores, and for each runtime
-the package and version that would run, or else, under "missing", a sentence with the
-command that installs it.
+``inspect`` prints one JSON line: the machine, its cores, and for each runtime the
+package and version that would be used. Runtimes that do not work are under "missing",
+each with a sentence that includes the command to install it.
 
-A computer that drives this one through a connection needs no files here but the models:
+A computer that controls this one through a connection has to store no files here except
+the models:
 
-- ``measure -`` reads the plan from a line of stdin, and ends when stdin does.
+- ``measure -`` reads the plan from a line of stdin, and stops when stdin is closed.
 - ``predict MODEL - -`` reads a line with the shape and then the images from stdin, and
   writes the outputs to stdout in the same form: ``[2, 224, 224, 3]``, then float32
-  values, little-endian. Images of bytes come after ``[2, 224, 224, 3, "uint8"]``.
-- ``--receive FOLDER``, for both, takes files first: from stdin a line ``{"name": bytes,
-  ...}``; to stdout a line that lists the names which FOLDER does not have in these
-  sizes; from stdin their contents, one after the other. A file is either whole or not
-  there. Relative paths of models begin in FOLDER, which begins in the home folder, and
-  one job at a time runs in it.
+  values, little-endian. Uint8 images follow ``[2, 224, 224, 3, "uint8"]``.
+- ``--receive FOLDER``, for both, takes files first. It reads a line ``{"name": bytes,
+  ...}`` from stdin, writes a line with the names that FOLDER does not have in these
+  sizes to stdout, and then reads their contents, one after the other, from stdin. A
+  file is either complete or absent. Relative paths of models start in FOLDER, which is
+  relative to the home folder. Only one job at a time runs in FOLDER.
 
-Exit status: 0 done, 2 bad arguments or plan, 3 the runtime is not installed, 4 FOLDER
-takes no files, or another job runs in it.
+Exit status: 0 done, 2 bad arguments or plan, 3 the runtime is not installed, 4 FOLDER is
+not writable, or another job is running in it.
 """
 
 from __future__ import annotations
@@ -71,21 +73,19 @@ from typing import Any, ClassVar, Iterator
 
 try:
     import numpy as np
-except ImportError:  # a fact for inspect to tell
+except ImportError:  # inspect must work without it, to report that it is missing
     np = None  # type: ignore[assignment]
 
 PROTOCOL = 1
-LOCK_SECONDS = 3  # a job whose connection was lost needs a moment to notice
-# the second ends the name of a file that is not whole yet
-LOCK, PART = ".hwnas-lock", ".hwnas-part"
+LOCK_SECONDS = 3  # a job whose connection was lost needs a moment to notice it
+LOCK = ".hwnas-lock"
+PART = ".hwnas-part"  # suffix of files that are not complete yet
 DEFAULTS = {"warmup_ms": 5, "min_ms": 20, "min_runs": 5, "max_runs": 200}
-WARMUP_RUNS = 2  # the first run allocates and packs weights, whatever warmup_ms says
+WARMUP_RUNS = 2  # at least, whatever warmup_ms is: the first run allocates and packs weights
 
 
-class Refusal(Exception):  # noqa: N818 - not an error of ours
-    """Something the user can fix: one sentence for stderr, and the exit status that
-    goes with it.
-    """
+class Refusal(Exception):  # noqa: N818 - the user's to fix, not a bug
+    """A problem that the user can fix: one sentence for stderr, and the exit status."""
 
     def __init__(self, sentence: str, status: int = 2) -> None:
         super().__init__(sentence)
@@ -93,8 +93,8 @@ class Refusal(Exception):  # noqa: N818 - not an error of ours
 
 
 class LiteRTModel:
-    """A TFLite file on the interpreter's default path: XNNPACK where it can, reference
-    kernels elsewhere.
+    """A TFLite file in the interpreter's default configuration: XNNPACK for the operators
+    that it supports, TFLite's own kernels for the others.
     """
 
     packages: ClassVar[dict[str, str]] = {
@@ -115,43 +115,42 @@ class LiteRTModel:
 
     def feed(self, image_NHWC: Any) -> None:
         entry = only(self._inputs, "input")
-        image_NHWC = (
-            image_NHWC if pixels(image_NHWC, entry["dtype"]) else quantise(image_NHWC, entry)
-        )
+        if not takes_pixels(image_NHWC, entry["dtype"]):
+            image_NHWC = quantise(image_NHWC, entry)
         self._interpreter.set_tensor(entry["index"], image_NHWC)
 
     def predict(self, image_NHWC: Any) -> Any:
         self.feed(image_NHWC)
         self.invoke()
-        return in_a_row(
-            [
-                dequantise(self._interpreter.get_tensor(exit_["index"]), exit_)
-                for exit_ in self._outputs
-            ]
-        )
+        outputs = []
+        for tensor in self._outputs:
+            values = self._interpreter.get_tensor(tensor["index"])
+            outputs.append(dequantise(values, tensor))
+        return in_a_row(outputs)
 
     def facts(self) -> dict[str, Any]:
-        """Whether one delegate runs everything between inputs and outputs.
+        """Whether one delegate runs the whole graph.
 
-        The operators that a delegate replaced stay listed beside it, so the answer is
-        in the edges: there is one delegate, it makes every output, and it waits for no
-        operator outside itself.
+        The operators that a delegate has replaced stay in the list of nodes, so their
+        number tells nothing. The edges do: a single delegate must produce all outputs,
+        and must not read from any operator outside itself.
         """
         try:
-            # No public call tells, and some versions lack this one.
+            # There is no public call for this, and some versions lack the private one.
             nodes = self._interpreter._get_ops_details()
         except (AttributeError, RuntimeError, ValueError):
             return {"delegated": "unknown"}
         delegates = [node for node in nodes if node["op_name"] == "DELEGATE"]
         if len(delegates) != 1:
             return {"delegated": False}
-        outside = {
-            int(t) for node in nodes if node["op_name"] != "DELEGATE" for t in node["outputs"]
-        }
-        made, used = ({int(t) for t in delegates[0][side]} for side in ("outputs", "inputs"))
-        return {
-            "delegated": {int(t["index"]) for t in self._outputs} <= made and not used & outside
-        }
+        others = [node for node in nodes if node["op_name"] != "DELEGATE"]
+        from_others = set()
+        for node in others:
+            from_others |= {int(index) for index in node["outputs"]}
+        written = {int(index) for index in delegates[0]["outputs"]}
+        read = {int(index) for index in delegates[0]["inputs"]}
+        outputs = {int(tensor["index"]) for tensor in self._outputs}
+        return {"delegated": outputs <= written and not read & from_others}
 
 
 class OnnxModel:
@@ -171,7 +170,7 @@ class OnnxModel:
         options.execution_mode = module.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_ALL
         self._session = module.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        # Bound tensors: a plain session.run would convert inputs and outputs inside the timed call.
+        # Bound tensors, because session.run would convert inputs and outputs in the timed call.
         self._binding = self._session.io_binding()
         for tensor in self._session.get_outputs():
             self._binding.bind_output(tensor.name, "cpu")
@@ -185,7 +184,7 @@ class OnnxModel:
 
     def feed(self, image_NHWC: Any) -> None:
         entry = only(self._session.get_inputs(), "input")
-        pixels(image_NHWC, self.dtypes[entry.type])
+        takes_pixels(image_NHWC, self.dtypes[entry.type])
         self._binding.bind_cpu_input(
             entry.name, np.ascontiguousarray(image_NHWC.transpose(0, 3, 1, 2))
         )
@@ -203,17 +202,17 @@ class OnnxModel:
 
 MODELS: dict[str, Any] = {"litert": LiteRTModel, "onnxruntime": OnnxModel}
 SUFFIXES = {".tflite": "litert", ".onnx": "onnxruntime"}
-FURTHER = "HWNAS_RUNNER_MODELS"
+PLUGINS = "HWNAS_RUNNER_MODELS"
 
 
-def learn() -> None:
-    """Add the runtimes of the Python files that an environment variable names: each has
-    MODELS and SUFFIXES as above.
+def load_plugins() -> None:
+    """Add the runtimes of plug-ins. An environment variable lists their Python files, and
+    each file defines MODELS and SUFFIXES as above.
     """
-    for path in filter(None, os.environ.get(FURTHER, "").split(os.pathsep)):
+    for path in filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)):
         specification = importlib.util.spec_from_file_location("hwnas_runner_models", path)
         if specification is None or specification.loader is None:
-            raise Refusal(f"{FURTHER} names {path}, which is not a Python file")
+            raise Refusal(f"{PLUGINS} names {path}, which is not a Python file")
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
         MODELS.update(module.MODELS)
@@ -221,7 +220,7 @@ def learn() -> None:
 
 
 def import_runtime(runtime: str) -> tuple[str, Any]:
-    """The first package of a runtime that works here, and its module."""
+    """The first package of a runtime that works on this machine, and its module."""
     if np is None:
         raise Refusal(f"This Python has no numpy{remedy(*packages_for(runtime))}", status=3)
     packages: dict[str, str] = MODELS[runtime].packages
@@ -231,19 +230,13 @@ def import_runtime(runtime: str) -> tuple[str, Any]:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            broken += (
-                [f"{package} {version} does not import ({one_sentence(error)})"]
-                if version != "unknown"
-                else []
-            )
+            if version != "unknown":  # installed, so the user should know why it fails
+                broken.append(f"{package} {version} does not import ({one_sentence(error)})")
             continue
-        # Up to 2.14 it was built for numpy 1: it imports beside numpy 2, and then fails
-        # at every model.
-        if (
-            package == "tflite-runtime"
-            and [2] <= numbers(version) < [2, 15]
-            and numbers(np.__version__) >= [2]
-        ):
+        # Up to 2.14, tflite-runtime was built for numpy 1. With numpy 2, the import
+        # works, but every model fails.
+        old_build = package == "tflite-runtime" and [2] <= numbers(version) < [2, 15]
+        if old_build and numbers(np.__version__) >= [2]:
             reason = f"tflite-runtime {version} does not work with numpy {np.__version__}"
             raise Refusal(f"{reason}{remedy('tflite-runtime', 'numpy<2')}", status=3)
         return package, module
@@ -252,36 +245,31 @@ def import_runtime(runtime: str) -> tuple[str, Any]:
 
 
 def packages_for(runtime: str) -> tuple[str, str]:
-    """What to install for a runtime on this machine. ai-edge-litert has no files for
-    32-bit boards or old Pythons.
-    """
-    served = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64") and sys.version_info >= (
-        3,
-        10,
-    )
-    if runtime == "litert" and not served:
+    """What to install for a runtime on this machine."""
+    # ai-edge-litert has no wheels for 32-bit boards and old Pythons
+    is_64_bit = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
+    if runtime == "litert" and not (is_64_bit and sys.version_info >= (3, 10)):
         return "tflite-runtime", "numpy<2"
     return next(iter(MODELS[runtime].packages)), "numpy"
 
 
 def remedy(*packages: str) -> str:
     """The end of a sentence: the shell command that installs packages for this Python."""
-    python, wanted = shlex.quote(sys.executable or "python3"), " ".join(map(shlex.quote, packages))
-    own = sys.prefix != sys.base_prefix
-    if not own and os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")):
+    python = shlex.quote(sys.executable or "python3")
+    wanted = " ".join(map(shlex.quote, packages))
+    in_venv = sys.prefix != sys.base_prefix
+    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    if not in_venv and os.path.exists(marker):
+        # pip refuses to install into a Python that belongs to the system (PEP 668)
         venv = "" if importlib.util.find_spec("ensurepip") else "sudo apt install python3-venv && "
         command = f"{venv}{python} -m venv ~/hwnas && ~/hwnas/bin/python -m pip install {wanted}"
         return (
-            "; as its packages belong to the system, make an environment and use its"
+            "; the system manages the packages of this Python, so create an environment and use its"
             f" ~/hwnas/bin/python: {command}"
         )
-    pip = (
-        ""
-        if importlib.util.find_spec("pip")
-        else f"{python} -m ensurepip && "
-        if own
-        else "sudo apt install python3-pip && "
-    )
+    pip = ""
+    if not importlib.util.find_spec("pip"):
+        pip = f"{python} -m ensurepip && " if in_venv else "sudo apt install python3-pip && "
     return f": {pip}{python} -m pip install {wanted}"
 
 
@@ -293,27 +281,27 @@ def version_of(package: str) -> str:
 
 
 def numbers(version: str) -> list[int]:
-    """The first two numbers of a version; none of "unknown"."""
+    """The first two numbers of a version; empty for "unknown"."""
     return [int(part) for part in version.split(".")[:2] if part.isdigit()]
 
 
 def only(tensors: Any, kind: str) -> Any:
     if len(tensors) != 1:
-        raise Refusal(f"predict handles models with one {kind}, and this one has {len(tensors)}")
+        raise Refusal(f"predict needs a model with one {kind}, but this one has {len(tensors)}")
     return tensors[0]
 
 
 def in_a_row(outputs: Any) -> Any:
-    """One output as it is; several as [1, the numbers of all]."""
-    return (
-        outputs[0]
-        if len(outputs) == 1
-        else np.concatenate([output.reshape(1, -1) for output in outputs], axis=1)
-    )
+    """A single output unchanged; several outputs flattened and concatenated to [1, total
+    size].
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    return np.concatenate([output.reshape(1, -1) for output in outputs], axis=1)
 
 
 def noise(shape: Any, dtype: Any) -> Any:
-    """Seeded: normal for floats, uniform over the whole range for integers."""
+    """Seeded noise: normal for floats, uniform over the whole range for integers."""
     rng = np.random.default_rng(0)
     if np.issubdtype(dtype, np.floating):
         return rng.standard_normal(tuple(shape)).astype(dtype)
@@ -321,21 +309,23 @@ def noise(shape: Any, dtype: Any) -> Any:
     return rng.integers(limits.min, limits.max, tuple(shape), dtype=dtype, endpoint=True)
 
 
-def pixels(images: Any, dtype: Any) -> bool:
-    """Whether images are pixels, for an input of ``dtype`` that takes them as they are.
-    The one is refused without the other.
+def takes_pixels(images: Any, dtype: Any) -> bool:
+    """Whether images are raw pixels, and the input of type ``dtype`` takes raw pixels.
+
+    Raises Refusal if only one of the two holds.
     """
-    given, taken = images.dtype == np.uint8, np.dtype(dtype) == np.uint8
-    if given and not taken:
+    are_pixels = images.dtype == np.uint8
+    wants_pixels = np.dtype(dtype) == np.uint8
+    if are_pixels and not wants_pixels:
         raise Refusal(
-            f"These images are uint8, and the model takes {np.dtype(dtype)}: normalise them first"
+            f"This model takes {np.dtype(dtype)} images, but these are uint8: normalise them first"
         )
-    if taken and not given:
+    if wants_pixels and not are_pixels:
         raise Refusal(
-            f"This model takes uint8 images, pixels as they are, and these are {images.dtype}: do"
-            " not normalise them"
+            f"This model takes raw uint8 pixels, but these images are {images.dtype}: do not"
+            " normalise them"
         )
-    return bool(given)
+    return bool(are_pixels)
 
 
 def quantise(values: Any, tensor: Any) -> Any:
@@ -343,29 +333,25 @@ def quantise(values: Any, tensor: Any) -> Any:
         return values.astype(tensor["dtype"], copy=False)
     scale, zero_point = tensor["quantization"]
     limits = np.iinfo(tensor["dtype"])
-    return np.clip(np.round(values / scale) + zero_point, limits.min, limits.max).astype(
-        tensor["dtype"]
-    )
+    rounded = np.round(values / scale) + zero_point
+    return np.clip(rounded, limits.min, limits.max).astype(tensor["dtype"])
 
 
 def dequantise(values: Any, tensor: Any) -> Any:
-    scale, zero_point = tensor["quantization"]
-    is_float = np.issubdtype(tensor["dtype"], np.floating)
-    return (values if is_float else (values.astype(np.float32) - zero_point) * scale).astype(
-        np.float32
-    )
+    if not np.issubdtype(tensor["dtype"], np.floating):
+        scale, zero_point = tensor["quantization"]
+        values = (values.astype(np.float32) - zero_point) * scale
+    return values.astype(np.float32)
 
 
 def read_plan(path: str) -> dict[str, Any]:
-    """The plan with its defaults filled in."""
+    """Read and check a plan, and fill in its defaults."""
     try:
         text = sys.stdin.buffer.readline().decode() if path == "-" else read(path)
         plan = {**DEFAULTS, "cores": None, **json.loads(text)}
+        items = [{"round": 0, "input": None, **item} for item in plan["items"]]
         keys = ("id", "path", "round", "input")
-        plan["items"] = [
-            {key: {"round": 0, "input": None, **item}[key] for key in keys}
-            for item in plan["items"]
-        ]
+        plan["items"] = [{key: item[key] for key in keys} for item in items]
         numbers = {key: plan[key] for key in ("threads", *DEFAULTS)}
         runtime = plan["runtime"]
     except OSError as error:
@@ -373,19 +359,24 @@ def read_plan(path: str) -> dict[str, Any]:
     except KeyError as error:
         raise Refusal(f"The plan {path} lacks the key {error}") from error
     except (ValueError, TypeError) as error:
-        raise Refusal(f"The plan {path} is not JSON of the documented form: {error}") from error
+        raise Refusal(f"The plan {path} is not JSON in the documented format: {error}") from error
     if runtime not in MODELS:
         raise Refusal(f"The plan's runtime is {runtime!r}; choose one of {', '.join(MODELS)}")
     for key, value in numbers.items():
-        floor, kinds = (0, (int, float)) if key.endswith("_ms") else (1, (int,))
-        if isinstance(value, bool) or not isinstance(value, kinds) or value < floor:
-            raise Refusal(f"The plan's {key} is {value!r}; it must be a number of at least {floor}")
+        types: Any = (int,)
+        kind, minimum = "an integer", 1
+        if key.endswith("_ms"):
+            types = (int, float)
+            kind, minimum = "a number", 0
+        # JSON's true would pass as an int
+        if isinstance(value, bool) or not isinstance(value, types) or value < minimum:
+            raise Refusal(f"The plan's {key} is {value!r}; it must be {kind}, at least {minimum}")
     return plan
 
 
 def pin(cores: Any) -> Any:
-    """Keep this process on these cores. Returns the affinity in force, "unknown" where
-    there is none.
+    """Restrict this process to these cores, if any. Returns the resulting cores, or
+    "unknown" if the system has no such call.
     """
     if not hasattr(os, "sched_setaffinity"):
         return "unknown"
@@ -394,7 +385,7 @@ def pin(cores: Any) -> Any:
             os.sched_setaffinity(0, cores)
         except (OSError, TypeError, ValueError, OverflowError) as error:
             available = sorted(os.sched_getaffinity(0))
-            raise Refusal(f"Cannot run on cores {cores!r}; available here: {available}") from error
+            raise Refusal(f"Cannot run on cores {cores!r}; this machine has {available}") from error
     return sorted(os.sched_getaffinity(0))
 
 
@@ -409,13 +400,14 @@ while os.getppid() == int(sys.argv[2]):
 
 
 def keep_awake(cores: Any) -> bool:
-    """Keep cores from falling asleep while this process lives; whether that could be done.
+    """Keep cores from falling asleep while this process lives. Returns whether that
+    is possible.
 
-    A thread that has done its part of a layer early sleeps until the next. Where its
-    core then sleeps too, waking it takes up to 0.1 ms: as long as a small block, and
-    more on a virtual machine. How often that happens hangs on everything else that
-    runs, so times of blocks would not add up to times of networks. The loops that
-    prevent it run only where nothing else wants the core.
+    A thread that finishes its part of a layer early sleeps until the next layer. If its
+    core falls asleep as well, waking it takes up to 0.1 ms, which is as long as a small
+    block, and more on a virtual machine. How often that happens depends on everything
+    else that runs, so the times of blocks would not add up to the times of networks.
+    The loops run at idle priority, only when nothing else needs the core.
     """
     if not isinstance(cores, list) or not hasattr(os, "SCHED_IDLE"):
         return False
@@ -472,7 +464,10 @@ def time_runs(model: Any, plan: dict[str, Any]) -> list[float]:
     while warmup_runs < WARMUP_RUNS or clock() < warm_at_ns:
         invoke()
         warmup_runs += 1
-    min_ns, min_runs, max_runs = plan["min_ms"] * 1e6, plan["min_runs"], plan["max_runs"]
+
+    min_ns = plan["min_ms"] * 1e6
+    min_runs = plan["min_runs"]
+    max_runs = plan["max_runs"]
     total_ns = 0
     times_ms: list[float] = []
     while len(times_ms) < max_runs and (total_ns < min_ns or len(times_ms) < min_runs):
@@ -486,7 +481,7 @@ def time_runs(model: Any, plan: dict[str, Any]) -> list[float]:
 
 def measure(plan_path: str) -> None:
     plan = read_plan(plan_path)
-    # before the runtime is imported, so that its threads inherit the affinity
+    # before the import of the runtime, so that its threads inherit the affinity
     cores = pin(plan["cores"])
     if plan_path == "-":
         end_with_stdin()
@@ -495,7 +490,8 @@ def measure(plan_path: str) -> None:
     emit(describe(plan, package, cores))
     if plan["threads"] > 1 and keep_awake(cores):
         emit({"conditions": {"cores": "kept awake"}})
-    gc.disable()  # as timeit does; models go by reference counting, as soon as the next item is due
+    # As timeit does. Models are freed by their reference counts.
+    gc.disable()
     for item in plan["items"]:
         line = {"id": item["id"], "round": item["round"]}
         try:
@@ -507,17 +503,16 @@ def measure(plan_path: str) -> None:
                 line["input"] = "image"
             line.update(model.facts())
             line["ms"] = time_runs(model, plan)
-        except (
-            Exception
-        ) as error:  # a runtime may raise anything, and one bad file must not end the run
+        # A runtime may raise anything, and one bad file must not end the run.
+        except Exception as error:
             line["error"] = one_sentence(error)
-        model = None
+        model = None  # freed before the next one is loaded
         emit(line)
 
 
 def end_with_stdin() -> None:
-    """Leave when the other end hangs up: nobody reads on there, and whoever measures
-    next wants this machine quiet.
+    """Exit when the other end closes stdin. Nobody is reading then, and this process would
+    disturb the next measurement.
     """
 
     def wait() -> None:
@@ -546,15 +541,15 @@ def predict(model_path: str, inputs_path: str, outputs_path: str, threads: int) 
         outputs = np.stack([model.predict(image_NHWC)[0] for image_NHWC in images_of(inputs_path)])
     except Refusal:
         raise
-    except (
-        Exception
-    ) as error:  # runtimes raise types of their own for missing, broken and misfitting files
+    # Runtimes have their own exceptions for missing, broken and unsuitable files.
+    except Exception as error:
         raise Refusal(f"Cannot run {model_path} on {inputs_path}: {one_sentence(error)}") from error
     if outputs_path == "-":
         emit(outputs.shape)
         sys.stdout.buffer.write(outputs.astype("<f4").tobytes())
         sys.stdout.buffer.flush()
         return
+    # written under another name first, so that an interrupted run leaves no partial file
     temporary = f"{outputs_path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         np.save(file, outputs)
@@ -562,14 +557,11 @@ def predict(model_path: str, inputs_path: str, outputs_path: str, threads: int) 
 
 
 def images_of(path: str) -> Iterator[Any]:
-    """The images one by one, [1, H, W, C] each, so that memory holds one of them."""
+    """Yield the images one by one, [1, H, W, C] each, so that only one is in memory."""
     if path != "-":
         images_NHWC = np.load(path, mmap_mode="r")
-        if (
-            images_NHWC.dtype not in (np.float32, np.uint8)
-            or images_NHWC.ndim != 4
-            or len(images_NHWC) == 0
-        ):
+        is_known_dtype = images_NHWC.dtype in (np.float32, np.uint8)
+        if not is_known_dtype or images_NHWC.ndim != 4 or len(images_NHWC) == 0:
             raise ValueError(
                 f"inputs are {images_NHWC.dtype} {images_NHWC.shape}, not float32 or uint8 [N, H,"
                 " W, C]"
@@ -588,13 +580,13 @@ def images_of(path: str) -> Iterator[Any]:
 
 
 def inspect() -> None:
-    """What a computer that drives this one has to know about it."""
-    cores = (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1))
-    )
-    runtimes, missing = {}, {}
+    """Print what the computer that controls this one has to know about it."""
+    cores = list(range(os.cpu_count() or 1))
+    if hasattr(os, "sched_getaffinity"):  # only Linux has it
+        cores = sorted(os.sched_getaffinity(0))
+
+    runtimes = {}
+    missing = {}
     for runtime in MODELS:
         try:
             package, _ = import_runtime(runtime)
@@ -616,10 +608,10 @@ def inspect() -> None:
 
 
 def enter(folder: str) -> None:
-    """Make this the working folder, and this process the only one at work in it for as
-    long as it lives.
+    """Make this the working folder, and lock it for as long as this process lives. Raises
+    Refusal if another job holds the lock.
     """
-    import fcntl
+    import fcntl  # Windows does not have it, and only --receive needs it
 
     path = os.path.join(os.path.expanduser("~"), os.path.expanduser(folder))
     try:
@@ -636,55 +628,57 @@ def enter(folder: str) -> None:
         except BlockingIOError as error:
             if time.monotonic() > give_up:
                 holder = os.read(lock, 20).decode().strip() or "unknown"
-                why = (
-                    f"Another job runs here (process {holder}), and two would spoil each other's"
-                    " times"
+                reason = (
+                    f"Another job is running here (process {holder}), and two jobs would disturb"
+                    " each other's times"
                 )
                 raise Refusal(
-                    f"{why}: wait for it, or end it with: kill {holder}", status=4
+                    f"{reason}: wait for it, or end it with: kill {holder}", status=4
                 ) from error
             time.sleep(0.1)
-    with contextlib.suppress(OSError):  # on a full disk the lock holds, but has no name
+    # On a full disk, the lock still works, but does not name its holder.
+    with contextlib.suppress(OSError):
         os.ftruncate(lock, 0)
         os.write(lock, b"%d\n" % os.getpid())
 
 
 def receive() -> None:
-    """Take the files that are announced on stdin and not here yet into the working folder."""
+    """Receive the files announced on stdin that the working folder does not have yet."""
     try:
-        sizes = {
-            str(name): int(size) for name, size in json.loads(sys.stdin.buffer.readline()).items()
-        }
+        announced = json.loads(sys.stdin.buffer.readline())
+        sizes = {str(name): int(size) for name, size in announced.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise Refusal(
-            f"The announced files are not JSON of the documented form: {error}"
+            f"The announced files are not JSON in the documented format: {error}"
         ) from error
-    outside = [name for name in sizes if os.path.basename(name) != name or name[:1] in (".", "")]
-    if outside:
-        raise Refusal(f"{outside[0]!r} is no name for a file in {os.getcwd()}")
-    missing = [
-        name
-        for name, size in sizes.items()
-        if not (os.path.isfile(name) and os.path.getsize(name) == size)
-    ]
+    # Plain names only: no path may lead out of the folder, and no name may hide the lock.
+    invalid = [name for name in sizes if os.path.basename(name) != name or name[:1] in (".", "")]
+    if invalid:
+        raise Refusal(f"{invalid[0]!r} is not a valid name for a file in {os.getcwd()}")
+    missing = []
+    for name, size in sizes.items():
+        complete = os.path.isfile(name) and os.path.getsize(name) == size
+        if not complete:
+            missing.append(name)
     emit(missing)
     try:
         for name in os.listdir("."):
-            if name.endswith(PART):  # of a machine that was switched off
+            if name.endswith(PART):  # left behind when the machine was switched off
                 os.unlink(name)
         for name in missing:
             store(name, sizes[name])
     except OSError as error:
         here = shlex.quote(os.getcwd())
-        full = f"{os.getcwd()} takes no more files ({error.strerror})"
+        reason = f"Cannot write to {os.getcwd()} ({error.strerror})"
         raise Refusal(
-            f"{full}: free some space, for instance from earlier models: rm {here}/*.tflite"
-            f" {here}/*.onnx",
+            f"{reason}: free some space, for instance by deleting earlier models: rm"
+            f" {here}/*.tflite {here}/*.onnx",
             status=4,
         ) from error
 
 
 def store(name: str, size: int) -> None:
+    """Write the next ``size`` bytes of stdin to a file."""
     try:
         with open(name + PART, "wb") as file:
             while size > 0:
@@ -703,27 +697,28 @@ def main(arguments: list[str]) -> int:
         prog="runner.py", description="Time and run model files on this device."
     )
     jobs = parser.add_subparsers(dest="job", required=True)
-    jobs.add_parser("inspect", help="describe this machine and its runtimes; a JSON line on stdout")
-    measuring = jobs.add_parser("measure", help="time the models of a plan; JSON lines on stdout")
-    measuring.add_argument("plan", help="the plan, a JSON file; or -")
-    predicting = jobs.add_parser("predict", help="run a model over images")
+    jobs.add_parser("inspect", help="describe this machine and its runtimes in a line of JSON")
+    measuring = jobs.add_parser("measure", help="time the models of a plan; prints JSON lines")
+    measuring.add_argument("plan", help="the plan: a JSON file, or - for stdin")
+    predicting = jobs.add_parser("predict", help="run a model on images")
     predicting.add_argument("model", help="a .tflite or .onnx file")
     predicting.add_argument(
-        "inputs", help="float32 or uint8 images [N, H, W, C], a .npy file; or -"
+        "inputs", help="float32 or uint8 images [N, H, W, C]: a .npy file, or - for stdin"
     )
     predicting.add_argument(
-        "outputs", help="where to write the float32 outputs [N, ...], a .npy file; or -"
+        "outputs",
+        help="where to write the float32 outputs [N, ...]: a .npy file, or - for stdout",
     )
     predicting.add_argument("--threads", type=int, default=1)
     for job in (measuring, predicting):
         job.add_argument(
             "--receive",
             metavar="FOLDER",
-            help="take files from stdin first; paths of models begin there",
+            help="first receive files from stdin into FOLDER; relative paths of models start there",
         )
     options = parser.parse_args(arguments)
     try:
-        learn()
+        load_plugins()
         if getattr(options, "receive", None) is not None:
             enter(options.receive)
             receive()

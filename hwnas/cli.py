@@ -1,16 +1,19 @@
-"""The ``hwnas`` command: thin verbs over the stages. Nothing heavy is imported before a verb runs.
+"""The ``hwnas`` command: thin verbs over the stages. Heavy modules are imported only
+when a verb runs, so that ``hwnas --help`` is fast.
 
-Exit codes: 0 done, 1 a check failed, 2 usage or configuration, 3 device unavailable.
+Exit codes: 0 done, 1 a check failed, 2 wrong usage or configuration, 3 device
+unavailable.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -19,6 +22,12 @@ from hwnas.errors import HwnasError, UserError
 
 if TYPE_CHECKING:
     from hwnas.pipeline import Pipeline
+
+PACKAGE_FOLDER = str(Path(__file__).parent)
+"""A warning attributed to a file below this folder is one that hwnas itself raised."""
+
+PYTHON_SHOWWARNING = warnings.showwarning
+"""Python's own display of warnings, before ``main`` replaces it."""
 
 app = typer.Typer(
     name="hwnas",
@@ -32,16 +41,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 table_app = typer.Typer(
-    help="Look at latency tables; read and compare those of others.", no_args_is_help=True
+    help="Show latency tables; import, compare and fit them.", no_args_is_help=True
 )
 app.add_typer(table_app, name="table")
 study_app = typer.Typer(help="Study the methods themselves.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 
+# Every argument and option that a verb takes, declared once. Verbs that share one also
+# share its help text.
+
 Config = Annotated[
     Path | None,
     typer.Argument(
-        help="an experiment (.toml), or the folder of an earlier run; default: built-in settings"
+        help="an experiment (.toml) or the folder of an earlier run; default: built-in settings"
     ),
 ]
 Set = Annotated[
@@ -55,18 +67,60 @@ Out = Annotated[
 ]
 Fresh = Annotated[
     bool,
-    typer.Option("--fresh/--resume", help="start anew (earlier results are kept beside), or go on"),
+    typer.Option(
+        "--fresh/--resume", help="start again (earlier results are moved aside) or resume"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-Quiet = Annotated[bool, typer.Option("-q", help="errors only")]
+Quiet = Annotated[bool, typer.Option("-q", help="print errors only")]
 Verbose = Annotated[
     bool, typer.Option("-v", help="more detail: why a stage runs, every candidate, noisy entries")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+Plan = Annotated[
+    bool,
+    typer.Option(
+        "--plan",
+        help="print what would be done and how long it takes (-q: without timing a few steps)",
+    ),
+]
+SpaceOrExperiment = Annotated[
+    str, typer.Argument(help="a space, an experiment (.toml) or a run folder")
+]
+CoverageTable = Annotated[Path | None, typer.Argument(help="a latency table, to show its coverage")]
+TableFile = Annotated[Path, typer.Argument(help="a latency table (.json)")]
+OtherTable = Annotated[Path, typer.Argument(help="another latency table (.json)")]
+NewTable = Annotated[Path, typer.Option("--out", help="the table to write (.json)")]
+PublishedTable = Annotated[Path, typer.Argument(help="a published table, gzipped or not")]
+TableFormat = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="NAME[:COLUMN]",
+        help="proxylessnas, ofa, single_path, tfnas, fbnet or tunas",
+    ),
+]
+MeasuredNetworks = Annotated[
+    Path,
+    typer.Argument(
+        help="measured networks (.csv): architecture,ms; a name, a document, positions or picks"
+    ),
+]
+SpaceName = Annotated[
+    str,
+    typer.Option("--space", metavar="NAME", help="a built-in space or a space document (.json)"),
+]
+PriorTables = Annotated[
+    list[Path] | None,
+    typer.Option("--prior", help="a table of the same space from another device; may be repeated"),
+]
 
 
 def main() -> None:
-    """Entry point: runs the app; what a person can act on becomes one sentence and an exit code."""
+    """Entry point: runs the app. An error that the user can act on becomes one sentence
+    and an exit code.
+    """
+    warnings.showwarning = _show_warning
     try:
         app()
     except HwnasError as error:
@@ -74,6 +128,24 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of hwnas as one plain line on standard error; the place in the
+    code says nothing to a user. Warnings of other packages keep Python's format.
+    """
+    is_for_users = issubclass(category, FutureWarning | UserWarning)
+    if is_for_users and filename.startswith(PACKAGE_FOLDER):
+        typer.echo(f"warning: {message}", err=True)
+    else:
+        PYTHON_SHOWWARNING(message, category, filename, lineno, file, line)
 
 
 def _pipeline(
@@ -85,13 +157,15 @@ def _pipeline(
     verbose: bool,
 ) -> Pipeline:
     """The experiment of a TOML file, of a run folder, or of the defaults, with its run
-    folder; what it sets does something.
+    folder. Raises ConfigError if a key that the user set has no effect.
     """
     from hwnas.unused import check_used
 
     pipeline = _unchecked(config, overrides, out, quiet, verbose)
+    # The config.json of a run folder holds every key, so that none of them shows what
+    # the user asked for.
     is_run_folder = config is not None and config.is_dir()
-    if not is_run_folder:  # its configuration says every key, so nobody asked for any
+    if not is_run_folder:
         check_used(pipeline.experiment, verb, overrides or [], pipeline.progress)
     return pipeline
 
@@ -110,46 +184,48 @@ def _unchecked(
                 f"{config} is a run folder with its own configuration: give the .toml file to"
                 f" change {overrides[0]!r}."
             )
-        return Pipeline(
-            load_config(config), out or config, TerminalProgress(quiet=quiet, verbose=verbose)
-        )
-    experiment = load_experiment(config, overrides)
-    name = (
-        config.stem
-        if config is not None and "name" not in experiment.model_fields_set
-        else experiment.name
-    )
-    return Pipeline(
-        experiment, out or Path("runs") / name, TerminalProgress(quiet=quiet, verbose=verbose)
-    )
+        experiment = load_config(config)
+        root = out or config
+    else:
+        experiment = load_experiment(config, overrides)
+        name = experiment.name
+        # a file without a name of its own gives the experiment the file's name
+        if config is not None and "name" not in experiment.model_fields_set:
+            name = config.stem
+        root = out or Path("runs") / name
+    return Pipeline(experiment, root, TerminalProgress(quiet=quiet, verbose=verbose))
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends a stage with a sentence; the stage's own files let the same command go on."""
+    """Ctrl-C ends a stage with one sentence. The files of the stage allow the same
+    command to resume.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to go on from here", err=True)
-        raise typer.Exit(130) from None
+        typer.echo("interrupted: run the same command again to resume", err=True)
+        raise typer.Exit(130) from None  # 128 + SIGINT, as shells report it
 
 
 def _run_stage(name: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
-    """Run one stage and print its result: the document, or the path."""
+    """Run one stage and print its result: the document or the path."""
     with _interruptible():
         pipeline.run_stage(name, fresh=fresh)
     _print_result(pipeline.root / name / pipeline.stage(name).result, as_json)
 
 
 def _print_result(path: Path, as_json: bool) -> None:
-    if as_json and path.suffix == ".json":
+    if not as_json:
+        typer.echo(str(path))
+    elif path.suffix == ".json":
         typer.echo(path.read_text(), nl=False)
     else:
-        typer.echo(json.dumps({"path": str(path)}) if as_json else str(path))
+        typer.echo(json.dumps({"path": str(path)}))
 
 
 def _check_verdict(pipeline: Pipeline) -> None:
-    """Exit code 1 where validation failed."""
+    """Exit with code 1 if validation failed."""
     from hwnas.verdict import Verdict
 
     path = pipeline.root / "validate" / "verdict.json"
@@ -167,23 +243,20 @@ def run(
     quiet: Quiet = False,
     verbose: Verbose = False,
     debug: Debug = False,
-    plan: Annotated[
-        bool,
-        typer.Option(
-            "--plan", help="print what would be done, and how long (-q: without timing a few steps)"
-        ),
-    ] = False,
+    plan: Plan = False,
 ) -> None:
-    """All stages: profile, search, train, export, validate, report. Current ones are skipped."""
+    """Run all stages: profile, search, train, export, validate, report. Those that are
+    up to date are skipped.
+    """
     pipeline = _pipeline("run", config, overrides, out, quiet, verbose)
     if plan:
         typer.echo(pipeline.plan(timed=not quiet))
         return
+
     with _interruptible():
         pipeline.run(fresh=fresh)
-    _print_result(
-        pipeline.root / ("validate/verdict.json" if as_json else "report/report.html"), as_json
-    )
+    result = "validate/verdict.json" if as_json else "report/report.html"
+    _print_result(pipeline.root / result, as_json)
     _check_verdict(pipeline)
 
 
@@ -198,12 +271,11 @@ def profile(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a device: every op of the space, and whole networks, into a calibrated
-    latency table.
+    """Measure every op of the space and some whole networks on a device, and write a
+    calibrated latency table.
     """
-    _run_stage(
-        "profile", _pipeline("profile", config, overrides, out, quiet, verbose), fresh, as_json
-    )
+    pipeline = _pipeline("profile", config, overrides, out, quiet, verbose)
+    _run_stage("profile", pipeline, fresh, as_json)
 
 
 @app.command()
@@ -218,9 +290,8 @@ def search(
     debug: Debug = False,
 ) -> None:
     """Search the space for the most accurate architecture at the target latency."""
-    _run_stage(
-        "search", _pipeline("search", config, overrides, out, quiet, verbose), fresh, as_json
-    )
+    pipeline = _pipeline("search", config, overrides, out, quiet, verbose)
+    _run_stage("search", pipeline, fresh, as_json)
 
 
 @app.command()
@@ -234,8 +305,9 @@ def train(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Train the searched architecture, or the one that train.arch names."""
-    _run_stage("train", _pipeline("train", config, overrides, out, quiet, verbose), fresh, as_json)
+    """Train the architecture that the search found, or the one that train.arch names."""
+    pipeline = _pipeline("train", config, overrides, out, quiet, verbose)
+    _run_stage("train", pipeline, fresh, as_json)
 
 
 @app.command()
@@ -249,10 +321,9 @@ def export(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Write TFLite and ONNX files with labels, preprocessing and parity numbers: a bundle."""
-    _run_stage(
-        "export", _pipeline("export", config, overrides, out, quiet, verbose), fresh, as_json
-    )
+    """Write a bundle: TFLite and ONNX files with labels, preprocessing and parity numbers."""
+    pipeline = _pipeline("export", config, overrides, out, quiet, verbose)
+    _run_stage("export", pipeline, fresh, as_json)
 
 
 @app.command()
@@ -266,8 +337,8 @@ def validate(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Run the bundle on the device: latency as predicted, accuracy as trained? Exit
-    code 1 where not.
+    """Run the bundle on the device and check that latency is as predicted and accuracy
+    as trained; if not, exit with code 1.
     """
     pipeline = _pipeline("validate", config, overrides, out, quiet, verbose)
     _run_stage("validate", pipeline, fresh, as_json)
@@ -285,137 +356,107 @@ def report(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Draw what a run folder holds: one self-contained HTML file."""
-    _run_stage(
-        "report", _pipeline("report", config, overrides, out, quiet, verbose), fresh, as_json
-    )
+    """Report the results in a run folder as one self-contained HTML file."""
+    pipeline = _pipeline("report", config, overrides, out, quiet, verbose)
+    _run_stage("report", pipeline, fresh, as_json)
 
 
 @app.command()
 def space(
-    config: Annotated[str, typer.Argument(help="a space, an experiment (.toml) or a run folder")],
-    table: Annotated[
-        Path | None, typer.Argument(help="a latency table, to show its coverage")
-    ] = None,
+    config: SpaceOrExperiment,
+    table: CoverageTable = None,
     overrides: Set = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a space, of an experiment as its data shape it: size, plan, a sample, what a
-    table covers and predicts.
+    """Show a space, by name or as the data of an experiment shape it: its size, its
+    plan, a sample, and what a table covers and predicts.
     """
     from hwnas.core.describe import coverage, describe_space
     from hwnas.core.table import LatencyTable
     from hwnas.shown import shown_space
 
-    found = shown_space(config, overrides or [])
-    path = table or found.table_path
-    known = LatencyTable.load(path) if path is not None else None
-    if as_json:
-        typer.echo(
-            (
-                found.space.to_json()
-                if known is None
-                else json.dumps(coverage(found.space, known, found.networks), indent=1)
-            ),
-            nl=known is not None,
-        )
-        return
-    typer.echo(describe_space(found.space, known, found.networks))
+    shown = shown_space(config, overrides or [])
+    path = table or shown.table_path
+    latency_table = LatencyTable.load(path) if path is not None else None
+    if not as_json:
+        typer.echo(describe_space(shown.space, latency_table, shown.networks))
+    elif latency_table is None:
+        typer.echo(shown.space.to_json(), nl=False)
+    else:
+        typer.echo(json.dumps(coverage(shown.space, latency_table, shown.networks), indent=1))
 
 
 @app.command()
 def devices(as_json: Json = False, debug: Debug = False) -> None:
-    """List the devices that can be named in a configuration, and the phones that are plugged in."""
+    """List the devices that a configuration can name, and the phones that are attached."""
     from hwnas.devices.adb_client import attached_phones
     from hwnas.devices.device import known_devices
 
-    found, phones = known_devices(), attached_phones()
+    known = known_devices()
+    phones = attached_phones()
     if as_json:
-        documents = {name: device.model_dump(mode="json") for name, device in found.items()}
-        typer.echo(
-            json.dumps(
-                {
-                    **documents,
-                    **{f"adb:{serial}": {"state": state} for serial, state in phones.items()},
-                },
-                indent=1,
-            )
-        )
+        documents = {name: device.model_dump(mode="json") for name, device in known.items()}
+        states = {f"adb:{serial}": {"state": state} for serial, state in phones.items()}
+        typer.echo(json.dumps({**documents, **states}, indent=1))
         return
-    for name, connection, text in [
-        *((name, device.connection, device.soc) for name, device in found.items()),
-        *((f"adb:{serial}", "adb", state) for serial, state in phones.items()),
-        *(
-            []
-            if phones
-            else [
-                ("adb", "adb", "an Android phone: none is attached, as far as `adb devices` knows")
-            ]
-        ),
-        ("ssh:USER@HOST", "ssh", "any board or server that `ssh USER@HOST` reaches"),
-    ]:
+
+    rows = [(name, device.connection, device.soc) for name, device in known.items()]
+    rows += [(f"adb:{serial}", "adb", state) for serial, state in phones.items()]
+    if not phones:
+        rows.append(("adb", "adb", "an Android phone; `adb devices` lists none at the moment"))
+    rows.append(("ssh:USER@HOST", "ssh", "any board or server that `ssh USER@HOST` reaches"))
+    for name, connection, text in rows:
         typer.echo(f"{name:20} {connection:10} {text}")
 
 
 @table_app.command("show")
-def table_show(
-    path: Annotated[Path, typer.Argument(help="a latency table (.json)")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+def table_show(path: TableFile, as_json: Json = False, debug: Debug = False) -> None:
     """Show a table: its conditions, how well it adds up, and its entries."""
     from hwnas.core.describe import describe_table
     from hwnas.core.table import LatencyTable
 
     table = LatencyTable.load(path)
-    typer.echo(table.to_json() if as_json else describe_table(table), nl=not as_json)
+    if as_json:
+        typer.echo(table.to_json(), nl=False)
+    else:
+        typer.echo(describe_table(table))
 
 
 @table_app.command("import")
 def table_import(
-    file: Annotated[Path, typer.Argument(help="a published table, gzipped or not")],
-    format_name: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            metavar="NAME[:COLUMN]",
-            help="proxylessnas, ofa, single_path, tfnas, fbnet or tunas",
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="the table to write (.json)")],
+    file: PublishedTable,
+    format_name: TableFormat,
+    out: NewTable,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Turn somebody else's table into one of ours; what no op stands for is listed."""
+    """Convert a published table to the format of hwnas; lists the entries of the source
+    that match no op.
+    """
     from hwnas.tables.formats import import_table
 
     if out.resolve() == file.resolve():
         raise UserError(
-            f"--out {out} is the file to import: choose another, which import will write."
+            f"--out {out} is the file to import: choose another, because import writes to it."
         )
     imported = import_table(file, format_name)
     imported.table.save(out)
-    prices = len(imported.table.entries) + sum(map(len, imported.table.slots.values()))
+    count = len(imported.table.entries) + sum(map(len, imported.table.slots.values()))
     if as_json:
-        typer.echo(json.dumps({"path": str(out), "prices": prices, "unmapped": imported.unmapped}))
+        typer.echo(json.dumps({"path": str(out), "prices": count, "unmapped": imported.unmapped}))
         return
-    typer.echo(
-        f"{out}\n{prices} prices; {len(imported.unmapped)} of the source not"
-        f" mapped{':' if imported.unmapped else ''}"
-    )
+
+    colon = ":" if imported.unmapped else ""
+    unmapped_count = len(imported.unmapped)
+    typer.echo(f"{out}\n{count} entries; {unmapped_count} of the source not mapped{colon}")
     for name, reason in imported.unmapped.items():
         typer.echo(f"  {name}: {reason}")
 
 
 @table_app.command("compare")
-def table_compare(
-    a: Annotated[Path, typer.Argument(help="a latency table (.json)")],
-    b: Annotated[Path, typer.Argument(help="another")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show what the same ops cost in two tables: their ratios, the range, and how far
+def table_compare(a: TableFile, b: OtherTable, as_json: Json = False, debug: Debug = False) -> None:
+    """Compare what the same ops cost in two tables: the ratios, their range, and how far
     the orders agree.
     """
     import shutil
@@ -423,49 +464,38 @@ def table_compare(
     from hwnas.core.table import LatencyTable
     from hwnas.tables.compare import compare, describe_comparison
 
-    found = compare(LatencyTable.load(a), LatencyTable.load(b))
-    width = shutil.get_terminal_size((100, 40)).columns
-    typer.echo(
-        json.dumps(found.to_dict(), indent=1) if as_json else describe_comparison(found, width)
-    )
+    comparison = compare(LatencyTable.load(a), LatencyTable.load(b))
+    if as_json:
+        typer.echo(json.dumps(comparison.to_dict(), indent=1))
+    else:
+        width = shutil.get_terminal_size((100, 40)).columns
+        typer.echo(describe_comparison(comparison, width))
 
 
 @table_app.command("fit")
 def table_fit(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help="measured networks (.csv): architecture,ms; a name, a document, positions or picks"
-        ),
-    ],
-    space_name: Annotated[
-        str,
-        typer.Option(
-            "--space", metavar="NAME", help="a built-in space, or a space document (.json)"
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="the table to write (.json)")],
-    prior: Annotated[
-        list[Path] | None,
-        typer.Option("--prior", help="another device's table of the space; may be repeated"),
-    ] = None,
+    file: MeasuredNetworks,
+    space_name: SpaceName,
+    out: NewTable,
+    prior: PriorTables = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fit a table to whole networks that somebody has timed; says its cross-validated
-    error, and whether more would help.
+    """Fit a table to the measured latencies of whole networks; reports the
+    cross-validated error, and whether more networks would help.
     """
     from hwnas.core.spaces import load_space
     from hwnas.core.table import LatencyTable
     from hwnas.tables.networks import fit_from_csv
 
-    if out.resolve() in {path.resolve() for path in (file, *(prior or ()))}:
+    prior_paths = prior or []
+    inputs = {path.resolve() for path in (file, *prior_paths)}
+    if out.resolve() in inputs:
         raise UserError(
-            f"--out {out} is a file that is read: choose another, which fit will write."
+            f"--out {out} is a file that is read: choose another, because fit writes to it."
         )
-    table = fit_from_csv(
-        file, load_space(space_name), [LatencyTable.load(path) for path in prior or ()]
-    )
+    priors = [LatencyTable.load(path) for path in prior_paths]
+    table = fit_from_csv(file, load_space(space_name), priors)
     table.save(out)
     if as_json:
         typer.echo(json.dumps({"path": str(out), **table.provenance}))
@@ -492,16 +522,13 @@ def study_rank(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Does a super-net rank architectures right? Its scores against accuracies that are known."""
+    """Compare the scores of a super-net with known accuracies: does it rank
+    architectures correctly?
+    """
     from hwnas.studies import study_rank as study
 
-    _study(
-        study,
-        "rank/study.json",
-        _pipeline("study rank", config, overrides, out, quiet, verbose),
-        fresh,
-        as_json,
-    )
+    pipeline = _pipeline("study rank", config, overrides, out, quiet, verbose)
+    _study(study, "rank/study.json", pipeline, fresh, as_json)
 
 
 @study_app.command("compare")
@@ -515,18 +542,13 @@ def study_compare(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Do search methods beat random search at equal cost? What each finds, by
-    accuracies that are known.
+    """Compare what search methods find by known accuracies: do they beat random search
+    at equal cost?
     """
     from hwnas.studies import study_compare as study
 
-    _study(
-        study,
-        "compare/compare.json",
-        _pipeline("study compare", config, overrides, out, quiet, verbose),
-        fresh,
-        as_json,
-    )
+    pipeline = _pipeline("study compare", config, overrides, out, quiet, verbose)
+    _study(study, "compare/compare.json", pipeline, fresh, as_json)
 
 
 @study_app.command("shrink")
@@ -540,24 +562,19 @@ def study_shrink(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Shrink a space by what a super-net says of its operators; what of the good
-    networks is left?
+    """Shrink a space by how a super-net scores its operators: how many of the good
+    networks remain?
     """
     from hwnas.studies import study_shrink as study
 
-    _study(
-        study,
-        "shrink/shrink.json",
-        _pipeline("study shrink", config, overrides, out, quiet, verbose),
-        fresh,
-        as_json,
-    )
+    pipeline = _pipeline("study shrink", config, overrides, out, quiet, verbose)
+    _study(study, "shrink/shrink.json", pipeline, fresh, as_json)
 
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Check this installation: packages, runtimes, threads, cores, clock. Exit code 1
-    where something is missing.
+    """Check this installation: packages, runtimes, threads, cores, clock. Exits with
+    code 1 if something is missing.
     """
     from hwnas.doctor import examine
 
@@ -566,9 +583,8 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         typer.echo(json.dumps([finding.__dict__ for finding in findings], indent=1))
     else:
         for finding in findings:
-            typer.echo(
-                f"{'ok     ' if finding.good else 'MISSING'} {finding.subject:18} {finding.text}"
-            )
+            state = "ok     " if finding.good else "MISSING"
+            typer.echo(f"{state} {finding.subject:18} {finding.text}")
     if not all(finding.good for finding in findings):
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""Is this installation fit to work? What ``hwnas doctor`` looks at."""
+"""Checks of an installation, for ``hwnas doctor``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hwnas.resources import resource_path
 PACKAGES = {
     "torch": "search and training",
     "torchvision": "image folders",
-    "timm": "optimisers",
+    "timm": "optimizers",
     "ai-edge-quantizer": "int8 export",
     "ai-edge-litert": "TFLite export, running TFLite files",
     "onnx": "ONNX export",
@@ -26,7 +26,7 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """The result of one check."""
 
     subject: str
     good: bool
@@ -34,32 +34,28 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order of their importance."""
-    found = [
-        Finding(
-            "python",
-            sys.version_info >= (3, 11),
-            f"{sys.version.split()[0]} (3.11 or later is needed)",
-        )
-    ]
-    found += [_package(name, purpose) for name, purpose in PACKAGES.items()]
-    found += [
-        Finding(f"{name}/", resource_path(name).is_dir(), str(resource_path(name)))
-        for name in ("configs", "deploy", "latency_tables")
-    ]
-    if all(finding.good for finding in found):
-        found.append(_torch())
-    if found[-1].good:
-        found += [_runtime("litert"), _runtime("onnxruntime")]
-    found.append(_cores())
-    found.append(
+    """All findings, the most important first."""
+    python = f"{sys.version.split()[0]} (3.11 or later is needed)"
+    findings = [Finding("python", sys.version_info >= (3, 11), python)]
+    for name, purpose in PACKAGES.items():
+        findings.append(_package(name, purpose))
+    for name in ("configs", "deploy", "latency_tables"):
+        path = resource_path(name)
+        findings.append(Finding(f"{name}/", path.is_dir(), str(path)))
+    # what follows needs the packages, and would only repeat that they are missing
+    if all(finding.good for finding in findings):
+        findings.append(_torch())
+    if findings[-1].good:
+        findings += [_runtime("litert"), _runtime("onnxruntime")]
+    findings.append(_cores())
+    findings.append(
         Finding(
             "clock",
             True,
             f"governor {_governor()} ('performance' measures best; 'unknown' on virtual machines)",
         )
     )
-    return found
+    return findings
 
 
 def _package(name: str, purpose: str) -> Finding:
@@ -73,7 +69,7 @@ def _torch() -> Finding:
     try:
         import torch
         import torchvision
-    # a torchvision of another build fails with RuntimeError, a missing library with OSError
+    # A torchvision built for another torch raises RuntimeError, a missing library OSError.
     except Exception as error:
         return Finding(
             "torch works",
@@ -89,7 +85,7 @@ def _torch() -> Finding:
 
 
 def _runtime(runtime: Literal["litert", "onnxruntime"]) -> Finding:
-    """Write one block, and time it in the runner's own process."""
+    """Export one block and time it in the runner's own process."""
     from hwnas.config import DeviceConfig
     from hwnas.core.ops import Op
     from hwnas.devices.session import Item, Schedule, Session
@@ -113,13 +109,11 @@ def _runtime(runtime: Literal["litert", "onnxruntime"]) -> Finding:
 
 
 def _cores() -> Finding:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return Finding(
-        "cores",
-        True,
-        f"{len(cores) or os.cpu_count()} usable, load {os.getloadavg()[0]:.1f} (measure on a quiet"
-        " machine)",
-    )
+    count = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # on Linux only
+        count = len(os.sched_getaffinity(0)) or count
+    load, _, _ = os.getloadavg()
+    return Finding("cores", True, f"{count} usable, load {load:.1f} (measure on a quiet machine)")
 
 
 def _governor() -> str:

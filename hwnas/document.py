@@ -1,14 +1,17 @@
 """Documents: the files that stages hand to each other.
 
-A document is a frozen pydantic model that is stored as JSON beginning with its schema id::
+A document is a frozen pydantic model that is stored as JSON, which begins with its
+schema id::
 
     {"schema": "hwnas.space/1", "name": "proxylessnas", ...}
 
-- strict: unknown keys and wrong types are errors that name the place and the nearest known key;
+- strict: unknown keys and wrong types are errors that name the place and the nearest
+  known key;
 - canonical: the same value always gives the same bytes (sorted keys), so that its
   sha256 identifies it;
 - atomic: a file is either the old one or the new one, never half of it;
-- versioned: the integer counts format changes, and ``migrate`` keeps older integers readable.
+- versioned: the integer counts changes of the format, and ``migrate`` keeps older
+  versions readable.
 """
 
 from __future__ import annotations
@@ -30,13 +33,17 @@ from hwnas.errors import DocumentError, StorageError
 
 
 class Record(BaseModel):
-    """Base of what documents are made of: frozen, no unknown keys, no NaN and no infinity."""
+    """Base class of the parts of documents: frozen, without unknown keys, NaN or
+    infinity.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Document(BaseModel):
-    """Base of all documents. Subclasses set ``SCHEMA`` (``"hwnas.table"``) and ``VERSION``."""
+    """Base class of all documents. Subclasses set ``SCHEMA`` (``"hwnas.table"``) and
+    ``VERSION``.
+    """
 
     SCHEMA: ClassVar[str]
     VERSION: ClassVar[int] = 1
@@ -44,8 +51,8 @@ class Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with changes. What was computed from the old values (``sha256``) does
-        not go along, as pydantic's own would.
+        """A copy with changes. Unlike pydantic's own, it drops values that were
+        computed and cached from the old fields (``sha256``).
         """
         copied = super().model_copy(update=update, deep=deep)
         for name in copied.__dict__.keys() - type(self).model_fields.keys():
@@ -55,14 +62,14 @@ class Document(BaseModel):
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
         """Turn the content of an older schema ``version`` into the current one.
-        Override when ``VERSION`` grows.
+        Override it when ``VERSION`` grows.
         """
         return content
 
     @classmethod
     def _migrated(cls, version: int, content: dict[str, Any], source: str) -> dict[str, Any]:
-        """``migrate``, which takes the content for what it should be. Raises
-        DocumentError where it is something else.
+        """``migrate``, which may rely on the content having the right structure. Raises
+        DocumentError if it does not.
         """
         try:
             return cls.migrate(version, content)
@@ -70,20 +77,20 @@ class Document(BaseModel):
             raise DocumentError(f"{source}: {error}") from error
         except (AttributeError, KeyError, TypeError) as error:
             raise DocumentError(
-                f"{source} is no {cls.SCHEMA}/{version} document ({error!r}): it is corrupt; make"
-                " it again."
+                f"{source} is not a {cls.SCHEMA}/{version} document ({error!r}): it is corrupt;"
+                " create it again."
             ) from error
 
     @classmethod
     def parse(cls, text: str | bytes, source: str = "document") -> Self:
-        """Read a document from JSON text. Raises DocumentError naming ``source`` and
-        what is wrong with it.
+        """Read a document from JSON text. Raises DocumentError, which names ``source``
+        and what is wrong with it.
         """
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DocumentError(
-                f"{source} is not valid JSON ({error}): it is corrupt or was cut off; make it"
+                f"{source} is not valid JSON ({error}): it is corrupt or was cut off; create it"
                 " again."
             ) from error
         if not isinstance(content, dict):
@@ -99,7 +106,7 @@ class Document(BaseModel):
             )
         if int(version) > cls.VERSION:
             raise DocumentError(
-                f"{source} has schema {schema}, newer than this hwnas reads ({cls.VERSION}):"
+                f"{source} has schema {schema}, newer than this hwnas can read ({cls.VERSION}):"
                 " upgrade hwnas."
             )
         try:
@@ -115,15 +122,13 @@ class Document(BaseModel):
         return cls.parse(read_bytes(path), str(path))
 
     def to_json(self) -> str:
-        """The stored form: sorted keys, one level a line, newline at the end."""
+        """The stored form: sorted keys, one value per line, a newline at the end."""
         content = {
             "schema": f"{self.SCHEMA}/{self.VERSION}",
             **self.model_dump(mode="json", by_alias=True),
         }
-        return (
-            json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
-            + "\n"
-        )
+        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+        return text + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the document atomically."""
@@ -131,12 +136,14 @@ class Document(BaseModel):
 
     @cached_property
     def sha256(self) -> str:
-        """Identity of the content: sha256 of the canonical JSON."""
+        """The identity of the content: the sha256 of its canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file the user named. Raises DocumentError where there is none."""
+    """The content of a file that the user named. Raises DocumentError if it cannot be
+    read.
+    """
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -146,8 +153,8 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write ``content`` so that readers, and a crash at any moment, see the old file or
-    the whole new one.
+    """Write ``content`` so that readers see either the old file or the whole new one,
+    even after a crash at any moment. Raises StorageError.
     """
     path = Path(path)
     temporary: str | None = None
@@ -157,7 +164,8 @@ def write_atomic(path: str | Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # the content is on disk before the name is
+        # mkstemp makes files private; give this one the mode that open() would
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
@@ -171,29 +179,30 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0)  # the only way to read it is to set it
     os.umask(mask)
     return mask
 
 
 def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """The sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(value: Any) -> str:
-    """sha256 of any JSON value in canonical form."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    """The sha256 of any JSON value in canonical form."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: ``did you mean 'x'?``, or the list of known names."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}."
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if matches:
+        return f"did you mean {matches[0]!r}?"
+    return f"known: {', '.join(names) or 'none'}."
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -209,53 +218,65 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"key {place!r} is missing; add it."
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
-        return message  # of a whole table, whose rule names what it is about
+        # a rule about a whole table names the keys itself, and the table is too long
+        return message
+
     value = repr(first["input"])
-    shown = value if len(value) <= 60 else value[:57] + "..."
-    return (
-        f"{place} = {shown}:"
-        f" {message[0].lower() + message[1:]}{'' if message.endswith('.') else '.'}"
-    )
+    if len(value) > 60:
+        value = value[:57] + "..."
+    reason = message[0].lower() + message[1:]
+    return f"{place} = {value}: {reason.removesuffix('.')}."
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys, as they are written in a file, of the nested model at ``location``; of
-    all models of a union there.
+    """The keys, as written in a file, of the nested model at ``location``; if the type
+    there is a union, of all its models.
     """
     models = [model]
-    # positions, keys of mappings and tags of unions are no fields: they lead to no other model
     for part in location:
-        fields = [
-            field
-            for model in models
-            for name, field in model.model_fields.items()
-            if part == (field.alias or name)
-        ]
-        models = [inner for field in fields for inner in _models_in(field.annotation)] or models
-    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+        inner: list[type[BaseModel]] = []
+        for outer in models:
+            for name, field in outer.model_fields.items():
+                if part == (field.alias or name):
+                    inner += _models_in(field.annotation)
+        # positions, keys of mappings and tags of unions are not fields: they lead to no
+        # other model
+        models = inner or models
+
+    keys = []
+    for inner_model in models:
+        keys += [field.alias or name for name, field in inner_model.model_fields.items()]
+    return keys
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a type is made of: ``tuple[Stage, ...] | None`` -> ``[Stage]``."""
+    """The models inside a type: ``tuple[Stage, ...] | None`` -> ``[Stage]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    models: list[type[BaseModel]] = []
+    for argument in get_args(annotation):
+        models += _models_in(argument)
+    return models
 
 
 def merged(
     base: Mapping[str, Any], changes: Mapping[str, Any], *, replace: Collection[str] = ()
 ) -> dict[str, Any]:
     """Nested mappings merged; ``changes`` win. A mapping under a key in ``replace`` is
-    not merged with one of another ``name`` or ``kind``.
+    replaced, not merged, if its ``name`` or ``kind`` changes.
     """
     out = dict(base)
     for key, value in changes.items():
         old = out.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
-            other = any(
-                value.get(word, old.get(word)) != old.get(word) for word in ("name", "kind")
-            )
-            out[key] = value if key in replace and other else merged(old, value, replace=replace)
-        else:
+        if not (isinstance(value, Mapping) and isinstance(old, Mapping)):
             out[key] = value
+        elif key in replace and _is_another_kind(old, value):
+            # the options of one plug-in mean nothing to another
+            out[key] = value
+        else:
+            out[key] = merged(old, value, replace=replace)
     return out
+
+
+def _is_another_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return any(new.get(word, old.get(word)) != old.get(word) for word in ("name", "kind"))

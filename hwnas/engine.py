@@ -1,14 +1,14 @@
-"""The training loop. There is one: stand-alone training and every search method run on it.
+"""The training loop, shared by standalone training and all search methods.
 
 The engine owns what strategies must never see: optimiser, schedule, mixed precision,
-weight averaging, checkpoints, the check that the loss is finite. A step is any function
-of the step number that calls ``Engine.train_step``. What is minimised is a module of
-its own, the criterion: the engine knows no task.
+weight averaging, checkpoints, and the check that the loss is finite. A step is any
+function of the step number that calls ``Engine.train_step``. The loss is a separate
+module, the criterion, so the engine does not depend on the task.
 
-Resuming is exact: every random draw is a function of (seed, step), so a checkpoint
-needs no generator state, and a run killed at any moment ends with the same weights, bit
-for bit, as one that was not (on the same CPU and thread count; a GPU's convolutions add
-up in no fixed order).
+Resuming is exact. Every random draw is a function of (seed, step), so checkpoints need
+no generator state, and a run that is killed at any moment ends with the same weights,
+bit for bit, as one that is not. This holds on the same CPU with the same number of
+threads; a GPU's convolutions sum in no fixed order.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Metrics = dict[str, float]
 
 
 DEFAULT_OPTIONS = {"rmsproptf": {"alpha": 0.9, "eps": 1.0}}
-"""TuNAS's decay and epsilon, where the configuration names no options."""
+"""Options of optimisers that the configuration gives none: TuNAS's decay and epsilon."""
 
 
 _COUNTED = [unit for unit in UNITS.values() if unit.name != "ms"]
 COUNTS = {unit.quantity: unit for unit in _COUNTED} | {unit.expected: unit for unit in _COUNTED}
-"""What a search logs of a budget that is counted, by name."""
+"""The units of counted budgets, by the names under which a search logs them."""
 
 SHOWN_FIRST = (
     "loss",
@@ -57,21 +57,23 @@ SHOWN_FIRST = (
     "reward",
     "entropy",
 )
-"""What people look at first: of a note, a narrow terminal shows only the beginning."""
+"""Metrics that come first in a note, as narrow terminals show only its beginning."""
 
 
 def make_optimizer(
     model: nn.Module, config: OptimizerConfig, lr: float, table: str = "optimizer"
 ) -> torch.optim.Optimizer:
-    """The optimiser of a model at a rate; no decay of BN, of biases and of what the
-    model's ``no_weight_decay()`` names.
+    """The optimiser of a model at learning rate ``lr``.
 
-    Raises ConfigError, naming the configuration's ``table``, where timm has no such
-    optimiser or it takes no such option.
+    BN, biases, and the parameters that the model's ``no_weight_decay()`` names have no
+    weight decay. Raises ConfigError, which names the configuration's ``table``, if timm
+    lacks the optimiser or the optimiser does not take an option.
     """
-    options = config.options if config.options is not None else DEFAULT_OPTIONS.get(config.name, {})
+    options = config.options
+    if options is None:
+        options = DEFAULT_OPTIONS.get(config.name, {})
     try:
-        made = create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             config.name,
             lr=lr,
@@ -81,50 +83,57 @@ def make_optimizer(
         )
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         raise ConfigError(
-            f"{table}.name = {config.name!r} with options {options} cannot be made ({error}): see"
-            " timm's optimisers."
+            f"{table}.name = {config.name!r} with options {options} cannot be created ({error}):"
+            " see timm's optimisers."
         ) from error
-    assert isinstance(made, torch.optim.Optimizer)
-    return made
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
 
 
 def check_optimizer(config: OptimizerConfig, table: str) -> None:
-    """Raise ConfigError where an optimiser cannot be made, or keeps no state by which
-    inactive weights could decay.
+    """Raise ConfigError if an optimiser cannot be created, or if
+    ``inactive_weights = 'decay'`` and it keeps no state.
     """
     model = nn.Linear(2, 2)
     optimizer = make_optimizer(model, config, config.lr, table)
+    # Optimisers create their state in the first step.
     model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()  # what it keeps of a weight is there after the first step
+    optimizer.step()
     _require_state(optimizer, config, table)
 
 
 def _require_state(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, table: str = "optimizer"
 ) -> None:
+    """Raise ConfigError if inactive weights should decay, but the optimiser has no
+    state: its keys are the weights that have been used before.
+    """
     if config.inactive_weights == "decay" and not optimizer.state:
         raise ConfigError(
-            f"{table}.inactive_weights = 'decay', but {config.name!r} without momentum keeps no state by which"
-            f" weights move on: set {table}.momentum, or inactive_weights = 'frozen'."
+            f"{table}.inactive_weights = 'decay', but {config.name!r} without momentum keeps no"
+            f" state that would move inactive weights: set {table}.momentum, or inactive_weights ="
+            " 'frozen'."
         )
 
 
 class Stateful(Protocol):
-    """Anything that a checkpoint carries beside the weights (a strategy)."""
+    """State that a checkpoint holds in addition to the weights, such as a strategy's."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and containers of them."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse."""
+        """Restore what ``state_dict`` has returned."""
 
 
 class Criterion(Protocol):
-    """What a model is trained by: a module, so that its tensors go where the model is."""
+    """The loss that a model is trained on. A module, so that its tensors can be moved to
+    the model's device.
+    """
 
     def __call__(self, outputs: Any, y: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of the model's outputs on the targets of a batch, and what else to
-        log of it (scalars).
+        """The loss of the model's outputs on the targets of a batch, and further scalars
+        to log, by name.
         """
 
     def to(self, device: torch.device) -> Self:
@@ -132,25 +141,25 @@ class Criterion(Protocol):
 
 
 class CrossEntropy(nn.Module):
-    """Classification: cross-entropy of logits [N, classes] and labels [N]."""
+    """The criterion of classifiers: cross-entropy of logits [N, classes] and labels [N]."""
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and the accuracy on the batch."""
+        """The mean loss, and the accuracy on the batch (``train_accuracy``)."""
         loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         return loss, {"train_accuracy": (logits.detach().argmax(1) == y).float().mean()}
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One forward pass of an update: a batch, what the model takes beside the images,
-    and how much its gradient weighs.
+    """One forward and backward pass of an update.
 
-    ``soft_labels`` [N, classes] are a teacher's probabilities; the cross-entropy of the
-    model's logits with them is added to the loss.
+    ``forward_args`` are the model's arguments after the images, ``weight`` the factor
+    of the gradient. ``soft_labels`` [N, classes] are a teacher's probabilities; their
+    cross-entropy with the model's logits is added to the loss.
     """
 
     x_NCHW: Tensor
@@ -161,26 +170,28 @@ class Microbatch:
 
 
 def best_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def flush_denormals() -> None:
-    """Let this process's arithmetic take denormal numbers for zero: weights that decay
-    make a CPU many times slower otherwise.
+    """Make this process treat denormal numbers as zero. Otherwise decaying weights make
+    a CPU many times slower.
 
-    To be called before torch starts its threads, which inherit the mode; so that all
-    runs agree in every bit, all stages do.
+    Call it before torch starts its threads, which inherit the mode. All stages call it,
+    so that their results agree bit for bit.
     """
     torch.set_flush_denormal(True)
 
 
 @dataclass
 class Engine:
-    """Trains ``model`` for ``steps`` steps by ``criterion``.
+    """Trains ``model`` on ``criterion`` for ``steps`` steps.
 
     ``folder`` holds ``checkpoint.pt`` (removed by ``finish``) and ``metrics.jsonl``.
-    ``extra`` is saved and restored with the weights.
+    ``optimizer_config.lr`` is for batches of 256 and scales with ``batch_size``.
+    ``ema_decay`` = 0 keeps no moving average of the weights. ``extra`` is saved and
+    restored with the weights.
     """
 
     model: nn.Module
@@ -197,63 +208,68 @@ class Engine:
     def __post_init__(self) -> None:
         self.device = best_device()
         flush_denormals()
-        # mobile networks train two to four times as fast in this layout on a CPU, and
-        # no slower on a GPU
+        # Mobile networks train two to four times as fast in this layout on a CPU, and
+        # no slower on a GPU.
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss_of: Criterion = self.criterion.to(self.device)
         config = self.optimizer_config
         self.base_lr = config.lr * self.batch_size / 256
         self.optimizer = make_optimizer(self.model, config, self.base_lr)
-        self.ema = (
-            ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
-            if self.ema_decay
-            else None
-        )
+        self.ema: ModelEmaV3 | None = None
+        if self.ema_decay:
+            self.ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.step = 0
 
     @property
     def ema_model(self) -> nn.Module:
-        """The weights to keep: the moving average where one is kept, else the model's own."""
+        """The model to keep: that of the averaged weights if there is one, else ``model``."""
         return self.model if self.ema is None else self.ema.module
 
     def to_device(self, x_NCHW: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch where and how the model wants it."""
+        """A batch on the model's device and in its memory layout."""
         return (
             x_NCHW.to(self.device, non_blocking=True, memory_format=torch.channels_last),
             y.to(self.device, non_blocking=True),
         )
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 on GPUs; full precision on CPUs, most of which have no arithmetic for it."""
+        """bfloat16 on GPUs. CPUs use full precision, as most cannot compute in bfloat16."""
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
         )
 
     def train_step(self, x_NCHW: Tensor, y: Tensor, *forward_args: Any) -> Metrics:
-        """One update of the weights on a batch. Raises DivergenceError, before the
-        update, where the loss is not finite.
+        """One update of the weights on a batch. Returns the loss and what the criterion
+        logs. Raises DivergenceError, before the update, if the loss is not finite.
         """
         return self.optimizer_step([Microbatch(x_NCHW, y, forward_args)])
 
     def optimizer_step(self, parts: Sequence[Microbatch]) -> Metrics:
-        """One update of the weights by the summed gradients of several forward passes,
-        which run one after another.
+        """One update of the weights by the sum of the gradients of several passes, which
+        run one after another. Returns the means of what they log.
 
-        Raises DivergenceError, before the update, where a loss is not finite.
+        Raises DivergenceError, before the update, if a loss is not finite.
         """
         for group in self.optimizer.param_groups:
+            # timm sets lr_scale for layer-wise learning rates.
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)  # no decay and no momentum without a gradient
+        # Optimisers skip weights without a gradient, so those that no pass executes have
+        # neither decay nor momentum.
+        self.optimizer.zero_grad(set_to_none=True)
+
         means: Metrics = {}
         for part in parts:
             for name, value in self._backward(part).items():
                 means[name] = means.get(name, 0.0) + value / len(parts)
+
         if self.optimizer_config.inactive_weights == "decay":
-            # those that were used before, also by the run that this one resumes
+            # The optimiser's state knows the weights that were used before, also by the
+            # run that this one resumes.
             for weight in self.optimizer.state:
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
         if self.optimizer_config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip_norm)
         self.optimizer.step()
@@ -268,7 +284,7 @@ class Engine:
         return self.base_lr * schedule(self.step, self.steps, self.optimizer_config.warmup)
 
     def _backward(self, part: Microbatch) -> Metrics:
-        """Add the gradients of one forward pass; its loss and what the criterion says of it."""
+        """Add the gradients of one pass. Returns its loss and what the criterion logs."""
         x_NCHW, y = self.to_device(part.x_NCHW, part.y)
         with self.autocast():
             outputs = self.model(x_NCHW, *part.forward_args)
@@ -277,10 +293,11 @@ class Engine:
                 loss = loss + F.cross_entropy(outputs, part.soft_labels)
         value = self.finite(loss)
         (loss * part.weight).backward()  # type: ignore[no-untyped-call]
-        return {"loss": value, **{name: float(each.detach()) for name, each in logged.items()}}
+        scalars = {name: float(scalar.detach()) for name, scalar in logged.items()}
+        return {"loss": value, **scalars}
 
     def finite(self, loss: Tensor) -> float:
-        """The value of a loss. Raises DivergenceError where it is none."""
+        """The value of a loss. Raises DivergenceError if it is infinite or NaN."""
         value = float(loss.detach())
         if not math.isfinite(value):
             raise self._diverged(f"the loss is {value}")
@@ -300,12 +317,13 @@ class Engine:
         description: str,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """Call ``step(t)`` for the steps that are left, log each, checkpoint now and then.
+        """Call ``step(t)`` for all remaining steps, log each, and save a checkpoint every
+        ``checkpoint_seconds`` and after the last step.
 
-        ``after`` is called between a step and its checkpoint, so that what it writes
-        about a state is there when the state is kept.
+        ``after`` is called between a step and its checkpoint, so a checkpoint never
+        lacks what ``after`` has written about its state.
         """
-        saved = time.monotonic()
+        saved_at = time.monotonic()
         if not self.checkpoint.exists():
             self.save()
         with (
@@ -313,25 +331,26 @@ class Engine:
             self.metrics.appending() as log,
         ):
             while self.step < self.steps:
-                # dropout draws from the global generator
+                # Dropout draws from the global generator.
                 torch.manual_seed(self.seed * 1_000_003 + self.step)
                 metrics = step(self.step)
                 log({"step": self.step, **metrics})
                 self.step += 1
                 task.advance(note=note_of(metrics))
                 after()
-                if time.monotonic() - saved > self.checkpoint_seconds or self.step == self.steps:
+                is_due = time.monotonic() - saved_at > self.checkpoint_seconds
+                if is_due or self.step == self.steps:
                     self.save()
-                    saved = time.monotonic()
+                    saved_at = time.monotonic()
 
     @property
     def checkpoint(self) -> Path:
-        """Where the state is kept between runs."""
+        """The file that holds the state between runs."""
         return self.folder / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write the whole state atomically. Raises DivergenceError, and keeps the old
-        one, where a weight is not finite.
+        """Write the whole state atomically. If a weight is not finite, raises
+        DivergenceError and keeps the previous checkpoint.
         """
         if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
             raise self._diverged("a weight is no longer finite")
@@ -348,9 +367,10 @@ class Engine:
         write_atomic(self.checkpoint, buffer.getvalue())
 
     def resume(self) -> bool:
-        """Restore the last checkpoint, if there is one, and drop the metrics behind it.
+        """Restore the last checkpoint, and drop the metrics of later steps. Returns
+        whether there was a checkpoint.
 
-        Raises CheckpointError where the file is corrupt or belongs to another run.
+        Raises CheckpointError if the file is corrupt or belongs to another run.
         """
         if not self.checkpoint.exists():
             self.metrics.rewrite([])
@@ -359,7 +379,7 @@ class Engine:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             if state["steps"] != self.steps:
                 raise CheckpointError(
-                    f"checkpoint {self.checkpoint} is of a run of {state['steps']} steps, not"
+                    f"checkpoint {self.checkpoint} belongs to a run of {state['steps']} steps, not"
                     f" {self.steps}: use --fresh."
                 )
             self.model.load_state_dict(state["model"])
@@ -380,27 +400,25 @@ class Engine:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"checkpoint {self.checkpoint} is corrupt or of another network: remove it, or"
-                " start again with --fresh."
+                f"checkpoint {self.checkpoint} is corrupt or belongs to another network: remove"
+                " it, or start again with --fresh."
             ) from error
         self.step = state["step"]
         self.metrics.rewrite([row for row in self.metrics.read() if row["step"] < self.step])
         return True
 
     def finish(self) -> None:
-        """Remove the checkpoint: the stage's own outputs replace it."""
+        """Remove the checkpoint, which the stage's outputs replace."""
         self.checkpoint.unlink(missing_ok=True)
 
 
 def note_of(metrics: Metrics) -> str:
-    """The numbers of a step for a progress bar: ``loss 1.23  quality 0.45  latency 0.5
-    ms``, what is in ``SHOWN_FIRST`` first.
+    """The metrics of a step for a progress bar: ``loss 1.23  quality 0.45  latency 0.5
+    ms``. Those in ``SHOWN_FIRST`` come first.
     """
-    order = [
-        *(name for name in SHOWN_FIRST if name in metrics),
-        *(name for name in metrics if name not in SHOWN_FIRST),
-    ]
-    return "  ".join(_shown(name, metrics[name]) for name in order)
+    names = [name for name in SHOWN_FIRST if name in metrics]
+    names += [name for name in metrics if name not in SHOWN_FIRST]
+    return "  ".join(_shown(name, metrics[name]) for name in names)
 
 
 def _shown(name: str, value: float) -> str:
@@ -413,13 +431,13 @@ def _shown(name: str, value: float) -> str:
 
 
 def steps_of(epochs: float, images: int, batch_size: int) -> int:
-    """Optimiser steps of a number of epochs."""
+    """The number of optimiser steps in a number of epochs, at least 1."""
     return max(1, round(epochs * images / batch_size))
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Factor of the learning rate: linear from 0 over the first ``warmup`` part of the
-    steps, then half a cosine to 0.
+    """The factor of the learning rate at ``step`` of ``steps``: linear from 0 to 1 in the
+    first ``warmup`` (0..1) of the steps, then half a cosine to 0.
     """
     position = step / steps
     if position < warmup:

@@ -1,13 +1,15 @@
-"""What can go wrong, and the exit code it ends in.
+"""The errors of hwnas, and the exit code of each.
 
 Every message is one sentence that names the offending value and the fix; the command
-line prints it without a traceback. Our own broken invariants are ``assert`` and do show
-one.
+line prints it without a traceback. Broken internal invariants are ``assert``, and those
+do show a traceback.
 """
 
 
 class HwnasError(Exception):
-    """Anything hwnas reports to a person. ``exit_code`` is what the command line ends with."""
+    """Any error that hwnas reports to the user. ``exit_code`` is the exit code of the
+    command.
+    """
 
     exit_code = 1
 
@@ -19,25 +21,25 @@ class UserError(HwnasError, ValueError):
 
 
 class ConfigError(UserError):
-    """An experiment configuration that does not parse, or names what does not exist."""
+    """An experiment configuration that does not parse, or that names something unknown."""
 
 
 class DocumentError(UserError):
-    """A document (space, table, architecture, ...) that is corrupt, truncated or of
+    """A document (space, table, architecture, ...) that is corrupt, truncated or has
     another schema.
     """
 
 
 class SpaceError(UserError):
-    """A search space, picks or an architecture that contradict each other."""
+    """A search space, picks or an architecture that do not fit together."""
 
 
 class TableError(UserError):
-    """A latency table that cannot serve: no calibration, another space."""
+    """A latency table that cannot be used: no calibration, another space."""
 
 
 class CoverageError(TableError):
-    """A table that lacks ops. ``missing`` holds their keys."""
+    """A table that lacks ops. ``missing`` holds the keys of those ops."""
 
     def __init__(self, message: str, missing: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -49,7 +51,7 @@ class TargetError(UserError):
 
 
 class DataError(UserError):
-    """Images or labels that are missing, or that do not decode."""
+    """Images or labels that are missing or cannot be decoded."""
 
 
 class CheckpointError(UserError):
@@ -65,10 +67,10 @@ class DivergenceError(HwnasError):
 
 
 class ExportError(HwnasError):
-    """A network that a runtime's converter refuses."""
+    """A network that the converter of a runtime refuses."""
 
 
 class DeviceError(HwnasError):
-    """A device, or its runtime, that cannot be used right now."""
+    """A device, or its runtime, that cannot be used at the moment."""
 
     exit_code = 3

@@ -1,5 +1,5 @@
-"""What an experiment names: its space, as the data shape it, and plug-ins, devices and
-networks, which are looked up.
+"""Resolves what an experiment names: its space with the shape of its data, and the
+plug-ins, devices and networks.
 """
 
 from __future__ import annotations
@@ -21,58 +21,58 @@ from hwnas.task import task_of
 
 
 def experiment_space(experiment: Experiment) -> SearchSpace:
-    """The space of an experiment: built-in ones take classes, channels and resolution
-    from the data.
+    """The space of an experiment. Built-in spaces take classes, channels and resolution
+    from the data. Raises ConfigError or SpaceError if the two do not fit together.
     """
-    name, data = experiment.space.name, experiment.data
+    settings = experiment.space
+    data = experiment.data
     overrides: dict[str, Any] = {}
-    if name in SPACES:
-        overrides = {
-            "classes": data.classes,
-            "resolution": data.resolution,
-            "in_channels": data.channels,
-        }
-    overrides |= {"act": experiment.space.act} if experiment.space.act else {}
-    overrides |= {"width": experiment.space.width} if experiment.space.width != 1.0 else {}
-    if experiment.space.layers is not None:
-        if name not in DARTS_SPACES:
+    if settings.name in SPACES:
+        overrides["classes"] = data.classes
+        overrides["resolution"] = data.resolution
+        overrides["in_channels"] = data.channels
+    if settings.act:
+        overrides["act"] = settings.act
+    if settings.width != 1.0:
+        overrides["width"] = settings.width
+    if settings.layers is not None:
+        if settings.name not in DARTS_SPACES:
             known = ", ".join(DARTS_SPACES)
             raise ConfigError(
-                f"space.layers = {experiment.space.layers} is for {known}, not for {name!r}: remove"
-                " it; a document has its number of cells."
+                f"space.layers = {settings.layers} only applies to {known}, not to"
+                f" {settings.name!r}: remove it; a document has its own number of cells."
             )
-        overrides["layers"] = experiment.space.layers
-    space: SearchSpace = load_space(name, **overrides)
-    if (space.classes, space.resolution, space.in_channels) != (
-        data.classes,
-        data.resolution,
-        data.channels,
-    ):
+        overrides["layers"] = settings.layers
+
+    space: SearchSpace = load_space(settings.name, **overrides)
+    shape_of_space = (space.classes, space.resolution, space.in_channels)
+    if shape_of_space != (data.classes, data.resolution, data.channels):
         raise ConfigError(
-            f"space {name!r} has {space.classes} classes, {space.resolution} px and"
-            f" {space.in_channels} channels, but the data {data.classes}, {data.resolution} and"
-            f" {data.channels}: make them agree."
+            f"space {settings.name!r} has {space.classes} classes, {space.resolution} px and"
+            f" {space.in_channels} channels, but the data has {data.classes}, {data.resolution}"
+            f" and {data.channels}: make them agree."
         )
-    space = space.restrict(experiment.space.restrict) if experiment.space.restrict else space
+    if settings.restrict:
+        space = space.restrict(settings.restrict)
     return task_of(experiment).space(space, experiment)
 
 
 def with_counted_classes(experiment: Experiment) -> Experiment:
-    """With ``data.classes`` where they are not given: those of a space document, whose
-    hash they are part of, else those there are.
+    """The experiment with ``data.classes`` filled in if it was not given: from a space
+    document, whose hash includes the classes, else counted in the data.
     """
-    if "classes" in experiment.data.model_fields_set or not is_document(experiment.space.name):
+    is_given = "classes" in experiment.data.model_fields_set
+    if is_given or not is_document(experiment.space.name):
         data = with_classes(experiment.data)
     else:
-        data = experiment.data.model_copy(
-            update={"classes": load_space(experiment.space.name).classes}
-        )
+        classes = load_space(experiment.space.name).classes
+        data = experiment.data.model_copy(update={"classes": classes})
     return experiment.model_copy(update={"data": data})
 
 
 def check_names(experiment: Experiment, space: SearchSpace) -> None:
-    """Look up everything the experiment names, so that a misspelling is found before
-    any work is done.
+    """Look up everything the experiment names, so that a misspelling is reported before
+    any work is done. Raises ConfigError.
     """
     find_device(experiment.device.name)
     DATASETS.get(experiment.data.name)

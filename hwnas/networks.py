@@ -1,5 +1,5 @@
-"""Networks that a configuration names, as the experiment's data shape them: what is
-trained, and what is priced beside the space.
+"""The networks that a configuration names, with the classes, resolution and channels of
+the experiment's data: the one to train, and those to profile beside the space.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from hwnas.task import task_of
 
 
 def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> Architecture:
-    """What is to be trained: ``train.arch`` (a document, a published network's name, or
-    one of ``space``), else the searched one.
+    """The architecture to train: ``train.arch`` (a document, the name of a published
+    network, or one of ``space``) if set, else the document ``searched``.
 
-    It is made the task's: for detection, SSDLite is put on it where it has no detector.
-    Raises ConfigError where it does not fit the data or the task.
+    It is adapted to the task: a backbone without a detector gets SSDLite for detection.
+    Raises ConfigError if it does not fit the data or the task.
     """
-    name, data = experiment.train.arch, experiment.data
+    name = experiment.train.arch
+    data = experiment.data
     if name is None:
         arch = Architecture.load(searched)
     elif Path(name).suffix == ".json":
@@ -45,40 +46,41 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
     ):
         raise ConfigError(
             f"architecture {arch.name!r} has {arch.classes} classes, {arch.resolution} px and"
-            f" {arch.in_channels} channels, but the data {data.classes}, {data.resolution} and"
+            f" {arch.in_channels} channels, but the data has {data.classes}, {data.resolution} and"
             f" {data.channels}: make data.classes, data.resolution and data.channels agree."
         )
     return arch
 
 
 def sized(experiment: Experiment, arch: Architecture) -> DataConfig:
-    """The data at the size that the search chose; of an architecture that the user
-    names, at the size that the user names.
+    """The data to train ``arch`` on.
+
+    The resolution is the one that the search chose; if the user names the architecture
+    (``train.arch``), it is the one that the user names, ``data.resolution``.
     """
-    return experiment.data.at(arch.resolution) if experiment.train.arch is None else experiment.data
+    if experiment.train.arch is not None:
+        return experiment.data
+    return experiment.data.at(arch.resolution)
 
 
 def named_networks(experiment: Experiment, space: SearchSpace) -> tuple[Architecture, ...]:
-    """The networks of ``profile.networks``, each as ``train.arch`` would be, in order;
-    none where it is a number.
+    """The networks that ``profile.networks`` names, in order, each built as
+    ``train.arch`` would be; empty if it is a number.
 
-    They are as wide as published, or as their name says (``mobilenet_v2-w0.5``):
-    ``space.width`` is about the space. Raises ConfigError where a name is unknown or a
+    They are as wide as published, or as their name says (``mobilenet_v2-w0.5``);
+    ``space.width`` does not apply to them. Raises SpaceError if a name is unknown or a
     network does not fit the data.
     """
     names = experiment.profile.networks
     if isinstance(names, int):
         return ()
-    plain = experiment.space.model_copy(update={"width": 1.0})
-    found = []
+    published_width = experiment.space.model_copy(update={"width": 1.0})
+    networks = []
     for name in names:
         train = experiment.train.model_copy(update={"arch": name})
+        of_name = experiment.model_copy(update={"space": published_width, "train": train})
         try:
-            found.append(
-                architecture(
-                    experiment.model_copy(update={"space": plain, "train": train}), space, Path()
-                )
-            )
+            networks.append(architecture(of_name, space, Path()))
         except UserError as error:
             raise SpaceError(f"profile.networks names {name!r}: {error}") from error
-    return tuple(found)
+    return tuple(networks)

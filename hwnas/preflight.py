@@ -1,8 +1,8 @@
-"""What can be known to be wrong before a device is touched: asked at the start of
-``hwnas run``, and of a stage for what follows it.
+"""What can be known to be wrong before a device is used: checked at the start of
+``hwnas run``, and of a stage for the stages that follow it.
 
-A profile takes minutes and a search hours; what stops the training after them should
-have been said before.
+A profile takes minutes and a search hours. Whatever would stop the training after them
+is reported before they start.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from hwnas.stages import stage_class
 
 
 def check(experiment: Experiment, space: SearchSpace, stages: Collection[str]) -> None:
-    """Check what the ``stages`` still to come need, beside what they leave each other:
-    their settings, and all splits of the data.
+    """Check what the coming ``stages`` need besides each other's results: their settings,
+    and all splits of the data.
 
     Raises UserError in one sentence.
     """
     classes = [stage_class(name) for name in stages]
-    for each in classes:
-        each.check_settings(experiment, space)
-    if any(each.trains for each in classes):
-        searches = any(each.holds_out for each in classes)
+    for stage in classes:
+        stage.check_settings(experiment, space)
+    if any(stage.trains for stage in classes):
+        searches = any(stage.holds_out for stage in classes)
         check_data(experiment.data, searches=searches, exact=not is_document(experiment.space.name))

@@ -1,5 +1,5 @@
-"""What a long stage tells the person who waits. Below the command line nothing prints;
-stages report here.
+"""Progress of a long stage, for the person who waits. Below the command line nothing
+prints; stages report here.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PACE_SECONDS = 60.0
-"""How far back the pace of a task is looked for: long enough for checkpoints to even
-out, short enough to follow a busy computer.
+"""The window over which the pace of a task is measured: long enough to average over
+checkpoints, short enough to follow the load of the computer.
 """
 
 
 class Progress:
-    """Silent progress: the default, and the interface. The command line passes one that
-    draws bars.
+    """Silent progress: the default and the interface. The command line passes a
+    subclass that draws bars.
     """
 
     @contextmanager
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
-        """A bar of ``total`` steps of which ``done`` are already behind (a resumed stage)."""
+        """A bar of ``total`` steps, of which ``done`` were done before (a resumed
+        stage).
+        """
         yield Task()
 
     @contextmanager
     def tasks(self) -> Iterator[Callable[[str, int, int], Task]]:
-        """Bars side by side: a function of a description, a total and what is done that
-        begins one. ``Task.end`` ends it.
+        """Bars side by side: a function of a description, a total and the steps done
+        that starts a bar. ``Task.end`` ends it.
         """
         yield lambda description, total, done: Task()
 
@@ -36,40 +38,43 @@ class Progress:
         """One line that matters (a result, a decision)."""
 
     def debug(self, message: str) -> None:
-        """One line for those who asked for more (``-v``)."""
+        """One line for users who asked for more (``-v``)."""
 
     def warning(self, message: str) -> None:
-        """One line about something that is not as it should be, though work goes on."""
+        """One line about a problem that does not stop the work."""
 
 
 class Task:
     """A running bar. The base is silent."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """``steps`` more are done; ``note`` shows the numbers that matter now, the most
-        important first, two blanks between them.
+        """``steps`` more are done. ``note`` shows the current numbers, the most
+        important first, separated by two blanks.
         """
 
     def end(self) -> None:
-        """No more of it; what runs beside it goes on."""
+        """End this bar; others beside it continue."""
 
 
 class Pace:
-    """How fast a task goes, from when its steps ended, and so how long the rest takes.
+    """How fast a task runs, measured by when its steps ended, and so how long the rest
+    takes.
 
-    Steps that were done before it began say nothing of its pace, nor does the first one
-    once there are others: it compiles, opens files or fills caches. ``clock`` gives
-    seconds.
+    Steps that were done before the task began say nothing about its pace. Nor does the
+    first one, once there are others: it compiles, opens files or fills caches.
+    ``clock`` returns seconds.
     """
 
     def __init__(
         self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.total, self.done, self._clock = total, done, clock
+        self.total = total
+        self.done = done
+        self._clock = clock
         self.begun_at = clock()
         self._begun_with = done
         self._marks: deque[tuple[float, int]] = deque()
-        """When so many steps were done: all within ``PACE_SECONDS``, and at least two."""
+        """(time, steps done then): all within ``PACE_SECONDS``, and at least two."""
 
     def advance(self, steps: int) -> None:
         """``steps`` more are done."""
@@ -81,12 +86,12 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the task began."""
         return self._clock() - self.begun_at
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that the rest will take; None where no step has been done yet."""
+        """Seconds that the rest will take; None if no step has been done yet."""
         per_step = self._seconds_per_step()
         if self.done >= self.total:
             return 0.0
@@ -99,18 +104,18 @@ class Pace:
         if not self._marks:
             return None
         last_at, last_done = self._marks[-1]
-        first_at, first_done = (
-            self._marks[0] if len(self._marks) > 1 else (self.begun_at, self._begun_with)
-        )
+        first_at, first_done = self.begun_at, self._begun_with
+        if len(self._marks) > 1:
+            first_at, first_done = self._marks[0]
         steps = last_done - first_done
         return (last_at - first_at) / steps if steps > 0 else None
 
 
 def duration(seconds: float) -> str:
-    """A length of time in one or two words, as a person would say it: ``40 s``, ``3
-    min``, ``1 h 20 min``, ``2 d 5 h``.
+    """A length of time in one or two units: ``40 s``, ``3 min``, ``1 h 20 min``, ``2 d
+    5 h``.
     """
-    if seconds < 0.95:
+    if seconds < 0.95:  # "1 s" begins where rounding to a tenth would show 1.0
         return "less than 1 s"
     if seconds < 90:
         return f"{seconds:.0f} s"

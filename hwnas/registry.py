@@ -1,8 +1,8 @@
 """Plug-ins by name: strategies, data sets, devices, runtimes.
 
 Built-in plug-ins are registered as ``"module:attribute"`` strings and imported only
-when asked for, so that ``hwnas --help`` stays fast. Third parties add theirs with a
-Python entry point in the group ``hwnas.<noun>``::
+when used, so that ``hwnas --help`` stays fast. Third parties add theirs with a Python
+entry point in the group ``hwnas.<noun>``::
 
     [project.entry-points."hwnas.strategy"]
     mine = "my_package.strategies:Mine"
@@ -20,7 +20,7 @@ from hwnas.errors import ConfigError
 
 
 class Registry:
-    """Names of one kind of plug-in and what they stand for.
+    """The plug-ins of one kind: their names and what they refer to.
 
     Example:
         >>> strategies = Registry("strategy", {"tunas": "hwnas.search.tunas:TuNAS"})
@@ -42,8 +42,8 @@ class Registry:
         return self._targets
 
     def register(self, name: str, target: str) -> None:
-        """Add a plug-in. Raises ConfigError where the name is taken: nothing is
-        overwritten in silence.
+        """Add a plug-in. Raises ConfigError if the name is already taken, instead of
+        silently overwriting it.
         """
         if self._targets.get(name, target) != target:
             raise ConfigError(
@@ -56,26 +56,29 @@ class Registry:
         return iter(sorted(self._discover()))
 
     def get(self, name: str) -> Any:
-        """Import and return the plug-in. Raises ConfigError with the nearest known name,
-        or where it cannot be loaded or lacks methods.
+        """Import and return the plug-in. Raises ConfigError if the name is unknown,
+        naming the nearest known one, or if the plug-in cannot be loaded or lacks
+        methods.
         """
         targets = self._discover()
         if name not in targets:
             raise ConfigError(f"unknown {self.noun} {name!r}; {nearest(name, targets)}")
         module, _, attribute = targets[name].partition(":")
-        called = f"{self.noun} {name!r} ({targets[name]})"
+        described = f"{self.noun} {name!r} ({targets[name]})"
         try:
-            found = getattr(import_module(module), attribute)
+            plugin = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
-                f"{called} cannot be loaded ({error}): reinstall the package it is from."
+                f"{described} cannot be loaded ({error}): reinstall the package that provides it."
             ) from error
-        except Exception as error:  # whatever somebody else's module raises while it is imported
+        except Exception as error:  # a third party's module may raise anything on import
             raise ConfigError(
-                f"{called} cannot be loaded ({type(error).__name__}: {error}): mend it, or remove"
-                " the package it is from."
+                f"{described} cannot be loaded ({type(error).__name__}: {error}): fix it, or remove"
+                " the package that provides it."
             ) from error
-        missing = sorted(getattr(found, "__abstractmethods__", ()))
+        missing = sorted(getattr(plugin, "__abstractmethods__", ()))
         if missing:
-            raise ConfigError(f"{called} lacks {', '.join(missing)}: add what its base asks for.")
-        return found
+            raise ConfigError(
+                f"{described} lacks {', '.join(missing)}: implement what its base class requires."
+            )
+        return plugin

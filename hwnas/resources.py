@@ -1,4 +1,6 @@
-"""Where the files that ship beside the code are: ``configs``, ``latency_tables``, ``deploy``."""
+"""Paths of the files that ship with the code: ``configs``, ``latency_tables``,
+``deploy``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from pathlib import Path
 
 
 def resource_path(name: str) -> Path:
-    """The folder ``name``: inside an installed package (``hwnas/resources``), or at the top
+    """The folder ``name``: inside an installed package (``hwnas/share``), or at the top
     of a checkout.
     """
     package = Path(__file__).parent

@@ -1,14 +1,15 @@
-"""Run folders: one folder per experiment, one sub-folder per stage, each with a manifest.
+"""Run folders: one folder per experiment, one sub-folder per stage, each with a
+manifest.
 
     runs/quickstart/
         config.json            the resolved configuration, defaults included
-        profile/stage.json     manifest: hashes of what went in, hashes of what came out, state
+        profile/stage.json     manifest: hashes of the inputs and outputs, state
         profile/table.json     outputs
         search/ train/ export/ validate/ report/
 
-A stage whose inputs have not changed and whose outputs are as its manifest says is
-skipped. One that was interrupted goes on from its checkpoint. One whose inputs changed
-starts anew, and the old folder is kept beside it as ``<stage>.old-<n>``.
+A stage whose inputs have not changed and whose outputs match its manifest is skipped.
+An interrupted stage resumes from its checkpoint. A stage whose inputs have changed
+starts again, and the old folder is kept next to it as ``<stage>.old-<n>``.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class StageManifest(Document):
 
 @dataclass
 class StageContext:
-    """What a stage function gets: the experiment, where to read, where to write, and
-    whom to tell.
+    """What a stage works with: the experiment, where to read, where to write, and where
+    to report progress.
     """
 
     experiment: Experiment
@@ -65,8 +66,9 @@ class StageContext:
 
 
 def state_of(folder: Path, inputs: Mapping[str, str]) -> Literal["done", "resume", "stale", "new"]:
-    """Where a stage folder stands with respect to ``inputs`` (name -> sha256)."""
+    """The state of a stage folder with respect to ``inputs`` (name -> sha256)."""
     if not (folder / MANIFEST).exists():
+        # files without a manifest may be anything, so they are moved aside, not used
         return "stale" if folder.exists() and any(folder.iterdir()) else "new"
     manifest = StageManifest.load(folder / MANIFEST)
     if manifest.inputs != dict(inputs):
@@ -81,19 +83,26 @@ def state_of(folder: Path, inputs: Mapping[str, str]) -> Literal["done", "resume
 
 
 def changed_inputs(folder: Path, inputs: Mapping[str, str]) -> list[str]:
-    """The names of the inputs that differ from those a stage folder was made from."""
-    made_from = StageManifest.load(folder / MANIFEST).inputs if (folder / MANIFEST).exists() else {}
-    return sorted(name for name in {*made_from, *inputs} if made_from.get(name) != inputs.get(name))
+    """The names of the inputs that differ from those a stage folder was made with."""
+    old_inputs: Mapping[str, str] = {}
+    if (folder / MANIFEST).exists():
+        old_inputs = StageManifest.load(folder / MANIFEST).inputs
+    names = {*old_inputs, *inputs}
+    return sorted(name for name in names if old_inputs.get(name) != inputs.get(name))
 
 
 @contextmanager
 def stage(folder: Path, name: str, inputs: Mapping[str, str], outputs: list[str]) -> Iterator[None]:
-    """Run a stage's body inside its folder: manifest ``started`` before, ``done`` with
-    output hashes after.
+    """Run a stage's body inside its folder: writes the manifest as ``started`` before,
+    and as ``done`` with the hashes of the outputs after it.
     """
     started = time.monotonic()
-    for leftover in folder.glob(".*"):  # what a kill cut off
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    # temporary files of a run that was killed
+    for leftover in folder.glob(".*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
     manifest = StageManifest(stage=name, state="started", hwnas=__version__, inputs=dict(inputs))
     manifest.save(folder / MANIFEST)
     yield
@@ -103,10 +112,12 @@ def stage(folder: Path, name: str, inputs: Mapping[str, str], outputs: list[str]
 
 
 def set_aside(folder: Path) -> Path:
-    """Move a stage folder to ``<stage>.old-<n>``: earlier results are never deleted."""
+    """Move a stage folder to ``<stage>.old-<n>``; earlier results are never deleted."""
     number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+    target = folder.with_name(f"{folder.name}.old-{number}")
+    while target.exists():
         number += 1
+        target = folder.with_name(f"{folder.name}.old-{number}")
     try:
         folder.rename(target)
     except OSError as error:
@@ -119,26 +130,28 @@ def set_aside(folder: Path) -> Path:
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold a run folder for this process alone. Raises UserError where another one is
-    at work in it.
+    """Lock a run folder for this process. Raises UserError if another process works in
+    it.
     """
     with open(root / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"another hwnas is at work in {root}: wait for it, or choose another --out folder."
+                f"another hwnas is running in {root}: wait for it, or choose another --out folder."
             ) from error
         yield
 
 
 def prepare(root: Path) -> None:
-    """Make the run folder, or say in one sentence why it cannot be written to."""
+    """Create the run folder. Raises StorageError, in one sentence, if it cannot be
+    written to.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"run folder {root} cannot be made ({error.strerror}): choose another --out folder."
+            f"run folder {root} cannot be created ({error.strerror}): choose another --out folder."
         ) from error
     if not os.access(root, os.W_OK):
         raise StorageError(f"run folder {root} is read-only: choose another --out folder.")
@@ -147,14 +160,13 @@ def prepare(root: Path) -> None:
 def save_config(root: Path, experiment: Experiment) -> None:
     """Write the resolved experiment into the run folder."""
     content = experiment.model_dump(mode="json", by_alias=True)
-    write_atomic(
-        root / "config.json", (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-    )
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    write_atomic(root / "config.json", text.encode())
 
 
 def load_config(root: Path) -> Experiment:
-    """The experiment of a run folder: every key as it was resolved, so that it is the
-    same run whatever the defaults are now.
+    """The experiment of a run folder. It holds every resolved key, so that changed
+    defaults do not change the run.
     """
     try:
         content = json.loads((root / "config.json").read_text())
@@ -169,13 +181,17 @@ def load_config(root: Path) -> Experiment:
 
 
 class JsonLines:
-    """An append-only file of JSON lines that survives being cut off in the middle of a line."""
+    """An append-only file of JSON lines that survives being cut off in the middle of a
+    line.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """The complete lines. A last line without its end, left by a kill, is dropped."""
+        """The complete lines. A last line without a newline, which a killed process
+        left, is dropped.
+        """
         if not self.path.exists():
             return []
         rows = []
@@ -187,8 +203,8 @@ class JsonLines:
         return rows
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
-        """Replace the whole file atomically (a resumed run drops what lies behind its
-        checkpoint).
+        """Replace the whole file atomically. A resumed run drops the rows after its
+        checkpoint this way.
         """
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -197,18 +213,20 @@ class JsonLines:
         """A function that appends one row and flushes it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # drop an incomplete last line, which the first new row would continue
             if self.path.exists():
                 self.rewrite(self.read())
-            # no ``with`` around all: what the caller's body raises is not ours to explain
+            # not in a ``with``: an OSError from the caller's body must not be caught here
             file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise self._unwritable(error) from error
 
         def append(row: dict[str, Any]) -> None:
-            rest = (json.dumps(row) + "\n").encode()
+            remaining = (json.dumps(row) + "\n").encode()
             try:
-                while rest:  # a nearly full disk takes a part first and refuses the rest
-                    rest = rest[file.write(rest) :]
+                # an unbuffered write may be partial, as on a nearly full disk
+                while remaining:
+                    remaining = remaining[file.write(remaining) :]
             except OSError as error:
                 raise self._unwritable(error) from error
 

@@ -1,4 +1,4 @@
-"""What ``hwnas space`` shows: a space by name, or that of an experiment, with its table
+"""What ``hwnas space`` shows: a space by name or that of an experiment, with its table
 and the networks that it names.
 """
 
@@ -20,8 +20,8 @@ from hwnas.runs import load_config
 
 @dataclass(frozen=True)
 class Shown:
-    """A space, the networks to price beside it, and the table that prices both where
-    none is given.
+    """A space, the networks whose cost is shown next to it, and the table for both if
+    the user did not give one.
     """
 
     space: SearchSpace
@@ -30,10 +30,12 @@ class Shown:
 
 
 def shown_space(name: str, overrides: list[str]) -> Shown:
-    """The space of a built-in name, a space document, an experiment (.toml) or a run folder.
+    """The space of a built-in name, a space document, an experiment (.toml) or a run
+    folder.
 
-    ``overrides`` (``key.path=value``) change an experiment; of a space by name they do
-    so from its own resolution, classes and channels. Raises UserError in one sentence.
+    ``overrides`` (``key.path=value``) change an experiment. For a space by name, they
+    start from the space's own resolution, classes and channels. Raises UserError in one
+    sentence.
     """
     path = Path(name)
     if path.is_dir() and name not in SPACES:
@@ -48,19 +50,22 @@ def shown_space(name: str, overrides: list[str]) -> Shown:
     space = load_space(name)
     if not overrides:
         return Shown(space)
-    shape = (
+    own_settings = [
+        f'space.name="{name}"',
         f"data.resolution={space.resolution}",
         f"data.classes={space.classes}",
         f"data.channels={space.in_channels}",
-    )
-    return _of_experiment(load_experiment(None, [f'space.name="{name}"', *shape, *overrides]), None)
+    ]
+    return _of_experiment(load_experiment(None, [*own_settings, *overrides]), None)
 
 
 def _of_experiment(experiment: Experiment, root: Path | None) -> Shown:
-    """The table is the configured one, else the one that this run has profiled."""
+    """The space of an experiment, with the configured table, else the profiled one of
+    its run folder.
+    """
     pipeline = Pipeline(experiment, root or Path(), Progress())
-    has_table = experiment.search.table is not None or (
-        root is not None and pipeline.folder.table_path.is_file()
-    )
+    is_configured = experiment.search.table is not None
+    is_profiled = root is not None and pipeline.folder.table_path.is_file()
+    table_path = pipeline.folder.table_path if is_configured or is_profiled else None
     networks = named_networks(pipeline.experiment, pipeline.space)
-    return Shown(pipeline.space, networks, pipeline.folder.table_path if has_table else None)
+    return Shown(pipeline.space, networks, table_path)

@@ -25,11 +25,11 @@ STAGES = {
     "validate": "hwnas.validate.stage:Validate",
     "report": "hwnas.report.stage:Report",
 }
-"""The stages in order, each imported when it is asked for: most commands need one."""
+"""The stages in order. Each is imported only when used, because most commands need one."""
 
 
 def configured_table(table: str) -> Path:
-    """The file of ``search.table``. Raises UserError where there is none."""
+    """The path of ``search.table``. Raises UserError if the file does not exist."""
     path = Path(table).expanduser()
     if not path.is_file():
         raise UserError(f"search.table = {table!r} does not exist: check the path.")
@@ -38,9 +38,10 @@ def configured_table(table: str) -> Path:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An experiment, its space and its folder ``root``: what a stage reads, and the hashes of it.
+    """An experiment, its space and its folder ``root``: what a stage reads, and the
+    hashes of it.
 
-    Hashes are dicts of a name and a sha256, as a stage's manifest has them.
+    Hashes are dicts from a name to a sha256, as in the manifest of a stage.
     """
 
     experiment: Experiment
@@ -48,21 +49,25 @@ class RunFolder:
     root: Path
 
     def path(self, stage: str, name: str) -> Path:
-        """A file of a stage."""
+        """The path of a stage's file."""
         return self.root / stage / name
 
     @property
     def table_path(self) -> Path:
-        """The table that prices the search: the configured one, else the profiled one."""
+        """The table of the search: the configured one, else the profiled one."""
         table = self.experiment.search.table
-        return Path(table).expanduser() if table is not None else self.path("profile", "table.json")
+        if table is not None:
+            return Path(table).expanduser()
+        return self.path("profile", "table.json")
 
     def table(self) -> LatencyTable:
-        """The table that prices the search."""
+        """The table of the search, loaded."""
         return LatencyTable.load(self.table_path)
 
     def hash_of(self, path: Path, made_by: str) -> dict[str, str]:
-        """Of a file that a stage has to have made. Raises UserError where it is not there."""
+        """The hash of a file that the stage ``made_by`` writes. Raises UserError if it
+        does not exist.
+        """
         if not path.is_file():
             raise UserError(
                 f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or"
@@ -71,29 +76,29 @@ class RunFolder:
         return {path.name: file_sha256(path)}
 
     def hash_of_table(self) -> dict[str, str]:
-        """Of the table that prices the search. Raises UserError where there is none."""
+        """The hash of the table of the search. Raises UserError if it does not exist."""
         if self.experiment.search.table is not None:
             configured_table(self.experiment.search.table)
         return self.hash_of(self.table_path, "profile")
 
     def hashes_of_config(self, *sections: str) -> dict[str, str]:
-        """Of tables of the configuration, by name."""
+        """The hashes of tables of the configuration, by name."""
         content = self.experiment.model_dump(mode="json", by_alias=True)
         return {section: content_sha256(content[section]) for section in sections}
 
     def hashes_of_data(self) -> dict[str, str]:
-        """Of the images and of how they are shaped."""
+        """The hashes of the images and of their preprocessing."""
         data = self.experiment.data
-        found = {**self.hashes_of_config("data"), "images": fingerprint(data)}
+        hashes = {**self.hashes_of_config("data"), "images": fingerprint(data)}
         if data.name == "folder" and data.augment != "imagenet":
-            # These were evaluated on a centre crop, whatever they were trained on: what
-            # was found out that way does not stand.
-            found["geometry"] = content_sha256(data.resize_mode)
-        return found
+            # Earlier versions evaluated these on a centre crop, whatever the training
+            # used. The additional input makes those results stale.
+            hashes["geometry"] = content_sha256(data.resize_mode)
+        return hashes
 
     def check_searchable(self) -> None:
-        """Raise SpaceError or ConfigError where the space has no networks of the task,
-        as it may where an architecture is named.
+        """Raise SpaceError or ConfigError if the space has no networks of the task.
+        That is allowed only if ``train.arch`` names an architecture.
         """
         train = self.experiment.train.model_copy(update={"arch": None})
         task_of(self.experiment).space(
@@ -102,42 +107,44 @@ class RunFolder:
 
 
 class Stage(ABC):
-    """A stage of one experiment: what it reads, what it writes, and how it is done.
+    """A stage of one experiment: what it reads, what it writes, and how it runs.
 
-    It reads documents, writes its own folder, and imports no other stage.
+    A stage reads documents, writes into its own folder, and imports no other stage.
     """
 
     name: ClassVar[str]
     result: ClassVar[str]
-    """The file that its verb prints."""
+    """The file that its command prints."""
     reported: ClassVar[tuple[str, ...]] = ()
-    """Its files that the report shows, if they are there. Without the first one, the
-    stage has not finished.
+    """Its files that the report shows if they exist. The stage has finished if the
+    first one exists.
     """
     estimate: ClassVar[str | None] = None
-    """``module:function`` that times it for ``hwnas run --plan``. It lies above the
-    stages, and is imported when it is asked for.
+    """``module:function`` that estimates its time for ``hwnas run --plan``. The module
+    imports the stages, and so is itself imported only when used.
     """
     checked: ClassVar[tuple[str, ...]] = ()
-    """The stages whose settings are checked before this one begins on its own."""
+    """The stages whose settings are checked before this one starts on its own."""
     trains: ClassVar[bool] = False
-    """Whether it trains a network, so that all splits of the data are checked before."""
+    """Whether it trains a network; all splits of the data are then checked before it
+    starts.
+    """
     holds_out: ClassVar[bool] = False
-    """Whether it leaves some of them out of the training."""
+    """Whether it holds out a part of the training images."""
 
     def __init__(self, at: RunFolder) -> None:
         self.at = at
 
     @classmethod
     def is_needed(cls, experiment: Experiment) -> bool:
-        """Whether ``hwnas run`` goes through it."""
+        """Whether ``hwnas run`` runs this stage."""
         del experiment
         return True
 
     @classmethod
     def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
-        """Raise UserError, in one sentence, where its settings cannot work, whatever
-        earlier stages leave it. Images are not opened.
+        """Raise UserError, in one sentence, if its settings cannot work, whatever the
+        results of earlier stages are. Images are not opened.
         """
         del experiment, space
 
@@ -148,10 +155,10 @@ class Stage(ABC):
 
     @abstractmethod
     def inputs(self) -> dict[str, str]:
-        """The hashes of all that it depends on, by name.
+        """The hashes of everything it depends on, by name.
 
-        Also refuses what the stage cannot work with, before anything earlier is set
-        aside. Raises HwnasError.
+        Raises HwnasError if the stage cannot work with its inputs; this happens before
+        any earlier results are moved aside.
         """
 
     @abstractmethod
@@ -160,16 +167,18 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, ctx: StageContext) -> None:
-        """Do it in ``ctx.folder``, or go on with what a kill has left there."""
+        """Run in ``ctx.folder``, or resume from the files that an interrupted run left
+        there.
+        """
 
 
 def stage_class(name: str) -> type[Stage]:
     """The class of a stage."""
-    found: type[Stage] = imported(STAGES[name])
-    return found
+    stage: type[Stage] = imported(STAGES[name])
+    return stage
 
 
 def imported(reference: str) -> Any:
-    """What ``module:attribute`` names."""
+    """The object that ``module:attribute`` names."""
     module, _, attribute = reference.partition(":")
     return getattr(import_module(module), attribute)

@@ -1,4 +1,6 @@
-"""The studies in order: which trainings one needs, what they read, and when they may be skipped."""
+"""The three studies: the trainings that each needs, the inputs of its stages, and when
+a stage may be skipped.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,14 @@ from hwnas.study.trainings import Training
 from hwnas.study.truth import configured_truth
 
 EXECUTION_KEYS = ("processes", "ray_address", "ray_gpus")
-"""Keys of ``study`` that decide where and when trainings run, and no number."""
+"""Keys of ``study`` that affect where trainings run, but no result."""
 
 
 @dataclass(frozen=True)
 class StudyStage:
-    """A part of a study: a folder of its own, the files in it, and the function that makes them."""
+    """A stage of a study: its folder name, its output files, the hashes of its inputs,
+    and the function that writes its files.
+    """
 
     name: str
     outputs: list[str]
@@ -34,14 +38,14 @@ class StudyStage:
     run: Callable[[StageContext], object]
 
     def inputs(self) -> dict[str, str]:
-        """The hashes of all that it depends on, by name."""
+        """The hashes of everything that the stage depends on, by name."""
         return dict(self.made_from)
 
 
 @dataclass(frozen=True)
 class _Trainings:
-    """The trainings of a study, in what they share: the ``function`` that does one,
-    ``module:name``, the table, and threads of each.
+    """What the trainings of a study share: the ``function`` that performs one
+    (``module:function``), the latency table, and the number of threads of each.
     """
 
     pipeline: Pipeline
@@ -49,18 +53,18 @@ class _Trainings:
     table: LatencyTable | None
     threads: int | None
 
-    def of(self, experiment: Experiment, name: str, outputs: Sequence[str]) -> Training:
-        """One of them, with what it is made from."""
+    def training(self, experiment: Experiment, name: str, outputs: Sequence[str]) -> Training:
+        """The training of ``experiment``, with the hashes of its inputs."""
         pipeline = self.pipeline
         inputs = {
             "hwnas": content_sha256(__version__),
             "space.json": pipeline.space.sha256,
-            **_table(self.table),
-            "search": content_sha256(experiment.search.model_dump(mode="json")),
+            **_table_hashes(self.table),
+            "search": _search_sha256(experiment),
             "seed": str(experiment.seed),
             "threads": str(self.threads),
             **limit_hashes(experiment.search),
-            **_data(experiment),
+            **_data_hashes(experiment),
         }
         if supernets.BASE_FILE in outputs:
             inputs["base"] = str(experiment.study.base_epochs)
@@ -76,218 +80,237 @@ class _Trainings:
         )
 
     def run(self, wanted: Iterable[Training], fresh: bool) -> dict[str, str]:
-        """Do those that are not current; why some failed, by name."""
+        """Perform the trainings whose outputs are not up to date. Returns the reasons of
+        failed trainings by name.
+        """
         pipeline = self.pipeline
-        left = [
-            training
-            for training in wanted
-            if pipeline.begins(training.name, training.inputs, fresh)
-        ]
-        return trainings.run(left, pipeline.experiment.study, self.threads, pipeline.progress)
+        pending = []
+        for training in wanted:
+            if pipeline.begins(training.name, training.inputs, fresh):
+                pending.append(training)
+        return trainings.run(pending, pipeline.experiment.study, self.threads, pipeline.progress)
 
 
 def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
-    """Train the super-nets of a ranking study, each a stage of its own, and then rank.
-    A training that fails leaves the others.
+    """Rank architectures by super-nets, each trained in a stage of its own. A training
+    that fails does not stop the others. ``fresh`` repeats all stages.
     """
     flush_denormals()
     experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
+    config = experiment.study
     supernets.check(experiment, space)
-    truth, config = rank.load_truth(experiment, space), experiment.study
-    found = [supernets.earlier(each) for each in config.supernets]
-    seeds = () if found else config.seeds or (experiment.seed,)
-    table = (
-        None if experiment.search.table is None else LatencyTable.load(pipeline.folder.table_path)
-    )
-    every = _Trainings(
+    truth = rank.load_truth(experiment, space)
+    trained = [supernets.earlier(folder) for folder in config.supernets]
+    # Super-nets of earlier runs replace the trainings of this study.
+    seeds = () if trained else config.seeds or (experiment.seed,)
+    table = None
+    if experiment.search.table is not None:
+        table = LatencyTable.load(pipeline.folder.table_path)
+    study_trainings = _Trainings(
         pipeline, "hwnas.study.supernets:train", table, trainings.threads_of(config, len(seeds))
     )
     wanted = {}
     for seed in seeds:
-        each = supernets.training(experiment, seed)
-        search_context(each, space, table)  # refuses what cannot be trained before anything is
-        wanted[seed] = every.of(each, f"supernet-{seed}", supernets.outputs(each))
+        configured = supernets.training(experiment, seed)
+        # Raises an error for settings that cannot be trained before any training starts.
+        search_context(configured, space, table)
+        wanted[seed] = study_trainings.training(
+            configured, f"supernet-{seed}", supernets.outputs(configured)
+        )
+
     prepare(root)
     with locked(root):
+        # The scores are outside of the stage's folder, which the pipeline sets aside.
         if fresh and (root / "scores").exists():
             set_aside(root / "scores")
-        failed = every.run(wanted.values(), fresh)
+        failed = study_trainings.run(wanted.values(), fresh)
+        reasons = {}
         for seed, training in wanted.items():
-            if training.name not in failed:
-                base = (
-                    training.folder / supernets.BASE_FILE
-                    if supernets.BASE_FILE in training.outputs
-                    else None
-                )
-                found.append(
-                    supernets.Trained(
-                        seed, training.folder / SUPERNET_FILE, experiment.search.strategy.name, base
-                    )
-                )
-        reasons = {
-            str(seed): failed[each.name] for seed, each in wanted.items() if each.name in failed
+            if training.name in failed:
+                reasons[str(seed)] = failed[training.name]
+            else:
+                trained.append(_trained(training, seed))
+        inputs = {
+            "space.json": space.sha256,
+            "truth": truth.sha256,
+            **_data_hashes(experiment),
+            "study": _study_sha256(experiment, "compare"),
+            "search": _search_sha256(experiment),
         }
-        inputs = {"space.json": space.sha256, "truth": truth.sha256, **_data(experiment)}
-        inputs |= {
-            "study": _numbers(experiment, "compare"),
-            "search": content_sha256(experiment.search.model_dump(mode="json")),
-        }
-        inputs |= {
-            f"super-net {position}": file_sha256(each.path) for position, each in enumerate(found)
-        }
-        inputs |= {f"super-net of seed {seed}": "failed" for seed in reasons}
-        pipeline.perform(
-            StudyStage(
-                "rank",
-                [rank.RESULT],
-                inputs,
-                lambda ctx: rank.run(ctx, space, truth, found, reasons),
-            ),
-            fresh,
+        for position, supernet in enumerate(trained):
+            inputs[f"super-net {position}"] = file_sha256(supernet.path)
+        # A later success of a failed training must outdate the ranking.
+        for failed_seed in reasons:
+            inputs[f"super-net of seed {failed_seed}"] = "failed"
+        stage = StudyStage(
+            "rank",
+            [rank.RESULT],
+            inputs,
+            lambda ctx: rank.run(ctx, space, truth, trained, reasons),
         )
+        pipeline.perform(stage, fresh)
+
+
+def _trained(training: Training, seed: int) -> supernets.Trained:
+    """The super-net that a training has written."""
+    base = None
+    if supernets.BASE_FILE in training.outputs:
+        base = training.folder / supernets.BASE_FILE
+    strategy = training.experiment.search.strategy.name
+    return supernets.Trained(seed, training.folder / SUPERNET_FILE, strategy, base)
 
 
 def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
-    """Search with every method and seed, each a stage of its own, and then compare. A
-    search that fails leaves the others.
+    """Compare search methods. Every method searches with every seed, each in a stage of
+    its own. A search that fails does not stop the others. ``fresh`` repeats all stages.
     """
     flush_denormals()
     experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
-    arena, config = compare.arena(experiment, space), experiment.study
+    config = experiment.study
+    pool = compare.comparison_pool(experiment, space)
     pairs = [(method, seed) for seed in config.seeds for method in config.compare.methods]
-    every = _Trainings(
+    study_trainings = _Trainings(
         pipeline,
         "hwnas.study.compare:search",
-        arena.table,
+        pool.table,
         trainings.threads_of(config, len(pairs)),
     )
     wanted = {}
     for method, seed in pairs:
-        each = compare.searching(experiment, method, seed)
-        wanted[method.name, seed] = every.of(each, f"{method.name}-{seed}", compare.SEARCHED)
+        configured = compare.method_experiment(experiment, method, seed)
+        wanted[method.name, seed] = study_trainings.training(
+            configured, f"{method.name}-{seed}", compare.SEARCH_FILES
+        )
+
     prepare(root)
     with locked(root):
-        failed = every.run(wanted.values(), fresh)
-        done = {
-            key: training.folder for key, training in wanted.items() if training.name not in failed
-        }
-        reasons = {
-            key: failed[training.name]
-            for key, training in wanted.items()
-            if training.name in failed
-        }
+        failed = study_trainings.run(wanted.values(), fresh)
+        searches = {}
+        reasons = {}
+        for key, training in wanted.items():
+            if training.name in failed:
+                reasons[key] = failed[training.name]
+            else:
+                searches[key] = training.folder
         inputs = {
             "space.json": space.sha256,
-            "truth": arena.truth.sha256,
-            **_table(arena.table),
+            "truth": pool.truth.sha256,
+            **_table_hashes(pool.table),
             **limit_hashes(experiment.search),
+            "study": _study_sha256(experiment),
+            "search": _search_sha256(experiment),
         }
-        inputs |= {
-            "study": _numbers(experiment),
-            "search": content_sha256(experiment.search.model_dump(mode="json")),
-        }
-        inputs |= {
-            f"{folder.name}/{name}": file_sha256(folder / name)
-            for folder in done.values()
-            for name in compare.SEARCHED
-        }
-        inputs |= {f"{method}-{seed}": "failed" for method, seed in reasons}
-        current = StudyStage(
+        for folder in searches.values():
+            for name in compare.SEARCH_FILES:
+                inputs[f"{folder.name}/{name}"] = file_sha256(folder / name)
+        for method_name, seed in reasons:
+            inputs[f"{method_name}-{seed}"] = "failed"
+        stage = StudyStage(
             "compare",
             [compare.RESULT],
             inputs,
-            lambda ctx: compare.run(ctx, space, arena, done, reasons),
+            lambda ctx: compare.run(ctx, space, pool, searches, reasons),
         )
-        pipeline.perform(current, fresh)
+        pipeline.perform(stage, fresh)
 
 
 def study_shrink(pipeline: Pipeline, *, fresh: bool = False) -> None:
-    """Shrink the space by every metric, each a stage of its own after the training that
-    they share, and compare.
+    """Shrink the space by every metric, each in a stage of its own after the training that
+    they share, and compare the results. ``fresh`` repeats all stages.
     """
     flush_denormals()
     experiment, space, root = pipeline.experiment, pipeline.space, pipeline.root
     shrink.check(experiment, space)
     config = experiment.shrink
-    truth = (
-        configured_truth(experiment.study, space) if experiment.study.truth is not None else None
-    )
+    truth = None
+    if experiment.study.truth is not None:
+        truth = configured_truth(experiment.study, space)
     common = {"space.json": space.sha256, "seed": str(experiment.seed)}
+    # Without the list of metrics, so that adding one does not repeat the others.
     schedule = content_sha256(config.model_dump(mode="json", exclude={"metrics"}))
+
     prepare(root)
     with locked(root):
         first = None
         if any(shrink.metric(name).trains for name in config.metrics):
+            first = root / "shrink-first"
             inputs = {
                 **common,
                 "first training": shrink.first_sha256(experiment),
-                **_data(experiment),
+                **_data_hashes(experiment),
             }
-            outputs = shrink.outputs_of_first(config)
-            pipeline.perform(
-                StudyStage(
-                    "shrink-first", outputs, inputs, lambda ctx: shrink.train_first(ctx, space)
-                ),
-                fresh,
+            training = StudyStage(
+                "shrink-first",
+                shrink.outputs_of_first(config),
+                inputs,
+                lambda ctx: shrink.train_first(ctx, space),
             )
-            first = root / "shrink-first"
+            pipeline.perform(training, fresh)
         for name in config.metrics:
-            pipeline.perform(
-                _shrinking(pipeline, name, first, {**common, "shrink": schedule}), fresh
-            )
-        paths = {
-            f"{name}/{shrink.PATH}": file_sha256(root / f"shrink-{name}" / shrink.PATH)
-            for name in config.metrics
-        }
-        last = {
+            shrinking = _shrinking(pipeline, name, first, {**common, "shrink": schedule})
+            pipeline.perform(shrinking, fresh)
+
+        inputs = {
             **common,
-            **paths,
             "truth": "none" if truth is None else truth.sha256,
             "shrink": schedule,
+            "columns": ", ".join(experiment.study.accuracies),
         }
-        last |= {"columns": ", ".join(experiment.study.accuracies)}
-        compared = StudyStage(
-            "shrink", [shrink_eval.RESULT], last, lambda ctx: shrink_eval.compare(ctx, space, truth)
+        for name in config.metrics:
+            path = root / f"shrink-{name}" / shrink.PATH
+            inputs[f"{name}/{shrink.PATH}"] = file_sha256(path)
+        comparison = StudyStage(
+            "shrink",
+            [shrink_eval.RESULT],
+            inputs,
+            lambda ctx: shrink_eval.compare(ctx, space, truth),
         )
-        pipeline.perform(compared, fresh)
+        pipeline.perform(comparison, fresh)
 
 
 def _shrinking(
     pipeline: Pipeline, name: str, first: Path | None, common: Mapping[str, str]
 ) -> StudyStage:
-    """The shrinking of the space by a metric."""
-    experiment, inputs = pipeline.experiment, dict(common)
-    begin = first if shrink.metric(name).trains else None
-    if begin is not None:
-        search = content_sha256(experiment.search.model_dump(mode="json"))
+    """The stage that shrinks the space by a metric. ``first`` is the folder of the first
+    super-net.
+    """
+    experiment = pipeline.experiment
+    inputs = dict(common)
+    supernet_folder = first if shrink.metric(name).trains else None
+    if supernet_folder is not None:
         inputs |= {
-            "first super-net": file_sha256(begin / SUPERNET_FILE),
-            "search": search,
-            **_data(experiment),
+            "first super-net": file_sha256(supernet_folder / SUPERNET_FILE),
+            "search": _search_sha256(experiment),
+            **_data_hashes(experiment),
         }
     return StudyStage(
         f"shrink-{name}",
         [shrink.SPACE, shrink.PATH],
         inputs,
-        lambda ctx: shrink.run(ctx, pipeline.space, name, begin),
+        lambda ctx: shrink.run(ctx, pipeline.space, name, supernet_folder),
     )
 
 
-def _table(table: LatencyTable | None) -> dict[str, str]:
-    """The table as an input; none where costs are counted."""
+def _search_sha256(experiment: Experiment) -> str:
+    return content_sha256(experiment.search.model_dump(mode="json"))
+
+
+def _table_hashes(table: LatencyTable | None) -> dict[str, str]:
+    """The hash of the table; empty if costs are counted and there is no table."""
     return {} if table is None else {"table": table.sha256}
 
 
-def _data(experiment: Experiment) -> dict[str, str]:
+def _data_hashes(experiment: Experiment) -> dict[str, str]:
+    """The hashes of the data configuration and of the images themselves."""
     return {
         "data": content_sha256(experiment.data.model_dump(mode="json")),
         "images": fingerprint(experiment.data),
     }
 
 
-def _numbers(experiment: Experiment, *others: str) -> str:
-    """The hash of what decides a study's numbers."""
+def _study_sha256(experiment: Experiment, *ignored: str) -> str:
+    """The hash of all keys of ``study`` that affect its results, except for ``ignored``."""
     content = experiment.study.model_dump(mode="json")
-    return content_sha256(
-        {key: value for key, value in content.items() if key not in (*EXECUTION_KEYS, *others)}
-    )
+    for key in (*EXECUTION_KEYS, *ignored):
+        content.pop(key, None)
+    return content_sha256(content)

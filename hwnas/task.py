@@ -1,15 +1,15 @@
 """What networks are trained for: a ``Task``, found by its name as a plug-in.
 
-A task says what is minimised, how good a network is and what that is called, what its
-exported files put out, how near they have to come to PyTorch, and the words for all
-this. Stages ask it, and do not ask which one it is. A task of your own is one class and
-one entry point; it is then searched, trained, exported, validated and reported like the
-built-in ones::
+A task defines the loss, the metric that measures how good a network is, what the
+outputs of its exported files mean, how closely they have to match PyTorch's, and the
+words in which all this is reported. Stages call the task and do not depend on which one
+it is. A task of your own is one class and one entry point; it is then searched,
+trained, exported, validated and reported like the built-in ones::
 
     [project.entry-points."hwnas.task"]
     mine = "my_package.task:Mine"
 
-``hwnas.testing.TaskConformance`` says what must hold.
+``hwnas.testing.TaskConformance`` tests what must hold.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from hwnas.nn.network import Network
 
 
 class Parity(BaseModel):
-    """A file's outputs against PyTorch's on real test images: ``Task.parity`` says what
-    is compared.
+    """How closely a file's outputs match PyTorch's on real test images; ``Task.parity``
+    defines what is compared.
 
-    ``relative_error`` is the largest difference, relative to what outputs can be;
-    ``agreement`` the part of images with the same answer.
+    ``relative_error`` is the largest difference, relative to the range of the outputs;
+    ``agreement`` is the fraction of images with the same answer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +51,7 @@ class Parity(BaseModel):
 
 
 class Output(BaseModel):
-    """One output of a file, of batch 1."""
+    """One output of an exported file, for batch size 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,16 +61,16 @@ class Output(BaseModel):
 
 
 Metrics = dict[str, float | None]
-"""Numbers by name, each in 0..1; none where there is nothing to judge by."""
+"""Numbers in 0..1 by name; None if the images do not define one."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationResult:
     """How good a network is on some test images.
 
-    ``metrics`` begin with the task's own; ``per_class`` has that one by the class's
-    name, where the task tells classes apart; ``answers`` are the network's, where the
-    task shows them.
+    ``metrics`` begin with the task's own metric. ``per_class`` holds that metric by
+    class name, for tasks that report it per class. ``answers`` are the network's
+    answers, for tasks that show them.
     """
 
     metrics: Metrics
@@ -79,8 +79,8 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """On how many images a network is evaluated (None: all), and how they are read."""
+class EvaluationSettings:
+    """How many images a network is evaluated on (None: all), and how they are loaded."""
 
     batch_size: int
     limit: int | None = None
@@ -88,12 +88,12 @@ class Evaluation:
 
 
 class Quality(ABC):
-    """What a search calls good. ``metric`` names what ``of_network`` gives; see
+    """What a search maximises. ``metric`` names what ``of_network`` returns; see
     ``hwnas.core.metric``.
 
-    ``of_cross_entropy``: the training loss is a cross-entropy of labels, so that a
-    strategy knows how many of them it adds up, and a teacher's probabilities can take
-    the labels' place.
+    ``of_cross_entropy`` is true if the training loss is a cross-entropy of labels. A
+    strategy that sums several losses then knows their scale, and a teacher's
+    probabilities can replace the labels.
     """
 
     metric: str
@@ -101,72 +101,72 @@ class Quality(ABC):
 
     @abstractmethod
     def criterion(self, label_smoothing: float = 0.0) -> Criterion:
-        """What is minimised; a new module each time."""
+        """The loss to minimise; a new module on every call."""
 
     @abstractmethod
     def of_outputs(self, outputs: Any, y: Tensor) -> float:
-        """The quality in 0..1 of a network's outputs on the targets of one batch."""
+        """The quality in 0..1 of a network's outputs, given the targets of one batch."""
 
     @abstractmethod
     def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
-        """The training loss of the best answer that does not look at the image; None
-        where that is no simple number.
+        """The training loss of the best constant answer, which does not look at the
+        image; None if there is no simple formula.
         """
 
     @abstractmethod
     def of_a_guess(self, labels_N: np.ndarray) -> float | None:
-        """What ``of_network`` gives for a network that does not look at the image, on
-        images of these labels; None: not known.
+        """What ``of_network`` returns for a network that ignores the image, on images
+        with these labels; None if unknown.
         """
 
     @abstractmethod
     def of_network(
         self, network: Network, images: Images, batches: Iterable[Batch], limit: int | None
     ) -> float:
-        """The quality in 0..1 of a network on the evaluation ``batches`` of ``limit``
-        of the ``images`` (None: all).
+        """The quality in 0..1 of a network on ``batches``, the evaluation batches of
+        ``limit`` of the ``images`` (None: all).
         """
 
 
 class Answers(ABC):
-    """What PyTorch, or a file, answers for test images, one after another in
-    ``evaluation_order``.
-    """
+    """The answers of PyTorch or of a file for test images, in ``evaluation_order``."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """For how many images."""
+        """The number of images answered."""
 
     @abstractmethod
     def metrics(self, images: Images, limit: int | None) -> dict[str, float]:
-        """How good the answers for ``limit`` of the ``images`` (None: all) are, by
-        name, the task's own metric first.
+        """Metrics of the answers for ``limit`` of the ``images`` (None: all), by name,
+        the task's own metric first.
         """
 
     @abstractmethod
     def arrays(self) -> dict[str, np.ndarray]:
-        """All of it as a bundle keeps it; ``Task.kept`` reads it."""
+        """All answers as arrays for a bundle; ``Task.kept`` reads them back."""
 
 
 class FileAnswers(Answers):
-    """A file's answers, which are gathered as it runs."""
+    """A file's answers, gathered while it runs."""
 
     @abstractmethod
     def add(self, outputs: np.ndarray) -> None:
-        """The outputs of the file for the next images: [N, numbers of all outputs]."""
+        """Add the file's outputs for the next images: [N, values of all outputs]."""
 
     def timings_ms(self) -> dict[str, float]:
-        """What answering took beside running the file, by names of a verdict's fields."""
+        """The time spent outside the file to get an answer, by field names of
+        ``Verdict``.
+        """
         return {}
 
 
 @dataclass(frozen=True)
 class Words:
-    """How people speak of a task's results.
+    """The words in which a task's results are reported.
 
-    ``network`` is what a network is called, ``metric`` the task's metric, ``answer``
-    what a file and PyTorch have in common ("same top-1"), ``parity`` what
-    ``Task.parity`` compares; ``metric_note`` explains the metrics.
+    ``network`` is what a network is called and ``metric`` what the task's metric is
+    called. ``answer`` is what a file and PyTorch should agree on ("same top-1"), and
+    ``parity`` what ``Task.parity`` compares. ``metric_note`` explains the metrics.
     """
 
     network: str
@@ -179,21 +179,21 @@ class Words:
 class Task(ABC):
     """What networks are trained for.
 
-    network_kind     the ``Architecture.task`` of its networks
-    metric           what they are judged by
-    numbers          all its metrics, in the order in which people read them, its own first
-    tiles            those that a report begins with
-    words            how people speak of it
-    tables           tables of the configuration that its networks depend on
-    files            what a training writes beside its weights
-    curve            names in the rows of ``validation.jsonl`` -> metrics
-    curve_images     images of a point of that curve, at most
-    curve_cost       what evaluating one costs, in images that are trained on
-    reference        the name of PyTorch's outputs in a bundle's ``parity.npz``
-    decodes          whether files compute more than the network: answers from its outputs
-    studied          whether studies of super-nets know what its networks are worth
+        network_kind     the ``Architecture.task`` of its networks
+        metric           the metric that ranks networks
+        numbers          all its metrics, in reading order, ``metric`` first
+        tiles            the metrics at the top of a report
+        words            the words in which results are reported
+        tables           tables of the configuration that its networks depend on
+        files            files that training writes beside the weights
+        curve            names in the rows of ``validation.jsonl`` -> metrics
+        curve_images     images per point of that curve, at most
+        curve_cost       cost of evaluating one image, in training images
+        reference        the name of PyTorch's outputs in a bundle's ``parity.npz``
+        decodes          whether files go beyond the network, to answers from its outputs
+        studied          whether the studies of super-nets know its networks' true quality
 
-    ``post_processing`` is what detections are chosen by.
+    ``post_processing`` holds the settings by which detections are selected.
     """
 
     name: ClassVar[str]
@@ -214,83 +214,93 @@ class Task(ABC):
     def __init__(self, post_processing: PostProcessing | None = None) -> None:
         self.post_processing = post_processing or PostProcessing()
 
-    # What is trained
+    # Training
 
     @abstractmethod
     def space(self, space: SearchSpace, experiment: Experiment) -> SearchSpace:
-        """The space of the task's networks on a space's blocks. Raises ConfigError or
-        SpaceError where there is none.
+        """The space of the task's networks, built from the blocks of a space. Raises
+        ConfigError or SpaceError if it cannot be built.
         """
 
     @abstractmethod
     def architecture(self, arch: Architecture, experiment: Experiment) -> Architecture:
-        """The task's network on an architecture's blocks. Raises ConfigError or
-        SpaceError where there is none.
+        """The task's network, built from an architecture's blocks. Raises ConfigError
+        or SpaceError if it cannot be built.
         """
 
     @abstractmethod
     def criterion(self, arch: Architecture, label_smoothing: float = 0.0) -> Criterion:
-        """What the final training minimises."""
+        """The loss of the final training."""
 
     @abstractmethod
     def quality(self, experiment: Experiment, space: SearchSpace) -> Quality:
-        """What a search calls good."""
+        """What a search maximises."""
 
-    # How good it is
+    # Evaluation
 
     @abstractmethod
-    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
-        """How good a network is, where its weights are. It is in eval mode already."""
+    def evaluate(
+        self, network: Network, images: Images, settings: EvaluationSettings
+    ) -> EvaluationResult:
+        """Evaluate a network on the device that holds its weights. It is already in
+        eval mode.
+        """
 
     @abstractmethod
     def guess(self, images: Images) -> float | None:
-        """What the metric is of the best answer that does not look at the image; None
-        where that is not known.
+        """The metric of the best answer that does not look at the image; None if
+        unknown.
         """
 
     @abstractmethod
     def caution(self, metrics: Metrics, images: int, guess: float | None) -> Caution | None:
-        """Said where a network is no better than a guess on so many test images."""
+        """A warning if a network is no better than a guess on that many test images."""
 
     @abstractmethod
     def said(self, metrics: Metrics, images: int) -> str:
-        """How good a trained network is on so many test images, in words."""
+        """One phrase that reports how good a trained network is on ``images`` test
+        images.
+        """
 
     @abstractmethod
     def said_of_file(self, value: float, images: int) -> str:
-        """The same of an exported file, as what it does: "finds ..." """
+        """The same for an exported file, as what it does: "finds ..." """
 
     @abstractmethod
     def said_on_the_way(self, value: float) -> str:
-        """How good a network is while it trains, before "N test images"."""
+        """How good a network is during training, to be followed by "N test images"."""
 
-    def record(self, folder: Path, network: Network, images: Images, evaluated: Evaluated) -> None:
-        """Write the ``files`` of a training: none."""
+    def record(
+        self, folder: Path, network: Network, images: Images, evaluated: EvaluationResult
+    ) -> None:
+        """Write the ``files`` of a training. By default there are none."""
         del folder, network, images, evaluated
 
-    # Its files
+    # Exported files
 
     def check_images(self, images: Images, name: str, arch: Architecture) -> None:
-        """Raise ConfigError where the data set of that name has not what a network of
-        the task is judged by.
+        """Raise ConfigError if the data set ``name`` lacks what the task's evaluation
+        needs.
         """
         del images, name, arch
 
     def reference_images(self, network: Network) -> int | None:
-        """For how many images a bundle keeps PyTorch's outputs at most."""
+        """The largest number of images for which a bundle keeps PyTorch's outputs;
+        None: no limit.
+        """
         del network
         return None
 
     @abstractmethod
     def torch_outputs(self, network: Network, images_NHWC: np.ndarray) -> np.ndarray:
-        """What PyTorch puts out for channels-last float32 images, on the CPU in
-        float32, as the plain float file does.
+        """PyTorch's outputs for channels-last float32 images, computed on the CPU in
+        float32: what the plain float file should output.
         """
 
     @abstractmethod
     def outputs(self, graph: str, arch: Architecture, output: str) -> tuple[Output, ...]:
-        """What comes out of a file with this in its graph. ``output`` is ``"logits"``,
-        or ``"probabilities"`` behind a softmax.
+        """The outputs of a file whose graph ends as ``graph`` says. ``output`` is
+        ``"logits"``, or ``"probabilities"`` after a softmax.
         """
 
     @abstractmethod
@@ -303,37 +313,42 @@ class Task(ABC):
     def answers(
         self, graph: str, arch: Architecture, app_score: float | None = None
     ) -> FileAnswers:
-        """None yet, of a file with this in its graph. ``app_score`` is a second
-        threshold, at which answering is timed, too.
+        """An empty collection for the answers of a file with this ``graph``.
+        ``app_score`` is a second score threshold, at which post-processing is timed as
+        well.
         """
 
     @abstractmethod
     def torch_answers(self, network: Network, images: Images, workers: int) -> Answers:
-        """PyTorch's for all images, on the CPU in float32."""
+        """PyTorch's answers for all images, computed on the CPU in float32."""
 
     @abstractmethod
     def kept(self, arrays: Mapping[str, np.ndarray]) -> Answers:
-        """PyTorch's as a bundle keeps them."""
+        """PyTorch's answers, read back from a bundle's arrays."""
 
     def min_score(self) -> float | None:
-        """The score from which an answer counts; None where answers have no threshold."""
+        """The lowest score at which an answer counts; None if answers have no
+        threshold.
+        """
         return None
 
 
 def task_of(experiment: Experiment) -> Task:
-    """The task of an experiment, with its settings."""
+    """The task of an experiment, with the experiment's settings."""
     return task_named(experiment.task, experiment.detector.post_processing)
 
 
-def evaluate(task: Task, network: Network, images: Images, how: Evaluation) -> Evaluated:
-    """``task.evaluate`` in eval mode, so that no test image changes a network's
-    statistics, whatever a task leaves out.
+def evaluate(
+    task: Task, network: Network, images: Images, settings: EvaluationSettings
+) -> EvaluationResult:
+    """``task.evaluate`` in eval mode. The mode is set here so that no test image can
+    change batch statistics, even if a task forgets to.
     """
     network.eval()
-    return task.evaluate(network, images, how)
+    return task.evaluate(network, images, settings)
 
 
 def task_named(name: str, post_processing: PostProcessing | None = None) -> Task:
-    """The task of a name. Raises ConfigError where there is none."""
-    made: type[Task] = TASKS.get(name)
-    return made(post_processing)
+    """The task of that name. Raises ConfigError if it is unknown."""
+    task_class: type[Task] = TASKS.get(name)
+    return task_class(post_processing)

@@ -1,5 +1,5 @@
-"""Progress on a terminal, with rich. Where there is no terminal, a line now and then,
-and one at the end.
+"""Progress on a terminal, with rich. Without a terminal, a line every now and then and
+one at the end.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from rich.text import Text
 from hwnas.progress import Pace, Progress, Task, duration
 
 LINE_SECONDS = 30.0
-"""How often a long task says where it is when nobody watches a terminal."""
+"""How often a long task prints a line if there is no terminal."""
 BAR_WIDTH = (8, 24)
-"""Columns of a bar, at least and at most: the rest of a line is for its numbers."""
+"""Columns of a bar, at least and at most; the rest of the line is for numbers."""
 BAR_PART = 0.1
-"""Part of a wide terminal that a bar takes."""
+"""The fraction of a wide terminal that a bar takes."""
 DESCRIPTION_PART = 0.35
-"""Part of a terminal that descriptions take at most; longer ones end with an ellipsis."""
+"""The fraction of a terminal that descriptions take at most; longer ones end with an
+ellipsis.
+"""
 SEPARATOR = "  "
-"""Between the numbers of a note, which are shown whole or not at all."""
+"""Separates the numbers of a note; each is shown completely or not at all."""
 
 
 class TerminalProgress(Progress):
@@ -37,7 +39,8 @@ class TerminalProgress(Progress):
         self, *, quiet: bool = False, verbose: bool = False, console: Console | None = None
     ) -> None:
         self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
-        self.quiet, self.verbose = quiet, verbose
+        self.quiet = quiet
+        self.verbose = verbose
 
     @contextmanager
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
@@ -49,7 +52,7 @@ class TerminalProgress(Progress):
 
     @contextmanager
     def tasks(self) -> Iterator[Callable[[str, int, int], Task]]:
-        """Bars, one below the other; without a terminal, lines of each."""
+        """Bars, one below the other; without a terminal, lines for each task."""
         live = self.console.is_terminal and not self.quiet
         with _Bars(self.console, live=live) as bars:
 
@@ -57,11 +60,10 @@ class TerminalProgress(Progress):
                 pace = Pace(total, done)
                 if not live:
                     return _LineTask(self.console, description, pace)
-                return _BarTask(
-                    bars,
-                    bars.add_task(description, total=total, completed=done, pace=pace, note=""),
-                    pace,
+                identity = bars.add_task(
+                    description, total=total, completed=done, pace=pace, note=""
                 )
+                return _BarTask(bars, identity, pace)
 
             yield begin
 
@@ -87,52 +89,56 @@ class TerminalProgress(Progress):
 
 
 class _Bars(RichBars):
-    """Bars of one line each: description, bar, n of N, remaining time, and what fits of
-    the note.
+    """Bars of one line each: description, bar, n of N, remaining time, and as much of
+    the note as fits.
     """
 
     def __init__(self, console: Console, *, live: bool) -> None:
-        self.shown_on = console  # rich draws once before it has set its own
+        self.shown_on = console  # rich draws once before it sets its own attribute
         super().__init__(console=console, disable=not live, transient=True)
 
     def make_tasks_table(self, tasks: Iterable[BarState]) -> Table:
-        """Rich's own columns share the width by what they would like to have; here the
-        first four have what they need.
+        """The bars as a table. rich's own columns share the width in proportion to their
+        content; here the first four columns get what they need, and the note the rest.
         """
         shown = [task for task in tasks if task.visible]
-        width = self.shown_on.width
         counts = [_count(task) for task in shown]
         times = [_left(task.fields["pace"]) for task in shown]
-        counted, timed = max(map(len, counts), default=0), max(map(len, times), default=0)
-        # a blank after each column, and the terminal's last column stays empty
-        free = max(0, width - counted - timed - 5)
-        described = min(
-            max((len(task.description) for task in shown), default=0),
-            int(DESCRIPTION_PART * width),
-            free,
-        )
-        bar_width = min(BAR_WIDTH[1], max(BAR_WIDTH[0], int(BAR_PART * width)), free - described)
-        noted = free - described - bar_width
+        widths = self._widths([task.description for task in shown], counts, times)
         table = Table.grid(padding=(0, 1, 0, 0))
-        for column in (described, bar_width, counted, timed, noted):
-            table.add_column(width=column, no_wrap=True, overflow="ellipsis")
+        for width in widths:
+            table.add_column(width=width, no_wrap=True, overflow="ellipsis")
         for task, count, left in zip(shown, counts, times, strict=True):
             bar = ProgressBar(
                 total=max(task.total or 0, 1),
                 completed=task.completed,
-                width=bar_width,
+                width=widths[1],
                 animation_time=task.get_time(),
             )
-            described_text = Text(task.description, style="")
-            note = Text(fitting(task.fields["note"], noted), style="dim")
             table.add_row(
-                described_text,
+                Text(task.description, style=""),
                 bar,
                 Text(count, justify="right", style="progress.download"),
                 Text(left, style="cyan"),
-                note,
+                Text(fitting(task.fields["note"], widths[4]), style="dim"),
             )
         return table
+
+    def _widths(
+        self, descriptions: list[str], counts: list[str], times: list[str]
+    ) -> tuple[int, int, int, int, int]:
+        """The widths of description, bar, count, time and note."""
+        width = self.shown_on.width
+        count_width = max(map(len, counts), default=0)
+        time_width = max(map(len, times), default=0)
+        # a blank after each column, and the terminal's last column stays empty
+        free = max(0, width - count_width - time_width - 5)
+        longest = max(map(len, descriptions), default=0)
+        description_width = min(longest, int(DESCRIPTION_PART * width), free)
+        at_least, at_most = BAR_WIDTH
+        bar_width = min(at_most, max(at_least, int(BAR_PART * width)), free - description_width)
+        note_width = free - description_width - bar_width
+        return description_width, bar_width, count_width, time_width, note_width
 
 
 def _count(task: BarState) -> str:
@@ -141,7 +147,7 @@ def _count(task: BarState) -> str:
 
 
 def _left(pace: Pace) -> str:
-    """What is left, to the second: a clock that runs."""
+    """The remaining time to the second, like a running clock."""
     if pace.remaining is None:
         return "-:-- left"
     minutes, seconds = divmod(round(pace.remaining), 60)
@@ -153,24 +159,23 @@ def _left(pace: Pace) -> str:
 
 
 def fitting(note: str, width: int) -> str:
-    """The first numbers of a note that fit into so many columns."""
+    """The first numbers of a note that fit into ``width`` columns."""
     fields = note.split(SEPARATOR)
-    kept = next(
-        (
-            count
-            for count in range(len(fields), 0, -1)
-            if len(SEPARATOR.join(fields[:count])) <= width
-        ),
-        0,
-    )
-    return SEPARATOR.join(fields[:kept])
+    for count in range(len(fields), 0, -1):
+        text = SEPARATOR.join(fields[:count])
+        if len(text) <= width:
+            return text
+    return ""
 
 
 class _BarTask(Task):
     """A bar."""
 
     def __init__(self, bars: RichBars, identity: TaskID, pace: Pace) -> None:
-        self.bars, self.identity, self.pace, self.note = bars, identity, pace, ""
+        self.bars = bars
+        self.identity = identity
+        self.pace = pace
+        self.note = ""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.note = note or self.note
@@ -182,17 +187,21 @@ class _BarTask(Task):
 
 
 class _LineTask(Task):
-    """Where there is no terminal to draw a bar on: a line now and then."""
+    """Lines in place of a bar if there is no terminal."""
 
     def __init__(self, console: Console, description: str, pace: Pace) -> None:
-        self.console, self.description, self.pace, self.note = console, description, pace, ""
-        self.said = time.monotonic()
+        self.console = console
+        self.description = description
+        self.pace = pace
+        self.note = ""
+        self.printed_at = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.note = note or self.note
         self.pace.advance(steps)
-        if time.monotonic() - self.said > LINE_SECONDS and self.pace.done < self.pace.total:
-            self.said = time.monotonic()
+        is_due = time.monotonic() - self.printed_at > LINE_SECONDS
+        if is_due and self.pace.done < self.pace.total:
+            self.printed_at = time.monotonic()
             left = self.pace.remaining
             self._print("" if left is None else f", about {duration(left)} left")
 

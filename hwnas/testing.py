@@ -1,4 +1,4 @@
-"""Conformance cases that third-party plug-ins inherit: a plug-in that passes them works
+"""Conformance tests that third-party plug-ins inherit. A plug-in that passes them works
 in every stage.
 
     from hwnas.testing import StrategyConformance
@@ -7,8 +7,8 @@ in every stage.
         def strategy(self):
             return Mine(Mine.Config())
 
-The cases are plain pytest classes. They run the real thing on small problems whose
-answers are known: no network is trained.
+The tests are plain pytest classes. They run the real code on small problems with known
+answers; no network is trained.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.network import Network
 from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Gates, Metrics, Probes, SearchContext, Strategy
-from hwnas.task import Evaluation, Task
+from hwnas.task import EvaluationSettings, Task
 
 
 def tiny_space() -> MacroSpace:
@@ -59,7 +59,7 @@ def tiny_space() -> MacroSpace:
 
 
 def synthetic_table(space: SearchSpace) -> LatencyTable:
-    """A table in which every op costs its MACs at 1e9 a second, plus 10 microseconds."""
+    """A table in which every op takes its MACs at 1e9 per second, plus 10 microseconds."""
     header = TableHeader(
         device="synthetic",
         cpu="synthetic",
@@ -84,66 +84,69 @@ def synthetic_table(space: SearchSpace) -> LatencyTable:
 
 
 class Problem:
-    """A search whose answer is known: every option of ``tiny_space`` adds a given
-    amount to the quality.
+    """A search with a known answer: every option of ``tiny_space`` adds a given amount
+    to the quality.
 
-    Slower options add more, but less than overrunning the target costs, so the budget
-    binds: the best architecture without it is far too slow. The options of one
-    architecture near the target, drawn from ``seed``, add a little extra; the optimum
-    under the budget is found by trying everything.
+    Slower options add more, but overrunning the target costs more than they add. So the
+    budget binds: the best architecture without it is far too slow. The options of one
+    architecture near the target, drawn with ``seed``, add a little extra. The optimum
+    under the budget is found by exhaustive search.
     """
 
     def __init__(self, seed: int) -> None:
         self.space = tiny_space()
         self.cost = CostModel.of_table(self.space, synthetic_table(self.space))
         low, high = self.cost.range()
-        self.target_ms, self.tolerance = low + 0.45 * (high - low), 0.02
-        rng = np.random.default_rng(seed)
-        planted: Picks = {}
-        while (
-            not planted or abs(self.cost.cost(planted) / self.target_ms - 1) > 0.25 * self.tolerance
-        ):
-            planted = self.space.sample(rng)
+        self.target_ms = low + 0.45 * (high - low)
+        self.tolerance = 0.02
+        planted = self._near_target(np.random.default_rng(seed))
+
         smallest = {choice.key: choice.options[0] for choice in self.space.choices}
         self.gains: dict[str, np.ndarray] = {}
         for choice in self.space.choices:
-            ms = np.array(
-                [self.cost.cost({**smallest, choice.key: option}) for option in choice.options]
-            )
+            costs = [self.cost.cost({**smallest, choice.key: option}) for option in choice.options]
+            ms = np.array(costs)
             bonus = 0.004 * np.array([option == planted[choice.key] for option in choice.options])
             self.gains[choice.key] = 0.06 * (ms - ms.min()) / (high - low) + bonus
-        self.index_NC = np.array(
-            list(itertools.product(*(range(len(choice.options)) for choice in self.space.choices)))
-        )
+
+        options = [range(len(choice.options)) for choice in self.space.choices]
+        self.index_NC = np.array(list(itertools.product(*options)))
+        self.best = self.space.at(self.index_NC[self._rewards().argmax()])
+
+    def _near_target(self, rng: np.random.Generator) -> Picks:
+        """A random architecture whose latency is close to the target."""
+        while True:
+            picks = self.space.sample(rng)
+            if abs(self.cost.cost(picks) / self.target_ms - 1) <= 0.25 * self.tolerance:
+                return picks
+
+    def _rewards(self) -> np.ndarray:
+        """The rewards [N] of all architectures; -inf for those that miss the target."""
         latency_N = self.cost.costs(self.index_NC)
-        quality_N = 0.5 + np.sum(
-            [
-                self.gains[choice.key][self.index_NC[:, i]]
-                for i, choice in enumerate(self.space.choices)
-            ],
-            axis=0,
-        )
-        within_N = np.abs(latency_N / self.target_ms - 1) <= self.tolerance
-        reward_N = np.where(
-            within_N, quality_N - 0.1 * np.abs(latency_N / self.target_ms - 1), -np.inf
-        )
+        gains = []
+        for column, choice in enumerate(self.space.choices):
+            gains.append(self.gains[choice.key][self.index_NC[:, column]])
+        quality_N = 0.5 + np.sum(gains, axis=0)
+        error_N = np.abs(latency_N / self.target_ms - 1)
+        within_N = error_N <= self.tolerance
+        # otherwise a strategy could pass without looking at latency, or by luck
         assert latency_N[quality_N.argmax()] > 1.3 * self.target_ms, "the budget must bind"
         assert 10 <= within_N.sum() <= 0.2 * len(within_N), (
-            "the budget must leave a choice, and not everything"
+            "some architectures must meet the budget, but not most"
         )
-        self.best = self.space.at(self.index_NC[reward_N.argmax()])
+        return np.where(within_N, quality_N - 0.1 * error_N, -np.inf)
 
     def quality(self, gates: Gates) -> float:
         """The quality in 0..1 of an architecture or mixture, as an infinitely large
-        held-out set would tell it.
+        held-out set would measure it.
         """
-        return 0.5 + sum(
-            float(np.dot(np.asarray(gates[key], dtype=float), gain))
-            for key, gain in self.gains.items()
-        )
+        gains = 0.0
+        for key, gain in self.gains.items():
+            gains += float(np.dot(np.asarray(gates[key], dtype=float), gain))
+        return 0.5 + gains
 
     def context(self, steps: int, batch_size: int = 256) -> SearchContext:
-        """A search context without a super-net: weights have nothing to learn."""
+        """A search context without a super-net: there are no weights to learn."""
         known = KnownWeights(self)
         return SearchContext(
             self.space,
@@ -158,20 +161,19 @@ class Problem:
         )
 
     def ranked(self, proposals: list[Picks]) -> list[Picks]:
-        """Proposals by reward, best first: what the search stage does with them."""
+        """Proposals by reward, best first, as the search stage ranks them."""
 
         def reward(picks: Picks) -> float:
-            quality = 0.5 + sum(
-                gain[self.space.index(picks)[i]] for i, gain in enumerate(self.gains.values())
-            )
+            index = self.space.index(picks)
+            quality = 0.5 + sum(gain[i] for i, gain in zip(index, self.gains.values(), strict=True))
             return AbsoluteObjective().reward(quality, self.cost.cost(picks), self.target_ms)
 
         return sorted(proposals, key=reward, reverse=True)
 
 
 class KnownWeights:
-    """The shared weights of a ``Problem``: whatever they are trained on, every
-    architecture is as good as its gains say.
+    """The shared weights of a ``Problem``. Whatever they are trained on, every
+    architecture is exactly as good as its gains.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -183,20 +185,20 @@ class KnownWeights:
         """Check the gates; there is nothing to learn."""
         del split, teach, skip_dropout
         assert gates, "an update needs gates"
-        for each in gates:
-            self._check(each)
+        for path_gates in gates:
+            self._check(path_gates)
         return {}
 
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
         """The exact qualities."""
         del multiple
-        return [self.problem.quality(each) for each in gates]
+        return [self.problem.quality(path_gates) for path_gates in gates]
 
     def gate_gradients(
         self, gates: Gates, probes: Probes, order: int, skip_dropout: float
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """Loss 1 - quality: its derivative is minus the gain of every option that is
-        executed or probed, and 0 elsewhere.
+        """The loss is 1 - quality: its derivative is minus the gain of every option
+        that is executed or probed, and 0 for all others.
         """
         del order, skip_dropout
         self._check(gates)
@@ -216,7 +218,7 @@ class KnownWeights:
         self.problem.space.check(picks)
 
     def grow(self, number: int) -> None:
-        """Weights that are known do not begin anew."""
+        """There are no weights to grow."""
 
     def _check(self, gates: Gates) -> None:
         gains = self.problem.gains
@@ -229,7 +231,7 @@ class KnownWeights:
 
 
 def prepared(strategy: Strategy, ctx: SearchContext, seed: int) -> None:
-    """Set a strategy up as the search stage does: with a generator that no step has."""
+    """Set a strategy up as the search stage does, with a generator that no step uses."""
     ctx.rng = np.random.default_rng([seed, ctx.steps, 1])
     strategy.setup(ctx)
 
@@ -237,26 +239,31 @@ def prepared(strategy: Strategy, ctx: SearchContext, seed: int) -> None:
 def searched(
     strategy: Strategy, ctx: SearchContext, seed: int, first: int = 0, last: int | None = None
 ) -> list[Metrics]:
-    """Run a strategy's steps as the search stage does: a new generator from (seed,
-    step) for each.
+    """Run a strategy's steps as the search stage does, each with a new generator from
+    (seed, step), so that a resumed search draws the same numbers.
     """
+    end = ctx.steps if last is None else last
     metrics = []
-    for number in range(first, ctx.steps if last is None else last):
-        ctx.step, ctx.rng = number, np.random.default_rng([seed, number])
+    for number in range(first, end):
+        ctx.step = number
+        ctx.rng = np.random.default_rng([seed, number])
         metrics.append(strategy.step(ctx))
     return metrics
 
 
 def proposed(strategy: Strategy, ctx: SearchContext, seed: int, count: int) -> list[Picks]:
-    """Its proposals after the last step."""
-    ctx.step, ctx.rng = ctx.steps, np.random.default_rng([seed, ctx.steps])
+    """The strategy's proposals after the last step."""
+    ctx.step = ctx.steps
+    ctx.rng = np.random.default_rng([seed, ctx.steps])
     return strategy.propose(ctx, count)
 
 
 class StrategyConformance(ABC):
-    """What every search method has to do. Inherit, and return a new strategy from ``strategy``.
+    """What every search method has to do. Inherit, and return a new strategy from
+    ``strategy``.
 
-    ``steps`` and ``proposals`` are how much it gets to find the optimum of a ``Problem``.
+    It gets ``steps`` steps and ``proposals`` proposals to find the optimum of a
+    ``Problem``.
     """
 
     steps: ClassVar[int] = 1200
@@ -269,23 +276,25 @@ class StrategyConformance(ABC):
     def _search(
         self, problem: Problem, seed: int, steps: int
     ) -> tuple[Strategy, SearchContext, list[Metrics]]:
-        strategy, ctx = self.strategy(), problem.context(steps)
+        strategy = self.strategy()
+        ctx = problem.context(steps)
         prepared(strategy, ctx, seed)
         return strategy, ctx, searched(strategy, ctx, seed)
 
     def test_proposals_are_valid_distinct_and_within_the_tolerance(self) -> None:
-        """Before and after learning, and for targets near both ends of the reach."""
+        """Before and after learning, also for targets near both ends of the range."""
         problem = Problem(0)
         low, high = problem.cost.range()
         for target_ms in (problem.target_ms, 1.01 * low, 0.99 * high):
-            strategy, ctx = self.strategy(), problem.context(40)
+            strategy = self.strategy()
+            ctx = problem.context(40)
             ctx.target = target_ms
             strategy.setup(ctx)
             for steps in (0, 40):
                 searched(strategy, ctx, 0, 0, steps)
                 proposals = proposed(strategy, ctx, 0, 6)
                 assert 1 <= len(proposals) <= 6, (
-                    f"{len(proposals)} proposals of at most 6 at {target_ms} ms"
+                    f"{len(proposals)} proposals at {target_ms} ms, but 1 to 6 were wanted"
                 )
                 for picks in proposals:
                     problem.space.check(picks)
@@ -294,7 +303,7 @@ class StrategyConformance(ABC):
                         f"{latency} ms is not within 2 % of {target_ms} ms"
                     )
                 names = {problem.space.decode(picks).identity for picks in proposals}
-                assert len(names) == len(proposals), "a proposal came twice"
+                assert len(names) == len(proposals), "a proposal was made twice"
 
     def test_metrics_are_finite_numbers(self) -> None:
         """Every step reports numbers that a log can hold."""
@@ -306,18 +315,18 @@ class StrategyConformance(ABC):
                 )
 
     def test_deterministic_under_a_seed(self) -> None:
-        """The same seed gives the same run; another seed another."""
+        """The same seed gives the same run, another seed a different one."""
         problem = Problem(0)
         runs = []
         for seed in (3, 3, 4):
             strategy, ctx, metrics = self._search(problem, seed, 60)
             runs.append((metrics, proposed(strategy, ctx, seed, 6)))
-        assert runs[0] == runs[1], "two runs with one seed differ"
+        assert runs[0] == runs[1], "two runs with the same seed differ"
         assert runs[0] != runs[2], "the seed changes nothing"
 
     def test_continues_identically_from_its_state(self) -> None:
-        """A state taken at any step, and put into a new strategy, goes on as the old
-        one would have.
+        """A new strategy that loads the state of any step continues as the old one would
+        have.
         """
         problem = Problem(0)
         strategy, ctx, straight = self._search(problem, 1, 60)
@@ -327,20 +336,20 @@ class StrategyConformance(ABC):
             prepared(early, early_ctx, 1)
             before = searched(early, early_ctx, 1, 0, stop)
             state = copy.deepcopy(early.state_dict())
-            # what goes on after a checkpoint must not leak into it
+            # steps after a checkpoint must not leak into it
             searched(early, early_ctx, 1, stop, min(stop + 5, 60))
             late, late_ctx = self.strategy(), problem.context(60)
             prepared(late, late_ctx, 1)
             late.load_state_dict(state)
             after = searched(late, late_ctx, 1, stop)
-            assert before + after == straight, f"stopped at step {stop}, it went on differently"
+            assert before + after == straight, f"after a stop at step {stop}, the metrics differ"
             assert proposed(late, late_ctx, 1, 6) == expected, (
-                f"stopped at step {stop}, it proposes something else"
+                f"after a stop at step {stop}, the proposals differ"
             )
 
     def test_state_survives_a_checkpoint(self, tmp_path: Path) -> None:
-        """The state is what ``torch.load(weights_only=True)`` reads: tensors, numbers,
-        strings and containers of them.
+        """``torch.load(weights_only=True)`` must be able to read the state: tensors,
+        numbers, strings and containers of them.
         """
         strategy, ctx, _ = self._search(Problem(0), 2, 40)
         torch.save(strategy.state_dict(), tmp_path / "state.pt")
@@ -350,7 +359,7 @@ class StrategyConformance(ABC):
         assert proposed(again, ctx, 2, 6) == proposed(strategy, ctx, 2, 6)
 
     def test_finds_the_known_optimum(self) -> None:
-        """On five problems of five seeds, under a budget that binds."""
+        """On five problems from five seeds, with a budget that binds."""
         for seed in range(5):
             problem = Problem(seed)
             strategy, ctx, _ = self._search(problem, seed, self.steps)
@@ -366,7 +375,7 @@ class DeviceConformance(ABC):
     runtime: ClassVar[str] = "litert"
     dtype: ClassVar[str] = "fp32"
     reads_files: ClassVar[bool] = True
-    """False where model files are not opened, so that a broken one cannot be noticed."""
+    """False if the device does not open model files and cannot notice a broken one."""
 
     OPS: ClassVar[tuple[Op, ...]] = (
         Conv(8, 3, 8, kernel=3, act="relu"),
@@ -381,45 +390,43 @@ class DeviceConformance(ABC):
     def plan(self, rounds: int = 1) -> dict[str, Any]:
         """A plan of three small ops and the network they form."""
         chains = {**{op.key: (op,) for op in self.OPS}, "net-0": self.OPS}
-        items = [
-            {
-                "id": name,
-                "path": str(timing_file(ops, self.runtime, self.dtype)),
-                "round": number,
-                "ops": [op.key for op in ops],
-            }
-            for number in range(rounds)
-            for name, ops in chains.items()
-        ]
-        cores = list(self.connection().cores(1))
+        items = []
+        for number in range(rounds):
+            for name, ops in chains.items():
+                items.append(
+                    {
+                        "id": name,
+                        "path": str(timing_file(ops, self.runtime, self.dtype)),
+                        "round": number,
+                        "ops": [op.key for op in ops],
+                    }
+                )
         return {
             "runtime": self.runtime,
             "threads": 1,
-            "cores": cores,
+            "cores": list(self.connection().cores(1)),
             "min_ms": 1.0,
             "min_runs": 3,
             "items": items,
         }
 
     def measured(self, plan: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-        """Header and rows of a plan, without notes and conditions, which may come
-        anywhere between.
+        """Header and rows of a plan, without notes and conditions, which may come in
+        between.
         """
         rows = list(self.connection().measure(plan, folder))
         for row in rows:
             if "note" in row:
                 assert isinstance(row["note"], str) and row["note"], f"note {row['note']!r}"
-            if "conditions" in row:
-                assert all(
-                    isinstance(value, int | float | str) for value in row["conditions"].values()
-                ), f"conditions {row}"
+            for value in row.get("conditions", {}).values():
+                assert isinstance(value, int | float | str), f"conditions {row}"
         return [row for row in rows if not row.keys() & {"note", "conditions"}]
 
     def test_header_then_one_row_per_item(self, tmp_path: Path) -> None:
-        """Ids and rounds in the plan's order, and every single run in milliseconds."""
+        """Ids and rounds are in the plan's order, and every run is in milliseconds."""
         plan = self.plan(rounds=2)
         header, *rows = self.measured(plan, tmp_path)
-        assert "runner" in header, f"the first row is no header: {header}"
+        assert "runner" in header, f"the first row is not a header: {header}"
         assert [(row["id"], row["round"]) for row in rows] == [
             (item["id"], item["round"]) for item in plan["items"]
         ]
@@ -430,7 +437,7 @@ class DeviceConformance(ABC):
             )
 
     def test_header_describes_the_measurement(self, tmp_path: Path) -> None:
-        """What a table's header needs; the cores are those that the plan asked for."""
+        """It has what the header of a table needs, and the cores of the plan."""
         plan = self.plan()
         header = self.measured(plan, tmp_path)[0]
         for key in ("runtime", "runtime_version", "cpu", "machine", "governor", "python"):
@@ -442,7 +449,7 @@ class DeviceConformance(ABC):
         )
 
     def test_names_its_runtimes(self) -> None:
-        """The one that is tested among them, with its version."""
+        """The tested runtime is among them, with its version."""
         version = self.connection().runtimes()[self.runtime]
         assert isinstance(version, str) and version, (
             f"runtime {self.runtime} has version {version!r}"
@@ -454,14 +461,14 @@ class DeviceConformance(ABC):
         assert len(cores) >= 1 and len(set(cores)) == len(cores)
 
     def test_a_broken_file_is_an_error_of_its_item(self, tmp_path: Path) -> None:
-        """And of no other item."""
+        """The error is reported for this item and no other."""
         if not self.reads_files:
             import pytest
 
             pytest.skip("this device does not open model files (reads_files = False)")
         plan = self.plan()
         broken = tmp_path / "broken.tflite"
-        broken.write_bytes(b"this is no model")
+        broken.write_bytes(b"this is not a model")
         plan["items"][1]["path"] = str(broken)
         plan["items"][2]["path"] = str(tmp_path / "missing.tflite")
         _, *rows = self.measured(plan, tmp_path)
@@ -476,33 +483,34 @@ class DeviceConformance(ABC):
         assert outputs.shape == (3, 10)
         assert outputs.dtype == np.float32
         assert np.abs(outputs[0] - outputs[1]).max() > 0
-        alone = self.connection().predict(model, images[1:2], tmp_path)
-        assert np.allclose(alone[0], outputs[1], atol=1e-6)
+        single = self.connection().predict(model, images[1:2], tmp_path)
+        assert np.allclose(single[0], outputs[1], atol=1e-6)
 
     def test_predicts_from_pixels(self, tmp_path: Path) -> None:
-        """Images of uint8 go into a file that takes them as they are."""
+        """A file that takes uint8 pixels gets uint8 images, without preprocessing."""
         network = timing_file(self.OPS, "litert", "fp32").read_bytes()
         interface = Interface("uint8", False, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
         files = {"network": network, "pixels": interface.around(network, "litert")}
         for name, content in files.items():
             (tmp_path / f"{name}.tflite").write_bytes(content)
         images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-        found = self.connection().predict(tmp_path / "pixels.tflite", images, tmp_path)
-        wanted = self.connection().predict(
+        actual = self.connection().predict(tmp_path / "pixels.tflite", images, tmp_path)
+        expected = self.connection().predict(
             tmp_path / "network.tflite", interface.seen(images), tmp_path
         )
-        assert found.shape == (3, 10) and found.dtype == np.float32
-        assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+        assert actual.shape == (3, 10) and actual.dtype == np.float32
+        assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 class TargetConformance(ABC):
     """What every target has to do. Inherit, and name the class in ``target``. Its
-    runtime has to be installed on this computer.
+    runtime must be installed on this computer.
     """
 
     target: ClassVar[type[Target]]
     tolerance: ClassVar[float] = 1e-4
-    """Largest error of an exact target's outputs, relative to the largest."""
+    """The largest error of an exact target's outputs, relative to the largest output.
+    """
 
     KEYS: ClassVar[tuple[str, ...]] = (
         "conv-h16-i3-o8-k3-s2-relu",
@@ -511,13 +519,13 @@ class TargetConformance(ABC):
     )
 
     def network(self, keys: Sequence[str] | None = None) -> ClassificationNetwork:
-        """A small classifier, or the ops of other keys."""
+        """A small classifier, or one made of the ops with other keys."""
         blocks = tuple(map(Op.parse, keys or self.KEYS))
         arch = Architecture(name="small", in_channels=blocks[0].in_ch, blocks=blocks)
         return ClassificationNetwork(arch, generator=torch.Generator().manual_seed(0)).eval()
 
     def trained(self) -> Trained:
-        """The classifier with plain ends."""
+        """The classifier with float32 inputs and logits as outputs."""
         images = np.random.default_rng(1).standard_normal((8, 16, 16, 3)).astype(np.float32)
         interface = Interface("float32", False, (0.5,) * 3, (0.25,) * 3)
         card = ModelCard(
@@ -527,37 +535,41 @@ class TargetConformance(ABC):
 
     def test_its_fields(self) -> None:
         """A plain file name, an order of axes, installed packages."""
-        made = self.target()
-        assert made.file == Path(made.file).name and Path(made.file).suffix
-        assert made.layout in ("NHWC", "NCHW") and made.runtime and made.dtype
-        for package in made.packages:
+        target = self.target()
+        assert target.file == Path(target.file).name and Path(target.file).suffix
+        assert target.layout in ("NHWC", "NCHW") and target.runtime and target.dtype
+        for package in target.packages:
             assert version(package)
 
     def test_its_files_compute_what_pytorch_does(self, tmp_path: Path) -> None:
-        """Up to rounding where it is exact; the same best class of most images where it is not."""
-        made, trained = self.target(), self.trained()
-        path = tmp_path / made.file
-        path.write_bytes(made.write(trained))
+        """Equal up to rounding if the target is exact; if not, the same best class for
+        most images.
+        """
+        target = self.target()
+        trained = self.trained()
+        path = tmp_path / target.file
+        path.write_bytes(target.write(trained))
         images_NHWC = np.random.default_rng(2).standard_normal((16, 16, 16, 3)).astype(np.float32)
-        found = connect(HOST).predict(path, images_NHWC, tmp_path)
+        actual = connect(HOST).predict(path, images_NHWC, tmp_path)
         with torch.inference_mode():
-            wanted = trained.network(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)).numpy()
-        assert found.shape == wanted.shape and found.dtype == np.float32
-        if made.exact:
-            assert np.abs(found - wanted).max() <= self.tolerance * np.abs(wanted).max()
+            expected = trained.network(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)).numpy()
+        assert actual.shape == expected.shape and actual.dtype == np.float32
+        if target.exact:
+            assert np.abs(actual - expected).max() <= self.tolerance * np.abs(expected).max()
         else:
-            assert (found.argmax(1) == wanted.argmax(1)).mean() >= 0.7
+            assert (actual.argmax(1) == expected.argmax(1)).mean() >= 0.7
 
     def test_ops_and_networks_are_timed(self, tmp_path: Path) -> None:
-        """Files of one op and of several, by the runner."""
-        made, items = self.target(), list[dict[str, Any]]()
+        """The runner times files of one op and of several."""
+        target = self.target()
+        items: list[dict[str, Any]] = []
         for keys in ((self.KEYS[0],), (self.KEYS[1],), self.KEYS):
-            path = tmp_path / f"{len(items)}{Path(made.file).suffix}"
-            path.write_bytes(made.timing_file(self.network(keys)))
+            path = tmp_path / f"{len(items)}{Path(target.file).suffix}"
+            path.write_bytes(target.timing_file(self.network(keys)))
             items.append({"id": path.name, "path": str(path), "round": 0, "ops": list(keys)})
         host = connect(HOST)
         plan = {
-            "runtime": made.runtime,
+            "runtime": target.runtime,
             "threads": 1,
             "cores": list(host.cores(1)),
             "min_ms": 1.0,
@@ -565,25 +577,25 @@ class TargetConformance(ABC):
             "items": items,
         }
         header, *rows = host.measure(plan, tmp_path)
-        assert header["runtime"] == made.runtime
+        assert header["runtime"] == target.runtime
         assert [row["id"] for row in rows] == [item["id"] for item in items]
         assert all(min(row["ms"]) > 0 for row in rows), rows
 
 
 class TaskConformance(ABC):
-    """What every task has to do. Inherit, name the class in ``task``, and give a
-    network of it and test images that it can be judged by.
+    """What every task has to do. Inherit, name the class in ``task``, and provide a
+    network of the task and test images to evaluate it on.
     """
 
     task: ClassVar[type[Task]]
     tolerance: ClassVar[float] = 0.005
-    """Of the metrics of a file that puts out what PyTorch does: of answers that are
-    about as good, rounding may choose another.
+    """Tolerance of the metrics of a file with PyTorch's outputs: among answers that are
+    about equally good, rounding may select another.
     """
 
     @abstractmethod
     def network(self) -> Network:
-        """A small one, in eval mode."""
+        """A small network, in eval mode."""
 
     @abstractmethod
     def images(self) -> Images:
@@ -591,67 +603,66 @@ class TaskConformance(ABC):
 
     def test_its_fields(self) -> None:
         """Its metric comes first wherever metrics are listed, and a point of its curve
-        can be paid.
+        has a cost.
         """
-        made = self.task()
-        assert (
-            made.numbers[0] == made.tiles[0] == made.metric
-            and next(iter(made.curve.values())) == made.metric
-        )
-        assert (
-            made.curve_images > 0
-            and made.curve_cost > 0
-            and made.network_kind == self.network().arch.task
-        )
+        task = self.task()
+        assert task.numbers[0] == task.tiles[0] == task.metric
+        assert next(iter(task.curve.values())) == task.metric
+        assert task.curve_images > 0
+        assert task.curve_cost > 0
+        assert task.network_kind == self.network().arch.task
 
     def test_its_loss_has_a_gradient(self) -> None:
-        """Of a batch of the images, by every weight."""
-        made, network = self.task(), self.network().train()
+        """For a batch of the images, with respect to every weight."""
+        task = self.task()
+        network = self.network().train()
         x_NCHW, y = self.images().__getitems__([(index, 0) for index in range(4)])
-        loss, _ = made.criterion(network.arch)(network(x_NCHW), y)
+        loss, _ = task.criterion(network.arch)(network(x_NCHW), y)
         gradients = torch.autograd.grad(loss, list(network.parameters()))
-        assert torch.isfinite(loss) and all(
-            torch.isfinite(gradient).all() for gradient in gradients
-        )
+        assert torch.isfinite(loss)
+        for gradient in gradients:
+            assert torch.isfinite(gradient).all()
 
     def test_pytorchs_outputs_are_pytorchs(self) -> None:
-        """Compared with themselves they are equal, and as many as is said of a file."""
-        made, network = self.task(), self.network()
-        reference = made.torch_outputs(network, sampled_images(self.images(), 4))
-        found = made.parity("decoded", reference, reference, network.arch)
-        assert (found.images, found.relative_error, found.agreement) == (4, 0.0, 1.0)
-        described = made.outputs("decoded", network.arch, "logits")
-        assert reference.size == 4 * sum(math.prod(output.shape) for output in described)
+        """Compared with themselves they are equal, and they have the size that
+        ``outputs`` declares.
+        """
+        task = self.task()
+        network = self.network()
+        reference = task.torch_outputs(network, sampled_images(self.images(), 4))
+        parity = task.parity("decoded", reference, reference, network.arch)
+        assert (parity.images, parity.relative_error, parity.agreement) == (4, 0.0, 1.0)
+        declared = task.outputs("decoded", network.arch, "logits")
+        assert reference.size == 4 * sum(math.prod(output.shape) for output in declared)
 
     def test_answers_are_worth_the_same_wherever_they_are_from(self) -> None:
-        """PyTorch's, those read from a bundle, and those of a file that puts out what
-        PyTorch does; and so says the evaluation.
+        """PyTorch's answers, those read from a bundle, those of a file with PyTorch's
+        outputs, and ``evaluate`` all give the same metrics.
         """
-        made, network, images = self.task(), self.network(), self.images()
-        answers = made.torch_answers(network, images, 0)
-        kept = made.kept(answers.arrays())
-        of_file = made.answers("decoded", network.arch)
+        task = self.task()
+        network = self.network()
+        images = self.images()
+        answers = task.torch_answers(network, images, 0)
+        kept = task.kept(answers.arrays())
+        of_file = task.answers("decoded", network.arch)
         for x_NCHW, _ in evaluation_batches(images, 5):
-            of_file.add(made.torch_outputs(network, x_NCHW.permute(0, 2, 3, 1).numpy()))
+            of_file.add(task.torch_outputs(network, x_NCHW.permute(0, 2, 3, 1).numpy()))
         assert len(answers) == len(kept) == len(of_file) == len(images)
         for limit in (None, len(images) // 2):
-            wanted = answers.metrics(images, limit)
-            assert next(iter(wanted)) == made.metric and set(wanted) <= set(made.numbers)
-            assert kept.metrics(images, limit) == wanted
-            evaluated, read = (
-                made.evaluate(network, images, Evaluation(5, limit)).metrics,
-                of_file.metrics(images, limit),
-            )
-            assert all(
-                abs(value - (evaluated[name] or 0.0)) < 1e-6 for name, value in wanted.items()
-            )
-            assert all(abs(value - read[name]) < self.tolerance for name, value in wanted.items())
+            expected = answers.metrics(images, limit)
+            assert next(iter(expected)) == task.metric and set(expected) <= set(task.numbers)
+            assert kept.metrics(images, limit) == expected
+            evaluated = task.evaluate(network, images, EvaluationSettings(5, limit)).metrics
+            file_metrics = of_file.metrics(images, limit)
+            for name, value in expected.items():
+                assert abs(value - (evaluated[name] or 0.0)) < 1e-6
+                assert abs(value - file_metrics[name]) < self.tolerance
 
     def test_it_finds_words(self) -> None:
-        """For what it has measured."""
-        made, images = self.task(), self.images()
-        metrics = made.evaluate(self.network(), images, Evaluation(5)).metrics
-        assert f"{len(images):,} test images" in made.said(metrics, len(images))
-        assert f"{len(images):,} test images" in made.said_of_file(
-            metrics[made.metric] or 0.0, len(images)
-        )
+        """Its sentences about a network name the number of test images."""
+        task = self.task()
+        count = len(self.images())
+        metrics = task.evaluate(self.network(), self.images(), EvaluationSettings(5)).metrics
+        value = metrics[task.metric] or 0.0
+        assert f"{count:,} test images" in task.said(metrics, count)
+        assert f"{count:,} test images" in task.said_of_file(value, count)

@@ -1,4 +1,4 @@
-"""What validation found, as a document and in words."""
+"""The result of validation, as a document and as text."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ from hwnas.document import Document, Record
 from hwnas.task import Parity, Words, task_named
 
 OPTIONAL_FIELDS = (
-    *(
-        "post_processing_ms",
-        "app_post_processing_ms",
-        "app_ms",
-        "timed_on",
-        "min_score",
-        "app_score",
-    ),
-    *("network_ms",),
+    "post_processing_ms",
+    "app_post_processing_ms",
+    "app_ms",
+    "timed_on",
+    "min_score",
+    "app_score",
+    "network_ms",
 )
-"""What verdicts have of files that answer with a threshold, or that hold more than
-their network.
+"""Fields that apply only to files whose answers depend on a score threshold, or whose
+graph holds more than the network.
 """
 
 
 def _sparse(content: dict[str, Any]) -> dict[str, Any]:
-    """Without what does not apply to the files, and without a list of no warnings."""
-    found = {
-        name: value
-        for name, value in content.items()
-        if value is not None or name not in OPTIONAL_FIELDS
-    }
-    if not found.get("warnings", True):
-        del found["warnings"]
-    return found
+    """The content without fields that do not apply to the files, and without an empty
+    list of warnings.
+    """
+    sparse = {}
+    for name, value in content.items():
+        if value is not None or name not in OPTIONAL_FIELDS:
+            sparse[name] = value
+    if not sparse.get("warnings", True):
+        del sparse["warnings"]
+    return sparse
 
 
 class FileVerdict(Record):
-    """One file on the device. Latency is judged where a table of the same runtime,
+    """One file on the device. Its latency is checked if a table of the same runtime,
     dtype and threads predicts it.
     """
 
@@ -66,18 +65,17 @@ class FileVerdict(Record):
     )
     parity_passed: bool | None = Field(
         description=(
-            "for float files; none for int8, and for NMS in the graph, which are judged by the"
-            " metric alone"
+            "for float files; none for int8 and for NMS in the graph, where only the metric counts"
         )
     )
-    metrics: dict[str, float] = Field(description="how good it is on the device, by name")
-    loss: float = Field(description="what it loses of the verdict's metric against PyTorch")
+    metrics: dict[str, float] = Field(description="its metrics on the device, by name")
+    loss: float = Field(description="how much of the verdict's metric it loses against PyTorch")
     quality_passed: bool
     network_ms: float | None = Field(
         None,
         description=(
-            "of a file with more in its graph (a detector's decoding, normalisation, softmax): the"
-            " time of the network alone, which is judged where a table predicts it"
+            "for a file with more in its graph (a detector's decoding, normalisation, softmax): the"
+            " time of the network by itself, which is checked if a table predicts it"
         ),
     )
     post_processing_ms: float | None = Field(
@@ -88,7 +86,7 @@ class FileVerdict(Record):
         ),
     )
     app_post_processing_ms: float | None = Field(
-        None, description="the same, of what scores app_score or more"
+        None, description="the same for detections with a score of app_score or more"
     )
     app_ms: float | None = Field(
         None,
@@ -99,8 +97,8 @@ class FileVerdict(Record):
     timed_on: Literal["test image", "noise"] | None = Field(
         None,
         description=(
-            "with NMS in the graph, whose time depends on what is seen: what measured_ms and app_ms"
-            " are of"
+            "with NMS in the graph, whose time depends on the image: the kind of image on which"
+            " measured_ms and app_ms were measured"
         ),
     )
 
@@ -110,17 +108,17 @@ class FileVerdict(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether all that was judged is within its tolerance."""
+        """Whether everything that was checked is within its tolerance."""
         return self.quality_passed and False not in (self.latency_passed, self.parity_passed)
 
 
 class Verdict(Document):
-    """What validation found. ``passed`` only if every judged number is within its tolerance.
+    """The result of validation. ``passed`` only if every checked number is within its
+    tolerance.
 
-    That is about promises of latency and parity. ``warnings`` are about the search and
-    the training that came before: promises are kept just as well by a network that
-    learned nothing. Version 1 had fields of accuracy for classifiers, and of AP for
-    detectors.
+    It covers the promises of latency and parity. ``warnings`` are about the search and
+    the training before: a network that learned nothing can keep all promises. Version 1
+    had fields of accuracy for classifiers and of AP for detectors.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.verdict"
@@ -136,25 +134,23 @@ class Verdict(Document):
     table: str | None
     table_sha256: str | None
     unpredicted: str | None = Field(
-        description="why the table predicts nothing here; none where it does"
+        description="why the table predicts nothing here; none if it does"
     )
     drift: float | None = Field(
-        description=(
-            "time of the network's blocks now / in the table; none without a table that applies"
-        )
+        description=("time of the network's blocks now / in the table; none if no table applies")
     )
     tolerances: ValidateConfig
     images: int
     task: str
-    metric: str = Field(description="what files are judged by")
+    metric: str = Field(description="the metric that files are evaluated by")
     metrics: dict[str, float] = Field(description="PyTorch's on the same images, by name")
     min_score: float | None = Field(
-        None, description="of a detector: the score from which detections count for AP"
+        None, description="for a detector: the lowest score of detections that count for AP"
     )
     app_score: float | None = Field(
         None,
         description=(
-            "of a detector: the higher score at which NMS was timed, too, as an app needs it"
+            "for a detector: a higher score, as an app needs it, at which NMS was timed as well"
         ),
     )
     files: tuple[FileVerdict, ...]
@@ -163,7 +159,7 @@ class Verdict(Document):
     )
     passed: bool
     warnings: tuple[Caution, ...] = Field(
-        (), description="why the network is less than it looks like"
+        (), description="why the network is worse than the verdict suggests"
     )
 
     @model_serializer(mode="wrap")
@@ -174,24 +170,22 @@ class Verdict(Document):
     def _known(
         self, value: ValidateConfig, handler: SerializerFunctionWrapHandler
     ) -> dict[str, Any]:
-        """Without what verdicts had not when they began, while nobody chose it: their
-        hashes stay.
+        """The tolerances without ``app_score`` unless the user set it. Verdicts are older
+        than that key, and their hashes must not change.
         """
         content: dict[str, Any] = handler(value)
-        return {
-            name: each
-            for name, each in content.items()
-            if name != "app_score" or "app_score" in value.model_fields_set
-        }
+        if "app_score" not in value.model_fields_set:
+            content.pop("app_score", None)
+        return content
 
     @property
     def words(self) -> Words:
-        """How to speak of its metric."""
+        """The words in which its metric is reported."""
         return task_named(self.task).words
 
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """The names of version 1."""
+        """Translate the field names of version 1."""
         for name, metric, task in (("accuracy", ACCURACY, "classify"), ("ap", AP, "detect")):
             value = content.pop(f"torch_{name}", None)
             if value is None:
@@ -202,7 +196,7 @@ class Verdict(Document):
 
 
 def _renamed(file: dict[str, Any], name: str, metric: str) -> dict[str, Any]:
-    """A file of a verdict of version 1, whose fields began with ``name``."""
+    """A file of a version 1 verdict, whose metric fields began with ``name``."""
     old = (name, f"{name}_loss", f"{name}_passed")
     kept = {key: value for key, value in file.items() if key not in old}
     values = {
@@ -214,30 +208,29 @@ def _renamed(file: dict[str, Any], name: str, metric: str) -> dict[str, Any]:
 
 
 def drift_note(verdict: Verdict) -> str | None:
-    """A sentence about a device that is not as fast as when it was profiled; None while
-    it is within the tolerance.
+    """One sentence about a device that is no longer as fast as when it was profiled;
+    None if it is within the tolerance.
     """
     if verdict.drift is None or abs(verdict.drift - 1) <= verdict.tolerances.latency_tolerance:
         return None
-    how = "slower" if verdict.drift > 1 else "faster"
-    said = (
-        f"{verdict.device} is {abs(verdict.drift - 1):.0%} {how} now than when it was profiled (its"
-        " clock, temperature or load changed)"
+    direction = "slower" if verdict.drift > 1 else "faster"
+    change = (
+        f"{verdict.device} is {abs(verdict.drift - 1):.0%} {direction} now than when it was"
+        " profiled (its clock, temperature or load changed)"
     )
-    if abs(verdict.drift - 1) > verdict.tolerances.max_drift:
-        return (
-            f"{said}, more than the {verdict.tolerances.max_drift:.0%} allowed: profile it again."
-        )
-    return f"{said}; predictions are judged at the profiled speed."
+    max_drift = verdict.tolerances.max_drift
+    if abs(verdict.drift - 1) > max_drift:
+        return f"{change}, more than the {max_drift:.0%} allowed: profile it again."
+    return f"{change}; predictions are checked at the profiled speed."
 
 
 def _post_processing(verdict: Verdict, file: FileVerdict) -> str:
-    """What NMS takes beside a file's time, or in it, at both thresholds."""
+    """The time of NMS at both thresholds: in the file's time, or in addition to it."""
     for_ap = f"{verdict.min_score:g}, as AP needs" if verdict.min_score is not None else ""
     if file.app_ms is not None:
         return (
             f" at score {for_ap}, {file.app_ms:.4g} ms at {verdict.app_score:g}, on"
-            f" {_A[file.timed_on or 'noise']}"
+            f" {_IMAGE_WORDS[file.timed_on or 'noise']}"
         )
     if file.app_post_processing_ms is not None and file.post_processing_ms is not None:
         at_app = (
@@ -250,84 +243,96 @@ def _post_processing(verdict: Verdict, file: FileVerdict) -> str:
     return ""
 
 
-_A = {"test image": "a test image", "noise": "noise"}
+_IMAGE_WORDS = {"test image": "a test image", "noise": "noise"}
 
 
 def lines(verdict: Verdict) -> list[str]:
     """A verdict as lines for a terminal."""
-    out = []
-    for file in verdict.files:
-        latency = f"{file.measured_ms:.4g} ms"
-        if file.predicted_ms is not None and file.latency_error is not None:
-            mark = "ok" if file.latency_passed else "OUT OF TOLERANCE"
-            latency += (
-                f", drift {(verdict.drift or 1) - 1:+.1%}, error {file.latency_error:+.1%} of"
-                f" {file.predicted_ms:.4g} ms predicted ({mark})"
-            )
-        mark = (
-            "ok" if file.quality_passed and file.parity_passed is not False else "OUT OF TOLERANCE"
-        )
-        outputs = (
-            "" if file.parity is None else f", outputs within {file.parity.relative_error:.1e}"
-        )
-        if file.network_ms is not None:
-            latency += f" ({file.network_ms:.4g} for the network alone)"
-        latency += _post_processing(verdict, file)
-        values = file.metrics[verdict.metric], verdict.metrics[verdict.metric]
-        quality = f"{verdict.words.metric} {values[0]:.2%} against {values[1]:.2%}"
-        out.append(f"{file.name}: {latency}; {quality} in PyTorch{outputs} ({mark})")
+    out = [_file_line(verdict, file) for file in verdict.files]
     out += [f"{name}: not run, {why}" for name, why in verdict.not_run.items()]
-    note = drift_note(verdict) or (
-        f"latency is not judged: {verdict.unpredicted}." if verdict.unpredicted else None
-    )
-    remedies = [
-        f"what to do: {remedy}"
-        for remedy in (_remedy(verdict, file) for file in verdict.files)
-        if remedy
-    ]
-    return [
-        *out,
-        *([f"note: {note}"] if note else []),
-        *dict.fromkeys(remedies),
-        _conclusion(verdict),
-    ]
+
+    note = drift_note(verdict)
+    if note is None and verdict.unpredicted:
+        note = f"latency is not checked: {verdict.unpredicted}."
+    if note is not None:
+        out.append(f"note: {note}")
+
+    remedies = []
+    for file in verdict.files:
+        remedy = _remedy(verdict, file)
+        if remedy:
+            remedies.append(f"what to do: {remedy}")
+    out += dict.fromkeys(remedies)  # several files often need the same remedy
+    return [*out, _conclusion(verdict)]
+
+
+def _file_line(verdict: Verdict, file: FileVerdict) -> str:
+    """A file's latency, metric and parity with their marks."""
+    latency = f"{file.measured_ms:.4g} ms"
+    if file.predicted_ms is not None and file.latency_error is not None:
+        mark = _mark(file.latency_passed)
+        latency += (
+            f", drift {(verdict.drift or 1) - 1:+.1%}, error {file.latency_error:+.1%} of"
+            f" {file.predicted_ms:.4g} ms predicted ({mark})"
+        )
+    if file.network_ms is not None:
+        latency += f" ({file.network_ms:.4g} for the network by itself)"
+    latency += _post_processing(verdict, file)
+
+    outputs = ""
+    if file.parity is not None:
+        outputs = f", outputs within {file.parity.relative_error:.1e}"
+    on_device = file.metrics[verdict.metric]
+    in_pytorch = verdict.metrics[verdict.metric]
+    quality = f"{verdict.words.metric} {on_device:.2%} against {in_pytorch:.2%}"
+    mark = _mark(file.quality_passed and file.parity_passed is not False)
+    return f"{file.name}: {latency}; {quality} in PyTorch{outputs} ({mark})"
+
+
+def _mark(passed: bool | None) -> str:
+    return "ok" if passed else "OUT OF TOLERANCE"
 
 
 def _remedy(verdict: Verdict, file: FileVerdict) -> str | None:
-    """What to do about a file that is not as promised; None where it is."""
+    """What to do about a file that breaks a promise; None if it keeps all."""
     config = verdict.tolerances
     if file.parity_passed is False:
         return (
-            f"the outputs of {file.name} are not PyTorch's: this is a fault of the export or of the"
-            " device's runtime, so report it."
+            f"the outputs of {file.name} differ from PyTorch's: this is a bug in the export or in"
+            " the device's runtime, so report it."
         )
     if not file.quality_passed:
         key = f"validate.{config.tolerance_key(verdict.metric, file.dtype)}"
         more = "more export.calibration_images may help; " if file.dtype == "int8" else ""
-        return f"{file.name} loses more than {key} allows: {more}raise {key} if it is good enough."
+        return (
+            f"{file.name} loses more than {key} allows: {more}raise {key} if the file is good"
+            " enough."
+        )
     if file.latency_passed is not False:
         return None
     if verdict.drift is not None and abs(verdict.drift - 1) > config.max_drift:
         return (
-            "profile this device again, as it is now (hwnas profile with --fresh), and run the rest"
-            " again."
+            "profile this device again in its current state (hwnas profile with --fresh), and run"
+            " the rest again."
         )
     if file.spread > config.latency_tolerance:
         return (
-            f"rounds of {file.name} differ by {file.spread:.1%}, and {config.latency_tolerance:.0%}"
-            " are allowed in all: measure again on a quieter device (hwnas validate with --fresh),"
-            " or in more rounds (validate.rounds)."
+            f"rounds of {file.name} differ by {file.spread:.1%}, but the latency tolerance is only"
+            f" {config.latency_tolerance:.0%}: measure again on a quieter device (hwnas validate"
+            " with --fresh) or in more rounds (validate.rounds)."
         )
     return (
-        f"the table predicts {file.name} less well than validate.latency_tolerance ="
+        f"the error of the table for {file.name} is larger than validate.latency_tolerance ="
         f" {config.latency_tolerance:g}: profile again with more profile.rounds and"
-        " profile.fit_networks, or raise the tolerance if that is good enough."
+        " profile.fit_networks, or raise the tolerance if the prediction is good enough."
     )
 
 
 def _conclusion(verdict: Verdict) -> str:
-    """The last line: passed or failed, and what else is wrong."""
+    """The last line: passed or failed, and the warnings."""
+    result = "passed" if verdict.passed else "FAILED"
     if not verdict.warnings:
-        return f"verdict: {'passed' if verdict.passed else 'FAILED'}"
-    beside = "; ".join(str(caution).removesuffix(".") for caution in verdict.warnings) + "."
-    return f"verdict: passed, but {beside}" if verdict.passed else f"verdict: FAILED, and {beside}"
+        return f"verdict: {result}"
+    warnings = "; ".join(str(caution).removesuffix(".") for caution in verdict.warnings)
+    conjunction = "but" if verdict.passed else "and"
+    return f"verdict: {result}, {conjunction} {warnings}."

@@ -258,7 +258,7 @@ REFUSED = [
     ),
     (
         ("train.arch='mobilenet v2'",),
-        ("'mobilenet v2' is no architecture", "positions of its options"),
+        ("'mobilenet v2' is not an architecture", "positions of its options"),
     ),
     (
         ("space.restrict={resolutoin = [8]}",),
@@ -277,7 +277,7 @@ REFUSED = [
         ("tracks no BN statistics", "search.recalibration_images to 2 or more"),
     ),
     (("search.recalibration_images=0",), ("recalibration_images is 0", "supernet.bn_track = true")),
-    (("search.weights={folder}",), ("holds no shared.safetensors", "name the search folder")),
+    (("search.weights={folder}",), ("has no shared.safetensors", "name the search folder")),
 ]
 """What is said, before anything of the finished run is set aside: overrides, and words
 of the one sentence.
@@ -330,7 +330,7 @@ def test_too_little_to_train_on(
 def test_output_below_a_file(hwnas: Run, project: Path) -> None:
     refused(
         hwnas("run", project / "tiny.toml", "--out", project / "tiny.toml" / "run"),
-        "cannot be made",
+        "cannot be created",
         "--out",
     )
 

@@ -147,6 +147,7 @@ def refused(outcome: tuple[int, str, str], *words: str) -> None:
         assert word in err
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_with_the_exit_code_and_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hwnas", "space", "proxyless"]
     done = subprocess.run(
@@ -162,6 +163,24 @@ def test_a_real_process_ends_with_the_exit_code_and_one_sentence(tmp_path: Path)
         == "error: unknown space 'proxyless'; did you mean 'proxylessnas'? A path must end in"
         " .json.\n"
     )
+
+
+def test_a_warning_of_hwnas_is_one_plain_line(tmp_path: Path) -> None:
+    """An old key, in a real process: Python's file and line say nothing to a user."""
+    old_key = "search.optimizer.unused=move"
+    done = subprocess.run(
+        [sys.executable, "-m", "hwnas", "run", "--plan", "-q", "-s", old_key],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(QUICKSTART.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("warning: ")
+    assert "search.optimizer.inactive_weights = 'decay'" in line
+    assert ".py:" not in line
 
 
 def test_debug_shows_the_traceback(hwnas: Hwnas) -> None:
@@ -251,7 +270,7 @@ def test_a_foreign_table_is_imported_and_compared(
     )
     assert code == 0
     assert (
-        "4 prices; 1 of the source not mapped:" in out
+        "4 entries; 1 of the source not mapped:" in out
         and "kernel:4" in out
         and "kernels are odd" in out
     )

@@ -149,10 +149,10 @@ def test_hashes_of_values_do_not_depend_on_the_order_of_keys() -> None:
         (stored(schema="test.sheet/-1"), "but a test.sheet/3 document is needed"),
         (stored(schema=3), "has schema 3, but"),
         ('{"title": "t"}', "has schema None, but"),
-        (stored(schema="test.sheet/4"), r"has schema test\.sheet/4, newer than this hwnas reads \(3\): upgrade hwnas"),
+        (stored(schema="test.sheet/4"), r"has schema test\.sheet/4, newer than this hwnas can read \(3\): upgrade hwnas"),
         ("[]", r"holds a JSON list, not a test\.sheet document"),
         ("null", "holds a JSON NoneType"),
-        ("", "is not valid JSON .*: it is corrupt or was cut off; make it again"),
+        ("", "is not valid JSON .*: it is corrupt or was cut off; create it again"),
         ("{'title': 3}", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         (stored(title="\ud800"), "source"),
@@ -189,6 +189,7 @@ def test_a_truncated_file_is_a_document_error_wherever_it_was_cut(
             type(document).load(path)
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=500)
 @given(st.data())
 def test_a_damaged_file_is_a_document_error_or_still_a_document(data: st.DataObject) -> None:
@@ -219,6 +220,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=500)
 @given(
     st.dictionaries(st.sampled_from(("title", "count", "parts", "named", "maybe", "other")), JSON)

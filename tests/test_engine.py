@@ -98,6 +98,7 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
         assert a == b, place
 
 
+@pytest.mark.slow
 def test_learns_digits(tmp_path: Path) -> None:
     engine = make(tmp_path, 160, SGD, checkpoint_seconds=60.0)
     test = load_images(DATA, "test")
@@ -233,6 +234,7 @@ def test_moving_average_by_hand(tmp_path: Path) -> None:
     assert without.ema_model is without.model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["rmsproptf", "sgd", "adamw"])
 def test_resumed_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     """30 steps straight, and 30 steps killed in the 14th and in the 20th."""

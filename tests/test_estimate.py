@@ -199,6 +199,7 @@ def test_twice_the_epochs_are_twice_the_steps(tiny: Experiment) -> None:
         assert second.seconds == second.count * second.each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", ["tunas", "progressive_shrinking", "fbnet", "proxylessnas", "pdarts", "spos"]
 )
@@ -270,6 +271,7 @@ def test_a_single_class_is_one(tmp_path: Path) -> None:
     assert said == "data: coco in absent, 1 class, 1 x 64 px; that path does not exist yet"
 
 
+@pytest.mark.slow
 def test_a_named_architecture_needs_no_search(tiny: Experiment) -> None:
     data = tiny.data.model_copy(
         update={"resolution": 32, "channels": 3, "mean": (0.3,) * 3, "std": (0.4,) * 3}

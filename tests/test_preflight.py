@@ -75,7 +75,7 @@ def test_the_space_has_the_classes_that_were_counted(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"data\.classes is not set, and cannot be counted: data\.name = 'npz' needs data\.path"
+            r"data\.classes is not set and cannot be counted: data\.name = 'npz' needs data\.path"
         ),
     ):
         Pipeline(load_experiment(None, ["data.name=npz"]), tmp_path, Progress())
@@ -118,7 +118,7 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         ),
         (["search.supernet.proxy_resolution=32"], "search.supernet.proxy_resolution = 32"),
         (["search.table=absent.json"], "search.table = 'absent.json' does not exist"),
-        (["search.backbone=absent"], "search.backbone begins a super-net of detectors"),
+        (["search.backbone=absent"], "search.backbone initialises a super-net of detectors"),
         (["search.weights=absent"], "search.weights = 'absent'"),
         (["train.arch=mobilenet_v22"], "did you mean 'mobilenet_v2'"),
         (["train.arch=absent.json"], "absent.json does not exist"),

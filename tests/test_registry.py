@@ -91,7 +91,7 @@ def test_every_built_in_plugin_can_be_imported(registry: Registry) -> None:
         (
             "from abc import ABC, abstractmethod\n\n\nclass Mine(ABC):\n"
             "    @abstractmethod\n    def work(self): ...\n",
-            r"lacks work: add what its base asks for\.",
+            r"lacks work: implement what its base class requires\.",
         ),
     ],
 )

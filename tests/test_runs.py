@@ -142,7 +142,7 @@ def test_setting_aside_counts_up_and_keeps_everything(tmp_path: Path) -> None:
 def test_a_run_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
     with (
         locked(tmp_path),
-        pytest.raises(UserError, match="another hwnas is at work"),
+        pytest.raises(UserError, match="another hwnas is running"),
         locked(tmp_path),
     ):
         pass
@@ -165,7 +165,7 @@ def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
         StorageError,
-        match=r"file/run cannot be made \(Not a directory\): choose another --out folder",
+        match=r"file/run cannot be created \(Not a directory\): choose another --out folder",
     ):
         prepare(tmp_path / "file" / "run")
     prepare(tmp_path / "a" / "b")

@@ -50,6 +50,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_plan_holds_the_networks_ops_and_they_are_priced(profiled: Path) -> None:
     table = LatencyTable.load(profiled / "profile" / "table.json")
     for name in ("mobilenet_v2", "mobilenet_v3_small-w0.5"):
@@ -67,6 +68,7 @@ def test_the_plan_holds_the_networks_ops_and_they_are_priced(profiled: Path) -> 
         )
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_shown_with_its_own_space_and_table(profiled: Path) -> None:
     text = hwnas("space", profiled)
     space = Pipeline(load_experiment(profiled.parent / "tiny.toml"), profiled, Progress()).space
@@ -97,6 +99,7 @@ def test_the_end_of_a_profile_says_what_the_networks_would_take(tmp_path: Path) 
     assert any("mnasnet_b1" in line and "ms predicted" in line for line in Heard.lines)
 
 
+@pytest.mark.slow
 def test_an_experiment_is_covered_against_the_space_of_its_data_and_overrides(
     tmp_path: Path,
 ) -> None:
@@ -176,6 +179,7 @@ def test_a_folder_does_not_hide_a_space(tmp_path: Path, monkeypatch: pytest.Monk
     assert shown_space("mobile32", []).space.name == "mobile32"
 
 
+@pytest.mark.slow
 def test_networks_are_listed_without_a_table_too(tmp_path: Path) -> None:
     """Their sizes need none."""
     output = hwnas("space", "mobile32", "-s", 'profile.networks=["mobilenet_v2"]')

@@ -55,6 +55,7 @@ def test_which_are_needed(overrides: list[str], left_out: tuple[str, ...], tmp_p
     assert set(STAGES) - set(pipeline(tmp_path, *overrides).needed) == set(left_out)
 
 
+@pytest.mark.slow
 def test_what_each_depends_on(finished_run: Path) -> None:
     """The names and the hashes in manifests: run folders of before stay current."""
     found = {name: StageManifest.load(finished_run / name / MANIFEST).inputs for name in STAGES}

@@ -27,6 +27,8 @@ from hwnas.progress import Progress
 from hwnas.validate.stage import validate
 from hwnas.verdict import Verdict, drift_note, lines
 
+pytestmark = pytest.mark.slow
+
 
 class Throttled(Simulated):
     """The simulated device, ``factor`` times as slow, and ``network_factor`` slower
@@ -131,7 +133,7 @@ def test_a_table_of_another_device_predicts_nothing(
     found = verdict(finished_run, device, experiment, tmp_path, header=header)
     assert found.passed and found.drift is None and why in (found.unpredicted or "")
     assert {file.predicted_ms for file in found.files} == {None}
-    assert any("latency is not judged" in line for line in lines(found))
+    assert any("latency is not checked" in line for line in lines(found))
 
 
 class Wrong(Throttled):
@@ -315,7 +317,7 @@ def test_files_for_apps_are_validated(
             1.5 * file.network_ms, rel=0.05
         )
     assert judged(found).latency_passed is True and abs(judged(found).latency_error or 1) < 0.05
-    assert "for the network alone" in lines(found)[0]
+    assert "for the network by itself" in lines(found)[0]
     plain = verdict(app_run.parent / "run", device, experiment, tmp_path, connect=SlowNetworks)
     assert not plain.passed and judged(plain).latency_error == pytest.approx(0.5, abs=0.05)
 
@@ -443,7 +445,7 @@ def test_a_failed_verdict_says_what_to_do(
     [wrong] = said(quality_passed=False)
     assert (
         wrong == "model-fp32.tflite loses more than validate.accuracy_tolerance allows: raise"
-        " validate.accuracy_tolerance if it is good enough."
+        " validate.accuracy_tolerance if the file is good enough."
     )
     [different] = said(parity_passed=False)
     assert "report it" in different
@@ -474,7 +476,7 @@ def test_documents_of_version_1_are_read(finished_run: Path) -> None:
     assert Verdict.parse(json.dumps(former)) == Verdict.parse(json.dumps(verdict))
     with pytest.raises(
         DocumentError,
-        match="torch_accuracy, or torch_ap of a detector, and this has neither: export again",
+        match="torch_accuracy or torch_ap, but this one has neither: export again",
     ):
         Bundle.parse(
             json.dumps({name: value for name, value in old.items() if name != "torch_accuracy"})

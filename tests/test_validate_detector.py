@@ -40,6 +40,8 @@ from hwnas.validate.stage import validate
 from hwnas.verdict import Verdict, lines
 from tests.train.rectangles import classifier, settings
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 VALIDATE = {"rounds": 1, "max_spread": 10.0}
@@ -95,7 +97,6 @@ def verdict(
     return validate(bench, run / "export", experiment.data, config, None)
 
 
-@pytest.mark.slow
 def test_all_files_are_as_good_as_pytorch(run: Path) -> None:
     bundle, found = (
         Bundle.load(run / "export" / "bundle.json"),
@@ -140,11 +141,10 @@ def test_all_files_are_as_good_as_pytorch(run: Path) -> None:
         r" image; AP ",
         said[3],
     )
-    assert "note: latency is not judged: there is no table of this device." in said
+    assert "note: latency is not checked: there is no table of this device." in said
     assert said[-1] == "verdict: passed"
 
 
-@pytest.mark.slow
 def test_the_bundle_says_how_to_read_its_files(run: Path, experiment: Experiment) -> None:
     folder = run / "export"
     bundle = Bundle.load(folder / "bundle.json")
@@ -175,7 +175,6 @@ def test_the_bundle_says_how_to_read_its_files(run: Path, experiment: Experiment
         )
 
 
-@pytest.mark.slow
 def test_a_bundle_of_version_1_is_read(run: Path) -> None:
     """It described what comes out of a detector's files in one place for all."""
     content = json.loads((run / "export" / "bundle.json").read_text())
@@ -205,13 +204,11 @@ def test_a_bundle_of_version_1_is_read(run: Path) -> None:
             Bundle.parse(json.dumps({**old, "detector": {**content["detector"], "files": files}}))
 
 
-@pytest.mark.slow
 def test_a_part_of_the_images(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     found = verdict(run, experiment, tmp_path, images=3)
     assert found.images == 3 and found.passed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model-fp32.tflite", "model-nms.onnx", "model-int8-tasks.tflite"])
 def test_a_file_that_finds_nothing_has_an_ap_of_0(
     name: str, run: Path, experiment: Experiment, tmp_path: Path
@@ -227,7 +224,6 @@ def test_a_file_that_finds_nothing_has_an_ap_of_0(
     )
 
 
-@pytest.mark.slow
 def test_boxes_in_another_order_fail(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     """x and y exchanged, which on square images looks right."""
     found = verdict(
@@ -241,7 +237,6 @@ def test_boxes_in_another_order_fail(run: Path, experiment: Experiment, tmp_path
     ] == ["model.onnx"]
 
 
-@pytest.mark.slow
 def test_outputs_that_are_no_rows_of_the_bundles(
     run: Path, experiment: Experiment, tmp_path: Path
 ) -> None:
@@ -256,7 +251,6 @@ def test_outputs_that_are_no_rows_of_the_bundles(
         verdict(run, experiment, tmp_path, cut)
 
 
-@pytest.mark.slow
 def test_another_file_under_the_name_of_one(
     run: Path, experiment: Experiment, tmp_path: Path
 ) -> None:
@@ -267,7 +261,6 @@ def test_another_file_under_the_name_of_one(
         verdict(copied, experiment, tmp_path)
 
 
-@pytest.mark.slow
 def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     digits = Experiment.model_validate({"data": {"name": "digits"}}).data
     with pytest.raises(
@@ -287,12 +280,11 @@ def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Pat
         update={"data": experiment.data.model_copy(update={"path": str(less)})}
     )
     with pytest.raises(
-        DocumentError, match="made with 8 test images, and the data have 7: export again"
+        DocumentError, match="made with 8 test images, but the data has 7: export again"
     ):
         verdict(run, fewer, tmp_path)
 
 
-@pytest.mark.slow
 def test_the_report_of_a_validated_detector(run: Path) -> None:
     text = (run / "report" / "report.html").read_text()
     found = Verdict.load(run / "validate" / "verdict.json")
@@ -307,7 +299,6 @@ def test_the_report_of_a_validated_detector(run: Path) -> None:
     assert "Top-1, " not in text
 
 
-@pytest.mark.slow
 def test_files_that_take_pixels(run: Path, experiment: Experiment, tmp_path: Path) -> None:
     """As good as those that do not, by outputs and AP; and the network is timed alone,
     without what normalises.

@@ -1,15 +1,16 @@
-"""The experiment: one TOML file, one table per stage, every key typed.
+"""The configuration of an experiment: a TOML file with one table per stage and typed keys.
 
     seed = 0
     [space]    name = "mobile32"
-    [device]   name = "host"      # where it is measured and must run
+    [device]   name = "host"      # where latency is measured
     [data]     name = "digits"
     [search]   target_ms = 1.5
                strategy = {name = "tunas"}
 
-Unknown keys are errors that name the nearest known one. ``-s search.target_ms=1.5``
-sets one key from the command line. The resolved configuration, defaults included, is
-written into the run folder. Each field's description is its documentation.
+An unknown key is an error that names the most similar known key. ``-s
+search.target_ms=1.5`` sets one key on the command line. The resolved configuration,
+including defaults, is written to the run folder. The description of each field is its
+documentation.
 """
 
 from hwnas.config.base import Plugin, Section

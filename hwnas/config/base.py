@@ -1,4 +1,4 @@
-"""What all configuration tables are made of."""
+"""The base classes of configuration tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hwnas.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Base of all configuration tables: frozen, typed, no unknown keys."""
+    """Base of all configuration tables: frozen and typed, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -23,18 +23,20 @@ AnySection = TypeVar("AnySection", bound=Section)
 def with_usual(
     given: Any, usual: Mapping[str, Any], handler: Callable[[Any], AnySection]
 ) -> AnySection:
-    """A table whose defaults depend on what else is given: ``usual`` stands in for what
-    is not, and does not count as given.
+    """Build a table whose defaults depend on the values of other keys.
+
+    ``usual`` holds the defaults for these values. ``given`` takes precedence, and keys
+    that only ``usual`` sets do not count as given.
     """
     if not isinstance(given, dict) or not usual:
         return handler(given)
-    made = handler({**usual, **given})
-    made.model_fields_set.difference_update(usual.keys() - given.keys())
-    return made
+    section = handler({**usual, **given})
+    section.model_fields_set.difference_update(usual.keys() - given.keys())
+    return section
 
 
 class Plugin(BaseModel):
-    """A plug-in by name with options of its own, which the plug-in's ``Config`` checks
+    """The name of a plug-in and its options, which the ``Config`` of the plug-in checks
     when it is looked up.
     """
 
@@ -45,11 +47,12 @@ class Plugin(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value  # -s search.strategy=fbnet
+        # On the command line a name is enough: -s search.strategy=fbnet.
+        return {"name": value} if isinstance(value, str) else value
 
     def options(self, config: type[BaseModel]) -> Any:
-        """The plug-in's own options as its ``config`` model. Raises ConfigError naming
-        the wrong one.
+        """The options as the plug-in's ``config`` model. Raises ConfigError with the name
+        of an invalid option.
         """
         try:
             return config.model_validate(self.model_extra or {})

@@ -1,4 +1,4 @@
-"""An experiment from its TOML file and the command line."""
+"""The experiment: its tables, and how it is read from TOML and the command line."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ from hwnas.resources import resource_path
 
 
 class Experiment(Section):
-    """A whole experiment: what ``hwnas run`` needs to know."""
+    """A whole experiment: everything that ``hwnas run`` needs to know."""
 
-    name: str = "experiment"
-    task: TaskName = Field("classify", description="one label per image, or boxes with labels")
-    seed: int = Field(0, ge=0, lt=2**31)
+    name: str = Field("experiment", description="title of the report")
+    task: TaskName = Field(
+        "classify",
+        description="classify: one label per image; detect: boxes with labels; or a plug-in's task",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of all random numbers")
     checkpoint_seconds: float = Field(
-        20.0, ge=0, description="how often a running search or training saves its state"
+        20.0, ge=0, description="seconds between checkpoints of a running search or training"
     )
     space: SpaceConfig = SpaceConfig()
     device: DeviceConfig = DeviceConfig()
@@ -64,14 +67,14 @@ class Experiment(Section):
                 "data.name = 'coco' has boxes instead of one label per image; set task = 'detect'"
             )
         if not detects and self.train.backbone is not None:
-            raise ValueError("train.backbone begins a detector; remove it, or set task = 'detect'")
-        of_boxes = [
-            name for name in self.export.formats or () if name in NMS_FORMATS and not detects
-        ]
-        if of_boxes:
             raise ValueError(
-                f"export.formats has {of_boxes[0]!r}, which is for boxes; remove it, or set task ="
-                " 'detect'"
+                "train.backbone initialises a detector; remove it, or set task = 'detect'"
+            )
+        nms_formats = [name for name in self.export.formats or () if name in NMS_FORMATS]
+        if nms_formats and not detects:
+            raise ValueError(
+                f"export.formats has {nms_formats[0]!r}, which is for boxes; remove it, or set task"
+                " = 'detect'"
             )
         if detects and self.export.softmax:
             raise ValueError(
@@ -80,57 +83,63 @@ class Experiment(Section):
             )
         if not detects and self.search.backbone is not None:
             raise ValueError(
-                "search.backbone begins a super-net of detectors; remove it, or set task = 'detect'"
+                "search.backbone initialises a super-net of detectors; remove it, or set task ="
+                " 'detect'"
             )
         if detects and self.search.supernet.dropout > 0:
             raise ValueError(
-                "search.supernet.dropout is before a classifier, and a detector has none; remove it"
+                "search.supernet.dropout is before the classifier, which a detector does not have;"
+                " remove it"
             )
         if self.train.backbone is not None and self.train.weights != "scratch":
             raise ValueError(
-                "train.backbone and train.weights = 'supernet' both say what to begin with; remove"
+                "train.backbone and train.weights = 'supernet' both set the initial weights; remove"
                 " one of them"
             )
         return self
 
     @property
     def export_formats(self) -> tuple[Format, ...]:
-        """The configured formats, else all of the task's."""
-        return self.export.formats or (
-            (*FORMATS, *NMS_FORMATS) if network_kind(self.task) == "detect" else FORMATS
-        )
+        """The configured formats, or by default all formats of the task."""
+        if self.export.formats:
+            return self.export.formats
+        if network_kind(self.task) == "detect":
+            return (*FORMATS, *NMS_FORMATS)
+        return FORMATS
 
 
 def load_experiment(path: str | Path | None, overrides: list[str] | None = None) -> Experiment:
-    """Read an experiment from TOML; ``overrides`` are ``key.path=value`` strings.
-    Raises ConfigError in one sentence.
+    """Read an experiment from a TOML file (None: only defaults). ``overrides`` are
+    ``key.path=value`` strings.
+
+    Raises ConfigError with a one-sentence message.
     """
-    content: dict[str, Any] = {}
+    overrides = overrides or []
+    file_content: dict[str, Any] = {}
     if path is not None:
         try:
-            content = tomllib.loads(resolve_path(Path(path)).read_text())
-            content = with_new_keys(content, str(path))
+            file_content = tomllib.loads(resolve_path(Path(path)).read_text())
+            file_content = with_new_keys(file_content, str(path))
         except FileNotFoundError as error:
             raise ConfigError(
                 f"configuration {path} does not exist: check the path, or see 'hwnas run --help'."
             ) from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from error
-    set_content = content
-    for override in overrides or []:
-        set_content = merged(
-            set_content,
-            with_new_keys(_override(override), f"-s {override}"),
+    content = file_content
+    for override in overrides:
+        # These tables are replaced as a whole: options of another strategy would be errors.
+        content = merged(
+            content,
+            with_new_keys(_parse_override(override), f"-s {override}"),
             replace=("strategy", "objective", "optimizer", "budget"),
         )
     try:
-        return Experiment.model_validate(set_content)
+        return Experiment.model_validate(content)
     except ValidationError as error:
-        source = (
-            str(path)
-            if _is_wrong(content, error)
-            else ", ".join(f"-s {text}" for text in _to_blame(overrides or [], error))
-        )
+        source = str(path)
+        if not _has_error(file_content, error):
+            source = ", ".join(f"-s {text}" for text in _causes(overrides, error))
         raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
 
 
@@ -138,84 +147,98 @@ def keys_given(section: Section) -> dict[str, Any]:
     """The keys that were given, not left at their default, as they are written in a
     file, with their values.
 
-    A table that is no ``Section``, such as a plug-in's or an objective, is one key.
+    A table that is not a ``Section``, such as that of a plug-in or an objective, is one
+    key.
     """
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
-        value, key = getattr(section, name), field.alias or name
-        if name in section.model_fields_set:
-            found |= (
-                {f"{key}.{inner}": each for inner, each in keys_given(value).items()}
-                if isinstance(value, Section)
-                else {key: value}
-            )
-    return found
+        if name not in section.model_fields_set:
+            continue
+        value = getattr(section, name)
+        key = field.alias or name
+        if isinstance(value, Section):
+            for inner_key, inner_value in keys_given(value).items():
+                given[f"{key}.{inner_key}"] = inner_value
+        else:
+            given[key] = value
+    return given
 
 
 def all_keys(table: type[BaseModel] = Experiment) -> tuple[str, ...]:
-    """Every key that ``keys_given`` may name."""
-    found: list[str] = []
+    """Every key that ``keys_given`` may return."""
+    keys: list[str] = []
     for name, field in table.model_fields.items():
-        key, inner = field.alias or name, _table(field.annotation)
-        found += [key] if inner is None else [f"{key}.{each}" for each in all_keys(inner)]
-    return tuple(found)
+        key = field.alias or name
+        inner_table = _section_type(field.annotation)
+        if inner_table is None:
+            keys.append(key)
+        else:
+            keys += [f"{key}.{inner_key}" for inner_key in all_keys(inner_table)]
+    return tuple(keys)
 
 
-def _table(annotation: Any) -> type[Section] | None:
-    """The table that a key is, None where it is a value."""
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+def _section_type(annotation: Any) -> type[Section] | None:
+    """The type of a table; None for a key that holds a value."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return None
 
 
-def _is_wrong(content: dict[str, Any], error: ValidationError) -> bool:
-    """Whether a configuration has an error by itself, without what the command line sets."""
+def _has_error(content: dict[str, Any], error: ValidationError) -> bool:
+    """Whether the content of a file by itself has the first of the errors that it has
+    together with the overrides.
+    """
+    first = error.errors()[0]
     try:
         Experiment.model_validate(content)
-    except ValidationError as own:
-        first = error.errors()[0]
-        alike = [
-            each
-            for each in own.errors()
-            if (each["loc"], each["msg"]) == (first["loc"], first["msg"])
-        ]
-        # tables hold other keys, too
-        return any(
-            each["input"] == first["input"] or isinstance(first["input"], dict) for each in alike
-        )
+    except ValidationError as own_error:
+        for own in own_error.errors():
+            if (own["loc"], own["msg"]) != (first["loc"], first["msg"]):
+                continue
+            # The input of an error in a whole table holds other keys, too, which an
+            # override may have changed without causing the error.
+            if own["input"] == first["input"] or isinstance(first["input"], dict):
+                return True
     return False
 
 
-def _to_blame(overrides: list[str], error: ValidationError) -> list[str]:
-    """The override whose value is wrong; where a rule of a whole table is broken, all
-    that set something in it.
+def _causes(overrides: list[str], error: ValidationError) -> list[str]:
+    """The override that set the wrong value. If the error concerns a whole table, all
+    overrides that set something in it; if neither is found, all overrides.
     """
-    place = [str(part) for part in error.errors()[0]["loc"]]
-    keys = {text: text.partition("=")[0].strip().split(".") for text in overrides}
-    of_value = [
-        text for text, key in keys.items() if place and key[0] == place[0] and _in_order(key, place)
-    ]
-    return (
-        of_value[-1:]
-        or [text for text, key in keys.items() if key[: len(place)] == place]
-        or overrides
-    )
+    location = [str(part) for part in error.errors()[0]["loc"]]
+    of_value = []
+    in_table = []
+    for text in overrides:
+        key = text.partition("=")[0].strip().split(".")
+        if location and key[0] == location[0] and _is_subsequence(key, location):
+            of_value.append(text)
+        if key[: len(location)] == location:
+            in_table.append(text)
+    # The last override of a key wins, so only that one can be wrong.
+    return of_value[-1:] or in_table or overrides
 
 
-def _in_order(key: list[str], place: list[str]) -> bool:
-    """Whether a place holds the parts of a key; tags of unions stand between them."""
-    parts = iter(place)
+def _is_subsequence(key: list[str], location: list[str]) -> bool:
+    """Whether ``location`` contains the parts of ``key`` in their order, possibly with
+    other parts in between: pydantic adds the tags of unions.
+    """
+    parts = iter(location)
+    # ``in`` consumes the iterator up to the match.
     return all(part in parts for part in key)
 
 
 def resolve_path(path: Path) -> Path:
-    """The path itself, or, for ``configs/...`` where there is no checkout, the one that
-    ships with the package.
+    """The path itself, or the file of the package for ``configs/...`` if the path does
+    not exist, so that these paths also work without a checkout.
     """
     if path.exists() or path.parts[:1] != ("configs",):
         return path
     return resource_path("configs").joinpath(*path.parts[1:])
 
 
-def _override(text: str) -> dict[str, Any]:
+def _parse_override(text: str) -> dict[str, Any]:
+    """The nested content of ``key.path=value``."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(
@@ -224,8 +247,9 @@ def _override(text: str) -> dict[str, Any]:
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
+        # A string without quotes, which a shell would remove anyway.
         parsed = value
-    out: Any = parsed
+    content: Any = parsed
     for part in reversed(key.strip().split(".")):
-        out = {part: out}
-    return dict(out)
+        content = {part: content}
+    return dict(content)

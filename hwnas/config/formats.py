@@ -1,5 +1,5 @@
-"""Which targets there are to export to: known by name here, so that a configuration can
-be checked without loading them.
+"""The names of the export targets, so that a configuration can be checked without loading
+them.
 """
 
 from __future__ import annotations
@@ -22,42 +22,49 @@ TARGETS = Registry(
         "tflite-int8-tasks": "hwnas.export.targets:TFLiteInt8Tasks",
     },
 )
-"""Runtimes and number formats; third parties add theirs with the entry point
-``hwnas.target`` (see ``hwnas.export.target``).
+"""The targets: runtimes with a number format. Third parties add their own with the entry
+point ``hwnas.target`` (see ``hwnas.export.target``).
 """
 
 
 def _known(name: str) -> str:
     if name not in TARGETS:
-        raise ValueError(f"is no target; {nearest(name, tuple(TARGETS))}")
+        raise ValueError(f"is not a target; {nearest(name, tuple(TARGETS))}")
     return name
 
 
-RUNTIMES, DTYPES = ("litert", "onnxruntime"), ("fp32", "int8")
-"""Those of the built-in targets."""
+RUNTIMES = ("litert", "onnxruntime")
+"""Runtimes of the built-in targets."""
+
+DTYPES = ("fp32", "int8")
+"""Number formats of the built-in targets."""
 
 
 def known_runtime(name: str) -> str:
-    """A runtime's name. Raises ValueError where no target has it, as far as that can be
-    told without loading plug-ins.
+    """Check the name of a runtime and return it. Raises ValueError if no target has it,
+    as far as this is known without loading plug-ins.
     """
-    return _one_of(name, RUNTIMES)
+    return _check_name(name, RUNTIMES)
 
 
 def known_dtype(name: str) -> str:
-    """The name of a number format; see ``known_runtime``."""
-    return _one_of(name, DTYPES)
+    """Check the name of a number format and return it; see ``known_runtime``."""
+    return _check_name(name, DTYPES)
 
 
-def _one_of(name: str, ours: tuple[str, ...]) -> str:
-    if name not in ours and set(TARGETS) == set(TARGETS.builtin):
-        raise ValueError(f"input should be {' or '.join(map(repr, ours))}")
+def _check_name(name: str, builtin: tuple[str, ...]) -> str:
+    # With a target plug-in installed, any name may be one of its own.
+    has_plugins = set(TARGETS) != set(TARGETS.builtin)
+    if name not in builtin and not has_plugins:
+        raise ValueError(f"input should be {' or '.join(map(repr, builtin))}")
     return name
 
 
 Format = Annotated[str, AfterValidator(_known)]
 """The name of a target."""
+
 FORMATS: tuple[str, ...] = ("tflite-fp32", "tflite-int8", "onnx")
-"""What every network is exported to."""
+"""The targets that every network is exported to by default."""
+
 NMS_FORMATS: tuple[str, ...] = ("onnx-nms", "tflite-fp32-tasks", "tflite-int8-tasks")
-"""Detectors with post-processing in the graph."""
+"""Targets for detectors only, with post-processing in the graph."""

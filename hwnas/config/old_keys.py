@@ -1,5 +1,5 @@
-"""Keys and values of configurations that have been renamed. For one release the old
-spelling is read, with a warning that says the new one.
+"""Renamed keys and values of configurations. The old spelling is accepted for one release,
+with a warning that names the new one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ OLD_KEYS: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
     "train.optimizer.unused": ("inactive_weights", {"rest": "frozen", "move": "decay"}),
     "shrink.judged_samples": ("evaluated_samples", {}),
 }
-"""Old key -> the last part of the new one, and old value -> new value."""
+"""Old key -> (last part of the new key, old value -> new value)."""
 
 
 def with_new_keys(content: Any, source: str) -> Any:
-    """The parsed content of a configuration file, or of ``-s``, with renamed keys in
-    their new spelling. Warns for each, naming ``source``. Content of the wrong type is
-    returned as it is, for the model to refuse.
+    """The parsed content of a configuration file or of ``-s``, with renamed keys in their
+    new spelling. Issues a FutureWarning with ``source`` for each.
+
+    Content of the wrong type is returned unchanged, because the model reports it better.
     """
     content = copy.deepcopy(content)
     for old_key, (new_name, new_values) in OLD_KEYS.items():
@@ -32,10 +33,10 @@ def with_new_keys(content: Any, source: str) -> Any:
             continue
 
         old_value = table.pop(old_name)
-        # anything may stand there, lists included: the model refuses what is wrong
-        new_value = (
-            new_values.get(old_value, old_value) if isinstance(old_value, str) else old_value
-        )
+        new_value = old_value
+        # Other types, such as lists, cannot be looked up; the model reports them.
+        if isinstance(old_value, str):
+            new_value = new_values.get(old_value, old_value)
         table.setdefault(new_name, new_value)
         new_key = ".".join([*path, new_name])
         warnings.warn(

@@ -1,4 +1,4 @@
-"""The table ``search``: how a super-net is trained, and the space searched."""
+"""The table ``search``: how a super-net is trained and the space is searched."""
 
 from __future__ import annotations
 
@@ -17,138 +17,171 @@ from hwnas.core.limits import AnyBudget, Budget, LatencyLimit, Limit
 from hwnas.core.objective import AbsoluteObjective, Objective
 
 ADAMW = {"lr": 0.024, "weight_decay": 0.02, "warmup": 0.1}
-"""Defaults where ``adamw`` is named: those of our recipes. TuNAS's rate is for RMSprop
-with an eps of 1.
+"""Defaults for ``adamw``, from our recipes. TuNAS's learning rate is for RMSprop with an
+eps of 1 and does not suit it.
 """
 
 
 class OptimizerConfig(Section):
-    """Optimiser of network weights, by timm's name (its ``sgd`` is Nesterov's; plain:
-    ``momentum``).
+    """The optimiser of network weights.
 
-    The defaults are TuNAS's: rmsproptf, rate 0.165 per 256 images, momentum and decay
-    0.9, eps 1. Of ``adamw`` they are rate 0.024, decay 0.02 and warm-up 0.1. In short
-    trainings neither was ahead on both a slice of CIFAR-10 and raccoon.
+    The defaults are those of TuNAS: rmsproptf with a learning rate of 0.165 per 256
+    images, momentum and squared-gradient decay 0.9, and eps 1. With ``name = "adamw"``
+    they are a learning rate of 0.024, weight decay 0.02 and warm-up 0.1. In short
+    trainings, neither was better on both a part of CIFAR-10 and raccoon.
     """
 
-    name: str = "rmsproptf"
-    lr: float = Field(0.165, gt=0, description="per 256 images; scaled linearly with the batch")
-    momentum: float = 0.9
+    name: str = Field(
+        "rmsproptf",
+        description="name in timm; 'sgd' has Nesterov momentum, 'momentum' has plain momentum",
+    )
+    lr: float = Field(
+        0.165,
+        gt=0,
+        description="peak learning rate for a batch of 256 images; scaled linearly with batch_size",
+    )
+    momentum: float = Field(0.9, description="not used by optimisers without momentum")
     weight_decay: float = Field(
-        4e-5, ge=0, description="gradient term wd * w; TuNAS writes the same as l2(wd / 2)"
+        4e-5,
+        ge=0,
+        description="weight_decay * w is added to the gradient; TuNAS: l2(weight_decay / 2)",
     )
     options: dict[str, float] | None = Field(
-        None, description="further arguments; default for rmsproptf: alpha 0.9, eps 1 (TuNAS)"
+        None,
+        description=(
+            "further arguments of the optimiser; default for rmsproptf: alpha 0.9, eps 1 (TuNAS)"
+        ),
     )
     warmup: float = Field(
         0.025,
         ge=0,
         lt=1,
-        description="part of the steps with linearly rising rate; then cosine to 0",
+        description=(
+            "fraction of the steps in which the learning rate rises linearly; it then follows a"
+            " cosine to 0"
+        ),
     )
-    clip_norm: float | None = Field(None, description="clip the gradient's global norm")
+    clip_norm: float | None = Field(
+        None, description="maximum global norm of the gradient; default: no clipping"
+    )
     inactive_weights: Literal["frozen", "decay"] = Field(
         "frozen",
         description=(
-            "what happens to weights that a step does not use: they stay as they are (SPOS), or"
-            " momentum and weight decay go on moving them once they have been used"
-            " (NAS-Bench-201's code)"
+            "weights that a step does not use: frozen leaves them unchanged (SPOS); decay continues"
+            " to apply momentum and weight decay once they have been used (NAS-Bench-201's code)"
         ),
     )
 
     @model_validator(mode="wrap")
     @classmethod
     def _usual(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """The defaults of the optimiser that is named. They do not count as given."""
+        """The defaults of the named optimiser. They do not count as given."""
         usual = ADAMW if isinstance(given, dict) and given.get("name") == "adamw" else {}
         return with_usual(given, usual, handler)
 
 
 OperationOn = Literal["node", "edge", "op"]
-"""What a slot's weights belong to, the most shared first."""
+"""What the weights of a slot belong to, most shared first."""
 
 
 class SupernetConfig(Section):
-    """How the super-net shares its weights. The defaults are TuNAS's.
+    """How the super-net shares its weights. The defaults are those of TuNAS.
 
-    The 14 heuristics of Yu, Ranftl, Salzmann, "How to Train Your Super-Net" (arXiv
-    2003.04276), by name. Mapping of weights: ``channels`` (dynamic channelling),
+    The keys cover the 14 heuristics of Yu, Ranftl, Salzmann, "How to Train Your
+    Super-Net" (arXiv 2003.04276). Mapping of weights: ``channels`` (dynamic channelling),
     ``kernels`` (OFA kernel), ``wsbn``, ``dropout`` (global), ``path_dropout``,
     ``operation_on``; low fidelity: ``proxy_depth`` (layers), ``proxy_width``
-    (channels), ``search.data_portion`` and ``search.batch_size``, and, ours,
+    (channels), ``search.data_portion`` and ``search.batch_size``, and our own
     ``proxy_resolution`` (pixels); protocol: ``bn_affine`` and ``bn_track``,
     ``search.optimizer.lr`` with ``search.epochs``, ``search.optimizer.weight_decay``,
-    and the sampling of paths (``sampling`` of the strategy spos). Options of cells
-    share no weights, so of the mapping they have ``dropout``.
+    and the sampling of paths (``sampling`` of the strategy spos). Options of cells share
+    no weights, so only ``dropout`` of the mapping applies to them.
     """
 
     sharing: Literal["auto", "collapsed", "separate"] = Field(
         "auto",
         description=(
-            "collapsed: options share expansion and projection (TuNAS); separate: own weights;"
-            " auto: as in the method's paper"
+            "collapsed: options of a slot share the expansion and projection layers (TuNAS);"
+            " separate: each option has its own weights; auto: as in the paper of the strategy"
         ),
     )
     kernels: Literal["auto", "own", "ofa", "ofa_transform"] = Field(
         "auto",
         description=(
-            "own: weights per kernel size; ofa: the centre of the largest; ofa_transform: times a"
-            " learned matrix; auto: as above"
+            "own: separate weights for each kernel size; ofa: smaller kernels are the centre of the"
+            " largest (Once-for-all); ofa_transform: the centre times a learned matrix; auto: as in"
+            " the paper of the strategy"
         ),
     )
     channels: Literal["first", "chunk", "random", "interpolation"] = Field(
         "first",
         description=(
-            "which channels a narrower layer uses: the first; random ones in a row; any random"
-            " ones; averages"
+            "which channels of the widest layer a narrower one uses. first: the first ones; chunk:"
+            " contiguous ones from a random position; random: any ones; interpolation: averages"
         ),
     )
     operation_on: OperationOn = Field(
         "node",
         description=(
-            "edge: own weights per slot that the input comes from; op: per slot and option that it"
-            " comes from"
+            "node: one set of weights per slot; edge: one for each slot that the input comes from;"
+            " op: one for each slot and option that it comes from"
         ),
     )
     wsbn: bool = Field(
         False,
         description=(
-            "own BN per slot that the input comes from (with operation_on = 'op', and per option)"
+            "separate BN layers for each slot that the input comes from (with operation_on = 'op':"
+            " for each slot and option)"
         ),
     )
     initialisation: Literal["auto", "he", "torch"] = Field(
         "auto",
         description=(
-            "of blocks; he: normal by fan-in (TuNAS); torch: PyTorch's, a sixth of its variance;"
-            " auto: torch for cells, else he"
+            "initial weights of blocks. he: normal, scaled by fan-in (TuNAS); torch: PyTorch's"
+            " default, with a sixth of that variance; auto: torch for cells, he otherwise"
         ),
     )
-    bn_affine: bool = Field(True, description="BN with scale and shift")
-    bn_track: bool = Field(False, description="BN keeps running statistics, and scores with them")
-    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
+    bn_affine: bool = Field(True, description="BN layers have a learned scale and shift")
+    bn_track: bool = Field(
+        False, description="BN layers track running statistics, and evaluations can use them"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability before the classifier")
     path_dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="of residual branches, at the last layer at the end; rises with both (NAO)",
+        description=(
+            "probability of dropping a residual branch in the last layer at the end of training;"
+            " rises linearly with depth and with the steps (NAO)"
+        ),
     )
     proxy_depth: int | None = Field(
-        None, ge=1, description="train with only so many slots, or cells, per stage; default all"
+        None,
+        ge=1,
+        description="largest number of slots (or cells) per stage during training; default: all",
     )
-    proxy_width: float = Field(1.0, gt=0, le=1, description="train with widths scaled down")
+    proxy_width: float = Field(
+        1.0, gt=0, le=1, description="factor of all channel counts during training"
+    )
     proxy_resolution: int | None = Field(
-        None, ge=8, description="train on images scaled down to so many pixels; default none (ours)"
+        None,
+        ge=8,
+        description=(
+            "height and width in pixels of the images during training; default: the full resolution"
+            " (our extension)"
+        ),
     )
     full_resolution: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="proxy_resolution: this last part of the steps is on images as they are",
+        description="with proxy_resolution: last fraction of the steps, at full resolution",
     )
     remat: bool = Field(
         True,
         description=(
-            "recompute a mixture's options in the backward pass; single paths never need it"
+            "recompute the options of a mixture in the backward pass, which saves memory;"
+            " strategies that train single paths never need it"
         ),
     )
 
@@ -156,13 +189,13 @@ class SupernetConfig(Section):
     def _consistent(self) -> Self:
         if self.bn_track and self.channels in ("random", "interpolation"):
             raise ValueError(
-                "bn_track needs channels in a row; set channels = 'first' or 'chunk', not"
+                "bn_track needs contiguous channels; set channels = 'first' or 'chunk', not"
                 f" {self.channels!r}"
             )
         if self.full_resolution and self.proxy_resolution is None:
             raise ValueError(
                 f"full_resolution = {self.full_resolution:g} says when a proxy_resolution ends; set"
-                " proxy_resolution, too"
+                " proxy_resolution as well"
             )
         return self
 
@@ -170,12 +203,19 @@ class SupernetConfig(Section):
 class SearchConfig(Section):
     """How the space is searched."""
 
-    strategy: Plugin = Plugin(name="tunas")
-    objective: Objective = Field(AbsoluteObjective(), discriminator="name")
+    strategy: Plugin = Field(
+        Plugin(name="tunas"),
+        description="search strategy: a name, or a table of its name and its own options",
+    )
+    objective: Objective = Field(
+        AbsoluteObjective(),
+        discriminator="name",
+        description="how quality and cost are combined into one reward",
+    )
     target_ms: float | None = Field(
         None,
         gt=0,
-        description="latency budget in milliseconds: short for a budget of kind 'latency'",
+        description="latency budget in milliseconds; shorthand for a budget of kind 'latency'",
     )
     budget: Budget | None = Field(
         None,
@@ -189,54 +229,63 @@ class SearchConfig(Section):
         ge=0,
         le=1,
         description=(
-            "where the budget has no number: its place between the space's fastest (or smallest, 0)"
-            " and slowest (1) architecture"
+            "target for a budget without a number: 0 is the cost of the fastest (or smallest)"
+            " architecture of the space, 1 that of the slowest"
         ),
     )
     tolerance: float = Field(
         0.02,
         gt=0,
         lt=1,
-        description="the searched network's predicted cost is within this part of the target",
+        description=(
+            "largest relative difference between the predicted cost of the result and the target"
+        ),
     )
-    table: str | None = Field(None, description="a latency table to use instead of profiling")
-    allow_uncalibrated: bool = False
-    epochs: float = Field(20, gt=0)
-    batch_size: int = Field(64, ge=2)
+    table: str | None = Field(
+        None, description="path of a latency table to use instead of profiling"
+    )
+    allow_uncalibrated: bool = Field(
+        False, description="accept a latency table that was not calibrated on whole networks"
+    )
+    epochs: float = Field(20, gt=0, description="epochs of training of the super-net")
+    batch_size: int = Field(64, ge=2, description="images per training step")
     optimizer: OptimizerConfig = OptimizerConfig()
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(
+        0.1, ge=0, lt=1, description="label smoothing of the training loss (classification)"
+    )
     supernet: SupernetConfig = SupernetConfig()
     data_portion: float = Field(
-        1.0, gt=0, le=1, description="part of the training images that the super-net sees"
+        1.0, gt=0, le=1, description="fraction of the training images that the super-net sees"
     )
     weights: str | None = Field(
         None,
         description=(
-            "the search folder of an earlier run: its trained super-net is used as it is, and only"
-            " the finder runs"
+            "search folder of an earlier run, whose trained super-net is used unchanged; only the"
+            " finder runs"
         ),
     )
     backbone: str | None = Field(
         None,
         description=(
-            "detection: the search folder of a classification run, whose super-net's backbone"
-            " weights this one begins with"
+            "detection: search folder of a classification run, whose backbone weights initialise"
+            " this super-net"
         ),
     )
     quality: Literal["metric", "loss"] = Field(
         "metric",
         description=(
-            "what architectures are judged by on held-out images, and classifiers rewarded for:"
-            " accuracy or AP; or 1 / (1 + loss), for few images or epochs"
+            "how architectures are evaluated on held-out images, and what classifiers are rewarded"
+            " for. metric: accuracy or AP; loss: 1 / (1 + loss), for few images or epochs"
         ),
     )
     finder: Plugin | None = Field(
-        None, description="how architectures are found; default: the strategy's own way"
+        None,
+        description="how architectures are found after training; default: the strategy's own way",
     )
     limits: tuple[Limit, ...] = Field(
         (),
         description=(
-            "further constraints, one [[search.limits]] each: other tables, macs, params,"
+            "further constraints, one [[search.limits]] each: other latency tables, macs, params,"
             " size_bytes, activation_bytes"
         ),
     )
@@ -244,80 +293,78 @@ class SearchConfig(Section):
         8,
         ge=1,
         description=(
-            "proposals of the strategy that are ranked by recalibrated held-out accuracy (or AP)"
+            "number of architectures in the final ranking by recalibrated held-out accuracy (or AP)"
         ),
     )
     recalibration_images: int = Field(
         1024,
         ge=0,
         description=(
-            "training images that re-estimate BN statistics before any ranking; 0: tracked ones"
-            " (supernet.bn_track)"
+            "training images that re-estimate BN statistics before each evaluation; 0: use tracked"
+            " statistics (supernet.bn_track)"
         ),
     )
     evaluation_images: int = Field(
         1000,
         ge=1,
-        description="held-out images that a finder judges on; the last ranking is on all of them",
+        description=(
+            "held-out images on which a finder evaluates; the final ranking uses all of them"
+        ),
     )
     random_samples: int | None = Field(
         None,
         ge=0,
         description=(
-            "random architectures scored for comparison, within the budget and anywhere each;"
-            " default: up to 8, as many as keep the last ranking and this within a fifth of the"
-            " search's cost, at least 4"
+            "number of random architectures scored for comparison, once within the budget and once"
+            " in the whole space; default: 4 to 8, so that they and the final ranking take at most"
+            " a fifth of the search's cost"
         ),
     )
 
     @property
     def main_budget(self) -> AnyBudget:
-        """``budget``, or the one of latency that ``target_ms`` is short for."""
-        return (
-            self.budget
-            if self.budget is not None
-            else LatencyLimit(kind="latency", max_ms=self.target_ms)
-        )
+        """``budget``, or the latency budget that ``target_ms`` is shorthand for."""
+        if self.budget is not None:
+            return self.budget
+        return LatencyLimit(kind="latency", max_ms=self.target_ms)
 
     @property
     def by_table(self) -> bool:
-        """Whether a latency table prices the search: what is counted needs none, and so
-        no profile.
+        """Whether costs come from a latency table. Counted costs (MACs, parameters, bytes)
+        need no table, and thus no profile.
         """
         return isinstance(self.main_budget, LatencyLimit)
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a budget that is not set, so that searches from before it could be
-        chosen stay up to date.
+        """Omit ``budget`` if it is not set: the hash of searches from before the key
+        existed must not change.
         """
-        return {
-            name: value
-            for name, value in handler(self).items()
-            if name != "budget" or value is not None
-        }
+        content: dict[str, Any] = handler(self)
+        if "budget" in content and content["budget"] is None:
+            del content["budget"]
+        return content
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if self.budget is not None and self.target_ms is not None:
             raise ValueError(
-                "search.target_ms is short for a search.budget of kind 'latency', and both are"
+                "search.target_ms is shorthand for a search.budget of kind 'latency', and both are"
                 " given; remove one of them"
             )
         return self
 
     @model_validator(mode="after")
     def _statistics(self) -> Self:
-        if self.recalibration_images < 2 and not (
-            self.recalibration_images == 0 and self.supernet.bn_track
-        ):
+        uses_tracked = self.recalibration_images == 0 and self.supernet.bn_track
+        if self.recalibration_images < 2 and not uses_tracked:
             raise ValueError(
                 f"recalibration_images is {self.recalibration_images}; give 2 or more, or 0 with"
-                " supernet.bn_track = true for tracked ones"
+                " supernet.bn_track = true to use tracked statistics"
             )
         if self.backbone is not None and self.weights is not None:
             raise ValueError(
-                "search.backbone and search.weights both say what the super-net begins with; remove"
-                " one of them"
+                "search.backbone and search.weights both set the initial weights of the super-net;"
+                " remove one of them"
             )
         return self

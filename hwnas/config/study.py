@@ -1,5 +1,5 @@
-"""The tables ``study`` and ``shrink``: what is asked of super-nets and methods, and how
-a space is shrunk.
+"""The tables ``study`` and ``shrink``: how super-nets and search methods are studied, and
+how a space is shrunk.
 """
 
 from __future__ import annotations
@@ -14,44 +14,56 @@ from hwnas.config.search import OperationOn
 ScoreName = Literal[
     "accuracy", "loss", "unrecalibrated", "angle", "macs", "params", "grad_norm", "snip", "synflow"
 ]
-"""What ``hwnas study rank`` scores architectures by; see study/scores.py."""
+"""The scores of architectures in ``hwnas study rank``; see study/scores.py."""
 
 
 FIXED_BY_THE_STUDY = (
-    *("objective", "table", "target_ms", "budget", "target_range", "tolerance", "limits"),
-    *("allow_uncalibrated", "weights", "backbone"),
+    "objective",
+    "table",
+    "target_ms",
+    "budget",
+    "target_range",
+    "tolerance",
+    "limits",
+    "allow_uncalibrated",
+    "weights",
+    "backbone",
 )
-"""Keys of ``search`` that all methods of a comparison share, or that would give one of
-them a start.
+"""Keys of ``search`` that a method of a comparison cannot set: all methods share them, or
+they would give one method a head start.
 """
 
 
 class MethodConfig(Section):
-    """A method of ``hwnas study compare``: a strategy, and what it changes in ``search``."""
+    """A method of ``hwnas study compare``: a strategy, and the keys of ``search`` that it
+    changes.
+    """
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="what it is called; default: its strategy's name",
+        description="name of the method in folders and results; default: its strategy's",
     )
-    strategy: Plugin
+    strategy: Plugin = Field(
+        description="search strategy: a name, or a table of its name and its own options"
+    )
     search: dict[str, Any] = Field(
         {},
         description=(
-            "keys of [search] that are others for this method: epochs, finder, supernet, ..."
+            "keys of [search] with another value for this method: epochs, finder, supernet, ..."
         ),
     )
 
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        value = {"strategy": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = {"strategy": value}
         if isinstance(value, dict) and "name" not in value and "strategy" in value:
             strategy = value["strategy"]
-            name = (
-                strategy.get("name")
-                if isinstance(strategy, dict)
-                else getattr(strategy, "name", strategy)
-            )
+            # TOML gives a name or a table, code may give a Plugin.
+            name = getattr(strategy, "name", strategy)
+            if isinstance(strategy, dict):
+                name = strategy.get("name")
             return {**value, "name": name}
         return value
 
@@ -67,26 +79,36 @@ class MethodConfig(Section):
 
 
 class CompareConfig(Section):
-    """``hwnas study compare``: which methods, under which budget, and what training
-    alone costs. The rest is as in ``search``.
+    """``hwnas study compare``: the methods, their budget, and the cost of standalone
+    training. Everything else is taken from ``search``.
     """
 
     methods: tuple[MethodConfig, ...] = Field(
-        (), description="names of strategies, or tables of strategy, name and search"
+        (),
+        description="names of strategies, or tables of strategy, name and search",
     )
     max_macs: int | None = Field(
         None,
         gt=0,
         description=(
-            "budget in multiply-accumulates, where search.table is not set: architectures of at"
-            " most so many, and of at least (1 - tolerance) / (1 + tolerance) of them, which is"
+            "budget in multiply-accumulates if search.table is not set: architectures have at most"
+            " this many, and at least (1 - tolerance) / (1 + tolerance) times as many, which is"
             " search.tolerance on either side of the target"
         ),
     )
     standalone_epochs: float = Field(
-        50, gt=0, description="of each training that the truth is from; NAS-Bench-Macro: 50 ..."
+        50,
+        gt=0,
+        description=(
+            "epochs of each standalone training that the truth comes from, which determine its"
+            " cost; default: NAS-Bench-Macro's"
+        ),
     )
-    standalone_images: int = Field(50_000, ge=1, description="... of CIFAR-10's 50,000 images")
+    standalone_images: int = Field(
+        50_000,
+        ge=1,
+        description="images per epoch of these trainings; default: the training images of CIFAR-10",
+    )
 
     @model_validator(mode="after")
     def _named_once(self) -> Self:
@@ -100,186 +122,226 @@ class CompareConfig(Section):
 
 
 class StudyConfig(Section):
-    """``hwnas study rank`` and ``hwnas study compare``: do super-nets rank
-    architectures right, and do methods beat random search?
+    """``hwnas study rank`` measures how well super-nets rank architectures, ``hwnas study
+    compare`` whether search methods beat random search.
 
-    The super-nets and their images are those of ``search``.
+    Super-nets are trained, and architectures evaluated, as ``search`` says.
     """
 
     truth: str | None = Field(
         None,
         description=(
-            "file of architectures with stand-alone accuracies (.csv or .json); see study/truth.py"
+            "file of architectures with their standalone accuracies (.csv or .json); see"
+            " study/truth.py"
         ),
     )
     accuracies: tuple[str, ...] = Field(
-        (), description="its columns of repeated trainings; default: all that look like accuracies"
+        (),
+        description=(
+            "columns (or JSON keys) of that file with the accuracies of repeated trainings;"
+            " default: all whose name looks like an accuracy"
+        ),
     )
     architectures: int = Field(
         300,
         ge=2,
         description=(
-            "random ones of the file that are scored; a larger number keeps those of a smaller"
+            "number of random architectures of that file to score; a larger sample contains the"
+            " smaller ones"
         ),
     )
     seeds: tuple[int, ...] = Field(
-        (), description="one super-net is trained for each; default: that of the experiment"
+        (),
+        description=(
+            "seeds: rank trains a super-net with each (default: the seed of the experiment), and"
+            " compare searches with each method and each of them"
+        ),
     )
     supernets: tuple[str, ...] = Field(
-        (), description="instead: search folders of earlier runs, whose trained super-nets are used"
+        (),
+        description=(
+            "search folders of earlier runs, whose trained super-nets are used instead of training"
+            " new ones"
+        ),
     )
     scores: tuple[ScoreName, ...] = Field(
-        ("accuracy", "loss", "unrecalibrated", "angle", "macs", "params"), min_length=1
+        ("accuracy", "loss", "unrecalibrated", "angle", "macs", "params"),
+        min_length=1,
+        description="scores to compute; see study/scores.py",
     )
     combinations: tuple[tuple[ScoreName, ...], ...] = Field(
-        (), description="scores whose ranks are added up, such as accuracy and angle"
+        (), description="sets of scores whose ranks are added up, such as accuracy and angle"
     )
     threshold: float = Field(
         0.001,
         gt=0,
         lt=1,
-        description="bins of the true accuracy in the sparse Kendall tau; 0.001: 0.1 %",
+        description=(
+            "width of the bins of true accuracy (0 to 1) in the sparse Kendall tau; 0.001 is 0.1 %"
+        ),
     )
     base_epochs: float = Field(
         0,
         ge=0,
         description=(
-            "the angle is from the weights after so many epochs; 0: from the initialisation."
-            " NAS-Bench-201's: 391 steps"
+            "the angle is measured from the weights after this many epochs; 0: from the initial"
+            " weights. AngleNAS on NAS-Bench-201: 391 steps"
         ),
     )
-    top_k: int = Field(10, ge=1, description="of regret, P@k and the comparison with random search")
-    bootstrap: int = Field(
-        1000, ge=10, description="resamples of the architectures, for the intervals"
+    top_k: int = Field(
+        10, ge=1, description="k of regret, P@k and the comparison with random search"
     )
-    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    bootstrap: int = Field(
+        1000,
+        ge=10,
+        description="bootstrap resamples (of architectures or seeds) for confidence intervals",
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="level of the confidence intervals")
     compare: CompareConfig = CompareConfig()
     processes: int = Field(
         1,
         ge=1,
-        description="trainings at a time on this computer; one: in the command's own process",
+        description="concurrent trainings on this computer; 1 trains in the process of the command",
     )
     threads: int | None = Field(
         None,
         ge=1,
         description=(
-            "of each training; they decide the last bits. Default: one, or all where a study has a"
-            " single training"
+            "threads of each training, which affect the last bits of its results; default: 1, or"
+            " torch's default if a study has a single training"
         ),
     )
     ray_address: str | None = Field(
         None,
-        description="HOST:PORT of a Ray cluster that trains instead, or 'auto' on a machine of it",
+        description=(
+            "HOST:PORT of a Ray cluster to train on, or 'auto' on a machine of the cluster;"
+            " default: this computer"
+        ),
     )
-    ray_gpus: float = Field(0, ge=0, description="GPUs that a training takes of the cluster")
+    ray_gpus: float = Field(0, ge=0, description="GPUs of the cluster for each training")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.seeds and self.supernets:
             raise ValueError(
-                "study.seeds trains super-nets and study.supernets takes trained ones; remove one"
-                " of them"
+                "study.seeds trains super-nets and study.supernets uses trained ones; remove one of"
+                " them"
             )
         twice = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
         if twice:
             raise ValueError(f"study.seeds has {twice[0]} twice; give each seed once")
         if self.top_k >= self.architectures:
             raise ValueError(
-                f"study.top_k = {self.top_k} are not fewer than study.architectures ="
+                f"study.top_k = {self.top_k} is not below study.architectures ="
                 f" {self.architectures}; lower it"
             )
-        for each in self.combinations:
-            missing = [name for name in each if name not in self.scores]
-            if missing or len(each) < 2:
+        for combination in self.combinations:
+            missing = [name for name in combination if name not in self.scores]
+            if missing or len(combination) < 2:
                 raise ValueError(
-                    f"study.combinations has {list(each)}; give two or more of study.scores:"
+                    f"study.combinations has {list(combination)}; give two or more of study.scores:"
                     f" {', '.join(self.scores)}"
                 )
         return self
 
 
 class ShrinkConfig(Section):
-    """``hwnas study shrink``: the operators that a metric finds worst leave the space,
-    stage by stage. See search/shrinking.py.
+    """``hwnas study shrink``: drop the worst operators of a space, by a metric, stage by
+    stage. See search/shrinking.py.
 
-    The defaults are those of angle-based shrinking (arXiv 2004.13431) on SPOS's space,
-    where they are not said to be ours. The super-net, its images and its optimiser are
-    those of ``search``.
+    The defaults are those of angle-based shrinking (arXiv 2004.13431) on the space of
+    SPOS, except for those marked as ours. The super-net, its images and its optimiser
+    are configured in ``search``.
     """
 
     metrics: tuple[str, ...] = Field(
         ("angle",),
         min_length=1,
-        description="what finds operators bad: angle, accuracy, magnitude, random",
+        description="metrics that score operators: angle, accuracy, magnitude, random",
     )
     samples: int = Field(
         1000,
         ge=1,
-        description=(
-            "sampled architectures that contain each operator, at least, where there are as many"
-        ),
+        description="smallest number of sampled architectures with each operator, if they exist",
     )
     evaluated_samples: int | None = Field(
         None,
         ge=1,
         description=(
-            "the same for metrics that evaluate each architecture on images, such as accuracy"
+            "the same number for metrics that evaluate architectures on images, such as accuracy"
             " (ours); default: samples"
         ),
     )
-    tries: int = Field(100, ge=1, description="at most so many times as many are drawn")
+    tries: int = Field(
+        100, ge=1, description="at most this many times `samples` architectures are drawn"
+    )
     max_macs: float | None = Field(
-        None, gt=0, description="only architectures up to these multiply-accumulates are sampled"
+        None,
+        gt=0,
+        description="largest number of multiply-accumulates of a sampled architecture",
     )
     sampling: Literal["architectures", "depths"] = Field(
         "depths",
         description=(
-            "architectures: uniform; depths: the number of skipped slots is uniform, then the rest"
-            " (SPOS)"
+            "architectures: uniform over architectures; depths: first the number of skipped slots,"
+            " uniformly, then the rest (SPOS)"
         ),
     )
     drop: Literal["lowest", "each"] = Field(
         "lowest",
-        description="lowest: of the whole space; each: the lowest of every choice (FairNAS)",
+        description=(
+            "operators to drop in a stage: lowest: those with the lowest scores of the whole space;"
+            " each: the lowest of every choice (FairNAS)"
+        ),
     )
     dropped: int = Field(
-        7, ge=1, description="operators that leave at each stage, with drop = 'lowest'"
+        7, ge=1, description="number of operators dropped in each stage with drop = 'lowest'"
     )
-    keep: int = Field(1, ge=1, description="options that every choice keeps")
-    until: int = Field(1_000_000, ge=1, description="stop when the space is no larger")
+    keep: int = Field(1, ge=1, description="smallest number of options left of every choice")
+    until: int = Field(
+        1_000_000, ge=1, description="stop when the space has at most this many architectures"
+    )
     first_epochs: float = Field(
-        100, gt=0, description="of training before the first drop, which all metrics share"
+        100,
+        gt=0,
+        description="epochs of training before the first drop, which all metrics share",
     )
-    epochs: float = Field(5, gt=0, description="of training before each further drop")
+    epochs: float = Field(5, gt=0, description="epochs of training before each further drop")
     base_epochs: float = Field(
         0,
         ge=0,
         description=(
-            "W0 is of so many epochs into the first training (AngleNAS on DARTS's cells: 5)"
+            "angle: epochs of the first training after which the weights become W0, which angles"
+            " are measured from; 0: the initial weights (AngleNAS on DARTS's cells: 5)"
         ),
     )
     refresh_after: int | None = Field(
         50,
         ge=0,
-        description="W0 becomes the present weights, once, when more operators are dropped",
+        description=(
+            "angle: the current weights replace W0, once, when more than this many operators have"
+            " been dropped"
+        ),
     )
     operation_on: tuple[OperationOn, ...] = Field(
         (),
         description=(
-            "search.supernet.operation_on of each stage, the last for all later ones: fewer"
-            " operators, less sharing (PWSNAS)"
+            "search.supernet.operation_on of each stage; later stages use the last one. Fewer"
+            " operators allow less sharing (PWSNAS)"
         ),
     )
-    alpha_lr: float = Field(3e-4, gt=0, description="magnitude: Adam's rate (DARTS)")
+    alpha_lr: float = Field(
+        3e-4, gt=0, description="magnitude: learning rate of Adam for alpha (DARTS)"
+    )
     alpha_every: int = Field(
-        1, ge=1, description="magnitude: steps of the weights for each of alpha (ours)"
+        1, ge=1, description="magnitude: training steps of the weights per step of alpha (ours)"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.base_epochs >= self.first_epochs:
             raise ValueError(
-                f"shrink.base_epochs = {self.base_epochs:g} is no part of first_epochs ="
+                f"shrink.base_epochs = {self.base_epochs:g} is not below first_epochs ="
                 f" {self.first_epochs:g}; lower it"
             )
         twice = [name for name in self.metrics if self.metrics.count(name) > 1]
@@ -288,7 +350,7 @@ class ShrinkConfig(Section):
         levels = [get_args(OperationOn).index(level) for level in self.operation_on]
         if levels != sorted(levels):
             raise ValueError(
-                f"shrink.operation_on = {list(self.operation_on)} shares more again; only go from"
-                " node to edge to op"
+                f"shrink.operation_on = {list(self.operation_on)} shares more in a later stage;"
+                " only go from node to edge to op"
             )
         return self

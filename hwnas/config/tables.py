@@ -1,4 +1,6 @@
-"""The tables of the stages: space, device, data, profile, detector, train, export, validate."""
+"""The tables of the stages: space, device, data, profile, detector, train, export and
+validate.
+"""
 
 from __future__ import annotations
 
@@ -22,38 +24,39 @@ from hwnas.core.ssdlite import EXTRAS
 
 
 class SpaceConfig(Section):
-    """What is searched."""
+    """The search space."""
 
     name: str = Field(
-        "mobile32", description="a built-in space, or the path of a space document (.json)"
+        "mobile32", description="name of a built-in space, or path of a space document (.json)"
     )
-    act: str | None = Field(None, description="activation, where the space leaves it open")
+    act: str | None = Field(None, description="activation function, for spaces that do not fix it")
     restrict: dict[str, tuple[str | int, ...]] = Field(
-        {}, description="options that are kept, by choice: {resolution = [224]}"
+        {}, description="options to keep, by choice, for instance {resolution = [224]}"
     )
     width: float = Field(
-        1.0, gt=0, description="multiplier of all widths, rounded to multiples of 8"
+        1.0, gt=0, description="factor of all channel counts, which are rounded to multiples of 8"
     )
     layers: int | None = Field(
-        None, ge=3, description="cells in all, where the space is of DARTS's cells"
+        None, ge=3, description="total number of cells, for spaces of DARTS's cells"
     )
 
 
 class DeviceConfig(Section):
-    """Where latency is measured."""
+    """The device on which latency is measured."""
 
     name: str = Field(
-        "host", description="'host': this computer; or the path of a device document (.json)"
+        "host", description="'host' for this computer, or path of a device document (.json)"
     )
     runtime: Annotated[str, AfterValidator(known_runtime)] = Field(
-        "litert", description="litert, onnxruntime, or that of a target plug-in"
+        "litert", description="runtime: litert, onnxruntime, or that of a target plug-in"
     )
     dtype: Annotated[str, AfterValidator(known_dtype)] = Field(
-        "fp32", description="fp32, int8 (litert), or that of a target plug-in"
+        "fp32", description="number format: fp32, int8 (litert only), or that of a target plug-in"
     )
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, description="threads of the runtime")
     cores: tuple[int, ...] | None = Field(
-        None, description="cores to pin to; default: the device's last `threads` cores"
+        None,
+        description="indices of the cores to run on; default: the last `threads` cores",
     )
 
     @model_validator(mode="after")
@@ -61,7 +64,7 @@ class DeviceConfig(Section):
         if self.cores is not None and len(set(self.cores)) < self.threads:
             raise ValueError(
                 f"device.cores names {len(set(self.cores))} cores for {self.threads} threads; name"
-                " one per thread"
+                " at least one per thread"
             )
         return self
 
@@ -70,67 +73,74 @@ Resize: TypeAlias = Literal["squash", "crop", "pad"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 
 IMAGE_LABELS = ("digits", "npz", "cifar10", "folder")
-"""Our data sets that have one label per image; plug-ins may be of either kind."""
+"""Built-in data sets with one label per image. Plug-ins may be of either kind."""
 
 
 ARRAYS = ("digits", "npz", "cifar10")
-"""Those of them that are arrays in memory, all images of one size."""
+"""Those of them that are arrays in memory, with all images of one size."""
 
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)
-"""ImageNet's mean and standard deviation, averaged over the colours (as timm does for
-one channel).
+"""ImageNet's mean and standard deviation averaged over the colours, as in timm for one
+channel.
 """
 
 
 class DataConfig(Section):
-    """Images and labels. ``classes``, ``channels`` and ``resolution`` also shape the network."""
+    """The images and labels. ``classes``, ``channels`` and ``resolution`` also determine
+    the shape of the network.
+    """
 
     name: str = Field(
-        "digits", description="digits, npz, cifar10, folder, coco (detection), or a plug-in"
+        "digits",
+        description="data set: digits, npz, cifar10, folder, coco (detection), or a plug-in",
     )
     path: str | None = Field(
-        None, description="file or folder of the images; ~ and relative paths are understood"
+        None, description="file or folder of the images; may be relative or begin with ~"
     )
-    resolution: int = Field(32, ge=8, description="input height = width in pixels")
-    channels: Literal[1, 3] = 3
+    resolution: int = Field(
+        32, ge=8, description="height and width of the network's input in pixels"
+    )
+    channels: Literal[1, 3] = Field(3, description="1 for grey images, 3 for colour images")
     classes: int = Field(
         10,
         ge=1,
         description=(
-            "default: counted in the training images; of images, at least 2; of objects, at least"
-            " 1: the background is not counted"
+            "number of classes: at least 2 for images; at least 1 for objects, the background not"
+            " counted; default: counted in the training images"
         ),
     )
     held_out: float = Field(
         0.2,
         gt=0,
         lt=1,
-        description="part of the training images kept for the search's rewards and rankings",
+        description="fraction of the training images kept for rewards and rankings of the search",
     )
     mean: tuple[float, ...] = Field(
         (0.485, 0.456, 0.406),
         description=(
-            "per channel, images scaled to 0..1; default: ImageNet's, of grey images their mean"
+            "subtracted per channel from images scaled to 0..1; default: ImageNet's mean, for grey"
+            " images its average over the colours"
         ),
     )
     std: tuple[float, ...] = Field(
         (0.229, 0.224, 0.225),
-        description="per channel, images scaled to 0..1; default as of the mean",
+        description="divisor per channel of images scaled to 0..1; default: as for mean",
     )
     augment: Literal["none", "crop", "crop_flip", "imagenet", "ssd", "ssdlite"] = Field(
         "crop_flip",
         description=(
-            "imagenet: for folder; ssd, ssdlite: for coco, torchvision's presets, the latter also"
-            " MobileDet's; default: crop_flip, for coco ssdlite"
+            "augmentation of training images. none, crop, crop_flip: any images without boxes;"
+            " imagenet: for data.name = 'folder'; ssd, ssdlite: torchvision's presets for boxes,"
+            " the latter also MobileDet's; default: crop_flip, for coco ssdlite"
         ),
     )
     resize: Resize | None = Field(
         None,
         description=(
-            "how an image becomes the network's size, in training and in evaluation. squash"
-            " (default): both sides to the resolution, as MediaPipe and ML Kit do; crop (default of"
-            " augment = 'imagenet'): the middle of a larger one, not for boxes; pad: all of it, on"
-            " a border of the mean colour"
+            "how images are resized to the network's input, in training and in evaluation. squash"
+            " (default): both sides to the resolution, as MediaPipe and ML Kit do; crop (default"
+            " with augment = 'imagenet'): the centre of a larger image, not for boxes; pad: the"
+            " whole image, with a border of the mean colour"
         ),
     )
     crop_fraction: float | None = Field(
@@ -138,22 +148,25 @@ class DataConfig(Section):
         gt=0,
         le=1,
         description=(
-            "resize crop: part of the shorter side that is kept; default 0.875 (224 of 256 pixels)"
+            "with resize = 'crop': fraction of the shorter side that is kept; default: 0.875 (224"
+            " of 256 pixels)"
         ),
     )
     interpolation: Interpolation | None = Field(
         None,
         description=(
-            "of the resizing, with antialiasing; default: bilinear, with augment = 'imagenet'"
-            " bicubic"
+            "interpolation of the resizing, with antialiasing; default: bilinear, with augment ="
+            " 'imagenet' bicubic"
         ),
     )
-    workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+    workers: int = Field(
+        0, ge=0, description="processes that load images; 0: the training process loads them"
+    )
 
     @model_validator(mode="wrap")
     @classmethod
     def _usual(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """The defaults that depend on what else is given. They do not count as given."""
+        """The defaults that depend on other keys. They do not count as given."""
         known = given if isinstance(given, dict) else {}
         usual: dict[str, Any] = {"augment": "ssdlite"} if known.get("name") == "coco" else {}
         if known.get("channels") == 1:
@@ -162,38 +175,37 @@ class DataConfig(Section):
 
     @property
     def resize_mode(self) -> Resize:
-        """``resize``, or what it is by default."""
+        """``resize``, or its default."""
         usual: Resize = "crop" if self.augment == "imagenet" else "squash"
         return self.resize or usual
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is not set of the geometry, so that run folders from before it
-        could be chosen stay up to date.
+        """Omit keys of the geometry that are not set: the hash of run folders from before
+        these keys existed must not change.
         """
-        unset = [
-            name
-            for name in ("resize", "crop_fraction", "interpolation")
-            if getattr(self, name) is None
-        ]
-        return {name: value for name, value in handler(self).items() if name not in unset}
+        content: dict[str, Any] = handler(self)
+        for name in ("resize", "crop_fraction", "interpolation"):
+            if getattr(self, name) is None:
+                content.pop(name, None)
+        return content
 
     @model_validator(mode="after")
     def _one_geometry(self) -> Self:
         if self.crop_fraction is not None and self.resize_mode != "crop":
             raise ValueError(
-                f"data.crop_fraction is of data.resize = 'crop', and this is {self.resize_mode!r};"
-                " remove it, or choose 'crop'"
+                f"data.crop_fraction is for data.resize = 'crop', not {self.resize_mode!r}; remove"
+                " it, or choose 'crop'"
             )
         if self.resize == "crop" and (self.name == "coco" or self.augment in ("ssd", "ssdlite")):
             raise ValueError(
-                "data.resize = 'crop' would cut objects off at the edges; choose squash or pad for"
+                "data.resize = 'crop' would cut off objects at the edges; choose squash or pad for"
                 " boxes"
             )
         if self.resize == "pad" and self.augment == "imagenet":
             raise ValueError(
-                "data.resize = 'pad' shows borders that no crop of data.augment = 'imagenet' has;"
-                " choose crop or squash"
+                "data.resize = 'pad' adds borders that the crops of data.augment = 'imagenet' do"
+                " not have; choose crop or squash"
             )
         return self
 
@@ -211,8 +223,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:
-        of_boxes = self.augment in ("ssd", "ssdlite")
-        if self.name in IMAGE_LABELS and of_boxes:
+        augments_boxes = self.augment in ("ssd", "ssdlite")
+        if self.name in IMAGE_LABELS and augments_boxes:
             raise ValueError(
                 f"data.augment = {self.augment!r} is for boxes; choose crop, crop_flip or none for"
                 f" {self.name!r}"
@@ -227,7 +239,7 @@ class DataConfig(Section):
                 f"data.classes = {self.classes} leaves {self.name!r} nothing to tell apart; give 2"
                 " or more"
             )
-        if self.name == "coco" and not of_boxes and self.augment != "none":
+        if self.name == "coco" and not augments_boxes and self.augment != "none":
             raise ValueError(
                 f"data.augment = {self.augment!r} is for images without boxes; choose ssd, ssdlite"
                 " or none for 'coco'"
@@ -235,67 +247,77 @@ class DataConfig(Section):
         return self
 
     def at(self, resolution: int) -> DataConfig:
-        """The same data at another input size: that of an architecture whose space searches it."""
-        return (
-            self
-            if resolution == self.resolution
-            else self.model_copy(update={"resolution": resolution})
-        )
+        """The same data at another input size in pixels, for architectures whose space has
+        a choice of resolution.
+        """
+        if resolution == self.resolution:
+            return self
+        return self.model_copy(update={"resolution": resolution})
 
 
 SAMPLED = 40
-"""Networks that mode ``networks`` measures where no number is given."""
+"""The number of networks that mode ``networks`` measures by default."""
 
 
 class ProfileConfig(Section):
-    """How the device is measured. See hwnas/profile for the procedure."""
+    """How the device is profiled. See hwnas/profile for the procedure."""
 
     mode: Literal["ops", "networks"] = Field(
         "ops",
         description=(
-            "ops: every op of the space; networks: whole networks alone, to which the entries are"
-            " fitted"
+            "what is measured. ops: every op of the space; networks: only whole networks, to which"
+            " the entries of the table are fitted"
         ),
     )
     networks: Annotated[int, Field(ge=3)] | tuple[str, ...] = Field(
         SAMPLED,
         description=(
-            "a number, mode networks: how many sampled ones are measured; names, as in train.arch:"
-            " networks whose blocks are measured, too (mode ops), or that are measured beside 40"
-            " sampled ones (mode networks), and whose latency is then predicted"
+            "a number: how many sampled networks mode 'networks' measures. Names, as in train.arch:"
+            " networks whose latency can then be predicted, because mode 'ops' also measures their"
+            " blocks, or mode 'networks' measures them in addition to 40 sampled networks"
         ),
     )
     prior: tuple[str, ...] = Field(
         (),
         description=(
-            "mode networks: other devices' tables of the space, beside a roofline, as where the fit"
-            " starts"
+            "mode networks: latency tables of the space for other devices, which the fit starts"
+            " from in addition to a roofline model"
         ),
     )
     rounds: int = Field(
-        7, ge=1, description="shuffled passes over everything; medians are taken over their medians"
+        7,
+        ge=1,
+        description=(
+            "passes over all measurements, in random order; an entry is the median of its medians"
+            " per pass"
+        ),
     )
     max_rounds: int = Field(
         15,
         ge=1,
-        description="noisy entries are measured again up to this many rounds, then flagged",
+        description=(
+            "noisy entries are measured again up to this total number of rounds, then flagged"
+        ),
     )
     max_spread: float = Field(
         0.10,
         gt=0,
         description=(
-            "spread between rounds (interquartile range / median) above which an entry is noisy"
+            "spread between rounds (interquartile range / median) above which an entry counts as"
+            " noisy"
         ),
     )
     min_ms: float = Field(
-        20.0, gt=0, description="time one model for at least this long per round ..."
+        20.0, gt=0, description="shortest time in milliseconds of measuring one model per round"
     )
-    min_runs: int = Field(5, ge=1, description="... and at least this many runs")
+    min_runs: int = Field(5, ge=1, description="smallest number of runs of one model per round")
     fit_networks: int = Field(
-        12, ge=0, description="whole networks that the calibration is fitted on"
+        12, ge=0, description="number of whole networks that the calibration is fitted to"
     )
     test_networks: int = Field(
-        8, ge=0, description="whole networks that judge it, never seen in the fit"
+        8,
+        ge=0,
+        description="number of whole networks, not used in the fit, that test the calibration",
     )
 
     @field_validator("networks", mode="before")
@@ -305,17 +327,17 @@ class ProfileConfig(Section):
 
     @property
     def sampled(self) -> int:
-        """How many networks mode ``networks`` draws from the space."""
+        """The number of networks that mode ``networks`` samples from the space."""
         return self.networks if isinstance(self.networks, int) else SAMPLED
 
 
 class DetectorConfig(Section):
-    """The detector that is put on an architecture that has none, and how its outputs
-    become detections (all detectors').
+    """The detector that is added to an architecture without one, and the post-processing
+    of all detectors.
 
-    The defaults are torchvision's SSDLite. MobileDet's are ``scores = "sigmoid"`` and
-    ``post_processing = {min_score = 1e-8, candidates = 100, nms_iou = 0.6, detections =
-    100}``; its whole recipe is configs/experiments/coco.toml.
+    The defaults are those of torchvision's SSDLite. Those of MobileDet are ``scores =
+    "sigmoid"`` and ``post_processing = {min_score = 1e-8, candidates = 100, nms_iou =
+    0.6, detections = 100}``; configs/experiments/coco.toml has its whole recipe.
     """
 
     extras: tuple[Annotated[int, Field(ge=2)], ...] = Field(
@@ -324,212 +346,238 @@ class DetectorConfig(Section):
     scores: Scores = Field(
         "softmax",
         description=(
-            "softmax: over classes and background, by SSD's loss with hard negatives; sigmoid: per"
-            " class, by focal loss"
+            "softmax: over classes and background, trained with SSD's loss and hard negatives;"
+            " sigmoid: per class, trained with focal loss"
         ),
     )
-    post_processing: PostProcessing = PostProcessing()
+    post_processing: PostProcessing = Field(
+        PostProcessing(), description="how raw outputs become detections: score threshold and NMS"
+    )
 
 
 class TrainConfig(Section):
-    """How the winner is trained."""
+    """How the final network is trained."""
 
     arch: str | None = Field(
         None,
-        coerce_numbers_to_str=True,  # TOML's 22212220, positions of options, is a number
+        # Positions of options such as 22212220 are a number in TOML.
+        coerce_numbers_to_str=True,
         description=(
-            "instead of searching: an architecture document, a published network's name, or one of"
-            " the space in its notation"
+            "architecture to train instead of searching: path of a document (.json), name of a"
+            " published network, or an architecture of the space in its notation"
         ),
     )
-    weights: Literal["scratch", "supernet"] = "scratch"
+    weights: Literal["scratch", "supernet"] = Field(
+        "scratch",
+        description="initial weights: scratch: random; supernet: those of the trained super-net",
+    )
     backbone: str | None = Field(
         None,
         description=(
-            "detection: the run folder of a trained classifier, or its train folder, whose weights"
-            " the backbone begins with"
+            "detection: run folder or train folder of a trained classifier, whose weights"
+            " initialise the backbone"
         ),
     )
-    epochs: float = Field(30, gt=0)
-    batch_size: int = Field(64, ge=2)
+    epochs: float = Field(30, gt=0, description="epochs of training")
+    batch_size: int = Field(64, ge=2, description="images per training step")
     optimizer: OptimizerConfig = OptimizerConfig()
     bn_momentum: float = Field(
         0.1,
         gt=0,
         le=1,
         description=(
-            "part of a new batch in BN's running statistics; torchvision's SSDLite and MobileDet:"
-            " 0.03"
+            "weight of a new batch in the running statistics of BN; torchvision's SSDLite and"
+            " MobileDet: 0.03"
         ),
     )
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="of a classifier's labels")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing of a classifier")
     dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="before the classifier; TuNAS: 0.15 for 360 epochs, 0 below 150",
+        description=(
+            "dropout probability before the classifier; TuNAS: 0.15 for 360 epochs, 0 below 150"
+        ),
     )
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="exponential moving average of the weights; 0: none"
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay per step of the moving average of the weights; 0: no average",
     )
     validate_every: float | None = Field(
         None,
         ge=0,
         description=(
-            "epochs between evaluations on test images (2,000 at most; 500 of a detector), which"
-            " choose nothing: the last weights are kept; 0: none; default: ten in the whole"
-            " training, fewer where they would take more than a twentieth of its time"
+            "epochs between evaluations on test images (at most 2,000; 500 for detectors). They"
+            " select nothing: the last weights are kept. 0: no evaluations; default: ten in the"
+            " whole training, or fewer if they would take more than a twentieth of its time"
         ),
     )
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a validation curve that is as usual: it changes no weight, so
-        trainings from before it stay up to date.
+        """Omit ``validate_every`` if it is not set: it does not change the weights, and the
+        hash of trainings from before the key existed must not change.
         """
-        return {
-            name: value
-            for name, value in handler(self).items()
-            if name != "validate_every" or value is not None
-        }
+        content: dict[str, Any] = handler(self)
+        if "validate_every" in content and content["validate_every"] is None:
+            del content["validate_every"]
+        return content
 
 
 class ExportConfig(Section):
-    """Which files are made."""
+    """Which files are exported, and how."""
 
     formats: tuple[Format, ...] | None = Field(
         None,
         min_length=1,
         description=(
-            "default: tflite-fp32, tflite-int8 and onnx; of detectors also those with NMS in the"
-            " graph: onnx-nms, tflite-fp32-tasks and tflite-int8-tasks"
-            " (TFLite_Detection_PostProcess); or the names of target plug-ins"
+            "files to write, including those of target plug-ins by name; default: tflite-fp32,"
+            " tflite-int8 and onnx, and for detectors also those with NMS in the graph: onnx-nms,"
+            " tflite-fp32-tasks and tflite-int8-tasks (TFLite_Detection_PostProcess)"
         ),
     )
     calibration_images: int = Field(
-        128, ge=1, description="training images that set the int8 ranges"
+        128, ge=1, description="training images from which the int8 ranges are estimated"
     )
     parity_images: int = Field(
         64,
         ge=1,
-        description="test images that each file's outputs are compared on, kept in the bundle",
+        description=(
+            "test images on which the outputs of each file are compared; stored in the bundle"
+        ),
     )
     input: Literal["float32", "uint8"] = Field(
         "float32",
         description=(
-            "what the files take: normalised images, or pixels 0 to 255, which they normalise"
-            " themselves"
+            "input of the files. float32: normalised images; uint8: pixels of 0 to 255, which the"
+            " files normalise themselves"
         ),
     )
     softmax: bool = Field(
-        False, description="classifiers: probabilities come out of the files instead of logits"
+        False, description="classifiers: the files return probabilities instead of logits"
     )
     score_calibration: bool = Field(
         False,
         description=(
-            "classifiers: TFLite files tell MediaPipe how to calibrate their scores, by a sigmoid"
-            " per label that is fitted to half of the test images, the only ones that training has"
-            " not seen; the other half is left to judge it by"
+            "classifiers: TFLite files contain MediaPipe's calibration of scores, a sigmoid per"
+            " label. It is fitted to half of the test images, because training has seen all others;"
+            " the other half evaluates it"
         ),
     )
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is as it always was, so that bundles from before it could be
-        chosen stay up to date.
+        """Omit keys at their defaults that bundles from before these keys do not have: the
+        hash of such bundles must not change.
         """
-        usual = {"input": "float32", "softmax": False, "score_calibration": False}
-        return {
-            name: value
-            for name, value in handler(self).items()
-            if name not in usual or value != usual[name]
-        }
+        content: dict[str, Any] = handler(self)
+        for name, default in (
+            ("input", "float32"),
+            ("softmax", False),
+            ("score_calibration", False),
+        ):
+            if name in content and content[name] == default:
+                del content[name]
+        return content
 
 
 class ValidateConfig(Section):
-    """When an exported file counts as fast and accurate as promised."""
+    """When an exported file passes: as fast as predicted, and as accurate as PyTorch."""
 
     latency_tolerance: float = Field(
         0.05,
         gt=0,
         description=(
-            "measured against predicted latency, for files of the table's runtime and dtype"
+            "largest relative difference between measured and predicted latency, for files with the"
+            " runtime and number format of the table"
         ),
     )
     max_drift: float = Field(
         0.25,
         gt=0,
         description=(
-            "a device this much faster or slower than when profiled fails: profile it again"
+            "largest relative change of the device's speed since it was profiled; beyond it, the"
+            " device has to be profiled again"
         ),
     )
     parity_tolerance: float = Field(
         1e-4,
         gt=0,
         description=(
-            "outputs of float files against PyTorch's, relative to the largest; of detectors, in"
-            " parts of the input or of a score"
+            "largest difference between outputs of float files and PyTorch's, relative to the"
+            " largest output; for detectors, as a fraction of the input size or of a score"
         ),
     )
     accuracy_tolerance: float = Field(
-        0.002, ge=0, description="top-1 of float files against PyTorch"
+        0.002, ge=0, description="largest loss of top-1 (0 to 1) of float files against PyTorch"
     )
     int8_accuracy_tolerance: float = Field(
-        0.02, ge=0, description="top-1 of int8 files against PyTorch"
+        0.02, ge=0, description="largest loss of top-1 (0 to 1) of int8 files against PyTorch"
     )
     ap_tolerance: float = Field(
-        0.005, ge=0, description="AP of a detector's float files against PyTorch"
+        0.005, ge=0, description="largest loss of AP (0 to 1) of float files against PyTorch"
     )
     int8_ap_tolerance: float = Field(
-        0.03, ge=0, description="AP of a detector's int8 files against PyTorch"
+        0.03, ge=0, description="largest loss of AP (0 to 1) of int8 files against PyTorch"
     )
-    images: int | None = Field(None, ge=1, description="test images to use; default all")
+    images: int | None = Field(None, ge=1, description="number of test images to use; default: all")
     app_score: float = Field(
         0.3,
         gt=0,
         lt=1,
         description=(
-            "score from which an app shows what a detector finds: NMS is timed at it, too, for AP"
-            " needs a far lower one (detector.post_processing.min_score; at or below that one it"
-            " does nothing)"
+            "score above which an app shows detections, at which NMS is timed as well: AP needs a"
+            " far lower threshold (detector.post_processing.min_score). No effect at or below that"
+            " threshold"
         ),
     )
     rounds: int = Field(
         7,
         ge=1,
-        description="interleaved passes over the files; up to twice as many while they are noisy",
+        description=(
+            "interleaved passes of timing over the files; up to twice as many while they are noisy"
+        ),
     )
     max_spread: float = Field(
-        0.10, gt=0, description="spread between rounds above which a file is measured again"
+        0.10,
+        gt=0,
+        description=(
+            "spread between rounds (interquartile range / median) above which a file is timed again"
+        ),
     )
     tolerances: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {},
         description=(
-            "of metrics without a key of their own, by the metric's name, and 'int8 NAME' for int8"
-            " files; default those of top-1"
+            "largest losses of metrics without their own key: the name of the metric, or 'int8"
+            " NAME' for int8 files, to a fraction; default: the tolerances of top-1"
         ),
     )
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``tolerances`` where there are none, so that verdicts from before
-        them keep their hash.
+        """Omit ``tolerances`` if it is empty: the hash of verdicts from before the key
+        existed must not change.
         """
-        return {
-            name: value for name, value in handler(self).items() if name != "tolerances" or value
-        }
+        content: dict[str, Any] = handler(self)
+        if "tolerances" in content and not content["tolerances"]:
+            del content["tolerances"]
+        return content
 
     def tolerance(self, metric: str, dtype: str) -> float:
-        """What a file of a number format may lose of a metric against PyTorch, as a fraction."""
+        """The largest loss of a metric that a file of a number format may have against
+        PyTorch, as a fraction.
+        """
         key = self.tolerance_key(metric, dtype)
         if key in type(self).model_fields:
             value: float = getattr(self, key)
             return value
-        usual = self.tolerance("accuracy", dtype)
-        return self.tolerances.get(key.removeprefix("tolerances."), usual)
+        default = self.tolerance("accuracy", dtype)
+        return self.tolerances.get(key.removeprefix("tolerances."), default)
 
     def tolerance_key(self, metric: str, dtype: str) -> str:
-        """The key of this table that says so."""
+        """The key of this table that sets ``tolerance``."""
         own = f"{metric.lower()}_tolerance"
         is_int8 = dtype == "int8"
         if own in ("accuracy_tolerance", "ap_tolerance"):

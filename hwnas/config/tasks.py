@@ -1,6 +1,4 @@
-"""Which tasks there are: known by name here, so that a configuration can be checked
-without loading them.
-"""
+"""The names of the tasks, so that a configuration can be checked without loading them."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ TASKS = Registry(
         "detect": "hwnas.tasks.detection:Detection",
     },
 )
-"""What networks are trained for; third parties add theirs with the entry point
-``hwnas.task`` (see ``hwnas.task``).
+"""The tasks that networks are trained for. Third parties add their own with the entry
+point ``hwnas.task`` (see ``hwnas.task``).
 """
 
 
@@ -29,9 +27,10 @@ def _known(name: str) -> str:
 
 
 def network_kind(task: str) -> str:
-    """Whether the networks of a task classify or detect: ``Architecture.task``. Only a
-    third party's task is loaded for that.
+    """The kind of networks of a task, ``classify`` or ``detect``, as in
+    ``Architecture.task``.
     """
+    # The names of the built-in tasks are the kinds; only a plug-in has to be loaded.
     if task in TASKS.builtin:
         return task
     kind: str = TASKS.get(task).network_kind

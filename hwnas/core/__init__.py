@@ -1,3 +1,3 @@
-"""The mathematics of hwnas, without torch: ops, architectures, spaces, tables, costs,
-objectives.
+"""The core of hwnas, which does not need torch: ops, architectures, spaces, latency
+tables, costs and objectives.
 """

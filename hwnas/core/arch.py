@@ -1,7 +1,7 @@
-"""Architectures: one concrete network, as the list of its blocks, with a detector on
-them or without.
+"""Architectures: one concrete network as a list of blocks, with or without a detector on
+top.
 
-A network of cells is no chain: its ``graph`` says which block reads what.
+A network of cells is not a chain: its ``graph`` says which block reads what.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from hwnas.core.ops import Op, OpKey
 from hwnas.document import Document
 
 Picks = dict[str, str | int]
-"""Choice key -> the option picked (``"s2.b1" -> "ir_k5_e6"``, ``"s2.width" -> 32``):
-the genotype.
+"""The genotype: choice key -> picked option, such as ``"s2.b1" -> "ir_k5_e6"`` or
+``"s2.width" -> 32``.
 """
 
 
 _ENDS = {"classifier": "a classifier", "ssd": "a head of a detector"}
-"""What only the last block may be."""
+"""Kinds of ops that only the last block may have, and their names in messages."""
 
 
 class Origin(BaseModel):
@@ -46,8 +46,8 @@ class Origin(BaseModel):
 
 @dataclass(frozen=True)
 class Placed:
-    """A place of a network: its name, the op in it (None: it is left empty), and the
-    shape that leaves it.
+    """A position in a network: its name, its op (None if the position is empty), and the
+    output shape: ``channels`` and height = width ``size``.
     """
 
     slot: str
@@ -57,19 +57,19 @@ class Placed:
 
     @classmethod
     def of(cls, slot: str, op: Op) -> Self:
-        """A place with an op in it."""
+        """A position that holds an op."""
         return cls(slot, op, op.out_ch, op.out_size)
 
 
 class Architecture(Document):
-    """A network as a chain of ops, input to output (the phenotype), and the detector on
-    it, if it is not a classifier.
+    """A network as a chain of ops, input to output (the phenotype), and its detector, if
+    it is not a classifier.
 
-    Where there is a ``graph``, it takes the chain's place, and ``blocks`` are its ops
-    in the order they run.
+    If there is a ``graph``, it replaces the chain, and ``blocks`` are its ops in the
+    order they run.
 
-    Everything downstream needs only this: building, counting, pricing, exporting.
-    ``bn_eps`` is part of it because it is part of the function the weights compute.
+    Everything downstream needs only this: building, counting, cost, export. ``bn_eps`` is
+    included because it is part of the function that the weights compute.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.architecture"
@@ -83,9 +83,11 @@ class Architecture(Document):
     origin: Origin | None = None
 
     @model_validator(mode="after")
-    def _chain(self) -> Self:
-        channels, size = self.in_channels, self.blocks[0].size
+    def _check(self) -> Self:
+        channels = self.in_channels
+        size = self.blocks[0].size
         if self.graph:
+            # A graph has its own check of which shape each block gets.
             shapes(self.graph, self.blocks, (channels, size))
         for position, op in enumerate(self.blocks):
             if not self.graph and (op.in_ch, op.size) != (channels, size):
@@ -97,63 +99,62 @@ class Architecture(Document):
                 raise ValueError(
                     f"block {position} ({op.key}) is {_ENDS[op.kind]}, but not the last block"
                 )
-            channels, size = op.out_ch, op.out_size
+            channels = op.out_ch
+            size = op.out_size
         self.head.check(self.blocks, self.graph)
         return self
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``detector`` and ``graph`` where there are none, so that documents
-        from before them keep their hash.
+        """Leaves out ``detector`` and ``graph`` if empty, so that documents older than
+        these fields keep their hash.
         """
-        return {
-            name: value
-            for name, value in handler(self).items()
-            if name not in ("detector", "graph") or value
-        }
+        document: dict[str, Any] = handler(self)
+        for name in ("detector", "graph"):
+            if not document.get(name):
+                document.pop(name, None)
+        return document
 
     @property
     def head(self) -> Head:
-        """What makes its outputs."""
-        return (
-            ClassifierHead(self.blocks[-1])
-            if self.detector is None
-            else DetectorHead(self.detector)
-        )
+        """The part that makes the outputs: a classifier or a detector."""
+        if self.detector is None:
+            return ClassifierHead(self.blocks[-1])
+        return DetectorHead(self.detector)
 
     def ops(self) -> tuple[Op, ...]:
-        """The measurable units of the network: blocks, then extras and heads of the
-        detector. Its latency is the sum over them.
+        """The measurable units of the network: its blocks, then the extra layers and
+        heads of the detector. Latency is the sum over them.
         """
         return (*self.blocks, *self.head.after.values())
 
     def placed(self) -> tuple[Placed, ...]:
-        """Its ops, in the order of ``ops``, by what they are called where no space
-        names them: ``block 0``.
+        """Its ops, in the order of ``ops``, with generic names (``block 0``), for
+        networks without a space that names its positions.
         """
         blocks = {f"block {i}": op for i, op in enumerate(self.blocks)}
         return tuple(Placed.of(name, op) for name, op in (blocks | self.head.after).items())
 
     @property
     def wiring(self) -> tuple[str, ...]:
-        """What decides beside its ops which of them reads what; nothing for a chain."""
+        """Everything besides the ops that decides which op reads what; empty for a
+        chain.
+        """
         return (*self.head.wiring, *(step.key for step in self.graph))
 
     @property
     def is_chain(self) -> bool:
-        """Whether its ops, one after another, are all of it."""
+        """Whether the network is just its ops, one after another."""
         return not self.wiring
 
     @property
     def identity(self) -> str:
-        """Equal for architectures with the same blocks, which read the same."""
+        """Equal for architectures with the same blocks in the same graph."""
         return "|".join([*(op.key for op in self.blocks), *(step.key for step in self.graph)])
 
     @property
     def task(self) -> str:
-        """The name of the task that it is for: ``"detect"`` with a detector on it, else
-        ``"classify"``.
-        """
+        """The name of its task: ``"detect"`` with a detector, else ``"classify"``."""
         return self.head.task
 
     @property
@@ -163,14 +164,16 @@ class Architecture(Document):
 
     @property
     def classes(self) -> int:
-        """Number of classes: outputs of a classifier, or what a detector tells apart
-        beside the background.
+        """Number of classes: the outputs of a classifier, or the classes of a detector
+        without the background.
         """
         return self.head.classes
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates for one image: convolutions and fully connected layers."""
+        """Multiply-accumulates for one image, in convolutions and fully connected
+        layers.
+        """
         return sum(op.macs for op in self.ops())
 
     @property

@@ -1,4 +1,6 @@
-"""A result that is less than it looks like, said in words that every stage hands on."""
+"""Cautions: a result is worth less than it seems, for a stated reason. Every stage passes
+them on.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Caution(BaseModel):
-    """A warning that belongs to a result, not to the moment in which it was made.
+    """A warning that stays attached to a result, instead of being logged once.
 
-    ``headline`` is a clause for a verdict ("the search learned nothing"), ``text`` the
-    figures and what to change.
+    ``headline`` is a clause for a verdict ("the search learned nothing"), ``text`` gives
+    the figures and what to change.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

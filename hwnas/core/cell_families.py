@@ -1,35 +1,38 @@
-"""The built-in spaces of cells.
+"""The built-in cell-based search spaces.
 
-=====================  ==============================================================================================
-``nasbench201``        NAS-Bench-201 (Dong, Yang, ICLR 2020, arXiv 2001.00326): 6 edges of 5 options, all 15,625 trained
-``darts``              DARTS (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055): 20 cells of 36 channels on CIFAR-10
-``nasbench101``        NAS-Bench-101 (Ying et al., ICML 2019, arXiv 1902.09635): cells as graphs, 423,624 trained; to decode and
-                       to train, see ``hwnas.core.nasbench101``
-``darts_imagenet``     the same cells 14 deep and 48 channels wide, with the stem for 224 pixels
-``nds_darts``          the same cells in NDS's networks (Radosavovic et al., ICCV 2019, arXiv 1905.13214): choose how many, and how wide
-=====================  ==============================================================================================
+=====================  ================================================================
+``nasbench201``        NAS-Bench-201 (Dong, Yang, ICLR 2020, arXiv 2001.00326): 6 edges
+                       with 5 options, 15,625 cells, all trained by the benchmark
+``darts``              DARTS (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055): 20
+                       cells of 36 channels on CIFAR-10
+``nasbench101``        NAS-Bench-101 (Ying et al., ICML 2019, arXiv 1902.09635): cells
+                       as graphs, 423,624 trained by the benchmark; no super-net, see
+                       ``hwnas.core.nasbench101``
+``darts_imagenet``     14 DARTS cells of 48 channels, with the stem for 224 pixels
+``nds_darts``          DARTS cells in the networks of NDS (Radosavovic et al., ICCV
+                       2019, arXiv 1905.13214), with a choice of depth and width
+=====================  ================================================================
 
-The spaces of DARTS's cells take ``layers``, the number of cells in all. DARTS searches
-on 8 cells of 16 channels: ``search.supernet = {proxy_depth = 2, proxy_width = 0.444}``
-here. P-DARTS brings its own depths.
+The DARTS spaces take ``layers``, the total number of cells. DARTS itself searches on 8
+cells of 16 channels, which is ``search.supernet = {proxy_depth = 2, proxy_width =
+0.444}`` here. P-DARTS sets its own depths.
 
-*Differences from the papers' code*: DARTS's auxiliary classifier, which only training
-has, is left out, as the papers' own parameter counts leave it out.
+*Difference from the papers' code*: DARTS's auxiliary classifier, which exists only
+during training, is left out. The papers' parameter counts leave it out as well.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Unpack
 
-from hwnas.core.cell_plan import KEPT, NONE, SKIP_CONNECT, edge_key, inputs_key
+from hwnas.core.cell_plan import NONE, SKIP_CONNECT, edge_key, input_pairs, inputs_key
 from hwnas.core.cells import CellSpace
 from hwnas.core.families import Shape
 from hwnas.core.nasbench101 import NASBench101Space
 from hwnas.errors import SpaceError
 
 NASBENCH201_OPTIONS = (NONE, SKIP_CONNECT, "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
-"""In the benchmark's order."""
+"""The options of an edge, in the order of the benchmark."""
 DARTS_OPTIONS = (
     NONE,
     "max_pool_3x3",
@@ -40,19 +43,19 @@ DARTS_OPTIONS = (
     "dil_conv_3x3",
     "dil_conv_5x5",
 )
-"""In the order of DARTS's code."""
+"""The options of an edge, in the order of DARTS's code."""
 DARTS_CELLS = ("normal", "reduce")
+"""The kinds of cells."""
 
 
 def nasbench201(**shape: Unpack[Shape]) -> CellSpace:
-    """NAS-Bench-201: three stages of five cells with 16, 32 and 64 channels; nodes 0 to
-    3, every earlier one joined to every later.
+    """NAS-Bench-201: three stages of five cells with 16, 32 and 64 channels. A cell has
+    nodes 0 to 3 and an edge from every node to every later one.
     """
-    edges = {
-        edge_key("c", source, node): NASBENCH201_OPTIONS
-        for node in range(1, 4)
-        for source in range(node)
-    }
+    edges: dict[str, tuple[str, ...]] = {}
+    for node in range(1, 4):
+        for source in range(node):
+            edges[edge_key("c", source, node)] = NASBENCH201_OPTIONS
     return _space(
         Shape(name="nasbench201") | shape,
         skeleton="nasbench201",
@@ -66,11 +69,11 @@ def nasbench201(**shape: Unpack[Shape]) -> CellSpace:
 def darts(
     *, channels: int = 36, layers: int = 20, stem: str = "small", **shape: Unpack[Shape]
 ) -> CellSpace:
-    """DARTS's cells: nodes 0 and 1 are the cells before, each of nodes 2 to 5 keeps two
-    of its edges.
+    """DARTS: nodes 0 and 1 of a cell are the outputs of the two preceding cells, and
+    each of the nodes 2 to 5 keeps two of its edges.
 
-    ``layers`` are cells in all, at least 3; those after a third and two thirds of them
-    are reductions.
+    ``layers`` is the total number of cells; the cells after one third and two thirds of
+    them are reductions. Raises SpaceError if ``layers`` is below 3.
 
     Example:
         >>> [darts(layers=layers).cells for layers in (4, 8, 20)]
@@ -78,25 +81,22 @@ def darts(
     """
     if layers < 3:
         raise SpaceError(
-            "DARTS's networks have two reductions behind other cells: layers is at least 3, got"
-            f" {layers}."
+            "networks of the DARTS spaces begin with a normal cell and have two reductions:"
+            f" layers must be at least 3, got {layers}."
         )
+
+    # positions of the two reductions, as in DARTS's code; they do not count as cells
     first, second = layers // 3, 2 * layers // 3
     cells = (first, second - first - 1, layers - second - 1)
-    nodes = range(2, 6)
-    edges = {
-        edge_key(cell, source, node): DARTS_OPTIONS
-        for cell in DARTS_CELLS
-        for node in nodes
-        for source in range(node)
-    }
-    inputs = {
-        inputs_key(cell, node): tuple(
-            "+".join(map(str, pair)) for pair in combinations(range(node), KEPT)
-        )
-        for cell in DARTS_CELLS
-        for node in nodes[1:]
-    }
+
+    edges: dict[str, tuple[str, ...]] = {}
+    inputs: dict[str, tuple[str, ...]] = {}
+    for cell in DARTS_CELLS:
+        for node in range(2, 6):
+            for source in range(node):
+                edges[edge_key(cell, source, node)] = DARTS_OPTIONS
+            if node > 2:  # node 2 has just two edges and keeps both
+                inputs[inputs_key(cell, node)] = input_pairs(node)
     return _space(
         Shape(name="darts") | shape,
         skeleton="darts",
@@ -110,7 +110,7 @@ def darts(
 
 
 def darts_imagenet(*, layers: int = 14, **shape: Unpack[Shape]) -> CellSpace:
-    """DARTS's network for ImageNet: 14 cells, 48 channels."""
+    """DARTS's network for ImageNet: 14 cells of 48 channels."""
     return darts(
         channels=48,
         layers=layers,
@@ -120,10 +120,11 @@ def darts_imagenet(*, layers: int = 14, **shape: Unpack[Shape]) -> CellSpace:
 
 
 def nds_darts(*, layers: int = 20, **shape: Unpack[Shape]) -> CellSpace:
-    """One shape of NDS's networks of DARTS's cells; by itself the largest, 20 cells of 32 channels.
+    """NDS's networks of DARTS cells at one depth and width; by default the largest, 20
+    cells of 32 channels.
 
-    NDS has ``layers`` of 4, 8, 12, 16 and 20, and 16, 24 and 32 channels (``width``
-    0.5, 0.75 and 1), as in NNI's model hub. Each of the 15 shapes is a space of its own
+    NDS has 4, 8, 12, 16 and 20 ``layers``, and 16, 24 and 32 channels (``width`` 0.5,
+    0.75 and 1), as in NNI's model hub. Each of the 15 combinations is a separate space
     here, in which the cells are searched.
 
     Example:
@@ -134,18 +135,20 @@ def nds_darts(*, layers: int = 20, **shape: Unpack[Shape]) -> CellSpace:
 
 
 def nasbench101(**shape: Unpack[Shape]) -> NASBench101Space:
-    """NAS-Bench-101: nine cells of 128, 256 and 512 channels. Its activation is always ReLU."""
+    """NAS-Bench-101: nine cells of 128, 256 and 512 channels. Raises SpaceError if
+    ``act`` is not ReLU.
+    """
     if shape.pop("act", "relu") != "relu":
-        raise SpaceError("space nasbench101 has no other activation than relu: leave act out.")
+        raise SpaceError("space nasbench101 supports no activation except relu: leave act out.")
     channels = round(128 * shape.pop("width", 1.0))
-    return NASBench101Space.model_validate(
-        {"name": "nasbench101", "resolution": 32, "classes": 10, **shape, "channels": channels}
-    )
+    usual = Shape(name="nasbench101", resolution=32, classes=10)
+    return NASBench101Space.model_validate({**usual, **shape, "channels": channels})
 
 
 def _space(shape: Shape, *, channels: int, **fields: object) -> CellSpace:
+    """A cell space with the overrides of ``shape``; by default for CIFAR-10."""
     width = shape.pop("width", 1.0)
-    small = Shape(resolution=32, classes=10, bn_eps=1e-5) | shape
-    return CellSpace.model_validate(
-        {**fields, **small, "channels": max(2, 2 * round(channels * width / 2))}
-    )
+    cifar = Shape(resolution=32, classes=10, bn_eps=1e-5) | shape
+    # even: the ImageNet stem and factorised reductions halve the channels
+    scaled = max(2, 2 * round(channels * width / 2))
+    return CellSpace.model_validate({**fields, **cifar, "channels": scaled})

@@ -1,4 +1,4 @@
-"""The walk over a network of cells: every place where something is computed, in order,
+"""The plan of a network of cells: every place where something is computed, in order,
 for both skeletons of ``hwnas.core.cells``.
 """
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from hwnas.core.choice import Address
@@ -30,9 +31,10 @@ from hwnas.errors import SpaceError
 if TYPE_CHECKING:
     from hwnas.core.cells import CellSpace
 
-NONE, SKIP_CONNECT = "none", "skip_connect"
+NONE = "none"
+SKIP_CONNECT = "skip_connect"
 KEPT = 2
-"""Edges that a node of a DARTS cell keeps."""
+"""Number of edges that a node of a DARTS cell keeps."""
 _OPTION = re.compile(
     r"(?P<name>nor_conv|sep_conv|dil_conv|avg_pool|max_pool)_(?P<kernel>[1-9])x(?P=kernel)"
 )
@@ -47,13 +49,22 @@ _KINDS: dict[str, type[Pool | ReLUConvBN | SepConv | DilConv]] = {
 
 @dataclass(frozen=True)
 class CellStep:
-    """One step of a network of cells, which makes a point, as in ``hwnas.core.graph``:
-    ``of`` are the points it reads.
+    """A place in a network of cells. Every place makes one point (see
+    ``hwnas.core.graph``) and reads the points in ``of``.
 
-    ``op`` always runs; an ``edge`` runs the op of its picked option (None: nothing is
-    computed), where ``keep_key`` keeps it; ``sum`` adds up those edges of a node that
-    there are; ``concat`` puts nodes together. ``slot`` is the place's name,
-    ``channels`` and ``size`` are the shape of the point.
+    Kinds:
+
+    - ``op`` always runs the op ``op``.
+    - ``edge`` runs the op of the option that is picked for the choice ``key``.
+      ``options`` and ``ops`` are parallel (None: the option computes nothing).
+      ``keep_key`` is the choice of the edges that its node keeps, and ``kept`` tells
+      for each option of that choice whether this edge is one of them; both are empty if
+      the node keeps all.
+    - ``sum`` adds up the edges of a node that are connected.
+    - ``concat`` concatenates nodes.
+
+    ``slot`` is the name of the place; ``channels`` and ``size`` (height = width) are
+    the shape of its point.
     """
 
     kind: Literal["op", "edge", "sum", "concat"]
@@ -72,51 +83,62 @@ class CellStep:
 def edge_op(
     option: str, channels: int, size: int, stride: int, act: str, pool_norm: bool = False
 ) -> Op | None:
-    """The op of an option between nodes of equal width; None where nothing is computed.
-    Raises SpaceError where there is no such option.
+    """The op of an option between nodes of equal width, or None if nothing is computed.
+    Raises SpaceError if the option is unknown.
     """
     if option == NONE or (option == SKIP_CONNECT and stride == 1):
         return None
     if option == SKIP_CONNECT:
+        # an identity cannot halve the feature map
         return FactorizedReduce(size, channels, channels, stride=2, act=act)
     match = _OPTION.fullmatch(option)
     if match is None:
         raise SpaceError(
             f"option {option!r} of a cell is unknown; write none, skip_connect, or one of"
-            f" {', '.join(_KINDS)} with a kernel."
+            f" {', '.join(_KINDS)} with a kernel size, for instance nor_conv_3x3."
         )
-    kind, kernel = _KINDS[match["name"]], int(match["kernel"])
+
+    kind = _KINDS[match["name"]]
+    kernel = int(match["kernel"])
     if issubclass(kind, Pool):
         return kind(size, channels, channels, kernel, stride, norm=pool_norm)
     return kind(size, channels, channels, kernel, stride, act)
 
 
-@cache  # searches ask for them again and again
+@cache  # called very often during a search
 def edge_key(cell: str, source: int, node: int) -> str:
-    """The choice of an edge."""
+    """The key of the choice of an edge's option."""
     return Address("edge", cell, source=source, node=node).key
 
 
 @cache
 def inputs_key(cell: str, node: int) -> str:
-    """The choice of a node's edges."""
+    """The key of the choice of the edges that a node keeps."""
     return Address("inputs", cell, node=node).key
 
 
+def input_pairs(node: int) -> tuple[str, ...]:
+    """All pairs of incoming edges that a node can keep, as options: ``"0+2"``."""
+    return tuple("+".join(map(str, pair)) for pair in combinations(range(node), KEPT))
+
+
 def sources_of(option: str) -> tuple[int, ...]:
-    """The nodes whose edges an option of a node's inputs keeps: ``"0+2"``."""
+    """The source nodes that an option of a node's inputs names: ``"0+2"`` -> (0, 2)."""
     return tuple(int(node) for node in option.split("+"))
 
 
 @dataclass
 class _Plan:
-    """Collects places; every method returns the number of the point that it makes."""
+    """Collects places. Every method returns the index of the point that it makes; point
+    0 is the image, so place i makes point i + 1.
+    """
 
     space: CellSpace
     pool_norm: bool
     places: list[CellStep] = field(default_factory=list)
 
     def op(self, slot: str, op: Op, of: int) -> int:
+        """Add an op that always runs and reads the point ``of``."""
         return self._add(CellStep("op", (of,), slot, op.out_ch, op.out_size, op=op))
 
     def cell(
@@ -128,37 +150,37 @@ class _Plan:
         size: int,
         stride: int = 1,
     ) -> list[int]:
-        """The edges and nodes of a cell; all its nodes, the sources included. Edges
-        from sources have the stride.
+        """Add the edges and nodes of a cell. Returns the points of all nodes, including
+        the ``sources``. Edges from the sources have the stride.
         """
-        points, inner = list(sources), size // stride
+        points = list(sources)
+        inner_size = size // stride
         for node in range(len(sources), self.space.nodes):
             edges = []
             for source in range(node):
-                first = source < len(sources)
-                place = self._edge(
-                    cell, source, node, channels, size if first else inner, stride if first else 1
-                )
-                edges.append(
-                    self._add(replace(place, of=(points[source],), slot=f"{slot}.{place.key}"))
-                )
-            points.append(
-                self._add(CellStep("sum", tuple(edges), f"{slot}.{cell}.n{node}", channels, inner))
-            )
+                # nodes inside the cell are already reduced
+                if source < len(sources):
+                    place = self._edge(cell, source, node, channels, size, stride)
+                else:
+                    place = self._edge(cell, source, node, channels, inner_size, 1)
+                place = replace(place, of=(points[source],), slot=f"{slot}.{place.key}")
+                edges.append(self._add(place))
+            name = f"{slot}.{cell}.n{node}"
+            points.append(self._add(CellStep("sum", tuple(edges), name, channels, inner_size)))
         return points
 
     def _edge(
         self, cell: str, source: int, node: int, channels: int, size: int, stride: int
     ) -> CellStep:
-        """An edge of a kind of cell, of no place yet."""
-        key, keep_key = edge_key(cell, source, node), inputs_key(cell, node)
-        options, pairs = self.space.edges[key], self.space.inputs.get(keep_key, ())
-        ops = tuple(
-            edge_op(option, channels, size, stride, self.space.act, self.pool_norm)
-            for option in options
-        )
+        """An edge, without the fields that differ between cells of a kind."""
+        key = edge_key(cell, source, node)
+        options = self.space.edges[key]
+        act, pool_norm = self.space.act, self.pool_norm
+        ops = tuple(edge_op(option, channels, size, stride, act, pool_norm) for option in options)
+
+        keep_key = inputs_key(cell, node)
+        pairs = self.space.inputs.get(keep_key, ())
         kept = tuple(source in sources_of(pair) for pair in pairs)
-        into = keep_key if pairs else ""
         return CellStep(
             "edge",
             (),
@@ -168,19 +190,18 @@ class _Plan:
             key=key,
             options=options,
             ops=ops,
-            keep_key=into,
+            keep_key=keep_key if pairs else "",
             kept=kept,
         )
 
     def concat(self, slot: str, points: Sequence[int]) -> int:
-        read = [self.places[point - 1] for point in points]
-        return self._add(
-            CellStep(
-                "concat", tuple(points), slot, sum(each.channels for each in read), read[0].size
-            )
-        )
+        """Add the concatenation of points."""
+        inputs = [self.places[point - 1] for point in points]
+        channels = sum(place.channels for place in inputs)
+        return self._add(CellStep("concat", tuple(points), slot, channels, inputs[0].size))
 
     def classifier(self, point: int) -> tuple[CellStep, ...]:
+        """Add the classifier. Returns all places."""
         last = self.places[point - 1]
         self.op("classifier", Classifier(last.size, last.channels, self.space.classes), point)
         return tuple(self.places)
@@ -191,9 +212,11 @@ class _Plan:
 
 
 def _resnet_plan(plan: _Plan) -> tuple[CellStep, ...]:
-    """NAS-Bench-201's skeleton."""
+    """The skeleton of NAS-Bench-201."""
     space = plan.space
-    size, channels, number = space.resolution, space.channels, 0
+    size = space.resolution
+    channels = space.channels
+    number = 0  # reductions are numbered with the cells
     point = plan.op("stem", Conv(size, space.in_channels, channels, kernel=3), 0)
     for stage, count in enumerate(space.cells):
         if stage:
@@ -201,7 +224,9 @@ def _resnet_plan(plan: _Plan) -> tuple[CellStep, ...]:
                 size, channels, 2 * channels, kernel=3, stride=2, act=space.act
             )
             point = plan.op(f"cell{number}", reduction, point)
-            size, channels, number = size // 2, 2 * channels, number + 1
+            size //= 2
+            channels *= 2
+            number += 1
         for _ in range(count):
             point = plan.cell(f"cell{number}", "c", [point], channels, size)[-1]
             number += 1
@@ -209,63 +234,69 @@ def _resnet_plan(plan: _Plan) -> tuple[CellStep, ...]:
 
 
 def _darts_plan(plan: _Plan) -> tuple[CellStep, ...]:
-    """DARTS's skeleton: the first cell of every stage but the first is a reduction."""
-    space, channels = plan.space, plan.space.channels
-    before, last = _darts_stem(plan)
-    number = 0
-    for stage, count in enumerate(space.cells):
-        for position in range(count + (stage > 0)):
-            reduces = stage > 0 and position == 0
-            channels = 2 * channels if reduces else channels
-            size = plan.places[last - 1].size
-            sources = [
-                _preprocessed(plan, f"cell{number}.pre{i}", point, channels, size)
-                for i, point in enumerate((before, last))
-            ]
-            nodes = plan.cell(
-                f"cell{number}",
-                "reduce" if reduces else "normal",
-                sources,
-                channels,
-                size,
-                2 if reduces else 1,
-            )
-            before, last = last, plan.concat(f"cell{number}", nodes[len(sources) :])
-            number += 1
+    """The skeleton of DARTS: every stage but the first begins with a reduction."""
+    kinds: list[str] = []
+    for stage, count in enumerate(plan.space.cells):
+        if stage:
+            kinds.append("reduce")
+        kinds += ["normal"] * count
+
+    channels = plan.space.channels
+    before_last, last = _darts_stem(plan)
+    for number, kind in enumerate(kinds):
+        stride = 1
+        if kind == "reduce":
+            stride = 2
+            channels *= 2
+        slot = f"cell{number}"
+        size = plan.places[last - 1].size
+        sources = [
+            _preprocessed(plan, f"{slot}.pre{i}", point, channels, size)
+            for i, point in enumerate((before_last, last))
+        ]
+        nodes = plan.cell(slot, kind, sources, channels, size, stride)
+        before_last, last = last, plan.concat(slot, nodes[len(sources) :])
     return plan.classifier(last)
 
 
 def _darts_stem(plan: _Plan) -> tuple[int, int]:
-    """The two points that the first cell reads."""
-    space, size, channels = plan.space, plan.space.resolution, plan.space.channels
+    """Add the stem. Returns the two points that the first cell reads."""
+    space = plan.space
+    size = space.resolution
+    channels = space.channels
     if space.stem == "small":
+        # three times the width of a node, as in DARTS's code (stem_multiplier)
         point = plan.op("stem", Conv(size, space.in_channels, 3 * channels, kernel=3), 0)
         return point, point
-    half = plan.op(
-        "stem0", Conv(size, space.in_channels, channels // 2, kernel=3, stride=2, act=space.act), 0
-    )
-    quarter = plan.op("stem1", Conv(size // 2, channels // 2, channels, kernel=3, stride=2), half)
-    return quarter, plan.op(
-        "stem2",
-        ReLUConvBN(size // 4, channels, channels, kernel=3, stride=2, act=space.act),
-        quarter,
-    )
+
+    narrow = channels // 2
+    stem0 = Conv(size, space.in_channels, narrow, kernel=3, stride=2, act=space.act)
+    stem1 = Conv(size // 2, narrow, channels, kernel=3, stride=2)
+    stem2 = ReLUConvBN(size // 4, channels, channels, kernel=3, stride=2, act=space.act)
+    half = plan.op("stem0", stem0, 0)
+    quarter = plan.op("stem1", stem1, half)
+    eighth = plan.op("stem2", stem2, quarter)
+    return quarter, eighth
 
 
 def _preprocessed(plan: _Plan, slot: str, point: int, channels: int, size: int) -> int:
-    """An input of a cell at its width and size."""
-    given = plan.places[point - 1]
-    if given.size == size:
-        return plan.op(slot, ReLUConvBN(size, given.channels, channels, act=plan.space.act), point)
-    return plan.op(
-        slot,
-        FactorizedReduce(given.size, given.channels, channels, stride=2, act=plan.space.act),
-        point,
-    )
+    """Add the op that brings an input of a cell to the cell's width and size."""
+    source = plan.places[point - 1]
+    act = plan.space.act
+    op: Op
+    if source.size == size:
+        op = ReLUConvBN(size, source.channels, channels, act=act)
+    else:
+        # the last cell (or the ImageNet stem) halved the map after this input was made
+        op = FactorizedReduce(source.size, source.channels, channels, stride=2, act=act)
+    return plan.op(slot, op, point)
 
 
 def plan_of(space: CellSpace, pool_norm: bool) -> tuple[CellStep, ...]:
-    """All places of a space's networks; ``pool_norm``: with BN behind pooling."""
-    return (_resnet_plan if space.skeleton == "nasbench201" else _darts_plan)(
-        _Plan(space, pool_norm)
-    )
+    """All places of the networks of a space; ``pool_norm`` adds a BN after every
+    pooling op.
+    """
+    plan = _Plan(space, pool_norm)
+    if space.skeleton == "nasbench201":
+        return _resnet_plan(plan)
+    return _darts_plan(plan)

@@ -1,27 +1,28 @@
-"""Spaces of cells: a small graph of options is searched, and stacked many times into a network.
+"""Cell-based spaces: a small graph of options is searched, and stacked into a network.
 
-A *cell* has nodes in a row. Every edge from an earlier node to a later one has a choice
-of options, which all cells of its kind share (``"c.e0-1"``: from node 0 to node 1 of
-the cell ``c``); a node is the sum of its edges. Two skeletons:
+The nodes of a *cell* are numbered. Every edge from an earlier node to a later one has a
+choice of options, shared by all cells of its kind (``"c.e0-1"``: from node 0 to node 1
+of the cell ``c``). The value of a node is the sum of its incoming edges. There are two
+skeletons:
 
-``nasbench201``  (Dong, Yang, ICLR 2020, arXiv 2001.00326) stem, three stages of cells
-with one kind ``c`` of cell whose node 0 is what
-                 comes before; a residual block halves the map between stages; BN, ReLU,
-                 pooling, classifier. The last node is the output.
-``darts``        (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055) two kinds of cells, ``normal`` and ``reduce``, whose nodes 0 and 1 are
-                 the two cells before, through a 1 x 1 convolution each (or a factorised
-                 reduction where the maps' sizes differ). Every further node keeps two
-                 of its edges: which ones is a choice of its own
-                 (``"normal.n3.inputs"``: ``"0+2"``). The output is all these nodes, one
-                 after another. In ``reduce`` the edges from nodes 0 and 1 have stride
-                 2.
+``nasbench201``  (Dong, Yang, ICLR 2020, arXiv 2001.00326) A stem, three stages of
+                 cells, then BN, ReLU, pooling and a classifier. A residual block halves
+                 the feature map between stages. There is one kind of cell, ``c``; its
+                 node 0 is the output of the preceding layer, its last node the output.
+``darts``        (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055) Two kinds of cells,
+                 ``normal`` and ``reduce``. Nodes 0 and 1 are the outputs of the two
+                 preceding cells, each through a 1 x 1 convolution (or a factorised
+                 reduction if the sizes of the maps differ). Every other node keeps two
+                 of its edges, and which two is a separate choice
+                 (``"normal.n3.inputs"``: ``"0+2"``). The output is the concatenation of
+                 these nodes. In ``reduce``, edges from nodes 0 and 1 have stride 2.
 
 Options are named as in the papers' code: ``none``, ``skip_connect``, ``nor_conv_3x3``,
 ``sep_conv_5x5``, ``dil_conv_3x3``, ``avg_pool_3x3``, ``max_pool_3x3``. ``none`` is no
-connection; a node without any is zero, and what reads it is computed all the same, as
+connection. A node without connections is zero, and the ops that read it still run, as
 in the benchmark.
 
-``plan`` is the one walk over such a network: decoding, prices and the super-net all come from it.
+Decoding, costs and the super-net are all derived from ``CellSpace.plan``.
 """
 
 from __future__ import annotations
@@ -31,29 +32,39 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, product
 from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from hwnas.core.arch import Architecture, Origin, Picks, Placed
-from hwnas.core.cell_plan import KEPT, NONE, CellStep, edge_key, inputs_key, plan_of, sources_of
-from hwnas.core.choice import Address
+from hwnas.core.cell_plan import (
+    KEPT,
+    NONE,
+    CellStep,
+    edge_key,
+    input_pairs,
+    inputs_key,
+    plan_of,
+    sources_of,
+)
+from hwnas.core.choice import Address, open_choices
 from hwnas.core.graph import GraphBuilder
 from hwnas.core.ops import Op
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term, truncate
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
 
-_GENOTYPE = re.compile(r"(\w+)\s*=\s*(\[[^\]]*\]|\([^)]*\)|(?:list\()?range\([^)]*\))")
-_EDGE = re.compile(r"\(\s*['\"](\w+)['\"],\s*(\d+)\s*\)")
+_GENOTYPE_FIELD = re.compile(r"(\w+)\s*=\s*(\[[^\]]*\]|\([^)]*\)|(?:list\()?range\([^)]*\))")
+"""One keyword argument of a DARTS genotype: its name and its list, tuple or range."""
+_GENOTYPE_EDGE = re.compile(r"\(\s*['\"](\w+)['\"],\s*(\d+)\s*\)")
+"""``('sep_conv_3x3', 0)``: the option and the source of an edge."""
 
 
 @dataclass(frozen=True)
 class PlacedOp:
-    """A block of a network, and where it comes from: the position of its place in the
-    plan, and the option of an edge.
+    """A block of a network and where it comes from: the index of its place in the plan,
+    and the option that was picked there (empty unless the place is an edge).
     """
 
     place: int
@@ -62,18 +73,20 @@ class PlacedOp:
 
 
 class CellSpace(SearchSpace):
-    """Networks of cells. ``edges`` holds the options of every edge, ``inputs`` the
-    pairs of edges that a DARTS node may keep.
+    """A space of networks made of cells.
 
-    ``cells`` are the numbers of cells of each stage, reductions not counted;
-    ``channels`` is the width of a node in the first stage, which doubles from stage to
-    stage. ``stem`` is the skeleton's for small images or DARTS's for ImageNet, which
-    halves the image thrice.
+    ``edges`` maps the key of every edge to its options; ``inputs`` maps the key of
+    every DARTS node to the pairs of edges that it may keep. ``cells`` is the number of
+    cells in each stage, without reductions. ``channels`` is the width of a node in the
+    first stage; it doubles from stage to stage. ``stem`` is the skeleton's own stem for
+    small images, or DARTS's ImageNet stem, which halves the image three times.
 
     Example:
         >>> from hwnas.core.cell_families import nasbench201
         >>> space = nasbench201()
-        >>> space.decode(space.read("|nor_conv_3x3~0|+|none~0|none~1|+|skip_connect~0|none~1|skip_connect~2|")).params
+        >>> cell = "|nor_conv_3x3~0|+|none~0|none~1|"
+        >>> cell += "+|skip_connect~0|none~1|skip_connect~2|"
+        >>> space.decode(space.read(cell)).params
         316346
     """
 
@@ -91,122 +104,118 @@ class CellSpace(SearchSpace):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.cells[0] < 1 or min(self.cells) < (1 if self.skeleton == "nasbench201" else 0):
+        # later DARTS stages begin with a reduction, so they may have no other cells
+        fewest = 1 if self.skeleton == "nasbench201" else 0
+        if self.cells[0] < 1 or min(self.cells) < fewest:
             raise ValueError(
-                "every stage needs cells (DARTS's later ones have a reduction), got"
+                "every stage needs at least one cell (in DARTS a reduction counts), got"
                 f" {list(self.cells)}"
             )
         if self.stem == "imagenet" and self.skeleton != "darts":
-            raise ValueError("only the skeleton darts has a stem for ImageNet")
+            raise ValueError("only the skeleton 'darts' has a stem for ImageNet")
         if self.resolution % self.multiple:
             raise ValueError(
-                f"resolution {self.resolution} is halved again and again, so it is a multiple of"
+                f"resolution {self.resolution} is halved repeatedly, so it must be a multiple of"
                 f" {self.multiple}"
             )
-        for given, wanted, what in (
-            (self.edges, self._edge_keys, "edges"),
-            (self.inputs, self._input_keys, "inputs"),
-        ):
-            if set(given) != set(wanted):
-                raise ValueError(
-                    f"{what} are {', '.join(sorted(set(wanted) ^ set(given)))} amiss: give options"
-                    f" for {', '.join(wanted)}"
-                )
-            for key, options in given.items():
-                if not options or len(set(options)) != len(options):
-                    raise ValueError(
-                        f"{key} needs one or more different options, got {list(options)}"
-                    )
+
+        _check_options("edges", self.edges, self._edge_keys)
+        _check_options("inputs", self.inputs, self._input_keys)
         for key, pairs in self.inputs.items():
-            unknown = [pair for pair in pairs if pair not in self._pairs(Address.parse(key).node)]
-            if unknown:
-                raise ValueError(
-                    f"{key} cannot be {unknown[0]!r}: name two earlier nodes, as in '0+1'"
-                )
+            known = input_pairs(Address.parse(key).node)
+            for pair in pairs:
+                if pair not in known:
+                    raise ValueError(
+                        f"{key} cannot be {pair!r}: name two earlier nodes, as in '0+1'"
+                    )
+
+        # building the plan makes every op, and so rejects unknown options
         self.plan()
         return self
 
     @property
     def multiple(self) -> int:
-        """What images' height = width is a multiple of: 2 to the power of how often the
-        network halves it.
+        """The height = width of images must be a multiple of this: 2 to the power of
+        the number of times that the network halves it.
         """
-        halvings = len(self.cells) - 1 + (3 if self.stem == "imagenet" else 0)
+        halvings = len(self.cells) - 1
+        if self.stem == "imagenet":
+            halvings += 3
         return 1 << halvings
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of cells, in the order of their choices."""
-        return ("c",) if self.skeleton == "nasbench201" else ("normal", "reduce")
+        """The kinds of cells, in the order of their choices."""
+        if self.skeleton == "nasbench201":
+            return ("c",)
+        return ("normal", "reduce")
 
     @property
     def sources(self) -> int:
-        """Nodes of a cell that come from before it."""
+        """Number of nodes of a cell that are outputs of preceding layers."""
         return 1 if self.skeleton == "nasbench201" else 2
 
     @property
     def _edge_keys(self) -> tuple[str, ...]:
-        nodes = range(self.sources, self.nodes)
-        return tuple(
-            edge_key(cell, source, node)
-            for cell in self.kinds
-            for node in nodes
-            for source in range(node)
-        )
+        """The keys that ``edges`` must have."""
+        keys = []
+        for cell in self.kinds:
+            for node in range(self.sources, self.nodes):
+                keys += [edge_key(cell, source, node) for source in range(node)]
+        return tuple(keys)
 
     @property
     def _input_keys(self) -> tuple[str, ...]:
+        """The keys that ``inputs`` must have."""
         if self.skeleton == "nasbench201":
             return ()
-        return tuple(
-            inputs_key(cell, node)
-            for cell in self.kinds
-            for node in range(self.sources + 1, self.nodes)
-        )
-
-    @staticmethod
-    def _pairs(node: int) -> tuple[str, ...]:
-        return tuple("+".join(map(str, pair)) for pair in combinations(range(node), KEPT))
+        keys = []
+        for cell in self.kinds:
+            # the first inner node has just two edges and keeps both
+            keys += [inputs_key(cell, node) for node in range(self.sources + 1, self.nodes)]
+        return tuple(keys)
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """Cell by cell and node by node: the edges that come in, then which of them are kept."""
-        found = []
+        """For every cell and node: the options of the incoming edges, then which edges
+        are kept. Decisions with a single option are left out.
+        """
+        decisions: list[Choice] = []
         for cell in self.kinds:
             for node in range(self.sources, self.nodes):
-                found += [
-                    Choice(key, self.edges[key], "op")
-                    for key in (edge_key(cell, source, node) for source in range(node))
-                ]
+                for source in range(node):
+                    key = edge_key(cell, source, node)
+                    decisions.append(Choice(key, self.edges[key], "op"))
                 key = inputs_key(cell, node)
-                found += [Choice(key, self.inputs[key], "inputs")] if key in self.inputs else []
-        return tuple(choice for choice in found if len(choice.options) > 1)
+                if key in self.inputs:
+                    decisions.append(Choice(key, self.inputs[key], "inputs"))
+        return open_choices(decisions)
 
     def plan(self, pool_norm: bool = False) -> tuple[CellStep, ...]:
-        """All places of the network in order. ``pool_norm``: with the BN that DARTS has
-        behind pooling while it searches.
+        """All places of the network in order. ``pool_norm`` adds a BN after every
+        pooling op, as DARTS does during the search.
         """
         return plan_of(self, pool_norm)
 
     @cached_property
     def places(self) -> tuple[CellStep, ...]:
-        """The plan of the networks that are trained in the end."""
+        """The plan of the final networks, without BN after pooling."""
         return self.plan()
 
     def terms(self) -> tuple[Term, ...]:
-        """One term per op that always runs and per edge of every cell; those of one
-        edge depend on the same choices.
+        """One term per op that always runs and one per edge of every cell. All cells of
+        a kind share the choices of an edge.
         """
         return tuple(_term(place) for place in self.places if place.kind in ("op", "edge"))
 
     def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
-        """The network of ``picks``."""
+        """The network of ``picks``. Raises SpaceError as ``check`` does."""
         return self.network(picks, self.places, name)
 
     def network(
         self, picks: Mapping[str, Option], places: Sequence[CellStep], name: str | None = None
     ) -> Architecture:
-        """The network of ``picks`` on the ``places`` of a plan."""
+        """The network of ``picks`` at the ``places`` of a plan."""
         self.check(picks)
         builder, _ = self.walk(picks, places)
         return Architecture(
@@ -221,104 +230,126 @@ class CellSpace(SearchSpace):
     def walk(
         self, picks: Mapping[str, Option], places: Sequence[CellStep]
     ) -> tuple[GraphBuilder, tuple[PlacedOp, ...]]:
-        """The graph of ``picks`` on the ``places`` of a plan, and where each of its
+        """The graph of ``picks`` at the ``places`` of a plan, and where each of its
         blocks comes from.
         """
-        builder, blocks = GraphBuilder(), []
-        points: list[int | None] = [0]
-        for position, place in enumerate(places):
-            option = str(picks.get(place.key, place.options[0])) if place.kind == "edge" else ""
+        builder = GraphBuilder()
+        blocks: list[PlacedOp] = []
+        points: list[int | None] = [0]  # the image
+        for index, place in enumerate(places):
+            option = ""
+            if place.kind == "edge":
+                option = str(picks.get(place.key, place.options[0]))
+            # a place adds one block or none
             before = len(builder.blocks)
-            points.append(_step(builder, place, points, option, _keeps(place, picks)))
-            blocks += [PlacedOp(position, option, op) for op in builder.blocks[before:]]
+            points.append(_add_place(builder, place, points, option, _is_kept(place, picks)))
+            blocks += [PlacedOp(index, option, op) for op in builder.blocks[before:]]
         return builder, tuple(blocks)
 
     def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
-        """A place per block; edges that compute nothing have none."""
+        """One place per block; edges that compute nothing are left out."""
         del arch
         _, blocks = self.walk(picks, self.places)
         return tuple(Placed.of(self.places[block.place].slot, block.op) for block in blocks)
 
     def canonical(self, index_C: np.ndarray) -> np.ndarray:
-        """Option positions [choices], those of edges that are not kept at 0."""
-        picks, found = self.at(index_C), index_C.copy()
+        """Option positions [choices], set to 0 for edges that are not kept."""
+        picks = self.at(index_C)
+        canonical_C = index_C.copy()
         for position, choice in enumerate(self.choices):
             if choice.kind == "op" and not self.kept(choice.key, picks):
-                found[position] = 0
-        return found
+                canonical_C[position] = 0
+        return canonical_C
 
     @property
     def architectures(self) -> int:
-        """Edges that a node does not keep do not count; edges without a connection (``none``) do.
+        """Number of distinct architectures. Options of edges that a node does not keep
+        do not count; the option ``none`` of an edge that is kept does.
 
         Example:
             >>> from hwnas.core.cell_families import darts
             >>> f"{darts().size:.3g}", f"{darts().architectures:.3g}"
             ('6.27e+29', '9.12e+18')
         """
-        found = 1
+        count = 1
         for cell in self.kinds:
             for node in range(self.sources, self.nodes):
                 pairs = self.inputs.get(inputs_key(cell, node))
-                kept = [tuple(range(node))] if pairs is None else list(map(sources_of, pairs))
-                found *= sum(
-                    math.prod(len(self.edges[edge_key(cell, source, node)]) for source in sources)
-                    for sources in kept
-                )
-        return found
+                kept = [tuple(range(node))]  # without a choice of inputs: all edges
+                if pairs is not None:
+                    kept = [sources_of(pair) for pair in pairs]
+                count *= sum(self._edge_combinations(cell, node, sources) for sources in kept)
+        return count
 
-    def _inputs_of(self, key: str, picks: Mapping[str, Option]) -> tuple[int, ...] | None:
-        """The nodes whose edges are kept where an edge ends; None where all are."""
+    def _edge_combinations(self, cell: str, node: int, sources: Sequence[int]) -> int:
+        """Number of combinations of options on the edges from ``sources``."""
+        return math.prod(len(self.edges[edge_key(cell, source, node)]) for source in sources)
+
+    def _kept_sources(self, key: str, picks: Mapping[str, Option]) -> tuple[int, ...] | None:
+        """The sources of the edges that are kept at the node where edge ``key`` ends;
+        None if all are.
+        """
         edge = Address.parse(key)
-        into = inputs_key(edge.part, edge.node)
-        options = self.inputs.get(into)
-        return None if options is None else sources_of(str(picks.get(into, options[0])))
+        keep_key = inputs_key(edge.part, edge.node)
+        pairs = self.inputs.get(keep_key)
+        if pairs is None:
+            return None
+        return sources_of(str(picks.get(keep_key, pairs[0])))
 
     def paths(self, picks: Mapping[str, Option]) -> dict[str, int]:
-        """By edge: how many paths from an input of its cell to the cell's output lead
-        over it, which ``none`` does not interrupt.
+        """For every edge: the number of paths through it from an input of its cell to
+        the cell's output. Edges with the option ``none`` interrupt a path.
 
         Example:
             >>> from hwnas.core.cell_families import nasbench201
-            >>> picks = nasbench201().read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|nor_conv_1x1~1|nor_conv_1x1~2|")
-            >>> nasbench201().paths(picks)
-            {'c.e0-1': 2, 'c.e0-2': 0, 'c.e1-2': 1, 'c.e0-3': 1, 'c.e1-3': 1, 'c.e2-3': 1}
+            >>> cell = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|"
+            >>> cell += "+|skip_connect~0|nor_conv_1x1~1|nor_conv_1x1~2|"
+            >>> paths = nasbench201().paths(nasbench201().read(cell))
+            >>> paths["c.e0-1"], paths["c.e0-2"], paths["c.e1-2"]
+            (2, 0, 1)
         """
         self.check(picks)
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for cell in self.kinds:
-            edges = [
-                (source, node) for node in range(self.sources, self.nodes) for source in range(node)
-            ]
-            keys = {edge: edge_key(cell, *edge) for edge in edges}
-            there = [
-                edge
-                for edge, key in keys.items()
-                if self.kept(key, picks) and picks.get(key, self.edges[key][0]) != NONE
-            ]
-            before = [1] * self.sources + [0] * (self.nodes - self.sources)
-            after = [
-                int(self.skeleton == "darts" or node == self.nodes - 1)
-                for node in range(self.nodes)
-            ]
-            for source, node in there:
-                before[node] += before[source]
-            for source, node in reversed(there):
-                after[source] += after[node]
-            found |= {
-                key: before[edge[0]] * after[edge[1]] if edge in there else 0
-                for edge, key in keys.items()
-            }
-        return found
+            counts |= self._paths_of_cell(cell, picks)
+        return counts
+
+    def _paths_of_cell(self, cell: str, picks: Mapping[str, Option]) -> dict[str, int]:
+        """``paths`` for one kind of cell."""
+        counts: dict[str, int] = {}
+        connected: list[tuple[int, int]] = []
+        for node in range(self.sources, self.nodes):
+            for source in range(node):
+                key = edge_key(cell, source, node)
+                counts[key] = 0
+                option = picks.get(key, self.edges[key][0])
+                if option != NONE and self.kept(key, picks):
+                    connected.append((source, node))
+
+        # Paths from an input to each node, then from each node to the output. Edges are
+        # ordered by the node they end at, so each pass sees a node's final count.
+        before = [1] * self.sources + [0] * (self.nodes - self.sources)
+        for source, node in connected:
+            before[node] += before[source]
+        # DARTS concatenates the nodes, so each of them reaches the output directly
+        after = [int(self.skeleton == "darts")] * (self.nodes - 1) + [1]
+        for source, node in reversed(connected):
+            after[source] += after[node]
+
+        for source, node in connected:
+            counts[edge_key(cell, source, node)] = before[source] * after[node]
+        return counts
 
     def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
-        """Whether the node at its end keeps an edge."""
-        kept = self._inputs_of(key, picks)
-        return kept is None or Address.parse(key).source in kept
+        """Whether the node at the end of edge ``key`` keeps the edge."""
+        sources = self._kept_sources(key, picks)
+        return sources is None or Address.parse(key).source in sources
 
     def encode(self, arch: Architecture) -> Picks:
-        """Picks of ``arch``, from its origin where that is this space, else by matching
-        its graph. Edges not kept get some option.
+        """Picks that decode to ``arch``: those of its origin if that is this space,
+        else found by matching its graph. Raises SpaceError if it is not in the space.
+
+        Edges that are not kept may have any option; matching gives their first one.
         """
         if arch.origin is not None and arch.origin.space_sha256 == self.sha256:
             if self.decode(arch.origin.picks).identity != arch.identity:
@@ -327,6 +358,7 @@ class CellSpace(SearchSpace):
                     " correct or remove its origin."
                 )
             return dict(arch.origin.picks)
+
         matched = self._match(arch, {}, GraphBuilder(), [0])
         if matched is None or arch.in_channels != self.in_channels:
             raise SpaceError(
@@ -338,74 +370,97 @@ class CellSpace(SearchSpace):
     def _match(
         self, arch: Architecture, picks: Picks, builder: GraphBuilder, points: list[int | None]
     ) -> Picks | None:
-        """Picks that make the rest of ``arch``, beginning with what ``builder`` has: a
-        choice is open until its first place.
+        """Complete ``picks`` so that they decode to ``arch``. None if that is
+        impossible.
+
+        This is a backtracking search. ``builder`` and ``points`` hold the part of the
+        graph that is already built. A choice is branched on at the first place that
+        needs it; later places of the same kind of cell reuse the pick.
         """
         while len(points) <= len(self.places):
             place = self.places[len(points) - 1]
-            for key, options in (
-                (place.keep_key, self.inputs.get(place.keep_key, ())),
-                (place.key, place.options),
-            ):
-                if key and key not in picks and (key != place.key or _keeps(place, picks)):
-                    branches = (
-                        self._match(arch, {**picks, key: each}, _copy(builder), list(points))
-                        for each in options
-                    )
-                    return next((found for found in branches if found is not None), None)
-            points.append(
-                _step(builder, place, points, str(picks.get(place.key, "")), _keeps(place, picks))
-            )
-            made, blocks = len(builder.steps), len(builder.blocks)
-            if arch.graph[:made] != tuple(builder.steps) or arch.blocks[:blocks] != tuple(
-                builder.blocks
-            ):
+
+            open_key, options = self._open_choice(place, picks)
+            for option in options:
+                branch = {**picks, open_key: option}
+                matched = self._match(arch, branch, _copy(builder), list(points))
+                if matched is not None:
+                    return matched
+            if open_key:
                 return None
+
+            option = str(picks.get(place.key, ""))
+            points.append(_add_place(builder, place, points, option, _is_kept(place, picks)))
+            # Stop as early as possible: the graph so far must be a prefix of the whole.
+            if arch.graph[: len(builder.steps)] != tuple(builder.steps):
+                return None
+            if arch.blocks[: len(builder.blocks)] != tuple(builder.blocks):
+                return None
+
         return picks if len(builder.steps) == len(arch.graph) else None
 
-    def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
-        """A new space with only the ``allowed`` options, in this space's order. Fixed
-        choices may be named too.
+    def _open_choice(self, place: CellStep, picks: Picks) -> tuple[str, tuple[str, ...]]:
+        """The key and the options of a choice that ``place`` depends on and that
+        ``picks`` leave open; an empty key if there is none.
         """
-        changed = {"edges": dict(self.edges), "inputs": dict(self.inputs)}
+        # the inputs come first: an edge that is not kept needs no option
+        if place.keep_key and place.keep_key not in picks:
+            return place.keep_key, self.inputs.get(place.keep_key, ())
+        if place.key and place.key not in picks and _is_kept(place, picks):
+            return place.key, place.options
+        return "", ()
+
+    def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
+        """A new space that keeps only the ``allowed`` options of the named choices, in
+        the order of this space. Decisions with a single option may be named as well.
+
+        Raises SpaceError on an unknown choice or option.
+        """
+        edges, inputs = dict(self.edges), dict(self.inputs)
         for key, options in allowed.items():
+            # Not a choice of this space, but a restriction to the only value is fine.
             if key == RESOLUTION and list(options) == [self.resolution]:
                 continue
-            part = next((part for part in changed.values() if key in part), None)
-            if part is None:
+            if key in edges:
+                decisions = edges
+            elif key in inputs:
+                decisions = inputs
+            else:
                 raise SpaceError(
                     f"space {self.name} has no choice {key!r};"
                     f" {nearest(key, {*self.edges, *self.inputs})}"
                 )
-            if not options or not set(options) <= set(part[key]):
+
+            known = decisions[key]
+            if not options or not set(options) <= set(known):
                 raise SpaceError(
                     f"choice {key!r} of space {self.name} cannot be restricted to {list(options)};"
-                    f" known: {', '.join(part[key])}."
+                    f" known: {', '.join(known)}."
                 )
-            part[key] = tuple(option for option in part[key] if option in options)
-        return self.changed(name or self.name, **changed)
+            decisions[key] = tuple(option for option in known if option in options)
+        return self.changed(name or self.name, edges=edges, inputs=inputs)
 
     def changed(self, name: str, **update: object) -> Self:
-        """A new space with other fields: more ``cells``, for instance, or other ``channels``."""
+        """A copy with some fields replaced, for instance ``cells`` or ``channels``. It
+        is validated again.
+        """
         return type(self).model_validate({**self.model_dump(), **update, "name": name})
 
     @property
     def notation(self) -> str:
-        """See ``read``."""
-        return (
-            "|option~0|+|option~0|option~1|+..."
-            if self.skeleton == "nasbench201"
-            else "Genotype(normal=[('option', 0), ...], ...)"
-        )
+        """The pattern of the papers' notation; see ``read``."""
+        if self.skeleton == "nasbench201":
+            return "|option~0|+|option~0|option~1|+..."
+        return "Genotype(normal=[('option', 0), ...], ...)"
 
     def read(self, text: str) -> Picks:
-        """The cells in their papers' notation, or as in every space. Raises SpaceError
-        where the text is none of these.
+        """Parse cells in the notation of their paper, or picks as in every space.
+        Raises SpaceError if ``text`` is none of these.
 
-        NAS-Bench-201's: ``|nor_conv_3x3~0|+|none~0|...|``, node by node
-        ``option~source``. DARTS's genotypes, as its code and what followed print them:
-        ``Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=range(2, 6),
-        reduce=..., ...)``, two edges a node.
+        NAS-Bench-201 writes ``option~source`` for every edge, node by node:
+        ``|nor_conv_3x3~0|+|none~0|...|``. DARTS and its successors print genotypes with
+        two edges per node: ``Genotype(normal=[('sep_conv_3x3', 0), ...],
+        normal_concat=range(2, 6), reduce=..., ...)``.
         """
         if self.skeleton == "nasbench201" and text.strip().startswith("|"):
             return self._read_nasbench201(text.strip())
@@ -414,65 +469,78 @@ class CellSpace(SearchSpace):
         return super().read(text)
 
     def _read_nasbench201(self, text: str) -> Picks:
+        """Picks of a cell of NAS-Bench-201."""
         picks: Picks = {}
         for node, group in enumerate(text.split("+"), 1):
             for source, part in enumerate(group.strip("|").split("|")):
                 option, _, number = part.partition("~")
-                if number != str(source) or (key := edge_key("c", source, node)) not in self.edges:
+                key = edge_key("c", source, node)
+                if number != str(source) or key not in self.edges:
                     raise SpaceError(
-                        f"{truncate(text)} is no cell of space {self.name}: {part!r} should be an"
-                        f" option and '~{source}'."
+                        f"{truncate(text)} is not a cell of space {self.name}: {part!r} must be an"
+                        f" option followed by '~{source}'."
                     )
-                picks[key] = self._option(key, option, text)
+                picks[key] = self._known_option(key, option, text)
+
         if len(picks) != len(self.edges):
             raise SpaceError(
-                f"{truncate(text)} is no cell of space {self.name}: it has {len(picks)} edges"
+                f"{truncate(text)} is not a cell of space {self.name}: it has {len(picks)} edges"
                 f" instead of {len(self.edges)}."
             )
         return {choice.key: picks[choice.key] for choice in self.choices}
 
     def _read_genotype(self, text: str) -> Picks:
-        """Edges that are not kept get some option."""
-        parts = dict(_GENOTYPE.findall(text))
+        """Picks of a DARTS genotype. Edges that are not kept get their first option."""
+        fields = dict(_GENOTYPE_FIELD.findall(text))
         picks: Picks = {}
-        every = list(range(self.sources, self.nodes))
         for cell in self.kinds:
-            edges = [(option, int(source)) for option, source in _EDGE.findall(parts.get(cell, ""))]
-            if len(edges) != KEPT * len(every):
-                raise SpaceError(
-                    f"{truncate(text)}: {cell} has {len(edges)} edges ('option', source) instead"
-                    f" of {KEPT * len(every)}, {KEPT} a node."
-                )
-            concat = parts.get(f"{cell}_concat", "").replace(" ", "")
-            if concat.removeprefix("list(").strip("[]()") not in (
-                f"range({every[0]},{every[-1] + 1}",
-                ",".join(map(str, every)),
-            ):
-                raise SpaceError(
-                    f"{truncate(text)}: {cell}_concat is {concat or 'missing'}, but cells of space"
-                    f" {self.name} put all nodes together."
-                )
-            for number, node in enumerate(every):
-                into = edges[KEPT * number : KEPT * (number + 1)]
-                key, inputs = (
-                    inputs_key(cell, node),
-                    "+".join(str(source) for source in sorted(source for _, source in into)),
-                )
-                pairs = self.inputs.get(key, self._pairs(node))
-                if inputs not in pairs:
-                    raise SpaceError(
-                        f"{truncate(text)}: node {node} of {cell} cannot have the inputs {inputs};"
-                        f" known: {', '.join(pairs)}."
-                    )
-                picks |= {key: inputs} | {
-                    edge_key(cell, source, node): self._option(
-                        edge_key(cell, source, node), option, text
-                    )
-                    for option, source in into
-                }
+            picks |= self._read_genotype_cell(cell, fields, text)
         return {choice.key: picks.get(choice.key, choice.options[0]) for choice in self.choices}
 
-    def _option(self, key: str, option: str, text: str) -> str:
+    def _read_genotype_cell(self, cell: str, fields: Mapping[str, str], text: str) -> Picks:
+        """Picks of one kind of cell from the ``fields`` of the genotype ``text``."""
+        nodes = range(self.sources, self.nodes)
+        edges = [
+            (option, int(source)) for option, source in _GENOTYPE_EDGE.findall(fields.get(cell, ""))
+        ]
+        if len(edges) != KEPT * len(nodes):
+            raise SpaceError(
+                f"{truncate(text)}: {cell} has {len(edges)} edges ('option', source) instead"
+                f" of {KEPT * len(nodes)}, {KEPT} per node."
+            )
+
+        # written as range(2, 6), list(range(2, 6)), [2, 3, 4, 5] or (2, 3, 4, 5)
+        concat = fields.get(f"{cell}_concat", "").replace(" ", "")
+        nodes_text = concat.removeprefix("list(").strip("[]()")
+        as_range = f"range({nodes[0]},{nodes[-1] + 1}"
+        as_list = ",".join(map(str, nodes))
+        if nodes_text not in (as_range, as_list):
+            raise SpaceError(
+                f"{truncate(text)}: {cell}_concat is {concat or 'missing'}, but cells of space"
+                f" {self.name} concatenate all nodes."
+            )
+
+        picks: Picks = {}
+        for number, node in enumerate(nodes):
+            incoming = edges[KEPT * number : KEPT * (number + 1)]
+            keep_key = inputs_key(cell, node)
+            inputs = "+".join(map(str, sorted(source for _, source in incoming)))
+            pairs = self.inputs.get(keep_key, input_pairs(node))
+            if inputs not in pairs:
+                raise SpaceError(
+                    f"{truncate(text)}: node {node} of {cell} cannot have the inputs {inputs};"
+                    f" known: {', '.join(pairs)}."
+                )
+            picks[keep_key] = inputs
+            for option, source in incoming:
+                key = edge_key(cell, source, node)
+                picks[key] = self._known_option(key, option, text)
+        return picks
+
+    def _known_option(self, key: str, option: str, text: str) -> str:
+        """``option`` if edge ``key`` has it. Raises SpaceError, quoting ``text``, if
+        not.
+        """
         if option not in self.edges[key]:
             raise SpaceError(
                 f"edge {key} of {truncate(text)} cannot be {option!r};"
@@ -481,66 +549,88 @@ class CellSpace(SearchSpace):
         return option
 
     def write(self, picks: Mapping[str, Option]) -> str:
-        """The reverse of ``read``, in the papers' notation.
+        """Format picks in the notation of their paper: the inverse of ``read``. Raises
+        SpaceError as ``check`` does.
 
         Example:
             >>> from hwnas.core.cell_families import darts
             >>> space = darts()
-            >>> space.write({choice.key: choice.options[-1] for choice in space.choices})[:58]
+            >>> picks = {choice.key: choice.options[-1] for choice in space.choices}
+            >>> space.write(picks)[:58]
             "Genotype(normal=[('dil_conv_5x5', 0), ('dil_conv_5x5', 1),"
         """
         self.check(picks)
         nodes = range(self.sources, self.nodes)
-        if self.skeleton == "nasbench201":
-            return "+".join(
-                "|"
-                + "|".join(f"{option}~{source}" for option, source in self._into("c", node, picks))
-                + "|"
-                for node in nodes
-            )
-        concat = f"range({self.sources}, {self.nodes})"
-        cells = {
-            cell: [pair for node in nodes for pair in self._into(cell, node, picks)]
-            for cell in self.kinds
-        }
-        return (
-            "Genotype("
-            + ", ".join(f"{cell}={pairs}, {cell}_concat={concat}" for cell, pairs in cells.items())
-            + ")"
-        )
 
-    def _into(self, cell: str, node: int, picks: Mapping[str, Option]) -> list[tuple[str, int]]:
-        """Option and source of the edges that a node keeps."""
-        keys = [edge_key(cell, source, node) for source in range(node)]
-        return [
-            (str(picks.get(key, self.edges[key][0])), source)
-            for source, key in enumerate(keys)
-            if self.kept(key, picks)
-        ]
+        if self.skeleton == "nasbench201":
+            groups = []
+            for node in nodes:
+                edges = self._kept_edges("c", node, picks)
+                parts = [f"{option}~{source}" for option, source in edges]
+                groups.append("|" + "|".join(parts) + "|")
+            return "+".join(groups)
+
+        fields = []
+        for cell in self.kinds:
+            edges = []
+            for node in nodes:
+                edges += self._kept_edges(cell, node, picks)
+            fields.append(f"{cell}={edges}, {cell}_concat=range({self.sources}, {self.nodes})")
+        return f"Genotype({', '.join(fields)})"
+
+    def _kept_edges(
+        self, cell: str, node: int, picks: Mapping[str, Option]
+    ) -> list[tuple[str, int]]:
+        """Option and source of every edge that a node keeps."""
+        edges = []
+        for source in range(node):
+            key = edge_key(cell, source, node)
+            if self.kept(key, picks):
+                edges.append((str(picks.get(key, self.edges[key][0])), source))
+        return edges
+
+
+def _check_options(field: str, given: Mapping[str, Sequence[str]], keys: Sequence[str]) -> None:
+    """Raise ValueError unless ``given`` has different options for all these keys."""
+    if set(given) != set(keys):
+        raise ValueError(
+            f"{field} has missing or unknown keys ({', '.join(sorted(set(keys) ^ set(given)))}):"
+            f" give options for {', '.join(keys)}"
+        )
+    for key, options in given.items():
+        if not options or len(set(options)) != len(options):
+            raise ValueError(f"{key} needs one or more different options, got {list(options)}")
 
 
 def _copy(builder: GraphBuilder) -> GraphBuilder:
+    # copy.deepcopy would copy the ops as well, which are immutable
     return GraphBuilder(list(builder.blocks), list(builder.steps))
 
 
-def _keeps(place: CellStep, picks: Mapping[str, Option]) -> bool:
-    """Whether the picks keep an edge."""
+def _is_kept(place: CellStep, picks: Mapping[str, Option]) -> bool:
+    """Whether the picks keep the edge of a place. Other places are always kept."""
     if not place.kept:
         return True
-    if len(place.kept) == 1:
+    if len(place.kept) == 1:  # a single pair is not a choice: no pick names it
         return place.kept[0]
     return Address.parse(place.key).source in sources_of(str(picks[place.keep_key]))
 
 
-def _step(
+def _add_place(
     builder: GraphBuilder, place: CellStep, points: Sequence[int | None], option: str, kept: bool
 ) -> int | None:
-    """Add a place to a graph; the point it makes, None for no connection."""
-    read = [points[point] for point in place.of]
-    present = [point for point in read if point is not None]
+    """Add a place to a graph. Returns the point that it makes, or None for no
+    connection.
+    """
+    inputs = [points[point] for point in place.of]
+    present = [point for point in inputs if point is not None]
     if place.kind == "sum":
-        return builder.sum(present) if present else builder.zero(place.channels, place.size)
-    assert len(present) == len(read), f"{place.slot} reads what is not there"
+        if not present:
+            return builder.zero(place.channels, place.size)
+        return builder.sum(present)
+
+    # only edges can be unconnected, and only sums read edges
+    assert len(present) == len(inputs), f"{place.slot} reads a point that was not made"
     if place.kind == "concat":
         return builder.concat(present)
     if place.kind == "op":
@@ -549,18 +639,21 @@ def _step(
     if not kept or option == NONE:
         return None
     op = place.ops[place.options.index(option)]
-    return present[0] if op is None else builder.op(op, present[0])
+    if op is None:  # an identity: the next place reads the same point
+        return present[0]
+    return builder.op(op, present[0])
 
 
 def _term(place: CellStep) -> Term:
     """The term of an op or an edge."""
     if place.kind == "op":
         return Term(place.slot, (), (), (place.op,))
+
+    # row-major: the option of the edge first, then the edges that the node keeps
     kept = place.kept or (True,)
-    ops = tuple(op if keeps else None for op, keeps in product(place.ops, kept))
-    shape = {
-        key: count
-        for key, count in ((place.key, len(place.options)), (place.keep_key, len(kept)))
-        if key and count > 1
-    }
-    return Term(place.slot, tuple(shape), tuple(shape.values()), ops, place.options)
+    ops: list[Op | None] = []
+    for op in place.ops:
+        ops += [op if keeps else None for keeps in kept]
+
+    counts = {place.key: len(place.options), place.keep_key: len(kept)}
+    return Term.over(place.slot, counts, ops, place.options)

@@ -1,11 +1,11 @@
-"""What architectures cost: milliseconds by a latency table, multiply-accumulates,
-parameters, or bytes of their weights.
+"""What architectures cost: milliseconds predicted by a latency table,
+multiply-accumulates, parameters, or bytes of their weights.
 
-    cost(picks) = fixed + sum over ops of their prices
+    cost(picks) = fixed + sum of the costs of its ops
 
-By a table, the fixed part is the calibration's intercept and the prices are its
-calibrated entries; what is counted has no fixed part. How a space is priced, exactly
-and in expectation, is in ``additive_cost``.
+With a latency table, the fixed part is the intercept of its calibration, and the ops
+cost its calibrated entries. Counted costs have no fixed part. ``additive_cost`` computes
+exact and expected costs over a whole space.
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ BYTES: dict[Dtype, int] = {"fp32": 4, "int8": 1}
 
 UnitName: TypeAlias = Literal["ms", "macs", "params", "size_bytes"]
 
+NAMED_OPS = 5
+"""How many missing ops an error message lists; the rest are counted."""
+
 
 @dataclass(frozen=True)
 class Unit:
-    """What a cost is counted in, and how it is shown: divided by ``scale``, with
-    ``symbol`` behind it.
+    """The unit of a cost, and how it is displayed: divided by ``scale``, followed by
+    ``symbol``.
 
-    ``quantity`` names the cost among limits and in what a search logs, ``noun`` in sentences.
+    ``quantity`` names the cost among the limits and in search logs, ``noun`` in
+    sentences.
     """
 
     name: UnitName
@@ -46,12 +50,13 @@ class Unit:
 
     @property
     def expected(self) -> str:
-        """The name of an expectation in what a search logs."""
+        """The name of an expected cost in search logs."""
         return f"expected_{self.name}"
 
     @property
     def axis(self) -> str:
-        """What an axis of a figure says: ``latency, ms``, and ``M MACs``, which need no noun."""
+        """The axis label in figures: ``latency, ms``, but just ``M MACs``."""
+        # The symbols of counted costs already contain the noun.
         return f"{self.noun}, {self.symbol}" if self.name == "ms" else self.symbol
 
     def shown(self, *costs: float) -> str:
@@ -87,41 +92,53 @@ def missing_ops(ops: Sequence[Op], table: LatencyTable) -> tuple[str, ...]:
 
 
 def check_coverage(ops: Sequence[Op], table: LatencyTable, of: str) -> None:
-    """Raise CoverageError, naming the ops, where ``table`` lacks any that ``of`` needs.
-    Nothing is ever guessed.
+    """Raise CoverageError, naming the missing ops, if ``table`` does not cover ``ops``.
+    Missing latencies are never guessed.
+
+    ``of`` says in the message what the ops belong to.
     """
     missing = missing_ops(ops, table)
     if missing:
-        shown = ", ".join(missing[:5]) + (
-            f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        )
+        names = ", ".join(missing[:NAMED_OPS])
+        if len(missing) > NAMED_OPS:
+            names += f" and {len(missing) - NAMED_OPS} more"
         raise CoverageError(
             f"table {table.title} (made for {table.header.space}) lacks {len(missing)} of the"
-            f" {len(ops)} ops of {of}: {shown}. Profile this space on the device.",
+            f" {len(ops)} ops of {of}: {names}. Profile this space on the device.",
             missing,
         )
 
 
 def latency_ms(arch: Architecture, table: LatencyTable) -> float:
-    """Predicted latency of a finished network: the calibrated sum over its ops, in milliseconds."""
+    """Predicted latency of a finished network in milliseconds: the calibrated sum over
+    its ops.
+
+    Raises CoverageError if ``table`` lacks any of its ops.
+    """
     check_coverage(arch.ops(), table, f"architecture {arch.name!r}")
-    intercept = table.calibration.intercept_ms if table.calibration is not None else 0.0
-    return intercept + sum(op_ms(op, table) for op in arch.ops())
+    return _intercept_ms(table) + sum(op_ms(op, table) for op in arch.ops())
 
 
 def op_ms(op: Op, table: LatencyTable) -> float:
     """What an op costs inside a network, in milliseconds."""
     entry_ms = table.entries[op.key].ms
-    return entry_ms if table.calibration is None else table.calibration.op_ms(entry_ms, op)
+    if table.calibration is None:
+        return entry_ms
+    return table.calibration.op_ms(entry_ms, op)
+
+
+def _intercept_ms(table: LatencyTable) -> float:
+    return table.calibration.intercept_ms if table.calibration is not None else 0.0
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """A space priced in a unit; made by ``of_table``, ``of_macs``, ``of_params`` or ``of_bytes``.
+    """The cost of every architecture of a space in one unit. Made by ``of_table``,
+    ``of_macs``, ``of_params`` or ``of_bytes``.
 
-    ``title`` says what the cost is and of what, as in ``latency_ms on
-    board/litert-int8-1t``. ``table`` is the one that the prices are of; none where they
-    are counted.
+    ``title`` names the cost and its source, such as ``latency_ms on
+    board/litert-int8-1t``. ``table`` is the latency table that the costs come from, or
+    None if they are counted.
 
     Example:
         >>> cost_model = CostModel.of_table(space, table)   # doctest: +SKIP
@@ -138,20 +155,25 @@ class CostModel:
     def of_table(
         cls, space: SearchSpace, table: LatencyTable, *, allow_uncalibrated: bool = False
     ) -> CostModel:
-        """Milliseconds. Raises CoverageError or TableError where the table cannot price
-        every architecture.
+        """Latency in milliseconds.
+
+        Raises CoverageError or TableError if the table does not cover every architecture
+        of the space, and TableError if it is not calibrated, unless
+        ``allow_uncalibrated`` is set.
         """
         if table.calibration is None and not allow_uncalibrated:
             raise TableError(UNCALIBRATED.format(title=table.title))
         if not table.slots:
             check_coverage(space.ops, table, f"space {space.name}")
+        # Coefficients belong to positions, so they mean nothing in another space, even
+        # if all of this space's slots are among them.
         foreign = sorted(table.slots.keys() - {term.slot for term in space.terms()})
         if foreign:
             raise TableError(
-                f"table {table.title} prices slots of another space ({', '.join(foreign[:5])}):"
-                f" space {space.name} has none such."
+                f"table {table.title} has costs for slots of another space ({', '.join(foreign[:5])}):"
+                f" space {space.name} does not have these slots."
             )
-        fixed_ms = table.calibration.intercept_ms if table.calibration is not None else 0.0
+        fixed_ms = _intercept_ms(table)
         if table.slots:
             additive_cost = AdditiveCost(
                 space, lambda term: _positional_ms(term, table, space), fixed=fixed_ms
@@ -179,35 +201,36 @@ class CostModel:
 
     @classmethod
     def _counted(
-        cls, space: SearchSpace, unit: UnitName, title: str, price: Callable[[Op], float]
+        cls, space: SearchSpace, unit: UnitName, title: str, count: Callable[[Op], float]
     ) -> CostModel:
-        return cls(AdditiveCost.of_ops(space, price), UNITS[unit], title)
+        return cls(AdditiveCost.of_ops(space, count), UNITS[unit], title)
 
     @property
     def space(self) -> SearchSpace:
-        """The space that is priced."""
+        """The space whose architectures have these costs."""
         return self.additive_cost.space
 
     @property
     def verb(self) -> str:
-        """What architectures do with a cost, in words: they take milliseconds, and have
-        what is counted.
-        """
+        """The verb for sentences: architectures "take" milliseconds but "have" MACs."""
         return "have" if self.table is None else "take"
 
     @property
     def source(self) -> str:
-        """Where the prices are from, to be put behind a cost: `` on`` a table's title;
-        nothing of what is counted.
+        """Suffix that names the source of a cost: `` on`` and the table's title, or
+        nothing for counted costs.
         """
         return "" if self.table is None else f" on {self.table.title}"
 
     def cost(self, picks: Mapping[str, Option]) -> float:
-        """The cost of picks. Raises SpaceError where they are none of the space."""
+        """The cost of ``picks``. Raises SpaceError if they do not belong to the space."""
         return self.additive_cost.cost(picks)
 
     def costs(self, index_NC: np.ndarray) -> np.ndarray:
-        """The costs of many picks at once: option positions int [N, choices] -> float64 [N]."""
+        """The costs of many architectures at once.
+
+        ``index_NC`` holds option positions, int [N, choices]; returns float64 [N].
+        """
         return self.additive_cost.costs(index_NC)
 
     def expected(self, gates: Mapping[str, Any], xp: Any = np) -> Any:
@@ -221,20 +244,20 @@ class CostModel:
     def marginals(self, gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """d E[cost] / d gate, in numpy: choice key -> float64 [options].
 
-        What each option adds to the expected cost while the other choices stay as in
-        ``gates``. Of all changes of a policy p that lower its expected cost by a
-        little, p * exp(-s * marginal), normalised, is the smallest in Kullback-Leibler
-        divergence.
+        This is what each option adds to the expected cost while the other choices follow
+        ``gates``. Among all small changes of a policy p that lower its expected cost by
+        the same amount, p * exp(-s * marginal), normalised, has the smallest
+        Kullback-Leibler divergence from p.
         """
         return self.additive_cost.marginals(gates)
 
     def range(self) -> tuple[float, float]:
-        """The cost of the cheapest and of the dearest architecture, exact."""
+        """The exact costs of the cheapest and of the most expensive architecture."""
         return self.additive_cost.range()
 
     def check_target(self, target: float, key: str = "search.target_ms") -> None:
-        """Raise TargetError, printing the reachable range, where no architecture can
-        meet ``target``, which ``key`` sets.
+        """Raise TargetError, with the reachable range, if no architecture can meet
+        ``target``. ``key`` is the configuration key that sets it.
         """
         low, high = self.range()
         if not low <= target <= high:
@@ -247,27 +270,32 @@ class CostModel:
 
 
 def weight_bytes(params: int, dtype: Dtype = "fp32") -> int:
-    """Size of the weights: parameters x bytes per number.
+    """Size of the weights in bytes: parameters x bytes per number.
 
-    BN scales and shifts are counted as ``Op.params`` counts them. An exported file
-    differs by its folded BN, 32-bit biases where the weights are int8, quantisation
-    scales and the graph itself: this is the comparable part, not the file's length.
+    BN scales and shifts are counted as in ``Op.params``. This is the part that can be
+    compared between architectures, not the length of the exported file, which differs
+    by its folded BN, the 32-bit biases of int8 networks, the quantisation scales and the
+    graph itself.
     """
     return params * BYTES[dtype]
 
 
 def _positional_ms(term: Term, table: LatencyTable, space: SearchSpace) -> np.ndarray:
-    """Milliseconds of a term by a positional model: it prices every slot that varied in
-    its space, the rest is in its intercept.
+    """Milliseconds of each option of a term, from a positional model.
+
+    Such a model has a coefficient for every slot that varied in its space. Fixed slots
+    are part of its intercept, so they cost nothing here.
     """
     option_ms = table.slots.get(term.slot, {})
     if not option_ms and not term.keys:
         return np.zeros(())
     missing = tuple(f"{term.slot}:{option}" for option in term.options if option not in option_ms)
+    # A term that depends on other choices, such as a width, is more than its slot's
+    # option, which is all that the model knows.
     missing += tuple(key for key in term.keys if key != term.slot)
     if missing:
         raise CoverageError(
-            f"table {table.title} lacks slot prices of space {space.name}: {', '.join(missing)}.",
+            f"table {table.title} lacks slot costs of space {space.name}: {', '.join(missing)}.",
             missing,
         )
     slope = 1.0 if table.calibration is None else table.calibration.slope

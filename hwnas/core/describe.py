@@ -12,21 +12,30 @@ from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms, missing_ops
 from hwnas.core.ops import Classifier, Op
 from hwnas.core.space import MacroSpace, SearchSpace
-from hwnas.core.table import LatencyTable
+from hwnas.core.table import Calibration, LatencyTable
+
+NAMED_OPS = 3
+"""How many missing ops of a network are listed; the rest are counted."""
+
+COVERED = 0.1
+"""If a table covers less than this share of a space's ops, it was made for something else
+(our choice).
+"""
 
 
 def columns(rows: Iterable[tuple[str, ...]]) -> str:
-    """Left-aligned columns, two spaces apart."""
-    kept = list(rows)
-    widths = [max(len(row[i]) for row in kept) for i in range(len(kept[0]))] if kept else []
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in kept
-    )
+    """Rows of equally many cells as left-aligned columns, two spaces apart."""
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def format_count(number: int) -> str:
-    """A count in full below 1e9, else to three digits.
+    """A count in full below 1e9, else with three significant digits.
 
     Example:
         >>> format_count(15_625), format_count(5**20)
@@ -38,46 +47,57 @@ def format_count(number: int) -> str:
 def describe_space(
     space: SearchSpace, table: LatencyTable | None = None, networks: Sequence[Architecture] = ()
 ) -> str:
-    """Size, plan, a sample, the coverage by ``table``, and what it predicts of ``networks``."""
+    """A space's size, plan and a sample; if there is a ``table``, its coverage of the
+    space and its predictions for ``networks``.
+    """
     picks = space.sample(np.random.default_rng(0))
     arch = space.decode(picks, f"{space.name}-sample-0")
     lines = [f"space {space.name}  (sha256 {space.sha256[:12]})", *_facts(space)]
-    alike = (
-        f" ({format_count(space.size)} combinations of options; the others make the same networks, or no"
-        " network)"
-    )
-    different = (
-        f"{format_count(space.architectures)}"
-        f" architectures{alike if space.size > space.architectures else ''}"
-    )
-    lines.append(f"choices      {len(space.choices)}, {different}")
+    architectures = f"{format_count(space.architectures)} architectures"
+    if space.size > space.architectures:
+        architectures += (
+            f" ({format_count(space.size)} combinations of options; the others make the same"
+            " networks, or no network)"
+        )
+    lines.append(f"choices      {len(space.choices)}, {architectures}")
     if space.ADDITIVE:
         lines.append(f"plan         {len(space.ops)} ops to measure:")
-        lines += [f"  {op.key}" for op in space.ops]
+        lines += _indented(op.key for op in space.ops)
+
     lines.append(
         f"sample       {arch.name}: {arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M"
         " parameters"
     )
     if space.notation:
         lines.append(f"genotype     {space.write(picks)}")
-    lines += [f"  {op.key}" for op in arch.ops()]
+    lines += _indented(op.key for op in arch.ops())
     if table is not None:
-        missing = missing_ops(space.ops, table)
-        covered = len(space.ops) - len(missing)
-        lines.append(
-            f"coverage     {covered} of {len(space.ops)} ops in table"
-            f" {table.title}{'; missing:' if missing else ''}"
-        )
-        reason = why_uncovered(space.ops, table)
-        lines += [f"  {reason}"] if reason else []
-        lines += [f"  {key}" for key in missing]
+        lines += _coverage_lines(space, table)
     lines += describe_networks(networks, table)
     return "\n".join(lines)
 
 
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def _coverage_lines(space: SearchSpace, table: LatencyTable) -> list[str]:
+    """How many ops of the space are in the table, and which are missing."""
+    missing = missing_ops(space.ops, table)
+    covered = len(space.ops) - len(missing)
+    summary = f"coverage     {covered} of {len(space.ops)} ops in table {table.title}"
+    if missing:
+        summary += "; missing:"
+    lines = [summary]
+    reason = why_uncovered(space.ops, table)
+    if reason:
+        lines.append(f"  {reason}")
+    return lines + _indented(missing)
+
+
 @singledispatch
 def _facts(space: SearchSpace) -> list[str]:
-    """What its networks read and tell apart, and what else its kind of space has to say."""
+    """Input and classes of a space's networks, and what is special to its kind of space."""
     return [
         f"input        {space.in_channels} x {space.resolution} x {space.resolution},"
         f" {space.classes} classes"
@@ -86,10 +106,8 @@ def _facts(space: SearchSpace) -> list[str]:
 
 @_facts.register
 def _facts_of_blocks(space: MacroSpace) -> list[str]:
-    pixels = " or ".join(
-        f"{space.in_channels} x {size} x {size}"
-        for size in space.resolutions or (space.resolution,)
-    )
+    sizes = space.resolutions or (space.resolution,)
+    pixels = " or ".join(f"{space.in_channels} x {size} x {size}" for size in sizes)
     return [
         f"input        {pixels}, {space.classes} classes, {space.act}",
         (
@@ -100,15 +118,15 @@ def _facts_of_blocks(space: MacroSpace) -> list[str]:
 
 
 def describe_networks(networks: Sequence[Architecture], table: LatencyTable | None) -> list[str]:
-    """A line for each network: its name, its size, and its latency as ``table``
-    predicts it, or what is missing for that.
+    """One line per network: its name, its size, and its latency predicted by ``table``,
+    or the ops that the table lacks.
     """
     rows: list[tuple[str, ...]] = []
     for arch in networks:
-        size = (f"{arch.macs / 1e6:.1f} M MACs", f"{arch.params / 1e6:.2f} M parameters")
-        rows.append(
-            (f"network      {arch.name}", *size, "" if table is None else _predicted(arch, table))
-        )
+        macs = f"{arch.macs / 1e6:.1f} M MACs"
+        params = f"{arch.params / 1e6:.2f} M parameters"
+        prediction = "" if table is None else _predicted(arch, table)
+        rows.append((f"network      {arch.name}", macs, params, prediction))
     return columns(rows).splitlines()
 
 
@@ -116,21 +134,23 @@ def _predicted(arch: Architecture, table: LatencyTable) -> str:
     missing = missing_ops(arch.ops(), table)
     if not missing:
         return f"{latency_ms(arch, table):.4g} ms predicted"
-    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    return f"lacks {len(missing)} of {len(arch.ops())} ops: {shown}"
+    names = ", ".join(missing[:NAMED_OPS])
+    if len(missing) > NAMED_OPS:
+        names += f" and {len(missing) - NAMED_OPS} more"
+    return f"lacks {len(missing)} of {len(arch.ops())} ops: {names}"
 
 
 def coverage(
     space: SearchSpace, table: LatencyTable, networks: Sequence[Architecture] = ()
 ) -> dict[str, Any]:
-    """What a table covers of a space, and predicts of networks, as JSON values; ``ms``
-    is None where ops are missing.
+    """A table's coverage of a space, and its predictions for networks, as JSON values.
+    ``ms`` is None if the table lacks ops of the network.
     """
-    predicted = []
+    predictions = []
     for arch in networks:
         missing = missing_ops(arch.ops(), table)
         ms = None if missing else latency_ms(arch, table)
-        predicted.append(
+        predictions.append(
             {
                 "name": arch.name,
                 "macs": arch.macs,
@@ -148,75 +168,56 @@ def coverage(
         "covered": len(space.ops) - len(missing),
         "missing": missing,
         "reason": why_uncovered(space.ops, table),
-        "networks": predicted,
+        "networks": predictions,
     }
 
 
-COVERED = 0.1
-"""Part of a space's ops below which a table is for something else (ours)."""
-
-
 def why_uncovered(ops: Sequence[Op], table: LatencyTable) -> str | None:
-    """In one line, why a table has next to none of some ops; None where it has many, or
-    prices no ops.
+    """One line that explains why a table has almost none of these ops.
+
+    None if it has many of them, or has no entries by op.
     """
     known = [Op.parse(key) for key in table.entries]
     covered = sum(op.key in table.entries for op in ops)
     if not known or not ops or covered >= COVERED * len(ops):
         return None
-    theirs, ours = _traits(known), _traits(ops)
-    other = [
-        f"{theirs[name]} {noun}, this space of {ours[name]} {noun}"
-        for name, noun in _NOUNS.items()
-        if theirs[name] != ours[name]
-    ]
-    if not other:
+
+    theirs = _traits(known)
+    ours = _traits(ops)
+    differences = []
+    for trait, value in theirs.items():
+        if value != ours[trait]:
+            differences.append(f"{value} {trait}, this space of {ours[trait]} {trait}")
+    if not differences:
         return (
             f"the table (made for {table.header.space}) has ops of other kinds or widths than this"
             " space."
         )
-    return f"the table (made for {table.header.space}) has ops of {'; of '.join(other)}."
-
-
-_NOUNS = {"size": "px", "channels": "input channels", "classes": "classes", "acts": "activations"}
+    return f"the table (made for {table.header.space}) has ops of {'; of '.join(differences)}."
 
 
 def _traits(ops: Sequence[Op]) -> dict[str, str]:
-    """What tells the ops of one space from those of another: input size and channels,
-    classes, activations.
-    """
+    """What distinguishes the ops of one space from those of another: noun -> value."""
     size = max(op.size for op in ops)
-    ends = {op.out_ch for op in ops if isinstance(op, Classifier)}
+    # The stem reads the image: it has the fewest input channels at the largest size.
+    channels = min(op.in_ch for op in ops if op.size == size)
+    classes = {op.out_ch for op in ops if isinstance(op, Classifier)}
+    acts = {op.act for op in ops} - {"none"}
     return {
-        "size": str(size),
-        "channels": str(min(op.in_ch for op in ops if op.size == size)),
-        "classes": "/".join(map(str, sorted(ends))) or "no",
-        "acts": "/".join(sorted({op.act for op in ops if op.act != "none"})) or "no",
+        "px": str(size),
+        "input channels": str(channels),
+        "classes": "/".join(map(str, sorted(classes))) or "no",
+        "activations": "/".join(sorted(acts)) or "no",
     }
 
 
 def describe_table(table: LatencyTable) -> str:
-    """Header, calibration and entries, slowest first."""
-    header = table.header
-    facts = [
-        (name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
-        for name, value in header.model_dump().items()
-    ]
-    lines = [f"table {table.title}", columns(facts)]
-    calibration = table.calibration
-    if calibration is None:
-        lines.append("calibration  none: sums of entries are not latencies of networks")
-    else:
-        lines.append(f"calibration  {calibration}, fitted on {calibration.networks} networks")
-        if calibration.held_out is not None:
-            judged = calibration.held_out
-            rank = "" if judged.spearman is None else f", Spearman {judged.spearman:.3f}"
-            lines.append(
-                f"held out     {judged.networks} networks: mean error {judged.mape:.1%}, largest"
-                f" {judged.max_error:.1%}{rank}; uncalibrated sum {judged.raw_mape:.1%}"
-            )
+    """Header, calibration and entries of a table, the slowest entries first."""
+    lines = [f"table {table.title}", columns(_header_rows(table))]
+    lines += _calibration_lines(table.calibration)
     noisy = sum(entry.noisy for entry in table.entries.values())
     lines.append(f"entries      {len(table.entries)} ({noisy} noisy)")
+
     rows: list[tuple[str, ...]] = [("op", "ms", "p10", "p90", "spread", "")]
     for key, entry in sorted(table.entries.items(), key=lambda item: -item[1].ms):
         rows.append(
@@ -230,13 +231,36 @@ def describe_table(table: LatencyTable) -> str:
             )
         )
     lines.append(columns(rows))
-    rows = [
-        (f"{slot}:{option}", _number(ms))
-        for slot, options in table.slots.items()
-        for option, ms in options.items()
-    ]
-    lines += [columns(rows)] if rows else []
+
+    slot_rows = []
+    for slot, options in table.slots.items():
+        for option, ms in options.items():
+            slot_rows.append((f"{slot}:{option}", _number(ms)))
+    if slot_rows:
+        lines.append(columns(slot_rows))
     return "\n".join(lines)
+
+
+def _header_rows(table: LatencyTable) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in table.header.model_dump().items():
+        text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        rows.append((name, text))
+    return rows
+
+
+def _calibration_lines(calibration: Calibration | None) -> list[str]:
+    if calibration is None:
+        return ["calibration  none: sums of entries are not latencies of networks"]
+    lines = [f"calibration  {calibration}, fitted on {calibration.networks} networks"]
+    held_out = calibration.held_out
+    if held_out is not None:
+        rank = "" if held_out.spearman is None else f", Spearman {held_out.spearman:.3f}"
+        lines.append(
+            f"held out     {held_out.networks} networks: mean error {held_out.mape:.1%}, largest"
+            f" {held_out.max_error:.1%}{rank}; uncalibrated sum {held_out.raw_mape:.1%}"
+        )
+    return lines
 
 
 def _number(value: float | str) -> str:

@@ -1,17 +1,18 @@
-"""The detector part of an architecture: which feature maps it looks at, what it
-predicts from each, and where its anchors are.
+"""The detector of an architecture: the feature maps it reads, its predictors, and its
+anchors.
 
-SSD (Liu et al., ECCV 2016, arXiv 1512.02325) predicts, for every anchor box of every
-cell of several feature maps, the class of what is there and how the anchor has to be
-moved to fit it. SSDLite (MobileNetV2, arXiv 1801.04381) does so with depthwise
-separable convolutions. Feature maps are outputs of blocks of the backbone (*taps*) and
-of layers after its end (*extras*).
+SSD (Liu et al., ECCV 2016, arXiv 1512.02325) has anchor boxes in every cell of several
+feature maps. For each anchor it predicts the class of the object there and the offset
+from the anchor to the object's box. SSDLite (MobileNetV2, arXiv 1801.04381) makes the
+predictions with depthwise separable convolutions. Feature maps are the outputs of
+blocks of the backbone (*taps*) and of layers after its end (*extras*).
 
-Anchors are a pure function of this part. A map with f x f cells has, at the centre of
-each cell, one of scale s_k, one of scale sqrt(s_k s_k+1), and two of scale s_k per
-aspect ratio: w:h = r and 1:r. Scales are fractions of the image, evenly spaced from
-``min_ratio`` at the first map to ``max_ratio`` at the last, with 1 after it:
-torchvision's ``DefaultBoxGenerator``.
+Anchors depend only on the fields of ``Detector``, as in torchvision's
+``DefaultBoxGenerator``. A map with f x f cells has the following anchors at the centre
+of each cell: one of scale s_k, one of scale sqrt(s_k s_k+1), and two of scale s_k per
+aspect ratio r, with w:h = r and 1:r. Scales are fractions of the image. They are evenly
+spaced from ``min_ratio`` at the first map to ``max_ratio`` at the last; the scale after
+the last is 1.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from hwnas.core.ops import ExtraLayer, Op, OpKey, SSDPredictor
 
 Scores = Literal["softmax", "sigmoid"]
+"""How logits become scores; see ``Detector``."""
 Ratio = Annotated[float, Field(gt=0)]
 
 
 class Detector(BaseModel):
     """An SSD detector on the blocks of an architecture.
 
-    ``taps`` are positions of blocks, the last block among them; ``extras`` a chain
-    after it. Both give feature maps, in this order and fine to coarse; ``heads`` and
-    ``aspect_ratios`` have one entry per map. ``scores`` says how logits become scores,
-    and with it what they are trained by: ``"softmax"`` over the classes and the
-    background (SSD), or a ``"sigmoid"`` per class (focal loss), which leaves the column
-    of the background unused.
+    ``taps`` are the positions of blocks, including the last one; ``extras`` is a chain
+    of layers after it. The feature maps are the outputs of the taps and then of the
+    extras, fine to coarse; ``heads`` and ``aspect_ratios`` have one entry per map.
+    ``scores`` says how logits become scores, which also decides the training loss:
+    ``"softmax"`` over the classes and the background (SSD), or one ``"sigmoid"`` per
+    class (focal loss), which leaves the background column unused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -50,12 +52,13 @@ class Detector(BaseModel):
 
     @property
     def classes(self) -> int:
-        """Number of classes, the background not counted."""
+        """Number of classes, without the background."""
+        # a head has one output channel per anchor and class, background included
         return self._ssd[0].out_ch // self._ssd[0].anchors - 1
 
     @property
     def anchors(self) -> int:
-        """Number of anchors of an image: the rows of the network's outputs."""
+        """Number of anchors per image: the number of rows of the network's outputs."""
         return sum(head.anchors * head.size**2 for head in self._ssd)
 
     @property
@@ -67,31 +70,33 @@ class Detector(BaseModel):
         return (*(blocks[tap] for tap in self.taps), *self.extras)
 
     def check(self, blocks: Sequence[Op]) -> None:
-        """Raise ValueError where the detector does not fit on ``blocks``."""
+        """Raise ValueError if the detector does not fit ``blocks``."""
         last = len(blocks) - 1
-        if list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0 or self.taps[-1] != last:
+        ascending = list(self.taps) == sorted(set(self.taps))
+        if not ascending or self.taps[0] < 0 or self.taps[-1] != last:
             raise ValueError(
-                f"the taps {list(self.taps)} are no ascending positions of blocks that end with"
+                f"the taps {list(self.taps)} must be ascending positions of blocks that end with"
                 f" {last}, the last block"
             )
         for op in blocks:
             if op.pooled or isinstance(op, SSDPredictor):
                 raise ValueError(
-                    f"block {op.key} leaves no feature map, so a network with a detector has none"
-                    " such"
+                    f"block {op.key} leaves no feature map, so it cannot be part of a network with"
+                    " a detector"
                 )
+
         self._check_extras(blocks[-1])
         maps = self.maps(blocks)
         if not len(maps) == len(self.heads) == len(self.aspect_ratios):
             raise ValueError(
                 f"there are {len(maps)} feature maps ({len(self.taps)} taps, {len(self.extras)}"
                 f" extras), but {len(self.heads)} heads and {len(self.aspect_ratios)} lists of"
-                " aspect ratios: write one of each per map"
+                " aspect ratios: give one of each per map"
             )
-        for position, (op, head, ratios) in enumerate(
-            zip(maps, self.heads, self.aspect_ratios, strict=True)
-        ):
-            self._check_head(position, op, head, 2 + 2 * len(ratios))
+        for position, source in enumerate(maps):
+            # two anchors of 1:1, and two of each aspect ratio
+            anchors = 2 + 2 * len(self.aspect_ratios[position])
+            self._check_head(position, source, self.heads[position], anchors)
         if self.min_ratio > self.max_ratio:
             raise ValueError(
                 f"min_ratio = {self.min_ratio:g} is above max_ratio = {self.max_ratio:g}"
@@ -117,11 +122,12 @@ class Detector(BaseModel):
             )
         if head.out_ch != head.anchors * (self.classes + 1):
             raise ValueError(
-                f"head {position} ({head.key}) has not the {self.classes} classes of head 0"
+                f"head {position} ({head.key}) does not have the {self.classes} classes of head 0"
             )
 
 
 def _check_input(name: str, op: Op, source: Op) -> None:
+    """Raise ValueError unless ``op`` fits the feature map that ``source`` makes."""
     if (op.in_ch, op.size) != (source.out_ch, source.out_size):
         raise ValueError(
             f"{name} ({op.key}) takes {op.in_ch} channels at {op.size} px, but its map has"
@@ -130,9 +136,12 @@ def _check_input(name: str, op: Op, source: Op) -> None:
 
 
 class PostProcessing(BaseModel):
-    """From scored boxes to detections: per class the ``candidates`` best above
-    ``min_score``, then NMS at ``nms_iou``, then the ``detections`` best of all classes.
-    Defaults are those of torchvision's SSDLite; MobileDet's are 1e-8, 100, 0.6 and 100.
+    """Settings for turning scored boxes into detections.
+
+    For each class, the best ``candidates`` boxes with a score above ``min_score`` go
+    through non-maximum suppression at an IoU of ``nms_iou``; the best ``detections``
+    boxes of all classes remain. Defaults are those of torchvision's SSDLite; MobileDet
+    has 1e-8, 100, 0.6 and 100.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

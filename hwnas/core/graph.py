@@ -1,14 +1,14 @@
-"""Which op of a network reads what, where a chain does not say it: the steps of its graph.
+"""The graph of a network that is not a chain: steps that say which op reads what.
 
-Point 0 is the image, and step i makes point i + 1:
+Point 0 is the image, and step i makes point i + 1. Steps are written as keys:
 
-- ``op 4``: the next block of the architecture reads point 4
-- ``sum 1 1 3``: points added up, each as often as it is named
-- ``concat 5 6``: their channels one after another
+- ``op 4``: the next block of the architecture, reading point 4
+- ``sum 1 1 3``: the sum of points; a point that is named twice is added twice
+- ``concat 5 6``: the concatenation of points along the channels
 - ``cut 3 40``: the first 40 channels of point 3
 - ``zero 16 32``: zeros, 16 channels of 32 x 32
 
-The last step is the last block. What is written as a key here is a string in a document.
+The last step is the last block. In a document every step is a string, its key.
 """
 
 from __future__ import annotations
@@ -23,13 +23,22 @@ from hwnas.core.ops import Op
 from hwnas.errors import SpaceError
 
 Shape = tuple[int, int]
-"""Channels, and height = width."""
+"""Channels and height = width of a feature map."""
+
+_NUMBERS = {
+    "op": range(1, 2),
+    "sum": range(2, 1000),
+    "concat": range(2, 1000),
+    "cut": range(2, 3),
+    "zero": range(2, 3),
+}
+"""How many numbers a step of each kind may have."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a graph: points ``of`` which it reads; the channels of a cut or of
-    zeros, and the size of zeros.
+    """One step of a graph. ``of`` are the points that it reads, ``channels`` is set for
+    cuts and zeros, ``size`` (height = width) for zeros.
     """
 
     kind: Literal["op", "sum", "concat", "cut", "zero"]
@@ -39,30 +48,28 @@ class Step:
 
     @property
     def key(self) -> str:
-        """How it is written."""
-        numbers = [*self.of, *(number for number in (self.channels, self.size) if number)]
+        """The step as documents write it; see the module."""
+        numbers = [*self.of]
+        if self.channels:
+            numbers.append(self.channels)
+        if self.size:
+            numbers.append(self.size)
         return " ".join([self.kind, *map(str, numbers)])
 
     @classmethod
     def parse(cls, key: str) -> Self:
-        """The step of a key. Raises SpaceError where it is none."""
+        """Parse the key of a step. Raises SpaceError if it is not one."""
         kind, *words = key.split(" ")
         if not words or not all(word.isascii() and word.isdigit() for word in words):
             raise SpaceError(
-                f"{key!r} is no step of a graph: write a kind and numbers, such as 'sum 1 2'."
+                f"{key!r} is not a step of a graph: write a kind and numbers, such as 'sum 1 2'."
             )
+
         numbers = [int(word) for word in words]
-        lengths = {
-            "op": range(1, 2),
-            "sum": range(2, 1000),
-            "concat": range(2, 1000),
-            "cut": range(2, 3),
-            "zero": range(2, 3),
-        }
-        if len(numbers) not in lengths.get(kind, ()):
+        if len(numbers) not in _NUMBERS.get(kind, ()):
             raise SpaceError(
-                f"{key!r} is no step of a graph: known are {', '.join(lengths)}, with as many"
-                " numbers as each takes."
+                f"{key!r} is not a step of a graph: write op and one number, cut or zero and two"
+                " numbers, or sum or concat and two or more numbers."
             )
         if kind == "zero":
             return cls("zero", (), *numbers)
@@ -72,7 +79,10 @@ class Step:
 
 
 def _parsed(value: Any) -> Any:
-    return Step.parse(value) if isinstance(value, str) else value
+    """A step from its key; other values are left to pydantic's own check."""
+    if isinstance(value, str):
+        return Step.parse(value)
+    return value
 
 
 StepKey = Annotated[
@@ -80,56 +90,72 @@ StepKey = Annotated[
     BeforeValidator(_parsed),
     PlainSerializer(lambda step: step.key, return_type=str),
 ]
-"""A step inside a document, where it is written as its key."""
+"""A step in a pydantic model; documents hold its key."""
 
 
 def shapes(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> list[Shape]:
-    """The shape of every point. Raises ValueError where a step reads what is not there
-    yet, or what does not fit.
+    """The shape of every point: that of the image, then one per step.
+
+    Raises ValueError if a step reads a later point, if shapes do not fit, or if steps
+    and blocks do not correspond.
     """
-    found, ops = [image], iter(blocks)
+    point_shapes = [image]
+    ops = iter(blocks)
     for position, step in enumerate(graph):
-        if any(point >= len(found) for point in step.of):
+        if any(point >= len(point_shapes) for point in step.of):
             raise ValueError(
-                f"step {position} of the graph ({step.key}) reads a point that is not made"
-                " before it"
+                f"step {position} of the graph ({step.key}) reads a point that no earlier step"
+                " makes"
             )
-        read = [found[point] for point in step.of]
+
+        inputs = [point_shapes[point] for point in step.of]
         if step.kind == "op":
             op = next(ops, None)
             if op is None:
                 raise ValueError(f"the graph has more op steps than the {len(blocks)} blocks")
-            if (op.in_ch, op.size) != read[0]:
+            if (op.in_ch, op.size) != inputs[0]:
+                channels, size = inputs[0]
                 raise ValueError(
                     f"block {op.key} takes {op.in_ch} channels at {op.size} px, but step {position}"
-                    f" gives {read[0][0]} at {read[0][1]} px"
+                    f" reads {channels} at {size} px"
                 )
-            found.append((op.out_ch, op.out_size))
+            point_shapes.append((op.out_ch, op.out_size))
         elif step.kind == "zero":
-            found.append((step.channels, step.size))
+            point_shapes.append((step.channels, step.size))
         elif step.kind == "cut":
-            found.append((step.channels, read[0][1]))
-        elif len({size for _, size in read}) > 1 or (step.kind == "sum" and len(set(read)) > 1):
-            raise ValueError(
-                f"step {position} of the graph ({step.key}) joins maps of different shapes: {read}"
-            )
+            point_shapes.append((step.channels, inputs[0][1]))
         else:
-            found.append(
-                (sum(channels for channels, _ in read), read[0][1])
-                if step.kind == "concat"
-                else read[0]
-            )
+            point_shapes.append(_joined(position, step, inputs))
+
     if next(ops, None) is not None or not graph or graph[-1].kind != "op":
         raise ValueError(
-            "the graph has one op step for every block, the last step being the last block"
+            "the graph must have one op step for every block, and the last step must be the last"
+            " block"
         )
-    return found
+    return point_shapes
+
+
+def _joined(position: int, step: Step, inputs: Sequence[Shape]) -> Shape:
+    """The shape of a sum or a concatenation. Raises ValueError if the inputs do not
+    fit.
+    """
+    sizes = {size for _, size in inputs}
+    # a concatenation needs equal sizes, a sum equal channels as well
+    if len(sizes) > 1 or (step.kind == "sum" and len(set(inputs)) > 1):
+        raise ValueError(
+            f"step {position} of the graph ({step.key}) joins maps of different shapes: {inputs}"
+        )
+    channels, size = inputs[0]
+    if step.kind == "concat":
+        channels = sum(channels for channels, _ in inputs)
+    return channels, size
 
 
 def used_steps(graph: Sequence[Step]) -> frozenset[int]:
-    """The steps that the last one depends on.
+    """The positions of the last step and of all steps that it depends on.
 
-    A cell may have others, such as an edge into a node that nobody reads. Files leave them out.
+    A cell may have unused steps, such as an edge into a node that nothing reads.
+    Exported files leave them out.
     """
     points = {len(graph)}
     for position in reversed(range(len(graph))):
@@ -139,56 +165,69 @@ def used_steps(graph: Sequence[Step]) -> frozenset[int]:
 
 
 def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> Iterator[int]:
-    """How many numbers of feature maps are alive at most while each step runs: what it
-    needs, and what later steps read.
+    """For every step the peak number of feature-map values that are alive while it
+    runs: those it needs itself and those that later steps read.
 
-    A sum works in place where nobody reads its first point afterwards; see
-    ``ir.Program.live_numbers`` for what an op needs. Steps that nobody reads count,
-    although files leave them out: an upper bound there.
+    A sum works in place if no later step reads its first point; see
+    ``ir.Program.live_numbers`` for ops. Unused steps count although exported files
+    leave them out, so the result is an upper bound for them.
     """
-    sizes = [channels * size**2 for channels, size in shapes(graph, blocks, image)]
-    last = {point: position for position, step in enumerate(graph) for point in step.of}
-    alive, ops = {0}, iter(blocks)
+    values = [channels * size**2 for channels, size in shapes(graph, blocks, image)]
+    last_reader: dict[int, int] = {}
     for position, step in enumerate(graph):
-        ending = {point for point in step.of if last[point] == position}
+        for point in step.of:
+            last_reader[point] = position
+
+    alive = {0}
+    ops = iter(blocks)
+    for position, step in enumerate(graph):
+        ending = {point for point in step.of if last_reader[point] == position}
         if step.kind == "op":
             [point] = step.of
+            # the op counts its own input
             needed = next(ops).program.live_numbers(keep_input=point not in ending)
-            yield sum(sizes[each] for each in alive - {point}) + max(needed)
+            yield sum(values[other] for other in alive - {point}) + max(needed)
         else:
+            held = sum(values[point] for point in alive)
             in_place = step.kind == "sum" and step.of[0] in ending
-            yield sum(sizes[each] for each in alive) + (0 if in_place else sizes[position + 1])
+            if not in_place:
+                held += values[position + 1]
+            yield held
         alive = (alive - ending) | {position + 1}
 
 
 @dataclass
 class GraphBuilder:
-    """Collects blocks and steps; every method returns the point that it makes. A sum or
-    a concatenation of one point is that point.
+    """Collects the blocks and steps of a graph. Every method returns the point that it
+    makes. The sum or concatenation of a single point is that point, without a step.
     """
 
     blocks: list[Op] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
     def op(self, op: Op, point: int) -> int:
-        """A block that reads a point."""
+        """Add a block that reads ``point``."""
         self.blocks.append(op)
         return self._add(Step("op", (point,)))
 
     def sum(self, points: Sequence[int]) -> int:
-        """Points added up."""
-        return points[0] if len(points) == 1 else self._add(Step("sum", tuple(points)))
+        """Add up points."""
+        if len(points) == 1:
+            return points[0]
+        return self._add(Step("sum", tuple(points)))
 
     def concat(self, points: Sequence[int]) -> int:
-        """Channels one after another."""
-        return points[0] if len(points) == 1 else self._add(Step("concat", tuple(points)))
+        """Concatenate the channels of points."""
+        if len(points) == 1:
+            return points[0]
+        return self._add(Step("concat", tuple(points)))
 
     def cut(self, point: int, channels: int) -> int:
-        """The first channels of a point."""
+        """Take the first ``channels`` of a point."""
         return self._add(Step("cut", (point,), channels))
 
     def zero(self, channels: int, size: int) -> int:
-        """Zeros."""
+        """Make zeros of ``channels`` x ``size`` x ``size``."""
         return self._add(Step("zero", (), channels, size))
 
     def _add(self, step: Step) -> int:

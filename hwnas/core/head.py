@@ -1,7 +1,8 @@
-"""What makes the outputs of a network: a classifier, which is its last block, or a
-detector on its feature maps.
+"""The head of a network, which makes its outputs: a classifier, which is the last
+block, or a detector on its feature maps.
 
-``Architecture.head`` chooses between them; whatever depends on the end of a network is asked of it.
+``Architecture.head`` chooses the class; code that depends on the head calls its
+methods.
 """
 
 from __future__ import annotations
@@ -20,28 +21,28 @@ class Head(ABC):
     """The end of a network."""
 
     task: ClassVar[str]
-    """The name of the task that its networks are for."""
+    """The task of networks with this head."""
 
     @property
     @abstractmethod
     def classes(self) -> int:
-        """Number of classes, a background not counted."""
+        """Number of classes, without the background."""
 
     @property
     @abstractmethod
     def after(self) -> dict[str, Op]:
-        """Its ops that come after the blocks of the network, by name, in the order in
-        which they run.
+        """The ops of the head that run after the blocks of the network, by name and in
+        order.
         """
 
     @property
     @abstractmethod
     def wiring(self) -> tuple[str, ...]:
-        """Which blocks it reads, where that is more than the last one."""
+        """The blocks that the head reads; empty if it reads just the last one."""
 
     @abstractmethod
     def check(self, blocks: Sequence[Op], graph: Sequence[Step]) -> None:
-        """Raise ValueError where it does not fit on the blocks."""
+        """Raise ValueError if the head does not fit the blocks."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +54,33 @@ class ClassifierHead(Head):
 
     @property
     def classes(self) -> int:
-        """Outputs of the last block."""
+        """Number of outputs of the last block."""
         return self.last.out_ch
 
     @property
     def after(self) -> dict[str, Op]:
-        """Nothing."""
+        """Empty: the classifier is a block."""
         return {}
 
     @property
     def wiring(self) -> tuple[str, ...]:
-        """Nothing."""
+        """Empty: it reads the last block."""
         return ()
 
     def check(self, blocks: Sequence[Op], graph: Sequence[Step]) -> None:
-        """Blocks that fit each other can end anyhow."""
+        """Accept any blocks: the classifier is one of them."""
 
 
 @dataclass(frozen=True)
 class DetectorHead(Head):
-    """Extras after the last block, and predictors on the feature maps."""
+    """Extra layers after the last block, and predictors on the feature maps."""
 
     task = "detect"
     detector: Detector
 
     @property
     def classes(self) -> int:
-        """What is told apart beside the background."""
+        """Number of classes, without the background."""
         return self.detector.classes
 
     @property
@@ -90,13 +91,14 @@ class DetectorHead(Head):
 
     @property
     def wiring(self) -> tuple[str, ...]:
-        """Its taps: ``tap5``."""
+        """The taps, as ``tap5``."""
         return tuple(f"tap{tap}" for tap in self.detector.taps)
 
     def check(self, blocks: Sequence[Op], graph: Sequence[Step]) -> None:
-        """Taps, maps and anchors have to agree. Taps are positions in a chain, so there
-        is no graph.
+        """Raise ValueError if taps, feature maps and anchors do not agree, or if there
+        is a graph.
         """
+        # taps are positions in a chain
         if graph:
-            raise ValueError("a network with a graph carries no detector")
+            raise ValueError("a network with a graph cannot carry a detector")
         self.detector.check(blocks)

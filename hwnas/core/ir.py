@@ -1,29 +1,29 @@
-"""What a block computes, written once: a small graph of nodes that everything which
-needs to know walks.
+"""The intermediate representation of a block: what it computes, as a small graph that
+is defined once and used everywhere.
 
-A ``Program`` is a list of nodes in single assignment. Value 0 is the block's input, and
-node i makes value i + 1 from values that were made before it. Shapes are inferred while
-a program is written (``ProgramWriter``); multiply-accumulates, parameters and live
-feature maps are folds over it; torch modules, weight-shared layers, TFLite and ONNX
-files are interpreters of it.
+A ``Program`` is a list of nodes in single-assignment form. Value 0 is the block's input,
+and node i makes value i + 1 from earlier values. ``ProgramWriter`` infers shapes while a
+program is written. Multiply-accumulates, parameters and live feature maps are computed
+from the program; torch modules, weight-shared layers, TFLite and ONNX files are built
+from it.
 
 ======================  =============================================================================================
 ``conv``                convolution; BN, or a bias, or neither; an activation
-``linear``              the map's values as one vector; a fully connected layer with a bias
-``avgpool, maxpool``    k x k pooling that does not count its padding (none where k is even); BN without scale and shift
+``linear``              the map flattened to a vector; a fully connected layer with a bias
+``avgpool, maxpool``    k x k pooling that ignores its padding (no padding if k is even); BN without scale and shift
 ``norm``                BN, an activation
 ``act``                 an activation
 ``mean``                global average pooling, to [channels, 1, 1]
-``add``                 two maps of the same shape added up
+``add``                 the sum of two maps of the same shape
 ``mul``                 a map times a gate, [channels, 1, 1]
-``concat``              channels of several maps one after another
+``concat``              the channels of several maps, concatenated
 ``shuffle``             channel i of group g becomes channel i * groups + g (ShuffleNet)
 ``crop``                the map without its first row and its first column
 ``channels``            a 1-D convolution along the channels of [channels, 1, 1], one kernel for all, without a bias; an activation
 ======================  =============================================================================================
 
-BN and activation belong to the node that they follow, because runtimes fuse them there,
-and a narrower node takes the same part of both.
+BN and activation are part of the node that they follow, because runtimes fuse them into
+it, and because a narrower node of a super-net slices both in the same way.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ Kind: TypeAlias = Literal[
 ]
 POOLS: tuple[Kind, ...] = ("avgpool", "maxpool")
 LAYERS: tuple[Kind, ...] = ("conv", "linear", *POOLS, "norm", "channels")
-"""Kinds that hold weights or statistics, or pool: what is called a layer."""
+"""Kinds that hold weights or statistics, and pooling. These are called layers."""
 IN_PLACE: tuple[Kind, ...] = ("act", "add", "mul", "norm")
-"""Kinds that a runtime computes into the map that they read first."""
+"""Kinds whose result a runtime writes over the first map that they read."""
 INPUT = 0
-"""The value that a block reads."""
+"""The input of a block, as a value."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node of a program: what it reads, its shape, its attributes.
+    """One node of a program: its inputs, shape and attributes.
 
-    ``size`` is the input height = width; padding is ``dilation * (kernel // 2)`` on
-    each side. ``name`` is where its weights are found in the block's module; a dot
-    makes a part of its own (``se.reduce``).
+    ``size`` is the input height = width in pixels; padding is ``dilation * (kernel //
+    2)`` on each side. ``name`` is the path of its weights in the block's torch module; a
+    dot means a submodule (``se.reduce``). ``inputs`` are the values that it reads.
     """
 
     name: str
@@ -85,19 +85,22 @@ class Node:
         """Output height = width."""
         if self.kind in ("mean", "linear"):
             return 1
-        return out_size(self.size, self.stride) if self.kind != "crop" else self.size - 1
+        if self.kind == "crop":
+            return self.size - 1
+        return out_size(self.size, self.stride)
 
     @property
     def depthwise(self) -> bool:
-        """Whether every channel is convolved alone, with as many filters as there are channels."""
+        """Whether it convolves each channel separately, with one filter per channel."""
         return self.kind == "conv" and self.groups == self.in_ch == self.out_ch > 1
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulate operations for one image, of convolutions and fully
-        connected layers.
+        """Multiply-accumulates for one image, in convolutions and fully connected layers.
+        Other nodes count as 0.
         """
         if self.kind == "channels":
+            # The kernel is applied once at each channel.
             return self.kernel * self.in_ch
         if self.kind not in ("conv", "linear"):
             return 0
@@ -105,7 +108,7 @@ class Node:
 
     @property
     def params(self) -> int:
-        """Weights and biases, and BN scales and shifts, which the BN behind pooling has not."""
+        """Weights, biases, BN scales and BN shifts. The BN after pooling has neither."""
         if self.kind == "channels":
             return self.kernel
         if self.kind == "norm":
@@ -113,28 +116,30 @@ class Node:
         if self.kind not in ("conv", "linear"):
             return 0
         weights = self.kernel**2 * (self.in_ch // self.groups) * self.out_ch
+        # Per channel, BN has a scale and a shift.
         return weights + (2 * self.norm + self.bias) * self.out_ch
 
     @property
     def read(self) -> int:
-        """Numbers of the map that it reads first."""
+        """How many numbers are in the first map that it reads."""
         return self.in_ch * self.size**2
 
     @property
     def written(self) -> int:
-        """Numbers of the map that it makes."""
+        """How many numbers are in the map that it makes."""
         return self.out_ch * self.out_size**2
 
 
 def out_size(size: int, stride: int) -> int:
-    """Output height of a layer with padding ``kernel // 2``: ceil(size / stride)."""
-    return -(-size // stride)
+    """Output height = width of a layer with padding ``kernel // 2``: ceil(size / stride)."""
+    return -(-size // stride)  # ceil in integer arithmetic
 
 
 @dataclass(frozen=True)
 class Program:
-    """Nodes in the order they run, and the values that are the block's outputs.
-    ``in_ch`` and ``size`` are those of its input.
+    """The nodes of a block in the order they run, and the values that are its outputs.
+
+    ``in_ch`` and ``size`` are the channels and the height = width of its input.
     """
 
     in_ch: int
@@ -144,56 +149,64 @@ class Program:
 
     @cached_property
     def layers(self) -> tuple[Node, ...]:
-        """Nodes that hold weights or statistics, or pool."""
+        """The nodes with weights or statistics, and pooling."""
         return tuple(node for node in self.nodes if node.kind in LAYERS)
 
     @cached_property
     def macs(self) -> int:
-        """Multiply-accumulate operations for one image."""
+        """Multiply-accumulates for one image."""
         return sum(node.macs for node in self.nodes)
 
     @cached_property
     def params(self) -> int:
-        """Weights and biases, BN scales and shifts."""
+        """Weights, biases, BN scales and BN shifts."""
         return sum(node.params for node in self.nodes)
 
     @cached_property
     def endings(self) -> tuple[tuple[int, ...], ...]:
-        """Of each node, the values that nobody reads after it. Outputs never end."""
-        last = {
-            value: position for position, node in enumerate(self.nodes) for value in node.inputs
-        }
-        ending: list[list[int]] = [[] for _ in self.nodes]
-        for value, position in last.items():
+        """For each node, the values that are read for the last time there. Outputs stay
+        alive, so they are never listed.
+        """
+        last_read: dict[int, int] = {}
+        for position, node in enumerate(self.nodes):
+            for value in node.inputs:
+                last_read[value] = position
+
+        endings: list[list[int]] = [[] for _ in self.nodes]
+        for value, position in last_read.items():
             if value not in self.outputs:
-                ending[position].append(value)
-        return tuple(map(tuple, ending))
+                endings[position].append(value)
+        return tuple(map(tuple, endings))
 
     def live_numbers(self, *, keep_input: bool = False) -> Iterator[int]:
-        """How many numbers of feature maps are alive while each node runs: what it
-        reads, what it writes, what is read later.
+        """How many numbers in feature maps are alive while each node runs: those it
+        reads, those it writes, and those that are read later.
 
-        A runtime goes node by node and gives a map's memory back after its last use;
-        activations, BN, sums and the scaling by a gate work in place. One that fuses
-        nodes, or never reuses buffers, needs less or more. ``keep_input``: somebody
-        else reads the block's input afterwards.
+        The model is a runtime that runs node by node and frees each map after its last
+        use. Activations, BN, sums and scaling by a gate work in place. A runtime that
+        fuses nodes needs less; one that never reuses buffers needs more. Set
+        ``keep_input`` if another block reads this block's input later.
         """
-        sizes = {
-            INPUT: self.in_ch * self.size**2,
-            **{i + 1: node.written for i, node in enumerate(self.nodes)},
-        }
+        # Value 0 is the input, value i + 1 the result of node i.
+        sizes = [self.in_ch * self.size**2, *(node.written for node in self.nodes)]
         alive = {INPUT}
         for position, node in enumerate(self.nodes):
-            ending = set(self.endings[position]) - ({INPUT} if keep_input else set())
+            ending = set(self.endings[position])
+            if keep_input:
+                ending.discard(INPUT)
+            live = sum(sizes[value] for value in alive)
+            # Overwriting a map is safe only if no later node reads it.
             in_place = node.kind in IN_PLACE and node.inputs[0] in ending
-            yield sum(sizes[value] for value in alive) + (0 if in_place else node.written)
+            if not in_place:
+                live += node.written
+            yield live
             alive = (alive - ending) | {position + 1}
 
 
 @dataclass
 class ProgramWriter:
     """Writes a program: every method adds a node and returns its value. Shapes follow
-    from what is read.
+    from the values that a node reads.
 
     Example:
         >>> write = ProgramWriter(16, 32)
@@ -209,11 +222,15 @@ class ProgramWriter:
 
     def channels_of(self, value: int) -> int:
         """Channels of a value."""
-        return self.in_ch if value == INPUT else self.nodes[value - 1].out_ch
+        if value == INPUT:
+            return self.in_ch
+        return self.nodes[value - 1].out_ch
 
     def size_of(self, value: int) -> int:
         """Height = width of a value."""
-        return self.size if value == INPUT else self.nodes[value - 1].out_size
+        if value == INPUT:
+            return self.size
+        return self.nodes[value - 1].out_size
 
     def conv(
         self,
@@ -229,8 +246,8 @@ class ProgramWriter:
         bias: bool = False,
         act: str = "none",
     ) -> int:
-        """A convolution with BN, or with a bias (``norm = False, bias = True``), or
-        with neither.
+        """A convolution with BN, with a bias (``norm=False, bias=True``), or with
+        neither.
         """
         return self._layer(
             name,
@@ -257,7 +274,7 @@ class ProgramWriter:
         norm: bool = True,
         act: str = "none",
     ) -> int:
-        """A convolution of every channel alone, with BN or with neither BN nor bias."""
+        """A depthwise convolution, with BN or with neither BN nor bias."""
         channels = self.channels_of(value)
         return self.conv(
             name,
@@ -285,7 +302,7 @@ class ProgramWriter:
         stride: int,
         norm: bool = False,
     ) -> int:
-        """k x k pooling, with a BN without scale and shift behind it where ``norm`` says so."""
+        """k x k pooling. ``norm`` adds a BN without scale and shift after it."""
         return self._layer(
             name, kind, value, self.channels_of(value), kernel=kernel, stride=stride, norm=norm
         )
@@ -295,15 +312,17 @@ class ProgramWriter:
         return self._layer(name, "norm", value, self.channels_of(value), norm=True, act=act)
 
     def act(self, value: int, act: str) -> int:
-        """An activation; the value itself where it is ``none``."""
-        return value if act == "none" else self._plain("act", (value,), act=act)
+        """An activation; ``value`` itself if ``act`` is ``none``."""
+        if act == "none":
+            return value
+        return self._plain("act", (value,), act=act)
 
     def mean(self, value: int) -> int:
         """Global average pooling."""
         return self._plain("mean", (value,))
 
     def add(self, value: int, other: int) -> int:
-        """Two maps added up."""
+        """The sum of two maps."""
         return self._plain("add", (value, other))
 
     def mul(self, value: int, gate: int) -> int:
@@ -311,19 +330,21 @@ class ProgramWriter:
         return self._plain("mul", (value, gate))
 
     def concat(self, values: Sequence[int]) -> int:
-        """Channels one after another."""
+        """The channels of several maps, concatenated."""
         return self._plain("concat", tuple(values), out_ch=sum(map(self.channels_of, values)))
 
     def shuffle(self, value: int, groups: int) -> int:
-        """Channels shuffled; the value itself where there is one group."""
-        return value if groups == 1 else self._plain("shuffle", (value,), groups=groups)
+        """Channels shuffled between groups; ``value`` itself if there is one group."""
+        if groups == 1:
+            return value
+        return self._plain("shuffle", (value,), groups=groups)
 
     def crop(self, value: int) -> int:
-        """Without the first row and the first column."""
+        """The map without its first row and its first column."""
         return self._plain("crop", (value,))
 
     def along_channels(self, name: str, value: int, kernel: int, act: str) -> int:
-        """A 1-D convolution along the channels of a map of one pixel."""
+        """A 1-D convolution along the channels of a one-pixel map."""
         return self._layer(name, "channels", value, self.channels_of(value), kernel=kernel, act=act)
 
     def program(self, *outputs: int) -> Program:
@@ -331,7 +352,7 @@ class ProgramWriter:
         return Program(self.in_ch, self.size, tuple(self.nodes), outputs)
 
     def _layer(self, name: str, kind: Kind, value: int, out_ch: int, **attributes: Any) -> int:
-        """A node that reads one value; ``attributes`` are those of ``Node``."""
+        """A node that reads one value; ``attributes`` are further fields of ``Node``."""
         node = Node(
             name,
             kind,
@@ -352,24 +373,22 @@ class ProgramWriter:
         groups: int = 1,
         act: str = "none",
     ) -> int:
-        """A node without weights, named by its kind and position among its like."""
+        """A node without weights, named by its kind: ``add``, ``add2``, ..."""
         channels = self.channels_of(values[0])
         earlier = sum(node.kind == kind for node in self.nodes)
-        name = kind if not earlier else f"{kind}{earlier + 1}"
-        out = channels if out_ch is None else out_ch
-        return self._add(
-            Node(
-                name,
-                kind,
-                channels,
-                out,
-                self.size_of(values[0]),
-                groups=groups,
-                act=act,
-                inputs=values,
-            )
+        node = Node(
+            f"{kind}{earlier + 1}" if earlier else kind,
+            kind,
+            channels,
+            channels if out_ch is None else out_ch,
+            self.size_of(values[0]),
+            groups=groups,
+            act=act,
+            inputs=values,
         )
+        return self._add(node)
 
     def _add(self, node: Node) -> int:
+        """Append a node and return its value, which is its position + 1."""
         self.nodes.append(node)
         return len(self.nodes)

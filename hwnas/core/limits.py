@@ -1,7 +1,8 @@
-"""Budgets: what a search has to meet, in milliseconds, multiply-accumulates,
-parameters, bytes of weights or of activations.
+"""Budgets and limits: what a search has to meet, in milliseconds, multiply-accumulates,
+parameters, bytes of weights or bytes of activations.
 
-One type says what is aimed at, and the hard limits beside it. In an experiment's TOML file::
+The same types describe the budget that a search aims at and the hard limits beside it.
+In an experiment's TOML file::
 
     [search.budget]
     kind = "macs"
@@ -17,12 +18,12 @@ One type says what is aimed at, and the hard limits beside it. In an experiment'
     max_bytes = 500_000
     dtype = "int8"
 
-The number of ``search.budget`` is the target, which the searched network meets within
-``search.tolerance``, from above or below; a search towards latency is by the profiled
-table, or that of ``search.table``. A limit is a maximum, and always has its number.
+The number of ``search.budget`` is a target: the searched network meets it within
+``search.tolerance``, from above or below. A latency budget uses the profiled table or
+``search.table``. A limit is a maximum and always needs a number.
 
-``Limits`` compiles the limits for a space. Each limit alone is checked against what the
-space can reach; whether all can be met together is left to the finder.
+``Limits`` compiles the limits for a space. It checks each limit separately against what
+the space can reach; whether all of them can be met together shows only in the search.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ from hwnas.errors import TargetError
 
 
 def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
-    """Peak memory of feature maps while an op runs on one image, in bytes: the most
-    that ``Program.live_numbers`` says.
+    """Peak memory of the feature maps while an op runs on one image, in bytes: the
+    maximum of ``Program.live_numbers``.
 
-    This is the layer-by-layer execution of mobile runtimes; one that fuses layers, or
-    aligns and never reuses buffers, needs less or more.
+    This models the layer-by-layer execution of mobile runtimes. A runtime that fuses
+    layers needs less; one that aligns buffers or never reuses them needs more.
 
     Example:
         >>> activation_bytes(Op.parse("mbconv-h8-i16-o16-m48-k3-relu-id"), "int8")  # depthwise: 48 + 48, and 16 kept, of 8 x 8
@@ -62,15 +63,15 @@ def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
 
 
 def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:
-    """Peak memory of feature maps of a network on one image: of a chain the largest
-    ``activation_bytes`` of its ops.
+    """Peak memory of the feature maps of a network on one image, in bytes. For a chain,
+    this is the largest ``activation_bytes`` of its ops.
 
-    In a network of cells the maps that later steps read are alive beside an op; see
-    ``core.graph.live_numbers``.
+    In a network of cells, the maps that later steps read stay alive while an op runs;
+    see ``core.graph.live_numbers``.
 
-    A detector's predictors are taken to run as soon as there is a map for them, and
-    what they predict to be the output: a runtime that leaves the predictors for the end
-    keeps the tapped maps until then.
+    The predictors of a detector are assumed to run as soon as their feature map exists,
+    and their results to be the output. A runtime that runs the predictors last keeps the
+    tapped maps until then.
     """
     if arch.graph:
         image = (arch.in_channels, arch.resolution)
@@ -79,37 +80,44 @@ def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:
 
 
 class PeakOfNetworks:
-    """Peak activations of the networks of a space of cells: what is alive depends on
-    all picks, so each network is looked at.
+    """Peak activations in a space of cells.
 
-    It has the methods of a ``AdditiveCost`` that limits need.
+    Which maps are alive depends on all picks, so each network is evaluated as a whole.
+    ``largest_op`` is the peak over single ops. This class has the methods of
+    ``AdditiveCost`` that limits need.
     """
 
-    def __init__(self, space: SearchSpace, alone: AdditiveCost, dtype: Dtype) -> None:
-        self.space, self.alone, self.dtype = space, alone, dtype
+    def __init__(self, space: SearchSpace, largest_op: AdditiveCost, dtype: Dtype) -> None:
+        self.space = space
+        self.largest_op = largest_op
+        self.dtype = dtype
 
     def cost(self, picks: Mapping[str, Option]) -> float:
-        """The peak of picks, in bytes."""
+        """The peak of ``picks``, in bytes."""
         return float(peak_activation_bytes(self.space.decode(picks), self.dtype))
 
     def costs(self, index_NC: np.ndarray) -> np.ndarray:
-        """The peaks of many picks: option positions int [N, choices] -> float64 [N]."""
+        """The peaks of many networks, in bytes.
+
+        ``index_NC`` holds option positions, int [N, choices]; returns float64 [N].
+        """
         return np.array([self.cost(self.space.at(index_C)) for index_C in np.asarray(index_NC)])
 
     def range(self) -> tuple[float, float]:
-        """A lower bound of all networks: their largest op alone needs as much. And no
-        upper bound.
-        """
-        return self.alone.range()[0], np.inf
+        """A lower bound for all networks, and infinity, as no upper bound is known."""
+        # A network needs at least what its largest op needs by itself.
+        return self.largest_op.range()[0], np.inf
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A limit applied to a space. ``title`` names the value with its unit, ``field``
-    the key of the configuration.
+    """A limit applied to a space.
 
-    Of a peak, ``over`` counts the ops above the limit: fixing one of several such ops
-    lowers it, which the peak itself may not show.
+    ``title`` names the limited quantity, ``field`` the configuration key that holds the
+    maximum, ``most``.
+
+    For a peak, ``over`` counts the ops above the limit. Fixing one of several such ops
+    lowers that count, while the peak itself may not change.
     """
 
     title: str
@@ -120,26 +128,27 @@ class Compiled:
 
     @property
     def as_sum(self) -> tuple[AdditiveCost, float]:
-        """A sum and its maximum that say the same, for what needs expectations: for a
-        peak, no op is above the limit.
+        """An equivalent limit on a sum, for methods that need expectations: the sum and
+        its maximum. For a peak, it says that no op is above the limit.
         """
         if self.over is not None:
+            # The count is an integer: 0.5 separates "none" from "one or more".
             return self.over, 0.5
         assert isinstance(self.additive_cost, AdditiveCost), (
-            "what is no sum of ops says which ops are above the limit"
+            "a limit that is not a sum over ops must count the ops above it"
         )
         return self.additive_cost, self.most
 
 
 Count = Annotated[int | float, Field(union_mode="left_to_right")]
-"""A count; as a target, it may be a computed one. A whole number is always an integer,
-however it is written.
+"""A count. Whole numbers become integers, however they are written; computed targets may
+have a fraction.
 """
 
 
 class _Limit(BaseModel):
-    """``most`` is the limit, or the target of ``search.budget``; only the latter may
-    leave it open, for ``search.target_range``.
+    """A maximum, or the target of ``search.budget``. Only the latter may leave its number
+    open, for ``search.target_range``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -150,14 +159,14 @@ class _Limit(BaseModel):
     @property
     def most(self) -> float | None:
         """The number, whatever its key."""
-        found: float | None = getattr(self, self.FIELD)
-        return found
+        most: float | None = getattr(self, self.FIELD)
+        return most
 
     @abstractmethod
     def cost(
         self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
     ) -> CostModel:
-        """What is limited, of ``space``; ``table`` is for latency alone."""
+        """The cost that is limited, for ``space``. Only latency uses ``table``."""
 
     def compiled(
         self,
@@ -165,18 +174,18 @@ class _Limit(BaseModel):
         load_table: Callable[[str], LatencyTable],
         allow_uncalibrated: bool,
     ) -> Compiled:
-        """The limit for ``space``."""
-        del load_table
+        """The limit applied to ``space``."""
+        del load_table  # only latency needs a table
         return self._compiled(self.cost(space, None, allow_uncalibrated))
 
     def _compiled(self, cost: CostModel) -> Compiled:
-        assert self.most is not None  # see ``Limit``
+        assert self.most is not None  # checked by ``Limit``
         return Compiled(cost.title, self.FIELD, self.most, cost.additive_cost)
 
 
 class LatencyLimit(_Limit):
-    """Predicted latency by a table; as a limit, by one of its own, which may be another
-    device's or another runtime's.
+    """Latency predicted by a table. A limit names its own table, which may be of another
+    device or runtime than the profiled one.
     """
 
     FIELD: ClassVar[str] = "max_ms"
@@ -189,8 +198,8 @@ class LatencyLimit(_Limit):
     def cost(
         self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
     ) -> CostModel:
-        """Raises CoverageError where the table lacks ops of the space, TableError where
-        it is not calibrated.
+        """Predicted latency. Raises CoverageError if the table lacks ops of the space,
+        TableError if it is not calibrated.
         """
         assert table is not None
         return CostModel.of_table(space, table, allow_uncalibrated=allow_uncalibrated)
@@ -201,8 +210,8 @@ class LatencyLimit(_Limit):
         load_table: Callable[[str], LatencyTable],
         allow_uncalibrated: bool,
     ) -> Compiled:
-        """By the table that the limit names. Raises as ``cost`` does."""
-        assert self.table is not None  # see ``Limit``
+        """The limit by the table that it names. Raises the errors of ``cost``."""
+        assert self.table is not None  # checked by ``Limit``
         return self._compiled(self.cost(space, load_table(self.table), allow_uncalibrated))
 
 
@@ -220,7 +229,7 @@ class MacsLimit(_Limit):
     def cost(
         self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
     ) -> CostModel:
-        """Sums over ops."""
+        """The sum over ops."""
         return CostModel.of_macs(space)
 
 
@@ -236,7 +245,7 @@ class ParamsLimit(_Limit):
     def cost(
         self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
     ) -> CostModel:
-        """Sums over ops."""
+        """The sum over ops."""
         return CostModel.of_params(space)
 
 
@@ -253,7 +262,7 @@ class SizeLimit(_Limit):
     def cost(
         self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
     ) -> CostModel:
-        """Sums over ops."""
+        """The sum over ops."""
         return CostModel.of_bytes(space, self.dtype)
 
 
@@ -269,7 +278,9 @@ class ActivationLimit(_Limit):
     def cost(
         self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
     ) -> CostModel:
-        """Never: a peak is no sum, so nothing is searched towards it. See ``Budget``."""
+        """Not available: a peak is not a sum, so no search can aim at it. ``Budget``
+        rejects it.
+        """
         raise AssertionError("a peak has no cost model")
 
     def compiled(
@@ -278,31 +289,32 @@ class ActivationLimit(_Limit):
         load_table: Callable[[str], LatencyTable],
         allow_uncalibrated: bool,
     ) -> Compiled:
-        """The maximum over ops; of cells, in which several ops' maps are alive at once,
-        over the steps of each network.
+        """The maximum over ops. In a space of cells, where maps of several ops are alive
+        at once, the maximum over the steps of each network.
         """
-        assert self.max_bytes is not None  # see ``Limit``
-        most, price = self.max_bytes, partial(activation_bytes, dtype=self.dtype)
-        over = AdditiveCost.of_ops(space, lambda op: float(price(op) > most))
-        alone = AdditiveCost.of_ops(space, price, reduce="max")
-        peak = alone if space.CHAIN else PeakOfNetworks(space, alone, self.dtype)
+        assert self.max_bytes is not None  # checked by ``Limit``
+        most = self.max_bytes
+        op_bytes = partial(activation_bytes, dtype=self.dtype)
+        over = AdditiveCost.of_ops(space, lambda op: float(op_bytes(op) > most))
+        largest_op = AdditiveCost.of_ops(space, op_bytes, reduce="max")
+        peak = largest_op if space.CHAIN else PeakOfNetworks(space, largest_op, self.dtype)
         return Compiled(f"activation_bytes in {self.dtype}", self.FIELD, most, peak, over)
 
 
-def _with_number(limit: AnyBudget) -> AnyBudget:
-    """A limit with all that only a budget may leave open."""
+def _check_limit(limit: AnyBudget) -> AnyBudget:
+    """Raise ValueError if a limit lacks what only a budget may leave open."""
     if limit.most is None:
         raise ValueError(f"{limit.FIELD} is missing: a limit needs its number")
     if isinstance(limit, LatencyLimit) and limit.table is None:
-        raise ValueError("table is missing: a limit of latency is by a table of its own")
+        raise ValueError("table is missing: a latency limit needs a table of its own")
     return limit
 
 
-def _to_aim_at(budget: AnyBudget) -> AnyBudget:
-    """A budget that a search can aim at."""
+def _check_budget(budget: AnyBudget) -> AnyBudget:
+    """Raise ValueError if a search cannot aim at ``budget``."""
     if isinstance(budget, ActivationLimit):
         raise ValueError(
-            "kind = 'activation_bytes' is a peak and no sum over blocks, so a search cannot aim at"
+            "kind = 'activation_bytes' is a peak, not a sum over blocks, so a search cannot aim at"
             " it; put it under search.limits, and choose another kind of budget"
         )
     if isinstance(budget, LatencyLimit) and budget.table is not None:
@@ -311,16 +323,18 @@ def _to_aim_at(budget: AnyBudget) -> AnyBudget:
 
 
 AnyBudget = LatencyLimit | MacsLimit | ParamsLimit | SizeLimit | ActivationLimit
-Limit = Annotated[AnyBudget, Field(discriminator="kind"), AfterValidator(_with_number)]
+Limit = Annotated[AnyBudget, Field(discriminator="kind"), AfterValidator(_check_limit)]
 """One entry of ``search.limits``."""
-Budget = Annotated[AnyBudget, Field(discriminator="kind"), AfterValidator(_to_aim_at)]
+Budget = Annotated[AnyBudget, Field(discriminator="kind"), AfterValidator(_check_budget)]
 """``search.budget``."""
 
 
 class Limits:
-    """Hard limits of a space, compiled. ``load_table`` reads the table that a latency limit names.
+    """The hard limits of a search, compiled for a space. ``load_table`` reads the table
+    that a latency limit names.
 
-    Raises CoverageError or TableError where a table cannot price every architecture of the space.
+    Raises CoverageError or TableError if a table does not cover every architecture of
+    the space.
 
     Example:
         >>> from hwnas.core.spaces import mobile32
@@ -343,7 +357,7 @@ class Limits:
         )
 
     def also(self, *more: Compiled) -> Limits:
-        """These limits and ``more``, such as one that a method sets on a count of its own."""
+        """These limits and ``more``, such as a limit that a search method adds itself."""
         extended = copy(self)
         extended.compiled = (*self.compiled, *more)
         return extended
@@ -351,58 +365,70 @@ class Limits:
     @property
     def most(self) -> np.ndarray:
         """The maxima: float64 [limits]."""
-        return np.array([each.most for each in self.compiled])
+        return np.array([limit.most for limit in self.compiled])
 
     def values(self, index_NC: np.ndarray) -> np.ndarray:
-        """What is limited, of many picks: option positions int [N, choices] -> float64
+        """The limited quantities of many architectures.
+
+        ``index_NC`` holds option positions, int [N, choices]; returns float64
         [N, limits].
         """
-        columns = [each.additive_cost.costs(index_NC) for each in self.compiled]
-        return np.stack(columns, axis=1) if columns else np.zeros((len(index_NC), 0))
+        columns = [limit.additive_cost.costs(index_NC) for limit in self.compiled]
+        return _stacked(columns, len(index_NC))
 
     def excess(self, index_NC: np.ndarray) -> np.ndarray:
-        """By which part each limit is exceeded, float64 [N, limits]: value / maximum -
-        1, at most 0 where it is met.
+        """How far each limit is exceeded, relative to it: value / maximum - 1, so at most
+        0 if the limit is met. float64 [N, limits].
         """
-        parts: np.ndarray = self.values(index_NC) / self.most - 1
-        return parts
+        excess: np.ndarray = self.values(index_NC) / self.most - 1
+        return excess
 
     def overruns(self, index_NC: np.ndarray) -> np.ndarray:
-        """As ``excess``, but of ``Compiled.as_sum``: of peaks, the ops above the limit.
-        For searching by small changes. [N, limits].
+        """Like ``excess``, but for ``Compiled.as_sum``, which counts the ops above a
+        peak's limit. Local search follows these. float64 [N, limits].
         """
-        sums = [each.as_sum for each in self.compiled]
-        columns = [
-            (additive_cost.costs(index_NC) - most) / (most if most > 0 else 1.0)
-            for additive_cost, most in sums
-        ]
-        return np.stack(columns, axis=1) if columns else np.zeros((len(index_NC), 0))
+        columns = []
+        for limit in self.compiled:
+            additive_cost, most = limit.as_sum
+            # A maximum of 0 gives no scale to measure the overrun by.
+            scale = most if most > 0 else 1.0
+            columns.append((additive_cost.costs(index_NC) - most) / scale)
+        return _stacked(columns, len(index_NC))
 
     def feasible(self, index_NC: np.ndarray) -> np.ndarray:
-        """Which picks meet all limits: bool [N]."""
+        """Whether each architecture meets all limits: bool [N]."""
         return np.asarray((self.values(index_NC) <= self.most).all(axis=1))
 
     def describe(self, picks: Mapping[str, Option]) -> dict[str, float]:
-        """What is limited, of picks, by name: ``{"macs": 2.1e7, "latency_ms on
+        """The limited quantities of ``picks`` by name: ``{"macs": 2.1e7, "latency_ms on
         board/litert-int8-1t": 11.9}``.
         """
-        return {each.title: each.additive_cost.cost(picks) for each in self.compiled}
+        return {limit.title: limit.additive_cost.cost(picks) for limit in self.compiled}
 
     def check(self) -> None:
-        """Raise TargetError, printing the reachable range, where no architecture meets
-        one of the limits, taken alone.
+        """Raise TargetError, with the reachable range, if any single limit cannot be met
+        by any architecture.
         """
-        for i, each in enumerate(self.compiled):
-            low, high = each.additive_cost.range()
-            if low > each.most:
+        for i, limit in enumerate(self.compiled):
+            low, high = limit.additive_cost.range()
+            if low > limit.most:
                 raise TargetError(
-                    f"limit {each.title} <= {_shown(each.most)} is out of reach of space"
+                    f"limit {limit.title} <= {_shown(limit.most)} is out of reach of space"
                     f" {self.space.name}: its architectures have {_shown(low)} to {_shown(high)};"
-                    f" raise search.limits[{i}].{each.field} into that range, or search a smaller"
+                    f" raise search.limits[{i}].{limit.field} into that range, or search a smaller"
                     " space."
                 )
 
 
+def _stacked(columns: list[np.ndarray], rows: int) -> np.ndarray:
+    """Columns [rows] side by side: [rows, columns]. Without columns, numpy could not tell
+    the number of rows.
+    """
+    return np.stack(columns, axis=1) if columns else np.zeros((rows, 0))
+
+
 def _shown(value: float) -> str:
-    """Counts in full, so that the printed bound can be set as it is; times with six digits."""
+    """Counts in full, so that the printed bound can be used as a limit; other values with
+    six digits.
+    """
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.6g}"

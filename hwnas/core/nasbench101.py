@@ -1,23 +1,25 @@
-"""NAS-Bench-101 as a space (Ying, Klein, Real, Christiansen, Murphy, Hutter, ICML 2019,
-arXiv 1902.09635; google-research/nasbench).
+"""NAS-Bench-101 as a search space (Ying, Klein, Real, Christiansen, Murphy, Hutter,
+ICML 2019, arXiv 1902.09635; google-research/nasbench).
 
-A cell is a graph of up to seven vertices, the first its input and the last its output,
-with at most nine edges; every vertex between is one of three ops. Of these 3^5 * 2^21
-picks, 423,624 cells are different and connected, and all are trained on CIFAR-10.
+A cell is a directed acyclic graph of up to seven vertices and nine edges. The first
+vertex is the input, the last one the output, and every vertex in between has one of
+three ops. The 3^5 * 2^21 picks contain 423,624 distinct connected cells; the benchmark
+has trained all of them on CIFAR-10.
 
-- What is not on a way from the input to the output is pruned.
-- The output is the vertices that lead to it, one after another; its channels are
-  divided among them, and the first vertices get one more where they do not divide. A
-  vertex inside has as many channels as the widest that it leads to; wider maps are cut
-  to the reader's channels. Maps that meet in a vertex are added up.
-- The input is projected (1 x 1 convolution, BN, ReLU) on every edge that leaves it; the
-  projection on an edge to the output is added.
+- Vertices that are not on a path from the input to the output are pruned.
+- The output is the concatenation of the vertices that lead to it. Its channels are
+  divided evenly among them; the first vertices get one more channel if there is a
+  remainder. Any other vertex has as many channels as the widest vertex that it leads
+  to, and is truncated for narrower ones. Inputs of a vertex are added up.
+- The input is projected (1 x 1 convolution, BN, ReLU) on every edge that leaves it. The
+  projection on an edge to the output is added to the concatenation.
 
-The network: a 3 x 3 stem of 128 channels, three stacks of three cells, 2 x 2
-max-pooling and twice the channels between stacks, pooling, classifier.
+The network has a 3 x 3 stem of 128 channels and three stacks of three cells, then
+pooling and a classifier. Between stacks, 2 x 2 max-pooling halves the map and the
+channels double.
 
-Widths depend on the whole cell, so prices are no sums over choices, and there is no
-super-net of this space yet: ``terms`` says so.
+Widths depend on the whole cell, so the cost of a network is not a sum over choices:
+``terms`` raises SpaceError. There is no super-net of this space yet.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import combinations
 from typing import Literal, Self
@@ -41,19 +44,23 @@ from hwnas.errors import SpaceError
 
 CONV3, CONV1, POOL3 = "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3"
 OPS = (CONV3, CONV1, POOL3)
-"""Options of a vertex, named and ordered as in the benchmark."""
-VERTICES, EDGES = 7, 9
+"""The options of a vertex, named and ordered as in the benchmark."""
+VERTICES = 7
+EDGES = 9
+"""The most edges that a cell may have."""
 CELLS = 423_624
-"""Different cells, as published."""
+"""Number of distinct cells, as published."""
 
 
 class NASBench101Space(SearchSpace):
-    """The cells of NAS-Bench-101 in a network of ``stacks`` times ``cells``.
+    """Networks of ``stacks`` stacks of ``cells`` NAS-Bench-101 cells. ``channels`` is
+    the width of the first stack.
 
     Example:
         >>> space = NASBench101Space(name="nasbench101", resolution=32, classes=10)
-        >>> cell = {"matrix": [[0, 1, 0], [0, 0, 1], [0, 0, 0]], "ops": ["input", "conv3x3-bn-relu", "output"]}
-        >>> space.decode(space.read(json.dumps(cell))).params
+        >>> matrix = [[0, 1, 0], [0, 0, 1], [0, 0, 0]]
+        >>> ops = ["input", "conv3x3-bn-relu", "output"]
+        >>> space.decode(space.read(json.dumps({"matrix": matrix, "ops": ops}))).params
         10177674
     """
 
@@ -67,41 +74,43 @@ class NASBench101Space(SearchSpace):
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """The op of every vertex between input and output, then the edges by their ends."""
-        vertices = tuple(
-            Choice(_vertex_key(vertex), OPS, "op") for vertex in range(1, VERTICES - 1)
-        )
+        """The op of every vertex between input and output, then whether each edge
+        exists (0 or 1), ordered by source and target.
+        """
+        vertices = range(1, VERTICES - 1)
+        edges = combinations(range(VERTICES), 2)
         return (
-            *vertices,
-            *(
-                Choice(_link_key(*ends), (0, 1), "inputs")
-                for ends in combinations(range(VERTICES), 2)
-            ),
+            *(Choice(_vertex_key(vertex), OPS, "op") for vertex in vertices),
+            *(Choice(_link_key(*edge), (0, 1), "inputs") for edge in edges),
         )
 
     def terms(self) -> tuple[Term, ...]:
-        """Raises SpaceError: see the module."""
+        """Raises SpaceError: the cost is not a sum over choices; see the module."""
         raise SpaceError(
-            f"in space {self.name} a vertex's width depends on the whole cell, so nothing is priced"
-            " by choice: decode the cells that you mean, and train or count those."
+            f"in space {self.name} the width of a vertex depends on the whole cell, so single"
+            " choices have no cost: decode the cells of interest, and train or count those."
         )
 
     def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
-        """The network of ``picks``. Raises SpaceError where the cell has too many
-        edges, or none of its ways leads to the output.
+        """The network of ``picks``. Raises SpaceError if the cell has too many edges,
+        or no path from its input to its output.
         """
         self.check(picks)
         matrix_VV, ops = self._cell(picks)
         builder = GraphBuilder()
-        size, channels, into = self.resolution, self.channels, self.channels
+        size = self.resolution
+        channels = self.channels
+        in_channels = channels
         point = builder.op(Conv(size, self.in_channels, channels, kernel=3, act="relu"), 0)
         for stack in range(self.stacks):
             if stack:
                 point = builder.op(MaxPool(size, channels, channels, kernel=2, stride=2), point)
-                size, channels = size // 2, 2 * channels
+                size //= 2
+                channels *= 2
             for _ in range(self.cells):
-                point = _add_cell(builder, point, matrix_VV, ops, into, channels, size)
-                into = channels
+                widths = vertex_channels(in_channels, channels, matrix_VV)
+                point = _add_cell(builder, point, _Cell(matrix_VV, ops, widths, size))
+                in_channels = channels
         builder.op(Classifier(size, channels, self.classes), point)
         return Architecture(
             name=name or f"{self.name}-sample",
@@ -113,10 +122,13 @@ class NASBench101Space(SearchSpace):
         )
 
     def encode(self, arch: Architecture) -> Picks:
-        """Picks of ``arch``, from its origin, which has to be this space."""
+        """Picks that decode to ``arch``: those of its origin. Raises SpaceError unless
+        the origin is this space.
+        """
         if arch.origin is None or arch.origin.space_sha256 != self.sha256:
             raise SpaceError(
-                f"architecture {arch.name!r} does not come from space {self.name}: name its picks."
+                f"architecture {arch.name!r} has no origin in space {self.name}: give its picks"
+                " instead."
             )
         if self.decode(arch.origin.picks).identity != arch.identity:
             raise SpaceError(
@@ -126,75 +138,74 @@ class NASBench101Space(SearchSpace):
         return dict(arch.origin.picks)
 
     def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
-        """Raises SpaceError: the benchmark's cells have no options to leave out one by one."""
+        """Raises SpaceError: the space is the published benchmark, which is fixed."""
         raise SpaceError(
-            f"space {self.name} cannot be restricted to {dict(allowed)}: it is NAS-Bench-101 as"
-            " it is."
+            f"space {self.name} cannot be restricted to {dict(allowed)}: the cells of"
+            " NAS-Bench-101 are fixed."
         )
 
     def sample(self, rng: np.random.Generator) -> Picks:
-        """Uniform random picks among those that are cells."""
+        """Draw picks uniformly at random from those that are cells."""
+        # rejection sampling keeps the distribution uniform
         while True:
             picks = super().sample(rng)
             if self.is_cell(picks):
                 return picks
 
     def is_cell(self, picks: Mapping[str, Option]) -> bool:
-        """Whether picks are a cell: at most nine edges, and a way from the input to the output."""
-        matrix_VV, _ = self._drawn(picks)
-        return int(matrix_VV.sum()) <= EDGES and pruned(matrix_VV) is not None
+        """Whether picks form a cell: at most nine edges, and a path from the input to
+        the output.
+        """
+        matrix_VV, _ = self._full_graph(picks)
+        few_enough = int(matrix_VV.sum()) <= EDGES
+        return few_enough and pruned(matrix_VV) is not None
 
     @property
     def notation(self) -> str:
-        """See ``read``."""
+        """The pattern of a cell; see ``read``."""
         return '{"matrix": [[0, 1], [0, 0]], "ops": ["input", "output"]}'
 
     def read(self, text: str) -> Picks:
-        """A cell in the benchmark's terms, as JSON: ``{"matrix": [[0, 1], [0, 0]],
-        "ops": ["input", "output"]}``, of up to 7 vertices.
+        """Parse a cell of up to 7 vertices in the benchmark's terms, as JSON:
+        ``{"matrix": [[0, 1], [0, 0]], "ops": ["input", "output"]}``.
 
-        Or picks or positions, as in every space. Raises SpaceError where they make no cell.
+        Picks and positions are accepted as in every space. Raises SpaceError if
+        ``text`` is none of these, or if the cell is not valid.
         """
         if "matrix" not in text:
             given = super().read(text)
-            self._cell(given)
+            self._cell(given)  # raises if it is not a cell
             return given
+
         try:
             content = json.loads(text)
-            matrix_VV, ops = np.array(content["matrix"], dtype=np.int64), list(content["ops"])
+            matrix_VV = np.array(content["matrix"], dtype=np.int64)
+            ops = list(content["ops"])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise SpaceError(
-                f"{truncate(text)} is no cell of space {self.name}: give matrix and ops as a JSON"
-                " object."
+                f"{truncate(text)} is not a cell of space {self.name}: give matrix and ops as a"
+                " JSON object."
             ) from error
-        count = len(ops)
-        fits = (
-            matrix_VV.shape == (count, count)
-            and 2 <= count <= VERTICES
-            and not np.tril(matrix_VV).any()
-        )
-        if (
-            not fits
-            or not set(matrix_VV.ravel().tolist()) <= {0, 1}
-            or not set(ops[1:-1]) <= set(OPS)
-        ):
+        if not _is_matrix(matrix_VV, len(ops)) or not set(ops[1:-1]) <= set(OPS):
             raise SpaceError(
-                f"{truncate(text)} is no cell of space {self.name}: the matrix has 0 and 1 above"
-                f" its diagonal, a row for each of 2 to {VERTICES} vertices, and the ops between"
-                f" input and output are {', '.join(OPS)}."
+                f"{truncate(text)} is not a cell of space {self.name}: the matrix has 0 and 1"
+                f" above its diagonal and one row for each of 2 to {VERTICES} vertices, and the"
+                f" ops between input and output are among {', '.join(OPS)}."
             )
-        place = [*range(count - 1), VERTICES - 1]  # the output is always the last
+
+        # a smaller cell leaves out inner vertices: its output is still the last vertex
+        vertex_of = [*range(len(ops) - 1), VERTICES - 1]
         picks: Picks = {choice.key: choice.options[0] for choice in self.choices}
-        picks |= {_vertex_key(vertex): str(op) for vertex, op in enumerate(ops[1:-1], 1)}
-        picks |= {
-            _link_key(place[source], place[vertex]): 1 for source, vertex in np.argwhere(matrix_VV)
-        }
+        for row, op in enumerate(ops[1:-1], 1):
+            picks[_vertex_key(row)] = str(op)
+        for source, target in np.argwhere(matrix_VV):
+            picks[_link_key(vertex_of[source], vertex_of[target])] = 1
         self._cell(picks)
         return picks
 
     def write(self, picks: Mapping[str, Option]) -> str:
-        """The reverse of ``read``, without the vertices that no way from the input to
-        the output leads over.
+        """Format the pruned cell as JSON: the inverse of ``read``. Raises SpaceError if
+        picks are not a cell.
         """
         self.check(picks)
         matrix_VV, ops = self._cell(picks)
@@ -202,47 +213,51 @@ class NASBench101Space(SearchSpace):
 
     @property
     def architectures(self) -> int:
-        """Cells that differ by ``fingerprint``, as published. Most picks are no cell,
-        or one of these in another order.
+        """Number of cells with distinct ``fingerprint``, as published. Most picks are
+        not a cell, or the same cell with its vertices in a different order.
         """
         return CELLS
 
     def fingerprint(self, picks: Mapping[str, Option]) -> str:
-        """Equal for cells that are the same but for the order of their vertices: the
-        benchmark's hash of the pruned graph (MD5).
+        """The benchmark's hash of the pruned graph (MD5). Equal for isomorphic cells.
+        Raises SpaceError if picks are not a cell.
         """
         matrix_VV, ops = self._cell(picks)
+        # -1 and -2 are the benchmark's labels of input and output
         return graph_hash(matrix_VV, [-1, *(OPS.index(op) for op in ops[1:-1]), -2])
 
-    def _drawn(self, picks: Mapping[str, Option]) -> tuple[np.ndarray, list[str]]:
-        """Adjacency matrix int64 [7, 7], and the ops of all vertices, as they are picked."""
+    def _full_graph(self, picks: Mapping[str, Option]) -> tuple[np.ndarray, list[str]]:
+        """The adjacency matrix (int64 [7, 7]) and the ops of all vertices, before
+        pruning.
+        """
         matrix_VV = np.zeros((VERTICES, VERTICES), dtype=np.int64)
-        for source, vertex in combinations(range(VERTICES), 2):
-            matrix_VV[source, vertex] = int(picks[_link_key(source, vertex)])
-        return matrix_VV, [
-            "input",
-            *(str(picks[_vertex_key(vertex)]) for vertex in range(1, VERTICES - 1)),
-            "output",
-        ]
+        for source, target in combinations(range(VERTICES), 2):
+            matrix_VV[source, target] = int(picks[_link_key(source, target)])
+        inner = [str(picks[_vertex_key(vertex)]) for vertex in range(1, VERTICES - 1)]
+        return matrix_VV, ["input", *inner, "output"]
 
     def _cell(self, picks: Mapping[str, Option]) -> tuple[np.ndarray, list[str]]:
-        """The pruned cell. Raises SpaceError where it is none."""
-        matrix_VV, ops = self._drawn(picks)
-        edges, kept = int(matrix_VV.sum()), pruned(matrix_VV)
+        """The adjacency matrix and the ops of the pruned cell. Raises SpaceError if
+        picks are not a cell.
+        """
+        matrix_VV, ops = self._full_graph(picks)
+        # counted before pruning: the limit is on the edges that are picked
+        edges = int(matrix_VV.sum())
         if edges > EDGES:
             raise SpaceError(
                 f"a cell of space {self.name} has at most {EDGES} edges, and these picks have"
                 f" {edges}: pick fewer."
             )
+        kept = pruned(matrix_VV)
         if kept is None:
             raise SpaceError(
-                "no way of these picks leads from the input to the output of a cell of space"
+                "these picks have no path from the input to the output of a cell of space"
                 f" {self.name}: pick more edges."
             )
         return matrix_VV[np.ix_(kept, kept)], [ops[vertex] for vertex in kept]
 
 
-@cache  # samples are drawn by the thousand
+@cache  # called very often when cells are sampled
 def _vertex_key(vertex: int) -> str:
     return Address("vertex", node=vertex).key
 
@@ -252,107 +267,137 @@ def _link_key(source: int, vertex: int) -> str:
     return Address("link", source=source, node=vertex).key
 
 
+def _is_matrix(matrix_VV: np.ndarray, vertices: int) -> bool:
+    """Whether an array is the adjacency matrix of a cell with that many vertices."""
+    return (
+        2 <= vertices <= VERTICES
+        and matrix_VV.shape == (vertices, vertices)
+        and not np.tril(matrix_VV).any()
+        and set(matrix_VV.ravel().tolist()) <= {0, 1}
+    )
+
+
 def pruned(matrix_VV: np.ndarray) -> list[int] | None:
-    """The vertices on ways from the first to the last; None where there is no way.
+    """The vertices on paths from the first vertex to the last; None if there is no
+    path. Edges lead from lower to higher numbers.
 
     Example:
         >>> pruned(np.array([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]))
         [0, 3]
     """
     last = len(matrix_VV) - 1
-    forward, backward = {0}, {last}
+    from_input = {0}
+    to_output = {last}
+    # vertices are in topological order, so one pass in each direction is enough
     for vertex in range(last + 1):
-        forward |= (
-            {int(target) for target in np.flatnonzero(matrix_VV[vertex])}
-            if vertex in forward
-            else set()
-        )
+        if vertex in from_input:
+            from_input.update(np.flatnonzero(matrix_VV[vertex]).tolist())
     for vertex in reversed(range(last + 1)):
-        backward |= (
-            {int(source) for source in np.flatnonzero(matrix_VV[:, vertex])}
-            if vertex in backward
-            else set()
-        )
-    return sorted(forward & backward) if last in forward else None
+        if vertex in to_output:
+            to_output.update(np.flatnonzero(matrix_VV[:, vertex]).tolist())
+    if last not in from_input:
+        return None
+    return sorted(from_input & to_output)
 
 
-def vertex_channels(into: int, out: int, matrix_VV: np.ndarray) -> list[int]:
-    """Channels of every vertex of a pruned cell between two widths; see the module."""
+def vertex_channels(in_channels: int, out_channels: int, matrix_VV: np.ndarray) -> list[int]:
+    """The channels of every vertex of a pruned cell with these input and output widths;
+    see the module for the rule.
+    """
     last = len(matrix_VV) - 1
-    found = [into, *[0] * (last - 1), out]
-    leading = [vertex for vertex in range(1, last) if matrix_VV[vertex, last]]
-    for position, vertex in enumerate(leading):
-        found[vertex] = out // len(leading) + (position < out % len(leading))
+    widths = [in_channels, *[0] * (last - 1), out_channels]
+
+    # vertices that lead to the output share its channels: it concatenates them
+    concatenated = [vertex for vertex in range(1, last) if matrix_VV[vertex, last]]
+    for position, vertex in enumerate(concatenated):
+        share, remainder = divmod(out_channels, len(concatenated))
+        widths[vertex] = share + (position < remainder)
+
+    # backwards: the widths of the targets have to be known
     for vertex in reversed(range(1, last)):
         if not matrix_VV[vertex, last]:
-            found[vertex] = max(
-                found[target] for target in range(vertex + 1, last) if matrix_VV[vertex, target]
-            )
-    return found
+            targets = np.flatnonzero(matrix_VV[vertex])
+            widths[vertex] = max(widths[target] for target in targets)
+    return widths
 
 
 def graph_hash(matrix_VV: np.ndarray, labels: Sequence[int]) -> str:
-    """The benchmark's hash of a labelled graph, the same for isomorphic ones: as many
-    rounds of hashing neighbours as vertices.
+    """The benchmark's hash of a labelled graph, equal for isomorphic graphs.
+
+    Every vertex starts with a hash of its degrees and its label. There are as many
+    rounds as vertices; each of them hashes a vertex together with its neighbours.
     """
     count = len(labels)
-    degrees = zip(
-        matrix_VV.sum(axis=1).tolist(), matrix_VV.sum(axis=0).tolist(), labels, strict=True
-    )
-    hashes = [_md5(str(each)) for each in degrees]
+    out_degrees = matrix_VV.sum(axis=1).tolist()
+    in_degrees = matrix_VV.sum(axis=0).tolist()
+    # hashes of the tuples' text, as in the benchmark: the spelling matters
+    hashes = [_md5(str(vertex)) for vertex in zip(out_degrees, in_degrees, labels, strict=True)]
+
+    sources = [np.flatnonzero(matrix_VV[:, vertex]) for vertex in range(count)]
+    targets = [np.flatnonzero(matrix_VV[vertex]) for vertex in range(count)]
     for _ in range(count):
-        before = [
-            sorted(hashes[source] for source in range(count) if matrix_VV[source, vertex])
-            for vertex in range(count)
-        ]
-        after = [
-            sorted(hashes[target] for target in range(count) if matrix_VV[vertex, target])
-            for vertex in range(count)
-        ]
-        parts = zip(before, after, hashes, strict=True)
-        hashes = [_md5("".join(ins) + "|" + "".join(outs) + "|" + own) for ins, outs, own in parts]
+        updated = []
+        for vertex in range(count):
+            before = "".join(sorted(hashes[source] for source in sources[vertex]))
+            after = "".join(sorted(hashes[target] for target in targets[vertex]))
+            updated.append(_md5(f"{before}|{after}|{hashes[vertex]}"))
+        hashes = updated
     return _md5(str(sorted(hashes)))
 
 
 def _md5(text: str) -> str:
+    # not for security: Python builds that forbid MD5 for that still allow it here
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 
-def _add_cell(
-    builder: GraphBuilder,
-    entry: int,
-    matrix_VV: np.ndarray,
-    ops: Sequence[str],
-    into: int,
-    out: int,
-    size: int,
-) -> int:
-    """A cell behind a point; its output's point."""
-    last, widths = len(ops) - 1, vertex_channels(into, out, matrix_VV)
+@dataclass(frozen=True)
+class _Cell:
+    """A pruned cell at one place of a network: the ``widths`` of its vertices in
+    channels, and the height = width ``size`` of its maps.
+    """
+
+    matrix_VV: np.ndarray
+    ops: Sequence[str]
+    widths: Sequence[int]
+    size: int
+
+
+def _add_cell(builder: GraphBuilder, entry: int, cell: _Cell) -> int:
+    """Add a cell whose input is the point ``entry``. Returns its output point."""
+    matrix_VV, widths = cell.matrix_VV, cell.widths
+    last = len(cell.ops) - 1
     points = [entry]
-
-    def projected(vertex: int) -> list[int]:
-        if not matrix_VV[0, vertex]:
-            return []
-        return [builder.op(Conv(size, into, widths[vertex], act="relu"), entry)]
-
     for vertex in range(1, last):
-        sources = [source for source in range(1, vertex) if matrix_VV[source, vertex]]
-        narrowed = [
-            points[s] if widths[s] == widths[vertex] else builder.cut(points[s], widths[vertex])
-            for s in sources
-        ]
-        points.append(
-            builder.op(
-                _vertex_op(ops[vertex], widths[vertex], size),
-                builder.sum([*narrowed, *projected(vertex)]),
-            )
-        )
-    leading = [points[vertex] for vertex in range(1, last) if matrix_VV[vertex, last]]
-    return builder.sum([*([builder.concat(leading)] if leading else []), *projected(last)])
+        inputs = []
+        for source in range(1, vertex):
+            if not matrix_VV[source, vertex]:
+                continue
+            # widths never grow from a vertex to its targets, so a cut is enough
+            if widths[source] == widths[vertex]:
+                inputs.append(points[source])
+            else:
+                inputs.append(builder.cut(points[source], widths[vertex]))
+        if matrix_VV[0, vertex]:
+            inputs.append(_add_projection(builder, entry, cell, vertex))
+        point = builder.sum(inputs)
+        points.append(builder.op(_vertex_op(cell.ops[vertex], widths[vertex], cell.size), point))
+
+    outputs = []
+    concatenated = [points[vertex] for vertex in range(1, last) if matrix_VV[vertex, last]]
+    if concatenated:
+        outputs.append(builder.concat(concatenated))
+    if matrix_VV[0, last]:
+        outputs.append(_add_projection(builder, entry, cell, last))
+    return builder.sum(outputs)
+
+
+def _add_projection(builder: GraphBuilder, entry: int, cell: _Cell, vertex: int) -> int:
+    """Add the projection of the input of a cell to the width of a vertex."""
+    return builder.op(Conv(cell.size, cell.widths[0], cell.widths[vertex], act="relu"), entry)
 
 
 def _vertex_op(op: str, channels: int, size: int) -> Op:
     if op == POOL3:
         return MaxPool(size, channels, channels, kernel=3)
-    return Conv(size, channels, channels, kernel=3 if op == CONV3 else 1, act="relu")
+    kernel = 3 if op == CONV3 else 1
+    return Conv(size, channels, channels, kernel=kernel, act="relu")

@@ -1,6 +1,7 @@
-"""Rewards and penalties: pure functions of quality (or loss), cost and target.
+"""Rewards and loss terms that trade quality for cost: pure functions of quality (or
+loss), cost and target.
 
-With the relative cost r = T / T0, rewards (higher is better):
+With the relative cost r = T / T0, the rewards (higher is better) are:
 
 ========================  =================================  ==========================================
 ``absolute``              Q + beta * |r - 1|                 TuNAS, eq. 2 (arXiv 2008.06120); beta = -0.10
@@ -9,7 +10,7 @@ With the relative cost r = T / T0, rewards (higher is better):
 ``proxylessnas_reward``   Q * (1 / r)^0.1                    ProxylessNAS, REINFORCE (arXiv 1812.00332)
 ========================  =================================  ==========================================
 
-and losses (lower is better; differentiable where T is an expectation):
+and the losses (lower is better; differentiable if T is an expectation):
 
 ========================  =================================  ==========================================
 ``penalised``             aggregate(loss, f(r - 1))          NNI's unifying form, of which all others are cases
@@ -19,13 +20,15 @@ and losses (lower is better; differentiable where T is an expectation):
 ========================  =================================  ==========================================
 
 A logarithm depends on the unit of time and is positive only above one unit. ``mul_log``
-takes milliseconds, as in ProxylessNAS, whose reference is 80 of them; ``fbnet`` takes
-microseconds (ours), as networks that take less than a millisecond are common here.
-Costs of another unit come in millions (``core.cost.Unit.scale``), which then take the
-place of milliseconds. ``unit_ms`` sets another unit, which also changes how strongly
-latency weighs: beta / log(T / unit) is the part of the loss by which it grows per part
-of T. A latency of one unit or less is an error, as the loss would otherwise turn around
-or be no number.
+uses milliseconds, as ProxylessNAS does, whose reference is 80 ms. ``fbnet`` uses
+microseconds (our choice), because networks that take less than a millisecond are common
+here. Other costs are counted in millions (``core.cost.Unit.scale``), which then take the
+place of milliseconds.
+
+``unit_ms`` sets another unit. The unit also changes the weight of latency: if T grows by
+a small fraction, the loss grows by beta / log(T / unit) times that fraction. A latency
+of one unit or less is an error, because the loss would change its direction or become
+NaN.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ Nonlinear: TypeAlias = Literal["linear", "positive", "negative", "absolute"]
 
 
 def absolute(quality: float, cost: float, target: float, beta: float = -0.10) -> float:
-    """TuNAS's absolute reward. Its maximum over equal qualities is at the target itself.
+    """TuNAS's absolute reward. Among architectures of equal quality, it is highest at the
+    target itself.
 
     Example:
         >>> round(absolute(0.75, 92.4, 84.0), 6)
@@ -60,7 +64,9 @@ def mnas(quality: float, cost: float, target: float, beta: float = -0.07) -> flo
 
 
 def mnas_hard(quality: float, cost: float, target: float, beta: float = -0.07) -> float:
-    """MnasNet's hard exponential reward: the same above the target, the plain quality below it."""
+    """MnasNet's hard exponential reward: as ``mnas`` above the target, the plain quality
+    below it.
+    """
     return float(quality * min((cost / target) ** beta, 1.0))
 
 
@@ -83,21 +89,24 @@ def penalised(
     aggregate: Literal["add", "mul"] = "add",
     scale: float = 1.0,
 ) -> Any:
-    """NNI's form: ``add``: loss + scale * f(cost / baseline - 1); ``mul``: loss * (1 +
-    f(cost / baseline - 1))^scale.
+    """NNI's general form: loss + scale * f(cost / baseline - 1) for ``add``, and
+    loss * (1 + f(cost / baseline - 1))^scale for ``mul``.
 
     f is ``linear`` (x), ``positive`` (max(x, 0)), ``negative`` (min(x, 0)) or
     ``absolute`` (|x|). Works on floats and on tensors, so that differentiable methods
     can use it. [microsoft/nni: nni/nas/oneshot/pytorch/profiler.py, ProfilerPenalty]
     """
     x = cost / baseline - 1
+    # Products instead of max and min, which differ between floats and tensors.
     if nonlinear == "absolute":
         x = abs(x)
     elif nonlinear == "positive":
         x = x * (x > 0)
     elif nonlinear == "negative":
         x = x * (x < 0)
-    return loss + scale * x if aggregate == "add" else loss * (1 + x) ** scale
+    if aggregate == "add":
+        return loss + scale * x
+    return loss * (1 + x) ** scale
 
 
 def add_linear(loss: Any, expected_ms: Any, reference_ms: float, weight: float = 0.1) -> Any:
@@ -119,8 +128,8 @@ def mul_log(
 ) -> Any:
     """ProxylessNAS's ``mul#log``: alpha * CE * (log E[lat] / log ref)^beta, on floats or tensors.
 
-    Latencies are measured in ``unit_ms`` milliseconds; raises TargetError where one of
-    them is a unit or less. [mit-han-lab/proxylessnas: search/nas_manager.py]
+    Latencies are in units of ``unit_ms`` milliseconds. Raises TargetError if one of them
+    is a unit or less. [mit-han-lab/proxylessnas: search/nas_manager.py]
 
     Example:
         >>> round(mul_log(1.0, 80.0, 80.0), 12)
@@ -138,12 +147,12 @@ def fbnet(
     beta: float = 0.6,
     unit_ms: float = MICROSECOND_MS,
 ) -> Any:
-    """FBNet's loss: CE * alpha * (log LAT)^beta, on floats or tensors. It knows no
-    target: alpha and beta set the trade-off.
+    """FBNet's loss: CE * alpha * (log LAT)^beta, on floats or tensors. It has no target:
+    alpha and beta set the trade-off.
 
     LAT is the latency under the Gumbel-softmax mask, in units of ``unit_ms``
-    milliseconds; raises TargetError where it is a unit or less. A common mistake is
-    alpha * beta * log LAT.
+    milliseconds. Raises TargetError if it is a unit or less. Beta is an exponent, not a
+    factor: alpha * beta * log LAT is a common mistake.
 
     Example:
         >>> round(fbnet(1.0, 22.026465794806718), 6)  # log(22026 us) = 10
@@ -153,18 +162,24 @@ def fbnet(
 
 
 def _log(latency_ms: Any, unit_ms: float) -> Any:
-    """Logarithm of a latency in units of ``unit_ms``, which must come out positive."""
-    plain = isinstance(latency_ms, float | int)
-    if (latency_ms <= unit_ms) if plain else (latency_ms <= unit_ms).any():
+    """Logarithm of a latency in units of ``unit_ms``. Raises TargetError if it would not
+    be positive.
+    """
+    is_number = isinstance(latency_ms, float | int)
+    too_low = latency_ms <= unit_ms
+    if not is_number:
+        too_low = too_low.any()
+    if too_low:
         raise TargetError(
             f"a loss with the logarithm of latency needs latencies above its unit of {unit_ms:g}"
-            f" ms, or {unit_ms:g} million of what is counted, and this search meets one that is"
-            f" not: set unit_ms = {MICROSECOND_MS:g} (microseconds) or less, or use another latency"
+            f" ms (for MACs or parameters: {unit_ms:g} million), and this search has a lower one:"
+            f" set unit_ms = {MICROSECOND_MS:g} (microseconds) or less, or use another latency"
             " loss."
         )
     units = latency_ms / unit_ms
-    if plain:
+    if is_number:
         return math.log(units)
+    # A torch tensor, else a numpy array. This module does not import torch.
     return units.log() if hasattr(units, "log") else np.log(units)
 
 
@@ -191,11 +206,12 @@ class MnasObjective(_Objective):
 
     def reward(self, quality: float, cost: float, target: float) -> float:
         """Reward of an architecture; higher is better."""
-        return (mnas if self.name == "mnas" else mnas_hard)(quality, cost, target, self.beta)
+        formula = mnas if self.name == "mnas" else mnas_hard
+        return formula(quality, cost, target, self.beta)
 
 
 class PenalisedObjective(_Objective):
-    """NNI's unifying form, as a reward (``scale`` is then negative)."""
+    """NNI's general form as a reward, so ``scale`` is negative."""
 
     name: Literal["penalised"]
     nonlinear: Nonlinear = "absolute"

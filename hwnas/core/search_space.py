@@ -1,5 +1,5 @@
-"""What every kind of search space is: choices, the terms that its costs come from, and
-from picks to architectures and back.
+"""``SearchSpace``, the base class of all search spaces: choices, cost terms, and the
+conversion between picks and architectures.
 """
 
 from __future__ import annotations
@@ -28,16 +28,22 @@ __all__ = ["RESOLUTION", "Choice", "Option", "SearchSpace", "Term", "truncate"]
 
 
 class SearchSpace(Document):
-    """What every kind of space can do. ``kind`` tells the kinds apart in a file."""
+    """Base class of all search spaces. The field ``kind`` names the subclass in a file.
+
+    ``resolution`` is the height = width of the input in pixels (the largest one, if the
+    resolution is searched), ``bn_eps`` the epsilon of every BN.
+    """
 
     SCHEMA: ClassVar[str] = "hwnas.space"
     SPARSE_FIELDS: ClassVar[tuple[str, ...]] = ("detector",)
     CHAIN: ClassVar[bool] = False
-    """Whether its networks are blocks in a row; those of others are cells, in which
-    blocks run side by side.
+    """Whether the networks are chains of blocks. Otherwise they are made of cells,
+    whose blocks run in parallel.
     """
     ADDITIVE: ClassVar[bool] = True
-    """Whether costs of its networks are sums of ``terms``, so that it has a profiling plan."""
+    """Whether the cost of a network is the sum of its ``terms``. Only then does the
+    space have a profiling plan.
+    """
 
     name: str
     resolution: int = Field(gt=0)
@@ -48,35 +54,33 @@ class SearchSpace(Document):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the ``SPARSE_FIELDS`` fields where they are empty, so that documents from
-        before them keep their hash.
+        """Omit empty ``SPARSE_FIELDS``: documents written before these fields existed
+        keep their hash.
         """
-        return {
-            name: value
-            for name, value in handler(self).items()
-            if name not in self.SPARSE_FIELDS or value
-        }
+        content: dict[str, Any] = handler(self)
+        for name in self.SPARSE_FIELDS:
+            if name in content and not content[name]:
+                del content[name]
+        return content
 
     @property
     def head(self) -> SpaceHead:
-        """What its networks end with."""
-        return (
-            Classifiers(self.classes)
-            if self.detector is None
-            else Detectors(self.classes, self.detector)
-        )
+        """The end of every network of the space: a classifier or a detector."""
+        if self.detector is None:
+            return Classifiers(self.classes)
+        return Detectors(self.classes, self.detector)
 
     @property
     def task(self) -> str:
-        """The name of the task that its networks are for: ``"detect"`` with a detector
-        on them, else ``"classify"``.
+        """The task of the networks: ``"detect"`` if they carry a detector, else
+        ``"classify"``.
         """
         return self.head.task
 
     @cached_property
     @abstractmethod
     def choices(self) -> tuple[Choice, ...]:
-        """The open decisions in order. A choice with one option left is no choice."""
+        """The open decisions in order; decisions with a single option are left out."""
 
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
@@ -84,164 +88,176 @@ class SearchSpace(Document):
 
     @abstractmethod
     def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
-        """The architecture of ``picks``. Raises SpaceError on a missing, unknown or
-        impossible pick.
+        """The architecture that ``picks`` describe. Raises SpaceError if a pick is
+        missing, unknown or impossible.
         """
 
     @abstractmethod
     def encode(self, arch: Architecture) -> Picks:
-        """Picks that decode to ``arch``. Raises SpaceError where the space does not hold it."""
+        """Picks that decode to ``arch``. Raises SpaceError if there are none."""
 
     @abstractmethod
     def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
-        """A new space with only the ``allowed`` options at the named choices."""
+        """A new space that keeps only the ``allowed`` options of the named choices."""
 
     def with_detector(
         self, *, extras: Sequence[int] = EXTRAS, scores: Scores = "softmax", name: str | None = None
     ) -> Self:
-        """A new space whose networks carry a detector. Raises ConfigError where no
-        network of this kind of space can.
+        """A new space whose networks carry a detector. Raises ConfigError if networks
+        of this kind of space cannot.
         """
         raise ConfigError(
-            f"space {self.name!r} is one of cells, and detectors are searched on blocks in a row:"
+            f"space {self.name!r} is made of cells, but detectors are searched on chains of blocks:"
             " choose another space."
         )
 
     def placed(self, arch: Architecture) -> tuple[Placed, ...]:
-        """The ops of ``arch``, input to output, by the names of their places; where its
-        origin is this space, those of the space, the ones that its picks leave empty
-        among them.
+        """The ops of ``arch``, input to output, with the names of their places.
+
+        If ``arch`` comes from this space, the places are the slots of the space,
+        including those that its picks leave empty.
         """
         origin = arch.origin
-        return (
-            arch.placed()
-            if origin is None or origin.space_sha256 != self.sha256
-            else self._placed(arch, origin.picks)
-        )
+        if origin is None or origin.space_sha256 != self.sha256:
+            return arch.placed()
+        return self._placed(arch, origin.picks)
 
     def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
-        """``placed`` of a member of this space; a space whose places have names overrides it."""
+        """``placed`` for a member of this space. Spaces that name their places override
+        it.
+        """
         del picks
         return arch.placed()
 
     @property
     def notation(self) -> str:
-        """How architectures are written in the space's own notation, for messages;
-        empty where it has none.
+        """The pattern of the space's own notation for architectures, for messages;
+        empty if it has none.
         """
         return ""
 
     def read(self, text: str) -> Picks:
-        """The picks that ``text`` stands for: a JSON object of picks, or the positions
-        of all options, ``"0 12 3"`` or ``"0123"``.
+        """Parse picks: a JSON object of picks, or one option position per choice, as
+        ``"0 12 3"`` or ``"0123"``.
 
-        Spaces with a ``notation`` of their own take that, too. Raises SpaceError where
-        the text is none of these.
+        Spaces with a ``notation`` of their own accept it as well. Raises SpaceError if
+        ``text`` is none of these.
         """
         text = text.strip()
         if text.startswith("{"):
-            try:
-                picks: Picks = dict(json.loads(text))
-            except (ValueError, RecursionError) as error:
+            return self._read_json(text)
+        return self._read_positions(text)
+
+    def _read_json(self, text: str) -> Picks:
+        """Picks from a JSON object."""
+        try:
+            picks: Picks = dict(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise SpaceError(
+                f"{truncate(text)} is not valid JSON ({error}): write picks as an object."
+            ) from error
+
+        for key, option in picks.items():
+            # not isinstance: JSON's true is an int in Python and would pass as option 1
+            if type(option) not in (str, int):
                 raise SpaceError(
-                    f"{truncate(text)} is not valid JSON ({error}): write picks as an object."
-                ) from error
-            # True equals 1
-            wrong = next(
-                (key for key, option in picks.items() if type(option) not in (str, int)), None
-            )
-            if wrong is not None:
-                raise SpaceError(
-                    f"pick {wrong!r} is {picks[wrong]!r}: give the name or number of an option."
+                    f"pick {key!r} is {option!r}: give the name or number of an option."
                 )
-            self.check(picks)
-            return picks
-        parts = text.split() if len(text.split()) > 1 else list(text)
+        self.check(picks)
+        return picks
+
+    def _read_positions(self, text: str) -> Picks:
+        """Picks from one option position per choice."""
+        parts = text.split()
+        if len(parts) <= 1:
+            # without whitespace every character is a position: "0123"
+            parts = list(text)
+
+        # at most 9 digits: int() raises an error of its own for thousands of digits
         if not parts or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
             own = f"{self.notation}, " if self.notation else ""
-            how = (
-                f"{own}the positions of its options ('0 12 3', or '0123'), or its picks as a JSON"
-                " object"
-            )
             raise SpaceError(
-                f"{truncate(text)} is no architecture of space {self.name}: give {how}."
+                f"{truncate(text)} is not an architecture of space {self.name}: give {own}the"
+                " positions of its options ('0 12 3', or '0123'), or its picks as a JSON object."
             )
         if len(parts) != len(self.choices):
             raise SpaceError(
                 f"{truncate(text)} has {len(parts)} positions, but space {self.name} has"
                 f" {len(self.choices)} choices: give one for each."
             )
+
         for part, choice in zip(parts, self.choices, strict=True):
             if int(part) >= len(choice.options):
                 raise SpaceError(
-                    f"position {part} at choice {choice.key!r} of {truncate(text)}: its options"
+                    f"{truncate(text)} has position {part} at choice {choice.key!r}, whose options"
                     f" are 0 to {len(choice.options) - 1}."
                 )
         return self.at([int(part) for part in parts])
 
     @property
     def ops(self) -> tuple[Op, ...]:
-        """The profiling plan: every op that any architecture of the space can contain,
-        in order of appearance.
+        """The profiling plan: every distinct op that an architecture of the space can
+        contain, in order of appearance.
         """
-        return tuple(
-            dict.fromkeys(op for term in self.terms() for op in term.ops if op is not None)
-        )
+        # a dict keeps the order of insertion, unlike a set
+        distinct: dict[Op, None] = {}
+        for term in self.terms():
+            for op in term.ops:
+                if op is not None:
+                    distinct[op] = None
+        return tuple(distinct)
 
     def write(self, picks: Mapping[str, Option]) -> str:
-        """Picks as text: in the space's own notation, or, where it has none, as a JSON
-        object. Raises SpaceError as ``check`` does.
+        """Format picks in the space's own notation, or as a JSON object if it has none.
+        Raises SpaceError as ``check`` does.
         """
         self.check(picks)
         return json.dumps(dict(picks))
 
     @property
     def size(self) -> int:
-        """Number of picks: the product of the option counts."""
+        """Number of combinations of options: the product of the option counts."""
         return math.prod(len(choice.options) for choice in self.choices)
 
     @property
     def architectures(self) -> int:
-        """Number of picks that ``canonical`` tells apart: those that differ in what a
-        network leaves out count once.
+        """Number of distinct architectures. Picks that differ only in parts that the
+        network leaves out (see ``canonical``) count once.
         """
         return self.size
 
     def sample(self, rng: np.random.Generator) -> Picks:
-        """Uniform random picks."""
+        """Draw picks uniformly at random."""
         return {
             choice.key: choice.options[rng.integers(len(choice.options))] for choice in self.choices
         }
 
     def index(self, picks: Mapping[str, Option]) -> np.ndarray:
-        """Picks as option positions in the order of ``choices``: int64 [choices]."""
+        """Picks as option positions, in the order of ``choices``: int64 [choices]."""
         self.check(picks)
-        return np.array(
-            [choice.options.index(picks[choice.key]) for choice in self.choices], dtype=np.int64
-        )
+        positions = [choice.options.index(picks[choice.key]) for choice in self.choices]
+        return np.array(positions, dtype=np.int64)
 
     def at(self, index: Sequence[int] | np.ndarray) -> Picks:
-        """The reverse of ``index``."""
-        return {
-            choice.key: choice.options[int(i)]
-            for choice, i in zip(self.choices, index, strict=True)
-        }
+        """The picks at some option positions: the inverse of ``index``."""
+        positions = zip(self.choices, index, strict=True)
+        return {choice.key: choice.options[int(position)] for choice, position in positions}
 
     def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
-        """Whether what a choice of blocks decides is in the network of ``picks``: the
-        depth, or a node, may leave it out.
+        """Whether the block that choice ``key`` decides is part of the network of
+        ``picks``. The depth of its stage, or the node it leads to, may leave it out.
         """
         return True
 
     def canonical(self, index_C: np.ndarray) -> np.ndarray:
-        """Option positions [choices] with those choices at 0 that make no difference:
-        equal for equal architectures.
+        """Option positions [choices], with choices that make no difference set to 0.
+        Equal architectures have equal canonical positions.
         """
         return index_C
 
     def check(self, picks: Mapping[str, Option]) -> None:
-        """Raise SpaceError unless ``picks`` names one known option of every choice, and
-        nothing else.
+        """Raise SpaceError unless ``picks`` has exactly one known option for every
+        choice, and no other keys.
         """
         known = {choice.key: choice.options for choice in self.choices}
         for key, option in picks.items():
@@ -254,13 +270,14 @@ class SearchSpace(Document):
                 )
         missing = [key for key in known if key not in picks]
         if missing:
+            ellipsis = " ..." if len(missing) > 3 else ""
             raise SpaceError(
-                f"picks for space {self.name} lack"
-                f" {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: pick an option"
-                " there."
+                f"picks for space {self.name} lack {', '.join(missing[:3])}{ellipsis}: pick an"
+                " option for each."
             )
 
 
 def truncate(text: str) -> str:
-    """An architecture's text as messages quote it."""
-    return repr(text if len(text) <= 60 else f"{text[:56]} ...")
+    """Quote the text of an architecture for a message, shortened to 60 characters."""
+    shortened = text if len(text) <= 60 else f"{text[:56]} ..."
+    return repr(shortened)

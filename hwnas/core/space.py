@@ -1,13 +1,13 @@
-"""Search spaces: which architectures there are.
+"""Search spaces: the set of architectures that a search chooses from.
 
 A space offers *choices* (``"s2.b1"``: which block; ``"s2.width"``: how many channels;
 ``"s2.depth"``: how many blocks; ``"resolution"``: pixels of the image). *Picks* name
-one option of every choice; ``decode`` turns them into an architecture, ``encode`` does
-the reverse. ``terms`` is the one walk from which the profiling plan, coverage, prices
-and gradients of prices all come.
+one option for every choice; ``decode`` turns them into an architecture, ``encode`` does
+the reverse. The profiling plan, its coverage by a table, costs and their gradients are
+all derived from ``terms``.
 
 ``MacroSpace`` is a chain of stages, each a chain of slots; ``hwnas.core.cells`` holds
-the spaces of cells.
+the cell-based spaces.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from hwnas.core.arch import Architecture, Origin, Picks, Placed
+from hwnas.core.choice import open_choices
 from hwnas.core.detector import Scores
 from hwnas.core.ops import Op
 from hwnas.core.option import make_divisible
@@ -36,8 +37,11 @@ __all__ = ["Choice", "MacroSpace", "Option", "SearchSpace", "Slot", "SpaceStage"
 
 
 class MacroSpace(SearchSpace):
-    """A chain of stages, stem first, head last, then pooling and a classifier; or, of a
-    backbone, a ``detector`` on some of them.
+    """A chain of stages from stem to head, followed by pooling and a classifier. With a
+    ``detector``, the chain is a backbone and some of its stages feed the detector.
+
+    ``resolutions`` with several entries makes the input resolution a choice; the
+    largest is ``resolution``. ``act`` is the activation of stages that name none.
 
     Example:
         >>> from hwnas.core.spaces import proxylessnas
@@ -60,8 +64,8 @@ class MacroSpace(SearchSpace):
         sizes = self.resolutions or (self.resolution,)
         if len(set(sizes)) != len(sizes) or min(sizes) < 1 or max(sizes) != self.resolution:
             raise ValueError(
-                f"resolutions are different, and the largest is resolution = {self.resolution}, got"
-                f" {list(sizes)}"
+                "resolutions must be different, and the largest must be resolution ="
+                f" {self.resolution}, got {list(sizes)}"
             )
         for i, stage in enumerate(self.stages):
             stage.check(f"s{i}")
@@ -72,10 +76,12 @@ class MacroSpace(SearchSpace):
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
-        """All slots in order, with the shapes around them."""
+        """All slots in order, each with its input and output shapes."""
         slots: list[Slot] = []
+        in_key = "input"  # the image: not the key of a choice
         in_widths: tuple[int, ...] = (self.in_channels,)
-        in_key, sizes = "input", self.resolutions or (self.resolution,)
+        sizes = self.resolutions or (self.resolution,)
+
         for i, stage in enumerate(self.stages):
             for j, options in enumerate(stage.slots):
                 slot = Slot(
@@ -90,116 +96,131 @@ class MacroSpace(SearchSpace):
                     depth_key=depth_key(i),
                     depths=stage.depths,
                     sizes=sizes,
-                    stride=stage.stride if j == 0 else 1,
+                    stride=stage.stride if j == 0 else 1,  # only the first slot halves
                     act=stage.act or self.act,
                     residual=stage.residual,
                 )
                 slots.append(slot)
                 in_key, in_widths, sizes = slot.out_key, stage.widths, slot.out_sizes
+
         return tuple(slots)
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """Per stage its slots, its width, its depth, where more than one option is open
-        (TuNAS's post-order); then the resolution.
+        """For every stage its slots, its width and its depth, in TuNAS's post-order;
+        then the resolution. Decisions with a single option are left out.
         """
-        found = []
+        decisions: list[Choice] = []
         for i, stage in enumerate(self.stages):
-            found += [
-                Choice(block_key(i, j), options, "op") for j, options in enumerate(stage.slots)
-            ]
-            found += [
-                Choice(width_key(i), stage.widths, "width"),
-                Choice(depth_key(i), stage.depths, "depth"),
-            ]
-        found.append(Choice(RESOLUTION, self.resolutions, "resolution"))
-        return tuple(choice for choice in found if len(choice.options) > 1)
+            for j, options in enumerate(stage.slots):
+                decisions.append(Choice(block_key(i, j), options, "op"))
+            decisions.append(Choice(width_key(i), stage.widths, "width"))
+            decisions.append(Choice(depth_key(i), stage.depths, "depth"))
+        decisions.append(Choice(RESOLUTION, self.resolutions, "resolution"))
+        return open_choices(decisions)
 
     @property
     def decisions(self) -> int:
-        """Raw combinations of separate decisions (kernel, expansion, skip, width,
-        depth, resolution), redundant ones counted.
+        """Number of raw combinations of separate decisions (kernel, expansion, skip,
+        width, depth, resolution), redundant ones included.
 
-        This is the number that TuNAS's README calls the size of the space.
+        TuNAS's README calls this number the size of the space.
         """
-        slots = math.prod(n for slot in self.slots for n in slot.factors.decisions)
-        return slots * math.prod(
-            len(choice.options) for choice in self.choices if choice.kind != "op"
-        )
+        count = 1
+        for slot in self.slots:
+            count *= math.prod(slot.factors.decisions)
+        for choice in self.choices:
+            if choice.kind != "op":
+                count *= len(choice.options)
+        return count
 
     @property
     def architectures(self) -> int:
-        """Blocks that the depth leaves out do not count."""
-        depths = (
-            sum(
-                math.prod(map(len, stage.slots[:depth]))
-                for depth in stage.depths or (len(stage.slots),)
-            )
-            for stage in self.stages
-        )
-        return math.prod(depths) * math.prod(
-            len(choice.options) for choice in self.choices if choice.kind in ("width", "resolution")
-        )
+        """Number of distinct architectures; options of blocks that the depth leaves out
+        do not count.
+        """
+        count = 1
+        for stage in self.stages:
+            depths = stage.depths or (len(stage.slots),)
+            # a depth d has the combinations of options of its first d slots
+            count *= sum(math.prod(map(len, stage.slots[:depth])) for depth in depths)
+        for choice in self.choices:
+            if choice.kind in ("width", "resolution"):
+                count *= len(choice.options)
+        return count
 
     def terms(self) -> tuple[Term, ...]:
-        """One term per slot and one for the classifier, or one per extra and one per
-        head of the detector.
+        """One term per slot, then one for the classifier, or one for each extra and
+        each head of the detector.
         """
         return (*map(self._term, self.slots), *self.head.terms(self.slots))
 
     def _term(self, slot: Slot) -> Term:
+        """The term of one slot."""
+        # Within a stage all blocks share one width, so only the first one has an input
+        # width of its own; None stands for "the same as the output width".
         inputs: tuple[int | None, ...] = slot.in_widths if slot.first else (None,)
         depths = slot.depths if slot.elective else (len(self.stages[slot.stage].slots),)
 
-        def op(option: str, input_: int | None, output: int, depth: int, size: int) -> Op | None:
+        ops: list[Op | None] = []
+        combinations = product(slot.options, inputs, slot.out_widths, depths, slot.sizes)
+        for option, in_width, out_width, depth, size in combinations:
             if slot.index >= depth:
-                return None
-            return slot.op(option, output if input_ is None else input_, output, size)
+                ops.append(None)
+            else:
+                ops.append(slot.op(option, in_width or out_width, out_width, size))
 
-        ops = tuple(
-            op(*chosen)
-            for chosen in product(slot.options, inputs, slot.out_widths, depths, slot.sizes)
-        )
-        counts = {slot.key: len(slot.options)} | ({slot.in_key: len(inputs)} if slot.first else {})
-        counts |= {
-            slot.out_key: len(slot.out_widths),
-            slot.depth_key: len(depths),
-            RESOLUTION: len(slot.sizes),
-        }
-        shape = {key: count for key, count in counts.items() if count > 1}
-        return Term(slot.key, tuple(shape), tuple(shape.values()), ops, slot.options)
+        # in the order of the product above: ``ops`` is row-major
+        counts = {slot.key: len(slot.options)}
+        if slot.first:
+            counts[slot.in_key] = len(inputs)
+        counts[slot.out_key] = len(slot.out_widths)
+        counts[slot.depth_key] = len(depths)
+        counts[RESOLUTION] = len(slot.sizes)
+        return Term.over(slot.key, counts, ops, slot.options)
 
     def walk(self, picks: Mapping[str, Option]) -> tuple[tuple[Slot, Op | None], ...]:
-        """Every slot with the op that ``picks`` put there; None where it is skipped, or
+        """Every slot with the op that ``picks`` put there; None if it is skipped or
         left out by the depth.
         """
-        at = self.resolutions.index(int(picks[RESOLUTION])) if RESOLUTION in picks else 0
-        found = []
+        size_index = 0
+        if RESOLUTION in picks:
+            size_index = self.resolutions.index(int(picks[RESOLUTION]))
+
+        steps: list[tuple[Slot, Op | None]] = []
         channels = self.in_channels
         for slot in self.slots:
+            # choices with a single option are not in the picks
             width = int(picks.get(slot.out_key, slot.out_widths[0]))
-            kept = slot.index < int(picks.get(slot.depth_key, slot.index + 1))
+            depth = int(picks.get(slot.depth_key, slot.index + 1))
             option = str(picks.get(slot.key, slot.options[0]))
-            found.append((slot, slot.op(option, channels, width, slot.sizes[at]) if kept else None))
+            op = None
+            if slot.index < depth:
+                op = slot.op(option, channels, width, slot.sizes[size_index])
+            steps.append((slot, op))
             channels = width
-        return tuple(found)
+        return tuple(steps)
 
     def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
-        """The architecture of ``picks``: open choices from ``picks``, the others have
-        one option.
+        """The architecture that ``picks`` describe. Decisions with a single option need
+        no pick. Raises SpaceError if a pick is missing or unknown.
         """
         self.check(picks)
         origin = Origin(space=self.name, space_sha256=self.sha256, picks=dict(picks))
-        kept = [(slot, op) for slot, op in self.walk(picks) if op is not None]
+        kept: list[tuple[Slot, Op]] = []
+        for slot, op in self.walk(picks):
+            if op is not None:
+                kept.append((slot, op))
         return self.network(kept, name or f"{self.name}-sample", origin)
 
     def network(
         self, kept: Sequence[tuple[Slot, Op]], name: str, origin: Origin | None = None
     ) -> Architecture:
-        """The architecture of the kept slots' ops, with what comes after them: the
-        classifier or the detector.
+        """The architecture made of the ops of the kept slots and the classifier or
+        detector that follows them.
         """
-        blocks, last = [op for _, op in kept], kept[-1][1]
+        blocks = [op for _, op in kept]
+        last = blocks[-1]
         return Architecture(
             name=name,
             in_channels=self.in_channels,
@@ -210,101 +231,125 @@ class MacroSpace(SearchSpace):
         )
 
     def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
-        """A place per slot, through which a skip lets its input; then the head's."""
-        found, channels, size = [], arch.in_channels, arch.resolution
+        """One place per slot, then those of the head. A skipped slot passes its input
+        on.
+        """
+        places = []
+        channels = arch.in_channels
+        size = arch.resolution
         for slot, op in self.walk(picks):
             if op is not None:
                 channels, size = op.out_ch, op.out_size
-            found.append(Placed(slot.key, op, channels, size))
-        return (*found, *self.head.placed(arch))
+            places.append(Placed(slot.key, op, channels, size))
+        return (*places, *self.head.placed(arch))
 
     def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
-        """Whether the depth keeps a block."""
-        slot = next((slot for slot in self.slots if slot.key == key), None)
-        return slot is None or slot.index < int(picks.get(slot.depth_key, slot.index + 1))
+        """Whether the depth keeps the block that choice ``key`` decides. Other choices
+        are always kept.
+        """
+        for slot in self.slots:
+            if slot.key == key:
+                return slot.index < int(picks.get(slot.depth_key, slot.index + 1))
+        return True
 
     def canonical(self, index_C: np.ndarray) -> np.ndarray:
-        """Option positions [choices], those of blocks that the depth leaves out at 0."""
+        """Option positions [choices], with those of blocks that the depth leaves out
+        set to 0.
+        """
         position = {choice.key: i for i, choice in enumerate(self.choices)}
-        found = index_C.copy()
+        canonical_C = index_C.copy()
         for slot in self.slots:
             if slot.depth_key in position and slot.key in position:
-                left_out = slot.index >= slot.depths[int(index_C[position[slot.depth_key]])]
-                found[position[slot.key]] = 0 if left_out else found[position[slot.key]]
-        return found
+                depth = slot.depths[int(index_C[position[slot.depth_key]])]
+                if slot.index >= depth:
+                    canonical_C[position[slot.key]] = 0
+        return canonical_C
 
     def encode(self, arch: Architecture) -> Picks:
-        """Picks of ``arch``, from its origin where that is this space, else by matching
-        blocks to slots.
+        """Picks that decode to ``arch``: those of its origin if that is this space,
+        else found by matching blocks to slots. Raises SpaceError if it is not in the
+        space.
 
-        Blocks that the depth leaves out may be anything; matching gives their first option.
+        Blocks that the depth leaves out may be anything; matching gives their first
+        option.
         """
         if arch.origin is not None and arch.origin.space_sha256 == self.sha256:
-            there = self.decode(arch.origin.picks)
-            if (there.blocks, there.detector) != (arch.blocks, arch.detector):
+            decoded = self.decode(arch.origin.picks)
+            if (decoded.blocks, decoded.detector) != (arch.blocks, arch.detector):
                 raise SpaceError(
                     f"the blocks of architecture {arch.name!r} are not those of its origin's picks:"
                     " correct or remove its origin."
                 )
             return dict(arch.origin.picks)
+
         sizes = self.resolutions or (self.resolution,)
-        matched = (
-            self._match(arch.blocks, 0, self.in_channels, sizes.index(arch.resolution))
-            if arch.resolution in sizes
-            else None
-        )
+        matched = None
+        if arch.resolution in sizes:
+            size_index = sizes.index(arch.resolution)
+            matched = self._match(arch.blocks, 0, self.in_channels, size_index)
         if matched is None:
             raise SpaceError(
                 f"architecture {arch.name!r} is not in space {self.name}: no picks give its"
                 f" {len(arch.ops())} blocks."
             )
+
         matched[RESOLUTION] = arch.resolution
         picks = {choice.key: matched[choice.key] for choice in self.choices}
         if self.decode(picks).detector != arch.detector:
             raise SpaceError(
                 f"architecture {arch.name!r} is not in space {self.name}: its blocks are, but its"
-                " detector is another."
+                " detector differs."
             )
         return picks
 
-    def _match(self, ops: tuple[Op, ...], position: int, channels: int, at: int) -> Picks | None:
-        """Match ``ops`` to the slots from ``position`` on at resolution number ``at``,
-        kept blocks before skips before depths.
+    def _match(
+        self, ops: tuple[Op, ...], position: int, channels: int, size_index: int
+    ) -> Picks | None:
+        """Match ``ops`` to the slots from ``position`` on, at the resolution with index
+        ``size_index``. None if they do not match.
+
+        This is a backtracking search. At every slot it first tries its options in
+        order, then a depth that ends the stage before the slot.
         """
         if position == len(self.slots):
-            return {} if ops == self.head.blocks(channels, self.slots[-1].out_sizes[at]) else None
+            end = self.head.blocks(channels, self.slots[-1].out_sizes[size_index])
+            return {} if ops == end else None
+
         slot = self.slots[position]
         for width in slot.out_widths if slot.first else (channels,):
             for option in slot.options:
-                op = slot.op(option, channels, width, slot.sizes[at])
-                if op is None or ops[:1] == (op,):
-                    rest = self._match(ops[op is not None :], position + 1, width, at)
-                    if rest is not None:
-                        return {
-                            slot.key: option,
-                            slot.out_key: width,
-                            slot.depth_key: slot.index + 1,
-                            **rest,
-                        }
+                op = slot.op(option, channels, width, slot.sizes[size_index])
+                if op is None:  # skip consumes no op
+                    remaining = ops
+                elif ops[:1] == (op,):
+                    remaining = ops[1:]
+                else:
+                    continue
+                rest = self._match(remaining, position + 1, width, size_index)
+                if rest is not None:
+                    # ``rest`` wins: later slots of the stage may set a larger depth
+                    picks: Picks = {
+                        slot.key: option,
+                        slot.out_key: width,
+                        slot.depth_key: slot.index + 1,
+                    }
+                    return picks | rest
+
         if slot.index not in slot.depths:
             return None
         left_out = [later for later in self.slots[position:] if later.stage == slot.stage]
-        rest = self._match(ops, position + len(left_out), channels, at)
-        return (
-            None
-            if rest is None
-            else {
-                **{later.key: later.options[0] for later in left_out},
-                slot.depth_key: slot.index,
-                **rest,
-            }
-        )
+        rest = self._match(ops, position + len(left_out), channels, size_index)
+        if rest is None:
+            return None
+        unused: Picks = {later.key: later.options[0] for later in left_out}
+        return unused | {slot.depth_key: slot.index} | rest
 
     def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
-        """A new space with only the ``allowed`` options, in this space's order. Fixed
-        choices may be named too.
+        """A new space that keeps only the ``allowed`` options of the named choices, in
+        the order of this space. Decisions with a single option may be named as well.
 
-        Slots beyond the deepest depth that is left are gone.
+        Slots beyond the largest remaining depth are removed. Raises SpaceError on an
+        unknown choice or option.
         """
         known = {RESOLUTION}
         for slot in self.slots:
@@ -312,21 +357,24 @@ class MacroSpace(SearchSpace):
         for key in allowed:
             if key not in known:
                 raise SpaceError(f"space {self.name} has no choice {key!r}; {nearest(key, known)}")
+
         stages = []
         for i, stage in enumerate(self.stages):
-            slots = tuple(
-                _kept(block_key(i, j), options, allowed) for j, options in enumerate(stage.slots)
-            )
-            depths = _kept(depth_key(i), stage.depths or (len(slots),), allowed)
+            slots = [
+                _allowed_options(block_key(i, j), options, allowed)
+                for j, options in enumerate(stage.slots)
+            ]
+            depths = _allowed_options(depth_key(i), stage.depths or (len(slots),), allowed)
             update = {
-                "widths": _kept(width_key(i), stage.widths, allowed),
+                "widths": _allowed_options(width_key(i), stage.widths, allowed),
                 "depths": depths if len(depths) > 1 else (),
+                "slots": tuple(slots[: max(depths)]),
             }
-            stages.append(stage.model_copy(update={**update, "slots": slots[: max(depths)]}))
-        sizes = _kept(RESOLUTION, self.resolutions or (self.resolution,), allowed)
-        return self._changed(
-            stages, name, resolution=max(sizes), resolutions=sizes if len(sizes) > 1 else ()
-        )
+            stages.append(stage.model_copy(update=update))
+
+        sizes = _allowed_options(RESOLUTION, self.resolutions or (self.resolution,), allowed)
+        resolutions = sizes if len(sizes) > 1 else ()
+        return self._changed(stages, name, resolution=max(sizes), resolutions=resolutions)
 
     def scaled(
         self,
@@ -337,11 +385,12 @@ class MacroSpace(SearchSpace):
         last: float | None = None,
     ) -> Self:
         """A new space with every stage ``width`` times as wide, rounded to multiples of
-        8; equal widths merge.
+        8. Width options that become equal are merged.
 
-        The last stage before a classifier is only ever widened, as in MobileNetV2 and
-        ProxylessNAS: it needs the features. ``first`` and ``last`` are factors of the
-        first and the last stage, where a network's own rule has others.
+        The last stage before a classifier is never made narrower, as in MobileNetV2 and
+        ProxylessNAS: it needs the features. ``first`` and ``last`` override the factors
+        of the first and the last stage, for networks whose published rule differs.
+        Raises SpaceError if ``width`` is not a finite number above 0.
 
         Example:
             >>> from hwnas.core.spaces import proxylessnas
@@ -353,34 +402,34 @@ class MacroSpace(SearchSpace):
                 f"space {self.name} cannot be {width} times as wide: give a width above 0, for"
                 " instance 0.5."
             )
+
         factors = [width] * len(self.stages)
-        factors[0] = width if first is None else first
-        usual = max(width, 1.0) if self.head.needs_features else width
-        factors[-1] = usual if last is None else last
-        stages = [
-            stage.model_copy(
-                update={
-                    "widths": tuple(
-                        dict.fromkeys(
-                            make_divisible(channels * factor) for channels in stage.widths
-                        )
-                    )
-                }
-            )
-            for stage, factor in zip(self.stages, factors, strict=True)
-        ]
+        if first is not None:
+            factors[0] = first
+        if last is not None:
+            factors[-1] = last
+        elif self.head.needs_features:
+            factors[-1] = max(width, 1.0)
+        else:
+            factors[-1] = width
+
+        stages = []
+        for stage, factor in zip(self.stages, factors, strict=True):
+            widths = [make_divisible(channels * factor) for channels in stage.widths]
+            # Rounding can make widths equal. A dict merges them and keeps the order.
+            stages.append(stage.model_copy(update={"widths": tuple(dict.fromkeys(widths))}))
         return self._changed(stages, name or f"{self.name}-w{width:g}")
 
     def with_detector(
         self, *, extras: Sequence[int] = EXTRAS, scores: Scores = "softmax", name: str | None = None
     ) -> Self:
-        """A new space of detectors: SSDLite on the backbones of this one, as
-        ``core.ssdlite.with_detector`` puts it on each.
+        """A new space of detectors: SSDLite on the backbones of this space, as
+        ``core.ssdlite.with_detector`` adds it to a single architecture.
 
-        What belongs to the classifier is left out: stages of pooled heads and the last
+        Stages that belong to the classifier are left out: pooled heads and the last
         1 x 1 convolution. Taps are the last stage at each of the last two resolutions.
-        Raises SpaceError where there is one only, or where the input's resolution is
-        open.
+        Raises SpaceError if there are fewer than two, or if the input resolution is
+        searched.
 
         Example:
             >>> from hwnas.core.spaces import proxylessnas
@@ -395,17 +444,23 @@ class MacroSpace(SearchSpace):
                 " keep one of them, for instance by space.restrict = {resolution ="
                 f" [{self.resolution}]}}."
             )
+
+        # A space needs a stage. If none remains, the check of the ends below refuses.
         stages = self.head.backbone(self.stages)
         bare = self._changed(stages or self.stages, name or f"{self.name}-ssdlite", detector=None)
         ends = last_stages(bare.slots)
         if len(ends) < 2:
             raise SpaceError(
-                f"space {self.name} cannot carry a detector: it has no two resolutions to tap."
+                f"space {self.name} cannot carry a detector: it needs feature maps at two"
+                " resolutions."
             )
         spec = DetectorSpec(taps=ends[-2:], extras=tuple(extras), scores=scores)
         return bare._changed(bare.stages, None, detector=spec.model_dump())
 
     def _changed(self, stages: Sequence[SpaceStage], name: str | None, **update: Any) -> Self:
+        """A copy with other stages and fields. It is validated again, unlike
+        ``model_copy``.
+        """
         content = {
             **self.model_dump(),
             **update,
@@ -418,9 +473,12 @@ class MacroSpace(SearchSpace):
 T = TypeVar("T", str, int)
 
 
-def _kept(
+def _allowed_options(
     key: str, options: tuple[T, ...], allowed: Mapping[str, Sequence[Option]]
 ) -> tuple[T, ...]:
+    """The options of choice ``key`` that ``allowed`` keeps: all if it does not name the
+    choice. Raises SpaceError if it names unknown options, or none.
+    """
     if key not in allowed:
         return options
     unknown = [option for option in allowed[key] if option not in options]

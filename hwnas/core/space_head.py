@@ -1,13 +1,14 @@
-"""What the networks of a space of blocks in a row end with: a classifier, or SSDLite on
-some of its stages.
+"""The end of the networks of a macro space: a classifier, or SSDLite on some of the
+stages.
 
-``SearchSpace.head`` chooses between them; whatever depends on the end of a space's
-networks is asked of it.
+``SearchSpace.head`` chooses the class; code that depends on the end of the networks
+calls its methods.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,81 +20,82 @@ from hwnas.core.detector import Detector
 from hwnas.core.head import ClassifierHead, DetectorHead
 from hwnas.core.ops import Classifier, Op
 from hwnas.core.option import parse_option
-from hwnas.core.space_stage import Slot, SpaceStage
+from hwnas.core.space_stage import Slot, SpaceStage, has_pooled_head
 from hwnas.core.ssdlite import DetectorSpec, extra_op, head_op, ssdlite
 
 
 class SpaceHead(ABC):
-    """The end of all networks of a space."""
+    """The end of every network of a space."""
 
     task: ClassVar[str]
-    """The name of the task that they are for."""
+    """The task of the networks."""
     needs_features: ClassVar[bool]
-    """Whether the last stage is only ever widened where others are made narrower."""
+    """Whether the last stage keeps its width when the other stages are made narrower.
+    """
 
     @abstractmethod
     def check(self, slots: Sequence[Slot]) -> None:
-        """Raise ValueError where it does not fit on the slots."""
+        """Raise ValueError if the head does not fit the slots."""
 
     @abstractmethod
     def backbone(self, stages: Sequence[SpaceStage]) -> list[SpaceStage]:
-        """The stages without those that are only there for it: what can carry a detector."""
+        """The stages that can carry a detector: all that do not exist for this head
+        alone.
+        """
 
     @abstractmethod
     def terms(self, slots: Sequence[Slot]) -> tuple[Term, ...]:
-        """A term for each of its ops, in the order of ``Architecture.ops``."""
+        """One term for every op of the head, in the order of ``Architecture.ops``."""
 
     @abstractmethod
     def blocks(self, channels: int, size: int) -> tuple[Op, ...]:
-        """Its ops that are blocks of the network, where what comes before them leaves
-        ``channels`` of ``size`` px.
+        """The ops of the head that are blocks of the network, on a feature map of
+        ``channels`` x ``size`` x ``size``.
         """
 
     @abstractmethod
     def detector(self, kept: Sequence[tuple[Slot, Op]]) -> Detector | None:
-        """Its part of the architecture that has these ops in the slots."""
+        """The detector of the architecture with these ops in the slots; None for a
+        classifier.
+        """
 
     @abstractmethod
     def placed(self, arch: Architecture) -> tuple[Placed, ...]:
-        """The places of its ops in an architecture of the space."""
+        """The places of the head's ops in an architecture of the space."""
 
 
 @dataclass(frozen=True)
 class Classifiers(SpaceHead):
-    """Pooling and a fully connected layer behind the last slot."""
+    """Pooling and a fully connected layer after the last slot."""
 
     task = ClassifierHead.task
     needs_features = True
     classes: int
 
     def check(self, slots: Sequence[Slot]) -> None:
-        """It fits on any slots."""
+        """Accept any slots."""
 
     def backbone(self, stages: Sequence[SpaceStage]) -> list[SpaceStage]:
-        """Without stages of pooled heads, and without the last 1 x 1 convolution."""
-        found = [stage for stage in stages if not any(map(_pools, stage.slots))]
-        return found[:-1] if found and _narrow(found[-1]) else found
+        """The stages without pooled heads and without the last 1 x 1 convolution."""
+        kept = [stage for stage in stages if not any(map(has_pooled_head, stage.slots))]
+        if kept and _is_pointwise(kept[-1]):
+            kept.pop()
+        return kept
 
     def terms(self, slots: Sequence[Slot]) -> tuple[Term, ...]:
-        """One, which depends on the width of the last stage and on the resolution."""
+        """One term, which depends on the width of the last stage and the resolution."""
         last = slots[-1]
-        ops = tuple(
-            Classifier(size, width, self.classes)
-            for width, size in product(last.out_widths, last.out_sizes)
-        )
-        shape = {
-            key: n
-            for key, n in ((last.out_key, len(last.out_widths)), (RESOLUTION, len(last.out_sizes)))
-            if n > 1
-        }
-        return (Term("classifier", tuple(shape), tuple(shape.values()), ops),)
+        inputs = product(last.out_widths, last.out_sizes)
+        ops = tuple(Classifier(size, width, self.classes) for width, size in inputs)
+        counts = {last.out_key: len(last.out_widths), RESOLUTION: len(last.out_sizes)}
+        return (Term.over("classifier", counts, ops),)
 
     def blocks(self, channels: int, size: int) -> tuple[Op, ...]:
         """The classifier."""
         return (Classifier(size, channels, self.classes),)
 
     def detector(self, kept: Sequence[tuple[Slot, Op]]) -> None:
-        """None."""
+        """None: there is no detector."""
 
     def placed(self, arch: Architecture) -> tuple[Placed, ...]:
         """The classifier."""
@@ -102,7 +104,7 @@ class Classifiers(SpaceHead):
 
 @dataclass(frozen=True)
 class Detectors(SpaceHead):
-    """SSDLite as a space's document specifies it."""
+    """SSDLite as the document of the space specifies it."""
 
     task = DetectorHead.task
     needs_features = False
@@ -110,8 +112,8 @@ class Detectors(SpaceHead):
     spec: DetectorSpec
 
     def check(self, slots: Sequence[Slot]) -> None:
-        """A tap that is the last stage of its resolution is known by its block: what
-        follows begins with a stride, never a skip.
+        """Raise ValueError if there are several resolutions, a slot pools, or a tap is
+        not the last stage at its resolution.
         """
         sizes = slots[0].sizes
         if len(sizes) > 1:
@@ -120,88 +122,91 @@ class Detectors(SpaceHead):
                 f" {', '.join(map(str, sizes))}: keep one of them (space.restrict = {{resolution ="
                 " [...]})"
             )
+
         for slot in slots:
             if slot.pooled:
                 raise ValueError(
-                    f"slot {slot.key} pools, so it leaves no feature map for a detector: leave its"
-                    " stage out"
+                    f"slot {slot.key} pools, so it leaves no feature map for a detector: remove its"
+                    " stage"
                 )
+
+        # The stage after such a tap begins with a stride, so it is never skipped as a
+        # whole, and the tap can be recognized by the blocks of an architecture.
         taps, ends = self.spec.taps, last_stages(slots)
-        if list(taps) != sorted(set(taps)) or not set(taps) <= set(ends) or taps[-1] != ends[-1]:
+        ascending = list(taps) == sorted(set(taps))
+        if not ascending or not set(taps) <= set(ends) or taps[-1] != ends[-1]:
             raise ValueError(
-                f"the taps {list(taps)} of the detector are no ascending stages, each the last at"
-                f" its resolution ({list(ends)} are), that end with {ends[-1]}, the last stage"
+                f"the taps {list(taps)} of the detector must be ascending stages, each the last at"
+                f" its resolution (one of {list(ends)}), and end with {ends[-1]}, the last stage"
             )
 
     def backbone(self, stages: Sequence[SpaceStage]) -> list[SpaceStage]:
-        """All: none of them pools."""
+        """All stages: none of them pools."""
         return list(stages)
 
     def terms(self, slots: Sequence[Slot]) -> tuple[Term, ...]:
-        """One per extra and one per head. Only what reads a tap depends on a choice:
-        the width of its stage.
+        """One term per extra and one per head. Only ops that read a tap depend on a
+        choice: the width of the tapped stage.
         """
-        last = {slot.stage: slot for slot in slots}
-        taps = [last[tap] for tap in self.spec.taps]
+        last_slot = {slot.stage: slot for slot in slots}
+        maps: list[_FeatureMap] = []
+        for tap in self.spec.taps:
+            slot = last_slot[tap]
+            maps.append(_FeatureMap(slot.out_key, slot.out_sizes[0], slot.out_widths))
+
         extras: list[Term] = []
-        size, widths, keys = taps[-1].out_sizes[0], taps[-1].out_widths, _open(taps[-1])
-        maps = [(slot.out_sizes[0], slot.out_widths, _open(slot)) for slot in taps]
         for i, width in enumerate(self.spec.extras):
-            ops = tuple(extra_op(size, channels, width) for channels in widths)
-            extras.append(Term(f"extra{i}", keys, (len(widths),) if keys else (), ops))
-            size, widths, keys = ops[0].out_size, (width,), ()
-            maps.append((size, widths, keys))
-        heads = (
-            Term(
-                f"head{i}",
-                keys,
-                (len(widths),) if keys else (),
-                tuple(head_op(size, width, self.classes) for width in widths),
-            )
-            for i, (size, widths, keys) in enumerate(maps)
-        )
+            source = maps[-1]
+            ops = [extra_op(source.size, channels, width) for channels in source.widths]
+            extras.append(Term.over(f"extra{i}", {source.key: len(ops)}, ops))
+            maps.append(_FeatureMap("", ops[0].out_size, (width,)))
+
+        heads: list[Term] = []
+        for i, source in enumerate(maps):
+            ops = [head_op(source.size, width, self.classes) for width in source.widths]
+            heads.append(Term.over(f"head{i}", {source.key: len(ops)}, ops))
         return (*extras, *heads)
 
     def blocks(self, channels: int, size: int) -> tuple[Op, ...]:
-        """None."""
+        """Empty: extras and heads come after the blocks."""
         return ()
 
     def detector(self, kept: Sequence[tuple[Slot, Op]]) -> Detector:
         """SSDLite whose taps are the last kept blocks of the specified stages."""
-        taps = tuple(sum(slot.stage <= tap for slot, _ in kept) - 1 for tap in self.spec.taps)
-        return ssdlite(
-            [op for _, op in kept],
-            taps,
-            self.classes,
-            extras=self.spec.extras,
-            scores=self.spec.scores,
-        )
+        blocks = [op for _, op in kept]
+        stages = [slot.stage for slot, _ in kept]
+        # stages ascend, so this is the position of the last block of stage ``tap``
+        taps = tuple(bisect_right(stages, tap) - 1 for tap in self.spec.taps)
+        extras, scores = self.spec.extras, self.spec.scores
+        return ssdlite(blocks, taps, self.classes, extras=extras, scores=scores)
 
     def placed(self, arch: Architecture) -> tuple[Placed, ...]:
-        """Extras and heads."""
+        """One place per extra and per head."""
         return tuple(Placed.of(name, op) for name, op in arch.head.after.items())
 
 
+@dataclass(frozen=True)
+class _FeatureMap:
+    """A feature map that extras and heads read: its height = width ``size``, its
+    possible ``widths`` in channels, and the ``key`` of the decision on the width (empty
+    for extras, whose width is fixed).
+    """
+
+    key: str
+    size: int
+    widths: tuple[int, ...]
+
+
 def last_stages(slots: Sequence[Slot]) -> tuple[int, ...]:
-    """The last stage at each resolution, fine to coarse."""
+    """The last stage at each resolution, fine to coarse. Pooled heads do not count."""
+    # later slots overwrite earlier ones of the same size
     last = {slot.out_sizes[0]: slot.stage for slot in slots if not slot.pooled}
     return tuple(last.values())
 
 
-def _open(slot: Slot) -> tuple[str, ...]:
-    """The key of a slot's output width, where that is a choice."""
-    return (slot.out_key,) if len(slot.out_widths) > 1 else ()
-
-
-def _pools(options: tuple[str, ...]) -> bool:
-    return any(block is not None and block.kind == "hd" for block in map(parse_option, options))
-
-
-def _narrow(stage: SpaceStage) -> bool:
-    """Whether a stage is a 1 x 1 convolution and nothing else."""
-    blocks = [parse_option(option) for options in stage.slots for option in options]
-    return (
-        len(stage.slots) == 1
-        and stage.stride == 1
-        and all(block and (block.kind, block.kernel) == ("cn", 1) for block in blocks)
-    )
+def _is_pointwise(stage: SpaceStage) -> bool:
+    """Whether a stage is a single 1 x 1 convolution of stride 1."""
+    if len(stage.slots) > 1 or stage.stride != 1:
+        return False
+    blocks = map(parse_option, stage.slots[0])
+    return all(block and (block.kind, block.kernel) == ("cn", 1) for block in blocks)

@@ -1,4 +1,4 @@
-"""The built-in search spaces by name, and space documents from files."""
+"""The built-in search spaces by name, and loading of space documents."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ CELL_SPACES: dict[str, Callable[..., CellSpace]] = {
     build.__name__: build for build in _CELL_BUILDERS
 }
 DARTS_SPACES = tuple(build.__name__ for build in _DARTS_BUILDERS)
-"""Those that ``layers`` belongs to."""
+"""The spaces that take ``layers``."""
 SPACES: dict[str, Callable[..., SearchSpace]] = {
     **MACRO_SPACES,
     **CELL_SPACES,
@@ -92,30 +92,37 @@ _KINDS: dict[str, type[SearchSpace]] = {
 
 
 def is_document(name_or_path: str) -> bool:
-    """Whether ``load_space`` would read a space document."""
+    """Whether ``load_space`` would read a file rather than build a built-in space."""
     return name_or_path not in SPACES and Path(name_or_path).suffix == ".json"
 
 
 def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
-    """A built-in space by name (``overrides``: those of ``Shape``, and DARTS's
-    ``layers``), or a space document from a file.
+    """Build a built-in space by name, or load a space document from a file.
+
+    ``overrides`` are the fields of ``Shape``, and ``layers`` for the DARTS spaces. A
+    document takes none. Raises SpaceError if the name or an override is unknown or
+    invalid, DocumentError if the file is not a space document.
 
     Example:
         >>> load_space("fbnet", width=0.5, resolution=32, classes=10).size == 9**22
         True
     """
     if name_or_path in SPACES:
-        known = [*Shape.__annotations__, *(["layers"] if name_or_path in DARTS_SPACES else [])]
+        known = list(Shape.__annotations__)
+        if name_or_path in DARTS_SPACES:
+            known.append("layers")
         unknown = sorted(overrides.keys() - set(known))
         if unknown:
             raise SpaceError(
-                f"space {name_or_path!r} takes no such override as {unknown[0]!r};"
+                f"space {name_or_path!r} does not take the override {unknown[0]!r};"
                 f" {nearest(unknown[0], known)}"
             )
+        # values, such as a negative resolution, are checked by pydantic
         try:
             return SPACES[name_or_path](**overrides)
         except ValidationError as error:
             raise SpaceError(f"space {name_or_path!r}: {explain(error, SearchSpace)}") from error
+
     if is_document(name_or_path):
         if overrides:
             raise SpaceError(
@@ -123,18 +130,22 @@ def load_space(name_or_path: str, **overrides: Any) -> SearchSpace:
                 f" remove {', '.join(overrides)}."
             )
         return parse_space(read_bytes(name_or_path), name_or_path)
+
     raise SpaceError(
         f"unknown space {name_or_path!r}; {nearest(name_or_path, SPACES)} A path must end in .json."
     )
 
 
 def parse_space(text: str | bytes, source: str = "document") -> SearchSpace:
-    """The space of a document, of whatever kind it is. Raises DocumentError naming
-    ``source`` where it is none.
+    """Parse a space document of any kind. Raises DocumentError, naming ``source``, if
+    it is not one.
     """
+    # documents without a kind are macro spaces, whose parser also reports bad JSON
+    kind = "macro"
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        content = None  # the parser of macro spaces says what is wrong
-    kind = str(content.get("kind", "macro")) if isinstance(content, dict) else "macro"
+        content = None
+    if isinstance(content, dict):
+        kind = str(content.get("kind", kind))
     return _KINDS.get(kind, MacroSpace).parse(text, source)

@@ -1,13 +1,13 @@
-"""SSDLite on any architecture.
+"""SSDLite detectors on the backbone of any architecture.
 
-Sources: MobileNetV2 (arXiv 1801.04381) for SSDLite; MobileDet (arXiv 2004.14525) with
-its configuration and feature extractor (tensorflow/models: object_detection
-``ssdlite_mobiledet_cpu_320x320_coco_sync_4x4``) for the taps, the extras and the
-scales; TuNAS (arXiv 2008.06120) taps the same blocks of its spaces; torchvision's
-``ssdlite`` for the layers and the anchors.
+Sources: SSDLite is from MobileNetV2 (arXiv 1801.04381). The taps, the extras and the
+scales are MobileDet's (arXiv 2004.14525), from its configuration and feature extractor
+(tensorflow/models: object_detection ``ssdlite_mobiledet_cpu_320x320_coco_sync_4x4``);
+TuNAS (arXiv 2008.06120) taps the same blocks of its spaces. The layers and the anchors
+are those of torchvision's ``ssdlite``.
 
-*Difference from MobileDet*: the finest map has all six anchors of a cell, as in
-torchvision, where TensorFlow's has three.
+*Difference from MobileDet*: the finest map has six anchors per cell, as in torchvision;
+TensorFlow's has three.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from hwnas.core.ops import Conv, DSConv, ExtraLayer, MBConv, Op, SSDPredictor
 from hwnas.errors import SpaceError
 
 EXTRAS = (512, 256, 256, 128)
-"""Output channels of the layers after the backbone."""
+"""Output channels of the extra layers after the backbone."""
 ASPECT_RATIOS = (2.0, 3.0)
-"""Of every map: anchors of 1:1 (two scales), 2:1, 1:2, 3:1 and 1:3."""
+"""Aspect ratios of every map: anchors of 1:1 (two scales), 2:1, 1:2, 3:1 and 1:3."""
 ANCHORS = 2 + 2 * len(ASPECT_RATIOS)
-"""Of every cell."""
+"""Number of anchors per cell of a map."""
 
 
 class DetectorSpec(BaseModel):
-    """SSDLite on all architectures of a space: ``taps`` are indices of stages, each the
-    last one at its resolution, the last stage among them; ``extras`` the output
-    channels of the layers after it. The classes are the space's.
+    """The SSDLite detector of all architectures of a space.
+
+    ``taps`` are the indices of the tapped stages; each is the last stage at its
+    resolution, and they include the last stage. ``extras`` are the output channels of
+    the layers after it. The number of classes is that of the space.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,12 +54,13 @@ def with_detector(
     extras: Sequence[int] = EXTRAS,
     scores: Scores = "softmax",
 ) -> Architecture:
-    """SSDLite on the backbone of ``arch``, for images of ``resolution`` px. ``classes``
-    do not count the background.
+    """Put SSDLite on the backbone of ``arch``, for images of ``resolution`` px.
+    ``classes`` does not include the background.
 
-    What belongs to the classifier is left out: pooled blocks and the 1 x 1 convolution
-    before them. Taps are the last block at each of the last two resolutions, strides 16
-    and 32 of networks for 224 px. Raises SpaceError where there is one resolution only.
+    Blocks that belong to the classifier are left out: pooled blocks and the 1 x 1
+    convolution before them. Taps are the last block at each of the last two resolutions
+    (strides 16 and 32 in networks for 224 px). Raises SpaceError if the backbone has
+    just one resolution.
 
     Example:
         >>> from hwnas.core.published import published
@@ -66,11 +69,13 @@ def with_detector(
         [(96, 20), (320, 10), (512, 5), (256, 3), (256, 2), (128, 1)]
     """
     blocks = _resized(_backbone(arch.blocks), resolution)
-    sizes = [op.out_size for op in blocks]
-    finer = [position for position, size in enumerate(sizes) if size > sizes[-1]]
+    # the last block at the next finer resolution is the first tap
+    coarsest = blocks[-1].out_size
+    finer = [position for position, op in enumerate(blocks) if op.out_size > coarsest]
     if not finer:
         raise SpaceError(
-            f"architecture {arch.name!r} cannot carry a detector: it has no two resolutions to tap."
+            f"architecture {arch.name!r} cannot carry a detector: it needs feature maps at two"
+            " resolutions."
         )
     detector = ssdlite(blocks, (finer[-1], len(blocks) - 1), classes, extras=extras, scores=scores)
     return Architecture(
@@ -90,13 +95,15 @@ def ssdlite(
     extras: Sequence[int] = EXTRAS,
     scores: Scores = "softmax",
 ) -> Detector:
-    """SSDLite on the outputs of the blocks at ``taps``: extras of stride 2 and half
-    their width inside, ReLU6.
+    """SSDLite on the outputs of the blocks at positions ``taps``. Extras have stride 2,
+    half their output width inside, and ReLU6. ``classes`` does not include the
+    background.
     """
     chain: list[Op] = []
+    source = blocks[-1]
     for width in extras:
-        source = chain[-1] if chain else blocks[-1]
-        chain.append(extra_op(source.out_size, source.out_ch, width))
+        source = extra_op(source.out_size, source.out_ch, width)
+        chain.append(source)
     maps = [*(blocks[tap] for tap in taps), *chain]
     heads = tuple(head_op(op.out_size, op.out_ch, classes) for op in maps)
     return Detector(
@@ -109,47 +116,54 @@ def ssdlite(
 
 
 def extra_op(size: int, in_ch: int, width: int) -> Op:
-    """The layer that makes the next feature map, ``width`` channels of it, of one of
-    ``size`` px.
+    """The extra layer that reads a feature map of ``in_ch`` channels with height =
+    width ``size`` and makes the next one, of ``width`` channels and half the size.
     """
     return ExtraLayer(size, in_ch, width, width // 2, kernel=3, stride=2, act="relu6")
 
 
 def head_op(size: int, in_ch: int, classes: int) -> Op:
-    """The predictors on a feature map of ``size`` px."""
+    """The predictors on a feature map of ``in_ch`` channels with height = width
+    ``size``. ``classes`` does not include the background.
+    """
     return SSDPredictor(
         size, in_ch, ANCHORS * (classes + 1), kernel=3, act="relu6", anchors=ANCHORS
     )
 
 
 def split_expansion(op: Op) -> tuple[Op, Op]:
-    """An inverted residual as two blocks that compute the same, the first of them its
-    expansion: MobileNetV3's SSDLite taps it.
+    """Split an inverted residual into two blocks that compute the same: its expansion
+    and the rest. MobileNetV3's SSDLite taps the expansion.
 
     Example:
-        >>> [part.key for part in split_expansion(Op.parse("mbconv-h20-i112-o80-m672-k5-s2-hswish"))]
+        >>> op = Op.parse("mbconv-h20-i112-o80-m672-k5-s2-hswish")
+        >>> [part.key for part in split_expansion(op)]
         ['conv-h20-i112-o672-hswish', 'dsconv-h20-i672-o80-k5-s2-hswish']
     """
+    # A residual spans both blocks, and a grouped block shuffles channels between them.
     assert isinstance(op, MBConv) and op.groups == 1 and not op.residual, op.key
+    expansion = Conv(op.size, op.in_ch, op.mid_ch, act=op.act)
     kept = {name: getattr(op, name) for name in ("kernel", "stride", "se_ch", "se_gate", "act")}
-    return Conv(op.size, op.in_ch, op.mid_ch, act=op.act), DSConv(
-        op.size, op.mid_ch, op.out_ch, **kept
-    )
+    return expansion, DSConv(op.size, op.mid_ch, op.out_ch, **kept)
 
 
 def _backbone(blocks: Sequence[Op]) -> tuple[Op, ...]:
-    """Without what belongs to a classifier. A network without one is all backbone."""
+    """The blocks that do not belong to a classifier: all, if there is no classifier."""
     kept = [op for op in blocks if not op.pooled]
-    head = (
-        len(kept) < len(blocks)
-        and isinstance(kept[-1], Conv)
-        and kept[-1].kernel == kept[-1].stride == 1
-    )
-    return tuple(kept[:-1] if head else kept)
+    if len(kept) < len(blocks):
+        # a 1 x 1 convolution before the pooling makes the features of the classifier
+        last = kept[-1]
+        if isinstance(last, Conv) and last.kernel == last.stride == 1:
+            kept.pop()
+    return tuple(kept)
 
 
 def _resized(blocks: Sequence[Op], resolution: int) -> tuple[Op, ...]:
-    sized: list[Op] = []
+    """The blocks for images of another height = width ``resolution``."""
+    resized: list[Op] = []
+    size = resolution
     for op in blocks:
-        sized.append(replace(op, size=sized[-1].out_size if sized else resolution))
-    return tuple(sized)
+        op_resized = replace(op, size=size)
+        resized.append(op_resized)
+        size = op_resized.out_size
+    return tuple(resized)

@@ -1,16 +1,16 @@
-"""The few statistics that tell a result from noise: means with standard errors, Welch's
-test of two of them, rank correlations.
+"""Statistics that separate results from noise: means with standard errors, Welch's test
+of two means, rank correlations.
 
-Successive steps of a training are alike, so the mean of n of them has a larger error
-than n independent values would. Their *block means* are nearly independent once a block
-is longer than that likeness lasts (Flyvbjerg and Petersen, J. Chem. Phys. 91, 461,
-1989).
+Successive training steps are correlated, so the mean of n of them has a larger error
+than the mean of n independent values. Their *block means* are nearly independent once a
+block is longer than the correlation time (Flyvbjerg and Petersen, J. Chem. Phys. 91,
+461, 1989).
 
-Of many networks that were judged on the same images the best are better there than
-elsewhere: part of what they were chosen for is noise. With a noise of variance v in a
-spread of variance s^2, the best of many owe v / s standard units of their selection to
-it (regression to the mean), times the *selection intensity*: the mean of the largest k
-of N normal deviates.
+If many networks are evaluated on the same images, the best of them score better there
+than on other images, because part of what they were selected for is noise (regression to
+the mean). If the scores have variance s^2, of which v is noise, the best of many owe
+v / s times the *selection intensity* to noise: the mean of the largest k of N standard
+normal deviates.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
 LEVEL = 0.05
-"""Probability at which a difference counts as told from noise."""
+"""Significance level: a difference with a smaller p-value is not put down to noise."""
 
 NO_AP = 0.0005
-"""An AP that reads as 0.0 %."""
+"""Below this, an AP is displayed as 0.0 %."""
 
-BLOCKS, FEWEST_BLOCKS, BLOCK_STEPS = 8, 3, 4
-"""A part of a training is cut into at most 8 blocks of 4 steps or more; a short one
-into 3: of 2, no error can be told.
-"""
+BLOCKS = 8
+"""Most blocks that part of a training is divided into."""
+BLOCK_STEPS = 4
+"""Fewest steps of a block, unless the training is too short for that."""
+FEWEST_BLOCKS = 3
+"""Two blocks would leave one degree of freedom, too few to estimate an error."""
 
 
 class Average(BaseModel):
-    """A mean with its standard error, of ``count`` independent values: block means, or networks."""
+    """A mean of ``count`` independent values (block means, or networks), with its
+    standard error.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,7 +49,7 @@ class Average(BaseModel):
 
 
 class Difference(BaseModel):
-    """A difference of two means with its standard error, and the two-sided p-value of
+    """A difference of two means, with its standard error and the two-sided p-value of
     Welch's t-test.
     """
 
@@ -57,18 +61,18 @@ class Difference(BaseModel):
 
     @property
     def positive(self) -> bool:
-        """Whether it is above 0 by more than noise."""
+        """Whether it is significantly above 0."""
         return self.value > 0 and self.p_value < LEVEL
 
     @property
     def negative(self) -> bool:
-        """Whether it is below 0 by more than noise."""
+        """Whether it is significantly below 0."""
         return self.value < 0 and self.p_value < LEVEL
 
 
 def average(values: Sequence[float], least_variance: float = 0.0) -> Average:
-    """The mean of two or more independent values. ``least_variance`` is a variance that
-    each is known to have at least.
+    """The mean of two or more independent values. ``least_variance`` is a known lower
+    bound on the variance of each value.
 
     Example:
         >>> average([1.0, 3.0])
@@ -82,44 +86,47 @@ def average(values: Sequence[float], least_variance: float = 0.0) -> Average:
 
 
 def block_average(values: Sequence[float]) -> Average:
-    """The mean of three or more successive values of a training, with the error of its
-    block means.
+    """The mean of three or more successive values of a training, with the standard error
+    of its block means.
     """
     count = max(FEWEST_BLOCKS, min(BLOCKS, len(values) // BLOCK_STEPS))
     blocks = np.array_split(np.asarray(values, dtype=np.float64), count)
-    of_blocks = average([float(block.mean()) for block in blocks])
-    return of_blocks.model_copy(update={"mean": float(np.mean(values))})
+    block_means = average([float(block.mean()) for block in blocks])
+    # Blocks may differ in length by one, so the mean of their means is not exact.
+    return block_means.model_copy(update={"mean": float(np.mean(values))})
 
 
 def welch(first: Average, second: Average, offset: float = 0.0) -> Difference:
-    """``second`` minus ``first`` minus ``offset``, by Welch's t-test. Two exact means
-    are equal or are not.
+    """``second`` minus ``first`` minus ``offset``, with Welch's t-test
+    (B. L. Welch, Biometrika 34, 28, 1947).
 
-    B. L. Welch, Biometrika 34, 28 (1947).
+    Without any error, the p-value is 1 if the difference is 0, else 0.
     """
     value = second.mean - first.mean - offset
     error = math.hypot(first.error, second.error)
     if error == 0.0:
         return Difference(value=value, error=0.0, p_value=float(value == 0.0))
-    moved = (second.mean - offset, second.error * math.sqrt(second.count), second.count)
-    resting = (first.mean, first.error * math.sqrt(first.count), first.count)
-    test = stats.ttest_ind_from_stats(*moved, *resting, equal_var=False)
+    # scipy expects standard deviations of the values, not standard errors of the means.
+    shifted = (second.mean - offset, second.error * math.sqrt(second.count), second.count)
+    baseline = (first.mean, first.error * math.sqrt(first.count), first.count)
+    test = stats.ttest_ind_from_stats(*shifted, *baseline, equal_var=False)
     return Difference(value=value, error=error, p_value=float(test.pvalue))
 
 
-def below(found: Average, level: float) -> bool:
-    """Whether a mean is below ``level`` by more than noise: a one-sided t-test."""
-    if found.error == 0.0:
-        return found.mean < level
-    return bool(stats.t.sf((level - found.mean) / found.error, found.count - 1) < LEVEL)
+def below(mean: Average, level: float) -> bool:
+    """Whether a mean is significantly below ``level``, by a one-sided t-test."""
+    if mean.error == 0.0:
+        return mean.mean < level
+    return bool(stats.t.sf((level - mean.mean) / mean.error, mean.count - 1) < LEVEL)
 
 
 def better_than_guessing(right: int, total: int, chance: float) -> bool:
-    """Whether ``right`` of ``total`` answers are more than guesses that are right with
-    probability ``chance``: a binomial test.
+    """Whether ``right`` correct answers out of ``total`` are significantly more than
+    guessing achieves, with probability ``chance`` each, by a binomial test.
     """
     if chance >= 1:
         return False
+    # sf(k) is the probability of more than k, so k is one less.
     return bool(stats.binom.sf(right - 1, total, chance) < LEVEL)
 
 
@@ -133,12 +140,13 @@ def selection_intensity(chosen: int, total: int) -> float:
     """
     ranks = np.arange(1, min(chosen, total) + 1)
     scores = stats.norm.isf((ranks - 0.375) / (total + 0.25))
+    # If all are chosen, the mean is 0 up to rounding: make it exactly 0, and not -0.
     return abs(round(float(scores.mean()), 12))
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of two samples [N]; nan, without scipy's warning,
-    where all values of one are alike.
+    """Spearman's rank correlation of two samples [N]; NaN, without scipy's warning, if
+    all values of one sample are equal.
     """
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
@@ -146,8 +154,9 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's rank correlation as documents hold it: none of fewer than three pairs,
-    or where all of one side are alike.
+    """Spearman's rank correlation as stored in documents: None for fewer than three
+    pairs, or if all values of one sample are equal.
     """
-    found = spearman(a, b)
-    return found if len(a) > 2 and math.isfinite(found) else None
+    correlation = spearman(a, b)
+    # Two pairs always correlate by 1 or -1, which says nothing.
+    return correlation if len(a) > 2 and math.isfinite(correlation) else None

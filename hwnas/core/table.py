@@ -1,5 +1,5 @@
-"""Latency tables: what each op costs on one device, how that was measured, and how well
-it adds up.
+"""Latency tables: the latency of each op on one device, how it was measured, and how
+well the ops of a network add up to its latency.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from hwnas.document import Document, Record
 
 
 class TableHeader(Record):
-    """The conditions of the measurement. All are required; what is not known is written
-    ``"unknown"``.
+    """The conditions of the measurement. All fields are required; unknown values are
+    written as ``"unknown"``.
     """
 
     device: str
@@ -39,7 +39,7 @@ class Entry(Record):
     ``ms`` is the median over rounds of the median over runs; ``p10_ms`` and ``p90_ms``
     are over all runs; ``spread`` is the interquartile range of the rounds' medians
     divided by ``ms``. ``noisy`` entries stayed above the allowed spread even after
-    re-measurement: they are used, but never silently.
+    re-measurement: they are used, but always reported.
     """
 
     ms: float = Field(ge=0)
@@ -55,7 +55,9 @@ class Entry(Record):
 
 
 class HeldOut(Record):
-    """Calibrated prediction against measurement on networks that the calibration has not seen."""
+    """Calibrated prediction against measurement, on networks that the calibration was
+    not fitted on.
+    """
 
     networks: int
     mape: float = Field(description="mean absolute percentage error, as a fraction")
@@ -73,15 +75,16 @@ class Calibration(Record):
     """``network_ms = intercept_ms + sum over ops of (slope * entry + cache_miss(op))``,
     fitted on whole networks.
 
-    ``cache_miss(op)`` is the cost that timing an op in isolation hides. There, its
-    weights, input and output are in the cache in every run; inside a network they come
-    from memory, unless they never fitted into the cache. It is either
-    ``cache_miss_ms_per_mparam * parameters / 10^6``, or ``cache_miss_ms_per_mvalue *
-    min(parameters + inputs + outputs, cache_mvalues * 10^6) / 10^6``, whichever fits the
-    measured networks better. It is a cost per op, so a network's cost stays a sum.
+    ``cache_miss(op)`` is the cost that timing an op in isolation hides. In isolation,
+    its weights, input and output are in the cache in every run; inside a network they
+    come from memory. Values that do not fit into the cache come from memory in both
+    cases, which is why the cost has a cap. It is either ``cache_miss_ms_per_mparam *
+    parameters / 10^6``, or ``cache_miss_ms_per_mvalue * min(parameters + inputs +
+    outputs, cache_mvalues * 10^6) / 10^6``, whichever fits the measured networks better.
+    It is a cost per op, so the cost of a network stays a sum.
 
-    In documents these fields keep their first names, ``cold_...``: a table is known by
-    the hash of its document.
+    In documents these fields keep their original names, ``cold_...``, because a table is
+    identified by the hash of its document.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -111,31 +114,29 @@ class Calibration(Record):
         return self.slope * entry_ms + cache_miss_ms
 
     def network_ms(self, ops: Iterable[Op], sum_ms: float) -> float:
-        """What a network of these ops costs, whose entries add up to ``sum_ms``."""
+        """Milliseconds of a network of these ops, whose entries add up to ``sum_ms``."""
+        # With an entry of 0 ms, ``op_ms`` is the cost of cache misses only.
         return self.intercept_ms + self.slope * sum_ms + sum(self.op_ms(0.0, op) for op in ops)
 
     def __str__(self) -> str:
-        cache_misses = (
-            f" + {self.cache_miss_ms_per_mparam:.4g} ms x million parameters"
-            if self.cache_miss_ms_per_mparam
-            else ""
-        )
-        cap = f", at most {self.cache_mvalues:g} per op" if self.cache_mvalues is not None else ""
-        cache_misses += (
-            f" + {self.cache_miss_ms_per_mvalue:.4g} ms x million weights and activations{cap}"
-            if self.cache_miss_ms_per_mvalue
-            else ""
-        )
-        return f"{self.intercept_ms:.4g} ms + {self.slope:.4g} x sum{cache_misses}"
+        terms = [f"{self.intercept_ms:.4g} ms", f"{self.slope:.4g} x sum"]
+        if self.cache_miss_ms_per_mparam:
+            terms.append(f"{self.cache_miss_ms_per_mparam:.4g} ms x million parameters")
+        if self.cache_miss_ms_per_mvalue:
+            term = f"{self.cache_miss_ms_per_mvalue:.4g} ms x million weights and activations"
+            if self.cache_mvalues is not None:
+                term += f", at most {self.cache_mvalues:g} per op"
+            terms.append(term)
+        return " + ".join(terms)
 
 
 class LatencyTable(Document):
     """Latency per op (``entries``), or per slot and option (``slots``), on one device
     under stated conditions.
 
-    ``slots`` hold models that price positions instead of ops, such as TuNAS's published
-    linear regression, whose coefficients differ between equal blocks at different
-    places; negative coefficients are normal there.
+    ``slots`` hold positional models, such as TuNAS's published linear regression, whose
+    coefficients differ between equal blocks at different positions. Negative
+    coefficients are normal in such models.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.table"
@@ -149,21 +150,24 @@ class LatencyTable(Document):
     @model_validator(mode="after")
     def _keys(self) -> Self:
         for key in self.entries:
-            Op.parse(key)
+            Op.parse(key)  # raises SpaceError if it is not a key
         if not self.entries and not self.slots:
             raise ValueError("a table needs entries or slots")
         return self
 
     @property
     def title(self) -> str:
-        """Short name: device, and of runtime, dtype and threads those that are known."""
+        """Short name: the device, and the runtime, dtype and threads, if known."""
         header = self.header
+        # Unknown threads become "unknownt", which the next line drops as well.
         parts = (header.runtime, header.dtype, f"{header.threads}t")
         known = "-".join(part for part in parts if not part.startswith("unknown"))
         return f"{header.device}/{known}" if known else header.device
 
 
 def _mvalues(op: Op, cap: float | None) -> float:
-    """Million weights and activations that an op touches outside itself, at most ``cap``."""
+    """Millions of weights, inputs and outputs of an op, at most ``cap``."""
     values = (op.params + op.in_ch * op.size**2 + op.out_ch * op.out_size**2) / 1e6
-    return values if cap is None else min(values, cap)
+    if cap is None:
+        return values
+    return min(values, cap)

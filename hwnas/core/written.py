@@ -1,4 +1,5 @@
-"""Published networks written out stage by stage, and how width and depth multipliers change them.
+"""Published networks written out stage by stage, with their width and depth
+multipliers.
 
 Sources: timm's architecture strings for MnasNet-A1 (arXiv 1807.11626), MobileNetV3
 (arXiv 1905.02244), EfficientNet-Lite0..4 (tensorflow/tpu:
@@ -6,8 +7,8 @@ models/official/efficientnet/lite), EfficientNetV2-B0..B3 (arXiv 2104.00298) and
 MobileNetV4-Conv (arXiv 2404.10518); TuNAS's archive for the Multi-Hardware models
 (arXiv 2008.08178).
 
-*Differences*: EfficientNetV2-B in TensorFlow pads an even image on one side only
-("SAME"); here as everywhere every side is padded by kernel // 2, as timm does with
+*Difference*: EfficientNetV2-B in TensorFlow pads even images on one side only ("SAME").
+Here every side is padded by kernel // 2, as in all other networks and as in timm with
 ``pad_type=""``.
 """
 
@@ -25,13 +26,14 @@ from hwnas.core.space_stage import Residual
 
 @dataclass(frozen=True)
 class Written:
-    """A network stage by stage: width, stride, blocks.
+    """A network stage by stage. ``stages`` holds the width, the stride and the blocks
+    of each, the blocks as options separated by whitespace.
 
-    ``se_of_input`` takes SE's hidden width from a block's input, unrounded, and
-    ``se_act`` its activation from the block. ``head_scales`` says that a width
-    multiplier above 1 widens the head, too; multipliers smaller than
-    ``fixed_stem_below`` leave the stem as it is (timm). ``resolution`` is what it was
-    published at.
+    With ``se_of_input`` the hidden width of SE is a quarter of the block's input width,
+    unrounded; with ``se_act`` SE has the activation of the block. With ``head_scales``
+    a width multiplier above 1 also widens the head. Multipliers below
+    ``fixed_stem_below`` do not change the stem (timm). ``resolution`` is the published
+    height = width in pixels.
     """
 
     act: str
@@ -45,13 +47,16 @@ class Written:
 
 
 def _repeated(*blocks: tuple[str, int]) -> str:
-    """Options with how often each follows itself."""
-    return " ".join(option for option, count in blocks for _ in range(count))
+    """Options separated by whitespace, each as many times in a row as its count."""
+    options = []
+    for option, count in blocks:
+        options += [option] * count
+    return " ".join(options)
 
 
 def _lite(width: float, depth: float, resolution: int) -> Written:
-    """EfficientNet-Lite: stem, head, and the depths of the first and the last stage
-    stay as they are; no SE, ReLU6.
+    """EfficientNet-Lite: no SE, ReLU6. The multipliers do not change the stem, the
+    head, or the depth of the first and the last stage.
     """
     stages = (
         (16, 1, "ds_k3", 1),
@@ -70,7 +75,9 @@ def _lite(width: float, depth: float, resolution: int) -> Written:
 
 
 def _efficientnet_v2(width: float, depth: float, resolution: int) -> Written:
-    """EfficientNetV2-B: fused blocks first; widths are rounded to the nearest multiple of 8."""
+    """EfficientNetV2-B: fused blocks first; widths are rounded to the nearest multiple
+    of 8 (half up), so unlike in other networks they may be more than 10 % narrower.
+    """
     stages = (
         (16, 1, "cn_k3_skip", 1),
         (32, 2, "er_k3_e4", 2),
@@ -83,25 +90,30 @@ def _efficientnet_v2(width: float, depth: float, resolution: int) -> Written:
         (scale_width(channels, width), stride, _repeated((option, math.ceil(count * depth))))
         for channels, stride, option, count in stages
     ]
-    ends = (scale_width(32, width), 2, "cn_k3"), (scale_width(1280, width), 1, "cn_k1")
+    stem = (scale_width(32, width), 2, "cn_k3")
+    head = (scale_width(1280, width), 1, "cn_k1")
     return Written(
-        "silu", (ends[0], *sized, ends[1]), se_of_input=True, se_act=True, resolution=resolution
+        "silu", (stem, *sized, head), se_of_input=True, se_act=True, resolution=resolution
     )
 
 
-_LARGE_28 = (("a3_k5", 1), ("a3_k3", 3), ("a3_k5", 1), ("a5_k3", 5), ("a3_k0", 1))
-_LARGE_14 = (
-    ("a5_k5", 4),
-    ("a5_k0", 1),
-    ("a5_k3", 1),
-    ("a5_k0", 2),
-    ("a5_k3", 1),
-    ("a5_k5", 1),
-    ("a5_k0", 3),
+_LARGE_28 = _repeated(
+    ("uir_a3_k5_e4", 1),
+    ("uir_a3_k3_e4", 3),
+    ("uir_a3_k5_e4", 1),
+    ("uir_a5_k3_e4", 5),
+    ("uir_a3_k0_e4", 1),
 )
-"""MobileNetV4-Conv-Large at 28 and 14 px: blocks with an expansion of 4, and how often
-each follows itself.
-"""
+_LARGE_14 = _repeated(
+    ("uir_a5_k5_e4", 4),
+    ("uir_a5_k0_e4", 1),
+    ("uir_a5_k3_e4", 1),
+    ("uir_a5_k0_e4", 2),
+    ("uir_a5_k3_e4", 1),
+    ("uir_a5_k5_e4", 1),
+    ("uir_a5_k0_e4", 3),
+)
+"""The blocks of MobileNetV4-Conv-Large at 28 and 14 px."""
 
 WRITTEN = {
     "mnasnet_a1": Written(
@@ -238,8 +250,8 @@ WRITTEN = {
             (24, 2, "cn_k3"),
             (48, 2, "er_k3_e4"),
             (96, 2, "uir_a3_k5_e4 uir_a3_k3_e4"),
-            (192, 2, _repeated(*((f"uir_{block}_e4", count) for block, count in _LARGE_28))),
-            (512, 2, _repeated(*((f"uir_{block}_e4", count) for block, count in _LARGE_14))),
+            (192, 2, _LARGE_28),
+            (512, 2, _LARGE_14),
             (960, 1, "cn_k1"),
             (1280, 1, "hd_bn"),
         ),
@@ -251,47 +263,48 @@ WRITTEN = {
 def widened(
     space: MacroSpace, width: float, *, first: float | None = None, last: float | None = None
 ) -> MacroSpace:
-    """The space of a network ``width`` times as wide; ``first`` and ``last`` for the
-    stem and the layer before the classifier.
+    """The space of a network ``width`` times as wide. ``first`` and ``last`` are the
+    factors of the stem and of the layer before the classifier; see
+    ``MacroSpace.scaled``.
     """
-    return space if width == 1.0 else space.scaled(width, name=space.name, first=first, last=last)
+    if width == 1.0:
+        return space
+    return space.scaled(width, name=space.name, first=first, last=last)
 
 
 def written(
     network: Written, shape: Shape, width: float, *, last: float | None = 1.0
 ) -> tuple[Op, ...]:
-    """The blocks of a network at a shape, ``width`` times as wide, its last layer
-    ``last`` times.
+    """The blocks of a network ``width`` times as wide. ``last`` is the factor of the
+    layer before the classifier; None stands for MobileNetV2's rule.
     """
-    stages = tuple(
-        SpaceStage(
-            widths=(channels,),
-            stride=stride,
-            slots=tuple((option,) for option in blocks.split()),
-            residual=network.residual,
+    stages = []
+    for channels, stride, blocks in network.stages:
+        slots = tuple((option,) for option in blocks.split())
+        stages.append(
+            SpaceStage(widths=(channels,), stride=stride, slots=slots, residual=network.residual)
         )
-        for channels, stride, blocks in network.stages
-    )
     space = MacroSpace(
         name=shape["name"],
         resolution=shape["resolution"],
         in_channels=shape["in_channels"],
         classes=shape["classes"],
         act=network.act,
-        stages=stages,
+        stages=tuple(stages),
     )
+
+    # None leaves the rule to ``MacroSpace.scaled``
     first = 1.0 if width < network.fixed_stem_below else None
-    ops = (
-        widened(space, width, first=first, last=None if network.head_scales else last)
-        .decode({})
-        .blocks
-    )
-    return tuple(
-        _squeezed(op, network) if isinstance(op, DSConv | MBConv) and op.se_ch else op for op in ops
-    )
+    if network.head_scales:
+        last = None
+    # every slot has a single option, so there is nothing to pick
+    arch = widened(space, width, first=first, last=last).decode({})
+    return tuple(_with_own_se(op, network) for op in arch.blocks)
 
 
-def _squeezed(op: DSConv | MBConv, network: Written) -> Op:
-    return replace(
-        op, se_ch=op.in_ch // 4 if network.se_of_input else op.se_ch, se_act=network.se_act
-    )
+def _with_own_se(op: Op, network: Written) -> Op:
+    """A block with the network's rules for SE, which options cannot express."""
+    if not isinstance(op, DSConv | MBConv) or not op.se_ch:
+        return op
+    se_ch = op.in_ch // 4 if network.se_of_input else op.se_ch
+    return replace(op, se_ch=se_ch, se_act=network.se_act)

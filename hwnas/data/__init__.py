@@ -1,5 +1,7 @@
-"""Images with labels or boxes, by name, in splits: ``train`` and ``held_out`` (parts of
-``all`` training images), and ``test``.
+"""Data sets by name: images with labels or boxes.
+
+The splits are ``train`` and ``held_out``, which together are ``all`` training images,
+and ``test``.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ _READ: dict[str, tuple[str, ...]] = {
     "cifar10": ("cifar-10-batches-py",),
     "folder": ("train", "val"),
 }
-"""All that a data set reads below ``data.path``: files, or whole folders. Of others
-(plug-ins, and coco, whose annotations may name images anywhere) nobody knows, so
-everything counts.
+"""Name of a data set -> all files and folders that it reads below ``data.path``. It is
+unknown for plug-ins and for coco, whose annotations may name images anywhere; with
+those, everything counts.
 """
 
 
 def data_folder(config: DataConfig) -> Path:
-    """``data.path`` as a path. Raises DataError where it is not set or not there."""
+    """``data.path`` as a path. Raises DataError if it is not set or not a folder."""
     if config.path is None:
         raise DataError(
             f"data.name = {config.name!r} needs data.path: set it to the folder of the images."
@@ -51,22 +53,32 @@ def data_folder(config: DataConfig) -> Path:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """A hash of the images on disk, so that a stage notices others: contents of npz and
-    JSON files, names and sizes of the rest.
+    """A hash of the images on disk, which tells a stage that they have changed.
 
-    What the data set does not read may lie beside them. A folder with nothing else has
-    the hash that it had when everything counted. Raises DataError where ``data.path``
-    is set but not there. Data sets without a path have the same fingerprint always.
+    It covers the contents of npz and JSON files, and the names and sizes of all others.
+    Files that the data set does not read are ignored. Data sets without a path always
+    have the same fingerprint.
+
+    Raises DataError if ``data.path`` is set but not a folder.
     """
     digest = hashlib.sha256(config.name.encode())
-    if config.path is not None:
-        folder = data_folder(config)
-        roots = [folder / name for name in _READ.get(config.name, ("",))]
-        for path in sorted(
-            path for root in roots for path in (root, *root.rglob("*")) if path.is_file()
-        ):
-            content = (
-                file_sha256(path) if path.suffix in (".npz", ".json") else str(path.stat().st_size)
-            )
-            digest.update(f"{path.relative_to(folder)}:{content}\n".encode())
+    if config.path is None:
+        return digest.hexdigest()
+
+    folder = data_folder(config)
+    files: list[Path] = []
+    for name in _READ.get(config.name, ("",)):
+        root = folder / name
+        files += [path for path in (root, *root.rglob("*")) if path.is_file()]
+
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(folder)}:{_content_mark(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _content_mark(path: Path) -> str:
+    """The hash of an npz or JSON file, the size of any other in bytes."""
+    if path.suffix in (".npz", ".json"):
+        return file_sha256(path)
+    # hashing every photograph of a large data set would take too long
+    return str(path.stat().st_size)

@@ -1,5 +1,5 @@
 """Data sets that fit into memory: scikit-learn's digits, ``x``/``y`` arrays in npz
-files, CIFAR-10 as torchvision keeps it.
+files, CIFAR-10 in torchvision's layout.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ class ArrayImages(Images):
         self.resizing = geometry.words
         self.labels = labels.astype(np.int64)
         self.names = names
-        self.mean, self.std = (
-            torch.tensor(values).view(1, -1, 1, 1) for values in (config.mean, config.std)
-        )
+        self.mean = torch.tensor(config.mean).view(1, -1, 1, 1)
+        self.std = torch.tensor(config.std).view(1, -1, 1, 1)
         self.augment = config.augment if augment else "none"
         if self.augment == "imagenet":
             raise DataError(
@@ -71,41 +70,44 @@ class ArrayImages(Images):
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         indices = torch.tensor([index for index, _ in requests])
         x_NCHW = _scaled(self.pixels_NCHW[indices], self.geometry)
-        rng = np.random.default_rng(requests[0][1])
-        x_NCHW = (
-            self.geometry.cut(x_NCHW)
-            if self.augment == "none"
-            else _shifted(x_NCHW, self.geometry, self.augment == "crop_flip", rng)
-        )
+        if self.augment == "none":
+            x_NCHW = self.geometry.cut(x_NCHW)
+        else:
+            # all requests of a batch have the same seed
+            rng = np.random.default_rng(requests[0][1])
+            x_NCHW = _shifted(x_NCHW, self.geometry, self.augment == "crop_flip", rng)
         normalised = (x_NCHW.float() / 255.0 - self.mean) / self.std
         return normalised.contiguous(), torch.from_numpy(self.labels[indices.numpy()])
 
 
 def _scaled(pixels_NCHW: Tensor, geometry: Geometry) -> Tensor:
-    """Images at the network's scale, computed in float32, only where the size differs."""
+    """Images at the network's scale, uint8. Resizing is computed in float32."""
     height, width = pixels_NCHW.shape[-2:]
+    # without resizing, the conversion to float would only cost time
     if geometry.frame(width, height)[:2] == (width, height):
         return geometry.scaled(pixels_NCHW)
     return geometry.scaled(pixels_NCHW.float()).round().clamp(0, 255).to(torch.uint8)
 
 
 def _shifted(x_NCHW: Tensor, geometry: Geometry, flip: bool, rng: np.random.Generator) -> Tensor:
-    """Each scaled image shifted by up to ``geometry.room`` pixels, black beyond its
-    edges, and every second one flipped.
+    """Each scaled image shifted by up to ``geometry.room`` pixels, with black beyond its
+    edges. With ``flip``, a random half of the images is mirrored.
     """
     count, size, room = len(x_NCHW), geometry.resolution, geometry.room
     left, top = geometry.corner(x_NCHW)
     padded = F.pad(x_NCHW, (room, room, room, room))
     downs, rights = torch.from_numpy(rng.integers(0, 2 * room + 1, size=(2, count)))
-    flips = (
-        torch.from_numpy(rng.random(count) < 0.5) if flip else torch.zeros(count, dtype=torch.bool)
-    )
-    steps = torch.arange(size)
-    rows = top + downs[:, None] + steps
-    columns = left + rights[:, None] + torch.where(flips[:, None], size - 1 - steps, steps)
-    return padded[
-        torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]
-    ].permute(0, 3, 1, 2)
+    flips = torch.zeros(count, dtype=torch.bool)
+    if flip:
+        flips = torch.from_numpy(rng.random(count) < 0.5)
+
+    # one gather for the whole batch: indices [count, rows, columns]
+    offsets = torch.arange(size)
+    rows = top + downs[:, None] + offsets
+    columns = left + rights[:, None] + torch.where(flips[:, None], size - 1 - offsets, offsets)
+    images = torch.arange(count)[:, None, None]
+    shifted_NHWC = padded[images, :, rows[:, :, None], columns[:, None, :]]
+    return shifted_NHWC.permute(0, 3, 1, 2)
 
 
 def _part(
@@ -116,7 +118,9 @@ def _part(
     augment: bool,
     names: tuple[str, ...],
 ) -> ArrayImages:
-    """The images of a split, where ``x`` and ``y`` are the test images or all training images."""
+    """The images of a split, selected from all training images unless the split is
+    ``test``: then the arrays are the test images.
+    """
     if split != "test":
         chosen = split_indices(len(y), config.held_out, split)
         x_NHWC, y = x_NHWC[chosen], y[chosen]
@@ -124,12 +128,13 @@ def _part(
 
 
 def digits(config: DataConfig, split: str, augment: bool) -> Images:
-    """The 1,797 real 8 x 8 handwritten digits that ship inside scikit-learn. Every
+    """The 1,797 handwritten digits of 8 x 8 pixels that ship with scikit-learn. Every
     fifth image is a test image.
     """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
+    # scikit-learn's grey levels are 0..16
     x_NHWC = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
     test = np.arange(len(x_NHWC)) % 5 == 4
     chosen = test if split == "test" else ~test
@@ -138,9 +143,12 @@ def digits(config: DataConfig, split: str, augment: bool) -> Images:
 
 def npz(config: DataConfig, split: str, augment: bool) -> Images:
     """``train.npz`` and ``test.npz`` in the folder ``data.path``, each with ``x`` uint8
-    [N, H, W, C] (or [N, H, W]) and ``y`` [N].
+    [N, H, W, C] (or [N, H, W]) and ``y`` [N], integers.
+
+    Raises DataError if a file is missing or does not hold these arrays.
     """
-    path = data_folder(config) / f"{'test' if split == 'test' else 'train'}.npz"
+    file_name = "test.npz" if split == "test" else "train.npz"
+    path = data_folder(config) / file_name
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x_NHWC, y = arrays["x"], arrays["y"]
@@ -153,28 +161,29 @@ def npz(config: DataConfig, split: str, augment: bool) -> Images:
             f"{path} does not hold arrays 'x' and 'y' ({error}): write it with numpy.savez(path,"
             " x=images, y=labels)."
         ) from error
-    x_NHWC = x_NHWC[..., None] if x_NHWC.ndim == 3 else x_NHWC
-    if (
-        x_NHWC.dtype != np.uint8
-        or x_NHWC.ndim != 4
-        or y.shape != x_NHWC.shape[:1]
-        or y.dtype.kind not in "iu"
-    ):
+
+    if x_NHWC.ndim == 3:
+        x_NHWC = x_NHWC[..., None]
+    images_valid = x_NHWC.dtype == np.uint8 and x_NHWC.ndim == 4
+    labels_valid = y.shape == x_NHWC.shape[:1] and y.dtype.kind in "iu"
+    if not (images_valid and labels_valid):
         raise DataError(
             f"{path} has x {x_NHWC.dtype} {list(x_NHWC.shape)} and y {y.dtype} {list(y.shape)}: "
             "x must be uint8 [N, H, W, C], y integers [N]."
         )
-    names = (
-        CIFAR10_NAMES
-        if config.classes == 10 and x_NHWC.shape[1:] == (32, 32, 3)
-        else tuple(map(str, range(config.classes)))
-    )
+
+    names = tuple(map(str, range(config.classes)))
+    # npz files have no class names, but this shape is CIFAR-10's
+    if config.classes == 10 and x_NHWC.shape[1:] == (32, 32, 3):
+        names = CIFAR10_NAMES
     return _part(x_NHWC, y, config, split, augment, names)
 
 
 def cifar10(config: DataConfig, split: str, augment: bool) -> Images:
-    """CIFAR-10 in torchvision's layout (``cifar-10-batches-py`` inside ``data.path``);
-    torchvision checks the files' md5.
+    """CIFAR-10 in torchvision's layout: ``cifar-10-batches-py`` in the folder
+    ``data.path``.
+
+    Raises DataError if files are missing or have a wrong md5, which torchvision checks.
     """
     from torchvision.datasets import CIFAR10
 

@@ -1,8 +1,9 @@
-"""How good detections are: the 12 numbers of COCO and the AP of each class, by pycocotools.
+"""Evaluation of detections: COCO's 12 numbers and the AP of each class, by pycocotools.
 
-AP is the area under the precision-recall curve, sampled at 101 recalls, of detections
-that match an object of their class by at least a given IoU; averaged over the IoUs .50,
-.55, ..., .95 and over the classes (https://cocodataset.org/#detection-eval).
+AP is the area under the precision-recall curve, sampled at 101 recalls. A detection is
+correct if it matches an object of its class with at least a given IoU. AP is averaged
+over the IoUs .50, .55, ..., .95 and over the classes
+(https://cocodataset.org/#detection-eval).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from hwnas.errors import DataError
 
 
 class CocoMetrics(BaseModel):
-    """COCO's numbers, each in 0..1, by COCO's names; none where the ground truth has no
-    object of that kind (COCO writes -1).
+    """COCO's numbers under COCO's names, each in [0, 1]. A number is None if the ground
+    truth has no object of that kind, where COCO writes -1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,26 +47,26 @@ class CocoMetrics(BaseModel):
 
     @property
     def by_name(self) -> dict[str, float | None]:
-        """The numbers of all classes together, AP first."""
+        """The numbers over all classes, AP first."""
         return self.model_dump(exclude={"AP_per_class"})
 
 
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""The order in which pycocotools gives them."""
+"""Names of the numbers, in pycocotools' order."""
 
 
 def evaluate(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> CocoMetrics:
-    """Compare detections with a ground truth, both as COCO's files have them and
-    neither changed. Exactly pycocotools' numbers.
+    """Compare detections with a ground truth, both in the format of COCO's files. The
+    numbers are exactly pycocotools'; the arguments are not changed.
 
     ``ground_truth`` has ``images``, ``annotations`` and ``categories``; ``results`` are
     rows of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``.
-    All images count: on those without objects every detection is wrong. Objects with
-    ``iscrowd`` count neither for nor against a detection. No detections at all are
-    worth 0. A detection with a number that is not finite is worth nothing: pycocotools
-    would take it for a match.
+    All images count: in images without objects, every detection is wrong. Objects with
+    ``iscrowd`` count neither for nor against a detection. Without any detection, AP is
+    0. Detections with a number that is not finite are dropped, because pycocotools
+    would count them as matches.
 
-    Raises DataError where the ground truth has no object to find.
+    Raises DataError if the ground truth has no object to find.
     """
     annotations = ground_truth["annotations"]
     if all(annotation.get("iscrowd", 0) for annotation in annotations):
@@ -73,55 +74,63 @@ def evaluate(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any
             f"{len(ground_truth['images'])} images have no object to find, so AP is not defined:"
             " evaluate on annotated ones."
         )
-    detections = [
-        {key: row[key] for key in ("image_id", "category_id", "bbox", "score")}
-        for row in results
-        if math.isfinite(sum((*row["bbox"], row["score"])))
-    ]
-    assert {row["image_id"] for row in detections} <= {
-        image["id"] for image in ground_truth["images"]
-    }
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
+
+    detections = []
+    for row in results:
+        # a sum is finite only if all its terms are
+        if math.isfinite(sum((*row["bbox"], row["score"]))):
+            detections.append(
+                {key: row[key] for key in ("image_id", "category_id", "bbox", "score")}
+            )
+    image_ids = {image["id"] for image in ground_truth["images"]}
+    assert {row["image_id"] for row in detections} <= image_ids
+
+    # pycocotools prints its progress
+    with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(
             _indexed(ground_truth, annotations), _indexed(ground_truth, detections), "bbox"
         )
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     # IoUs, recalls, classes, areas (the first: all), detections per image (the last: 100)
     precision_TRKAM = evaluation.eval["precision"]
-    per_class = {
-        names[key]: _mean(precision_TRKAM[:, :, k, 0, -1])
-        for k, key in enumerate(evaluation.params.catIds)
-    }
+    per_class: dict[str, float | None] = {}
+    for k, category_id in enumerate(evaluation.params.catIds):
+        per_class[names[category_id]] = _mean(precision_TRKAM[:, :, k, 0, -1])
     assert len(per_class) == len(names), "two categories have the same name"
-    numbers = {
-        name: None if value == -1 else float(value)
-        for name, value in zip(NUMBERS, evaluation.stats, strict=True)
-    }
+
+    numbers: dict[str, float | None] = {}
+    for name, value in zip(NUMBERS, evaluation.stats, strict=True):
+        numbers[name] = None if value == -1 else float(value)
     return CocoMetrics.model_validate({**numbers, "AP_per_class": per_class})
 
 
 def _mean(precision: np.ndarray) -> float | None:
-    found = precision[precision > -1]
-    return float(found.mean()) if found.size else None
+    """The mean of the defined precisions; None if there are none (pycocotools writes -1)."""
+    defined = precision[precision > -1]
+    if not defined.size:
+        return None
+    return float(defined.mean())
 
 
 def _indexed(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> COCO:
-    """Objects or detections as pycocotools holds them.
+    """Objects or detections in pycocotools' form.
 
-    It marks a match by the object's id, so that an id of 0 is none and ids met twice
-    are one: they are numbered anew, from 1.
+    pycocotools marks a match by the object's id, so it takes the id 0 for no match and
+    mixes up equal ids. Rows are therefore numbered again, from 1.
     """
+    annotations = []
+    for number, row in enumerate(rows, 1):
+        defaults = {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        annotations.append({**defaults, **row, "id": number})
     api = COCO()
     api.dataset = {
         "images": ground_truth["images"],
         "categories": ground_truth["categories"],
-        "annotations": [
-            {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0, **row, "id": number}
-            for number, row in enumerate(rows, 1)
-        ],
+        "annotations": annotations,
     }
     api.createIndex()
     return api

@@ -1,14 +1,15 @@
-"""COCO annotation files: read, checked and kept as flat arrays.
+"""COCO annotation files, which are read, checked and kept as flat arrays.
 
-The format is that of https://cocodataset.org/#format-data; of it, this reads what boxes need::
+The format is that of https://cocodataset.org/#format-data. Only the fields that boxes
+need are read::
 
     {"images":      [{"id": 9, "file_name": "9.jpg", "width": 640, "height": 480}],
      "annotations": [{"image_id": 9, "category_id": 51, "bbox": [x, y, width, height],
      "area": 67532.1, "iscrowd": 0}], "categories":  [{"id": 51, "name": "bowl"}]}
 
-``area`` (default: that of the box) and ``iscrowd`` (default: 0) may be left out, as may
-the annotations' ids: the ground truth made here has ids of its own, from 1, because
-pycocotools takes an object whose id is 0 for one that was never found.
+``area`` (default: that of the box) and ``iscrowd`` (default: 0) are optional. The ids
+of annotations are ignored: ``ground_truth`` numbers them again from 1, because
+pycocotools takes an object with the id 0 for one that was never found.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from hwnas.document import explain
 from hwnas.errors import DataError
 
 ROUNDING_PX = 1.0
-"""Boxes that leave their image by no more were rounded; they stay in the ground truth
-as they are, so that its AP is the official one.
+"""Boxes that leave their image by at most this much were rounded. They stay unchanged
+in the ground truth, so that its AP is the official one.
 """
 
 
@@ -73,10 +74,9 @@ class _File(_FileRecord):
 
 @dataclass(frozen=True)
 class Annotations:
-    """The content of one annotation file. Images are in the order of their ids, and the
-    objects in that of their images.
+    """The content of one annotation file. Images are sorted by id, objects by image.
 
-    Classes are indices from 0, in the order of the category ids, which may have gaps.
+    Classes are indices from 0 in the order of the category ids, which may have gaps.
     """
 
     path: Path
@@ -88,66 +88,67 @@ class Annotations:
     categories: dict[int, str]
     """Names by category id, in the order of the ids."""
     starts: np.ndarray
-    """Where each image's objects start, and the last one's end, int64 [N + 1]."""
+    """Positions where the objects of each image start, and where the last image's end,
+    int64 [N + 1].
+    """
     boxes: np.ndarray
     """x, y, width and height in pixels of the image, float64 [objects, 4]."""
     classes: np.ndarray
     """int64 [objects]."""
     areas: np.ndarray
-    """In pixels, float64 [objects]; of the object's outline where the file says so, and
-    what COCO calls small, medium and large.
+    """In pixels, float64 [objects]. The area of the object's outline if the file has
+    it, by which COCO classes objects as small, medium and large.
     """
     crowds: np.ndarray
-    """True for a box around many objects that were not told apart, bool [objects]."""
+    """True for a box around many objects that are not annotated one by one, bool
+    [objects].
+    """
 
     def objects(self, image: int) -> slice:
-        """Where the objects of an image are in the arrays of objects."""
+        """The positions of an image's objects in the arrays of objects."""
         return slice(int(self.starts[image]), int(self.starts[image + 1]))
 
     def ground_truth(self, images: Sequence[int]) -> dict[str, Any]:
-        """Some images and all categories as an annotation file has them, crowds
-        included: what an evaluation compares with.
+        """Some images, their objects (including crowds) and all categories in the format
+        of an annotation file, for an evaluation to compare with.
         """
         category_ids = tuple(self.categories)
-        rows = [
-            (image, row)
-            for image in images
-            for row in range(*self.objects(image).indices(len(self.boxes)))
-        ]
-        return {
-            "images": [
+        image_entries: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for image in images:
+            image_entries.append(
                 {
                     "id": int(self.ids[image]),
                     "file_name": self.file_names[image],
                     "width": int(self.sizes[image, 0]),
                     "height": int(self.sizes[image, 1]),
                 }
-                for image in images
-            ],
-            "annotations": [
-                {
-                    "id": number,
-                    "image_id": int(self.ids[image]),
-                    "category_id": category_ids[self.classes[row]],
-                    "bbox": self.boxes[row].tolist(),
-                    "area": float(self.areas[row]),
-                    "iscrowd": int(self.crowds[row]),
-                }
-                for number, (image, row) in enumerate(rows, 1)
-            ],
-            "categories": [{"id": key, "name": name} for key, name in self.categories.items()],
-        }
+            )
+            for row in range(self.starts[image], self.starts[image + 1]):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": int(self.ids[image]),
+                        "category_id": category_ids[self.classes[row]],
+                        "bbox": self.boxes[row].tolist(),
+                        "area": float(self.areas[row]),
+                        "iscrowd": int(self.crowds[row]),
+                    }
+                )
+        categories = [{"id": key, "name": name} for key, name in self.categories.items()]
+        return {"images": image_entries, "annotations": annotations, "categories": categories}
 
 
 def read_annotations(path: Path) -> Annotations:
-    """Read and check an annotation file; the same file is read once: COCO's own takes
-    seconds, and every split of it asks.
+    """Read and check an annotation file.
 
-    A box that leaves its image is clipped, one that has no area inside it is left out;
-    both are counted in one warning. Raises DataError where the file is missing, no
-    JSON, not in COCO's format (negative sizes and NaN included), without images,
-    categories or objects, has an id twice, or an annotation of an image or a category
-    that it does not have.
+    An unchanged file is not read again: COCO's own takes seconds, and every split needs
+    it. Boxes that leave their image are clipped, and boxes without area inside it are
+    left out; one warning counts both.
+
+    Raises DataError if the file is missing, is not JSON, is not in COCO's format (also
+    for negative sizes and NaN), has no images, categories or objects, has an id twice,
+    or has an annotation of an unknown image or category.
     """
     try:
         status = path.stat()
@@ -158,26 +159,23 @@ def read_annotations(path: Path) -> Annotations:
 
 @lru_cache(maxsize=2)
 def _read(path: Path, changed_ns: int, size_bytes: int) -> Annotations:
-    del changed_ns, size_bytes  # they tell a file from the one that was read before
+    # only part of the cache's key: a file that has changed is read again
+    del changed_ns, size_bytes
     content = _parsed(path)
-    for noun, entries in (
-        ("images", content.images),
-        ("annotations", content.annotations),
-        ("categories", content.categories),
-    ):
-        if not entries:
+    for noun in ("images", "annotations", "categories"):
+        if not getattr(content, noun):
             raise DataError(
                 f"{path} has no {noun}: export it again with images, annotations and categories."
             )
+
     images = sorted(content.images, key=lambda image: image.id)
-    categories = {
-        category.id: category.name
-        for category in sorted(content.categories, key=lambda category: category.id)
-    }
     ids = [image.id for image in images]
-    _refuse_twins(path, "image ids", ids)
-    _refuse_twins(path, "category ids", [category.id for category in content.categories])
-    _refuse_twins(path, "category names", list(categories.values()))
+    sorted_categories = sorted(content.categories, key=lambda category: category.id)
+    categories = {category.id: category.name for category in sorted_categories}
+    _check_unique(path, "image ids", ids)
+    _check_unique(path, "category ids", [category.id for category in content.categories])
+    _check_unique(path, "category names", list(categories.values()))
+
     image_ids = np.array([annotation.image_id for annotation in content.annotations])
     category_ids = np.array([annotation.category_id for annotation in content.annotations])
     positions = _positions(path, "image", image_ids, np.array(ids))
@@ -185,21 +183,19 @@ def _read(path: Path, changed_ns: int, size_bytes: int) -> Annotations:
     sizes = np.array([(image.width, image.height) for image in images])
 
     boxes = np.array([annotation.bbox for annotation in content.annotations], dtype=np.float64)
-    boxes, left = _inside(path, boxes, sizes[positions])
-    areas = np.array(
-        [
-            np.nan if annotation.area is None else annotation.area
-            for annotation in content.annotations
-        ]
-    )
+    boxes, has_area = _clipped(path, boxes, sizes[positions])
+    # as floats, the missing areas (None) become NaN
+    areas = np.array([annotation.area for annotation in content.annotations], dtype=np.float64)
     areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
     crowds = np.array([annotation.iscrowd for annotation in content.annotations])
-    if not (left & ~crowds).any():
+    if not (has_area & ~crowds).any():
         raise DataError(
             f"{path} has no single object with a box inside its image: check its boxes, which are"
             " x, y, width and height."
         )
-    order = np.flatnonzero(left)[np.argsort(positions[left], kind="stable")]
+
+    # by image, and within an image in the file's order
+    order = np.flatnonzero(has_area)[np.argsort(positions[has_area], kind="stable")]
     return Annotations(
         path=path,
         ids=np.array(ids),
@@ -232,42 +228,45 @@ def _parsed(path: Path) -> _File:
         ) from error
 
 
-def _refuse_twins(path: Path, noun: str, values: Sequence[int | str]) -> None:
+def _check_unique(path: Path, noun: str, values: Sequence[int | str]) -> None:
+    """Raise DataError if a value occurs more than once."""
     if len(set(values)) < len(values):
-        (twin, _), *_ = Counter(values).most_common(1)
+        [(duplicate, _)] = Counter(values).most_common(1)
         raise DataError(
-            f"{path} has {noun} that are not unique ({twin!r} is there twice): give each its own."
+            f"{path} has {noun} that are not unique ({duplicate!r} occurs more than once): give"
+            " each its own."
         )
 
 
-def _positions(path: Path, noun: str, found: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Where each of the ``found`` ids is among the ``known`` ones, which are sorted."""
-    positions = np.searchsorted(known, found).clip(max=len(known) - 1)
-    unknown = np.flatnonzero(known[positions] != found)
+def _positions(path: Path, noun: str, ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
+    """The position of each of ``ids`` in ``known_ids``, which are sorted.
+
+    Raises DataError if one of them is not known.
+    """
+    positions = np.searchsorted(known_ids, ids).clip(max=len(known_ids) - 1)
+    unknown = np.flatnonzero(known_ids[positions] != ids)
     if len(unknown):
         raise DataError(
             f"{path} has an annotation (number {unknown[0]} in its list) with {noun}_id"
-            f" {found[unknown[0]]}, but no such {noun}: add the {noun} or remove the annotation."
+            f" {ids[unknown[0]]}, but no such {noun}: add the {noun} or remove the annotation."
         )
     return positions
 
 
-def _inside(path: Path, boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes clipped to their images, and which of them have an area left there.
-    Warns where there is anything to say.
+def _clipped(path: Path, boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes clipped to their images, and which of them have an area there. Warns if
+    any box is clipped or has no area.
     """
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     clipped = corners.clip(0, np.tile(sizes, 2))
     extents = clipped[:, 2:] - clipped[:, :2]
-    left = (extents[:, 0] > 0) & (extents[:, 1] > 0)
+    has_area = (extents[:, 0] > 0) & (extents[:, 1] > 0)
     outside = np.abs(clipped - corners).max(axis=1) > ROUNDING_PX
-    if not left.all() or outside.any():
+    if not has_area.all() or outside.any():
         warnings.warn(
-            f"{path}: of {len(boxes)} boxes, {(outside & left).sum()} left their image and were"
-            f" clipped, {(~left).sum()} had no area inside it and were left out.",
+            f"{path}: of {len(boxes)} boxes, {(outside & has_area).sum()} left their image and"
+            f" were clipped, {(~has_area).sum()} had no area inside it and were left out.",
             stacklevel=4,
         )
-    return (
-        np.where(outside[:, None], np.concatenate([clipped[:, :2], extents], axis=1), boxes),
-        left,
-    )
+    clipped_boxes = np.concatenate([clipped[:, :2], extents], axis=1)
+    return np.where(outside[:, None], clipped_boxes, boxes), has_area

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,15 +20,19 @@ from hwnas.data.geometry import MODES, Geometry
 from hwnas.data.images import Batch, Images, Request, split_indices
 from hwnas.errors import DataError
 
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-"""Of the random parts that ``imagenet`` trains on: part of the image's area, and width
-/ height (torchvision's defaults).
+AREA = (0.08, 1.0)
+"""Range of the random crops of ``imagenet``: part of the image's area (torchvision's
+default).
 """
+RATIO = (3 / 4, 4 / 3)
+"""Range of the random crops of ``imagenet``: width / height (torchvision's default)."""
 
 
 class FolderImages(Images):
-    """Images decoded on demand. ``imagenet`` trains on crops of a random part, 0.08 to
-    1 of the area; see the geometry for all else.
+    """Images that are decoded on demand.
+
+    The augmentation ``imagenet`` trains on random crops of 0.08 to 1 of the area. The
+    geometry describes everything else.
     """
 
     geometry: Geometry
@@ -35,24 +40,29 @@ class FolderImages(Images):
     def __init__(
         self, folder: ImageFolder, chosen: np.ndarray, config: DataConfig, augment: bool
     ) -> None:
-        self.folder, self.chosen, self.channels = folder, chosen, config.channels
+        self.folder = folder
+        self.chosen = chosen
+        self.channels = config.channels
         self.labels = np.asarray(folder.targets, dtype=np.int64)[chosen]
         self.names = tuple(folder.classes)
         self.geometry = geometry = Geometry.of(config)
         self.resizing = geometry.words
         self.augment = config.augment if augment else "none"
-        to_tensor = [
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(config.mean), list(config.std)),
-        ]
-        self.normalised = v2.Compose(to_tensor)
+        self.normalised = v2.Compose(
+            [
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(list(config.mean), list(config.std)),
+            ]
+        )
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         images = [self._image(index, draw) for index, draw in requests]
-        return torch.stack(images), torch.from_numpy(self.labels[[index for index, _ in requests]])
+        labels = self.labels[[index for index, _ in requests]]
+        return torch.stack(images), torch.from_numpy(labels)
 
     def _image(self, index: int, draw: int) -> torch.Tensor:
+        """One image, augmented and normalised: float32 [C, size, size]."""
         path, _ = self.folder.samples[self.chosen[index]]
         try:
             image = self.folder.loader(path).convert("RGB" if self.channels == 3 else "L")
@@ -60,7 +70,9 @@ class FolderImages(Images):
             raise DataError(
                 f"image {path} does not decode ({error}): replace or remove it."
             ) from error
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        # torchvision draws from the global generator, whose state must not change
+        with torch.random.fork_rng(devices=[]):
+            # the batch has one seed, so the index keeps its images apart
             torch.manual_seed((draw + index) % 2**63)
             tensor: torch.Tensor = self.normalised(self._fitted(image))
         return tensor
@@ -73,53 +85,67 @@ class FolderImages(Images):
             fitted = self._random_area(image)
         else:
             room = self.geometry.room
-            down, right = (int(torch.randint(-room, room + 1, ())) for _ in range(2))
+            down = int(torch.randint(-room, room + 1, ()))
+            right = int(torch.randint(-room, room + 1, ()))
             fitted = self.geometry.cut(self.geometry.scaled(image), right, down)
-        flipped = self.augment != "crop" and bool(torch.rand(1) < 0.5)
-        return F.horizontal_flip(fitted) if flipped else fitted
+        if self.augment != "crop" and bool(torch.rand(1) < 0.5):
+            fitted = F.horizontal_flip(fitted)
+        return fitted
 
     def _random_area(self, image: Image) -> Image:
-        """A random part of an image, which is about as wide as it is high where it is
-        looked at: squashed, with ``squash``.
+        """A random crop of an image, resized to the network's size.
+
+        Its aspect ratio is about 1, which with ``squash`` refers to the squashed image.
         """
         aspect = image.width / image.height if self.geometry.mode == "squash" else 1.0
         area = RandomResizedCrop.get_params(image, [*AREA], [aspect * ratio for ratio in RATIO])
-        size, interpolation = [self.geometry.resolution] * 2, MODES[self.geometry.interpolation]
-        cut: Image = F.resized_crop(
-            image, *area, size=size, interpolation=interpolation, antialias=True
+        crop: Image = F.resized_crop(
+            image,
+            *area,
+            size=[self.geometry.resolution] * 2,
+            interpolation=MODES[self.geometry.interpolation],
+            antialias=True,
         )
-        return cut
+        return crop
 
 
 def folder(config: DataConfig, split: str, augment: bool) -> Images:
-    """``train`` (split into train and held-out) and ``val`` (the test split) below
-    ``data.path``.
+    """The images in the folders ``train`` (split into train and held-out) and ``val``
+    (the test split) below ``data.path``.
+
+    Raises DataError if a folder is missing or has no class folders with images, or if
+    the classes of the two differ.
     """
-    root = data_folder(config) / ("val" if split == "test" else "train")
+    part = "val" if split == "test" else "train"
+    root = data_folder(config) / part
     try:
         images = ImageFolder(str(root))
     except (FileNotFoundError, OSError) as error:
-        reason = (
-            f"holds no class folders with images ({error})" if root.is_dir() else "does not exist"
-        )
-        boxes = (
-            " (a folder with annotations/ is data.name = 'coco')"
-            if (root.parent / "annotations").is_dir()
-            else ""
-        )
+        reason = "does not exist"
+        if root.is_dir():
+            reason = f"holds no class folders with images ({error})"
+        hint = ""
+        if (root.parent / "annotations").is_dir():
+            hint = " (a folder with annotations/ is data.name = 'coco')"
         raise DataError(
-            f"{root} {reason}: lay the images out as {root.name}/<class>/<image>{boxes}."
+            f"{root} {reason}: lay the images out as {root.name}/<class>/<image>{hint}."
         ) from error
-    if (
-        split == "test"
-        and (root.parent / "train").is_dir()
-        and images.classes != (trained := find_classes(str(root.parent / "train"))[0])
-    ):
-        odd = ", ".join(sorted({*images.classes} ^ {*trained})[:3])
-        raise DataError(
-            f"{root} and its train folder differ in classes ({odd}), so labels would not agree:"
-            " give both the same folders."
-        )
+
     total = len(images.samples)
-    chosen = np.arange(total) if split == "test" else split_indices(total, config.held_out, split)
-    return FolderImages(images, chosen, config, augment)
+    if split != "test":
+        return FolderImages(images, split_indices(total, config.held_out, split), config, augment)
+    # labels are positions in the sorted list of class folders
+    train = root.parent / "train"
+    if train.is_dir():
+        _check_same_classes(root, images.classes, find_classes(str(train))[0])
+    return FolderImages(images, np.arange(total), config, augment)
+
+
+def _check_same_classes(root: Path, classes: list[str], train_classes: list[str]) -> None:
+    """Raise DataError if the class folders of ``root`` differ from those of training."""
+    if classes != train_classes:
+        differing = ", ".join(sorted({*classes} ^ {*train_classes})[:3])
+        raise DataError(
+            f"{root} and its train folder differ in classes ({differing}), so labels would not"
+            " agree: give both the same folders."
+        )

@@ -1,8 +1,8 @@
-"""What every data set is here, and the deterministic order in which its batches come.
+"""The interface of data sets, and the deterministic order of their batches.
 
-A batch is a pure function of (seed, step): the images by a permutation per epoch, the
-augmentation by a generator per step. So a run that was killed and resumed sees exactly
-the batches it would have seen.
+A batch is a pure function of (seed, step): the images follow from one permutation per
+epoch, the augmentation from one generator per step. A run that was killed and resumed
+therefore sees exactly the batches that it would have seen without interruption.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ float32 [N, M, 5] (see ``data/coco.py``).
 """
 
 Request: TypeAlias = tuple[int, int]
-"""(image index, seed of the augmentation); the seed is ignored where nothing is augmented."""
+"""(image index, seed of the augmentation); without augmentation, the seed is ignored."""
 
 
 class Images(Dataset[Batch]):
-    """A split of a data set. Subclasses read and augment; ``labels`` is int64 [N],
-    ``names`` the class names.
+    """A split of a data set. Subclasses read and augment the images.
 
-    Where images have any number of objects, ``labels`` is int64 [objects], and
-    ``__len__`` and ``labels_of`` are of their own. ``resizing`` says in words how an
-    image becomes the model's size, for the people who use an exported file;
-    ``geometry`` says it in numbers, where the data set has one.
+    ``labels`` is int64 [N], and ``names`` holds the class names. For detection, where
+    an image has any number of objects, ``labels`` is int64 [objects], and subclasses
+    override ``__len__`` and ``labels_of``. ``resizing`` describes in words how an image
+    is brought to the model's size, for users of an exported file; ``geometry`` does so
+    in numbers, if the data set has one.
     """
 
     resizing: str
@@ -50,13 +50,13 @@ class Images(Dataset[Batch]):
         return len(self.labels)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """The labels of some images."""
+        """The labels of the images at ``indices``."""
         labels: np.ndarray = self.labels[indices]
         return labels
 
     @abstractmethod
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
-        """A whole batch at once."""
+        """Read a whole batch at once."""
 
 
 def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Images:
@@ -64,16 +64,19 @@ def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Ima
     against the configuration.
 
     ``held_out`` is a fixed part of the training images, the same for every seed of the
-    experiment; ``train`` is the rest, ``all`` are both: a search needs them apart, the
-    final training does not.
+    experiment; ``train`` is the rest, and ``all`` is both. A search needs them apart,
+    the final training does not.
+
+    Raises DataError if there are no images or if labels exceed ``data.classes``.
     """
     images: Images = DATASETS.get(config.name)(config, split, augment)
     if len(images) == 0:
         raise DataError(
             f"data {config.name!r} has no images in its {split} split: check data.path."
         )
+    # in detection, all images of a part may be without objects
     if len(images.labels) == 0:
-        return images  # a part whose images have no objects
+        return images
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= config.classes:
         raise DataError(
@@ -84,11 +87,13 @@ def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Ima
 
 
 class Portion(Images):
-    """A fixed random part of a split, in every seed the same."""
+    """A fixed random part of a split, the same for every seed of the experiment."""
 
     def __init__(self, images: Images, portion: float) -> None:
-        self.images, self.names = images, images.names
-        self.resizing, self.geometry = images.resizing, images.geometry
+        self.images = images
+        self.names = images.names
+        self.resizing = images.resizing
+        self.geometry = images.geometry
         count = max(1, round(portion * len(images)))
         self.kept = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
         self.labels = images.labels_of(self.kept)
@@ -97,43 +102,46 @@ class Portion(Images):
         return len(self.kept)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """The labels of some images."""
+        """The labels of the images at ``indices``."""
         return self.images.labels_of(self.kept[indices])
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
-        """A whole batch at once."""
+        """Read a whole batch at once."""
         return self.images.__getitems__([(int(self.kept[index]), draw) for index, draw in requests])
 
 
 def split_indices(total: int, held_out: float, split: str) -> np.ndarray:
-    """Which of ``total`` training images belong to ``train``, ``held_out`` or ``all``."""
+    """The sorted indices of those of ``total`` training images that belong to ``split``:
+    ``train``, ``held_out`` or ``all``.
+    """
     if split == "all":
         return np.arange(total)
+    # a constant seed: the parts must not depend on the experiment's
     order = np.random.default_rng(0).permutation(total)
     cut = max(1, round(total * held_out))
-    return np.sort(order[:cut] if split == "held_out" else order[cut:])
+    chosen = order[:cut] if split == "held_out" else order[cut:]
+    return np.sort(chosen)
 
 
 class _Stream:
-    """Batch sampler: permutation after permutation, cut into batches, of every
-    ``stride``-th step from ``first`` to ``last``.
+    """A batch sampler for the steps in ``steps``. One permutation per epoch after the
+    other is cut into batches.
     """
 
-    def __init__(
-        self, size: int, batch_size: int, seed: int, first: int, last: int, stride: int = 1
-    ) -> None:
-        self.size, self.batch_size, self.seed, self.steps = (
-            size,
-            batch_size,
-            seed,
-            range(first, last, stride),
-        )
+    def __init__(self, size: int, batch_size: int, seed: int, steps: range) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps = steps
 
     def __iter__(self) -> Iterator[list[Request]]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
+        epoch = -1
+        order = np.empty(0, dtype=np.int64)
         for step in self.steps:
+            # the last number separates these draws from the permutations' (0)
             draw = int(np.random.default_rng([self.seed, step, 1]).integers(2**62))
             batch = []
+            # a batch may cross the border between two epochs
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
                 if position // self.size != epoch:
                     epoch = position // self.size
@@ -146,8 +154,8 @@ class _Stream:
 
 
 class _Carrying(Dataset[Any]):
-    """Hands a DataError over as a value: raised in a loader process, it would arrive
-    wrapped in that process's traceback.
+    """Returns a DataError instead of raising it: raised in a worker process, it would
+    arrive wrapped in that process's traceback.
     """
 
     def __init__(self, images: Images) -> None:
@@ -160,18 +168,20 @@ class _Carrying(Dataset[Any]):
             return error
 
 
-def _as_is(batch: Any) -> Any:
-    return batch  # __getitems__ already returns a batch
+def _unchanged(batch: Any) -> Any:
+    """A collate function for ``__getitems__``, which already returns a batch."""
+    return batch
 
 
 def _load(images: Images, sampler: Iterable[list[Request]], workers: int) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         _Carrying(images),
         batch_sampler=sampler,
-        collate_fn=_as_is,
+        collate_fn=_unchanged,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        # else a loader made in the middle of a step, by a resumed run, shifts that step's dropout
+        # a loader without a generator draws from the global one; when a resumed run makes
+        # it in the middle of a step, that would change the step's dropout
         generator=torch.Generator(),
     )
     for batch in loader:
@@ -191,12 +201,13 @@ def training_batches(
     workers: int = 0,
 ) -> Iterator[Batch]:
     """The shuffled batches of every ``stride``-th step from ``first`` to ``last - 1``."""
-    return _load(images, _Stream(len(images), batch_size, seed, first, last, stride), workers)
+    steps = range(first, last, stride)
+    return _load(images, _Stream(len(images), batch_size, seed, steps), workers)
 
 
 def evaluation_order(images: Images, limit: int | None = None) -> np.ndarray:
-    """Indices of all images, or ``limit`` of them, in one fixed random order: folders
-    are sorted by class, and a part must not be.
+    """Indices of all images, or of ``limit`` images, in a fixed random order. Folders
+    are sorted by class, so the first images would not represent all classes.
     """
     return np.random.default_rng(0).permutation(len(images))[:limit]
 
@@ -204,21 +215,16 @@ def evaluation_order(images: Images, limit: int | None = None) -> np.ndarray:
 def evaluation_batches(
     images: Images, batch_size: int, *, limit: int | None = None, workers: int = 0
 ) -> Iterator[Batch]:
-    """All images, or ``limit`` of them, in ``evaluation_order``."""
-    order = evaluation_order(images, limit)
-    return _load(
-        images,
-        [
-            [(int(i), 0) for i in order[at : at + batch_size]]
-            for at in range(0, len(order), batch_size)
-        ],
-        workers,
-    )
+    """Batches of all images, or of ``limit`` images, in ``evaluation_order``."""
+    requests = [(int(i), 0) for i in evaluation_order(images, limit)]
+    starts = range(0, len(requests), batch_size)
+    batches = [requests[start : start + batch_size] for start in starts]
+    return _load(images, batches, workers)
 
 
 def sampled_images(images: Images, count: int) -> np.ndarray:
-    """``count`` images spread evenly over a split, channels-last float32 [count, H, W,
-    C], as a deployed model gets them.
+    """``count`` images spread evenly over a split (all of them if it has fewer), as a
+    deployed model gets them: float32 [count, H, W, C].
     """
     indices = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
     x_NCHW, _ = images.__getitems__([(int(index), 0) for index in indices])

@@ -1,5 +1,5 @@
-"""What the images on disk say of a configuration, before anything is built on it:
-classes that are not set, and splits that are missing.
+"""Checks of a configuration against the images on disk before anything is built on
+them: counts classes that are not set, and finds missing splits.
 """
 
 from __future__ import annotations
@@ -12,35 +12,39 @@ from hwnas.errors import ConfigError, DataError
 
 
 def with_classes(config: DataConfig) -> DataConfig:
-    """The configuration with ``data.classes`` counted where it was not given.
+    """The configuration with ``data.classes`` counted if it was not given.
 
-    Folders have a class per class folder, COCO's layout one per category, arrays as
-    many as their largest label and 0. Of plug-ins nobody knows, so they keep the
-    default. Raises ConfigError where there is nothing to count.
+    Folders have one class per class folder, COCO's layout one per category, arrays one
+    more than their largest label. The classes of plug-ins are unknown, so they keep the
+    default.
+
+    Raises ConfigError if the classes cannot be counted, or if there is only one.
     """
     if "classes" in config.model_fields_set or config.name not in (*IMAGE_LABELS, "coco"):
         return config
     try:
-        found = classes_in(config)
+        classes = classes_in(config)
     except DataError as error:
-        raise ConfigError(f"data.classes is not set, and cannot be counted: {error}") from error
-    if found < 2 and config.name in IMAGE_LABELS:
+        raise ConfigError(f"data.classes is not set and cannot be counted: {error}") from error
+    # one class is enough for a detector, which tells it from the background
+    if classes < 2 and config.name in IMAGE_LABELS:
         raise ConfigError(
             f"data {config.name!r} has one class, which leaves nothing to tell apart: check"
             " data.path."
         )
-    return config.model_copy(update={"classes": found})
+    return config.model_copy(update={"classes": classes})
 
 
 def classes_in(config: DataConfig) -> int:
-    """How many classes the training images of one of our own data sets have. Raises
-    DataError where they cannot be read.
+    """The number of classes in the training images of a built-in data set.
+
+    Raises DataError if they cannot be read.
     """
     if config.name == "coco":
         return len(training_categories(config))
-    images: Images = DATASETS.get(config.name)(
-        config.model_copy(update={"classes": 0}), "all", False
-    )
+    # only load_images compares the labels with data.classes, so any number will do here
+    unchecked = config.model_copy(update={"classes": 0})
+    images: Images = DATASETS.get(config.name)(unchecked, "all", False)
     if config.name == "folder":
         return len(images.names)
     if len(images) == 0:
@@ -52,13 +56,17 @@ def classes_in(config: DataConfig) -> int:
 
 
 def check_data(config: DataConfig, *, searches: bool, exact: bool = True) -> None:
-    """Open every split that a later stage needs: layout, labels, class folders and
-    categories agree, and no part is empty.
+    """Open every split that a later stage needs, and check that layout, labels, class
+    folders and categories agree and that no part is empty.
 
-    ``exact``: there are as many class folders as classes, not fewer, which a space
-    document with its own number leaves open. Raises DataError in one sentence.
+    With ``exact``, there must be as many class folders as classes. Otherwise there may
+    be fewer, as with a space document that has its own number of classes. ``searches``
+    requires enough images to hold some out.
+
+    Raises DataError, with a message of one sentence.
     """
-    training, _ = load_images(config, "all"), load_images(config, "test")
+    training = load_images(config, "all")
+    load_images(config, "test")
     if exact and config.name == "folder" and len(training.names) != config.classes:
         raise DataError(
             f"data.path {config.path!r} has {len(training.names)} class folders in train, but"
@@ -66,5 +74,5 @@ def check_data(config: DataConfig, *, searches: bool, exact: bool = True) -> Non
         )
     if searches and len(training) < 2:
         raise DataError(
-            f"data {config.name!r} has one training image, and a search holds some out: give more."
+            f"data {config.name!r} has one training image, but a search holds some out: add more."
         )

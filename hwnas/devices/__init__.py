@@ -1,5 +1,5 @@
-"""Devices: documents that describe them, ways to reach them, and profiling them into
-latency tables.
+"""Devices: the documents that describe them, the connections to them, and the
+measurements that fill latency tables.
 """
 
 from hwnas.registry import Registry

@@ -1,18 +1,19 @@
 """Android phones over adb: LiteRT's benchmark_model, driven by a script of ours that
-runs many models in one go.
+times many models in one call.
 
-On the phone is one folder, ``/data/local/tmp/hwnas``: the tool and ``models``, named by
-their contents so that nothing is sent twice, and a folder for each call, removed at its
-end. A batch is two round trips: one push of what is missing, and one shell that runs
-``deploy/android.sh`` over it and prints each result as it comes. Between batches the
-phone is asked for its state, and left to cool where it is hot. Where it goes away in
-the middle, items that have a row keep it, and the others go on when it is back.
+On the phone there is one folder, ``/data/local/tmp/hwnas``. It holds the tool and the
+models, named by their contents so that nothing is sent twice, and a folder for each
+call, removed at its end. A batch takes two round trips: one push of the missing files,
+and one shell that runs ``deploy/android.sh`` on the batch and prints each result as it
+is measured. Between batches, the phone is asked for its state and may cool down. If it
+goes away in the middle, the items that already have a row keep it, and the others
+resume when the phone is back.
 
 Two runs on one phone do not touch each other's files, and wait for each other's
-batches. Phones do not know of each other.
+batches. Runs on different phones are independent.
 
-``benchmark_model.py`` says what the times are; deploy/ANDROID.md where to get the tool,
-and what each option means.
+``benchmark_model.py`` explains what the times mean. deploy/ANDROID.md explains the
+options, and where to get the tool.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ from hwnas.document import explain
 from hwnas.errors import ConfigError, DeviceError
 
 BATCH_ITEMS = 32
-"""Models of one round trip: some ten seconds, after which the phone's temperature is
-looked at again.
+"""Models per batch. A batch takes some ten seconds, and the phone's temperature is
+checked after each.
 """
 
 INPUT_BYTES = 32 * 2**20
-"""Images that are on the phone at once, while it predicts."""
+"""How many bytes of images are on the phone at once during predictions."""
 
 COOL_DOWN_S, COOL_DOWN_POLL_S = 900.0, 10.0
-"""How long to wait for a hot phone, at most, and how often to look."""
+"""The longest wait for a hot phone, and the interval of the checks."""
 
 RETURN_POLL_S = 1.0
+"""Interval of the checks whether a phone is back."""
 ATTEMPTS = 3
-"""How often in a row a phone may go away before any new row came."""
+"""After this many losses of the phone without a new row in between, the run fails."""
 
 LOW_BATTERY_PERCENT = 15
 
@@ -64,15 +66,18 @@ class AdbOptions(Section):
         description="serial number, as 'adb devices' lists it; default: the only phone attached",
     )
     benchmark_model: str | None = Field(
-        None, description="path of the tool; default: $HWNAS_BENCHMARK_MODEL, else found on PATH"
+        None,
+        description="path of the tool; default: $HWNAS_BENCHMARK_MODEL, or else the one on PATH",
     )
     delegate: Literal["xnnpack", "gpu", "nnapi", "none"] = Field(
         "xnnpack", description="what models run on"
     )
     max_celsius: float = Field(
-        38.0, gt=0, description="battery temperature above which it waits for the phone to cool"
+        38.0, gt=0, description="battery temperature above which to wait for the phone to cool down"
     )
-    wait_s: float = Field(600.0, ge=0, description="how long to wait for a phone that went away")
+    wait_s: float = Field(
+        600.0, ge=0, description="how long to wait for a phone that went away to return"
+    )
     folder: str = Field(
         "/data/local/tmp/hwnas",
         pattern=r"^(/[A-Za-z0-9_][A-Za-z0-9._-]*)+$",
@@ -86,8 +91,8 @@ class AdbOptions(Section):
 
 
 class Adb:
-    """A phone. It is not asked anything before a method is called; once it was reached,
-    its absence is waited for.
+    """A phone. It is contacted only by the first call of a method. Once it has been
+    reached, calls wait for it if it goes away.
     """
 
     def __init__(self, device: Device) -> None:
@@ -103,29 +108,34 @@ class Adb:
         self._patient = True
 
     def _phone(self) -> AdbClient:
-        """The phone that this is about from the first call on."""
+        """The phone. The first call chooses it, and later calls keep it."""
         if self._client is None:
             self._client = AdbClient(choose(self.options.serial))
         return self._client
 
     def cores(self, threads: int) -> tuple[int, ...]:
-        """The device document's cores, else those of the phone that have the highest
-        clock; none where it does not list them.
+        """The cores of the device document, or else the fastest ones of the phone. Empty if
+        the phone does not list its cores: Android then chooses.
+
+        Raises DeviceError if there are fewer than ``threads``.
         """
-        state = None if self.device.cores else ask(self._phone())
-        if state is not None and not state.cores:
-            return ()  # the phone does not tell, and is left to choose
-        cores = self.device.cores or (state.fastest(threads) if state is not None else ())
+        cores = self.device.cores
+        if not cores:
+            state = ask(self._phone())
+            if not state.cores:
+                return ()
+            cores = state.fastest(threads)
         if len(cores) < threads:
             raise DeviceError(
-                f"{threads} threads need as many cores, but {self.device.id} offers {len(cores)}:"
-                " lower device.threads."
+                f"device.threads = {threads} needs {threads} cores, but {self.device.id} has only"
+                f" {len(cores)}: lower device.threads."
             )
         return cores
 
     def runtimes(self) -> dict[str, str]:
-        """LiteRT, as it is linked into the tool at hand."""
-        program, phone = find_program(self.options.benchmark_model), self._phone()
+        """LiteRT only, the version that is linked into the tool."""
+        program = find_program(self.options.benchmark_model)
+        phone = self._phone()
         program.check(phone.serial, ask(phone))
         return {"litert": f"{self._package} {program.version}"}
 
@@ -134,16 +144,18 @@ class Adb:
         return f"benchmark_model {self.options.delegate}"
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[Row]:
-        """Batch after batch. An item's ``ms`` are medians of processes
-        (benchmark_model.py), ``runs`` how many runs each stands for.
+        """Run a plan in batches. The ``ms`` of an item are one median per process (see
+        benchmark_model.py), and its ``runs`` are the number of runs of each process.
         """
         if plan["runtime"] != "litert":
             raise DeviceError(
-                f"{self.device.id} runs LiteRT files only: set device.runtime = 'litert', not"
+                f"{self.device.id} runs LiteRT files only: set device.runtime = 'litert' instead of"
                 f" {plan['runtime']!r}."
             )
-        program, items = find_program(self.options.benchmark_model), plan["items"]
-        position, introduced = 0, False
+        program = find_program(self.options.benchmark_model)
+        items = plan["items"]
+        position = 0
+        introduced = False
         with AdbSession(self._phone(), self.options.folder, program, folder) as session:
             while not introduced or position < len(items):
                 try:
@@ -154,25 +166,26 @@ class Adb:
                     yield from self._cool_down(session)
                     for row in self._batch(session, plan, items[position : position + BATCH_ITEMS]):
                         if "id" in row:
-                            position, self._losses = position + 1, 0
+                            position += 1
+                            self._losses = 0
                         yield row
                     yield {"conditions": session.ask().conditions(_cores(plan))}
                 except PhoneGoneError as error:
                     session.forget()
+                    # After the last row the phone is not needed any more.
                     if not introduced or position < len(items):
-                        yield from self._return(
-                            error,
-                            "" if not introduced else f" while it ran {items[position]['id']}",
-                        )
+                        moment = f" while it ran {items[position]['id']}" if introduced else ""
+                        yield from self._return(error, moment)
 
     def _introduction(self, plan: Row, program: Program, state: PhoneState) -> Iterator[Row]:
-        """The header, and the state before the first batch."""
+        """The header, and the state of the phone before the first batch."""
         cores = _cores(plan)
-        missing = sorted(set(cores) - {core.number for core in state.cores}) if state.cores else []
-        if missing:
-            on = ", ".join(str(core.number) for core in state.cores)
+        available = [core.number for core in state.cores]
+        missing = sorted(set(cores) - set(available))
+        if available and missing:
             raise DeviceError(
-                f"cannot run on core {missing[0]} of {self.device.id}: its cores are {on}."
+                f"cannot run on core {missing[0]} of {self.device.id}: choose from its cores"
+                f" {', '.join(map(str, available))}."
             )
         yield {
             "runner": 1,
@@ -190,14 +203,14 @@ class Adb:
         if state.battery_percent is not None and state.battery_percent < LOW_BATTERY_PERCENT:
             yield {
                 "note": (
-                    f"the battery of {self.device.id} is at {state.battery_percent} %: phones slow"
-                    " down when it is low"
+                    f"the battery of {self.device.id} is at {state.battery_percent} %: phones with a"
+                    " low battery are slower, so charge it"
                 )
             }
 
     def _cool_down(self, session: AdbSession) -> Iterator[Row]:
-        """Wait until the phone is cool. Where it does not cool down, say so and never
-        wait again: it may be a hot day.
+        """Wait until the phone is cool. If it does not cool down, add a note and never wait
+        again: it may be a hot day.
         """
         end = time.monotonic() + COOL_DOWN_S
         heat = session.open().heat(self.options.max_celsius)
@@ -214,7 +227,7 @@ class Adb:
                 yield {
                     "note": (
                         f"{self.device.id} is still hot ({heat}) after {COOL_DOWN_S / 60:g}"
-                        " minutes: measuring all the same"
+                        " minutes: measuring anyway"
                     )
                 }
             else:
@@ -222,8 +235,10 @@ class Adb:
                 heat = session.ask().heat(self.options.max_celsius)
 
     def _batch(self, session: AdbSession, plan: Row, items: Sequence[Row]) -> Iterator[Row]:
-        """Rows of the first items, at least of one: a file that is not here ends a
-        batch, or is one, so that the order is kept.
+        """Measure one batch: the given items, or only those before the first whose file
+        cannot be read. If that is the first item, the batch is its error.
+
+        The rows thus keep the order of the items, on which resuming relies.
         """
         models: list[str] = []
         for item in items:
@@ -234,49 +249,47 @@ class Adb:
                     yield {**_named(item), "error": f"{item['path']}: {error.strerror}"}
                     return
                 break
-        session.send(
-            {
-                "batch": (
-                    "".join(f"{number} {model}\n" for number, model in enumerate(models)).encode()
-                )
-            }
-        )
-        cores, count = _cores(plan), tool.processes(plan)
+        batch = "".join(f"{number} {model}\n" for number, model in enumerate(models))
+        session.send({"batch": batch.encode()})
+
+        cores = _cores(plan)
+        count = tool.processes(plan)
+        # taskset of the phone takes a hexadecimal mask
         mask = f"{sum(1 << core for core in cores):x}" if cores else "all"
         flags = tool.timing_flags(plan, self.options.delegate)
+        run = session.run(["measure", mask, str(count), session.program.name, *flags])
         timings: dict[int, list[tool.Timing]] = defaultdict(list)
         failed: set[int] = set()
-        for ended in self._impatient(
-            session.run(["measure", mask, str(count), session.program.name, *flags])
-        ):
+        for ended in self._with_waiting_note(run):
             if not isinstance(ended, Ended):
                 yield ended
-            elif (
-                ended.number not in failed
-            ):  # an item's other processes may follow one whose output is no good
-                item, found = items[ended.number], timings[ended.number]
-                try:
-                    found.append(tool.parse(ended.lines, ended.status, self.options.delegate))
-                except tool.BenchmarkError as error:
-                    failed.add(ended.number)
-                    yield {**_named(item), "error": str(error)}
-                    continue
-                if len(found) == count:
-                    values = {
-                        "ms": [timing.ms for timing in found],
-                        "runs": [timing.runs for timing in found],
-                    }
-                    yield {
-                        **_named(item),
-                        "delegated": (
-                            found[0].delegated if self.options.delegate != "none" else "unknown"
-                        ),
-                        **values,
-                    }
+                continue
+            # An item fails with its first bad process, but its other processes still run.
+            if ended.number in failed:
+                continue
+            item = items[ended.number]
+            measured = timings[ended.number]
+            try:
+                measured.append(tool.parse(ended.lines, ended.status, self.options.delegate))
+            except tool.BenchmarkError as error:
+                failed.add(ended.number)
+                yield {**_named(item), "error": str(error)}
+                continue
+            if len(measured) == count:
+                yield {**_named(item), **self._values(measured)}
 
-    def _impatient(self, run: Iterator[Ended | None]) -> Iterator[Ended | Row]:
-        """A note instead of the first sign that another run is at work on the phone,
-        and nothing instead of the others.
+    def _values(self, timings: Sequence[tool.Timing]) -> Row:
+        """The part of an item's row that its processes measured."""
+        delegated = timings[0].delegated if self.options.delegate != "none" else "unknown"
+        return {
+            "delegated": delegated,
+            "ms": [timing.ms for timing in timings],
+            "runs": [timing.runs for timing in timings],
+        }
+
+    def _with_waiting_note(self, run: Iterator[Ended | None]) -> Iterator[Ended | Row]:
+        """The processes of a run. The first None, which means that the run waits for
+        another one, becomes a note. Further ones are dropped.
         """
         waited = False
         for ended in run:
@@ -284,13 +297,14 @@ class Adb:
                 yield ended
             elif not waited:
                 waited = True
-                yield {"note": f"another run is at work on {self.device.id}: waiting for it"}
+                yield {"note": f"another run is using {self.device.id}: waiting for it to finish"}
 
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
-        """Outputs of a model file for images: one process for each, ``INPUT_BYTES`` of
-        them on the phone at once.
+        """Run a model file on images, in one process per image. At most ``INPUT_BYTES`` of
+        images are on the phone at once.
         """
-        program, phone = find_program(self.options.benchmark_model), self._phone()
+        program = find_program(self.options.benchmark_model)
+        phone = self._phone()
         entry, exits = self._tensors(model)
         step = max(1, INPUT_BYTES // len(tool.to_inputs(images_NHWC[:1], entry)))
         outputs: list[np.ndarray] = []
@@ -305,27 +319,33 @@ class Adb:
                     except PhoneGoneError as error:
                         session.forget()
                         for _ in self._return(error, f" while it ran {model.name}"):
-                            pass  # nobody listens for notes here
+                            pass  # predict has no way to pass on the notes
         return np.concatenate(outputs)
 
     def _tensors(self, model: Path) -> tuple[Row, list[Row]]:
-        """TFLite's details of the one input and of the outputs of a file."""
+        """TFLite's details of the input and of the outputs of a file. Raises DeviceError if
+        there are several inputs.
+        """
         try:
             interpreter = Interpreter(str(model))
-            inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+            inputs = interpreter.get_input_details()
+            outputs = interpreter.get_output_details()
         except (OSError, RuntimeError, ValueError) as error:
             raise DeviceError(f"{model.name} does not run on {self.device.id}: {error}") from error
         if len(inputs) != 1:
-            raise DeviceError(f"{model.name} has {len(inputs)} inputs; predictions need one.")
+            raise DeviceError(
+                f"{model.name} has {len(inputs)} inputs; predictions need a model with one."
+            )
         return inputs[0], outputs
 
     def _outputs(
         self, session: AdbSession, model: Path, inputs: bytes, entry: Row, exits: Sequence[Row]
     ) -> np.ndarray:
-        """Outputs float32 [N, ...] for the bytes of N inputs."""
+        """The outputs float32 [N, ...] for the bytes of N inputs."""
         name = session.add(model)
         session.send({"inputs": inputs})
-        input_bytes, output_bytes = tool.output_bytes([entry]), tool.output_bytes(exits)
+        input_bytes = tool.output_bytes([entry])
+        output_bytes = tool.output_bytes(exits)
         flags = tool.prediction_flags(entry["shape"], self.options.delegate)
         for ended in session.run(["predict", name, str(input_bytes), session.program.name, *flags]):
             if ended is None:
@@ -337,21 +357,22 @@ class Adb:
                 )
             if ended.output_bytes != output_bytes:
                 raise DeviceError(
-                    f"{session.program.path} wrote {ended.output_bytes} bytes of output where"
-                    f" {model.name} gives {output_bytes}: it is too old, or another tool; {guide()}"
-                    " says where to get one that writes outputs."
+                    f"{session.program.path} wrote {ended.output_bytes} bytes of output, but the"
+                    f" outputs of {model.name} have {output_bytes}: it is too old or not"
+                    f" benchmark_model; {guide()} explains where to get a build that writes outputs."
                 )
-        data, due = session.receive("outputs"), len(inputs) // input_bytes * output_bytes
-        if len(data) != due:
+        data = session.receive("outputs")
+        expected = len(inputs) // input_bytes * output_bytes
+        if len(data) != expected:
             raise DeviceError(
-                f"{self.device.id} sent {len(data)} bytes of outputs of {model.name}, not {due}:"
-                " run the command again."
+                f"{self.device.id} sent {len(data)} bytes of outputs of {model.name} instead of"
+                f" {expected}: run the command again."
             )
         return tool.from_outputs(data, exits)
 
     def _return(self, error: PhoneGoneError, moment: str) -> Iterator[Row]:
-        """Wait for a phone that went away. Raises DeviceError where it does not come
-        back, or goes again and again.
+        """Wait for a phone that went away. Raises DeviceError if it does not come back, or
+        if it keeps going away.
         """
         self._losses += 1
         if self._losses >= ATTEMPTS:
@@ -367,16 +388,16 @@ class Adb:
         if not self._phone().wait(self.options.wait_s, RETURN_POLL_S):
             raise DeviceError(
                 f"{self.device.id} did not come back within {self.options.wait_s:g} s: plug it in,"
-                " and start the same command again; what it has measured is kept."
+                " and run the same command again to resume."
             ) from error
         yield {"note": f"{self.device.id} is back"}
 
 
 def _named(item: Row) -> Row:
-    """How a row says which item it is about."""
+    """The part of a row that identifies its item."""
     return {"id": item["id"], "round": item.get("round", 0)}
 
 
 def _cores(plan: Row) -> tuple[int, ...]:
-    """The cores that a plan pins to; none where it leaves that to the phone."""
+    """The cores that a plan pins to. Empty if Android is to choose."""
     return tuple(plan.get("cores") or ())

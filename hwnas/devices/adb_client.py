@@ -1,9 +1,11 @@
 """The ``adb`` program, and one phone behind it.
 
-Every call is an argument list. What ``adb shell`` gets is by its nature a string for
-the phone's own shell: callers build it from constants and from values that they have
-checked, with ``shlex.join``. adb's server is left as it is: never killed, and found
-where adb itself finds it (``ANDROID_ADB_SERVER_PORT``, ``ADB_SERVER_SOCKET``).
+Every call is an argument list. ``adb shell`` is the exception: it takes one string for
+the phone's shell. Callers build it with ``shlex.join`` from constants and from values
+that they have checked.
+
+adb's server is never killed. It is used wherever adb itself finds it
+(``ANDROID_ADB_SERVER_PORT``, ``ADB_SERVER_SOCKET``).
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from typing import IO
 from hwnas.errors import ConfigError, DeviceError
 
 SERIAL = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:%()\[\] -]*")
-"""Serial numbers of phones and emulators, HOST:PORT, and the names that wireless
-debugging gives.
+"""Serial numbers of phones and emulators, HOST:PORT, and the names from wireless
+debugging.
 """
 
 ANSWER_S = 120.0
-"""How long a phone may take over a small question, or over the next piece of a file,
-before it counts as gone.
+"""How long a phone may take to answer a short command before it counts as gone. Copying
+files may take ten times as long.
 """
 
 STATES = {
@@ -37,29 +39,28 @@ STATES = {
         "does not trust this computer yet: unlock it and accept the dialog 'Allow USB debugging'"
     ),
     "authorizing": (
-        "is still being asked whether it trusts this computer: unlock it and accept the dialog"
-        " 'Allow USB debugging'"
+        "is waiting for permission: unlock it and accept the dialog 'Allow USB debugging'"
     ),
     "offline": "is offline: plug it in again, or run 'adb reconnect offline'",
     "no permissions": (
-        "may not be opened by this user: install Android's udev rules, 'apt install"
+        "cannot be opened by this user: install Android's udev rules, 'apt install"
         " android-sdk-platform-tools-common'"
     ),
     "recovery": "is in its recovery system: restart it",
     "sideload": "is in its recovery system: restart it",
     "bootloader": "is in its boot loader: restart it",
 }
-"""What is wrong with a phone in a state other than ``device``, and what helps."""
+"""State other than ``device`` -> what is wrong with the phone, and the fix."""
 
 
 class PhoneGoneError(DeviceError):
-    """The phone does not answer any more; it may come back."""
+    """The phone no longer answers. It may come back."""
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A phone that adb's server knows: its state (``device`` is the good one) and its
-    model, where it tells.
+    """A phone that adb's server knows: its state (``device`` if it is ready) and its
+    model, empty if unknown.
     """
 
     state: str
@@ -78,8 +79,8 @@ def _installed() -> Iterator[None]:
 
 
 def attached() -> dict[str, Attached]:
-    """Serial number -> phone, of all that adb knows. Starts adb's server where none
-    runs. Raises DeviceError.
+    """All phones that adb knows, by serial number. Starts adb's server if none runs.
+    Raises DeviceError.
     """
     with _installed():
         try:
@@ -93,26 +94,27 @@ def attached() -> dict[str, Attached]:
             )
         except subprocess.TimeoutExpired as error:
             raise DeviceError(
-                "adb's server does not answer: 'adb kill-server' ends it, and the next command"
-                " starts another."
+                "adb's server does not answer: end it with 'adb kill-server'; the next command"
+                " starts a new one."
             ) from error
     if done.returncode != 0:
         raise DeviceError(f"adb does not work: {_last_line(done.stderr)}")
-    found = {}
+    phones = {}
     for line in done.stdout.partition("List of devices attached")[2].splitlines():
         match = re.match(rf"(\S.*?)\s+(device|{'|'.join(STATES)}|[a-z]+)\b(.*)", line)
         if match:
             model = re.search(r"\bmodel:(\S+)", match[3])
-            found[match[1]] = Attached(match[2], model[1].replace("_", " ") if model else "")
-    return found
+            phones[match[1]] = Attached(match[2], model[1].replace("_", " ") if model else "")
+    return phones
 
 
 def attached_phones() -> dict[str, str]:
-    """Serial number -> model, or what is wrong, of the phones that adb knows right now.
+    """The phones that adb knows right now: serial number -> model, or the state if a phone
+    is not ready.
 
-    For listings: quick, never an error, and without side effects. It asks a running
-    server only, since starting one takes seconds and leaves it running; ``adb devices``
-    starts it.
+    For listings: quick, without side effects, and never raises an error. It only asks a
+    server that is already running, because starting one takes seconds and leaves it
+    running. ``adb devices`` starts it.
     """
     port = os.environ.get("ANDROID_ADB_SERVER_PORT", "5037")
     if "ADB_SERVER_SOCKET" not in os.environ:
@@ -124,47 +126,49 @@ def attached_phones() -> dict[str, str]:
         phones = attached()
     except DeviceError:
         return {}
-    return {
-        serial: phone.model or "Android" if phone.state == "device" else phone.state
-        for serial, phone in phones.items()
-    }
+    descriptions = {}
+    for serial, phone in phones.items():
+        ready = phone.state == "device"
+        descriptions[serial] = (phone.model or "Android") if ready else phone.state
+    return descriptions
 
 
 def check_serial(serial: str) -> str:
-    """The serial number itself. Raises ValueError where it cannot be one."""
+    """The serial number itself. Raises ValueError if no phone can have it."""
     if not SERIAL.fullmatch(serial):
         raise ValueError(
-            "no phone has such a serial number; 'adb devices' lists those that are attached"
+            "not a valid serial number; 'adb devices' lists those of the attached phones"
         )
     return serial
 
 
 def choose(serial: str | None) -> str:
-    """A serial number that is ready: the one asked for, else ``ANDROID_SERIAL``'s, else
-    the only one attached. Raises DeviceError.
+    """The serial number of a phone that is ready: the one asked for, or else the one in
+    ``ANDROID_SERIAL``, or else the only one attached.
+
+    Raises DeviceError if there is no such phone, or if the choice is ambiguous.
     """
-    if serial is None and (named := os.environ.get("ANDROID_SERIAL")):
+    from_environment = os.environ.get("ANDROID_SERIAL")
+    if serial is None and from_environment:
         try:
-            serial = check_serial(named)
+            serial = check_serial(from_environment)
         except ValueError as error:
-            raise ConfigError(f"ANDROID_SERIAL = {named!r}: {error}.") from error
+            raise ConfigError(f"ANDROID_SERIAL = {from_environment!r}: {error}.") from error
     phones = attached()
     names = ", ".join(phones)
     if serial is not None:
         if serial not in phones:
-            known = (
-                f"attached: {names}"
-                if phones
-                else "plug it in and allow USB debugging in its developer options"
-            )
-            raise PhoneGoneError(f"phone {serial} is not attached; {known}.")
+            remedy = "plug it in and allow USB debugging in its developer options"
+            if phones:
+                remedy = f"attached: {names}"
+            raise PhoneGoneError(f"phone {serial} is not attached; {remedy}.")
     elif not phones:
         raise PhoneGoneError(
             "no phone is attached: plug one in and allow USB debugging in its developer options."
         )
     elif len(phones) > 1:
         raise DeviceError(
-            f"{len(phones)} phones are attached ({names}): say which with device.name ="
+            f"{len(phones)} phones are attached ({names}): choose one with device.name ="
             " 'adb:SERIAL'."
         )
     else:
@@ -178,43 +182,43 @@ def choose(serial: str | None) -> str:
 
 
 class AdbClient:
-    """One attached phone. Calls raise PhoneGoneError where it does not answer any more."""
+    """One attached phone. Calls raise PhoneGoneError if it no longer answers."""
 
     def __init__(self, serial: str) -> None:
         self.serial = serial
 
     def shell(self, command: str) -> str:
-        """What a command of the phone's shell prints, its errors included."""
+        """Run a command in the phone's shell, and return its stdout and stderr combined."""
         return self._run(["shell", _merged(command)], ANSWER_S).stdout
 
     def push(self, files: Sequence[Path], folder: str) -> None:
-        """Copy files into a folder of the phone, under their own names. Raises
-        DeviceError where it is full.
+        """Copy files into a folder on the phone, under their own names. Raises DeviceError
+        if the phone is full.
         """
         done = self._run(["push", *map(str, files), f"{folder}/"], 10 * ANSWER_S)
         if done.returncode != 0:
             if "No space left" in done.stdout:
                 raise DeviceError(
-                    f"phone {self.serial} is full: free some space on it, or empty its"
+                    f"phone {self.serial} is full: free some space on it, or delete its folder"
                     f" {folder.rpartition('/')[0]}."
                 )
             raise DeviceError(
-                f"phone {self.serial} does not take {files[0].name}: {_last_line(done.stdout)}"
+                f"cannot copy {files[0].name} to phone {self.serial}: {_last_line(done.stdout)}"
             )
 
     def pull(self, file: str, target: Path) -> None:
-        """Copy a file of the phone here."""
+        """Copy a file from the phone to this computer. Raises DeviceError if that fails."""
         done = self._run(["pull", file, str(target)], 10 * ANSWER_S)
         if done.returncode != 0:
             raise DeviceError(
-                f"phone {self.serial} does not give {file}: {_last_line(done.stdout)}"
+                f"cannot copy {file} from phone {self.serial}: {_last_line(done.stdout)}"
             )
 
     def stream(self, command: str, silence_s: float) -> Iterator[str]:
-        """The lines that a command of the phone's shell prints, as they come.
+        """Run a command in the phone's shell, and yield its lines as they arrive.
 
-        They simply end where the phone goes away, so the command has to say that it is
-        done. Raises DeviceError after ``silence_s`` without a word.
+        If the phone goes away, the lines simply end. The command therefore has to print
+        that it is done. Raises DeviceError after ``silence_s`` without output.
         """
         with _installed():
             process = subprocess.Popen(
@@ -231,12 +235,13 @@ class AdbClient:
                 process.kill()
 
     def _lines(self, output: IO[bytes], silence_s: float) -> Iterator[str]:
+        """Lines by hand, because reading a line from the pipe would block without a limit."""
         unfinished = b""
         while True:
             if not select.select([output], [], [], silence_s)[0]:
                 raise DeviceError(
-                    f"phone {self.serial} said nothing for {silence_s:.0f} s: restart it, and go on"
-                    " with the same command."
+                    f"phone {self.serial} printed nothing for {silence_s:.0f} s: restart it, and"
+                    " run the same command again to resume."
                 )
             data = os.read(output.fileno(), 65536)
             if not data:
@@ -260,7 +265,11 @@ class AdbClient:
                     check=False,
                 )
         except subprocess.TimeoutExpired as error:
-            raise PhoneGoneError(f"phone {self.serial} does not answer.") from error
+            raise PhoneGoneError(
+                f"phone {self.serial} did not answer within {timeout_s:.0f} s."
+            ) from error
+        # adb passes on the exit status of the phone's shell, so a failure alone does not
+        # tell whether the phone is gone.
         if done.returncode != 0 and not self.present():
             raise PhoneGoneError(f"phone {self.serial} went away: {_last_line(done.stdout)}")
         return done
@@ -270,7 +279,7 @@ class AdbClient:
         return attached().get(self.serial, Attached("gone")).state == "device"
 
     def wait(self, seconds: float, poll_s: float) -> bool:
-        """Wait until the phone is back; False where it is not after ``seconds``."""
+        """Wait until the phone is back. Returns False if it is not after ``seconds``."""
         end = time.monotonic() + seconds
         while not self.present():
             if time.monotonic() >= end:
@@ -281,8 +290,8 @@ class AdbClient:
         return True
 
     def _reconnect(self) -> None:
-        """A phone in the network comes back only when it is called; adb's server itself
-        tries every ten seconds, ten times.
+        """Connect again to a phone in the network. adb's server itself tries only ten
+        times, every ten seconds.
         """
         for verb in ("disconnect", "connect"):
             try:
@@ -294,14 +303,14 @@ class AdbClient:
 
 
 def _merged(command: str) -> str:
-    """The command with its errors among its output: adb passes the two on separately,
-    and lines would be torn.
+    """The command with stderr redirected to stdout. adb forwards the two separately, and
+    their lines would be mixed up.
     """
     return f"{{ {command}\n}} 2>&1"
 
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
-    return (
-        lines[-1].removeprefix("adb: ").removeprefix("error: ") if lines else "it gave no reason."
-    )
+    if not lines:
+        return "it gave no reason."
+    return lines[-1].removeprefix("adb: ").removeprefix("error: ")

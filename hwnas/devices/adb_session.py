@@ -1,9 +1,9 @@
-"""A folder of our own on a phone, for the time of one call: what is in it, what has to
-be sent, and the script that runs there.
+"""The folder on a phone for the duration of one call: what it contains, what has to be
+sent, and the script that runs there.
 
-Files go into the call's own folder first, and the script moves them to their place:
-another call on the same phone sees a model whole or not at all, and one that was cut
-off leaves nothing behind but its folder, which later calls remove after a day.
+Files first go into a folder of the call, and the script moves them into place. Other
+calls on the same phone therefore see a model either complete or not at all. A call that
+was interrupted leaves only its folder behind, which later calls remove after a day.
 """
 
 from __future__ import annotations
@@ -28,23 +28,29 @@ from hwnas.errors import DeviceError, StorageError
 from hwnas.resources import resource_path
 
 SILENCE_S = 900.0
-"""How long the tool may print nothing. Each of its two phases ends after 150 s; a GPU's
-kernels may take minutes to compile.
+"""How long the tool may print nothing. Each of its two phases ends after 150 s, and
+kernels for a GPU may take minutes to compile.
 """
 
 OUTPUT_LINES = 1000
+"""How many of the last lines of a process are kept."""
 PROGRAMS = ("android_aarch64_benchmark_model", "benchmark_model")
+"""The names under which the tool is looked up on PATH. The first is that of LiteRT's
+download.
+"""
 SCRIPT = "android.sh"
 
 
 def guide() -> Path:
-    """Where a person reads how to get benchmark_model."""
+    """The file that tells users how to get benchmark_model."""
     return resource_path("deploy") / "ANDROID.md"
 
 
 @dataclass(frozen=True)
 class Program:
-    """A build of benchmark_model. It prints no version, so its contents stand for one."""
+    """A build of benchmark_model. It has no version number, so the hash of its content
+    serves as one.
+    """
 
     path: Path
     sha256: str
@@ -52,62 +58,66 @@ class Program:
 
     @property
     def name(self) -> str:
-        """Its name on the phone."""
+        """The name of the file on the phone."""
         return f"benchmark_model-{self.sha256[:12]}"
 
     @property
     def version(self) -> str:
-        """What a table's header says: ``sha256:0123456789ab``."""
+        """The version in a table's header: ``sha256:0123456789ab``."""
         return f"sha256:{self.sha256[:12]}"
 
     def check(self, serial: str, state: PhoneState) -> None:
-        """Raises DeviceError where it does not run on such a phone."""
+        """Raise DeviceError if the program cannot run on this phone."""
         if self.abi is None:
             raise DeviceError(
-                f"{self.path} is no program for Android: {guide()} says where to get"
+                f"{self.path} is not a program for Android: {guide()} explains where to get"
                 " benchmark_model."
             )
         if state.abis and self.abi not in state.abis:
             raise DeviceError(
                 f"{self.path} is for {self.abi}, but phone {serial} runs {', '.join(state.abis)}: "
-                f"get the build for {state.abis[0]}, as {guide()} says."
+                f"get the build for {state.abis[0]}, as {guide()} explains."
             )
 
 
 def find_program(named: str | None) -> Program:
-    """The build at a path, else at ``$HWNAS_BENCHMARK_MODEL``, else on PATH. Raises DeviceError."""
-    named = named or os.environ.get("HWNAS_BENCHMARK_MODEL")
-    found = named or next(
-        filter(None, (shutil.which(name, mode=os.F_OK) for name in PROGRAMS)), None
-    )
-    if found is None:
+    """The build at the path ``named``, or else at ``$HWNAS_BENCHMARK_MODEL``, or else on
+    PATH. Raises DeviceError if there is none.
+    """
+    # F_OK: a program for Android need not be executable on this computer
+    on_path = [shutil.which(name, mode=os.F_OK) for name in PROGRAMS]
+    places = [named, os.environ.get("HWNAS_BENCHMARK_MODEL"), *on_path]
+    path = next((place for place in places if place), None)
+    if path is None:
         raise DeviceError(
-            "LiteRT's benchmark_model for Android was not found: name it in $HWNAS_BENCHMARK_MODEL"
-            f" or in the device's option benchmark_model; {guide()} says where to get it."
+            "LiteRT's benchmark_model for Android was not found: set $HWNAS_BENCHMARK_MODEL or the"
+            f" device option benchmark_model to its path; {guide()} explains where to get it."
         )
-    program = Path(found).expanduser()
+    program = Path(path).expanduser()
     try:
         with open(program, "rb") as file:
             head = file.read(20)
         return Program(program, file_sha256(program), tool.abi(head))
     except OSError as error:
         raise DeviceError(
-            f"benchmark_model = {program} cannot be read ({error.strerror}); {guide()} says where"
-            " to get it."
+            f"benchmark_model = {program} cannot be read ({error.strerror}): correct the path;"
+            f" {guide()} explains where to get the program."
         ) from error
 
 
 def ask(client: AdbClient) -> PhoneState:
-    """The phone's state now."""
+    """The current state of the phone. Raises PhoneGoneError."""
     state = read(client.shell(QUESTIONS))
     if not state.properties:
-        raise PhoneGoneError(f"phone {client.serial} does not say what it is.")
+        raise PhoneGoneError(f"phone {client.serial} does not answer getprop.")
     return state
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that ended on the phone: the number of its model or image, and what it printed."""
+    """A process that ended on the phone: the number of its model or image, its exit status,
+    the size of its output file, and what it printed.
+    """
 
     number: int
     status: int
@@ -116,17 +126,22 @@ class Ended:
 
 
 class AdbSession:
-    """Use as a context manager; ``open`` it before anything else, and again after the
-    phone was away.
+    """A context manager for one call. Call ``open`` before anything else, and again after
+    the phone was away.
 
-    ``folder`` is ours on the phone, ``work`` a place for temporary files here.
+    ``folder`` is our folder on the phone, ``work`` a folder for temporary files on this
+    computer.
     """
 
     def __init__(self, client: AdbClient, folder: str, program: Program, work: Path) -> None:
-        self.client, self.folder, self.program, self.work = client, folder, program, work
+        self.client = client
+        self.folder = folder
+        self.program = program
+        self.work = work
         self.name = f"run-{secrets.token_hex(6)}"
         self._state: PhoneState | None = None
-        self._there: dict[str, int] = {}
+        self._on_phone: dict[str, int] = {}
+        """Name -> size in bytes of the files on the phone."""
         self._to_send: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
@@ -137,31 +152,32 @@ class AdbSession:
             self.client.shell(shlex.join(["rm", "-rf", f"{self.folder}/{self.name}"]))
 
     def open(self) -> PhoneState:
-        """Look what the phone is and what is on it, where that is not known, and return
-        its latest state.
+        """The latest known state of the phone. On the first call and after ``forget``, this
+        checks the phone and lists its files.
         """
         if self._state is None:
             state = self.ask()
             self.program.check(self.client.serial, state)
-            self._there = self._prepare()
+            self._on_phone = self._prepare()
+            # the script always, so that it is never an old version
             self._to_send = {SCRIPT: resource_path("deploy") / SCRIPT}
-            if self._there.get(self.program.name) != self.program.path.stat().st_size:
+            if self._on_phone.get(self.program.name) != self.program.path.stat().st_size:
                 self._to_send[self.program.name] = self.program.path
         assert self._state is not None
         return self._state
 
     def ask(self) -> PhoneState:
-        """The phone's state now."""
+        """The current state of the phone. Raises PhoneGoneError."""
         self._state = ask(self.client)
         return self._state
 
     def forget(self) -> None:
-        """The phone went away: what was known of it may not hold any more."""
+        """Drop what is known about the phone, because it went away."""
         self._state = None
 
     def _prepare(self) -> dict[str, int]:
-        """Make our folders, remove those of calls that were cut off, and return name ->
-        size in bytes of what is there.
+        """Create our folders, and remove those of interrupted calls. Returns name -> size in
+        bytes of the files on the phone. Raises DeviceError if the folder is not writable.
         """
         folder, run = shlex.quote(self.folder), shlex.quote(self.name)
         answer = self.client.shell(
@@ -171,29 +187,29 @@ class AdbSession:
         )
         rows = [line.split() for line in answer.splitlines()]
         if ["ready"] not in rows:
-            why = next(
-                (line.strip() for line in answer.splitlines() if line.strip()), "it gave no reason"
-            )
+            first = (line.strip() for line in answer.splitlines() if line.strip())
+            reason = next(first, "it gave no reason")
             raise DeviceError(
-                f"phone {self.client.serial} lets nothing be written into {self.folder}: {why}."
+                f"cannot write to {self.folder} on phone {self.client.serial}: {reason}."
             )
-        return {
-            row[1].removeprefix("models/"): int(row[0])
-            for row in rows
-            if len(row) == 2 and row[0].isdecimal()
-        }
+        sizes = {}
+        for row in rows:
+            if len(row) == 2 and row[0].isdecimal():
+                size, name = row
+                sizes[name.removeprefix("models/")] = int(size)
+        return sizes
 
     def add(self, model: Path) -> str:
-        """The model's name on the phone; it goes there with the next ``send`` where it
-        is not there. Raises OSError.
+        """Queue a model for the next ``send`` if the phone does not have it. Returns its
+        name on the phone. Raises OSError.
         """
         name = f"{file_sha256(model)}.tflite"
-        if self._there.get(name) != model.stat().st_size:
+        if self._on_phone.get(name) != model.stat().st_size:
             self._to_send[name] = model
         return name
 
     def send(self, texts: Mapping[str, bytes]) -> None:
-        """Push what was added and these small files, in one go."""
+        """Push all queued files and these small ones (name -> content), in one call of adb."""
         with TemporaryDirectory(dir=self.work, prefix=".adb-") as folder:
             local = Path(folder)
             try:
@@ -203,32 +219,33 @@ class AdbSession:
                     (local / name).write_bytes(content)
             except OSError as error:
                 raise StorageError(
-                    f"{self.work} takes no more files ({error.strerror}): free some space."
+                    f"cannot write to {self.work} ({error.strerror}): free some disk space."
                 ) from error
             self.client.push(
                 [local / name for name in (*self._to_send, *texts)], f"{self.folder}/{self.name}"
             )
-        self._there |= {name: path.stat().st_size for name, path in self._to_send.items()}
+        self._on_phone |= {name: path.stat().st_size for name, path in self._to_send.items()}
         self._to_send = {}
 
     def receive(self, name: str) -> bytes:
-        """A file of the call's folder."""
+        """The content of a file in the call's folder."""
         with TemporaryDirectory(dir=self.work, prefix=".adb-") as folder:
             self.client.pull(f"{self.folder}/{self.name}/{name}", Path(folder) / name)
             return (Path(folder) / name).read_bytes()
 
     def run(self, arguments: Sequence[str]) -> Iterator[Ended | None]:
-        """Run the script, and yield each process as it ends, or None while another
-        call's batch goes first.
+        """Run the script. Yields each process as it ends, and None while another call's
+        batch runs first.
 
-        Raises PhoneGoneError where it does not come to its end, DeviceError where the
-        phone takes no files.
+        Raises PhoneGoneError if the script does not finish, DeviceError if the phone is
+        full.
         """
         lines: deque[str] = deque(maxlen=OUTPUT_LINES)
         command = shlex.join(["sh", f"{self.folder}/{self.name}/{SCRIPT}", *arguments])
         for line in self.client.stream(command, SILENCE_S):
-            name, _, said = line.partition(" ")
-            words = said.split()
+            name, _, rest = line.partition(" ")
+            words = rest.split()
+            # the script marks its own lines with the call's name; others are the tool's
             if name != self.name:
                 lines.append(line)
             elif words[0] == "end":
@@ -246,6 +263,5 @@ class AdbSession:
                 lines.clear()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
         raise PhoneGoneError(
-            f"phone {self.client.serial} stopped in the middle; the last that it said was"
-            f" {last[:100]!r}."
+            f"phone {self.client.serial} stopped in the middle; its last output was {last[:100]!r}."
         )

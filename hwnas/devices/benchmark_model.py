@@ -1,22 +1,24 @@
-"""LiteRT's ``benchmark_model``: its command line, and what its output means. Nothing
-here runs anything.
+"""LiteRT's ``benchmark_model``: its command line, and how to read its output. Nothing
+here runs the tool.
 
-The tool (tflite/tools/benchmark in google-ai-edge/LiteRT, before that
-tensorflow/lite/tools/benchmark) runs one model in one process and prints statistics,
-never single times: count, min, max and average from the beginning, and in newer builds
-the median. So an item's times here are one value for each of several processes: **the
-median of a process's runs, or their average where an old build prints no median**. What
-differs between processes (where memory lies, how weights are packed) is then in the
-values' spread, as what differs between single runs is in the runner's. The tool's clock
-counts whole microseconds; where those are more than 1 %, below ``FINE_US``, the average
-of all runs but the slowest tells more than their median, and stands instead of it.
+The tool (tflite/tools/benchmark in google-ai-edge/LiteRT, formerly
+tensorflow/lite/tools/benchmark) runs one model in one process. It prints statistics
+instead of single times: count, min, max and average in all builds, and the median in
+newer ones. An item is therefore timed in several processes, and its times are one value
+per process: **the median of the process's runs, or their average if an old build prints
+no median**. The spread of the values then includes whatever differs between processes,
+such as memory layout and the packing of weights.
 
-Each process warms up for ``WARMUP_MS``, ten times the runner's: a phone's clock is down
-when a process starts.
+The tool's clock counts whole microseconds. Below ``FINE_US``, where one microsecond is
+more than 1 %, the average of all runs but the slowest is more precise than the median
+and replaces it.
 
-Flags and output were read in benchmark_model.cc (``Run``, ``OnBenchmarkEnd``),
+Each process warms up for ``WARMUP_MS``, ten times as long as the runner does, because a
+phone's clock rate is low when a process starts.
+
+Flags and output were taken from benchmark_model.cc (``Run``, ``OnBenchmarkEnd``),
 benchmark_tflite_model.cc (``Init`` for the sentences about delegates,
-``LoadInputTensorData``, ``OutputSaver``) and stats_calculator.h (``OutputToStream``);
+``LoadInputTensorData``, ``OutputSaver``) and stats_calculator.h (``OutputToStream``).
 tests/devices/golden holds outputs of builds from 2018 to 2025.
 """
 
@@ -32,21 +34,23 @@ import numpy as np
 from hwnas.errors import DeviceError
 
 DELEGATES = {
-    # said explicitly, or the tool does not say how much of the graph it took
+    # The default, but only with the flag does the tool print how much of the graph the
+    # delegate took.
     "xnnpack": ("--use_xnnpack=true",),
     "gpu": ("--use_gpu=true",),
     "nnapi": ("--use_nnapi=true",),
     "none": ("--use_xnnpack=false",),
 }
-"""What the model runs on, and the flags for it. ``none`` is TFLite's own kernels."""
+"""Name of a delegate -> the flags that select it. ``none`` is TFLite's own kernels."""
 
 WARMUP_MS = 50.0
 WARMUP_RUNS = 2
 RUNS = 5
-"""The fewest runs of a process, so that one interruption does not make its median."""
+"""Minimum number of runs per process, so that one interruption does not move its median."""
 FINE_US = 100.0
+"""Times below this need more precision than the clock's whole microseconds."""
 DEFAULTS = {"warmup_ms": WARMUP_MS, "min_ms": 20.0, "min_runs": 5, "max_runs": 200}
-"""Of a plan, as deploy/runner.py has them but for the warm-up."""
+"""Defaults of a plan. The same as in deploy/runner.py except for the warm-up."""
 
 ABIS = {
     (2, 183): "arm64-v8a",
@@ -55,18 +59,20 @@ ABIS = {
     (1, 3): "x86",
     (2, 243): "riscv64",
 }
-"""ELF class and machine -> Android's name of it."""
+"""(ELF class, ELF machine) -> Android's name for the instruction set."""
 
 
 class BenchmarkError(ValueError):
-    """A process of benchmark_model that gave no time; the message says why, in its own
-    words where it has any.
+    """A process of benchmark_model that gave no usable time. The message says why,
+    quoting the tool if possible.
     """
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one process measured."""
+    """What one process measured. ``delegated``: whether a delegate ran the whole graph, or
+    ``"unknown"``.
+    """
 
     ms: float
     runs: int
@@ -74,32 +80,32 @@ class Timing:
 
 
 def processes(plan: dict[str, Any]) -> int:
-    """How many processes give an item's times: the plan's ``min_runs``."""
-    both = {**DEFAULTS, **plan}
-    return int(min(both["min_runs"], both["max_runs"]))
+    """How many processes time an item: the plan's ``min_runs``."""
+    filled = {**DEFAULTS, **plan}
+    return int(min(filled["min_runs"], filled["max_runs"]))
 
 
 def timing_flags(plan: dict[str, Any], delegate: str) -> list[str]:
-    """The flags that are the same for all items of a plan. Its ``min_ms`` are shared
-    out among an item's processes.
+    """The flags that all items of a plan share. The processes of an item divide the
+    plan's ``min_ms`` among themselves.
     """
-    both = {**DEFAULTS, **plan}
+    filled = {**DEFAULTS, **plan}
     return [
         f"--num_threads={int(plan['threads'])}",
         f"--warmup_runs={WARMUP_RUNS}",
-        f"--warmup_min_secs={both['warmup_ms'] / 1e3:.6f}",
+        f"--warmup_min_secs={filled['warmup_ms'] / 1e3:.6f}",
         f"--num_runs={RUNS}",
-        f"--min_secs={both['min_ms'] / 1e3 / processes(plan):.6f}",
+        f"--min_secs={filled['min_ms'] / 1e3 / processes(plan):.6f}",
         *DELEGATES[delegate],
     ]
 
 
 def prediction_flags(shape: Sequence[int], delegate: str) -> list[str]:
-    """The flags of one inference whose input is the file ``input`` and whose output
-    goes into ``output``.
+    """The flags for one inference that reads its input from the file ``input`` and
+    writes its output to the file ``output``.
 
-    The input's name need not be the model's (README.md of the tool, "Model input
-    parameters"), so no name of a file's gets into a command.
+    The name given to the input need not be the model's (README.md of the tool, "Model
+    input parameters"). A constant keeps names out of model files out of the command.
     """
     return [
         "--num_threads=1",
@@ -116,80 +122,92 @@ def prediction_flags(shape: Sequence[int], delegate: str) -> list[str]:
 
 
 def parse(lines: Sequence[str], status: int, delegate: str = "xnnpack") -> Timing:
-    """The time that a process printed. Raises BenchmarkError where it failed, or
-    printed something else.
+    """Parse the output of a process. Raises BenchmarkError if the process failed or the
+    output has an unknown format.
     """
     if status != 0:
         raise BenchmarkError(complaint(lines, status))
+    line = _statistics_line(lines)
+    statistics = {
+        name: float(value)
+        for name, value in re.findall(r"(\w+)=(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", line)
+    }
+    us = next((statistics[name] for name in ("median", "avg", "curr") if name in statistics), None)
+    if us is None:
+        raise BenchmarkError(
+            "its output has no statistics in a format that hwnas knows; the last line is"
+            f" {_last(lines)!r}"
+        )
+
+    runs = statistics["count"]
+    if us < FINE_US and runs > 1 and {"avg", "max"} <= statistics.keys():
+        us = (statistics["avg"] * runs - statistics["max"]) / (runs - 1)
+    if us <= 0:
+        raise BenchmarkError(
+            "a run took less than one microsecond, the resolution of the tool's clock:"
+            f" {line.strip()!r}"
+        )
+    return Timing(round(us / 1e3, 6), int(runs), _delegated(lines, delegate))
+
+
+def _statistics_line(lines: Sequence[str]) -> str:
+    """The statistics of the timed runs; empty if there are none."""
     phases = [
         number for number, line in enumerate(lines) if "Running benchmark for at least" in line
     ]
-    measured = (
-        [line for line in lines[phases[-1] :] if re.search(r"\bcount=\d", line)]
-        if len(phases) >= 2
-        else []
-    )
-    told = {
-        name: float(value)
-        for name, value in re.findall(r"(\w+)=(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", "".join(measured[:1]))
-    }
-    us = next((told[name] for name in ("median", "avg", "curr") if name in told), None)
-    if us is None:
-        raise BenchmarkError(
-            f"its output holds no statistics that hwnas knows; it ends in {_last(lines)!r}"
-        )
-    if us < FINE_US and told["count"] > 1 and {"avg", "max"} <= told.keys():
-        us = (told["avg"] * told["count"] - told["max"]) / (told["count"] - 1)
-    if us <= 0:
-        raise BenchmarkError(
-            "a run took less than the microsecond that the tool's clock counts:"
-            f" {measured[0].strip()!r}"
-        )
-    return Timing(round(us / 1e3, 6), int(told["count"]), _delegated(lines, delegate))
+    # The first phase is the warm-up.
+    if len(phases) < 2:
+        return ""
+    timed = [line for line in lines[phases[-1] :] if re.search(r"\bcount=\d", line)]
+    return timed[0] if timed else ""
 
 
 def _delegated(lines: Sequence[str], delegate: str) -> bool | str:
-    """Whether a delegate took the whole graph, as the tool says it: true, false, or "unknown"."""
+    """Whether a delegate runs the whole graph: true, false, or "unknown"."""
     if delegate == "none":
         return False
     text = "\n".join(lines)
-    said = re.findall(
+    shares = re.findall(
         r"model graph will (be completely|be partially|not be) executed by the delegate", text
     )
-    if said:
-        return "be completely" in said
-    # What TFLite itself says, of the delegates that it applies by default too.
-    parts = re.findall(
+    if shares:
+        return "be completely" in shares
+
+    # TFLite's own log, which also covers the delegates that it applies by default.
+    replacements = re.findall(
         r"Replacing (\d+) out of (\d+) node\(s\) with delegate .*?yielding (\d+) partition", text
     )
-    return (
-        any(taken == nodes and pieces == "1" for taken, nodes, pieces in parts)
-        if parts
-        else "unknown"
+    if not replacements:
+        return "unknown"
+    return any(
+        replaced == nodes and partitions == "1" for replaced, nodes, partitions in replacements
     )
 
 
 def complaint(lines: Sequence[str], status: int) -> str:
-    """Why a process failed, in one sentence out of its output."""
-    said = [
+    """Why a process failed, in one sentence made from its output."""
+    # without the prefixes of Android's log and of the tool
+    complaints = [
         re.sub(r"^(?:\S+ \S+ +\d+ +\d+ [EFIW] \S+ *: |ERROR: |error: )", "", line.strip())
         for line in lines
         if _is_complaint(line)
     ]
-    why = "; ".join(dict.fromkeys(said))[:300] or _last(lines)
+    reason = "; ".join(dict.fromkeys(complaints))[:300] or _last(lines)
+    # A shell reports death by a signal as 128 + its number, and a program that cannot be
+    # started as 126 or 127.
     if status > 128:
-        return f"it died of signal {status - 128}: {why}"
+        return f"killed by signal {status - 128}: {reason}"
     if status in (126, 127):
-        return f"the phone cannot start it: {why}"
-    return why
+        return f"the phone cannot start it: {reason}"
+    return reason
 
 
 def _is_complaint(line: str) -> bool:
-    wrong = (
+    signs = (
         r"\bERROR\b|\berror\b|^\S+ \S+ +\d+ +\d+ [EF] |Failed|failed|not executable|not"
         r" found|[Pp]ermission|No such file|CANNOT LINK|denied"
     )
-    return re.search(wrong, line) is not None and "Benchmarking failed" not in line
+    return re.search(signs, line) is not None and "Benchmarking failed" not in line
 
 
 def _last(lines: Sequence[str]) -> str:
@@ -198,8 +216,8 @@ def _last(lines: Sequence[str]) -> str:
 
 
 def abi(head: bytes) -> str | None:
-    """Android's name for what the program that begins with these 20 bytes runs on; None
-    where it is no program for Linux or Android.
+    """The instruction set, by Android's name, of the program that begins with these 20
+    bytes. None if it is not a program for Linux or Android.
     """
     if len(head) < 20 or head[:4] != b"\x7fELF" or head[5] != 1:
         return None
@@ -208,21 +226,22 @@ def abi(head: bytes) -> str | None:
 
 
 def to_inputs(images_NHWC: np.ndarray, tensor: dict[str, Any]) -> bytes:
-    """The bytes of N input tensors (TFLite's details of one) for images: float32,
-    quantised where the tensor is int8, or pixels.
+    """The bytes of N input tensors for N images. ``tensor`` is TFLite's details of the
+    model's input.
 
-    Raises DeviceError where either images or the tensor are uint8, and not both.
+    Float32 images are quantised for int8 tensors. Uint8 images are raw pixels and go
+    unchanged to uint8 tensors. Raises DeviceError if only one of the two is uint8.
     """
     dtype = np.dtype(tensor["dtype"])
     if dtype == np.uint8 and images_NHWC.dtype != np.uint8:
         raise DeviceError(
-            f"this model takes uint8 images, pixels as they are, and these are {images_NHWC.dtype}:"
-            " do not normalise them."
+            f"this model takes raw uint8 pixels, but these images are {images_NHWC.dtype}: do not"
+            " normalise them."
         )
     if images_NHWC.dtype == np.uint8:
         if dtype != np.uint8:
             raise DeviceError(
-                f"the model takes {dtype} images, and these are uint8: normalise them first."
+                f"this model takes {dtype} images, but these are uint8: normalise them first."
             )
         return np.ascontiguousarray(images_NHWC).tobytes()
     if dtype.kind == "f":
@@ -236,8 +255,8 @@ def to_inputs(images_NHWC: np.ndarray, tensor: dict[str, Any]) -> bytes:
 
 
 def output_bytes(tensors: Sequence[dict[str, Any]]) -> int:
-    """The bytes of the output tensors (TFLite's details of each) of one image, as the
-    tool writes them one after another.
+    """The number of bytes that the tool writes for one image: the sizes of all output
+    tensors (TFLite's details of each).
     """
     return sum(
         np.dtype(tensor["dtype"]).itemsize * int(np.prod(tensor["shape"])) for tensor in tensors
@@ -245,32 +264,31 @@ def output_bytes(tensors: Sequence[dict[str, Any]]) -> int:
 
 
 def from_outputs(data: bytes, tensors: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Float32 [N, ...] of the bytes of N images' output tensors (TFLite's details of
-    each), all of batch 1.
+    """Decode the output bytes of N images into float32 [N, ...]. ``tensors`` are TFLite's
+    details of the outputs, all with batch size 1.
 
-    Several tensors become one row per image, flattened one after another. Raises
-    BenchmarkError where the bytes are not those of whole images.
+    If there are several tensors, each row holds all of them, flattened and concatenated.
+    Raises BenchmarkError if the last image is incomplete.
     """
     size = output_bytes(tensors)
     if len(data) % size:
         raise BenchmarkError(
-            f"{len(data)} bytes of outputs are no multiple of the {size} of one image"
+            f"got {len(data)} bytes of outputs, which is not a multiple of the {size} bytes of one"
+            " image"
         )
-    rows, start, parts = np.frombuffer(data, np.uint8).reshape(-1, size), 0, []
+    rows = np.frombuffer(data, np.uint8).reshape(-1, size)
+    start = 0
+    parts: list[np.ndarray] = []
     for tensor in tensors:
         end = start + output_bytes([tensor])
-        values = (
-            np.ascontiguousarray(rows[:, start:end])
-            .view(tensor["dtype"])
-            .reshape(-1, *tensor["shape"][1:])
-        )
+        # view() needs contiguous memory, which a slice of columns is not
+        column = np.ascontiguousarray(rows[:, start:end])
+        values = column.view(tensor["dtype"]).reshape(-1, *tensor["shape"][1:])
         if np.dtype(tensor["dtype"]).kind != "f":
             scale, zero_point = tensor["quantization"]
             values = (values.astype(np.float32) - zero_point) * scale
         parts.append(values.astype(np.float32))
         start = end
-    return (
-        parts[0]
-        if len(parts) == 1
-        else np.concatenate([part.reshape(len(rows), -1) for part in parts], axis=1)
-    )
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([part.reshape(len(rows), -1) for part in parts], axis=1)

@@ -1,4 +1,4 @@
-"""What a device is, and what hwnas needs of a connection to one."""
+"""Device documents, and the interface of a connection to a device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hwnas.resources import resource_path
 
 
 class Device(Document):
-    """A device: its name in tables, its chip, how it is reached and which cores a
-    measurement should use.
+    """A device: its name in tables, its chip, the connection to it, and the cores that
+    measurements use.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.device"
@@ -31,49 +31,51 @@ class Device(Document):
 
 
 class Connection(Protocol):
-    """Where measurements and predictions run. ``deploy/runner.py`` documents plan and
-    rows. A connection may not be able to feed an item's ``input``: its rows say
-    ``"input": "image"`` where it was fed.
+    """Where measurements and predictions run.
 
-    A connection is made from a Device document without contacting the device; wrong
-    ``options`` are refused there and then.
+    The docstring of ``deploy/runner.py`` defines the format of plans and rows. Not every
+    connection can feed the ``input`` of an item. The rows of items that did get their
+    input say ``"input": "image"``.
+
+    A connection is made from a Device document. That does not contact the device, but
+    raises ConfigError at once if the document's ``options`` are wrong.
     """
 
     def cores(self, threads: int) -> tuple[int, ...]:
         """The cores to pin ``threads`` threads to."""
 
     def runtimes(self) -> dict[str, str]:
-        """The runtimes that work on the device, as a plan names them, each with its
-        package and version. Raises DeviceError.
+        """The runtimes that work on the device: the name that plans use -> package and
+        version. Raises DeviceError.
         """
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-        """Run a plan; yield the runner's header, then one row per item as it comes.
-        Raises DeviceError.
+        """Run a plan. Yields the runner's header, then one row per item as soon as it is
+        measured. Raises DeviceError.
 
-        Between them may come ``{"note": "a sentence for the person who waits"}`` and
-        ``{"conditions": {"celsius": 31.5, ...}}``, the state of the device at that
+        Two more kinds of rows may come in between: ``{"note": "a sentence for the user"}``
+        and ``{"conditions": {"celsius": 31.5, ...}}``, the state of the device at that
         moment.
         """
 
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
-        """Outputs float32 [N, ...] of a model file for float32 images, or for uint8
-        ones where it takes pixels. Raises DeviceError.
+        """Run a model file on images. Returns float32 [N, ...]. Raises DeviceError.
 
-        Several outputs become one row per image, [N, numbers of all], each flattened,
-        in the file's order.
+        Images are float32, or uint8 if the model takes raw pixels. If the model has
+        several outputs, each row holds all of them, flattened and concatenated in the
+        order of the file.
         """
 
 
 HOST = Device(id="host", soc="this computer", connection="host")
 ADDRESSES = {"ssh": "host", "adb": "serial"}
-"""Connections whose devices can be named without a document, and the option that the
-rest of the name is.
+"""Connections that need no device document -> the option that holds the address, the
+part of the name after the colon.
 """
 
 
 def known_devices() -> dict[str, Device]:
-    """The host, and every device document in ``configs/devices``."""
+    """The host, and every device document in ``configs/devices``, by id."""
     devices = {HOST.id: HOST}
     for path in sorted((resource_path("configs") / "devices").glob("*.json")):
         device = Device.load(path)
@@ -82,14 +84,17 @@ def known_devices() -> dict[str, Device]:
 
 
 def find_device(name: str) -> Device:
-    """A device by id, by the path of a document ending in .json, or by its address:
-    ``ssh:pi@board``, ``adb:SERIAL``, ``adb``.
+    """Look up a device by its id, by the path of a document that ends in .json, or by an
+    address: ``ssh:pi@board``, ``adb:SERIAL``, ``adb``.
+
+    Raises ConfigError if nothing matches.
     """
     if Path(name).suffix == ".json":
         return Device.load(name)
     devices = known_devices()
     if name in devices:
         return devices[name]
+
     connection, _, address = name.partition(":")
     if connection in ADDRESSES:
         options = {ADDRESSES[connection]: address} if address else {}
@@ -100,12 +105,12 @@ def find_device(name: str) -> Device:
             options=options,
         )
     raise ConfigError(
-        f"unknown device {name!r}; {nearest(name, devices)} A path must end in .json; ssh:USER@HOST"
-        " and adb:SERIAL need no document."
+        f"unknown device {name!r}; {nearest(name, devices)} Use ssh:USER@HOST or adb:SERIAL for a"
+        " device without a document, or give the path of a document (*.json)."
     )
 
 
 def connect(device: Device) -> Connection:
-    """A connection to a device."""
+    """A connection to a device. Raises ConfigError if its options are wrong."""
     connection: Connection = CONNECTIONS.get(device.connection)(device)
     return connection

@@ -1,4 +1,4 @@
-"""This computer as a device: the stand-alone runner in a process of its own."""
+"""This computer as a device: the standalone runner in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from hwnas.resources import resource_path
 
 
 class Host:
-    """Runs ``deploy/runner.py`` with this interpreter. Nothing of torch is loaded in
-    the measuring process.
+    """Runs ``deploy/runner.py`` with this interpreter. The measuring process does not
+    load torch.
     """
 
     def __init__(self, device: Device) -> None:
@@ -31,35 +31,33 @@ class Host:
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's, with what teaches the runner the runtimes of further targets."""
-        # the runner knows the others
-        further = (TARGETS.get(name).runner for name in TARGETS if name not in TARGETS.builtin)
-        return {
-            **os.environ,
-            "HWNAS_RUNNER_MODELS": os.pathsep.join(
-                str(path) for path in further if path is not None
-            ),
-        }
+        """This process's environment, plus the files that teach the runner the runtimes
+        of plug-in targets.
+        """
+        # the runner itself knows the runtimes of the built-in targets
+        plugins = [TARGETS.get(name) for name in TARGETS if name not in TARGETS.builtin]
+        files = [str(target.runner) for target in plugins if target.runner is not None]
+        return {**os.environ, "HWNAS_RUNNER_MODELS": os.pathsep.join(files)}
 
     def cores(self, threads: int) -> tuple[int, ...]:
-        """The device document's cores, else the last ones allowed: the first serves the
-        system's interrupts.
+        """The cores of the device document, or else the last ones that this process may
+        use. Raises DeviceError if there are fewer than ``threads``.
         """
-        allowed = (
-            sorted(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else list(range(os.cpu_count() or 1))
-        )
+        allowed = list(range(os.cpu_count() or 1))
+        if hasattr(os, "sched_getaffinity"):  # only Linux has it
+            allowed = sorted(os.sched_getaffinity(0))
+
+        # the last cores, because the first one serves the system's interrupts
         cores = self.device.cores or tuple(allowed[-threads:])
         if len(cores) < threads:
             raise DeviceError(
-                f"{threads} threads need as many cores, but {self.device.id} offers {len(cores)}:"
-                " lower device.threads."
+                f"device.threads = {threads} needs {threads} cores, but {self.device.id} has only"
+                f" {len(cores)}: lower device.threads."
             )
         return cores
 
     def runtimes(self) -> dict[str, str]:
-        """What the runner finds installed here."""
+        """The runtimes that are installed in this Python environment."""
         done = subprocess.run(
             [sys.executable, str(self.runner), "inspect"],
             capture_output=True,
@@ -71,17 +69,17 @@ class Host:
             raise DeviceError(
                 f"the runner does not start on {self.device.id}: {_last_line(done.stderr)}"
             )
-        found: dict[str, str] = self._row(done.stdout)["runtimes"]
-        return found
+        runtimes: dict[str, str] = self._row(done.stdout)["runtimes"]
+        return runtimes
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-        """Run a plan in a new process and yield its rows as they are printed."""
+        """Run a plan in a new process, and yield its rows as they are printed."""
         path = folder / "plan.json"
         write_atomic(path, json.dumps(plan).encode())
         command = [sys.executable, str(self.runner), "measure", str(path)]
-        # a file for stderr: nobody reads it while rows come, and a full pipe would stop
-        # the runner for good
         piped: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": self.environment}
+        # stderr goes to a file, because nobody reads it while rows arrive: a full pipe
+        # would block the runner forever
         with (
             TemporaryFile("w+") as errors,
             subprocess.Popen(command, stderr=errors, **piped) as process,
@@ -89,15 +87,18 @@ class Host:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    if line.endswith("\n"):  # else the runner died in the middle of it
+                    if line.endswith("\n"):  # otherwise the runner died in the middle of it
                         yield self._row(line)
             finally:
-                process.kill() if process.poll() is None and sys.exc_info()[0] is not None else None
+                # The caller has stopped reading: without this, Popen's exit would wait
+                # for the rest of the plan.
+                if process.poll() is None and sys.exc_info()[0] is not None:
+                    process.kill()
             if process.wait() != 0:
                 errors.seek(0)
                 raise DeviceError(
-                    f"the runner on {self.device.id} stopped with status {process.returncode}:"
-                    f" {_last_line(errors.read())}"
+                    f"the runner on {self.device.id} stopped with exit status"
+                    f" {process.returncode}: {_last_line(errors.read())}"
                 )
 
     def _row(self, line: str) -> dict[str, Any]:
@@ -105,33 +106,35 @@ class Host:
             row: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError as error:
             raise DeviceError(
-                f"the runner on {self.device.id} printed what is no row: {line.strip()[:80]!r}."
+                f"the runner on {self.device.id} printed a line that is not JSON:"
+                f" {line.strip()[:80]!r}."
             ) from error
         return row
 
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
-        """Outputs of a model file for images, in a new process. A folder of its own
-        keeps it apart from a killed run's.
+        """Run a model file on images, in a new process. Raises DeviceError if it does not
+        run, StorageError if the images do not fit into ``folder``.
         """
+        # A new folder per call, so that files of a killed run are never mixed up with
+        # this one's.
         with TemporaryDirectory(dir=folder, prefix=".predict-") as work:
-            inputs, outputs = Path(work) / "inputs.npy", Path(work) / "outputs.npy"
+            inputs = Path(work) / "inputs.npy"
+            outputs = Path(work) / "outputs.npy"
             try:
                 np.save(inputs, images_NHWC)
             except OSError as error:
                 raise StorageError(
-                    f"{folder} takes no {images_NHWC.nbytes / 1e6:.0f} MB ({error.strerror}): free"
-                    " some space."
+                    f"cannot write {images_NHWC.nbytes / 1e6:.0f} MB of images to {folder}"
+                    f" ({error.strerror}): free some disk space."
                 ) from error
-            command = [
-                sys.executable,
-                str(self.runner),
-                "predict",
-                str(model),
-                str(inputs),
-                str(outputs),
-            ]
+
+            arguments = ["predict", str(model), str(inputs), str(outputs)]
             done = subprocess.run(
-                command, capture_output=True, text=True, check=False, env=self.environment
+                [sys.executable, str(self.runner), *arguments],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=self.environment,
             )
             if done.returncode != 0:
                 raise DeviceError(

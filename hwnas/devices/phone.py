@@ -1,7 +1,7 @@
-"""What an Android phone says of itself: chip, cores and clocks, battery, temperature.
+"""The state of an Android phone: chip, cores and clock rates, battery, temperature.
 
-``QUESTIONS`` is one command for its shell, and ``read`` understands the answers.
-Whatever a phone does not tell, or not to adb's user, is left out: vendors differ in it.
+``QUESTIONS`` is one command for the phone's shell, and ``read`` parses what it prints.
+Vendors differ in what they reveal to adb's user. Whatever is missing is left out.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ done
 dumpsys battery
 dumpsys thermalservice 2> /dev/null | grep 'Thermal Status'
 """
-"""Constant, and safe to ask at any time. Few of the programs are started, as it is asked often."""
+"""A constant command that only reads. It starts few programs, since it runs often."""
 
 
 @dataclass(frozen=True)
 class Core:
-    """A core that is switched on. Frequencies in MHz, None where the phone does not tell."""
+    """A core that is switched on. Frequencies are in MHz, None if the phone hides them."""
 
     number: int
     max_mhz: float | None
@@ -45,7 +45,9 @@ class PhoneState:
 
     @property
     def abis(self) -> tuple[str, ...]:
-        """The instruction sets that it runs, its own first: ``("arm64-v8a", "armeabi-v7a")``."""
+        """The instruction sets that the phone runs, its native one first:
+        ``("arm64-v8a", "armeabi-v7a")``.
+        """
         listed = self.properties.get("ro.product.cpu.abilist") or self.properties.get(
             "ro.product.cpu.abi", ""
         )
@@ -53,36 +55,27 @@ class PhoneState:
 
     @property
     def chip(self) -> str:
-        """The chip, by its own name since Android 12, else by the vendor's name of the
-        board: ``Google Tensor``, ``sm8150``.
+        """The chip: ``Google Tensor``. Before Android 12 only the vendor's name of the
+        board is known: ``sm8150``.
         """
         get = self.properties.get
-        maker, model = get("ro.soc.manufacturer", ""), get("ro.soc.model", "")
-        return (
-            f"{maker} {model}".strip()
-            or get("ro.board.platform")
-            or get("ro.hardware")
-            or "unknown"
-        )
+        chip = f"{get('ro.soc.manufacturer', '')} {get('ro.soc.model', '')}".strip()
+        return chip or get("ro.board.platform") or get("ro.hardware") or "unknown"
 
     @property
     def machine(self) -> str:
-        """Instruction set, model and system, all of which decide how fast a network is:
+        """Instruction set, model and system, all of which affect latency:
         ``arm64-v8a, Google Pixel 6, Android 14``.
         """
         get = self.properties.get
-        model = (
-            f"{get('ro.product.manufacturer', '')} {get('ro.product.model', '')}".strip()
-            or "unknown model"
-        )
-        return (
-            f"{self.abis[0] if self.abis else 'unknown ABI'}, {model}, Android"
-            f" {get('ro.build.version.release') or 'unknown'}"
-        )
+        abi = self.abis[0] if self.abis else "unknown ABI"
+        model = f"{get('ro.product.manufacturer', '')} {get('ro.product.model', '')}".strip()
+        android = get("ro.build.version.release") or "unknown"
+        return f"{abi}, {model or 'unknown model'}, Android {android}"
 
     def fastest(self, count: int) -> tuple[int, ...]:
-        """The ``count`` cores of the highest clock, in order of their numbers; the last
-        ones where clocks are equal or not told.
+        """The ``count`` cores with the highest maximum clock rate, sorted by number. Among
+        cores whose rates are equal or unknown, the last ones are taken.
         """
         by_clock = sorted(
             self.cores, key=lambda core: (core.max_mhz or 0.0, core.number), reverse=True
@@ -90,20 +83,15 @@ class PhoneState:
         return tuple(sorted(core.number for core in by_clock[:count]))
 
     def governor(self, cores: tuple[int, ...]) -> str:
-        """What sets the clocks of these cores: ``schedutil``."""
-        return (
-            ",".join(
-                sorted(
-                    {core.governor for core in self.cores if core.number in cores and core.governor}
-                )
-            )
-            or "unknown"
-        )
+        """The frequency governors of these cores, comma-separated: ``schedutil``."""
+        used = [core for core in self.cores if core.number in cores]
+        governors = {core.governor for core in used if core.governor}
+        return ",".join(sorted(governors)) or "unknown"
 
     def conditions(self, cores: tuple[int, ...]) -> dict[str, float | str]:
-        """What may change while it measures: a row of conditions."""
+        """Whatever may change during a measurement, as the values of a conditions row."""
         clocks = [core.mhz for core in self.cores if core.number in cores and core.mhz is not None]
-        told = {
+        values = {
             "battery_percent": self.battery_percent,
             "celsius": self.celsius,
             "plugged": self.plugged,
@@ -111,11 +99,11 @@ class PhoneState:
             "governor": self.governor(cores),
             "mhz": min(clocks, default=None),
         }
-        return {name: value for name, value in told.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None}
 
     def heat(self, max_celsius: float) -> str | None:
-        """Why it is too hot to measure, in a few words: its battery's temperature, or
-        Android's own word that it throttles.
+        """Why the phone is too hot to measure, in a few words: its battery temperature, or
+        Android's own report of throttling. None if it is cool enough.
         """
         if self.celsius is not None and self.celsius > max_celsius:
             return f"{self.celsius:g} °C"
@@ -125,43 +113,53 @@ class PhoneState:
 
 
 def read(answers: str) -> PhoneState:
-    """The answers to ``QUESTIONS``."""
-    lines = [line.strip() for line in answers.splitlines()]
-    cores = [
-        _core(int(line[5:]), lines[at + 1 : at + 5])
-        for at, line in enumerate(lines)
-        if re.fullmatch(r"core \d+", line)
-    ]
+    """Parse the output of ``QUESTIONS``."""
     battery: dict[str, str] = {}
     for key, value in re.findall(r"^\s*([\w ]+): (\S+)\s*$", answers, re.MULTILINE):
-        battery.setdefault(key.lower(), value)  # some vendors print a log of earlier values below
-    level, tenths, status = (
-        _number(battery.get(key)) for key in ("level", "temperature", "thermal status")
-    )
+        # The first value counts: some vendors print a log of earlier ones further down.
+        battery.setdefault(key.lower(), value)
+    percent = _number(battery.get("level"))
+    tenths = _number(battery.get("temperature"))
     sources = [
         name
         for name in ("ac", "usb", "wireless", "dock")
         if battery.get(f"{name} powered") == "true"
     ]
+    no_source = "unknown" if percent is None else "no"
     return PhoneState(
         properties=dict(re.findall(r"^\[([\w.]+)\]: \[(.+)\]\s*$", answers, re.MULTILINE)),
-        cores=tuple(
-            sorted((core for core in cores if core is not None), key=lambda core: core.number)
-        ),
-        battery_percent=level,
+        cores=_cores(answers),
+        battery_percent=percent,
         celsius=None if tenths is None else tenths / 10,
-        plugged=",".join(sources) or ("unknown" if level is None else "no"),
-        thermal_status=status,
+        plugged=",".join(sources) or no_source,
+        thermal_status=_number(battery.get("thermal status")),
     )
 
 
-def _core(number: int, told: list[str]) -> Core | None:
-    """A core of its lines; None where it is switched off. One that cannot be has no
-    line about it.
-    """
-    online, max_khz, khz, governor = [*told, "", "", "", ""][:4]
-    clocks = [None if value is None else value / 1e3 for value in (_number(max_khz), _number(khz))]
-    return None if online == "0" else Core(number, clocks[0], clocks[1], governor)
+def _cores(answers: str) -> tuple[Core, ...]:
+    """The cores that are switched on, sorted by number."""
+    lines = [line.strip() for line in answers.splitlines()]
+    cores = []
+    for position, line in enumerate(lines):
+        if re.fullmatch(r"core \d+", line):
+            core = _core(int(line[5:]), lines[position + 1 : position + 5])
+            if core is not None:
+                cores.append(core)
+    return tuple(sorted(cores, key=lambda core: core.number))
+
+
+def _core(number: int, lines: list[str]) -> Core | None:
+    """A core from the lines that follow its number; None if it is switched off."""
+    online, max_khz, khz, governor = [*lines, "", "", "", ""][:4]
+    # Cores that cannot be switched off have an empty line here.
+    if online == "0":
+        return None
+    return Core(number, _mhz(max_khz), _mhz(khz), governor)
+
+
+def _mhz(khz_text: str) -> float | None:
+    khz = _number(khz_text)
+    return None if khz is None else khz / 1e3
 
 
 def _number(text: str | None) -> int | None:

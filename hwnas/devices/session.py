@@ -1,14 +1,14 @@
 """One measuring session: model files timed on a device in interleaved rounds. Profiling
 and validation share it.
 
-A round goes once through everything in a new random order, in one process per runtime,
-so that whatever drifts (clock, temperature, neighbours) hits all items alike. What
-still changes from one measurement to the next is taken out (``speed.py``): the time of
-an item is the median over rounds of the median over runs, at the median speed of the
-session. Where rounds spread more than allowed even so, further rounds follow.
+A round goes once through all items in a new random order, in one process per runtime,
+so drift (clock rate, temperature, neighbours) hits all items alike. ``speed.py`` then
+removes the changes of speed from one measurement to the next. The time of an item is
+the median over rounds of the median over runs, at the median speed of the session. If
+the rounds of an item still spread more than allowed, further rounds follow.
 
-A session that keeps its rows in a file resumes after a kill: what a round has measured
-is not measured again.
+A session that keeps its rows in a file resumes after a kill: it does not repeat what an
+earlier process has measured.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 
 Build = Callable[[Sequence[Op] | Architecture, str, str], Path]
-"""From a chain of ops (or from a network that is no chain), a runtime and a dtype to
-the file to time.
+"""(a chain of ops or, for networks that are not chains, an architecture; runtime; dtype)
+-> the model file to time.
 """
 Raw = dict[str, Any]
-"""A row as a connection yields it and as a file of samples keeps it."""
+"""A row as connections yield it and files of samples keep it."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where files are timed: a device, the way to it and how it is used; what makes the
-    files; whom to tell.
+    """What a measurement needs: the device, a connection to it, its settings, a builder
+    of model files, and a place to report progress.
 
-    ``folder`` is for what is under way, and for what has to survive a kill.
+    ``folder`` holds temporary files and the rows that have to survive a kill.
     """
 
     device: Device
@@ -58,7 +58,7 @@ class Bench:
 
     @property
     def cores(self) -> tuple[int, ...]:
-        """The cores to pin to: those of the configuration, else the device's own
+        """The cores to pin to: those of the configuration, or else the connection's
         choice. Raises DeviceError.
         """
         return tuple(self.settings.cores or self.connection.cores(self.settings.threads))
@@ -66,11 +66,11 @@ class Bench:
 
 @dataclass(frozen=True)
 class Item:
-    """A model file to time, under the name that its rows carry.
+    """A model file to time, and the name that its rows carry.
 
-    ``ops`` are for devices whose clock is a formula. ``image`` is a file that is fed
-    instead of noise, for models whose time depends on what they see. ``judged``:
-    whether its noise calls for further rounds.
+    ``ops`` is for devices whose clock is a formula. ``image`` is a file to feed instead
+    of noise, for models whose time depends on their input. ``judged``: whether the
+    item's noise can cause further rounds.
     """
 
     name: str
@@ -83,12 +83,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often everything is timed, and how long: ``min_ms`` and ``min_runs`` a round,
-    by default the runner's own.
+    """How often and how long items are timed. ``min_ms`` and ``min_runs`` are per round,
+    and default to the runner's own.
 
     Items whose rounds spread more than ``max_spread`` are timed in up to ``max_rounds``
-    rounds; where they belong ``together``, so is everything else. The order of a round
-    is drawn from ``seed`` and the round's number.
+    rounds. With ``together``, these rounds repeat all other items as well. The order of
+    a round is drawn from ``seed`` and the number of the round.
     """
 
     rounds: int = 1
@@ -102,8 +102,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one process of a runner does: the items of one runtime, once each, in order,
-    in one round.
+    """The work of one runner process: items of one runtime in one round, in order, each
+    once.
     """
 
     items: tuple[Item, ...]
@@ -114,35 +114,37 @@ class Plan:
 
     @property
     def runtime(self) -> str:
-        """Of all items."""
+        """The runtime that all items share."""
         return self.items[0].runtime
 
     def raw(self) -> Raw:
-        """As a connection takes it (``deploy/runner.py`` documents it)."""
+        """The plan in the format that ``deploy/runner.py`` documents."""
         limits = {"min_ms": self.schedule.min_ms, "min_runs": self.schedule.min_runs}
+        # keys that are absent get the runner's defaults
+        limits_set = {name: value for name, value in limits.items() if value is not None}
         return {
             "runtime": self.runtime,
             "threads": self.threads,
             "cores": list(self.cores),
-            **{name: value for name, value in limits.items() if value is not None},
+            **limits_set,
             "items": [self._item(item) for item in self.items],
         }
 
     def _item(self, item: Item) -> Raw:
-        path = str(item.path.resolve())
-        fed = {} if item.image is None else {"input": str(item.image.resolve())}
-        return {
+        raw: Raw = {
             "id": item.name,
-            "path": path,
+            "path": str(item.path.resolve()),
             "round": self.number,
             "ops": [op.key for op in item.ops],
-            **fed,
         }
+        if item.image is not None:
+            raw["input"] = str(item.image.resolve())
+        return raw
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a runner says of the machine before it measures. What it does not say is
+    """The machine as the runner describes it before it measures. Missing values are
     ``"unknown"``.
     """
 
@@ -157,11 +159,11 @@ class Header:
 
     @staticmethod
     def of(raw: Raw) -> Header:
-        """A header of the row that begins a measurement."""
-        words = ("runtime", "runtime_package", "runtime_version", "cpu", "machine", "governor")
+        """Parse the row that begins a measurement."""
+        texts = ("runtime", "runtime_package", "runtime_version", "cpu", "machine", "governor")
         cores = raw.get("cores")
         return Header(
-            **{name: str(raw[name]) for name in words if name in raw},
+            **{name: str(raw[name]) for name in texts if name in raw},
             cores=cores if isinstance(cores, list) else "unknown",
             threads=raw.get("threads", "unknown"),
         )
@@ -176,15 +178,15 @@ CONDITIONS = (
     "governor",
     "threads",
 )
-"""What must be the same in all headers of a table."""
+"""The fields that must be equal in all headers of a table."""
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Every single run of an item in a round, in milliseconds.
 
-    ``delegated`` says whether the runtime's delegate took the whole graph, ``fed``
-    whether the item got its image.
+    ``delegated``: whether a delegate of the runtime ran the whole graph, or
+    ``"unknown"``. ``fed``: whether the item got its image.
     """
 
     name: str
@@ -196,7 +198,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Failure:
-    """An item that the device does not run, and its words for it."""
+    """An item that the device cannot run, and the device's error message."""
 
     name: str
     error: str
@@ -204,14 +206,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The state of the device at a moment: ``{"celsius": 31.5}``."""
+    """The state of the device at one moment: ``{"celsius": 31.5}``."""
 
     values: Mapping[str, float | str]
 
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the person who waits."""
+    """A sentence for the user who is waiting."""
 
     text: str
 
@@ -220,7 +222,7 @@ Row = Header | Measurement | Failure | Conditions | Note
 
 
 def typed(raw: Raw) -> Row:
-    """What a row of a connection says. Raises DeviceError where it is no row."""
+    """Parse a row of a connection. Raises DeviceError if its format is unknown."""
     if "note" in raw:
         return Note(raw["note"])
     if "runner" in raw:
@@ -230,17 +232,22 @@ def typed(raw: Raw) -> Row:
     if "id" in raw and "error" in raw:
         return Failure(raw["id"], raw["error"])
     if {"id", "round", "ms"} <= raw.keys():
-        delegated, fed = raw.get("delegated", "unknown"), raw.get("input") == "image"
-        return Measurement(raw["id"], raw["round"], raw["ms"], delegated, fed)
+        return Measurement(
+            name=raw["id"],
+            round=raw["round"],
+            ms=raw["ms"],
+            delegated=raw.get("delegated", "unknown"),
+            fed=raw.get("input") == "image",
+        )
     raise DeviceError(
-        f"the device answered {str(raw)[:80]}, which is no row of a measurement: check its"
-        " connection."
+        f"the device sent {str(raw)[:80]}, which is not a row of a measurement: check the"
+        " connection to it."
     )
 
 
 def answers(connection: Connection, plan: Plan, folder: Path) -> Iterator[tuple[Row, Raw]]:
-    """The rows of a plan as they come, each beside what it was read from. Raises
-    DeviceError, also where an item fails.
+    """The rows of a plan as they arrive, each with the raw row that it was parsed from.
+    Raises DeviceError, also if a single item fails.
     """
     for raw in connection.measure(plan.raw(), folder):
         row = typed(raw)
@@ -250,10 +257,10 @@ def answers(connection: Connection, plan: Plan, folder: Path) -> Iterator[tuple[
 
 
 class Session:
-    """The rows measured so far, and how to get more. With ``samples``, what that file
-    holds is taken up, and added to.
+    """The rows measured so far, and the means to measure more.
 
-    Raises DeviceError where the samples are of other conditions.
+    If ``samples`` is given, the session resumes from the rows in that file and appends
+    new ones. Raises DeviceError if they were measured under other conditions.
 
     Example:
         >>> session = Session(bench, items, Schedule(rounds=7, max_rounds=15, max_spread=0.1))     # doctest: +SKIP
@@ -275,16 +282,19 @@ class Session:
         self.conditions: dict[str, list[float | str]] = defaultdict(list)
         self.delegated: dict[str, bool | str] = {}
         self.fed: set[str] = set()
-        """Items that got their image."""
+        """The items that got their image."""
         self._done: dict[tuple[str, int], list[float]] = {}
-        """(item, round) -> its runs in milliseconds."""
+        """(item, round) -> the single runs in milliseconds."""
         self._order: dict[tuple[str, int], None] = {}
-        """(item, round) in the order in which a session that is never killed measures."""
-        for raw in samples.read() if samples is not None else ():
-            self._keep(typed(raw))
+        """(item, round) in the order of a session that is never killed. ``speed.py``
+        needs the order, and a resumed session must give the same times.
+        """
+        if samples is not None:
+            for raw in samples.read():
+                self._keep(typed(raw))
 
     def run(self, description: str) -> None:
-        """All rounds, and further ones while items are noisy. Raises DeviceError."""
+        """Measure all rounds, then further ones while items are noisy. Raises DeviceError."""
         schedule, progress = self.schedule, self.bench.progress
         with progress.task(description, schedule.rounds * len(self.items), self._count) as task:
             for number in range(schedule.rounds):
@@ -299,57 +309,62 @@ class Session:
                 self._round(number, again, task.advance)
 
     def rounds(self, name: str) -> list[list[float]]:
-        """The runs of each round of an item, in milliseconds at the session's median speed."""
+        """The single runs of each round of an item, in milliseconds at the median speed of
+        the session.
+        """
         return self._at_one_speed[name]
 
     def ms(self, name: str) -> float:
-        """The time of an item in milliseconds at the session's median speed: the median
-        over rounds of the median over runs.
+        """The time of an item in milliseconds at the median speed of the session: the
+        median over rounds of the median over runs.
         """
         return float(np.median([np.median(runs) for runs in self.rounds(name)]))
 
     @property
     def noisy(self) -> list[str]:
-        """The judged items whose rounds spread more than allowed."""
+        """The ``judged`` items whose rounds spread more than ``max_spread``."""
         judged = [item.name for item in self.items.values() if item.judged]
         return [name for name in judged if spread_of(self.rounds(name)) > self.schedule.max_spread]
 
     def header(self, runtime: str) -> Header:
-        """What the runner of a runtime said last."""
+        """The latest header of a runtime."""
         return self.headers.get(runtime, Header())
 
     def drift(self, ops: Sequence[Op], table: LatencyTable) -> float:
-        """The time of ops now against that of their entries in a table. Each is an item
-        under its key.
+        """The time of ops in this session divided by that of their table entries. Each op
+        must be an item named by its key.
         """
-        return sum(self.ms(op.key) for op in ops) / sum(table.entries[op.key].ms for op in ops)
+        now_ms = sum(self.ms(op.key) for op in ops)
+        table_ms = sum(table.entries[op.key].ms for op in ops)
+        return now_ms / table_ms
 
     @cached_property
     def cores(self) -> tuple[int, ...]:
-        """The cores that everything is pinned to. A device is asked once, and not where
-        nothing is left to measure.
+        """The cores to pin to. The device is asked only once, and not at all if nothing is
+        left to measure.
         """
         return self.bench.cores
 
     @property
     def _count(self) -> int:
-        """How many items have been measured, rounds counted apart."""
+        """The number of measurements: an item counts once per round."""
         return len(self._done)
 
     @cached_property
     def _at_one_speed(self) -> dict[str, list[list[float]]]:
-        """Item -> its rounds in order, each with its runs."""
+        """Item -> its rounds in order, each a list of single runs."""
         measured = {key: self._done[key] for key in self._order if key in self._done}
-        slow = slowness(
-            [name for name, _ in measured], [float(np.median(runs)) for runs in measured.values()]
-        )
-        found: dict[str, list[list[float]]] = {name: [] for name in self.items}
-        for ((name, _), runs), factor in zip(measured.items(), slow, strict=True):
-            found[name].append([run / float(factor) for run in runs])
-        return found
+        names = [name for name, _ in measured]
+        medians = [float(np.median(runs)) for runs in measured.values()]
+        factors = slowness(names, medians)
+
+        rounds: dict[str, list[list[float]]] = {name: [] for name in self.items}
+        for name, runs, factor in zip(names, measured.values(), factors, strict=True):
+            rounds[name].append([run / float(factor) for run in runs])
+        return rounds
 
     def _round(self, number: int, names: Sequence[str], advance: Callable[[], None]) -> None:
-        """Measure what is missing of a round, in the round's own random order."""
+        """Measure whatever is missing of a round, in the random order of that round."""
         rng = np.random.default_rng([*self.schedule.seed, number])
         by_runtime: dict[str, list[Item]] = defaultdict(list)
         for name in names:
@@ -357,13 +372,12 @@ class Session:
         for _, items in sorted(by_runtime.items()):
             shuffled = [items[i] for i in rng.permutation(len(items))]
             self._order |= dict.fromkeys((item.name, number) for item in shuffled)
-            self.__dict__.pop("_at_one_speed", None)
+            self.__dict__.pop("_at_one_speed", None)  # computed from _order and _done
             todo = tuple(item for item in shuffled if (item.name, number) not in self._done)
             if todo:
-                self._measure(
-                    Plan(todo, number, self.bench.settings.threads, self.cores, self.schedule),
-                    advance,
-                )
+                threads = self.bench.settings.threads
+                plan = Plan(todo, number, threads, self.cores, self.schedule)
+                self._measure(plan, advance)
 
     def _measure(self, plan: Plan, advance: Callable[[], None]) -> None:
         with _appending(self.samples) as append:
@@ -387,25 +401,30 @@ class Session:
             self._done[row.name, row.round] = row.ms
             self.__dict__.pop("_at_one_speed", None)
             self.delegated[row.name] = row.delegated
-            self.fed |= {row.name} if row.fed else set()
+            if row.fed:
+                self.fed.add(row.name)
 
     def _check(self, header: Header) -> None:
-        """Kept rows may be of another day, when the device was another one or otherwise set up."""
+        """Raise DeviceError if a header differs from the stored one of its runtime: the
+        device may have been replaced or set up differently since.
+        """
         before = self.headers.get(header.runtime)
         if before is None or self.samples is None:
             return
         for name in CONDITIONS:
-            was, is_now = getattr(before, name), getattr(header, name)
-            if was != is_now:
+            old = getattr(before, name)
+            new = getattr(header, name)
+            if old != new:
                 raise DeviceError(
-                    f"{name} was {was!r} when this profile began and is {is_now!r} now: "
-                    "the rounds do not belong together, so start again with --fresh."
+                    f"{name} was {old!r} when this profile began and is {new!r} now: rounds"
+                    " measured under different conditions cannot be combined, so start again with"
+                    " --fresh."
                 )
 
 
 @contextmanager
 def _appending(samples: JsonLines | None) -> Iterator[Callable[[Raw], None]]:
-    """What adds a row to a file of samples, or drops it where there is no such file."""
+    """A function that appends a row to a file of samples, or does nothing without a file."""
     if samples is None:
         yield lambda raw: None
         return

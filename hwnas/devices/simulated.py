@@ -1,12 +1,12 @@
-"""A device whose clock is a formula: for tests of everything that happens around a measurement.
+"""A device whose clock is a formula: for tests of everything around a measurement.
 
-Latency of an op = MACs / rate + bytes moved / bandwidth + a constant; of a network 1.05
-times the sum plus 0.02 ms. Each row is drawn with 1 % noise from a generator seeded by
-(item, round), so that a killed and resumed profile measures the same. The device
-document's option ``delay_ms`` makes each row take that long.
+The latency of an op is MACs / rate + bytes moved / bandwidth + a constant. The latency
+of a network is 1.05 times the sum plus 0.02 ms. Each row has 1 % noise from a generator
+that is seeded by (item, round), so a killed and resumed profile measures the same. The
+device document's option ``delay_ms`` makes each row take that long.
 
-Tables made here say ``simulated`` in their header. Model outputs are real: they are
-computed on the host.
+Tables made here say ``simulated`` in their header. Model outputs are real: the host
+computes them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONSTANT_MS = 0.005
 
 
 def simulated_ms(op: Op) -> float:
-    """The formula's latency of an op, in milliseconds."""
+    """The latency of an op by the formula, in milliseconds."""
     values = sum(
         layer.in_ch * layer.size**2 + layer.out_ch * layer.out_size**2 for layer in op.layers
     )
@@ -37,7 +37,7 @@ def simulated_ms(op: Op) -> float:
 
 
 class Simulated:
-    """Answers plans from the formula, from the op keys that each item carries."""
+    """Computes the rows of a plan with the formula, from the op keys of each item."""
 
     def __init__(self, device: Device) -> None:
         self.host = Host(device)
@@ -48,7 +48,7 @@ class Simulated:
         return tuple(range(threads))
 
     def runtimes(self) -> dict[str, str]:
-        """Those that the host computes the outputs with; the times are of neither."""
+        """The runtimes that compute model outputs on the host. They do not affect times."""
         return dict.fromkeys(("litert", "onnxruntime"), "simulated")
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
@@ -68,13 +68,17 @@ class Simulated:
         for item in plan["items"]:
             ops = [Op.parse(key) for key in item["ops"]]
             ms = sum(simulated_ms(op) for op in ops)
-            ms = 1.05 * ms + 0.02 if len(ops) > 1 else ms
+            if len(ops) > 1:
+                # a network: not exactly the sum of its ops, as on real devices
+                ms = 1.05 * ms + 0.02
             time.sleep(self.delay_ms / 1e3)
+
+            # crc32, because Python's own hash of a string differs between processes
             rng = np.random.default_rng([zlib.crc32(item["id"].encode()), item["round"]])
             yield {
                 "id": item["id"],
                 "round": item["round"],
-                "ms": [float(ms * v) for v in rng.normal(1.0, 0.01, size=5)],
+                "ms": [float(ms * factor) for factor in rng.normal(1.0, 0.01, size=5)],
             }
 
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:

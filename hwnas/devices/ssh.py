@@ -1,16 +1,17 @@
 """A board or a server as a device, over ssh.
 
-The OpenSSH client program connects, so that what works as ``ssh HOST`` works here:
-aliases, keys, agents, jump hosts.
+The OpenSSH client makes the connections, so whatever works with ``ssh HOST`` works
+here: aliases, keys, agents, jump hosts.
 
-``deploy/runner.py`` travels with every call, on stdin, and so is never out of date.
-Only model files stay on the board, each under the hash of its content: they are sent
-once, hundreds in one stream, and may be deleted there at any time.
+Every call sends ``deploy/runner.py`` along, on stdin, so the board never has an old
+version of it. Only model files stay on the board, each named by the hash of its
+content. They are sent once, hundreds in one stream, and may be deleted there at any
+time.
 
 Options of the device document: ``host`` (``pi@raspberrypi.local``, or an alias),
 ``port``, ``identity`` (a key file), ``config`` (an ssh_config file instead of
-``~/.ssh/config``), ``python`` (the interpreter there; ``python3``) and ``folder``
-(where the models stay; ``.cache/hwnas`` in the home folder there).
+``~/.ssh/config``), ``python`` (the interpreter on the board; default ``python3``) and
+``folder`` (where the models stay; default ``.cache/hwnas`` in the home folder).
 """
 
 from __future__ import annotations
@@ -46,20 +47,22 @@ _HOST = re.compile(f"({_NAME}@)?({_NAME}|[0-9A-Fa-f:.]+(%{_NAME})?)")
 
 CONNECT_SECONDS = 15
 START_SECONDS = 60.0
-"""How long login, shell and Python of the board may take to start."""
+"""How long the board may take to log in and to start its shell and Python."""
 ALIVE_SECONDS = 10
-"""A board that leaves three questions in a row unanswered, asked this far apart, is dead."""
+"""Interval of the keep-alive messages. After three without an answer, the connection
+counts as lost.
+"""
 KEEP_SECONDS = 60
 """How long an unused connection stays open for the next call."""
 SOCKET_PATH_MAX = 80
-"""A longer path, with what ssh appends to it for a moment, does not fit every system's
-socket addresses.
+"""The longest folder name for the shared socket. ssh appends to it for a moment, and the
+whole path has to fit into the socket address of every system.
 """
 
 _START = "; ".join(
     (
         "import sys",
-        # as for a script: what lies about in the home folder is no module
+        # as for a script: files in the home folder must not be imported as modules
         "sys.path[:] = [path for path in sys.path if path]",
         (
             'sys.version_info < (3, 8) and sys.exit("its Python %d.%d is too old, 3.8 is needed" %'
@@ -72,50 +75,58 @@ _START = "; ".join(
         'exec(compile(program, "runner.py", "exec"))',
     )
 )
-"""Runs the program that stdin begins with. Every Python parses it, and no shell changes
-it: it is one line and has no backslash, no single quote and no exclamation mark. What
-login scripts print comes before the token.
+"""Python code that runs the program at the beginning of stdin. The token on stdout
+separates the output of login scripts from the program's.
+
+Every version of Python can parse this code, and no shell alters it: it is one line
+without backslashes, single quotes and exclamation marks.
 """
 
 _REMEDIES = (
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "its host key is not the one this computer knows; `{ssh}` tells how to forget the old one",
+        "its host key has changed; run `{ssh}` to see how to remove the old one",
     ),
     (
         "Host key verification failed",
-        "this computer does not know its host key; run `{ssh}` once and confirm it",
+        "this computer does not know its host key; run `{ssh}` once and confirm the key",
     ),
     (
         "Permission denied",
         (
-            "it takes no key of yours; put one there with `ssh-copy-id`, or load it with `ssh-add`,"
-            " until `{ssh}` asks nothing"
+            "it accepts none of your keys; install one with `ssh-copy-id`, or load it with"
+            " `ssh-add`, until `{ssh}` works without a password"
         ),
     ),
     (
         "Could not resolve hostname",
-        "no machine of that name is known; correct the name or use its IP address",
+        "its host name is unknown; correct the name or use its IP address",
     ),
 )
+"""What ssh prints -> the end of our sentence: what is wrong, and the fix."""
 
 
 class Ssh:
-    """Runs ``deploy/runner.py`` on another machine. Raises ConfigError for a wrong
-    option; nothing is contacted yet.
+    """Runs ``deploy/runner.py`` on another machine.
+
+    Raises ConfigError if an option is wrong. The machine is contacted only by the first
+    call of a method.
     """
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.runner = resource_path("deploy") / "runner.py"
         options = _checked(device)
-        # commands start in the home folder
+        # commands start in the home folder, and a quoted ~ is not expanded
         self.python = re.sub("^~/", "./", options.get("python", "python3"))
         self.folder = options.get("folder", ".cache/hwnas")
         place = ["-p", options["port"]] if "port" in options else []
         for flag, name in (("-i", "identity"), ("-F", "config")):
-            place += [flag, str(Path(options[name]).expanduser())] if name in options else []
+            if name in options:
+                place += [flag, str(Path(options[name]).expanduser())]
+        # what error messages tell the user to run
         self.by_hand = shlex.join(["ssh", *place, options["host"]])
+
         settings = {
             "BatchMode": "yes",
             "ConnectTimeout": CONNECT_SECONDS,
@@ -123,9 +134,11 @@ class Ssh:
             "ServerAliveCountMax": 3,
             "ClearAllForwardings": "yes",
             "RemoteCommand": "none",
-            **({"IdentitiesOnly": "yes"} if "identity" in options else {}),
             **self._shared(),
         }
+        if "identity" in options:
+            # otherwise an agent with many keys uses up the attempts before ours is tried
+            settings["IdentitiesOnly"] = "yes"
         self.ssh = [
             "ssh",
             "-T",
@@ -138,8 +151,8 @@ class Ssh:
         ]
 
     def _shared(self) -> dict[str, Any]:
-        """The ssh settings by which all calls share a connection, through a socket in a
-        folder of our own.
+        """The ssh settings that make all calls share one connection, through a socket in a
+        temporary folder.
         """
         folder = Path(tempfile.mkdtemp(prefix="hwnas-"))
         weakref.finalize(self, _hang_up, folder, os.getpid())
@@ -153,84 +166,81 @@ class Ssh:
 
     @cached_property
     def board(self) -> dict[str, Any]:
-        """What the runner tells about the board, asked once."""
+        """The output of the runner's ``inspect`` on the board, asked only once."""
         with self._runner("inspect") as process:
             answer: dict[str, Any] = self._json(_line(process), dict)
         return answer
 
     def cores(self, threads: int) -> tuple[int, ...]:
-        """The device document's cores, else the board's last ones: the first serves the
-        system's interrupts.
+        """The cores of the device document, or else the last ones of the board. Raises
+        DeviceError if there are fewer than ``threads``.
         """
+        # the last cores, because the first one serves the system's interrupts
         cores = self.device.cores or tuple(self.board["cores"][-threads:])
         if len(cores) < threads:
             raise DeviceError(
-                f"{threads} threads need as many cores, but {self.device.id} offers {len(cores)}:"
-                " lower device.threads."
+                f"device.threads = {threads} needs {threads} cores, but {self.device.id} has only"
+                f" {len(cores)}: lower device.threads."
             )
         return cores
 
     def runtimes(self) -> dict[str, str]:
-        """What works there. Raises DeviceError where nothing does, with the command
-        that changes it.
+        """The runtimes that work on the board. If there are none, raises DeviceError with
+        the command that installs one.
         """
-        found: dict[str, str] = self.board["runtimes"]
-        if not found:
-            raise DeviceError(f"{self.device.id}: {next(iter(self.board['missing'].values()))}")
-        return found
+        runtimes: dict[str, str] = self.board["runtimes"]
+        if not runtimes:
+            remedy = next(iter(self.board["missing"].values()))
+            raise DeviceError(f"{self.device.id}: {remedy}")
+        return runtimes
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-        """Run a plan on the board and yield its rows as they are measured. Models that
-        the board lacks are sent first.
+        """Run a plan on the board, and yield its rows as they are measured. Models that
+        the board does not have yet are sent first.
         """
-        del folder  # a job leaves no files
-        names = {
-            path: _name_there(Path(path))
-            for item in plan["items"]
-            for path in _files(item).values()
-        }
-        models = {name: Path(path) for path, name in names.items()}
-        items = [
-            {**item, **{key: names[path] for key, path in _files(item).items()}}
-            for item in plan["items"]
-        ]
-        due = len(items)
+        del folder  # a job leaves no files on this computer
+        models: dict[str, Path] = {}
+        items = []
+        for item in plan["items"]:
+            remote_names = {key: _remote_name(Path(path)) for key, path in _files(item).items()}
+            models |= {remote_names[key]: Path(path) for key, path in _files(item).items()}
+            items.append({**item, **remote_names})
+
+        remaining = len(items)
         with self._runner("measure", "-", models=models) as process:
-            lacking = self._lacking(process, models)
-            if lacking:
-                size_mb = sum(path.stat().st_size for path in lacking.values()) / 1e6
+            missing = self._missing(process, models)
+            if missing:
+                size_mb = sum(path.stat().st_size for path in missing.values()) / 1e6
                 yield {
-                    "note": f"sending {len(lacking)} models ({size_mb:.1f} MB) to {self.device.id}"
+                    "note": f"sending {len(missing)} models ({size_mb:.1f} MB) to {self.device.id}"
                 }
-            self._send(process, lacking)
+            self._send(process, missing)
             _write(process, json.dumps({**plan, "items": items}).encode() + b"\n")
             for line in _stdout(process):
-                if line.endswith(b"\n"):  # else the board died in the middle of it
+                if line.endswith(b"\n"):  # otherwise the board died in the middle of it
                     row = self._json(line, dict)
                     if "error" in row:
-                        row["error"] = _here(str(row["error"]), models)
-                    due -= "id" in row
+                        row["error"] = _with_local_names(str(row["error"]), models)
+                    remaining -= "id" in row
                     yield row
-        if due:
+        if remaining:
             raise DeviceError(
-                f"the runner on {self.device.id} left out {due} of {len(items)} items: run the"
-                " command again."
+                f"the runner on {self.device.id} left out {remaining} of {len(items)} items: run"
+                " the command again."
             )
 
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
-        """Outputs of a model file for images. Images and outputs are streams; neither
-        becomes a file on the board.
+        """Run a model file on images. Images and outputs are streamed; neither is stored on
+        the board.
         """
         del folder
-        models = {_name_there(model): model}
-        pixels = images_NHWC.dtype == np.uint8
-        images = np.ascontiguousarray(images_NHWC, np.uint8 if pixels else "<f4")
+        models = {_remote_name(model): model}
+        is_uint8 = images_NHWC.dtype == np.uint8
+        images = np.ascontiguousarray(images_NHWC, np.uint8 if is_uint8 else "<f4")
+        announced = [*images.shape, "uint8"] if is_uint8 else [*images.shape]
         with self._runner("predict", *models, "-", "-", models=models) as process:
-            self._send(process, self._lacking(process, models))
-            _write(
-                process,
-                json.dumps([*images.shape, *(["uint8"] if pixels else [])]).encode() + b"\n",
-            )
+            self._send(process, self._missing(process, models))
+            _write(process, json.dumps(announced).encode() + b"\n")
             _write(process, images.data)
             shape = self._json(_line(process), list)
             content = _stdout(process).read()
@@ -238,25 +248,26 @@ class Ssh:
             return np.frombuffer(content, "<f4").reshape(shape).astype(np.float32)
         except (ValueError, TypeError) as error:
             raise DeviceError(
-                f"{model.name} gave {len(content)} bytes on {self.device.id} as outputs of shape"
-                f" {shape}."
+                f"{self.device.id} sent {len(content)} bytes of outputs of {model.name}, which do"
+                f" not fit their shape {shape}: run the command again."
             ) from error
 
-    def _lacking(
+    def _missing(
         self, process: subprocess.Popen[bytes], models: Mapping[str, Path]
     ) -> dict[str, Path]:
-        """The models that the board lacks. What is no file here is not among them, and
-        fails there as its own item.
+        """The models that the board does not have. A path that is not a file on this
+        computer is left out, and its item fails on the board.
         """
         sizes = {name: path.stat().st_size for name, path in models.items() if path.is_file()}
         _write(process, json.dumps(sizes).encode() + b"\n")
-        lacking = self._json(_line(process), list)
-        return {name: models[name] for name in sizes if name in lacking}
+        missing = self._json(_line(process), list)
+        return {name: models[name] for name in sizes if name in missing}
 
-    def _send(self, process: subprocess.Popen[bytes], lacking: Mapping[str, Path]) -> None:
-        for name, path in lacking.items():
+    def _send(self, process: subprocess.Popen[bytes], missing: Mapping[str, Path]) -> None:
+        for name, path in missing.items():
             content = path.read_bytes()
-            # under this name it would be wrong for good
+            # Files stay on the board under their hash. Under the hash of another content,
+            # this one would be used forever.
             if not name.startswith(hashlib.sha256(content).hexdigest()):
                 raise DeviceError(
                     f"{path} changed while it was sent to {self.device.id}: run the command again."
@@ -267,40 +278,44 @@ class Ssh:
     def _runner(
         self, *arguments: str, models: Mapping[str, Path] | None = None
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """The runner at work on the board, its streams at hand; with ``models`` (by
-        their names there) it wants to know them first.
+        """Start the runner on the board, and yield the local ssh process that holds its
+        streams. With ``models`` (by their names on the board), the runner first expects a
+        list of them.
 
-        Raises DeviceError where it does not start or ends badly.
+        Raises DeviceError if the runner does not start or fails.
         """
-        token, program = secrets.token_hex(8), self.runner.read_bytes()
+        token = secrets.token_hex(8)
+        program = self.runner.read_bytes()
         receiving = [] if models is None else ["--receive", self.folder]
         command = shlex.join(
             [self.python, "-c", _START, token, str(len(program)), *arguments, *receiving]
         )
-        # `exit` keeps the shell there, which tells a runner that was killed from a
-        # connection that was lost.
+        # Without `exit`, the shell replaces itself by the runner. Then ssh ends with 255
+        # both if the runner is killed and if the connection is lost.
         with (
             tempfile.TemporaryFile() as errors,
             _start([*self.ssh, f"{command}; exit"], errors) as process,
         ):
             alarm = Timer(START_SECONDS, process.kill)
             alarm.start()
-            begun, finished, said = False, False, ""
+            started = False
+            finished = False
+            login_output = ""
             try:
                 _write(process, program)
                 for line in _stdout(process):
-                    begun = line.strip() == token.encode()
-                    if begun:
+                    started = line.strip() == token.encode()
+                    if started:
                         break
-                    said = line.decode(errors="replace").strip() or said
+                    login_output = line.decode(errors="replace").strip() or login_output
                 alarm.cancel()
-                if begun:
+                if started:
                     yield process
                     _stdin(process).close()
                     finished = True
                 process.wait()
             except (BrokenPipeError, EOFError):
-                process.wait()  # it ended early: its status and last words say why
+                process.wait()  # it ended early: its status and its stderr tell why
             finally:
                 alarm.cancel()
                 process.kill()
@@ -308,56 +323,58 @@ class Ssh:
                     _stdin(process).close()
             if not finished or process.returncode != 0:
                 errors.seek(0)
-                words = errors.read().decode(errors="replace")
-                raise DeviceError(
-                    _here(self._trouble(process.returncode, begun, words, said), models or {})
-                )
+                stderr = errors.read().decode(errors="replace")
+                if started:
+                    message = self._failure(process.returncode, stderr)
+                else:
+                    message = self._start_failure(process.returncode, stderr, login_output)
+                raise DeviceError(_with_local_names(message, models or {}))
 
-    def _trouble(self, status: int, begun: bool, words: str, said: str) -> str:
-        """A sentence for a runner that did not start (``begun``) or did not end well,
-        from what came on stderr (and stdout).
-        """
+    def _failure(self, status: int, stderr: str) -> str:
+        """The error message for a runner that started, but then failed."""
         board = self.device.id
-        last = next((line.strip() for line in reversed(words.splitlines()) if line.strip()), "")
-        if status == 255 and begun:
+        last = _last_line(stderr)
+        if status == 255:
             return (
                 f"the connection to {board} was lost ({last or 'it no longer answers'}): check it,"
-                " and run the command again to go on."
+                " and run the command again to resume."
             )
-        if status == 255:
-            why = next(
-                (remedy for sign, remedy in _REMEDIES if sign in words),
+        if status > 128:
+            number = status - 128
+            known = number in set(signal.Signals)
+            name = signal.Signals(number).name if known else f"signal {number}"
+            return (
+                f"the runner on {board} was killed ({name}): the board may have run out of memory;"
+                " end other programs on it, and run the command again."
+            )
+        # With these statuses, stderr is a sentence for the user.
+        if status in (2, 3, 4):
+            return f"{board}: {last}"
+        return f"the runner on {board} stopped with exit status {status}: {last}"
+
+    def _start_failure(self, status: int, stderr: str, login_output: str) -> str:
+        """The error message for a runner that did not even start."""
+        board = self.device.id
+        last = _last_line(stderr)
+        if status == 255:  # of ssh itself
+            remedy = next(
+                (remedy for sign, remedy in _REMEDIES if sign in stderr),
                 f"{last or 'no answer'}; check that `{{ssh}}` works",
             )
-            return f"{board} cannot be reached over ssh: {why.replace('{ssh}', self.by_hand)}."
-        if begun and status > 128:
-            name = (
-                signal.Signals(status - 128).name
-                if status - 128 in set(signal.Signals)
-                else f"signal {status - 128}"
-            )
+            return f"cannot reach {board} over ssh: {remedy.replace('{ssh}', self.by_hand)}."
+        if status < 0:  # killed by our timer
             return (
-                f"the runner on {board} was killed ({name}): if its memory is full, end other"
-                " programs there."
+                f"{board} did not start the runner within {START_SECONDS:.0f} s: run"
+                f" `{self.by_hand}` to see what its login scripts are waiting for."
             )
-        if begun:
-            return (
-                f"{board}: {last}"
-                if status in (2, 3, 4)
-                else f"the runner on {board} stopped with status {status}: {last}"
-            )
-        if status < 0:
-            return (
-                f"{board} started nothing within {START_SECONDS:.0f} s: see with `{self.by_hand}`"
-                " what its login scripts wait for."
-            )
-        python = f"name its interpreter in the device option python (now {self.python!r})"
+        python = f"set the device option python to its interpreter (now {self.python!r})"
         if status == 127:
             return (
-                f"{board} has no such program as {self.python!r}: install it there (sudo apt"
-                f" install python3), or {python}."
+                f"{board} has no program {self.python!r}: install it there (sudo apt install"
+                f" python3), or {python}."
             )
-        return f"{board} does not start the runner ({last or said or 'it says nothing'}): {python}."
+        reason = last or login_output or "it gave no reason"
+        return f"{board} does not start the runner ({reason}): {python}."
 
     def _json(self, line: bytes, kind: type) -> Any:
         try:
@@ -367,13 +384,13 @@ class Ssh:
         if not isinstance(value, kind):
             shown = line.decode(errors="replace").strip()[:80]
             raise DeviceError(
-                f"the runner on {self.device.id} printed what does not parse: {shown!r}."
+                f"the runner on {self.device.id} printed an unexpected line: {shown!r}."
             )
         return value
 
 
 def _checked(device: Device) -> dict[str, str]:
-    """The options of a device document, each of them fit for a command line."""
+    """The options of a device document, safe to use in a command line. Raises ConfigError."""
     options = device.options
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
@@ -384,26 +401,32 @@ def _checked(device: Device) -> dict[str, str]:
     host = options.get("host", "")
     if not _HOST.fullmatch(host):
         raise ConfigError(
-            f"device {device.id}: host = {host!r} is no name of a machine; write USER@HOST, or an"
-            " alias of ~/.ssh/config."
+            f"device {device.id}: host = {host!r} is not a host name; write USER@HOST, or an alias"
+            " of ~/.ssh/config."
         )
     port = options.get("port", "22")
     if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(f"device {device.id}: port = {port!r} is no number from 1 to 65535.")
+        raise ConfigError(f"device {device.id}: port = {port!r} is not a number from 1 to 65535.")
     for name in ("identity", "config"):
         if name in options and not Path(options[name]).expanduser().is_file():
             raise ConfigError(
-                f"device {device.id}: {name} = {options[name]!r} is no file; correct the path."
+                f"device {device.id}: {name} = {options[name]!r} is not a file; correct the path."
             )
     for name in ("python", "folder"):
-        if not options.get(name, "-").isprintable() or not options.get(name, "-"):
-            raise ConfigError(f"device {device.id}: {name} = {options[name]!r} is no path.")
+        value = options.get(name, "-")
+        if not value.isprintable() or not value:
+            raise ConfigError(
+                f"device {device.id}: {name} = {value!r} is not a path; correct it, or leave it"
+                " out."
+            )
     return options
 
 
 def _start(command: list[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A process with pipes. A file for stderr: nobody reads it on the way, and the
-    shared connection keeps it open.
+    """Start a process with pipes for stdin and stdout.
+
+    stderr goes to a file, because nobody reads it in the meantime, and the shared
+    connection keeps it open after the process has ended.
     """
     try:
         return subprocess.Popen(
@@ -432,6 +455,7 @@ def _write(process: subprocess.Popen[bytes], content: bytes | memoryview) -> Non
 
 
 def _line(process: subprocess.Popen[bytes]) -> bytes:
+    """The next line of stdout. Raises EOFError if the process ended before it."""
     line = _stdout(process).readline()
     if not line.endswith(b"\n"):
         raise EOFError
@@ -439,15 +463,15 @@ def _line(process: subprocess.Popen[bytes]) -> bytes:
 
 
 def _files(item: Mapping[str, Any]) -> dict[str, str]:
-    """The files that an item of a plan needs: its model, and an image to feed it where
-    it has one.
+    """The files that an item of a plan needs: its model, and the image to feed it, if
+    any.
     """
     return {key: item[key] for key in ("path", "input") if key in item}
 
 
-def _name_there(path: Path) -> str:
-    """A model's name on the board: the hash of its content. Where there is no such
-    file, a name that the board does not have.
+def _remote_name(path: Path) -> str:
+    """The name of a file on the board: the hash of its content. If the file does not
+    exist, a name that the board does not have.
     """
     try:
         state = path.stat()
@@ -458,35 +482,37 @@ def _name_there(path: Path) -> str:
 
 @cache
 def _content_hash(path: Path, mtime_ns: int, size: int) -> str:
-    """sha256 of a file, taken once as long as the file is the same."""
+    """sha256 of a file, computed again only if its time stamp or size has changed."""
     del mtime_ns, size
     return file_sha256(path)
 
 
-def _here(text: str, models: Mapping[str, Path]) -> str:
-    """What the board says, with the names that models have here."""
+def _with_local_names(text: str, models: Mapping[str, Path]) -> str:
+    """A message of the board, with the paths of models on this computer."""
     for name, path in models.items():
         text = text.replace(name, str(path))
     return text
 
 
+def _last_line(text: str) -> str:
+    """The last line that is not blank; empty if there is none."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
 def _socket(folder: Path) -> str:
+    """Quoted, as ssh's options need it for paths with spaces."""
     return f'"{folder / "ssh"}"'
 
 
 def _hang_up(folder: Path, owner: int) -> None:
-    """End the shared connection. A forked process leaves it to its owner."""
+    """Close the shared connection, but only in the process that opened it: a forked process
+    must not take it away from its parent.
+    """
     if os.getpid() != owner:
         return
     if (folder / "ssh").exists():
-        command = [
-            "ssh",
-            "-F",
-            os.devnull,
-            f"-oControlPath={_socket(folder)}",
-            "-O",
-            "exit",
-            "board",
-        ]
+        options = ["-F", os.devnull, f"-oControlPath={_socket(folder)}", "-O", "exit"]
+        # ssh wants a host name here, but only uses the socket
+        command = ["ssh", *options, "board"]
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     shutil.rmtree(folder, ignore_errors=True)

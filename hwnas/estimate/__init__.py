@@ -1,3 +1,3 @@
-"""How long a run will take, from timing a few steps of each stage: what ``hwnas run
-CONFIG --plan`` says.
+"""Estimates how long a run will take, by timing a few steps of each stage; behind
+``hwnas run CONFIG --plan``.
 """

@@ -1,4 +1,4 @@
-"""The budget of a search that may have no table yet: prices by a formula stand in for it."""
+"""The budget of a search that may have no latency table yet, with a formula in its place."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hwnas.search.strategy import SearchContext
 
 
 def stand_in(space: SearchSpace) -> LatencyTable:
-    """Prices by a formula for a space that has not been profiled yet: only which
-    architectures are drawn depends on them.
+    """A latency table by a formula, for a space that has not been profiled yet. It only
+    decides which architectures are drawn for an estimate.
     """
     unknown = dict.fromkeys(("cpu", "machine", "runtime_version", "governor", "date"), "unknown")
     header = TableHeader(
@@ -39,32 +39,34 @@ def stand_in(space: SearchSpace) -> LatencyTable:
 def search_context(
     experiment: Experiment, space: SearchSpace, table: LatencyTable | None
 ) -> tuple[Experiment, SearchContext]:
-    """A checked budget by the table, or by a stand-in, whose milliseconds no target and
-    no limit is about; what is counted needs none.
+    """The experiment and the context of its search, with checked settings.
+
+    A latency budget without a table uses ``stand_in``. The formula's milliseconds have
+    nothing to do with the device's, so the returned experiment then has a relative
+    target and no limits.
     """
     if table is None and experiment.search.by_table:
-        target = (
-            experiment.search.target_range if experiment.search.target_range is not None else 0.5
-        )
-        loose = {
+        target_range = experiment.search.target_range
+        if target_range is None:
+            target_range = 0.5
+        relative = {
             "target_ms": None,
             "budget": None,
-            "target_range": target,
+            "target_range": target_range,
             "limits": (),
             "allow_uncalibrated": True,
         }
-        experiment = experiment.model_copy(
-            update={"search": experiment.search.model_copy(update=loose)}
-        )
+        search = experiment.search.model_copy(update=relative)
+        experiment = experiment.model_copy(update={"search": search})
     return experiment, stage.search_context(experiment, space, table or stand_in(space))
 
 
 def sampled(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> Picks:
-    """An architecture within the budget, as the search may find one. Raises HwnasError
-    where there is none.
+    """An architecture within the budget, like one that the search may find. Raises
+    HwnasError if there is none.
     """
     _, search = search_context(experiment, space, table)
-    found = sample_feasible(search, 1, np.random.default_rng(experiment.seed))
-    if not found:
+    architectures = sample_feasible(search, 1, np.random.default_rng(experiment.seed))
+    if not architectures:
         raise HwnasError("no architecture within the budget was found")
-    return found[0]
+    return architectures[0]

@@ -1,5 +1,5 @@
-"""What the stages' estimates are made from, and what they share: one sample of the
-device, one count of the test images.
+"""The input of the stages' estimates, and what they share: a sample of the device's
+speed, and the number of test images.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from hwnas.estimate.sample import Sample, sample
 
 @dataclass
 class Context:
-    """An experiment, what its run folder has of it, and the time that is left.
+    """An experiment, the results of its earlier stages, and the remaining time.
 
     ``work`` is a temporary folder. ``table`` and ``known`` are the latency table and
-    the architecture of earlier stages.
+    the architecture that earlier stages have written, if any.
     """
 
     experiment: Experiment
@@ -35,32 +35,33 @@ class Context:
     known: Architecture | None = None
 
     def folder(self, name: str) -> Path:
-        """A new folder to work in."""
+        """A new subfolder of ``work``."""
         folder = self.work / name
         folder.mkdir()
         return folder
 
     def check_data(self) -> None:
-        """Raise DataError where the images are not there, before anything is built for them."""
+        """Raise DataError if the images are missing, before anything is built for them."""
         if self.experiment.data.path is not None:
             data_folder(self.experiment.data)
 
     @cached_property
     def arch(self) -> Architecture:
-        """What is trained: the one that is named or was found, else one that the search
-        might find.
+        """The architecture to train: the named or the found one, else one that the search
+        may find.
         """
-        return self.known or self.space.decode(
-            sampled(self.experiment, self.space, self.table), "sample"
-        )
+        if self.known is not None:
+            return self.known
+        picks = sampled(self.experiment, self.space, self.table)
+        return self.space.decode(picks, "sample")
 
     @cached_property
     def sample(self) -> Sample:
-        """A few models on the device. Raises DeviceError where it cannot be reached."""
-        alone = self.arch if self.experiment.train.arch is not None else None
-        return sample(self.experiment, self.space, alone, self.folder("sample"), self.watch)
+        """Times of a few models on the device. Raises DeviceError if it cannot be reached."""
+        arch = self.arch if self.experiment.train.arch is not None else None
+        return sample(self.experiment, self.space, arch, self.folder("sample"), self.watch)
 
     @cached_property
     def test_images(self) -> int:
-        """How many there are. An estimate that has loaded them sets it."""
+        """The number of test images. An estimate that has loaded them sets it."""
         return len(load_images(self.experiment.data, "test"))

@@ -1,5 +1,5 @@
-"""The export stage: a network of random weights is written as the trained one will be;
-sizes are of weights.
+"""The estimate of the export stage: a network with random weights is written as the
+trained one will be. File sizes are estimated from the number of weights.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from hwnas.export.target import Trained, target
 from hwnas.nn.network import network_of
 
 CALIBRATED = 4
-"""Images that an int8 file is calibrated with here: most of its time goes into the
-file, not into them.
+"""Images that calibrate an int8 file for the estimate. A few are enough, as most of the
+time goes into the file.
 """
 BYTES_OF_A_WEIGHT = {"fp32": 4.0, "int8": 1.1}
-"""int8 files hold a scale and a bias per channel, too."""
+"""Bytes in a file per weight. int8 files also hold a scale and a bias per channel."""
 
 
 def disk_bytes(experiment: Experiment, arch: Architecture) -> float:
-    """The files, and the images that they are compared on."""
-    files = sum(
-        arch.params * BYTES_OF_A_WEIGHT.get(target(kind).dtype, BYTES_OF_A_WEIGHT["fp32"])
-        for kind in experiment.export_formats
-    )
-    return files + 4.0 * experiment.export.parity_images * arch.in_channels * arch.resolution**2
+    """Bytes of the exported files, and of the float32 images that they are compared on."""
+    weights_bytes = 0.0
+    for kind in experiment.export_formats:
+        dtype = target(kind).dtype
+        weights_bytes += arch.params * BYTES_OF_A_WEIGHT.get(dtype, BYTES_OF_A_WEIGHT["fp32"])
+    values = experiment.export.parity_images * arch.in_channels * arch.resolution**2
+    return weights_bytes + 4.0 * values
 
 
 def of_export(ctx: Context) -> Estimate:
-    """Time the writing of every file with random weights, of int8 files with a few
-    calibration images.
+    """Time writing every file, with random weights; int8 files with a few calibration
+    images.
     """
-    experiment, arch, watch = ctx.experiment, ctx.arch, ctx.watch
+    experiment = ctx.experiment
+    arch = ctx.arch
     network = network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
     images = np.zeros((CALIBRATED, arch.resolution, arch.resolution, arch.in_channels), np.float32)
     interface = Interface("float32", False, (0.0,) * arch.in_channels, (1.0,) * arch.in_channels)
@@ -52,11 +54,16 @@ def of_export(ctx: Context) -> Estimate:
         "",
     )
     trained = Trained(network, interface, images, card)
-    parts, late = [], []
-    for made in map(target, experiment.export_formats):
-        if watch.over:
-            late.append(made.file)
+    parts = []
+    skipped = []
+    for kind in experiment.export_formats:
+        exporter = target(kind)
+        if ctx.watch.over:
+            skipped.append(exporter.file)
         else:
-            parts.append(Part(made.file, 1, watch.once(partial(made.write, trained))))
-    unknown = f"no time was left to write {' and '.join(late)}" if late else ""
+            seconds = ctx.watch.once(partial(exporter.write, trained))
+            parts.append(Part(exporter.file, 1, seconds))
+    unknown = ""
+    if skipped:
+        unknown = f"no time was left to write {' and '.join(skipped)}"
     return Estimate(tuple(parts), peak_memory(), disk_bytes(experiment, arch), unknown)

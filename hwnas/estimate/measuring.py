@@ -1,4 +1,4 @@
-"""The stages that ask the device."""
+"""The estimates of the stages that measure on the device: profiling and validation."""
 
 from __future__ import annotations
 
@@ -13,37 +13,49 @@ from hwnas.profile.plan import planned_ops
 
 
 def of_profile(ctx: Context) -> Estimate:
-    """Building what the cache lacks, then all rounds; noisy entries are measured again
-    in up to ``profile.max_rounds``.
+    """Building the files that the cache lacks, then all rounds of measuring. Noisy
+    entries are measured again, in up to ``profile.max_rounds`` rounds.
     """
-    experiment, space, found = ctx.experiment, ctx.space, ctx.sample
-    config, device = experiment.profile, experiment.device
-    fitted = config.mode == "networks"
-    named = named_networks(experiment, space)
-    networks = config.sampled + len(named) if fitted else config.fit_networks + config.test_networks
-    ops: Sequence[Op] = () if fitted else planned_ops(space, named)
+    experiment = ctx.experiment
+    sample = ctx.sample
+    config = experiment.profile
+    device = experiment.device
+    named = named_networks(experiment, ctx.space)
+    ops: Sequence[Op]
+    if config.mode == "networks":
+        # The table is fitted to networks only.
+        ops = ()
+        networks = config.sampled + len(named)
+    else:
+        ops = planned_ops(ctx.space, named)
+        networks = config.fit_networks + config.test_networks
     missing = sum(not timing_path((op,), device.runtime, device.dtype).exists() for op in ops)
-    of_network = found.networks
-    per_round = found.start + len(ops) * found.ops.measuring + networks * of_network.measuring
-    parts = [
-        Part("building", 1, missing * found.ops.building + networks * of_network.building),
-        Part("measuring", config.rounds, per_round, max(config.rounds, config.max_rounds)),
-    ]
-    disk = missing * found.ops.size_bytes + networks * of_network.size_bytes
-    return Estimate(tuple(parts), peak_memory(), disk)
+
+    op = sample.ops
+    network = sample.networks
+    building = missing * op.building + networks * network.building
+    per_round = sample.start + len(ops) * op.measuring + networks * network.measuring
+    most_rounds = max(config.rounds, config.max_rounds)
+    parts = (
+        Part("building", 1, building),
+        Part("measuring", config.rounds, per_round, most_rounds),
+    )
+    disk_bytes = missing * op.size_bytes + networks * network.size_bytes
+    return Estimate(parts, peak_memory(), disk_bytes)
 
 
 def of_validation(ctx: Context) -> Estimate:
-    """Every file on all test images, then files and blocks in rounds, up to twice as
-    many while they are noisy.
+    """Evaluating every file on the test images, then measuring files and blocks in
+    rounds, up to twice as many if they are noisy.
     """
     ctx.check_data()
-    config, files = ctx.experiment.validation, len(ctx.experiment.export_formats)
-    found, test_images = ctx.sample, ctx.test_images
-    images = min(test_images, config.images or test_images)
+    config = ctx.experiment.validation
+    files = len(ctx.experiment.export_formats)
+    sample = ctx.sample
+    network = sample.networks
+    images = min(ctx.test_images, config.images or ctx.test_images)
     blocks = len(dict.fromkeys(ctx.arch.ops()))
-    of_network = found.networks
-    per_round = 2 * found.start + files * of_network.measuring + blocks * found.ops.measuring
+    per_round = 2 * sample.start + files * network.measuring + blocks * sample.ops.measuring
     measuring = Part("measuring", config.rounds, per_round, 2 * config.rounds)
-    accuracy = Part("accuracy of the files", files, found.start + images * of_network.ms / 1e3)
+    accuracy = Part("accuracy of the files", files, sample.start + images * network.ms / 1e3)
     return Estimate((accuracy, measuring), peak_memory())

@@ -1,8 +1,8 @@
-"""What an estimate is made of, and the clock that bounds how long making it takes.
+"""The parts of an estimate, and the stopwatch that limits how long estimating takes.
 
-    seconds of a stage = sum over its parts of  how often * seconds each
+    seconds of a stage = sum over its parts of  count * seconds each
 
-Seconds are wall-clock seconds of this computer at its present load.
+Seconds are wall-clock seconds on this computer at its current load.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from hwnas.progress import duration
 
 ALIKE = 1.25
-"""Least and most seconds whose ratio is below this are said as one number."""
+"""Least and most seconds whose ratio is below this are shown as a single number."""
 SHOWN_PARTS = 3
-"""Parts of a stage that are named, the longest ones."""
+"""Most parts of a stage that are shown, the longest ones."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that a stage does ``count`` times, or up to ``most`` times, and that
-    takes ``each`` seconds.
+    """Something that a stage does ``count`` times, or up to ``most`` times, with
+    ``each`` seconds every time.
     """
 
     name: str
@@ -34,19 +34,21 @@ class Part:
 
     @property
     def seconds(self) -> float:
-        """All together."""
+        """Expected seconds."""
         return self.count * self.each
 
     @property
     def most_seconds(self) -> float:
-        """All together, at most."""
+        """Seconds at most."""
         return max(self.count, self.most or 0) * self.each
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage takes. ``unknown`` says why (a part of) it is not known; ``current``
-    that nothing is left to do.
+    """What a stage takes.
+
+    ``unknown`` is the reason if it, or a part of it, is unknown. ``current``: the stage
+    is up to date and will not run.
     """
 
     parts: tuple[Part, ...] = ()
@@ -57,38 +59,40 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of all parts that are known."""
+        """Expected seconds of all known parts."""
         return sum(part.seconds for part in self.parts)
 
     @property
     def most_seconds(self) -> float:
-        """Of all parts that are known, at most."""
+        """Seconds of all known parts at most."""
         return sum(part.most_seconds for part in self.parts)
 
     def __str__(self) -> str:
         if self.current:
             return "up to date, skipped"
-        known = [_time(self)] if self.parts else []
-        known += (
-            [f"{size(self.memory_bytes)} of memory"] if self.memory_bytes and self.parts else []
-        )
-        known += [f"{size(self.disk_bytes)} on disk"] if self.disk_bytes else []
-        return "; ".join(
-            [
-                *([", ".join(known)] if known else []),
-                *([f"unknown: {self.unknown}"] if self.unknown else []),
-            ]
-        )
+        known = []
+        if self.parts:
+            known.append(_time_text(self))
+            if self.memory_bytes:
+                known.append(f"{size(self.memory_bytes)} of memory")
+        if self.disk_bytes:
+            known.append(f"{size(self.disk_bytes)} on disk")
+        clauses = []
+        if known:
+            clauses.append(", ".join(known))
+        if self.unknown:
+            clauses.append(f"unknown: {self.unknown}")
+        return "; ".join(clauses)
 
 
-def _time(estimate: Estimate) -> str:
+def _time_text(estimate: Estimate) -> str:
     longest = sorted(estimate.parts, key=lambda part: -part.most_seconds)[:SHOWN_PARTS]
-    named = ", ".join(f"{part.name} {span(part.seconds, part.most_seconds)}" for part in longest)
-    return f"about {span(estimate.seconds, estimate.most_seconds)} ({named})"
+    parts = ", ".join(f"{part.name} {span(part.seconds, part.most_seconds)}" for part in longest)
+    return f"about {span(estimate.seconds, estimate.most_seconds)} ({parts})"
 
 
 def span(least: float, most: float) -> str:
-    """Two lengths of time as one where they are nearly alike: ``3 min`` or ``3 to 6 min``."""
+    """A range of seconds in words, such as ``3 to 6 min``; ``3 min`` if both are similar."""
     low, high = duration(least), duration(most)
     if low == high or most < ALIKE * least:
         return high
@@ -97,65 +101,61 @@ def span(least: float, most: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as a person would say them."""
+    """A number of bytes in words, such as ``1.2 GB`` or ``12 MB``."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= 10 * factor:
+            return f"{count / factor:.0f} {unit}"
         if count >= factor:
-            return (
-                f"{count / factor:.2g} {unit}"
-                if count < 10 * factor
-                else f"{count / factor:.0f} {unit}"
-            )
+            return f"{count / factor:.2g} {unit}"
     return f"{count / 1e3:.0f} kB"
 
 
 def total(estimates: Iterable[Estimate]) -> str:
-    """All stages together, in words. What is unknown is left out, and said so."""
-    left = [each for each in estimates if not each.current]
-    if not left:
+    """All stages together, in words: "at least" if something is unknown, else "about"."""
+    pending = [estimate for estimate in estimates if not estimate.current]
+    if not pending:
         return "nothing to do"
-    known = [each for each in left if each.parts]
+    known = [estimate for estimate in pending if estimate.parts]
     if not known:
         return "unknown"
-    partly = any(each.unknown for each in left)
-    time_needed = span(
-        sum(each.seconds for each in known), sum(each.most_seconds for each in known)
-    )
-    memory = max((each.memory_bytes or 0) for each in known)
-    disk = sum(each.disk_bytes for each in known)
-    return (
-        f"{'at least' if partly else 'about'} {time_needed}, {size(memory)} of memory, {size(disk)}"
-        " on disk"
-    )
+    least = sum(estimate.seconds for estimate in known)
+    most = sum(estimate.most_seconds for estimate in known)
+    # Stages run one after another, so memory does not add up; files stay, so disk does.
+    memory = max((estimate.memory_bytes or 0) for estimate in known)
+    disk = sum(estimate.disk_bytes for estimate in known)
+    qualifier = "at least" if any(estimate.unknown for estimate in pending) else "about"
+    return f"{qualifier} {span(least, most)}, {size(memory)} of memory, {size(disk)} on disk"
 
 
 class Stopwatch:
-    """Times calls, and stops when a number of seconds is used up."""
+    """Times calls within a budget of ``seconds``."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._seconds, self._begun_at = clock, seconds, clock()
+        self._clock = clock
+        self._seconds = seconds
+        self._start = clock()
 
     @property
     def used(self) -> float:
-        """Seconds so far."""
-        return self._clock() - self._begun_at
+        """Seconds since the start."""
+        return self._clock() - self._start
 
     @property
     def over(self) -> bool:
-        """Whether there is no time left."""
+        """Whether the budget is used up."""
         return self.used >= self._seconds
 
     def once(self, call: Callable[[], object]) -> float:
         """Seconds of one call."""
-        begun_at = self._clock()
+        start = self._clock()
         call()
-        return self._clock() - begun_at
+        return self._clock() - start
 
     def mean(self, calls: Sequence[Callable[[], object]], part: float) -> float:
-        """Mean seconds of the calls that fit into a ``part`` of all seconds, one at
-        least. The first only warms up, unless it is alone.
+        """Mean seconds of those ``calls`` that fit into a ``part`` (0..1) of the budget,
+        at least one. The first call only warms up, unless there is no other.
         """
-        begun_at = self._clock()
-        until = begun_at + part * self._seconds
+        until = self._clock() + part * self._seconds
         times: list[float] = []
         for call in calls:
             times.append(self.once(call))
@@ -166,6 +166,7 @@ class Stopwatch:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had resident at most."""
+    """The largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS reports bytes, Linux kilobytes.
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,8 +1,8 @@
-"""All stages of an experiment, timed one after another within a minute or so; nothing
-is written but into a temporary folder.
+"""Estimates of all stages of an experiment, timed one after another within about a
+minute. Only a temporary folder is written to.
 
-What cannot be timed (images that are not there, a device out of reach) is said to be
-unknown, and why; the rest is timed all the same.
+A stage that cannot be timed (missing images, an unreachable device) is reported as
+unknown, with the reason; the others are still timed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from hwnas.estimate.parts import Estimate, Stopwatch, total
 from hwnas.stages import Stage, imported, stage_class
 
 SECONDS = 24.0
-"""What timing may take, about: a step that has begun is never cut off."""
+"""About how long timing may take; a step that has begun is never interrupted."""
 
 
 class Estimates:
-    """The stages' estimates, by name, in order. ``current`` are the stages that are up
-    to date; ``table`` and ``arch`` what they left.
+    """The estimates of the stages ``needed``, by name, in that order.
+
+    ``current`` are the stages that are up to date, ``table`` and ``arch`` the latency
+    table and the architecture that they have written.
 
     Example:
         >>> print(Estimates(experiment, space, ("search", "train")).text())      # doctest: +SKIP
@@ -45,27 +47,28 @@ class Estimates:
     ) -> None:
         self.watch = Stopwatch(SECONDS)
         flush_denormals()
-        found = {name: Estimate(current=True) for name in current}
-        timed = [stage_class(name) for name in needed if name not in found]
-        # what takes longest first: the others may find no time left
+        estimates = {name: Estimate(current=True) for name in current}
+        timed = [stage_class(name) for name in needed if name not in estimates]
+        # The stages that train take longest. They come first, as time may run out.
         timed.sort(key=lambda stage: not stage.trains)
         with TemporaryDirectory(prefix="hwnas-plan-") as work:
             self.context = Context(experiment, space, Path(work), self.watch, table, arch)
             for stage in timed:
                 if stage.estimate is not None:
-                    found[stage.name] = _unless_refused(stage, self.context)
-        self.stages = {name: found[name] for name in needed if name in found}
+                    estimates[stage.name] = _estimate(stage, self.context)
+        self.stages = {name: estimates[name] for name in needed if name in estimates}
 
     @property
     def summary(self) -> str:
-        """All stages together, and how that is known."""
+        """All stages together, and what the estimate is based on."""
         return (
             f"{total(self.stages.values())}; from timing a few steps for {self.watch.used:.0f} s on"
             " this computer, as busy as it is now"
         )
 
 
-def _unless_refused(stage: type[Stage], context: Context) -> Estimate:
+def _estimate(stage: type[Stage], context: Context) -> Estimate:
+    """The stage's estimate; unknown, with the reason, if the stage could not run."""
     assert stage.estimate is not None
     try:
         estimate: Estimate = imported(stage.estimate)(context)

@@ -1,9 +1,9 @@
-"""A few models, built and measured as profiling and validation do it."""
+"""Builds and measures a few models as profiling and validation do."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from hwnas.profile.plan import spread_networks
 from hwnas.progress import Progress
 
 OPS, NETWORKS = 4, 2
-"""How many of either are built and measured."""
+"""How many ops and networks are built and measured."""
 
 Timed = Sequence[Op] | Architecture
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Means of items of one kind: seconds of building and of a round, bytes of the
-    file, milliseconds of a run.
+    """Means over items of one kind: seconds of building and of measuring in a round,
+    bytes of the file, and milliseconds of a run.
     """
 
     building: float
@@ -39,8 +39,8 @@ class Costs:
 
 @dataclass(frozen=True)
 class Sample:
-    """What building and measuring a few ops and networks took. ``start`` is the
-    runner's, once in a round.
+    """The costs of a few ops and networks. ``start`` is the number of seconds that the
+    runner takes to start, once in a round.
     """
 
     ops: Costs
@@ -55,74 +55,73 @@ def sample(
     folder: Path,
     watch: Stopwatch,
 ) -> Sample:
-    """Build and measure in an empty ``folder``: ops and networks of the space, or of an
-    architecture alone.
+    """Build and measure ops and networks in an empty ``folder``: those of ``arch`` or,
+    if it is None, of the space.
 
-    One of either is built even where no time is left.
-    Raises DeviceError where the device cannot be reached, or does not run the files.
+    At least one op and one network are built, even if the time is used up. Raises
+    DeviceError if the device cannot be reached or does not run the files.
     """
-    ops: Sequence[Op] = tuple(dict.fromkeys(arch.ops())) if arch is not None else space.ops
-    networks = (
-        [arch]
-        if arch is not None
-        else spread_networks(space, NETWORKS, np.random.default_rng([experiment.seed, 77]))
-    )
-    of_ops: dict[str, Timed] = {op.key: (op,) for op in _spread(ops, OPS)}
-    of_networks: dict[str, Timed] = {
-        f"net-{i}": network.ops() if network.is_chain else network
-        for i, network in enumerate(networks)
-    }
-    building, paths = dict[str, float](), dict[str, Path]()
-    for kind in (of_ops, of_networks):
+    device = experiment.device
+    ops: Sequence[Op]
+    if arch is not None:
+        ops = tuple(dict.fromkeys(arch.ops()))
+        networks = [arch]
+    else:
+        ops = space.ops
+        # 77 keeps the generator apart from those of the stages.
+        rng = np.random.default_rng([experiment.seed, 77])
+        networks = spread_networks(space, NETWORKS, rng)
+    timed_ops: dict[str, Timed] = {op.key: (op,) for op in _spread(ops, OPS)}
+    timed_networks: dict[str, Timed] = {}
+    for i, network in enumerate(networks):
+        timed_networks[f"net-{i}"] = network.ops() if network.is_chain else network
+
+    building: dict[str, float] = {}
+    paths: dict[str, Path] = {}
+    items = []
+    for kind in (timed_ops, timed_networks):
         for count, (name, timed) in enumerate(kind.items()):
             if watch.over and count > 0:
                 break
-            begun_at = time.perf_counter()
-            paths[name] = timing_file(
-                timed, experiment.device.runtime, experiment.device.dtype, folder
-            )
-            building[name] = time.perf_counter() - begun_at
-    chains = of_ops | of_networks
-    items = [
-        Item(name, experiment.device.runtime, path, tuple(_ops(chains[name])))
-        for name, path in paths.items()
-    ]
-    start, measuring, ms = _measured(experiment, items, folder)
+            begin = time.perf_counter()
+            paths[name] = timing_file(timed, device.runtime, device.dtype, folder)
+            building[name] = time.perf_counter() - begin
+            items.append(Item(name, device.runtime, paths[name], tuple(_ops(timed))))
+    start, measuring, ms = _measure(experiment, items, folder)
+    size_bytes = {name: path.stat().st_size for name, path in paths.items()}
 
     def costs(names: list[str]) -> Costs:
-        means = (
-            np.mean([of[name] for name in names]) for of in (building, measuring, _sizes(paths), ms)
-        )
-        return Costs(*map(float, means))
+        def mean(values: Mapping[str, float]) -> float:
+            return float(np.mean([values[name] for name in names]))
 
-    found = [name for name in paths if name in of_networks]
-    return Sample(costs([name for name in paths if name in of_ops]), costs(found), start)
+        return Costs(mean(building), mean(measuring), mean(size_bytes), mean(ms))
+
+    op_costs = costs([name for name in paths if name in timed_ops])
+    network_costs = costs([name for name in paths if name in timed_networks])
+    return Sample(op_costs, network_costs, start)
 
 
 def _ops(timed: Timed) -> Sequence[Op]:
     return timed.ops() if isinstance(timed, Architecture) else timed
 
 
-def _sizes(paths: dict[str, Path]) -> dict[str, int]:
-    return {name: path.stat().st_size for name, path in paths.items()}
-
-
 def _spread(ops: Sequence[Op], count: int) -> list[Op]:
-    """Ops from the middle of each of ``count`` parts, by their size: their mean is near
-    that of all.
+    """``count`` ops whose mean is close to that of all: sorted by MACs, one from the
+    middle of each of ``count`` equal parts.
     """
     ordered = sorted(ops, key=lambda op: op.macs)
     count = min(count, len(ordered))
     return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
 
-def _measured(
+def _measure(
     experiment: Experiment, items: Sequence[Item], folder: Path
 ) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Seconds until the runner has started, seconds of each item, and milliseconds of a
-    run of each.
+    """Seconds until the runner has started, and by item's name the seconds that
+    measuring took and the milliseconds of a run.
     """
-    settings, config = experiment.device, experiment.profile
+    settings = experiment.device
+    config = experiment.profile
     bench = bench_of(settings, folder, Progress())
     plan = Plan(
         tuple(items),
@@ -131,12 +130,16 @@ def _measured(
         bench.cores,
         Schedule(min_ms=config.min_ms, min_runs=config.min_runs),
     )
+    start = 0.0
+    seconds: dict[str, float] = {}
+    ms: dict[str, float] = {}
     begun_at = last_at = time.perf_counter()
-    start, seconds, ms = 0.0, dict[str, float](), dict[str, float]()
     for row, _ in answers(bench.connection, plan, folder):
         now = time.perf_counter()
         if isinstance(row, Measurement):
-            seconds[row.name], ms[row.name] = now - last_at, float(np.median(row.ms))
+            # An item's answer comes when it is measured, right after that of the last one.
+            seconds[row.name] = now - last_at
+            ms[row.name] = float(np.median(row.ms))
         elif isinstance(row, Header):
             start = now - begun_at
         last_at = now

@@ -1,10 +1,11 @@
-"""The search stage: a few real steps of the strategy in every one of its phases, and a
-few images through one evaluated network.
+"""The estimate of the search stage, from a few real steps in every phase of the strategy,
+and from evaluating one network on a few images.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -29,43 +30,45 @@ from hwnas.search.strategy import SearchContext, Strategy
 from hwnas.search.supernets import cost_counter_of, trained
 
 STEPS = 0.3
-"""Part of the timing's seconds for steps of the strategy."""
+"""Fraction of the stopwatch's seconds for timing steps of the strategy."""
 STEPS_OF_A_PHASE = 9
-"""Steps that are timed of a phase, at most, the first of which warms up."""
-JUDGING = 3.0
-"""Seconds for evaluating one network, about."""
+"""Most steps that are timed in a phase, after one that only warms up."""
+EVALUATION_SECONDS = 3.0
+"""About how many seconds timing the evaluation of one network may take."""
 FEW = 8
-"""Images that tell how many more there is time for."""
+"""Images of a first timing, which tells how many more there is time for."""
 MOST_WEIGHTS = 100_000_000
-"""Weights of the largest super-net that is built for an estimate: 0.4 GB, and a few
-times as much while it trains (ours).
+"""Most weights of a super-net that is built for an estimate. They take 0.4 GB, and a few
+times that during training. The number is our choice.
 """
 
 
 def weights_of(space: SearchSpace, *, collapsed: bool = False) -> int:
-    """Weights of a super-net, about: of the largest block of every slot where its
-    options share them, else of all options.
+    """About how many weights a super-net has: those of the largest block of every slot
+    and, unless the slot's options share them (``collapsed``), as many for each option.
     """
     options = {choice.key: len(choice.options) for choice in space.choices}
-    found = 0
+    weights = 0
     for term in space.terms():
         largest = max((op.params for op in term.ops if op is not None), default=0)
-        found += largest if collapsed else largest * options.get(term.slot, 1)
-    return found
+        weights += largest if collapsed else largest * options.get(term.slot, 1)
+    return weights
 
 
-def _collapsed(config: SearchConfig) -> bool:
-    made: type[Strategy] = STRATEGIES.get(config.strategy.name)
-    sharing = made.sharing if config.supernet.sharing == "auto" else config.supernet.sharing
-    return sharing == "collapsed"
+def _is_collapsed(config: SearchConfig) -> bool:
+    """Whether the options of a slot share their weights."""
+    if config.supernet.sharing == "auto":
+        strategy: type[Strategy] = STRATEGIES.get(config.strategy.name)
+        return strategy.sharing == "collapsed"
+    return config.supernet.sharing == "collapsed"
 
 
 def of_search(ctx: Context) -> Estimate:
-    """Time a search. Raises HwnasError where it could not run."""
+    """Time a search. Raises HwnasError if it could not run."""
     ctx.check_data()
-    space, watch = ctx.space, ctx.watch
+    space = ctx.space
     config = ctx.experiment.search
-    weights = weights_of(space, collapsed=_collapsed(config))
+    weights = weights_of(space, collapsed=_is_collapsed(config))
     if weights > MOST_WEIGHTS:
         return Estimate(
             unknown=f"a super-net of {weights / 1e6:.0f} M weights is not built for a plan"
@@ -76,15 +79,18 @@ def of_search(ctx: Context) -> Estimate:
         evaluator = SupernetEvaluator(trained(config, space), experiment)
         search.cost_counter = cost_counter_of(config, evaluator.supernet)
         return _of_finding(experiment, search, evaluator, None)
+
     prepared = stage.prepare(experiment, space, search, ctx.folder("search"))
-    per_step, macs_per_step = _step_seconds(prepared, watch)
+    per_step, macs_per_step = _time_steps(prepared, ctx.watch)
+    # Pretend that the search has trained to its end: its cost decides how many random
+    # architectures are scored.
     assert search.cost_counter is not None
-    search.cost_counter.load_state_dict(
-        {**search.cost_counter.state_dict(), "macs": round(macs_per_step * search.steps)}
-    )
+    counts = search.cost_counter.state_dict()
+    counts["macs"] = round(macs_per_step * search.steps)
+    search.cost_counter.load_state_dict(counts)
     training = Part("training", search.steps, per_step)
     saving, checkpoint_bytes = checkpoints(
-        prepared.engine, training, experiment.checkpoint_seconds, watch
+        prepared.engine, training, experiment.checkpoint_seconds, ctx.watch
     )
     rest = _of_finding(experiment, search, prepared.evaluator, prepared.strategy)
     return replace(
@@ -93,10 +99,11 @@ def of_search(ctx: Context) -> Estimate:
 
 
 class _Steps:
-    """Steps of a search, out of turn."""
+    """Runs any steps of a search; ``numbers`` are those it has run."""
 
     def __init__(self, prepared: stage.Prepared) -> None:
-        self.prepared, self.numbers = prepared, list[int]()
+        self.prepared = prepared
+        self.numbers: list[int] = []
 
     def __call__(self, number: int) -> None:
         self.prepared.engine.step = number
@@ -104,49 +111,58 @@ class _Steps:
         self.numbers.append(number)
 
 
-def _step_seconds(prepared: stage.Prepared, watch: Stopwatch) -> tuple[float, float]:
-    """Mean seconds of a step, and its multiply-accumulates, over all phases of a
-    strategy, each as long as it is.
+def _time_steps(prepared: stage.Prepared, watch: Stopwatch) -> tuple[float, float]:
+    """Mean seconds and mean multiply-accumulates of a step, over all phases of a
+    strategy, weighted by their lengths.
     """
     search = prepared.search
     assert search.cost_counter is not None
-    begins = sorted(
-        {min(step, search.steps - 1) for step in (0, *prepared.strategy.milestones(search))}
-    )
-    seconds = macs = 0.0
+    milestones = (0, *prepared.strategy.milestones(search))
+    begins = sorted({min(step, search.steps - 1) for step in milestones})
+    seconds = 0.0
+    macs = 0.0
     timed = _Steps(prepared)
     for begin, end in pairwise((*begins, search.steps)):
-        before, timed.numbers = search.cost_counter.cost.macs, []
-        # warm-ups fade, so that neither end is like the whole
+        macs_before = search.cost_counter.cost.macs
+        timed.numbers = []
+        # Warm-ups of a strategy fade out during a phase, so its middle is the most like
+        # the whole.
         middle = min((begin + end) // 2, end - 1)
         numbers = [begin, *range(middle, min(end, middle + STEPS_OF_A_PHASE))]
-        each = watch.mean([partial(timed, number) for number in numbers], STEPS / len(begins))
-        seconds += (end - begin) * each
-        macs += (end - begin) * (search.cost_counter.cost.macs - before) / len(timed.numbers)
+        per_step = watch.mean([partial(timed, number) for number in numbers], STEPS / len(begins))
+        phase_macs = search.cost_counter.cost.macs - macs_before
+        seconds += (end - begin) * per_step
+        macs += (end - begin) * phase_macs / len(timed.numbers)
     return seconds / search.steps, macs / search.steps
 
 
 def checkpoints(
     engine: Engine, training: Part, every_seconds: float, watch: Stopwatch
 ) -> tuple[Part, float]:
-    """Saving the state while training, and how large it is. The stage's own weights,
-    written in the end, are smaller.
+    """Saving checkpoints during a training, and the bytes of one. The weights that the
+    stage writes at the end are smaller.
     """
-    each = watch.once(engine.save)
+    per_save = watch.once(engine.save)
     size_bytes = engine.checkpoint.stat().st_size
     engine.finish()
-    count = training.seconds / (every_seconds + each) if every_seconds else training.count
-    return Part("checkpoints", 2 + min(count, training.count), each), size_bytes
+    count = training.count
+    if every_seconds:
+        count = training.seconds / (every_seconds + per_save)
+    # Two more: before the first step and after the last.
+    return Part("checkpoints", 2 + min(count, training.count), per_save), size_bytes
 
 
-class _Counting:
-    """An evaluator that takes no time: what a strategy asks for when it proposes, counted."""
+class _CountingEvaluator:
+    """An evaluator that takes no time; ``known`` tells how many architectures a strategy
+    or a finder has asked for.
+    """
 
     def __init__(self, space: SearchSpace) -> None:
-        self.space, self.known = space, dict[str, float]()
+        self.space = space
+        self.known: dict[str, float] = {}
 
     def evaluate(self, picks: Picks) -> float:
-        """A number that depends on nothing but the architecture's turn."""
+        """A made-up quality in 0..1, different for every architecture and deterministic."""
         identity = self.space.decode(picks).identity
         return self.known.setdefault(identity, (0.618 * len(self.known)) % 1.0)
 
@@ -157,88 +173,99 @@ def _of_finding(
     evaluator: SupernetEvaluator,
     strategy: Strategy | None,
 ) -> Estimate:
-    """What comes after the training: finding, ranking, scoring random architectures."""
-    config, cost_counter = experiment.search, search.cost_counter
+    """What follows the training: finding, ranking, and scoring random architectures."""
+    config = experiment.search
+    cost_counter = search.cost_counter
     assert cost_counter is not None
-    counting = _Counting(search.space)
+    counting = _CountingEvaluator(search.space)
     search.evaluator = counting
-    search.step, search.rng = search.steps, np.random.default_rng([experiment.seed, search.steps])
+    search.step = search.steps
+    search.rng = np.random.default_rng([experiment.seed, search.steps])
+
+    # Propose as the search will, but without the time that evaluating takes.
     finder = stage.search_finder(config)
-    found = (
-        finder.find(search, config.candidates)
-        if finder is not None
-        else strategy and strategy.propose(search, config.candidates)
-    )
-    proposals = found or sample_feasible(search, 1, search.rng)
-    of_part = image_counts(evaluator)[1]
+    proposals: list[Picks] = []
+    if finder is not None:
+        proposals = finder.find(search, config.candidates)
+    elif strategy is not None:
+        proposals = strategy.propose(search, config.candidates)
+    if not proposals:
+        proposals = sample_feasible(search, 1, search.rng)
+    _, images_of_part = image_counts(evaluator)
     for _ in counting.known:
-        cost_counter.count_evaluation(proposals[0], of_part)
+        cost_counter.count_evaluation(proposals[0], images_of_part)
     comparison = compared_with(search, evaluator, proposals)
-    costs = _costs_of_judging(evaluator, proposals[0])
-    estimated = min(config.recalibration_images, len(evaluator.train))
-    recalibration = costs.extraction + estimated * costs.estimating
-    full = recalibration + len(evaluator.held_out) * costs.evaluating
-    part = recalibration + min(len(evaluator.held_out), config.evaluation_images) * costs.evaluating
+
+    costs = _evaluation_costs(evaluator, proposals[0])
+    held_out = len(evaluator.held_out)
+    recalibration_images = min(config.recalibration_images, len(evaluator.train))
+    recalibration = costs.extraction + recalibration_images * costs.recalibrating
+    on_all = recalibration + held_out * costs.evaluating
+    on_part = recalibration + min(held_out, config.evaluation_images) * costs.evaluating
+    # A random network anywhere only takes a part of the images.
+    random_networks = len(comparison.within) + len(comparison.anywhere) * on_part / on_all
     parts = (
-        Part("reading images", estimated + len(evaluator.held_out), costs.reading),
-        Part("finding", len(counting.known), part),
-        Part("ranking", len(proposals), full),
-        Part(
-            "scoring random networks",
-            len(comparison.within) + len(comparison.anywhere) * part / full,
-            full,
-        ),
+        Part("reading images", recalibration_images + held_out, costs.reading),
+        Part("finding", len(counting.known), on_part),
+        Part("ranking", len(proposals), on_all),
+        Part("scoring random networks", random_networks, on_all),
     )
-    kept = costs.image_bytes * estimated + min(
-        KEPT_BYTES, costs.image_bytes * len(evaluator.held_out)
-    )
-    weights_bytes = sum(tensor.nbytes for tensor in evaluator.supernet.state_dict().values())
-    trained_bytes = weights_bytes if config.weights is None else 0
-    network_bytes = 4.0 * search.space.decode(proposals[0]).params
-    return Estimate(
-        tuple(part for part in parts if part.count),
-        peak_memory() + kept,
-        trained_bytes + network_bytes,
-    )
+
+    kept_bytes = min(KEPT_BYTES, costs.image_bytes * held_out)
+    memory_bytes = peak_memory() + costs.image_bytes * recalibration_images + kept_bytes
+    disk_bytes = 4.0 * search.space.decode(proposals[0]).params
+    if config.weights is None:
+        disk_bytes += sum(tensor.nbytes for tensor in evaluator.supernet.state_dict().values())
+    return Estimate(tuple(part for part in parts if part.count), memory_bytes, disk_bytes)
 
 
 @dataclass(frozen=True)
 class _Costs:
-    """Seconds of extracting a network, and per image of reading it, of estimating BN
-    statistics and of evaluating; bytes of an image.
+    """Seconds of extracting a network, seconds per image of reading, of recalibrating BN
+    and of evaluating, and bytes of an image.
     """
 
     extraction: float
     reading: float
-    estimating: float
+    recalibrating: float
     evaluating: float
     image_bytes: int
 
 
-def _costs_of_judging(evaluator: SupernetEvaluator, picks: Picks) -> _Costs:
+def _evaluation_costs(evaluator: SupernetEvaluator, picks: Picks) -> _Costs:
+    """Time the evaluation of one network."""
     watch = Stopwatch(math.inf)
     networks = []
     extraction = watch.once(lambda: networks.append(evaluator.supernet.extract(picks)))
     network = networks[0]
     network.to(memory_format=torch.channels_last)
-    device, size_px = next(network.parameters()).device, network.arch.resolution
-    size = 4 * evaluator.config.batch_size
-    few, _ = next(
-        evaluation_batches(evaluator.held_out, size, limit=FEW, workers=evaluator.workers)
-    )
-    warm = watch.once(lambda: recalibrate(network, [placed(few, device, size_px)])) / len(few)
-    count = min(len(evaluator.held_out), size, max(len(few), int(JUDGING / 3 / warm)))
-    batches: list[Batch] = []
-    reading = watch.once(
-        lambda: batches.extend(
-            evaluation_batches(evaluator.held_out, size, limit=count, workers=evaluator.workers)
+    device = next(network.parameters()).device
+    size_px = network.arch.resolution
+
+    def batches(batch_size: int, limit: int) -> Iterator[Batch]:
+        return evaluation_batches(
+            evaluator.held_out, batch_size, limit=limit, workers=evaluator.workers
         )
-    )
-    x_NCHW = placed(batches[0][0][: evaluator.config.batch_size], device, size_px)
-    estimating = watch.once(lambda: recalibrate(network, [x_NCHW]))
+
+    # The first pass also warms up; the other two and the reading get as many images as
+    # fit into the time.
+    batch_size = 4 * evaluator.config.batch_size
+    few_NCHW, _ = next(batches(batch_size, FEW))
+    first = watch.once(lambda: recalibrate(network, [placed(few_NCHW, device, size_px)]))
+    affordable = int(EVALUATION_SECONDS / 3 / (first / len(few_NCHW)))
+    count = min(len(evaluator.held_out), batch_size, max(len(few_NCHW), affordable))
+
+    images: list[Batch] = []
+    reading = watch.once(lambda: images.extend(batches(batch_size, count)))
+    x_NCHW = placed(images[0][0][: evaluator.config.batch_size], device, size_px)
+    recalibrating = watch.once(lambda: recalibrate(network, [x_NCHW]))
     evaluating = watch.once(
-        lambda: evaluator.quality.of_network(network, evaluator.held_out, batches, count)
+        lambda: evaluator.quality.of_network(network, evaluator.held_out, images, count)
     )
     return _Costs(
-        extraction, reading / count, estimating / len(x_NCHW), evaluating / count, few[0].nbytes
+        extraction=extraction,
+        reading=reading / count,
+        recalibrating=recalibrating / len(x_NCHW),
+        evaluating=evaluating / count,
+        image_bytes=few_NCHW[0].nbytes,
     )

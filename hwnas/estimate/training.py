@@ -1,5 +1,5 @@
-"""The training stage: a few real steps of the network itself, or of one that the search
-may find.
+"""The estimate of the training stage, from a few real steps of the network, or of one
+that the search may find.
 """
 
 from __future__ import annotations
@@ -9,25 +9,27 @@ from hwnas.estimate.parts import Estimate, Part, peak_memory
 from hwnas.estimate.searching import checkpoints
 from hwnas.nn.network import Network
 from hwnas.runs import StageContext
-from hwnas.task import Evaluation, evaluate, task_of
+from hwnas.task import EvaluationSettings, evaluate, task_of
 from hwnas.train import stage
 
 STEPS = 0.15
-"""Part of the timing's seconds for steps."""
+"""Fraction of the stopwatch's seconds for timing training steps."""
 MOST_STEPS = 12
-"""... and at most so many."""
+"""Most training steps that are timed."""
 TESTED = 64
-"""Test images that are timed."""
+"""Most test images that are timed."""
 
 
 def of_training(ctx: Context) -> Estimate:
-    """Time a training. Raises HwnasError where it could not run."""
+    """Time a training. Raises HwnasError if it could not run."""
     ctx.check_data()
-    arch, watch, folder = ctx.arch, ctx.watch, ctx.folder("train")
-    fresh = {"weights": "scratch", "backbone": None}  # what it begins with takes no longer
-    experiment = ctx.experiment.model_copy(
-        update={"train": ctx.experiment.train.model_copy(update=fresh)}
-    )
+    arch = ctx.arch
+    watch = ctx.watch
+    folder = ctx.folder("train")
+    # Initial weights may not exist yet, and do not change the time.
+    from_scratch = {"weights": "scratch", "backbone": None}
+    train = ctx.experiment.train.model_copy(update=from_scratch)
+    experiment = ctx.experiment.model_copy(update={"train": train})
     training = stage.begin(StageContext(experiment, folder, folder), arch)
     engine = training.engine
 
@@ -38,20 +40,20 @@ def of_training(ctx: Context) -> Estimate:
     per_step = watch.mean([step] * min(MOST_STEPS, engine.steps), STEPS)
     steps = Part("training", engine.steps, per_step)
     saving, checkpoint_bytes = checkpoints(engine, steps, experiment.checkpoint_seconds, watch)
+
     ctx.test_images = len(training.test)
     count = min(TESTED, ctx.test_images)
     network = engine.ema_model
     assert isinstance(network, Network)
-    how = Evaluation(experiment.train.batch_size, count, experiment.data.workers)
-    each_image = (
-        watch.once(lambda: evaluate(task_of(experiment), network, training.test, how)) / count
-    )
+    settings = EvaluationSettings(experiment.train.batch_size, count, experiment.data.workers)
+    seconds = watch.once(lambda: evaluate(task_of(experiment), network, training.test, settings))
+    per_image = seconds / count
+
+    parts = [steps, saving]
     validation = training.validation
-    curve = Part("validation curve", len(validation.due), validation.limit * each_image)
-    parts = (
-        steps,
-        saving,
-        *([curve] if validation.due else []),
-        Part("testing", ctx.test_images, each_image),
-    )
-    return Estimate(parts, peak_memory(), checkpoint_bytes + 4.0 * arch.params)
+    if validation.due:
+        per_point = validation.limit * per_image
+        parts.append(Part("validation curve", len(validation.due), per_point))
+    parts.append(Part("testing", ctx.test_images, per_image))
+    # float32 weights are written beside the checkpoint.
+    return Estimate(tuple(parts), peak_memory(), checkpoint_bytes + 4.0 * arch.params)

@@ -1,10 +1,10 @@
-"""What the direct writers of files share: the walk over programs and networks, and
+"""The part that all direct file writers share: the walk over programs and networks, and
 weights with batch norms folded in.
 
 A latency table needs a file for every op of a search space, and a trained network needs
-one at its end. Converting takes a converter 1 to 3 s for a block; since what a block
-computes is known (``core.ir``), ``tflite_writer`` and ``onnx_writer`` write the same
-graph in milliseconds. The converters judge them, in their tests.
+one at the end. A converter takes 1 to 3 s per block. Since ``core.ir`` defines what a
+block computes, ``tflite_writer`` and ``onnx_writer`` write the same graph in
+milliseconds. Their tests compare them with the converters.
 """
 
 from __future__ import annotations
@@ -27,42 +27,39 @@ from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 from hwnas.nn.network import Network
 
 V = TypeVar("V")
-"""How a format refers to a value of its graph: by index or by name."""
+"""The type by which a format refers to values of its graph: an index or a name."""
 
 Numbers = npt.NDArray[np.float64]
 
 
 class BlockWriter(ABC, Generic[V]):
-    """Interprets programs by adding operators to a graph. A subclass knows the
+    """Translates programs into operators of a graph. Each subclass implements the
     operators of one format.
     """
 
     scope = ""
-    """Goes before all names, so that they are unique in a network."""
+    """Prefix of all names, which makes them unique in a network."""
 
     def network(self, x: V, network: Network) -> tuple[V, ...]:
-        """Add a network, and return its outputs: logits; of a detector, class logits
-        and box codes, a row per anchor.
+        """Add a network. Returns its outputs: logits, or for a detector, class logits and
+        box codes with one row per anchor.
         """
         if isinstance(network, DetectionNetwork):
             return self.detector(x, network)
         if network.arch.graph:
-            return (
-                self._graph(
-                    x, network.arch.graph, zip(network.arch.blocks, network.blocks, strict=True)
-                ),
-            )
+            blocks = zip(network.arch.blocks, network.blocks, strict=True)
+            return (self._graph(x, network.arch.graph, blocks),)
         return (self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")[-1],)
 
     def block(self, x: V, op: Op, module: nn.Module) -> tuple[V, ...]:
-        """Add an op, and return its outputs. Raises ExportError where ``module`` is not
-        the op's.
+        """Add an op, and return its outputs. Raises ExportError if ``module`` was not built
+        from ``op``.
         """
         program = op.program
         moved = _moved_norms(program)
         values = {INPUT: x}
         for value, node in enumerate(program.nodes, start=1):
-            read = [values[each] for each in node.inputs]
+            read = [values[number] for number in node.inputs]
             if node.kind == "conv":
                 weight_OIHW, bias_O = folded(node, _part(op, module, node))
                 if value in moved:
@@ -72,15 +69,16 @@ class BlockWriter(ABC, Generic[V]):
                     bias_O = bias_O * scale_C[channels] + shift_C[channels]
                 values[value] = self.conv(read[0], node, weight_OIHW, bias_O)
             elif any(node is norm for norm, _ in moved.values()):
+                # the BN itself is in the convolutions now, but its activation is not
                 values[value] = self.act(read[0], f"{node.name}.act", node.act)
             elif node.kind == "mean":
-                flat = any(
-                    value in other.inputs and other.kind == "linear" for other in program.nodes
-                )
+                # a linear layer takes [1, channels], everything else a map
+                readers = [other for other in program.nodes if value in other.inputs]
+                flat = any(reader.kind == "linear" for reader in readers)
                 values[value] = self.mean(read[0], node.name, flat=flat)
             else:
                 values[value] = self._node(node, read, op, module)
-        return tuple(values[each] for each in program.outputs)
+        return tuple(values[number] for number in program.outputs)
 
     def _node(self, node: Node, read: list[V], op: Op, module: nn.Module) -> V:
         if node.kind == "linear":
@@ -88,18 +86,15 @@ class BlockWriter(ABC, Generic[V]):
             return self.linear(read[0], node.name, weight_OI, bias_O)
         if node.kind in POOLS:
             pooled = self.pool(read[0], node)
-            return (
-                self.scaled(pooled, node, *_normed(node, _part(op, module, node)))
-                if node.norm
-                else pooled
-            )
+            if not node.norm:
+                return pooled
+            return self.scaled(pooled, node, *_normed(node, _part(op, module, node)))
         if node.kind == "norm":
             return self.scaled(read[0], node, *_normed(node, _part(op, module, node)))
         if node.kind == "channels":
-            kernel = float64(
-                _part(op, module, node).get_submodule("conv").get_parameter("weight")
-            ).reshape(-1)
-            return self.along_channels(read[0], node, kernel)
+            conv = _part(op, module, node).get_submodule("conv")
+            kernel_K = float64(conv.get_parameter("weight")).reshape(-1)
+            return self.along_channels(read[0], node, kernel_K)
         return self._plain(node, read)
 
     def _plain(self, node: Node, read: list[V]) -> V:
@@ -118,7 +113,7 @@ class BlockWriter(ABC, Generic[V]):
         return self.crop(read[0], node.name)
 
     def _chain(self, x: V, ops: Sequence[Op], modules: Sequence[nn.Module], scope: str) -> list[V]:
-        """Add ops one after another, and return the outputs of all."""
+        """Add a chain of ops, and return the outputs of all of them."""
         outputs = []
         for position, (op, module) in enumerate(zip(ops, modules, strict=True)):
             self.scope = f"{scope}{position}."
@@ -128,54 +123,56 @@ class BlockWriter(ABC, Generic[V]):
         return outputs
 
     def _graph(self, x: V, graph: Sequence[Step], blocks: Iterator[tuple[Op, nn.Module]]) -> V:
-        """Add a network of cells, and return its last point."""
-        points, used, numbered = {0: x}, used_steps(graph), enumerate(blocks)
+        """Add a network of cells, and return the value of its last step."""
+        points = {0: x}
+        used = used_steps(graph)
+        numbered = enumerate(blocks)
         for number, step in enumerate(graph):
             block = next(numbered) if step.kind == "op" else None
             if number not in used:
-                # runtimes would leave it out, and so the quantizer would find no range for it
+                # Runtimes do not run it, so the quantizer would find no range for it.
                 continue
             read = [points[point] for point in step.of]
             self.scope = f"steps.{number}."
             if block is not None:
                 position, (op, module) = block
                 self.scope = f"blocks.{position}."
-                (made,) = self.block(read[0], op, module)
+                (result,) = self.block(read[0], op, module)
             elif step.kind == "sum":
-                made = read[0]
+                result = read[0]
                 for term, other in enumerate(read[1:]):
-                    made = self.add(made, other, f"add{term}")
+                    result = self.add(result, other, f"add{term}")
             elif step.kind == "concat":
-                made = self.channels_joined(read, "concat")
+                result = self.channels_joined(read, "concat")
             elif step.kind == "cut":
-                made = self.first_channels(read[0], "cut", step.channels)
+                result = self.first_channels(read[0], "cut", step.channels)
             else:
-                made = self.zeros("zero", step.channels, step.size)
-            points[number + 1] = made
+                result = self.zeros("zero", step.channels, step.size)
+            points[number + 1] = result
         self.scope = ""
         return points[len(graph)]
 
     def predictions(self, x: V, network: DetectionNetwork) -> list[tuple[V, V]]:
-        """Add a whole detector, and return the class logits and box codes of each of its maps."""
+        """Add a detector. Returns the class logits and box codes of each of its maps."""
         detector = detector_of(network.arch)
         blocks = self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")
         extras = self._chain(blocks[-1], detector.extras, list(network.extras), "extras.")
         maps = [*(blocks[tap] for tap in detector.taps), *extras]
-        predicted = []
-        for position, (each, op, head) in enumerate(
-            zip(maps, detector.heads, network.heads, strict=True)
-        ):
+        heads = zip(maps, detector.heads, network.heads, strict=True)
+        predictions = []
+        for position, (feature_map, op, head) in enumerate(heads):
             self.scope = f"heads.{position}."
-            classes, boxes = self.block(each, op, head)
-            predicted.append((classes, boxes))
+            classes, boxes = self.block(feature_map, op, head)
+            predictions.append((classes, boxes))
         self.scope = ""
-        return predicted
+        return predictions
 
     def detector(self, x: V, network: DetectionNetwork) -> tuple[V, V]:
-        """Add a whole detector, and return its raw outputs: class logits [1, anchors,
-        classes + 1] and box codes [1, anchors, 4].
+        """Add a detector. Returns its raw outputs: class logits [1, anchors, classes + 1]
+        and box codes [1, anchors, 4].
         """
-        logits, codes = [], []
+        logits = []
+        codes = []
         for position, (classes, boxes) in enumerate(self.predictions(x, network)):
             self.scope = f"heads.{position}."
             logits.append(self.rows("classes", classes, network.arch.classes + 1))
@@ -193,17 +190,17 @@ class BlockWriter(ABC, Generic[V]):
 
     @abstractmethod
     def pool(self, x: V, node: Node) -> V:
-        """k x k pooling that does not count its padding."""
+        """k x k pooling. Averages do not count the padding."""
 
     @abstractmethod
     def scaled(self, x: V, node: Node, scale_C: Numbers, shift_C: Numbers) -> V:
-        """x * scale + shift, channel by channel, and the node's activation: a BN that
-        nothing takes in.
+        """x * scale + shift per channel, and the node's activation: a BN that cannot be
+        folded into a convolution.
         """
 
     @abstractmethod
     def along_channels(self, x: V, node: Node, kernel_K: Numbers) -> V:
-        """A 1-D convolution along the channels of one pixel, and the node's activation."""
+        """A 1-D convolution along the channels of a single pixel, and the node's activation."""
 
     @abstractmethod
     def act(self, x: V, name: str, act: str) -> V:
@@ -211,15 +208,15 @@ class BlockWriter(ABC, Generic[V]):
 
     @abstractmethod
     def mean(self, x: V, name: str, *, flat: bool) -> V:
-        """Global average pooling to one pixel, or ``flat`` to [1, channels]."""
+        """Global average pooling to a single pixel, or with ``flat`` to [1, channels]."""
 
     @abstractmethod
     def add(self, x: V, y: V, name: str) -> V:
-        """Two maps added up."""
+        """The sum of two maps."""
 
     @abstractmethod
     def mul(self, x: V, gate: V, name: str) -> V:
-        """A map times a gate of one pixel."""
+        """The product of a map and a gate of a single pixel."""
 
     @abstractmethod
     def shuffle(self, x: V, name: str, groups: int) -> V:
@@ -227,11 +224,11 @@ class BlockWriter(ABC, Generic[V]):
 
     @abstractmethod
     def crop(self, x: V, name: str) -> V:
-        """Without the first row and the first column."""
+        """The map without its first row and its first column."""
 
     @abstractmethod
     def channels_joined(self, parts: Sequence[V], name: str) -> V:
-        """Channels one after another."""
+        """The concatenation of maps along the channels."""
 
     @abstractmethod
     def first_channels(self, x: V, name: str, channels: int) -> V:
@@ -243,19 +240,20 @@ class BlockWriter(ABC, Generic[V]):
 
     @abstractmethod
     def rows(self, name: str, x: V, columns: int) -> V:
-        """A map of predictions as [1, size * size * anchors, columns], cell by cell."""
+        """A map of predictions, reshaped to [1, size * size * anchors, columns], cell by cell."""
 
     @abstractmethod
     def concatenated(self, name: str, parts: Sequence[V]) -> V:
-        """The rows of all maps one after another."""
+        """The concatenation of the rows of all maps."""
 
 
 def _moved_norms(program: Program) -> dict[int, tuple[Node, slice]]:
-    """Convolutions that can take in a BN behind a concatenation of them: their value ->
-    the BN's node, and which channels are theirs.
+    """The BNs after a concatenation of convolutions that can be folded into these
+    convolutions: value of a convolution -> node of the BN, and the convolution's channels
+    in it.
 
-    A BN is a scale and a shift of every channel, so each convolution takes those of its
-    own channels.
+    A BN scales and shifts each channel, so each convolution takes the part for its own
+    channels.
     """
     readers = Counter(value for node in program.nodes for value in node.inputs)
     moved: dict[int, tuple[Node, slice]] = {}
@@ -270,22 +268,21 @@ def _moved_norms(program: Program) -> dict[int, tuple[Node, slice]]:
             continue
         parts = [program.nodes[value - 1] for value in joined.inputs]
         plain = all(part.kind == "conv" and not part.norm and part.act == "none" for part in parts)
+        # A convolution that something else reads must keep its own output.
         if plain and all(readers[value] == 1 for value in joined.inputs):
-            ends = np.cumsum([part.out_ch for part in parts])
-            spans = (
-                slice(int(end) - part.out_ch, int(end))
-                for part, end in zip(parts, ends, strict=True)
-            )
-            moved |= {value: (norm, span) for value, span in zip(joined.inputs, spans, strict=True)}
+            start = 0
+            for value, part in zip(joined.inputs, parts, strict=True):
+                moved[value] = (norm, slice(start, start + part.out_ch))
+                start += part.out_ch
     return moved
 
 
 def folded(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
-    """Weights [O, I / groups, k, k] and bias [O] of a convolution with the BN after it,
-    if any, folded in.
+    """The weights [O, I / groups, k, k] and the bias [O] of a convolution, with the BN
+    after it folded in.
 
-    BN(Wx) = sWx + beta - s mean, with s = gamma / sqrt(var + eps); without BN and bias,
-    the bias is 0. Raises ExportError where the module is not that node's.
+    BN(Wx) = sWx + beta - s mean, with s = gamma / sqrt(var + eps). Without BN and bias,
+    the bias is 0. Raises ExportError if the module does not fit the node.
     """
     conv = module.get_submodule("conv")
     assert isinstance(conv, nn.Conv2d)
@@ -296,7 +293,8 @@ def folded(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
     if node.norm:
         scale_O, shift_O = _normed(node, module)
         return weight_OIHW * scale_O[:, None, None, None], shift_O
-    return weight_OIHW, np.zeros(node.out_ch) if conv.bias is None else float64(conv.bias)
+    bias_O = np.zeros(node.out_ch) if conv.bias is None else float64(conv.bias)
+    return weight_OIHW, bias_O
 
 
 def _normed(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
@@ -323,26 +321,28 @@ def _linear(op: Op, node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
 
 
 def float64(values: Tensor) -> Numbers:
-    """A tensor's values, on the CPU and apart from its graph."""
+    """The values of a tensor as float64. Folding in float32 would add rounding errors."""
     array: Numbers = values.detach().to("cpu", torch.float64).numpy()
     return array
 
 
 def _part(op: Op, module: nn.Module, node: Node) -> nn.Module:
-    """The part of an op's module that holds the weights of a node."""
+    """The submodule of an op's module that holds the weights of a node. Raises ExportError
+    if there is none.
+    """
     path = op.WEIGHTS + node.name
     try:
         return module.get_submodule(path)
     except AttributeError:
         raise ExportError(
-            f"A {type(module).__name__} without {path} is not the module of {op.key}: build the one"
-            " with the other"
+            f"The {type(module).__name__} has no {path}, so it was not built from {op.key}: build it"
+            " with hwnas.nn.blocks.build"
         ) from None
 
 
 def _require_shape(weight: Tensor, shape: tuple[int, ...], name: str) -> None:
     if tuple(weight.shape) != shape:
         raise ExportError(
-            f"The weights of {name} are {list(weight.shape)} in the module and {list(shape)} in"
-            " the op"
+            f"The weights of {name} are {list(weight.shape)} in the module, but {list(shape)} in"
+            " the op: build the module from this op"
         )

@@ -1,20 +1,20 @@
-"""The bundle: a folder with everything an app needs to use a network, and the proof
-that its files are right.
+"""The bundle: a folder with everything that an app needs to use a network, and a proof
+that its files are correct.
 
 export/
-    bundle.json             what is in it: architecture, labels, preprocessing, files with sizes, parity and versions
-    model-fp32.tflite       NHWC float32 in, logits out
+    bundle.json             the description: architecture, labels, preprocessing, files with sizes, parity, versions
+    model-fp32.tflite       input NHWC float32, output logits
     model-int8.tflite       the same interface, int8 inside
-    model.onnx              NCHW float32 in, logits out; the architecture is in its metadata
-    labels.txt              one label a line, in the order of the outputs; the TFLite files carry it in their metadata
-    parity.npz              some test images as the files take them, PyTorch's outputs for them and its answers for all
+    model.onnx              input NCHW float32, output logits; its metadata contain the architecture
+    labels.txt              one label per line, in the order of the outputs; also in the metadata of the TFLite files
+    parity.npz              test images in the form that files take, PyTorch's outputs for them, and its answers for all
 
-``export.input`` and ``export.softmax`` have all files take uint8 pixels and return
-probabilities (``interface``); ``input`` and ``outputs`` of each file say what it takes
-and returns.
+With ``export.input`` and ``export.softmax``, all files take uint8 pixels and return
+probabilities (``interface``). ``input`` and ``outputs`` of each file describe what it
+takes and returns.
 
-Of a detector, the three files return a row per anchor, and there may be files that
-choose the detections themselves:
+For a detector, these three files return one row per anchor. There may be more files,
+which select the detections themselves:
 
     model-nms.onnx          ONNX's NonMaxSuppression
     model-*-tasks.tflite    TFLite_Detection_PostProcess, the operator that Android's task libraries read
@@ -53,8 +53,8 @@ from hwnas.task import Output, Parity, Task, task_named
 
 
 class FileInput(Record):
-    """What a file takes: one image, of batch 1. ``range`` has the smallest and the
-    largest value that any channel can have.
+    """The input of a file: one image, with batch size 1. ``range`` holds the smallest and
+    the largest possible value of any channel.
     """
 
     name: str
@@ -66,7 +66,7 @@ class FileInput(Record):
 
 
 class BundleFile(Record):
-    """One exported file. Older bundles do not say what all files take and return."""
+    """One exported file. Older bundles lack ``input`` and ``outputs``."""
 
     name: str
     format: Format
@@ -80,12 +80,12 @@ class BundleFile(Record):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is not set, so that older bundles keep their hash."""
+        """Leave out unset fields, so that older bundles keep their hash."""
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class TextFile(Record):
-    """A file beside the models."""
+    """A text file next to the models."""
 
     name: str
     size_bytes: int
@@ -93,8 +93,8 @@ class TextFile(Record):
 
 
 class CalibrationPart(Record):
-    """How the score calibration in the metadata of a classifier's TFLite files was
-    fitted (``score_calibration`` has the formula).
+    """The score calibration in the metadata of a classifier's TFLite files, and the images
+    that it was fitted to. ``score_calibration`` has the formula.
     """
 
     images: int
@@ -108,17 +108,17 @@ class Preprocessing(Record):
     """From an RGB or grey image to the network's input: resize, scale to 0..1, subtract
     ``mean``, divide by ``std``.
 
-    A file that takes uint8 pixels does all but the resizing itself. ``resize`` says the
-    first in words, ``mode`` and what follows in numbers; of older bundles and of
-    plug-ins' data there are words alone.
+    A file that takes uint8 pixels does everything except the resizing itself. ``resize``
+    describes the resizing in words, and ``mode`` and the fields after it in numbers.
+    Older bundles and the data of plug-ins have only the words.
 
     squash  both sides become ``resolution``
-    crop    the shorter side becomes ``shorter_side``, then the middle ``resolution`` x ``resolution`` is cut out
-    pad     the longer side becomes ``resolution``, then the image lies in the middle of the colour ``padding``
+    crop    the shorter side becomes ``shorter_side``, then the centre ``resolution`` x ``resolution`` is cut out
+    pad     the longer side becomes ``resolution``, then the image is centred on the colour ``padding``
 
-    The other side of crop and pad is in proportion, rounded down; a middle between two
-    pixels is rounded to the even one. Pillow's filters of the same name always smooth
-    (``antialias``) where they make an image smaller.
+    For crop and pad, the other side is scaled in proportion and rounded down. A centre
+    between two pixels is rounded to the even one. Pillow's filters of the same name
+    always smooth (``antialias``) when they shrink an image.
     """
 
     resolution: int
@@ -130,25 +130,25 @@ class Preprocessing(Record):
     interpolation: Interpolation | None = None
     antialias: bool | None = None
     crop_fraction: float | None = Field(
-        None, description="of crop: resolution / shorter_side, as configured"
+        None, description="for crop: resolution / shorter_side, as configured"
     )
-    shorter_side: int | None = Field(None, description="of crop, in pixels")
+    shorter_side: int | None = Field(None, description="for crop, in pixels")
     padding: tuple[int, ...] | None = Field(
         None,
-        description="of pad: the border's colour per channel, 0..255, before the normalisation",
+        description="for pad: the colour of the border per channel, 0..255, before normalisation",
     )
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is not set, so that bundles from before the geometry was in
-        numbers keep their hash.
+        """Leave out unset fields, so that bundles older than the numeric geometry keep
+        their hash.
         """
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class DetectorPart(Record):
-    """How to read a detector's files. ``post_processing`` is what those without it in
-    the graph still need.
+    """How to read a detector's files. ``post_processing`` is for the files that do not
+    include it in their graph.
     """
 
     anchors: int
@@ -156,20 +156,18 @@ class DetectorPart(Record):
 
     @classmethod
     def of(cls, arch: Architecture, post_processing: PostProcessing) -> Self | None:
-        """Of a detector; None of other networks."""
-        return (
-            None
-            if arch.detector is None
-            else cls(anchors=arch.detector.anchors, post_processing=post_processing)
-        )
+        """The part for a detector; None for other networks."""
+        if arch.detector is None:
+            return None
+        return cls(anchors=arch.detector.anchors, post_processing=post_processing)
 
 
 class Bundle(Document):
-    """The description of a bundle (``bundle.json``). ``metrics`` are PyTorch's on the
-    test images, by name.
+    """The description of a bundle (``bundle.json``). ``metrics`` are PyTorch's results on
+    the test images, by name.
 
-    Version 1 had ``torch_accuracy`` of a classifier or ``torch_ap`` of a detector
-    instead, and described the files of the latter in ``detector``.
+    Version 1 had ``torch_accuracy`` for classifiers and ``torch_ap`` for detectors
+    instead, and described a detector's files in ``detector``.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.bundle"
@@ -181,7 +179,7 @@ class Bundle(Document):
     preprocessing: Preprocessing
     macs: int
     params: int
-    metric: str = Field(description="what the network is judged by")
+    metric: str = Field(description="the main one of the metrics")
     metrics: dict[str, float]
     test_images: int
     files: tuple[BundleFile, ...]
@@ -193,17 +191,16 @@ class Bundle(Document):
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if self.metric not in self.metrics:
-            raise ValueError(f"metrics lack {self.metric!r}, which is the metric: export again")
+            raise ValueError(f"metrics lack {self.metric!r}, the main metric: export again")
         if (self.detector is None) != (self.architecture.detector is None):
             raise ValueError(
-                "a bundle of a detector, and no other, says how to read it in detector: export"
-                " again"
+                "the key detector must be present for a detector, and only then: export again"
             )
         return self
 
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """The names of version 1."""
+        """Rename the fields of version 1, and move the outputs of a detector's files."""
         names = {"torch_accuracy": (ACCURACY, "classify"), "torch_ap": (AP, "detect")}
         for name, (metric, task) in names.items():
             value = content.pop(name, None)
@@ -211,12 +208,13 @@ class Bundle(Document):
                 content |= {"metric": metric, "metrics": {metric: value}, "task": task}
         if "metrics" not in content:
             raise DocumentError(
-                "a bundle has torch_accuracy, or torch_ap of a detector, and this has neither:"
+                "a bundle of version 1 needs torch_accuracy or torch_ap, but this one has neither:"
                 " export again."
             )
         detector = content.get("detector")
         if isinstance(detector, dict) and isinstance(content.get("files"), list):
-            outputs = {name: each["outputs"] for name, each in detector.pop("files", {}).items()}
+            described = detector.pop("files", {})
+            outputs = {name: file["outputs"] for name, file in described.items()}
             content["files"] = [
                 {**file, "outputs": outputs.get(file.get("name"))} for file in content["files"]
             ]
@@ -224,16 +222,17 @@ class Bundle(Document):
 
     @property
     def settings(self) -> Task:
-        """The task, as the network was exported."""
-        return task_named(
-            self.task, None if self.detector is None else self.detector.post_processing
-        )
+        """The task, with the post-processing that the network was exported with."""
+        post_processing = None if self.detector is None else self.detector.post_processing
+        return task_named(self.task, post_processing)
 
     @property
     def interface(self) -> Interface:
-        """What its files take and return."""
+        """What all files take and return."""
         takes = {file.input.dtype for file in self.files if file.input is not None}
-        returns = {output.name for file in self.files for output in file.outputs or ()}
+        returns: set[str] = set()
+        for file in self.files:
+            returns |= {output.name for output in file.outputs or ()}
         pixels: Literal["float32", "uint8"] = "uint8" if takes == {"uint8"} else "float32"
         return Interface(
             pixels, returns == {PROBABILITIES}, self.preprocessing.mean, self.preprocessing.std
@@ -241,13 +240,13 @@ class Bundle(Document):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is not set."""
+        """Leave out unset fields."""
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
 def preprocessing(data: DataConfig, images: Images) -> Preprocessing:
-    """What the data loader does to a test image, in words and numbers."""
-    said = {
+    """Describe, in words and numbers, how the data loader prepares a test image."""
+    common = {
         "resolution": data.resolution,
         "channels": data.channels,
         "mean": data.mean,
@@ -256,10 +255,10 @@ def preprocessing(data: DataConfig, images: Images) -> Preprocessing:
     }
     geometry = images.geometry
     if geometry is None:
-        return Preprocessing.model_validate(said)
+        return Preprocessing.model_validate(common)
     return Preprocessing.model_validate(
         {
-            **said,
+            **common,
             "mode": geometry.mode,
             "interpolation": geometry.interpolation,
             "antialias": True,
@@ -271,38 +270,38 @@ def preprocessing(data: DataConfig, images: Images) -> Preprocessing:
 
 
 def described_input(of: Target, interface: Interface, arch: Architecture) -> FileInput:
-    """What a target's file takes, in words and numbers."""
-    size, channels = arch.resolution, arch.in_channels
+    """Describe the input of a target's file, in words and numbers."""
+    size = arch.resolution
+    channels = arch.in_channels
+    shape = (1, size, size, channels) if of.layout == "NHWC" else (1, channels, size, size)
     colours = "red, green and blue" if channels == 3 else "grey"
-    normalised = f"{colours} scaled to 0..1, less preprocessing.mean, divided by preprocessing.std"
+    meaning = f"{colours} scaled to 0..1, less preprocessing.mean, divided by preprocessing.std"
+    if interface.input == "uint8":
+        meaning = f"{colours} from 0 to 255, as they are: the file normalises them"
     return FileInput(
         name=IMAGE,
         dtype=interface.input,
         layout=of.layout,
-        shape=(1, size, size, channels) if of.layout == "NHWC" else (1, channels, size, size),
+        shape=shape,
         range=interface.range,
-        meaning=(
-            f"{colours} from 0 to 255, as they are: the file normalises them"
-            if interface.input == "uint8"
-            else normalised
-        ),
+        meaning=meaning,
     )
 
 
 def describe_file(
     folder: Path, kind: str, measured: Parity, entry: FileInput, outputs: tuple[Output, ...]
 ) -> BundleFile:
-    """The entry of an exported file."""
-    made = target(kind)
-    path = folder / made.file
+    """The entry in ``bundle.json`` for an exported file."""
+    kind_target = target(kind)
+    path = folder / kind_target.file
     return BundleFile.model_validate(
         {
-            "name": made.file,
+            "name": kind_target.file,
             "input": entry,
             "outputs": outputs,
             "format": kind,
-            "runtime": made.runtime,
-            "dtype": made.dtype,
+            "runtime": kind_target.runtime,
+            "dtype": kind_target.dtype,
             "size_bytes": path.stat().st_size,
             "sha256": file_sha256(path),
             "parity": measured,
@@ -325,6 +324,6 @@ def save_parity(path: Path, **arrays: np.ndarray) -> None:
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of everything that shaped the files."""
+    """The versions of all packages that affect the files."""
     packages = ("torch", "ai-edge-quantizer", "ai-edge-litert", "onnx", "onnxruntime")
     return {"hwnas": __version__, **{package: version(package) for package in packages}}

@@ -1,24 +1,24 @@
-"""Any PyTorch module to TFLite and ONNX, by other people's converters: for modules of
-your own, and the judge of our writers.
+"""Conversion of any PyTorch module to TFLite and ONNX, with external converters: for your
+own modules, and as the reference that our writers are tested against.
 
-Networks of hwnas need neither: ``tflite_writer`` and ``onnx_writer`` write them.
+hwnas networks do not need them: ``tflite_writer`` and ``onnx_writer`` write those.
 Install the converters with the extra ``convert``.
 
-TFLite (litert-torch): graphs are channels-last inside and out. Batch norms fold into
-the convolutions before them, ReLU and ReLU6 fuse into them, a padded stride-1
-convolution becomes SAME, and a padded stride-2 one becomes PAD and VALID, because
-TFLite's SAME pads an even image on the other side than PyTorch does. The same module
-gives the same bytes. What to write so that this holds:
+TFLite (litert-torch): graphs are channels-last inside and out. Batch norms are folded
+into the preceding convolutions, and ReLU and ReLU6 are fused into them. A padded
+stride-1 convolution becomes SAME. A padded stride-2 convolution becomes PAD and VALID,
+because TFLite's SAME pads an even image on the other side than PyTorch does. The same
+module gives the same bytes. To get such a graph from your own module:
 
-- pool globally with ``adaptive_avg_pool2d(x, 1)`` and ``flatten(1)``: one MEAN.
-  ``x.mean([2, 3])`` brings a TRANSPOSE;
-- shuffle channels with reshapes: indexing makes a GATHER_ND, which XNNPACK does not
-  take. ``ChannelShuffle`` is converted in its channels-last form, RESHAPE, TRANSPOSE
-  and RESHAPE; the other one brings two more TRANSPOSE.
+- pool globally with ``adaptive_avg_pool2d(x, 1)`` and ``flatten(1)``, which become one
+  MEAN. ``x.mean([2, 3])`` adds a TRANSPOSE;
+- shuffle channels with reshapes. Indexing becomes a GATHER_ND, which XNNPACK does not
+  support. ``ChannelShuffle`` is converted in its channels-last form: RESHAPE, TRANSPOSE
+  and RESHAPE. The other form would add two more TRANSPOSE.
 
-ONNX: PyTorch's supported exporter (``dynamo=True``), 2.5 s for MobileNetV2, against 0.8
-s for the TorchScript one, which is deprecated. It folds batch norms into the
-convolutions itself.
+ONNX: PyTorch's supported exporter (``dynamo=True``). It takes 2.5 s for MobileNetV2; the
+deprecated TorchScript exporter takes 0.8 s. It folds batch norms into the convolutions
+itself.
 """
 
 from __future__ import annotations
@@ -45,24 +45,23 @@ from hwnas.nn.blocks import ChannelShuffle
 
 
 def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> bytes:
-    """A float32 TFLite file that computes what ``module`` computes in eval mode.
+    """Convert ``module`` in eval mode to a float32 TFLite file.
 
-    ``input_shape`` is NCHW with batch 1; the file takes [1, H, W, C]. Four-dimensional
-    outputs come out channels-last too, others (logits [1, classes]) as they are. The
-    module itself is left untouched: a copy on the CPU is converted. Takes 1 to 2 s for
-    a block and 10 s for MobileNetV2, after 5 s for the first import of the converter.
+    ``input_shape`` is NCHW with batch size 1, and the file takes [1, H, W, C].
+    Four-dimensional outputs are channels-last as well; others (logits [1, classes]) are
+    unchanged. A copy of the module on the CPU is converted, so the module itself stays
+    unchanged. Takes 1 to 2 s for a block and 10 s for MobileNetV2, after 5 s for the first
+    import of the converter.
 
-    Raises ExportError where the converter refuses the module, or where the module does
-    not run on that shape.
+    Raises ExportError if the converter refuses the module, or if the module does not run
+    on this shape.
 
     >>> model = to_tflite(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
     >>> [op.name for op in graph_ops(model)]
     ['CONV_2D']
     """
     if len(input_shape) != 4 or input_shape[0] != 1:
-        raise ExportError(
-            f"The input shape is {input_shape}; exported files take NCHW with batch 1"
-        )
+        raise ExportError(f"The input shape is {input_shape}, but must be NCHW with batch size 1")
     name = type(module).__name__
     eager = copy.deepcopy(module).cpu().eval()
     for part in eager.modules():
@@ -73,10 +72,10 @@ def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> byte
         outputs = _image_outputs(eager, input_shape)
         channels_last = litert_torch.to_channel_last_io(eager, args=[0], outputs=outputs)
         n, c, h, w = input_shape
-        model = litert_torch.convert(
-            channels_last.eval(), (torch.zeros(n, h, w, c),)
-        ).model_content()
-    except Exception as error:  # tracing, lowering and the converter each raise types of their own
+        edge_model = litert_torch.convert(channels_last.eval(), (torch.zeros(n, h, w, c),))
+        model = edge_model.model_content()
+    # Tracing, lowering and the converter each have their own exceptions.
+    except Exception as error:
         raise ExportError(
             f"LiteRT cannot convert {name} at {input_shape}: {first_line(error)}"
         ) from error
@@ -91,8 +90,8 @@ def to_onnx(
     path: str | Path,
     output_names: Sequence[str] = (LOGITS,),
 ) -> None:
-    """Write ``module`` in eval mode as one ONNX file; see ``onnx_file``. An existing
-    file is replaced only by a complete one.
+    """Write ``module`` in eval mode as one ONNX file (see ``onnx_file``). An existing file
+    is replaced atomically.
 
     >>> to_onnx(net, (1, 3, 224, 224), metadata={"recipe": "mobile"}, path="net.onnx")  # doctest: +SKIP
     """
@@ -106,26 +105,25 @@ def onnx_file(
     metadata: Mapping[str, str],
     output_names: Sequence[str] = (LOGITS,),
 ) -> bytes:
-    """The ONNX file of ``module`` in eval mode, weights inside, as ``onnx.checker`` accepts it.
+    """Convert ``module`` in eval mode to an ONNX file that contains its weights and passes
+    ``onnx.checker``.
 
-    The file takes ``image`` float32 NCHW, exactly ``input_shape`` (batch 1), and
+    The file takes ``image`` float32 NCHW, of exactly ``input_shape`` (batch size 1), and
     returns ``output_names``, one for each output of the module. ``metadata`` goes into
-    its ``metadata_props``; the architecture belongs there. The module itself is left
-    untouched.
+    ``metadata_props`` and should contain the architecture. The module itself stays
+    unchanged.
 
-    Raises ExportError where the exporter or the checker refuses the module, or where it
-    has another number of outputs.
+    Raises ExportError if the exporter or the checker refuses the module, or if the number
+    of outputs differs from ``output_names``.
     """
     if len(input_shape) != 4 or input_shape[0] != 1:
-        raise ExportError(
-            f"The input shape is {input_shape}; exported files take NCHW with batch 1"
-        )
+        raise ExportError(f"The input shape is {input_shape}, but must be NCHW with batch size 1")
     name = type(module).__name__
     model = _traced(module, input_shape, output_names)
     if len(model.graph.output) != len(output_names):
         raise ExportError(
-            f"{name} has {len(model.graph.output)} outputs, and output_names names"
-            f" {len(output_names)}: name each of them"
+            f"{name} has {len(model.graph.output)} outputs, but output_names has"
+            f" {len(output_names)} names: give each output a name"
         )
     _strip(model)
     model.ir_version = IR_VERSION
@@ -156,34 +154,31 @@ def _traced(
             dynamo=True,
             verbose=False,
         )
-    except Exception as error:  # tracing and translation raise types of their own
+    # Tracing and translation have their own exceptions.
+    except Exception as error:
         lines = str(error).strip().splitlines() or ["no message"]
         name = type(module).__name__
-        raise ExportError(f"ONNX export refuses {name} at {input_shape}: {lines[0]}") from error
+        raise ExportError(
+            f"PyTorch cannot export {name} at {input_shape} to ONNX: {lines[0]}"
+        ) from error
     assert program is not None, "dynamo=True returns the program"
     return program.model_proto
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop the tracer's notes on every node and value: stack traces with paths of the
+    """Remove the tracer's notes from all nodes and values: stack traces with paths of the
     exporting machine.
     """
     graph = model.graph
-    for noted in (
-        *graph.node,
-        *graph.value_info,
-        *graph.input,
-        *graph.output,
-        *graph.initializer,
-        graph,
-    ):
-        noted.ClearField("metadata_props")
-        noted.ClearField("doc_string")
+    values = [*graph.value_info, *graph.input, *graph.output, *graph.initializer]
+    for annotated in (*graph.node, *values, graph):
+        annotated.ClearField("metadata_props")
+        annotated.ClearField("doc_string")
     model.ClearField("metadata_props")
 
 
 def _image_outputs(module: nn.Module, input_shape: tuple[int, int, int, int]) -> list[int]:
-    """The positions of the outputs that are feature maps, found by running the module once."""
+    """The positions of the outputs that are feature maps. Runs the module once."""
     with torch.no_grad():
         outputs = module(torch.zeros(input_shape))
     if isinstance(outputs, torch.Tensor):
@@ -193,12 +188,13 @@ def _image_outputs(module: nn.Module, input_shape: tuple[int, int, int, int]) ->
 
 @functools.cache
 def _litert_torch() -> Any:
-    """The converter, imported on first use (5 s) and kept quiet."""
+    """The converter. Imported on first use (5 s), with its output silenced."""
     level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
-    # read once, at import: no line of MAC counts per conversion
+    # Read once, at import. Otherwise each conversion prints a line of MAC counts.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     try:
-        # oneDNN's greeting and a deprecation inside torchao, both before any logger is set up.
+        # oneDNN's banner and a deprecation warning of torchao, both written before any
+        # logger is set up.
         with hushed_stderr():
             try:
                 import litert_torch
@@ -206,7 +202,8 @@ def _litert_torch() -> Any:
                 raise ExportError(
                     "Converting a module to TFLite needs litert-torch: pip install 'hwnas[convert]'"
                 ) from error
-            except Exception as error:  # what its parts raise on a torch that is too old for them
+            # Its parts raise all kinds of errors if torch is too old for them.
+            except Exception as error:
                 raise ExportError(
                     f"litert-torch cannot be imported ({first_line(error)}): upgrade it and torch"
                 ) from error
@@ -215,5 +212,6 @@ def _litert_torch() -> Any:
             del os.environ["TF_CPP_MIN_LOG_LEVEL"]
         else:
             os.environ["TF_CPP_MIN_LOG_LEVEL"] = level
-    litert_torch.config.show_progress = False  # thirty lines on stdout per conversion otherwise
+    # otherwise it prints thirty lines to stdout per conversion
+    litert_torch.config.show_progress = False
     return litert_torch

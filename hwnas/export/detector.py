@@ -1,4 +1,6 @@
-"""What an exported detector computes beyond its network: scores from logits, boxes from codes."""
+"""What an exported detector computes after its network: scores from logits, and boxes from
+codes.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,16 @@ from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 from hwnas.nn.ssd import default_boxes
 
 CODE_SCALES = (10.0, 10.0, 5.0, 5.0)
-"""What codes tx, ty, tw, th are divided by: SSD's variances."""
+"""Divisors of the codes tx, ty, tw, th: SSD's variances."""
 LARGEST_GROWTH = math.log(1000 / 16)
-"""Codes of width and height are cut off here, after their scale, as in torchvision."""
+"""Upper limit of the codes of width and height after scaling, as in torchvision."""
 
 
 class Decoded(nn.Module):
-    """A detector with one output: [N, anchors, 4 + classes], x1, y1, x2, y2 in pixels
-    cut off at the input's edges, then a score per class.
+    """A detector with one output [N, anchors, 4 + classes]: x1, y1, x2, y2 in pixels,
+    clipped to the image, then a score per class.
 
-    The order of anchors and classes is the network's; the background has no score.
+    Anchors and classes are in the network's order. There is no score for the background.
     """
 
     def __init__(self, network: DetectionNetwork) -> None:
@@ -35,7 +37,8 @@ class Decoded(nn.Module):
         """Images [N, channels, size, size] -> [N, anchors, 4 + classes]."""
         logits, codes = self.network(x_NCHW)
         scores = logits[..., 1:].sigmoid() if self.sigmoid else logits.softmax(dim=-1)[..., 1:]
-        centres_A4, codes = self.get_buffer("centres_A4"), codes / self.get_buffer("scales_4")
+        centres_A4 = self.get_buffer("centres_A4")
+        codes = codes / self.get_buffer("scales_4")
         centre = codes[..., :2] * centres_A4[:, 2:] + centres_A4[:, :2]
         half = codes[..., 2:].clamp(max=LARGEST_GROWTH).exp() * (0.5 * centres_A4[:, 2:])
         boxes = torch.cat((centre - half, centre + half), dim=-1).clamp(0.0, self.size)
@@ -43,12 +46,12 @@ class Decoded(nn.Module):
 
 
 def centres(network: DetectionNetwork) -> Tensor:
-    """The anchors [A, 4] as centre x, centre y, width, height in pixels."""
+    """The anchors [A, 4]: centre x, centre y, width, height in pixels."""
     boxes_A4 = default_boxes(network.arch)
     sides = boxes_A4[:, 2:] - boxes_A4[:, :2]
     return torch.cat((boxes_A4[:, :2] + 0.5 * sides, sides), dim=1)
 
 
 def columns(network: DetectionNetwork) -> int:
-    """Numbers per anchor in the decoded output."""
+    """The number of values per anchor in the decoded output."""
     return CODE_SIZE + network.arch.classes

@@ -1,16 +1,19 @@
-"""What an app feeds an exported file and what it gets: normalised floats or plain
-pixels in, logits or probabilities out.
+"""The input and output of exported files for apps: normalised floats or raw pixels in,
+logits or probabilities out.
 
-A file of the network alone takes float32 images that the app has normalised.
-``export.input = "uint8"`` puts the normalisation in front of the network, inside the
-file, so that an app feeds the bytes of its image; ``export.softmax`` puts a softmax
-behind a classifier. Both are added to the finished file, whatever made it, in float32
-for int8 files too: what the network itself computes is untouched, and the file gives
-what the one without them gives for pixels that the app has normalised.
+Without further settings, a file takes float32 images that the app has normalised, and
+returns the network's outputs. ``export.input = "uint8"`` puts the normalisation into
+the file, before the network, so that an app feeds the bytes of its image.
+``export.softmax`` appends a softmax to a classifier.
 
-*Why not in the first convolution*: its padding is 0 after normalisation, which is
-another colour per channel before it, and no border of pixels can have that. The cost is
-measured instead (``tflite_interface``).
+Both are added to the finished file, no matter which writer made it, and are computed in
+float32 even in int8 files. The network itself is unchanged: its outputs are those that
+the plain file returns for images normalised by the app.
+
+*Why the normalisation is not folded into the first convolution*: the convolution's
+padding is 0 after normalisation. Before normalisation, that is a different colour per
+channel, which no border of pixels can have. ``tflite_interface`` explains how
+the extra operators are kept cheap.
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ from hwnas.export.names import LOGITS, PROBABILITIES
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 WHITE = 255
-"""The largest pixel."""
+"""The largest pixel value."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What goes into all files of a bundle, and what comes out. ``mean`` and ``std``
-    per channel are of images scaled to 0..1.
+    """The input and the output of all files of a bundle. ``mean`` and ``std`` per channel
+    are for images scaled to 0..1.
     """
 
     input: Literal["float32", "uint8"]
@@ -49,24 +52,24 @@ class Interface:
 
     @property
     def normalisation(self) -> Normalisation | None:
-        """What an app has to do to pixels; None where the file does it."""
-        return Normalisation.of_parts(self.mean, self.std) if self.input == "float32" else None
+        """How an app has to normalise pixels. None if the file does it."""
+        if self.input == "uint8":
+            return None
+        return Normalisation.of_parts(self.mean, self.std)
 
     @property
     def range(self) -> tuple[float, float]:
-        """The smallest and the largest value that any channel of an image takes."""
+        """The smallest and the largest possible value of any channel of an image."""
         if self.input == "uint8":
             return 0.0, float(WHITE)
-        ends = [
-            (bound - mean) / std
-            for mean, std in zip(self.mean, self.std, strict=True)
-            for bound in (0.0, 1.0)
-        ]
-        return min(ends), max(ends)
+        channels = list(zip(self.mean, self.std, strict=True))
+        black = [(0.0 - mean) / std for mean, std in channels]
+        white = [(1.0 - mean) / std for mean, std in channels]
+        return min(black + white), max(black + white)
 
     def fed(self, images_NHWC: Floats) -> Floats | Pixels:
-        """Normalised images as a file takes them: as they are, or the pixels that they
-        were, exactly where they were pixels.
+        """Convert normalised images to the form that files take: unchanged, or as uint8
+        pixels. Images that were made from pixels give exactly these pixels.
         """
         if self.input == "float32":
             return images_NHWC
@@ -74,29 +77,30 @@ class Interface:
         return pixels.round().clip(0, WHITE).astype(np.uint8)
 
     def seen(self, fed_NHWC: Floats | Pixels) -> Floats:
-        """What the network gets of images that a file was fed: float32, normalised."""
-        values: Floats = fed_NHWC.astype(np.float32)
-        if self.input == "uint8":
-            values = (
-                (fed_NHWC.astype(np.float64) / WHITE - np.array(self.mean)) / np.array(self.std)
-            ).astype(np.float32)
-        return values
+        """The images float32 that the network sees if a file is fed ``fed_NHWC``."""
+        if self.input == "float32":
+            return fed_NHWC.astype(np.float32)
+        scaled = fed_NHWC.astype(np.float64) / WHITE
+        normalised: Floats = ((scaled - np.array(self.mean)) / np.array(self.std)).astype(
+            np.float32
+        )
+        return normalised
 
     def outputs_of(self, logits: Floats) -> Floats:
-        """What a classifier's file gives where the network gives these logits [N, classes]."""
+        """The outputs of a classifier's file if the network computes ``logits`` [N, classes]."""
         return softmax(logits) if self.softmax else logits
 
     def around(self, model: bytes, runtime: str) -> bytes:
-        """The file of a network (``litert`` or ``onnxruntime``) with what belongs
-        around it. A softmax is for classifiers.
+        """Add the interface to the file of a network for ``runtime``: ``litert`` or
+        ``onnxruntime``. A softmax requires a classifier.
         """
         if self.input == "uint8":
-            scales, shifts = (
-                1 / (WHITE * np.array(self.std)),
-                -np.array(self.mean) / np.array(self.std),
-            )
+            scales = 1 / (WHITE * np.array(self.std))
+            shifts = -np.array(self.mean) / np.array(self.std)
             model = _PIXELS[runtime](model, scales, shifts)
-        return _SOFTMAX[runtime](model) if self.softmax else model
+        if self.softmax:
+            model = _SOFTMAX[runtime](model)
+        return model
 
 
 _PIXELS = {"litert": tflite_interface.with_pixels, "onnxruntime": onnx_interface.with_pixels}
@@ -104,7 +108,8 @@ _SOFTMAX = {"litert": tflite_interface.with_softmax, "onnxruntime": onnx_interfa
 
 
 def softmax(logits: Floats) -> Floats:
-    """Probabilities [N, classes] of logits."""
+    """The probabilities of logits, both [N, classes]."""
+    # Subtracting the maximum avoids overflow, and does not change the result.
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     shares: Floats = powers / powers.sum(axis=1, keepdims=True)
     return shares

@@ -1,24 +1,25 @@
-"""TFLite metadata: what lets MediaPipe's tasks, ML Kit and Android Studio take a file as it is.
+"""TFLite metadata, with which MediaPipe's tasks, ML Kit and Android Studio can use a file
+without further information.
 
-A file then says how its image is to be normalised, which label belongs to which output,
-and how to read a detector's boxes. It is stored as TFLite's ``MetadataPopulator`` does:
-a flatbuffer (``metadata_schema``) in the buffer that the model's metadata entry
-``TFLITE_METADATA`` names, and the files it mentions in a zip archive after the model's
-flatbuffer, not compressed. Runtimes look at neither. Inputs and outputs get names, the
-same ones in the graph and in its signature.
+The metadata describe how to normalise the image, which label belongs to which output,
+and how to read a detector's boxes. They are stored as TFLite's ``MetadataPopulator``
+does it: a flatbuffer (``metadata_schema``) in the buffer that the model's metadata entry
+``TFLITE_METADATA`` names, and the associated files in an uncompressed zip archive after
+the model's flatbuffer. Runtimes ignore both. Inputs and outputs get names, the same in
+the graph and in its signature.
 
-What the readers need (mediapipe/tasks/cc: image_tensor_specs.cc,
+Requirements of the readers (mediapipe/tasks/cc: image_tensor_specs.cc,
 image_preprocessing_graph.cc, classification_postprocessing_graph.cc,
 detection_postprocessing_graph.cc):
 
-- ImageClassifier and ObjectDetector: an RGB image; of a float32 input one mean and one
-  std for all channels ("Per-channel image normalization is not available"); of a uint8
-  input nothing. They stretch the image to the input's size.
+- ImageClassifier and ObjectDetector: an RGB image. A float32 input needs one mean and
+  one std for all channels ("Per-channel image normalization is not available"), a uint8
+  input needs nothing. They stretch the image to the input's size.
 - ObjectDetector: a file with ``TFLite_Detection_PostProcess`` (``tasks``), whose four
   outputs have the names in ``_DETECTION``.
 - ML Kit's custom classifiers: the same, but the normalisation may be per channel.
 
-*Difference*: a zip archive carries the time of each file; ours is always 1980, so that
+*Difference*: a zip archive stores the time of each file. Ours is always 1980, so that
 the same network gives the same bytes.
 """
 
@@ -40,7 +41,9 @@ from hwnas.export.score_calibration import ScoreCalibration
 from hwnas.export.tflite_file import read_model, write_model
 
 LABELS_FILE = "labels.txt"
-"""One label a line, in the order of the outputs: beside the model files and inside them."""
+"""One label per line, in the order of the outputs: next to the model files, and inside
+them.
+"""
 CALIBRATION_FILE = "score_calibration.txt"
 ENTRY = "TFLITE_METADATA"
 """The name of the model's metadata entry."""
@@ -52,10 +55,10 @@ OUTPUTS: dict[OutputKind, tuple[str, ...]] = {
     "decoded": (DETECTIONS,),
     "tasks": TASK_OUTPUTS,
 }
-"""What a file gives -> the names of its outputs."""
+"""Kind of output -> the names of the output tensors."""
 
 _DETECTION = ("location", "category", "score", "number of detections")
-"""The names by which MediaPipe knows the outputs of ``tasks``."""
+"""The names by which MediaPipe finds the outputs of ``tasks``."""
 _GROUP = "detection_result"
 _LARGEST_PIXEL = 255.0
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
@@ -63,8 +66,8 @@ _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Normalisation:
-    """From a pixel value x in 0..255 to the input: (x - mean) / std, per channel, both
-    in units of pixel values.
+    """The normalisation of a pixel value x in 0..255: (x - mean) / std, per channel. Both
+    are in units of pixel values.
     """
 
     mean: tuple[float, ...]
@@ -72,7 +75,7 @@ class Normalisation:
 
     @classmethod
     def of_parts(cls, mean: Sequence[float], std: Sequence[float]) -> Normalisation:
-        """From mean and std of images scaled to 0..1, as a configuration and a bundle have them."""
+        """From mean and std for images scaled to 0..1, as in configurations and bundles."""
         return cls(
             tuple(_LARGEST_PIXEL * value for value in mean),
             tuple(_LARGEST_PIXEL * value for value in std),
@@ -80,17 +83,17 @@ class Normalisation:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all channels have the same mean and the same std: MediaPipe takes no others."""
+        """Whether all channels have the same mean and std, which MediaPipe requires."""
         return len(set(self.mean)) == len(set(self.std)) == 1
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that the metadata of a file say.
+    """The contents of a file's metadata.
 
-    ``resizing`` says in words how an image becomes the input's size; programs read no
-    such thing, and people do. ``normalisation`` is None where the file takes pixels as
-    they are, as uint8 in 0..255. ``calibration`` is of a classifier alone.
+    ``resizing`` describes in words, for people, how an image is resized to the input's
+    size. ``normalisation`` is None if the file takes raw uint8 pixels in 0..255.
+    ``calibration`` is for classifiers only.
     """
 
     name: str
@@ -103,39 +106,45 @@ class ModelCard:
 
 
 def with_metadata(model: bytes, card: ModelCard) -> bytes:
-    """The file with metadata, and with named input and outputs. Metadata that it had
-    are replaced. The graph computes what it did.
+    """Add metadata to a file, and name its input and outputs. Replaces existing metadata.
+    What the graph computes does not change.
 
-    Raises ExportError where the file would have 2 GiB or more.
+    Raises ExportError if the file would have 2 GiB or more.
     """
     parsed = read_model(model)
     _name_tensors(parsed, IMAGE, OUTPUTS[card.output])
-    entry, buffer = schema.MetadataT(), schema.BufferT()
+    buffer = schema.BufferT()
     buffer.data = tables.packed(_model(card))
-    others = [each for each in parsed.metadata or [] if each.name != ENTRY.encode()]
-    entry.name, entry.buffer = ENTRY, len(parsed.buffers)
-    parsed.buffers, parsed.metadata = [*parsed.buffers, buffer], [*others, entry]
+    entry = schema.MetadataT()
+    entry.name = ENTRY
+    entry.buffer = len(parsed.buffers)
+    others = [other for other in parsed.metadata or [] if other.name != ENTRY.encode()]
+    parsed.buffers = [*parsed.buffers, buffer]
+    parsed.metadata = [*others, entry]
     return _with_files(write_model(parsed), _files(card))
 
 
 def labels_text(labels: Sequence[str]) -> str:
-    """The content of ``labels.txt``: a label has one line, and a nameless one its position."""
-    return "\n".join(
-        " ".join(label.split()) or str(position) for position, label in enumerate(labels)
-    )
+    """The content of ``labels.txt``: one line per label. A label without a name gets its
+    position.
+    """
+    lines = [" ".join(label.split()) or str(number) for number, label in enumerate(labels)]
+    return "\n".join(lines)
 
 
 def _files(card: ModelCard) -> dict[str, str]:
-    """The content of the associated files by name. Without a newline at the end, after
-    which readers would see one more line.
+    """The contents of the associated files by name. They end without a newline, because
+    readers would take it for one more line.
     """
-    calibration = {} if card.calibration is None else {CALIBRATION_FILE: card.calibration.text()}
-    return {LABELS_FILE: labels_text(card.labels), **calibration}
+    files = {LABELS_FILE: labels_text(card.labels)}
+    if card.calibration is not None:
+        files[CALIBRATION_FILE] = card.calibration.text()
+    return files
 
 
 def _with_files(model: bytes, files: dict[str, str]) -> bytes:
-    """The model, and after it a zip archive whose offsets count from the start of the
-    model, as those of a self-extracting one do.
+    """The model followed by a zip archive. As in a self-extracting archive, offsets count
+    from the start of the whole file.
     """
     whole = io.BytesIO()
     whole.write(model)
@@ -146,16 +155,15 @@ def _with_files(model: bytes, files: dict[str, str]) -> bytes:
 
 
 def _name_tensors(model: Any, entry: str, exits: Sequence[str]) -> None:
-    """Give the graph's only input and its outputs names, in the graph and in its signature."""
+    """Name the only input and the outputs, in the graph and in its signature."""
     [graph] = model.subgraphs
-    names = dict(
-        zip([int(graph.inputs[0]), *map(int, graph.outputs)], [entry, *exits], strict=True)
-    )
+    indices = [int(graph.inputs[0]), *map(int, graph.outputs)]
+    names = dict(zip(indices, [entry, *exits], strict=True))
     for index, tensor in enumerate(graph.tensors):
         if index in names:
             tensor.name = names[index]
         elif tensor.name.decode() in names.values():
-            # the quantizer keeps an output's name for the int8 tensor before it
+            # In quantised files, the int8 tensor before an output has the output's name.
             tensor.name = f"{tensor.name.decode()}.inner"
     for signature in model.signatureDefs or []:
         for tensor in [*signature.inputs, *signature.outputs]:
@@ -163,6 +171,7 @@ def _name_tensors(model: Any, entry: str, exits: Sequence[str]) -> None:
 
 
 def _model(card: ModelCard) -> tables.Table:
+    """The root table of the metadata."""
     grouped = card.output == "tasks"
     subgraph: tables.Table = {
         tables.Subgraph.INPUTS: [_input(card)],
@@ -174,17 +183,15 @@ def _model(card: ModelCard) -> tables.Table:
             tables.Group.TENSOR_NAMES: list(_DETECTION[:-1]),
         }
         subgraph[tables.Subgraph.OUTPUT_GROUPS] = [group]
-    job = (
-        "Which of the labels an image shows"
-        if card.output in ("logits", "probabilities")
-        else "Objects of the labels, and their boxes"
-    )
+    job = "Objects of the labels, and their boxes"
+    if card.output in ("logits", "probabilities"):
+        job = "Which of the labels an image shows"
     model: tables.Table = {
         tables.Model.NAME: card.name,
         tables.Model.DESCRIPTION: f"{job}. Made by hwnas {__version__}.",
         tables.Model.VERSION: __version__,
         tables.Model.SUBGRAPHS: [subgraph],
-        # Groups came with 1.2.0; everything else was there from the start.
+        # Groups exist since version 1.2.0 of the schema, everything else since 1.0.0.
         tables.Model.MIN_PARSER_VERSION: "1.2.0" if grouped else "1.0.0",
     }
     if card.output == "decoded":
@@ -201,22 +208,26 @@ def _input(card: ModelCard) -> tables.Table:
         tables.Tensor.DESCRIPTION: f"The image. Resizing: {card.resizing}.",
         tables.Tensor.CONTENT: _content(tables.Properties.IMAGE, {0: np.int8(color)}),
     }
-    low, high = np.zeros(1, np.float32), np.full(1, _LARGEST_PIXEL, np.float32)
+    low = np.zeros(1, np.float32)
+    high = np.full(1, _LARGEST_PIXEL, np.float32)
     if card.normalisation is not None:
         mean, std = _shortest(card.normalisation)
         options: tables.Table = {tables.Normalization.MEAN: mean, tables.Normalization.STD: std}
         tensor[tables.Tensor.PROCESS_UNITS] = [_unit(tables.UnitType.NORMALIZATION, options)]
-        low, high = (low - mean) / std, (high - mean) / std
+        low = (low - mean) / std
+        high = (high - mean) / std
     tensor[tables.Tensor.STATS] = {tables.Stats.MIN: low, tables.Stats.MAX: high}
     return tensor
 
 
 def _shortest(normalisation: Normalisation) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std, as one number each where all channels have the same."""
-    kept = 1 if normalisation.is_uniform else len(normalisation.mean)
-    return np.array(normalisation.mean[:kept], np.float32), np.array(
-        normalisation.std[:kept], np.float32
-    )
+    """Mean and std as arrays [channels], or [1] if all channels have the same. MediaPipe
+    accepts only the latter.
+    """
+    count = 1 if normalisation.is_uniform else len(normalisation.mean)
+    mean = np.array(normalisation.mean[:count], np.float32)
+    std = np.array(normalisation.std[:count], np.float32)
+    return mean, std
 
 
 def _outputs(card: ModelCard) -> list[tables.Table]:
@@ -254,29 +265,23 @@ def _outputs(card: ModelCard) -> list[tables.Table]:
 
 
 def _detection_outputs() -> list[tables.Table]:
-    location, category, score, number = (
-        _feature(name, meaning)
-        for name, meaning in zip(
-            _DETECTION,
-            (
-                "Boxes in parts of the input.",
-                "Positions of labels.",
-                "Scores in 0..1.",
-                "How many there are.",
-            ),
-            strict=True,
-        )
+    descriptions = (
+        "Boxes in parts of the input.",
+        "Positions of labels.",
+        "Scores in 0..1.",
+        "How many there are.",
     )
-    # an item per detection, along axis 2
-    each: tables.Table = {tables.Range.MIN: np.int32(2), tables.Range.MAX: np.int32(2)}
+    location, category, score, number = map(_feature, _DETECTION, descriptions)
+    # Axis 2 is what the readers expect for the values of one detection.
+    axis: tables.Table = {tables.Range.MIN: np.int32(2), tables.Range.MAX: np.int32(2)}
     box: tables.Table = {
         tables.BoundingBox.INDEX: np.array([1, 0, 3, 2], np.uint32),  # top, left, bottom, right
         tables.BoundingBox.TYPE: np.int8(tables.BOUNDARIES),
         tables.BoundingBox.COORDINATES: np.int8(tables.RATIO),
     }
-    location[tables.Tensor.CONTENT] = _content(tables.Properties.BOUNDING_BOX, box, each)
+    location[tables.Tensor.CONTENT] = _content(tables.Properties.BOUNDING_BOX, box, axis)
     for tensor in (category, score):
-        tensor[tables.Tensor.CONTENT] = _content(tables.Properties.FEATURE, {}, each)
+        tensor[tables.Tensor.CONTENT] = _content(tables.Properties.FEATURE, {}, axis)
     category[tables.Tensor.FILES] = [
         _file(LABELS_FILE, "Labels by position.", tables.FileType.TENSOR_VALUE_LABELS)
     ]
@@ -298,7 +303,9 @@ def _content(
         tables.Content.PROPERTIES_TYPE: np.uint8(kind),
         tables.Content.PROPERTIES: properties,
     }
-    return content if axes is None else {**content, tables.Content.RANGE: axes}
+    if axes is not None:
+        content[tables.Content.RANGE] = axes
+    return content
 
 
 def _unit(kind: tables.UnitType, options: tables.Table) -> tables.Table:

@@ -1,13 +1,13 @@
 """The tables of TFLite metadata, packed as a flatbuffer.
 
-Schema: mediapipe/tasks/metadata/metadata_schema.fbs, version 1.5.0 (``M001``), which is
-that of tflite-support. No package that hwnas needs brings the generated classes, so the
-field numbers that are used are written down here, in the schema's order.
+Schema: mediapipe/tasks/metadata/metadata_schema.fbs, version 1.5.0 (``M001``), the same
+as in tflite-support. No package that hwnas depends on contains the generated classes, so
+the field numbers are written down here, in the order of the schema.
 
-A table is a dict from field number to value. What a value is decides how it is stored:
-a NumPy scalar as that type, an array as a vector of numbers, a ``str`` as a string, a
-dict as a table, a list as a vector of strings or tables. A union is two fields: which
-of its tables it is, and the table.
+A table is a dict from field number to value. The type of a value decides how it is
+stored: a NumPy scalar as that type, an array as a vector of numbers, a ``str`` as a
+string, a dict as a table, and a list as a vector of strings or tables. A union takes two
+fields: the type of its table, and the table.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class FileType(IntEnum):
 
 
 class Content(IntEnum):
-    """Content: a union of properties, and the axes it is about."""
+    """Content: a union of properties, and the axes that they describe."""
 
     PROPERTIES_TYPE, PROPERTIES, RANGE = range(3)
 
@@ -99,9 +99,9 @@ class BoundingBox(IntEnum):
 
 
 BOUNDARIES = 1
-"""Of BoundingBoxType: left, top, right, bottom, in the order that ``BoundingBox.INDEX`` says."""
+"""A BoundingBoxType: left, top, right and bottom, in the order of ``BoundingBox.INDEX``."""
 RATIO = 0
-"""Of CoordinateType: parts of the image."""
+"""A CoordinateType: coordinates are fractions of the image size."""
 
 
 class Range(IntEnum):
@@ -117,7 +117,7 @@ class Stats(IntEnum):
 
 
 class Unit(IntEnum):
-    """ProcessUnit, a table of nothing but a union."""
+    """ProcessUnit, a table that contains only a union."""
 
     OPTIONS_TYPE, OPTIONS = range(2)
 
@@ -141,7 +141,7 @@ class Calibration(IntEnum):
 
 
 class Transformation(IntEnum):
-    """ScoreTransformationType: what a score goes through before its sigmoid."""
+    """ScoreTransformationType: applied to a score before its sigmoid."""
 
     IDENTITY, LOG, INVERSE_LOGISTIC = range(3)
 
@@ -153,7 +153,7 @@ class Group(IntEnum):
 
 
 def packed(model: Table) -> bytes:
-    """The flatbuffer of a ``ModelMetadata`` table."""
+    """Pack a ``ModelMetadata`` table as a flatbuffer."""
     builder = flatbuffers.Builder(1024)
     builder.Finish(_table(builder, model), FILE_IDENTIFIER)
     return bytes(builder.Output())
@@ -169,7 +169,8 @@ _PREPEND = {
 
 
 def _table(builder: flatbuffers.Builder, fields: Table) -> int:
-    # A flatbuffer is written from its leaves: what a table points to comes before the table.
+    # A flatbuffer is built from its leaves: everything that a table points to must be
+    # finished before the table is started.
     offsets = {
         number: _offset(builder, value)
         for number, value in fields.items()
@@ -192,8 +193,9 @@ def _offset(builder: flatbuffers.Builder, value: Value) -> int:
     if isinstance(value, dict):
         return _table(builder, value)
     assert isinstance(value, Sequence)
-    offsets = [_offset(builder, each) for each in value]
+    offsets = [_offset(builder, item) for item in value]
     builder.StartVector(_OFFSET_BYTES, len(offsets), _OFFSET_BYTES)
+    # vectors are filled from the back
     for offset in reversed(offsets):
         builder.PrependUOffsetTRelative(offset)
     return int(builder.EndVector())

@@ -1,4 +1,4 @@
-"""Names of the inputs and outputs of exported files, in TFLite and ONNX alike: apps
+"""Names of the inputs and outputs of exported files, the same in TFLite and ONNX. Apps
 address tensors by them.
 """
 
@@ -7,13 +7,13 @@ from __future__ import annotations
 from typing import Final
 
 IMAGE: Final = "image"
-"""What every file takes."""
+"""The input of every file."""
 LOGITS: Final = "logits"
 PROBABILITIES: Final = "probabilities"
-"""What a classifier's file gives."""
+"""The output of a classifier's file: this one or ``LOGITS``."""
 DETECTIONS: Final = "detections"
-"""A row per anchor of a detector."""
+"""The output of a detector's file with one row per anchor."""
 CHOSEN: Final = "chosen"
-"""What NMS in an ONNX file has left."""
+"""The output of an ONNX file with NMS: the detections that remain."""
 TASK_OUTPUTS: Final = ("boxes", "classes", "scores", "count")
-"""In the order of the outputs of ``TFLite_Detection_PostProcess``."""
+"""The outputs of ``TFLite_Detection_PostProcess``, in its order."""

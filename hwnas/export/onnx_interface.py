@@ -1,7 +1,7 @@
 """Normalisation before the network of an ONNX file, and a softmax after it
-(``interface`` says what for).
+(``interface`` explains why).
 
-``image`` becomes uint8; Cast, Mul and Add by constants [1, C, 1, 1] normalise it.
+``image`` becomes uint8, and Cast, Mul and Add normalise it, with constants [1, C, 1, 1].
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from hwnas.errors import ExportError
 from hwnas.export.names import IMAGE, LOGITS, PROBABILITIES
 
 _NORMALISE = "normalise."
-"""How the names begin of what stands before the network."""
+"""Prefix of the names of all nodes and constants before the network."""
 
 
 def with_pixels(
     model: bytes, scale_C: npt.NDArray[np.float64], shift_C: npt.NDArray[np.float64]
 ) -> bytes:
-    """The file that takes ``image`` uint8 [1, C, H, W], of which the network gets
-    ``pixel * scale + shift`` in float32.
+    """Turn the input of a file, ``image`` float32 [1, C, H, W], into ``image`` uint8
+    [1, C, H, W]. The network gets ``pixel * scale + shift`` in float32.
 
-    ``model`` has one input, ``image`` float32 [1, C, H, W].
+    Raises ExportError if the result is not valid ONNX.
     """
     parsed = onnx.load_model_from_string(model)
-    graph, names = parsed.graph, [f"{_NORMALISE}{part}" for part in ("cast", "scaled", "shifted")]
-    _rename_input(graph.node, IMAGE, names[-1])
-    constants = [
-        _constant(f"{name}.value", values)
-        for name, values in zip(names[1:], (scale_C, shift_C), strict=True)
-    ]
+    graph = parsed.graph
+    cast, scaled, shifted = (f"{_NORMALISE}{part}" for part in ("cast", "scaled", "shifted"))
+    _rename_input(graph.node, IMAGE, shifted)
+    scale = _constant(f"{scaled}.value", scale_C)
+    shift = _constant(f"{shifted}.value", shift_C)
     nodes = [
-        helper.make_node("Cast", [IMAGE], names[:1], names[0], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [names[0], constants[0].name], names[1:2], names[1]),
-        helper.make_node("Add", [names[1], constants[1].name], names[2:], names[2]),
+        helper.make_node("Cast", [IMAGE], [cast], cast, to=TensorProto.FLOAT),
+        helper.make_node("Mul", [cast, scale.name], [scaled], scaled),
+        helper.make_node("Add", [scaled, shift.name], [shifted], shifted),
     ]
+    # ONNX requires nodes in the order of execution.
     network = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *network])
-    graph.initializer.extend(constants)
+    graph.initializer.extend([scale, shift])
     graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
     return _packed(parsed)
 
 
 def with_softmax(model: bytes) -> bytes:
-    """The file with the output ``probabilities``: the softmax of ``model``'s output
-    ``logits`` [1, classes].
+    """Replace the output ``logits`` [1, classes] of a file by ``probabilities``, its
+    softmax. Raises ExportError if the result is not valid ONNX.
     """
     parsed = onnx.load_model_from_string(model)
     graph = parsed.graph
@@ -63,7 +63,7 @@ def with_softmax(model: bytes) -> bytes:
 
 
 def network_alone(model: bytes) -> bytes:
-    """The file without what the two others put around its network."""
+    """Undo ``with_softmax`` and ``with_pixels``."""
     parsed = onnx.load_model_from_string(model)
     graph = parsed.graph
     if graph.output[0].name == PROBABILITIES:
@@ -73,9 +73,8 @@ def network_alone(model: bytes) -> bytes:
     if graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8:
         graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
         network = [node for node in graph.node if not node.name.startswith(_NORMALISE)]
-        constants = [
-            tensor for tensor in graph.initializer if not tensor.name.startswith(_NORMALISE)
-        ]
+        tensors = list(graph.initializer)
+        constants = [tensor for tensor in tensors if not tensor.name.startswith(_NORMALISE)]
         _rename_input(network, f"{_NORMALISE}shifted", IMAGE)
         del graph.node[:], graph.initializer[:]
         graph.node.extend(network)
@@ -99,7 +98,7 @@ def _packed(parsed: onnx.ModelProto) -> bytes:
         onnx.checker.check_model(parsed, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
-            f"The graph with its input and output for apps is not valid ONNX: {error}"
+            f"The graph with the interface for apps is not valid ONNX: {error}"
         ) from error
     content: bytes = parsed.SerializeToString(deterministic=True)
     return content

@@ -1,19 +1,20 @@
-"""Ops and networks written straight into ONNX files, without an exporter.
+"""Writes ops and networks directly as ONNX files, without an exporter.
 
-torch.onnx traces and translates a block in 1 to 3 s; this takes 1 ms (``block_writer``
-says what for). The graph is the one that ``convert.to_onnx`` makes, operator by
-operator (its tests judge this one by it), in float32, channels-first, batch 1:
+torch.onnx takes 1 to 3 s to trace and translate a block; this takes 1 ms (see
+``block_writer``). The graph is the same as that of ``convert.to_onnx``, operator by
+operator, and the tests compare the two. It is float32, channels-first, with batch size
+1:
 
-- batch norms are folded into weights and biases, in float64; an activation is an
-  operator of its own, which runtimes fuse;
+- batch norms are folded into weights and biases in float64. Activations are separate
+  operators, which runtimes fuse;
 - every convolution pads by kernel // 2 on all sides, as in PyTorch;
-- global pooling is a ReduceMean that keeps the axes, before the classifier with a
-  Reshape to [1, C];
-- predictions of a detector are a Transpose and a Reshape of each map, and a Concat of them all;
+- global pooling is a ReduceMean that keeps the axes. Before the classifier, a Reshape to
+  [1, C] follows;
+- the predictions of a detector are a Transpose and a Reshape of each map, and a Concat;
 - a channel shuffle is Reshape, Transpose, Reshape.
 
-Shapes of all values are in the file, as the exporter's files have them, so that
-``onnx.checker`` can hold them against its own.
+The file contains the shapes of all values, as the exporter's files do, so that
+``onnx.checker`` compares them with those that it infers.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from hwnas.nn.network import Network
 
 OPSET = 18
 IR_VERSION = 8
-"""The oldest that carries opset 18: onnxruntime before 1.18 refuses newer ones."""
+"""The oldest version that allows opset 18. onnxruntime before 1.18 refuses newer ones."""
 _HARD_SIGMOID = {"alpha": 1 / 6, "beta": 0.5}
 _ACTS = {"relu": "Relu", "hswish": "HardSwish", "sigmoid": "Sigmoid", "hsig": "HardSigmoid"}
 
 
 def write_onnx(network: Network, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The float32 ONNX file of a network: ``image`` [1, channels, size, size] in,
-    ``logits`` [1, classes] out.
+    """Write a network as a float32 ONNX file with the input ``image`` [1, channels, size,
+    size] and the output ``logits`` [1, classes].
 
-    A detector has two outputs: ``logits`` [1, anchors, classes + 1], the background
+    A detector has two outputs: ``logits`` [1, anchors, classes + 1], with the background
     first, and ``codes`` [1, anchors, 4].
 
-    BN statistics are those it has now, as in eval mode; the network itself is left
-    untouched. The same weights give the same bytes. ``metadata`` goes into the file's
+    The file computes what the network computes in eval mode; the network itself stays
+    unchanged. The same weights give the same bytes. ``metadata`` goes into the file's
     ``metadata_props``. Takes about 40 ms for MobileNetV2.
 
     >>> from hwnas.core.spaces import published
@@ -62,13 +63,14 @@ def write_onnx(network: Network, metadata: Mapping[str, str] | None = None) -> b
 
 
 def write_op(op: Op, module: nn.Module) -> bytes:
-    """The float32 ONNX file of one op: ``image`` [1, in_ch, size, size] in, ``logits`` out.
+    """Write one op as a float32 ONNX file with the input ``image`` [1, in_ch, size, size].
 
-    ``module`` is what ``hwnas.nn.blocks.build(op)`` returned, with any weights.
-    ``logits`` is [1, out_ch, out_size, out_size], and [1, out_ch] for a classifier.
-    Predictors (``ssd``) have two: ``classes`` and ``boxes``. Takes about 1 ms.
+    ``module`` is the result of ``hwnas.nn.blocks.build(op)``, with any weights. The output
+    ``logits`` is [1, out_ch, out_size, out_size], or [1, out_ch] for a classifier.
+    Detector heads (``ssd``) have the outputs ``classes`` and ``boxes`` instead. Takes
+    about 1 ms.
 
-    Raises ExportError where ``module`` does not belong to ``op``.
+    Raises ExportError if ``module`` was not built from ``op``.
     """
     writer = OnnxWriter(op.in_ch, op.size)
     outputs = writer.block(IMAGE, op, module)
@@ -77,38 +79,34 @@ def write_op(op: Op, module: nn.Module) -> bytes:
 
 
 class Graph:
-    """An ONNX graph under construction. Values are known by their names."""
+    """An ONNX graph under construction. Values are referred to by their names."""
 
     scope = ""
 
     def __init__(self, in_channels: int, size: int) -> None:
-        entry = (1, in_channels, size, size)
-        # from the input on, in the order of the graph
-        self.shapes: dict[str, tuple[int, ...]] = {IMAGE: entry}
+        # in the order of the graph, starting with the input
+        self.shapes: dict[str, tuple[int, ...]] = {IMAGE: (1, in_channels, size, size)}
         self._nodes: list[helper.NodeProto] = []
         self._constants: list[TensorProto] = []
         self._constant_shapes: dict[str, tuple[int, ...]] = {}
 
     def shape(self, x: str) -> tuple[int, ...]:
         """The shape of a value or a constant."""
-        return self._constant_shapes[x] if x in self._constant_shapes else self.shapes[x]
+        if x in self._constant_shapes:
+            return self._constant_shapes[x]
+        return self.shapes[x]
 
     def slice(
         self, name: str, x: str, shape: tuple[int, ...], where: dict[str, tuple[int, ...]]
     ) -> str:
-        """Slice to ``shape``; ``where`` has its ``starts``, ``ends`` and ``axes``."""
-        return self.operator(
-            "Slice",
-            name,
-            [x, *(self.integers(f"{name}.{each}", values) for each, values in where.items())],
-            shape,
-        )
+        """Slice to ``shape``. ``where`` holds the ``starts``, ``ends`` and ``axes``."""
+        bounds = [self.integers(f"{name}.{key}", values) for key, values in where.items()]
+        return self.operator("Slice", name, [x, *bounds], shape)
 
     def reshape(self, name: str, x: str, shape: tuple[int, ...]) -> str:
         """Reshape."""
-        return self.operator(
-            "Reshape", name, [x, self.integers(f"{name}.shape", shape)], shape, allowzero=1
-        )
+        target_shape = self.integers(f"{name}.shape", shape)
+        return self.operator("Reshape", name, [x, target_shape], shape, allowzero=1)
 
     def operator(
         self,
@@ -118,18 +116,18 @@ class Graph:
         shape: tuple[int, ...],
         **options: int | float | str | list[int],
     ) -> str:
-        """Add an operator, and return its output, a value ``name`` of ``shape``."""
+        """Add an operator. Returns its output, a value called ``name`` with ``shape``."""
         output = self.scope + name
         self._nodes.append(helper.make_node(code, inputs, [output], output, **options))
         self.shapes[output] = shape
         return output
 
     def floats(self, name: str, values: npt.NDArray[np.float64]) -> str:
-        """A constant in float32."""
+        """Add a float32 constant."""
         return self._constant(name, values.astype(np.float32))
 
     def integers(self, name: str, values: tuple[int, ...]) -> str:
-        """A constant in int64."""
+        """Add an int64 constant."""
         return self._constant(name, np.array(values, np.int64))
 
     def _constant(self, name: str, values: npt.NDArray[np.float32] | npt.NDArray[np.int64]) -> str:
@@ -137,22 +135,19 @@ class Graph:
         return self.scope + name
 
     def pack(self, exits: dict[str, str], metadata: Mapping[str, str] | None = None) -> bytes:
-        """The file of the graph from the first value to the values that ``exits`` maps names to."""
-        named = {value: name for name, value in exits.items()}
+        """Serialise the graph. ``exits``: name of an output -> the value that becomes it."""
+        output_names = {value: name for name, value in exits.items()}
         for node in self._nodes:
-            node.output[0] = named.get(node.output[0], node.output[0])
-        out = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, self.shapes.pop(value))
-            for name, value in exits.items()
-        ]
-        entry, *between = (
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-            for name, shape in self.shapes.items()
+            node.output[0] = output_names.get(node.output[0], node.output[0])
+
+        # Outputs must not be listed among the intermediate values as well.
+        outputs = [_value_info(name, self.shapes.pop(value)) for name, value in exits.items()]
+        entry, *between = (_value_info(name, shape) for name, shape in self.shapes.items())
+        graph = helper.make_graph(
+            self._nodes, "main_graph", [entry], outputs, self._constants, value_info=between
         )
         model = helper.make_model(
-            helper.make_graph(
-                self._nodes, "main_graph", [entry], out, self._constants, value_info=between
-            ),
+            graph,
             ir_version=IR_VERSION,
             opset_imports=[helper.make_opsetid("", OPSET)],
             producer_name="hwnas",
@@ -164,11 +159,15 @@ class Graph:
         return content
 
 
+def _value_info(name: str, shape: tuple[int, ...]) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
 class OnnxWriter(Graph, BlockWriter[str]):
-    """Nodes of programs in ONNX's operators."""
+    """Translates programs into ONNX operators."""
 
     def conv(self, x: str, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> str:
-        """Conv, and the activation."""
+        """Conv and the activation."""
         inputs = [
             x,
             self.floats(f"{node.name}.weight", weight_OIHW),
@@ -207,15 +206,19 @@ class OnnxWriter(Graph, BlockWriter[str]):
         if node.kind == "avgpool":
             options["count_include_pad"] = 0
         shape = (1, node.out_ch, node.out_size, node.out_size)
-        return self.operator(
-            "AveragePool" if node.kind == "avgpool" else "MaxPool", node.name, [x], shape, **options
-        )
+        code = "AveragePool" if node.kind == "avgpool" else "MaxPool"
+        return self.operator(code, node.name, [x], shape, **options)
 
     def scaled(self, x: str, node: Node, scale_C: Numbers, shift_C: Numbers) -> str:
         """BatchNormalization with mean 0 and variance 1, and the activation."""
-        plain = {"mean": np.zeros_like(scale_C), "variance": np.ones_like(scale_C)}
-        values = {"scale": scale_C, "shift": shift_C, **plain}
-        inputs = [x, *(self.floats(f"{node.name}.{name}", each) for name, each in values.items())]
+        parameters = {
+            "scale": scale_C,
+            "shift": shift_C,
+            "mean": np.zeros_like(scale_C),
+            "variance": np.ones_like(scale_C),
+        }
+        constants = [self.floats(f"{node.name}.{key}", part) for key, part in parameters.items()]
+        inputs = [x, *constants]
         x = self.operator(
             "BatchNormalization", f"{node.name}.norm", inputs, self.shape(x), epsilon=0.0
         )
@@ -223,7 +226,8 @@ class OnnxWriter(Graph, BlockWriter[str]):
 
     def along_channels(self, x: str, node: Node, kernel_K: Numbers) -> str:
         """Reshape to a row of channels, Conv, Reshape, and the activation."""
-        name, pixel = node.name, self.shape(x)
+        name = node.name
+        pixel = self.shape(x)
         row = (1, 1, pixel[1])
         x = self.reshape(f"{name}.row", x, row)
         inputs = [x, self.floats(f"{name}.weight", kernel_K[None, None])]
@@ -233,42 +237,39 @@ class OnnxWriter(Graph, BlockWriter[str]):
         return self.act(self.reshape(f"{name}.pixel", x, pixel), f"{name}.act", node.act)
 
     def act(self, x: str, name: str, act: str) -> str:
-        """The operator of an activation, or the operators."""
+        """The operator or operators of an activation."""
         shape = self.shape(x)
         if act == "none":
             return x
         if act == "relu6":
-            low, high = (
-                self.floats(f"{name}.{bound}", np.array(value))
-                for bound, value in (("min", 0.0), ("max", 6.0))
-            )
+            low = self.floats(f"{name}.min", np.array(0.0))
+            high = self.floats(f"{name}.max", np.array(6.0))
             return self.operator("Clip", name, [x, low, high], shape)
         if act == "silu":
-            return self.operator(
-                "Mul", name, [x, self.operator("Sigmoid", f"{name}.sigmoid", [x], shape)], shape
-            )
-        return self.operator(
-            _ACTS[act], name, [x], shape, **(_HARD_SIGMOID if act == "hsig" else {})
-        )
+            gate = self.operator("Sigmoid", f"{name}.sigmoid", [x], shape)
+            return self.operator("Mul", name, [x, gate], shape)
+        options = _HARD_SIGMOID if act == "hsig" else {}
+        return self.operator(_ACTS[act], name, [x], shape, **options)
 
     def shuffle(self, x: str, name: str, groups: int) -> str:
         """Reshape, Transpose, Reshape."""
         batch, channels, *image = self.shape(x)
-        apart, swapped = (
-            (batch, groups, channels // groups, *image),
-            (batch, channels // groups, groups, *image),
-        )
-        x = self.reshape(f"{name}.groups", x, apart)
+        grouped = (batch, groups, channels // groups, *image)
+        swapped = (batch, channels // groups, groups, *image)
+        x = self.reshape(f"{name}.groups", x, grouped)
         x = self.operator("Transpose", f"{name}.swapped", [x], swapped, perm=[0, 2, 1, 3, 4])
         return self.reshape(name, x, (batch, channels, *image))
 
     def mean(self, x: str, name: str, *, flat: bool) -> str:
-        """ReduceMean over height and width, and where it is flattened a Reshape."""
-        axes, channels = self.integers(f"{name}.axes", (-1, -2)), self.shape(x)[:2]
+        """ReduceMean over height and width, and with ``flat`` a Reshape."""
+        axes = self.integers(f"{name}.axes", (-1, -2))
+        channels = self.shape(x)[:2]
         x = self.operator(
             "ReduceMean", name, [x, axes], (*channels, 1, 1), keepdims=1, noop_with_empty_axes=0
         )
-        return self.reshape(f"{name}.flat", x, channels) if flat else x
+        if not flat:
+            return x
+        return self.reshape(f"{name}.flat", x, channels)
 
     def add(self, x: str, y: str, name: str) -> str:
         """Add."""
@@ -301,23 +302,23 @@ class OnnxWriter(Graph, BlockWriter[str]):
 
     def zeros(self, name: str, channels: int, size: int) -> str:
         """A constant."""
-        made = self.floats(name, np.zeros((1, channels, size, size)))
-        self._constant_shapes[made] = (1, channels, size, size)
-        return made
+        shape = (1, channels, size, size)
+        constant = self.floats(name, np.zeros(shape))
+        self._constant_shapes[constant] = shape
+        return constant
 
     def rows(self, name: str, x: str, columns: int) -> str:
         """Transpose, Reshape."""
         batch, channels, height, width = self.shape(x)
-        x = self.operator(
-            "Transpose", f"{name}.cells", [x], (batch, height, width, channels), perm=[0, 2, 3, 1]
-        )
-        return self.reshape(
-            f"{name}.rows", x, (batch, height * width * channels // columns, columns)
-        )
+        cells = (batch, height, width, channels)
+        x = self.operator("Transpose", f"{name}.cells", [x], cells, perm=[0, 2, 3, 1])
+        count = height * width * channels // columns
+        return self.reshape(f"{name}.rows", x, (batch, count, columns))
 
     def concatenated(self, name: str, parts: Sequence[str]) -> str:
-        """Concat, as the network does it."""
-        joined, width = list(parts), self.shape(parts[0])[2]
+        """Concat, of at most ``JOINED`` parts at once, as in the network."""
+        joined = list(parts)
+        width = self.shape(parts[0])[2]
         while len(joined) > 1:
             first = joined[:JOINED]
             scope = name if len(joined) <= JOINED else f"{name}.{len(joined)}"

@@ -1,16 +1,17 @@
-"""From the outputs of an exported detector to boxes: what every runtime shares. NumPy
-alone, so an app can take this file as it is.
+"""From the outputs of an exported detector to boxes, the same for all runtimes. Needs only
+NumPy, so an app can copy this file.
 
-There are three kinds of files, by what is in their graph (``READERS``):
+There are three kinds of files, depending on what their graph includes (``READERS``):
 
-- ``decoded``: one row per anchor: its box and a score per class. ``post_process``
-  chooses among them.
-- ``nms``: chosen already, best first, and filled up with rows of score 0.
-- ``tasks``: the four outputs of ``TFLite_Detection_PostProcess``, flattened one after another.
+- ``decoded``: one row per anchor, with its box and a score per class. ``post_process``
+  selects the detections.
+- ``nms``: the selected detections, best first, padded with rows of score 0.
+- ``tasks``: the four outputs of ``TFLite_Detection_PostProcess``, flattened and
+  concatenated.
 
 All readers return boxes float32 [D, 4] as x1, y1, x2, y2 in pixels of the network's
 input, scores float32 [D], best first, and classes int64 [D], the positions of labels.
-``post_process`` is torchvision's ``SSD.postprocess_detections``.
+``post_process`` does the same as torchvision's ``SSD.postprocess_detections``.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ Floats = npt.NDArray[np.float32]
 DetectionArrays = tuple[Floats, Floats, npt.NDArray[np.int64]]
 """Boxes [D, 4], scores [D], classes [D]."""
 Reader = Callable[[Floats, "dict[str, Any]", int, int], DetectionArrays]
-"""Outputs of one image, the bundle's post-processing, resolution of the input, number
-of classes -> detections.
+"""(outputs of one image, the bundle's post-processing, resolution of the input, number of
+classes) -> detections.
 """
 
 BOX = 4
+"""Values per box."""
 NMS_COLUMNS = 6
 """x1, y1, x2, y2, score, class."""
 
@@ -42,11 +44,12 @@ def post_process(
     candidates: int,
     detections_per_image: int,
 ) -> DetectionArrays:
-    """DetectionArrays of one image. ``detections`` is the row of a ``decoded`` file: [1,
-    anchors, 4 + classes] or [anchors, 4 + classes].
+    """Select the detections of one image. ``detections`` is the output of a ``decoded``
+    file: [1, anchors, 4 + classes] or [anchors, 4 + classes].
 
-    Per class the ``candidates`` best above ``min_score``; of those that overlap by more
-    than ``nms_iou`` the best; then the ``detections_per_image`` best of all classes.
+    For each class, the ``candidates`` best boxes above ``min_score`` are considered. Of
+    boxes that overlap by more than ``nms_iou``, only the best remains. The best
+    ``detections_per_image`` of all classes are returned.
 
     Example:
         >>> row = np.array([[0, 0, 10, 10, 0.9], [0, 0, 10, 9, 0.8], [20, 20, 30, 30, 0.7]], np.float32)
@@ -54,7 +57,8 @@ def post_process(
         [0.8999999761581421, 0.699999988079071]
     """
     rows = detections.reshape(-1, detections.shape[-1])
-    boxes, scores = rows[:, :BOX], rows[:, BOX:]
+    boxes = rows[:, :BOX]
+    scores = rows[:, BOX:]
     kept: list[npt.NDArray[np.int64]] = []
     classes: list[npt.NDArray[np.int64]] = []
     for label in np.flatnonzero((scores > min_score).any(axis=0)):
@@ -64,25 +68,30 @@ def post_process(
         classes.append(np.full(len(kept[-1]), label, np.int64))
     if not kept:
         return np.zeros((0, BOX), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
-    anchors, labels = np.concatenate(kept), np.concatenate(classes)
+    anchors = np.concatenate(kept)
+    labels = np.concatenate(classes)
     best = np.argsort(-scores[anchors, labels], kind="stable")[:detections_per_image]
     return boxes[anchors[best]], scores[anchors[best], labels[best]], labels[best]
 
 
 def _best(scores: Floats, chosen: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """Of the ``chosen`` positions the ``count`` with the highest scores, best first; of
-    equal ones the first.
+    """The ``count`` of the ``chosen`` positions with the highest scores, best first. Among
+    equal scores, the first positions are taken.
     """
     values = scores[chosen]
-    if len(chosen) > count:  # to sort those that may be among them is enough
+    # Partitioning first leaves less to sort.
+    if len(chosen) > count:
         last = np.partition(values, len(values) - count)[len(values) - count]
-        chosen, values = chosen[values >= last], values[values >= last]
+        is_candidate = values >= last
+        chosen = chosen[is_candidate]
+        values = values[is_candidate]
     return chosen[np.argsort(-values, kind="stable")[:count]]
 
 
 def apart(boxes: Floats, nms_iou: float, limit: int | None = None) -> npt.NDArray[np.int64]:
-    """Positions of the boxes that remain, at most ``limit``, of boxes best first, when
-    each removes those after it whose IoU with it is above ``nms_iou``.
+    """NMS of boxes that are sorted best first: each remaining box removes all later ones
+    whose IoU with it is above ``nms_iou``. Returns the positions of the remaining boxes,
+    at most ``limit``.
     """
     overlaps = iou(boxes) > nms_iou
     removed = np.zeros(len(boxes), bool)
@@ -93,17 +102,19 @@ def apart(boxes: Floats, nms_iou: float, limit: int | None = None) -> npt.NDArra
         remaining.append(position)
         removed |= overlaps[position]
         removed[: position + 1] = True
-        # the first that is not removed, or 0 where there is none
+        # the distance to the first box that is not removed, or 0 if there is none
         following = removed[position:].argmin()
-        position = position + int(following) if following else len(boxes)
+        if not following:
+            break
+        position += int(following)
     return np.array(remaining, np.int64)
 
 
 def iou(boxes: Floats) -> Floats:
-    """IoU of all pairs, [N, N]; of boxes without area it is no number, which is above
-    no threshold.
+    """IoU of all pairs of boxes, [N, N]. For two boxes without area it is NaN, which no
+    threshold counts as an overlap.
     """
-    # whole rows of numbers at once take a third of the time of pairs
+    # contiguous coordinates make this three times as fast
     x1, y1, x2, y2 = np.ascontiguousarray(boxes.T)
     areas = (x2 - x1) * (y2 - y1)
     widths = np.minimum(x2[:, None], x2) - np.maximum(x1[:, None], x1)
@@ -120,8 +131,8 @@ def iou(boxes: Floats) -> Floats:
 def read_decoded(
     row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
 ) -> DetectionArrays:
-    """The outputs of a ``decoded`` file for one image, [anchors * (4 + classes)] in any
-    shape. ``post_processing`` is the bundle's.
+    """Read the output of a ``decoded`` file for one image, [anchors * (4 + classes)] in
+    any shape. ``post_processing`` is the bundle's.
     """
     del resolution
     return post_process(
@@ -136,7 +147,7 @@ def read_decoded(
 def read_nms(
     row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
 ) -> DetectionArrays:
-    """The outputs of an ``nms`` file for one image, [D * 6] in any shape: x1, y1, x2,
+    """Read the output of an ``nms`` file for one image, [D * 6] in any shape: x1, y1, x2,
     y2, score, class.
     """
     del post_processing, resolution
@@ -147,10 +158,10 @@ def read_nms(
 def read_tasks(
     row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
 ) -> DetectionArrays:
-    """The outputs of a ``tasks`` file for one image, flattened one after another: boxes
-    [D * 4] (ymin, xmin, ymax, xmax in parts of the model's input), classes [D], scores
-    [D] and the number of detections. Boxes are cut off at its edges, as the op does
-    not.
+    """Read the outputs of a ``tasks`` file for one image, flattened and concatenated: boxes
+    [D * 4] (ymin, xmin, ymax, xmax as fractions of the input size), classes [D], scores
+    [D] and the number of detections. Boxes are clipped to the image, which the op does
+    not do.
     """
     del post_processing
     flat = row.reshape(-1)
@@ -162,10 +173,10 @@ def read_tasks(
 
 
 def _valid(boxes: Floats, scores: Floats, labels: Floats, classes: int) -> DetectionArrays:
-    """Without the rows that fill up, and without those of a class that there is not."""
+    """Drop the rows that are padding, and those whose class does not exist."""
     real = (scores > 0) & (labels >= 0) & (labels < classes)
     return boxes[real], scores[real], labels[real].astype(np.int64)
 
 
 READERS: dict[str, Reader] = {"decoded": read_decoded, "nms": read_nms, "tasks": read_tasks}
-"""What is in a file's graph -> how its outputs are read."""
+"""Kind of a file, by what its graph includes -> the reader of its outputs."""

@@ -1,16 +1,16 @@
-"""Score calibration: from a classifier's outputs to numbers that may be read as how
-often a label is right.
+"""Score calibration: turns a classifier's outputs into the probability that a label is
+correct.
 
-Platt's method (Probabilistic outputs for support vector machines, 1999): per label a
-logistic regression of "the image shows it" on the label's score, with his targets (N+ +
-1) / (N+ + 2) and 1 / (N- + 2) instead of 1 and 0, so that classes which are told apart
-perfectly get a finite slope too.
+Platt's method (Probabilistic outputs for support vector machines, 1999): for each label,
+a logistic regression of "the image shows it" on the label's score. Its targets are
+(N+ + 1) / (N+ + 2) and 1 / (N- + 2) instead of 1 and 0, so that the slope stays finite
+even for perfectly separated classes.
 
-The formula that readers apply (ScoreCalibrationOptions in metadata_schema.fbs;
-score_calibration_calculator.cc): scale / (1 + exp(-(slope g(x) + offset))), with g the
+Readers compute (ScoreCalibrationOptions in metadata_schema.fbs;
+score_calibration_calculator.cc): scale / (1 + exp(-(slope g(x) + offset))). g is the
 identity for logits and log(x) - log(1 - x) for probabilities. Scale is 1.
 
-Calibrated scores of one image need not sum to 1, and its best label may change.
+The calibrated scores of an image need not sum to 1, and its best label may change.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from hwnas.errors import ExportError
 Floats = npt.NDArray[np.float64]
 Transformation = Literal["IDENTITY", "INVERSE_LOGISTIC"]
 _SMALLEST = 1e-16
-"""Below it, readers continue the logarithm so that value and slope stay finite."""
+"""Below this value, readers extend the logarithm such that its value stays finite."""
 
 
 @dataclass(frozen=True)
 class ScoreCalibration:
-    """Slope and offset of each label's sigmoid, in the order of labels, over scores
-    after ``transformation``.
+    """The slope and the offset of each label's sigmoid, in the order of labels. They apply
+    to scores after ``transformation``.
     """
 
     slopes: tuple[float, ...]
@@ -41,21 +41,18 @@ class ScoreCalibration:
     transformation: Transformation
 
     def text(self) -> str:
-        """The associated file: a line ``scale,slope,offset`` per label."""
-        return "\n".join(
-            f"1,{slope:.9g},{offset:.9g}"
-            for slope, offset in zip(self.slopes, self.offsets, strict=True)
-        )
+        """The content of the associated file: a line ``scale,slope,offset`` per label."""
+        pairs = zip(self.slopes, self.offsets, strict=True)
+        return "\n".join(f"1,{slope:.9g},{offset:.9g}" for slope, offset in pairs)
 
     def apply(self, scores: npt.NDArray[np.floating]) -> Floats:
-        """What readers make of scores [N, labels] as the file gives them.
+        """Calibrate scores [N, labels] of a file, as readers do.
 
         >>> ScoreCalibration((2.0,), (-1.0,), "IDENTITY").apply(np.array([[0.5]])).tolist()
         [[0.5]]
         """
-        context = _transformed(scores.astype(np.float64), self.transformation) * np.array(
-            self.slopes
-        ) + np.array(self.offsets)
+        transformed = _transformed(scores.astype(np.float64), self.transformation)
+        context = transformed * np.array(self.slopes) + np.array(self.offsets)
         calibrated: Floats = 1 / (1 + np.exp(-context))
         return calibrated
 
@@ -65,32 +62,35 @@ def fit(
     labels: Sequence[int] | npt.NDArray[np.integer],
     transformation: Transformation,
 ) -> ScoreCalibration:
-    """Fit a sigmoid per label to scores [N, labels] of N images, whose right labels are
+    """Fit a sigmoid per label to scores [N, labels] of N images with the correct labels
     ``labels`` [N].
 
-    Raises ExportError where there are no images.
+    Raises ExportError if there are no images.
     """
     if not len(scores):
         raise ExportError("Score calibration needs at least one image")
-    context, right = _transformed(scores.astype(np.float64), transformation), np.asarray(labels)
-    fitted = [_platt(context[:, label], right == label) for label in range(scores.shape[1])]
-    return ScoreCalibration(
-        tuple(slope for slope, _ in fitted), tuple(offset for _, offset in fitted), transformation
-    )
+    context = _transformed(scores.astype(np.float64), transformation)
+    correct = np.asarray(labels)
+    fitted = [_platt(context[:, label], correct == label) for label in range(scores.shape[1])]
+    slopes = tuple(slope for slope, _ in fitted)
+    offsets = tuple(offset for _, offset in fitted)
+    return ScoreCalibration(slopes, offsets, transformation)
 
 
 def _platt(context: Floats, is_label: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Slope and offset of the sigmoid whose cross-entropy with Platt's targets is least."""
+    """The slope and the offset that minimise the cross-entropy with Platt's targets."""
     from sklearn.linear_model import LogisticRegression
 
     positives = int(is_label.sum())
     negatives = len(is_label) - positives
     targets = np.where(is_label, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-    # A target of 0.9 is nine tenths of an image that shows the label, and a tenth of
-    # one that does not.
-    twice, classes = np.concatenate([context, context])[:, None], np.repeat([1, 0], len(context))
+    # scikit-learn takes classes only. A target of 0.9 becomes an image of the class with
+    # weight 0.9, and the same image of the other class with weight 0.1.
+    twice = np.concatenate([context, context])[:, None]
+    classes = np.repeat([1, 0], len(context))
     weights = np.concatenate([targets, 1 - targets])
-    # the solver stops by the size of gradients, so scores get one scale
+    # The solver stops at a given size of the gradient, which depends on the scale of the
+    # scores.
     spread = float(context.std()) or 1.0
     model = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(
         twice / spread, classes, sample_weight=weights

@@ -1,4 +1,4 @@
-"""The export stage: a trained network in, a bundle out."""
+"""The export stage: turns a trained network into a bundle."""
 
 from __future__ import annotations
 
@@ -37,22 +37,20 @@ from hwnas.task import Task, task_named, task_of
 Predict = Callable[[Path, np.ndarray, Path], np.ndarray]
 
 CALIBRATION_PORTION = 0.5
-"""Of the test images, what score calibration is fitted to."""
+"""The share of the test images that score calibration is fitted to."""
 
 
 def outputs(formats: tuple[str, ...]) -> list[str]:
-    """The files the stage writes."""
+    """The files that the stage writes."""
     return ["bundle.json", "parity.npz", LABELS_FILE, *(target(kind).file for kind in formats)]
 
 
 def run(ctx: StageContext, predict: Predict) -> None:
-    """Export every format and compare each with PyTorch; ``predict(file, images,
+    """Export every format, and compare each with PyTorch. ``predict(file, images,
     folder)`` runs a file in its runtime.
     """
-    network, task = (
-        load_network(ctx.path("train", "model.safetensors")).eval(),
-        task_of(ctx.experiment),
-    )
+    network = load_network(ctx.path("train", "model.safetensors")).eval()
+    task = task_of(ctx.experiment)
     _check_kind(network, task)
     bundle = _exported(ctx, network, task, predict)
     bundle.save(ctx.folder / "bundle.json")
@@ -69,7 +67,7 @@ def run(ctx: StageContext, predict: Predict) -> None:
 
 
 def _check_kind(network: Network, task: Task) -> None:
-    """Raise ConfigError where the network is another task's."""
+    """Raise ConfigError if the network was trained for another task."""
     arch = network.arch
     if arch.task != task.network_kind:
         kind = task_named(arch.task).words.network
@@ -80,37 +78,36 @@ def _check_kind(network: Network, task: Task) -> None:
 
 
 def refused_by_mediapipe(bundle: Bundle) -> str | None:
-    """Why MediaPipe refuses a bundle's TFLite files, and what to set; None where it
-    takes them, or there are none. See ``metadata``.
+    """Why MediaPipe refuses the TFLite files of a bundle, and the setting that fixes it.
+    None if it accepts them, or if there are none. See ``metadata``.
     """
     if not _has_tflite(bundle):
         return None
     if bundle.preprocessing.channels != 3:
         return (
-            "MediaPipe's tasks take RGB images only, so they refuse these .tflite files; for them,"
-            " train with data.channels = 3."
+            "MediaPipe's tasks take RGB images only, so they refuse these .tflite files; to use"
+            " MediaPipe, train with data.channels = 3."
         )
     normalisation = bundle.interface.normalisation
     if normalisation is None or normalisation.is_uniform:
         return None
     return (
         "MediaPipe's tasks normalise float32 input with one mean and std for all channels, so they"
-        " refuse these .tflite files; for them, set export.input = 'uint8'."
+        " refuse these .tflite files; to use MediaPipe, set export.input = 'uint8'."
     )
 
 
 def stretched_by_apps(bundle: Bundle) -> str | None:
-    """What to do where the readers of TFLite metadata resize a photograph in another
-    way than the bundle's data; None where they do not.
-
-    Of a plug-in's data nobody knows.
+    """What to do if the readers of TFLite metadata resize photographs differently from
+    the bundle's data. None if they do not, and for the data of plug-ins, whose resizing
+    is unknown.
     """
     mode = bundle.preprocessing.mode
     if mode in (None, "squash") or not _has_tflite(bundle):
         return None
     return (
-        "MediaPipe and ML Kit stretch a photograph to the model's square, and these files were"
-        f" made for {mode!r}: resize it yourself before, or set data.resize = 'squash'."
+        "MediaPipe and ML Kit stretch photographs to the model's square, but these files were made"
+        f" for {mode!r}: resize photographs yourself first, or set data.resize = 'squash'."
     )
 
 
@@ -119,25 +116,27 @@ def _has_tflite(bundle: Bundle) -> bool:
 
 
 def _exported(ctx: StageContext, network: Network, task: Task, predict: Predict) -> Bundle:
-    """Write the files and ``parity.npz``; return what ``bundle.json`` has to say."""
-    config, formats, arch = ctx.experiment.export, ctx.experiment.export_formats, network.arch
+    """Write the files and ``parity.npz``. Returns the content of ``bundle.json``."""
+    config = ctx.experiment.export
+    formats = ctx.experiment.export_formats
+    arch = network.arch
     data = ctx.experiment.data.at(arch.resolution)
-    train, test = load_images(data, "train"), load_images(data, "test")
+    train = load_images(data, "train")
+    test = load_images(data, "test")
     task.check_images(test, data.name, arch)
+
     answers = task.torch_answers(network, test, data.workers)
     interface = Interface(config.input, config.softmax, data.mean, data.std)
-    images = interface.fed(
-        sampled_images(test, min(config.parity_images, task.reference_images(network) or len(test)))
-    )
+    count = min(config.parity_images, task.reference_images(network) or len(test))
+    images = interface.fed(sampled_images(test, count))
+    # PyTorch gets the same rounded pixels as the files, so rounding is no difference.
     reference = task.torch_outputs(network, interface.seen(images))
-    save_parity(
-        ctx.folder / "parity.npz", images=images, **{task.reference: reference}, **answers.arrays()
-    )
-    calibrated = (
-        _score_calibration(network, task, test, interface, data.workers)
-        if config.score_calibration
-        else None
-    )
+    arrays = {task.reference: reference, **answers.arrays()}
+    save_parity(ctx.folder / "parity.npz", images=images, **arrays)
+
+    calibrated = None
+    if config.score_calibration:
+        calibrated = _score_calibration(network, task, test, interface, data.workers)
     card = ModelCard(
         name=arch.name,
         channels=data.channels,
@@ -147,28 +146,22 @@ def _exported(ctx: StageContext, network: Network, task: Task, predict: Predict)
         resizing=test.resizing,
         calibration=None if calibrated is None else calibrated.fitted,
     )
-    trained = Trained(
-        network,
-        interface,
-        sampled_images(train, config.calibration_images),
-        card,
-        task.post_processing,
-    )
+    calibration_NHWC = sampled_images(train, config.calibration_images)
+    trained = Trained(network, interface, calibration_NHWC, card, task.post_processing)
+
     files = []
-    with ctx.progress.task("exporting", len(formats)) as shown:
+    with ctx.progress.task("exporting", len(formats)) as progress:
         for kind in formats:
-            made = target(kind)
-            path = ctx.folder / made.file
-            write_atomic(path, made.write(trained))
-            measured = task.parity(
-                made.graph, predict(path, images, ctx.folder), interface.outputs_of(reference), arch
-            )
-            described = (
-                described_input(made, interface, arch),
-                task.outputs(made.graph, arch, interface.output),
-            )
-            files.append(describe_file(ctx.folder, kind, measured, *described))
-            shown.advance(note=path.name)
+            format_target = target(kind)
+            path = ctx.folder / format_target.file
+            write_atomic(path, format_target.write(trained))
+            predicted = predict(path, images, ctx.folder)
+            expected = interface.outputs_of(reference)
+            parity = task.parity(format_target.graph, predicted, expected, arch)
+            entry = described_input(format_target, interface, arch)
+            exits = task.outputs(format_target.graph, arch, interface.output)
+            files.append(describe_file(ctx.folder, kind, parity, entry, exits))
+            progress.advance(note=path.name)
     return Bundle(
         architecture=arch,
         task=task.name,
@@ -189,13 +182,13 @@ def _exported(ctx: StageContext, network: Network, task: Task, predict: Predict)
 
 @dataclass(frozen=True)
 class _Calibrated:
-    """A score calibration, and the images that it was fitted to."""
+    """A score calibration, and the number of images that it was fitted to."""
 
     fitted: ScoreCalibration
     images: int
 
     def part(self) -> CalibrationPart:
-        """What the bundle says of it."""
+        """The entry in ``bundle.json``."""
         return CalibrationPart(
             images=self.images,
             source=(
@@ -211,19 +204,21 @@ class _Calibrated:
 def _score_calibration(
     network: Network, task: Task, test: Images, interface: Interface, workers: int
 ) -> _Calibrated:
-    """Fitted to PyTorch's outputs for half of the test images: the final training has
-    seen all others.
+    """Fit a score calibration to PyTorch's outputs for half of the test images. Training
+    images would be useless: the final training has seen all of them, so their scores are
+    too good.
     """
     half = Portion(test, CALIBRATION_PORTION)
-    pairs = [
-        (task.torch_outputs(network, x_NCHW.permute(0, 2, 3, 1).numpy()), y.numpy())
-        for x_NCHW, y in evaluation_batches(half, 256, workers=workers)
-    ]
-    logits, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    logits = []
+    labels = []
+    for x_NCHW, y in evaluation_batches(half, 256, workers=workers):
+        logits.append(task.torch_outputs(network, x_NCHW.permute(0, 2, 3, 1).numpy()))
+        labels.append(y.numpy())
+    scores = interface.outputs_of(np.concatenate(logits))
+    correct = np.concatenate(labels)
     transformation: Transformation = "INVERSE_LOGISTIC" if interface.softmax else "IDENTITY"
-    return _Calibrated(
-        score_calibration.fit(interface.outputs_of(logits), labels, transformation), len(labels)
-    )
+    fitted = score_calibration.fit(scores, correct, transformation)
+    return _Calibrated(fitted, len(correct))
 
 
 class Export(Stage):
@@ -236,7 +231,7 @@ class Export(Stage):
 
     @property
     def outputs(self) -> list[str]:
-        """The bundle and its files."""
+        """The bundle's files."""
         return outputs(self.at.experiment.export_formats)
 
     def inputs(self) -> dict[str, str]:
@@ -246,9 +241,9 @@ class Export(Stage):
         return {**trained, **self.at.hashes_of_data(), **self.at.hashes_of_config(*sections)}
 
     def summary(self) -> str:
-        """The formats."""
+        """The exported formats."""
         return ", ".join(self.at.experiment.export_formats)
 
     def run(self, ctx: StageContext) -> None:
-        """Write them."""
+        """Export the network, and run the files on this computer."""
         run(ctx, connect(HOST).predict)

@@ -1,13 +1,13 @@
-"""What a runtime and number format to export to is: a ``Target``, found by its name as a plug-in.
+"""The definition of an export target: a runtime and number format, as a plug-in.
 
-A target of your own is one class and one entry point; it is then exported to
+Your own target is one class and one entry point. It can then be exported to
 (``export.formats``), profiled (``device.runtime`` and ``device.dtype``), timed and
 validated like the built-in ones::
 
     [project.entry-points."hwnas.target"]
     mine-fp16 = "my_package.target:Mine"
 
-``hwnas.testing.TargetConformance`` says what must hold.
+``hwnas.testing.TargetConformance`` tests the requirements.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from hwnas.export.metadata import ModelCard
 from hwnas.nn.network import Network
 
 Graph = Literal["decoded", "nms", "tasks"]
-"""What a detector's file has in its graph; ``post_processing`` says what they are."""
+"""What the graph of a detector's file includes; see ``post_processing``."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network in eval mode, and what its files are made from.
+    """A trained network in eval mode, with everything needed to write its files.
 
-    ``calibration_NHWC`` are float32 images as the network sees them, ``interface`` says
-    what goes around the network, ``card`` what belongs into metadata,
-    ``post_processing`` what a detector's graph chooses by.
+    ``calibration_NHWC`` holds float32 images as the network sees them. ``interface``
+    describes the input and output of the files, ``card`` their metadata, and
+    ``post_processing`` how a detector's graph selects detections.
     """
 
     network: Network
@@ -49,7 +49,9 @@ class Trained:
     _made: dict[str, bytes] = field(default_factory=dict, compare=False)
 
     def once(self, name: str, make: Callable[[], bytes]) -> bytes:
-        """What several files of one network begin with, made for the first of them."""
+        """Return the cached result of ``make``. For the part that several files of a network
+        share, so that it is computed only once.
+        """
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
@@ -58,14 +60,18 @@ class Trained:
 class Target(ABC):
     """A runtime and number format to export to.
 
-    ``file`` is the name in a bundle; ``layout`` the order of the input's axes;
-    ``packages`` the installed distributions, and ``modules`` our own source files, that
-    shape a file beside the network (both are part of the key under which timing files
-    are cached). ``parts_detectors`` says that ``network_alone`` takes a detector's
-    network out of its file, so that its latency can be predicted. ``runner`` is a
-    Python file that teaches the runner a runtime it lacks, on this computer: it has
-    ``MODELS`` (runtime -> class, see ``deploy/runner.py``) and ``SUFFIXES`` (suffix of
-    a file -> runtime).
+    Attributes:
+        file: The name of the file in a bundle.
+        layout: The order of the input's axes.
+        graph: What a detector's file includes.
+        parts_detectors: Whether ``network_alone`` can extract a detector's network from
+            its file. The detector's latency can then be predicted.
+        packages: The installed distributions that affect the content of a file.
+        modules: Our own source files that affect the content of a file. Both are part of
+            the key under which timing files are cached.
+        runner: A Python file that adds a runtime to the runner on this computer. It
+            defines ``MODELS`` (runtime -> class, see ``deploy/runner.py``) and
+            ``SUFFIXES`` (suffix of a file -> runtime).
     """
 
     runtime: ClassVar[str]
@@ -80,52 +86,55 @@ class Target(ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether a file computes in float32 what PyTorch does, up to rounding, and
-        returns all of it.
+        """Whether a file computes the same as PyTorch up to float32 rounding, and returns
+        all outputs.
         """
         return self.dtype == "fp32" and self.graph == "decoded"
 
     @abstractmethod
     def write(self, trained: Trained) -> bytes:
-        """The file of a trained network. Raises ExportError where the network has no such form."""
+        """Write the file of a trained network. Raises ExportError if the target does not
+        support the network.
+        """
 
     @abstractmethod
     def timing_file(self, network: Network) -> bytes:
-        """The file of a network that is only timed, of one op or of many: without
-        metadata, as fast as a trained one's.
+        """Write the file of a network, of one op or of many, that is only timed. It has no
+        metadata, but is as fast as that of a trained network.
         """
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes | None:
-        """Of a file that holds more than the network (an interface, a detector's
-        decoding), the network alone, for timing.
+        """Extract the network from a file that contains more (an interface, a detector's
+        decoding), for timing.
 
-        None where it cannot be taken out: then an interface is timed with it.
+        Returns None if that is impossible. An interface is then part of the timing.
         """
         return None
 
     def at_score(self, model: bytes, min_score: float) -> bytes:
-        """A file that chooses detections itself, with another threshold of scores: for
-        timing. Raises ExportError where it cannot.
+        """Change the score threshold in a file that selects detections itself, for timing.
+        Raises ExportError if that is impossible.
         """
-        raise ExportError(f"{self.file} cannot be given another threshold of scores")
+        raise ExportError(f"the score threshold in {self.file} cannot be changed")
 
 
 def target(name: str) -> Target:
-    """The target of a name. Raises ConfigError where there is none."""
-    found: Target = TARGETS.get(name)()
-    return found
+    """The target called ``name``. Raises ConfigError if there is none."""
+    made: Target = TARGETS.get(name)()
+    return made
 
 
 def timing_target(runtime: str, dtype: str) -> Target:
-    """The target whose files are timed for a runtime and number format. Raises
-    ConfigError where there is none.
+    """The target whose files are timed for a runtime and number format. Raises ConfigError
+    if there is none.
     """
-    found = [each for each in map(target, TARGETS) if each.graph == "decoded"]
-    for each in found:
-        if (each.runtime, each.dtype) == (runtime, dtype):
-            return each
-    known = ", ".join(sorted(f"{each.runtime} with {each.dtype}" for each in found))
+    # Timing files contain only a network, so variants with NMS do not count.
+    candidates = [made for made in map(target, TARGETS) if made.graph == "decoded"]
+    for candidate in candidates:
+        if (candidate.runtime, candidate.dtype) == (runtime, dtype):
+            return candidate
+    known = ", ".join(sorted(f"{made.runtime} with {made.dtype}" for made in candidates))
     raise ConfigError(
-        f"device.runtime = {runtime!r} with device.dtype = {dtype!r} is not supported; there are"
+        f"device.runtime = {runtime!r} with device.dtype = {dtype!r} is not supported; choose"
         f" {known}."
     )

@@ -1,5 +1,5 @@
-"""The built-in targets: TFLite in float32 and static int8, ONNX in float32, and a
-detector's files that choose detections themselves.
+"""The built-in targets: TFLite in float32 and static int8, ONNX in float32, and detector
+files that select the detections themselves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _TFLite(Target):
     modules: ClassVar[tuple[ModuleType, ...]] = (block_writer, tflite_file, tflite_writer)
 
     def write(self, trained: Trained) -> bytes:
-        """The network, what goes around it, what follows a detector's predictions, and metadata."""
+        """The network with its interface, a detector's post-processing, and metadata."""
         model = trained.once(
             f"tflite-{self.dtype}",
             lambda: trained.interface.around(self._network(trained), "litert"),
@@ -49,43 +49,37 @@ class _TFLite(Target):
 
     def _network(self, trained: Trained) -> bytes:
         network = trained.network
-        model = (
-            write_heads(network) if isinstance(network, DetectionNetwork) else write_tflite(network)
-        )
-        return self.typed(model, trained)
+        if isinstance(network, DetectionNetwork):
+            return self.typed(write_heads(network), trained)
+        return self.typed(write_tflite(network), trained)
 
     @abstractmethod
     def typed(self, model: bytes, trained: Trained) -> bytes:
-        """A float32 file in the number format."""
+        """Convert a float32 file to the number format of this target."""
 
     def _detector(self, heads: bytes, network: DetectionNetwork, trained: Trained) -> bytes:
         if self.graph == "tasks":
             model = tflite_detector.tasks(heads, network, trained.post_processing)
             return with_metadata(model, replace(trained.card, output="tasks"))
-        return with_metadata(
-            tflite_detector.decoded(heads, network), replace(trained.card, output="decoded")
-        )
+        model = tflite_detector.decoded(heads, network)
+        return with_metadata(model, replace(trained.card, output="decoded"))
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes:
-        """Without decoding or interface."""
-        return (
-            tflite_detector.without_decoding(model)
-            if detector
-            else tflite_interface.network_alone(model)
-        )
+        """Remove the decoding and the interface."""
+        if detector:
+            return tflite_detector.without_decoding(model)
+        return tflite_interface.network_alone(model)
 
     def at_score(self, model: bytes, min_score: float) -> bytes:
-        """Another option of the operator."""
+        """Change the option of the operator."""
         return tflite_detector.tasks_at(model, min_score)
 
     def timing_file(self, network: Network) -> bytes:
-        """An op alone has the ends of an op."""
+        """A single op is written by ``write_op``: its outputs need not be a network's."""
         ops = network.arch.ops()
-        return (
-            tflite_writer.write_op(ops[0], network.blocks[0])
-            if len(ops) == 1
-            else write_tflite(network)
-        )
+        if len(ops) == 1:
+            return tflite_writer.write_op(ops[0], network.blocks[0])
+        return write_tflite(network)
 
 
 class TFLiteFloat(_TFLite):
@@ -95,12 +89,12 @@ class TFLiteFloat(_TFLite):
     file = "model-fp32.tflite"
 
     def typed(self, model: bytes, trained: Trained) -> bytes:
-        """As it is."""
+        """Return the file unchanged."""
         return model
 
 
 class TFLiteInt8(_TFLite):
-    """Static int8 inside, float32 outside."""
+    """Static int8 inside, with float32 input and outputs."""
 
     dtype = "int8"
     file = "model-int8.tflite"
@@ -108,11 +102,11 @@ class TFLiteInt8(_TFLite):
     modules = (*_TFLite.modules, quantization)
 
     def typed(self, model: bytes, trained: Trained) -> bytes:
-        """Quantised, with the ranges of the calibration images."""
+        """Quantise the file with the ranges of the calibration images."""
         return quantize_int8(model, [trained.calibration_NHWC], float_io=True)
 
     def timing_file(self, network: Network) -> bytes:
-        """Inputs and outputs are int8, too."""
+        """Inputs and outputs are int8 as well, as inside a network."""
         return quantize_int8_uncalibrated(super().timing_file(network))
 
 
@@ -143,7 +137,7 @@ class Onnx(Target):
     modules = (block_writer, onnx_writer)
 
     def write(self, trained: Trained) -> bytes:
-        """The network and what goes around it; a detector's boxes decoded."""
+        """The network with its interface; for a detector, with decoded boxes."""
         return trained.once(
             "onnx", lambda: trained.interface.around(self._network(trained.network), "onnxruntime")
         )
@@ -155,17 +149,15 @@ class Onnx(Target):
         return write_onnx(network, metadata)
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes | None:
-        """Without the interface; a detector's decoding stays."""
+        """Remove the interface. Not possible for detectors."""
         return None if detector else onnx_interface.network_alone(model)
 
     def timing_file(self, network: Network) -> bytes:
-        """An op alone has the ends of an op."""
+        """A single op is written by ``write_op``: its outputs need not be a network's."""
         ops = network.arch.ops()
-        return (
-            onnx_writer.write_op(ops[0], network.blocks[0])
-            if len(ops) == 1
-            else write_onnx(network)
-        )
+        if len(ops) == 1:
+            return onnx_writer.write_op(ops[0], network.blocks[0])
+        return write_onnx(network)
 
 
 class OnnxNMS(Onnx):
@@ -175,9 +167,9 @@ class OnnxNMS(Onnx):
     graph: ClassVar[Graph] = "nms"
 
     def write(self, trained: Trained) -> bytes:
-        """The decoded file, and NMS behind it."""
+        """The decoded file with NMS appended."""
         return onnx_detector.with_nms(super().write(trained), trained.post_processing)
 
     def at_score(self, model: bytes, min_score: float) -> bytes:
-        """Another constant."""
+        """Change the constant of the threshold."""
         return onnx_detector.nms_at(model, min_score)

@@ -1,5 +1,5 @@
-"""Model files that are only timed: blocks and sampled networks with random weights,
-cached by what they are.
+"""Model files that are only timed: blocks and sampled networks with random weights, cached
+by their content.
 """
 
 from __future__ import annotations
@@ -28,32 +28,31 @@ from hwnas.progress import Progress
 
 
 def cache_folder() -> Path:
-    """``$HWNAS_CACHE``, else ``~/.cache/hwnas``; emptying it costs only time."""
+    """``$HWNAS_CACHE``, or else ``~/.cache/hwnas``. It may be emptied at any time."""
     return Path(os.environ.get("HWNAS_CACHE", "~/.cache/hwnas")).expanduser()
 
 
 def timing_file(
     timed: Sequence[Op] | Architecture, runtime: str, dtype: str, folder: Path | None = None
 ) -> Path:
-    """The model file of a chain of ops for the runtime and dtype of a target.
+    """The model file of a chain of ops, for the runtime and dtype of a target.
 
-    A network with a detector, or of cells, is no chain, and is given as its
-    architecture. Files are made on first use and kept under the ops' keys. Inputs and
-    outputs are channels-last for LiteRT, and int8 for int8. ``folder`` (default:
-    ``cache_folder``) is where.
+    Networks that are not chains (detectors, and networks of cells) are given as
+    architectures. A file is written on first use, and cached in ``folder`` (default:
+    ``cache_folder``) under the keys of its ops. Inputs and outputs are channels-last for
+    LiteRT, and int8 for the dtype int8.
     """
     path = timing_path(timed, runtime, dtype, folder)
     if not path.exists():
-        network = network_of(
-            _architecture(timed), generator=torch.Generator().manual_seed(0)
-        ).eval()
+        generator = torch.Generator().manual_seed(0)
+        network = network_of(_architecture(timed), generator=generator).eval()
         write_atomic(path, timing_target(runtime, dtype).timing_file(network))
     return path
 
 
 def bench_of(settings: DeviceConfig, folder: Path, progress: Progress) -> Bench:
-    """The device of a configuration, and files of random weights from the cache. Raises
-    ConfigError on an unknown device.
+    """A bench with the device of a configuration, which times files with random weights.
+    Raises ConfigError if the device is unknown.
     """
     device = find_device(settings.name)
     return Bench(device, connect(device), settings, timing_file, folder, progress)
@@ -62,21 +61,18 @@ def bench_of(settings: DeviceConfig, folder: Path, progress: Progress) -> Bench:
 def timing_path(
     timed: Sequence[Op] | Architecture, runtime: str, dtype: str, folder: Path | None = None
 ) -> Path:
-    """Where ``timing_file`` keeps a file, which need not be there yet."""
+    """The path at which ``timing_file`` caches a file. It need not exist yet."""
     made = timing_target(runtime, dtype)
-    built = _architecture(timed)
-    ops = built.ops()
-    parts = [*(op.key for op in ops), *built.wiring]
-    name = (
-        ops[0].key
-        if len(ops) == 1
-        else "net-" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
-    )
-    return (
-        (folder or cache_folder())
-        / f"{runtime}-{dtype}-{_makers(type(made))}"
-        / f"{name}{Path(made.file).suffix}"
-    )
+    architecture = _architecture(timed)
+    ops = architecture.ops()
+    if len(ops) == 1:
+        name = ops[0].key
+    else:
+        parts = [*(op.key for op in ops), *architecture.wiring]
+        name = "net-" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
+    # A new folder whenever the code changes: old files may be different.
+    subfolder = f"{runtime}-{dtype}-{_content_key(type(made))}"
+    return (folder or cache_folder()) / subfolder / f"{name}{Path(made.file).suffix}"
 
 
 def _architecture(timed: Sequence[Op] | Architecture) -> Architecture:
@@ -86,8 +82,8 @@ def _architecture(timed: Sequence[Op] | Architecture) -> Architecture:
 
 
 @cache
-def _makers(made: type[Target]) -> str:
-    """A hash of everything that shapes a timing file beside its ops: source files, and
+def _content_key(made: type[Target]) -> str:
+    """A hash of everything besides its ops that affects a timing file: source files, and
     the packages that write it.
     """
     modules = (arch, graph, ir, blocks, detector, network, *made.modules)

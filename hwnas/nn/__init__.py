@@ -1,3 +1,3 @@
-"""Networks in torch: blocks from ops, stand-alone networks, the weight-shared
+"""Networks in torch: blocks built from ops, standalone networks, the weight-sharing
 super-net, BN recalibration.
 """

@@ -1,10 +1,10 @@
-"""From an op to the torch module that is timed, trained and exported: one builder for all three.
+"""Builds the torch module of an op. The same module is timed, trained and exported.
 
-Initialisation follows TuNAS, where PyTorch's own is not asked for: He normal with
-fan-in (for depthwise kernels the fan-in of one channel), N(0, 0.01) for the classifier,
-zero biases. Layer order is that of timm and torchvision, so that weights can be copied
-one after another. Pooling is written as ``adaptive_avg_pool2d``, because as a mean over
-two axes it exports with a transpose.
+By default, initialisation follows TuNAS: He normal with fan-in (for depthwise kernels
+the fan-in of one channel), N(0, 0.01) for the classifier, zero biases. Layers are in the
+order of timm and torchvision, so that weights can be copied one after another. Global
+pooling is written as ``adaptive_avg_pool2d``, because a mean over two axes exports with
+a transpose.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor, bool], Tensor]] = {
     "sigmoid": lambda x, inplace: torch.sigmoid(x),
     "hsig": lambda x, inplace: F.hardsigmoid(x),
 }
-"""Activations of nodes by their names: of a tensor, and whether it may be overwritten."""
+"""Name of an activation -> function of a tensor and of whether it may be overwritten."""
 
 
 class Activation(nn.Module):
-    """An activation as a module. ``inplace`` where nobody else reads the map."""
+    """An activation as a module. ``inplace`` is safe if nothing else reads its input."""
 
     def __init__(self, name: str, inplace: bool = True) -> None:
         super().__init__()
@@ -44,32 +44,32 @@ class Activation(nn.Module):
         return ACTIVATIONS[self.name](x, self.inplace)
 
     def extra_repr(self) -> str:
-        """Its name."""
+        """The name of the activation, for ``repr``."""
         return self.name
 
 
 def conv_layer(node: Node, bn_eps: float) -> nn.Sequential:
-    """A layer of a program: convolution or pooling; BN (or a bias); activation."""
+    """A layer of a program: convolution or pooling, then BN (or a bias), then activation."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if node.kind == "conv":
-        padding = node.dilation * (node.kernel // 2)
-        shape = (
+        parts["conv"] = nn.Conv2d(
             node.in_ch,
             node.out_ch,
             node.kernel,
             node.stride,
-            padding,
-            node.dilation,
-            node.groups,
+            padding=node.dilation * (node.kernel // 2),
+            dilation=node.dilation,
+            groups=node.groups,
+            bias=node.bias,
         )
-        parts["conv"] = nn.Conv2d(*shape, bias=node.bias)
     elif node.kind in POOLS:
         padding = node.kernel // 2 if node.kernel % 2 else 0
-        average = nn.AvgPool2d(node.kernel, node.stride, padding, count_include_pad=False)
-        parts["pool"] = (
-            average if node.kind == "avgpool" else nn.MaxPool2d(node.kernel, node.stride, padding)
-        )
+        if node.kind == "avgpool":
+            parts["pool"] = nn.AvgPool2d(node.kernel, node.stride, padding, count_include_pad=False)
+        else:
+            parts["pool"] = nn.MaxPool2d(node.kernel, node.stride, padding)
     if node.norm:
+        # a BN behind pooling has no scale and shift, as in DARTS
         parts["norm"] = nn.BatchNorm2d(node.out_ch, eps=bn_eps, affine=node.kind not in POOLS)
     if node.act != "none":
         parts["act"] = Activation(node.act)
@@ -77,8 +77,8 @@ def conv_layer(node: Node, bn_eps: float) -> nn.Sequential:
 
 
 def shuffle_channels(x_NCHW: Tensor, groups: int) -> Tensor:
-    """Channel i of group g becomes channel i * groups + g, so that the next grouped
-    convolution sees all groups (ShuffleNet).
+    """Move channel i of group g to channel i * groups + g, so that the next grouped
+    convolution sees channels of all groups (ShuffleNet). Keeps the shape.
     """
     batch, channels, height, width = x_NCHW.shape
     return (
@@ -89,11 +89,11 @@ def shuffle_channels(x_NCHW: Tensor, groups: int) -> Tensor:
 
 
 class ChannelShuffle(nn.Module):
-    """``shuffle_channels`` as a module. ``channels_last`` writes the same for a runtime
-    whose channels are last.
+    """``shuffle_channels`` as a module.
 
-    Either form costs the other kind of runtime two more transposes, and three times the
-    time of a small block.
+    ``channels_last`` computes the same in a form for runtimes that keep channels last.
+    On the other kind of runtime, either form needs two more transposes, which triple
+    the time of a small block.
     """
 
     def __init__(self, groups: int) -> None:
@@ -113,7 +113,7 @@ class ChannelShuffle(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A fully connected layer on a map of one pixel, with ``dropout`` before it."""
+    """A fully connected layer on a 1 x 1 map, with ``dropout`` before it."""
 
     def __init__(self, node: Node, dropout: float) -> None:
         super().__init__(node.in_ch, node.out_ch)
@@ -125,8 +125,8 @@ class Linear(nn.Linear):
 
 
 class AlongChannels(nn.Module):
-    """A 1-D convolution along the channels of a map of one pixel: one kernel for all
-    channels, without a bias.
+    """A 1-D convolution along the channels of a 1 x 1 map: one kernel for all channels,
+    without a bias.
     """
 
     def __init__(self, node: Node) -> None:
@@ -141,21 +141,21 @@ class AlongChannels(nn.Module):
 
 
 PLAIN: Mapping[str, Callable[[Node, list[Tensor]], Tensor]] = {
-    "act": lambda node, read: ACTIVATIONS[node.act](read[0], False),
-    "mean": lambda node, read: F.adaptive_avg_pool2d(read[0], 1),
-    "add": lambda node, read: read[0] + read[1],
-    "mul": lambda node, read: read[0] * read[1],
-    "concat": lambda node, read: torch.cat(read, dim=1),
-    "shuffle": lambda node, read: shuffle_channels(read[0], node.groups),
-    "crop": lambda node, read: read[0][:, :, 1:, 1:],
+    "act": lambda node, inputs: ACTIVATIONS[node.act](inputs[0], False),
+    "mean": lambda node, inputs: F.adaptive_avg_pool2d(inputs[0], 1),
+    "add": lambda node, inputs: inputs[0] + inputs[1],
+    "mul": lambda node, inputs: inputs[0] * inputs[1],
+    "concat": lambda node, inputs: torch.cat(inputs, dim=1),
+    "shuffle": lambda node, inputs: shuffle_channels(inputs[0], node.groups),
+    "crop": lambda node, inputs: inputs[0][:, :, 1:, 1:],
 }
-"""What nodes without weights compute from the maps that they read."""
+"""Kind of a node without weights -> what it computes from its inputs."""
 
 
 class Block(nn.Module):
-    """An op as a module: an interpreter of its program.
+    """An op as a module, which interprets the op's program.
 
-    Weights of a node have the node's name, behind the op's ``WEIGHTS``:
+    The weights of a node are named after the op's ``WEIGHTS`` and the node, for example
     ``layers.expand.conv.weight``.
     """
 
@@ -171,32 +171,40 @@ class Block(nn.Module):
         self._steps = tuple(steps)
 
     def forward(self, x_NCHW: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """[N, in_ch, size, size] -> [N, out_ch, out_size, out_size]; a classifier's [N,
-        out_ch]; all outputs of several.
+        """[N, in_ch, size, size] -> [N, out_ch, out_size, out_size], or [N, out_ch] for a
+        classifier. An op with several outputs gives a tuple.
         """
         values: dict[int, Tensor] = {INPUT: x_NCHW}
-        for value, (node, module, ending) in enumerate(self._steps, start=1):
-            read = [values[each] for each in node.inputs]
-            values[value] = module(read[0]) if module is not None else PLAIN[node.kind](node, read)
-            for each in ending:
-                del values[each]
-        outputs = tuple(values[value] for value in self.program.outputs)
+        for number, (node, module, ending) in enumerate(self._steps, start=1):
+            inputs = [values[i] for i in node.inputs]
+            if module is not None:
+                values[number] = module(inputs[0])
+            else:
+                values[number] = PLAIN[node.kind](node, inputs)
+            # a map that nobody reads any more would only hold memory
+            for i in ending:
+                del values[i]
+
+        outputs = tuple(values[i] for i in self.program.outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _module(node: Node, bn_eps: float, dropout: float) -> nn.Module | None:
-    """The module of a node that has weights or something to set; None for the others."""
+    """The module of a node with weights or settings; None for all other nodes."""
     if node.kind == "linear":
         return Linear(node, dropout)
     if node.kind == "channels":
         return AlongChannels(node)
+    # before PLAIN, which has "shuffle" too: exporters switch the module's channels_last
     if node.kind == "shuffle":
         return ChannelShuffle(node.groups)
-    return None if node.kind in PLAIN else conv_layer(node, bn_eps)
+    if node.kind in PLAIN:
+        return None
+    return conv_layer(node, bn_eps)
 
 
 def place(owner: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a dotted path, with containers on the way."""
+    """Add a module at a dotted path below ``owner``, creating containers on the way."""
     *parents, name = path.split(".")
     for parent in parents:
         if not hasattr(owner, parent):
@@ -206,7 +214,7 @@ def place(owner: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def build(op: Op, *, bn_eps: float = 1e-3, dropout: float = 0.0) -> nn.Module:
-    """The module of an op, uninitialised beyond torch's defaults; see ``initialise``.
+    """The module of an op with PyTorch's default weights; see ``initialise``.
     ``dropout`` goes before a fully connected layer.
     """
     return Block(op, bn_eps, dropout)
@@ -214,11 +222,11 @@ def build(op: Op, *, bn_eps: float = 1e-3, dropout: float = 0.0) -> nn.Module:
 
 @torch.no_grad()
 def initialise(module: nn.Module, generator: torch.Generator, how: str = "he") -> None:
-    """Fill a module's weights from ``generator`` alone: ``he`` as TuNAS does, ``torch``
-    as PyTorch does by itself.
+    """Fill a module's weights, drawing from ``generator`` only.
 
-    PyTorch's are uniform within 1 / sqrt(fan-in), biases of convolutions and
-    classifier, too: a sixth of He's variance.
+    ``how = "he"`` initialises as TuNAS does, ``"torch"`` as PyTorch does by default:
+    uniform within 1 / sqrt(fan-in), including the biases of convolutions and
+    classifier. That is a sixth of He's variance.
     """
     for part in module.modules():
         bias = getattr(part, "bias", None)
@@ -228,11 +236,11 @@ def initialise(module: nn.Module, generator: torch.Generator, how: str = "he") -
             continue
         fan_in = part.weight[0].numel()
         if how == "torch":
-            for tensor in (part.weight, *([part.bias] if part.bias is not None else [])):
-                tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+            bound = fan_in**-0.5
+            part.weight.uniform_(-bound, bound, generator=generator)
+            if part.bias is not None:
+                part.bias.uniform_(-bound, bound, generator=generator)
+        elif isinstance(part, nn.Conv2d):
+            part.weight.normal_(0.0, math.sqrt(2.0 / fan_in), generator=generator)
         else:
-            part.weight.normal_(
-                0.0,
-                math.sqrt(2.0 / fan_in) if isinstance(part, nn.Conv2d) else 0.01,
-                generator=generator,
-            )
+            part.weight.normal_(0.0, 0.01, generator=generator)

@@ -1,9 +1,9 @@
-"""BN recalibration: re-estimate running statistics before a network with inherited
-weights is judged.
+"""BN recalibration: re-estimates the running statistics of a network with inherited
+weights before it is evaluated.
 
-A sub-net's statistics differ from every other's, and a super-net keeps none. Without
-this step, ranking by accuracy is close to chance: Kendall tau 0.04 against 0.54 with it
-on NAS-Bench-201 (computed from AngleNAS's published data, megvii-model/AngleNAS).
+Every sub-net has statistics of its own, and a super-net keeps none. Without this step,
+ranking by accuracy is close to chance: Kendall tau on NAS-Bench-201 is 0.04 without it
+and 0.54 with it (computed from AngleNAS's published data, megvii-model/AngleNAS).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 @torch.no_grad()
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set all running statistics to the plain average over ``batches`` of images [N, C,
-    H, W]. Weights are not touched.
+    H, W]. Weights are not changed.
     """
     with recalibrating(network):
         for x_NCHW in batches:
@@ -27,16 +27,16 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @contextmanager
 def recalibrating(network: nn.Module) -> Iterator[None]:
-    """While it lasts, batches that pass are normalised by their own statistics, which
-    are averaged. Then the network is in eval mode.
-
-    ``momentum = None`` makes torch average cumulatively, so every batch counts the same.
+    """A context in which every forward pass normalises by the statistics of its batch
+    and averages them. On exit, the network is in eval mode.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
+    # only the BNs are in training mode: dropout would distort the statistics behind it
     network.eval()
     for norm in norms:
         norm.reset_running_stats()
+        # None makes torch average cumulatively, so that every batch counts the same
         norm.momentum = None
         norm.train()
     try:

@@ -1,4 +1,4 @@
-"""Checkpoint files: weights as safetensors, with the architecture in their metadata."""
+"""Checkpoint files: weights as safetensors, with the architecture in the metadata."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hwnas.nn.network import Network, network_of
 
 
 def save_network(network: Network, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Weights and BN statistics as safetensors, the architecture in the metadata,
-    written atomically.
+    """Save weights and BN statistics as safetensors, with the architecture in the
+    metadata. The file is written atomically.
     """
     save_tensors_atomically(
         network, path, {"architecture": network.arch.to_json(), **(metadata or {})}
@@ -26,9 +26,11 @@ def save_network(network: Network, path: Path, metadata: dict[str, str] | None =
 
 
 def load_network(path: Path) -> Network:
-    """The network of a checkpoint, of the kind that its architecture is.
+    """Load the network of a checkpoint: a classifier or a detector, as its architecture
+    says.
 
-    Raises CheckpointError where the file is corrupt, cut off or no network's.
+    Raises CheckpointError if the file is missing, corrupt, truncated or does not hold a
+    network.
     """
     tensors, metadata = load_tensors_checked(path)
     try:
@@ -40,8 +42,10 @@ def load_network(path: Path) -> Network:
 
 
 def save_tensors_atomically(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """A module's state as safetensors: the same state gives the same bytes, and an old
-    file is replaced by a whole one only.
+    """Save a module's state as safetensors.
+
+    The same state always gives the same bytes. An existing file is replaced only once
+    the new one is complete.
     """
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
@@ -50,8 +54,9 @@ def save_tensors_atomically(module: nn.Module, path: Path, metadata: dict[str, s
 
 
 def load_tensors_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. Raises CheckpointError where
-    it is missing, corrupt or cut off.
+    """The tensors and the metadata of a safetensors file.
+
+    Raises CheckpointError if the file is missing, corrupt or truncated.
     """
     try:
         content = read_bytes(path)
@@ -71,19 +76,23 @@ def _corrupt(path: Path, error: Exception) -> CheckpointError:
 
 
 def _canonical(content: bytes) -> bytes:
-    """The same safetensors file with its header sorted: safetensors orders metadata at
-    random, and hashes would differ.
+    """The same safetensors file with a sorted header.
+
+    safetensors writes metadata in random order, so the hashes of equal files would
+    differ.
     """
     length = int.from_bytes(content[:8], "little")
-    header = json.dumps(
-        json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")
-    ).encode()
+    entries = json.loads(content[8 : 8 + length])
+    header = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
+    # safetensors aligns the tensors to 8 bytes by padding the header with spaces
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: 8 bytes of header length, then the header as JSON."""
+    """The metadata of a safetensors file, which starts with the length of the header in
+    8 bytes and the header as JSON.
+    """
     length = int.from_bytes(content[:8], "little")
     metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
     return metadata

@@ -1,4 +1,4 @@
-"""Stand-alone classifiers: the blocks of an architecture one after another, or as its
+"""Standalone classifiers: the blocks of an architecture in sequence, or wired as its
 graph says.
 """
 
@@ -15,7 +15,7 @@ from hwnas.nn.blocks import build, initialise
 
 
 class ClassificationNetwork(nn.Module):
-    """An architecture without a detector in torch.
+    """The torch module of an architecture without a detector.
 
     Example:
         >>> from hwnas.core.spaces import published
@@ -36,44 +36,55 @@ class ClassificationNetwork(nn.Module):
             initialise(self, generator)
 
     def no_weight_decay(self) -> set[str]:
-        """Weights without L2, by timm's convention: the classifier's (as in TuNAS's code)."""
+        """Names of weights without weight decay (timm's convention): the classifier's, as
+        in TuNAS's code.
+        """
         return {f"blocks.{len(self.blocks) - 1}.linear.weight"}
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Images [N, channels, size, size] -> logits [N, classes]."""
-        logits: Tensor = (
-            run_graph(self.arch.graph, self.blocks, x_NCHW)
-            if self.arch.graph
-            else self.blocks(x_NCHW)
-        )
+        if self.arch.graph:
+            return run_graph(self.arch.graph, self.blocks, x_NCHW)
+        logits: Tensor = self.blocks(x_NCHW)
         return logits
 
 
 def run_graph(graph: Sequence[Step], blocks: Iterable[nn.Module], x_NCHW: Tensor) -> Tensor:
-    """The last point of a graph (``hwnas.core.graph``); each point is let go after its last use."""
-    last = {point: position for position, step in enumerate(graph) for point in step.of}
-    points: dict[int, Tensor] = {0: x_NCHW}
-    each = iter(blocks)
+    """The last point of a graph (``hwnas.core.graph``) for the images ``x_NCHW``. Each
+    point is freed after its last use.
+    """
+    last_use: dict[int, int] = {}
     for position, step in enumerate(graph):
-        points[position + 1] = _made(step, [points[point] for point in step.of], each, x_NCHW)
+        for point in step.of:
+            last_use[point] = position
+
+    points: dict[int, Tensor] = {0: x_NCHW}
+    remaining_blocks = iter(blocks)
+    for position, step in enumerate(graph):
+        inputs = [points[point] for point in step.of]
+        points[position + 1] = _run_step(step, inputs, remaining_blocks, x_NCHW)
         for point in set(step.of):
-            if last[point] == position:
+            if last_use[point] == position:
                 del points[point]
     return points[len(graph)]
 
 
-def _made(step: Step, read: list[Tensor], blocks: Iterator[nn.Module], x_NCHW: Tensor) -> Tensor:
+def _run_step(
+    step: Step, inputs: list[Tensor], blocks: Iterator[nn.Module], x_NCHW: Tensor
+) -> Tensor:
+    """The output of one step. An ``op`` step takes the next one of ``blocks``."""
     if step.kind == "op":
-        made: Tensor = next(blocks)(read[0])
-        return made
+        y_NCHW: Tensor = next(blocks)(inputs[0])
+        return y_NCHW
     if step.kind == "concat":
-        return torch.cat(read, dim=1)
+        return torch.cat(inputs, dim=1)
     if step.kind == "cut":
-        return read[0][:, : step.channels]
+        return inputs[0][:, : step.channels]
     if step.kind == "zero":
         zeros = x_NCHW.new_zeros(x_NCHW.shape[0], step.channels, step.size, step.size)
         return zeros.contiguous(memory_format=torch.channels_last)
-    total = read[0]
-    for term in read[1:]:
+
+    total = inputs[0]
+    for term in inputs[1:]:
         total = total + term
     return total

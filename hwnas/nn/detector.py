@@ -12,23 +12,25 @@ from hwnas.core.detector import Detector, Scores
 from hwnas.nn.blocks import build, initialise
 
 Outputs = tuple[Tensor, Tensor]
-"""Class logits [N, anchors, classes + 1], the background first, and box codes [N,
-anchors, 4]: map by map, row by row, cell by cell.
+"""Class logits [N, anchors, classes + 1], background first, and box codes [N, anchors,
+4]. Anchors are ordered by feature map, then by row, then by cell.
 """
 
 CODE_SIZE = 4
+"""Numbers that encode a box."""
 JOINED = 4
-"""Maps whose predictions are joined at once: XNNPACK, which runs LiteRT's files, joins
-up to five, and leaves more to slower kernels.
+"""Feature maps whose predictions are joined by one concatenation. XNNPACK, which runs
+LiteRT's files, joins at most five tensors; more go to slower kernels.
 """
 PREDICTOR_STD = 0.03
+"""Standard deviation of the initial weights of extras and predictors."""
 RARE_CLASS_BIAS = -4.6
-"""The logit of a score of 1 %, where the class predictors of a focal loss begin."""
+"""Initial bias of the class predictors of a focal loss: the logit of a score of 1 %."""
 
 
 class DetectionNetwork(nn.Module):
-    """An architecture with a detector in torch. Its blocks have the names of a
-    ``ClassificationNetwork``'s, so that their weights can be inherited.
+    """The torch module of an architecture with a detector. Its blocks have the same
+    names as those of a ``ClassificationNetwork``, so that it can inherit their weights.
 
     Example:
         >>> from hwnas.core.published import published
@@ -50,7 +52,9 @@ class DetectionNetwork(nn.Module):
             initialise_detector(self.extras, self.heads, detector.scores, generator)
 
     def no_weight_decay(self) -> set[str]:
-        """Weights without L2, by timm's convention: a detector has no classifier, and so none."""
+        """Names of weights without weight decay (timm's convention): none, because a
+        detector has no classifier.
+        """
         return set()
 
     def forward(self, x_NCHW: Tensor) -> Outputs:
@@ -69,23 +73,24 @@ class DetectionNetwork(nn.Module):
 
 
 def predictions(heads: nn.ModuleList, maps: list[Tensor], classes: int) -> Outputs:
-    """What ``heads`` predict from feature maps [N, C, size, size], one row per anchor
+    """What ``heads`` predict from feature maps [N, C, size, size]: one row per anchor,
     in torchvision's order.
     """
-    return predictions_of([head(x_NCHW) for head, x_NCHW in zip(heads, maps, strict=True)], classes)
+    outputs = [head(x_NCHW) for head, x_NCHW in zip(heads, maps, strict=True)]
+    return predictions_of(outputs, classes)
 
 
 def predictions_of(outputs: Sequence[tuple[Tensor, ...]], classes: int) -> Outputs:
-    """The outputs of the heads, class logits and box codes of each map, as one row per anchor."""
-    logits, codes = zip(
-        *((_rows(logits, classes + 1), _rows(codes, CODE_SIZE)) for logits, codes in outputs),
-        strict=True,
-    )
-    return _joined(logits), _joined(codes)
+    """The heads' outputs (class logits and box codes of each map) with one row per anchor."""
+    logits_rows, codes_rows = [], []
+    for logits, codes in outputs:
+        logits_rows.append(_rows(logits, classes + 1))
+        codes_rows.append(_rows(codes, CODE_SIZE))
+    return _joined(logits_rows), _joined(codes_rows)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Rows one after another."""
+    """All rows, concatenated at most ``JOINED`` maps at a time."""
     joined = list(parts)
     while len(joined) > 1:
         joined[:JOINED] = [torch.cat(joined[:JOINED], dim=1)]
@@ -101,8 +106,8 @@ def _rows(x_NCHW: Tensor, columns: int) -> Tensor:
 def initialise_detector(
     extras: nn.Module, heads: nn.ModuleList, scores: Scores, generator: torch.Generator
 ) -> None:
-    """Extras and heads as torchvision and MobileDet begin them: N(0, 0.03), zero
-    biases; of a sigmoid's classes -4.6.
+    """Initialise extras and heads as torchvision and MobileDet do: weights from
+    N(0, 0.03), zero biases, except -4.6 for class predictors with sigmoid scores.
     """
     for part in (*extras.modules(), *heads.modules()):
         if isinstance(part, nn.Conv2d):

@@ -1,19 +1,19 @@
-"""A layer with the weights of many: allocated at the widest, run at any narrower one.
+"""Elastic layers: allocated at the greatest width, run at any narrower one.
 
 How a narrower or smaller layer takes its weights is one of the super-net heuristics of
 Yu, Ranftl, Salzmann, "How to Train Your Super-Net" (arXiv 2003.04276; arXiv
 2110.01154), named here as in ``SupernetConfig``:
 
 - ``channels`` (dynamic channelling): the ``first`` c channels; a random ``chunk`` of c
-  in a row; c ``random`` ones; or ``interpolation``, the weights averaged down to c
-  channels (adaptive average pooling). Random ones are drawn anew in every forward pass
-  while training, and are the first c otherwise, so that a trained network is one
-  network.
+  consecutive ones; c ``random`` ones; or ``interpolation``, the weights averaged down
+  to c channels (adaptive average pooling). Random channels are drawn again in every
+  forward pass while training, and are the first c otherwise, so that every trained
+  network is well defined.
 - ``kernels`` (OFA kernel; Cai et al., arXiv 1908.09791): ``own`` weights and BN per
-  kernel size, as in TuNAS; or ``ofa``, the centre of one largest kernel, with one BN;
-  ``ofa_transform`` multiplies each smaller centre by a learned matrix, which starts as
-  the identity.
-- ``bn_affine``, ``bn_track`` (BN setting) and ``wsbn`` (an own BN per producer of the input).
+  kernel size, as in TuNAS; or ``ofa``, the centre of the one largest kernel, with one
+  BN; ``ofa_transform`` multiplies each smaller centre by a learned matrix, which starts
+  as the identity.
+- ``bn_affine``, ``bn_track`` (BN setting) and ``wsbn`` (one BN per producer of the input).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BN_MOMENTUM = 0.1
 
 @dataclass(frozen=True)
 class Sharing:
-    """How layers share their weights; see the module."""
+    """How layers share their weights; see the module's docstring."""
 
     channels: Channels = "first"
     kernels: Kernels = "own"
@@ -46,8 +46,8 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Narrowing:
-    """Which ``kept`` of ``total`` channels a narrower layer uses: a start and a length,
-    indices, or an average.
+    """Which ``kept`` of ``total`` channels a narrower layer uses: consecutive ones from
+    ``start`` on, those at ``index``, or an average of all.
     """
 
     total: int
@@ -57,7 +57,7 @@ class Narrowing:
     averaged: bool = False
 
     def of(self, weight: Tensor, axis: int) -> Tensor:
-        """The narrowed weight."""
+        """``weight`` narrowed along ``axis``."""
         if self.kept == self.total:
             return weight
         if self.index is not None:
@@ -70,21 +70,23 @@ class Narrowing:
 
 
 def narrowing(total: int, kept: int, channels: Channels, training: bool) -> Narrowing:
-    """A narrowing by one of the methods; random ones draw from torch's global
+    """A narrowing by the method ``channels``. Random methods draw from torch's global
     generator, which the engine seeds per step.
     """
-    if kept < total and channels == "interpolation":
+    if kept >= total:
+        return Narrowing(total, kept)
+    if channels == "interpolation":
         return Narrowing(total, kept, averaged=True)
-    if kept < total and training and channels == "chunk":
+    if training and channels == "chunk":
         return Narrowing(total, kept, start=int(torch.randint(total - kept + 1, ())))
-    if kept < total and training and channels == "random":
+    if training and channels == "random":
         return Narrowing(total, kept, index=torch.randperm(total)[:kept].sort().values)
     return Narrowing(total, kept)
 
 
 class ElasticChannels(nn.Module):
-    """A convolution along channels, whose kernel is the same at every width, in the
-    form of an ``ElasticConv``.
+    """A convolution along channels with the interface of an ``ElasticConv``. Its kernel
+    is the same at every width.
     """
 
     def __init__(self, node: Node) -> None:
@@ -92,13 +94,13 @@ class ElasticChannels(nn.Module):
         self.along = AlongChannels(node)
 
     def narrow(self, node: Node) -> tuple[Narrowing, Narrowing]:
-        """All of it."""
+        """Narrowings that keep everything."""
         return Narrowing(1, 1), Narrowing(1, 1)
 
     def sliced(
         self, node: Node, out: Narrowing, into: Narrowing, norm: int = 0
     ) -> dict[str, Tensor]:
-        """All of it."""
+        """The whole kernel, which all widths share."""
         return {"conv.weight": self.along.conv.weight}
 
     def forward(self, x_NC11: Tensor, node: Node, norm: int = 0, tracks: bool = True) -> Tensor:
@@ -108,10 +110,10 @@ class ElasticChannels(nn.Module):
 
 
 class ElasticConv(nn.Module):
-    """A convolution and its BN allocated at the widest, used at any narrower node.
+    """A convolution and its BN, allocated for the widest node and run as any narrower one.
 
-    ``weight`` is [max_out, max_in / groups, k, k] with the largest k; depthwise layers
-    have one input channel per group. ``norms`` BNs are kept, of which ``forward`` uses
+    The weight is [max_out, max_in / groups, k, k] with the largest k; depthwise layers
+    have one input channel per group. There are ``norms`` BNs, of which ``forward`` uses
     one (``wsbn``).
     """
 
@@ -134,59 +136,51 @@ class ElasticConv(nn.Module):
             "affine": sharing.bn_affine,
             "track_running_stats": sharing.bn_track,
         }
+        norm_count = norms if widest.norm else 0
         self.norms = nn.ModuleList(
-            nn.BatchNorm2d(widest.out_ch, **options) for _ in range(norms if widest.norm else 0)
+            nn.BatchNorm2d(widest.out_ch, **options) for _ in range(norm_count)
         )
-        smaller = (
-            [kernel for kernel in sorted(kernels) if kernel < max(kernels)]
-            if sharing.kernels == "ofa_transform"
-            else []
-        )
-        self.transforms = nn.ParameterDict(
-            {str(kernel): nn.Parameter(torch.eye(kernel**2)) for kernel in smaller}
-        )
+        transforms: dict[str, nn.Parameter] = {}
+        if sharing.kernels == "ofa_transform":
+            for kernel in sorted(kernels):
+                if kernel < max(kernels):
+                    transforms[str(kernel)] = nn.Parameter(torch.eye(kernel**2))
+        self.transforms = nn.ParameterDict(transforms)
 
     def narrow(self, node: Node) -> tuple[Narrowing, Narrowing]:
         """The output and input channels that ``node`` uses."""
-        channels, training = self.sharing.channels, self.training
-        out = narrowing(self.widest.out_ch, node.out_ch, channels, training)
-        return out, narrowing(
-            self.widest.in_ch // self.widest.groups, node.in_ch // node.groups, channels, training
-        )
+        channels = self.sharing.channels
+        max_in = self.widest.in_ch // self.widest.groups
+        # the output is drawn first: the order of random draws is part of reproducibility
+        out = narrowing(self.widest.out_ch, node.out_ch, channels, self.training)
+        into = narrowing(max_in, node.in_ch // node.groups, channels, self.training)
+        return out, into
 
     def sliced(
         self, node: Node, out: Narrowing, into: Narrowing, norm: int = 0
     ) -> dict[str, Tensor]:
-        """The weights that ``node`` uses, under the names of a stand-alone ``conv_layer``."""
+        """The weights that ``node`` uses, named as in a standalone ``conv_layer``."""
         weights = {"conv.weight": into.of(out.of(self._kernel(node.kernel), 0), 1)}
         if self.conv.bias is not None:
             weights["conv.bias"] = out.of(self.conv.bias, 0)
         if len(self.norms):
-            part = self.norms[norm]
-            tensors = (
-                ("weight", part.weight),
-                ("bias", part.bias),
-                ("running_mean", part.running_mean),
-                ("running_var", part.running_var),
-            )
-            weights |= {
-                f"norm.{name}": out.of(tensor, 0)
-                for name, tensor in tensors
-                if isinstance(tensor, Tensor)
-            }
+            batch_norm = self.norms[norm]
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                tensor = getattr(batch_norm, name)
+                # None without bn_affine or bn_track
+                if isinstance(tensor, Tensor):
+                    weights[f"norm.{name}"] = out.of(tensor, 0)
         return weights
 
     def _kernel(self, kernel: int) -> Tensor:
-        """The weights of a kernel size: all, or the centre, transformed from each size
-        to the next where there are transforms.
+        """The weights of a kernel size: the whole kernel or its centre. With transforms,
+        the kernel shrinks size by size, and each centre is transformed.
         """
         weight: Tensor = self.conv.weight
         if kernel == weight.shape[-1]:
             return weight
-        sizes = sorted(
-            {kernel, *(int(name) for name in self.transforms if int(name) > kernel)}, reverse=True
-        )
-        for size in sizes:
+        between = [int(name) for name in self.transforms if int(name) > kernel]
+        for size in sorted({kernel, *between}, reverse=True):
             border = (weight.shape[-1] - size) // 2
             weight = weight[:, :, border : border + size, border : border + size]
             if str(size) in self.transforms:
@@ -195,12 +189,20 @@ class ElasticConv(nn.Module):
 
     def forward(self, x_NCHW: Tensor, node: Node, norm: int = 0, tracks: bool = True) -> Tensor:
         """Run as ``node``: [N, node.in_ch, H, W] -> [N, node.out_ch, H', W'].
-        ``tracks``: BN may update its running statistics.
+
+        ``norm`` is the index of the BN to use; ``tracks`` lets it update its running
+        statistics.
         """
         weights = self.sliced(node, *self.narrow(node), norm)
-        padding = node.dilation * (node.kernel // 2)
-        shape = (node.stride, padding, node.dilation, node.groups)
-        x_NCHW = F.conv2d(x_NCHW, weights["conv.weight"], weights.get("conv.bias"), *shape)
+        x_NCHW = F.conv2d(
+            x_NCHW,
+            weights["conv.weight"],
+            weights.get("conv.bias"),
+            stride=node.stride,
+            padding=node.dilation * (node.kernel // 2),
+            dilation=node.dilation,
+            groups=node.groups,
+        )
         if len(self.norms):
             x_NCHW = F.batch_norm(
                 x_NCHW,
@@ -218,7 +220,7 @@ class ElasticConv(nn.Module):
 def elastic(
     widest: Node, kernels: tuple[int, ...], bn_eps: float, sharing: Sharing, norms: int = 1
 ) -> ElasticConv | ElasticChannels:
-    """The shared weights of a layer of a block that options and widths share."""
+    """The layer whose weights several options and widths of a block share."""
     if widest.kind == "channels":
         return ElasticChannels(widest)
     assert widest.kind == "conv", f"no weights of a {widest.kind} are shared"

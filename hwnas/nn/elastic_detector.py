@@ -1,10 +1,11 @@
-"""The detector of a super-net: extras and predictors that every architecture of the space shares.
+"""The detector of a super-net: extras and predictors shared by all architectures of a
+space.
 
-They are the same for all architectures, but for their input channels: what reads a
-tapped stage is allocated for its widest and narrowed as ``elastic`` says. In a mixture
-over widths, the channels arrive weighted; as behind a ``ds`` block, the BN of a
-predictor's depthwise convolution scales them up again, and predictors see nothing of
-widths that are only probed.
+They differ between architectures only in their input channels: a layer that reads a
+tapped stage is allocated for the stage's greatest width and narrowed as described in
+``elastic``. In a mixture over widths, channels arrive weighted; as behind a ``ds``
+block, the BN of a predictor's depthwise convolution scales them up again. Predictors do
+not see widths that are only probed.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from hwnas.nn.slot import fitted
 
 
 class ElasticOp(nn.Module):
-    """An op of a detector allocated for its widest input, run at any narrower one. Its
-    layers have the names of the block's.
+    """An op of a detector, allocated for its widest input and run at any narrower one.
+    Its layers have the same names as those of the standalone block.
     """
 
     def __init__(self, widest: Op, bn_eps: float, sharing: Sharing) -> None:
@@ -44,18 +45,18 @@ class ElasticOp(nn.Module):
             place(self, node.name, ElasticConv(node, (node.kernel,), bn_eps, sharing))
 
     def narrowed(self, in_ch: int) -> Op:
-        """The op with so many input channels."""
+        """The op with ``in_ch`` input channels."""
         return replace(self.op, in_ch=in_ch)
 
     def forward(self, x_NCHW: Tensor, op: Op, tracks: bool = True) -> tuple[Tensor, ...]:
-        """The op's outputs: one feature map, or class logits and box codes, [N,
-        columns, size, size] each.
+        """The op's outputs, [N, columns, size, size] each: one feature map, or class
+        logits and box codes.
         """
         values = {INPUT: x_NCHW}
-        for value, node in enumerate(op.program.nodes, start=1):
+        for number, node in enumerate(op.program.nodes, start=1):
             assert node.kind == "conv", f"{node.kind} in {op.key}"
-            values[value] = self._conv(node)(values[node.inputs[0]], node, tracks=tracks)
-        return tuple(values[value] for value in op.program.outputs)
+            values[number] = self._conv(node)(values[node.inputs[0]], node, tracks=tracks)
+        return tuple(values[i] for i in op.program.outputs)
 
     def _conv(self, node: Node) -> ElasticConv:
         conv = self.get_submodule(node.name)
@@ -63,12 +64,13 @@ class ElasticOp(nn.Module):
         return conv
 
     def weights(self, op: Op) -> dict[str, Tensor]:
-        """State of a stand-alone block of ``op``, taken from the shared weights."""
+        """The state of a standalone block of ``op``, taken from the shared weights."""
         state: dict[str, Tensor] = {}
         for node in op.layers:
             shared = self._conv(node)
             tensors = shared.sliced(node, *shared.narrow(node))
-            state |= {f"{op.WEIGHTS}{node.name}.{name}": tensor for name, tensor in tensors.items()}
+            for name, tensor in tensors.items():
+                state[f"{op.WEIGHTS}{node.name}.{name}"] = tensor
         return state
 
 
@@ -83,8 +85,10 @@ class ElasticDetector(ElasticHead):
         super().__init__()
         assert space.detector is not None, f"{space.name} has no detector"
         self.classes, self.scores = space.classes, space.detector.scores
-        last = {slot.stage: position for position, slot in enumerate(space.slots)}
-        self.tapped = frozenset(last[tap] for tap in space.detector.taps)
+        # later slots of a stage overwrite earlier ones: detectors tap a stage's last slot
+        last_slot = {slot.stage: position for position, slot in enumerate(space.slots)}
+        self.tapped = frozenset(last_slot[tap] for tap in space.detector.taps)
+
         widest: dict[str, Op] = {}
         for term in space.terms():
             for op in term.ops:
@@ -93,33 +97,37 @@ class ElasticDetector(ElasticHead):
                     and op.in_ch >= widest.get(term.slot, op).in_ch
                 ):
                     widest[term.slot] = op
-        made = [ElasticOp(op, space.bn_eps, sharing) for op in widest.values()]
-        self.extras = nn.ModuleList(module for module in made if isinstance(module.op, ExtraLayer))
-        self.heads = nn.ModuleList(module for module in made if isinstance(module.op, SSDPredictor))
+
+        self.extras = nn.ModuleList()
+        self.heads = nn.ModuleList()
+        for op in widest.values():
+            modules = self.extras if isinstance(op, ExtraLayer) else self.heads
+            modules.append(ElasticOp(op, space.bn_eps, sharing))
 
     def outputs(self, maps: Maps, tracks: bool = True) -> Outputs:
         """The tapped feature maps with their widths -> class logits [N, anchors,
         classes + 1] and box codes [N, anchors, 4].
         """
-        x_NCHW, width = maps[-1]
-        sources = [(fitted(x, each.active), each.active) for x, each in maps]
-        channels = width.run
+        x_NCHW, last_width = maps[-1]
+        # predictors do not see probed channels: their BNs would turn zeros into something
+        sources = [(fitted(map_NCHW, width.active), width.active) for map_NCHW, width in maps]
+        channels = last_width.run
         for extra in self._ops(self.extras):
             (x_NCHW,) = extra(x_NCHW, extra.narrowed(channels), tracks)
             channels = extra.op.out_ch
             sources.append((x_NCHW, channels))
-        outputs = [
-            head(x, head.narrowed(each), tracks)
-            for head, (x, each) in zip(self._ops(self.heads), sources, strict=True)
-        ]
+
+        outputs = []
+        for head, (source_NCHW, in_ch) in zip(self._ops(self.heads), sources, strict=True):
+            outputs.append(head(source_NCHW, head.narrowed(in_ch), tracks))
         return predictions_of(outputs, self.classes)
 
     def _ops(self, modules: nn.ModuleList) -> list[ElasticOp]:
         return [module for module in modules if isinstance(module, ElasticOp)]
 
     def copy_into(self, network: DetectionNetwork) -> None:
-        """Give a stand-alone detector the weights that it uses. BN statistics stay as
-        they are where none are kept here.
+        """Copy the weights that a standalone detector uses into it. Its BN statistics
+        stay unchanged if the super-net keeps none.
         """
         detector = detector_of(network.arch)
         pairs: list[tuple[Any, Any, Op]] = [
@@ -130,27 +138,26 @@ class ElasticDetector(ElasticHead):
             copy_into(block, shared.weights(op))
 
     def initialise(self, generator: torch.Generator, how: str) -> None:
-        """As torchvision's begin, whatever the backbone does."""
+        """Initialise as torchvision does; ``how`` is for the backbone only."""
         del how
         initialise_detector(self.extras, self.heads, self.scores, generator)
 
     def no_weight_decay(self) -> set[str]:
-        """None: it has no classifier."""
+        """No weights: a detector has no classifier."""
         return set()
 
     def copy_weights(self, source: ElasticDetector) -> None:
-        """Begin with all its weights, of the same widths."""
+        """Start from all weights of ``source``, which has the same widths."""
         self.load_state_dict(source.state_dict())
 
     def angle_weights(self, width: int) -> list[Tensor]:
-        """Never: studies have no detectors."""
+        """Never called: studies have no detectors."""
         raise AssertionError(f"there is no angle of a detector behind {width} channels")
 
 
 def copy_into(block: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load copies of some of a block's tensors; the others, such as BN statistics that
-    nobody kept, stay.
+    """Load copies of some of a block's tensors. The others, such as BN statistics that
+    the super-net does not keep, stay unchanged.
     """
-    block.load_state_dict(
-        {**block.state_dict(), **{name: tensor.clone() for name, tensor in weights.items()}}
-    )
+    copies = {name: tensor.clone() for name, tensor in weights.items()}
+    block.load_state_dict({**block.state_dict(), **copies})

@@ -1,7 +1,8 @@
-"""What comes after the slots of a super-net, and every architecture of the space
-shares: here the classifier.
+"""The head of a super-net: what follows the slots and is shared by every architecture
+of the space.
 
-The detector is in ``hwnas.nn.elastic_detector``.
+Here are the interface and the classifier; the detector is in
+``hwnas.nn.elastic_detector``.
 """
 
 from __future__ import annotations
@@ -26,49 +27,53 @@ Maps = Sequence[tuple[Tensor, Width]]
 
 
 class ElasticHead(nn.Module, ABC):
-    """The end of a super-net, allocated for the widest slots before it. Made from a
-    space, the super-net's settings and its sharing.
+    """The head of a super-net, allocated for the widest slots before it. It is built
+    from a space, the super-net's settings and the sharing.
 
-    ``tapped`` are the positions of the slots that it looks behind.
+    ``tapped`` holds the positions of the slots whose outputs it reads.
     """
 
     NAME: ClassVar[str]
-    """Its name in the super-net, and so that of its weights in a file."""
+    """Its name in the super-net, which prefixes its weights in a file."""
     ONE_SIZE: ClassVar[str] = ""
-    """What of it is for images of one size alone, for messages; nothing where it takes any size."""
+    """For messages: what ties the head to images of one size; empty if nothing does."""
 
     tapped: frozenset[int]
 
     @abstractmethod
     def outputs(self, maps: Maps, tracks: bool = True) -> Tensor | Outputs:
         """The tapped feature maps -> logits [N, classes], or the ``Outputs`` of a
-        detector. ``tracks``: BN's statistics, where kept.
+        detector. ``tracks`` lets BN update its running statistics, if it keeps any.
         """
 
     @abstractmethod
     def initialise(self, generator: torch.Generator, how: str) -> None:
-        """Fill its weights from ``generator``."""
+        """Fill the weights, drawing from ``generator``; ``how`` as in
+        ``blocks.initialise``.
+        """
 
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
-        """Names of its weights without L2."""
+        """Names of the weights without weight decay."""
 
     @abstractmethod
     def copy_into(self, network: Any) -> None:
-        """Give a stand-alone network the weights that it uses."""
+        """Copy the weights that a standalone network uses into it."""
 
     @abstractmethod
     def copy_weights(self, source: Any) -> None:
-        """Begin with the weights of another head of its kind, which is as wide or wider."""
+        """Start from the weights of another head of the same kind, as wide or wider."""
 
     @abstractmethod
     def angle_weights(self, width: int) -> list[Tensor]:
-        """Its weights in an architecture whose last slot is so wide, for ``hwnas.search.angle``."""
+        """The weights used in an architecture whose last slot has ``width`` channels
+        (for ``hwnas.search.angle``).
+        """
 
 
 class ElasticClassifier(nn.Linear, ElasticHead):
-    """Pooling and a linear layer, of which narrower architectures use the first
-    columns. Dropout is on the pooled features.
+    """Pooling, dropout and a linear layer, of which narrower architectures use the first
+    columns.
     """
 
     NAME = "classifier"
@@ -86,24 +91,24 @@ class ElasticClassifier(nn.Linear, ElasticHead):
         return F.linear(pooled_NC, self.weight[:, : pooled_NC.shape[1]], self.bias)
 
     def initialise(self, generator: torch.Generator, how: str) -> None:
-        """As the slots."""
+        """Initialise as the slots are."""
         initialise(self, generator, how)
 
     def no_weight_decay(self) -> set[str]:
-        """The weights, but not the biases, which have none anyway (as in TuNAS's code)."""
+        """The weights, as in TuNAS's code. Biases never have weight decay."""
         return {"weight"}
 
     def copy_into(self, network: Any) -> None:
-        """Give a stand-alone classifier its columns."""
+        """Copy the columns that a standalone classifier uses into it."""
         linear = network.blocks[-1].linear
         linear.weight.copy_(self.weight[:, : linear.in_features])
         linear.bias.copy_(self.bias)
 
     def copy_weights(self, source: ElasticClassifier) -> None:
-        """Begin with the first columns of a wider one."""
+        """Start from the first columns of a classifier that is as wide or wider."""
         self.weight.copy_(source.weight[:, : self.in_features])
         self.bias.copy_(source.bias)
 
     def angle_weights(self, width: int) -> list[Tensor]:
-        """The columns that are used."""
+        """The first ``width`` columns."""
         return [self.weight[:, :width]]

@@ -1,5 +1,5 @@
-"""Several stand-alone networks behind the interface of a super-net, for searches that
-share nothing.
+"""Several standalone networks behind the interface of a super-net, for searches
+without weight sharing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
 
 
 class IndependentNetworks(GatedNetworks):
-    """The networks of ``members``, each with weights of its own; gates say which one runs.
+    """The networks of ``members``, each with its own weights. Gates select the one that
+    runs.
 
-    Networks that a step does not run get no gradient, so training them in turns is
-    training each of them alone.
+    Networks that a step does not run get no gradient, so training them in turns equals
+    training each of them separately.
     """
 
     shares = False
@@ -34,32 +35,31 @@ class IndependentNetworks(GatedNetworks):
     ) -> None:
         super().__init__()
         self.space = self.proxy = space
-        self.config = SupernetConfig()  # how weights are shared: here nothing goes by it
-        self.members = [tuple(int(i) for i in space.index(picks)) for picks in members]
-        self.networks = nn.ModuleList(
-            network_of(space.decode(picks), generator=generator) for picks in members
-        )
+        # it says how weights are shared, so here it has no effect
+        self.config = SupernetConfig()
+        self.members: list[tuple[int, ...]] = []
+        self.networks = nn.ModuleList()
+        for picks in members:
+            self.members.append(_indices(space, picks))
+            self.networks.append(network_of(space.decode(picks), generator=generator))
         self.fraction, self.tracking = 0.0, True
 
     def no_weight_decay(self) -> set[str]:
-        """Weights without L2, by timm's convention: the classifiers'."""
-        found = enumerate(self._members())
-        return {
-            f"networks.{i}.{name}" for i, network in found for name in network.no_weight_decay()
-        }
+        """Names of weights without weight decay (timm's convention): the classifiers'."""
+        names: set[str] = set()
+        for i, network in enumerate(self._networks()):
+            names |= {f"networks.{i}.{name}" for name in network.no_weight_decay()}
+        return names
 
     def forward(
         self, x_NCHW: Tensor, gates: Gates, probes: Probes | None = None, skip_dropout: float = 0.0
     ) -> Tensor | Outputs:
-        """Images [N, channels, size, size] through the network that one-hot ``gates``
-        name -> its outputs, as ``MacroSupernet.forward``.
+        """Run the network that one-hot ``gates`` select: images [N, channels, size,
+        size] -> its outputs, as in ``MacroSupernet.forward``.
         """
         assert not probes and not skip_dropout, "networks that share nothing have nothing to probe"
-        network = self._members()[
-            self.members.index(
-                tuple(int(gates[choice.key].argmax()) for choice in self.space.choices)
-            )
-        ]
+        indices = tuple(int(gates[choice.key].argmax()) for choice in self.space.choices)
+        network = self._network(indices)
         outputs: Tensor | Outputs = network(resized(x_NCHW, network.arch.resolution))
         return outputs
 
@@ -68,15 +68,22 @@ class IndependentNetworks(GatedNetworks):
         return self.space.decode(picks)
 
     def extract(self, picks: Mapping[str, Option]) -> Network:
-        """A copy of the network of ``picks``, its BN statistics included."""
-        return copy.deepcopy(
-            self._members()[self.members.index(tuple(int(i) for i in self.space.index(picks)))]
-        )
+        """A copy of the network of ``picks``, including its BN statistics."""
+        return copy.deepcopy(self._network(_indices(self.space, picks)))
 
     def save(self, path: Path) -> None:
-        """Nothing: each network is trained for itself, and the best of them is the
-        search's winner.
+        """Write nothing: there are no shared weights, and the search keeps the best
+        network as its winner.
         """
 
-    def _members(self) -> list[Network]:
+    def _networks(self) -> list[Network]:
         return [cast(Network, network) for network in self.networks]
+
+    def _network(self, indices: tuple[int, ...]) -> Network:
+        """The member with these option indices."""
+        return self._networks()[self.members.index(indices)]
+
+
+def _indices(space: SearchSpace, picks: Mapping[str, Option]) -> tuple[int, ...]:
+    """The index of the picked option of every choice."""
+    return tuple(int(i) for i in space.index(picks))

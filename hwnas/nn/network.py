@@ -14,8 +14,10 @@ Network = ClassificationNetwork | DetectionNetwork
 def network_of(
     arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None
 ) -> Network:
-    """The network of an architecture: a classifier, with ``dropout`` before its last
-    layer, or a detector.
+    """The network of an architecture: a detector if it has one, else a classifier.
+
+    ``dropout`` goes before the last layer of a classifier; detectors have none.
+    ``generator`` draws the initial weights; without one, they stay PyTorch's defaults.
     """
     if arch.detector is not None:
         return DetectionNetwork(arch, generator=generator)

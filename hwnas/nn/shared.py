@@ -1,7 +1,8 @@
-"""What a search trains: architectures of a space behind gates, whether they share weights or not.
+"""Base classes of what a search trains: the architectures of a space, selected by gates.
 
-``GatedNetworks`` is what all kinds can do: run under gates, and give one of the
-architectures as a network of its own. A ``Supernet`` is a super-net.
+``GatedNetworks`` is the common interface, with or without weight sharing: run under
+gates, and extract one of the architectures as a standalone network. ``Supernet`` is the
+base of all super-nets.
 """
 
 from __future__ import annotations
@@ -28,23 +29,24 @@ Gates = Mapping[str, Any]
 """Choice key -> weight vector [options], numpy or torch. Options at zero are not executed."""
 
 Probes = Mapping[str, Sequence[int]]
-"""Choice key -> options at weight zero whose gradient is wanted all the same."""
+"""Choice key -> positions of options with weight zero that need a gradient anyway."""
 
 
 class GatedNetworks(nn.Module, ABC):
-    """Architectures of a space in one module; gates say which of them runs, or what mixture.
+    """Architectures of a space in one module. Gates select the one that runs, or a
+    mixture.
 
-    ``shares`` says that they share weights: what is learnt by training some holds for
-    all. ``fraction`` is how much of the training is over; path dropout grows with it.
-    ``tracking`` lets passes in training mode update the running statistics of BN, where
-    it keeps any (``bn_track``).
+    ``shares`` tells whether they share weights, so that training some of them trains
+    all. ``fraction`` is the part of the training that is over, in [0, 1]; path dropout
+    grows with it. ``tracking`` lets passes in training mode update the running
+    statistics of BN, if it keeps any (``bn_track``).
     """
 
     shares: ClassVar[bool]
     space: SearchSpace
     proxy: SearchSpace
-    """The space that is trained: narrower, shallower or smaller where the configuration
-    says so, with the same choices.
+    """The space that is trained. It has the same choices, but may be narrower, shallower
+    or smaller if the configuration asks for it.
     """
     config: SupernetConfig
     fraction: float
@@ -60,49 +62,52 @@ class GatedNetworks(nn.Module, ABC):
 
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
-        """Weights without L2, by timm's convention: the classifier's (as in TuNAS's code)."""
+        """Names of weights without weight decay (timm's convention): the classifier's, as
+        in TuNAS's code.
+        """
 
     @abstractmethod
     def arch(self, picks: Mapping[str, Option]) -> Architecture:
-        """The architecture that ``picks`` are in this super-net: the space's own, but
-        for the proxies.
+        """The architecture of ``picks`` in this super-net. It is the space's own unless
+        proxies change depth or width.
         """
 
     @abstractmethod
     def extract(self, picks: Mapping[str, Option]) -> Network:
-        """A stand-alone network with copies of the weights that ``picks`` use. Its BN
+        """A standalone network with copies of the weights that ``picks`` use. Its BN
         statistics are not estimated yet.
         """
 
     @property
     def proxies(self) -> Sequence[SearchSpace]:
-        """The spaces that are trained one after another: more than one where the
-        super-net grows.
+        """The spaces that are trained one after another; more than one if the super-net
+        grows.
         """
         return (self.proxy,)
 
     def grow(self, number: int) -> bool:
-        """Go on with super-net ``number`` of those that follow one another; whether
-        another one ran until now.
+        """Switch to super-net ``number`` of a growing series, and return whether that
+        was a change.
         """
         raise AssertionError(f"{type(self).__name__} does not grow to {number}")
 
     def load_backbone(self, path: Path) -> Transferred:
-        """Begin with the weights of every slot that is the same in a super-net's file:
-        options, widths, stride and sharing.
+        """Start from the weights of every slot that is the same in the super-net of a
+        file: the same options, widths, stride and sharing. Image sizes may differ.
 
-        Sizes of images may differ. Raises CheckpointError where the file is corrupt,
-        ConfigError where no slot is the same.
+        Raises CheckpointError if the file is corrupt, ConfigError if no slot is the
+        same.
         """
         raise AssertionError(f"{type(self).__name__} has no slots to take from {path}")
 
     def copy_weights(self, source: Supernet) -> None:
-        """Begin with the weights of the super-net of a space that this one's was shrunk
-        from: every network left is what it was.
+        """Start from the weights of the super-net whose space was shrunk to this one's.
+        Every remaining network keeps its outputs.
 
-        Where this one shares less (``operation_on``), each of its copies begins as the
-        weights that were shared until then. Exact unless narrower layers are averages
-        of wider ones (``channels = "interpolation"``) and the widest option has gone.
+        If this super-net shares less (``operation_on``), each of its copies starts as
+        the weights that ``source`` shares. The copy is exact except with
+        ``channels = "interpolation"``, which averages wider layers, if the widest
+        option was removed.
         """
         raise AssertionError(
             f"{type(self).__name__} takes nothing over from {type(source).__name__}"
@@ -110,7 +115,9 @@ class GatedNetworks(nn.Module, ABC):
 
     @abstractmethod
     def save(self, path: Path) -> None:
-        """Keep what another run can go on with; networks that share nothing leave no file."""
+        """Write what another run can resume from. Networks without weight sharing write
+        no file.
+        """
 
 
 class Supernet(GatedNetworks):
@@ -121,48 +128,47 @@ class Supernet(GatedNetworks):
     @classmethod
     @abstractmethod
     def check(cls, space: Any, config: SupernetConfig) -> None:
-        """Raise ConfigError where a super-net of ``space`` cannot be made so, without
-        making one.
+        """Raise ConfigError if a super-net of ``space`` cannot be built with ``config``.
+        Does not build one.
         """
 
     @classmethod
     def shared_by(cls, config: SupernetConfig, sharing: str, kernels: str) -> SupernetConfig:
-        """The settings in which a search method says how options share weights, where
-        there is anything to share and they leave it open.
+        """The settings with ``auto`` replaced by the search method's ``sharing`` and
+        ``kernels``, if options of this kind of super-net can share weights.
         """
         del sharing, kernels
         return config
 
     @abstractmethod
     def angle_parts(self, picks: Mapping[str, Option]) -> list[tuple[Hashable, int]]:
-        """The parts whose weights the angle of ``picks`` is of
-        (``hwnas.search.angle``), and how often each of them counts.
+        """The parts whose weights make up the angle of ``picks``
+        (``hwnas.search.angle``), with the number of times that each counts.
         """
 
     @abstractmethod
     def angle_weights(self, part: Hashable) -> list[Tensor]:
-        """The weights of a part: the same for all architectures that have it."""
+        """The weights of a part, the same for all architectures that contain it."""
 
     def proxy_resolution(self) -> int | None:
-        """The height = width of the images that the training is on at present, where it
-        is not the network's.
+        """The current height = width of training images in pixels; None if it is the
+        network's.
         """
-        return (
-            self.config.proxy_resolution
-            if self.training and self.fraction < 1 - self.config.full_resolution
-            else None
-        )
+        # the end of the training is at full resolution, and so is every evaluation
+        if self.training and self.fraction < 1 - self.config.full_resolution:
+            return self.config.proxy_resolution
+        return None
 
     @property
     def by_slot(self) -> Mapping[Slot, nn.Module]:
-        """The weights of every slot, for another super-net to inherit; nothing where
-        there are no slots.
+        """The weights of every slot, for another super-net to inherit; empty if there
+        are no slots.
         """
         return {}
 
     def save(self, path: Path) -> None:
-        """The whole super-net as safetensors, its space and configuration in the
-        metadata, written atomically.
+        """Save the whole super-net as safetensors, with its space and configuration in
+        the metadata. The file is written atomically.
         """
         save_tensors_atomically(
             self, path, {"space": self.space.to_json(), "supernet": self.config.model_dump_json()}
@@ -170,36 +176,35 @@ class Supernet(GatedNetworks):
 
 
 def resized(x_NCHW: Tensor, size: int | None) -> Tensor:
-    """Images scaled to a height = width; as they are where they have it, or where it is None."""
+    """Images [N, C, H, W] scaled to [N, C, size, size]; unchanged if they have that
+    size, or if ``size`` is None.
+    """
     if size is None or x_NCHW.shape[-1] == size:
         return x_NCHW
-    return F.interpolate(x_NCHW, size=(size, size), mode="bilinear", antialias=True).contiguous(
-        memory_format=torch.channels_last
-    )
+    scaled = F.interpolate(x_NCHW, size=(size, size), mode="bilinear", antialias=True)
+    return scaled.contiguous(memory_format=torch.channels_last)
 
 
 def resolve_config(
     config: SupernetConfig | None, initialisation: Literal["he", "torch"]
 ) -> SupernetConfig:
-    """The settings with the initialisation that ``auto`` stands for: a file of a
-    super-net says how it began.
+    """The settings with ``initialisation`` in place of ``auto``, so that the file of a
+    super-net records how its weights were initialised.
     """
     config = config or SupernetConfig()
-    return (
-        config.model_copy(update={"initialisation": initialisation})
-        if config.initialisation == "auto"
-        else config
-    )
+    if config.initialisation != "auto":
+        return config
+    return config.model_copy(update={"initialisation": initialisation})
 
 
 def check_proxy_resolution(space: SearchSpace, config: SupernetConfig, multiple: int = 1) -> None:
-    """Raise ConfigError where ``proxy_resolution`` is no size below the space's that
-    its networks can halve as often as they do.
+    """Raise ConfigError unless ``proxy_resolution`` is below the space's resolution and
+    divisible by ``multiple``, which the strides of its networks require.
     """
     size = config.proxy_resolution
     if size is not None and (size >= space.resolution or size % multiple):
-        of = f", in multiples of {multiple}" if multiple > 1 else ""
+        divisible = f" and divisible by {multiple}" if multiple > 1 else ""
         raise ConfigError(
-            f"search.supernet.proxy_resolution = {size} is no size below the {space.resolution} px"
-            f" of space {space.name}{of}: choose another, or remove it."
+            f"search.supernet.proxy_resolution = {size} must be below the {space.resolution} px"
+            f" of space {space.name}{divisible}: choose another value, or remove it."
         )

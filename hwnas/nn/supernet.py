@@ -1,21 +1,22 @@
-"""The weight-shared super-net of a macro space, of classifiers or of detectors.
+"""The weight-sharing super-net of a macro space, of classifiers or of detectors.
 
-Gates say what runs. One option of a choice with weight 1 is a single path, and costs
-what that path costs: weights are sliced. Several options with weights are a mixture:
-blocks are added up, widths become a weighted mask over the channels of the widest
-(FBNetV2, arXiv 2004.05565), depths weigh the slots they keep. ``slot`` and ``elastic``
-say how weights are shared.
+Gates select what runs. If one option of every choice has weight 1, the super-net runs a
+single path at the cost of that path, because weights are sliced. Several options with
+weights are a mixture: the outputs of blocks are added up, widths become a weighted mask
+over the channels of the widest (FBNetV2, arXiv 2004.05565), and depths weight the slots
+that they keep. ``slot`` and ``elastic`` describe how weights are shared.
 
-BN uses the statistics of the batch, also when scoring; nothing is tracked unless
+BN uses the statistics of the batch, in evaluation too; nothing is tracked unless
 ``bn_track`` is set, as in TuNAS's code.
 
 *Differences from the papers*: TuNAS masks channels of the widest weights; **slicing**
-computes the same. Shared weights that a step does not touch at all get no decay and no
-momentum, unless ``optimizer.inactive_weights`` says so; of those it does touch, the channels
-outside the slice do. A mixture over kernels is averaged before the shared projection,
-as in TuNAS. In a mixture over widths, expansions are relative to the widest, and a BN
-that follows a depthwise convolution of the masked channels (``ds``) scales them up
-again. One resolution runs at a time: images of different sizes have no weighted sum.
+computes the same. Shared weights that a step does not use at all get no decay and no
+momentum, unless ``optimizer.inactive_weights`` asks for it; in the weights that it does
+use, channels outside the slice get both. A mixture over kernels is averaged before the
+shared projection, as in TuNAS. In a mixture over widths, expansions are relative to the
+widest, and a BN that follows a depthwise convolution of the masked channels (``ds``)
+scales them up again. Only one resolution runs at a time, because images of different
+sizes have no weighted sum.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from hwnas.nn.detector import Outputs
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
 from hwnas.nn.elastic_head import ElasticClassifier, ElasticHead
+from hwnas.nn.gates import differentiable, is_number, option_weights
 from hwnas.nn.network import Network, network_of
 from hwnas.nn.shared import Gates, Probes, Supernet, check_proxy_resolution, resized, resolve_config
 from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
@@ -61,12 +63,12 @@ __all__ = [
 ]
 
 Producer = tuple[int, str]
-"""Where an input comes from: the slot's position, and, with ``operation_on = "op"``,
-its option (else nothing).
+"""Where an input comes from: the position of a slot, and its option if ``operation_on``
+is "op" (else "").
 """
 
 PathStep = tuple[int, str, Op, int]
-"""A slot that runs: its position, the option and the op there, and which of its sources
+"""A slot that runs: its position, its option and op, and the index of the producer that
 its input comes from.
 """
 
@@ -78,7 +80,7 @@ HEADS: Mapping[str, type[ElasticClassifier] | type[ElasticDetector]] = {
     "classify": ElasticClassifier,
     "detect": ElasticDetector,
 }
-"""Task of a space -> what its networks end with."""
+"""Task of a space -> the head of its super-net."""
 
 
 class MacroSupernet(Supernet):
@@ -98,20 +100,20 @@ class MacroSupernet(Supernet):
         super().__init__()
         self.config = config = resolve_config(config, "he")
         self.check(space, config)
-        self.space, self.proxy = space, _proxy(space, config)
+        self.space = space
+        self.proxy = _proxy(space, config)
         kernels = "own" if config.kernels == "auto" else config.kernels
         sharing = Sharing(config.channels, kernels, config.bn_affine, config.bn_track)
-        self.fraction, self.tracking = 0.0, True
+        separate = config.sharing == "separate"
+        self.fraction = 0.0
+        self.tracking = True
         self.producers = [self._producers(position) for position in range(len(self.proxy.slots))]
+
         self.slots = nn.ModuleList()
         for slot, producers in zip(self.proxy.slots, self.producers, strict=True):
             sources = len(producers) if config.operation_on != "node" else 1
             norms = len(producers) if config.wsbn else 1
-            self.slots.append(
-                ElasticSlot(
-                    slot, space.bn_eps, sharing, config.sharing == "separate", sources, norms
-                )
-            )
+            self.slots.append(ElasticSlot(slot, space.bn_eps, sharing, separate, sources, norms))
         head = HEADS[space.task](self.proxy, config, sharing)
         self.add_module(head.NAME, head)
         initialise(self.slots, generator, config.initialisation)
@@ -119,26 +121,32 @@ class MacroSupernet(Supernet):
 
     @classmethod
     def check(cls, space: MacroSpace, config: SupernetConfig) -> None:
-        """Raise ConfigError where a super-net of ``space`` cannot be made so."""
+        """Raise ConfigError if a super-net of ``space`` cannot be built with ``config``."""
         _proxy(space, config)
         _check_one_resolution(space, config)
         check_proxy_resolution(space, config)
 
     @classmethod
     def shared_by(cls, config: SupernetConfig, sharing: str, kernels: str) -> SupernetConfig:
-        """The settings with the search method's way to share weights where they leave it open."""
-        method = {"sharing": sharing, "kernels": kernels}
-        return config.model_copy(
-            update={key: way for key, way in method.items() if getattr(config, key) == "auto"}
-        )
+        """The settings with ``auto`` replaced by the search method's ``sharing`` and
+        ``kernels``.
+        """
+        update: dict[str, str] = {}
+        if config.sharing == "auto":
+            update["sharing"] = sharing
+        if config.kernels == "auto":
+            update["kernels"] = kernels
+        return config.model_copy(update=update)
 
     @property
     def head(self) -> ElasticHead:
-        """What comes after the slots."""
+        """What follows the slots: the classifier or the detector."""
         return cast(ElasticHead, self.get_submodule(HEADS[self.space.task].NAME))
 
     def no_weight_decay(self) -> set[str]:
-        """Weights without L2, by timm's convention: the classifier's (as in TuNAS's code)."""
+        """Names of weights without weight decay (timm's convention): the classifier's, as
+        in TuNAS's code.
+        """
         return {f"{self.head.NAME}.{name}" for name in self.head.no_weight_decay()}
 
     def forward(
@@ -147,51 +155,58 @@ class MacroSupernet(Supernet):
         """Images [N, channels, size, size] under ``gates`` -> logits [N, classes], or
         the ``Outputs`` of a detector.
 
-        See the module for mixtures.
+        The module's docstring describes mixtures.
         """
         head, maps, probes = self.head, [], probes or {}
         x_NCHW = resized(x_NCHW, self.proxy_resolution() or _resolution(self.space, gates))
-        width, producer = Width(self.proxy.in_channels, self.proxy.in_channels), IMAGE
+        width = Width(self.proxy.in_channels, self.proxy.in_channels)
+        producer = IMAGE
         for position, (module, slot) in enumerate(zip(self.slots, self.proxy.slots, strict=True)):
-            out = _width(slot, gates, probes, x_NCHW) if slot.first else width
-            into, width = width, out
-            kept, runs = _kept(slot, gates, probes)
-            if runs and not self._left_out(slot):
+            into = width
+            # all slots of a stage have the width of its first
+            if slot.first:
+                width = _width(slot, gates, probes, x_NCHW)
+            kept, state = _kept(slot, gates, probes)
+            if state != "off" and not self._beyond_proxy_depth(slot):
                 slot_gates = executed(slot, gates.get(slot.key), probes.get(slot.key, ()))
                 remat = self.config.remat and len(slot_gates.executed) > 1
                 source = self.producers[position].index(producer)
                 run = Run(source, skip_dropout, self._keep_path(position), remat, self.tracking)
-                y_NCHW = module(x_NCHW, slot_gates, into, out, run)
-                x_NCHW = y_NCHW if _is_one(kept) else kept * y_NCHW + (1 - kept) * x_NCHW
-                passed = skips(slot_gates) or runs == "probed"
-                producer = (
-                    producer if passed else self._producer(position, slot_gates.executed[0][0])
-                )
+                y_NCHW = module(x_NCHW, slot_gates, into, width, run)
+                if not is_number(kept, 1.0):
+                    y_NCHW = kept * y_NCHW + (1 - kept) * x_NCHW
+                x_NCHW = y_NCHW
+                # a slot that passes its input on is not the producer of its output
+                if state == "executed" and not skips(slot_gates):
+                    producer = self._producer(position, slot_gates.executed[0][0])
             if position in head.tapped:
                 maps.append((x_NCHW, width))
         return head.outputs(maps, self.tracking)
 
-    def _left_out(self, slot: Slot) -> bool:
+    def _beyond_proxy_depth(self, slot: Slot) -> bool:
         """Whether the proxy depth cuts a slot off."""
         return self.config.proxy_depth is not None and slot.index >= self.config.proxy_depth
 
     def _producer(self, position: int, option: str) -> Producer:
-        """What a slot's output counts as."""
-        return position, option if self.config.operation_on == "op" else ""
+        """The producer of the output of a slot that runs ``option``."""
+        if self.config.operation_on != "op":
+            return position, ""
+        return position, option
 
     def _producers(self, position: int) -> tuple[Producer, ...]:
-        """What a slot's input may come from, the nearest first: slots before it up to
-        one that is never passed over.
+        """Everything that a slot's input may come from, nearest first: the slots before
+        it, back to one that always runs.
         """
-        found: list[Producer] = []
+        producers: list[Producer] = []
         for earlier in reversed(range(position)):
             slot = self.proxy.slots[earlier]
-            found += dict.fromkeys(
-                self._producer(earlier, option) for option in slot.options if option != SKIP
-            )
-            if SKIP not in slot.options and not slot.elective and not self._left_out(slot):
-                return tuple(found)
-        return (*found, IMAGE)
+            options = [option for option in slot.options if option != SKIP]
+            # without operation_on = "op", all options of a slot are the same producer
+            producers += dict.fromkeys(self._producer(earlier, option) for option in options)
+            always_runs = SKIP not in slot.options and not slot.elective
+            if always_runs and not self._beyond_proxy_depth(slot):
+                return tuple(producers)
+        return (*producers, IMAGE)
 
     def _keep_path(self, position: int) -> float:
         """NAO's drop-path: the keep probability falls with the layer's position and
@@ -200,42 +215,45 @@ class MacroSupernet(Supernet):
         return 1 - self.config.path_dropout * (position + 1) / len(self.slots) * self.fraction
 
     def arch(self, picks: Mapping[str, Option]) -> Architecture:
-        """The architecture that ``picks`` are in this super-net: the space's own, but
-        for the proxies.
+        """The architecture of ``picks`` in this super-net. It is the space's own unless
+        proxies change depth or width.
         """
         arch = self.proxy.decode(self._proxied(picks))
         if self.config.proxy_depth is None:
             return arch
-        return self.proxy.network(
-            [(self.proxy.slots[position], op) for position, _, op, _ in self.path(picks)], arch.name
-        )
+        ops = [(self.proxy.slots[position], op) for position, _, op, _ in self.path(picks)]
+        return self.proxy.network(ops, arch.name)
 
     def extract(self, picks: Mapping[str, Option]) -> Network:
-        """A stand-alone network with copies of the weights that ``picks`` use. Its BN
+        """A standalone network with copies of the weights that ``picks`` use. Its BN
         statistics are not estimated yet.
 
-        Channels are the first ones of each width (or the averaged ones); random
+        It gets the first channels of each width (or the averaged ones); random
         channelling is for training only.
         """
         network = network_of(self.arch(picks)).to(next(self.parameters()))
         training = self.training
+        # in training mode, the slots would draw random channels
         self.eval()
         with torch.no_grad():
-            for block, (position, option, op, source) in zip(
-                network.blocks, self.path(picks), strict=False
-            ):
-                elastic: Any = self.slots[position]
-                copy_into(block, elastic.weights(option, op, source))
+            # not strict: a classifier's last block is not a slot
+            for block, step in zip(network.blocks, self.path(picks), strict=False):
+                position, option, op, source = step
+                slot: Any = self.slots[position]
+                copy_into(block, slot.weights(option, op, source))
             self.head.copy_into(network)
         self.train(training)
         return network
 
     def angle_parts(self, picks: Mapping[str, Option]) -> list[tuple[Hashable, int]]:
-        """The slots that ``picks`` execute, as ``path`` has them, and the width before
-        the classifier.
+        """The steps of the ``path`` of ``picks``, and the width before the classifier.
+        Each counts once.
         """
         path = self.path(picks)
-        return [*((step, 1) for step in path), (path[-1][2].out_ch, 1)]
+        parts: list[tuple[Hashable, int]] = [(step, 1) for step in path]
+        _, _, last_op, _ = path[-1]
+        parts.append((last_op.out_ch, 1))
+        return parts
 
     def angle_weights(self, part: Hashable) -> list[Tensor]:
         """The convolutions of a slot, or the classifier's weights; no BN and no biases."""
@@ -243,81 +261,89 @@ class MacroSupernet(Supernet):
             return self.head.angle_weights(part)
         position, option, op, source = cast(PathStep, part)
         slot: Any = self.slots[position]
-        return [
-            weight
-            for name, weight in slot.weights(option, op, source).items()
-            if name.endswith("conv.weight")
-        ]
+        weights = slot.weights(option, op, source)
+        return [weight for name, weight in weights.items() if name.endswith("conv.weight")]
 
     @property
     def by_slot(self) -> Mapping[Slot, ElasticSlot]:
         """The weights of every slot."""
-        return {
-            slot: cast(ElasticSlot, module)
-            for slot, module in zip(self.proxy.slots, self.slots, strict=True)
-        }
+        slots = cast(Sequence[ElasticSlot], self.slots)
+        return dict(zip(self.proxy.slots, slots, strict=True))
 
     def load_backbone(self, path: Path) -> Transferred:
-        """Begin with the weights of every slot that is the same in a super-net's file;
-        see ``GatedNetworks``.
+        """Start from the weights of every slot that is the same in the super-net of a
+        file; see ``GatedNetworks``.
         """
         source = read_supernet(path)
-        found = transfer.load_backbone(self.by_slot, source.by_slot)
-        if not found.taken:
+        transferred = transfer.load_backbone(self.by_slot, source.by_slot)
+        if not transferred.taken:
             raise ConfigError(
                 f"the super-net {path} of space {source.space.name} has no slot in common with"
                 f" space {self.space.name}: train it on the same space and width, with the same"
                 " strategy and search.supernet settings."
             )
-        return found
+        return transferred
 
     @torch.no_grad()
     def copy_weights(self, source: Supernet) -> None:
-        """Begin with the weights of the super-net of a space that this one's was shrunk
-        from; see ``GatedNetworks``.
+        """Start from the weights of the super-net whose space was shrunk to this one's;
+        see ``GatedNetworks``.
         """
         assert isinstance(source, MacroSupernet)
         training = source.training
-        source.eval()  # random channels are for training: here the first ones
-        there = {slot.key: position for position, slot in enumerate(source.proxy.slots)}
-        theirs = {slot.key: module for slot, module in source.by_slot.items()}
+        # in training mode, the source's slots would draw random channels
+        source.eval()
+        source_positions = {slot.key: i for i, slot in enumerate(source.proxy.slots)}
         for (slot, module), producers in zip(self.by_slot.items(), self.producers, strict=True):
-            known = source.producers[there[slot.key]]
-            numbers = [
-                known.index(self._seen_by(source, there, producer)) for producer in producers
-            ]
-            transfer.copy_weights(module, theirs[slot.key], numbers)
+            source_position = source_positions[slot.key]
+            source_slot = cast(ElasticSlot, source.slots[source_position])
+            source_producers = source.producers[source_position]
+            numbers = []
+            for producer in producers:
+                counterpart = self._counterpart(source, source_positions, producer)
+                numbers.append(source_producers.index(counterpart))
+            transfer.copy_weights(module, source_slot, numbers)
         self.head.copy_weights(source.head)
         source.train(training)
 
-    def _seen_by(
-        self, source: MacroSupernet, there: Mapping[str, int], producer: Producer
+    def _counterpart(
+        self, source: MacroSupernet, source_positions: Mapping[str, int], producer: Producer
     ) -> Producer:
-        """What ``source``, whose slots are ``there``, calls a producer of this super-net."""
+        """The producer in ``source`` that corresponds to a producer in this super-net.
+        ``source_positions``: key of a slot -> its position in ``source``.
+        """
         position, option = producer
         if producer == IMAGE:
             return IMAGE
-        return source._producer(there[self.proxy.slots[position].key], option)
+        return source._producer(source_positions[self.proxy.slots[position].key], option)
 
     def _proxied(self, picks: Mapping[str, Option]) -> dict[str, Option]:
-        """The same picks in the proxy space, whose options stand in the same order."""
-        pairs = zip(self.space.choices, self.proxy.choices, strict=True)
-        return {
-            mine.key: theirs.options[mine.options.index(picks[mine.key])] for mine, theirs in pairs
-        }
+        """The same picks in the proxy space, whose options are in the same order."""
+        proxied: dict[str, Option] = {}
+        for choice, proxy_choice in zip(self.space.choices, self.proxy.choices, strict=True):
+            position = choice.options.index(picks[choice.key])
+            proxied[choice.key] = proxy_choice.options[position]
+        return proxied
 
     def path(self, picks: Mapping[str, Option]) -> list[PathStep]:
-        """(position, option, op, source) of the slots that ``picks`` execute."""
+        """The slots that ``picks`` execute, in order."""
         picks = self._proxied(picks)
-        at = self.proxy.resolutions.index(int(picks["resolution"])) if "resolution" in picks else 0
-        path, producer, channels = [], IMAGE, self.proxy.in_channels
+        resolution_index = 0
+        if "resolution" in picks:
+            resolution_index = self.proxy.resolutions.index(int(picks["resolution"]))
+
+        path: list[PathStep] = []
+        producer = IMAGE
+        out_ch = self.proxy.in_channels
         for position, slot in enumerate(self.proxy.slots):
-            into, channels = channels, int(picks.get(slot.out_key, slot.out_widths[0]))
-            deep = slot.index < int(
-                picks.get(slot.depth_key, slot.index + 1)
-            ) and not self._left_out(slot)
+            # the width of a stage holds even if its depth leaves this slot out
+            in_ch = out_ch
+            out_ch = int(picks.get(slot.out_key, slot.out_widths[0]))
+            depth = int(picks.get(slot.depth_key, slot.index + 1))
+            if slot.index >= depth or self._beyond_proxy_depth(slot):
+                continue
             option = str(picks.get(slot.key, slot.options[0]))
-            op = slot.op(option, into, channels, slot.sizes[at]) if deep else None
+            op = slot.op(option, in_ch, out_ch, slot.sizes[resolution_index])
             if op is not None:
                 path.append((position, option, op, self.producers[position].index(producer)))
                 producer = self._producer(position, option)
@@ -325,10 +351,10 @@ class MacroSupernet(Supernet):
 
 
 SUPERNETS: Mapping[type[SearchSpace], Any] = {MacroSpace: MacroSupernet, CellSpace: CellSupernet}
-"""Kind of space -> its super-net. The other kinds have none."""
+"""Kind of space -> its super-net. Other kinds have none."""
 
 GROWING: Mapping[type[SearchSpace], Any] = {CellSpace: GrowingSupernet}
-"""Kind of space -> its super-net where a search method grows it."""
+"""Kind of space -> its super-net for search methods that grow it."""
 
 
 def make_supernet(
@@ -337,8 +363,10 @@ def make_supernet(
     config: SupernetConfig | None = None,
     growth: Sequence[int] = (),
 ) -> Supernet:
-    """The super-net of a space, of the kind that the space is. ``growth``: cells of
-    each stage in those that follow one another.
+    """Build the super-net for this kind of space, drawing its weights from ``generator``.
+
+    ``growth`` has the cells per stage of each super-net in a growing series; if it is
+    empty, the super-net does not grow.
     """
     if growth:
         growing: Supernet = GROWING[type(space)](space, generator, config, growth)
@@ -348,24 +376,26 @@ def make_supernet(
 
 
 def check_supernet(space: SearchSpace, config: SupernetConfig) -> None:
-    """Raise ConfigError where a super-net of ``space`` cannot be made so, without making one."""
+    """Raise ConfigError if a super-net of ``space`` cannot be built with ``config``. Does
+    not build one.
+    """
     kind = SUPERNETS.get(type(space))
     if kind is not None:
         kind.check(space, config)
 
 
 def read_supernet(path: Path) -> Supernet:
-    """The super-net of a file. Raises CheckpointError where the file is corrupt, or no
-    super-net's.
+    """Load the super-net of a file.
+
+    Raises CheckpointError if the file is missing, corrupt or does not hold a super-net.
     """
     tensors, metadata = load_tensors_checked(path)
     try:
         space = parse_space(metadata["space"], str(path))
-        # as every file began that does not say
+        # files that do not record the initialisation were written when "he" was the only one
         settings = {"initialisation": "he", **json.loads(metadata["supernet"])}
-        supernet = make_supernet(
-            space, torch.Generator().manual_seed(0), SupernetConfig.model_validate(settings)
-        )
+        config = SupernetConfig.model_validate(settings)
+        supernet = make_supernet(space, torch.Generator().manual_seed(0), config)
         supernet.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
@@ -375,96 +405,101 @@ def read_supernet(path: Path) -> Supernet:
 
 
 def load_supernet(path: Path, space: SearchSpace) -> Supernet:
-    """The super-net of a file, for ``space``. Raises CheckpointError where the file is
-    corrupt, ConfigError where the space differs.
+    """Load the super-net of a file for ``space``.
+
+    Raises CheckpointError if the file is missing or corrupt, ConfigError if its space
+    differs.
     """
     supernet = read_supernet(path)
     trained = supernet.space
     if trained.sha256 != space.sha256:
         raise ConfigError(
-            f"super-net {path} is of space {trained.name} ({trained.sha256[:12]}), not of"
-            f" {space.name} ({space.sha256[:12]}): name its own."
+            f"super-net {path} was trained on space {trained.name} ({trained.sha256[:12]}), not on"
+            f" {space.name} ({space.sha256[:12]}): give a super-net of this space."
         )
     return supernet
 
 
 def _proxy(space: MacroSpace, config: SupernetConfig) -> MacroSpace:
-    """The space with its widths scaled: the same choices, narrower networks."""
+    """The space with scaled widths: the same choices, but narrower networks.
+
+    Raises ConfigError if scaling makes different widths equal.
+    """
     if config.proxy_width == 1.0:
         return space
     proxy = space.scaled(config.proxy_width)
-    if [len(choice.options) for choice in proxy.choices] != [
-        len(choice.options) for choice in space.choices
-    ]:
+    option_counts = [len(choice.options) for choice in space.choices]
+    if [len(choice.options) for choice in proxy.choices] != option_counts:
         raise ConfigError(
             f"search.supernet.proxy_width = {config.proxy_width:g} makes different widths of space"
-            f" {space.name} the same: choose it larger."
+            f" {space.name} equal: choose a larger value."
         )
     return proxy
 
 
 def _check_one_resolution(space: MacroSpace, config: SupernetConfig) -> None:
-    """Raise ConfigError where images of another size than the network's make no sense."""
+    """Raise ConfigError if the space is tied to its resolutions but a proxy resolution
+    is set.
+    """
     kind = HEADS[space.task].ONE_SIZE
     if len(space.resolutions) > 1:
         kind = "a space with resolutions to choose from is"
     if kind and config.proxy_resolution is not None:
         raise ConfigError(
-            f"search.supernet.proxy_resolution = {config.proxy_resolution}, but {kind} for images"
-            " as they are: remove it."
+            f"search.supernet.proxy_resolution = {config.proxy_resolution}, but {kind} for"
+            " the original image size only: remove it."
         )
 
 
 def _resolution(space: MacroSpace, gates: Gates) -> int | None:
+    """The gated resolution in pixels; None if there is no gate for it."""
     gate = gates.get("resolution")
-    return None if gate is None else space.resolutions[int(gate.argmax())]
+    if gate is None:
+        return None
+    return space.resolutions[int(gate.argmax())]
 
 
 def _width(slot: Slot, gates: Gates, probes: Probes, x_NCHW: Tensor) -> Width:
-    """A stage's width under gates; the mask is on the device and of the type of ``x_NCHW``."""
+    """A stage's width under gates. The mask has the device and the dtype of ``x_NCHW``."""
     gate = gates.get(slot.out_key)
     if gate is None:
         assert len(slot.out_widths) == 1, f"no gate for {slot.out_key}"
         return Width(slot.out_widths[0], slot.out_widths[0])
-    values, probed = gate.tolist(), probes.get(slot.out_key, ())
-    active = max(
-        width for width, value in zip(slot.out_widths, values, strict=True) if value != 0.0
-    )
+
+    values = gate.tolist()
+    probed = probes.get(slot.out_key, ())
+    active = max(slot.out_widths[i] for i, value in enumerate(values) if value != 0.0)
     run = max([active, *(slot.out_widths[i] for i in probed)])
-    if (
-        sorted(values)[-2:] == [0.0, 1.0]
-        and not probed
-        and not (isinstance(gate, Tensor) and gate.requires_grad)
-    ):
+    # a single width at weight 1 needs no mask, unless the gate wants a gradient
+    if sorted(values)[-2:] == [0.0, 1.0] and not probed and not differentiable(gate):
         return Width(active, active)
+
     weights = torch.as_tensor(gate).to(x_NCHW)
-    holds = (
-        torch.arange(run, device=x_NCHW.device)[None]
-        < torch.tensor(slot.out_widths, device=x_NCHW.device)[:, None]
-    )
-    return Width(active, run, weights @ holds.to(x_NCHW))
+    channels = torch.arange(run, device=x_NCHW.device)
+    widths = torch.tensor(slot.out_widths, device=x_NCHW.device)
+    contains = channels[None] < widths[:, None]
+    return Width(active, run, weights @ contains.to(x_NCHW))
 
 
 def _kept(
     slot: Slot, gates: Gates, probes: Probes
-) -> tuple[Any, Literal["", "probed", "executed"]]:
-    """How much of a slot the depth keeps, and whether it runs: a slot that only probed
-    depths keep has weight 0.
+) -> tuple[Any, Literal["off", "probed", "executed"]]:
+    """The weight with which the depth keeps a slot, and whether the slot runs. A slot
+    that only probed depths keep has weight 0.
     """
     gate = gates.get(slot.depth_key)
     if gate is None:
         return 1.0, "executed"
-    values, probed = gate.tolist(), set(probes.get(slot.depth_key, ()))
+
+    values = gate.tolist()
     keeping = [i for i, depth in enumerate(slot.depths) if depth > slot.index]
     if len(keeping) == len(values):
         return 1.0, "executed"
-    weight = sum(
-        gate[i] if isinstance(gate, Tensor) and gate.requires_grad else values[i] for i in keeping
-    )
+
+    weights = option_weights(gate, values)
+    weight = sum(weights[i] for i in keeping)
     if any(values[i] != 0.0 for i in keeping):
         return weight, "executed"
-    return weight, "probed" if probed.intersection(keeping) else ""
-
-
-def _is_one(weight: Any) -> bool:
-    return not isinstance(weight, Tensor) and float(weight) == 1.0
+    if set(probes.get(slot.depth_key, ())).intersection(keeping):
+        return weight, "probed"
+    return weight, "off"

@@ -1,5 +1,5 @@
-"""The second-order architecture gradient of DARTS: the derivative of the held-out loss
-after one virtual training step.
+"""The second-order architecture gradient of DARTS, which is the derivative of the
+held-out loss after one virtual training step.
 
 Liu, Simonyan, Yang: "DARTS: Differentiable Architecture Search" (ICLR 2019, arXiv
 1806.09055), equations 6 to 8; released code quark0/darts, cnn/architect.py. With
@@ -10,17 +10,17 @@ weights w, gates g and the virtual step's learning rate xi:
     d/dg L_val(w'(g), g) ~ grad_g L_val(w', g) - xi * [grad_g L_train(w+, g) - grad_g L_train(w-, g)] / (2 eps)
 
 The bracket is a finite difference for (d2 L_train / dg dw) v, so no Hessian is ever
-formed: four passes forward and backward, where the first order (xi = 0) needs one. It
-is exact where L_train is quadratic in w.
+formed. It takes four forward and backward passes; the first order (xi = 0) needs one.
+The difference is exact if L_train is quadratic in w.
 
 *Differences from the paper*:
 
-- Gradients are by the gates, not by alpha: gates are functions of alpha alone, so the
-  chain rule does the rest outside.
+- Gradients are taken with respect to the gates, not alpha. Gates depend only on alpha,
+  so the caller completes the chain rule.
 - v is the gradient of the loss. An early version of the code (8876e79) adds weight
-  decay to it, which is in no term of equation 8.
-- The momentum buffers are read only; the code multiplies them in place by the momentum.
-- Whatever optimiser trains the weights, the virtual step is one of SGD with momentum.
+  decay to it, which no term of equation 8 contains.
+- The momentum buffers are only read; the code multiplies them in place by the momentum.
+- The virtual step is one of SGD with momentum, whatever optimiser trains the weights.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ import torch
 from torch import Tensor, nn
 
 Loss: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
-"""Gates -> scalar loss under the weights' present values. Asked twice, it must say the
-same: draw the same dropout masks.
+"""Gates -> scalar loss under the current weights. It must be deterministic: every call
+has to draw the same dropout masks.
 """
 
 RADIUS = 0.01
-"""Length ||eps * v|| of the finite difference's step (the paper's)."""
+"""Length ||eps * v|| of the finite difference's step, as in the paper."""
 
 
 def unrolled_gate_gradients(
@@ -51,14 +51,13 @@ def unrolled_gate_gradients(
     momentum: float = 0.0,
     weight_decay: float | Sequence[float] = 0.0,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The held-out loss at w', and its derivative by every gate ([options], like the
-    gate) through the virtual step.
+    """The held-out loss at w', and its gradient with respect to every gate ([options],
+    like the gate) through the virtual step.
 
-    ``momentum_buffers`` and, where it is a sequence, ``weight_decay`` belong to
-    ``weights`` one by one. Weights that a loss does not depend on (options that are not
-    executed) stay where they are: no decay, no momentum. The weights are moved in
-    place, and are back bit for bit afterwards, also after an exception; their ``grad``
-    is not touched.
+    ``momentum_buffers`` has one entry per weight, and so has ``weight_decay`` if it is
+    a sequence. Weights that a loss does not depend on (options that are not executed)
+    do not move: no decay, no momentum. The weights are changed in place and restored
+    bit for bit, even after an exception; their ``grad`` is not changed.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([2.0]))
@@ -70,21 +69,34 @@ def unrolled_gate_gradients(
     """
     leaves = {key: gate.detach().requires_grad_() for key, gate in gates.items()}
     original = [weight.detach().clone() for weight in weights]
-    buffers = momentum_buffers if momentum_buffers is not None else [None] * len(weights)
-    decays = (
-        [weight_decay] * len(weights) if isinstance(weight_decay, int | float) else weight_decay
-    )
+    buffers = momentum_buffers
+    if buffers is None:
+        buffers = [None] * len(weights)
+    decays = weight_decay
+    if isinstance(decays, int | float):
+        decays = [decays] * len(weights)
+
     try:
-        _, downhill, _ = _gradients(train_loss(leaves), weights, leaves)
+        # the virtual step to w'
+        _, train_gradients, _ = _gradients(train_loss(leaves), weights, leaves)
         steps: list[Tensor | None] = []
-        for gradient, w, buffer, decay in zip(downhill, original, buffers, decays, strict=True):
+        for gradient, w, buffer, decay in zip(
+            train_gradients, original, buffers, decays, strict=True
+        ):
+            if gradient is None:
+                steps.append(None)
+                continue
             velocity = momentum * buffer if buffer is not None else 0.0
-            steps.append(None if gradient is None else gradient + decay * w + velocity)
+            steps.append(gradient + decay * w + velocity)
         _move(weights, original, steps, -lr)
+
         value, direction, by_gate = _gradients(held_out_loss(leaves), weights, leaves)
         norm = nn.utils.get_total_norm([v for v in direction if v is not None]).item()
+        # the correction vanishes with v, and eps would divide by zero
         if norm == 0.0:
             return value, by_gate
+
+        # the finite difference is around w, not around w'
         eps = RADIUS / norm
         _move(weights, original, direction, eps)
         _, _, above = _gradients(train_loss(leaves), [], leaves)
@@ -92,19 +104,24 @@ def unrolled_gate_gradients(
         _, _, below = _gradients(train_loss(leaves), [], leaves)
     finally:
         _move(weights, original, [None] * len(weights), 0.0)
-    return value, {key: by_gate[key] - lr * (above[key] - below[key]) / (2 * eps) for key in leaves}
+
+    corrected: dict[str, Tensor] = {}
+    for key in leaves:
+        corrected[key] = by_gate[key] - lr * (above[key] - below[key]) / (2 * eps)
+    return value, corrected
 
 
 def _gradients(
     loss: Tensor, weights: Sequence[nn.Parameter], leaves: Mapping[str, Tensor]
 ) -> tuple[float, list[Tensor | None], dict[str, Tensor]]:
-    """The loss, its gradients by the weights (None: independent of it) and by the gates (zeros)."""
-    found = torch.autograd.grad(loss, [*weights, *leaves.values()], allow_unused=True)
-    by_gate = {
-        key: torch.zeros_like(leaf) if gradient is None else gradient
-        for (key, leaf), gradient in zip(leaves.items(), found[len(weights) :], strict=True)
-    }
-    return loss.item(), list(found[: len(weights)]), by_gate
+    """The loss and its gradients with respect to the weights and the gates. Where the
+    loss does not depend on them, weights get None and gates get zeros.
+    """
+    gradients = torch.autograd.grad(loss, [*weights, *leaves.values()], allow_unused=True)
+    by_gate: dict[str, Tensor] = {}
+    for (key, leaf), gradient in zip(leaves.items(), gradients[len(weights) :], strict=True):
+        by_gate[key] = torch.zeros_like(leaf) if gradient is None else gradient
+    return loss.item(), list(gradients[: len(weights)]), by_gate
 
 
 @torch.no_grad()
@@ -114,8 +131,8 @@ def _move(
     directions: Sequence[Tensor | None],
     length: float,
 ) -> None:
-    """weight = original + length * direction. From the original each time, so that
-    nothing adds up.
+    """Set every weight to original + length * direction. Starting from the original
+    each time keeps rounding errors from adding up.
     """
     for weight, start, direction in zip(weights, original, directions, strict=True):
         weight.copy_(start if direction is None else start + length * direction)

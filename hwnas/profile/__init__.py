@@ -1,17 +1,18 @@
 """Profiling: from a space and a device to a calibrated latency table.
 
-1. *Plan*: every op of the space, and whole networks sampled over the space's range of
-   sizes, some to fit the calibration and some to judge it.
-2. *Build*: a model file for each, cached by op key.
-3. *Measure* in rounds (``devices/session.py``): entries whose rounds spread more than
-   allowed get further rounds.
-4. *Judge the noise*: entries whose rounds still spread are flagged.
-5. *Calibrate*: a map from entries to networks (core/table.py), fitted on some networks,
-   judged on the others.
+1. *Plan*: every op of the space, and whole networks spread over the space's range of
+   sizes, some to fit the calibration and some to evaluate it.
+2. *Build*: a model file for each of them, cached by op key.
+3. *Measure* in rounds (``devices/session.py``): items whose rounds spread more than
+   allowed get more rounds.
+4. *Flag* entries that are still noisy after that.
+5. *Calibrate*: fit a map from entries to networks (``core/table.py``) on some of the
+   networks, and evaluate it on the others.
 
-Where only whole networks can be timed, or op by op would take too long, ``profile.mode
-= "networks"`` measures sampled networks alone, and the entries are fitted to them
-(tables/fit.py).
+If only whole networks can be timed, or single ops would take too long, ``profile.mode =
+"networks"`` measures only sampled networks, and the entries are fitted to them
+(``tables/fit.py``).
 
-Rows are kept in ``samples.jsonl`` as they come, so that a killed profile resumes.
+Measurements are appended to ``samples.jsonl`` as they arrive, so that a profile that was
+killed can resume.
 """

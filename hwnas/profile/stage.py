@@ -31,9 +31,12 @@ from hwnas.stages import Stage
 from hwnas.tables.fit import MIN_NETWORKS, fit_table
 from hwnas.tables.prior import Prior
 
+FIT_STREAM = 78
+"""Gives the fit to whole networks a random stream of its own, next to the seed."""
+
 
 class Profile(Stage):
-    """Measures the device, where no table is given and an architecture has to be found."""
+    """Measures the device, if the search needs a latency table and none is given."""
 
     name = "profile"
     result = "table.json"
@@ -43,53 +46,72 @@ class Profile(Stage):
 
     @classmethod
     def is_needed(cls, experiment: Experiment) -> bool:
-        """Not with a table or a budget that is counted, nor where nothing is searched."""
+        """Only for a search by latency, without a given table."""
         search = experiment.search
         return search.table is None and search.by_table and experiment.train.arch is None
 
     @cached_property
     def networks(self) -> tuple[Architecture, ...]:
-        """Those that are priced beside the space."""
+        """The networks of ``profile.networks``, which the table covers besides the
+        space.
+        """
         return named_networks(self.at.experiment, self.at.space)
 
     def inputs(self) -> dict[str, str]:
-        """The space, the device, the networks that are named, tables of other devices,
-        and the settings.
+        """Hashes of the space, the device, the named networks, the tables of other
+        devices, and the settings.
         """
         self.at.check_searchable()
-        experiment, device = self.at.experiment, find_device(self.at.experiment.device.name)
-        timing_target(experiment.device.runtime, experiment.device.dtype)  # refuses what has none
-        found = {f"profile.networks[{i}]": arch.sha256 for i, arch in enumerate(self.networks)}
-        found |= {"space.json": self.at.space.sha256, "device.json": device.sha256}
-        found |= self.at.hashes_of_config("device", "profile", "seed")
-        for i, prior in enumerate(
-            experiment.profile.prior if experiment.profile.mode == "networks" else ()
-        ):
-            table = LatencyTable.load(Path(prior).expanduser())
-            found[f"profile.prior[{i}]"] = table.sha256
-            missing = missing_ops([op for arch in self.networks for op in arch.ops()], table)
+        experiment = self.at.experiment
+        device = find_device(experiment.device.name)
+        # Raises an error if no model can be timed with this runtime and dtype.
+        timing_target(experiment.device.runtime, experiment.device.dtype)
+
+        hashes = {f"profile.networks[{i}]": arch.sha256 for i, arch in enumerate(self.networks)}
+        hashes |= {"space.json": self.at.space.sha256, "device.json": device.sha256}
+        hashes |= self.at.hashes_of_config("device", "profile", "seed")
+        if experiment.profile.mode == "networks":
+            hashes |= self._prior_hashes()
+
+        # Devices with an address may be out of reach now, so they are checked later.
+        if experiment.device.cores is None and device.connection not in ADDRESSES:
+            # Raises an error for more threads than the device has cores.
+            connect(device).cores(experiment.device.threads)
+        return hashes
+
+    def _prior_hashes(self) -> dict[str, str]:
+        """Hashes of the tables of other devices. Raises ConfigError if one does not cover
+        the named networks.
+        """
+        named_ops = [op for arch in self.networks for op in arch.ops()]
+        hashes = {}
+        for i, path in enumerate(self.at.experiment.profile.prior):
+            table = LatencyTable.load(Path(path).expanduser())
+            hashes[f"profile.prior[{i}]"] = table.sha256
+            missing = missing_ops(named_ops, table)
             if missing:
                 raise ConfigError(
-                    f"profile.prior {prior!r} lacks {missing[0]} of profile.networks: profile those"
-                    " networks there, too, or remove one of the two keys."
+                    f"profile.prior {path!r} lacks {missing[0]} of profile.networks: profile those"
+                    " networks on that device as well, or remove one of the two keys."
                 )
-        # those that may be out of reach are asked later
-        if experiment.device.cores is None and device.connection not in ADDRESSES:
-            # refuses more threads than there are cores
-            connect(device).cores(experiment.device.threads)
-        return found
+        return hashes
 
     def summary(self) -> str:
-        """How much is measured where, and how often."""
-        device, config, space = self.at.experiment.device, self.at.experiment.profile, self.at.space
+        """How many items are measured, on which device, and how often."""
+        device = self.at.experiment.device
+        config = self.at.experiment.profile
+        space = self.at.space
         if config.mode == "ops":
             ops = len(planned_ops(space, self.networks))
             measured = f"{ops} ops and {config.fit_networks + config.test_networks} networks"
         else:
             measured = f"{config.sampled + len(self.networks)} networks"
-        threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
-        where = f"{device.name} ({device.runtime}, {device.dtype}, {threads})"
-        return f"measure {measured} of space {space.name} on {where} in {config.rounds} rounds"
+        plural = "s" if device.threads > 1 else ""
+        target = f"{device.runtime}, {device.dtype}, {device.threads} thread{plural}"
+        return (
+            f"measure {measured} of space {space.name} on {device.name} ({target}) in"
+            f" {config.rounds} rounds"
+        )
 
     def run(self, ctx: StageContext) -> None:
         """Write ``table.json``."""
@@ -97,7 +119,9 @@ class Profile(Stage):
         bench = bench_of(experiment.device, ctx.folder, ctx.progress)
         table = profile(bench, self.at.space, experiment.profile, experiment.seed, self.networks)
         table.save(ctx.folder / "table.json")
-        held_out = table.calibration.held_out if table.calibration else None
+        held_out = None
+        if table.calibration is not None:
+            held_out = table.calibration.held_out
         if "more_networks" in table.provenance:
             ctx.progress.info(
                 f"table of {len(table.entries)} ops fitted to whole networks:"
@@ -120,25 +144,19 @@ def profile(
     seed: int = 0,
     named: Sequence[Architecture] = (),
 ) -> LatencyTable:
-    """Measure ``space``, and the ops of ``named`` networks, on a device and return the
+    """Measure ``space`` and the ops of ``named`` networks on a device, and return the
     table. Raises DeviceError or TableError.
     """
-    settings, progress = bench.settings, bench.progress
-    known = (
-        [LatencyTable.load(Path(path).expanduser()) for path in config.prior]
-        if config.mode == "networks"
-        else []
-    )
-    # refuses a table that is no prior of this space before anything is measured
-    Prior.of(planned_ops(space, named), known)
-    usable = bench.connection.runtimes()
-    if settings.runtime not in usable:
-        has = ", ".join(usable.values()) or "no runtime"
-        raise DeviceError(
-            f"{bench.device.id} does not run {settings.runtime} (it has {has}): install it there,"
-            " or set device.runtime."
-        )
+    ops = planned_ops(space, named)
+    known = []
+    if config.mode == "networks":
+        known = [LatencyTable.load(Path(path).expanduser()) for path in config.prior]
+    # Raises an error for a table that does not cover these ops, before hours of measuring.
+    Prior.of(ops, known)
+    _check_runtime(bench)
+
     plan = make_plan(space, config, seed, named)
+    # The session continues from rows that an interrupted profile left in the file.
     session = Session(
         bench,
         _items(plan, bench),
@@ -146,32 +164,43 @@ def profile(
         JsonLines(bench.folder / "samples.jsonl"),
     )
     session.run("measuring")
-    found = {name: _entry(session, name) for name in plan.items}
-    _warn(found, progress)
-    measured = _Measured(
-        plan, found, _header(space, session), _provenance(space, config, session.conditions)
-    )
+    entries = {name: _entry(session, name) for name in plan.items}
+    _warn(entries, bench.progress)
+
+    header = _header(space, session)
+    provenance = _provenance(space, config, session.conditions)
     if config.mode == "networks":
-        return _fitted(
-            measured, planned_ops(space, named), known, np.random.default_rng([seed, 78])
-        )
-    entries = {op.key: found[op.key] for op in plan.ops}
-    calibration = _calibration(plan, found)
+        measured = _Measured(plan, entries, header, provenance)
+        return _fitted(measured, ops, known, np.random.default_rng([seed, FIT_STREAM]))
     return LatencyTable(
-        header=measured.header,
-        entries=entries,
-        calibration=calibration,
-        provenance=measured.provenance,
+        header=header,
+        entries={op.key: entries[op.key] for op in plan.ops},
+        calibration=_calibration(plan, entries),
+        provenance=provenance,
     )
+
+
+def _check_runtime(bench: Bench) -> None:
+    """Raise DeviceError if the device does not have the configured runtime."""
+    runtime = bench.settings.runtime
+    installed = bench.connection.runtimes()
+    if runtime not in installed:
+        names = ", ".join(installed.values()) or "no runtime"
+        raise DeviceError(
+            f"{bench.device.id} does not run {runtime} (it has {names}): install it there, or set"
+            " device.runtime."
+        )
 
 
 def _items(plan: Plan, bench: Bench) -> list[Item]:
-    """The file of every op and network, built where the cache lacks it."""
-    runtime, dtype = bench.settings.runtime, bench.settings.dtype
+    """The model file of every op and network, built unless it is in the cache."""
+    runtime = bench.settings.runtime
+    dtype = bench.settings.dtype
     items = []
     with bench.progress.task(f"building {len(plan.items)} models", len(plan.items)) as task:
         for name, ops in plan.items.items():
-            items.append(Item(name, runtime, bench.build(plan.built(name), runtime, dtype), ops))
+            model = bench.build(plan.built(name), runtime, dtype)
+            items.append(Item(name, runtime, model, ops))
             task.advance()
     return items
 
@@ -189,27 +218,30 @@ def _schedule(config: ProfileConfig, seed: int) -> Schedule:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was planned, the entry of every item, and what the table says of the measurement."""
+    """The plan, the entry of every item, and the table's description of the
+    measurement.
+    """
 
     plan: Plan
-    found: dict[str, Entry]
+    entries: dict[str, Entry]
     header: TableHeader
     provenance: dict[str, str]
 
 
 def _header(space: SearchSpace, session: Session) -> TableHeader:
     settings = session.bench.settings
-    said = session.header(settings.runtime)
+    reported = session.header(settings.runtime)
     return TableHeader(
         device=session.bench.device.id,
-        cpu=said.cpu,
-        machine=said.machine,
+        cpu=reported.cpu,
+        machine=reported.machine,
         runtime=settings.runtime,
-        runtime_version=f"{said.runtime_package} {said.runtime_version}",
+        runtime_version=f"{reported.runtime_package} {reported.runtime_version}",
         dtype=settings.dtype,
         threads=settings.threads,
-        cores=tuple(said.cores) if isinstance(said.cores, list) else "unknown",
-        governor=said.governor,
+        cores=tuple(reported.cores) if isinstance(reported.cores, list) else "unknown",
+        governor=reported.governor,
+        # TFLite files are channels-last, ONNX files channels-first.
         layout="NHWC" if settings.runtime == "litert" else "NCHW",
         batch=1,
         date=date.today().isoformat(),
@@ -220,44 +252,45 @@ def _header(space: SearchSpace, session: Session) -> TableHeader:
 def _provenance(
     space: SearchSpace, config: ProfileConfig, conditions: dict[str, list[float | str]]
 ) -> dict[str, str]:
-    return {
+    provenance = {
         "method": f"hwnas profile, {config.rounds} to {config.max_rounds} shuffled rounds",
         "space_sha256": space.sha256,
-        **{f"device_{name}": _range(values) for name, values in conditions.items()},
     }
+    for name, values in conditions.items():
+        provenance[f"device_{name}"] = _range(values)
+    return provenance
 
 
 def _fitted(
     measured: _Measured, ops: Sequence[Op], known: list[LatencyTable], rng: np.random.Generator
 ) -> LatencyTable:
-    """The table of whole networks alone; noisy ones are left out, and counted."""
-    provenance = measured.provenance
-    networks = {
-        arch.ops(): (arch, measured.found[f"net-{i}"]) for i, arch in enumerate(measured.plan.fit)
-    }
+    """A table fitted only to whole networks. Noisy networks are left out, but counted."""
+    # By ops, because a sampled network may also be a named one, and the fit wants each
+    # network once.
+    networks: dict[tuple[Op, ...], tuple[Architecture, Entry]] = {}
+    for i, arch in enumerate(measured.plan.fit):
+        networks[arch.ops()] = (arch, measured.entries[f"net-{i}"])
     quiet = [(arch, entry.ms) for arch, entry in networks.values() if not entry.noisy]
+    noisy_count = len(networks) - len(quiet)
     if len(quiet) < MIN_NETWORKS:
         raise TableError(
-            f"{len(networks) - len(quiet)} of {len(networks)} networks stayed noisy, and a fit"
-            f" needs {MIN_NETWORKS} quiet ones: measure on a quieter device, more networks, or with"
-            " a larger profile.max_spread."
+            f"{noisy_count} of {len(networks)} networks stayed noisy, and a fit needs"
+            f" {MIN_NETWORKS} quiet ones: use a quieter device, more networks, or a larger"
+            " profile.max_spread."
         )
+
     fitted = fit_table(ops, quiet, measured.header, rng, known=known)
     assert fitted.calibration is not None
-    calibration = fitted.calibration.model_copy(
-        update={"noisy_networks": len(networks) - len(quiet)}
+    calibration = fitted.calibration.model_copy(update={"noisy_networks": noisy_count})
+    provenance = {**measured.provenance, **fitted.provenance}
+    provenance["method"] = (
+        f"{measured.provenance['method']} of whole networks; {fitted.provenance['method']}"
     )
-    method = f"{provenance['method']} of whole networks; {fitted.provenance['method']}"
-    return fitted.model_copy(
-        update={
-            "calibration": calibration,
-            "provenance": {**provenance, **fitted.provenance, "method": method},
-        }
-    )
+    return fitted.model_copy(update={"calibration": calibration, "provenance": provenance})
 
 
 def _range(values: list[float | str]) -> str:
-    """What a condition of the device was over the whole measurement: ``31.5 to 38`` or
+    """The range of a device condition during the measurement: ``31.5 to 38`` or
     ``schedutil``.
     """
     numbers = [value for value in values if not isinstance(value, str)]
@@ -266,61 +299,82 @@ def _range(values: list[float | str]) -> str:
     return f"{min(numbers):g} to {max(numbers):g}"
 
 
-def _warn(found: dict[str, Entry], progress: Progress) -> None:
-    noisy = [name for name, entry in found.items() if entry.noisy]
+def _warn(entries: dict[str, Entry], progress: Progress) -> None:
+    """Warn of noisy entries, and of models that the delegate did not run as a whole."""
+    noisy = [name for name, entry in entries.items() if entry.noisy]
     if noisy:
         progress.warning(
-            f"{len(noisy)} of {len(found)} entries stayed noisy and are flagged:"
+            f"{len(noisy)} of {len(entries)} entries stayed noisy and are flagged:"
             f" {', '.join(noisy[:3])}."
         )
-    slow = [name for name, entry in found.items() if entry.delegated is False]
+    # Only False says so: "unknown" entries are not reported.
+    slow = [name for name, entry in entries.items() if entry.delegated is False]
     if slow:
         progress.warning(
-            f"the delegate did not take {len(slow)} of {len(found)} models whole, so slower kernels"
-            f" ran: {', '.join(slow[:3])}."
+            f"the delegate did not take {len(slow)} of {len(entries)} models whole, so slower"
+            f" kernels ran: {', '.join(slow[:3])}."
         )
 
 
-def _calibration(plan: Plan, found: dict[str, Entry]) -> Calibration | None:
-    """Fitted on the fit networks, judged on the test networks; noisy networks are
-    counted, and left out where enough quiet ones remain.
+@dataclass(frozen=True)
+class _Network:
+    """A measured network: its ops, the sum of their entries, and its own entry."""
 
-    A slope of one or two networks that happened to be quiet is further off than one of
-    a dozen noisy medians.
+    ops: tuple[Op, ...]
+    sum_ms: float
+    entry: Entry
+
+
+def _calibration(plan: Plan, entries: dict[str, Entry]) -> Calibration | None:
+    """The calibration, fitted to the fit networks and evaluated on the test networks;
+    None without fit networks.
+
+    Noisy networks are counted, and left out if enough quiet ones remain.
     """
-    networks = [(arch, found[f"net-{i}"]) for i, arch in enumerate((*plan.fit, *plan.test))]
-    quiet = [not entry.noisy for _, entry in networks]
-    sums = [sum(found[op.key].ms for op in arch.ops()) for arch, _ in networks]
-    nets = [entry.ms for _, entry in networks]
-    cut = len(plan.fit)
-    fit, test = (_usable(part, quiet) for part in (range(cut), range(cut, len(networks))))
+    networks = []
+    for i, arch in enumerate(plan.networks):
+        sum_ms = sum(entries[op.key].ms for op in arch.ops())
+        networks.append(_Network(arch.ops(), sum_ms, entries[f"net-{i}"]))
+    fit = _usable(networks[: len(plan.fit)])
+    test = _usable(networks[len(plan.fit) :])
     if not fit:
         return None
-    chains = [arch.ops() for arch, _ in networks]
-    calibration = fit_calibration(
-        [chains[i] for i in fit], [sums[i] for i in fit], [nets[i] for i in fit]
-    )
-    held_out = (
-        judge(
-            calibration, [chains[i] for i in test], [sums[i] for i in test], [nets[i] for i in test]
-        )
-        if test
-        else None
-    )
-    return calibration.model_copy(
-        update={"held_out": held_out, "noisy_networks": quiet.count(False)}
-    )
+
+    calibration = fit_calibration(*_columns(fit))
+    held_out = None
+    if test:
+        held_out = judge(calibration, *_columns(test))
+    noisy_count = sum(network.entry.noisy for network in networks)
+    return calibration.model_copy(update={"held_out": held_out, "noisy_networks": noisy_count})
 
 
-def _usable(networks: Sequence[int], quiet: Sequence[bool]) -> list[int]:
-    """The quiet ones of these networks, or all where fewer than ``MIN_NETWORKS`` are quiet."""
-    calm = [i for i in networks if quiet[i]]
-    return calm if len(calm) >= MIN_NETWORKS else list(networks)
+def _usable(networks: Sequence[_Network]) -> list[_Network]:
+    """The quiet networks, or all networks if fewer than ``MIN_NETWORKS`` are quiet."""
+    quiet = [network for network in networks if not network.entry.noisy]
+    # A slope from one or two networks that happened to be quiet is less accurate than
+    # one from a dozen noisy medians.
+    return quiet if len(quiet) >= MIN_NETWORKS else list(networks)
+
+
+def _columns(
+    networks: Sequence[_Network],
+) -> tuple[list[tuple[Op, ...]], list[float], list[float]]:
+    """The ops, the sums of entries and the measured latencies of networks, in ms."""
+    ops: list[tuple[Op, ...]] = []
+    sums_ms: list[float] = []
+    measured_ms: list[float] = []
+    for network in networks:
+        ops.append(network.ops)
+        sums_ms.append(network.sum_ms)
+        measured_ms.append(network.entry.ms)
+    return ops, sums_ms, measured_ms
 
 
 def _entry(session: Session, name: str) -> Entry:
+    """The entry of one item, from all its runs."""
     rounds = session.rounds(name)
     runs = np.concatenate([np.asarray(ms) for ms in rounds])
+    # The session has already spent its extra rounds on items above the allowed spread.
     spread = spread_of(rounds)
     return Entry(
         ms=_rounded(session.ms(name)),
@@ -335,7 +389,7 @@ def _entry(session: Session, name: str) -> Entry:
 
 
 def _rounded(value: float) -> float:
-    """Five significant digits: a clock tells no more, and tables of thousands of ops
-    stay readable.
+    """Five significant digits. Clocks are not more precise, and tables of thousands of
+    ops stay readable.
     """
     return float(f"{value:.5g}")

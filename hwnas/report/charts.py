@@ -1,4 +1,4 @@
-"""The report's figures: documents in, inline SVG out."""
+"""The report's figures: from documents to inline SVG."""
 
 from __future__ import annotations
 
@@ -20,66 +20,43 @@ from hwnas.report.style import KERNEL_MARKERS, LIGHT, canvas, inline_svg, kernel
 from hwnas.report.ticks import Ticks
 from hwnas.search.result import Candidate, SearchResult
 
-HALF, FULL = 464, 952
-"""Widths in CSS pixels of a figure in two columns and of one across the page."""
+HALF = 464
+"""Width in CSS pixels of a figure in one of two columns."""
+FULL = 952
+"""Width in CSS pixels of a figure across the page."""
 DOTS = 40
-"""Exact values up to which each is marked."""
+"""Curves of exact values with at most this many points get a marker on each."""
 
 
 def pareto(search: SearchResult) -> Markup:
     """Super-net quality over predicted cost: random architectures, the strategy's
-    proposals, the winner, the budget.
+    proposals, the winner, and the budget.
     """
-    best, percentages = search.candidates[0], search.metric != OF_LOSS
-    unit, what = search.shown_in, f"predicted {search.shown_in.noun}"
-    scale = 100 if percentages else 1
+    best = search.candidates[0]
+    unit = search.shown_in
+    is_percentage = search.metric != OF_LOSS
+    quality_scale = 100 if is_percentage else 1
+    target = search.target / unit.scale
+    low = target * (1 - search.tolerance)
+    high = target * (1 + search.tolerance)
     with canvas(FULL, 310) as figure:
         axes = figure.subplots()
-        low, high = (search.target / unit.scale * (1 + sign * search.tolerance) for sign in (-1, 1))
-        axes.axvspan(
-            low, high, color=LIGHT["band"], lw=0, zorder=0, label=f"budget ± {search.tolerance:.0%}"
-        )
-        axes.axvline(search.target / unit.scale, color=LIGHT["orange"], lw=1.2, zorder=1)
-        groups: tuple[tuple[str, tuple[Candidate, ...], dict[str, Any]], ...] = (
-            ("random, anywhere", search.random_anywhere, {"marker": "x", "color": LIGHT["muted"]}),
-            (
-                "random, in the budget",
-                search.random,
-                {"marker": "o", "facecolors": "none", "edgecolors": LIGHT["muted"]},
-            ),
-            (
-                f"proposals of {search.strategy}",
-                search.candidates[1:],
-                {"marker": "s", "color": LIGHT["blue"]},
-            ),
-            (
-                "chosen",
-                (best,),
-                {
-                    "marker": "*",
-                    "color": LIGHT["orange"],
-                    "edgecolors": LIGHT["ink"],
-                    "s": 210,
-                    "lw": 0.6,
-                    "zorder": 4,
-                },
-            ),
-        )
-        for label, members, look in groups:
+        band_label = f"budget ± {search.tolerance:.0%}"
+        axes.axvspan(low, high, color=LIGHT["band"], lw=0, zorder=0, label=band_label)
+        axes.axvline(target, color=LIGHT["orange"], lw=1.2, zorder=1)
+        for label, members, look in _pareto_groups(search):
             if members:
-                points = (
-                    [c.predicted / unit.scale for c in members],
-                    [scale * c.quality for c in members],
-                )
-                axes.scatter(*points, label=label, **{"s": 42, "zorder": 3, **look})
-        costs = [
-            c.predicted / unit.scale
-            for c in (*search.candidates, *search.random, *search.random_anywhere)
-        ]
-        left, right = min(*costs, low), max(*costs, high)
+                costs = [candidate.predicted / unit.scale for candidate in members]
+                qualities = [quality_scale * candidate.quality for candidate in members]
+                axes.scatter(costs, qualities, label=label, **{"s": 42, "zorder": 3, **look})
+
+        shown_candidates = (*search.candidates, *search.random, *search.random_anywhere)
+        all_costs = [candidate.predicted / unit.scale for candidate in shown_candidates]
+        left = min(*all_costs, low)
+        right = max(*all_costs, high)
         axes.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))
         axes.margins(y=0.15)
-        if percentages:
+        if is_percentage:
             axes.yaxis.set_major_formatter(Ticks("%"))
         axes.set_xlabel(f"predicted {unit.axis}")
         axes.set_ylabel(f"super-net {search.metric}, held-out images")
@@ -87,20 +64,44 @@ def pareto(search: SearchResult) -> Markup:
         return inline_svg(
             figure,
             "pareto",
-            f"Scatter plot of super-net {search.metric} over {what}. Chosen:"
+            f"Scatter plot of super-net {search.metric} over predicted {unit.noun}. Chosen:"
             f" {best.predicted / unit.scale:.3g} {unit.symbol} and"
-            f" {shown(search.metric, best.quality)}; budget {search.target / unit.scale:.3g}"
+            f" {shown(search.metric, best.quality)}; budget {target:.3g}"
             f" {unit.symbol}; {len(search.random)} random architectures and"
             f" {len(search.candidates)} proposals.",
         )
 
 
+def _pareto_groups(
+    search: SearchResult,
+) -> list[tuple[str, tuple[Candidate, ...], dict[str, Any]]]:
+    """The groups of architectures in ``pareto``: label, members and marker style."""
+    hollow = {"marker": "o", "facecolors": "none", "edgecolors": LIGHT["muted"]}
+    star = {
+        "marker": "*",
+        "color": LIGHT["orange"],
+        "edgecolors": LIGHT["ink"],
+        "s": 210,
+        "lw": 0.6,
+        "zorder": 4,
+    }
+    return [
+        ("random, anywhere", search.random_anywhere, {"marker": "x", "color": LIGHT["muted"]}),
+        ("random, in the budget", search.random, hollow),
+        (
+            f"proposals of {search.strategy}",
+            search.candidates[1:],
+            {"marker": "s", "color": LIGHT["blue"]},
+        ),
+        ("chosen", (search.candidates[0],), star),
+    ]
+
+
 @dataclass(frozen=True)
 class Series:
-    """A column of the metrics: its key, its name in the legend and its colour's name.
-    ``exact`` ones have no noise to smooth.
-
-    What is drawn are its values times ``factor``.
+    """A column of the metrics: its key, its name in the legend and the name of its
+    colour. ``exact`` series have no noise to smooth. Values are multiplied by
+    ``factor``.
     """
 
     key: str
@@ -110,6 +111,20 @@ class Series:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class Marks:
+    """Lines in a course beside its curves: the budget ``target`` with its relative
+    ``tolerance``, and the step ``start`` at which the method itself began to learn.
+    """
+
+    target: float | None = None
+    tolerance: float = 0.0
+    start: int | None = None
+
+
+NO_MARKS = Marks()
+
+
 def course(
     name: str,
     title: str,
@@ -117,78 +132,89 @@ def course(
     series: Sequence[Series],
     *,
     percent: bool = False,
-    target: float | None = None,
-    tolerance: float = 0.0,
-    start: int | None = None,
+    marks: Marks = NO_MARKS,
 ) -> Markup | None:
-    """Metrics over steps, raw and smoothed; None where the rows lack them all.
-
-    ``target`` draws a line with its tolerance band, ``start`` the step at which the
-    method's own learning began.
-    """
-    columns = [(one, *_column(rows, one.key, 100.0 if percent else one.factor)) for one in series]
-    columns = [(one, steps, values) for one, steps, values in columns if len(steps) > 0]
+    """Metrics over steps, raw and smoothed; None if no row has any of them."""
+    columns = []
+    for one_series in series:
+        factor = 100.0 if percent else one_series.factor
+        steps, values = _column(rows, one_series.key, factor)
+        if len(steps) > 0:
+            columns.append((one_series, steps, values))
     if not columns:
         return None
+
     with canvas(HALF, 230) as figure:
         axes = figure.subplots()
-        if target is not None:
-            axes.axhspan(
-                target * (1 - tolerance),
-                target * (1 + tolerance),
-                color=LIGHT["band"],
-                lw=0,
-                zorder=0,
-            )
-            axes.axhline(target, color=LIGHT["orange"], lw=1.2, zorder=1, label="budget")
-        if start is not None:
-            axes.axvline(start, color=LIGHT["muted"], lw=1, ls=(0, (2, 3)), zorder=1)
-        for one, steps, values in columns:
-            if not one.exact:
-                axes.plot(
-                    *_envelope(steps, values), color=LIGHT[one.colour], lw=0.7, alpha=0.35, zorder=2
-                )
-            line = values if one.exact else smoothed(values)
-            look: dict[str, Any] = (
-                {"marker": "o", "ms": 4.5} if one.exact and len(values) <= DOTS else {}
-            )
-            axes.plot(
-                *_thinned(steps, line),
-                color=LIGHT[one.colour],
-                lw=1.8,
-                zorder=3,
-                label=one.label,
-                **look,
-            )
-        # a few spikes of a noisy curve may be cut off, for the rest would be flat; a
-        # value without noise never is
-        ends = [
-            np.percentile(values, [0, 100] if one.exact else [0.2, 99.8])
-            for one, _, values in columns
-        ]
-        low, high = min(end[0] for end in ends), max(end[1] for end in ends)
-        low, high = min(low, target or low), max(high, target or high)
+        _draw_marks(axes, marks)
+        for one_series, steps, values in columns:
+            _draw_series(axes, one_series, steps, values)
+        low, high = _range_of(columns)
+        low = min(low, marks.target or low)
+        high = max(high, marks.target or high)
         axes.set_ylim(low - 0.08 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
         axes.set_xlim(0, max(1, int(rows[-1]["step"])))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if percent:
             axes.yaxis.set_major_formatter(Ticks("%"))
         axes.set_xlabel("step")
-        if len(columns) > 1 or target is not None:
+        if len(columns) > 1 or marks.target is not None:
             figure.legend(loc="outside upper right", ncols=3)
-        last = "; ".join(
-            f"{one.label} ends at {float(smoothed(values)[-1]):.3g}{'%' if percent else ''}"
-            for one, _, values in columns
-        )
-        return inline_svg(figure, name, f"Line chart of {title} over {len(rows)} steps: {last}.")
+
+        unit = "%" if percent else ""
+        ends = []
+        for one_series, _, values in columns:
+            last = float(smoothed(values)[-1])
+            ends.append(f"{one_series.label} ends at {last:.3g}{unit}")
+        description = f"Line chart of {title} over {len(rows)} steps: {'; '.join(ends)}."
+        return inline_svg(figure, name, description)
+
+
+def _draw_marks(axes: Axes, marks: Marks) -> None:
+    if marks.target is not None:
+        low = marks.target * (1 - marks.tolerance)
+        high = marks.target * (1 + marks.tolerance)
+        axes.axhspan(low, high, color=LIGHT["band"], lw=0, zorder=0)
+        axes.axhline(marks.target, color=LIGHT["orange"], lw=1.2, zorder=1, label="budget")
+    if marks.start is not None:
+        axes.axvline(marks.start, color=LIGHT["muted"], lw=1, ls=(0, (2, 3)), zorder=1)
+
+
+def _draw_series(axes: Axes, series: Series, steps: np.ndarray, values: np.ndarray) -> None:
+    """A thick line; noisy values are smoothed for it, and the raw ones drawn thin."""
+    colour = LIGHT[series.colour]
+    look: dict[str, Any] = {}
+    line = values
+    if series.exact:
+        if len(values) <= DOTS:
+            look = {"marker": "o", "ms": 4.5}
+    else:
+        axes.plot(*_envelope(steps, values), color=colour, lw=0.7, alpha=0.35, zorder=2)
+        line = smoothed(values)
+    axes.plot(*_thinned(steps, line), color=colour, lw=1.8, zorder=3, label=series.label, **look)
+
+
+def _range_of(columns: Sequence[tuple[Series, np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """The smallest and the largest value to show. A few spikes of a noisy curve may be
+    cut off, because the rest would look flat; exact values never are.
+    """
+    lows = []
+    highs = []
+    for series, _, values in columns:
+        low, high = np.percentile(values, [0, 100] if series.exact else [0.2, 99.8])
+        lows.append(low)
+        highs.append(high)
+    return min(lows), max(highs)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a thirtieth of the values; windows shrink at the ends."""
-    window = np.ones(min(len(values), max(1, len(values) // 30) | 1))
-    average: np.ndarray = np.convolve(values, window, "same") / np.convolve(
-        np.ones(len(values)), window, "same"
-    )
+    """Centred moving average over about a thirtieth of the values; the window is cut off
+    at both ends.
+    """
+    width = max(1, len(values) // 30) | 1  # odd, so that the window is centred
+    window = np.ones(min(len(values), width))
+    counts = np.convolve(np.ones(len(values)), window, "same")
+    average: np.ndarray = np.convolve(values, window, "same") / counts
     return average
 
 
@@ -208,8 +234,8 @@ def _thinned(
 def _envelope(
     steps: np.ndarray, values: np.ndarray, bins: int = 300
 ) -> tuple[np.ndarray, np.ndarray]:
-    """At most two points per bin, its smallest and its largest: long runs stay small
-    files and keep their spikes.
+    """The smallest and the largest value of each bin: files of long runs stay small,
+    and spikes stay visible.
     """
     if len(steps) <= 2 * bins:
         return steps, values
@@ -220,16 +246,16 @@ def _envelope(
     return steps[order], values[order]
 
 
-def held_out(judged: HeldOut) -> Markup:
-    """Predicted against measured latency of the networks that the calibration has not seen."""
-    predicted, measured = np.array(judged.pairs, dtype=float).reshape(-1, 2).T
+def held_out(evaluated: HeldOut) -> Markup:
+    """Predicted against measured latency of networks that the calibration has not seen."""
+    predicted, measured = np.array(evaluated.pairs, dtype=float).reshape(-1, 2).T
     with canvas(HALF, 400) as figure:
         axes = figure.subplots()
-        ends = np.array(
-            [min(predicted.min(), measured.min()), max(predicted.max(), measured.max())]
-        )
-        margin = 0.08 * float(np.ptp(ends)) or 0.1 * float(ends[1])
-        span = np.array([ends[0] - margin, ends[1] + margin])
+        low = min(predicted.min(), measured.min())
+        high = max(predicted.max(), measured.max())
+        # a single network, or equal ones, have no range: then a tenth of the value
+        margin = 0.08 * float(high - low) or 0.1 * float(high)
+        span = np.array([low - margin, high + margin])
         axes.plot(
             span, span, color=LIGHT["muted"], lw=1, ls=(0, (4, 3)), label="predicted = measured"
         )
@@ -252,53 +278,46 @@ def held_out(judged: HeldOut) -> Markup:
         return inline_svg(
             figure,
             "heldout",
-            f"Scatter plot of predicted over measured latency of {judged.networks} held-out"
-            f" networks: mean error {judged.mape:.1%}, largest {judged.max_error:.1%}.",
+            f"Scatter plot of predicted over measured latency of {evaluated.networks} held-out"
+            f" networks: mean error {evaluated.mape:.1%}, largest {evaluated.max_error:.1%}.",
         )
 
 
 def entries(table_entries: dict[str, Entry]) -> Markup:
-    """Every entry of a table as a dot, one row per kind and input size, kernel sizes by
-    colour and shape, noisy ones ringed.
+    """Every entry of a table as a dot: one row per kind and input size, kernel sizes by
+    colour and shape, noisy entries ringed.
     """
     groups: dict[tuple[str, int], list[tuple[Op, Entry]]] = defaultdict(list)
     for key, entry in table_entries.items():
         op = Op.parse(key)
         groups[op.kind, op.size].append((op, entry))
-    order_of = kinds()
-    order = sorted(groups, key=lambda group: (-group[1], order_of.index(group[0])))
+    kind_order = kinds()
+    order = sorted(groups, key=lambda group: (-group[1], kind_order.index(group[0])))
     values = [entry.ms for entry in table_entries.values()]
+    noisy = sum(entry.noisy for entry in table_entries.values())
     with canvas(FULL, 90 + 40 * len(order)) as figure:
         axes = figure.subplots()
         for row, group in enumerate(order):
-            kernels = sorted({op.kernel for op, _ in groups[group]})
-            for op, entry in groups[group]:
-                _dot(
-                    axes,
-                    row + 0.24 * (kernels.index(op.kernel) - (len(kernels) - 1) / 2),
-                    op,
-                    entry,
-                )
+            _draw_row(axes, row, groups[group])
+        # one decade or less is easier to read on a linear axis
         if min(values) > 0 and max(values) > 12 * min(values):
             axes.set_xscale("log")
-            # each by itself: 0.001 and 1, not 0.001 and 1.000
+            # each label by itself: 0.001 and 1, not 0.001 and 1.000
             axes.xaxis.set_major_formatter(FuncFormatter(Ticks()))
-            axes.xaxis.set_minor_formatter(
-                FuncFormatter(lambda value, _: Ticks()(value) if f"{value:e}"[0] in "25" else "")
-            )
+            axes.xaxis.set_minor_formatter(FuncFormatter(_minor_label))
             axes.grid(which="minor", axis="x", alpha=0.5)
         axes.set_yticks(range(len(order)), [f"{kind}  {size}×{size}" for kind, size in order])
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.set_xlabel("latency, ms (bars: 10th to 90th percentile of the runs)")
-        kernels = sorted({op.kernel for members in groups.values() for op, _ in members})
+
+        kernels = sorted({Op.parse(key).kernel for key in table_entries})
         for kernel in kernels:
             axes.scatter([], [], s=34, label=f"{kernel}×{kernel}", **_look(kernel))
-        if any(entry.noisy for entry in table_entries.values()):
+        if noisy:
             axes.scatter(
                 [], [], s=110, facecolors="none", edgecolors=LIGHT["red"], lw=1.4, label="noisy"
             )
         figure.legend(loc="outside upper right", ncols=8)
-        noisy = sum(entry.noisy for entry in table_entries.values())
         return inline_svg(
             figure,
             "entries",
@@ -306,6 +325,20 @@ def entries(table_entries: dict[str, Entry]) -> Markup:
             f" {max(values):.3g} ms, grouped by kind and input size; {noisy} are noisy. The table"
             " below holds the numbers.",
         )
+
+
+def _draw_row(axes: Axes, row: int, members: Sequence[tuple[Op, Entry]]) -> None:
+    """The entries of one kind and input size, side by side by kernel size."""
+    kernels = sorted({op.kernel for op, _ in members})
+    for op, entry in members:
+        shift = 0.24 * (kernels.index(op.kernel) - (len(kernels) - 1) / 2)
+        _dot(axes, row + shift, op, entry)
+
+
+def _minor_label(value: float, position: int | None) -> str:
+    """Labels at 2 and 5 only: the other minor ticks of a decade would overlap."""
+    del position
+    return Ticks()(value) if f"{value:e}"[0] in "25" else ""
 
 
 def _look(kernel: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The figure and the tables of a comparison of methods."""
+"""The figure and the tables of a comparison of search methods."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hwnas.study.documents import CompareStudy, Estimate, MethodResult, RandomSe
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method of the table: its name, what it lacks results of, and its cells, each
-    with a line below.
+    """A row of the table of methods: the name, the seeds without a result and why, and
+    the cells, each with a second line.
     """
 
     name: str
@@ -26,8 +26,8 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class PairwiseRow:
-    """A method, and its probability to beat each other one, with the p-value below; an
-    empty cell for itself.
+    """A method and its probability of beating each other method, with the p-value on
+    the second line; the cell for itself is empty.
     """
 
     name: str
@@ -35,17 +35,20 @@ class PairwiseRow:
 
 
 def ordered(study: CompareStudy) -> list[MethodResult]:
-    """The methods, the best median rank first; those without any result last."""
-    return sorted(
-        study.methods, key=lambda method: math.inf if method.rank is None else method.rank
-    )
+    """The methods by median rank, the best first; those without any result last."""
+
+    def rank_of(method: MethodResult) -> float:
+        return math.inf if method.rank is None else method.rank
+
+    return sorted(study.methods, key=rank_of)
 
 
 def method_rows(study: CompareStudy) -> list[MethodRow]:
     """The methods in order."""
-    return [
-        MethodRow(method.name, method.failed, _cells(study, method)) for method in ordered(study)
-    ]
+    rows = []
+    for method in ordered(study):
+        rows.append(MethodRow(method.name, method.failed, _cells(study, method)))
+    return rows
 
 
 def _cells(study: CompareStudy, method: MethodResult) -> tuple[tuple[str, str], ...]:
@@ -57,24 +60,18 @@ def _cells(study: CompareStudy, method: MethodResult) -> tuple[tuple[str, str], 
         or method.equal is None
     ):
         return tuple([("–", "")] * 7)
+    accuracies = [row.accuracy for row in method.found]
     seconds = [row.cpu_seconds for row in method.found if row.cpu_seconds is not None]
+    mean_seconds = f"{sum(seconds) / len(seconds):.0f} s" if seconds else ""
+    probability, interval = _chance(method.p_better_than_random)
     return (
         (f"{method.rank:g}", " ".join(str(row.rank) for row in method.found)),
         (f"{method.rank / study.architectures:.1%}", ""),
-        (
-            f"{method.accuracy:.2%}",
-            (
-                f"{min(row.accuracy for row in method.found):.2%} to"
-                f" {max(row.accuracy for row in method.found):.2%}"
-            ),
-        ),
+        (f"{method.accuracy:.2%}", f"{min(accuracies):.2%} to {max(accuracies):.2%}"),
         (f"{100 * method.regret:.2f}", ""),
-        (f"{method.cost:.3g}", f"{sum(seconds) / len(seconds):.0f} s" if seconds else ""),
+        (f"{method.cost:.3g}", mean_seconds),
         _chance(method.p_better_than_one),
-        (
-            _chance(method.p_better_than_random)[0],
-            f"of {method.equal.trainings}, {_chance(method.p_better_than_random)[1]}",
-        ),
+        (probability, f"of {method.equal.trainings}, {interval}"),
     )
 
 
@@ -87,15 +84,16 @@ def pairwise_rows(study: CompareStudy) -> list[PairwiseRow]:
         assert pair.beats.value is not None
         cells[pair.first, pair.second] = f"{pair.beats.value:.2f}", p
         cells[pair.second, pair.first] = f"{1 - pair.beats.value:.2f}", p
-    return [
-        PairwiseRow(name, tuple(cells.get((name, other), ("", "")) for other in names))
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        row = tuple(cells.get((name, other), ("", "")) for other in names)
+        rows.append(PairwiseRow(name, row))
+    return rows
 
 
 def ranks(study: CompareStudy) -> Markup | None:
-    """True ranks by method: a dot for every seed, the median, and behind them what
-    random search at equal cost finds.
+    """True ranks by method: a dot for every seed, the median, and in the background what
+    random search finds at equal cost.
     """
     methods = [method for method in ordered(study) if method.found and method.equal is not None]
     if not methods:
@@ -106,30 +104,29 @@ def ranks(study: CompareStudy) -> Markup | None:
         for row, method in enumerate(methods):
             assert method.equal is not None and method.rank is not None
             _random(study, method.equal, row, axes)
-            first = row == 0
-            share = [each.rank / study.architectures for each in method.found]
-            middle = method.rank / study.architectures
+            is_first = row == 0  # one entry in the legend, not one per method
+            shares = [seed_result.rank / study.architectures for seed_result in method.found]
+            median = method.rank / study.architectures
             axes.scatter(
-                share,
-                [row] * len(share),
+                shares,
+                [row] * len(shares),
                 s=44,
                 color=LIGHT["blue"],
                 edgecolors=LIGHT["paper"],
                 lw=0.8,
                 zorder=4,
-                label="a seed" if first else None,
+                label="a seed" if is_first else None,
             )
             axes.plot(
-                [middle] * 2,
+                [median] * 2,
                 [row - 0.3, row + 0.3],
                 color=LIGHT["orange"],
                 lw=2.4,
                 zorder=3,
-                label="median" if first else None,
+                label="median" if is_first else None,
             )
-        axes.set_yticks(
-            range(len(methods) + 1), [*(method.name for method in methods), "one random"]
-        )
+        names = [method.name for method in methods]
+        axes.set_yticks(range(len(methods) + 1), [*names, "one random"])
         axes.set_ylim(len(methods) + 0.6, -0.6)
         axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel(
@@ -138,19 +135,22 @@ def ranks(study: CompareStudy) -> Markup | None:
         )
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper left", ncols=4)
-        found = "; ".join(f"{method.name}: median rank {method.rank:g}" for method in methods)
+        medians = "; ".join(f"{method.name}: median rank {method.rank:g}" for method in methods)
         return inline_svg(
             figure,
             "comparing",
             f"Strip plot of true ranks among {study.architectures} architectures by method,"
-            f" {len(study.seeds)} seeds. {found}; a random one: mean rank {study.random.rank:.0f}.",
+            f" {len(study.seeds)} seeds. {medians}; a random one: mean rank {study.random.rank:.0f}.",
         )
 
 
 def _random(study: CompareStudy, random: RandomSearch, row: int, axes: Axes) -> None:
-    """The box of random search: the middle half dark, 10 to 90 % pale, the median a line."""
-    low, quarter, middle, three, high = (rank / study.architectures for rank in random.ranks)
-    first = row == 0
+    """The box of random search: the middle half dark, 10 to 90 % pale, the median as a
+    line.
+    """
+    # the 10, 25, 50, 75 and 90 % quantiles
+    low, lower, median, upper, high = (rank / study.architectures for rank in random.ranks)
+    is_first = row == 0
     axes.barh(
         row,
         high - low,
@@ -158,18 +158,18 @@ def _random(study: CompareStudy, random: RandomSearch, row: int, axes: Axes) -> 
         height=0.62,
         color=LIGHT["wash"],
         zorder=1,
-        label="random at its cost, 10–90 %" if first else None,
+        label="random at its cost, 10–90 %" if is_first else None,
     )
     axes.barh(
         row,
-        three - quarter,
-        left=quarter,
+        upper - lower,
+        left=lower,
         height=0.62,
         color=LIGHT["line"],
         zorder=1,
-        label="25–75 %" if first else None,
+        label="25–75 %" if is_first else None,
     )
-    axes.plot([middle] * 2, [row - 0.31, row + 0.31], color=LIGHT["shade"], lw=1.4, zorder=2)
+    axes.plot([median] * 2, [row - 0.31, row + 0.31], color=LIGHT["shade"], lw=1.4, zorder=2)
 
 
 def _chance(estimate: Estimate) -> tuple[str, str]:

@@ -1,5 +1,5 @@
-"""What a run folder holds, read once: the documents, the curves, and how far each stage
-has come.
+"""The contents of a run folder, read once: the documents, the curves, and how far each
+stage has got.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ D = TypeVar("D", bound=Document)
 
 @dataclass(frozen=True)
 class StageState:
-    """How far a stage has come. ``step`` is the number of logged steps of one that was
-    interrupted.
+    """How far a stage has got. ``step`` is the number of steps that an interrupted
+    stage has logged.
     """
 
     name: str
@@ -45,11 +45,11 @@ class StageState:
 
 @dataclass(frozen=True)
 class RunDocuments:
-    """Everything the report shows. Documents of stages that have not run are None,
-    curves then empty.
+    """Everything the report shows. Documents of stages that have not run are None, and
+    their curves are empty.
 
-    ``folder`` is the run folder as the command line takes it; of an absolute path the
-    last part, for reports get passed on.
+    ``folder`` is the run folder as given on the command line. Of an absolute path it is
+    the last part, because reports are passed on to others.
     """
 
     experiment: Experiment
@@ -73,103 +73,99 @@ class RunDocuments:
 
     @property
     def only_study(self) -> bool:
-        """Whether the folder is of studies, in which no network is made."""
+        """Whether the folder only holds studies, which do not produce a network."""
         return self.study_verb is not None and not self.stages
 
     @property
     def study_verb(self) -> str | None:
-        """The command that made the folder's study, the first where there are several."""
-        made = {
-            "study rank": self.study,
-            "study compare": self.comparison,
-            "study shrink": self.shrinking,
-        }
-        return next((verb for verb, document in made.items() if document is not None), None)
+        """The command that made the study in this folder; the first one of several."""
+        if self.study is not None:
+            return "study rank"
+        if self.comparison is not None:
+            return "study compare"
+        if self.shrinking is not None:
+            return "study shrink"
+        return None
 
     @property
     def task(self) -> Task:
-        """What the network is for."""
+        """The task of the network."""
         return task_of(self.experiment)
 
     @property
     def unit(self) -> Unit:
-        """What the budget is in."""
-        return UNITS[
-            self.search.unit if self.search is not None else self.experiment.search.main_budget.UNIT
-        ]
+        """The unit of the budget."""
+        if self.search is not None:
+            return UNITS[self.search.unit]
+        return UNITS[self.experiment.search.main_budget.UNIT]
 
     @property
     def target(self) -> float | None:
-        """The budget: the searched one, else the configured one."""
-        return (
-            self.search.target
-            if self.search is not None
-            else self.experiment.search.main_budget.most
-        )
+        """The budget that was searched for, else the configured one."""
+        if self.search is not None:
+            return self.search.target
+        return self.experiment.search.main_budget.most
 
     @property
     def target_ms(self) -> float | None:
-        """The budget where it is one of latency."""
+        """The budget if it is a latency."""
         return self.target if self.unit.name == "ms" else None
 
     @property
     def counted(self) -> float | None:
-        """What the searched network has of a budget that is counted."""
-        return (
-            self.search.candidates[0].predicted
-            if self.search is not None and self.unit.name != "ms"
-            else None
-        )
+        """The cost of the found network if the budget is counted, as MACs or parameters are."""
+        if self.search is None or self.unit.name == "ms":
+            return None
+        return self.search.candidates[0].predicted
 
     @property
     def predicted_ms(self) -> float | None:
-        """The calibrated latency of the architecture, where the table covers it."""
-        if self.arch is None or self.table is None or missing_ops(self.arch.ops(), self.table):
-            return (
-                self.search.candidates[0].predicted
-                if self.search is not None and self.search.unit == "ms"
-                else None
-            )
-        return latency_ms(self.arch, self.table)
+        """The calibrated latency of the architecture. If the table does not cover it,
+        what the search predicted.
+        """
+        arch = self.arch
+        table = self.table
+        if arch is not None and table is not None and not missing_ops(arch.ops(), table):
+            return latency_ms(arch, table)
+        if self.search is not None and self.search.unit == "ms":
+            return self.search.candidates[0].predicted
+        return None
 
     def places(self) -> tuple[Placed, ...]:
-        """The architecture's blocks, input to output, with the skipped slots of its
-        space where its picks are known.
+        """The architecture's blocks, from input to output, with the skipped slots of
+        its space if its picks are known.
         """
         return () if self.arch is None else self.space.placed(self.arch)
 
 
 def sources() -> list[tuple[str, str]]:
-    """(stage or study, file): what the report reads, whichever exist."""
-    of_stages = [(name, file) for name in STAGES for file in stage_class(name).reported]
-    return of_stages + list(STUDIES.items())
+    """(stage or study, file): what the report reads if it exists."""
+    files = []
+    for name in STAGES:
+        files += [(name, file) for file in stage_class(name).reported]
+    return files + list(STUDIES.items())
 
 
 def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocuments:
-    """Read the run folder of ``ctx``. Raises DocumentError where a document is corrupt."""
-    search = _load(SearchResult, ctx.path("search", "search.json"))
+    """Read the run folder of ``ctx``. Raises DocumentError if a document is corrupt."""
     bundle = _load(Bundle, ctx.path("export", "bundle.json"))
-    searched = (
-        _load(Architecture, ctx.path("search", "arch.json"))
-        if ctx.experiment.train.arch is None
-        else None
-    )
-    trained = _load(Architecture, ctx.path("train", "arch.json"))
-    found = {f"{stage}/{name}": ctx.path(stage, name) for stage, name in sources()}
+    paths = {f"{stage}/{name}": ctx.path(stage, name) for stage, name in sources()}
     if ctx.experiment.search.table is not None:
-        found = {str(table_path): table_path} | {
-            name: path for name, path in found.items() if name != "profile/table.json"
-        }
+        # a table profiled earlier in this folder is not the one that was used
+        paths.pop("profile/table.json", None)
+        paths = {str(table_path): table_path, **paths}
     search_rows = JsonLines(ctx.path("search", "metrics.jsonl")).read()
     train_rows = JsonLines(ctx.path("train", "metrics.jsonl")).read()
+    logged_rows = {"search": search_rows, "train": train_rows}
+    stages = [_state(ctx, name, logged_rows.get(name, [])) for name in _needed(ctx)]
     return RunDocuments(
         experiment=ctx.experiment,
         folder=ctx.root.name if ctx.root.is_absolute() else ctx.root.as_posix(),
         space=space,
         table=_load(LatencyTable, table_path),
-        search=search,
+        search=_load(SearchResult, ctx.path("search", "search.json")),
         search_rows=search_rows,
-        arch=trained or searched or (bundle.architecture if bundle is not None else None),
+        arch=_architecture(ctx, bundle),
         train=_load(TrainResult, ctx.path("train", "train.json")),
         train_rows=train_rows,
         validation_rows=JsonLines(ctx.path("train", "validation.jsonl")).read(),
@@ -179,12 +175,23 @@ def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocument
         study=_load(RankStudy, ctx.path("rank", STUDIES["rank"])),
         comparison=_load(CompareStudy, ctx.path("compare", STUDIES["compare"])),
         shrinking=_load(ShrinkStudy, ctx.path("shrink", STUDIES["shrink"])),
-        stages=tuple(
-            _state(ctx, name, {"search": search_rows, "train": train_rows}.get(name, []))
-            for name in _needed(ctx)
-        ),
-        hashes={name: file_sha256(path) for name, path in found.items() if path.is_file()},
+        stages=tuple(stages),
+        hashes={name: file_sha256(path) for name, path in paths.items() if path.is_file()},
     )
+
+
+def _architecture(ctx: StageContext, bundle: Bundle | None) -> Architecture | None:
+    """The architecture of the run, from the latest stage that writes one: training adds
+    the detector to it, and only a bundle knows one that ``train.arch`` names.
+    """
+    trained = _load(Architecture, ctx.path("train", "arch.json"))
+    if trained is not None:
+        return trained
+    if ctx.experiment.train.arch is None:
+        searched = _load(Architecture, ctx.path("search", "arch.json"))
+        if searched is not None:
+            return searched
+    return bundle.architecture if bundle is not None else None
 
 
 def _load(document: type[D], path: Path) -> D | None:
@@ -193,18 +200,23 @@ def _load(document: type[D], path: Path) -> D | None:
 
 def _needed(ctx: StageContext) -> list[str]:
     """The stages that the report shows: those that the experiment goes through, and
-    those that were done all the same.
+    others that have run anyway.
     """
-    classes = {name: stage_class(name) for name in STAGES}
-    shown = {name: stage for name, stage in classes.items() if stage.reported}
-    studied = any(ctx.path(name, MANIFEST).is_file() for name in STUDIES)
-    if studied and not any(ctx.path(name, MANIFEST).is_file() for name in shown):
-        return []  # a study, which makes no network
-    return [
-        name
-        for name, stage in shown.items()
-        if stage.is_needed(ctx.experiment) or _has_finished(ctx, name)
-    ]
+    shown = {}
+    for name in STAGES:
+        stage = stage_class(name)
+        if stage.reported:
+            shown[name] = stage
+    has_study = any(ctx.path(name, MANIFEST).is_file() for name in STUDIES)
+    has_stage = any(ctx.path(name, MANIFEST).is_file() for name in shown)
+    if has_study and not has_stage:
+        return []  # a study by itself does not produce a network
+
+    needed = []
+    for name, stage in shown.items():
+        if stage.is_needed(ctx.experiment) or _has_finished(ctx, name):
+            needed.append(name)
+    return needed
 
 
 def _has_finished(ctx: StageContext, name: str) -> bool:
@@ -213,11 +225,9 @@ def _has_finished(ctx: StageContext, name: str) -> bool:
 
 def _state(ctx: StageContext, name: str, rows: Rows) -> StageState:
     manifest = _load(StageManifest, ctx.path(name, MANIFEST))
+    seconds = None
+    if manifest is not None and manifest.state == "done":
+        seconds = manifest.seconds
     finished = _has_finished(ctx, name)
     step = int(rows[-1]["step"]) + 1 if rows and not finished else None
-    return StageState(
-        name,
-        finished,
-        manifest.seconds if manifest is not None and manifest.state == "done" else None,
-        step,
-    )
+    return StageState(name, finished, seconds, step)

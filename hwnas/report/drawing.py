@@ -1,9 +1,10 @@
-"""The architecture, drawn: blocks as bars from input to output, with what each is and
-what each costs below.
+"""A drawing of the architecture: blocks as bars from input to output, with their
+settings and costs below.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -18,17 +19,18 @@ from hwnas.report.charts import FULL
 from hwnas.report.style import LIGHT, canvas, inline_svg, kernel_colour
 
 GUTTER = 92
+"""Width in CSS pixels of the row names."""
 ROWS = ("block", "kernel", "expansion", "stride", "output px")
-BARS, LABELS, COSTS, LEGEND = 190, 112, 74, 26
-"""Heights in CSS pixels of the parts of the drawing; ``GUTTER`` is the width of the row names."""
+LEGEND, BARS, LABELS, COSTS = 26, 190, 112, 74
+"""Heights in CSS pixels of the parts of the drawing, top to bottom."""
 
 
 def architecture(places: Sequence[Placed], ms: Sequence[float | None]) -> Markup:
-    """One bar per slot: height is the square root of the output channels, colour the
-    kernel size, an arc a residual.
+    """One bar per slot: its height is the square root of the output channels, its colour
+    the kernel size; an arc is a residual connection.
 
-    ``ms`` holds each place's latency (None: unknown, or skipped); without any, the
-    strip of costs is left out.
+    ``ms`` holds the latency of each place (None: unknown or skipped). If all are None,
+    the row of costs is left out.
     """
     has_costs = any(value is not None for value in ms)
     pitch = min(56.0, max(34.0, (FULL - GUTTER) / len(places)))
@@ -51,13 +53,11 @@ def architecture(places: Sequence[Placed], ms: Sequence[float | None]) -> Markup
 
 
 def describe(places: Sequence[Placed]) -> str:
-    """The drawing in words, for those who cannot see it."""
+    """A description of the drawing, for readers who cannot see it."""
     kept = [place.op for place in places if place.op is not None]
     skipped = len(places) - len(kept)
-    kernels = ", ".join(
-        f"{len(list(members))} with kernel {kernel}"
-        for kernel, members in groupby(sorted(op.kernel for op in kept if op.kernel > 1))
-    )
+    counts = Counter(op.kernel for op in kept if op.kernel > 1)
+    kernels = ", ".join(f"{counts[kernel]} with kernel {kernel}" for kernel in sorted(counts))
     return (
         f"Drawing of the architecture: {len(kept)} blocks from {kept[0].in_ch} x {kept[0].size} x"
         f" {kept[0].size} to {kept[-1].out_ch} outputs, {skipped} slots skipped; {kernels}. The"
@@ -67,7 +67,8 @@ def describe(places: Sequence[Placed]) -> str:
 
 def _legend(axes: Axes, places: Sequence[Placed], gutter: float, pitch: float) -> None:
     axes.set_ylim(0, 1)
-    x, unit = -0.42, 1 / pitch
+    x = -0.42
+    unit = 1 / pitch  # a CSS pixel in units of the x axis
     for kernel in sorted({place.op.kernel for place in places if place.op is not None}):
         axes.add_patch(
             Rectangle(
@@ -114,6 +115,7 @@ def _legend(axes: Axes, places: Sequence[Placed], gutter: float, pitch: float) -
 
 
 def _bars(axes: Axes, places: Sequence[Placed]) -> None:
+    # square roots, so that the first layers stay visible beside the last
     heights = [place.channels**0.5 for place in places]
     top = max(heights)
     axes.set_ylim(0, 1.3 * top)
@@ -173,32 +175,27 @@ def _labels(axes: Axes, places: Sequence[Placed], gutter: float) -> None:
     for size, members in groupby(place.size for place in places):
         end = start + len(list(members))
         axes.plot([start - 0.4, end - 0.6], [4.12, 4.12], color=LIGHT["muted"], lw=1)
-        axes.text(
-            (start + end - 1) / 2,
-            4.55,
-            f"{size}×{size}" if end - start > 1 else f"{size}",
-            ha="center",
-            va="center",
-            size=10.5,
-        )
+        # below a single bar there is only room for one number
+        text = f"{size}×{size}" if end - start > 1 else f"{size}"
+        axes.text((start + end - 1) / 2, 4.55, text, ha="center", va="center", size=10.5)
         start = end
 
 
 def _words(op: Op) -> tuple[str, str, str, str]:
-    """Block, kernel, expansion and stride of an op as the drawing writes them."""
-    kind = (op.WORD or op.kind) + ("+se" if op.se_ch else "")
+    """Block, kernel, expansion and stride of an op, as written in the drawing."""
+    block = op.WORD or op.kind
+    if op.se_ch:
+        block += "+se"
+    kernel = "pool" if op.pooled else f"{op.kernel}×{op.kernel}"
     expansion = f"×{op.mid_ch / op.in_ch:.2g}" if op.mid_ch else ""
-    return (
-        kind,
-        "pool" if op.pooled else f"{op.kernel}×{op.kernel}",
-        expansion,
-        f"↓ {op.stride}" if op.stride > 1 else "",
-    )
+    stride = f"↓ {op.stride}" if op.stride > 1 else ""
+    return block, kernel, expansion, stride
 
 
 def _costs(axes: Axes, ms: Sequence[float | None], gutter: float) -> None:
     known = [value or 0.0 for value in ms]
-    total, top = sum(known), max(known)
+    total = sum(known)
+    top = max(known)
     axes.set_ylim(0, 1.5 * top)
     for x, value in enumerate(known):
         if value > 0:

@@ -1,8 +1,9 @@
-"""Test images with what a detector finds in them."""
+"""Test images with a detector's results."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,10 +20,10 @@ COLUMNS = 4
 
 
 def detections(pictures: Sequence[Picture]) -> Markup:
-    """A grid of images: boxes of the ground truth dashed, boxes that were found solid,
-    with class and score.
+    """A grid of images: ground-truth boxes are dashed, detected boxes are solid, with
+    class and score.
     """
-    rows = -(-len(pictures) // COLUMNS)
+    rows = math.ceil(len(pictures) / COLUMNS)
     with canvas(FULL, rows * FULL / COLUMNS + 24) as figure:
         grid = figure.subplots(rows, COLUMNS, squeeze=False)
         for axes in grid.flat:
@@ -52,20 +53,19 @@ def detections(pictures: Sequence[Picture]) -> Markup:
 
 
 def describe(pictures: Sequence[Picture]) -> str:
-    """The pictures in words, for those who cannot see them."""
-    inside, found = (
-        sum(len(boxes) for boxes in each)
-        for each in zip(*((one.truth, one.found) for one in pictures), strict=True)
-    )
+    """A description of the pictures, for readers who cannot see them."""
+    annotated = sum(len(picture.truth) for picture in pictures)
+    detected = sum(len(picture.found) for picture in pictures)
     return (
-        f"{len(pictures)} test images with the {inside} boxes of their annotations and {found}"
-        " boxes that the network found."
+        f"{len(pictures)} test images with the {annotated} boxes of their annotations and"
+        f" {detected} boxes that the network found."
     )
 
 
 def _draw(axes: Axes, picture: Picture) -> None:
     pixels = np.asarray(Image.open(io.BytesIO(picture.jpeg)))
-    axes.imshow(pixels, interpolation="none")  # the SVG then holds the image's own pixels
+    # without interpolation, the SVG holds the image's own pixels
+    axes.imshow(pixels, interpolation="none")
     height, width = pixels.shape[:2]
     for boxes, colour, style in (
         (picture.truth, "green", (0, (3, 2))),
@@ -89,11 +89,13 @@ def _draw(axes: Axes, picture: Picture) -> None:
 
 
 def _label(axes: Axes, box: Box, width: int, height: int) -> None:
+    x1, y1, _, _ = box.corners
     axes.text(
-        box.corners[0] * width,
-        box.corners[1] * height,
+        x1 * width,
+        y1 * height,
         f"{box.label} {box.score:.2f}",
-        va="bottom" if box.corners[1] > 0.1 else "top",
+        # inside the box if there is no room above it
+        va="bottom" if y1 > 0.1 else "top",
         size=9.5,
         color=LIGHT["paper"],
         bbox={"facecolor": LIGHT["orange"], "edgecolor": "none", "pad": 1.5},

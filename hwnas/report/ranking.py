@@ -22,7 +22,7 @@ LABELS = {
     "snip": "SNIP at initialisation",
     "synflow": "SynFlow at initialisation (log)",
 }
-"""What a score is called beside an axis."""
+"""Score -> its axis label."""
 
 PERCENTAGES = ("accuracy", "unrecalibrated")
 MILLIONS = ("macs", "params")
@@ -30,8 +30,8 @@ MILLIONS = ("macs", "params")
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A score of the table: its metrics as texts, each with its interval, or its spread
-    over super-nets.
+    """A row of the table of scores: the formatted metrics, each with its interval, or
+    with its spread over super-nets.
     """
 
     name: str
@@ -40,99 +40,98 @@ class ScoreRow:
 
 def score_rows(study: RankStudy) -> list[ScoreRow]:
     """The scores, the best tau first."""
-    order = sorted(study.scores, key=lambda result: -_tau(result))
-    return [
-        ScoreRow(result.name, tuple(_cell(result, metric) for metric in METRICS))
-        for result in order
-    ]
+    rows = []
+    for result in sorted(study.scores, key=lambda result: -_tau(result)):
+        rows.append(ScoreRow(result.name, tuple(_cell(result, metric) for metric in METRICS)))
+    return rows
 
 
 def scatters(study: RankStudy) -> list[tuple[str, Markup]]:
-    """Every score against the accuracy of training alone: (title, SVG), the best tau
-    first; combinations of scores are left out.
+    """Every score against the accuracy of standalone training: (title, SVG), the best
+    tau first; combinations of scores are left out.
     """
     single = [result for result in study.scores if result.name in LABELS]
-    found = []
+    figures = []
     for result in sorted(single, key=lambda result: -_tau(result)):
-        label = LABELS[result.name]
-        scale = 1.0
-        if result.name in PERCENTAGES:
-            scale = 100.0
-        elif result.name in MILLIONS:
-            scale = 1e-6
-        title = label.partition(",")[0]
-        with canvas(HALF, 300) as figure:
-            axes = figure.subplots()
-            x = np.array([scale * point.scores[result.name] for point in study.points])
-            y = np.array([100 * point.truth for point in study.points])
-            shown = _near(x) & _near(y)
-            axes.scatter(
-                x[shown],
-                y[shown],
-                s=16,
-                color=LIGHT["blue"],
-                edgecolors=LIGHT["paper"],
-                lw=0.4,
-                zorder=3,
+        name = LABELS[result.name].partition(",")[0]
+        tau = _signed(result.spread["kendall"].mean)
+        title = f"{name[0].upper()}{name[1:]}: τ {tau}"
+        figures.append((title, _scatter(study, result)))
+    return figures
+
+
+def _scatter(study: RankStudy, result: ScoreResult) -> Markup:
+    label = LABELS[result.name]
+    axis_label = label
+    scale = 1.0
+    if result.name in PERCENTAGES:
+        axis_label = f"{label}, %"
+        scale = 100.0
+    elif result.name in MILLIONS:
+        scale = 1e-6
+    with canvas(HALF, 300) as figure:
+        axes = figure.subplots()
+        x = np.array([scale * point.scores[result.name] for point in study.points])
+        y = np.array([100 * point.truth for point in study.points])
+        shown = _near(x) & _near(y)
+        axes.scatter(
+            x[shown],
+            y[shown],
+            s=16,
+            color=LIGHT["blue"],
+            edgecolors=LIGHT["paper"],
+            lw=0.4,
+            zorder=3,
+        )
+        axes.margins(0.06)
+        if not shown.all():
+            axes.set_title(
+                f"{(~shown).sum()} of {len(shown)} lie outside", fontsize="small", loc="right"
             )
-            axes.margins(0.06)
-            if not shown.all():
-                axes.set_title(
-                    f"{(~shown).sum()} of {len(shown)} lie outside", fontsize="small", loc="right"
-                )
-            axes.set_xlabel(label + (", %" if result.name in PERCENTAGES else ""))
-            axes.set_ylabel("accuracy trained alone, %")
-            tau = (
-                "undefined"
-                if result.spread["kendall"].mean is None
-                else f"{result.spread['kendall'].mean:.3f}"
-            )
-            description = (
-                f"Scatter plot of accuracy trained alone over {label} of {len(x)} architectures:"
-                f" Kendall tau {tau}."
-            )
-            found.append(
-                (
-                    f"{title[0].upper()}{title[1:]}: τ {_signed(result.spread['kendall'].mean)}",
-                    inline_svg(figure, f"rank-{result.name}", description),
-                )
-            )
-    return found
+        axes.set_xlabel(axis_label)
+        axes.set_ylabel("accuracy trained standalone, %")
+        mean_tau = result.spread["kendall"].mean
+        tau = "undefined" if mean_tau is None else f"{mean_tau:.3f}"
+        description = (
+            f"Scatter plot of accuracy trained standalone over {label} of {len(x)} architectures:"
+            f" Kendall tau {tau}."
+        )
+        return inline_svg(figure, f"rank-{result.name}", description)
 
 
 def _near(values_N: np.ndarray) -> np.ndarray:
-    """Which of them a figure shows: bool [N]. A few networks that are no better than
-    chance would leave no room for all others.
+    """The values that a figure shows: bool [N]. A few networks no better than chance
+    would leave no room for all the others.
     """
     low, high = np.quantile(values_N, [0.1, 0.9])
-    room = 2 * (high - low)
-    near: np.ndarray = (values_N >= low - room) & (values_N <= high + room)
+    margin = 2 * (high - low)
+    near: np.ndarray = (values_N >= low - margin) & (values_N <= high + margin)
     return near
 
 
 def _tau(result: ScoreResult) -> float:
+    """Kendall's tau, for sorting: undefined ones are the worst."""
     mean = result.spread["kendall"].mean
     return -2.0 if mean is None else mean
 
 
 def _cell(result: ScoreResult, metric: str) -> tuple[str, str]:
-    """A metric, and below it the spread over super-nets, or the interval where there is
-    one super-net.
+    """A metric, and on the second line its spread over super-nets, or its interval if
+    there is one super-net.
     """
     spread = result.spread.get(metric, Spread(mean=None, std=None))
     if spread.std is not None:
         return _shown(metric, spread.mean), f"± {_shown(metric, spread.std)}"
-    only = next(
-        (
-            each[metric]
-            for each in result.supernets
-            if metric in each and each[metric].value is not None
-        ),
-        Estimate(value=None),
-    )
-    if only.low is None or only.high is None:
-        return _shown(metric, only.value), ""
-    return _shown(metric, only.value), f"{_shown(metric, only.low)} to {_shown(metric, only.high)}"
+
+    estimate = Estimate(value=None)
+    for supernet in result.supernets:
+        if metric in supernet and supernet[metric].value is not None:
+            estimate = supernet[metric]
+            break
+    interval = ""
+    if estimate.low is not None and estimate.high is not None:
+        interval = f"{_shown(metric, estimate.low)} to {_shown(metric, estimate.high)}"
+    return _shown(metric, estimate.value), interval
 
 
 def _shown(metric: str, value: float | None) -> str:
@@ -140,7 +139,9 @@ def _shown(metric: str, value: float | None) -> str:
         return "–"
     if metric == "regret":
         return f"{100 * value:.2f}"
-    return f"{value:.0%}" if metric in ("precision", "random_reaches") else _signed(value)
+    if metric in ("precision", "random_reaches"):
+        return f"{value:.0%}"
+    return _signed(value)
 
 
 def _signed(value: float | None) -> str:

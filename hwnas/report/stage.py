@@ -1,7 +1,7 @@
-"""The report stage: a run folder in, one HTML file out that opens anywhere, offline.
+"""The report stage: turns a run folder into one HTML file that opens anywhere, offline.
 
-Sections whose documents do not exist yet are left out, and the top of the page says
-which stages are missing. The same documents give the same bytes.
+Sections whose documents do not exist yet are left out, and the top of the page lists
+the missing stages. The same documents give the same bytes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -25,17 +26,20 @@ from hwnas.core.space import SearchSpace
 from hwnas.document import content_sha256, file_sha256, write_atomic
 from hwnas.export.bundle import BundleFile
 from hwnas.report import charts, comparing, drawing, pictures, ranking, shrinking
-from hwnas.report.charts import Series
+from hwnas.report.charts import Marks, Series
 from hwnas.report.documents import Rows, RunDocuments, read, sources
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
 from hwnas.task import Task
-from hwnas.tasks.pictures import MIN_SCORE
+from hwnas.tasks.pictures import MIN_SCORE, Pictures
 from hwnas.verdict import FileVerdict, drift_note
 
+D = TypeVar("D")
+T = TypeVar("T")
+
 CURVE_COLOURS = ("orange", "blue", "green")
-"""Of the metrics of a validation curve."""
+"""Colours of the metrics of a validation curve, in order."""
 
 __all__ = ["Report", "render", "run"]
 
@@ -48,17 +52,18 @@ class Report(Stage):
     outputs = ["report.html"]
 
     def inputs(self) -> dict[str, str]:
-        """The documents that are there, and the configuration."""
+        """The documents that exist, and the configuration."""
         paths = [self.at.path(stage, name) for stage, name in sources()]
-        found = [path for path in [*paths, self.at.table_path] if path.is_file()]
-        hashes = {f"{path.parent.name}/{path.name}": file_sha256(path) for path in found}
-        return {
-            **hashes,
-            "config": content_sha256(self.at.experiment.model_dump(mode="json", by_alias=True)),
-        }
+        paths.append(self.at.table_path)
+        hashes = {}
+        for path in paths:
+            if path.is_file():
+                hashes[f"{path.parent.name}/{path.name}"] = file_sha256(path)
+        content = self.at.experiment.model_dump(mode="json", by_alias=True)
+        return {**hashes, "config": content_sha256(content)}
 
     def summary(self) -> str:
-        """Where it will be."""
+        """The path of the report."""
         return str(self.at.path("report", "report.html"))
 
     def run(self, ctx: StageContext) -> None:
@@ -94,13 +99,16 @@ def render(documents: RunDocuments) -> str:
         "quality": quality,
         "sentence": sentence,
     }
-    verb = (documents.study_verb if documents.only_study else None) or "run"
+    study = documents.study
+    comparison = documents.comparison
+    shrunk = documents.shrinking
+    experiment = documents.experiment.model_dump(mode="json", by_alias=True)
     return environment.get_template("template.html").render(
         run=documents,
         version=__version__,
         themes={"light": LIGHT, "dark": DARK},
         files=file_rows(documents),
-        judged=judged_file(documents),
+        headline_file=headline_file(documents),
         failures=failures(documents),
         cautions=cautions(documents),
         notices=notices(documents),
@@ -112,29 +120,32 @@ def render(documents: RunDocuments) -> str:
         torch=torch_metrics(documents),
         per_class=class_rows(documents),
         min_score=MIN_SCORE,
-        ranks=ranking.score_rows(documents.study) if documents.study is not None else [],
-        methods=(
-            comparing.method_rows(documents.comparison) if documents.comparison is not None else []
-        ),
-        pairwise=comparing.pairwise_rows(documents.comparison)
-        if documents.comparison is not None
-        else [],
-        shrunk=shrinking.rows(documents.shrinking) if documents.shrinking is not None else [],
-        config=json.dumps(
-            documents.experiment.model_dump(mode="json", by_alias=True),
-            indent=2,
-            ensure_ascii=False,
-        ),
-        command=(
-            f"hwnas {verb} {shlex.quote(documents.folder)} --out"
-            f" {shlex.quote(documents.folder + '-again')}"
-        ),
+        ranks=_if_present(study, ranking.score_rows) or [],
+        methods=_if_present(comparison, comparing.method_rows) or [],
+        pairwise=_if_present(comparison, comparing.pairwise_rows) or [],
+        shrunk=_if_present(shrunk, shrinking.rows) or [],
+        config=json.dumps(experiment, indent=2, ensure_ascii=False),
+        command=_command(documents),
     )
+
+
+def _if_present(document: D | None, show: Callable[[D], T]) -> T | None:
+    """What ``show`` makes of a document; None if the document does not exist."""
+    return None if document is None else show(document)
+
+
+def _command(documents: RunDocuments) -> str:
+    """The command that repeats the run in another folder."""
+    verb = (documents.study_verb if documents.only_study else None) or "run"
+    folder = documents.folder
+    return f"hwnas {verb} {shlex.quote(folder)} --out {shlex.quote(folder + '-again')}"
 
 
 @dataclass(frozen=True)
 class FileRow:
-    """An exported file: what the bundle says of it and what the device said, if it was asked."""
+    """An exported file, as the bundle describes it, and its verdict if it ran on the
+    device.
+    """
 
     file: BundleFile
     verdict: FileVerdict | None
@@ -142,54 +153,56 @@ class FileRow:
 
 def file_rows(documents: RunDocuments) -> list[FileRow]:
     """The exported files in the bundle's order."""
-    verdicts = (
-        {file.name: file for file in documents.verdict.files}
-        if documents.verdict is not None
-        else {}
-    )
-    return (
-        [FileRow(file, verdicts.get(file.name)) for file in documents.bundle.files]
-        if documents.bundle is not None
-        else []
-    )
+    if documents.bundle is None:
+        return []
+    verdicts = {}
+    if documents.verdict is not None:
+        verdicts = {file.name: file for file in documents.verdict.files}
+    return [FileRow(file, verdicts.get(file.name)) for file in documents.bundle.files]
 
 
-def judged_file(documents: RunDocuments) -> FileVerdict | None:
-    """The file that stands in the headline: the one whose latency the table predicts,
-    else the first.
+def headline_file(documents: RunDocuments) -> FileVerdict | None:
+    """The file for the headline: the first one whose latency the table predicts, else
+    the first one.
     """
     files = documents.verdict.files if documents.verdict is not None else ()
-    return next(
-        (file for file in files if file.predicted_ms is not None), files[0] if files else None
-    )
+    for file in files:
+        if file.predicted_ms is not None:
+            return file
+    return files[0] if files else None
 
 
 @dataclass(frozen=True)
 class TorchMetrics:
-    """How good PyTorch is, by name, on how many test images."""
+    """PyTorch's metrics by name, and the number of test images."""
 
     values: dict[str, float | None]
     images: int
 
 
 def torch_metrics(documents: RunDocuments) -> TorchMetrics | None:
-    """PyTorch's metrics by the latest document that has each: older ones of detectors
-    say AP alone.
+    """PyTorch's metrics, each from the latest document that has it: older documents of
+    detectors only have AP.
     """
-    train, bundle, verdict = documents.train, documents.bundle, documents.verdict
+    train = documents.train
+    bundle = documents.bundle
+    verdict = documents.verdict
     values: dict[str, float | None] = {}
     images = 0
     if train is not None:
-        values, images = values | train.metrics, train.test_images
+        values = values | train.metrics
+        images = train.test_images
     if bundle is not None:
-        values, images = {**values, **bundle.metrics}, bundle.test_images
+        values = {**values, **bundle.metrics}
+        images = bundle.test_images
     if verdict is not None:
-        values, images = {**values, **verdict.metrics}, verdict.images
+        values = {**values, **verdict.metrics}
+        images = verdict.images
     return TorchMetrics(values, images) if values else None
 
 
 def trained_numbers(documents: RunDocuments) -> dict[str, float | None]:
-    """What the trained network is worth by all that its task measures, in the task's order."""
+    """All metrics of the trained network, in the task's order."""
     metrics = documents.train.metrics if documents.train is not None else {}
     return {name: metrics[name] for name in documents.task.numbers if name in metrics}
 
@@ -199,92 +212,101 @@ def failures(documents: RunDocuments) -> list[str]:
     verdict = documents.verdict
     if verdict is None:
         return []
-    allowed, found = verdict.tolerances, []
+
+    tolerances = verdict.tolerances
+    sentences = []
     for file in verdict.files:
-        if (
-            file.latency_passed is False
-            and file.latency_error is not None
-            and file.predicted_ms is not None
-        ):
-            found.append(
-                f"{file.name} takes"
-                f" {ms((file.network_ms or file.measured_ms) / (verdict.drift or 1))} ms at the"
-                f" profiled speed, {against(file.latency_error)} the {ms(file.predicted_ms)} ms"
-                f" predicted; {allowed.latency_tolerance:.1%} are allowed."
+        error = file.latency_error
+        if file.latency_passed is False and error is not None and file.predicted_ms is not None:
+            profiled_ms = (file.network_ms or file.measured_ms) / (verdict.drift or 1)
+            sentences.append(
+                f"{file.name} takes {ms(profiled_ms)} ms at the profiled speed, {against(error)}"
+                f" the {ms(file.predicted_ms)} ms predicted; {tolerances.latency_tolerance:.1%} are"
+                " allowed."
             )
         if not file.quality_passed:
-            found.append(
+            allowed = 100 * tolerances.tolerance(verdict.metric, file.dtype)
+            sentences.append(
                 f"{file.name} loses {100 * file.loss:.2f} points of {verdict.words.metric} against"
-                f" PyTorch; {100 * allowed.tolerance(verdict.metric, file.dtype):.2f} are allowed."
+                f" PyTorch; {allowed:.2f} are allowed."
             )
         if file.parity_passed is False and file.parity is not None:
-            found.append(
-                f"{file.name} gives other outputs than PyTorch on {verdict.device}: relative error"
-                f" {file.parity.relative_error:.1e}; {allowed.parity_tolerance:.1e} is allowed."
+            sentences.append(
+                f"the outputs of {file.name} differ from PyTorch's on {verdict.device}: relative"
+                f" error {file.parity.relative_error:.1e}; {tolerances.parity_tolerance:.1e} is"
+                " allowed."
             )
-    return found
+    return sentences
 
 
 def notices(documents: RunDocuments) -> list[str]:
-    """What a reader must know before believing the numbers: missing stages, and
-    documents that do not belong together.
+    """What a reader must know before trusting the numbers: missing stages, and documents
+    that do not belong together.
     """
-    found = []
-    missing = [
-        f"{stage.name} (interrupted at step {stage.step:,})" if stage.step else stage.name
-        for stage in documents.stages
-        if not stage.finished
-    ]
+    sentences = []
+    missing = []
+    for stage in documents.stages:
+        if not stage.finished:
+            step = f" (interrupted at step {stage.step:,})" if stage.step else ""
+            missing.append(f"{stage.name}{step}")
     if missing:
-        found.append(
-            f"Not finished yet: {', '.join(missing)}. Go on with: hwnas run"
+        sentences.append(
+            f"Not finished yet: {', '.join(missing)}. Resume with: hwnas run"
             f" {shlex.quote(documents.folder)}"
         )
-    search, table, bundle, arch = (
-        documents.search,
-        documents.table,
-        documents.bundle,
-        documents.arch,
-    )
+
+    search = documents.search
+    table = documents.table
+    bundle = documents.bundle
+    arch = documents.arch
     if search is not None and table is not None and search.table_sha256 != table.sha256:
-        found.append("The search used another latency table than the one shown here.")
+        sentences.append("The search used a different latency table from the one shown here.")
     if bundle is not None and arch is not None and bundle.architecture.sha256 != arch.sha256:
-        found.append("The exported files are of an earlier architecture than the one shown here.")
-    verdict = documents.verdict
-    if verdict is not None and verdict.bundle_sha256 != documents.hashes.get(
-        "export/bundle.json", verdict.bundle_sha256
-    ):
-        found.append("The verdict is about an earlier bundle than the one shown here.")
-    found += [
-        f"{name} was not validated: {why}."
-        for name, why in (verdict.not_run if verdict is not None else {}).items()
-    ]
-    note = drift_note(verdict) if verdict is not None else None
-    found += [sentence(note)] if note is not None else []
+        sentences.append("The exported files hold an earlier architecture than the one shown here.")
+    sentences += _notices_of_verdict(documents)
     if table is not None and table.calibration is None:
-        found.append(
+        sentences.append(
             "The latency table has no calibration against whole networks: its sums are not"
             " latencies of networks."
         )
-    return found
+    return sentences
+
+
+def _notices_of_verdict(documents: RunDocuments) -> list[str]:
+    verdict = documents.verdict
+    if verdict is None:
+        return []
+    sentences = []
+    # a report of a verdict without its bundle has nothing to compare
+    bundle_sha256 = documents.hashes.get("export/bundle.json", verdict.bundle_sha256)
+    if verdict.bundle_sha256 != bundle_sha256:
+        sentences.append("The verdict is about an earlier bundle than the one shown here.")
+    for name, why in verdict.not_run.items():
+        sentences.append(f"{name} was not validated: {why}.")
+    note = drift_note(verdict)
+    if note is not None:
+        sentences.append(sentence(note))
+    return sentences
 
 
 def cautions(documents: RunDocuments) -> list[Caution]:
-    """Why a result is less than it looks like: what the verdict says, and what the
-    search and the training say themselves.
+    """Why the results are worse than they look: the warnings of the verdict, the search
+    and the training, each once.
     """
-    verdict, search, train = documents.verdict, documents.search, documents.train
-    found = list(verdict.warnings) if verdict is not None else []
+    verdict = documents.verdict
+    search = documents.search
+    train = documents.train
+    warnings = list(verdict.warnings) if verdict is not None else []
     if search is not None and search.learning is not None:
-        found += search.learning.cautions
+        warnings += search.learning.cautions
     if train is not None and train.caution is not None:
-        found.append(train.caution)
-    return list(dict.fromkeys(found))
+        warnings.append(train.caution)
+    return list(dict.fromkeys(warnings))
 
 
 def conditions(documents: RunDocuments) -> list[tuple[str, str]]:
-    """Where and how latency was measured, as (name, value); without a table the device,
-    but for studies, which use none then.
+    """Where and how latency was measured, as (name, value). Without a table only the
+    device; for studies nothing, because then they use no device.
     """
     if documents.table is None:
         return [] if documents.only_study else [("device", documents.experiment.device.name)]
@@ -305,8 +327,8 @@ def conditions(documents: RunDocuments) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class BlockRow:
-    """A block of the architecture with its counts and its price. ``share`` is its part
-    of the sum over all blocks.
+    """A block of the architecture with its counts and its cost. ``share`` is its
+    fraction of the sum over all blocks.
     """
 
     place: Placed
@@ -316,150 +338,165 @@ class BlockRow:
 
 
 def block_rows(documents: RunDocuments) -> list[BlockRow]:
-    """The kept blocks, input to output."""
-    prices = block_prices(documents)
-    total = sum(price or 0.0 for price in prices)
-    return [
-        BlockRow(place, place.op, price, price / total if price is not None and total else None)
-        for place, price in zip(documents.places(), prices, strict=True)
-        if place.op is not None
-    ]
+    """The blocks that are not skipped, from input to output."""
+    costs = block_costs(documents)
+    total = sum(cost or 0.0 for cost in costs)
+    rows = []
+    for place, cost in zip(documents.places(), costs, strict=True):
+        if place.op is None:
+            continue
+        share = cost / total if cost is not None and total else None
+        rows.append(BlockRow(place, place.op, cost, share))
+    return rows
 
 
-def block_prices(documents: RunDocuments) -> list[float | None]:
-    """The table's entry of each place; None where a slot is skipped or the table has none."""
+def block_costs(documents: RunDocuments) -> list[float | None]:
+    """The latency of each place in ms; None if the slot is skipped or the table lacks
+    its op.
+    """
     entries = documents.table.entries if documents.table is not None else {}
-    return [
-        entries[place.op.key].ms if place.op is not None and place.op.key in entries else None
-        for place in documents.places()
-    ]
+    costs: list[float | None] = []
+    for place in documents.places():
+        entry = entries.get(place.op.key) if place.op is not None else None
+        costs.append(entry.ms if entry is not None else None)
+    return costs
 
 
 def figures(documents: RunDocuments) -> dict[str, Any]:
     """Every figure whose documents exist: name -> SVG, and the two rows of curves as
     lists of (title, SVG).
     """
-    search, table, rows, places = (
-        documents.search,
-        documents.table,
-        documents.search_rows,
-        documents.places(),
-    )
-    tolerance, unit = documents.experiment.search.tolerance, documents.unit
-    target = None if documents.target is None else documents.target / unit.scale
-    learns = [
-        row for row in rows if row.get("reward") is not None or row.get("held_out_loss") is not None
-    ]
-    start = int(learns[0]["step"]) if learns else None
-    sampled = Series(unit.quantity, "sampled", "pale-blue", factor=1 / unit.scale)
-    expected = Series(unit.expected, "expected", exact=True, factor=1 / unit.scale)
-    searching = [
-        (
-            "Reward",
-            charts.course("reward", "reward", rows, [Series("reward", "reward")], start=start),
-        ),
-        (
-            "Held-out loss",
-            charts.course(
-                "heldoutloss", "held-out loss", rows, [Series("held_out_loss", "loss")], start=start
-            ),
-        ),
-        (
-            sentence(unit.axis),
-            charts.course(
-                "latency",
-                unit.noun,
-                rows,
-                [sampled, expected],
-                target=target,
-                tolerance=tolerance,
-                start=start,
-            ),
-        ),
-        (
-            "Entropy of the policy, nats",
-            charts.course(
-                "entropy", "entropy", rows, [Series("entropy", "entropy", exact=True)], start=start
-            ),
-        ),
-        ("Loss", charts.course("loss", "loss", rows, [Series("loss", "loss")], start=start)),
-    ]
-    accuracies = [Series("train_accuracy", "training batch")]
-    if start is None:  # nothing is learnt but weights, so how well those do
-        searching.append(
-            (
-                "Accuracy on training batches",
-                charts.course("accuracy", "accuracy", rows, accuracies, percent=True),
-            )
-        )
-    rows = documents.train_rows
-    training = [
-        ("Loss", charts.course("trainloss", "training loss", rows, [Series("loss", "loss")])),
-        (
-            "Its parts",
-            charts.course(
-                "trainparts",
-                "parts of the loss",
-                rows,
-                [Series("class_loss", "classes"), Series("box_loss", "boxes", "orange")],
-            ),
-        ),
-        _metric_course(documents.task, rows, documents.validation_rows),
-    ]
-    judged = (
-        table.calibration.held_out if table is not None and table.calibration is not None else None
-    )
+    search = documents.search
+    table = documents.table
+    study = documents.study
+    comparison = documents.comparison
+    shrunk = documents.shrinking
+    places = documents.places()
+    start = _first_learning_step(documents.search_rows)
+    architecture = None
+    if places:
+        architecture = drawing.architecture(places, block_costs(documents))
+    entries = None
+    if table is not None and table.entries:
+        entries = charts.entries(table.entries)
+    held_out = None
+    if table is not None and table.calibration is not None:
+        evaluated = table.calibration.held_out
+        if evaluated is not None and evaluated.pairs:
+            held_out = charts.held_out(evaluated)
     return {
-        "architecture": drawing.architecture(places, block_prices(documents)) if places else None,
-        "pareto": charts.pareto(search) if search is not None else None,
-        "search": _drawn(searching),
+        "architecture": architecture,
+        "pareto": _if_present(search, charts.pareto),
+        "search": _search_curves(documents, start),
         "search_start": start,
-        "train": _drawn(training),
-        "detections": (
-            pictures.detections(documents.pictures.pictures)
-            if documents.pictures is not None
-            else None
-        ),
-        "held_out": charts.held_out(judged) if judged is not None and judged.pairs else None,
-        "ranking": ranking.scatters(documents.study) if documents.study is not None else [],
-        "comparing": (
-            comparing.ranks(documents.comparison) if documents.comparison is not None else None
-        ),
-        "shrinking": (
-            shrinking.course(documents.shrinking) if documents.shrinking is not None else None
-        ),
-        "entries": charts.entries(table.entries) if table is not None and table.entries else None,
+        "train": _training_curves(documents),
+        "detections": _if_present(documents.pictures, _detections),
+        "held_out": held_out,
+        "ranking": _if_present(study, ranking.scatters) or [],
+        "comparing": _if_present(comparison, comparing.ranks),
+        "shrinking": _if_present(shrunk, shrinking.course),
+        "entries": entries,
     }
 
 
-def _metric_course(task: Task, rows: Rows, validation_rows: Rows) -> tuple[str, Markup | None]:
-    """How good a network was as it trained: on test images where it was looked at,
-    beside training batches where they have an accuracy.
-    """
-    batches = [Series("train_accuracy", "training batch", "blue")]
-    if not validation_rows:
-        return "Accuracy on training batches", charts.course(
-            "trainaccuracy", "training accuracy", rows, batches, percent=True
-        )
-    together = sorted([*rows, *validation_rows], key=lambda row: float(row["step"]))
-    names = task.curve if len(task.curve) > 1 else dict.fromkeys(task.curve, "test images")
-    looked_at = [
-        Series(row, label, colour, exact=True)
-        for (row, label), colour in zip(names.items(), CURVE_COLOURS, strict=False)
-    ]
-    what = f"{task.metric} on test images"
-    curve = charts.course(
-        f"train{task.metric.lower()}", what, together, [*batches, *looked_at], percent=True
+def _detections(document: Pictures) -> Markup:
+    return pictures.detections(document.pictures)
+
+
+def _first_learning_step(rows: Rows) -> int | None:
+    """The step at which the search began to learn more than weights; None if it never did."""
+    for row in rows:
+        if row.get("reward") is not None or row.get("held_out_loss") is not None:
+            return int(row["step"])
+    return None
+
+
+def _search_curves(documents: RunDocuments, start: int | None) -> list[tuple[str, Markup]]:
+    """The curves of the search as (title, SVG); those without values are left out."""
+    rows = documents.search_rows
+    unit = documents.unit
+    scale = 1 / unit.scale
+    target = documents.target
+    budget = Marks(
+        target=None if target is None else target / unit.scale,
+        tolerance=documents.experiment.search.tolerance,
+        start=start,
     )
-    return f"{sentence(what)} during training", curve
+    begin = Marks(start=start)
+    sampled = Series(unit.quantity, "sampled", "pale-blue", factor=scale)
+    expected = Series(unit.expected, "expected", exact=True, factor=scale)
+    reward = [Series("reward", "reward")]
+    held_out_loss = [Series("held_out_loss", "loss")]
+    entropy = [Series("entropy", "entropy", exact=True)]
+    loss = [Series("loss", "loss")]
+    curves = [
+        ("Reward", charts.course("reward", "reward", rows, reward, marks=begin)),
+        (
+            "Held-out loss",
+            charts.course("heldoutloss", "held-out loss", rows, held_out_loss, marks=begin),
+        ),
+        (
+            sentence(unit.axis),
+            charts.course("latency", unit.noun, rows, [sampled, expected], marks=budget),
+        ),
+        (
+            "Entropy of the policy, nats",
+            charts.course("entropy", "entropy", rows, entropy, marks=begin),
+        ),
+        ("Loss", charts.course("loss", "loss", rows, loss, marks=begin)),
+    ]
+    # If only weights are learned, their accuracy is all that shows progress.
+    if start is None:
+        accuracy = [Series("train_accuracy", "training batch")]
+        curve = charts.course("accuracy", "accuracy", rows, accuracy, percent=True)
+        curves.append(("Accuracy on training batches", curve))
+    return _drawn(curves)
+
+
+def _training_curves(documents: RunDocuments) -> list[tuple[str, Markup]]:
+    """The curves of the training as (title, SVG); those without values are left out."""
+    rows = documents.train_rows
+    loss = [Series("loss", "loss")]
+    parts = [Series("class_loss", "classes"), Series("box_loss", "boxes", "orange")]
+    return _drawn(
+        [
+            ("Loss", charts.course("trainloss", "training loss", rows, loss)),
+            ("Parts of the loss", charts.course("trainparts", "parts of the loss", rows, parts)),
+            _metric_course(documents.task, rows, documents.validation_rows),
+        ]
+    )
+
+
+def _metric_course(task: Task, rows: Rows, validation_rows: Rows) -> tuple[str, Markup | None]:
+    """The task's metrics over the training: on test images at the steps where the
+    network was evaluated, and on training batches for tasks that log an accuracy.
+    """
+    on_batches = [Series("train_accuracy", "training batch", "blue")]
+    if not validation_rows:
+        curve = charts.course("trainaccuracy", "training accuracy", rows, on_batches, percent=True)
+        return "Accuracy on training batches", curve
+
+    merged = sorted([*rows, *validation_rows], key=lambda row: float(row["step"]))
+    # a single curve needs no name of its metric: the title has it
+    labels = task.curve if len(task.curve) > 1 else dict.fromkeys(task.curve, "test images")
+    on_test_images = []
+    for (key, label), colour in zip(labels.items(), CURVE_COLOURS, strict=False):
+        on_test_images.append(Series(key, label, colour, exact=True))
+    name = f"train{task.metric.lower()}"
+    title = f"{task.metric} on test images"
+    curve = charts.course(name, title, merged, [*on_batches, *on_test_images], percent=True)
+    return f"{sentence(title)} during training", curve
 
 
 def class_rows(documents: RunDocuments) -> list[tuple[str, float | None]]:
-    """The classes with what the task's metric is of each, the best first, those without
-    objects last.
-    """
-    found = documents.train.per_class.items() if documents.train is not None else ()
-    return sorted(found, key=lambda pair: -1.0 if pair[1] is None else pair[1], reverse=True)
+    """The classes with the task's metric, the best first, those without objects last."""
+
+    def value_of(row: tuple[str, float | None]) -> float:
+        _, value = row
+        return -1.0 if value is None else value
+
+    rows = documents.train.per_class.items() if documents.train is not None else ()
+    return sorted(rows, key=value_of, reverse=True)
 
 
 def _drawn(curves: list[tuple[str, Markup | None]]) -> list[tuple[str, Markup]]:
@@ -468,29 +505,32 @@ def _drawn(curves: list[tuple[str, Markup | None]]) -> list[tuple[str, Markup]]:
 
 def ms(value: float | None) -> str:
     """Milliseconds with three significant digits, zeros kept: 1.50, 23.4, 0.0120; an en
-    dash for none.
+    dash for None.
     """
     if value is None:
         return "–"
     if value <= 0:
         return f"{value:.3g}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+    decimals = max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:.{decimals}f}"
 
 
 def percent(value: float | str | None, digits: int = 1) -> str:
-    """A fraction as a percentage; words stay, none is an en dash."""
+    """A fraction as a percentage; strings are returned unchanged, None is an en dash."""
     if value is None:
         return "–"
-    return value if isinstance(value, str) else f"{value:.{digits}%}"
+    if isinstance(value, str):
+        return value
+    return f"{value:.{digits}%}"
 
 
 def quality(value: float, metric: str) -> str:
-    """A quality of a search, whose metric says how it is written."""
+    """A search's quality, formatted as its metric requires."""
     return shown(metric, value)
 
 
 def sentence(clause: str) -> str:
-    """A clause with a capital at its start.
+    """A clause with a capital first letter.
 
     Example:
         >>> sentence("the search learned nothing")
@@ -501,29 +541,35 @@ def sentence(clause: str) -> str:
 
 def signed(value: float | None, digits: int = 1) -> str:
     """A fraction as a percentage with its sign."""
-    return "–" if value is None else f"{value:+.{digits}%}".replace("-", "−")
+    if value is None:
+        return "–"
+    return f"{value:+.{digits}%}".replace("-", "−")
 
 
 def against(value: float) -> str:
     """A relative difference in words: ``1.2% above``, ``0.4% below``."""
-    return f"{abs(value):.1%} {'above' if value >= 0 else 'below'}"
+    direction = "above" if value >= 0 else "below"
+    return f"{abs(value):.1%} {direction}"
 
 
 def size(count: int) -> str:
     """Bytes as kB or MB (powers of 1000)."""
-    return f"{count / 1e3:.0f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.2f} MB"
 
 
 def big(count: int) -> str:
     """A count to three digits with its SI prefix: 345 k, 3.88 M, 1.20 G."""
     for factor, letter in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
         if count >= factor:
+            # "#" keeps trailing zeros, and with three digits a final point as well
             return f"{count / factor:#.3g}{letter}".replace(". ", " ")
     return str(count)
 
 
 def amount(value: float) -> str:
-    """What a limit limits: counts with their SI prefix, times as ``ms`` writes them."""
+    """The value of a limit: counts with their SI prefix, times as ``ms`` formats them."""
     return big(int(value)) if float(value).is_integer() else ms(value)
 
 
@@ -532,7 +578,8 @@ def huge(count: int) -> str:
     if count < 10**6:
         return f"{count:,}"
     digits, exponent = f"{count:.1e}".split("e+")
-    return f"{digits} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+    power = str(int(exponent)).translate(_SUPERSCRIPT)  # int removes a leading zero
+    return f"{digits} × 10{power}"
 
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")

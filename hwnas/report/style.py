@@ -1,8 +1,8 @@
 """How figures look, and how they become inline SVG.
 
-Figures are drawn in the light theme's colours; in the SVG each colour becomes the CSS
-variable of the same name, so that the page's dark theme reaches into them. Text stays
-text, in the page's font.
+Figures are drawn in the colours of the light theme. In the SVG, each colour becomes the
+CSS variable of the same name, so that the page's dark theme applies to figures as well.
+Text stays text, in the font of the page.
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ DARK = {
     "k5": "#6aa6ee",
     "k7": "#d3e5fc",
 }
-"""Variable -> colour. Values are unique within ``LIGHT``: they are replaced by name in the SVG."""
+"""CSS variable -> colour. The values in ``LIGHT`` must be unique: ``inline_svg`` finds
+the variable by its value.
+"""
 
 KERNEL_MARKERS = {1: "D", 3: "o", 5: "s", 7: "^"}
-"""Kernel size -> marker, so that colour never tells alone."""
+"""Kernel size -> marker, so that readers do not have to tell colours apart."""
 
 _RC: Any = {
     "svg.fonttype": "none",
@@ -101,45 +103,48 @@ _RC: Any = {
 
 @contextmanager
 def canvas(width: float, height: float, *, arranged: bool = True) -> Iterator[Figure]:
-    """A figure of ``width`` x ``height`` CSS pixels in the house style. Make its SVG
-    inside the ``with``.
+    """A figure of ``width`` x ``height`` CSS pixels in the house style. Call
+    ``inline_svg`` inside the ``with``, because the style ends with it.
     """
     with matplotlib.rc_context(_RC):
-        yield Figure(figsize=(width / 72, height / 72), layout="constrained" if arranged else None)
+        size = (width / 72, height / 72)  # an SVG of matplotlib has 72 pixels per inch
+        yield Figure(figsize=size, layout="constrained" if arranged else None)
 
 
 def kernel_colour(kernel: int) -> str:
-    """The colour of a kernel size; sizes beyond 7 share the darkest."""
-    return LIGHT[f"k{kernel}" if f"k{kernel}" in LIGHT else "k7"]
+    """The colour of a kernel size; sizes above 7 share the darkest."""
+    return LIGHT.get(f"k{kernel}", LIGHT["k7"])
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an SVG element that can stand in any page: ids prefixed by
-    ``name``, no prolog, no metadata, no URLs.
+    """The figure as an SVG element for any page: ids prefixed by ``name``, no prolog, no
+    metadata, no URLs.
     """
     plain_ticks(figure)
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(buffer, format="svg", metadata=no_metadata)
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
-    width, height = (
-        float(value) for value in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)[0]
-    )
+    width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)[0])
     body = drawn[drawn.index(">") + 1 : drawn.rindex("</svg>")]
-    # a style element would rule the whole page
+
+    # a style element in the figure would apply to the whole page
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
     body = body.replace("xlink:href", "href")
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
-    body = re.sub(
-        r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", body
-    )
+
+    # several figures share a page, so ids need a prefix; most ids are never referred to
+    used_ids = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
+
+    def renamed(match: re.Match[str]) -> str:
+        return f' id="{name}-{match[1]}"' if match[1] in used_ids else ""
+
+    body = re.sub(r' id="([^"]+)"', renamed, body)
     body = re.sub(r'(href="|url\()#', rf"\1#{name}-", body)
+
     body = re.sub(r"#[0-9a-f]{6}\b", lambda match: _VARIABLES.get(match[0], match[0]), body)
-    body = body.replace("font-family: 'DejaVu Sans', sans-serif", "font-family: inherit").replace(
-        "font-family: 'DejaVu Sans'", "font-family: inherit"
-    )
+    for font in ("'DejaVu Sans', sans-serif", "'DejaVu Sans'"):
+        body = body.replace(f"font-family: {font}", "font-family: inherit")
     body = re.sub(r"\s*\n\s*", "\n", body)
     label = html.escape(description, quote=True)
     return Markup(

@@ -1,5 +1,5 @@
-"""Tick labels: the fewest digits that still write every tick of an axis exactly, so
-that no two of them look the same.
+"""Tick labels with the fewest digits that write every tick of an axis exactly, so that
+no two look the same.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, LogFormatter, ScalarFormatter
 
 LARGE, SMALL = 1e6, 1e-4
-"""Axes whose largest value is outside are written with a power of ten."""
+"""Axes whose largest value lies outside this range are written with a power of ten."""
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Ticks(Formatter):
-    """Writes all ticks of an axis alike, with ``unit`` behind each number. matplotlib's
-    own would move a common part into a corner.
+    """Formats all ticks of an axis alike, with ``unit`` after each number. matplotlib's
+    own formatters move a common factor or offset into a corner.
 
-    Example:
-        >>> Ticks("%").format_ticks([96.1, 96.15, 96.2])
-        ['96.10%', '96.15%', '96.20%']
+        Example:
+            >>> Ticks("%").format_ticks([96.1, 96.15, 96.2])
+            ['96.10%', '96.15%', '96.20%']
     """
 
     def __init__(self, unit: str = "") -> None:
@@ -39,8 +39,8 @@ class Ticks(Formatter):
 
 
 def numbers(values: Sequence[float]) -> list[str]:
-    """Numbers as texts: equal decimals, thousands apart, one power of ten for all where
-    they are very large or very small.
+    """Numbers as text, all with the same decimals, with thousands separators, and with
+    a common power of ten if they are very large or very small.
     """
     largest = max((abs(value) for value in values), default=0.0)
     exponent = 0
@@ -52,14 +52,14 @@ def numbers(values: Sequence[float]) -> list[str]:
     texts = []
     for value in scaled:
         text = f"{value:,.{decimals}f}".replace("-", "−")
-        zero = not text.strip("−0.,")
-        texts.append("0" if zero else text + power)
+        is_zero = not text.strip("−0.,")
+        texts.append("0" if is_zero else text + power)
     return texts
 
 
 def plain_ticks(figure: Figure) -> None:
-    """Give every axis of numbers our labels; axes with names, or with a formatter of
-    their own, keep theirs.
+    """Use ``Ticks`` on every numeric axis; axes with names or with a formatter of their
+    own keep theirs.
     """
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
@@ -72,14 +72,15 @@ def plain_ticks(figure: Figure) -> None:
 
 
 def _decimals(values: Sequence[float]) -> int:
-    """The fewest decimals that write every value as exactly as the distance between two
-    needs it.
+    """The fewest decimals that write every value accurately, compared with the smallest
+    distance between two values.
     """
     order = sorted(set(values))
     distances = [second - first for first, second in pairwise(order)]
-    near = min(distances, default=abs(order[0]) if order else 1.0)
-    error = 1e-3 * (near or 1.0)
+    fallback = abs(order[0]) if order else 1.0  # a single value has no distance
+    smallest = min(distances, default=fallback)
+    tolerance = 1e-3 * (smallest or 1.0)
     for decimals in range(15):
-        if all(abs(round(value, decimals) - value) <= error for value in values):
+        if all(abs(round(value, decimals) - value) <= tolerance for value in values):
             return decimals
     return 15

@@ -40,16 +40,16 @@ SHRINK_METRICS = Registry(
         "random": "hwnas.search.shrinking:Random",
     },
 )
-"""By what a space is shrunk: ``hwnas.search.shrinking.ShrinkMetric``."""
+"""Metrics by which spaces are shrunk; see ``hwnas.search.shrinking.ShrinkMetric``."""
 
 
 def check_space(strategy: str, space: SearchSpace) -> None:
-    """Raise SpaceError where a strategy cannot search spaces of cells, and this is one."""
-    # what is not additive has no costs to search by, and says so itself
-    cells = space.ADDITIVE and not space.CHAIN
-    if cells and not STRATEGIES.get(strategy).cells:
+    """Raise SpaceError if ``space`` is one of cells and the strategy cannot search it."""
+    # Costs do not add up in other spaces without chains, which have a message of their own.
+    has_cells = space.ADDITIVE and not space.CHAIN
+    if has_cells and not STRATEGIES.get(strategy).cells:
+        names = sorted(name for name in STRATEGIES if STRATEGIES.get(name).cells)
         raise SpaceError(
-            f"strategy {strategy!r} is for spaces of blocks in a row, and {space.name} is one of"
-            " cells: choose one of"
-            f" {', '.join(sorted(name for name in STRATEGIES if STRATEGIES.get(name).cells))}."
+            f"strategy {strategy!r} is for chains of blocks, and {space.name} is a space of cells:"
+            f" choose one of {', '.join(names)}."
         )

@@ -1,5 +1,5 @@
-"""Architecture parameters of the differentiable methods: one vector per choice, softmax
-of which is its policy.
+"""Architecture parameters of the differentiable methods: one vector alpha per choice,
+whose softmax is the policy.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from hwnas.errors import SpaceError
 
 
 def refuse_resolutions(space: SearchSpace, strategy: str) -> None:
-    """Raise SpaceError where ``space`` leaves the resolution open: a batch of images
-    has one, so ``strategy`` cannot mix several.
+    """Raises SpaceError if ``space`` leaves the resolution open: a batch of images has
+    a single resolution, so ``strategy`` cannot mix several.
     """
     for choice in space.choices:
         if choice.kind == "resolution":
@@ -31,11 +31,13 @@ def refuse_resolutions(space: SearchSpace, strategy: str) -> None:
 
 
 class Alphas:
-    """alpha per choice of a space (float64 on the CPU), and the Adam that updates them.
+    """alpha of every choice of a space (float64 on the CPU), and the Adam optimiser
+    that updates them.
 
-    ``init_std`` is the standard deviation of the normal initialisation drawn from
-    ``rng``; 0 starts uniform. ``kept`` says which options are still there (bool
-    [options]; all, to start with): the others have probability 0.
+    The initial alphas are drawn from ``rng``, normal with standard deviation
+    ``init_std``; 0 starts with a uniform policy. ``kept`` marks the options that a
+    method has not dropped (bool [options]; initially all): the others have probability
+    0.
     """
 
     def __init__(
@@ -48,44 +50,43 @@ class Alphas:
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        self.values: dict[str, Tensor] = {
-            choice.key: torch.tensor(
-                rng.normal(0.0, init_std, len(choice.options)), requires_grad=True
-            )
-            for choice in space.choices
-        }
-        self.kept = {
-            key: torch.ones(len(alpha), dtype=torch.bool) for key, alpha in self.values.items()
-        }
+        self.values: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
+        for choice in space.choices:
+            count = len(choice.options)
+            initial = rng.normal(0.0, init_std, count)
+            self.values[choice.key] = torch.tensor(initial, requires_grad=True)
+            self.kept[choice.key] = torch.ones(count, dtype=torch.bool)
         self.optimizer = torch.optim.Adam(
             list(self.values.values()), lr=lr, betas=betas, weight_decay=weight_decay
         )
 
     def softmax(self) -> dict[str, Tensor]:
-        """Choice key -> probabilities [options], differentiable."""
-        return {
-            key: torch.softmax(alpha.masked_fill(~self.kept[key], -torch.inf), 0)
-            for key, alpha in self.values.items()
-        }
+        """Choice key -> probabilities [options], differentiable in alpha."""
+        policy = {}
+        for key, alpha in self.values.items():
+            logits = alpha.masked_fill(~self.kept[key], -torch.inf)
+            policy[key] = torch.softmax(logits, 0)
+        return policy
 
     def policy(self) -> dict[str, np.ndarray]:
-        """Choice key -> probabilities [options]."""
+        """Choice key -> probabilities [options], as arrays."""
         return {key: p.detach().numpy() for key, p in self.softmax().items()}
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor | None]:
-        """Choice key -> d loss / d alpha [options]; None where ``loss`` does not depend
-        on the choice.
+        """Choice key -> d loss / d alpha [options]; None if ``loss`` does not depend on
+        the choice.
         """
-        found = torch.autograd.grad(loss, list(self.values.values()), allow_unused=True)
-        return dict(zip(self.values, found, strict=True))
+        gradients = torch.autograd.grad(loss, list(self.values.values()), allow_unused=True)
+        return dict(zip(self.values, gradients, strict=True))
 
     def update(self, loss: Tensor) -> None:
         """One Adam step down the gradient of ``loss``."""
         self.apply(self.gradients(loss))
 
     def apply(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """One Adam step with given gradients; None leaves a choice's alpha, and its
-        moments, alone.
+        """One Adam step with the given gradients; None leaves the alpha of a choice,
+        and its moments, unchanged.
         """
         for key, alpha in self.values.items():
             alpha.grad = gradients[key]
@@ -93,18 +94,22 @@ class Alphas:
 
     def entropy(self) -> float:
         """Sum of the choices' entropies, in nats."""
-        return float(sum(-(p * np.log(p + 1e-30)).sum() for p in self.policy().values()))
+        total = 0.0
+        for p in self.policy().values():
+            # 1e-30 makes p log p of a dropped option 0 instead of nan
+            total += float(-(p * np.log(p + 1e-30)).sum())
+        return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Values, what is kept, and the optimiser's moments."""
+        """Alphas, the kept options, and the state of the optimiser."""
         values = {key: alpha.detach().clone() for key, alpha in self.values.items()}
         return {"values": values, "kept": dict(self.kept), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state from ``state_dict``."""
         with torch.no_grad():
             for key, alpha in state["values"].items():
                 self.values[key].copy_(alpha)
-        # the engine loads everything on to its device
+        # the engine loads all tensors to its own device
         self.kept = {key: kept.cpu() for key, kept in state["kept"].items()}
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,25 +1,26 @@
-"""The angle that training has turned an architecture's weights by.
+"""The angle by which training has turned the weights of an architecture.
 
 Hu, Liang, Guo, Wan, Zhang, Wei, Gu, Sun: "Angle-based Search Space Shrinking for Neural
 Architecture Search" (ECCV 2020, arXiv 2004.13431); released code megvii-model/AngleNAS.
-With V(A; W) all weights that architecture A uses of the super-net's weights W, in one
-long vector, and W0 what they were at first (equation 2):
+V(A; W) is a single long vector of all weights that architecture A uses of the super-net
+weights W, and W0 are the initial weights. Then (equation 2):
 
     angle(A) = arccos( <V(A; W0), V(A; W)> / (|V(A; W0)| * |V(A; W)|) )
 
-W0 may also be the weights after some training: in the released code after the first
-epoch on NAS-Bench-201, after the fifth on DARTS's cells (``study.base_epochs``,
+W0 may also be the weights after some training: in the released code, after the first
+epoch on NAS-Bench-201 and after the fifth on DARTS's cells (``study.base_epochs``,
 ``shrink.base_epochs``).
 
-One cosine, and no mean of those of layers. Of a chain, V holds the convolution and
-linear weights of stem, blocks, head and classifier; identity contributes nothing, nor
-do BN and biases. Of cells, V goes along every path from a cell's inputs to its output
-(``CellSupernet.angle_parts``). A larger angle is taken for better. It needs no images.
+It is the cosine of the whole vector rather than a mean over layers. On a chain, V
+consists of the convolution and linear weights of stem, blocks, head and classifier;
+identity, BN and biases contribute nothing. On cells, V follows every path from a cell's
+inputs to its output (``CellSupernet.angle_parts``). A larger angle is considered
+better. No images are needed.
 
-*Differences from the paper*: squeeze-and-excitation's convolutions count as
-convolutions. In DARTS's cells only the edges that a node keeps count, and a path ends
-at every node, as all of them are the output; the paper's code has one operator on every
-edge there, and 16 paths, which end at the last node.
+*Differences from the paper*: the convolutions of squeeze-and-excitation count. In
+DARTS's cells, only the edges that a node keeps count, and a path ends at every node,
+because all nodes make up the output; there the paper's code has an operator on every
+edge, and 16 paths, which end at the last node.
 """
 
 from __future__ import annotations
@@ -35,44 +36,50 @@ from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.supernet import Supernet, make_supernet
 
 Moments = tuple[float, float, float]
-"""<a, b>, <a, a>, <b, b> of two vectors: what an angle is made of. Those of a
-concatenation are the sums of its parts'.
+"""<a, b>, <a, a> and <b, b> of two vectors, which determine their angle. The moments of
+concatenated vectors are the sums of the moments of the parts.
 """
 
 
 @torch.no_grad()
 def moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-    """Of all pairs of tensors as two long vectors."""
-    product = norm_a = norm_b = 0.0
+    """The moments of two vectors, made of all (before, after) pairs of tensors."""
+    product = 0.0
+    norm_a = 0.0
+    norm_b = 0.0
     for before, after in pairs:
-        a, b = before.double().flatten(), after.double().flatten()
-        product, norm_a, norm_b = (
-            product + float(a @ b),
-            norm_a + float(a @ a),
-            norm_b + float(b @ b),
-        )
+        # double: float32 loses small angles, whose cosine is almost 1
+        a = before.double().flatten()
+        b = after.double().flatten()
+        product += float(a @ b)
+        norm_a += float(a @ a)
+        norm_b += float(b @ b)
     return product, norm_a, norm_b
 
 
-def arc(found: Moments) -> float:
-    """The angle in radians, 0 to pi; nan where a vector is 0 or not finite.
+def arc(vector_moments: Moments) -> float:
+    """The angle in radians, 0 to pi; nan if a vector is 0 or not finite.
 
     Example:
         >>> round(arc((1.0, 1.0, 2.0)), 4)  # (1, 0) and (1, 1)
         0.7854
     """
-    product, norm_a, norm_b = found
-    scale = math.sqrt(norm_a * norm_b) if norm_a * norm_b > 0 else math.nan
-    cosine = product / scale
-    return math.acos(max(-1.0, min(1.0, cosine))) if math.isfinite(cosine) else math.nan
+    product, norm_a, norm_b = vector_moments
+    if not norm_a * norm_b > 0:
+        return math.nan
+    cosine = product / math.sqrt(norm_a * norm_b)
+    if not math.isfinite(cosine):
+        return math.nan
+    # rounding may carry the cosine beyond 1
+    return math.acos(max(-1.0, min(1.0, cosine)))
 
 
 class Angles:
-    """The angles of the architectures of two super-nets of classifiers, of one space
-    and one way to share weights.
+    """The angles of architectures between two super-nets of classifiers, which have the
+    same space and share weights in the same way.
 
-    Part by part the moments are kept, so that the angle of a further architecture costs
-    next to nothing.
+    The moments of every part are cached, so the angle of another architecture costs
+    almost nothing.
 
     Example:
         >>> Angles(initial, trained).of(picks)   # doctest: +SKIP
@@ -80,18 +87,26 @@ class Angles:
     """
 
     def __init__(self, initial: Supernet, trained: Supernet) -> None:
-        # random channels are for training
-        self.initial, self.trained = initial.eval(), trained.eval()
+        # eval: random channels are only for training
+        self.initial = initial.eval()
+        self.trained = trained.eval()
         self._known: dict[Hashable, Moments] = {}
 
     def of(self, picks: Mapping[str, Option]) -> float:
         """The angle of an architecture, in radians."""
-        parts = self.trained.angle_parts(picks)
-        counted = ([times * number for number in self._part(part)] for part, times in parts)
-        product, norm_a, norm_b = (math.fsum(column) for column in zip(*counted, strict=True))
-        return arc((product, norm_a, norm_b))
+        products = []
+        norms_a = []
+        norms_b = []
+        for part, times in self.trained.angle_parts(picks):
+            product, norm_a, norm_b = self._part_moments(part)
+            products.append(times * product)
+            norms_a.append(times * norm_a)
+            norms_b.append(times * norm_b)
+        # fsum is exact, so the order of the parts does not matter
+        return arc((math.fsum(products), math.fsum(norms_a), math.fsum(norms_b)))
 
-    def _part(self, part: Hashable) -> Moments:
+    def _part_moments(self, part: Hashable) -> Moments:
+        """The moments of the weights of a part, cached."""
         if part not in self._known:
             self._known[part] = moments(
                 zip(self.initial.angle_weights(part), self.trained.angle_weights(part), strict=True)
@@ -100,13 +115,13 @@ class Angles:
 
 
 def initial_supernet(supernet: Supernet, seed: int) -> Supernet:
-    """A trained super-net as it was when ``seed`` initialised it."""
+    """The super-net that ``seed`` initialises, with the options of ``supernet``."""
     fresh = make_supernet(supernet.space, torch.Generator().manual_seed(seed), supernet.config)
     return fresh.to(next(supernet.parameters()).device).eval()
 
 
 def weights(network: ClassificationNetwork) -> Iterator[Tensor]:
-    """Convolution and linear weights, input to output: no BN, no biases."""
+    """Convolution and linear weights from input to output, without BN and biases."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             yield module.weight

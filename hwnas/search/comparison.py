@@ -1,16 +1,17 @@
-"""What the proposals of a search are compared with: random architectures, as many as
-the search's length justifies.
+"""The random architectures that the proposals of a search are compared with.
 
-The last ranking passes every held-out image through every proposal, and for comparison
-random architectures are scored in the same way: within the budget on the same images,
-so that they can be told from the proposals, and over the whole space on
-``search.evaluation_images``, as nothing but the shape of a cloud depends on them. After
-a short search that can take as long as the search. Where ``search.random_samples`` is
-not set, there are so many of them that ranking and scoring cost at most ``SHARE`` of
-what the search cost, but never fewer than ``FEWEST``: less would say nothing of chance.
+The final ranking passes all held-out images through every proposal. Random
+architectures are scored for comparison: those within the budget on the same images, so
+that differences from the proposals show; those from the whole space on
+``search.evaluation_images``, as they only give a plot its background cloud.
 
-The cost is counted in multiply-accumulates (``cost_counter``) and not timed, so it is the same
-on every machine and after every kill.
+After a short search, this can take as long as the search itself. Unless
+``search.random_samples`` sets their number, ranking and scoring cost at most ``SHARE``
+of what the search cost, but there are never fewer than ``FEWEST`` random architectures:
+fewer would say nothing about chance.
+
+The cost is counted in multiply-accumulates (``cost_counter``) and not timed, so it is
+the same on every machine and after every interruption.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ from hwnas.search.proposal import sample_feasible
 from hwnas.search.strategy import SearchContext
 
 SHARE = 0.2
-"""Part of a search's cost that ranking and scoring may take."""
+"""Ranking and scoring may cost this fraction of the search."""
 MOST, FEWEST = 8, 4
-"""Random architectures of either kind where ``search.random_samples`` is not set."""
+"""Bounds of the number of random architectures of each kind if
+``search.random_samples`` is not set.
+"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Random architectures ``within`` the budget and ``anywhere`` in the space, and
-    what is to be said before they are scored.
+    """Random architectures ``within`` the budget and ``anywhere`` in the space, and a
+    ``sentence`` that announces them and their cost.
     """
 
     within: Sequence[Picks]
@@ -47,59 +50,57 @@ class Comparison:
 def compared_with(
     search: SearchContext, evaluator: SupernetEvaluator, proposals: Sequence[Picks]
 ) -> Comparison:
-    """What to score beside the proposals of a search that is over. Networks that were
-    trained alone say nothing about others.
+    """The random architectures to score beside the proposals of a finished search.
+
+    There are none if no weights are shared: standalone networks say nothing about
+    other architectures.
     """
-    cost_counter, config, space = search.cost_counter, evaluator.config, search.space
+    cost_counter = search.cost_counter
+    config = evaluator.config
     assert cost_counter is not None
     spent = cost_counter.cost.macs
     of_all, of_part = image_counts(evaluator)
-    ranking = sum(cost_counter.evaluation_macs(picks, of_all) for picks in proposals)
+    ranking = sum(_costs(cost_counter, proposals, of_all))
+
     most = config.random_samples if config.random_samples is not None else MOST
     within: list[Picks] = []
     anywhere: list[Picks] = []
     if evaluator.supernet.shares:
+        # Draw ``most`` first: their costs decide how many are affordable.
         within = sample_feasible(search, most, search.rng)
-        anywhere = [space.sample(search.rng) for _ in range(most)]
+        anywhere = [search.space.sample(search.rng) for _ in range(most)]
+    within_costs = _costs(cost_counter, within, of_all)
+    anywhere_costs = _costs(cost_counter, anywhere, of_part)
     count = most
     if config.random_samples is None:
-        count = affordable(
-            SHARE * spent - ranking,
-            _costs(cost_counter, within, of_all),
-            _costs(cost_counter, anywhere, of_part),
-        )
-    within, anywhere = within[:count], anywhere[:count]
-    total = (
-        ranking
-        + sum(_costs(cost_counter, within, of_all))
-        + sum(_costs(cost_counter, anywhere, of_part))
-    )
-    return Comparison(
-        within,
-        anywhere,
-        _sentence(
-            search, evaluator, (len(proposals), len(within), len(anywhere)), total / max(spent, 1)
-        ),
-    )
+        count = affordable(SHARE * spent - ranking, within_costs, anywhere_costs)
+
+    within = within[:count]
+    anywhere = anywhere[:count]
+    total = ranking + sum(within_costs[:count]) + sum(anywhere_costs[:count])
+    counts = (len(proposals), len(within), len(anywhere))
+    return Comparison(within, anywhere, _sentence(search, evaluator, counts, total / max(spent, 1)))
 
 
 def image_counts(evaluator: SupernetEvaluator) -> tuple[int, int]:
-    """Images that pass through a network that is evaluated on all held-out images, and on
-    ``search.evaluation_images`` of them.
+    """How many images pass through a network that is evaluated on all held-out images,
+    and through one that is evaluated on ``search.evaluation_images`` of them, BN
+    recalibration included.
     """
-    estimating, held_out = evaluator.config.recalibration_images, len(evaluator.held_out)
-    return estimating + held_out, estimating + min(held_out, evaluator.config.evaluation_images)
+    recalibration = evaluator.config.recalibration_images
+    held_out = len(evaluator.held_out)
+    evaluation = min(held_out, evaluator.config.evaluation_images)
+    return recalibration + held_out, recalibration + evaluation
 
 
-def affordable(left: float, within: Sequence[float], anywhere: Sequence[float]) -> int:
-    """How many pairs of random architectures, one of either kind, cost at most
-    ``left``: at least ``FEWEST``.
+def affordable(budget: float, within: Sequence[float], anywhere: Sequence[float]) -> int:
+    """How many pairs of random architectures, one of each kind, cost at most ``budget``,
+    given the costs of each; at least ``FEWEST``.
     """
-    most = max(len(within), len(anywhere))
-    sums = np.zeros(most)
+    pair_costs = np.zeros(max(len(within), len(anywhere)))
     for costs in (within, anywhere):
-        sums[: len(costs)] += costs
-    return max(FEWEST, int(np.searchsorted(np.cumsum(sums), left, side="right")))
+        pair_costs[: len(costs)] += costs
+    return max(FEWEST, int(np.searchsorted(np.cumsum(pair_costs), budget, side="right")))
 
 
 def _costs(cost_counter: CostCounter, architectures: Sequence[Picks], images: int) -> list[float]:
@@ -110,14 +111,15 @@ def _sentence(
     search: SearchContext, evaluator: SupernetEvaluator, counts: tuple[int, int, int], share: float
 ) -> str:
     proposals, within, anywhere = counts
-    images, part = (
-        len(evaluator.held_out),
-        min(len(evaluator.held_out), evaluator.config.evaluation_images),
-    )
-    scoring = f" and scoring {within} random architectures in the budget" if within else ""
-    cloud = f", and {anywhere} anywhere on {part:,}" if anywhere else ""
-    about = f"about {duration(share * search.seconds)}, " if search.seconds else ""
-    return (
-        f"ranking {proposals} proposals{scoring} on {images:,} held-out images each{cloud}:"
-        f" {about}{share:.0%} of the search's cost"
-    )
+    images = len(evaluator.held_out)
+    part = min(images, evaluator.config.evaluation_images)
+    sentence = f"ranking {proposals} proposals"
+    if within:
+        sentence += f" and scoring {within} random architectures in the budget"
+    sentence += f" on {images:,} held-out images each"
+    if anywhere:
+        sentence += f", and {anywhere} anywhere on {part:,}"
+    sentence += ": "
+    if search.seconds:
+        sentence += f"about {duration(share * search.seconds)}, "
+    return f"{sentence}{share:.0%} of the search's cost"

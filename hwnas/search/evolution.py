@@ -1,36 +1,37 @@
-"""Evolution: finds architectures within the budget by mutating and crossing the best so far.
+"""Evolution: finds architectures within the budget by mutating and crossing the best.
 
 Guo, Zhang, Mu, Heng, Liu, Wei, Sun: "Single Path One-Shot Neural Architecture Search
 with Uniform Sampling" (ECCV 2020, arXiv 1904.00420), algorithm 1; released code
-megvii-model/SinglePathOneShot. With constraint C, population P, top k and T
+megvii-model/SinglePathOneShot. With constraint C, population size P, top k and T
 generations:
 
-    P_0 = random architectures in C
+    P_0 = P random architectures in C
     for i in 0 .. T - 1:
-        evaluator P_i by recalibrated accuracy;  Top = the best k of P_0 .. P_i
+        evaluate P_i by recalibrated accuracy;  Top = the best k of P_0 .. P_i
         P_{i+1} = n children of crossover(Top) in C, and m of mutation(Top, p) in C
 
-Crossover takes every choice from one of two random parents; mutation replaces every
-choice of one with probability p by a uniform one. Children outside C, and architectures
-evaluated before, are rejected. Defaults are the paper's: T = 20, P = 50, k = 10, n = m =
-25, p = 0.1; at most 10 children are drawn for each that is wanted (the code's bound),
-then random architectures fill up.
+Crossover takes every choice from one of two random parents. Mutation replaces every
+choice of a random parent, with probability p, by a uniformly drawn one. Children
+outside C and architectures already evaluated are rejected. Defaults are the paper's: T
+= 20, P = 50, k = 10, n = m = 25, p = 0.1. At most 10 children are drawn for each one
+needed (the bound of the code), then random architectures make up the rest.
 
 Once-for-all's finder (Cai et al., ICLR 2020, arXiv 1908.09791;
 mit-han-lab/once-for-all) is the same algorithm with ``generations = 501, population =
 100, parents = 25, mutations = 50, crossovers = 50, resolution_mutation_probability =
-0.5``. It asks an accuracy predictor, which answers at once; here every architecture is
-evaluated, and 50,000 evaluations are many.
+0.5``. It queries an accuracy predictor, which answers instantly; here every
+architecture is evaluated, and 50,000 evaluations take long.
 
 *Differences from the papers*:
 
-- The constraint is the target's tolerance on both sides, and every limit, where the
-  papers bound cost from above only. It may be so narrow that few children meet it;
-  children that miss are then moved into the budget (``repair``) before random
-  architectures fill up.
-- Ranked by the objective at the architecture's latency, not by accuracy alone; within
-  the tolerance they nearly agree.
-- ``Top`` has distinct architectures: picks that differ in left-out slots only are one.
+- The constraint is the target's tolerance on both sides, and every limit; the papers
+  only bound the cost from above. The constraint may be so narrow that few children meet
+  it. Children that miss it are then moved into the budget (``repair``) before random
+  architectures make up the rest.
+- Architectures are ranked by the objective at their latency, not only by accuracy;
+  within the tolerance the two nearly agree.
+- ``Top`` has distinct architectures: picks that differ only in left-out slots count as
+  one.
 """
 
 from __future__ import annotations
@@ -48,23 +49,23 @@ from hwnas.search.proposal import is_feasible, sample_feasible, uniform_index
 from hwnas.search.strategy import SearchContext
 
 TRIES = 10
-"""Children drawn for each that is wanted."""
+"""Most children drawn for each child needed."""
 
 
 class EvolutionConfig(BaseModel):
-    """SPOS's settings; those of once-for-all are in the module's docstring."""
+    """SPOS's settings; the module docstring has those of once-for-all."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     generations: int = Field(
-        20, ge=1, description="populations evaluated, the random first one counted"
+        20, ge=1, description="populations evaluated, including the random first one"
     )
     population: int = Field(50, ge=1, description="random architectures in the first generation")
-    parents: int = Field(10, ge=1, description="best architectures so far that have children")
+    parents: int = Field(10, ge=1, description="number of best architectures that have children")
     mutations: int = Field(25, ge=0, description="children by mutation in each later generation")
     crossovers: int = Field(25, ge=0, description="children by crossover in each later generation")
     mutation_probability: float = Field(
-        0.1, gt=0, le=1, description="probability per choice that a mutation draws it anew"
+        0.1, gt=0, le=1, description="probability per choice that a mutation redraws it"
     )
     resolution_mutation_probability: float | None = Field(
         None, gt=0, le=1, description="the same for the resolution; default: mutation_probability"
@@ -72,10 +73,10 @@ class EvolutionConfig(BaseModel):
 
 
 class Evolution(Finder):
-    """SPOS's evolutionary search. Randomness from ``ctx.rng`` only.
+    """SPOS's evolutionary search. All randomness is from ``ctx.rng``.
 
     Example:
-        >>> Evolution(EvolutionConfig(generations=10)).find(ctx, 5)      # doctest: +SKIP
+        >>> Evolution(EvolutionConfig(generations=10)).find(ctx, 5)  # doctest: +SKIP
     """
 
     Config: ClassVar[type[BaseModel]] = EvolutionConfig
@@ -84,13 +85,12 @@ class Evolution(Finder):
         self.config = config
 
     def find(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The best ``count`` of all generations. Fewer where the budget leaves fewer,
-        none where random search finds none.
+        """The best ``count`` of all generations by reward: fewer if fewer were found
+        within the budget, none if random search finds none there.
         """
         config = self.config
-        total = config.population + (config.generations - 1) * (
-            config.mutations + config.crossovers
-        )
+        children = config.mutations + config.crossovers
+        total = config.population + (config.generations - 1) * children
         with ctx.progress.task("evolution", total) as task:
             board = Leaderboard(ctx, task)
             generation = sample_feasible(ctx, config.population, ctx.rng)
@@ -104,53 +104,53 @@ class Evolution(Finder):
 
     def _children(self, ctx: SearchContext, board: Leaderboard) -> list[Picks]:
         """The next generation: new architectures within the budget, by mutation, by
-        crossover, and random ones for want of these.
+        crossover and, if these are too few, by repair and at random.
         """
-        mutations, crossovers = self.config.mutations, self.config.crossovers
-        parents_PC = np.array([ctx.space.index(picks) for picks in board.best(self.config.parents)])
+        mutations = self.config.mutations
+        crossovers = self.config.crossovers
+        parents = board.best(self.config.parents)
+        parents_PC = np.array([ctx.space.index(picks) for picks in parents])
         children: dict[str, Picks] = {}
         _adopt(ctx, self._mutants(ctx, parents_PC, TRIES * mutations), mutations, board, children)
         _adopt(ctx, _crosses(ctx, parents_PC, TRIES * crossovers), crossovers, board, children)
+
         missing = mutations + crossovers - len(children)
         if missing:
-            bred_NC = np.concatenate(
-                [self._mutants(ctx, parents_PC, missing), _crosses(ctx, parents_PC, missing)]
-            )
-            _adopt(
-                ctx,
-                repair(ctx, bred_NC[~is_feasible(ctx, bred_NC)]),
-                missing,
-                board,
-                children,
-            )
+            mutants_NC = self._mutants(ctx, parents_PC, missing)
+            crosses_NC = _crosses(ctx, parents_PC, missing)
+            bred_NC = np.concatenate([mutants_NC, crosses_NC])
+            outside_NC = bred_NC[~is_feasible(ctx, bred_NC)]
+            _adopt(ctx, repair(ctx, outside_NC), missing, board, children)
+
         missing = mutations + crossovers - len(children)
         if missing:
-            strangers = sample_feasible(ctx, mutations + crossovers, ctx.rng)
-            _adopt(ctx, [ctx.space.index(picks) for picks in strangers], missing, board, children)
+            # a whole generation: some may have been evaluated before
+            random_picks = sample_feasible(ctx, mutations + crossovers, ctx.rng)
+            rows = [ctx.space.index(picks) for picks in random_picks]
+            _adopt(ctx, rows, missing, board, children)
         return list(children.values())
 
     def _mutants(self, ctx: SearchContext, parents_PC: np.ndarray, count: int) -> np.ndarray:
-        """Random parents, each choice drawn anew with its probability: int64 [count, choices]."""
-        p, p_resolution = (
-            self.config.mutation_probability,
-            self.config.resolution_mutation_probability,
-        )
-        p_C = [
-            p if choice.kind != "resolution" or p_resolution is None else p_resolution
-            for choice in ctx.space.choices
-        ]
+        """Mutations of random parents: option positions, int64 [count, choices]."""
+        config = self.config
+        p_C = np.full(len(ctx.space.choices), config.mutation_probability)
+        if config.resolution_mutation_probability is not None:
+            is_resolution_C = [choice.kind == "resolution" for choice in ctx.space.choices]
+            p_C[is_resolution_C] = config.resolution_mutation_probability
+
         rows_NC = parents_PC[ctx.rng.integers(len(parents_PC), size=count)]
-        mutated: np.ndarray = np.where(
-            ctx.rng.random(rows_NC.shape) < p_C, uniform_index(ctx.space, count, ctx.rng), rows_NC
-        )
-        return mutated
+        is_mutated_NC = ctx.rng.random(rows_NC.shape) < p_C
+        drawn_NC = uniform_index(ctx.space, count, ctx.rng)
+        mutants_NC: np.ndarray = np.where(is_mutated_NC, drawn_NC, rows_NC)
+        return mutants_NC
 
 
 def _crosses(ctx: SearchContext, parents_PC: np.ndarray, count: int) -> np.ndarray:
-    """Each choice from one of two random parents: int64 [count, choices]."""
+    """Crossovers of two random parents: option positions, int64 [count, choices]."""
     first_NC, second_NC = parents_PC[ctx.rng.integers(len(parents_PC), size=(2, count))]
-    crossed: np.ndarray = np.where(ctx.rng.random(first_NC.shape) < 0.5, first_NC, second_NC)
-    return crossed
+    from_first_NC = ctx.rng.random(first_NC.shape) < 0.5
+    crosses_NC: np.ndarray = np.where(from_first_NC, first_NC, second_NC)
+    return crosses_NC
 
 
 def _adopt(
@@ -161,11 +161,14 @@ def _adopt(
     children: dict[str, Picks],
 ) -> None:
     """Add up to ``wanted`` of the rows to ``children``, in order: those within the
-    budget, not evaluated before and not there yet.
+    budget that are neither evaluated yet nor among the children.
     """
+    # reshape: no rows at all are an array of shape [0]
     rows_NC = np.array(rows, dtype=np.int64).reshape(-1, len(ctx.space.choices))
+    if len(rows_NC) == 0:
+        return
     full = len(children) + wanted
-    for row in rows_NC[is_feasible(ctx, rows_NC)] if len(rows_NC) else rows_NC:
+    for row in rows_NC[is_feasible(ctx, rows_NC)]:
         if len(children) == full:
             return
         picks = ctx.space.at(row)

@@ -1,29 +1,33 @@
-"""FairNAS: every option of every choice is trained equally often, in every single step.
+"""FairNAS: every step trains every option of every choice equally often.
 
 Chu, Zhang, Xu: "FairNAS: Rethinking Evaluation Fairness of Weight Sharing Neural
-Architecture Search" (ICCV 2021, arXiv 1907.01845), algorithm 1, strict fairness. Per
+Architecture Search" (ICCV 2021, arXiv 1907.01845), algorithm 1, strict fairness. Each
 step, with m options at each of the L choices:
 
-    permute the m options of each choice; path k takes the k-th option of every
-    permutation (k = 1 .. m) for the m paths: forward and backward on the *same* batch,
-    gradients added up one update of the weights
+    permute the m options of each choice
+    for k = 1 .. m:
+        path k takes the k-th option of every permutation
+        forward and backward pass on the *same* batch, adding up the gradients
+    one update of the shared weights
 
-so after every step each option has been trained exactly as often as any other of its
-choice. Then NSGA-II (``nsga2``) searches the trained super-net.
+After every step, each option has been trained exactly as often as any other option of
+its choice. Then NSGA-II (``nsga2``) searches the trained super-net.
 
 *Differences from the paper*:
 
 - Choices may have different numbers of options here. There are as many paths as the
-  largest choice has options; a choice with fewer, n, goes through as many fresh
-  permutations as it takes, the last one cut: within a step its options are trained
-  equally often or differ by one. Where all have m options this is the paper exactly.
-- A space may offer to skip slots, which the paper's does not; skipping is then an
-  option like any other.
-- NSGA-II's own differences are listed in ``nsga2``.
+  largest choice has options. A choice with fewer options goes through as many fresh
+  permutations as needed, the last one truncated: within a step, the counts of its
+  options differ by at most one. If all choices have m options, this is exactly the
+  paper's algorithm.
+- A space may offer to skip slots, unlike the paper's; skip is then an option like any
+  other.
+- The differences of NSGA-II are listed in ``nsga2``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -37,26 +41,28 @@ from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 
 class FairNASConfig(NSGA2Config):
-    """Strict fairness has no options; these are NSGA-II's."""
+    """The options of NSGA-II; strict fairness has none."""
 
 
 def fair_paths(space: SearchSpace, rng: np.random.Generator) -> list[Picks]:
-    """The paths of one strictly fair step: as many as the largest choice has options.
+    """The m paths of one strictly fair step; m is the most options of any choice.
 
-    Each option of a choice with n options is on floor(m / n) or ceil(m / n) of the m paths.
+    Each option of a choice with n options is on floor(m / n) or ceil(m / n) paths.
     """
-    most = max(len(choice.options) for choice in space.choices)
+    paths = max(len(choice.options) for choice in space.choices)
     columns = []
     for choice in space.choices:
-        count = len(choice.options)
-        columns.append(
-            np.concatenate([rng.permutation(count) for _ in range(-(-most // count))])[:most]
-        )
+        options = len(choice.options)
+        # a choice with fewer options goes through several, and the last is truncated
+        permutations = []
+        for _ in range(math.ceil(paths / options)):
+            permutations.append(rng.permutation(options))
+        columns.append(np.concatenate(permutations)[:paths])
     return [space.at(row) for row in np.stack(columns, axis=1)]
 
 
 class FairNAS(Strategy):
-    """Strict fairness, then NSGA-II. It has no state of its own."""
+    """The FairNAS strategy: strict fairness, then NSGA-II. It has no own state."""
 
     Config: ClassVar[type[BaseModel]] = FairNASConfig
     cells = True
@@ -68,16 +74,12 @@ class FairNAS(Strategy):
         """Nothing to prepare."""
 
     def step(self, ctx: SearchContext) -> Metrics:
-        """One update by the summed gradients of a fair set of paths. The cost is their mean."""
+        """One update by the summed gradients of fair paths. Logs their mean cost."""
         paths = fair_paths(ctx.space, ctx.rng)
         metrics = ctx.train(*(one_hot(picks, ctx.space) for picks in paths))
-        return {
-            **metrics,
-            ctx.cost_model.unit.quantity: float(
-                np.mean([ctx.cost_model.cost(picks) for picks in paths])
-            ),
-        }
+        cost = float(np.mean([ctx.cost_model.cost(picks) for picks in paths]))
+        return {**metrics, ctx.cost_model.unit.quantity: cost}
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The best of NSGA-II by reward."""
+        """The best architectures of NSGA-II by reward."""
         return NSGA2(self.config).find(ctx, count)

@@ -1,4 +1,4 @@
-"""The contract of a finder: architectures within the budget, from any trained super-net."""
+"""The interface of finders, which search any trained super-net within the budget."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from hwnas.search.strategy import SearchContext
 
 
 class Finder(ABC):
-    """Finding is separate from training weights: a finder asks ``ctx.evaluate`` for
-    qualities and nothing else.
+    """Searches a trained super-net for the best architectures within the budget.
 
-    ``Config`` holds its own options (the keys beside ``name`` in ``search.finder``).
+    Finding is separate from training: all that a finder knows of the weights are the
+    qualities from ``ctx.evaluate``. ``Config`` holds the finder's own options (the keys
+    next to ``name`` in ``search.finder``).
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -31,8 +32,8 @@ class Finder(ABC):
 
 @dataclass(frozen=True)
 class ScoredPicks:
-    """What the super-net says of an architecture: recalibrated quality in 0..1, and the
-    objective at its cost.
+    """An architecture with its cost, its recalibrated quality in 0..1 according to the
+    super-net, and its reward (the objective).
     """
 
     picks: Picks
@@ -42,14 +43,15 @@ class ScoredPicks:
 
 
 class Leaderboard:
-    """Every architecture that a finder has evaluated, each once, whatever picks name it.
+    """All architectures that a finder has evaluated, each once.
 
-    Picks that differ only in slots that are left out decode to one architecture. Each
-    new scored advances ``task``.
+    Picks that differ only in left-out slots decode to the same architecture. Every
+    newly evaluated architecture advances ``task``.
     """
 
     def __init__(self, ctx: SearchContext, task: Task) -> None:
-        self._ctx, self._task = ctx, task
+        self._ctx = ctx
+        self._task = task
         self._scored: dict[str, ScoredPicks] = {}
         self._best_reward = -float("inf")
 
@@ -60,17 +62,18 @@ class Leaderboard:
         return identity in self._scored
 
     def evaluate(self, picks: Picks) -> ScoredPicks:
-        """The scored of an architecture, by ``ctx.evaluate`` where it is new."""
+        """The score of an architecture, from ``ctx.evaluate`` if it is new."""
         identity = self._ctx.space.decode(picks).identity
         if identity not in self._scored:
-            quality, latency = self._ctx.evaluate(picks), self._ctx.cost_model.cost(picks)
-            scored = ScoredPicks(picks, latency, quality, self._ctx.reward(quality, latency))
+            quality = self._ctx.evaluate(picks)
+            cost = self._ctx.cost_model.cost(picks)
+            scored = ScoredPicks(picks, cost, quality, self._ctx.reward(quality, cost))
             self._scored[identity] = scored
             self._best_reward = max(self._best_reward, scored.reward)
             self._task.advance(note=f"best reward {self._best_reward:.4f}")
         return self._scored[identity]
 
     def best(self, count: int) -> list[Picks]:
-        """Up to ``count`` architectures, best reward first; of equal ones the first evaluated."""
+        """Up to ``count`` architectures, best reward first, equal ones as evaluated."""
         ranked = sorted(self._scored.values(), key=lambda scored: -scored.reward)
         return [scored.picks for scored in ranked[:count]]

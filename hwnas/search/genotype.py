@@ -1,18 +1,19 @@
-"""From DARTS's mixture over the edges of a cell to one cell, as DARTS derives it.
+"""From DARTS's mixture over the edges of a cell to a single cell, derived as in DARTS.
 
 Liu, Simonyan, Yang: "DARTS: Differentiable Architecture Search" (ICLR 2019, arXiv
-1806.09055), section 2.4; released code quark0/darts. While searching, every edge of a
-cell runs, all with weight 1: which edges a node keeps is no part of alpha. In the end
+1806.09055), section 2.4; released code quark0/darts. During the search every edge of a
+cell runs, with weight 1: alpha does not say which edges a node keeps. Finally,
 
-1. the strength of an edge is its largest probability of an option other than ``none``;
+1. the strength of an edge is the largest probability of its options other than
+   ``none``;
 2. every node keeps the two edges of greatest strength, each with that option.
 
-Here the pairs of edges that a node may keep are a choice like any other, so 2. is the
-argmax of a policy: a pair's probability is taken to be proportional to the product of
-its edges' strengths (ours), which is largest for the two strongest.
+Here the pairs of edges that a node may keep are a choice like any other, so step 2 is
+the argmax of a policy: the probability of a pair is taken to be proportional to the
+product of the strengths of its edges (ours), which is largest for the two strongest.
 
-Spaces without such pairs stay as they are: of NAS-Bench-201's edges, as in the
-benchmark's code, the argmax may well be ``none``.
+The policies of spaces without such pairs are left unchanged: on NAS-Bench-201, as in
+the code of that benchmark, the argmax of an edge may be ``none``.
 """
 
 from __future__ import annotations
@@ -33,69 +34,87 @@ Policy = Mapping[str, np.ndarray]
 
 
 def all_edges(space: SearchSpace, mixture: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gates of a search: the given ones, but for the pairs of edges, whose gates
-    are such that every edge has weight 1.
+    """The gates during the search: those of ``mixture``, except that the gates of pairs
+    of edges give every edge weight 1.
     """
     gates = dict(mixture)
     for choice in space.choices:
         if choice.kind == "inputs":
-            sources = [source for pair in choice.options for source in sources_of(str(pair))]
-            weight = 1 / max(sources.count(source) for source in set(sources))
-            gates[choice.key] = torch.full((len(choice.options),), weight, dtype=torch.float64)
+            sources: list[int] = []
+            for pair in choice.options:
+                sources.extend(sources_of(str(pair)))
+            # the weight of an edge is the sum of the gates of its pairs
+            pairs_per_edge = max(sources.count(source) for source in set(sources))
+            gates[choice.key] = torch.full(
+                (len(choice.options),), 1 / pairs_per_edge, dtype=torch.float64
+            )
     return gates
 
 
 def any_pair(space: SearchSpace, mixture: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The probabilities that a search's expected cost is of: the given ones, and any
-    pair of edges alike.
+    """The probabilities for the expected cost during the search: those of ``mixture``,
+    with all pairs of edges of a node equally likely.
     """
-    likely = dict(mixture)
+    probabilities = dict(mixture)
     for choice in space.choices:
         if choice.kind == "inputs":
-            likely[choice.key] = torch.full(
-                (len(choice.options),), 1 / len(choice.options), dtype=torch.float64
-            )
-    return likely
+            count = len(choice.options)
+            probabilities[choice.key] = torch.full((count,), 1 / count, dtype=torch.float64)
+    return probabilities
 
 
 @singledispatch
 def derive_cell(space: SearchSpace, policy: Policy) -> dict[str, np.ndarray]:
-    """The policy whose argmax is the network that DARTS derives. See the module."""
+    """The policy whose argmax is the network that DARTS derives (see the module)."""
     del space
     return {key: np.array(p, dtype=float) for key, p in policy.items()}
 
 
 @derive_cell.register
 def _derived_cell(space: CellSpace, policy: Policy) -> dict[str, np.ndarray]:
-    """The edges that its nodes keep, with their options.
+    """The edges that the nodes of a cell keep, with their options.
 
     Example:
         >>> from hwnas.core.spaces import darts
         >>> space = darts()
-        >>> policy = {choice.key: np.ones(len(choice.options)) / len(choice.options) for choice in space.choices}
+        >>> policy = {}
+        >>> for choice in space.choices:
+        ...     count = len(choice.options)
+        ...     policy[choice.key] = np.full(count, 1 / count)
         >>> policy["normal.e1-3"][4] = policy["normal.e2-3"][5] = 0.5
-        >>> found = derive_cell(space, policy)
-        >>> [space.inputs["normal.n3.inputs"][found["normal.n3.inputs"].argmax()], found["normal.e2-3"].argmax()]
-        ['1+2', 5]
+        >>> derived = derive_cell(space, policy)
+        >>> space.inputs["normal.n3.inputs"][derived["normal.n3.inputs"].argmax()]
+        '1+2'
+        >>> int(derived["normal.e2-3"].argmax())
+        5
     """
-    found = {key: np.array(p, dtype=float) for key, p in policy.items()}
+    derived = {key: np.array(p, dtype=float) for key, p in policy.items()}
     if not space.inputs:
-        return found
+        return derived
+
+    # 1. strength of the edges, and their policies without ``none``
     strength: dict[str, float] = {}
     for key, options in space.edges.items():
-        probabilities = found.get(key, np.ones(1))
+        # an edge with a single option is not a choice: it has this option for certain
+        probabilities = derived.get(key, np.ones(1))
         connected = np.array([option != NONE for option in options])
         strength[key] = float(probabilities[connected].max(initial=0.0))
-        if key in found and strength[key] > 0:
-            found[key] = np.where(connected, probabilities, 0.0)
-            found[key] /= found[key].sum()
+        if key in derived and strength[key] > 0:
+            derived[key] = np.where(connected, probabilities, 0.0)
+            derived[key] /= derived[key].sum()
+
+    # 2. pairs of edges
     for choice in space.choices:
         if choice.kind == "inputs":
-            cell, node = choice.address.part, choice.address.node
-            pairs = [
-                [strength[edge_key(cell, source, node)] for source in sources_of(str(pair))]
-                for pair in choice.options
-            ]
-            product = np.array([np.prod(pair) for pair in pairs]) + 1e-30
-            found[choice.key] = product / product.sum()
-    return found
+            cell = choice.address.part
+            node = choice.address.node
+            products = []
+            for pair in choice.options:
+                product = 1.0
+                for source in sources_of(str(pair)):
+                    product *= strength[edge_key(cell, source, node)]
+                products.append(product)
+            # 1e-30 keeps the sum above 0 if every pair has an edge of strength 0
+            weights = np.array(products) + 1e-30
+            derived[choice.key] = weights / weights.sum()
+    return derived

@@ -1,24 +1,24 @@
-"""Did a finished search learn anything? Judged from what it has logged and ranked, with
-standard errors.
+"""Did a finished search learn anything? Four checks of what it has logged and ranked,
+with standard errors.
 
-1. *The shared weights.* The loss of the last fifth of the steps against that of a
-   guess: the best that can be said without looking at the image, which is the entropy
-   of the class frequencies, ln(classes) where they are equal (with label smoothing, of
-   the smoothed ones). A detector's loss has no such level and is held against the first
-   fifth of the steps.
-2. *Held-out images.* The mean quality of all networks that were ranked against a guess:
-   weights that know their training images by heart have a low loss. An AP is held
-   against 0; of 1 / (1 + loss) no level is known, as a confident network may lose more
-   than a guess.
-3. *The policy.* Its reward (or held-out loss) in the last fifth of its steps against
-   the first: entropy also falls on noise.
-4. *Random networks.* The proposals against random networks within the same budget, by
-   Welch's test. The evaluation noise of a network, that of a proportion of n images, is
-   the least variance of each; what a finder's choice among many owes to that noise is
-   taken off.
+1. *The shared weights.* The loss in the last fifth of the steps is compared with that
+   of a guess, which is the best answer without looking at the image. A guess's loss is
+   the entropy of the class frequencies: ln(classes) if they are equal; with label
+   smoothing, the entropy of the smoothed frequencies. A detector's loss has no such
+   level and is compared with the first fifth of the steps.
+2. *Held-out images.* The mean quality of all ranked networks is compared with that of a
+   guess, because weights that have memorised their training images also have a low
+   loss. An AP is compared with 0. For 1 / (1 + loss) no level is known, as a confident
+   network may have a higher loss than a guess.
+3. *The policy.* Its reward (or held-out loss) in the last fifth of the steps is compared
+   with the first fifth. Entropy is not enough: it also falls on noise.
+4. *Random networks.* The proposals are compared with random networks within the same
+   budget, by Welch's test. The variance of each group is at least the evaluation noise
+   of a network, which is that of a proportion of n images. What a finder's choice among
+   many networks owes to that noise is subtracted.
 
-A difference counts where its p-value is below 5 %. What cannot be evaluated (a search of
-few steps, few networks) is None.
+A difference is significant if its p-value is below 5 %. What cannot be evaluated, as
+after few steps or with few networks, is None.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ from hwnas.core.statistics import (
 from hwnas.document import Record
 
 PART = 0.2
-"""Part of the steps that counts as the first or the last of them (ours)."""
+"""The first and the last steps are this fraction of all (our choice)."""
 
 LEAST_STEPS = 4
-"""Steps in a part below which it says nothing."""
+"""Fewest steps in the first or last part that are compared."""
 
 LEAST_NETWORKS = 4
-"""Proposals, and random networks, below which they are not compared."""
+"""Fewest proposals, and fewest random networks, that are compared."""
 
 NEAR_CHANCE = 0.01
-"""Part of a guess's loss that training must have taken off: in a long search less than
-that is told from noise, and still nothing.
+"""Training must reduce the loss of a guess by this fraction. A long search can tell less
+than that from noise, though nothing has been learned.
 """
 
-NOTHING = 0.0005
-"""A part of a quality that reads as none."""
+NEGLIGIBLE = 0.0005
+"""A share of a quality (0..1) that is shown as zero, and so is not mentioned."""
 
 MIN_ENTROPY_CHANGE = 0.05
-"""Part of its entropy that a policy should have lost or won in a search (ours)."""
+"""A policy's entropy should change by this fraction during a search (our choice)."""
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -76,14 +76,16 @@ class Weights(Record):
 
     @property
     def learned(self) -> bool:
-        """Whether the loss ended below a guess's, or else below where it began."""
+        """Whether the loss ended below that of a guess or, if none is known, below the
+        loss of the first steps.
+        """
         if self.chance is None:
             return welch(self.first, self.last).negative
         return below(self.last, self.chance) and self.last.mean < (1 - NEAR_CHANCE) * self.chance
 
     @property
     def text(self) -> str:
-        """The figures in words."""
+        """What a search that has learned nothing says about its loss."""
         if self.chance is None:
             return (
                 f"the super-net's loss did not fall ({_pm(self.first)} at first, {_pm(self.last)}"
@@ -104,8 +106,10 @@ class HeldOut(Record):
 
     @property
     def learned(self) -> bool:
-        """Whether the mean network is better than a guess. Networks err on the same
-        images, so all together are no surer than one.
+        """Whether the mean network is better than a guess.
+
+        The networks err on the same images, so together they are no more certain than a
+        single one.
         """
         if self.metric == AP:
             return self.mean > NO_AP
@@ -113,17 +117,21 @@ class HeldOut(Record):
 
     @property
     def text(self) -> str:
-        """The figures in words."""
-        guess = "" if self.metric == AP else f", and a guess has {shown(self.metric, self.chance)}"
-        return (
+        """What a search that has learned nothing says about its networks."""
+        text = (
             f"its networks have {self.metric} {shown(self.metric, self.mean)} on {self.images:,}"
-            f" held-out images{guess}"
+            " held-out images"
         )
+        if self.metric != AP:
+            text += f", and a guess has {shown(self.metric, self.chance)}"
+        return text
 
 
 class Policy(Record):
-    """The policy's entropy in nats at both ends, and the reward of its steps (of
-    gradients: minus the held-out loss) in both parts.
+    """The policy's entropy in nats at the first and the last step, and its mean reward
+    in the first and the last part of the steps.
+
+    The reward of a policy that is trained by gradients is minus the held-out loss.
     """
 
     rate: str = Field(description="the option of the strategy that sets how fast it learns")
@@ -135,17 +143,19 @@ class Policy(Record):
 
     @property
     def moved(self) -> bool:
-        """Whether the entropy has changed by a twentieth."""
+        """Whether the entropy has changed by ``MIN_ENTROPY_CHANGE`` or more."""
         return abs(self.entropy[1] - self.entropy[0]) >= MIN_ENTROPY_CHANGE * self.entropy[0]
 
     @property
     def rise(self) -> Difference | None:
-        """By how much the reward rose; None where the steps are too few."""
-        return None if self.first is None or self.last is None else welch(self.first, self.last)
+        """By how much the reward rose; None if there were too few steps."""
+        if self.first is None or self.last is None:
+            return None
+        return welch(self.first, self.last)
 
     @property
-    def stillness(self) -> Caution | None:
-        """Said of a policy that has not moved."""
+    def caution_unmoved(self) -> Caution | None:
+        """A caution if the policy has not moved."""
         if self.moved:
             return None
         headline = f"the policy has hardly moved in {self.steps} steps"
@@ -160,29 +170,33 @@ class Policy(Record):
         return f"its entropy went from {self.entropy[0]:.3g} to {self.entropy[1]:.3g} nats"
 
     @property
-    def vanity(self) -> Caution | None:
-        """Said of a policy that has moved for nothing."""
+    def caution_unimproved(self) -> Caution | None:
+        """A caution if the policy has moved, but its reward has not risen."""
         if not self.moved or self.rise is None or self.rise.positive:
             return None
         assert self.first is not None and self.last is not None
-        sign, what = (
-            (-1, "held-out loss did not fall") if self.by_loss else (1, "reward did not rise")
-        )
-        first, last = (_pm(each, sign) for each in (self.first, self.last))
+        observation = "reward did not rise"
+        sign = 1
+        if self.by_loss:
+            # The reward is minus the loss; people want to read the loss.
+            observation = "held-out loss did not fall"
+            sign = -1
         text = (
-            f"{self._entropy}, but its {what} by more than noise ({first} at first, {last} at the"
-            f" end, p = {self.rise.p_value:.2g}): raise search.epochs, or change {self.rate} of"
+            f"{self._entropy}, but its {observation} by more than noise"
+            f" ({_pm(self.first, sign)} at first, {_pm(self.last, sign)} at the end, p ="
+            f" {self.rise.p_value:.2g}): raise search.epochs, or change {self.rate} of"
             " search.strategy or search.optimizer.lr."
         )
         return Caution(headline="the policy learned nothing", text=text)
 
 
 class AgainstRandom(Record):
-    """Proposals against random networks within the same budget.
+    """Proposals compared with random networks within the same budget.
 
-    ``selection``: what the finder's choice on the same images is expected to owe to
-    noise, taken off the difference. ``chosen``: by how much the chosen network is above
-    the best random one, without any test: both are the best of several.
+    ``selection`` is what the finder's choice on the same images is expected to owe to
+    noise; it is subtracted from the difference. ``chosen`` is the quality of the chosen
+    network minus that of the best random one. It is not tested, as both are the best of
+    several.
     """
 
     metric: str
@@ -205,14 +219,14 @@ class AgainstRandom(Record):
     @property
     def sentence(self) -> str:
         """The conclusion in one sentence."""
-        found = self.difference
-        if not (found.positive or found.negative):
+        difference = self.difference
+        if not (difference.positive or difference.negative):
             return f"No better than random networks of the same {self.same} ({self.figures})."
-        how = "Better" if found.positive else "Worse"
-        by = shown_difference(self.metric, abs(found.value), found.error)
+        comparative = "Better" if difference.positive else "Worse"
+        by = shown_difference(self.metric, abs(difference.value), difference.error)
         return (
-            f"{how} than random networks of the same {self.same} by {by} (p ="
-            f" {found.p_value:.1g}{self._less})."
+            f"{comparative} than random networks of the same {self.same} by {by} (p ="
+            f" {difference.p_value:.1g}{self._selection_text})."
         )
 
     @property
@@ -222,11 +236,12 @@ class AgainstRandom(Record):
         difference = sign + shown_difference(
             self.metric, self.difference.value, self.difference.error
         )
-        return f"difference {difference}{self._less}, p = {self.difference.p_value:.1g}"
+        p_value = self.difference.p_value
+        return f"difference {difference}{self._selection_text}, p = {p_value:.1g}"
 
     @property
-    def _less(self) -> str:
-        if self.selection < NOTHING:
+    def _selection_text(self) -> str:
+        if self.selection < NEGLIGIBLE:
             return ""
         return (
             f", {shown_points(self.metric, self.selection)} for the choice of the best on these"
@@ -235,7 +250,9 @@ class AgainstRandom(Record):
 
 
 class Learning(Record):
-    """What is known of a search's learning. ``learned`` is None where nothing could be evaluated."""
+    """Whether a search has learned anything, and why. ``learned`` is None if nothing
+    could be evaluated.
+    """
 
     learned: bool | None
     weights: Weights | None = None
@@ -247,8 +264,8 @@ class Learning(Record):
 
 @dataclass(frozen=True)
 class Course:
-    """What a search has logged: ``rows`` with its losses per cross-entropy, the
-    strategy's ``rate``, and the loss of a guess.
+    """What a search has logged: ``rows``, whose losses are means over cross-entropies;
+    the name of the strategy's ``rate``; and ``chance``, the loss of a guess.
     """
 
     rows: Rows
@@ -258,11 +275,11 @@ class Course:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a search has ranked: qualities of the proposals and of random networks on
-    ``images`` held-out images; a guess's quality.
+    """What a search has ranked.
 
-    ``evaluated`` networks were looked at by a finder, on ``evaluation_images`` of these.
-    ``same`` is the noun of the budget's unit.
+    ``proposals`` and ``random`` are qualities on ``images`` held-out images, and
+    ``chance`` is the quality of a guess. A finder has evaluated ``evaluated`` networks
+    on ``evaluation_images`` of the images. ``same`` is the noun of the budget's unit.
     """
 
     metric: str
@@ -276,22 +293,33 @@ class Ranking:
 
 
 def learning_of(course: Course | None, ranking: Ranking) -> Learning:
-    """Judge a search. ``course`` is None where the weights came from another run."""
-    weights = None if course is None else _weights(course)
+    """Evaluate what a search has learned. ``course`` is None if the weights came from
+    another run.
+    """
+    weights = None
+    policy = None
+    if course is not None:
+        weights = _weights(course)
+        policy = _policy(course)
     held_out = _held_out(ranking)
-    policy = None if course is None else _policy(course)
     compared = _against_random(ranking, policy is not None)
-    basic = _basic(weights, held_out)
-    # which its own rate mends, whatever the weights know
-    still = None if policy is None else policy.stillness
-    cautions = [
-        *basic,
-        *([still] if still is not None else []),
-        *([] if basic else _further(policy, compared)),
-    ]
-    policy_judged = policy is not None and (not policy.moved or policy.rise is not None)
-    evaluated = policy_judged or any(each is not None for each in (weights, held_out, compared))
-    learned = not cautions if evaluated else None
+
+    weights_caution = _weights_caution(weights, held_out)
+    cautions: list[Caution] = []
+    if weights_caution is not None:
+        cautions.append(weights_caution)
+    # A policy's rate can be too low whatever the weights have learned.
+    if policy is not None and policy.caution_unmoved is not None:
+        cautions.append(policy.caution_unmoved)
+    # Rewards and rankings by weights that have learned nothing say nothing.
+    if weights_caution is None:
+        cautions += _policy_cautions(policy, compared)
+
+    has_evidence = weights is not None or held_out is not None or compared is not None
+    policy_known = policy is not None and (not policy.moved or policy.rise is not None)
+    learned = None
+    if has_evidence or policy_known:
+        learned = not cautions
     return Learning(
         learned=learned,
         weights=weights,
@@ -302,18 +330,24 @@ def learning_of(course: Course | None, ranking: Ranking) -> Learning:
     )
 
 
-def _basic(weights: Weights | None, held_out: HeldOut | None) -> list[Caution]:
-    """Weights that know nothing, beside which all else says nothing."""
-    texts = [each.text for each in (weights, held_out) if each is not None and not each.learned]
+def _weights_caution(weights: Weights | None, held_out: HeldOut | None) -> Caution | None:
+    """A caution if the weights have learned nothing."""
+    texts = []
+    if weights is not None and not weights.learned:
+        texts.append(weights.text)
+    if held_out is not None and not held_out.learned:
+        texts.append(held_out.text)
     if not texts:
-        return []
+        return None
     advice = "raise search.epochs or data.resolution, or change search.optimizer.lr"
-    return [Caution(headline="the search learned nothing", text=f"{'; '.join(texts)}: {advice}.")]
+    return Caution(headline="the search learned nothing", text=f"{'; '.join(texts)}: {advice}.")
 
 
-def _further(policy: Policy | None, compared: AgainstRandom | None) -> list[Caution]:
-    vain = None if policy is None else policy.vanity
-    found = [] if vain is None else [vain]
+def _policy_cautions(policy: Policy | None, compared: AgainstRandom | None) -> list[Caution]:
+    """Cautions about the policy's reward, and about proposals no better than random."""
+    cautions = []
+    if policy is not None and policy.caution_unimproved is not None:
+        cautions.append(policy.caution_unimproved)
     if compared is not None and not compared.difference.positive:
         advice = (
             "raise search.epochs; more search.candidates and search.random_samples tell smaller"
@@ -323,23 +357,29 @@ def _further(policy: Policy | None, compared: AgainstRandom | None) -> list[Caut
             f"its proposals against random networks of the same {compared.same}:"
             f" {compared.figures}; {advice}."
         )
-        found.append(Caution(headline="the search is no better than random", text=text))
-    return found
+        cautions.append(Caution(headline="the search is no better than random", text=text))
+    return cautions
 
 
 def _parts(values: Sequence[float]) -> tuple[Average, Average] | None:
-    """The first and the last fifth; None where these are too few values."""
+    """Averages of the first and the last fifth; None if these are too few values."""
     count = round(PART * len(values))
-    return (
-        None
-        if count < LEAST_STEPS
-        else (block_average(values[:count]), block_average(values[-count:]))
-    )
+    if count < LEAST_STEPS:
+        return None
+    return block_average(values[:count]), block_average(values[-count:])
+
+
+def _logged(course: Course, name: str) -> list[float]:
+    """The values of a metric, of all steps that have logged it."""
+    return [row[name] for row in course.rows if name in row]
 
 
 def _weights(course: Course) -> Weights | None:
-    parts = _parts([row["loss"] for row in course.rows if "loss" in row])
-    return None if parts is None else Weights(first=parts[0], last=parts[1], chance=course.chance)
+    parts = _parts(_logged(course, "loss"))
+    if parts is None:
+        return None
+    first, last = parts
+    return Weights(first=first, last=last, chance=course.chance)
 
 
 def _held_out(ranking: Ranking) -> HeldOut | None:
@@ -351,20 +391,18 @@ def _held_out(ranking: Ranking) -> HeldOut | None:
 
 
 def _policy(course: Course) -> Policy | None:
-    entropies = [row["entropy"] for row in course.rows if "entropy" in row]
+    entropies = _logged(course, "entropy")
     if course.rate is None or not entropies:
         return None
-    rewards = [row["reward"] for row in course.rows if "reward" in row]
+    rewards = _logged(course, "reward")
     by_loss = not rewards
-    parts = _parts(
-        rewards or [-row["held_out_loss"] for row in course.rows if "held_out_loss" in row]
-    )
-    first, last = (None, None) if parts is None else parts
-    ends = (entropies[0], entropies[-1])
+    if by_loss:
+        rewards = [-loss for loss in _logged(course, "held_out_loss")]
+    first, last = _parts(rewards) or (None, None)
     return Policy(
         rate=course.rate,
         steps=len(course.rows),
-        entropy=ends,
+        entropy=(entropies[0], entropies[-1]),
         by_loss=by_loss,
         first=first,
         last=last,
@@ -372,15 +410,15 @@ def _policy(course: Course) -> Policy | None:
 
 
 def _against_random(ranking: Ranking, by_policy: bool) -> AgainstRandom | None:
-    """None where there are too few networks, and where the proposals are random
-    networks themselves, which nobody chose.
+    """The proposals compared with random networks; None if there are too few of either,
+    or if neither a policy nor a finder has chosen the proposals.
     """
-    if min(len(ranking.proposals), len(ranking.random)) < LEAST_NETWORKS or not (
-        by_policy or ranking.evaluated
-    ):
+    if min(len(ranking.proposals), len(ranking.random)) < LEAST_NETWORKS:
         return None
-    noise = _noise(ranking.proposals, ranking), _noise(ranking.random, ranking)
-    proposals, random = average(ranking.proposals, noise[0]), average(ranking.random, noise[1])
+    if not by_policy and not ranking.evaluated:
+        return None
+    proposals = average(ranking.proposals, _noise(ranking.proposals, ranking))
+    random = average(ranking.random, _noise(ranking.random, ranking))
     selection = _selection(ranking) if ranking.evaluated else 0.0
     return AgainstRandom(
         metric=ranking.metric,
@@ -395,8 +433,8 @@ def _against_random(ranking: Ranking, by_policy: bool) -> AgainstRandom | None:
 
 
 def _noise(qualities: Sequence[float], ranking: Ranking) -> float:
-    """The variance of an accuracy by the choice of the held-out images; of other
-    qualities none is known.
+    """The variance of an accuracy due to the choice of the held-out images, a
+    proportion's. Unknown for other metrics, and then 0.
     """
     if ranking.metric != ACCURACY:
         return 0.0
@@ -405,12 +443,14 @@ def _noise(qualities: Sequence[float], ranking: Ranking) -> float:
 
 
 def _selection(ranking: Ranking) -> float:
-    """What the best of all that a finder has evaluated are expected to owe to noise, on
-    all held-out images; see ``statistics``.
+    """How much of the proposals' mean quality on all held-out images is expected to be
+    due to noise in the finder's choice; see ``selection_intensity``.
     """
     spread = average(ranking.random).error ** 2 * len(ranking.random)
-    # whatever all networks share does not tell them apart
+    # Noise that all networks share does not tell them apart, so what counts cannot
+    # exceed the variance between them.
     noise = min(_noise(ranking.random, ranking), spread)
+    # The finder has seen fewer images, on which the noise is larger.
     finders_noise = noise * ranking.images / min(ranking.evaluation_images, ranking.images)
     finders_spread = math.sqrt(spread - noise + finders_noise)
     if finders_spread == 0.0:
@@ -418,5 +458,5 @@ def _selection(ranking: Ranking) -> float:
     return selection_intensity(len(ranking.proposals), ranking.evaluated) * noise / finders_spread
 
 
-def _pm(found: Average, sign: int = 1) -> str:
-    return f"{sign * found.mean:.3f} ± {found.error:.3f}"
+def _pm(value: Average, sign: int = 1) -> str:
+    return f"{sign * value.mean:.3f} ± {value.error:.3f}"

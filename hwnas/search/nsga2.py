@@ -1,28 +1,30 @@
-"""NSGA-II: finds the architectures within the budget that trade accuracy, latency and
-parameters best.
+"""NSGA-II: finds architectures within the budget with the best trade-offs of accuracy,
+latency and parameters.
 
 Deb, Pratap, Agarwal, Meyarivan: "A fast and elitist multiobjective genetic algorithm:
 NSGA-II" (IEEE TEC 6(2), 2002), as FairNAS (Chu, Zhang, Xu: ICCV 2021, arXiv 1907.01845)
-uses it to search a trained super-net, by Optuna's ``NSGAIISampler``:
+uses it to search a trained super-net; run by Optuna's ``NSGAIISampler``:
 
     maximise accuracy,  minimise latency,  minimise parameters
     subject to  |latency / target - 1| <= tolerance  and every limit
 
-An architecture that meets the constraints dominates one that does not; of two that do
-not, the one that exceeds them by less in sum dominates; all others compare by the three
-objectives, then by crowding distance.
+An architecture that meets the constraints dominates one that does not. Of two that do
+not, the one with the smaller sum of violations dominates. All others are compared by
+the three objectives, then by crowding distance.
 
 *Differences from the paper*:
 
-- Population (50), crossover (0.9), swapping (0.5) and mutation (1 / choices) are
-  Optuna's defaults, and 40 generations are ours; FairNAS's settings are not used.
-- The cost objective is latency, where FairNAS has multiply-adds.
+- The population (50) and the probabilities of crossover (0.9), swapping (0.5) and
+  mutation (1 / choices) are Optuna's defaults, and the 40 generations are ours.
+  FairNAS's settings are not used.
+- The cost objective is latency; FairNAS has multiply-adds.
 - The first generation is random *within the budget*.
-- An architecture outside the budget is not evaluated: its rank does not depend on its
-  accuracy, which is entered as 0. At a narrow tolerance this is most of them, so a run
-  costs far fewer evaluations than it tries architectures.
-- The answer is not the Pareto front, but all evaluated architectures within the budget by
-  reward: of equally accurate ones the budget decides, and the front is among them.
+- An architecture outside the budget is not evaluated, because its rank does not depend
+  on its accuracy, which is recorded as 0. With a narrow tolerance these are the
+  majority, so a run needs far fewer evaluations than it tries architectures.
+- The result is not the Pareto front but the evaluated architectures within the budget,
+  ranked by reward: of equally accurate ones, the latency decides. The front is among
+  them.
 """
 
 from __future__ import annotations
@@ -42,19 +44,19 @@ from hwnas.search.strategy import SearchContext
 
 
 class NSGA2Config(BaseModel):
-    """Size of the run: Optuna's population, and generations that are ours."""
+    """The size of the run: Optuna's default population; the generations are ours."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    generations: int = Field(40, ge=1, description="populations, the random first one counted")
-    population: int = Field(50, ge=2)
+    generations: int = Field(40, ge=1, description="populations, including the random first one")
+    population: int = Field(50, ge=2, description="architectures per generation")
 
 
 class NSGA2(Finder):
-    """Optuna's NSGA-II by ask and tell, seeded from ``ctx.rng``.
+    """Optuna's NSGA-II through its ask-and-tell interface, seeded from ``ctx.rng``.
 
     Example:
-        >>> NSGA2(NSGA2Config(generations=10)).find(ctx, 5)      # doctest: +SKIP
+        >>> NSGA2(NSGA2Config(generations=10)).find(ctx, 5)  # doctest: +SKIP
     """
 
     Config: ClassVar[type[BaseModel]] = NSGA2Config
@@ -63,7 +65,7 @@ class NSGA2(Finder):
         self.config = config
 
     def find(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The best ``count`` by reward of all that were evaluated. None where random
+        """The best ``count`` of all evaluated architectures by reward. Empty if random
         search finds none within the budget.
         """
         first = sample_feasible(ctx, self.config.population, ctx.rng)
@@ -79,38 +81,40 @@ class NSGA2(Finder):
             for picks in first:
                 study.enqueue_trial(picks)
             for _ in range(total):
-                trial, evaluated = study.ask(), len(board)
-                picks = {
-                    choice.key: trial.suggest_categorical(choice.key, choice.options)
-                    for choice in ctx.space.choices
-                }
+                evaluated = len(board)
+                trial = study.ask()
+                picks = {}
+                for choice in ctx.space.choices:
+                    picks[choice.key] = trial.suggest_categorical(choice.key, choice.options)
+
                 index_NC = ctx.space.index(picks)[None]
                 for name, excess in _excess(ctx, index_NC).items():
                     trial.set_constraint(name, excess)
+                # an infeasible trial ranks by its violations, whatever its quality
                 quality = board.evaluate(picks).quality if is_feasible(ctx, index_NC)[0] else 0.0
                 study.tell(trial, [quality, ctx.cost_model.cost(picks), params.cost(picks)])
-                task.advance(
-                    1 - (len(board) - evaluated)
-                )  # the leaderboard counts what is new to it
+
+                # every trial counts once; the leaderboard has counted the new ones
+                task.advance(1 - (len(board) - evaluated))
         return board.best(count)
 
 
 def _excess(ctx: SearchContext, index_NC: np.ndarray) -> dict[str, float]:
-    """By how much one architecture [1, choices] exceeds each constraint, relatively; at
-    most 0 where it is met.
+    """Constraint -> relative excess of one architecture [1, choices]; at most 0 if the
+    constraint is met.
     """
-    off = abs(float(ctx.cost_model.costs(index_NC)[0]) / ctx.target - 1)
-    limits = [] if ctx.limits is None else ctx.limits.excess(index_NC)[0]
-    return {"target": off - ctx.tolerance} | {
-        f"limit {i}": float(excess) for i, excess in enumerate(limits)
-    }
+    gap = abs(float(ctx.cost_model.costs(index_NC)[0]) / ctx.target - 1)
+    excesses = {"target": gap - ctx.tolerance}
+    if ctx.limits is not None:
+        for i, excess in enumerate(ctx.limits.excess(index_NC)[0]):
+            excesses[f"limit {i}"] = float(excess)
+    return excesses
 
 
 @contextmanager
 def _study(population: int, seed: int) -> Iterator[Any]:
-    """A study in memory, with Optuna's log silent meanwhile. Optuna takes a second to
-    import, so only those who search wait for it.
-    """
+    """An in-memory study; Optuna's log is silent while it is open."""
+    # imported here because it takes a second, which only this search should wait for
     import optuna
 
     verbosity = optuna.logging.get_verbosity()

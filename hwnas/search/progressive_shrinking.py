@@ -1,42 +1,47 @@
-"""Progressive shrinking: one super-net whose sub-networks are good without retraining,
-for many budgets and devices.
+"""Progressive shrinking: one super-net whose sub-networks need no retraining, for many
+budgets and devices.
 
 Cai, Gan, Wang, Zhang, Han: "Once for All: Train One Network and Specialize it for
 Efficient Deployment" (ICLR 2020, arXiv 1908.09791), section 3.3; released code
-mit-han-lab/once-for-all. Six phases, each opening more options than the one before. Per
-step, sub-networks are drawn uniformly from what is open; their gradients on one batch
-are added up for one update:
+mit-han-lab/once-for-all. There are six phases, each of which opens more options than
+the one before. Each step draws sub-networks uniformly from the open options and adds up
+their gradients on one batch for one update of the shared weights:
 
-=========  =============================================  ===========  ======  ================
-phase      open                                           sub-nets     epochs  loss
-=========  =============================================  ===========  ======  ================
-largest    nothing: the largest network                   1            180     cross-entropy
-kernel     every kernel size                              1            120     and distillation
-depth      ... and the two largest depths                 2            25      from the largest
-depth      ... and every depth                            2            120     network as it was
-expansion  ... and the two largest expansions             4            25      at the end of the
-expansion  ... and every expansion                        4            120     first phase
-=========  =============================================  ===========  ======  ================
+=========  ==================================  ========  ======
+phase      open                                sub-nets  epochs
+=========  ==================================  ========  ======
+largest    nothing: the largest network        1         180
+kernel     every kernel size                   1         120
+depth      ... and the two largest depths      2         25
+depth      ... and every depth                 2         120
+expansion  ... and the two largest expansions  4         25
+expansion  ... and every expansion             4         120
+=========  ==================================  ========  ======
 
-The image size, where it is a choice, is drawn for each step in all phases, the first
-included. The epochs are the paper's (largest) and the code's; here they are shares of
-the search's steps, of which only the ratios count: with all six phases the first gets
-180 / 590 of them. ``Evolution`` finds the architecture. ``search.weights`` of another
-run takes the trained super-net for another table.
+The loss is the cross-entropy. All phases but the first add distillation from a teacher:
+the largest network, with its weights at the end of the first phase.
+
+If the image size is a choice, it is drawn for each step in all phases, including the
+first. The epochs are the paper's (largest) and the code's. Here they are shares of the
+steps of the search, of which only the ratios matter: with all six phases, the first
+gets 180 / 590 of the steps. ``Evolution`` finds the architecture. Another run can use
+the trained super-net for another table (``search.weights``).
 
 *Differences from the paper*:
 
-- Spaces may be others than the paper's. A phase in which nothing would open is left
-  out, and its steps go to the others; two of one axis that open the same are one.
-  Widths open as expansions do, the two largest first; SE, groups, activations and kinds
-  of block open with the last phase. Where depth is a matter of skipping slots, the
-  first depth phase lets the last slot of every stage that can be skipped be skipped,
-  the second all of them in any combination.
-- One learning-rate schedule over all phases, where the code starts a new one with each
+- Other spaces than the paper's work as well. A phase that would open nothing is
+  omitted, and its steps go to the others; two phases of one axis that open the same
+  options are merged. Widths open like expansions, the two largest first; SE, groups,
+  activations and kinds of block open in the last phase. If depth means skipping slots,
+  the first depth phase opens skip for the last skippable slot of every stage, and the
+  second for all skippable slots, in any combination.
+- A single learning-rate schedule spans all phases; the code starts a new one in each
   (3e-2; then 2.5e-3 and 7.5e-3 twice).
-- Channels are not sorted by importance when expansions open: a strategy does not touch weights.
-- The teacher sees the images of its own, the largest, resolution; the code's sees the step's.
-- The evolution evaluates its candidates instead of asking an accuracy predictor, and
+- Channels are not sorted by importance when expansions open, because a strategy does
+  not touch weights.
+- The teacher sees images of its own resolution, the largest; in the code it sees those
+  of the step.
+- The evolution evaluates its candidates instead of querying an accuracy predictor, and
   has SPOS's settings; see ``evolution``.
 """
 
@@ -59,28 +64,29 @@ from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 Share = Annotated[float, Field(gt=0)]
+"""Part of the steps, relative to the shares of the other phases."""
 
 
 class ProgressiveShrinkingConfig(EvolutionConfig):
-    """How the steps are shared out, in once-for-all's epochs (only the ratios count),
-    and the settings of the evolution.
+    """How many steps each phase gets, in once-for-all's epochs of which only the ratios
+    matter, and the settings of the evolution.
     """
 
     largest: Share = Field(
-        180.0, description="share of the largest network, which becomes the teacher"
+        180.0, description="share of training the largest network, which becomes the teacher"
     )
     kernel: Share = Field(120.0, description="share of elastic kernel sizes")
     depth: tuple[Share, Share] = Field(
-        (25.0, 120.0), description="shares of the two largest depths, and of all"
+        (25.0, 120.0), description="shares of elastic depth: the two largest, then all"
     )
     expansion: tuple[Share, Share] = Field(
-        (25.0, 120.0), description="shares of the two largest expansions, and of all"
+        (25.0, 120.0), description="shares of elastic expansion: the two largest, then all"
     )
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How many of the largest kernel sizes, depths and expansions are open; None: all."""
+    """How many of the largest sizes are open on each axis; None means all."""
 
     kernels: int | None = 1
     depths: int | None = 1
@@ -90,13 +96,13 @@ class Opening:
 LARGEST = Opening()
 PHASES = (
     ("largest", 1, LARGEST),
-    ("kernel", 1, Opening(None)),
-    ("depth", 2, Opening(None, 2)),
-    ("depth", 2, Opening(None, None)),
-    ("expansion", 4, Opening(None, None, 2)),
-    ("expansion", 4, Opening(None, None, None)),
+    ("kernel", 1, Opening(kernels=None)),
+    ("depth", 2, Opening(kernels=None, depths=2)),
+    ("depth", 2, Opening(kernels=None, depths=None)),
+    ("expansion", 4, Opening(kernels=None, depths=None, expansions=2)),
+    ("expansion", 4, Opening(kernels=None, depths=None, expansions=None)),
 )
-"""Name, sub-networks per step and what is open."""
+"""Name, sub-networks per step, and what is open."""
 
 Allowed = Mapping[str, tuple[int, ...]]
 """Choice key -> positions of the options that are open."""
@@ -105,75 +111,95 @@ T = TypeVar("T", int, float)
 
 
 def _largest(values: Iterable[T], count: int | None) -> list[T]:
+    """The ``count`` largest distinct values, in descending order; None means all."""
     return sorted(set(values), reverse=True)[:count]
 
 
 def allowed(space: SearchSpace, opening: Opening) -> dict[str, tuple[int, ...]]:
-    """Which options of every choice are open. ``LARGEST`` opens one each, but every resolution.
+    """Choice key -> positions of the open options. ``LARGEST`` opens one option of
+    every choice, except that all resolutions are open.
 
     Example:
         >>> from hwnas.testing import tiny_space
-        >>> allowed(tiny_space(), Opening(None))["s1.b1"]      # k3e3, k5e3, k3e6, k5e6, skip: both kernels at expansion 6
+        >>> # k3e3, k5e3, k3e6, k5e6, skip: both kernels at expansion 6
+        >>> allowed(tiny_space(), Opening(None))["s1.b1"]
         (2, 3)
+    """
+    skippable = _open_skips(space, opening)
+    positions: dict[str, tuple[int, ...]] = {}
+    for choice in space.choices:
+        if choice.kind == "op":
+            positions[choice.key] = _open_blocks(_blocks(choice), opening, choice.key in skippable)
+        elif choice.kind == "resolution":
+            positions[choice.key] = tuple(range(len(choice.options)))
+        elif choice.kind == "depth":
+            positions[choice.key] = _open_sizes(choice, opening.depths)
+        else:
+            # widths open like expansions
+            positions[choice.key] = _open_sizes(choice, opening.expansions)
+    return positions
+
+
+def _open_skips(space: SearchSpace, opening: Opening) -> set[str]:
+    """Keys of the slots that may be skipped: in each stage, the last ``depths`` - 1 of
+    those that offer skip.
     """
     stages: dict[str, list[str]] = {}
     for choice in space.choices:
         if choice.kind == "op" and None in _blocks(choice):
             stages.setdefault(choice.address.part, []).append(choice.key)
-    # slots of a stage that may be left out
-    most = None if opening.depths is None else opening.depths - 1
-    skippable = {
-        key
-        for keys in stages.values()
-        for key in (keys if most is None else keys[len(keys) - min(most, len(keys)) :])
-    }
-    found = {}
-    for choice in space.choices:
-        if choice.kind == "op":
-            found[choice.key] = _open_blocks(_blocks(choice), opening, choice.key in skippable)
-        elif choice.kind == "resolution":
-            found[choice.key] = tuple(range(len(choice.options)))
-        else:
-            sizes = _largest(
-                map(int, choice.options),
-                opening.depths if choice.kind == "depth" else opening.expansions,
-            )
-            found[choice.key] = tuple(i for i, size in enumerate(choice.options) if size in sizes)
-    return found
+
+    skippable: set[str] = set()
+    for keys in stages.values():
+        # the full depth skips nothing, so n depths allow n - 1 skips
+        count = len(keys)
+        if opening.depths is not None:
+            count = min(opening.depths - 1, len(keys))
+        skippable.update(keys[len(keys) - count :])
+    return skippable
+
+
+def _open_sizes(choice: Choice, count: int | None) -> tuple[int, ...]:
+    """Positions of the ``count`` largest depths or widths of a choice."""
+    sizes = _largest(map(int, choice.options), count)
+    return tuple(i for i, size in enumerate(choice.options) if size in sizes)
 
 
 def _blocks(choice: Choice) -> list[BlockOption | None]:
+    """The parsed options of a slot; None is skip."""
     return [parse_option(str(option)) for option in choice.options]
 
 
 def _open_blocks(
     options: list[BlockOption | None], opening: Opening, skippable: bool
 ) -> tuple[int, ...]:
+    """Positions of the open options of a slot."""
     blocks = [block for block in options if block is not None]
+    # the block of the largest network; fewer groups have more weights
     top = max(
         blocks, key=lambda block: (block.expansion, block.kernel, block.se_ratio, -block.groups)
     )
     kernels = _largest((block.kernel for block in blocks), opening.kernels)
     expansions = _largest((block.expansion for block in blocks), opening.expansions)
 
-    def is_open(block: BlockOption) -> bool:
-        like_top = (
-            opening.expansions is None
-            or replace(block, kernel=top.kernel, expansion=top.expansion) == top
-        )
-        return block == top or (
-            block.kernel in kernels and block.expansion in expansions and like_top
-        )
+    def is_open(block: BlockOption | None) -> bool:
+        if block is None:
+            return skippable
+        if block == top:
+            return True
+        if block.kernel not in kernels or block.expansion not in expansions:
+            return False
+        # SE, groups, activations and kinds of block open in the last phase
+        like_top = replace(block, kernel=top.kernel, expansion=top.expansion) == top
+        return like_top or opening.expansions is None
 
-    return tuple(
-        i for i, block in enumerate(options) if (skippable if block is None else is_open(block))
-    )
+    return tuple(i for i, block in enumerate(options) if is_open(block))
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training: ``paths`` sub-networks of what is ``allowed`` per step,
-    for ``share`` of the steps.
+    """A part of the training: each step draws ``paths`` sub-networks from the
+    ``allowed`` options. ``share`` is the number of steps relative to the other phases.
     """
 
     name: str
@@ -184,22 +210,27 @@ class Phase:
 
 def phases(space: SearchSpace, config: ProgressiveShrinkingConfig) -> list[Phase]:
     """The phases of a space in order: those of ``PHASES`` that open something. In the
-    last, everything is open.
+    last phase, everything is open.
     """
     shares = (config.largest, config.kernel, *config.depth, *config.expansion)
-    found: list[Phase] = []
+    opening_phases: list[Phase] = []
     for (name, paths, opening), share in zip(PHASES, shares, strict=True):
         phase = Phase(name, paths, share, allowed(space, opening))
-        if not found or phase.allowed != found[-1].allowed:
-            found.append(phase)
-        elif name == found[-1].name:
-            found[-1] = replace(found[-1], share=found[-1].share + share)
-    return found
+        if not opening_phases:
+            opening_phases.append(phase)
+            continue
+        previous = opening_phases[-1]
+        if phase.allowed != previous.allowed:
+            opening_phases.append(phase)
+        elif name == previous.name:
+            # two phases of one axis that open the same options are merged
+            opening_phases[-1] = replace(previous, share=previous.share + share)
+    return opening_phases
 
 
 class ProgressiveShrinking(Strategy):
-    """Once-for-all. What is open is a function of the step, so there is no state; the
-    teacher is kept with the weights.
+    """The once-for-all strategy. It has no state of its own: the step determines which
+    options are open, and the teacher is stored with the weights.
     """
 
     Config: ClassVar[type[BaseModel]] = ProgressiveShrinkingConfig
@@ -210,76 +241,83 @@ class ProgressiveShrinking(Strategy):
         self.config = config
         self.phases: list[Phase] = []
         self.ends: list[int] = []
-        """The step at which each phase is over."""
+        """The step at which each phase ends."""
 
     def check(self, space: SearchSpace) -> None:
-        """Raise SpaceError where neither kernel sizes nor depths nor expansions differ."""
+        """Raises SpaceError if no choice varies kernel size, depth or expansion."""
         for choice in space.choices:
-            blocks = _blocks(choice) if choice.kind == "op" else []
-            sizes = {(block.kernel, block.expansion) for block in blocks if block is not None}
-            if choice.kind == "depth" or None in blocks or len(sizes) > 1:
+            if choice.kind == "depth":
                 return
+            if choice.kind == "op":
+                blocks = _blocks(choice)
+                sizes = {(block.kernel, block.expansion) for block in blocks if block is not None}
+                if None in blocks or len(sizes) > 1:
+                    return
         raise SpaceError(
-            f"space {space.name} has no second kernel size, depth or expansion anywhere, so there"
-            " is nothing to shrink: search it with another strategy."
+            f"space {space.name} offers no choice of kernel size, depth or expansion, so there is"
+            " nothing to shrink: search it with another strategy."
         )
 
     def setup(self, ctx: SearchContext) -> None:
-        """Share out the steps. The first phase gets one at least: there is no
-        distillation without a teacher.
-        """
+        """Divide the steps among the phases."""
         self.phases = phases(ctx.space, self.config)
-        until = np.cumsum([phase.share for phase in self.phases])
-        self.ends = [max(1, round(ctx.steps * float(part))) for part in until / until[-1]]
+        shares_until_end = np.cumsum([phase.share for phase in self.phases])
+        fractions = shares_until_end / shares_until_end[-1]
+        # the first phase gets at least one step: distillation needs a teacher
+        self.ends = [max(1, round(ctx.steps * float(fraction))) for fraction in fractions]
 
     def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
-        """The ends of the phases."""
+        """The steps at which the phases end."""
         del ctx
         return tuple(self.ends[:-1])
 
     def step(self, ctx: SearchContext) -> Metrics:
-        """One update by the sub-networks of the present phase. The cost is their mean."""
+        """One update by the sub-networks of the present phase. Logs their mean cost."""
         number = bisect_right(self.ends, ctx.step)
         phase = self.phases[number]
         if ctx.step == self.ends[0]:
+            # the teacher is the largest network at the end of the first phase
             ctx.remember_teacher(largest_picks(ctx.space))
+
         paths = sampled(ctx.space, phase, ctx.rng)
         metrics = ctx.train(*(one_hot(picks, ctx.space) for picks in paths), teach=number > 0)
-        latency = float(np.mean([ctx.cost_model.cost(picks) for picks in paths]))
-        return {**metrics, "phase": float(number), ctx.cost_model.unit.quantity: latency}
+        cost = float(np.mean([ctx.cost_model.cost(picks) for picks in paths]))
+        return {**metrics, "phase": float(number), ctx.cost_model.unit.quantity: cost}
 
     def cross_entropies(self, row: Metrics) -> int:
-        """All phases but the first have a teacher."""
+        """Two with a teacher, which all phases but the first have."""
         return 2 if row["phase"] > 0 else 1
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The best of an evolution."""
+        """The best architectures of an evolution."""
         return Evolution(self.config).find(ctx, count)
 
 
 def largest_picks(space: SearchSpace) -> Picks:
     """The largest network of a space, at its largest resolution: the teacher."""
     top = allowed(space, LARGEST)
-    return {
-        choice.key: (
-            max(map(int, choice.options))
-            if choice.kind == "resolution"
-            else choice.options[top[choice.key][0]]
-        )
-        for choice in space.choices
-    }
+    picks: Picks = {}
+    for choice in space.choices:
+        if choice.kind == "resolution":
+            picks[choice.key] = max(map(int, choice.options))
+        else:
+            picks[choice.key] = choice.options[top[choice.key][0]]
+    return picks
 
 
 def sampled(space: SearchSpace, phase: Phase, rng: np.random.Generator) -> list[Picks]:
-    """The sub-networks of one step: uniform over what is open, all at one resolution."""
-    paths: list[Picks] = [
-        {
-            choice.key: choice.options[rng.choice(phase.allowed[choice.key])]
-            for choice in space.choices
-        }
-        for _ in range(phase.paths)
-    ]
-    common = {
-        choice.key: paths[0][choice.key] for choice in space.choices if choice.kind == "resolution"
-    }
-    return [{**picks, **common} for picks in paths]
+    """The sub-networks of a step: uniform over the open options, at one resolution."""
+    paths: list[Picks] = []
+    for _ in range(phase.paths):
+        picks: Picks = {}
+        for choice in space.choices:
+            position = rng.choice(phase.allowed[choice.key])
+            picks[choice.key] = choice.options[position]
+        paths.append(picks)
+
+    # they train on the same batch, so all take the resolution of the first
+    for choice in space.choices:
+        if choice.kind == "resolution":
+            for picks in paths:
+                picks[choice.key] = paths[0][choice.key]
+    return paths

@@ -1,28 +1,36 @@
-"""Random search: the baseline that every method has to beat, of two kinds and as a finder.
+"""Random search, the baseline for every method to beat: two strategies and a finder.
 
 Li and Talwalkar, "Random Search and Reproducibility for Neural Architecture Search"
 (UAI 2019, arXiv 1902.07638), with the single-path uniform sampling of SPOS (Guo et al.,
-arXiv 1904.00420). ``RandomSearch``, best of n by the super-net:
+arXiv 1904.00420).
 
-1. weights:  per step, a ~ uniform(space); one update of the weights that a uses;
-2. proposal: architectures uniform among those within the target's tolerance and the
-   limits, by rejection;
-3. choice:   the best by recalibrated held-out accuracy (the search stage does this for every strategy).
+``RandomSearch``, best of n according to the super-net:
 
-``RandomStandalone``, best of n by training each alone, at the same total cost:
+1. Shared weights: each step draws a ~ uniform(space) and updates the weights that a
+   uses.
+2. Proposals: architectures drawn uniformly, by rejection, from those within the
+   target's tolerance and the limits.
+3. Selection: the best by recalibrated held-out accuracy (the search stage does this for
+   every strategy).
 
-1. n architectures uniform among those within the budget, each with weights of its own;
-2. step t is an update of network t mod n, at the learning rate of the whole schedule: n
-   full schedules of T / n updates;
-3. the best by held-out accuracy.
+``RandomStandalone``, best of n by training each network by itself, at the same total
+cost:
 
-``RandomFinder``: best of n random architectures within the budget, by any trained super-net.
+1. Draw n architectures uniformly from those within the budget; each has its own
+   weights.
+2. Step t of T updates network t mod n, at the learning rate that the schedule has at
+   step t: so each network goes through the full schedule in T / n updates.
+3. The best by held-out accuracy.
 
-*Differences from the papers*: sampling is uniform over architectures, where TuNAS's
+``RandomFinder``: best of n random architectures within the budget, according to any
+trained super-net.
+
+*Differences from the papers*: sampling is uniform over architectures, whereas TuNAS's
 baseline is uniform over decisions (a slot is skipped with probability 1/7 here and 1/2
-there); architectures outside the latency budget are rejected when proposing, not when
-training, as in TuNAS's baseline (83 to 85 ms around 84). The number of trainings is
-ours, and so is that of the finder's architectures: as many as SPOS's evolution evaluates.
+there). As in TuNAS's baseline (83 to 85 ms around 84), architectures outside the
+latency budget are rejected for proposals but not during training. The number of
+trainings is ours. So is the number of architectures of the finder, which is how many
+SPOS's evolution evaluates.
 """
 
 from __future__ import annotations
@@ -45,8 +53,8 @@ class RandomConfig(BaseModel):
 
 
 class RandomSearch(Strategy):
-    """Uniform sampling of paths while training, and of architectures within the budget
-    in the end.
+    """Random search by a super-net: uniform paths during training, then uniform
+    architectures within the budget.
     """
 
     Config: ClassVar[type[BaseModel]] = RandomConfig
@@ -67,28 +75,28 @@ class RandomSearch(Strategy):
         }
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """``count`` random architectures within the tolerance of the target, in random order."""
+        """Up to ``count`` random architectures within the budget, in random order."""
         return sample_feasible(ctx, count, ctx.rng)
 
 
 class RandomStandaloneConfig(BaseModel):
-    """How many networks share the steps."""
+    """The number of networks that share the steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trainings: int = Field(
         8,
         ge=1,
-        description="stand-alone networks, each of which gets search steps / trainings updates",
+        description="standalone networks; each gets (search steps / trainings) updates",
     )
 
 
 class RandomStandalone(Strategy):
-    """Random architectures within the budget, each trained alone. ``setup`` draws them
-    from ``ctx.rng`` into ``alone``.
+    """Random architectures within the budget, each trained by itself. ``setup`` draws
+    them from ``ctx.rng`` into ``alone``.
 
-    Raises TargetError in ``setup`` where random search finds no architecture within the
-    budget. Where it finds fewer than asked for, these share the steps.
+    If random sampling finds fewer architectures within the budget than requested, these
+    share the steps; if it finds none, ``setup`` raises TargetError.
     """
 
     Config: ClassVar[type[BaseModel]] = RandomStandaloneConfig
@@ -100,15 +108,15 @@ class RandomStandalone(Strategy):
         self.alone: list[Picks] = []
 
     def setup(self, ctx: SearchContext) -> None:
-        """Draw the architectures. Raises TargetError where there are none, ConfigError
-        where there are more than steps.
+        """Draw the architectures. Raises TargetError if none is found within the
+        budget, ConfigError if there are more architectures than steps.
         """
         self.alone = sample_feasible(ctx, self.config.trainings, ctx.rng)
         if not self.alone:
             raise TargetError(
-                f"no architecture of space {ctx.space.name} within {ctx.tolerance:.2g} of"
-                f" {ctx.cost_model.unit.shown(ctx.target)} was found to train: raise search.tolerance or"
-                " a limit."
+                f"found no architecture of space {ctx.space.name} within {ctx.tolerance:.2g} of"
+                f" {ctx.cost_model.unit.shown(ctx.target)} to train: raise search.tolerance or a"
+                " limit."
             )
         if ctx.steps < len(self.alone):
             raise ConfigError(
@@ -126,23 +134,23 @@ class RandomStandalone(Strategy):
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The trained architectures, best reward first."""
-        return _best_of(ctx, self.alone, count, "evaluating stand-alone networks")
+        return _best_of(ctx, self.alone, count, "evaluating standalone networks")
 
     def state_dict(self) -> dict[str, Any]:
-        """The architectures."""
+        """The drawn architectures."""
         return {"alone": [dict(picks) for picks in self.alone]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state from ``state_dict``."""
         self.alone = [dict(picks) for picks in state["alone"]]
 
 
 class RandomFinderConfig(BaseModel):
-    """How many architectures are evaluated."""
+    """The number of architectures to evaluate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architectures: int = Field(1000, ge=1)
+    architectures: int = Field(1000, ge=1, description="random architectures to evaluate")
 
 
 class RandomFinder(Finder):
@@ -155,17 +163,14 @@ class RandomFinder(Finder):
 
     def find(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The best ``count`` by reward."""
-        return _best_of(
-            ctx,
-            sample_feasible(ctx, self.config.architectures, ctx.rng),
-            count,
-            "evaluating random architectures",
-        )
+        candidates = sample_feasible(ctx, self.config.architectures, ctx.rng)
+        return _best_of(ctx, candidates, count, "evaluating random architectures")
 
 
 def _best_of(
     ctx: SearchContext, candidates: list[Picks], count: int, description: str
 ) -> list[Picks]:
+    """The best ``count`` candidates by reward; ``description`` labels the progress."""
     with ctx.progress.task(description, len(candidates)) as task:
         board = Leaderboard(ctx, task)
         for picks in candidates:

@@ -20,9 +20,9 @@ from hwnas.search.learning import Learning
 class Candidate(BaseModel):
     """An architecture evaluated by the super-net.
 
-    ``predicted`` is its cost in ``SearchResult.unit``; ``quality`` that of the
-    recalibrated network on held-out images, in 0..1, which ``SearchResult.metric``
-    names: accuracy, AP or 1 / (1 + loss).
+    ``predicted`` is its predicted cost in ``SearchResult.unit``. ``quality`` is that of
+    the network with recalibrated BN on held-out images, in 0..1; ``SearchResult.metric``
+    names what it is: accuracy, AP or 1 / (1 + loss).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,50 +31,52 @@ class Candidate(BaseModel):
     predicted: float
     quality: float
     reward: float
-    limits: dict[str, float] = Field({}, description="what search.limits limits, by name")
+    limits: dict[str, float] = Field({}, description="values of what search.limits limits, by name")
 
 
 class SearchResult(Document):
-    """What a search found. ``candidates`` are the strategy's proposals, best reward first.
+    """What a search found.
 
-    For comparison, ``random`` are random architectures within the budget, and
-    ``random_anywhere`` in the whole space. ``learning`` says whether there is anything in it.
-    Version 1 called ``metric`` quality, and a candidate's ``quality`` accuracy,
-    whatever it was; up to version 2 every cost was in milliseconds, and its name said
-    so; up to version 3 ``random_anywhere`` was called spread, and ``cost.evaluated``
-    judged.
+    ``candidates`` are the proposals, best reward first. For comparison, ``random`` are
+    random architectures within the budget, and ``random_anywhere`` are from the whole
+    space. ``learning`` says whether the search has learned anything.
+
+    Version 1 called ``metric`` quality, and a candidate's ``quality`` accuracy, whatever
+    the metric was. Up to version 2, all costs were in milliseconds, as their names said.
+    Up to version 3, ``random_anywhere`` was called spread and ``cost.evaluated`` judged.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.search"
     VERSION: ClassVar[int] = 4
 
     strategy: str
-    metric: str = Field(ACCURACY, description="what the candidates' quality is")
+    metric: str = Field(ACCURACY, description="the metric of the candidates' quality")
     space_sha256: str
     objective: Objective
     unit: UnitName = Field(
         "ms",
-        description="of all costs here: of the target, of what is reachable, and of the candidates",
+        description="the unit of all costs: target, reachable and the candidates' predicted",
     )
     target: float
     tolerance: float
     reachable: tuple[float, float]
     table_sha256: str | None = Field(
-        None, description="the table that predicts latency; none where costs are counted"
+        None, description="the table that predicts latency; none if costs are counted"
     )
     steps: int
     seed: int
     finder: Plugin | None = Field(
-        None, description="what found the candidates, where it was not the strategy itself"
+        None, description="the finder of the candidates, if not the strategy itself"
     )
     weights_sha256: str | None = Field(
-        None, description="the super-net file, where an already trained one was used"
+        None, description="the super-net file, if an already trained one was used"
     )
     cost: SearchCost | None = Field(
-        None, description="of training, finding and the last ranking; see search/cost_counter.py"
+        None,
+        description="cost of training, finding and the final ranking; see search/cost_counter.py",
     )
     learning: Learning | None = Field(
-        None, description="whether it learned anything; see search/learning.py"
+        None, description="whether the search learned anything; see search/learning.py"
     )
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     random: tuple[Candidate, ...] = ()
@@ -82,33 +84,34 @@ class SearchResult(Document):
 
     @property
     def shown_in(self) -> Unit:
-        """The unit of all costs, with how it is shown."""
+        """The unit of all costs, which knows how to format them."""
         return UNITS[self.unit]
 
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """The names of versions 1 to 3."""
+        """Rename the keys of versions 1 to 3."""
         names = {
             "target_ms": "target",
             "reachable_ms": "reachable",
             "spread": "random_anywhere",
         }
-        of_candidates = {"latency_ms": "predicted"}
+        candidate_names = {"latency_ms": "predicted"}
         content["cost"] = _renamed(content.get("cost"), {"judged": "evaluated"})
         if version == 1:
             content["metric"] = content.pop("quality", ACCURACY)
-            of_candidates |= {"accuracy": "quality"}
+            candidate_names["accuracy"] = "quality"
         for group in ("candidates", "random", "spread"):
-            if isinstance(content.get(group), list):
-                content[group] = [
-                    _renamed(candidate, of_candidates) for candidate in content[group]
-                ]
+            rows = content.get(group)
+            if isinstance(rows, list):
+                content[group] = [_renamed(row, candidate_names) for row in rows]
         renamed: dict[str, Any] = _renamed(content, names)
         return renamed
 
 
 def _renamed(content: Any, names: Mapping[str, str]) -> Any:
-    """An object with other names; what is none stays as it is, to be refused like any other."""
+    """A JSON object with renamed keys. Anything else is returned unchanged, and fails the
+    validation that follows.
+    """
     if not isinstance(content, dict):
         return content
     return {names.get(name, name): value for name, value in content.items()}

@@ -1,57 +1,58 @@
-"""Shrinking: the operators that a metric finds worst leave the search space, again and
-again, while its super-net is trained.
+"""Search space shrinking: repeatedly train the super-net for a while, and remove the
+operators that a metric scores lowest.
 
 Hu, Liang, Guo, Wan, Zhang, Wei, Gu, Sun: "Angle-based Search Space Shrinking for Neural
 Architecture Search" (ABS; ECCV 2020, arXiv 2004.13431), algorithm 1; released code
-megvii-model/AngleNAS. Its generalisation: Hu et al., "PWSNAS: Powering Weight Sharing
-NAS With General Search Space Shrinking Framework" (IEEE TNNLS 34(11), 2023). An
-operator is an option of a choice of blocks. With a space A, its super-net's weights W
-and their base W0:
+megvii-model/AngleNAS. Generalised by Hu et al., "PWSNAS: Powering Weight Sharing NAS
+With General Search Space Shrinking Framework" (IEEE TNNLS 34(11), 2023). An operator is
+an option of a choice of blocks. With a space A, its super-net's weights W and their base
+W0:
 
     W0 = W at initialisation;  train W for a long time
     while |A| > ``until``:
-        score(o) = mean of metric(a; W0, W) over sampled architectures a in A that contain o       for every operator o
-        A loses the k operators of lowest score (or the lowest of every choice), but never a choice's last one
-        W0 = W, once, when more than ``refresh_after`` operators have gone
-        train W for a short time, which goes on from the weights it has
+        for every operator o:
+            score(o) = mean of metric(a; W0, W) over sampled a in A that contain o
+        remove the k operators of lowest score from A (or the lowest of every choice),
+            but never the last one of a choice
+        W0 = W, once, after more than ``refresh_after`` operators have been removed
+        train W for a short time, starting from its current value
 
 Metrics, by name (``SHRINK_METRICS``); a higher score is better:
 
-- ``angle`` (ABS): by how far training has turned the architecture's weights, see
+- ``angle`` (ABS): how far training has turned the architecture's weights, see
   ``hwnas.search.angle``;
-- ``accuracy``: held-out accuracy of the architecture with the super-net's weights, BN
-  statistics re-estimated; with ``search.quality = "loss"`` 1 / (1 + loss) there;
-- ``magnitude``: no architecture is sampled: the architecture parameter of the operator,
-  trained beside the weights as in DARTS;
-- ``random``: a uniform number, which needs no super-net at all.
+- ``accuracy``: held-out accuracy of the architecture with the super-net's weights and
+  recalibrated BN; 1 / (1 + loss) if ``search.quality = "loss"``;
+- ``magnitude``: the operator's architecture parameter, which is trained beside the
+  weights as in DARTS; samples no architectures;
+- ``random``: a uniform random number; needs no super-net.
 
-Every sampled architecture is a different one and counts for all its operators, and
-every operator is in ``samples`` of them, where there are as many; at most ``tries``
-times as many are drawn. ``sampling = "depths"`` draws the number of skipped slots
-first.
+The sampled architectures are different, and each one counts for all its operators.
+Every operator is in ``samples`` of them if that many are found; at most ``tries`` times
+as many are drawn. ``sampling = "depths"`` draws the number of skipped slots first.
 
 PWSNAS has a second strategy: fewer operators leave room for more parameters, so that
-each weight serves fewer architectures. Only its abstract could be had, so what is here
-is *an interpretation*: by ``shrink.operation_on``, a slot's weights are split at a
-stage into copies per slot that the input comes from (``edge``), or per operator that it
-comes from (``op``), each of which begins as what was shared.
+fewer architectures share each weight. Only its abstract was available, so the
+implementation is *our interpretation*. At the stages that ``shrink.operation_on``
+names, a slot's weights are split into one copy per slot (``edge``) or per operator
+(``op``) that its input comes from; each copy starts with the shared weights.
 
 *Differences from the papers*:
 
-- The learning rate follows a whole schedule (warm-up, cosine to 0) at every stage, and
-  momentum starts at 0; the code goes on along one schedule. Operators are scored by
-  weights that have settled, then.
+- At every stage, the learning rate follows a whole schedule (warm-up, cosine to 0) and
+  momentum starts at 0, so the weights that score the operators have settled. The
+  released code continues a single schedule.
 - The released code drops the gradients of weights that are not sampled, as does
-  ``optimizer.inactive_weights = "frozen"``; it clips gradients by value, the engine by norm
-  (``search.optimizer.clip_norm``).
-- ``magnitude`` in the papers is of a super-net that is trained as DARTS trains it, as a
-  mixture. Here the weights are trained by single paths, as for the other metrics, which
-  can then share the first and longest training; every ``alpha_every`` steps alpha
-  descends the held-out loss of the mixture (first order). Alpha goes on from stage to
-  stage, without the operators that left.
-- W0 is the initialisation, or the weights after ``shrink.base_epochs``: 5 in their
-  DARTS space. There, every edge has one operator; here a node keeps two edges, and an
-  architecture counts for the operators of those that are kept.
+  ``optimizer.inactive_weights = "frozen"``. It clips gradients by value, the engine
+  clips by norm (``search.optimizer.clip_norm``).
+- For ``magnitude``, the papers train the super-net as DARTS does, as a mixture. Here,
+  single paths train the weights, as for the other metrics, so that all metrics can
+  share the first and longest training. Every ``alpha_every`` steps, alpha descends the
+  held-out loss of the mixture (first order). Alpha is kept from stage to stage, without
+  the removed operators.
+- W0 is the initialisation, or the weights after ``shrink.base_epochs``, which is 5 in
+  their DARTS space. There, every edge has one operator; here a node keeps two edges,
+  and an architecture counts for the operators of the edges that are kept.
 """
 
 from __future__ import annotations
@@ -75,22 +76,22 @@ from hwnas.search.angle import Angles
 from hwnas.search.evaluator import SupernetEvaluator
 
 Operator = tuple[str, str]
-"""Choice key, option."""
+"""The key of a choice, and one of its options."""
 
 Scores = dict[Operator, float]
 
 DRAWN = 256
-"""Architectures drawn at a time (ours)."""
+"""Architectures drawn at a time (our choice)."""
 
 
 @dataclass
 class MetricContext:
-    """What a metric may look at: the space, its super-net as it was and as it is, and
-    what was trained beside it.
+    """Everything that a metric may use.
 
-    ``evaluator`` evaluates architectures by the present super-net, ``alphas`` are the
-    architecture parameters by operator, where the metric asked for them. ``children``
-    are the sampled architectures.
+    ``children`` are the sampled architectures. ``initial`` and ``trained`` are the
+    super-net with its base weights W0 and with its current weights W; ``evaluator``
+    evaluates architectures by the latter. ``alphas`` are the architecture parameters by
+    operator, if the metric has asked for them (``ShrinkMetric.alphas``).
     """
 
     space: SearchSpace
@@ -104,11 +105,12 @@ class MetricContext:
 
 
 class ShrinkMetric(ABC):
-    """Says what operators are worth.
+    """Base class of metrics that score operators.
 
-    ``trains``: it looks at a super-net. ``samples``: it looks at sampled architectures.
-    ``evaluates``: it runs each on images. ``alphas``: it wants architecture parameters to
-    be trained beside the weights.
+    The class attributes say what a metric needs. ``trains``: a trained super-net.
+    ``samples``: sampled architectures. ``evaluates``: held-out images, on which it
+    evaluates each of them. ``alphas``: architecture parameters, trained beside the
+    weights.
     """
 
     trains: ClassVar[bool] = True
@@ -118,12 +120,14 @@ class ShrinkMetric(ABC):
 
     @abstractmethod
     def scores(self, context: MetricContext) -> Scores:
-        """The score of every operator of the space that could be scored; a higher one is better."""
+        """The scores of the space's operators; higher is better. An operator that could
+        not be scored is left out.
+        """
 
 
 class SampledMetric(ShrinkMetric):
-    """A metric of architectures: an operator's score is the mean over the children that
-    contain it.
+    """A metric of architectures. An operator's score is the mean over the sampled
+    children that contain it.
     """
 
     samples = True
@@ -133,8 +137,9 @@ class SampledMetric(ShrinkMetric):
         """The metric as a function of the picks of an architecture."""
 
     def scores(self, context: MetricContext) -> Scores:
-        """Means over the children; an operator that is in none has no score."""
-        metric, values = self.child(context), []
+        """Means over the children. An operator that is in none of them has no score."""
+        metric = self.child(context)
+        values: list[float] = []
         with context.progress.task("scoring sampled architectures", len(context.children)) as task:
             for picks in context.children:
                 values.append(metric(picks))
@@ -143,7 +148,7 @@ class SampledMetric(ShrinkMetric):
 
 
 class Angle(SampledMetric):
-    """The angle between an architecture's weights in W0 and W."""
+    """The angle between an architecture's weights in W0 and in W."""
 
     def child(self, context: MetricContext) -> Callable[[Picks], float]:
         """See ``hwnas.search.angle``."""
@@ -152,7 +157,7 @@ class Angle(SampledMetric):
 
 
 class Accuracy(SampledMetric):
-    """Held-out accuracy after BN recalibration."""
+    """Held-out quality after BN recalibration."""
 
     evaluates = True
 
@@ -168,36 +173,40 @@ class Magnitude(ShrinkMetric):
     alphas = True
 
     def scores(self, context: MetricContext) -> Scores:
-        """Those of the choices of blocks are scores as they are."""
+        """The architecture parameters of the choices of blocks."""
         return {operator: context.alphas[operator] for operator in operators(context.space)}
 
 
 class Random(ShrinkMetric):
-    """What any metric must beat."""
+    """Random scores, the baseline that every metric must beat."""
 
     trains = False
 
     def scores(self, context: MetricContext) -> Scores:
-        """A uniform number each."""
+        """A uniform random number in [0, 1) for every operator."""
         return {operator: float(context.rng.random()) for operator in operators(context.space)}
 
 
 def shrinkable(space: SearchSpace) -> tuple[Choice, ...]:
-    """The choices whose options are operators: those of blocks. Widths, depths and
-    resolutions stay as they are.
+    """The choices of blocks, whose options are the operators. Choices of width, depth and
+    resolution do not shrink.
     """
     return tuple(choice for choice in space.choices if choice.kind == "op")
 
 
 def operators(space: SearchSpace) -> list[Operator]:
     """All operators of a space that still have an alternative."""
-    return [(choice.key, str(option)) for choice in shrinkable(space) for option in choice.options]
+    names = []
+    for choice in shrinkable(space):
+        names += [(choice.key, str(option)) for option in choice.options]
+    return names
 
 
 def operator_means(
     space: SearchSpace, children: Sequence[Picks], values: Sequence[float]
 ) -> Scores:
-    """Mean value of the children that contain each operator.
+    """The mean value of the children that contain an operator, for every operator that is
+    in one of them. ``values`` [children].
 
     Example:
         >>> from hwnas.testing import tiny_space
@@ -206,85 +215,100 @@ def operator_means(
         >>> operator_means(space, [{**picks, "s1.b1": "skip"}, {**picks, "s1.b1": "ir_k3_e3"}], [1.0, 3.0])[("s1.b1", "skip")]
         1.0
     """
-    found: dict[Operator, list[float]] = {operator: [] for operator in operators(space)}
+    by_operator: dict[Operator, list[float]] = {operator: [] for operator in operators(space)}
     for picks, value in zip(children, values, strict=True):
         for choice in shrinkable(space):
+            # A choice that the architecture leaves out has no part in its value.
             if space.kept(choice.key, picks):
-                found[choice.key, str(picks[choice.key])].append(value)
-    return {operator: float(np.mean(each)) for operator, each in found.items() if each}
+                by_operator[choice.key, str(picks[choice.key])].append(value)
+
+    means = {}
+    for operator, operator_values in by_operator.items():
+        if operator_values:
+            means[operator] = float(np.mean(operator_values))
+    return means
 
 
 def sample_children(
     space: SearchSpace, config: ShrinkConfig, samples: int, rng: np.random.Generator
 ) -> list[Picks]:
-    """Different architectures within ``max_macs``, so that each operator is in
-    ``samples`` of them, where that many were found.
+    """Different architectures within ``max_macs``, such that each operator is in
+    ``samples`` of them if that many are found.
 
-    Operators on edges that no node keeps are in none. Raises SpaceError where
-    ``max_macs`` leaves an operator none.
+    Operators on edges that no node keeps are in none of them. Raises SpaceError if
+    ``max_macs`` leaves an operator without an architecture.
     """
     position = {choice.key: i for i, choice in enumerate(space.choices)}
-    macs = AdditiveCost.of_ops(space, lambda op: op.macs) if config.max_macs is not None else None
-    found: dict[bytes, np.ndarray] = {}
+    macs = None
+    if config.max_macs is not None:
+        macs = AdditiveCost.of_ops(space, lambda op: op.macs)
+    rounds = max(1, -(-config.tries * samples // DRAWN))  # rounded up
+    children: dict[bytes, np.ndarray] = {}
     counts = {choice.key: np.zeros(len(choice.options), dtype=int) for choice in shrinkable(space)}
     for choice in shrinkable(space):
+        # No more architectures than these contain an option.
+        most = min(samples, space.size // len(choice.options))
         for number, option in enumerate(choice.options):
-            most = min(samples, space.size // len(choice.options))  # no more contain it
-            for _ in range(max(1, -(-config.tries * samples // DRAWN))):
+            for _ in range(rounds):
                 if counts[choice.key][number] >= most:
                     break
-                drawn_NC = _drawn(space, config, rng, DRAWN)
+                drawn_NC = _draw(space, config, rng, DRAWN)
                 drawn_NC[:, position[choice.key]] = number
                 if macs is not None:
                     drawn_NC = drawn_NC[macs.costs(drawn_NC) <= config.max_macs]
                 for row in drawn_NC:
-                    name, picks = space.canonical(row).tobytes(), space.at(row)
+                    name = space.canonical(row).tobytes()
+                    picks = space.at(row)
                     if (
-                        name not in found
+                        name not in children
                         and counts[choice.key][number] < most
                         and space.kept(choice.key, picks)
                     ):
-                        found[name] = row
+                        children[name] = row
                         for other in counts:
                             counts[other][row[position[other]]] += space.kept(other, picks)
+
+            # Without a limit, an operator may lack children: no node keeps its edge.
             if macs is not None and not counts[choice.key][number]:
                 raise SpaceError(
                     f"no architecture of space {space.name} with {choice.key} = {option} within"
                     f" shrink.max_macs = {config.max_macs:g} was found: raise it, or remove that"
                     " option by space.restrict."
                 )
-    return [space.at(row) for row in found.values()]
+    return [space.at(row) for row in children.values()]
 
 
-def _drawn(
+def _draw(
     space: SearchSpace, config: ShrinkConfig, rng: np.random.Generator, count: int
 ) -> np.ndarray:
-    """Random architectures: int64 [count, choices], uniform or with a uniform number of
-    skipped slots.
+    """Random architectures, int64 [count, choices]: uniform or, with ``sampling =
+    "depths"``, with a uniform number of skipped slots.
     """
-    drawn_NC = np.stack(
-        [rng.integers(len(choice.options), size=count) for choice in space.choices], axis=1
-    )
-    skips = {
-        i: choice.options.index(SKIP)
-        for i, choice in enumerate(space.choices)
-        if SKIP in choice.options
-    }
+    columns = [rng.integers(len(choice.options), size=count) for choice in space.choices]
+    drawn_NC = np.stack(columns, axis=1)
+    skips = {}
+    for i, choice in enumerate(space.choices):
+        if SKIP in choice.options:
+            skips[i] = choice.options.index(SKIP)
     if config.sampling == "architectures" or not skips:
         return drawn_NC
+
+    # Every slot gets a random rank, and those with the lowest ranks are skipped.
     skipped_N = rng.integers(len(skips) + 1, size=count)
-    order_NS = rng.random((count, len(skips))).argsort(axis=1).argsort(axis=1)
-    for rank_N, (i, at) in zip(order_NS.T, skips.items(), strict=True):
+    rank_NS = rng.random((count, len(skips))).argsort(axis=1).argsort(axis=1)
+    for rank_N, (i, skip) in zip(rank_NS.T, skips.items(), strict=True):
+        # Positions from ``skip`` on move up by one, which leaves ``skip`` itself out.
         other_N = rng.integers(len(space.choices[i].options) - 1, size=count)
-        drawn_NC[:, i] = np.where(rank_N < skipped_N, at, other_N + (other_N >= at))
+        other_N = other_N + (other_N >= skip)
+        drawn_NC[:, i] = np.where(rank_N < skipped_N, skip, other_N)
     return drawn_NC
 
 
 def select_drops(
     space: SearchSpace, scores: Mapping[Operator, float], config: ShrinkConfig
 ) -> list[Operator]:
-    """The operators that leave, the worst first. Every choice keeps ``keep`` options;
-    those without a score stay.
+    """The operators to remove, the worst first. Every choice keeps at least ``keep``
+    options, and operators without a score stay.
 
     Example:
         >>> from hwnas.testing import tiny_space
@@ -293,25 +317,30 @@ def select_drops(
         >>> select_drops(space, scores, ShrinkConfig(dropped=2))
         [('s1.b1', 'skip'), ('s1.b2', 'ir_k3_e3')]
     """
-    left = {choice.key: len(choice.options) for choice in shrinkable(space)}
-    most = {key: 1 if config.drop == "each" else count for key, count in left.items()}
-    found: list[Operator] = []
-    # stable: of equals, the first in the space's order
+    remaining = {choice.key: len(choice.options) for choice in shrinkable(space)}
+    # With ``drop = "each"``, every choice loses at most one option.
+    droppable = dict(remaining)
+    if config.drop == "each":
+        droppable = dict.fromkeys(remaining, 1)
+    drops: list[Operator] = []
+    # The sort is stable: of equal scores, the first in the space's order goes first.
     for operator in sorted(scores, key=lambda operator: scores[operator]):
         key, _ = operator
-        if config.drop == "lowest" and len(found) == config.dropped:
+        if config.drop == "lowest" and len(drops) == config.dropped:
             break
-        if left[key] > config.keep and most[key] > 0:
-            found.append(operator)
-            left[key], most[key] = left[key] - 1, most[key] - 1
-    return found
+        if remaining[key] > config.keep and droppable[key] > 0:
+            drops.append(operator)
+            remaining[key] -= 1
+            droppable[key] -= 1
+    return drops
 
 
 def remove_operators(space: SearchSpace, dropped: Sequence[Operator], name: str) -> SearchSpace:
-    """The space that is left: a new document."""
-    gone = set(dropped)
-    allowed = {
-        choice.key: [option for option in choice.options if (choice.key, str(option)) not in gone]
-        for choice in shrinkable(space)
-    }
+    """The space without some operators, as a new document called ``name``."""
+    removed = set(dropped)
+    allowed = {}
+    for choice in shrinkable(space):
+        allowed[choice.key] = [
+            option for option in choice.options if (choice.key, str(option)) not in removed
+        ]
     return space.restrict(allowed, name)

@@ -1,8 +1,8 @@
-"""P-DARTS's limit on skips: how many a proposal may have, which of them go, and how
-many an architecture has.
+"""P-DARTS's limit on skips: how many skips a proposal may have, which are deleted, and
+how many an architecture has.
 
-As ``hwnas.search.pdarts`` says, the skips of a space of blocks are those of all its
-slots, and of cells those that a normal cell keeps.
+On a space of blocks, the skips of all slots count; on cells, those that the normal cell
+keeps. See ``hwnas.search.pdarts``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from hwnas.core.search_space import SearchSpace, Term
 from hwnas.search.genotype import Policy, derive_cell
 
 SKIPS_OF_A_CELL = 2
-"""Skips of a normal cell in the paper."""
+"""Most skips of a normal cell in the paper."""
 
 
 @singledispatch
 def usual_skips(space: SearchSpace) -> int:
-    """How many skips a proposal has at most where nothing is set: of blocks, a quarter
-    of the slots that offer one, rounded up (ours).
+    """The default limit on the skips of a proposal. On blocks, a quarter of the slots
+    that offer skip, rounded up (ours).
     """
-    return math.ceil(len(_skips(space)) / 4)
+    return math.ceil(len(_skip_positions(space)) / 4)
 
 
 @usual_skips.register
@@ -41,52 +41,59 @@ def _usual_skips_of_a_cell(space: CellSpace) -> int:
 
 @singledispatch
 def with_few_skips(space: SearchSpace, policy: Policy, most: int) -> dict[str, np.ndarray]:
-    """The policy whose argmax has at most ``most`` skips: the weakest are deleted, so
-    that their slots' next best options come up.
+    """The policy whose argmax has at most ``most`` skips: the weakest skips are
+    deleted, so that the next best options of their slots become the argmax.
     """
     limited = {key: p.copy() for key, p in policy.items()}
-    skips = [(key, i) for key, i in _skips(space).items() if policy[key].argmax() == i]
-    for key, i in sorted(skips, key=lambda skip: policy[skip[0]][skip[1]])[
-        : max(0, len(skips) - most)
-    ]:
-        limited[key][i] = 0.0
-        others = limited[key] if limited[key].any() else np.arange(len(limited[key])) != i
+    positions = _skip_positions(space)
+    skipped = [key for key, i in positions.items() if policy[key].argmax() == i]
+    weakest_first = sorted(skipped, key=lambda key: policy[key][positions[key]])
+    for key in weakest_first[: max(0, len(skipped) - most)]:
+        others = limited[key]
+        others[positions[key]] = 0.0
+        if not others.any():
+            # skip was the only option that the slot had kept: take the others as equals
+            others = np.arange(len(others)) != positions[key]
         limited[key] = others / others.sum()
     return limited
 
 
 @with_few_skips.register
 def _with_few_skips_in_a_cell(space: CellSpace, policy: Policy, most: int) -> dict[str, np.ndarray]:
-    """As long as more than ``most`` edges of the derived normal cell are skips, the
-    weakest skip is made impossible.
+    """The policy of the derived cell. As long as more than ``most`` edges of its normal
+    cell are skips, the weakest skip gets probability 0 and the cell is derived again.
     """
     limited = {key: np.array(p, dtype=float) for key, p in policy.items()}
+
+    def skip_probability(key: str) -> float:
+        return float(limited[key][space.edges[key].index(SKIP_CONNECT)])
+
     while True:
-        choice = derive_cell(space, limited)
-        picks = space.at([int(choice[each.key].argmax()) for each in space.choices])
-        kept = [
-            key
-            for key in _limited_edges(space)
-            if space.kept(key, picks) and picks.get(key) == SKIP_CONNECT
-        ]
-        if len(kept) <= most:
-            return choice
-        weakest = min(
-            kept, key=lambda key: float(limited[key][space.edges[key].index(SKIP_CONNECT)])
-        )
+        derived = derive_cell(space, limited)
+        picks = space.at([int(derived[choice.key].argmax()) for choice in space.choices])
+        skipped = []
+        for key in _limited_edges(space):
+            if space.kept(key, picks) and picks.get(key) == SKIP_CONNECT:
+                skipped.append(key)
+        if len(skipped) <= most:
+            return derived
+
+        # one at a time: without it, the nodes may keep other edges
+        weakest = min(skipped, key=skip_probability)
         limited[weakest][space.edges[weakest].index(SKIP_CONNECT)] = 0.0
 
 
 @singledispatch
 def count_of_skips(space: SearchSpace) -> AdditiveCost:
-    """How many slots are skips, or how many edges of the normal cell, as a price. (A
-    slot that a depth leaves out counts, too.)
+    """The number of skipped slots, or of skips among the edges of the normal cell, as a
+    cost. (A skip in a slot that a depth leaves out counts as well.)
     """
-    positions = _skips(space)
+    positions = _skip_positions(space)
 
     def skips(term: Term) -> np.ndarray:
         count = np.zeros(term.shape)
-        if term.slot in positions:  # an open slot's own choice is the first axis of its term
+        if term.slot in positions:
+            # the slot's own choice is the first axis of its term
             count[positions[term.slot]] = 1.0
         return count
 
@@ -95,33 +102,39 @@ def count_of_skips(space: SearchSpace) -> AdditiveCost:
 
 @count_of_skips.register
 def _count_of_skips_in_a_cell(space: CellSpace) -> AdditiveCost:
-    first = {
-        key: next(place for place in space.places if place.key == key)
-        for key in _limited_edges(space)
-    }
-    slots = {place.slot: place for place in first.values()}
+    slots = {}
+    for key in _limited_edges(space):
+        # an edge has a place in every copy of the cell; count its skip once
+        first_place = next(place for place in space.places if place.key == key)
+        slots[first_place.slot] = first_place
 
     def skips(term: Term) -> np.ndarray:
         place = slots.get(term.slot)
         if place is None:
             return np.zeros(term.shape)
+        is_skip = [option == SKIP_CONNECT for option in place.options]
+        # ``kept`` is empty if the node has no choice of edges: it keeps all of them
         kept = np.array(place.kept or (True,), dtype=float)
-        return np.outer([option == SKIP_CONNECT for option in place.options], kept).reshape(
-            term.shape
-        )
+        return np.outer(is_skip, kept).reshape(term.shape)
 
     return AdditiveCost(space, skips)
 
 
-def _skips(space: SearchSpace) -> Mapping[str, int]:
-    """Where each slot that offers skip has it."""
-    return {
-        choice.key: choice.options.index(SKIP) for choice in space.choices if SKIP in choice.options
-    }
+def _skip_positions(space: SearchSpace) -> Mapping[str, int]:
+    """Slot key -> position of skip, for every slot that offers it."""
+    positions = {}
+    for choice in space.choices:
+        if SKIP in choice.options:
+            positions[choice.key] = choice.options.index(SKIP)
+    return positions
 
 
 def _limited_edges(space: CellSpace) -> list[str]:
-    """The edges of the cell that is no reduction which may be a skip and something else."""
-    cell = space.kinds[0]
-    own = {key: options for key, options in space.edges.items() if Address.parse(key).part == cell}
-    return [key for key, options in own.items() if SKIP_CONNECT in options and len(options) > 1]
+    """Keys of the normal cell's edges that offer skip among other options."""
+    normal = space.kinds[0]
+    edges = []
+    for key, options in space.edges.items():
+        in_normal_cell = Address.parse(key).part == normal
+        if in_normal_cell and SKIP_CONNECT in options and len(options) > 1:
+            edges.append(key)
+    return edges

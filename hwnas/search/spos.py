@@ -1,38 +1,41 @@
-"""SPOS: single paths, sampled uniformly, train the super-net; evolution finds the architecture.
+"""SPOS: uniform single paths train the super-net; evolution finds the architecture.
 
 Guo, Zhang, Mu, Heng, Liu, Wei, Sun: "Single Path One-Shot Neural Architecture Search
 with Uniform Sampling" (ECCV 2020, arXiv 1904.00420); released code
-megvii-model/SinglePathOneShot. Per step, with Gamma the uniform distribution over the
-space (eq. 8):
+megvii-model/SinglePathOneShot. Each step, with Gamma the uniform distribution over the
+space (equation 8):
 
-    a ~ Gamma;  one update of the weights that a uses on a training batch
+    a ~ Gamma;  one update, on a training batch, of the shared weights that a uses
 
-then ``Evolution`` (algorithm 1) by the accuracy of the recalibrated network.
+Then ``Evolution`` (algorithm 1) searches for the architecture with the best accuracy of
+the recalibrated network.
 
 ``sampling`` is the path-sampling heuristic of Yu, Ranftl, Salzmann: "How to Train Your
 Super-Net" (arXiv 2003.04276):
 
-- ``architectures``: uniform over the options of every choice (SPOS);
-- ``decisions``: uniform over the separate decisions of a choice (``factorise``). Where
-  a slot can be skipped, skip or not comes first: half of the time, whatever the number
-  of blocks (TuNAS's uniform policy). Elsewhere it is the same as ``architectures``;
-- ``fair``: FairNAS's strict fairness, one path a step: every choice goes through a
-  random permutation of its options, one option a step, then through a new one. In any n
-  steps from a multiple of n on, each option of a choice with n options trains exactly
-  once.
+- ``architectures``: uniform over the options of every choice (SPOS).
+- ``decisions``: uniform over the separate decisions of a choice (``factorise``). If a
+  slot can be skipped, the first decision is whether to skip it: half of the time,
+  whatever the number of blocks (TuNAS's uniform policy). Otherwise this is the same as
+  ``architectures``.
+- ``fair``: FairNAS's strict fairness with one path per step: every choice goes through
+  a random permutation of its options, one option per step, then through a new
+  permutation. In n steps that start at a multiple of n, each option of a choice with n
+  options is trained exactly once.
 
 ``within_budget`` is SPOS's constrained uniform sampling: paths with a latency above
-``within_budget`` x target are rejected. Where none of 256 is below, the fastest of them
-trains.
+``within_budget`` x target are rejected. If all of 256 paths are rejected, the fastest
+of them is trained.
 
 *Differences from the paper*:
 
-- The constraint while training is the target's latency, not FLOPs; the other limits
-  count when proposing only.
-- ``within_budget`` is off by default. Weights then serve any later budget.
-- ``fair`` keeps the permutations of different choices independent, whatever their lengths.
-- BN's affine parameters, dropout and label smoothing are the super-net's and the
-  optimiser's, set there.
+- The constraint during training is on the latency, relative to the target, instead of
+  FLOPs. The other limits apply only to proposals.
+- ``within_budget`` is off by default, so that the weights can serve any later budget.
+- ``fair`` keeps the permutations of different choices independent, whatever their
+  lengths.
+- BN's affine parameters, dropout and label smoothing are options of the super-net and
+  of the optimiser.
 """
 
 from __future__ import annotations
@@ -50,22 +53,24 @@ from hwnas.search.proposal import one_hot, policy_index
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 TRIES = 256
-"""Paths drawn at once where the budget may reject them (ours)."""
+"""Paths drawn per step if the budget may reject some of them (ours)."""
 
 
 class SPOSConfig(EvolutionConfig):
-    """How paths are sampled, and the settings of the evolution."""
+    """How paths are sampled during training, and the settings of the evolution."""
 
-    sampling: Literal["architectures", "decisions", "fair"] = "architectures"
+    sampling: Literal["architectures", "decisions", "fair"] = Field(
+        "architectures", description="distribution of the paths that are trained"
+    )
     within_budget: float | None = Field(
         None, gt=0, description="train only paths up to this multiple of the target"
     )
 
     @model_validator(mode="after")
-    def _either(self) -> Self:
+    def _fair_without_budget(self) -> Self:
         if self.sampling == "fair" and self.within_budget is not None:
             raise ValueError(
-                "sampling = 'fair' trains every option equally often, so nothing can be rejected:"
+                "sampling = 'fair' trains every option equally often, so no path can be rejected:"
                 " remove within_budget"
             )
         return self
@@ -74,8 +79,8 @@ class SPOSConfig(EvolutionConfig):
 def sampling_policy(
     space: SearchSpace, sampling: Literal["architectures", "decisions"]
 ) -> dict[str, np.ndarray]:
-    """Probabilities of the options of every choice, uniform over architectures or over
-    decisions: choice key -> float64 [options].
+    """The sampling distribution, uniform over architectures or over decisions: choice
+    key -> probabilities, float64 [options].
 
     Example:
         >>> from hwnas.testing import tiny_space
@@ -84,16 +89,17 @@ def sampling_policy(
     """
     policy = {}
     for choice in space.choices:
+        count = len(choice.options)
         is_skip = np.array([option == SKIP for option in choice.options])
         if sampling == "decisions" and is_skip.any():
-            policy[choice.key] = np.where(is_skip, 0.5, 0.5 / (len(is_skip) - 1))
+            policy[choice.key] = np.where(is_skip, 0.5, 0.5 / (count - 1))
         else:
-            policy[choice.key] = np.full(len(is_skip), 1 / len(is_skip))
+            policy[choice.key] = np.full(count, 1 / count)
     return policy
 
 
 class SPOS(Strategy):
-    """Uniform single paths, then evolution."""
+    """The SPOS strategy: trains uniform single paths, then runs an evolution."""
 
     Config: ClassVar[type[BaseModel]] = SPOSConfig
     cells = True
@@ -101,52 +107,57 @@ class SPOS(Strategy):
     def __init__(self, config: SPOSConfig) -> None:
         self.config = config
         self.left: dict[str, list[int]] = {}
-        """Of fair sampling: the options of every choice that its present permutation
-        has still to train, in order.
+        """For fair sampling: choice key -> the rest of its present permutation,
+        positions of options in the order in which they will be trained.
         """
 
     def setup(self, ctx: SearchContext) -> None:
-        """No permutation is begun."""
+        """Start without permutations; the first fair step draws them."""
         self.left = {choice.key: [] for choice in ctx.space.choices}
 
     def step(self, ctx: SearchContext) -> Metrics:
         """One update of the weights of one path."""
-        picks = ctx.space.at(
-            self._fair(ctx) if self.config.sampling == "fair" else self._uniform(ctx)
-        )
+        sample_path = self._fair_path if self.config.sampling == "fair" else self._uniform_path
+        picks = ctx.space.at(sample_path(ctx))
         return {
             **ctx.train(one_hot(picks, ctx.space)),
             ctx.cost_model.unit.quantity: ctx.cost_model.cost(picks),
         }
 
-    def _uniform(self, ctx: SearchContext) -> np.ndarray:
+    def _uniform_path(self, ctx: SearchContext) -> np.ndarray:
+        """A path drawn from the sampling distribution: option positions [choices]."""
         assert self.config.sampling != "fair"
-        policy, bound = sampling_policy(ctx.space, self.config.sampling), self.config.within_budget
-        drawn_NC = policy_index(ctx.space, policy, 1 if bound is None else TRIES, ctx.rng)
+        policy = sampling_policy(ctx.space, self.config.sampling)
+        bound = self.config.within_budget
         if bound is None:
-            first: np.ndarray = drawn_NC[0]
-            return first
+            only_C: np.ndarray = policy_index(ctx.space, policy, 1, ctx.rng)[0]
+            return only_C
+
+        drawn_NC = policy_index(ctx.space, policy, TRIES, ctx.rng)
         latency_N = ctx.cost_model.costs(drawn_NC)
         inside_N = latency_N <= bound * ctx.target
-        chosen: np.ndarray = drawn_NC[
-            int(inside_N.argmax()) if inside_N.any() else int(latency_N.argmin())
-        ]
-        return chosen
+        # rejection sampling takes the first path inside
+        chosen = inside_N.argmax() if inside_N.any() else latency_N.argmin()
+        chosen_C: np.ndarray = drawn_NC[int(chosen)]
+        return chosen_C
 
-    def _fair(self, ctx: SearchContext) -> np.ndarray:
+    def _fair_path(self, ctx: SearchContext) -> np.ndarray:
+        """The next option of every choice's permutation: option positions [choices]."""
+        path = []
         for choice in ctx.space.choices:
             if not self.left[choice.key]:
-                self.left[choice.key] = [int(i) for i in ctx.rng.permutation(len(choice.options))]
-        return np.array([self.left[choice.key].pop(0) for choice in ctx.space.choices])
+                self.left[choice.key] = ctx.rng.permutation(len(choice.options)).tolist()
+            path.append(self.left[choice.key].pop(0))
+        return np.array(path)
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The best of an evolution."""
+        """The best architectures of an evolution."""
         return Evolution(self.config).find(ctx, count)
 
     def state_dict(self) -> dict[str, Any]:
-        """The permutations under way."""
+        """The unfinished permutations."""
         return {"left": {key: list(positions) for key, positions in self.left.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state from ``state_dict``."""
         self.left = {key: list(positions) for key, positions in state["left"].items()}

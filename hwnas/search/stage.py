@@ -1,5 +1,7 @@
-"""The search stage: a space, a table and a target in; an architecture and the
-super-net's weights out.
+"""The search stage.
+
+It takes a space, a latency table and a target, and returns an architecture and the
+super-net's weights.
 """
 
 from __future__ import annotations
@@ -56,28 +58,37 @@ TRAINED_FINDER = Plugin.model_validate(
         "crossovers": 10,
     }
 )
-"""What finds architectures in a trained super-net where nothing is named: 160 are
-evaluated (ours), minutes on a CPU; SPOS evaluates 1,000.
+"""The default finder for a trained super-net (``search.weights``).
+
+It evaluates 160 architectures, which takes minutes on a CPU. The number is our choice;
+SPOS evaluates 1,000.
 """
 
 
 def outputs(config: SearchConfig) -> list[str]:
-    """The files the stage writes: the winner, the result, the winner's inherited
-    weights, and the super-net where it trains one.
+    """The files that the stage writes: the winner, the result, the winner's inherited
+    weights and, if the stage trains a super-net, the super-net.
     """
-    made: type[Strategy] = STRATEGIES.get(config.strategy.name)
-    trained = [SUPERNET_FILE] if config.weights is None and made.shares else []
-    return ["arch.json", "search.json", "supernet.safetensors", *trained]
+    strategy: type[Strategy] = STRATEGIES.get(config.strategy.name)
+    files = ["arch.json", "search.json", "supernet.safetensors"]
+    if config.weights is None and strategy.shares:
+        files.append(SUPERNET_FILE)
+    return files
 
 
 def resolve_target(experiment: Experiment, cost: CostModel) -> float:
-    """The budget's number, in the unit of ``cost``, checked to be within the space's reach."""
-    config, budget = experiment.search, experiment.search.main_budget
-    key = "search.target_ms" if config.budget is None else f"search.budget.{budget.FIELD}"
+    """The budget's number in the unit of ``cost``.
+
+    Raises SpaceError if the space has no choices, TargetError if the target is out of
+    reach, and ConfigError if no target is set.
+    """
+    config = experiment.search
+    budget = config.main_budget
+    key = _target_key(config)
     if not cost.space.choices:
         raise SpaceError(
-            f"space {cost.space.name} has no open choice, so nothing to search: train its"
-            " architecture by train.arch."
+            f"space {cost.space.name} has no choices left, so there is nothing to search: train its"
+            " only architecture with train.arch."
         )
     low, high = cost.range()
     if budget.most is not None:
@@ -91,38 +102,49 @@ def resolve_target(experiment: Experiment, cost: CostModel) -> float:
     )
 
 
+def _target_key(config: SearchConfig) -> str:
+    """The configuration key that sets the target."""
+    if config.budget is None:
+        return "search.target_ms"
+    return f"search.budget.{config.main_budget.FIELD}"
+
+
 def search_strategy(config: SearchConfig) -> Strategy:
-    """The strategy of a configuration. Raises ConfigError on an unknown name or option."""
-    made: type[Strategy] = STRATEGIES.get(config.strategy.name)
-    return made(config.strategy.options(made.Config))  # type: ignore[call-arg]
+    """The configured strategy. Raises ConfigError on an unknown name or option."""
+    strategy: type[Strategy] = STRATEGIES.get(config.strategy.name)
+    return strategy(config.strategy.options(strategy.Config))  # type: ignore[call-arg]
 
 
 def search_finder(config: SearchConfig) -> Finder | None:
-    """The configured finder; a short evolution where a trained super-net is used, whose
-    strategy is over; else None: the strategy's own.
+    """The finder of a search, or None if the strategy proposes architectures itself.
+
+    A search in a trained super-net runs no strategy, so its default is
+    ``TRAINED_FINDER``. Raises ConfigError on an unknown name or option.
     """
     plugin = _finder_plugin(config)
     if plugin is None:
         return None
-    made: type[Finder] = FINDERS.get(plugin.name)
-    return made(plugin.options(made.Config))  # type: ignore[call-arg]
+    finder: type[Finder] = FINDERS.get(plugin.name)
+    return finder(plugin.options(finder.Config))  # type: ignore[call-arg]
 
 
 def _finder_plugin(config: SearchConfig) -> Plugin | None:
-    return config.finder or (TRAINED_FINDER if config.weights is not None else None)
+    if config.finder is None and config.weights is not None:
+        return TRAINED_FINDER
+    return config.finder
 
 
 def search_context(
     experiment: Experiment, space: SearchSpace, table: LatencyTable | None
 ) -> SearchContext:
-    """The budget of a search, checked: the target and every limit are within the
-    space's reach, and can be met together.
+    """The context of a search whose settings have been checked.
 
-    ``table`` prices a budget of latency, and is not looked at for one that is counted.
+    The target and every limit are within the space's reach and can be met together; the
+    strategy (or ``search.weights``) fits the space and the batch size. ``table`` gives
+    the costs of a latency budget; a counted budget (MACs, parameters) ignores it. The
+    context has no weights and no steps yet.
 
-    So are the strategy's demands on space and batch, or those of ``search.weights``.
-    The context has no weights and no steps yet. Raises TargetError, CoverageError,
-    TableError, SpaceError or ConfigError in one sentence.
+    Raises TargetError, CoverageError, TableError, SpaceError or ConfigError.
     """
     config = experiment.search
     cost = config.main_budget.cost(space, table, config.allow_uncalibrated)
@@ -131,22 +153,27 @@ def search_context(
     search = SearchContext(
         space, cost, config.objective, target, config.tolerance, 0, config.batch_size, limits=limits
     )
+
+    # Target and limits may each be within reach and still exclude each other, so look
+    # for one architecture that meets all of them.
     if not sample_feasible(search, 1, np.random.default_rng(experiment.seed)):
-        together = "".join(f", {each.title} <= {each.most:g}" for each in limits.compiled)
-        around = f"within {100 * config.tolerance:.3g} % of {cost.unit.shown(target)}{together}"
+        bounds = "".join(f", {limit.title} <= {limit.most:g}" for limit in limits.compiled)
+        advice = "raise search.tolerance"
+        if config.limits:
+            advice += ", lower the target or raise a limit"
         raise TargetError(
-            f"no architecture of space {space.name} {around} was found: raise"
-            f" search.tolerance{', lower the target or raise a limit' if config.limits else ''}."
+            f"no architecture of space {space.name} was found within"
+            f" {100 * config.tolerance:.3g} % of {cost.unit.shown(target)}{bounds}: {advice}."
         )
     return search
 
 
 def check_search(experiment: Experiment, space: SearchSpace) -> Limits:
-    """What a search needs beside a table of its own: limits within reach, and the
-    strategy's demands on space, super-net and batch.
+    """Check all settings of a search that do not depend on its latency table: that the
+    limits are within reach, and that strategy, space, super-net and batch size fit.
 
     Returns the limits. Raises TargetError, CoverageError, TableError, SpaceError or
-    ConfigError in one sentence.
+    ConfigError.
     """
     config = experiment.search
     limits = Limits(
@@ -156,8 +183,10 @@ def check_search(experiment: Experiment, space: SearchSpace) -> Limits:
     if config.backbone is not None:
         trained_supernet(config.backbone, "search.backbone")
     if config.weights is not None:
+        # No strategy runs, so only the trained super-net has to fit.
         trained(config, space)
         return limits
+
     strategy = search_strategy(config)
     check_space(config.strategy.name, space)
     strategy.check(space)
@@ -172,37 +201,42 @@ def _limit_table(path: str) -> LatencyTable:
 
 
 def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
-    """Raise ConfigError where the super-net's or the batch's settings do not fit the strategy."""
-    supernet = experiment.search.supernet
-    if strategy.mixes and (supernet.operation_on != "node" or supernet.wsbn):
+    """Raise ConfigError if the super-net's settings or the batch size do not fit the
+    strategy.
+    """
+    config = experiment.search
+    name = config.strategy.name
+    if strategy.mixes and (config.supernet.operation_on != "node" or config.supernet.wsbn):
         raise ConfigError(
-            f"strategy {experiment.search.strategy.name!r} mixes options, so an input has no one"
-            " producer: set search.supernet.operation_on = 'node' and wsbn = false, or use a"
-            " strategy that samples paths."
+            f"strategy {name!r} mixes options, so an input has no single producer: set"
+            " search.supernet.operation_on = 'node' and wsbn = false, or use a strategy that"
+            " samples paths."
         )
-    if experiment.search.backbone is not None and not strategy.shares:
+    if config.backbone is not None and not strategy.shares:
         raise ConfigError(
-            f"strategy {experiment.search.strategy.name!r} trains networks that share no weights,"
-            " so search.backbone begins nothing: remove it, or use a strategy with a super-net."
+            f"strategy {name!r} trains networks that share no weights, so search.backbone would"
+            " initialise nothing: remove it, or use a strategy with a super-net."
         )
-    size, parts = experiment.search.batch_size, strategy.parts()
-    for split, count in zip(("training", "held-out"), parts, strict=True):
+    size = config.batch_size
+    for split, count in zip(("training", "held-out"), strategy.parts(), strict=True):
+        # Batch normalisation needs at least two images in every part.
         if size < 2 * count:
             raise ConfigError(
-                f"strategy {experiment.search.strategy.name!r} splits a {split} batch into {count}"
-                f" parts, and search.batch_size = {size} leaves less than two images for each: set"
-                f" it to {2 * count} or more."
+                f"strategy {name!r} splits a {split} batch into {count} parts, and"
+                f" search.batch_size = {size} leaves fewer than two images for each: set it to"
+                f" {2 * count} or more."
             )
 
 
 def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
     """Search, and write the winner, the result and the weights.
 
-    ``arch.json`` and ``supernet.safetensors`` are the winner and its inherited weights,
-    ``search.json`` the result, and ``shared.safetensors`` the whole super-net, where
-    this run has trained one; see ``outputs``.
+    ``arch.json`` and ``supernet.safetensors`` hold the winner and its inherited
+    weights, ``search.json`` the result. If this run trains a super-net,
+    ``shared.safetensors`` holds all of it. See ``outputs``.
     """
-    config, progress = ctx.experiment.search, ctx.progress
+    config = ctx.experiment.search
+    progress = ctx.progress
     search = search_context(ctx.experiment, space, table)
     search.progress = progress
     experiment = sized(ctx.experiment, space)
@@ -219,28 +253,31 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
         return
 
     prepared = prepare(experiment, space, search, ctx.folder)
-    engine, evaluator = prepared.engine, prepared.evaluator
+    engine = prepared.engine
+    evaluator = prepared.evaluator
     if config.backbone is not None:
-        progress.info(
-            str(
-                evaluator.supernet.load_backbone(
-                    trained_supernet(config.backbone, "search.backbone")
-                )
-            )
-        )
+        backbone = trained_supernet(config.backbone, "search.backbone")
+        progress.info(str(evaluator.supernet.load_backbone(backbone)))
+
+    # A checkpoint holds newer weights than the backbone, so it is loaded afterwards.
     engine.resume()
-    begun_at, begun_with = time.monotonic(), engine.step
+    first_step = engine.step
+    start = time.monotonic()
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
-    if begun_with < search.steps:
-        search.seconds = (time.monotonic() - begun_at) * search.steps / (search.steps - begun_with)
+    if first_step < search.steps:
+        # A resumed search has timed only its last steps: scale to all of them.
+        steps_run = search.steps - first_step
+        search.seconds = (time.monotonic() - start) * search.steps / steps_run
+
     evaluator.supernet.save(ctx.folder / SUPERNET_FILE)
     _find(ctx, search, evaluator, finder, prepared)
+    # The checkpoint goes last: a run that is killed while finding does not train again.
     engine.finish()
 
 
 def sized(experiment: Experiment, space: SearchSpace) -> Experiment:
-    """The experiment with images of the space's size, which ``space.restrict`` may have
-    made smaller than the data's.
+    """The experiment with images of the space's resolution, which ``space.restrict``
+    may have made smaller than that of the data.
     """
     return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
@@ -256,25 +293,29 @@ class Prepared:
 
     def step(self, number: int) -> Metrics:
         """One step of the strategy."""
-        self.search.step, self.search.rng = (
-            number,
-            np.random.default_rng([self.engine.seed, number]),
-        )
+        self.search.step = number
+        # A generator of the step alone: a resumed search draws the same numbers.
+        self.search.rng = np.random.default_rng([self.engine.seed, number])
         return self.strategy.step(self.search)
 
 
 def prepare(
     experiment: Experiment, space: SearchSpace, search: SearchContext, folder: Path
 ) -> Prepared:
-    """Set the strategy up, and build the weights that it trains: a super-net, or
-    networks of their own.
+    """Set up the strategy, and build the weights that it trains: a super-net, or
+    standalone networks. Fills in the missing fields of ``search``.
     """
-    config, seed = experiment.search, experiment.seed
-    train, held_out = _images(experiment), load_images(experiment.data, "held_out")
+    config = experiment.search
+    seed = experiment.seed
+    train = _images(experiment)
+    held_out = load_images(experiment.data, "held_out")
     search.steps = steps_of(config.epochs, len(train), config.batch_size)
+
     strategy = search_strategy(config)
+    # The 1 keeps setup apart from the steps ([seed, step]) and the finder ([seed, steps]).
     search.rng = np.random.default_rng([seed, search.steps, 1])
     strategy.setup(search)
+
     supernet = supernet_of(experiment, space, strategy)
     evaluator = SupernetEvaluator(supernet, experiment)
     search.cost_counter = cost_counter_of(config, supernet)
@@ -290,37 +331,40 @@ def prepare(
     )
     batches = Batches(train, held_out, experiment.data, config.batch_size, seed, search.steps)
     weights = SupernetWeights(engine, supernet, batches, evaluator)
-    search.weights, search.evaluator = (
-        CountedWeights(weights, search.cost_counter),
-        CountedEvaluator(evaluator, search.cost_counter),
-    )
+    search.weights = CountedWeights(weights, search.cost_counter)
+    search.evaluator = CountedEvaluator(evaluator, search.cost_counter)
     engine.extra = {"strategy": strategy, "teacher": weights, "cost": search.cost_counter}
     return Prepared(search, strategy, engine, evaluator)
 
 
 def _images(experiment: Experiment) -> Images:
-    """The training images that the super-net sees."""
-    images, config = load_images(experiment.data, "train", augment=True), experiment.search
+    """The training images that the super-net sees. Raises ConfigError if
+    ``search.data_portion`` leaves less than one batch.
+    """
+    images = load_images(experiment.data, "train", augment=True)
+    config = experiment.search
     if config.data_portion * len(images) < config.batch_size:
         raise ConfigError(
             f"search.data_portion = {config.data_portion:g} leaves"
             f" {round(config.data_portion * len(images))} of {len(images)} images, less than a"
             f" batch of {config.batch_size}: raise it, or lower search.batch_size."
         )
-    return Portion(images, config.data_portion) if config.data_portion < 1 else images
+    if config.data_portion < 1:
+        return Portion(images, config.data_portion)
+    return images
 
 
 def _course(prepared: Prepared, config: SearchConfig) -> Course:
-    """What the search has logged, its losses per cross-entropy."""
-    strategy, evaluator = prepared.strategy, prepared.evaluator
+    """What the search has logged. Losses that are sums of several cross-entropies are
+    divided by their number, so that they compare with the loss of a guess.
+    """
+    strategy = prepared.strategy
+    evaluator = prepared.evaluator
     rows = prepared.engine.metrics.read()
     if evaluator.quality.of_cross_entropy:
         rows = [{**row, "loss": row["loss"] / strategy.cross_entropies(row)} for row in rows]
-    return Course(
-        rows,
-        strategy.rate,
-        evaluator.quality.loss_of_a_guess(evaluator.train.labels, config.label_smoothing),
-    )
+    chance = evaluator.quality.loss_of_a_guess(evaluator.train.labels, config.label_smoothing)
+    return Course(rows, strategy.rate, chance)
 
 
 def _find(
@@ -330,29 +374,33 @@ def _find(
     finder: Finder | None,
     trained: Prepared | None,
 ) -> None:
-    """Architectures from trained weights: by the finder, else by the strategy; then the
-    last ranking and the outputs.
+    """Propose architectures by the finder, if there is one, else by the strategy; then
+    rank them and write the outputs.
 
-    ``trained`` is None where the weights are those of another run. An architecture
-    within the budget was found before the search began; it is proposed where nothing
-    else is.
+    ``trained`` is None if the weights come from another run.
     """
-    config, seed = ctx.experiment.search, ctx.experiment.seed
+    config = ctx.experiment.search
+    seed = ctx.experiment.seed
     evaluator.keep(ctx.folder / EVALUATIONS)
     assert search.cost_counter is not None
     search.evaluator = CountedEvaluator(evaluator, search.cost_counter)
-    search.step, search.rng = search.steps, np.random.default_rng([seed, search.steps])
-    begun_at = time.monotonic()
+    search.step = search.steps
+    search.rng = np.random.default_rng([seed, search.steps])
+
+    start = time.monotonic()
     if finder is not None:
         proposals = finder.find(search, config.candidates)
     else:
         assert trained is not None
         proposals = trained.strategy.propose(search, config.candidates)
-    search.seconds += time.monotonic() - begun_at
-    proposals = proposals or sample_feasible(search, 1, np.random.default_rng(seed))
-    _conclude(
-        ctx, search, evaluator, proposals, None if trained is None else _course(trained, config)
-    )
+    search.seconds += time.monotonic() - start
+
+    if not proposals:
+        # ``search_context`` has found an architecture with the same seed, so this one
+        # exists.
+        proposals = sample_feasible(search, 1, np.random.default_rng(seed))
+    course = None if trained is None else _course(trained, config)
+    _conclude(ctx, search, evaluator, proposals, course)
 
 
 def _conclude(
@@ -362,21 +410,25 @@ def _conclude(
     proposals: list[Picks],
     course: Course | None,
 ) -> None:
-    """Rank the proposals, score random architectures beside them, write the outputs,
-    say what was found and whether to believe it.
+    """Rank the proposals, score random architectures for comparison, write the outputs,
+    and report what was found and how far to trust it.
     """
-    config, space, progress = ctx.experiment.search, evaluator.supernet.space, ctx.progress
+    config = ctx.experiment.search
+    space = evaluator.supernet.space
+    progress = ctx.progress
     name = config.strategy.name if config.weights is None else "trained super-net"
     assert search.cost_counter is not None
     evaluated = search.cost_counter.cost.evaluated
+
     comparison = compared_with(search, evaluator, proposals)
     progress.info(comparison.sentence)
     candidates = _ranked(search, evaluator, proposals, f"ranking {len(proposals)} proposals")
+    images = config.recalibration_images + len(evaluator.held_out)
     for picks in proposals:
-        search.cost_counter.count_evaluation(
-            picks, config.recalibration_images + len(evaluator.held_out)
-        )
-    cost = search.cost_counter.cost  # the random ones below are for the report alone
+        search.cost_counter.count_evaluation(picks, images)
+    # Taken here, because the random architectures below only serve the report and are
+    # not part of what the search costs.
+    cost = search.cost_counter.cost
     random = _ranked(
         search, evaluator, comparison.within, f"scoring {len(comparison.within)} random in budget"
     )
@@ -387,6 +439,7 @@ def _conclude(
         f"scoring {len(comparison.anywhere)} random anywhere",
         evaluator.evaluate,
     )
+
     best = candidates[0]
     arch = space.decode(best.picks, f"{space.name}-{name.replace(' ', '-')}")
     arch.save(ctx.folder / "arch.json")
@@ -402,6 +455,11 @@ def _conclude(
         same=search.cost_model.unit.noun,
     )
     learning = learning_of(course, ranking)
+
+    table = search.cost_model.table
+    weights_sha256 = None
+    if config.weights is not None:
+        weights_sha256 = file_sha256(trained_supernet(config.weights))
     SearchResult(
         strategy=name,
         metric=evaluator.quality.metric,
@@ -411,13 +469,11 @@ def _conclude(
         target=search.target,
         tolerance=config.tolerance,
         reachable=search.cost_model.range(),
-        table_sha256=None if search.cost_model.table is None else search.cost_model.table.sha256,
+        table_sha256=None if table is None else table.sha256,
         steps=search.steps,
         seed=ctx.experiment.seed,
         finder=_finder_plugin(config),
-        weights_sha256=(
-            file_sha256(trained_supernet(config.weights)) if config.weights is not None else None
-        ),
+        weights_sha256=weights_sha256,
         cost=cost,
         learning=learning,
         candidates=tuple(candidates),
@@ -436,46 +492,50 @@ def _ranked(
     description: str,
     quality_of: Callable[[Picks], float] | None = None,
 ) -> list[Candidate]:
-    """Judge each proposal, by default on all held-out images; best reward first."""
-    evaluated, metric = [], evaluator.quality.metric
-    of_all = quality_of or (lambda picks: evaluator.on_all_images(evaluator.network(picks)))
+    """Evaluate each proposal by ``quality_of`` (default: the quality on all held-out
+    images), and sort them by reward, best first.
+    """
+
+    def on_all_images(picks: Picks) -> float:
+        return evaluator.on_all_images(evaluator.network(picks))
+
+    evaluate = quality_of or on_all_images
+    metric = evaluator.quality.metric
+    unit = search.cost_model.unit
+    candidates = []
     with search.progress.task(description, len(proposals)) as task:
         for picks in proposals:
-            quality, predicted = of_all(picks), search.cost_model.cost(picks)
-            values = {} if search.limits is None else search.limits.describe(picks)
+            quality = evaluate(picks)
+            predicted = search.cost_model.cost(picks)
+            limits = {} if search.limits is None else search.limits.describe(picks)
             reward = search.reward(quality, predicted)
-            evaluated.append(
+            candidates.append(
                 Candidate(
-                    picks=picks, predicted=predicted, quality=quality, reward=reward, limits=values
+                    picks=picks, predicted=predicted, quality=quality, reward=reward, limits=limits
                 )
             )
-            task.advance(note=f"{metric} {shown(metric, quality)}")
-            named = ", ".join(f"{key} {option}" for key, option in picks.items())
-            search.progress.debug(
-                f"{search.cost_model.unit.shown(predicted)}, {metric} {shown(metric, quality)}: {named}"
-            )
-    return sorted(evaluated, key=lambda candidate: -candidate.reward)
+            quality_text = f"{metric} {shown(metric, quality)}"
+            task.advance(note=quality_text)
+            options = ", ".join(f"{key} {option}" for key, option in picks.items())
+            search.progress.debug(f"{unit.shown(predicted)}, {quality_text}: {options}")
+    return sorted(candidates, key=lambda candidate: -candidate.reward)
 
 
 def _summary(arch: Architecture, best: Candidate, search: SearchContext, metric: str) -> str:
     unit = search.cost_model.unit
-    counts = {
-        "macs": f"{arch.macs / 1e6:.1f} M MACs",
-        "params": f"{arch.params / 1e6:.2f} M parameters",
-    }
-    facts = [
-        (
-            f"{unit.shown(best.predicted)} predicted ({best.predicted / search.target - 1:+.1%} of"
-            " the target)"
-        ),
-        *(text for name, text in counts.items() if name != unit.name),
-        f"super-net {metric} {shown(metric, best.quality)}",
-    ]
+    deviation = best.predicted / search.target - 1
+    facts = [f"{unit.shown(best.predicted)} predicted ({deviation:+.1%} of the target)"]
+    # The budget's own count is the prediction above.
+    if unit.name != "macs":
+        facts.append(f"{arch.macs / 1e6:.1f} M MACs")
+    if unit.name != "params":
+        facts.append(f"{arch.params / 1e6:.2f} M parameters")
+    facts.append(f"super-net {metric} {shown(metric, best.quality)}")
     return f"found {arch.name}: {', '.join(facts)}"
 
 
 class Search(Stage):
-    """Searches the space, where no architecture is named."""
+    """Searches the space, unless the configuration names an architecture."""
 
     name = "search"
     result = "arch.json"
@@ -487,30 +547,30 @@ class Search(Stage):
 
     @classmethod
     def is_needed(cls, experiment: Experiment) -> bool:
-        """Not where an architecture is named."""
+        """False if ``train.arch`` names an architecture."""
         return experiment.train.arch is None
 
     @classmethod
     def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
-        """Budget, strategy, finder, super-net and optimiser, against the table where
-        one is named.
+        """Check budget, strategy, finder, super-net and optimiser; also the target, if
+        the configuration names a table or the budget needs none.
         """
         config = experiment.search
         if config.main_budget.most is None and config.target_range is None:
-            key, what = "search.target_ms", "your latency budget in milliseconds"
-            if config.budget is not None:
-                key, what = f"search.budget.{config.budget.FIELD}", "your budget"
+            budget = "your budget"
+            if config.budget is None:
+                budget = "your latency budget in milliseconds"
             raise ConfigError(
-                f"{key} is not set: set it to {what}, or search.target_range to 0..1."
+                f"{_target_key(config)} is not set: set it to {budget}, or search.target_range to"
+                " 0..1."
             )
         check_search(experiment, space)
         if config.weights is None:
             check_optimizer(config.optimizer, "search.optimizer")
-        if config.table is not None or not config.by_table:
-            table = (
-                None if config.table is None else LatencyTable.load(configured_table(config.table))
-            )
-            search_context(experiment, space, table)
+        if config.table is not None:
+            search_context(experiment, space, LatencyTable.load(configured_table(config.table)))
+        elif not config.by_table:
+            search_context(experiment, space, None)
 
     @property
     def outputs(self) -> list[str]:
@@ -518,55 +578,60 @@ class Search(Stage):
         return outputs(self.at.experiment.search)
 
     def inputs(self) -> dict[str, str]:
-        """The space, the tables, super-nets of earlier runs, the data and the settings."""
+        """Hashes of the space, the tables, super-nets of earlier runs, the data and the
+        settings, by name.
+        """
         self.at.check_searchable()
         config = self.at.experiment.search
-        found = limit_hashes(config) | (self.at.hash_of_table() if config.by_table else {})
+        files = limit_hashes(config)
+        if config.by_table:
+            files |= self.at.hash_of_table()
         if config.weights is not None:
-            found["super-net"] = file_sha256(trained_supernet(config.weights))
+            files["super-net"] = file_sha256(trained_supernet(config.weights))
         if config.backbone is not None:
-            found["backbone"] = file_sha256(trained_supernet(config.backbone, "search.backbone"))
-        search_context(self.at.experiment, self.at.space, self._table())
+            files["backbone"] = file_sha256(trained_supernet(config.backbone, "search.backbone"))
+        search_context(self.at.experiment, self.at.space, self._table())  # checks the target
         settings = self.at.hashes_of_config("search", "seed", *task_of(self.at.experiment).tables)
-        return {"space.json": self.at.space.sha256, **found, **self.at.hashes_of_data(), **settings}
+        return {"space.json": self.at.space.sha256, **files, **self.at.hashes_of_data(), **settings}
 
     def summary(self) -> str:
-        """What trains how long, among how many, for which target."""
+        """The strategy and its length, the size of the space, and the target."""
+        config = self.at.experiment.search
+        searcher = "a trained super-net"
+        if config.weights is None:
+            searcher = f"{config.strategy.name} for {config.epochs:g} epochs"
+        architectures = format_count(self.at.space.architectures)
+        return f"{searcher} over {architectures} architectures, {self._target_text()}"
+
+    def _target_text(self) -> str:
         config = self.at.experiment.search
         budget = config.main_budget
         if budget.most is not None:
-            target = f"at {budget.most / UNITS[budget.UNIT].scale:g} {UNITS[budget.UNIT].symbol}"
-        elif config.target_range is not None:
-            ends = (
-                "the fastest to the slowest" if config.by_table else "the smallest to the largest"
-            )
-            target = f"at {config.target_range:.0%} of the way from {ends}"
-        else:
-            key = "search.target_ms" if config.budget is None else f"search.budget.{budget.FIELD}"
-            target = f"without a target yet: set {key}"
-        trains = config.weights is None
-        searcher = (
-            f"{config.strategy.name} for {config.epochs:g} epochs"
-            if trains
-            else "a trained super-net"
-        )
-        return (
-            f"{searcher} over {format_count(self.at.space.architectures)} architectures, {target}"
-        )
+            unit = UNITS[budget.UNIT]
+            return f"at {budget.most / unit.scale:g} {unit.symbol}"
+        if config.target_range is not None:
+            ends = "the smallest to the largest"
+            if config.by_table:
+                ends = "the fastest to the slowest"
+            return f"at {config.target_range:.0%} of the way from {ends}"
+        return f"without a target yet: set {_target_key(config)}"
 
     def run(self, ctx: StageContext) -> None:
-        """Search with the table as it is now."""
+        """Search with the current latency table."""
         run(ctx, self.at.space, self._table())
 
     def _table(self) -> LatencyTable | None:
-        """The table of the budget; None where it is counted."""
-        return self.at.table() if self.at.experiment.search.by_table else None
+        """The table of a latency budget; None for a counted budget."""
+        if self.at.experiment.search.by_table:
+            return self.at.table()
+        return None
 
 
 def limit_hashes(config: SearchConfig) -> dict[str, str]:
-    """The tables that ``search.limits`` name, as inputs of a stage."""
-    return {
-        f"search.limits[{i}].table": LatencyTable.load(Path(limit.table).expanduser()).sha256
-        for i, limit in enumerate(config.limits)
-        if isinstance(limit, LatencyLimit) and limit.table is not None
-    }
+    """Hashes of the tables that ``search.limits`` name, as inputs of a stage."""
+    hashes = {}
+    for i, limit in enumerate(config.limits):
+        if isinstance(limit, LatencyLimit) and limit.table is not None:
+            table = LatencyTable.load(Path(limit.table).expanduser())
+            hashes[f"search.limits[{i}].table"] = table.sha256
+    return hashes

@@ -1,8 +1,8 @@
-"""The contract of a search method.
+"""The interface of a search method.
 
-A strategy decides which gates the super-net runs under, and which architectures to
-propose in the end. It never sees an optimiser step of the weights, a file, mixed
-precision or another process: the context owns those.
+A strategy decides under which gates the super-net runs, and which architectures to
+propose at the end. It never sees optimiser steps of the weights, files, mixed precision
+or other processes: the context owns those.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ __all__ = ["Evaluator", "Gates", "Metrics", "Probes", "SearchContext", "SharedWe
 
 @dataclass
 class SearchContext:
-    """What a strategy may use.
+    """Everything that a strategy may use.
 
-    ``rng`` is renewed for every step from (seed, step), which makes strategies resume
-    exactly as long as they draw from nothing else. ``weights`` are not there yet during
-    ``Strategy.setup``, nor where a finder works on an already trained super-net;
-    ``evaluator`` is there once weights are trained. ``cost_counter`` holds what all this has
-    cost. ``seconds`` is what the search has taken, as far as this process knows: for
-    what is said to people, and for nothing that decides.
+    ``rng`` is created from (seed, step) for every step, so a strategy resumes exactly
+    if it draws from nothing else. ``weights`` is None during ``Strategy.setup``, and
+    when a finder works on an already trained super-net. ``evaluator`` is None during
+    ``Strategy.setup``. ``cost_counter`` counts what the search has cost. ``seconds`` is
+    the search's duration as far as this process knows it; it is shown to people and
+    decides nothing.
 
-    ``target`` is in the unit of ``cost_model``, and so are the costs that ``reward`` takes:
-    milliseconds, or what is counted.
+    ``target`` and the costs that ``reward`` takes are in the unit of ``cost_model``:
+    milliseconds, or the unit of a counted budget (MACs, parameters).
     """
 
     space: SearchSpace
@@ -63,7 +63,7 @@ class SearchContext:
 
     @property
     def fraction(self) -> float:
-        """How much of the search is over, 0 to 1."""
+        """The fraction of the search that is over, 0 to 1."""
         return self.step / max(self.steps, 1)
 
     def train(
@@ -71,20 +71,22 @@ class SearchContext:
     ) -> Metrics:
         """One update of the shared weights on the next training batch.
 
-        With several ``gates`` their gradients are added up before the one update: all
-        on the same batch (FairNAS), or, with ``split``, each on its own part of it
-        (TuNAS's accelerator cores; the mean gradient then). ``teach`` adds the
-        distillation loss against the remembered teacher (of classifiers).
-        ``skip_dropout`` zeroes elements behind skips (P-DARTS).
+        With several ``gates``, their gradients are summed for a single update. All see
+        the same batch (FairNAS) or, with ``split``, each sees its own part of it, and
+        the gradient is the mean (TuNAS's accelerator cores). ``teach`` adds the
+        distillation loss against the remembered teacher (classifiers only).
+        ``skip_dropout`` is the probability of zeroing an element of a skip's output
+        (P-DARTS).
         """
         assert self.weights is not None
         return self.weights.train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
 
     def qualities(self, *gates: Gates, multiple: int = 1) -> list[float]:
-        """Qualities in 0..1 on a held-out batch ``multiple`` times the training batch,
-        of which each gets an equal part.
+        """Qualities in 0..1, one for each of ``gates``.
 
-        Accuracies of classifiers; of detectors, see ``hwnas.tasks.detection``.
+        A held-out batch of ``multiple`` times the training batch size is split evenly
+        among the gates. The quality of a classifier is its accuracy; for detectors, see
+        ``hwnas.tasks.detection``.
         """
         assert self.weights is not None
         return self.weights.qualities(gates, multiple)
@@ -97,63 +99,63 @@ class SearchContext:
         order: int = 1,
         skip_dropout: float = 0.0,
     ) -> Tensor:
-        """Held-out loss (a classifier's cross-entropy, no label smoothing) under
-        ``gates``: a scalar whose gradient by the gates is right.
+        """Held-out loss under ``gates``, a float64 scalar to differentiate by them.
 
-        It is the first-order expansion value + <gradient, gates - their present
-        values>, so that the graph of the network is gone when this returns. ``order =
-        2`` takes the derivative after a virtual training step (DARTS).
+        Classifiers: the cross-entropy without label smoothing. Only value and gradient
+        are exact: the scalar is the first-order expansion value + <gradient, gates -
+        their current values>, so the network's graph is freed when this returns.
+        ``order = 2`` takes the gradient after a virtual training step (DARTS).
         """
         assert self.weights is not None
-        present = {key: gate.detach() for key, gate in gates.items()}
-        value, gradients = self.weights.gate_gradients(present, probes or {}, order, skip_dropout)
+        current = {key: gate.detach() for key, gate in gates.items()}
+        value, gradients = self.weights.gate_gradients(current, probes or {}, order, skip_dropout)
         total = torch.tensor(value, dtype=torch.float64)
         for key, gradient in gradients.items():
-            total = (
-                total
-                + (
-                    (gates[key] - present[key]) * torch.as_tensor(gradient, dtype=gates[key].dtype)
-                ).sum()
-            )
+            # The difference is zero; it only carries the gradient to the gates.
+            difference = gates[key] - current[key]
+            slope = torch.as_tensor(gradient, dtype=gates[key].dtype)
+            total = total + (difference * slope).sum()
         return total
 
     def evaluate(self, picks: Picks) -> float:
-        """Held-out quality in 0..1 (``search.quality``) of the extracted network, BN
-        recalibrated. Kept, so asking twice costs nothing.
+        """Held-out quality in 0..1 (``search.quality``) of the extracted network with
+        recalibrated BN. Results are cached, so asking twice costs nothing.
         """
         assert self.evaluator is not None
         return self.evaluator.evaluate(picks)
 
     def remember_teacher(self, picks: Picks) -> None:
-        """Keep a copy of the present weights of ``picks`` as the teacher of
-        ``train(..., teach=True)``.
+        """Copy the current weights of ``picks`` as the teacher of ``train(...,
+        teach=True)``.
         """
         assert self.weights is not None
         self.weights.remember_teacher(picks)
 
     def grow(self, number: int) -> None:
-        """Train super-net ``number`` of ``Strategy.growth`` from here on, which begins
-        anew. To be said in every step.
+        """Train super-net ``number`` of ``Strategy.growth`` from now on, starting with
+        new weights if it is not the current one. Call it in every step.
         """
         assert self.weights is not None
         self.weights.grow(number)
 
     def reward(self, quality: float, cost: float) -> float:
-        """The objective at this context's target."""
+        """The objective's reward of ``quality`` in 0..1 and ``cost`` at the target."""
         return self.objective.reward(quality, cost, self.target)
 
 
 class Strategy(ABC):
-    """A search method. ``Config`` holds its own options (the keys beside ``name`` in
-    ``search.strategy``).
+    """Base class of search methods.
 
-    ``sharing`` and ``kernels`` are the paper's way to share weights between a slot's
-    options and kernel sizes, used where the configuration leaves it open. ``mixes``
-    says that several options of a choice run at once, with weights. A method with
-    ``shares = False`` trains architectures each by itself instead of a super-net:
-    ``setup`` puts them into ``alone``. ``rate`` names the option that sets how fast the
-    policy learns, where there is one. ``cells`` says that the method runs on spaces of
-    cells too.
+    ``Config`` holds the method's own options, which are the keys beside ``name`` in
+    ``search.strategy``. The class attributes describe the method:
+
+    - ``sharing`` and ``kernels``: how the paper shares weights between a slot's options
+      and between kernel sizes; the default for ``search.supernet``.
+    - ``mixes``: several options of a choice run at once, in a weighted sum.
+    - ``shares``: a super-net is trained. If False, ``setup`` puts architectures into
+      ``alone``, and each is trained as a standalone network.
+    - ``rate``: the name of the option that sets how fast the policy learns, if any.
+    - ``cells``: the method also runs on spaces of cells.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -166,38 +168,38 @@ class Strategy(ABC):
     alone: Sequence[Picks] = ()
 
     def check(self, space: SearchSpace) -> None:  # noqa: B027 (most methods run on every space)
-        """Raise SpaceError where this method cannot run on ``space``."""
+        """Raise SpaceError if this method cannot run on ``space``."""
 
     def growth(self, space: SearchSpace) -> tuple[int, ...]:
-        """Cells of each stage in the super-nets that follow one another on ``space``,
-        where the method grows them (``ctx.grow``).
+        """Numbers of cells per stage of the super-nets that the method trains one after
+        another on ``space`` (``ctx.grow``); empty if it trains only one.
         """
         del space
         return ()
 
     def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
-        """The steps at which steps begin to be of another kind, and so to take another
-        time; the first is always 0, and left out.
+        """The steps at which a new phase begins, whose steps may take a different time.
+        The first phase, which begins at step 0, is left out.
         """
         del ctx
         return ()
 
     def cross_entropies(self, row: Metrics) -> int:
-        """How many cross-entropies the loss that a step has logged (its ``row``) is the
-        sum of: one, and that with a teacher.
+        """How many cross-entropies add up to the logged loss of a step (``row``): one,
+        and another one with a teacher.
         """
         del row
         return 1
 
     def parts(self) -> tuple[int, int]:
-        """In how many parts a step splits its training batch, and each held-out batch;
-        BN needs two images in a part.
+        """The numbers of parts into which a step splits its training batch and each
+        held-out batch. Every part needs two images for BN.
         """
         return 1, 1
 
     @abstractmethod
     def setup(self, ctx: SearchContext) -> None:
-        """Called once, before the first step or a restored state. There are no weights yet."""
+        """Called once, before the first step or a restored state; ``ctx.weights`` is None."""
 
     @abstractmethod
     def step(self, ctx: SearchContext) -> Metrics:
@@ -214,4 +216,4 @@ class Strategy(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (some methods have no state)
-        """Restore it."""
+        """Restore the state."""

@@ -1,5 +1,5 @@
-"""The super-net that a search trains, or takes from an earlier run, and what counts the
-cost of both.
+"""The super-net that a search trains or takes from an earlier run, and the counter of
+its cost.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hwnas.search.cost_counter import CostCounter
 from hwnas.search.strategy import Strategy
 
 SUPERNET_FILE = "shared.safetensors"
-"""The whole trained super-net, which ``search.weights`` of another run takes."""
+"""The file of the whole trained super-net, which other runs load by ``search.weights``."""
 
 
 def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) -> GatedNetworks:
-    """The weights that a strategy trains: a super-net as it shares them, one that
-    grows, or networks of their own.
+    """The weights that a strategy trains: a super-net that shares weights as the
+    strategy does (and may grow), or standalone networks.
     """
     generator = torch.Generator().manual_seed(experiment.seed)
     if strategy.alone:
@@ -35,7 +35,7 @@ def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) 
 
 
 def cost_counter_of(config: SearchConfig, supernet: GatedNetworks) -> CostCounter:
-    """What counts the cost of a search with these weights."""
+    """A counter of the cost of a search with these weights."""
     return CostCounter(
         supernet.space,
         supernet.proxies,
@@ -45,29 +45,29 @@ def cost_counter_of(config: SearchConfig, supernet: GatedNetworks) -> CostCounte
 
 
 def trained_supernet(folder: str, key: str = "search.weights") -> Path:
-    """The super-net file of an earlier run's search folder (or of the run's folder),
-    named by the configuration's ``key``.
+    """The super-net file of an earlier run. ``folder`` is the run's folder or its search
+    folder; the configuration's ``key`` has named it.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is no such file.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise ConfigError(
-            f"{key} = {folder!r} is no folder: name the folder of a finished run that trained a"
+            f"{key} = {folder!r} is not a folder: name the folder of a finished run that trained a"
             " super-net."
         )
     for path in (root / SUPERNET_FILE, root / "search" / SUPERNET_FILE):
         if path.is_file():
             return path
     raise ConfigError(
-        f"{key} = {folder!r} holds no {SUPERNET_FILE}: name the search folder of a finished run that"
+        f"{key} = {folder!r} has no {SUPERNET_FILE}: name the search folder of a finished run that"
         " trained a super-net."
     )
 
 
 def trained(config: SearchConfig, space: SearchSpace) -> Supernet:
-    """The super-net of ``search.weights``, which brings its own sharing. Raises
-    ConfigError where the configuration contradicts it.
+    """The super-net of ``search.weights``, on the best device. It keeps the settings
+    that it was trained with; raises ConfigError if ``search.supernet`` differs.
     """
     assert config.weights is not None
     supernet = load_supernet(trained_supernet(config.weights), space)
@@ -76,13 +76,13 @@ def trained(config: SearchConfig, space: SearchSpace) -> Supernet:
             f"the super-net in {config.weights} tracks no BN statistics: set"
             " search.recalibration_images to 2 or more."
         )
-    trained, usual = supernet.config.model_dump(), SupernetConfig().model_dump()
-    # a run's own config.json says every key, so a default asks for nothing
-    asked = config.supernet.model_dump()
-    other = [key for key, value in asked.items() if value not in (usual[key], trained[key])]
-    if other:
-        raise ConfigError(
-            f"search.supernet.{other[0]} = {asked[other[0]]!r}, but the trained super-net in"
-            f" {config.weights} has {trained[other[0]]!r}: remove the key."
-        )
+    trained = supernet.config.model_dump()
+    defaults = SupernetConfig().model_dump()
+    for key, value in config.supernet.model_dump().items():
+        # The config.json of a run holds every key, so a default value is no request.
+        if value not in (defaults[key], trained[key]):
+            raise ConfigError(
+                f"search.supernet.{key} = {value!r}, but the trained super-net in"
+                f" {config.weights} has {trained[key]!r}: remove the key."
+            )
     return supernet.to(best_device())

@@ -1,42 +1,47 @@
-"""TuNAS: reinforcement learning on a weight-shared super-net with an absolute latency reward.
+"""TuNAS: reinforcement learning on a weight-shared super-net, absolute latency reward.
 
 Bender, Liu, Chen, Chu, Cheng, Kindermans, Le: "Can weight sharing outperform random
 architecture search? An investigation with TuNAS" (CVPR 2020, arXiv 2008.06120);
-released code google-research:tunas/. The constants are the code's.
+released code google-research:tunas/. The constants are those of the code.
 
 Every decision d (skip or not, kernel, expansion, width) has its own categorical
-distribution pi_d = softmax(logits_d), logits 0 at the start. Per step:
+distribution pi_d = softmax(logits_d). All logits start at 0. Each step:
 
-1. an architecture a ~ pi; one update of the weights of a on a training batch;
-2. Q(a): accuracy on a *different*, held-out batch, 4 times as large, with the updated
-   weights and batch-statistics BN;
-3. reward  R = Q + beta * |T(a) / T0 - 1|, beta = -0.10  (the objective; the paper's equation 2);
-4. REINFORCE  loss = -(R - b) * log pi(a), where b is an exponential moving average of R
-   (momentum 0.95, zero-debiased) and log pi is *hierarchical*: kernel and expansion of
-   a skipped slot do not count;
-5. Adam with beta1 = 0, beta2 = 0.999, eps 1e-8; its rate is 0 for the first 25 % of the
-   steps (RL delay), then rl_lr rising exponentially to 10 * rl_lr.
+1. Shared weights: sample an architecture a ~ pi and update the weights that a uses on
+   one training batch.
+2. Held-out quality Q(a): the accuracy of a on a *different*, held-out batch, 4 times as
+   large, with the updated weights; BN uses the statistics of that batch.
+3. Reward: R = Q + beta * |T(a) / T0 - 1| with beta = -0.10, where T(a) is the latency
+   and T0 the target (the objective; equation 2 of the paper).
+4. REINFORCE: loss = -(R - b) * log pi(a). The baseline b is an exponential moving
+   average of R (momentum 0.95, zero-debiased). log pi is *hierarchical*: the kernel and
+   expansion of a skipped slot do not count.
+5. Policy update: Adam with beta1 = 0, beta2 = 0.999, eps 1e-8. Its learning rate is 0
+   for the first 25 % of the steps (the RL delay), then starts at rl_lr and rises
+   exponentially to 10 * rl_lr.
 
-Warm-up, over the first 25 % with probability p(t) = 1 - t / (0.25 T), independently per
-decision: a kernel or skip decision uses *all* its options, averaged (op warm-up); an
-expansion or width decision uses its largest option (filter warm-up).
+Warm-up: during the first 25 % of the steps, each decision is replaced, independently
+and with probability p(t) = 1 - t / (0.25 T), where T is the number of steps. A kernel
+or skip decision then uses the average of *all* its options (op warm-up); an expansion
+or width decision uses its largest option (filter warm-up).
 
 *Differences from the paper*:
 
-- ``architectures`` defaults to 1; TuNAS samples one per accelerator core, 32 at a time,
-  each on its core's part of the batch, and averages their gradients: ``architectures =
+- ``architectures`` defaults to 1. TuNAS samples one per accelerator core, 32 at a time,
+  each on its core's part of the batch, and averages their gradients; ``architectures =
   32`` does the same.
-- No held-out forward during the RL delay, where nothing would read its reward; the
-  baseline starts after the delay.
-- The final architecture: the paper takes the most likely option of every decision. A
-  short search has not converged so far that this hits the target, so the argmax is one
-  of the proposals; the others are drawn from the final policy, all within the target's
-  tolerance, and the search stage ranks them by recalibrated held-out accuracy.
-  ``candidates = 1`` is the paper's rule, where the argmax lies within the tolerance.
+- There is no held-out forward pass during the RL delay, because nothing would use its
+  reward; the baseline starts after the delay.
+- Final architecture: the paper takes the most likely option of every decision. A short
+  search does not converge far enough for this argmax to hit the target, so the argmax
+  is only one of the proposals. The others are drawn from the final policy, all within
+  the target's tolerance, and the search stage ranks them by recalibrated held-out
+  accuracy. ``candidates = 1`` is the paper's rule whenever the argmax is within the
+  tolerance.
 - ``rl_lr``: the paper's 3e-4 per 256 images is for 27,000 steps of 32 samples; short
   searches need a larger one (ours).
-- Rematerialisation is the super-net's (``search.supernet.remat``): it recomputes the
-  options of a mixture, as in op warm-up.
+- Rematerialisation, which recomputes the options of a mixture (as in op warm-up), is
+  an option of the super-net (``search.supernet.remat``).
 """
 
 from __future__ import annotations
@@ -57,9 +62,9 @@ from hwnas.core.space import Choice, SearchSpace
 from hwnas.search.proposal import propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
-FILTER_AXES = ("expansion",)
-"""Axes whose warm-up uses the largest option, and so do widths, depths and resolutions;
-kernel, skip, SE and groups use the average.
+FILTER_AXES = ("expansion", "width")
+"""Axes with filter warm-up (the largest option). ``width`` also stands for depths and
+resolutions. All other axes (kernel, skip, SE, groups) have op warm-up (the average).
 """
 
 
@@ -71,50 +76,56 @@ class TuNASConfig(BaseModel):
     rl_lr: float | None = Field(
         None,
         gt=0,
-        description="controller rate at the end of the delay; default 3e-4 * batch_size / 256",
+        description=(
+            "learning rate of the policy when the RL delay ends; default 3e-4 * batch_size / 256"
+        ),
     )
     rl_lr_ramp: float = Field(
-        10.0, ge=1, description="factor by which the rate has grown at the end"
+        10.0, ge=1, description="factor by which this rate has grown at the end of the search"
     )
     rl_delay: float = Field(
-        0.25, ge=0, lt=1, description="part of the steps before the controller learns"
+        0.25, ge=0, lt=1, description="fraction of the steps before the policy starts to learn"
     )
     warmup: float = Field(
         0.25,
         ge=0,
         lt=1,
-        description="part of the steps with op and filter warm-up; at most rl_delay",
+        description="fraction of the steps with op and filter warm-up; at most rl_delay",
     )
-    baseline_momentum: float = Field(0.95, ge=0, lt=1)
+    baseline_momentum: float = Field(
+        0.95, ge=0, lt=1, description="momentum of the moving average of the rewards"
+    )
     entropy: float = Field(0.0, ge=0, description="weight of an entropy bonus")
     held_out_multiple: int = Field(
-        4, ge=1, description="held-out batch size as a multiple of the training batch"
+        4, ge=1, description="held-out batch size as a multiple of the training batch size"
     )
     architectures: int = Field(
         1,
         ge=1,
         description=(
-            "architectures per step, each on its part of the batches; the paper: one per core, 32"
+            "architectures per step, each on its own part of the batches; the paper has one"
+            " per core, 32"
         ),
     )
 
     @model_validator(mode="after")
-    def _warm_first(self) -> Self:
+    def _warmup_within_delay(self) -> Self:
         if self.warmup > self.rl_delay:
             raise ValueError(
-                f"warmup ({self.warmup}) must not outlast rl_delay ({self.rl_delay}): rewards of"
-                " averaged ops mean nothing"
+                f"warmup ({self.warmup}) must not outlast rl_delay ({self.rl_delay}): the reward"
+                " of averaged ops is not the reward of any architecture"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A drawn architecture: gates for the super-net and the decisions that were made by the policy.
+    """One draw from the policy.
 
-    ``decided`` maps decision names to the option index; decisions of skipped slots and
-    those replaced by a warm-up are not in it. ``picks`` is None while a warm-up
-    averages options.
+    ``gates`` run the super-net: choice key -> weights [options]. ``decided`` maps the
+    decisions that the policy made to the index of the drawn option; it leaves out the
+    decisions of skipped slots and those replaced by a warm-up. ``picks`` is the
+    architecture, or None while a warm-up averages options.
     """
 
     gates: dict[str, np.ndarray]
@@ -123,10 +134,10 @@ class Sample:
 
 
 class Controller:
-    """Independent categorical distributions over the decisions of a space, and REINFORCE on them.
+    """The policy, trained by REINFORCE: one categorical distribution per decision.
 
-    A slot's choice is taken apart into skip, kernel, expansion, ... (``factorise``); a
-    width is one decision.
+    A slot's choice is split into decisions on skip, kernel, expansion, ...
+    (``factorise``); a width is a single decision.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -140,46 +151,52 @@ class Controller:
                 self.logits[f"{key}.{axis}"] = torch.zeros(
                     len(values), dtype=torch.float64, requires_grad=True
                 )
+        # lr is a placeholder: update() sets the rate of every step
         self.optimizer = torch.optim.Adam(
             list(self.logits.values()), lr=1.0, betas=(0.0, 0.999), eps=1e-8
         )
-        self.reward_sum, self.reward_weight = 0.0, 0.0
+        # the baseline is reward_sum / reward_weight, see update()
+        self.reward_sum = 0.0
+        self.reward_weight = 0.0
 
     def probabilities(self) -> dict[str, np.ndarray]:
-        """Decision name -> probabilities [options]."""
-        return {
-            name: torch.softmax(logits.detach(), 0).numpy() for name, logits in self.logits.items()
-        }
+        """The policy pi: decision name -> probabilities [options]."""
+        probabilities = {}
+        for name, logits in self.logits.items():
+            probabilities[name] = torch.softmax(logits.detach(), 0).numpy()
+        return probabilities
 
     def sample(self, rng: np.random.Generator, warmup_probability: float = 0.0) -> Sample:
-        """Draw an architecture. Each decision is replaced by its warm-up with the given
-        probability.
+        """Draw an architecture from the policy, replacing each decision by its warm-up
+        with the given probability.
         """
         probabilities = self.probabilities()
-        gates, decided = {}, {}
+        gates: dict[str, np.ndarray] = {}
+        decided: dict[str, int] = {}
         picks: Picks | None = {}
         for choice in self.space.choices:
             factors = self.factors[choice.key]
-            weights = {}
+            weights: dict[str, np.ndarray] = {}
             for name, axis in _decisions(choice.key, factors):
                 p = probabilities[name]
-                drawn = int(rng.choice(len(p), p=p))
+                # drawn even if warm-up replaces it: the number of draws is constant
+                option = int(rng.choice(len(p), p=p))
                 if rng.random() < warmup_probability:
-                    weights[name] = (
-                        np.eye(len(p))[-1]
-                        if axis in (*FILTER_AXES, "width")
-                        else np.full(len(p), 1 / len(p))
-                    )
+                    weights[name] = _warmup_weights(axis, len(p))
                 else:
-                    decided[name] = drawn
-                    weights[name] = np.eye(len(p))[drawn]
-            gates[choice.key] = _joint(choice.key, factors, weights)
-            # hierarchical: nothing below a skip counts
-            if weights.get(f"{choice.key}.skip", np.zeros(2))[1] == 1.0:
+                    decided[name] = option
+                    weights[name] = np.eye(len(p))[option]
+            gate = _joint(choice.key, factors, weights)
+            gates[choice.key] = gate
+
+            # hierarchical: decisions below a skip had no effect, so they do not count
+            if decided.get(f"{choice.key}.skip") == 1:
                 for axis, _ in factors.axes:
                     decided.pop(f"{choice.key}.{axis}", None)
-            if picks is not None and gates[choice.key].max() == 1.0:
-                picks[choice.key] = choice.options[int(gates[choice.key].argmax())]
+
+            # a mixture of options is not an architecture
+            if picks is not None and gate.max() == 1.0:
+                picks[choice.key] = choice.options[int(gate.argmax())]
             else:
                 picks = None
         return Sample(gates, decided, picks)
@@ -192,58 +209,70 @@ class Controller:
         baseline_momentum: float = 0.95,
         entropy: float = 0.0,
     ) -> list[float]:
-        """One REINFORCE step on the mean over samples; returns their advantages R - b.
-        The first rewards are their own baseline.
+        """One REINFORCE step, averaged over ``samples``. Returns the advantages R - b.
+
+        The baseline b includes the present rewards, so the very first ones have a mean
+        advantage of 0.
         """
-        self.reward_sum = baseline_momentum * self.reward_sum + (1 - baseline_momentum) * float(
-            np.mean(rewards)
-        )
-        self.reward_weight = baseline_momentum * self.reward_weight + (1 - baseline_momentum)
-        advantages = [reward - self.reward_sum / self.reward_weight for reward in rewards]
-        loss = -entropy * self.entropy() if entropy else torch.zeros((), dtype=torch.float64)
+        # Zero-debiased: both sums start at 0, and their quotient is a weighted average.
+        m = baseline_momentum
+        self.reward_sum = m * self.reward_sum + (1 - m) * float(np.mean(rewards))
+        self.reward_weight = m * self.reward_weight + (1 - m)
+        baseline = self.reward_sum / self.reward_weight
+        advantages = [reward - baseline for reward in rewards]
+
+        # -(R - b) * log pi(a), averaged over the samples, minus the entropy bonus
+        loss = torch.zeros((), dtype=torch.float64)
+        if entropy:
+            loss = -entropy * self.entropy()
         for sample, advantage in zip(samples, advantages, strict=True):
-            terms = [
-                torch.log_softmax(self.logits[name], 0)[i] for name, i in sample.decided.items()
-            ]
-            loss = loss - advantage / len(samples) * torch.stack(terms).sum() if terms else loss
+            log_pi: list[Tensor] = []
+            for name, option in sample.decided.items():
+                log_pi.append(torch.log_softmax(self.logits[name], 0)[option])
+            if log_pi:
+                loss = loss - advantage / len(samples) * torch.stack(log_pi).sum()
+
         self.optimizer.param_groups[0]["lr"] = lr
-        # zeros, not None, for what was not decided: Adam then treats all alike, also after a resume
+        # Adam skips a parameter whose gradient is None. With zeros instead, it treats
+        # logits without a decision like all others, also after a resume.
         for logits in self.logits.values():
             logits.grad = torch.zeros_like(logits)
+        # if warm-ups replaced all decisions, the loss is a constant
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return advantages
 
     def entropy(self) -> Tensor:
-        """Entropy of the policy in nats, hierarchical: what lies below a skip counts by
-        the probability of not skipping.
+        """Hierarchical entropy of the policy in nats: the decisions below a skip are
+        weighted by the probability of not skipping.
         """
         total = torch.zeros((), dtype=torch.float64)
         for key, factors in self.factors.items():
-            kept: Any = 1.0
+            p_keep: Tensor | float = 1.0
             for name, axis in _decisions(key, factors):
                 log_p = torch.log_softmax(self.logits[name], 0)
                 entropy = -(log_p.exp() * log_p).sum()
-                total = total + (entropy if axis == "skip" else kept * entropy)
-                kept = log_p.exp()[0] if axis == "skip" else kept
+                if axis == "skip":
+                    total = total + entropy
+                    p_keep = log_p.exp()[0]
+                else:
+                    total = total + p_keep * entropy
         return total
 
     def best(self) -> Picks:
-        """The most likely option of every decision."""
-        decided = {name: int(p.argmax()) for name, p in self.probabilities().items()}
+        """The architecture with the most likely option of every decision."""
+        one_hot = {}
+        for name, p in self.probabilities().items():
+            one_hot[name] = np.eye(len(p))[int(p.argmax())]
         picks: Picks = {}
         for choice in self.space.choices:
-            factors = self.factors[choice.key]
-            weights = {
-                name: np.eye(len(self.logits[name]))[decided[name]]
-                for name, _ in _decisions(choice.key, factors)
-            }
-            picks[choice.key] = choice.options[int(_joint(choice.key, factors, weights).argmax())]
+            gate = _joint(choice.key, self.factors[choice.key], one_hot)
+            picks[choice.key] = choice.options[int(gate.argmax())]
         return picks
 
     def option_probabilities(self) -> dict[str, np.ndarray]:
-        """Choice key -> probabilities of its options, as gates for the expected latency."""
+        """Choice key -> probabilities [options]: gates for the expected latency."""
         p = self.probabilities()
         return {key: _joint(key, factors, p) for key, factors in self.factors.items()}
 
@@ -257,7 +286,7 @@ class Controller:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state from ``state_dict``."""
         with torch.no_grad():
             for name, tensor in state["logits"].items():
                 self.logits[name].copy_(tensor)
@@ -266,35 +295,49 @@ class Controller:
 
 
 def _factors(choice: Choice) -> Factors:
+    """The decisions that a choice is split into."""
     if choice.kind == "op":
         return factorise(tuple(map(str, choice.options)))
-    # ascending like all axes, in whatever order the space lists them
+    # ascending, whatever the order in the space: filter warm-up takes the last
     widths = sorted(map(float, choice.options))
-    return Factors(
-        (("width", tuple(widths)),),
-        tuple((widths.index(float(option)),) for option in choice.options),
-    )
+    positions = [(widths.index(float(option)),) for option in choice.options]
+    return Factors((("width", tuple(widths)),), tuple(positions))
 
 
 def _decisions(key: str, factors: Factors) -> list[tuple[str, str]]:
-    """(decision name, axis) of a choice, skip first. Index 1 of a skip decision means skip."""
-    axes = (["skip"] if factors.skippable else []) + [axis for axis, _ in factors.axes]
-    return [(f"{key}.{axis}", axis) for axis in axes]
+    """(decision name, axis) of a choice, skip first. Its option 1 means to skip."""
+    decisions = []
+    if factors.skippable:
+        decisions.append((f"{key}.skip", "skip"))
+    for axis, _ in factors.axes:
+        decisions.append((f"{key}.{axis}", axis))
+    return decisions
+
+
+def _warmup_weights(axis: str, count: int) -> np.ndarray:
+    """Weights [options] of a decision that a warm-up replaces: filter or op warm-up."""
+    if axis in FILTER_AXES:
+        largest: np.ndarray = np.eye(count)[-1]
+        return largest
+    return np.full(count, 1 / count)
 
 
 def _joint(key: str, factors: Factors, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Weights of a choice's options from the weights of its separate decisions: their product."""
+    """Weights [options] of a choice: the product of the weights of its decisions."""
     keep, skip = weights.get(f"{key}.skip", np.array([1.0, 0.0]))
     gate = np.empty(len(factors.grid))
-    for i, cell in enumerate(factors.grid):
-        gate[i] = skip if cell is None else keep
-        for (axis, _), position in zip(factors.axes, cell or (), strict=cell is not None):
+    for i, positions in enumerate(factors.grid):
+        if positions is None:
+            gate[i] = skip
+            continue
+        gate[i] = keep
+        for (axis, _), position in zip(factors.axes, positions, strict=True):
             gate[i] *= weights[f"{key}.{axis}"][position]
     return gate
 
 
 class TuNAS(Strategy):
-    """The TuNAS strategy: a ``Controller`` trained beside the weights."""
+    """The TuNAS strategy: trains the shared weights and a ``Controller`` in turn."""
 
     Config: ClassVar[type[BaseModel]] = TuNASConfig
     sharing = "collapsed"
@@ -305,59 +348,66 @@ class TuNAS(Strategy):
         self.controller: Controller
 
     def setup(self, ctx: SearchContext) -> None:
-        """Make the controller, uniform over the space."""
+        """Create the controller. Its policy starts uniform over the decisions."""
         self.controller = Controller(ctx.space)
 
     def parts(self) -> tuple[int, int]:
-        """Every architecture has its part of both batches."""
+        """Each architecture gets its own part of the training and held-out batches."""
         return self.config.architectures, self.config.architectures
 
     def milestones(self, ctx: SearchContext) -> tuple[int, ...]:
-        """The ends of the warm-up and of the delay."""
-        return math.ceil(self.config.warmup * ctx.steps), math.ceil(
-            self.config.rl_delay * ctx.steps
-        )
+        """The steps at which the warm-up and the RL delay end."""
+        warmup_end = math.ceil(self.config.warmup * ctx.steps)
+        delay_end = math.ceil(self.config.rl_delay * ctx.steps)
+        return warmup_end, delay_end
 
     def rl_rate(self, ctx: SearchContext) -> float:
-        """The controller's learning rate at this step; 0 during the delay."""
-        base = self.config.rl_lr if self.config.rl_lr is not None else 3e-4 * ctx.batch_size / 256
+        """The policy's learning rate at this step; 0 during the RL delay."""
+        config = self.config
         progress = ctx.step / ctx.steps
-        if progress < self.config.rl_delay:
+        if progress < config.rl_delay:
             return 0.0
-        return float(
-            base
-            * self.config.rl_lr_ramp
-            ** ((progress - self.config.rl_delay) / (1 - self.config.rl_delay))
-        )
+        start = config.rl_lr if config.rl_lr is not None else 3e-4 * ctx.batch_size / 256
+        ramp_fraction = (progress - config.rl_delay) / (1 - config.rl_delay)
+        return float(start * config.rl_lr_ramp**ramp_fraction)
+
+    def warmup_probability(self, ctx: SearchContext) -> float:
+        """The probability p(t) that a warm-up replaces a decision at this step."""
+        warmup_steps = self.config.warmup * ctx.steps
+        if not warmup_steps:
+            return 0.0
+        return max(0.0, 1 - ctx.step / warmup_steps)
 
     def step(self, ctx: SearchContext) -> Metrics:
-        """One weight update and, after the delay, one update of the controller with the
-        same architectures.
+        """One update of the shared weights and, after the RL delay, one update of the
+        policy by the rewards of the same architectures.
         """
-        warmup_steps = self.config.warmup * ctx.steps
-        probability = max(0.0, 1 - ctx.step / warmup_steps) if warmup_steps else 0.0
-        samples = [
-            self.controller.sample(ctx.rng, probability) for _ in range(self.config.architectures)
-        ]
+        config = self.config
+        latency_name = ctx.cost_model.unit.quantity
+
+        # 1. shared weights: train the sampled architectures
+        probability = self.warmup_probability(ctx)
+        samples = []
+        for _ in range(config.architectures):
+            samples.append(self.controller.sample(ctx.rng, probability))
         gates = [sample.gates for sample in samples]
         metrics = ctx.train(*gates, split=True)
+
         rate = self.rl_rate(ctx)
         if rate > 0.0:
-            qualities = ctx.qualities(*gates, multiple=self.config.held_out_multiple)
-            latencies = [float(ctx.cost_model.expected(each)) for each in gates]
-            rewards = [
-                ctx.reward(quality, latency)
-                for quality, latency in zip(qualities, latencies, strict=True)
-            ]
-            self.controller.update(
-                samples, rewards, rate, self.config.baseline_momentum, self.config.entropy
-            )
-            means = {
-                "quality": qualities,
-                ctx.cost_model.unit.quantity: latencies,
-                "reward": rewards,
+            # 2. held-out quality, with the weights just updated
+            qualities = ctx.qualities(*gates, multiple=config.held_out_multiple)
+            # 3. reward; warm-up ends before the delay, so all gates are architectures
+            latencies = [float(ctx.cost_model.expected(gate)) for gate in gates]
+            rewards = [ctx.reward(q, t) for q, t in zip(qualities, latencies, strict=True)]
+            # 4., 5. REINFORCE with a baseline, by Adam
+            self.controller.update(samples, rewards, rate, config.baseline_momentum, config.entropy)
+            metrics |= {
+                "quality": float(np.mean(qualities)),
+                latency_name: float(np.mean(latencies)),
+                "reward": float(np.mean(rewards)),
             }
-            metrics |= {name: float(np.mean(values)) for name, values in means.items()}
+
         expected = float(ctx.cost_model.expected(self.controller.option_probabilities()))
         return {
             **metrics,
@@ -366,17 +416,16 @@ class TuNAS(Strategy):
         }
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
-        """The argmax first, where it is within the tolerance, then likely samples of
-        the policy that are.
+        """The argmax of the policy first if it is within the tolerance, then likely
+        samples of the policy within it.
         """
-        return propose_feasible(
-            ctx, self.controller.option_probabilities(), count, self.controller.best()
-        )
+        policy = self.controller.option_probabilities()
+        return propose_feasible(ctx, policy, count, self.controller.best())
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state."""
         return self.controller.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the controller's state."""
         self.controller.load_state_dict(state)

@@ -1,7 +1,7 @@
-"""What a search may ask of the weights that it trains, and of what evaluates architectures.
+"""What a search may ask of the weights that it trains, and of the evaluator.
 
-``hwnas.search.weights`` and ``hwnas.search.evaluator`` do it with a super-net,
-``hwnas.search.cost_counter`` counts what it costs.
+``hwnas.search.weights`` and ``hwnas.search.evaluator`` implement these protocols by a
+super-net. ``hwnas.search.cost_counter`` wraps them to count the cost.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Metrics = dict[str, float]
 
 
 class Evaluator(Protocol):
-    """What evaluates architectures."""
+    """Evaluates architectures."""
 
     def evaluate(self, picks: Picks) -> float:
-        """Recalibrated quality. See ``SearchContext.evaluate``."""
+        """Quality in 0..1 with recalibrated BN. See ``SearchContext.evaluate``."""
 
 
 class SharedWeights(Protocol):
-    """What trains the shared weights."""
+    """Trains the shared weights."""
 
     def train(
         self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
@@ -33,15 +33,17 @@ class SharedWeights(Protocol):
         """One update on the next training batch. See ``SearchContext.train``."""
 
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
-        """Held-out qualities. See ``SearchContext.qualities``."""
+        """Held-out qualities in 0..1. See ``SearchContext.qualities``."""
 
     def gate_gradients(
         self, gates: Gates, probes: Probes, order: int, skip_dropout: float
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """Held-out loss and its derivative by every gate. See ``SearchContext.loss``."""
+        """Held-out loss and its derivative by the gates. See ``SearchContext.loss``."""
 
     def remember_teacher(self, picks: Picks) -> None:
-        """Keep the present weights as teacher. See ``SearchContext.remember_teacher``."""
+        """Copy the current weights as the teacher. See
+        ``SearchContext.remember_teacher``.
+        """
 
     def grow(self, number: int) -> None:
-        """Go on with another super-net. See ``SearchContext.grow``."""
+        """Continue with another super-net. See ``SearchContext.grow``."""

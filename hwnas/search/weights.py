@@ -1,5 +1,5 @@
-"""The shared weights of a search: what ``SearchContext`` asks for, done with a
-super-net on the engine.
+"""The shared weights of a search: implements ``verbs.SharedWeights`` by a super-net on
+the engine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hwnas.config import DataConfig
 from hwnas.core.arch import Picks
@@ -25,7 +25,9 @@ from hwnas.search.verbs import Metrics
 
 @dataclass(frozen=True)
 class _Position:
-    """A stream of batches of every ``stride``-th step, and the last one that was taken."""
+    """A stream of the batches of every ``stride``-th step; ``batch`` is the last one
+    taken, that of ``step``.
+    """
 
     step: int
     stride: int
@@ -34,7 +36,7 @@ class _Position:
 
 
 class Batches:
-    """Training and held-out batches of a step. All are functions of the step, so a
+    """Training and held-out batches by step. Each depends on nothing but the step, so a
     resumed search sees the same ones.
     """
 
@@ -47,8 +49,12 @@ class Batches:
         seed: int,
         steps: int,
     ) -> None:
-        self.train_images, self.held_out_images, self.data = train, held_out, data
-        self.batch_size, self.seed, self.steps = batch_size, seed, steps
+        self.train_images = train
+        self.held_out_images = held_out
+        self.data = data
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps = steps
         self._streams: dict[int, _Position] = {}
 
     def train(self, step: int) -> Batch:
@@ -56,20 +62,27 @@ class Batches:
         return self._at(0, self.train_images, self.batch_size, self.seed, step)
 
     def held_out(self, step: int, multiple: int) -> Batch:
-        """The held-out batch of a step, ``multiple`` times as large as a training batch."""
+        """The held-out batch of a step: ``multiple`` times a training batch, or all
+        held-out images if there are fewer.
+        """
         size = min(self.batch_size * multiple, len(self.held_out_images))
         return self._at(multiple, self.held_out_images, size, self.seed + 1, step)
 
     def _at(self, name: int, images: Images, size: int, seed: int, step: int) -> Batch:
-        """The batch of a step, from a stream that steps of equal distance share. Asked
-        twice in a step, it is the same batch.
+        """The batch of a step; the same one if it is asked for again in that step.
+
+        Steps at equal distances share a stream, because workers read ahead in it. A new
+        stream begins when the distance changes.
         """
-        known = self._streams.get(name)
-        if known is not None and known.step == step:
-            return known.batch
-        stride = 1 if known is None else max(1, step - known.step)
-        stream = known.stream if known is not None and known.step + known.stride == step else None
-        if stream is None:
+        position = self._streams.get(name)
+        if position is not None and position.step == step:
+            return position.batch
+        if position is not None and position.step + position.stride == step:
+            stride = position.stride
+            stream = position.stream
+        else:
+            # A method that draws a batch every k-th step will do so again.
+            stride = 1 if position is None else max(1, step - position.step)
             stream = training_batches(
                 images,
                 size,
@@ -79,17 +92,16 @@ class Batches:
                 stride=stride,
                 workers=self.data.workers,
             )
-        else:
-            assert known is not None
-            stride = known.stride
-        self._streams[name] = _Position(step, stride, stream, next(stream))
-        return self._streams[name].batch
+        batch = next(stream)
+        self._streams[name] = _Position(step, stride, stream, batch)
+        return batch
 
 
 class SupernetWeights:
-    """Trains and differentiates a super-net. ``state_dict`` holds the teacher, where there is one.
+    """Trains and differentiates a super-net. ``state_dict`` holds the teacher, if any.
 
-    Detectors are trained without a teacher: a distillation of boxes is a method of its own.
+    Detectors train without a teacher: the distillation of boxes would need a method of
+    its own.
     """
 
     def __init__(
@@ -99,79 +111,81 @@ class SupernetWeights:
         batches: Batches,
         evaluator: SupernetEvaluator,
     ) -> None:
-        self.engine, self.supernet, self.batches, self.evaluator = (
-            engine,
-            supernet,
-            batches,
-            evaluator,
-        )
+        self.engine = engine
+        self.supernet = supernet
+        self.batches = batches
+        self.evaluator = evaluator
         self.quality = evaluator.quality
         self.held_out_loss = self.quality.criterion().to(engine.device)
         self.teacher: Network | None = None
-        self._taught: Picks = {}
+        self._teacher_picks: Picks = {}
 
     def train(
         self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
     ) -> Metrics:
-        """One update: all gates on the whole batch and their gradients added up, or
-        each on its part and the mean of them.
+        """One update: by the sum of the gradients of all gates on the whole batch or,
+        with ``split``, by the mean of the gradients of each gate on its part.
         """
         self.evaluator.forget()
         self._set_fraction()
         x_NCHW, y = self.engine.to_device(*self.batches.train(self.engine.step))
-        shares = _shares(x_NCHW, y, len(gates) if split else 1)
-        teach = teach and self.quality.of_cross_entropy
-        taught = [(x, labels, self._soft(x) if teach else None) for x, labels in shares] * (
-            1 if split else len(gates)
-        )
-        return self.engine.optimizer_step(
-            [
-                Microbatch(
-                    x, labels, (each, None, skip_dropout), soft_labels, weight=len(labels) / len(y)
-                )
-                for each, (x, labels, soft_labels) in zip(gates, taught, strict=True)
-            ]
-        )
+        parts = _split(x_NCHW, y, len(gates) if split else 1)
+        soft_labels: list[Tensor | None] = [None] * len(parts)
+        if teach and self.quality.of_cross_entropy:
+            soft_labels = [self._soft_labels(x) for x, _ in parts]
+        if not split:
+            # All gates see the same batch, so the teacher runs on it only once.
+            parts = parts * len(gates)
+            soft_labels = soft_labels * len(gates)
+
+        microbatches = []
+        for part_gates, (x, labels), soft in zip(gates, parts, soft_labels, strict=True):
+            forward_args = (part_gates, None, skip_dropout)
+            weight = len(labels) / len(y)  # 1 on the whole batch; else the sum is the mean
+            microbatches.append(Microbatch(x, labels, forward_args, soft, weight))
+        return self.engine.optimizer_step(microbatches)
 
     def _set_fraction(self) -> None:
-        """What the super-net's schedules go by: here and not once a step, as a resumed
-        step may begin with any of these calls.
+        """Tell the super-net's schedules how far the search is.
+
+        Called by every public method, because a resumed step may begin with any of them.
         """
         self.supernet.fraction = self.engine.step / self.engine.steps
 
     @torch.no_grad()
-    def _soft(self, x_NCHW: Tensor) -> Tensor:
+    def _soft_labels(self, x_NCHW: Tensor) -> Tensor:
         """The teacher's probabilities [N, classes]."""
         assert self.teacher is not None, "no teacher is remembered yet"
-        self.teacher.train()  # the statistics of the batch, as in the super-net
+        # BN normalises by the statistics of the batch, as in the super-net.
+        self.teacher.train()
         with self.engine.autocast():
-            return torch.softmax(
-                self.teacher(resized(x_NCHW, self.teacher.arch.resolution)).float(), 1
-            )
+            logits = self.teacher(resized(x_NCHW, self.teacher.arch.resolution))
+            return torch.softmax(logits.float(), 1)
 
     @torch.no_grad()
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
-        """Quality of each on its part of the held-out batch of this step."""
+        """Quality in 0..1 of each of ``gates`` on its part of this step's held-out batch."""
         x_NCHW, y = self.engine.to_device(*self.batches.held_out(self.engine.step, multiple))
         self._set_fraction()
         self.supernet.eval()
-        found = []
-        for each, (x_part, y_part) in zip(gates, _shares(x_NCHW, y, len(gates)), strict=True):
+        qualities = []
+        parts = _split(x_NCHW, y, len(gates))
+        for part_gates, (x_part, y_part) in zip(gates, parts, strict=True):
             with self.engine.autocast():
-                outputs = self.supernet(x_part, each)
-            found.append(self.quality.of_outputs(outputs, y_part))
-        return found
+                outputs = self.supernet(x_part, part_gates)
+            qualities.append(self.quality.of_outputs(outputs, y_part))
+        return qualities
 
     def gate_gradients(
         self, gates: Gates, probes: Probes, order: int, skip_dropout: float
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """Held-out loss in training mode, and its derivative by the gates: at the
-        weights, or after a virtual step.
+        """Held-out loss in training mode, and its derivative by each choice's gates,
+        float64 [options]: at the current weights (``order = 1``), or after a virtual
+        training step (``order = 2``, without probes).
 
-        Weights, their ``grad`` and BN's running statistics stay as they are. The second
-        order takes no probes.
+        Leaves the weights, their ``grad`` and BN's running statistics unchanged.
         """
-        assert self.supernet.shares, "networks that share nothing have no gates to differentiate"
+        assert self.supernet.shares, "standalone networks have no gates to differentiate"
         self._set_fraction()
         self.supernet.train()
         self.supernet.tracking = False
@@ -194,13 +208,13 @@ class SupernetWeights:
         with self.engine.autocast():
             loss = self._loss(self.held_out_loss, held_out, leaves, probes, skip_dropout)
         value = self.engine.finite(loss)
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        zero = {key: np.zeros(len(leaf)) for key, leaf in leaves.items()}
-        return value, zero | {
-            key: _array(gradient)
-            for key, gradient in zip(leaves, found, strict=True)
-            if gradient is not None
-        }
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        # A choice that the loss does not depend on has no gradient: it is zero.
+        arrays = {key: np.zeros(len(leaf)) for key, leaf in leaves.items()}
+        for key, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                arrays[key] = _array(gradient)
+        return value, arrays
 
     def _loss(
         self, criterion: Criterion, batch: Batch, gates: Gates, probes: Probes, skip_dropout: float
@@ -211,31 +225,31 @@ class SupernetWeights:
     def _unrolled(
         self, leaves: Mapping[str, Tensor], held_out: Batch, skip_dropout: float
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """DARTS's second order. The virtual step is one of SGD, with the momentum
-        buffers where that is the optimiser.
+        """Held-out loss and gradients after a virtual SGD step (DARTS's second order),
+        with momentum if the optimiser is SGD.
 
-        In full precision: the finite difference moves weights by less than bfloat16, or
-        a GPU's TF32, resolves.
+        Runs in full precision, because the finite difference moves weights by less than
+        bfloat16, or a GPU's TF32, can resolve.
         """
         train = self.engine.to_device(*self.batches.train(self.engine.step))
-        groups = [
-            (weight, group)
-            for group in self.engine.optimizer.param_groups
-            for weight in group["params"]
-        ]
-        momentum = (
-            self.engine.optimizer_config.momentum
-            if isinstance(self.engine.optimizer, torch.optim.SGD)
-            else 0.0
-        )
-        buffers = [
-            self.engine.optimizer.state.get(weight, {}).get("momentum_buffer") if momentum else None
-            for weight, _ in groups
-        ]
+        optimizer = self.engine.optimizer
+        weights: list[nn.Parameter] = []
+        weight_decay: list[float] = []
+        for group in optimizer.param_groups:
+            weights.extend(group["params"])
+            weight_decay.extend([group["weight_decay"]] * len(group["params"]))
+        # Other optimisers keep no buffers that a step of SGD could use.
+        momentum = 0.0
+        if isinstance(optimizer, torch.optim.SGD):
+            momentum = self.engine.optimizer_config.momentum
+        buffers: list[Tensor | None] = [None] * len(weights)
+        if momentum:
+            buffers = [optimizer.state.get(w, {}).get("momentum_buffer") for w in weights]
 
         def loss_on(batch: Batch, criterion: Criterion) -> Any:
             def loss(gates: Gates) -> Tensor:
-                # the same dropout masks every time
+                # The finite difference compares losses, so every one of them needs the
+                # same dropout masks.
                 torch.manual_seed(self.engine.seed * 1_000_003 + self.engine.step)
                 return self._loss(criterion, batch, gates, {}, skip_dropout)
 
@@ -245,47 +259,46 @@ class SupernetWeights:
             value, gradients = unrolled_gate_gradients(
                 loss_on(train, self.engine.loss_of),
                 loss_on(held_out, self.held_out_loss),
-                [weight for weight, _ in groups],
+                weights,
                 leaves,
                 lr=self.engine.lr,
                 momentum_buffers=buffers,
                 momentum=momentum,
-                weight_decay=[group["weight_decay"] for _, group in groups],
+                weight_decay=weight_decay,
             )
         self.engine.finite(torch.tensor(value))
         return value, {key: _array(gradient) for key, gradient in gradients.items()}
 
     def remember_teacher(self, picks: Picks) -> None:
-        """Extract and keep the network of ``picks``."""
-        self.teacher, self._taught = (
-            self.supernet.extract(picks).to(memory_format=torch.channels_last),
-            dict(picks),
-        )
+        """Keep a copy of the network of ``picks`` as the teacher."""
+        self.teacher = self.supernet.extract(picks).to(memory_format=torch.channels_last)
+        self._teacher_picks = dict(picks)
 
     def grow(self, number: int) -> None:
-        """Go on with super-net ``number``; evaluations of the earlier one are forgotten."""
+        """Continue with super-net ``number``; drops evaluations of the previous one."""
         if self.supernet.grow(number):
             self.evaluator.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's picks and weights."""
         return {
-            "picks": self._taught,
+            "picks": self._teacher_picks,
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the teacher."""
         if state["teacher"] is None:
-            self.teacher, self._taught = None, {}
+            self.teacher = None
+            self._teacher_picks = {}
             return
         self.remember_teacher(state["picks"])
         assert self.teacher is not None
         self.teacher.load_state_dict(state["teacher"])
 
 
-def _shares(x_NCHW: Tensor, y: Tensor, count: int) -> list[Batch]:
-    """A batch in ``count`` parts."""
+def _split(x_NCHW: Tensor, y: Tensor, count: int) -> list[Batch]:
+    """A batch in ``count`` equal parts, up to one image."""
     assert len(y) >= 2 * count, f"{len(y)} images for {count} parts: BN needs two in each"
     return list(zip(x_NCHW.tensor_split(count), y.tensor_split(count), strict=True))
 

@@ -1,12 +1,12 @@
-"""Trainings on a Ray cluster (hwnas/study/trainings.py), each a task.
+"""Trainings on a Ray cluster, each as a task (see hwnas/study/trainings.py).
 
 **A cluster** shares no disk with this computer. The package itself, the space and the
-latency table travel with each training, and so do the files of its folder, as bytes,
-there and back: a checkpoint comes home at most every ``HOME_SECONDS``, so that a
-training whose machine is lost goes on elsewhere with the next command. Images, and
-tables that ``search.limits`` name, are read where the training runs: they must be
-there, under the same path. So must Python, torch and what else hwnas imports, in the
-same versions.
+latency table are sent with each training. The files of its folder are sent, as bytes,
+in both directions: a checkpoint comes back at most every ``HOME_SECONDS``, so that a
+training whose machine is lost resumes elsewhere with the next command. Images, and
+tables that ``search.limits`` name, are read where the training runs. They must exist
+there under the same path, and so must Python, torch and the other packages that hwnas
+imports, in the same versions.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from hwnas.errors import ConfigError
 from hwnas.study.trainings import Event, Training, child, reason
 
 HOME_SECONDS = 30.0
-"""How often, at most, the files of a training come home from a cluster."""
+"""The shortest time between two transfers of a training's files from the cluster."""
+
 CONNECT_SECONDS = 5.0
-"""How long a cluster may take to answer."""
+"""How long a cluster may take to accept a connection."""
 
 CHECKPOINT = "checkpoint.pt"
-"""What is read first and written last, so that a log is never older than the checkpoint
-beside it.
+"""The file that is read first and written last, so that a log is never older than the
+checkpoint in the same folder.
 """
 
 
 def on_cluster(
     trainings: Sequence[Training], config: StudyConfig, threads: int | None
 ) -> Generator[tuple[Training, Event], None, None]:
-    """What happens in the trainings, each a task of the cluster. Files that come home
-    are written before what happened is told.
+    """Yield the events of the trainings, each a task of the cluster. Files that come
+    back are written before the event that follows them.
     """
     assert config.ray_address is not None
     with _cluster(config.ray_address, threads or 1, config.ray_gpus) as ray:
@@ -52,13 +53,10 @@ def on_cluster(
             num_returns="streaming",
             name="hwnas training",
         )
-        running = {
-            task.remote(
-                {**training.order(), "threads": threads, "cwd": str(Path.cwd())},
-                _files(training.folder, {}),
-            ): training
-            for training in trainings
-        }
+        running = {}
+        for training in trainings:
+            order = {**training.order(), "threads": threads, "cwd": str(Path.cwd())}
+            running[task.remote(order, _changed_files(training.folder, {}))] = training
         while running:
             (ready, *_), _ = ray.wait(list(running), num_returns=1)
             training = running[ready]
@@ -74,15 +72,15 @@ def on_cluster(
                     "reason": f"its machine of the cluster failed: {reason(error)}",
                 }
             if event["event"] == "files":
-                _bring(training.folder, event["files"], event["gone"])
+                _write_files(training.folder, event["files"], event["gone"])
             else:
                 yield training, event
 
 
 @contextmanager
 def _cluster(address: str, threads: int, gpus: float) -> Iterator[Any]:
-    """Ray, connected. Raises ConfigError where it is not installed, does not answer, or
-    has no machine large enough.
+    """Ray, connected. Raises ConfigError if it is not installed, does not answer, or has
+    no machine that is large enough.
     """
     try:
         import ray
@@ -97,15 +95,16 @@ def _cluster(address: str, threads: int, gpus: float) -> Iterator[Any]:
     )
     if address.startswith("ray://"):
         raise ConfigError(
-            f"study.ray_address = {address!r} is a Ray client's: run this on a machine of the"
-            " cluster, and give HOST:PORT."
+            f"study.ray_address = {address!r} is an address for Ray clients: run this on a machine"
+            " of the cluster, and give HOST:PORT."
         )
     if address != "auto":
         if not host or not port.isdecimal():
             raise ConfigError(
-                f"study.ray_address = {address!r} is no address: give HOST:PORT, or 'auto' on a"
-                " machine of the cluster."
+                f"study.ray_address = {address!r} is not an address: give HOST:PORT, or 'auto' on"
+                " a machine of the cluster."
             )
+        # ray.init takes long to give up on an address where nothing answers.
         try:
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         except (OSError, OverflowError) as error:
@@ -123,23 +122,22 @@ def _cluster(address: str, threads: int, gpus: float) -> Iterator[Any]:
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"study.ray_address = {address!r} is no Ray cluster that can be used ({reason(error)}):"
+            f"study.ray_address = {address!r} is not a usable Ray cluster ({reason(error)}):"
             f" {advice}"
         ) from error
     try:
-        largest = max(
-            (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0
-        )
-        if largest < threads:
+        # Ray queues a task that no machine can hold, without an error and for ever.
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        most_cpus = max((machine.get("CPU", 0) for machine in resources), default=0)
+        if most_cpus < threads:
             raise ConfigError(
-                f"study.threads = {threads}, but the largest machine of {address} has {largest:g}"
-                " CPUs: lower it."
+                f"study.threads = {threads}, but the largest machine of {address} has"
+                f" {most_cpus:g} CPUs: lower it."
             )
-        if gpus and not any(
-            node["Resources"].get("GPU", 0) >= gpus for node in ray.nodes() if node["Alive"]
-        ):
+        most_gpus = max((machine.get("GPU", 0) for machine in resources), default=0)
+        if gpus and most_gpus < gpus:
             raise ConfigError(
-                f"study.ray_gpus = {gpus:g}, but no machine of {address} has as many: lower it."
+                f"study.ray_gpus = {gpus:g}, but no machine of {address} has that many: lower it."
             )
         yield ray
     finally:
@@ -147,22 +145,24 @@ def _cluster(address: str, threads: int, gpus: float) -> Iterator[Any]:
 
 
 def _on_worker(order: dict[str, Any], files: dict[str, bytes]) -> Iterator[Event]:
-    """Perform an order on a machine of the cluster: its events, and its files whenever
-    they have changed for a while.
+    """Perform an order on a machine of the cluster. Yield its events, and at intervals
+    the files that have changed.
     """
     with tempfile.TemporaryDirectory(prefix="hwnas-") as root:
         folder = Path(root) / order["name"]
-        _bring(folder, files, [])
+        _write_files(folder, files, [])
         known = _stamps(folder)
-        home = time.monotonic()
-        where = Path(order["cwd"])
-        for event in child({**order, "root": root}, folder=where if where.is_dir() else None):
-            over = event["event"] in ("done", "failed")
-            if over or time.monotonic() - home > HOME_SECONDS:
-                stamps, home = _stamps(folder), time.monotonic()
+        sent = time.monotonic()
+        # Relative paths of the configuration hold on machines that have the same folder.
+        cwd = Path(order["cwd"])
+        for event in child({**order, "root": root}, folder=cwd if cwd.is_dir() else None):
+            ended = event["event"] in ("done", "failed")
+            if ended or time.monotonic() - sent > HOME_SECONDS:
+                stamps = _stamps(folder)
+                sent = time.monotonic()
                 yield {
                     "event": "files",
-                    "files": _files(folder, known),
+                    "files": _changed_files(folder, known),
                     "gone": sorted(known.keys() - stamps.keys()),
                 }
                 known = stamps
@@ -170,33 +170,31 @@ def _on_worker(order: dict[str, Any], files: dict[str, bytes]) -> Iterator[Event
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """The files of a folder with what tells that they have changed; those under way
-    (dot files) are left out.
+    """The files of a folder with their modification time (ns) and size (bytes), by which
+    changes are detected. Dot files are left out: they are still being written.
     """
-    found = {}
+    stamps = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.startswith("."):
             status = path.stat()
-            found[path.relative_to(folder).as_posix()] = (status.st_mtime_ns, status.st_size)
-    return found
+            stamps[path.relative_to(folder).as_posix()] = (status.st_mtime_ns, status.st_size)
+    return stamps
 
 
-def _files(folder: Path, known: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
-    """The files of a folder that have changed, the checkpoint read first."""
-    found = {}
-    for name in sorted(
-        (name for name, stamp in _stamps(folder).items() if known.get(name) != stamp),
-        key=lambda name: name != CHECKPOINT,
-    ):
-        # removed in between, as a checkpoint is in the end
+def _changed_files(folder: Path, known: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
+    """The files of a folder whose stamp is not in ``known``, the checkpoint read first."""
+    changed = [name for name, stamp in _stamps(folder).items() if known.get(name) != stamp]
+    contents = {}
+    for name in sorted(changed, key=lambda name: name != CHECKPOINT):
+        # The file may be gone by now: a checkpoint is removed when its training ends.
         with contextlib.suppress(FileNotFoundError):
-            found[name] = (folder / name).read_bytes()
-    return found
+            contents[name] = (folder / name).read_bytes()
+    return contents
 
 
-def _bring(folder: Path, files: Mapping[str, bytes], gone: Sequence[str]) -> None:
-    """Write files that came from elsewhere, the checkpoint last, and remove those that
-    are gone there.
+def _write_files(folder: Path, files: Mapping[str, bytes], gone: Sequence[str]) -> None:
+    """Write files from another machine, the checkpoint last, and remove those that no
+    longer exist there.
     """
     for name in sorted(files, key=lambda name: name == CHECKPOINT):
         write_atomic(folder / name, files[name])

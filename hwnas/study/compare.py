@@ -1,39 +1,40 @@
-"""``hwnas study compare``: search methods against random search, and against each
-other, where the true accuracies are known.
+"""``hwnas study compare``: search methods against random search and against each other,
+on architectures whose true accuracies are known.
 
-Every method searches with every seed under one budget, each search as ``hwnas search``
-would run it. The architecture that it puts first is looked up in a file of accuracies
-of architectures trained alone (study/truth.py), and gets its true rank among all of
-that file that meet the budget.
+Every method searches with every seed under one budget, exactly as ``hwnas search``
+would run it. The architecture that a search ranks first is looked up in a file of
+accuracies of standalone-trained architectures (study/truth.py). Its true rank is its
+rank among all architectures of that file that meet the budget.
 
-**The budget** is the search's: within ``search.tolerance`` of the target, and within
-``search.limits``. Without ``search.table`` it is one of MACs: with B =
-``study.compare.max_macs`` the target is B / (1 + tolerance), so that nothing above B is
+**The budget** is that of the search: within ``search.tolerance`` of the target, and
+within ``search.limits``. Without ``search.table`` it is a budget of MACs. With B =
+``study.compare.max_macs``, the target is B / (1 + tolerance). Nothing above B is then
 proposed, and nothing below B (1 - tolerance) / (1 + tolerance): architectures far below
-a budget are bad in the mean, and random search among them would be beaten too easily.
+a budget are bad on average, and a random search among them would be too easy to beat.
 
-**The cost** of a search is counted in multiply-accumulates (search/cost_counter.py): training
-the super-net, evaluating architectures, and the last ranking. The unit is a stand-alone
-training: ``standalone_epochs`` x ``standalone_images`` images, forward and backward (3
-MACs for each MAC), through the mean architecture in the budget. CPU seconds are
-measured beside it, and decide nothing.
+**The cost** of a search is counted in multiply-accumulates (search/cost_counter.py): it
+covers training the super-net, evaluating architectures, and the final ranking. The unit
+is one standalone training: ``standalone_epochs`` x ``standalone_images`` images, forward
+and backward (3 MACs for each MAC), of the mean architecture in the budget. CPU seconds
+are also measured, but no result depends on them.
 
 **Random search** comes in three kinds:
 
-1. one random architecture in the budget (k = 1): of rank r of n or better with probability r / n;
-2. k random architectures, each trained alone, the best taken, at the method's cost: k =
-   cost / stand-alone training, rounded up, so at least one, in favour of random search.
-   It takes the best by one training (each repeat of the file in turn) and is then
-   evaluated by the mean of all, as everybody is. Exact: with a single repeat, rank r or
-   better has probability 1 - (1 - r / n)^k;
-3. random architectures ranked by a super-net at equal cost: the strategy ``random``, a
-   method like any other.
+1. One random architecture in the budget (k = 1). It has rank r of n or better with
+   probability r / n.
+2. The best of k random architectures, each trained standalone, at the method's cost: k =
+   cost / standalone training, rounded up, so at least one, in favour of random search.
+   It selects by one training (each repeat of the file in turn) and is then evaluated by
+   the mean of all repeats, like every other method. This is computed exactly: with a
+   single repeat, rank r or better has probability 1 - (1 - r / n)^k.
+3. Random architectures ranked by a super-net at equal cost: the strategy ``random``,
+   which is a method like any other.
 
-**Probabilities** that one beats another are over pairs of seeds, ties a half, by true
-accuracy; the intervals are percentiles of a bootstrap over seeds, and p-values are
-exact (study/metrics.py). With five seeds against five the smallest p-value is 0.008,
-and an interval over five seeds is narrower than it ought to be. Many pairs are
-compared, and no p-value is corrected for that.
+**Probabilities** that one method beats another are over pairs of seeds, by true
+accuracy; a tie counts one half. Intervals are percentiles of a bootstrap over seeds, and
+p-values are exact (study/metrics.py). With five seeds against five, the smallest
+possible p-value is 0.008, and an interval over five seeds is narrower than it ought to
+be. Many pairs are compared, and no p-value is corrected for multiple comparisons.
 """
 
 from __future__ import annotations
@@ -76,20 +77,29 @@ from hwnas.study.truth import Truth, configured_truth
 from hwnas.task import task_of
 
 RESULT = "compare.json"
-SEARCHED = ("arch.json", "search.json", "seconds.json")
-"""What a search of a study leaves. The weights go: what is compared are architectures."""
+
+SEARCH_FILES = ("arch.json", "search.json", "seconds.json")
+"""The files that a search of a study keeps. The weights are deleted: the study compares
+architectures only.
+"""
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Of the rank that random search finds."""
+"""Quantiles of the true rank that random search reaches."""
 
-PROBED = 256
-"""Random architectures in the budget that must be in the truth before anything is trained."""
+COVERAGE_SAMPLES = 256
+"""Number of random architectures in the budget that the truth must contain before
+anything is trained.
+"""
 
 
 @dataclass(frozen=True)
 class ComparisonPool:
-    """Where methods meet: the architectures of the truth in the budget, with their
-    accuracies, float [n] and [n, repeats].
+    """The architectures that methods are compared on: those of the truth that meet the
+    budget.
+
+    ``names``, ``mean_N`` (mean accuracy in 0..1, float [n]), ``accuracy_NR`` (accuracy of
+    every repeat, float [n, repeats]) and ``macs_N`` (float [n]) are in the same order.
+    ``truth`` is the whole file.
     """
 
     search: SearchContext
@@ -101,32 +111,35 @@ class ComparisonPool:
     macs_N: np.ndarray
 
     def rank(self, accuracy: float) -> int:
-        """How many are at least as good."""
+        """The number of architectures that are at least as accurate."""
         return int((self.mean_N >= accuracy).sum())
 
     @cached_property
-    def _known(self) -> dict[bytes, int]:
+    def _position_by_network(self) -> dict[bytes, int]:
         picks = dict(zip(self.truth.names, self.truth.picks, strict=True))
-        return {_identity(self.search, picks[name]): i for i, name in enumerate(self.names)}
+        return {_network_key(self.search, picks[name]): i for i, name in enumerate(self.names)}
 
     def position(self, picks: Picks) -> int | None:
-        """Where an architecture is; None where the truth lacks it, or it is not in the budget."""
-        return self._known.get(_identity(self.search, picks))
+        """The index of an architecture in ``names``; None if the truth does not contain
+        it or it does not meet the budget.
+        """
+        return self._position_by_network.get(_network_key(self.search, picks))
 
 
-def _identity(search: SearchContext, picks: Picks) -> bytes:
+def _network_key(search: SearchContext, picks: Picks) -> bytes:
+    """A key that is equal for picks that build the same network."""
     return search.space.canonical(search.space.index(picks)).tobytes()
 
 
 def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
-    """The methods to compare. Raises ConfigError where the configuration leaves open
-    what to compare, and by what.
+    """The methods to compare. Raises ConfigError if the configuration does not define
+    the methods, the seeds or the budget.
     """
     config = experiment.study
     if not task_of(experiment).studied:
         raise ConfigError(
-            f"task = {experiment.task!r} has no study: the accuracies that are known are those of"
-            " classifiers."
+            f"task = {experiment.task!r} cannot be studied: true accuracies are known for"
+            " classifiers only."
         )
     if not config.compare.methods:
         raise ConfigError(
@@ -138,10 +151,11 @@ def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
             "study.seeds is empty: give the seeds of every method, for instance seeds = [0, 1, 2,"
             " 3, 4]."
         )
+    # A head start would not appear in the cost that methods are compared at.
     if experiment.search.weights is not None or experiment.search.backbone is not None:
         raise ConfigError(
-            "search.weights and search.backbone give a search a start, and a comparison begins from"
-            " nothing: remove them."
+            "search.weights and search.backbone start a search from trained weights, but a"
+            " comparison starts from scratch: remove them."
         )
     has_costs = experiment.search.table is not None or not experiment.search.by_table
     if not has_costs and config.compare.max_macs is None:
@@ -151,22 +165,24 @@ def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
         )
     if experiment.search.table is not None and config.compare.max_macs is not None:
         raise ConfigError(
-            "study.compare.max_macs is the budget without search.table: remove it, or limit MACs by"
-            " search.limits."
+            "study.compare.max_macs is a budget for studies without search.table: remove it, or"
+            " limit MACs by search.limits."
         )
     return config.compare.methods
 
 
-def searching(experiment: Experiment, method: MethodConfig, seed: int) -> Experiment:
-    """The experiment of a method's search with a seed. Raises ConfigError where the
-    method's own keys do not fit.
+def method_experiment(experiment: Experiment, method: MethodConfig, seed: int) -> Experiment:
+    """The experiment of a method's search with ``seed``. Raises ConfigError if the
+    method's own keys are invalid.
     """
     search = experiment.search.model_dump(mode="json", by_alias=True)
     search = merged(search, method.search, replace=("finder", "optimizer"))
+    # The study computes random search exactly, so no search has to sample it.
     search |= {"strategy": method.strategy.model_dump(mode="json"), "random_samples": 0}
-    most = experiment.study.compare.max_macs
-    if most is not None:
-        target = most / (1 + experiment.search.tolerance)
+    max_macs = experiment.study.compare.max_macs
+    if max_macs is not None:
+        # The search accepts up to target * (1 + tolerance), which is then max_macs.
+        target = max_macs / (1 + experiment.search.tolerance)
         search |= {
             "budget": {"kind": "macs", "max_macs": target},
             "target_ms": None,
@@ -181,45 +197,38 @@ def searching(experiment: Experiment, method: MethodConfig, seed: int) -> Experi
         ) from error
 
 
-def arena(experiment: Experiment, space: SearchSpace) -> ComparisonPool:
-    """The budget and what the truth has in it, checked, and every method's settings
-    with it, before anything is trained.
+def comparison_pool(experiment: Experiment, space: SearchSpace) -> ComparisonPool:
+    """The architectures of the truth that meet the budget. Also checks the settings of
+    every method, so that errors appear before anything is trained.
 
-    Raises ConfigError, TargetError or TableError in one sentence.
+    Raises ConfigError, TargetError or TableError with a one-sentence message.
     """
     methods = methods_of(experiment)
     truth = configured_truth(experiment.study, space)
-    table = (
-        None
-        if experiment.search.table is None
-        else LatencyTable.load(Path(experiment.search.table).expanduser())
-    )
+    table = None
+    if experiment.search.table is not None:
+        table = LatencyTable.load(Path(experiment.search.table).expanduser())
     index_NC = np.array([space.index(picks) for picks in truth.picks])
     macs_N = np.array([space.decode(picks).macs for picks in truth.picks])
+    _check_max_macs(experiment, macs_N)
+
     contexts = []
-    most, least = (
-        experiment.study.compare.max_macs or 0,
-        (experiment.study.compare.max_macs or 0) * _least(experiment),
-    )
-    if most and not ((macs_N <= most) & (macs_N >= least)).any():
-        raise ConfigError(
-            f"study.compare.max_macs = {most}: no architecture of {experiment.study.truth} has"
-            f" {least:.0f} to {most} MACs; they have {macs_N.min()} to {macs_N.max()}: choose"
-            " another, or raise search.tolerance."
-        )
     for method in methods:
-        each = searching(experiment, method, experiment.study.seeds[0])
-        contexts.append(search_context(each, space, table))
-        search_finder(each.search)
+        # The seeds of a method share all settings, so checking one of them is enough.
+        first = method_experiment(experiment, method, experiment.study.seeds[0])
+        contexts.append(search_context(first, space, table))
+        search_finder(first.search)
+    # Methods cannot change the budget, so the context of any of them defines it.
     search = contexts[0]
-    inside_N = is_feasible(search, index_NC)
-    if not inside_N.any():
+    feasible_N = is_feasible(search, index_NC)
+    if not feasible_N.any():
         raise ConfigError(
-            f"no architecture of {experiment.study.truth} is within {_budget(experiment, search)}:"
-            " change the budget."
+            f"no architecture of {experiment.study.truth} is within"
+            f" {_budget_text(experiment, search)}: change the budget."
         )
-    kept = np.flatnonzero(inside_N)
-    found = ComparisonPool(
+
+    kept = np.flatnonzero(feasible_N)
+    pool = ComparisonPool(
         search,
         table,
         truth,
@@ -228,259 +237,297 @@ def arena(experiment: Experiment, space: SearchSpace) -> ComparisonPool:
         truth.accuracy_NR[kept],
         macs_N[kept].astype(float),
     )
-    for picks in sample_feasible(search, PROBED, np.random.default_rng(0)):
-        _position(experiment.study, found, picks, "a random search")
-    return found
+    for picks in sample_feasible(search, COVERAGE_SAMPLES, np.random.default_rng(0)):
+        _known_position(experiment.study, pool, picks, "a random search")
+    return pool
 
 
-def _least(experiment: Experiment) -> float:
+def _check_max_macs(experiment: Experiment, macs_N: np.ndarray) -> None:
+    """Raise ConfigError if no architecture of the truth is within the budget of MACs.
+
+    Ahead of the general check, because this message can name the MACs that exist.
+    """
+    most = experiment.study.compare.max_macs
+    if not most:
+        return
+    least = most * _lowest_part(experiment)
+    if not ((macs_N <= most) & (macs_N >= least)).any():
+        raise ConfigError(
+            f"study.compare.max_macs = {most}: no architecture of {experiment.study.truth} has"
+            f" {least:.0f} to {most} MACs; they have {macs_N.min()} to {macs_N.max()}: choose"
+            " another, or raise search.tolerance."
+        )
+
+
+def _lowest_part(experiment: Experiment) -> float:
+    """The lower end of a budget of MACs as a part of its upper end."""
     return (1 - experiment.search.tolerance) / (1 + experiment.search.tolerance)
 
 
-def _budget(experiment: Experiment, search: SearchContext) -> str:
+def _budget_text(experiment: Experiment, search: SearchContext) -> str:
     """The budget in words."""
+    limits = ""
+    if search.limits is not None:
+        limits = "".join(f", {limit.title} <= {limit.most:g}" for limit in search.limits.compiled)
     most = experiment.study.compare.max_macs
-    limits = (
-        "".join(f", {each.title} <= {each.most:g}" for each in search.limits.compiled)
-        if search.limits is not None
-        else ""
-    )
     if most is None:
-        return f"{100 * search.tolerance:.3g} % of {search.cost_model.unit.shown(search.target)}{limits}"
-    return f"{most * _least(experiment) / 1e6:.4g} to {most / 1e6:.4g} M MACs{limits}"
+        target = search.cost_model.unit.shown(search.target)
+        return f"{100 * search.tolerance:.3g} % of {target}{limits}"
+    return f"{most * _lowest_part(experiment) / 1e6:.4g} to {most / 1e6:.4g} M MACs{limits}"
 
 
-def _position(config: StudyConfig, found: ComparisonPool, picks: Picks, who: str) -> int:
-    position = found.position(picks)
+def _known_position(config: StudyConfig, pool: ComparisonPool, picks: Picks, who: str) -> int:
+    """The index of an architecture in the pool. Raises ConfigError if it is unknown."""
+    position = pool.position(picks)
     if position is None:
-        named = json.dumps(picks)
         raise ConfigError(
-            f"study.truth = {config.truth!r} has no accuracy of {named}, which {who} proposes: a"
-            " comparison needs every architecture in the budget; complete the file, or choose"
-            " another budget."
+            f"study.truth = {config.truth!r} has no accuracy for {json.dumps(picks)}, which {who}"
+            " proposes: a comparison needs every architecture in the budget; complete the file, or"
+            " choose another budget."
         )
     return position
 
 
 def search(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
-    """A search of the study, in its folder: ``SEARCHED`` remains."""
+    """Run one search of the study in its folder. Only ``SEARCH_FILES`` are kept."""
     started = time.process_time()
-    # it was killed while weights were removed
-    found = all((ctx.folder / name).exists() for name in ("arch.json", "search.json"))
-    interrupted = found or any(ctx.folder.glob("*.pt"))
-    if not found:
+    # seconds.json, the last file, is missing: an earlier process was killed after the
+    # search, while it deleted the weights. The search itself is then complete.
+    searched = all((ctx.folder / name).exists() for name in ("arch.json", "search.json"))
+    interrupted = searched or any(ctx.folder.glob("*.pt"))
+    if not searched:
         search_stage.run(ctx, space, table)
+    # The clock of a resumed search covers only its last part, so no time is reported.
     seconds = None if interrupted else round(time.process_time() - started, 1)
     write_atomic(ctx.folder / "seconds.json", json.dumps({"cpu_seconds": seconds}).encode())
     for name in search_stage.outputs(ctx.experiment.search):
-        if name not in SEARCHED:
+        if name not in SEARCH_FILES:
             (ctx.folder / name).unlink(missing_ok=True)
 
 
 Searches = Mapping[tuple[str, int], Path]
-"""(method, seed) -> the folder of a search that is done."""
+"""(method, seed) -> the folder of a finished search."""
 
 
 def run(
     ctx: StageContext,
     space: SearchSpace,
-    found: ComparisonPool,
+    pool: ComparisonPool,
     searches: Searches,
     failed: Mapping[tuple[str, int], str],
 ) -> None:
-    """Look up what the searches found, and write ``compare.json``."""
+    """Look up the results of the searches in the pool and write ``compare.json``.
+
+    ``failed`` maps (method, seed) to the reason why that search has no result. Raises
+    HwnasError if every search failed.
+    """
     config = ctx.experiment.study
     if not searches:
         raise HwnasError(
             "every search failed, so there is nothing to compare:"
             f" {'; '.join(dict.fromkeys(failed.values()))}"
         )
-    standalone = (
+    standalone_macs = (
         config.compare.standalone_epochs
         * config.compare.standalone_images
         * GRADIENT
-        * float(found.macs_N.mean())
+        * float(pool.macs_N.mean())
     )
+
     results = []
     for method in config.compare.methods:
-        rows = [
-            _found(config, found, method.name, seed, searches[method.name, seed])
-            for seed in config.seeds
-            if (method.name, seed) in searches
-        ]
-        why = {
-            str(seed): failed[method.name, seed]
-            for seed in config.seeds
-            if (method.name, seed) in failed
-        }
-        results.append(_method(config, found, method, rows, why, standalone))
-    best = int(found.mean_N.argmax())
+        outcomes = []
+        reasons = {}
+        for seed in config.seeds:
+            key = (method.name, seed)
+            if key in searches:
+                outcomes.append(_outcome(config, pool, method.name, seed, searches[key]))
+            if key in failed:
+                reasons[str(seed)] = failed[key]
+        results.append(_method_result(config, pool, method, outcomes, reasons, standalone_macs))
+    with_outcomes = [result for result in results if result.found]
+    pairwise = [_pairwise_result(config, a, b) for a, b in combinations(with_outcomes, 2)]
+
+    best = int(pool.mean_N.argmax())
+    in_ms = pool.search.cost_model.unit.name == "ms"
     study = CompareStudy(
         space=space.name,
         space_sha256=space.sha256,
-        truth=found.truth.info(str(config.truth)),
-        budget=_budget(ctx.experiment, found.search),
-        target_ms=found.search.target if found.search.cost_model.unit.name == "ms" else None,
-        tolerance=found.search.tolerance,
-        architectures=len(found.names),
-        best=found.names[best],
-        best_accuracy=float(found.mean_N[best]),
+        truth=pool.truth.info(str(config.truth)),
+        budget=_budget_text(ctx.experiment, pool.search),
+        target_ms=pool.search.target if in_ms else None,
+        tolerance=pool.search.tolerance,
+        architectures=len(pool.names),
+        best=pool.names[best],
+        best_accuracy=float(pool.mean_N[best]),
         standalone_epochs=config.compare.standalone_epochs,
         standalone_images=config.compare.standalone_images,
-        standalone_macs=standalone,
+        standalone_macs=standalone_macs,
         bootstrap=config.bootstrap,
         confidence=config.confidence,
         seeds=config.seeds,
         methods=tuple(results),
-        random=random_search(found, 1),
-        pairwise=tuple(
-            _pairwise(config, a, b)
-            for a, b in combinations([each for each in results if each.found], 2)
-        ),
+        random=random_search(pool, 1),
+        pairwise=tuple(pairwise),
     )
     study.save(ctx.folder / RESULT)
     for line in lines(study):
         ctx.progress.info(line)
 
 
-def _found(
-    config: StudyConfig, found: ComparisonPool, method: str, seed: int, folder: Path
+def _outcome(
+    config: StudyConfig, pool: ComparisonPool, method: str, seed: int, folder: Path
 ) -> SearchOutcome:
+    """The first-ranked architecture of the search in ``folder``, and its true rank."""
     result = SearchResult.load(folder / "search.json")
     chosen = result.candidates[0]
-    position = _position(config, found, chosen.picks, f"{method} (seed {seed})")
-    accuracy = float(found.mean_N[position])
+    position = _known_position(config, pool, chosen.picks, f"{method} (seed {seed})")
+    accuracy = float(pool.mean_N[position])
     assert result.cost is not None
     return SearchOutcome(
         seed=seed,
-        name=found.names[position],
+        name=pool.names[position],
         picks=chosen.picks,
-        macs=int(found.macs_N[position]),
+        macs=int(pool.macs_N[position]),
         accuracy=accuracy,
-        rank=found.rank(accuracy),
-        regret=float(found.mean_N.max()) - accuracy,
+        rank=pool.rank(accuracy),
+        regret=float(pool.mean_N.max()) - accuracy,
         supernet_quality=chosen.quality,
         cost=result.cost,
         cpu_seconds=json.loads((folder / "seconds.json").read_text())["cpu_seconds"],
     )
 
 
-def _method(
+def _method_result(
     config: StudyConfig,
-    found: ComparisonPool,
+    pool: ComparisonPool,
     method: MethodConfig,
-    rows: Sequence[SearchOutcome],
+    outcomes: Sequence[SearchOutcome],
     failed: Mapping[str, str],
-    standalone: float,
+    standalone_macs: float,
 ) -> MethodResult:
-    if not rows:
+    if not outcomes:
         return MethodResult(
             name=method.name, strategy=method.strategy.name, found=(), failed=dict(failed)
         )
-    cost = float(np.mean([row.cost.macs for row in rows])) / standalone
+    cost = float(np.mean([outcome.cost.macs for outcome in outcomes])) / standalone_macs
+    # Rounded up, so that random search never has less than the method.
     trainings = max(1, math.ceil(cost))
     return MethodResult(
         name=method.name,
         strategy=method.strategy.name,
-        found=tuple(rows),
+        found=tuple(outcomes),
         failed=dict(failed),
-        rank=float(np.median([row.rank for row in rows])),
-        accuracy=float(np.median([row.accuracy for row in rows])),
-        regret=float(np.median([row.regret for row in rows])),
+        rank=float(np.median([outcome.rank for outcome in outcomes])),
+        accuracy=float(np.median(_accuracies(outcomes))),
+        regret=float(np.median([outcome.regret for outcome in outcomes])),
         cost=cost,
-        equal=random_search(found, trainings),
-        p_better_than_one=_beats_random(config, found, rows, 1),
-        p_better_than_random=_beats_random(config, found, rows, trainings),
+        equal=random_search(pool, trainings),
+        p_better_than_one=_beats_random(config, pool, outcomes, 1),
+        p_better_than_random=_beats_random(config, pool, outcomes, trainings),
     )
 
 
-def chosen_by_random(found: ComparisonPool, trainings: int) -> np.ndarray:
-    """The probability [n] of each architecture to be what random search by so many
-    trainings ends with; see the module.
+def chosen_by_random(pool: ComparisonPool, trainings: int) -> np.ndarray:
+    """The probability that a random search of ``trainings`` standalone trainings selects
+    each architecture: float [n]; see the module docstring.
     """
-    mean: np.ndarray = np.mean(
-        [metrics.best_of_random(choice, trainings) for choice in found.accuracy_NR.T], axis=0
-    )
+    by_repeat = [metrics.best_of_random(accuracy, trainings) for accuracy in pool.accuracy_NR.T]
+    mean: np.ndarray = np.mean(by_repeat, axis=0)
     return mean
 
 
-def random_search(found: ComparisonPool, trainings: int) -> RandomSearch:
-    """Random search exactly."""
-    probability_N = chosen_by_random(found, trainings)
-    rank_N = np.array([found.rank(accuracy) for accuracy in found.mean_N])
+def random_search(pool: ComparisonPool, trainings: int) -> RandomSearch:
+    """The exact result of a random search of ``trainings`` standalone trainings."""
+    probability_N = chosen_by_random(pool, trainings)
+    rank_N = np.array([pool.rank(accuracy) for accuracy in pool.mean_N])
     order = np.argsort(rank_N, kind="stable")
+    # The tolerance keeps rounding in the cumulative sum from skipping a quantile that it
+    # reaches exactly.
     at_Q = np.searchsorted(np.cumsum(probability_N[order]), np.array(QUANTILES) - 1e-12)
     ranks = rank_N[order][np.minimum(at_Q, len(order) - 1)].tolist()
     return RandomSearch(
         trainings=trainings,
         rank=float(probability_N @ rank_N),
-        accuracy=float(probability_N @ found.mean_N),
+        accuracy=float(probability_N @ pool.mean_N),
         ranks=tuple(ranks),
     )
 
 
 def _beats_random(
-    config: StudyConfig, found: ComparisonPool, rows: Sequence[SearchOutcome], trainings: int
+    config: StudyConfig, pool: ComparisonPool, outcomes: Sequence[SearchOutcome], trainings: int
 ) -> Estimate:
-    """The probability to beat random search, which is exact, so only the method's seeds
-    are drawn anew for the interval.
+    """The probability of beating random search. The result of random search is exact, so
+    the bootstrap resamples only the method's seeds.
     """
-    probability_N = chosen_by_random(found, trainings)
-    won_MN = metrics.wins(np.array([row.accuracy for row in rows]), found.mean_N)
-    return _estimate(config, (won_MN @ probability_N)[:, None])
+    probability_N = chosen_by_random(pool, trainings)
+    wins_MN = metrics.wins(_accuracies(outcomes), pool.mean_N)
+    return _win_estimate(config, (wins_MN @ probability_N)[:, None])
 
 
-def _estimate(config: StudyConfig, won: np.ndarray) -> Estimate:
+def _accuracies(outcomes: Sequence[SearchOutcome]) -> np.ndarray:
+    return np.array([outcome.accuracy for outcome in outcomes])
+
+
+def _win_estimate(config: StudyConfig, wins: np.ndarray) -> Estimate:
+    """The mean of ``wins`` [M, N] with its bootstrap interval."""
     low, high = metrics.bootstrap_wins(
-        won, np.random.default_rng(0), config.bootstrap, config.confidence
+        wins, np.random.default_rng(0), config.bootstrap, config.confidence
     )
-    return Estimate(value=float(won.mean()), low=low, high=high)
+    return Estimate(value=float(wins.mean()), low=low, high=high)
 
 
-def _pairwise(config: StudyConfig, first: MethodResult, second: MethodResult) -> PairwiseResult:
-    a, b = (np.array([row.accuracy for row in each.found]) for each in (first, second))
+def _pairwise_result(
+    config: StudyConfig, first: MethodResult, second: MethodResult
+) -> PairwiseResult:
+    first_M = _accuracies(first.found)
+    second_N = _accuracies(second.found)
     return PairwiseResult(
         first=first.name,
         second=second.name,
-        beats=_estimate(config, metrics.wins(a, b)),
-        p_value=metrics.mann_whitney(a, b),
+        beats=_win_estimate(config, metrics.wins(first_M, second_N)),
+        p_value=metrics.mann_whitney(first_M, second_N),
     )
 
 
 def lines(study: CompareStudy) -> list[str]:
-    """The result in words."""
+    """The result in words, best method first."""
     n = study.architectures
-    found = [
+    report = [
         f"{n} of {study.truth.networks} architectures are in the budget of {study.budget}; the"
         f" best, {study.best}, has {study.best_accuracy:.2%}; a random one"
-        f" {study.random.accuracy:.2%} in the mean"
+        f" {study.random.accuracy:.2%} on average"
     ]
-    for method in sorted(
-        study.methods, key=lambda method: math.inf if method.rank is None else method.rank
-    ):
+    for method in sorted(study.methods, key=_median_rank):
         if (
             method.rank is not None
             and method.accuracy is not None
             and method.equal is not None
             and method.cost is not None
         ):
-            ranks = ", ".join(str(row.rank) for row in method.found)
-            found.append(
+            ranks = ", ".join(str(outcome.rank) for outcome in method.found)
+            plural = "s" if method.equal.trainings > 1 else ""
+            report.append(
                 f"{method.name}: median true rank {method.rank:g} of {n} (by seed: {ranks}),"
                 f" {method.accuracy:.2%}; beats a random architecture"
                 f" {_chance(method.p_better_than_one, study.confidence)}, and random search by"
-                f" {method.equal.trainings} training{'s' if method.equal.trainings > 1 else ''}"
+                f" {method.equal.trainings} training{plural}"
                 f" (its cost: {method.cost:.3g}) {_chance(method.p_better_than_random)}"
             )
-        found += [
-            f"{method.name} has no result for seed {seed}: {why}"
-            for seed, why in method.failed.items()
-        ]
+        for seed, reason in method.failed.items():
+            report.append(f"{method.name} has no result for seed {seed}: {reason}")
     for pair in study.pairwise:
-        found.append(
+        report.append(
             f"{pair.first} beats {pair.second} {_chance(pair.beats)}, p = {pair.p_value:.3g}"
         )
-    return found
+    return report
+
+
+def _median_rank(method: MethodResult) -> float:
+    """The sort key of a method: its median rank; methods without a result come last."""
+    if method.rank is None:
+        return math.inf
+    return method.rank
 
 
 def _chance(estimate: Estimate, confidence: float | None = None) -> str:

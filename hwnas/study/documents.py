@@ -1,5 +1,5 @@
-"""The results of studies as documents: of ranking, of comparing methods, and of
-shrinking a space.
+"""The documents that hold the results of studies: ranking architectures, comparing
+search methods, and shrinking a space.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ METRICS = (
     "precision",
     "random_reaches",
 )
-"""The numbers of every score; see study/metrics.py."""
+"""The names of the metrics of every score; see study/metrics.py."""
 
 
 class Estimate(Record):
-    """A metric on the scored architectures, and its interval over architectures. None
-    where it is undefined.
+    """A metric with its bootstrap interval. ``value`` is None if the metric is undefined;
+    ``low`` and ``high`` are None if there is no interval.
     """
 
     value: float | None
@@ -36,8 +36,8 @@ class Estimate(Record):
 
 
 class Spread(Record):
-    """A metric over super-nets: mean and sample standard deviation (none for fewer than
-    two super-nets).
+    """The mean and sample standard deviation of a metric over super-nets. ``std`` is
+    None with fewer than two super-nets.
     """
 
     mean: float | None
@@ -45,8 +45,8 @@ class Spread(Record):
 
 
 class ScoreResult(Record):
-    """How a score ranks: metrics by name (``METRICS``), for each super-net in the order
-    of ``RankStudy.supernets``, and over all.
+    """How well a score ranks: metrics by name (``METRICS``), for each super-net in the
+    order of ``RankStudy.supernets``, and their spread over all super-nets.
     """
 
     name: str
@@ -55,8 +55,8 @@ class ScoreResult(Record):
 
 
 class Gap(Record):
-    """The optimisation gap: mean accuracy of the scored networks with the super-net's
-    weights and trained alone, in 0..1.
+    """The optimisation gap: the mean accuracy in 0..1 of the scored networks with the
+    weights of the super-net, and when trained standalone (``alone``).
     """
 
     supernet: float
@@ -64,13 +64,13 @@ class Gap(Record):
 
     @property
     def difference(self) -> float:
-        """How much better trained alone."""
+        """By how much standalone training is better."""
         return self.alone - self.supernet
 
 
 class SupernetResult(Record):
-    """A super-net of the study. ``failed`` says of an architecture why it has no score;
-    it takes no part in the metrics.
+    """A super-net of the study. ``failed`` maps each architecture without a score to the
+    reason; such architectures are left out of the metrics.
     """
 
     seed: int
@@ -78,14 +78,12 @@ class SupernetResult(Record):
     sha256: str
     scored: int
     failed: dict[str, str] = {}
-    gap: Gap | None = Field(
-        None, description="where the recalibrated accuracy was among the scores"
-    )
+    gap: Gap | None = Field(None, description="none unless ``accuracy`` is one of the scores")
 
 
 class TruthInfo(Record):
-    """The ground truth, and its noise: tau between repeated trainings of all its
-    networks, and of the tenth that is best on average.
+    """The ground truth and its noise: ``kendall`` is tau between repeated trainings of
+    all its networks, ``kendall_top`` of the tenth with the best mean accuracy.
     """
 
     file: str
@@ -98,8 +96,8 @@ class TruthInfo(Record):
 
 
 class Point(Record):
-    """An architecture with its true accuracy and its scores, the mean over the
-    super-nets that scored it.
+    """An architecture with its true accuracy in 0..1 and its scores, each averaged over
+    the super-nets that scored it.
     """
 
     name: str
@@ -108,8 +106,8 @@ class Point(Record):
 
 
 class RankStudy(Document):
-    """Does a super-net rank architectures right? ``failed_trainings`` says of a seed
-    why it has no super-net.
+    """How well super-nets rank architectures. ``failed_trainings`` maps each seed without
+    a super-net to the reason.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.rank-study"
@@ -123,7 +121,11 @@ class RankStudy(Document):
     bootstrap: int
     confidence: float
     base_epochs: float = Field(
-        0, description="into the training, from where on the angle is; 0: from the initialisation"
+        0,
+        description=(
+            "epochs of training after which the weights are the reference of the angle; 0: the"
+            " initial weights"
+        ),
     )
     recalibration_images: int
     evaluation_images: int
@@ -134,12 +136,12 @@ class RankStudy(Document):
 
 
 class SearchOutcome(Record):
-    """What a method proposed with a seed, and what it is worth: ``rank`` of
-    ``CompareStudy.architectures``, 1 is best.
+    """The architecture that a method found with a seed, and its true accuracy.
 
-    Ties count against it: the rank is the number of architectures that are at least as
-    good. ``regret`` is to the best in the budget. ``cpu_seconds`` is the one number
-    here that is measured; None where the search was interrupted.
+    ``rank`` is its rank among ``CompareStudy.architectures``; 1 is best. Ties count
+    against it: the rank is the number of architectures that are at least as good.
+    ``regret`` is the distance to the best accuracy in the budget. ``cpu_seconds`` is the
+    only measured number here; None if the search was interrupted.
     """
 
     seed: int
@@ -155,8 +157,8 @@ class SearchOutcome(Record):
 
 
 class RandomSearch(Record):
-    """Random search by ``trainings`` stand-alone trainings, exactly: the mean, and
-    quantiles (``QUANTILES``) of its true rank.
+    """The exact result of random search with ``trainings`` standalone trainings: the mean
+    of its true rank and accuracy, and quantiles of the rank (``compare.QUANTILES``).
     """
 
     trainings: int
@@ -166,11 +168,12 @@ class RandomSearch(Record):
 
 
 class MethodResult(Record):
-    """A method over its seeds. ``failed`` says of a seed why it has no result.
+    """A method over its seeds. ``failed`` maps each seed without a result to the reason.
 
-    ``cost`` is the mean of its searches in stand-alone trainings. ``p_better_than_one`` and
-    ``p_better_than_random`` are the probabilities to beat a random architecture, and random
-    search of at least equal cost (``equal``), by true accuracy.
+    ``cost`` is the mean cost of its searches in standalone trainings.
+    ``p_better_than_one`` is the probability of beating one random architecture by true
+    accuracy, ``p_better_than_random`` that of beating random search at equal or higher
+    cost (``equal``).
     """
 
     name: str
@@ -187,7 +190,7 @@ class MethodResult(Record):
 
 
 class PairwiseResult(Record):
-    """One method against another: the probability that it finds the better
+    """One method against another: the probability that the first finds the better
     architecture, and the exact two-sided p-value.
     """
 
@@ -198,9 +201,9 @@ class PairwiseResult(Record):
 
 
 class CompareStudy(Document):
-    """Do search methods beat random search, and each other? See study/compare.py.
+    """Whether search methods beat random search and each other; see study/compare.py.
 
-    ``standalone_macs`` is the cost of one stand-alone training of the mean architecture
+    ``standalone_macs`` is the cost of one standalone training of the mean architecture
     in the budget.
     """
 
@@ -212,7 +215,7 @@ class CompareStudy(Document):
     truth: TruthInfo
     budget: str
     target_ms: float | None = Field(
-        description="none where the budget is of something else, as ``budget`` says"
+        description="milliseconds; none if the budget is not a latency (see ``budget``)"
     )
     tolerance: float
     architectures: int
@@ -230,7 +233,7 @@ class CompareStudy(Document):
 
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """The names of version 1."""
+        """Replace the names of version 1."""
         content["pairwise"] = content.pop("duels")
         for method in content["methods"]:
             method["p_better_than_one"] = method.pop("beats_one")
@@ -242,11 +245,12 @@ class CompareStudy(Document):
 
 class ShrinkStep(Document):
     """One stage of shrinking: a super-net of ``size`` architectures was trained, its
-    operators scored, and the worst dropped.
+    operators scored, and the worst of them dropped.
 
-    ``scores`` are by choice and option, ``children`` the sampled architectures they are
-    means over (0: none were needed), ``params`` the super-net's parameters (none: there
-    was no super-net). ``refreshed``: W0 became the present weights after this drop.
+    ``scores`` are by choice and option. ``children`` is the number of sampled
+    architectures that they are averaged over (0 if the metric samples none). ``params``
+    is the number of parameters of the super-net (None without a super-net).
+    ``refreshed`` says whether W0 was replaced by the trained weights after this drop.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.shrink-step"
@@ -263,7 +267,9 @@ class ShrinkStep(Document):
 
 
 class ShrinkPath(Document):
-    """How a metric has shrunk a space, stage by stage; ``space.json`` beside it is what is left."""
+    """How a metric shrank a space, stage by stage. The resulting space is in
+    ``space.json`` in the same folder.
+    """
 
     SCHEMA: ClassVar[str] = "hwnas.shrink-path"
 
@@ -274,7 +280,8 @@ class ShrinkPath(Document):
     base_epochs: float = Field(
         0,
         description=(
-            "into the first training, from where on its angle is; 0: from the initialisation"
+            "epochs of the first training after which the weights are the reference of its angle;"
+            " 0: the initial weights"
         ),
     )
     steps: tuple[ShrinkStep, ...]
@@ -282,10 +289,10 @@ class ShrinkPath(Document):
 
 
 class Remaining(Record):
-    """What is left of the networks whose accuracy is known: how many, their mean and
-    best accuracy in 0..1, and the worst.
+    """The networks of known accuracy that are left: how many, and their mean, best and
+    worst accuracy in 0..1.
 
-    ``best_tenth`` is the part of the whole file's best tenth that is still there.
+    ``best_tenth`` is the part of the best tenth of the whole file that is left.
     """
 
     networks: int
@@ -296,10 +303,10 @@ class Remaining(Record):
 
 
 class ShrinkCurve(Record):
-    """The course of a shrinking by the ground truth: before, and after every drop.
+    """The course of a shrinking by the ground truth: before it and after every drop.
 
-    ``operator_kendall`` says of every drop how well the scores ranked the operators:
-    tau with the mean true accuracy of the networks, of those left, that contain each.
+    ``operator_kendall`` says how well the scores of each drop ranked the operators: tau
+    with the mean true accuracy of the remaining networks that contain each operator.
     """
 
     name: str
@@ -308,8 +315,8 @@ class ShrinkCurve(Record):
 
 
 class Chance(Record):
-    """Random shrinking, many times: mean and the 5 and 95 % quantiles of the mean true
-    accuracy and of the best tenth's part, by stage.
+    """Many random shrinkings: by stage, the mean and the 5 % and 95 % quantiles of the
+    mean true accuracy and of the part of the best tenth that is left.
     """
 
     repeats: int
@@ -318,10 +325,11 @@ class Chance(Record):
 
 
 class ShrinkStudy(Document):
-    """A space shrunk by several metrics, and, where accuracies are known, what each has left.
+    """A space shrunk by several metrics and, if accuracies are known, the networks that
+    each metric leaves.
 
-    ``oracle`` drops the operators of lowest mean true accuracy by the same rule, drop
-    by drop: what a perfect score of operators does.
+    ``oracle`` drops the operators of lowest mean true accuracy by the same rule: the
+    result of a perfect score of operators.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.shrink-study"

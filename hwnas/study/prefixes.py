@@ -1,19 +1,20 @@
-"""Networks evaluated one after another by weights that they share: the blocks that two
-have in common, from the input on, run once.
+"""Evaluate many networks with shared weights one after another: blocks that a network
+has in common with the one before, counted from the input, run only once.
 
-What a block makes depends on what came before it, BN's re-estimated statistics
-included. Two networks whose first blocks are alike are alike up to there, so the second
-goes on from what the first has made. Judged in the order of their blocks, N random
-networks of L slots with K options run about sum_i min(1, K^i / N) of L slots anew. The
-numbers are those of whole passes, bit for bit.
+The output of a block depends on everything before it, re-estimated BN statistics
+included. Two networks with the same first blocks have the same maps up to there, so the
+second continues from the maps of the first. Evaluated in the order of their blocks, N
+random networks of L slots with K options run about sum_i min(1, K^i / N) of L slots.
+The results are those of complete forward passes, bit for bit.
 
-Networks of cells, whose blocks are no row, share nothing here.
+Networks of cells have no sequence of blocks, so nothing is shared between them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,44 +26,48 @@ from hwnas.nn.bn import recalibrating
 from hwnas.nn.classifier import ClassificationNetwork
 
 PART_OF_MEMORY = 1 / 6
-"""Of this machine's memory, or its accelerator's, for the maps that are kept (ours).
-Two are in use where networks are evaluated with BN statistics estimated anew and as they
-stand. Behind the last block whose maps fit, batches pass one by one.
+"""The part of the memory of this machine, or of its accelerator, for the maps that are
+kept (our choice). Two such sets are in use if networks are evaluated both with
+re-estimated BN statistics and with the existing ones. After the last block whose maps
+fit, batches pass one by one.
 """
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-"""Where Linux says what a container may have of the machine's memory: bytes, or ``max``."""
+"""Where Linux holds the memory limit of a container: bytes, or ``max``."""
 
 
 def memory_for_maps(device: torch.device) -> int:
-    """Bytes of maps to keep on a device."""
+    """The number of bytes of maps to keep on a device."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = CGROUP.read_text().strip() if CGROUP.is_file() else ""
-        total = min(total, int(limit)) if limit.isdigit() else total
+        if limit.isdigit():
+            total = min(total, int(limit))
     return int(PART_OF_MEMORY * total)
 
 
 @dataclass(frozen=True)
 class Maps:
-    """What the blocks so far have made of batches of images: those that BN statistics
-    are of, and those that are evaluated.
+    """The feature maps after a number of blocks, by batch of images: those that BN
+    statistics are estimated from, and those that are evaluated.
     """
 
     estimating: Sequence[Tensor]
     evaluated: Sequence[Tensor]
 
     def size(self, op: Op) -> int:
-        """Bytes of what ``op`` makes of them."""
+        """The size in bytes of the output of ``op`` for these maps."""
         images = sum(len(x_NCHW) for x_NCHW in (*self.estimating, *self.evaluated))
         return images * op.out_ch * op.out_size**2 * self.evaluated[0].element_size()
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A block, as it was extracted, and what was made by the blocks up to it, of so many bytes."""
+    """A block: its op, its tensors before it ran, the maps after it, and their size in
+    bytes.
+    """
 
     op: Op
     tensors: Mapping[str, Tensor]
@@ -73,10 +78,10 @@ class _Kept:
 class Prefixes:
     """Runs networks on the same images.
 
-    BN's statistics are averages over ``images.estimating``, whose batches pass by their
-    own. Without such images they are those that the network has, or with ``by_batch``
-    those of each batch that is evaluated. ``memory``: bytes of maps that are kept; None:
-    see above.
+    BN uses averages of the batch statistics over ``images.estimating``. Without such
+    images it uses the statistics of the network or, with ``by_batch``, those of each
+    evaluated batch. ``memory`` is the number of bytes of maps to keep; None means
+    ``memory_for_maps``.
     """
 
     def __init__(self, images: Maps, *, by_batch: bool = False, memory: int | None = None) -> None:
@@ -86,27 +91,34 @@ class Prefixes:
 
     @torch.inference_mode()
     def logits(self, network: ClassificationNetwork) -> list[Tensor]:
-        """Of the batches that are evaluated: [N, classes] each. The network is used up: BN
-        is estimated only of blocks that ran.
+        """The logits of the evaluated batches: [N, classes] each. The network cannot be
+        used again: BN is re-estimated only in the blocks that run.
         """
         if network.arch.graph:
             return list(self._through(network, self.images).evaluated)
         blocks, ops = list(network.blocks), list(network.arch.ops())
-        at = self._common(blocks, ops)
-        del self._kept[at:]
+        position = self._common(blocks, ops)
+        del self._kept[position:]
         maps = self._kept[-1].maps if self._kept else self.images
-        left = self.memory - sum(each.size for each in self._kept)
-        while at < len(blocks) and (size := maps.size(ops[at])) <= left:
-            tensors = {name: tensor.clone() for name, tensor in blocks[at].state_dict().items()}
-            maps = self._through(blocks[at], maps)
-            self._kept.append(_Kept(ops[at], tensors, maps, size))
-            at, left = at + 1, left - size
-        return list(self._through(nn.Sequential(*blocks[at:]), maps).evaluated)
+        free = self.memory - sum(kept.size for kept in self._kept)
+        while position < len(blocks):
+            block, op = blocks[position], ops[position]
+            size = maps.size(op)
+            if size > free:
+                break
+            # A copy, because re-estimation changes the BN statistics of the block.
+            tensors = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+            maps = self._through(block, maps)
+            self._kept.append(_Kept(op, tensors, maps, size))
+            position += 1
+            free -= size
+        return list(self._through(nn.Sequential(*blocks[position:]), maps).evaluated)
 
     def _common(self, blocks: Sequence[nn.Module], ops: Iterable[Op]) -> int:
-        """How many blocks at the front are those that are kept."""
+        """The number of leading blocks that are the same as the kept ones."""
         for number, (kept, block, op) in enumerate(zip(self._kept, blocks, ops, strict=False)):
             tensors = block.state_dict()
+            # Equal ops can still have different weights, for instance per producer.
             if kept.op != op or not all(
                 torch.equal(tensor, tensors[name]) for name, tensor in kept.tensors.items()
             ):
@@ -114,14 +126,13 @@ class Prefixes:
         return min(len(self._kept), len(blocks))
 
     def _through(self, block: nn.Module, maps: Maps) -> Maps:
-        """What a block, or several in a row, make of the maps before."""
+        """The maps after a block, or after several in sequence."""
         block.eval()
-        if not maps.estimating and not self.by_batch:
+        if maps.estimating:
+            # Statistics are complete only after the last batch, so the evaluated batches
+            # must wait.
+            with recalibrating(block):
+                estimating = [block(x_NCHW) for x_NCHW in maps.estimating]
+            return Maps(estimating, [block(x_NCHW) for x_NCHW in maps.evaluated])
+        with recalibrating(block) if self.by_batch else nullcontext():
             return Maps((), [block(x_NCHW) for x_NCHW in maps.evaluated])
-        with recalibrating(block):
-            made = [block(x_NCHW) for x_NCHW in maps.estimating or maps.evaluated]
-        return (
-            Maps(made, [block(x_NCHW) for x_NCHW in maps.evaluated])
-            if maps.estimating
-            else Maps((), made)
-        )

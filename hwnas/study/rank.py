@@ -1,9 +1,9 @@
-"""``hwnas study rank``: architectures of known accuracy, scored by super-nets; how far
-the two orders agree.
+"""``hwnas study rank``: score architectures of known accuracy by super-nets, and measure
+how far the two rankings agree.
 
-The scores of every architecture are kept in a file of their super-net, images and
-settings, outside of the stage's folder: a study that was killed goes on, and one of
-more architectures or scores computes what is new.
+The scores are kept in one file for each combination of super-net, images and settings,
+outside of the folder of the stage. A killed study therefore resumes, and a study with
+more architectures or scores computes only what is new.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from hwnas.study.truth import Truth, configured_truth
 RESULT = "study.json"
 
 Rows = dict[str, dict[str, float]]
-"""Architecture -> its scores by name."""
+"""Architecture -> score name -> value."""
 
 
 def load_truth(experiment: Experiment, space: SearchSpace) -> Truth:
-    """The ground truth of an experiment, checked to be enough. Raises ConfigError, or
-    TableError naming the line.
+    """The ground truth of an experiment. Raises ConfigError if it is missing or has too
+    few architectures, or TableError with the line of an error in it.
     """
     config = experiment.study
     truth = configured_truth(config, space)
@@ -68,10 +68,12 @@ def run(
     supernets: Sequence[Trained],
     failed_trainings: Mapping[str, str],
 ) -> None:
-    """Score the architectures by every super-net, and write ``study.json``."""
-    experiment = ctx.experiment.model_copy(
-        update={"data": ctx.experiment.data.at(space.resolution)}
-    )
+    """Score the architectures by every super-net and write ``study.json``.
+
+    ``failed_trainings`` maps each seed without a super-net to the reason. Raises
+    HwnasError if there is no super-net at all.
+    """
+    experiment = ctx.experiment
     config = experiment.study
     if not supernets:
         raise HwnasError(
@@ -79,11 +81,12 @@ def run(
             f" {'; '.join(failed_trainings.values())}"
         )
     chosen = truth.sample(config.architectures)
-    results, tables = [], []
+    results = []
+    tables = []
     for trained in supernets:
-        scored, failed = _scored(ctx, experiment, space, truth, chosen, trained)
-        tables.append(scored)
-        results.append(_supernet(truth, trained, scored, failed))
+        scores, failed = _scores(ctx, space, truth, chosen, trained)
+        tables.append(scores)
+        results.append(_supernet_result(truth, trained, scores, failed))
     study = RankStudy(
         space=space.name,
         space_sha256=space.sha256,
@@ -98,7 +101,7 @@ def run(
         evaluation_images=experiment.search.evaluation_images,
         supernets=tuple(results),
         failed_trainings=dict(failed_trainings),
-        scores=_results(config, truth, tables, ctx),
+        scores=_score_results(config, truth, tables, ctx),
         points=_points(truth, chosen, tables),
     )
     study.save(ctx.folder / RESULT)
@@ -106,19 +109,61 @@ def run(
         ctx.progress.info(line)
 
 
-def _scored(
-    ctx: StageContext,
-    experiment: Experiment,
-    space: SearchSpace,
-    truth: Truth,
-    chosen: np.ndarray,
-    trained: Trained,
+def _scores(
+    ctx: StageContext, space: SearchSpace, truth: Truth, chosen: np.ndarray, trained: Trained
 ) -> tuple[Rows, dict[str, str]]:
-    """Scores by a super-net, and why some architectures have none. What a file already
-    holds is not computed again.
+    """The scores of the ``chosen`` architectures by a super-net, and the reasons why some
+    have none. Scores that the file of the super-net already holds are not recomputed.
     """
-    names, search = experiment.study.scores, experiment.search
-    decides = {
+    experiment = _at_resolution(ctx.experiment, space)
+    names = experiment.study.scores
+    file = JsonLines(ctx.root / "scores" / f"{_scores_sha256(experiment, trained)[:16]}.jsonl")
+    known: Rows = {}
+    for row in file.read():
+        known.setdefault(row["architecture"], {}).update(row["scores"])
+
+    def missing_scores(architecture: str) -> list[ScoreName]:
+        return [name for name in names if name not in known.get(architecture, {})]
+
+    wanted = [int(i) for i in chosen]
+    pending = [i for i in wanted if missing_scores(truth.names[i])]
+    # Neighbours in this order share their first blocks, which then run only once
+    # (study/prefixes.py).
+    pending.sort(key=lambda i: _blocks(space, truth.picks[i]))
+    scorer: Scorer | None = None
+    failed: dict[str, str] = {}
+    title = f"scoring architectures (seed {trained.seed})"
+    with (
+        ctx.progress.task(title, len(wanted), len(wanted) - len(pending)) as task,
+        file.appending() as append,
+    ):
+        for i in pending:
+            # Loaded only if a score is missing: that takes seconds.
+            scorer = scorer or _scorer(experiment, space, trained)
+            name = truth.names[i]
+            try:
+                scores = scorer.score(truth.picks[i], missing_scores(name))
+            except ArithmeticError as error:
+                failed[name] = str(error).partition("\n")[0]
+                ctx.progress.warning(f"architecture {name} has no score: {failed[name]}")
+            else:
+                append({"architecture": name, "scores": scores})
+                known.setdefault(name, {}).update(scores)
+            note = "  ".join(f"{key} {value:.4g}" for key, value in known.get(name, {}).items())
+            task.advance(note=note)
+
+    rows: Rows = {}
+    for i in wanted:
+        name = truth.names[i]
+        if name not in failed:
+            rows[name] = {str(score): known[name][score] for score in names}
+    return rows, failed
+
+
+def _scores_sha256(experiment: Experiment, trained: Trained) -> str:
+    """The hash of everything that the scores of an architecture depend on."""
+    search = experiment.search
+    inputs = {
         "hwnas": __version__,
         "supernet": file_sha256(trained.path),
         "seed": trained.seed,
@@ -127,49 +172,18 @@ def _scored(
         "recalibration": search.recalibration_images,
         "evaluation": search.evaluation_images,
         "batch": search.batch_size,
-    } | ({} if trained.base is None else {"base": file_sha256(trained.base)})
-    file = JsonLines(ctx.root / "scores" / f"{content_sha256(decides)[:16]}.jsonl")
-    known: Rows = {}
-    for row in file.read():
-        known.setdefault(row["architecture"], {}).update(row["scores"])
-    scorer: Scorer | None = None
-    failed: dict[str, str] = {}
-    wanted = [int(i) for i in chosen]
-    left = [i for i in wanted if any(name not in known.get(truth.names[i], {}) for name in names)]
-    # neighbours have their first blocks in common (study/prefixes.py)
-    left.sort(key=lambda i: _blocks(space, truth.picks[i]))
-    title = f"scoring architectures (seed {trained.seed})"
-    with (
-        ctx.progress.task(title, len(wanted), len(wanted) - len(left)) as task,
-        file.appending() as append,
-    ):
-        for i in left:
-            scorer = scorer or _scorer(experiment, space, trained)
-            name, missing = (
-                truth.names[i],
-                [each for each in names if each not in known.get(truth.names[i], {})],
-            )
-            try:
-                found = scorer.score(truth.picks[i], missing)
-            except ArithmeticError as error:
-                failed[name] = str(error).partition("\n")[0]
-                ctx.progress.warning(f"architecture {name} has no score: {failed[name]}")
-            else:
-                append({"architecture": name, "scores": found})
-                known.setdefault(name, {}).update(found)
-            task.advance(
-                note="  ".join(f"{key} {value:.4g}" for key, value in known.get(name, {}).items())
-            )
-    rows: Rows = {
-        truth.names[i]: {str(each): known[truth.names[i]][each] for each in names}
-        for i in wanted
-        if truth.names[i] not in failed
     }
-    return rows, failed
+    if trained.base is not None:
+        inputs["base"] = file_sha256(trained.base)
+    return content_sha256(inputs)
+
+
+def _at_resolution(experiment: Experiment, space: SearchSpace) -> Experiment:
+    return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
 
 def _blocks(space: SearchSpace, picks: Picks) -> tuple[int, list[str]]:
-    """Resolution and blocks of an architecture."""
+    """The resolution and the keys of the blocks of an architecture: a sort key."""
     arch = space.decode(picks)
     return arch.resolution, [op.key for op in arch.ops()]
 
@@ -182,81 +196,80 @@ def _scorer(experiment: Experiment, space: SearchSpace, trained: Trained) -> Sco
             " search.recalibration_images to 2 or more."
         )
     evaluator = SupernetEvaluator(supernet.to(best_device()), experiment)
-    base = None if trained.base is None else load_supernet(trained.base, space).to(best_device())
+    base = None
+    if trained.base is not None:
+        base = load_supernet(trained.base, space).to(best_device())
     return Scorer(evaluator, supernet, initial_supernet(supernet, trained.seed), base)
 
 
-def _supernet(
-    truth: Truth, trained: Trained, scored: Rows, failed: dict[str, str]
+def _supernet_result(
+    truth: Truth, trained: Trained, rows: Rows, failed: dict[str, str]
 ) -> SupernetResult:
     gap = None
-    if scored and all("accuracy" in row for row in scored.values()):
-        alone = dict(zip(truth.names, truth.mean, strict=True))
+    if rows and all("accuracy" in row for row in rows.values()):
+        standalone = dict(zip(truth.names, truth.mean, strict=True))
         gap = Gap(
-            supernet=float(np.mean([row["accuracy"] for row in scored.values()])),
-            alone=float(np.mean([alone[name] for name in scored])),
+            supernet=float(np.mean([row["accuracy"] for row in rows.values()])),
+            alone=float(np.mean([standalone[name] for name in rows])),
         )
     return SupernetResult(
         seed=trained.seed,
         strategy=trained.strategy,
         sha256=file_sha256(trained.path),
-        scored=len(scored),
+        scored=len(rows),
         failed=failed,
         gap=gap,
     )
 
 
-def _results(
+def _score_results(
     config: StudyConfig, truth: Truth, tables: Sequence[Rows], ctx: StageContext
 ) -> tuple[ScoreResult, ...]:
-    """Metrics of every score and combination, by super-net and over all."""
-    alone = dict(zip(truth.names, truth.mean, strict=True))
-    parts: list[tuple[ScoreName, ...]] = [
-        *((name,) for name in config.scores),
-        *config.combinations,
-    ]
+    """The metrics of every score and combination of scores, for each super-net and over
+    all.
+    """
+    accuracies = dict(zip(truth.names, truth.mean, strict=True))
+    combinations: list[tuple[ScoreName, ...]] = [(name,) for name in config.scores]
+    combinations += config.combinations
     results = []
-    with ctx.progress.task("bootstrap intervals", len(parts) * len(tables)) as task:
-        for names in parts:
+    with ctx.progress.task("bootstrap intervals", len(combinations) * len(tables)) as task:
+        for names in combinations:
             per_supernet = []
             for rows in tables:
-                truth_N = np.array([alone[name] for name in rows])
-                columns = [
-                    np.array([row[name] for row in rows.values()])
-                    * (-1 if name in LOWER_IS_BETTER else 1)
-                    for name in names
-                ]
+                truth_N = np.array([accuracies[name] for name in rows])
+                columns = [_column(rows, name) for name in names]
                 score_N = columns[0] if len(columns) == 1 else metrics.rank_sum(columns)
-                macs_N = (
-                    np.array([row["macs"] for row in rows.values()])
-                    if "macs" in config.scores
-                    else None
-                )
+                macs_N = _column(rows, "macs") if "macs" in config.scores else None
                 per_supernet.append(estimates(config, score_N, truth_N, macs_N))
                 task.advance()
-            spread = {
-                metric: _spread([each[metric].value for each in per_supernet]) for metric in METRICS
-            }
+            spread = {}
+            for metric in METRICS:
+                spread[metric] = _spread([result[metric].value for result in per_supernet])
             results.append(
                 ScoreResult(name="+".join(names), supernets=tuple(per_supernet), spread=spread)
             )
     return tuple(results)
 
 
+def _column(rows: Rows, name: ScoreName) -> np.ndarray:
+    """A score of all architectures, higher is better: float [N]."""
+    column_N = np.array([row[name] for row in rows.values()])
+    if name in LOWER_IS_BETTER:
+        return -column_N
+    return column_N
+
+
 def estimates(
     config: StudyConfig, score_N: np.ndarray, truth_N: np.ndarray, macs_N: np.ndarray | None = None
 ) -> dict[str, Estimate]:
-    """Every metric of a score (higher is better) with its interval; the same resamples
-    for every score.
+    """Every metric of a score [N] (higher is better) with its interval.
 
-    Without ``macs_N`` there is nothing to be better than, and ``over_macs`` has no value.
+    Without ``macs_N`` [N] there is no baseline, and ``over_macs`` is undefined.
     """
     k = min(config.top_k, len(truth_N))
     functions: dict[str, metrics.RankMetric] = {
         "kendall": metrics.kendall,
-        "over_macs": lambda both, truth: (
-            metrics.kendall(both[:, 0], truth) - metrics.kendall(both[:, 1], truth)
-        ),
+        "over_macs": _kendall_difference,
         "sparse_kendall": lambda score, truth: metrics.sparse_kendall(
             score, truth, config.threshold
         ),
@@ -266,92 +279,105 @@ def estimates(
         "precision": lambda score, truth: metrics.precision(score, truth, k),
         "random_reaches": lambda score, truth: metrics.random_reaches(score, truth, k),
     }
-    found = {}
+    results = {}
     for name in METRICS:
-        paired = name == "over_macs"
-        scores = np.stack([score_N, macs_N], axis=1) if paired and macs_N is not None else score_N
-        defined = len(truth_N) and not (paired and macs_N is None)
-        value = functions[name](scores, truth_N) if defined else float("nan")
+        scores = score_N
+        defined = len(truth_N) > 0
+        if name == "over_macs":
+            # Score and MACs as two columns, so that a resample draws both alike.
+            if macs_N is None:
+                defined = False
+            else:
+                scores = np.stack([score_N, macs_N], axis=1)
+        value = functions[name](scores, truth_N) if defined else math.nan
         if not math.isfinite(value):
-            found[name] = Estimate(value=None)
+            results[name] = Estimate(value=None)
             continue
+        # The same seed every time: all scores and metrics see the same resamples.
         rng = np.random.default_rng(0)
         interval = metrics.bootstrap(
             functions[name], scores, truth_N, rng, config.bootstrap, config.confidence
         )
         low, high = interval or (None, None)
-        found[name] = Estimate(value=value, low=low, high=high)
-    return found
+        results[name] = Estimate(value=value, low=low, high=high)
+    return results
+
+
+def _kendall_difference(scores_N2: np.ndarray, truth_N: np.ndarray) -> float:
+    """Tau of the first column of scores minus tau of the second."""
+    return metrics.kendall(scores_N2[:, 0], truth_N) - metrics.kendall(scores_N2[:, 1], truth_N)
 
 
 def _spread(values: Sequence[float | None]) -> Spread:
     defined = [value for value in values if value is not None]
+    if not defined:
+        return Spread(mean=None)
     std = float(np.std(defined, ddof=1)) if len(defined) > 1 else None
-    return Spread(mean=float(np.mean(defined)) if defined else None, std=std)
+    return Spread(mean=float(np.mean(defined)), std=std)
 
 
 def _points(truth: Truth, chosen: np.ndarray, tables: Sequence[Rows]) -> tuple[Point, ...]:
+    """The architectures that at least one super-net scored."""
     points = []
     for i in chosen:
-        rows = [table[truth.names[i]] for table in tables if truth.names[i] in table]
+        name = truth.names[i]
+        rows = [table[name] for table in tables if name in table]
         if rows:
-            means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-            points.append(Point(name=truth.names[i], truth=float(truth.mean[i]), scores=means))
+            means = {score: float(np.mean([row[score] for row in rows])) for score in rows[0]}
+            points.append(Point(name=name, truth=float(truth.mean[i]), scores=means))
     return tuple(points)
 
 
 def lines(study: RankStudy) -> list[str]:
     """The result in words."""
-    found = []
+    report = []
     if study.truth.kendall is not None:
-        top = (
-            ""
-            if study.truth.kendall_top is None
-            else f", {study.truth.kendall_top:.3f} in the best tenth"
-        )
-        found.append(
+        top = ""
+        if study.truth.kendall_top is not None:
+            top = f", {study.truth.kendall_top:.3f} in the best tenth"
+        report.append(
             f"tau between repeated trainings of the {study.truth.networks} networks:"
             f" {study.truth.kendall:.3f}{top}"
         )
     for result in study.scores:
-        spread = result.spread["kendall"]
-        first = next(
-            (each["kendall"] for each in result.supernets if each["kendall"].value is not None),
-            Estimate(value=None),
-        )
-        interval = (
-            ""
-            if first.low is None
-            else f" ({study.confidence:.0%}: {first.low:.3f} to {first.high:.3f})"
-        )
-        over = (
-            ""
-            if spread.std is None
-            else f"; over {len(result.supernets)} super-nets {spread.mean:.3f} ± {spread.std:.3f}"
-        )
-        value = "undefined" if first.value is None else f"{first.value:.3f}"
-        better = next(
-            (each["over_macs"] for each in result.supernets if each["over_macs"].value is not None),
-            Estimate(value=None),
-        )
-        than_macs = (
-            ""
-            if better.low is None or result.name == "macs"
-            else f", over MACs {better.value:+.3f} ({better.low:+.3f} to {better.high:+.3f})"
-        )
-        found.append(f"{result.name}: tau {value}{interval}{than_macs}{over}")
+        report.append(_score_line(result, study.confidence))
     for supernet in study.supernets:
         if supernet.gap is not None:
             gap = supernet.gap
-            found.append(
+            report.append(
                 f"seed {supernet.seed}: accuracy {gap.supernet:.1%} by the super-net,"
-                f" {gap.alone:.1%} alone, a gap of {gap.difference:.1%}"
+                f" {gap.alone:.1%} standalone, a gap of {gap.difference:.1%}"
             )
         if supernet.failed:
-            found.append(
+            report.append(
                 f"seed {supernet.seed}: {len(supernet.failed)} architectures have no score;"
-                " study.json says why"
+                " study.json has the reasons"
             )
-    return found + [
-        f"seed {seed} has no super-net: {why}" for seed, why in study.failed_trainings.items()
-    ]
+    for seed, reason in study.failed_trainings.items():
+        report.append(f"seed {seed} has no super-net: {reason}")
+    return report
+
+
+def _score_line(result: ScoreResult, confidence: float) -> str:
+    """Tau of a score by the first super-net that defines it, and over all super-nets."""
+    tau = _first_defined(result, "kendall")
+    value = "undefined" if tau.value is None else f"{tau.value:.3f}"
+    interval = ""
+    if tau.low is not None:
+        interval = f" ({confidence:.0%}: {tau.low:.3f} to {tau.high:.3f})"
+    gain = _first_defined(result, "over_macs")
+    over_macs = ""
+    if gain.low is not None and result.name != "macs":
+        over_macs = f", over MACs {gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+    spread = result.spread["kendall"]
+    over_all = ""
+    if spread.std is not None:
+        over_all = f"; over {len(result.supernets)} super-nets {spread.mean:.3f} ± {spread.std:.3f}"
+    return f"{result.name}: tau {value}{interval}{over_macs}{over_all}"
+
+
+def _first_defined(result: ScoreResult, metric: str) -> Estimate:
+    for by_metric in result.supernets:
+        if by_metric[metric].value is not None:
+            return by_metric[metric]
+    return Estimate(value=None)

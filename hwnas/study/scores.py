@@ -1,25 +1,26 @@
-"""What a super-net, or nothing but the network's shape, says an architecture is worth.
+"""Scores of an architecture, by a super-net or only by the shape of its network.
 
-=================  ================================================================================================
-``accuracy``       top-1 of the one-path network with BN statistics re-estimated, on held-out images
-``loss``           its cross-entropy (lower is better)
-``unrecalibrated`` top-1 of the super-net as it stands: BN by its tracked statistics (``supernet.bn_track``), else by
-                   those of the batch that is evaluated
-``angle``          by which training has turned the weights of the one-path network, in radians (see search/angle.py),
-                   from their initialisation or from ``study.base_epochs`` on. Needs no images
-``macs, params``   multiply-accumulates and parameters: what any score must beat
-``grad_norm``      norm of the loss's gradient by the weights at initialisation, on one batch of
-                   ``search.batch_size`` held-out images
-``snip``           sum of abs(weight * gradient) there (Lee et al., arXiv 1810.02340)
-``synflow``        the same without images: weights by their absolute values, an input of ones, the sum of the
-                   logits for a loss (Tanaka et al., arXiv 2006.05467)
-=================
-================================================================================================
+- ``accuracy``: top-1 on held-out images of the one-path network with re-estimated BN
+  statistics.
+- ``loss``: its cross-entropy (lower is better).
+- ``unrecalibrated``: top-1 of the super-net as it is. BN uses its tracked statistics
+  (``supernet.bn_track``), else those of the evaluated batch.
+- ``angle``: the angle in radians by which training has turned the weights of the
+  one-path network (see search/angle.py), measured from the initial weights or from
+  those after ``study.base_epochs``. Needs no images.
+- ``macs``, ``params``: multiply-accumulates and parameters, which any other score should
+  beat.
+- ``grad_norm``: the norm of the gradient of the loss by the weights at initialisation,
+  on one batch of ``search.batch_size`` held-out images.
+- ``snip``: the sum of abs(weight * gradient) on that batch (Lee et al., arXiv
+  1810.02340).
+- ``synflow``: the same sum without images, with the absolute values of the weights, an
+  input of ones, and the sum of the logits as the loss (Tanaka et al., arXiv 2006.05467).
 
-*Differences from the papers*: the zero-cost scores evaluate the super-net's
-initialisation, the same for all architectures, not a new one for each; synflow leaves
-BN out (its statistics are 0 and 1 and its scale is 1 then) instead of computing batch
-statistics.
+*Differences from the papers*: the zero-cost scores use the initial weights of the
+super-net, the same for all architectures, and not a new initialisation for each.
+synflow leaves BN out (with statistics of 0 and 1 and a scale of 1 it does nothing)
+instead of computing batch statistics.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from hwnas.config import ScoreName
 from hwnas.core.arch import Picks
@@ -40,15 +41,13 @@ from hwnas.search.evaluator import SupernetEvaluator, placed
 from hwnas.study.prefixes import Maps, Prefixes
 
 LOWER_IS_BETTER = ("loss",)
-ZERO_COST = ("grad_norm", "snip", "synflow")
-OF_SHAPE = ("macs", "params")
-"""Scores that no super-net has a part in."""
 
 
 class Scorer:
-    """Scores architectures by a trained super-net, which ``evaluator`` evaluates too.
+    """Scores architectures by a trained super-net, which is also that of ``evaluator``.
 
-    ``initial`` is what it was at first; the angle is from there, or from ``base``.
+    ``initial`` is the super-net before its training. The angle is measured from ``base``,
+    or from ``initial`` if ``base`` is None.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Scorer:
         self.calculations: dict[ScoreName, Callable[[Picks], dict[str, float]]] = {
             "accuracy": self._recalibrated,
             "loss": self._recalibrated,
-            "unrecalibrated": self._as_it_stands,
+            "unrecalibrated": self._unrecalibrated,
             "angle": lambda picks: {"angle": self.angles.of(picks)},
             "macs": self._shape,
             "params": self._shape,
@@ -75,27 +74,27 @@ class Scorer:
         }
 
     def score(self, picks: Picks, names: Sequence[ScoreName]) -> dict[str, float]:
-        """Scores of an architecture by name. Raises ArithmeticError where one is not finite."""
-        found: dict[str, float] = {}
+        """The named scores of an architecture. Raises ArithmeticError if one is not finite."""
+        scores: dict[str, float] = {}
         for name in names:
-            if name not in found:
-                found |= self.calculations[name](picks)
-            if not math.isfinite(found[name]):
-                raise ArithmeticError(f"its {name} is {found[name]}")
-        return {name: found[name] for name in names}
+            # One calculation may give several scores, for instance accuracy and loss.
+            if name not in scores:
+                scores |= self.calculations[name](picks)
+            if not math.isfinite(scores[name]):
+                raise ArithmeticError(f"its {name} is {scores[name]}")
+        return {name: scores[name] for name in names}
 
     def _recalibrated(self, picks: Picks) -> dict[str, float]:
         return self._evaluated(picks, recalibrated=True)
 
-    def _as_it_stands(self, picks: Picks) -> dict[str, float]:
+    def _unrecalibrated(self, picks: Picks) -> dict[str, float]:
         return {"unrecalibrated": self._evaluated(picks, recalibrated=False)["accuracy"]}
 
     def _evaluated(self, picks: Picks, recalibrated: bool) -> dict[str, float]:
-        """Top-1 in 0..1 and mean cross-entropy over the images that are evaluated."""
+        """Top-1 accuracy in 0..1 and mean cross-entropy over the evaluation images."""
         network = _classifier(self.supernet, picks).to(memory_format=torch.channels_last)
-        logits_NK = torch.cat(
-            self._prefixes_of(network.arch.resolution, recalibrated).logits(network)
-        ).float()
+        prefixes = self._prefixes_of(network.arch.resolution, recalibrated)
+        logits_NK = torch.cat(prefixes.logits(network)).float()
         y_N = torch.cat([y for _, y in self.evaluator.evaluation()]).to(logits_NK.device)
         return {
             "accuracy": int((logits_NK.argmax(1) == y_N).sum()) / len(y_N),
@@ -103,18 +102,17 @@ class Scorer:
         }
 
     def _prefixes_of(self, size: int, recalibrated: bool) -> Prefixes:
-        """What runs the networks of a resolution; that of another one is let go."""
+        """The prefixes that run networks of a resolution. Those of other resolutions are
+        freed: their maps take much memory, and architectures come sorted by resolution.
+        """
         if (size, recalibrated) not in self._prefixes:
-            self._prefixes = {key: each for key, each in self._prefixes.items() if key[0] == size}
-            recalibration, evaluation = (
-                self.evaluator.recalibration() if recalibrated else (),
-                self.evaluator.evaluation(),
-            )
+            for other in [key for key in self._prefixes if key[0] != size]:
+                del self._prefixes[other]
+            recalibration = self.evaluator.recalibration() if recalibrated else ()
+            device = _device(self.supernet)
             images = Maps(
-                *(
-                    [placed(x_NCHW, _device(self.supernet), size) for x_NCHW, _ in each]
-                    for each in (recalibration, evaluation)
-                )
+                [placed(x_NCHW, device, size) for x_NCHW, _ in recalibration],
+                [placed(x_NCHW, device, size) for x_NCHW, _ in self.evaluator.evaluation()],
             )
             self._prefixes[size, recalibrated] = Prefixes(
                 images, by_batch=not recalibrated and not self.supernet.config.bn_track
@@ -127,15 +125,14 @@ class Scorer:
 
     def _gradients(self, picks: Picks) -> dict[str, float]:
         network = _classifier(self.initial, picks)
-        x_NCHW, y = (
-            part[: self.evaluator.config.batch_size] for part in self.evaluator.evaluation()[0]
-        )
+        batch_size = self.evaluator.config.batch_size
+        x_NCHW, y = self.evaluator.evaluation()[0]
+        x_NCHW, y = x_NCHW[:batch_size], y[:batch_size]
         x_NCHW = resized(x_NCHW.to(_device(network)), network.arch.resolution)
         network.train()
-        F.cross_entropy(network(x_NCHW), y.to(x_NCHW.device)).backward()  # type: ignore[no-untyped-call]
-        pairs = [
-            (weight.detach(), weight.grad) for weight in weights(network) if weight.grad is not None
-        ]
+        loss = F.cross_entropy(network(x_NCHW), y.to(x_NCHW.device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        pairs = _weights_with_gradients(network)
         return {
             "grad_norm": math.sqrt(sum(float(grad.double().square().sum()) for _, grad in pairs)),
             "snip": sum(float((weight * grad).double().abs().sum()) for weight, grad in pairs),
@@ -143,34 +140,36 @@ class Scorer:
 
 
 def synflow(network: ClassificationNetwork) -> float:
-    """Sum of abs(weight * derivative of the summed logits) with all weights positive,
-    an input of ones, and no BN. Logarithm.
+    """The logarithm of the sum of abs(weight * derivative of the summed logits), with all
+    weights positive, an input of ones, and no BN.
+
+    Changes the weights of ``network``.
     """
+    # In float64: products over all layers easily leave the range of float32.
     network = network.double().eval()
     with torch.no_grad():
         for weight in weights(network):
             weight.abs_()
     arch = network.arch
-    device = _device(network)
-    network(
-        torch.ones(
-            1,
-            arch.in_channels,
-            arch.resolution,
-            arch.resolution,
-            dtype=torch.float64,
-            device=device,
-        )
-    ).sum().backward()
-    pairs = [
-        (weight.detach(), weight.grad) for weight in weights(network) if weight.grad is not None
-    ]
+    shape = (1, arch.in_channels, arch.resolution, arch.resolution)
+    ones_NCHW = torch.ones(shape, dtype=torch.float64, device=_device(network))
+    network(ones_NCHW).sum().backward()
+    pairs = _weights_with_gradients(network)
     total = sum(float((weight * grad).abs().sum()) for weight, grad in pairs)
     return math.log(total) if total > 0 else -math.inf
 
 
+def _weights_with_gradients(network: ClassificationNetwork) -> list[tuple[Tensor, Tensor]]:
+    """The weights that the output depends on, each with its gradient."""
+    pairs = []
+    for weight in weights(network):
+        if weight.grad is not None:
+            pairs.append((weight.detach(), weight.grad))
+    return pairs
+
+
 def _classifier(supernet: Supernet, picks: Picks) -> ClassificationNetwork:
-    """The one-path network. Studies have no detectors."""
+    """The one-path network; always a classifier, because only those can be studied."""
     network = supernet.extract(picks)
     assert isinstance(network, ClassificationNetwork)
     return network

@@ -1,18 +1,26 @@
-"""``hwnas study shrink``: a space shrunk by one or more metrics, and what of its good
-networks is left.
+"""``hwnas study shrink``: shrink a space by one or more metrics, and measure what is left
+of its good networks.
 
-The first super-net is trained once; every metric scores its operators and goes on from
-there with a shrunk super-net of its own. Folders:
+The first super-net is trained once and shared. Every metric then scores its operators
+and continues with its own, shrunk super-nets. Folders:
 
-    shrink-first/                      the first super-net: initial.safetensors (W0), shared.safetensors, alphas.json
-    shrink-<metric>/stage-<n>/         n = 0: scored by the first super-net; n > 0: trained on the space of stage n - 1
-        initial.safetensors  shared.safetensors  alphas.json      W0, W and alpha on the space of this stage
-        step.json  space.json                                     scores and drops; the space that they leave
-    shrink-<metric>/space.json  path.json                         what is left in the end, and all stages
-    shrink/shrink.json                                            the comparison
+    shrink-first/               the first super-net
+        initial.safetensors         its weights W0 at initialisation (or after base_epochs)
+        shared.safetensors          its trained weights W
+        alphas.json                 its trained architecture parameters alpha
+    shrink-<metric>/stage-<n>/  n = 0: scored by the first super-net
+                                n > 0: by one trained on the space left by stage n - 1
+        initial.safetensors  shared.safetensors  alphas.json
+                                    W0, W and alpha on the space of this stage
+        step.json                   scores and dropped operators
+        space.json                  the space after the drops
+    shrink-<metric>/            the result of a metric
+        space.json                  the final space
+        path.json                   all stages
+    shrink/shrink.json          the comparison of the metrics
 
-A stage that has its step.json is over. One that was interrupted in its training goes on
-from its checkpoint.
+A stage with a step.json is finished. An interrupted training resumes from its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -62,31 +70,64 @@ STEP = "step.json"
 
 
 @dataclass(frozen=True)
-class _Begin:
-    """What a stage begins with: the super-nets W0 and W of the space before, and alpha there."""
+class _Inherited:
+    """What a stage inherits from the one before: its super-nets W0 and W, and its alpha."""
 
     initial: Supernet
     trained: Supernet
     alphas: Scores
 
 
+@dataclass(frozen=True)
+class _SupernetTraining:
+    """The training of a stage's super-net into ``folder``.
+
+    ``inherited`` is None for the first super-net, which starts from random weights.
+    """
+
+    space: SearchSpace
+    folder: Path
+    number: int
+    inherited: _Inherited | None
+    with_alphas: bool
+    description: str
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage of a metric's shrinking: its number, the space that it shrinks, and its
+    folder.
+
+    ``dropped`` is the number of operators that earlier stages have dropped.
+    ``refreshed`` says whether one of them has replaced W0 by W.
+    """
+
+    metric: str
+    number: int
+    space: SearchSpace
+    folder: Path
+    dropped: int
+    refreshed: bool
+
+
 def metric(name: str) -> ShrinkMetric:
-    """A metric by name. Raises ConfigError on an unknown one."""
-    made: type[ShrinkMetric] = SHRINK_METRICS.get(name)
-    return made()
+    """The metric of a name. Raises ConfigError if the name is unknown."""
+    metric_class: type[ShrinkMetric] = SHRINK_METRICS.get(name)
+    return metric_class()
 
 
 def check(experiment: Experiment, space: SearchSpace) -> None:
-    """Raise ConfigError or SpaceError where the configuration cannot shrink ``space``."""
-    config, search = experiment.shrink, experiment.search
+    """Raise ConfigError or SpaceError if the configuration cannot shrink ``space``."""
+    config = experiment.shrink
+    search = experiment.search
     if not task_of(experiment).studied:
         raise ConfigError(
-            f"task = {experiment.task!r} has no study: shrink the space of classifiers first, and"
-            " put a detector on what is left."
+            f"task = {experiment.task!r} cannot be studied: shrink the space with a classifier"
+            " first, and put a detector on the result."
         )
     if not shrinkable(space):
         raise SpaceError(
-            f"space {space.name} has no choice of blocks left, so nothing can be dropped: take a"
+            f"space {space.name} has no choice of blocks left, so nothing can be dropped: use a"
             " larger one."
         )
     if space.size <= config.until:
@@ -94,226 +135,251 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
             f"shrink.until = {config.until}, but space {space.name} has {space.size} architectures"
             " already: set it lower."
         )
+
     strategy = STRATEGIES.get(search.strategy.name)
-    found = [metric(name) for name in config.metrics]
-    if not any(each.trains for each in found):
+    metrics = [metric(name) for name in config.metrics]
+    if not any(each.trains for each in metrics):
         return
     if not strategy.shares or strategy.mixes:
         raise ConfigError(
             f"strategy {search.strategy.name!r} does not train single paths of a super-net, which"
-            " shrinking is about: use spos or fairnas."
+            " shrinking needs: use spos or fairnas."
         )
     search_strategy(search).check(space)
     if not space.CHAIN and set(config.operation_on) - {"node"}:
         raise ConfigError(
-            f"shrink.operation_on = {list(config.operation_on)}, but an edge of space {space.name}"
-            " has one input: leave it empty."
+            f"shrink.operation_on = {list(config.operation_on)}, but every edge of space"
+            f" {space.name} has a single input: leave it empty."
         )
-    if any(each.alphas for each in found):
+    if any(each.alphas for each in metrics):
         refuse_resolutions(space, "magnitude")
+        # A mixed input is a sum over several producers, so weights or statistics of its
+        # own per producer cannot be chosen.
         if search.supernet.wsbn or {search.supernet.operation_on, *config.operation_on} != {"node"}:
             raise ConfigError(
-                "the metric magnitude mixes options, so an input has no one producer: set"
+                "the metric magnitude mixes options, so an input has no single producer: set"
                 " search.supernet.operation_on = 'node' and wsbn = false, leave shrink.operation_on"
                 " empty, or remove that metric."
             )
 
 
 def wants_alphas(config: ShrinkConfig) -> bool:
-    """Whether any metric is of architecture parameters."""
+    """Whether any metric scores by architecture parameters."""
     return any(metric(name).alphas for name in config.metrics)
 
 
 def outputs_of_first(config: ShrinkConfig) -> list[str]:
-    """The files of the first training."""
-    return [INITIAL, SUPERNET_FILE, *([ALPHAS] if wants_alphas(config) else [])]
+    """The names of the files that the first training writes."""
+    files = [INITIAL, SUPERNET_FILE]
+    if wants_alphas(config):
+        files.append(ALPHAS)
+    return files
 
 
 def first_sha256(experiment: Experiment) -> str:
-    """Identity of what decides the first training, beside space, seed and images: what
-    only scoring asks for does not.
+    """The hash of all settings that the first training depends on, except for the space,
+    the seed and the images. Settings that only scoring uses are left out.
     """
     config = experiment.shrink
     ignored = {"recalibration_images", "evaluation_images", "limits", "epochs"}
-    if experiment.search.quality == "metric":  # the loss is also what a policy is rewarded by
+    # The loss (quality = 'loss') is also the reward of policies, so it affects training.
+    if experiment.search.quality == "metric":
         ignored.add("quality")
     search = experiment.search.model_dump(mode="json", exclude=ignored)
-    beside = (config.alpha_lr, config.alpha_every) if wants_alphas(config) else None
+    alpha_settings = None
+    if wants_alphas(config):
+        alpha_settings = (config.alpha_lr, config.alpha_every)
     return content_sha256(
-        [search, config.first_epochs, config.base_epochs, config.operation_on[:1], beside]
+        [search, config.first_epochs, config.base_epochs, config.operation_on[:1], alpha_settings]
     )
 
 
 def train_first(ctx: StageContext, space: SearchSpace) -> None:
     """Train the super-net of the whole space, which all metrics share."""
-    _train(
-        ctx,
-        space,
-        ctx.folder,
-        0,
-        None,
-        wants_alphas(ctx.experiment.shrink),
-        "training the super-net of all metrics",
+    training = _SupernetTraining(
+        space=space,
+        folder=ctx.folder,
+        number=0,
+        inherited=None,
+        with_alphas=wants_alphas(ctx.experiment.shrink),
+        description="training the super-net of all metrics",
     )
+    _train(ctx, training)
 
 
 def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) -> None:
-    """Shrink by a metric: ``space.json`` and ``path.json``. ``first`` is the folder of
-    the first training; None where none is needed.
+    """Shrink ``space`` by the metric ``name``, and write ``space.json`` and ``path.json``.
+
+    ``first`` is the folder of the first training; None if the metric needs none.
     """
-    experiment, config, found = ctx.experiment, ctx.experiment.shrink, metric(name)
+    config = ctx.experiment.shrink
+    shrink_metric = metric(name)
     steps: list[ShrinkStep] = []
-    present, dropped, refreshed = space, 0, False
+    present = space
     while present.size > config.until and shrinkable(present):
         number = len(steps)
         folder = ctx.folder / f"stage-{number}"
         folder.mkdir(exist_ok=True)
         if not (folder / STEP).exists():
-            trained = first if number == 0 else folder
-            if number > 0 and found.trains and not (folder / SUPERNET_FILE).exists():
-                before = first if number == 1 else ctx.folder / f"stage-{number - 1}"
-                assert before is not None
-                begin = _beginning(before, found.alphas, steps[-1].refreshed)
-                _train(
-                    ctx,
-                    present,
-                    folder,
-                    number,
-                    begin,
-                    found.alphas,
-                    f"{name}: training a super-net of {format_count(present.size)}",
-                )
-            _score(
-                ctx,
-                present,
-                name,
-                folder,
-                trained if found.trains else None,
-                number,
-                dropped,
-                refreshed,
+            stage = _Stage(
+                metric=name,
+                number=number,
+                space=present,
+                folder=folder,
+                dropped=sum(len(step.dropped) for step in steps),
+                refreshed=any(step.refreshed for step in steps),
             )
+            trained = None
+            if shrink_metric.trains:
+                trained = first if number == 0 else folder
+                if number > 0 and not (folder / SUPERNET_FILE).exists():
+                    before = first if number == 1 else ctx.folder / f"stage-{number - 1}"
+                    assert before is not None
+                    _train_stage(ctx, stage, before, steps[-1].refreshed)
+            _score(ctx, stage, trained)
         step = ShrinkStep.load(folder / STEP)
         steps.append(step)
+        # Nothing may be dropped any more (shrink.keep): a further stage would be the same.
         if not step.dropped:
             break
-        present, dropped, refreshed = (
-            parse_space(read_bytes(folder / SPACE), str(folder / SPACE)),
-            dropped + len(step.dropped),
-            refreshed or step.refreshed,
-        )
+        present = parse_space(read_bytes(folder / SPACE), str(folder / SPACE))
+
     present.save(ctx.folder / SPACE)
     ShrinkPath(
         metric=name,
         space=space.name,
         space_sha256=space.sha256,
-        seed=experiment.seed,
+        seed=ctx.experiment.seed,
         base_epochs=config.base_epochs,
         steps=tuple(steps),
         shrunk_sha256=present.sha256,
     ).save(ctx.folder / PATH)
 
 
-def _score(
-    ctx: StageContext,
-    space: SearchSpace,
-    name: str,
-    folder: Path,
-    trained: Path | None,
-    number: int,
-    dropped: int,
-    refreshed: bool,
-) -> None:
-    """Score the operators, drop the worst, and write what is left."""
-    experiment, config, found = _sized(ctx.experiment, space), ctx.experiment.shrink, metric(name)
-    rng = np.random.default_rng([experiment.seed, number, 2])
-    context = MetricContext(space, rng, progress=ctx.progress)
-    if found.samples:
-        samples = (
-            config.evaluated_samples
-            if found.evaluates and config.evaluated_samples is not None
-            else config.samples
-        )
-        context.children = sample_children(space, config, samples, rng)
+def _train_stage(ctx: StageContext, stage: _Stage, before: Path, refreshed: bool) -> None:
+    """Train the super-net of a stage from that in ``before``. ``refreshed``: W replaces W0."""
+    with_alphas = metric(stage.metric).alphas
+    training = _SupernetTraining(
+        space=stage.space,
+        folder=stage.folder,
+        number=stage.number,
+        inherited=_inherited(before, with_alphas, refreshed),
+        with_alphas=with_alphas,
+        description=f"{stage.metric}: training a super-net of {format_count(stage.space.size)}",
+    )
+    _train(ctx, training)
+
+
+def _score(ctx: StageContext, stage: _Stage, trained: Path | None) -> None:
+    """Score the operators of a stage, drop the worst, and write the space that is left.
+
+    ``trained`` is the folder of the super-net; None if the metric needs none.
+    """
+    experiment = _at_resolution(ctx.experiment, stage.space)
+    config = ctx.experiment.shrink
+    shrink_metric = metric(stage.metric)
+    # The last number keeps this stream apart from those of alpha (3) and of the random
+    # shrinkings in shrink_eval.py (4).
+    rng = np.random.default_rng([experiment.seed, stage.number, 2])
+    context = MetricContext(stage.space, rng, progress=ctx.progress)
+    if shrink_metric.samples:
+        samples = config.samples
+        if shrink_metric.evaluates and config.evaluated_samples is not None:
+            samples = config.evaluated_samples
+        context.children = sample_children(stage.space, config, samples, rng)
     if trained is not None:
         context.initial = read_supernet(trained / INITIAL).to(best_device())
         context.trained = read_supernet(trained / SUPERNET_FILE).to(best_device())
         context.evaluator = SupernetEvaluator(context.trained, experiment)
-        context.evaluator.keep(folder / EVALUATIONS)
-        context.alphas = _read_alphas(trained) if found.alphas else {}
-    scores = found.scores(context)
-    gone = select_drops(space, scores, config)
-    left = remove_operators(space, gone, f"{_root(space.name, name)}-{name}-{number + 1}")
-    refresh = (
+        # Evaluations are kept in a file, so that an interrupted scoring resumes.
+        context.evaluator.keep(stage.folder / EVALUATIONS)
+        if shrink_metric.alphas:
+            context.alphas = _read_alphas(trained)
+
+    scores = shrink_metric.scores(context)
+    drops = select_drops(stage.space, scores, config)
+    name = f"{_original_name(stage.space.name, stage.metric)}-{stage.metric}-{stage.number + 1}"
+    shrunk = remove_operators(stage.space, drops, name)
+    refreshes = (
         config.refresh_after is not None
-        and not refreshed
-        and dropped + len(gone) > config.refresh_after
+        and not stage.refreshed
+        and stage.dropped + len(drops) > config.refresh_after
     )
     by_choice: dict[str, dict[str, float]] = {}
-    for key, option in operators(space):
+    for key, option in operators(stage.space):
         if (key, option) in scores:
             by_choice.setdefault(key, {})[option] = scores[key, option]
-    left.save(folder / SPACE)
-    supernet = context.trained
-    epochs = config.epochs if number else config.first_epochs
+
+    # step.json comes last: it marks the stage as finished.
+    shrunk.save(stage.folder / SPACE)
+    operation_on, params = None, None
+    if context.trained is not None:
+        operation_on = context.trained.config.operation_on
+        params = sum(weight.numel() for weight in context.trained.parameters())
+    epochs = 0.0
+    if shrink_metric.trains:
+        epochs = config.epochs if stage.number else config.first_epochs
     ShrinkStep(
-        size=space.size,
-        epochs=epochs if found.trains else 0.0,
-        operation_on=None if supernet is None else supernet.config.operation_on,
-        params=(
-            None if supernet is None else sum(weight.numel() for weight in supernet.parameters())
-        ),
+        size=stage.space.size,
+        epochs=epochs,
+        operation_on=operation_on,
+        params=params,
         children=len(context.children),
         scores=by_choice,
-        dropped=tuple(gone),
-        size_after=left.size,
-        refreshed=refresh,
-    ).save(folder / STEP)
+        dropped=tuple(drops),
+        size_after=shrunk.size,
+        refreshed=refreshes,
+    ).save(stage.folder / STEP)
     ctx.progress.info(
-        f"{name}, stage {number}: {len(gone)} of {len(scores)} scored operators dropped"
-        f" ({', '.join(f'{key} {option}' for key, option in gone)}; a choice's last operator stays,"
-        f" and is not scored); {format_count(space.size)} architectures -> {format_count(left.size)}"
+        f"{stage.metric}, stage {stage.number}: {len(drops)} of {len(scores)} scored operators"
+        f" dropped ({', '.join(f'{key} {option}' for key, option in drops)}; a choice's last"
+        f" operator stays, and is not scored); {format_count(stage.space.size)} architectures ->"
+        f" {format_count(shrunk.size)}"
     )
 
 
-def _root(space: str, name: str) -> str:
-    """The name of the space that a shrunk one came from."""
+def _original_name(space: str, name: str) -> str:
+    """The name of the space from which the metric ``name`` has shrunk ``space``."""
     return space.rpartition(f"-{name}-")[0] or space
 
 
-def _beginning(before: Path, alphas: bool, refreshed: bool) -> _Begin:
+def _inherited(before: Path, alphas: bool, refreshed: bool) -> _Inherited:
+    """What is in the folder ``before`` of the stage before. ``refreshed``: W replaces W0."""
     trained = read_supernet(before / SUPERNET_FILE)
-    return _Begin(
-        trained if refreshed else read_supernet(before / INITIAL),
-        trained,
-        _read_alphas(before) if alphas else {},
-    )
+    initial = trained if refreshed else read_supernet(before / INITIAL)
+    return _Inherited(initial, trained, _read_alphas(before) if alphas else {})
 
 
 def _read_alphas(folder: Path) -> Scores:
-    return {
-        (key, option): value
-        for key, values in json.loads((folder / ALPHAS).read_text()).items()
-        for option, value in values.items()
-    }
+    scores: Scores = {}
+    for key, values in json.loads((folder / ALPHAS).read_text()).items():
+        for option, value in values.items():
+            scores[key, option] = value
+    return scores
 
 
-def _sized(experiment: Experiment, space: SearchSpace) -> Experiment:
+def _write_alphas(folder: Path, space: SearchSpace, alphas: Alphas) -> None:
+    values = {}
+    for choice in space.choices:
+        options = map(str, choice.options)
+        values[choice.key] = dict(zip(options, alphas.values[choice.key].tolist(), strict=True))
+    text = json.dumps(values, indent=1, sort_keys=True) + "\n"
+    write_atomic(folder / ALPHAS, text.encode())
+
+
+def _at_resolution(experiment: Experiment, space: SearchSpace) -> Experiment:
     return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
 
-def _train(
-    ctx: StageContext,
-    space: SearchSpace,
-    folder: Path,
-    number: int,
-    begin: _Begin | None,
-    with_alphas: bool,
-    description: str,
-) -> None:
-    """Train the super-net of a stage into ``folder``, with W0 beside it, going on where it was."""
+def _train(ctx: StageContext, training: _SupernetTraining) -> None:
+    """Train the super-net of a stage and save it, together with its W0. An interrupted
+    training resumes.
+    """
     config = ctx.experiment.shrink
-    experiment = _training(ctx.experiment, space, number)
+    space, folder, inherited = training.space, training.folder, training.inherited
+    experiment = _training_experiment(ctx.experiment, space, training.number)
+    # Shrinking has no budget: half-way through the range of MACs stands in for the target
+    # that a search context needs.
     cost = CostModel.of_macs(space)
     low, high = cost.range()
     search = SearchContext(
@@ -328,73 +394,66 @@ def _train(
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, folder)
     engine, supernet = prepared.engine, prepared.evaluator.supernet
-    if begin is not None:
+    if inherited is not None:
         initial = make_supernet(space, torch.Generator().manual_seed(0), supernet.config)
-        initial.copy_weights(begin.initial)
-        supernet.copy_weights(begin.trained.to(engine.device))
+        initial.copy_weights(inherited.initial)
+        supernet.copy_weights(inherited.trained.to(engine.device))
         initial.save(folder / INITIAL)
-    rng = np.random.default_rng([experiment.seed, number, 3])
-    alphas = (
-        Alphas(space, rng, init_std=1e-3, lr=config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3)
-        if with_alphas
-        else None
-    )
-    if alphas is not None:
-        if begin is not None:
-            _carry_alphas(space, begin.alphas, alphas)
+    alphas = None
+    if training.with_alphas:
+        rng = np.random.default_rng([experiment.seed, training.number, 3])
+        alphas = Alphas(
+            space, rng, init_std=1e-3, lr=config.alpha_lr, betas=(0.5, 0.999), weight_decay=1e-3
+        )
+        if inherited is not None:
+            _inherit_alphas(space, inherited.alphas, alphas)
+        # Alphas are part of the checkpoint, or a resumed training would restart them.
         engine.extra = {**engine.extra, "alphas": alphas}
 
-    def step(at: int) -> Metrics:
-        metrics = prepared.step(at)
-        if alphas is not None and at % config.alpha_every == 0:
+    def step(number: int) -> Metrics:
+        metrics = prepared.step(number)
+        if alphas is not None and number % config.alpha_every == 0:
             held_out = search.loss(alphas.softmax())
             alphas.update(held_out)
             metrics |= {"held_out_loss": float(held_out.detach()), "entropy": alphas.entropy()}
         return metrics
 
-    base = (
-        base_step(config.base_epochs, config.first_epochs, engine.steps) if begin is None else None
-    )
+    # A later stage inherits its W0, which is saved already.
+    base = None
+    if inherited is None:
+        base = base_step(config.base_epochs, config.first_epochs, engine.steps)
     engine.resume()
-    engine.fit(saving_at(step, base, supernet, folder / INITIAL), ctx.progress, description)
+    saving_step = saving_at(step, base, supernet, folder / INITIAL)
+    engine.fit(saving_step, ctx.progress, training.description)
     if alphas is not None:
-        values = {
-            choice.key: {
-                str(option): value
-                for option, value in zip(
-                    choice.options, alphas.values[choice.key].tolist(), strict=True
-                )
-            }
-            for choice in space.choices
-        }
-        write_atomic(
-            folder / ALPHAS, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
-        )
+        _write_alphas(folder, space, alphas)
+    # Last, because this file marks the training of a stage as finished.
     supernet.save(folder / SUPERNET_FILE)
     engine.finish()
 
 
-def _training(experiment: Experiment, space: SearchSpace, number: int) -> Experiment:
-    """The experiment that trains the super-net of a stage: each sees other batches and paths."""
-    config, search = experiment.shrink, experiment.search
-    levels = config.operation_on or (search.supernet.operation_on,)
-    supernet = search.supernet.model_copy(
-        update={"operation_on": levels[min(number, len(levels) - 1)]}
-    )
+def _training_experiment(experiment: Experiment, space: SearchSpace, number: int) -> Experiment:
+    """The experiment that trains the super-net of stage ``number``."""
+    config = experiment.shrink
+    levels = config.operation_on or (experiment.search.supernet.operation_on,)
+    # Stages beyond the last level stay at that level.
+    level = levels[min(number, len(levels) - 1)]
     update = {
         "epochs": config.epochs if number else config.first_epochs,
-        "supernet": supernet,
+        "supernet": experiment.search.supernet.model_copy(update={"operation_on": level}),
         "limits": (),
     }
-    return _sized(experiment, space).model_copy(
+    return _at_resolution(experiment, space).model_copy(
         update={
-            "search": search.model_copy(update=update),
+            "search": experiment.search.model_copy(update=update),
+            # Another seed for each stage, so that it sees other batches and paths.
             "seed": (experiment.seed + 7919 * number) % 2**31,
         }
     )
 
 
-def _carry_alphas(space: SearchSpace, before: Scores, alphas: Alphas) -> None:
+def _inherit_alphas(space: SearchSpace, before: Scores, alphas: Alphas) -> None:
+    """Copy the values of the options that are still in ``space``."""
     with torch.no_grad():
         for choice in space.choices:
             for position, option in enumerate(choice.options):

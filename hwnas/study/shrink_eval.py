@@ -1,8 +1,8 @@
-"""What a shrinking has left, by the accuracies of networks that were trained alone; and
-what chance, and an oracle, would leave.
+"""How good the networks are that a shrinking leaves, by their accuracies when trained
+standalone, compared with chance and with an oracle.
 
-``chance`` drops random operators by the same rule, ``oracle`` those whose networks,
-among those left, have the lowest mean accuracy.
+``chance`` drops random operators by the same rule. ``oracle`` drops the operators whose
+networks, among those that are left, have the lowest mean accuracy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import takewhile
 
 import numpy as np
 
@@ -40,48 +39,43 @@ from hwnas.study.truth import Truth
 RESULT = "shrink.json"
 
 REPEATS = 200
-"""Random shrinkings (ours)."""
+"""Number of random shrinkings that ``chance`` averages over (our choice)."""
 
 
 class Known:
-    """The networks whose accuracy is known, by operator: ``accuracy_N`` in 0..1, and
-    which of them contain an operator.
+    """The networks of known accuracy: ``accuracy_N`` in 0..1, ``top_N`` (bool [N], the
+    best tenth), and which of them contain each operator.
     """
 
     def __init__(self, space: SearchSpace, truth: Truth) -> None:
         self.accuracy_N = truth.mean
         self.top_N = np.zeros(len(truth.names), dtype=bool)
         self.top_N[best_tenth(truth.mean)] = True
-        columns = {
-            choice.key: [
-                str(picks[choice.key]) if space.kept(choice.key, picks) else None
-                for picks in truth.picks
-            ]
-            for choice in shrinkable(space)
-        }
-        self._holds = {
-            (key, option): np.array([each == option for each in columns[key]])
-            for key, option in operators(space)
-        }
+        columns = {choice.key: _options(space, truth, choice.key) for choice in shrinkable(space)}
+        self._contains = {}
+        for key, option in operators(space):
+            self._contains[key, option] = np.array([value == option for value in columns[key]])
 
     def left(self, dropped: Sequence[Operator]) -> np.ndarray:
         """Which networks contain none of the dropped operators: bool [N]."""
-        gone = [self._holds[operator] for operator in dropped]
-        return ~np.any(gone, axis=0) if gone else np.ones(len(self.accuracy_N), dtype=bool)
+        if not dropped:
+            return np.ones(len(self.accuracy_N), dtype=bool)
+        gone_N: np.ndarray = np.any([self._contains[operator] for operator in dropped], axis=0)
+        return ~gone_N
 
     def means(self, wanted: Sequence[Operator], left_N: np.ndarray) -> Scores:
-        """Mean accuracy of the networks left that contain each of ``wanted``; those
-        that are in none are left out.
+        """The mean accuracy of the remaining networks that contain each operator of
+        ``wanted``. Operators that no remaining network contains are omitted.
         """
-        found = {operator: left_N & self._holds[operator] for operator in wanted}
-        return {
-            operator: float(self.accuracy_N[each_N].mean())
-            for operator, each_N in found.items()
-            if each_N.any()
-        }
+        means: Scores = {}
+        for operator in wanted:
+            with_operator_N = left_N & self._contains[operator]
+            if with_operator_N.any():
+                means[operator] = float(self.accuracy_N[with_operator_N].mean())
+        return means
 
     def remaining(self, left_N: np.ndarray) -> Remaining:
-        """The numbers of the networks that are left."""
+        """Statistics of the remaining networks (``left_N``: bool [N])."""
         accuracy_n = self.accuracy_N[left_N]
         if not len(accuracy_n):
             return Remaining(networks=0)
@@ -95,9 +89,17 @@ class Known:
         )
 
 
+def _options(space: SearchSpace, truth: Truth, key: str) -> list[str | None]:
+    """The option of every network at a choice; None if the network does not use it."""
+    options: list[str | None] = []
+    for picks in truth.picks:
+        options.append(str(picks[key]) if space.kept(key, picks) else None)
+    return options
+
+
 def compare(ctx: StageContext, space: SearchSpace, truth: Truth | None) -> None:
-    """Write ``shrink.json``: the paths of all metrics, and what they are worth where
-    accuracies are known.
+    """Write ``shrink.json``: the paths of all metrics and, if ``truth`` is given, the
+    true accuracies of the networks that they leave.
     """
     experiment = ctx.experiment
     paths = tuple(
@@ -122,21 +124,23 @@ def compare(ctx: StageContext, space: SearchSpace, truth: Truth | None) -> None:
 
 
 def curve(known: Known, name: str, steps: Sequence[ShrinkStep]) -> ShrinkCurve:
-    """What the stages of a shrinking have left."""
+    """What each stage of a shrinking has left, starting with the full space."""
     dropped: list[Operator] = []
-    remaining, taus = [known.remaining(known.left(()))], []
+    remaining = [known.remaining(known.left(()))]
+    taus = []
     for step in steps:
-        scores = {
-            (key, option): score
-            for key, options in step.scores.items()
-            for option, score in options.items()
-        }
+        scores: Scores = {}
+        for key, options in step.scores.items():
+            for option, score in options.items():
+                scores[key, option] = score
         truth = known.means(list(scores), known.left(dropped))
-        both = [operator for operator in scores if operator in truth]
-        tau = kendall(
-            np.array([scores[operator] for operator in both]),
-            np.array([truth[operator] for operator in both]),
-        )
+        scored = []
+        true = []
+        for operator, score in scores.items():
+            if operator in truth:
+                scored.append(score)
+                true.append(truth[operator])
+        tau = kendall(np.array(scored), np.array(true))
         taus.append(tau if math.isfinite(tau) else None)
         dropped += step.dropped
         remaining.append(known.remaining(known.left(dropped)))
@@ -144,15 +148,15 @@ def curve(known: Known, name: str, steps: Sequence[ShrinkStep]) -> ShrinkCurve:
 
 
 def oracle(known: Known, space: SearchSpace, config: ShrinkConfig) -> ShrinkCurve:
-    """Shrinking by the truth itself."""
+    """Shrinking by the true mean accuracy of each operator's networks."""
     remaining = _simulated(known, space, config, lambda wanted, left_N: known.means(wanted, left_N))
     return ShrinkCurve(name="oracle", remaining=tuple(remaining))
 
 
 def chance(known: Known, space: SearchSpace, config: ShrinkConfig, seed: int) -> Chance:
-    """Random shrinking, ``REPEATS`` times, as long as any of them has known networks left.
+    """Random shrinking, ``REPEATS`` times, until none of the runs has known networks left.
 
-    A run that reached its end earlier counts with what it had left.
+    A run that ended earlier counts with its last stage from then on.
     """
     runs = []
     for repeat in range(REPEATS):
@@ -160,18 +164,21 @@ def chance(known: Known, space: SearchSpace, config: ShrinkConfig, seed: int) ->
         runs.append(_simulated(known, space, config, score))
     stages = max(map(len, runs))
     padded = [run + [run[-1]] * (stages - len(run)) for run in runs]
-    means = [
-        [run[stage].mean for run in padded if run[stage].mean is not None]
-        for stage in range(stages)
-    ]
-    means = list(takewhile(bool, means))
-    tenths = [[run[stage].best_tenth or 0.0 for run in padded] for stage in range(len(means))]
-    return Chance(
-        repeats=REPEATS, mean=tuple(map(_band, means)), best_tenth=tuple(map(_band, tenths))
-    )
+
+    mean_bands = []
+    tenth_bands = []
+    for stage in range(stages):
+        at_stage = [run[stage] for run in padded]
+        means = [remaining.mean for remaining in at_stage if remaining.mean is not None]
+        if not means:
+            break
+        mean_bands.append(_band(means))
+        tenth_bands.append(_band([remaining.best_tenth or 0.0 for remaining in at_stage]))
+    return Chance(repeats=REPEATS, mean=tuple(mean_bands), best_tenth=tuple(tenth_bands))
 
 
-def _band(values: Sequence[float | None]) -> tuple[float, float, float]:
+def _band(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean and the 5 % and 95 % quantiles."""
     array = np.array(values, dtype=float)
     low, high = np.quantile(array, [0.05, 0.95])
     return float(array.mean()), float(low), float(high)
@@ -180,8 +187,8 @@ def _band(values: Sequence[float | None]) -> tuple[float, float, float]:
 def _random_scores(
     rng: np.random.Generator, wanted: list[Operator], left_N: np.ndarray
 ) -> dict[Operator, float]:
-    del left_N
-    return {each: float(rng.random()) for each in wanted}
+    del left_N  # the signature of a score; random scores do not look at the networks
+    return {operator: float(rng.random()) for operator in wanted}
 
 
 def _simulated(
@@ -190,48 +197,57 @@ def _simulated(
     config: ShrinkConfig,
     score: Callable[[list[Operator], np.ndarray], Mapping[Operator, float]],
 ) -> list[Remaining]:
-    """A shrinking whose scores need no super-net."""
+    """The stages of a shrinking by ``score`` (operators, remaining networks) -> scores,
+    which needs no super-net.
+    """
     dropped: list[Operator] = []
-    found = [known.remaining(known.left(()))]
+    stages = [known.remaining(known.left(()))]
     present = space
     while present.size > config.until and shrinkable(present):
-        gone = select_drops(present, score(operators(present), known.left(dropped)), config)
-        if not gone:
+        scores = score(operators(present), known.left(dropped))
+        drops = select_drops(present, scores, config)
+        if not drops:
             break
-        dropped += gone
-        present = remove_operators(present, gone, space.name)
-        found.append(known.remaining(known.left(dropped)))
-    return found
+        dropped += drops
+        present = remove_operators(present, drops, space.name)
+        stages.append(known.remaining(known.left(dropped)))
+    return stages
 
 
 def shown(name: str) -> str:
-    """What a curve is called beside ``chance``: the metric random is one draw, not the
-    mean of many.
+    """The label of a curve. It keeps the metric ``random``, which is a single run, apart
+    from ``chance``, which is a mean of many.
     """
     return "random (one run)" if name == "random" else name
 
 
 def lines(study: ShrinkStudy) -> list[str]:
     """The result in words."""
-    found = []
+    report = []
     for path in study.paths:
-        sizes = [step.size for step in path.steps[:1]] + [step.size_after for step in path.steps]
-        found.append(f"{shown(path.metric)}: {' -> '.join(map(format_count, sizes))} architectures")
-    for each in (*study.curves, *([study.oracle] if study.oracle is not None else [])):
-        means = " -> ".join(_percent(left.mean) for left in each.remaining)
+        sizes = [step.size for step in path.steps[:1]]
+        sizes += [step.size_after for step in path.steps]
+        report.append(
+            f"{shown(path.metric)}: {' -> '.join(map(format_count, sizes))} architectures"
+        )
+    curves = list(study.curves)
+    if study.oracle is not None:
+        curves.append(study.oracle)
+    for each in curves:
+        means = " -> ".join(_percent(remaining.mean) for remaining in each.remaining)
         last = each.remaining[-1]
-        found.append(
+        report.append(
             f"{shown(each.name)}: mean true accuracy {means}; {_percent(last.best_tenth)} of the"
             f" best tenth left, the best {_percent(last.best)}"
         )
     if study.chance is not None:
         mean, low, high = study.chance.mean[-1]
-        found.append(
+        report.append(
             f"chance ({study.chance.repeats} random shrinkings):"
             f" {_percent(study.chance.mean[0][0])} -> {_percent(mean)} (90 %: {_percent(low)} to"
             f" {_percent(high)}); {_percent(study.chance.best_tenth[-1][0])} of the best tenth left"
         )
-    return found
+    return report
 
 
 def _percent(value: float | None) -> str:

@@ -1,4 +1,6 @@
-"""The super-nets of a study: trained as a search would train them, or taken from earlier runs."""
+"""The super-nets of a study: trained as a search would train them, or taken from
+earlier runs.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,15 @@ EVAL_ONLY_KEYS = (
     "random_samples",
     "finder",
 )
-"""Settings of a search that its super-net's training has nothing to do with.
-``quality`` is none of them: policies are rewarded by it.
+"""Keys of ``search`` that do not affect the training of its super-net. ``quality`` is
+not one of them: it is the reward of policies.
 """
 
 BASE_FILE = "base.safetensors"
-"""The super-net as it was after ``study.base_epochs``."""
+"""The super-net after ``study.base_epochs`` epochs."""
 
 Step = Callable[[int], Metrics]
-"""What an engine fits: the number of a step -> what it logs."""
+"""A training step: its number -> the metrics to log."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Trained:
     """The file of a trained super-net, the seed that initialised it, and the strategy
     that trained it.
 
-    ``base`` is the file of the weights that the angle is from; None: those of the initialisation.
+    ``base`` is the file of the weights that the angle is measured from; None means the
+    initial weights.
     """
 
     seed: int
@@ -55,21 +58,20 @@ class Trained:
 def training(experiment: Experiment, seed: int) -> Experiment:
     """The experiment that trains the super-net of ``seed``.
 
-    A budget of latency without ``search.table`` has no prices: half-way through the
-    MACs of the space is taken instead, within which strategies that steer by their
-    budget are free to go where they like. What only says how architectures are evaluated
-    afterwards is as by default, so that a study of other settings takes over the
-    super-nets that are there.
+    Keys that only affect the evaluation of architectures afterwards are set to their
+    defaults, so that a study that changes them can reuse the trained super-nets.
+
+    A latency budget without ``search.table`` has no costs. The middle of the range of
+    MACs of the space replaces it, with a tolerance that leaves strategies that follow
+    their budget free to move.
     """
-    search = experiment.search.model_copy(
-        update={name: SearchConfig.model_fields[name].default for name in EVAL_ONLY_KEYS}
-    )
+    defaults = {name: SearchConfig.model_fields[name].default for name in EVAL_ONLY_KEYS}
+    search = experiment.search.model_copy(update=defaults)
     if search.table is None and search.by_table:
-        place = 0.5 if search.target_range is None else search.target_range
         middle = {
             "target_ms": None,
             "budget": MacsLimit(kind="macs"),
-            "target_range": place,
+            "target_range": 0.5 if search.target_range is None else search.target_range,
             "tolerance": 0.5,
         }
         search = search.model_copy(update=middle)
@@ -77,13 +79,13 @@ def training(experiment: Experiment, seed: int) -> Experiment:
 
 
 def check(experiment: Experiment, space: SearchSpace) -> None:
-    """Raise ConfigError where the configuration names no super-net that a study can
-    use, or none with an angle.
+    """Raise ConfigError if the configuration gives no super-net that a study can use, or
+    asks for an angle that its super-nets do not have.
     """
     if not task_of(experiment).studied:
         raise ConfigError(
-            f"task = {experiment.task!r} has no study: the accuracies that are known are those of"
-            " classifiers."
+            f"task = {experiment.task!r} cannot be studied: true accuracies are known for"
+            " classifiers only."
         )
     config = experiment.search
     if config.weights is not None:
@@ -94,12 +96,12 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
     base = experiment.study.base_epochs
     if base and experiment.study.supernets:
         raise ConfigError(
-            f"study.base_epochs = {base:g}, but only the last weights of study.supernets are there:"
+            f"study.base_epochs = {base:g}, but runs in study.supernets keep only the last weights:"
             " leave it at 0."
         )
     if base >= config.epochs:
         raise ConfigError(
-            f"study.base_epochs = {base:g} is no part of search.epochs = {config.epochs:g}:"
+            f"study.base_epochs = {base:g} is not below search.epochs = {config.epochs:g}:"
             " lower it."
         )
     if not experiment.study.supernets and not STRATEGIES.get(config.strategy.name).shares:
@@ -110,14 +112,14 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
     grows = not experiment.study.supernets and bool(search_strategy(config).growth(space))
     if grows and "angle" in experiment.study.scores:
         raise ConfigError(
-            f"strategy {config.strategy.name!r} begins its super-net anew as it grows, so an angle"
-            " from its first weights says nothing: remove angle from study.scores."
+            f"strategy {config.strategy.name!r} initialises its super-net again as it grows, so an"
+            " angle from its first weights says nothing: remove angle from study.scores."
         )
 
 
 def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
-    """Train the super-net of ``ctx.experiment`` (see ``training``) into
-    ``shared.safetensors``, going on where it was.
+    """Train the super-net of ``ctx.experiment`` (see ``training``) and write
+    ``shared.safetensors``. An interrupted training resumes.
     """
     experiment = ctx.experiment.model_copy(
         update={"data": ctx.experiment.data.at(space.resolution)}
@@ -127,8 +129,8 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> 
     prepared = prepare(experiment, space, search, ctx.folder)
     engine, supernet = prepared.engine, prepared.evaluator.supernet
     base = base_epochs(experiment)
-    at = base_step(base, experiment.search.epochs, engine.steps) if base else None
-    step = saving_at(prepared.step, at, supernet, ctx.folder / BASE_FILE)
+    saved_at = base_step(base, experiment.search.epochs, engine.steps) if base else None
+    step = saving_at(prepared.step, saved_at, supernet, ctx.folder / BASE_FILE)
     engine.resume()
     engine.fit(
         step,
@@ -140,41 +142,41 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> 
 
 
 def outputs(experiment: Experiment) -> list[str]:
-    """The files of a training."""
-    return [SUPERNET_FILE, *([BASE_FILE] if base_epochs(experiment) else [])]
+    """The names of the files that a training writes."""
+    return [SUPERNET_FILE, BASE_FILE] if base_epochs(experiment) else [SUPERNET_FILE]
 
 
 def base_epochs(experiment: Experiment) -> float:
-    """``study.base_epochs``, where an angle is asked for."""
+    """``study.base_epochs``; 0 if no angle is scored."""
     return experiment.study.base_epochs if "angle" in experiment.study.scores else 0.0
 
 
 def base_step(base_epochs: float, epochs: float, steps: int) -> int:
-    """The step before which ``base_epochs`` of ``epochs`` are over."""
+    """The first step after ``base_epochs`` of ``epochs``, in a training of ``steps``."""
     return min(steps - 1, round(steps * base_epochs / epochs))
 
 
 def saving_at(step: Step, at: int | None, supernet: GatedNetworks, path: Path) -> Step:
-    """A training's steps, with the super-net saved before step ``at``."""
+    """``step``, with the super-net saved to ``path`` before step ``at`` (None: never)."""
 
-    def saving(number: int) -> Metrics:
+    def saving_step(number: int) -> Metrics:
         if number == at:
             supernet.save(path)
         return step(number)
 
-    return saving
+    return saving_step
 
 
 def earlier(folder: str) -> Trained:
-    """The super-net of an earlier run's search. Raises ConfigError where there is none,
-    or none that is finished.
+    """The super-net of the search in ``folder``. Raises ConfigError if there is none, or
+    the search is not finished.
     """
     path = trained_supernet(folder, "study.supernets")
-    result = path.parent / "search.json"
-    if not result.is_file():
+    result_path = path.parent / "search.json"
+    if not result_path.is_file():
         raise ConfigError(
-            f"study.supernets: {path.parent} has no search.json, which says its seed: finish that"
+            f"study.supernets: {path.parent} has no search.json, which holds its seed: finish that"
             " search first."
         )
-    found = SearchResult.load(result)
-    return Trained(found.seed, path, found.strategy)
+    result = SearchResult.load(result_path)
+    return Trained(result.seed, path, result.strategy)

@@ -1,24 +1,27 @@
 """Many independent trainings: one after another, in several processes of this computer,
 or on a Ray cluster.
 
-    study.processes = 1     in this process, one after another
-    study.processes = n     n processes at a time, each of which trains one network of the study and ends
-    study.ray_address       a task of a Ray cluster each, as many at a time as it has CPUs (``study.threads`` each) and
-                            ``study.ray_gpus``; see hwnas/study/cluster.py
+- ``study.processes = 1``: in this process, one after another.
+- ``study.processes = n``: n processes at a time; each trains one network of the study
+  and ends.
+- ``study.ray_address``: each training is a task of a Ray cluster. As many run at a time
+  as the cluster has CPUs (``study.threads`` each) and GPUs (``study.ray_gpus`` each);
+  see hwnas/study/cluster.py.
 
-**The same numbers either way.** A training knows nothing of the others: its random
-draws are functions of its seed and step, and the threads it computes with, which decide
-the last bits of a float, are a setting of the study. One, two or twenty processes
-therefore give the same bits on like machines; processors of another kind, or other
-versions of torch, may not.
+**The numbers do not depend on where trainings run.** A training knows nothing of the
+others: its random draws are functions of its seed and step. The number of threads it
+computes with, which affects the last bits of a float, is a setting of the study. One,
+two or twenty processes therefore give the same bits on machines of the same kind. Other
+processors or other versions of torch may not.
 
-**Failures.** A training that fails, or whose process is killed, is reported by one line
-and leaves the others alone; the same command tries it again from its checkpoint. Within
-one process a kill ends the study, which goes on with the next command.
+**Failures.** A training that fails, or whose process is killed, is reported in one line
+and does not affect the others. The same command resumes it from its checkpoint. If all
+trainings run in one process, a kill ends the study, which also resumes with the same
+command.
 
-A child process reads its order from standard input, one line of JSON, and ends with it:
-no orphan goes on writing after its parent was killed. It answers in events, a line of
-JSON each.
+A child process reads its order, one line of JSON, from standard input, and exits when
+standard input is closed, so that no orphan keeps writing after its parent was killed.
+It answers with events, each a line of JSON.
 """
 
 from __future__ import annotations
@@ -51,22 +54,22 @@ from hwnas.progress import Progress, Task
 from hwnas.runs import StageContext, stage
 
 EVENT_SECONDS = 0.5
-"""How often, at most, a training in another process says that it has advanced."""
+"""The shortest time between two progress events of a training in another process."""
 
 Event = dict[str, Any]
-"""What happened in a training: ``event`` is begin, advance, end, say, detail, warn,
-files, done or failed.
+"""An event of a training: ``event`` is begin, advance, end, say, detail, warn, files,
+done or failed.
 """
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training, a stage of its own in ``root / name``; ``inputs`` and ``outputs``
-    are its manifest's (hwnas/runs.py).
+    """One training: a stage in ``root / name`` with ``inputs`` and ``outputs`` for its
+    manifest (hwnas/runs.py).
 
-    ``function`` is named as ``module:function``, so that another process finds it. It
-    is called with a StageContext of ``experiment``, the space and the table (None where
-    none is needed), and goes on from the files that it finds in its folder.
+    ``function`` is written as ``module:function``, so that another process can import
+    it. It is called with a StageContext of ``experiment``, the space, and the table (None
+    if the search needs none), and resumes from the files in its folder.
     """
 
     name: str
@@ -80,11 +83,11 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        """Where it reads and writes."""
+        """The folder that the training reads and writes."""
         return self.root / self.name
 
     def order(self) -> dict[str, Any]:
-        """All of it as JSON, for another process."""
+        """The training as JSON, for another process."""
         return {
             "name": self.name,
             "function": self.function,
@@ -98,7 +101,7 @@ class Training:
 
     @classmethod
     def of(cls, order: Mapping[str, Any]) -> Training:
-        """The reverse of ``order``."""
+        """The training of an ``order``."""
         return cls(
             name=order["name"],
             function=order["function"],
@@ -112,9 +115,12 @@ class Training:
 
 
 def threads_of(config: StudyConfig, trainings: int) -> int | None:
-    """The threads of each training; None: as many as torch takes. What has to be
-    trained decides, not how many processes do it.
+    """The number of threads of each training; None means torch's default.
+
+    ``trainings`` is the number of trainings of the whole study.
     """
+    # It depends on the study, not on how many processes run it: the number of threads
+    # affects the last bits of the results.
     if config.threads is not None:
         return config.threads
     return 1 if trainings > 1 else None
@@ -123,46 +129,53 @@ def threads_of(config: StudyConfig, trainings: int) -> int | None:
 def run(
     trainings: Sequence[Training], config: StudyConfig, threads: int | None, progress: Progress
 ) -> dict[str, str]:
-    """Perform all trainings; why some failed, by name. Raises ConfigError where the
-    cluster cannot be reached.
+    """Perform all trainings. Returns the reasons of failed trainings by name. Raises
+    ConfigError if the cluster cannot be reached.
     """
     if config.ray_address is None and config.processes == 1:
-        return _here(trainings, threads, progress)
+        return _run_here(trainings, threads, progress)
     if not trainings:
         return {}
     if config.ray_address is None:
         events = _local(trainings, config.processes, threads)
     else:
-        from hwnas.study.cluster import on_cluster  # it performs its trainings by this module
+        # Imported here, because that module imports this one.
+        from hwnas.study.cluster import on_cluster
 
         events = on_cluster(trainings, config, threads)
     failed: dict[str, str] = {}
     with progress.tasks() as begin, contextlib.closing(events):
-        shown = {training.name: _Line(training.name, progress, begin) for training in trainings}
+        lines = {training.name: _Line(training.name, progress, begin) for training in trainings}
         for training, event in events:
             if event["event"] == "failed":
                 failed[training.name] = event["reason"]
-            shown[training.name].show(event)
+            lines[training.name].show(event)
     return failed
 
 
-def _here(trainings: Sequence[Training], threads: int | None, progress: Progress) -> dict[str, str]:
+def _run_here(
+    trainings: Sequence[Training], threads: int | None, progress: Progress
+) -> dict[str, str]:
+    """Perform all trainings in this process."""
     failed: dict[str, str] = {}
     for training in trainings:
-        line = _Titled(training.name, progress)
+        titled = _Titled(training.name, progress)
         started = time.monotonic()
         try:
-            perform(training, threads, line)
-        except Exception as error:  # as in a process of its own: whatever it is, the others go on
+            perform(training, threads, titled)
+        # Any exception: as with separate processes, it must not stop the other trainings.
+        except Exception as error:
             failed[training.name] = reason(error)
-            line.warning(failed[training.name])
+            titled.warning(failed[training.name])
         else:
-            line.info(f"done in {time.monotonic() - started:.0f} s")
+            titled.info(f"done in {time.monotonic() - started:.0f} s")
     return failed
 
 
 def perform(training: Training, threads: int | None, progress: Progress) -> None:
-    """Do a training in this process, with so many threads, going on where its folder says."""
+    """Perform a training in this process with ``threads`` threads (None: torch's
+    default). It resumes from the files in its folder.
+    """
     module, _, name = training.function.partition(":")
     function: Callable[[StageContext, SearchSpace, LatencyTable | None], None] = getattr(
         importlib.import_module(module), name
@@ -178,6 +191,7 @@ def perform(training: Training, threads: int | None, progress: Progress) -> None
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
+    """A context with ``count`` torch threads (None: as many as before)."""
     import torch
 
     before = torch.get_num_threads()
@@ -190,16 +204,15 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Why something failed, in one line."""
-    first = str(error).strip().partition("\n")[0]
-    return (
-        first
-        if isinstance(error, HwnasError)
-        else f"{type(error).__name__}: {first}".removesuffix(": ")
-    )
+    first_line = str(error).strip().partition("\n")[0]
+    if isinstance(error, HwnasError):
+        return first_line
+    # Messages of other errors, for instance KeyError, may say nothing without their type.
+    return f"{type(error).__name__}: {first_line}".removesuffix(": ")
 
 
 class _Titled(Progress):
-    """Another progress, each line begun with a title."""
+    """Another progress, with a title before each line."""
 
     def __init__(self, title: str, progress: Progress) -> None:
         self.title, self.progress = title, progress
@@ -220,18 +233,20 @@ class _Titled(Progress):
 
 
 class _Line:
-    """The line of one training among several that run at once: its events as a bar and
-    as messages.
+    """The line of one of several concurrent trainings: shows its events as a bar and as
+    messages.
     """
 
     def __init__(
         self, name: str, progress: Progress, begin: Callable[[str, int, int], Task]
     ) -> None:
-        self.messages, self.name, self._begin = _Titled(name, progress), name, begin
+        self.name = name
+        self.messages = _Titled(name, progress)
         self.bar: Task | None = None
+        self._begin = begin
 
     def show(self, event: Event) -> None:
-        """Draw or say what happened."""
+        """Show an event."""
         kind = event["event"]
         if kind in ("begin", "end", "done", "failed") and self.bar is not None:
             self.bar.end()
@@ -242,8 +257,12 @@ class _Line:
             )
         elif kind == "advance" and self.bar is not None:
             self.bar.advance(event["steps"], event["note"])
-        elif kind in ("say", "detail", "warn"):
-            getattr(self.messages, kind)(event["text"])
+        elif kind == "say":
+            self.messages.info(event["text"])
+        elif kind == "detail":
+            self.messages.debug(event["text"])
+        elif kind == "warn":
+            self.messages.warning(event["text"])
         elif kind == "done":
             self.messages.info(f"done in {event['seconds']:.0f} s")
         elif kind == "failed":
@@ -251,15 +270,11 @@ class _Line:
             self.messages.debug(event.get("traceback", ""))
 
 
-# --- processes of this computer
-# -------------------------------------------------------------------------------------------------------
-
-
 def _local(
     trainings: Sequence[Training], processes: int, threads: int | None
 ) -> Generator[tuple[Training, Event], None, None]:
-    """What happens in the trainings, of which ``processes`` run at a time. All of them
-    end with this iterator.
+    """Yield the events of the trainings, of which ``processes`` run at a time. Closing
+    this generator kills them.
     """
     waiting: queue.SimpleQueue[Training] = queue.SimpleQueue()
     events: queue.SimpleQueue[tuple[Training, Event] | None] = queue.SimpleQueue()
@@ -277,7 +292,8 @@ def _local(
         except queue.Empty:
             pass
         finally:
-            events.put(None)  # whatever happens, or the study would wait for ever
+            # After any error as well, or the study would wait for this worker for ever.
+            events.put(None)
 
     workers = [
         threading.Thread(target=work, daemon=True) for _ in range(min(processes, len(trainings)))
@@ -294,6 +310,7 @@ def _local(
                 yield event
     finally:
         stopped.set()
+        # A loop, because a worker may have been about to start its next child.
         while any(worker.is_alive() for worker in workers):
             for process in list(alive):
                 process.kill()
@@ -305,11 +322,16 @@ def child(
     alive: set[subprocess.Popen[str]] | None = None,
     folder: Path | None = None,
 ) -> Iterator[Event]:
-    """Perform an order in a process of its own, in ``folder`` or in this one's; its
-    events, of which the last is done or failed.
+    """Perform an order in a new process and yield its events, of which the last is done
+    or failed.
+
+    The process runs in ``folder`` (None: the current one), and is in ``alive`` as long as
+    it runs.
     """
-    package = str(Path(hwnas.__file__).parent.parent)
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    # The child must import the same hwnas, even if it is not installed.
+    paths = [str(Path(hwnas.__file__).parent.parent)]
+    if os.environ.get("PYTHONPATH"):
+        paths.append(os.environ["PYTHONPATH"])
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__],
@@ -318,7 +340,8 @@ def child(
             text=True,
             cwd=folder,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # Ctrl-C is for the parent, which ends its children
+            # Ctrl-C must reach only the parent, which then ends its children.
+            start_new_session=True,
         )
     except OSError as error:
         yield {"event": "failed", "reason": f"its process cannot be started ({error.strerror})"}
@@ -336,18 +359,17 @@ def child(
                 event: Event = json.loads(line)
                 last = event["event"]
             except (ValueError, LookupError, TypeError):
-                continue  # cut off by a kill, or a library's own words
+                continue  # a line cut off by a kill, or printed by a library
             yield event
         code = process.wait()
         if last not in ("done", "failed"):
-            how = (
-                f"was killed ({signal.Signals(-code).name})"
-                if code < 0
-                else f"ended with exit code {code}"
-            )
+            # Popen reports the signal that killed a process as a negative exit code.
+            end = f"ended with exit code {code}"
+            if code < 0:
+                end = f"was killed ({signal.Signals(-code).name})"
             yield {
                 "event": "failed",
-                "reason": f"its process {how}; the same command goes on from its checkpoint",
+                "reason": f"its process {end}; the same command resumes from its checkpoint",
             }
     finally:
         process.kill()
@@ -358,8 +380,8 @@ def child(
             process.stdin.close()
 
 
-class _Telling(Progress):
-    """Progress as events, in a child process."""
+class _EventProgress(Progress):
+    """The progress of a child process: writes events."""
 
     def __init__(self, write: Callable[[Event], None]) -> None:
         self.write = write
@@ -367,7 +389,7 @@ class _Telling(Progress):
     @contextmanager
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
         self.write({"event": "begin", "description": description, "total": total, "done": done})
-        task = _TellingTask(self.write)
+        task = _EventTask(self.write)
         yield task
         task.tell()
         self.write({"event": "end"})
@@ -382,26 +404,34 @@ class _Telling(Progress):
         self.write({"event": "warn", "text": message})
 
 
-class _TellingTask(Task):
+class _EventTask(Task):
     def __init__(self, write: Callable[[Event], None]) -> None:
-        self.write, self.steps, self.note, self.told = write, 0, "", time.monotonic()
+        self.write = write
+        self.steps = 0
+        self.note = ""
+        self.told_at = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self.steps, self.note = self.steps + steps, note or self.note
-        if time.monotonic() - self.told > EVENT_SECONDS:
+        self.steps += steps
+        self.note = note or self.note
+        if time.monotonic() - self.told_at > EVENT_SECONDS:
             self.tell()
 
     def tell(self) -> None:
+        """Write the steps since the last event."""
         self.write({"event": "advance", "steps": self.steps, "note": self.note})
-        self.steps, self.told = 0, time.monotonic()
+        self.steps = 0
+        self.told_at = time.monotonic()
 
 
 def _main() -> None:
-    """A child process: one order from standard input, events to standard output, the
-    end with the parent's.
+    """The child process: reads an order from standard input, performs it, and writes
+    events to standard output.
     """
+    # Libraries may print to standard output, so that becomes standard error; events go to
+    # a copy of the original.
     events = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no event
+    os.dup2(2, 1)
 
     def write(event: Event) -> None:
         events.write(json.dumps(event) + "\n")
@@ -411,15 +441,17 @@ def _main() -> None:
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     try:
         flush_denormals()
-        perform(Training.of(order), order["threads"], _Telling(write))
-    except Exception as error:  # whatever it is, the parent reports it and goes on with the others
+        perform(Training.of(order), order["threads"], _EventProgress(write))
+    # Any exception: the parent reports it and continues with the other trainings.
+    except Exception as error:
         write({"event": "failed", "reason": reason(error), "traceback": traceback.format_exc()})
         sys.exit(1)
     write({"event": "done", "seconds": time.monotonic() - started})
 
 
 def _end_with(parent: TextIO) -> None:
-    parent.read()  # until the parent closes it, or is gone
+    """Wait until the parent closes the pipe or is gone, and then end this process."""
+    parent.read()
     os._exit(1)
 
 

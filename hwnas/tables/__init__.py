@@ -1,1 +1,3 @@
-"""Tables that somebody else measured: read from their files, and compared with ours."""
+"""Latency tables from other sources: imported from published files, fitted to measured
+networks, and compared with ours.
+"""

@@ -1,4 +1,5 @@
-"""ProxylessNAS's and once-for-all's tables: one entry per block, whose shape is its key.
+"""ProxylessNAS's and once-for-all's tables: one entry per block, with the block's shape
+as the key.
 
 Sources: ProxylessNAS (arXiv 1812.00332), ``mobile_trim.yaml``; once-for-all (arXiv
 1908.09791), ``note10/*_lookup_table.yaml``::
@@ -8,20 +9,21 @@ Sources: ProxylessNAS (arXiv 1812.00332), ``mobile_trim.yaml``; once-for-all (ar
 
 What an entry covers:
 
-- ``Conv`` is the 3 x 3 stem, ``Conv_1`` the last 1 x 1 convolution before pooling;
-  their strides follow from the sizes
-- ``expanded_conv`` is an inverted residual; ProxylessNAS writes the expansion as a
-  ratio, once-for-all as the expanded channels and adds ``-se`` (a quarter of them,
-  hard-sigmoid gate) and ``-hs`` (hard-swish instead of ReLU). Without expansion (1, or
-  the input's channels) both build no expansion convolution: ``dsconv``
+- ``Conv`` is the 3 x 3 stem, ``Conv_1`` the last 1 x 1 convolution before pooling. Their
+  strides follow from the sizes.
+- ``expanded_conv`` is an inverted residual. ProxylessNAS writes the expansion as a ratio.
+  Once-for-all writes the expanded channels, and adds ``-se`` (squeeze-and-excitation with
+  a quarter of them and a hard-sigmoid gate) and ``-hs`` (hard-swish instead of ReLU). If
+  the expansion is 1, or the expanded channels equal the input's, neither builds an
+  expansion convolution: ``dsconv``.
 - ProxylessNAS's ``Logits`` is everything after ``Conv_1``: pooling and the fully
-  connected layer, our ``classifier``
-- once-for-all's ``AvgPool2D`` and ``Conv_2`` together are our ``head``; its ``Logits``
-  is the fully connected layer alone, a ``classifier`` whose input has 1 pixel
+  connected layer, our ``classifier``.
+- Once-for-all's ``AvgPool2D`` and ``Conv_2`` together are our ``head``. Its ``Logits``
+  is only the fully connected layer, a ``classifier`` with an input of 1 pixel.
 
-ProxylessNAS's keys name no activation: each is entered for ReLU and for ReLU6. ``ms``
-is the source's mean; its variance is not kept. A CSV with a column ``block_name`` and
-one column of milliseconds per device is read as well.
+ProxylessNAS's keys do not name the activation, so each block is entered for ReLU and for
+ReLU6. ``ms`` is the source's mean; its variance is dropped. A CSV file with a column
+``block_name`` and one column of milliseconds per device can be read as well.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
@@ -50,12 +53,32 @@ _BLOCK = re.compile(
 )
 
 Row = tuple[str, float, int | Literal["unknown"]]
-"""Key, milliseconds, and how often it was measured."""
+"""Key, milliseconds, and the number of measurements."""
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Once-for-all's entry of the global pooling."""
+
+    key: str
+    size: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class _AfterPool:
+    """Once-for-all's entry of the convolution after the global pooling."""
+
+    key: str
+    in_ch: int
+    out_ch: int
+    ms: float
+    runs: int | Literal["unknown"]
 
 
 def proxylessnas(source: Source, column: str) -> Reading:
-    """ProxylessNAS's YAML, and its CSV. ``column`` is what is read of each entry:
-    ``mean`` where nothing is said.
+    """Read ProxylessNAS's YAML or CSV. ``column`` is the value that is read of each
+    entry; in YAML, the default is ``mean``.
     """
     first = source.text.partition("\n")[0]
     if "block_name" in first.split(","):
@@ -67,12 +90,12 @@ def proxylessnas(source: Source, column: str) -> Reading:
     unmapped: dict[str, str] = {}
     for key, ms, runs in rows:
         try:
-            timed += [
-                Timed(op, ms, runs)
-                for op in dict.fromkeys(_op(key, act, absolute=False) for act in CLAMPS)
-            ]
+            # An op without an activation is the same for all of them: enter it once.
+            ops = dict.fromkeys(_op(key, act, absolute=False) for act in CLAMPS)
         except SpaceError as error:
             unmapped[key] = str(error)
+        else:
+            timed += [Timed(op, ms, runs) for op in ops]
     _check_blocks(source, timed, "proxylessnas", "ofa")
     covers = (
         "Conv is the 3 x 3 stem, Logits all after Conv_1; activations are not given: each block is"
@@ -84,41 +107,39 @@ def proxylessnas(source: Source, column: str) -> Reading:
 
 
 def ofa(source: Source, column: str) -> Reading:
-    """Once-for-all's YAML. ``column`` is what is read of each entry: ``mean`` where
-    nothing is said.
+    """Read once-for-all's YAML. ``column`` is the value that is read of each entry; the
+    default is ``mean``.
     """
     column = column or "mean"
     timed: list[Timed] = []
     unmapped: dict[str, str] = {}
-    pooling: dict[int, tuple[str, int, float]] = {}
-    after: list[tuple[str, int, int, Row]] = []
-    for row in _yaml_rows(source, column):
-        key, ms, runs = row
+    pools: dict[int, _Pool] = {}
+    convolutions: list[_AfterPool] = []
+    for key, ms, runs in _yaml_rows(source, column):
         if match := _POOL.fullmatch(key):
-            pooling[int(match[3])] = (key, int(match[1]), ms)
+            pools[int(match[3])] = _Pool(key, int(match[1]), ms)
         elif match := _AFTER_POOL.fullmatch(key):
-            after.append((key, int(match[1]), int(match[2]), row))
+            convolutions.append(_AfterPool(key, int(match[1]), int(match[2]), ms, runs))
         else:
             try:
                 timed.append(Timed(_op(key, "hswish", absolute=True), ms, runs))
             except SpaceError as error:
                 unmapped[key] = str(error)
-    for key, in_ch, out_ch, (_, ms, runs) in after:
-        if in_ch not in pooling:
-            unmapped[key] = "the pooling before it has no entry"
+
+    # Pooling and the convolution after it are one op here. They belong together if their
+    # channels are the same.
+    used = set[int]()
+    for conv in convolutions:
+        used.add(conv.in_ch)
+        pool = pools.get(conv.in_ch)
+        if pool is None:
+            unmapped[conv.key] = "the pooling before it has no entry"
         else:
-            timed.append(
-                Timed(
-                    Head(pooling[in_ch][1], in_ch, out_ch, act="hswish"),
-                    ms + pooling[in_ch][2],
-                    runs,
-                )
-            )
-    unmapped |= {
-        key: "the convolution after it has no entry"
-        for in_ch, (key, _, _) in pooling.items()
-        if in_ch not in {one[1] for one in after}
-    }
+            head = Head(pool.size, conv.in_ch, conv.out_ch, act="hswish")
+            timed.append(Timed(head, conv.ms + pool.ms, conv.runs))
+    for channels, pool in pools.items():
+        if channels not in used:
+            unmapped[pool.key] = "the convolution after it has no entry"
     _check_blocks(source, timed, "ofa", "proxylessnas")
     return Reading(
         "ofa_mobilenet_v3",
@@ -130,42 +151,59 @@ def ofa(source: Source, column: str) -> Reading:
 
 
 def _op(key: str, act: str, *, absolute: bool) -> Op:
-    """The op of a key. ``absolute`` reads once-for-all's keys. Raises SpaceError where
-    no op is that block.
+    """The op of a key. ``absolute`` means once-for-all's keys, which give the expansion
+    in channels. Raises SpaceError if our ops cannot express the block.
     """
     if match := _LAYER.fullmatch(key):
-        kind, (size, width, in_ch, out, out_width, out_ch) = match[1], map(int, match.groups()[1:])
-        _check_square((size, width), (out, out_width))
-        stride = next((stride for stride in (1, 2) if out_size(size, stride) == out), None)
-        if stride is None:
-            raise SpaceError(f"no stride leads from {size} to {out} pixels")
-        return Conv(size, in_ch, out_ch, kernel=3 if kind == "Conv" else 1, stride=stride, act=act)
+        return _layer(match, act)
     if match := _LOGITS.fullmatch(key):
         size, width, in_ch, out_ch = map(int, match.groups())
         _check_square((size, width))
         return Classifier(size, in_ch, out_ch)
     match = _BLOCK.fullmatch(key)
+    # Only once-for-all's keys end in ``-se`` and ``-hs``.
     if match is None or (match[12] is not None) != absolute:
         raise SpaceError("not a key of this format")
+    return _block(match, act, absolute=absolute)
+
+
+def _layer(match: re.Match[str], act: str) -> Conv:
+    size, width, in_ch, out, out_width, out_ch = map(int, match.groups()[1:])
+    _check_square((size, width), (out, out_width))
+    for stride in (1, 2):
+        if out_size(size, stride) == out:
+            kernel = 3 if match[1] == "Conv" else 1
+            return Conv(size, in_ch, out_ch, kernel=kernel, stride=stride, act=act)
+    raise SpaceError(f"no stride leads from {size} to {out} pixels")
+
+
+def _block(match: re.Match[str], act: str, *, absolute: bool) -> Op:
     size, width, in_ch, out, out_width, out_ch, expand, kernel, stride, skip = map(
         int, match.groups()[:10]
     )
     _check_square((size, width), (out, out_width))
     if not stride or out_size(size, stride) != out:
         raise SpaceError(f"stride {stride} does not lead from {size} to {out} pixels")
-    mid = expand if absolute else in_ch * expand
-    squeezed = match[11] == "1"
+    expanded = expand if absolute else in_ch * expand
+    # ``-se`` and ``-hs``, which only once-for-all's keys have.
+    se_ch = 0
+    se_gate = "sigmoid"
+    if match[11] == "1":
+        se_ch = make_divisible(expanded * 0.25)
+        se_gate = "hsig"
+    if match[12] == "0":
+        act = "relu"
     return separable(
         size,
         in_ch,
         out_ch,
-        0 if mid == in_ch else mid,
+        0 if expanded == in_ch else expanded,
         kernel=kernel,
         stride=stride,
-        se_ch=make_divisible(mid * 0.25) if squeezed else 0,
-        act="relu" if match[12] == "0" else act,
+        se_ch=se_ch,
+        act=act,
         residual=skip == 1,
-        se_gate="hsig" if squeezed else "sigmoid",
+        se_gate=se_gate,
     )
 
 
@@ -176,6 +214,7 @@ def _check_square(*sizes: tuple[int, int]) -> None:
 
 
 def _check_blocks(source: Source, timed: Iterable[Timed], name: str, other: str) -> None:
+    """Raise TableError if nothing in the file is a block: it has another format."""
     if not any(isinstance(row.op, DSConv | MBConv) for row in timed):
         raise source.wrong(
             f"holds no block of format {name!r}: try --format {other}, or another of the formats."
@@ -183,31 +222,12 @@ def _check_blocks(source: Source, timed: Iterable[Timed], name: str, other: str)
 
 
 def _yaml_rows(source: Source, column: str) -> Iterator[Row]:
-    """The entries of a YAML mapping. Raises TableError where it does not parse, or an
-    entry lacks what the others have.
+    """The entries of a YAML mapping. Raises TableError if it does not parse, or if an
+    entry lacks a value that the others have.
     """
-    try:
-        content = yaml.safe_load(source.text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        line = (
-            f" in line {error.problem_mark.line + 1}"
-            if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark
-            else ""
-        )
-        raise source.wrong(
-            f"is not valid YAML{line}: it is corrupt, was cut off, or needs another --format."
-        ) from error
-    if (
-        not isinstance(content, dict)
-        or not all(isinstance(entry, dict) for entry in content.values())
-        or not content
-    ):
-        raise source.wrong(
-            "is no mapping of keys to entries: it was cut off, or needs another --format."
-        )
-    entries: list[tuple[str, dict[str, Any]]] = [
-        (str(key), entry) for key, entry in content.items()
-    ]
+    entries = _yaml_entries(source)
+    # A file that was cut off can still be valid YAML, with a last entry that is too
+    # short. So every entry must have what all but the last have in common.
     shared = set(entries[0][1]).intersection(*(entry for _, entry in entries[:-1]))
     for key, entry in entries:
         missing = sorted(({column} | shared) - entry.keys(), key=str)
@@ -216,27 +236,51 @@ def _yaml_rows(source: Source, column: str) -> Iterator[Row]:
                 f"has no {missing[0]!r} in entry {key!r}: it was cut off, or choose another column"
                 " with --format NAME:COLUMN."
             )
+        ms = source.ms(entry[column], f"{column} of {key}")
         runs = entry.get("count")
-        yield (
-            key,
-            source.ms(entry[column], f"{column} of {key}"),
-            runs if isinstance(runs, int) and not isinstance(runs, bool) else UNKNOWN,
+        if not isinstance(runs, int) or isinstance(runs, bool):
+            runs = UNKNOWN
+        yield key, ms, runs
+
+
+def _yaml_entries(source: Source) -> list[tuple[str, dict[str, Any]]]:
+    """The keys and entries of the file, at least one."""
+    try:
+        content = yaml.safe_load(source.text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        line = ""
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            line = f" in line {error.problem_mark.line + 1}"
+        raise source.wrong(
+            f"is not valid YAML{line}: it is corrupt, was cut off, or needs another --format."
+        ) from error
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(entry, dict) for entry in content.values())
+    ):
+        raise source.wrong(
+            "is not a mapping of keys to entries: it was cut off, or needs another --format."
         )
+    return [(str(key), entry) for key, entry in content.items()]
 
 
 def _csv_rows(source: Source, column: str) -> Iterator[Row]:
-    """The rows of a CSV with a column ``block_name``; the others are milliseconds."""
+    """The rows of a CSV file with a column ``block_name``. All other columns are
+    milliseconds.
+    """
     try:
         rows = list(csv.DictReader(io.StringIO(source.text)))
     except csv.Error as error:
         raise source.wrong(
             f"is not valid CSV ({error}): it is corrupt, or needs another --format."
         ) from error
-    columns = [name for name in (rows[0] if rows else {}) if name and name != "block_name"]
+    header = rows[0] if rows else {}
+    columns = [name for name in header if name and name != "block_name"]
     if column not in columns:
-        given = f"no column {column!r}" if column else "several columns"
+        problem = f"no column {column!r}" if column else "several columns"
         raise source.wrong(
-            f"has {given}: choose one of {', '.join(columns)} with --format proxylessnas:COLUMN."
+            f"has {problem}: choose one of {', '.join(columns)} with --format proxylessnas:COLUMN."
         )
     for row in rows:
         key = row["block_name"] or ""

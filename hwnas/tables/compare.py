@@ -1,4 +1,6 @@
-"""Two tables side by side: what the same op costs in each, and how far their orders agree."""
+"""Comparison of two tables: the ratio of each op's latencies, and the rank correlation of
+all of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.errors import TableError
 
 NAMED = 10
-"""Ops of one table alone that the text names; JSON names all."""
+"""How many ops of each group the text lists. JSON lists all."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` finds. ``ratios`` are sorted, smallest first; ``spearman`` is
-    none for fewer than three ops, or all alike.
+    """The result of ``compare``.
 
-    ``zero`` are common ops that cost nothing in one of the tables: they have no ratio.
+    ``ratios`` are sorted in ascending order; ``median``, ``lowest`` and ``highest``
+    summarise them. ``spearman`` is None for fewer than three ops, or if all latencies of
+    a table are equal. ``only_a`` and ``only_b`` are ops that the other table lacks.
+    ``zero`` are common ops that take 0 ms in one of the tables, so they have no ratio.
     """
 
     a: str
@@ -54,15 +58,16 @@ class Comparison:
 def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
     """Compare the entries of two tables, op by op.
 
-    Ops that differ in ReLU and ReLU6 alone, and cost the same, are one: importers enter
-    a block under both where its source names no activation. Raises TableError where the
-    tables have no op in common, or price positions, whose ratios mean nothing.
+    Ops that differ only in ReLU or ReLU6 and have the same latencies count once, because
+    importers enter a block under both if its source does not name the activation. Raises
+    TableError if the tables have no op in common, or if one is a positional model, whose
+    ratios are meaningless.
     """
     for table in (a, b):
         if not table.entries:
             raise TableError(
-                f"table {table.title} prices positions of a space, not ops, so that ratios mean"
-                " nothing: compare tables of ops."
+                f"table {table.title} has costs for positions of a space, not ops, so ratios are"
+                " meaningless: compare tables of ops."
             )
     common = [key for key in a.entries if key in b.entries]
     if not common:
@@ -71,19 +76,27 @@ def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
             f" {next(iter(b.entries))} ...): compare tables of the same space, resolution and"
             " activation."
         )
-    pairs = {(_clamped(key), a.entries[key].ms, b.entries[key].ms): key for key in reversed(common)}
-    timed = [(key, a_ms, b_ms) for (_, a_ms, b_ms), key in pairs.items()]
-    ratios = sorted(
-        (Ratio(key, a_ms, b_ms, a_ms / b_ms) for key, a_ms, b_ms in timed if a_ms > 0 and b_ms > 0),
-        key=lambda one: one.ratio,
-    )
+    # Reversed, so that of equal ops the first key in the table is kept.
+    distinct: dict[tuple[str, float, float], str] = {}
+    for key in reversed(common):
+        distinct[_clamped(key), a.entries[key].ms, b.entries[key].ms] = key
+
+    ratios = []
+    zero = []
+    for (_, a_ms, b_ms), key in distinct.items():
+        if a_ms > 0 and b_ms > 0:
+            ratios.append(Ratio(key, a_ms, b_ms, a_ms / b_ms))
+        else:
+            zero.append(key)
     if not ratios:
         raise TableError(
             f"all ops common to tables {a.title} and {b.title} cost 0 ms in one of them: there is"
             " nothing to compare."
         )
-    values = np.array([one.ratio for one in ratios])
-    a_ms, b_ms = np.array([one.a_ms for one in ratios]), np.array([one.b_ms for one in ratios])
+    ratios.sort(key=lambda ratio: ratio.ratio)
+    values = np.array([ratio.ratio for ratio in ratios])
+    all_a_ms = np.array([ratio.a_ms for ratio in ratios])
+    all_b_ms = np.array([ratio.b_ms for ratio in ratios])
     return Comparison(
         a=a.title,
         b=b.title,
@@ -91,10 +104,10 @@ def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
         median=float(np.median(values)),
         lowest=float(values[0]),
         highest=float(values[-1]),
-        spearman=rank_correlation(a_ms, b_ms),
-        only_a=_alone(a, common),
-        only_b=_alone(b, common),
-        zero=tuple(key for key, a_ms, b_ms in timed if not (a_ms > 0 and b_ms > 0)),
+        spearman=rank_correlation(all_a_ms, all_b_ms),
+        only_a=_without(a, common),
+        only_b=_without(b, common),
+        zero=tuple(zero),
     )
 
 
@@ -103,48 +116,53 @@ def _clamped(key: str) -> str:
     return key.replace("-relu6", "-relu")
 
 
-def _alone(table: LatencyTable, common: list[str]) -> tuple[str, ...]:
-    """Ops of ``table`` beside the ``common`` ones; of those that differ in the clamp
-    alone, the first.
+def _without(table: LatencyTable, common: list[str]) -> tuple[str, ...]:
+    """The ops of ``table`` that are not ``common``. Of ops that differ only in ReLU or
+    ReLU6, the first.
     """
     seen = {(_clamped(key), table.entries[key].ms) for key in common}
-    alone: dict[tuple[str, float], str] = {}
+    others: dict[tuple[str, float], str] = {}
     for key, entry in table.entries.items():
         if (_clamped(key), entry.ms) not in seen:
-            alone.setdefault((_clamped(key), entry.ms), key)
-    return tuple(alone.values())
+            others.setdefault((_clamped(key), entry.ms), key)
+    return tuple(others.values())
 
 
-def describe_comparison(found: Comparison, width: int = 80) -> str:
-    """As text of at most ``width`` columns (60 suffice); the milliseconds are left out
-    where they do not fit.
+def describe_comparison(comparison: Comparison, width: int = 80) -> str:
+    """A comparison as text of at most ``width`` columns (60 are enough). Milliseconds are
+    left out if they do not fit.
     """
     rows = [("a / b", "a ms", "b ms", "op")]
-    rows += [
-        (f"{one.ratio:.2f}", f"{one.a_ms:.4g}", f"{one.b_ms:.4g}", one.op) for one in found.ratios
-    ]
-    ratios = columns(rows)
-    if max(map(len, ratios.splitlines())) > width:
-        ratios = columns((ratio, op) for ratio, _, _, op in rows)
-    rank = "" if found.spearman is None else f", Spearman {found.spearman:.3f}"
-    count = f"{len(found.ratios)} op{'s' if len(found.ratios) > 1 else ''} in both"
+    for ratio in comparison.ratios:
+        rows.append((f"{ratio.ratio:.2f}", f"{ratio.a_ms:.4g}", f"{ratio.b_ms:.4g}", ratio.op))
+    table = columns(rows)
+    if max(map(len, table.splitlines())) > width:
+        table = columns((ratio, op) for ratio, _, _, op in rows)
+
+    plural = "s" if len(comparison.ratios) > 1 else ""
+    summary = (
+        f"{len(comparison.ratios)} op{plural} in both: a / b from {comparison.lowest:.2f} to"
+        f" {comparison.highest:.2f}, median {comparison.median:.2f}"
+    )
+    if comparison.spearman is not None:
+        summary += f", Spearman {comparison.spearman:.3f}"
     lines = [
-        *textwrap.wrap(f"a  {found.a}", width, subsequent_indent="   "),
-        *textwrap.wrap(f"b  {found.b}", width, subsequent_indent="   "),
-        *textwrap.wrap(
-            f"{count}: a / b from {found.lowest:.2f} to {found.highest:.2f}, median"
-            f" {found.median:.2f}{rank}",
-            width,
-        ),
-        ratios,
+        *textwrap.wrap(f"a  {comparison.a}", width, subsequent_indent="   "),
+        *textwrap.wrap(f"b  {comparison.b}", width, subsequent_indent="   "),
+        *textwrap.wrap(summary, width),
+        table,
     ]
-    for label, keys in (
-        ("only in a", found.only_a),
-        ("only in b", found.only_b),
-        ("0 ms in a or b", found.zero),
-    ):
-        more = [f"  and {len(keys) - NAMED} more; --json names them"] if len(keys) > NAMED else []
-        lines += (
-            [f"{label}: {len(keys)}", *(f"  {key}" for key in keys[:NAMED]), *more] if keys else []
-        )
+    lines += _listed("only in a", comparison.only_a)
+    lines += _listed("only in b", comparison.only_b)
+    lines += _listed("0 ms in a or b", comparison.zero)
     return "\n".join(lines)
+
+
+def _listed(label: str, keys: tuple[str, ...]) -> list[str]:
+    """The first ``NAMED`` of these keys under a label; nothing if there are none."""
+    if not keys:
+        return []
+    lines = [f"{label}: {len(keys)}", *(f"  {key}" for key in keys[:NAMED])]
+    if len(keys) > NAMED:
+        lines.append(f"  and {len(keys) - NAMED} more; --json names them")
+    return lines

@@ -1,9 +1,9 @@
-"""Tables fitted from whole networks, where ops cannot be measured one by one, or
-somebody has measured networks already.
+"""Tables fitted to whole networks, for devices that cannot time single ops, or if
+measurements of networks already exist.
 
-The prices of ops are found by regression (``regression``) from a prior (``prior``):
-other devices' tables, and a roofline. The table says how far it is off on networks that
-it has not seen, and whether more networks would help.
+The costs of ops come from a regression (see ``regression``) with a prior from other
+devices' tables and a roofline (see ``prior``). The table reports its error on networks
+that it was not fitted to, and whether more networks would help.
 """
 
 from __future__ import annotations
@@ -24,10 +24,18 @@ from hwnas.tables.prior import ROOFLINE, Prior
 from hwnas.tables.regression import fit_prices
 
 MIN_NETWORKS = 3
+"""Fewest networks that a table is fitted to."""
 FOLDS = 10
-"""Of the cross-validation; fewer networks are left out one by one."""
+"""Folds of the cross-validation. Fewer networks than this are left out one by one."""
 HALVINGS = 6
-"""How often the networks are split at random, to see what half of them would have done."""
+"""Number of random splits in half, which show the error with half as many networks."""
+WORTHWHILE = 0.9
+"""More networks are recommended if they would reduce the error to less than this part."""
+NAMED_DEVICES = 3
+LEAST_SHARE = 0.005
+"""The provenance names the most similar devices, up to ``NAMED_DEVICES``, without those
+whose share would round to 0 %.
+"""
 
 
 def fit_table(
@@ -39,19 +47,18 @@ def fit_table(
     known: Sequence[LatencyTable] = (),
     provenance: Mapping[str, str] = MappingProxyType({}),
 ) -> LatencyTable:
-    """The table of ``ops`` (a space's) from measured networks: (architecture,
-    milliseconds), each architecture once.
+    """Fit a table of ``ops``, usually those of a space, to measured networks:
+    (architecture, milliseconds), each architecture once.
 
-    ``known`` are other devices' tables of the same ops, where the fit starts; without
-    any it starts at the roofline. Entries are the prices of ops inside networks, so the
-    calibration is an intercept alone. Its ``held_out`` is cross-validated: every
-    network is judged by a fit that has not seen it or its latency. ``provenance`` is
-    added to what the fit says of itself: which known devices this one resembles, how
-    many ops were in no network and have the prior's price, and whether more networks
-    would help.
+    ``known`` are other devices' tables of the same ops, which serve as the prior; without
+    any, the prior is the roofline. Entries are the costs of ops inside networks, so the
+    calibration is only an intercept. Its ``held_out`` comes from cross-validation: every
+    network is predicted by a fit to other networks. ``provenance`` is added to the fit's
+    own: which known devices this one resembles, how many ops are in no network and have
+    the prior's cost, and whether more networks would help.
 
-    Raises TableError (fewer than MIN_NETWORKS, a time of 0 or below) or CoverageError
-    (ops that a network or a table has alone).
+    Raises TableError for fewer than MIN_NETWORKS networks or a time of 0 or below, and
+    CoverageError if a network has ops that are not in ``ops`` or a table lacks some.
 
     Example:
         >>> space = load_space("fbnet")                                                        # doctest: +SKIP
@@ -64,50 +71,62 @@ def fit_table(
             f"a table is fitted from {MIN_NETWORKS} or more different networks, got"
             f" {len(networks)}: measure more."
         )
-    ms = np.array([latency for _, latency in networks], dtype=float)
-    if not (np.isfinite(ms).all() and ms.min() > 0):
-        arch, latency = networks[int(np.flatnonzero(~(np.isfinite(ms) & (ms > 0)))[0])]
-        raise TableError(f"network {arch.name!r} takes {latency:g} ms: give latencies above 0.")
+    for arch, latency in networks:
+        if not 0 < latency < math.inf:
+            raise TableError(f"network {arch.name!r} takes {latency:g} ms: give latencies above 0.")
+    ms_N = np.array([latency for _, latency in networks], dtype=float)
     prior = Prior.of(ops, known)
-    counts = count_ops(ops, [arch for arch, _ in networks])
-    prices = fit_prices(prior, counts, ms)
-    predicted, sums = _left_out(prior, counts, ms, rng)
-    unseen = int((~counts.any(axis=0)).sum())
-    shares = sorted(prices.believed.items(), key=lambda item: -item[1])[:3]
+    counts_NP = count_ops(ops, [arch for arch, _ in networks])
+    fitted = fit_prices(prior, counts_NP, ms_N)
+    predicted_N, sums_N = _cross_validate(prior, counts_NP, ms_N, rng)
+
+    entries = {}
+    for op, op_ms in zip(ops, fitted.op_ms, strict=True):
+        # Five significant digits, as in a profile.
+        entries[op.key] = Entry(ms=float(f"{op_ms:.5g}"))
+    calibration = Calibration(
+        intercept_ms=fitted.intercept_ms,
+        slope=1.0,
+        networks=len(ms_N),
+        held_out=held_out(predicted_N, sums_N, ms_N),
+    )
+    unseen = int((~counts_NP.any(axis=0)).sum())
+    # These texts are part of the table's document, so its hash depends on their wording.
+    own_provenance = {
+        "method": f"fitted from {len(ms_N)} whole networks, judged by cross-validation",
+        "prior": "; ".join([*prior.names, ROOFLINE]),
+        "resembles": _resembles(fitted.believed),
+        "prior_alone": (
+            f"{unseen} of {len(ops)} ops are in no measured network: their price is the prior's"
+        ),
+        "more_networks": _more_networks(
+            prior, counts_NP, ms_N, np.abs(predicted_N / ms_N - 1), rng
+        ),
+    }
     return LatencyTable(
         header=header,
-        entries={
-            op.key: Entry(ms=float(f"{price:.5g}"))
-            for op, price in zip(ops, prices.op_ms, strict=True)
-        },
-        calibration=Calibration(
-            intercept_ms=prices.intercept_ms,
-            slope=1.0,
-            networks=len(ms),
-            held_out=held_out(predicted, sums, ms),
-        ),
-        provenance={
-            "method": f"fitted from {len(ms)} whole networks, judged by cross-validation",
-            "prior": "; ".join([*prior.names, ROOFLINE]),
-            "resembles": ", ".join(
-                f"{name} {share:.0%}" for name, share in shares if share >= 0.005
-            ),
-            "prior_alone": (
-                f"{unseen} of {len(ops)} ops are in no measured network: their price is the prior's"
-            ),
-            "more_networks": _more_networks(prior, counts, ms, np.abs(predicted / ms - 1), rng),
-            **provenance,
-        },
+        entries=entries,
+        calibration=calibration,
+        provenance={**own_provenance, **provenance},
     )
+
+
+def _resembles(shares: Mapping[str, float]) -> str:
+    """The most similar known devices with their shares: ``pixel1 80%, roofline 19%``."""
+    names = []
+    for name, share in sorted(shares.items(), key=lambda item: -item[1])[:NAMED_DEVICES]:
+        if share >= LEAST_SHARE:
+            names.append(f"{name} {share:.0%}")
+    return ", ".join(names)
 
 
 def count_ops(ops: Sequence[Op], networks: Sequence[Architecture]) -> np.ndarray:
     """How often each network holds each op: float [networks, ops]. Raises CoverageError
-    where one is not among ``ops``.
+    if a network holds an op that is not in ``ops``.
     """
     position = {op: i for i, op in enumerate(ops)}
-    counts = np.zeros((len(networks), len(ops)))
-    for row, arch in zip(counts, networks, strict=True):
+    counts_NP = np.zeros((len(networks), len(ops)))
+    for row, arch in zip(counts_NP, networks, strict=True):
         for op, times in Counter(arch.ops()).items():
             if op not in position:
                 raise CoverageError(
@@ -116,20 +135,24 @@ def count_ops(ops: Sequence[Op], networks: Sequence[Architecture]) -> np.ndarray
                     (op.key,),
                 )
             row[position[op]] = times
-    return counts
+    return counts_NP
 
 
-def _left_out(
+def _cross_validate(
     prior: Prior, counts_NP: np.ndarray, ms_N: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What fits without a network predict for it, and their sum of entries: float [N] each."""
-    fold_of = rng.permutation(len(ms_N)) % FOLDS
-    predicted, sums = np.zeros((2, len(ms_N)))
-    for fold in np.unique(fold_of):
-        out = fold_of == fold
-        prices = fit_prices(prior, counts_NP[~out], ms_N[~out])
-        predicted[out], sums[out] = prices.of(counts_NP[out]), counts_NP[out] @ prices.op_ms
-    return predicted, sums
+    """Predicted latency and sum of entries of each network, from a fit to other folds:
+    float [N] each.
+    """
+    fold_N = rng.permutation(len(ms_N)) % FOLDS
+    predicted_N = np.zeros(len(ms_N))
+    sums_N = np.zeros(len(ms_N))
+    for fold in np.unique(fold_N):
+        test = fold_N == fold
+        fitted = fit_prices(prior, counts_NP[~test], ms_N[~test])
+        predicted_N[test] = fitted.of(counts_NP[test])
+        sums_N[test] = counts_NP[test] @ fitted.op_ms
+    return predicted_N, sums_N
 
 
 def _more_networks(
@@ -139,31 +162,31 @@ def _more_networks(
     errors_N: np.ndarray,
     rng: np.random.Generator,
 ) -> str:
-    """Whether twice as many networks would help: from how much worse fits to random
-    halves are, on the networks they left out.
+    """Whether twice as many networks would help, as text.
 
-    The error is taken to fall as a power of the number of networks, at most as
-    independent errors do. A promise of less than a tenth of the error is no reason to
-    measure more.
+    This compares the cross-validated errors ``errors_N`` with the errors of fits to
+    random halves of the networks. The error is assumed to fall as a power of the number
+    of networks.
     """
     count = len(ms_N)
-    halved = np.zeros((HALVINGS, count))
-    for errors in halved:
+    halved_errors = np.zeros((HALVINGS, count))
+    for errors in halved_errors:
         order = rng.permutation(count)
-        for fitted, judged in (
-            (order[: count // 2], order[count // 2 :]),
-            (order[count // 2 :], order[: count // 2]),
-        ):
-            prices = fit_prices(prior, counts_NP[fitted], ms_N[fitted])
-            errors[judged] = np.abs(prices.of(counts_NP[judged]) / ms_N[judged] - 1)
-    error, full = float(errors_N.mean()), count * (1 - 1 / min(FOLDS, count))
-    power = (
-        min(math.log(max(float(halved.mean()) / error, 1.0)) / math.log(2 * full / count), 0.5)
-        if error
-        else 0.0
-    )
+        first, second = order[: count // 2], order[count // 2 :]
+        for train, test in ((first, second), (second, first)):
+            fitted = fit_prices(prior, counts_NP[train], ms_N[train])
+            errors[test] = np.abs(fitted.of(counts_NP[test]) / ms_N[test] - 1)
+
+    error = float(errors_N.mean())
+    # Cross-validation fits to all networks but one fold.
+    full = count * (1 - 1 / min(FOLDS, count))
+    power = 0.0
+    if error:
+        ratio = max(float(halved_errors.mean()) / error, 1.0)
+        # At most 0.5: independent errors fall with the square root of their number.
+        power = min(math.log(ratio) / math.log(2 * full / count), 0.5)
     promised = error * (full / (2 * count)) ** power
-    if promised < 0.9 * error:
+    if promised < WORTHWHILE * error:
         return f"{count} networks: {error:.1%}; about {count} more would bring {promised:.1%}"
     return (
         f"{count} networks: {error:.1%}; half of them did about as well, so more would hardly help"

@@ -1,4 +1,4 @@
-"""The formats by name, and a foreign file turned into a table of ours."""
+"""The registry of foreign formats, and the import of a foreign file as a table."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hwnas.tables.known import KNOWN
 from hwnas.tables.reading import UNKNOWN, Conditions, Publication, Reading, Source
 
 Reader = Callable[[Source, str], Reading]
-"""Reads a source; the text is the column of it that was asked for, empty where none
-was. Raises TableError.
+"""Reads a source. The string is the requested column, or empty if none was requested.
+Raises TableError.
 """
 
 FORMATS = Registry(
@@ -31,22 +31,22 @@ FORMATS = Registry(
 
 @dataclass(frozen=True)
 class Imported:
-    """A table, and what of the source is not in it: name -> reason."""
+    """A table, and the parts of the source that it lacks: name -> reason."""
 
     table: LatencyTable
     unmapped: dict[str, str]
 
 
 def import_table(path: str | Path, format_name: str) -> Imported:
-    """Read a foreign table. ``format_name`` is a format, or ``format:column`` for files
+    """Import a foreign table. ``format_name`` is a format, or ``format:column`` for files
     with several columns of times.
 
-    What the source and its publication do not give is ``"unknown"`` in the header.
-    There is no calibration: sums of such entries are not latencies of networks. A model
-    of positions has its intercept, as ``Calibration`` on no networks.
+    Header fields that neither the source nor its publication states are ``"unknown"``.
+    The table has no calibration, because sums of such entries are not latencies of
+    networks. Only a positional model has one: its intercept, fitted on 0 networks.
 
-    Raises ConfigError (unknown format), TableError (a file of another format, corrupt,
-    cut off) or DocumentError (no file).
+    Raises ConfigError if the format is unknown, TableError if the file has another
+    format or is damaged, DocumentError if there is no file.
 
     Example:
         >>> import_table("mobile_trim.yaml", "proxylessnas").table.header.device      # doctest: +SKIP
@@ -56,6 +56,7 @@ def import_table(path: str | Path, format_name: str) -> Imported:
     read: Reader = FORMATS.get(name)
     source = Source.load(path)
     reading = read(source, column)
+    # Some formats have just one published file. Others are recognised by their bytes.
     publication = reading.publication or KNOWN.get(source.sha256)
     conditions = Conditions()
     if publication is not None:
@@ -65,15 +66,14 @@ def import_table(path: str | Path, format_name: str) -> Imported:
                 f" {', '.join(publication.columns)}."
             )
         conditions = publication.columns[reading.column]
+    calibration = None
+    if reading.intercept_ms is not None:
+        calibration = Calibration(intercept_ms=reading.intercept_ms, slope=1.0, networks=0)
     table = LatencyTable(
         header=_header(conditions, reading.space),
         entries=reading.entries,
         slots=reading.slots,
-        calibration=(
-            None
-            if reading.intercept_ms is None
-            else Calibration(intercept_ms=reading.intercept_ms, slope=1.0, networks=0)
-        ),
+        calibration=calibration,
         provenance=_provenance(
             Path(path).name, source.sha256, name, reading, publication or Publication()
         ),
@@ -102,15 +102,18 @@ def _header(conditions: Conditions, space: str) -> TableHeader:
 def _provenance(
     file: str, sha256: str, format_name: str, reading: Reading, publication: Publication
 ) -> dict[str, str]:
-    """Where the table is from; only what there is something to say about."""
+    """The origin of the table. Empty facts are left out."""
+    if reading.column:
+        format_name += f":{reading.column}"
+    unmapped = [f"{name} ({reason})" for name, reason in reading.unmapped.items()]
     facts = {
         "file": file,
         "sha256": sha256,
         "licence": publication.licence,
         "origin": publication.origin,
-        "format": f"{format_name}:{reading.column}" if reading.column else format_name,
+        "format": format_name,
         "covers": reading.covers,
         "remark": publication.remark,
-        "unmapped": "; ".join(f"{name} ({reason})" for name, reason in reading.unmapped.items()),
+        "unmapped": "; ".join(unmapped),
     }
     return {name: text for name, text in facts.items() if text}

@@ -1,11 +1,13 @@
-"""Published files by the sha256 of their bytes: device, conditions and licence, none of
-which the files themselves give.
+"""Known published files, by the sha256 of their bytes: device, conditions and licence,
+which the files themselves do not state.
 """
 
 from __future__ import annotations
 
 from hwnas.tables.reading import Conditions, Publication
 
+# The texts below are part of the provenance of imported tables, so changing them changes
+# the hashes of those tables.
 PIXEL1 = "pixel1"
 _ARM = "an ARM board that its author does not name"
 _PIPE = "github.com/AnissL93/pipe-proxylessnas at 4414154"

@@ -1,13 +1,13 @@
-"""Tables by position: one row per layer of a space, one column per block. Single-Path
-NAS's JSON and FBNet's text.
+"""Tables with one row per layer of a space and one column per block: Single-Path NAS's
+JSON and FBNet's text.
 
 Sources: Single-Path NAS (arXiv 1904.02877), ``nas-search/pixel1_runtime_model.json``;
 FBNet as re-implemented by A. Araslanova, ``supernet_functions/lookup_table.txt``
-(microseconds). Both have a row for each of 22 layers, from after the stem to before the
-last 1 x 1 convolution: neither prices stem, head or classifier.
+(microseconds). Both have a row for each of the 22 layers between the stem and the last
+1 x 1 convolution. Neither covers stem, head or classifier.
 
-Equal blocks at several positions were measured apart: our entry is their median, and
-how they differ is its spread.
+Equal blocks at different positions were measured separately. Our entry is their median,
+and its spread says how much they differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hwnas.core.space import MacroSpace, Term
 from hwnas.tables.reading import CLAMPS, Reading, Source, Timed, entries_of
 
 _SINGLE_PATH = ("ir_k3_e3", "ir_k3_e6", "ir_k5_e3", "ir_k5_e6")
-"""The meaning of "0" to "3"."""
+"""The options that the columns "0" to "3" stand for."""
 _FBNET = (
     "ir_k3_e1",
     "ir_k3_s2",
@@ -31,8 +31,8 @@ _FBNET = (
     "ir_k5_e6",
     "skip",
 )
-"""The header of the file, in the order of our space; ``s2`` are the shuffled blocks
-with 2 groups.
+"""The header of the file, in the order of our space's options. ``s2`` marks the shuffled
+blocks with 2 groups.
 """
 MS_PER_US = 1e-3
 
@@ -41,8 +41,8 @@ def single_path(source: Source, column: str) -> Reading:
     """Single-Path NAS's JSON: ``{"0": {"0": ms, ...}, ... "21": ...}``.
 
     Layer 0 is the separable block, which is not searched: its four columns are four
-    measurements of it. The activation is not given: each block is entered for ReLU and
-    for ReLU6.
+    measurements of the same block. The activation is not given, so each block is entered
+    for ReLU and for ReLU6.
     """
     _check_no_column(source, column)
     content = source.json_object()
@@ -57,16 +57,15 @@ def single_path(source: Source, column: str) -> Reading:
                     f"has no layer {number} with blocks 0 to 3: it was cut off, or needs another"
                     " --format."
                 )
-            for code, option in enumerate(_SINGLE_PATH):
-                op = _op(term, option if number else term.options[0])
+            for code, searched_option in enumerate(_SINGLE_PATH):
+                option = term.options[0] if number == 0 else searched_option
+                op = _op(term, option)
                 assert op is not None
-                timed.append(
-                    Timed(op, source.ms(row[str(code)], f"block {code} of layer {number}"))
-                )
-        unmapped |= {
-            f"layer {key}": "the backbone has 22 layers"
-            for key in content.keys() - {str(n) for n in range(len(layers))}
-        }
+                ms = source.ms(row[str(code)], f"block {code} of layer {number}")
+                timed.append(Timed(op, ms))
+        expected = set(map(str, range(len(layers))))
+        for key in content.keys() - expected:
+            unmapped[f"layer {key}"] = "the backbone has 22 layers"
     covers = (
         "inverted residuals only, no stem or head; layer 0 is one fixed block; blocks are entered"
         " for relu and relu6"
@@ -75,10 +74,10 @@ def single_path(source: Source, column: str) -> Reading:
 
 
 def fbnet(source: Source, column: str) -> Reading:
-    """FBNet's text: a line of nine names, then 22 lines of nine microseconds.
+    """FBNet's text: a line of nine names, then 22 lines of nine times in microseconds.
 
-    ``skip`` is our 1 x 1 convolution where the shape changes, and nothing elsewhere:
-    those values are not mapped.
+    If the shape changes, ``skip`` is our 1 x 1 convolution. Elsewhere it runs nothing, so
+    its values are not mapped.
     """
     _check_no_column(source, column)
     lines = [line.split() for line in source.text.splitlines() if line.strip()]
@@ -97,11 +96,10 @@ def fbnet(source: Source, column: str) -> Reading:
     for number, (term, values) in enumerate(zip(layers, lines[1:], strict=True)):
         for option, name, value in zip(term.options, _FBNET, values, strict=True):
             op = _op(term, option)
-            ms = source.ms(value, f"{name} of layer {number}", MS_PER_US)
+            label = f"{name} of layer {number}"
+            ms = source.ms(value, label, MS_PER_US)
             if op is None:
-                unmapped[f"{name} of layer {number}"] = (
-                    f"nothing is run there, {ms:.4f} ms in the source"
-                )
+                unmapped[label] = f"nothing is run there, {ms:.4f} ms in the source"
             else:
                 timed.append(Timed(op, ms))
     return Reading(
@@ -114,6 +112,7 @@ def fbnet(source: Source, column: str) -> Reading:
 
 def _layers(space: MacroSpace) -> tuple[Term, ...]:
     """The terms between the stem and the last convolution."""
+    # The last two are that convolution and the classifier.
     return space.terms()[1:-2]
 
 

@@ -1,17 +1,17 @@
-"""Measured networks from a CSV file that somebody already has: ``architecture,ms``, one
-network a line.
+"""Measured networks from an existing CSV file: ``architecture,ms``, one network per line.
 
 ``architecture`` is one of
 
-- a published network's name (``mobilenet_v2``), at the space's largest resolution and
-  number of classes;
-- the path of an architecture document (``nets/a.json``, relative to the CSV file);
-- positions of the picked options in the order of the space's choices (``7 8 1 8 4``),
-  as HW-NAS-Bench and HELP write networks, picks as a JSON object (``{"s1.b0":
-  "ir_k3_e3", ...}``), or the space's own notation (``|nor_conv_3x3~0|+|...``); see
+- the name of a published network (``mobilenet_v2``), which is built for the space's
+  largest resolution and number of classes;
+- the path of an architecture document (``nets/a.json``), relative to the CSV file;
+- the positions of the picked options in the order of the space's choices
+  (``7 8 1 8 4``), as in HW-NAS-Bench and HELP; the picks as a JSON object (``{"s1.b0":
+  "ir_k3_e3", ...}``); or the space's own notation (``|nor_conv_3x3~0|+|...``). See
   ``SearchSpace.read``.
 
-Other columns are ignored. A network that comes several times has the median of its times.
+Other columns are ignored. If a network is listed several times, the median of its times
+is used.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ from hwnas.errors import SpaceError, UserError
 from hwnas.tables.fit import fit_table
 from hwnas.tables.reading import UNKNOWN, Source
 
-ARCHITECTURE, MS = "architecture", "ms"
+ARCHITECTURE = "architecture"
+MS = "ms"
+"""The names of the two columns."""
 
 
 def fit_from_csv(
     path: str | Path, space: SearchSpace, known: Sequence[LatencyTable] = ()
 ) -> LatencyTable:
-    """The table of ``space`` fitted to the networks of a CSV file (``read_networks``),
-    from ``known`` tables of other devices (``fit``).
+    """Fit the table of ``space`` to the networks of a CSV file (see ``read_networks``).
+    ``known`` are tables of other devices to start from (see ``fit_table``).
 
-    Its device is the file's name; what else a header says, a CSV file does not, so it
-    is ``"unknown"``. To validate against it, write the device, the runtime, dtype and
-    threads into its header.
+    The device in the header is the file's name. A CSV file has no other header fields, so
+    they are ``"unknown"``. To validate against the table, write the device, runtime,
+    dtype and threads into its header.
     """
     unknown = dict.fromkeys(TableHeader.model_fields, UNKNOWN)
     header = TableHeader.model_validate(
@@ -60,7 +62,7 @@ def fit_from_csv(
         space.ops,
         read_networks(path, space),
         header,
-        np.random.default_rng(0),
+        np.random.default_rng(0),  # the same file always gives the same table
         known=known,
         provenance=provenance,
     )
@@ -68,14 +70,17 @@ def fit_from_csv(
 
 def read_networks(path: str | Path, space: SearchSpace) -> list[tuple[Architecture, float]]:
     """The networks of a CSV file, gzipped or not, with their latencies in milliseconds:
-    each once, in order of appearance.
+    each network once, in order of appearance.
 
-    Raises TableError, naming the line, where the file or one of its networks is not of
-    ``space``; DocumentError where there is no file.
+    Raises TableError, with the line number, if the file is not valid or one of its
+    networks is not in ``space``; DocumentError if there is no file.
     """
     source = Source.load(path)
-    rows = csv.reader(io.StringIO(source.text.removeprefix("\ufeff"), newline=""), strict=True)
-    found: dict[tuple[Op, ...], tuple[Architecture, list[float]]] = {}
+    # Spreadsheets write a byte-order mark, which would become part of the first name.
+    text = source.text.removeprefix("\ufeff")
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    # By ops, because one network can be written in several ways.
+    networks: dict[tuple[Op, ...], tuple[Architecture, list[float]]] = {}
     ops = frozenset(space.ops)
     columns: tuple[int, int] | None = None
     try:
@@ -85,6 +90,7 @@ def read_networks(path: str | Path, space: SearchSpace) -> list[tuple[Architectu
             if not any(cells):
                 continue
             if columns is None:
+                # The header is the first line that is not empty.
                 columns = _columns(source, cells)
                 continue
             if len(cells) <= max(columns):
@@ -92,18 +98,20 @@ def read_networks(path: str | Path, space: SearchSpace) -> list[tuple[Architectu
                     f"{line} there are {len(cells)} cells, too few for the columns of the header:"
                     " complete it."
                 )
-            text, ms = (cells[column] for column in columns)
+            name, ms = (cells[column] for column in columns)
             try:
-                arch = architecture(text, space, Path(path).parent)
+                arch = architecture(name, space, Path(path).parent)
             except UserError as error:
                 raise source.wrong(f"{line} {error}") from error
+            # Published networks and documents can hold ops that the space lacks.
             foreign = [op.key for op in arch.ops() if op not in ops]
             if foreign:
                 raise source.wrong(
                     f"{line} network {arch.name!r} holds {foreign[0]}, which space {space.name}"
                     " does not: remove it, or name its space."
                 )
-            found.setdefault(arch.ops(), (arch, []))[1].append(_milliseconds(source, line, ms))
+            _, times = networks.setdefault(arch.ops(), (arch, []))
+            times.append(_milliseconds(source, line, ms))
     except csv.Error as error:
         raise source.wrong(
             f"line {rows.line_num}: {error}: this is not CSV; quote cells that hold commas or"
@@ -113,12 +121,12 @@ def read_networks(path: str | Path, space: SearchSpace) -> list[tuple[Architectu
         raise source.wrong(
             f"is empty: its first line is '{ARCHITECTURE},{MS}', then one network a line."
         )
-    return [(arch, float(np.median(times))) for arch, times in found.values()]
+    return [(arch, float(np.median(times))) for arch, times in networks.values()]
 
 
 def architecture(text: str, space: SearchSpace, folder: Path) -> Architecture:
-    """The network that ``text`` stands for in ``space``; paths are relative to
-    ``folder``. Raises SpaceError or DocumentError.
+    """The network of ``space`` that ``text`` describes; paths are relative to ``folder``.
+    Raises SpaceError or DocumentError.
     """
     if text.endswith(".json"):
         return Architecture.load(folder / text)
@@ -126,17 +134,16 @@ def architecture(text: str, space: SearchSpace, folder: Path) -> Architecture:
         return space.decode(space.read(text), "picks")
     if text not in NETWORKS:
         raise SpaceError(
-            f"{text!r} is no architecture: give a published network, the path of a .json document,"
-            " positions of options, or picks as JSON; of published networks,"
+            f"{text!r} is not an architecture: give a published network, the path of a .json"
+            " document, positions of options, or picks as JSON; of published networks,"
             f" {nearest(text, NETWORKS)}"
         )
-    return published(
-        text, resolution=max(op.size for op in space.ops), classes=space.ops[-1].out_ch
-    )
+    resolution = max(op.size for op in space.ops)
+    return published(text, resolution=resolution, classes=space.ops[-1].out_ch)
 
 
 def _columns(source: Source, cells: list[str]) -> tuple[int, int]:
-    """Where the two columns are. Raises TableError unless the header names each once."""
+    """Positions of the two columns. Raises TableError unless the header names each once."""
     if cells.count(ARCHITECTURE) != 1 or cells.count(MS) != 1:
         shown = ",".join(cells)[:80]
         raise source.wrong(
@@ -151,7 +158,7 @@ def _milliseconds(source: Source, line: str, text: str) -> float:
         ms = float(text)
     except ValueError:
         ms = math.nan
-    if not 0 < ms < math.inf:
+    if not 0 < ms < math.inf:  # NaN fails this as well
         raise source.wrong(
             f"{line} ms is {text!r}: give a latency in milliseconds above 0, or remove the line."
         )

@@ -1,24 +1,26 @@
-"""What is believed of a device before anything was measured on it: price lists that it
-may resemble, and how far it may be from them.
+"""The prior over a device's latencies before anything is measured on it: cost lists that
+it may resemble, and how far it may deviate from them.
 
-A *price list* is what every op costs, and the fixed rest, in any unit: only its
-proportions count. There are two kinds:
+A *cost list* gives the cost of every op and of the fixed rest, in any unit: only the
+proportions matter. There are two kinds:
 
-- *known devices*: the list of each table that is given;
+- *known devices*: the list of each given table;
 - *the roofline*: the mean of five lists that are counted, not measured: layers, dense
-  MACs, depthwise MACs, values moved and parameters. A device whose time went into one
-  of them alone would have exactly that list; real ones lie between.
+  MACs, depthwise MACs, values moved and parameters. A device that spent all its time on
+  one of these would have exactly that list; real devices lie in between.
 
-A device that resembles a list t, measured in units of its mean network, has the prices
+A device that resembles a list t, in units of its mean network, has the costs
 
     w = a t + c e + rho * sum over companions u of b_u (u - t) + tau * (t . z),        a, b_u ~ N(0, 1), c ~ N(0, INTERCEPT^2), z ~ N(0, C)
 
-with e the intercept, and as companions all other known lists, or the roofline's five.
-C[i, j] = ALIKE^(fields in which ops i and j differ): a device that is slow at one 5 x 5
-block is slow at its neighbours. Each list, rho and tau is a belief of its own, and the
-measurements choose among them (``regression``). No deviation of a kind has the
-probability EXACT, its sizes share the rest evenly; but no device is the roofline's
-mean, so that there a deviation towards the five is certain.
+where e is the intercept, and the companions are all other known lists, or the five lists
+of the roofline. C[i, j] = ALIKE^(number of fields in which ops i and j differ): a device
+that is slow at one 5 x 5 block is slow at similar blocks.
+
+Each combination of a list, rho and tau is a separate hypothesis, and the measurements
+choose among them (see ``regression``). For each kind of deviation, EXACT is the prior
+probability that there is none; its sizes share the rest equally. The roofline is an
+exception: no real device equals its mean, so a deviation towards the five is certain.
 """
 
 from __future__ import annotations
@@ -37,25 +39,27 @@ from hwnas.core.table import LatencyTable
 from hwnas.errors import TableError
 
 INTERCEPT = 0.1
-"""Standard deviation of the fixed part of a network's latency beyond the list's own, in
-mean networks.
+"""Standard deviation of the fixed part of a network's latency, in addition to the list's
+own fixed part, in units of the mean network.
 """
 ALIKE = 0.9
-"""Correlation of the deviations of two ops that differ in one field."""
+"""Correlation between the deviations of two ops that differ in one field."""
 EXACT = 0.75
+"""Prior probability that there is no deviation of one kind."""
 RHO = (0.05, 0.2)
 """Sizes of deviations towards a companion."""
 TAU = (0.03, 0.1, 0.3, 1.0)
-"""Sizes of deviations of single ops, relative to their price."""
+"""Sizes of deviations of single ops, relative to their cost."""
 ROOFLINE = "roofline"
 
 
 @dataclass(frozen=True)
 class Belief:
-    """A centre list and the ways from it to its companions, in units of the mean
-    network: float [ops + 1], the intercept last.
+    """The hypothesis that a device resembles one cost list.
 
-    ``exact`` is the probability that there is no deviation towards a companion.
+    ``centre_P`` is the list, float [ops + 1] with the intercept last, in units of the
+    mean network. ``away_KP`` holds the differences to it of its K companions. ``exact``
+    is the probability that there is no deviation towards a companion.
     """
 
     name: str
@@ -65,21 +69,28 @@ class Belief:
 
     @property
     def sizes(self) -> Iterator[tuple[float, float, float]]:
-        """Every (rho, tau, log probability)."""
-        along = _sizes(RHO, self.exact) if len(self.away_KP) else [(0.0, 1.0)]
-        return ((rho, tau, math.log(p * q)) for rho, p in along for tau, q in _sizes(TAU, EXACT))
+        """All combinations of deviations: (rho, tau, log probability)."""
+        # Without companions, there is nothing to deviate towards.
+        rhos = _with_probabilities(RHO, self.exact) if len(self.away_KP) else [(0.0, 1.0)]
+        for rho, rho_probability in rhos:
+            for tau, tau_probability in _with_probabilities(TAU, EXACT):
+                yield rho, tau, math.log(rho_probability * tau_probability)
 
 
-def _sizes(sizes: Sequence[float], exact: float) -> list[tuple[float, float]]:
-    """Sizes with their probabilities, those of none left out."""
-    found = [(0.0, exact), *((size, (1 - exact) / len(sizes)) for size in sizes)]
-    return [(size, probability) for size, probability in found if probability]
+def _with_probabilities(sizes: Sequence[float], exact: float) -> list[tuple[float, float]]:
+    """Sizes of a deviation with their probabilities, including a size of 0 with
+    probability ``exact``. Impossible sizes are left out.
+    """
+    probabilities = [(0.0, exact)]
+    for size in sizes:
+        probabilities.append((size, (1 - exact) / len(sizes)))
+    return [(size, probability) for size, probability in probabilities if probability]
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Price lists over ``ops``: ``known`` float [devices, ops + 1] under ``names``, the
-    intercept last.
+    """Cost lists over ``ops``. ``known_KP`` holds those of known devices, float
+    [devices, ops + 1] with the intercept last, in the order of ``names``.
 
     Example:
         >>> from hwnas.core.spaces import mobile32
@@ -93,43 +104,46 @@ class Prior:
 
     @classmethod
     def of(cls, ops: Sequence[Op], tables: Sequence[LatencyTable] = ()) -> Prior:
-        """The prior of known devices' tables; of the roofline alone without any.
+        """The prior from tables of known devices. Without any, the roofline only.
 
-        Raises CoverageError where a table lacks ops, TableError where it prices
-        positions instead of ops.
+        Raises CoverageError if a table lacks ops, and TableError if it is a positional
+        model.
         """
-        known = np.zeros((len(tables), len(ops) + 1))
-        for i, table in enumerate(tables):
+        known_KP = np.zeros((len(tables), len(ops) + 1))
+        for row, table in zip(known_KP, tables, strict=True):
             if not table.entries:
                 raise TableError(
-                    f"table {table.title} prices positions of a space, not ops: give a table of ops"
-                    " as the prior."
+                    f"table {table.title} has costs for positions of a space, not ops: give a table"
+                    " of ops as the prior."
                 )
             check_coverage(ops, table, "the fit")
-            known[i] = [
-                *(op_ms(op, table) for op in ops),
-                table.calibration.intercept_ms if table.calibration is not None else 0.0,
-            ]
-        return cls(tuple(ops), tuple(table.title for table in tables), known)
+            row[:-1] = [op_ms(op, table) for op in ops]
+            if table.calibration is not None:
+                row[-1] = table.calibration.intercept_ms
+        return cls(tuple(ops), tuple(table.title for table in tables), known_KP)
 
     @cached_property
     def counted(self) -> np.ndarray:
-        """The roofline's five lists: float [5, ops + 1]."""
-        return np.array([[*column, 0.0] for column in zip(*map(_counts, self.ops), strict=True)])
+        """The five lists of the roofline: float [5, ops + 1]."""
+        lists = zip(*map(_counts, self.ops), strict=True)
+        # Counts have no fixed part, so the intercept is 0.
+        return np.array([[*costs, 0.0] for costs in lists])
 
     @cached_property
     def _fields(self) -> np.ndarray:
-        """What may differ between ops, as integers [fields, ops]."""
-        rows = [_traits(op) for op in self.ops]
-        return np.array(
-            [
-                np.unique(np.array(column), return_inverse=True)[1]
-                for column in zip(*rows, strict=True)
-            ]
-        )
+        """The fields in which ops may differ, with values coded as integers:
+        [fields, ops].
+        """
+        codes = []
+        for values in zip(*map(_traits, self.ops), strict=True):
+            # Integers instead of words, so that ``alike`` can compare whole arrays.
+            codes.append(np.unique(np.array(values), return_inverse=True)[1])
+        return np.array(codes)
 
     def alike(self, of: np.ndarray, to: np.ndarray) -> np.ndarray:
-        """Correlations of the deviations of ops: index arrays [A] and [B] -> float [A, B]."""
+        """Correlations between the deviations of ops, given as indices [A] and [B]:
+        float [A, B].
+        """
         differing = np.zeros((len(of), len(to)), dtype=np.int64)
         for field in self._fields:
             differing += field[of, None] != field[to]
@@ -137,31 +151,37 @@ class Prior:
         return correlations
 
     def beliefs(self, mean_P: np.ndarray) -> list[Belief]:
-        """All beliefs, for networks whose mean holds each op ``mean_P`` times: float
-        [ops + 1], the intercept once.
+        """All hypotheses. ``mean_P`` is the mean network, float [ops + 1]: how often it
+        holds each op, and 1 for the intercept.
 
-        Raises TableError where a table prices that mean at 0 or below.
+        Raises TableError if that network takes 0 ms or less by one of the tables.
         """
         unit_ms = self.known_KP @ mean_P
         if (unit_ms <= 0).any():
             raise TableError(
-                f"table {self.names[int(unit_ms.argmin())]} prices the measured networks at 0 ms:"
-                " it cannot be a prior of them."
+                f"table {self.names[int(unit_ms.argmin())]} predicts 0 ms for the measured"
+                " networks, so it cannot be their prior."
             )
-        known = self.known_KP / unit_ms[:, None]
-        counted = self.counted[self.counted @ mean_P > 0]
-        counted = counted / (counted @ mean_P)[:, None]
-        found = [
-            Belief(name, known[i], np.delete(known, i, axis=0) - known[i], EXACT)
-            for i, name in enumerate(self.names)
-        ]
-        centre = counted.mean(axis=0)
-        return [*found, Belief(ROOFLINE, centre, counted - centre, exact=0.0)]
+        known_KP = self.known_KP / unit_ms[:, None]
+        beliefs = []
+        for i, name in enumerate(self.names):
+            centre_P = known_KP[i]
+            companions_KP = np.delete(known_KP, i, axis=0)
+            beliefs.append(Belief(name, centre_P, companions_KP - centre_P, EXACT))
+
+        # A list of zeros has no proportions, such as depthwise MACs in a space without.
+        counted_KP = self.counted[self.counted @ mean_P > 0]
+        counted_KP = counted_KP / (counted_KP @ mean_P)[:, None]
+        centre_P = counted_KP.mean(axis=0)
+        beliefs.append(Belief(ROOFLINE, centre_P, counted_KP - centre_P, exact=0.0))
+        return beliefs
 
 
 def _traits(op: Op) -> tuple[Any, ...]:
-    """What may differ between two ops; an expansion is relative to the input's width."""
-    shape = (
+    """The fields in which two ops may differ. The expansion is relative to the input's
+    width, so that equal expansions of different widths do not count as a difference.
+    """
+    return (
         op.kind,
         op.size,
         op.in_ch,
@@ -170,15 +190,22 @@ def _traits(op: Op) -> tuple[Any, ...]:
         op.kernel,
         op.stride,
         op.groups,
+        op.se_ch > 0,
+        op.act,
+        op.residual,
+        getattr(op, "se_gate", "sigmoid"),
     )
-    return *shape, op.se_ch > 0, op.act, op.residual, getattr(op, "se_gate", "sigmoid")
 
 
 def _counts(op: Op) -> tuple[float, ...]:
     """Layers, dense MACs, depthwise MACs, values read and written, parameters."""
-    depthwise = sum(layer.macs for layer in op.layers if layer.groups == layer.in_ch > 1)
-    moved = sum(
-        layer.in_ch * layer.size**2 + layer.out_ch * layer.out_size**2 for layer in op.layers
-    )
-    moved += op.in_ch * op.size**2 if op.pooled or op.residual else 0
+    depthwise = 0
+    moved = 0
+    for layer in op.layers:
+        moved += layer.read + layer.written
+        if layer.groups == layer.in_ch > 1:
+            depthwise += layer.macs
+    if op.pooled or op.residual:
+        # Pooling and the residual connection read the op's input outside the layers.
+        moved += op.in_ch * op.size**2
     return len(op.layers), op.macs - depthwise, depthwise, moved, op.params

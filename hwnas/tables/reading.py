@@ -1,4 +1,4 @@
-"""What a reader of a foreign format gets (``Source``), and what it gives back (``Reading``)."""
+"""The input (``Source``) and the result (``Reading``) of a reader of a foreign format."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ from hwnas.errors import TableError
 
 UNKNOWN: Literal["unknown"] = "unknown"
 CLAMPS = ("relu", "relu6")
-"""Activations under which a block is entered where its source names none: both are a
-clamp inside the convolution, and what the networks of these sources use.
+"""If a source does not name the activation of a block, the block is entered with each of
+these. They are what the networks of these sources use, and as both clamp the result of
+the convolution, they cost the same.
 """
 NOISY_ABOVE = 0.1
-"""Spread of several values for one op from which on the entry is marked noisy: the
-limit of our own profiles.
+"""If the values of one op spread more than this, its entry is marked as noisy. This is
+also the limit of our own profiles.
 """
+GZIP_MAGIC = b"\x1f\x8b"
+"""The first bytes of a gzip file."""
+_LONGEST_QUOTE = 40
+"""Longer values are shortened in error messages, to this many characters."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file to import: ``name`` for messages, its decompressed text, and the sha256 of
-    the file as it lies on disk.
+    """A file to import: its ``name`` for messages, its decompressed text, and the sha256
+    of the file on disk, before decompression.
     """
 
     name: str
@@ -42,12 +47,14 @@ class Source:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a text file, gzipped or not. Raises TableError where it is neither,
-        DocumentError where it cannot be read.
+        """Read a text file, gzipped or not. Raises TableError if it is neither, and
+        DocumentError if it cannot be read.
         """
         stored = read_bytes(path)
         try:
-            content = gzip.decompress(stored) if stored.startswith(b"\x1f\x8b") else stored
+            content = stored
+            if stored.startswith(GZIP_MAGIC):
+                content = gzip.decompress(stored)
             return cls(str(path), content.decode(), hashlib.sha256(stored).hexdigest())
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise TableError(
@@ -60,13 +67,13 @@ class Source:
             ) from error
 
     def wrong(self, why: str) -> TableError:
-        """The error of a file that is not what it should be: ``why`` says what is wrong
-        and what to do.
+        """The error for a wrong file, to be raised. ``why`` follows the file's name: what
+        is wrong and what to do.
         """
         return TableError(f"{self.name} {why}")
 
     def json_object(self) -> dict[str, Any]:
-        """The content as a JSON object. Raises TableError where it is none."""
+        """The content as a JSON object. Raises TableError if it is not one."""
         try:
             content = json.loads(self.text)
         except (ValueError, RecursionError) as error:
@@ -82,34 +89,39 @@ class Source:
         return content
 
     def number(self, value: Any, of: str) -> float:
-        """``value`` as a finite number. Raises TableError naming what it should be a
-        time ``of``.
+        """``value`` as a finite number. Raises TableError if it is not one; ``of`` says
+        in the message what was read.
         """
         try:
-            found = float(value) if not isinstance(value, bool) else math.nan
+            number = float(value)
         except (TypeError, ValueError, OverflowError):
-            found = math.nan
-        if not math.isfinite(found):
-            shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
+            number = math.nan
+        # JSON's ``true`` would otherwise pass as 1.
+        if isinstance(value, bool) or not math.isfinite(number):
+            quote = repr(value)
+            if len(quote) > _LONGEST_QUOTE:
+                quote = quote[: _LONGEST_QUOTE - 3] + "..."
             raise self.wrong(
-                f"has {shown} for {of}, where a number is needed: it is corrupt, was cut off, or"
+                f"has {quote} for {of}, where a number is needed: it is corrupt, was cut off, or"
                 " needs another --format."
             )
-        return found
+        return number
 
     def ms(self, value: Any, of: str, unit_ms: float = 1.0) -> float:
-        """``value`` times ``unit_ms`` as a time: finite and not below 0."""
-        found = self.number(value, of)
-        if found < 0:
+        """``value`` in units of ``unit_ms`` as milliseconds. Raises TableError if it is
+        not finite or is negative.
+        """
+        number = self.number(value, of)
+        if number < 0:
             raise self.wrong(
-                f"has {found:g} for {of}, where a time is needed: correct or remove that entry."
+                f"has {number:g} for {of}, where a time is needed: correct or remove that entry."
             )
-        return found * unit_ms
+        return number * unit_ms
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The header fields that a publication gives; what it does not give is unknown."""
+    """The header fields that a publication states. Others are unknown."""
 
     device: str = UNKNOWN
     cpu: str = UNKNOWN
@@ -120,10 +132,10 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Publication:
-    """What is known of a published file beyond its content: where it is from, its
-    licence, and what each of its columns is.
+    """Facts about a published file that it does not contain itself: its origin, its
+    licence, and the conditions of each of its columns.
 
-    Columns that are not listed hold nothing of use.
+    Columns that are not listed are not useful.
     """
 
     origin: str = UNKNOWN
@@ -134,12 +146,13 @@ class Publication:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader made of a source: entries by op key, or prices by slot and option
-    with their intercept.
+    """What a reader extracted from a source: entries by op key, or milliseconds by slot
+    and option with their intercept.
 
-    ``covers`` says what one entry of the source stands for, ``space`` the built-in
-    space whose blocks they are. ``unmapped`` names everything that no op stands for,
-    with the reason. ``column`` is the one that was read, where the source has several.
+    ``covers`` says what one entry of the source stands for, ``space`` is the built-in
+    space that has these blocks. ``unmapped`` maps everything that does not correspond to
+    an op to the reason. ``column`` is the column that was read, if the source has
+    several.
     """
 
     space: str
@@ -154,8 +167,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Timed:
-    """One op's time in a source; ``runs`` is how often it was measured, where the
-    source says so.
+    """One op's time in a source. ``runs`` is the number of measurements, if the source
+    states it.
     """
 
     op: Op
@@ -164,29 +177,28 @@ class Timed:
 
 
 def entries_of(rows: Iterable[Timed]) -> dict[str, Entry]:
-    """Entries from times. An op that a source prices several times (equal blocks at
-    several positions) counts each as a round.
+    """Table entries from times. If a source has several times for one op, because equal
+    blocks stand at several positions, each counts as a round.
 
-    Its ``ms`` is then their median and ``spread`` their interquartile range divided by
-    it, as in a profile.
+    ``ms`` is then their median, and ``spread`` their interquartile range divided by it,
+    as in a profile.
     """
     by_key: dict[str, list[Timed]] = {}
     for row in rows:
         by_key.setdefault(row.op.key, []).append(row)
-    return {key: _entry(found) for key, found in by_key.items()}
+    return {key: _entry(op_rows) for key, op_rows in by_key.items()}
 
 
 def _entry(rows: list[Timed]) -> Entry:
+    """The entry of one op, from all its times."""
     if len(rows) == 1:
         return Entry(ms=rows[0].ms, runs=rows[0].runs)
-    low, middle, high = (
-        float(value) for value in np.percentile([row.ms for row in rows], [25, 50, 75])
-    )
-    counts = [row.runs for row in rows if isinstance(row.runs, int)]
-    spread: float | Literal["unknown"] = (high - low) / middle if middle > 0 else UNKNOWN
+    low, median, high = np.percentile([row.ms for row in rows], [25, 50, 75]).tolist()
+    spread: float | Literal["unknown"] = (high - low) / median if median > 0 else UNKNOWN
+    runs = [row.runs for row in rows if isinstance(row.runs, int)]
     return Entry(
-        ms=middle,
-        runs=sum(counts) if len(counts) == len(rows) else UNKNOWN,
+        ms=median,
+        runs=sum(runs) if len(runs) == len(rows) else UNKNOWN,
         rounds=len(rows),
         spread=spread,
         noisy=spread == UNKNOWN or spread > NOISY_ABOVE,

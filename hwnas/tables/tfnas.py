@@ -3,15 +3,16 @@
 
 ``{"cpu": {"base": ms, "MBInvertedResBlock_56_24_48_24_k3_s1_relu": {"1": ms, ... "192":
 ms}}, "gpu": ...}``, where the name gives input pixels, input channels,
-squeeze-and-excitation channels, output channels, kernel, stride and activation. The
-widths between the measured ones are the authors' fit.
+squeeze-and-excitation channels, output channels, kernel, stride and activation. Only
+some widths were measured; the others are the authors' interpolation.
 
-- an expanded width equal to the input's has no expansion convolution there
-  (``dsconv``); below it no such block is built, the values are the fit's continuation,
-  some of them negative: not mapped
-- ``swish`` (x * sigmoid(x)) is no activation of our ops: those blocks are not mapped
-- ``base`` is the sum of stem, first block, last convolution, pooling and classifier: no
-  op of ours, not mapped
+- If the expanded width equals the input's, TF-NAS builds no expansion convolution
+  (``dsconv``). It builds no block with a smaller width: those values are extrapolated,
+  some of them negative, and are not mapped.
+- ``swish`` (x * sigmoid(x)) is not among the activations of our ops, so those blocks are
+  not mapped.
+- ``base`` is the sum of stem, first block, last convolution, pooling and classifier. It
+  does not correspond to one op, so it is not mapped.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ def tfnas(source: Source, column: str) -> Reading:
     content = source.json_object()
     blocks = content.get(column)
     if not isinstance(blocks, dict):
-        devices = ", ".join(
-            key for key, value in content.items() if isinstance(value, dict) and "base" in value
-        )
+        devices = []
+        for key, value in content.items():
+            if isinstance(value, dict) and "base" in value:
+                devices.append(key)
         raise source.wrong(
             f"has no device {column!r}: choose --format tfnas:COLUMN from"
-            f" {devices or 'none, or another --format'}."
+            f" {', '.join(devices) or 'none, or another --format'}."
         )
     timed: list[Timed] = []
     unmapped: dict[str, str] = {}
@@ -68,7 +70,9 @@ def _read_block(
     timed: list[Timed],
     unmapped: dict[str, str],
 ) -> None:
-    """Add a block's times at all its widths; what no op stands for goes to ``unmapped``."""
+    """Add a block's times at all its widths to ``timed``. Names and widths without an op
+    go to ``unmapped``.
+    """
     left_out: list[str] = []
     try:
         for width, value in widths.items():
@@ -86,24 +90,27 @@ def _read_block(
 
 
 def _op(name: str, width: str) -> Op | None:
-    """The op of a block at a width, None below its input's. Raises SpaceError where no
-    op is that block.
+    """The op of a block at an expanded width, or None if the width is below the input's.
+    Raises SpaceError if our ops cannot express the block.
     """
     match = _BLOCK.fullmatch(name)
     if match is None or not re.fullmatch(_N, width):
         raise SpaceError(f"not a block and width of this format (width {width[:20]!r})")
     size, in_ch, se_ch, out_ch, kernel, stride = map(int, match.groups()[:6])
-    act, mid = _ACTS.get(match[7], match[7]), int(width)
-    expanded, residual = 0 if mid <= in_ch else mid, in_ch == out_ch and stride == 1
+    mid_ch = int(width)
+    # Built even if it is not returned, so that a block that cannot be expressed raises
+    # its error whatever its first width is.
     op = separable(
         size,
         in_ch,
         out_ch,
-        expanded,
+        0 if mid_ch <= in_ch else mid_ch,
         kernel=kernel,
         stride=stride,
         se_ch=se_ch,
-        act=act,
-        residual=residual,
+        act=_ACTS.get(match[7], match[7]),
+        residual=in_ch == out_ch and stride == 1,
     )
-    return None if mid < in_ch else op
+    if mid_ch < in_ch:
+        return None
+    return op

@@ -1,16 +1,17 @@
 """TuNAS's linear model of Pixel 1 latency (arXiv 2008.06120), from its
-``cost_model_data.py``: a price per slot and option.
+``cost_model_data.py``: a coefficient per slot and option.
 
     latency = bias + sum over decisions of their coefficients
 
-The file holds base64 of big-endian float32, one kernel and one bias per space. In
-``proxylessnas_search`` the 144 coefficients are ordered by layer, in it by kernel, then
-expansion, skip last. They belong to positions, and are free up to a constant per layer,
-so negative ones are normal: the table has ``slots`` instead of entries, and the bias is
-its intercept.
+The file holds base64 of big-endian float32 numbers, one kernel and one bias per space.
+In ``proxylessnas_search`` the 144 coefficients are ordered by layer, within it by kernel,
+then by expansion, with skip last. They belong to positions and are determined only up to
+a constant per layer, so negative ones are normal. The table therefore has ``slots``
+instead of entries, and the bias is its intercept.
 
-The file is searched for its constants, never run. *Differences from the source*: its
-two other spaces price widths as well, for which slots have no place; they are refused.
+The file is searched for its constants, never executed. *Differences from the source*: its
+two other spaces also have coefficients for widths, which slots cannot hold, so they are
+refused.
 """
 
 from __future__ import annotations
@@ -40,19 +41,20 @@ def tunas(source: Source, column: str) -> Reading:
     column = column or SPACE
     if column != SPACE:
         raise source.wrong(
-            f"is read for {SPACE!r} alone: {column!r} is unknown, or prices widths, for which a"
-            " table has no place."
+            f"can only be read for {SPACE!r}: {column!r} is unknown, or has costs of widths, which"
+            " a table cannot hold."
         )
-    layers = [slot for slot in proxylessnas().slots if len(slot.options) > 1]
-    keys = [
-        (slot.key, option)
-        for slot in layers
-        for option in sorted(slot.options, key=lambda option: (option == SKIP, option))
-    ]
+    keys = []
+    for slot in proxylessnas().slots:
+        if len(slot.options) > 1:
+            # The names of options sort by kernel, then expansion; skip comes last.
+            for option in sorted(slot.options, key=lambda option: (option == SKIP, option)):
+                keys.append((slot.key, option))
+
     kernel = _constants(source, "KERNEL", len(keys))
     slots: dict[str, dict[str, float]] = {}
-    for (slot, option), ms in zip(keys, kernel, strict=True):
-        slots.setdefault(slot, {})[option] = ms
+    for (slot_key, option), ms in zip(keys, kernel, strict=True):
+        slots.setdefault(slot_key, {})[option] = ms
     return Reading(
         "proxylessnas",
         "every searched slot; stem, head and classifier are in the intercept",
@@ -64,8 +66,8 @@ def tunas(source: Source, column: str) -> Reading:
 
 
 def _constants(source: Source, name: str, count: int) -> list[float]:
-    """The numbers of one constant of the file. Raises TableError where there are not
-    ``count`` finite ones.
+    """The numbers in one constant of the file. Raises TableError unless it holds exactly
+    ``count`` finite numbers.
     """
     match = re.search(
         rf'^_{SPACE.upper()}_{name} = b"""([A-Za-z0-9+/=\s]*)"""', source.text, re.MULTILINE
@@ -80,11 +82,10 @@ def _constants(source: Source, name: str, count: int) -> list[float]:
         raise source.wrong(
             f"holds a {name} that is not base64 ({error}): it is corrupt; fetch it again."
         ) from error
-    values = (
-        [float(value) for value in np.frombuffer(content, ">f4")]
-        if len(content) == 4 * count
-        else []
-    )
+    # numpy would raise a ValueError of its own for a length that does not fit.
+    values = []
+    if len(content) == 4 * count:
+        values = np.frombuffer(content, ">f4").astype(float).tolist()
     if not values or not np.isfinite(values).all():
         raise source.wrong(
             f"holds {len(content)} bytes of {name}, not {count} finite numbers of 4: it is corrupt;"

@@ -1,5 +1,5 @@
-"""Boxes in training and in judgement: a detector's loss as the engine's criterion, what
-networks and files find, COCO's numbers of it.
+"""Boxes in training and evaluation: a detector's loss as the engine's criterion, the
+detections of networks and files, and COCO's metrics of them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from hwnas.nn.ssd import DetectionLoss, Detections, PostProcessor
 from hwnas.task import Answers, FileAnswers, Parity
 
 BEST = 10
-"""Detections of PyTorch's per image that a file with NMS in its graph has to find."""
+"""The best detections of PyTorch per image that a file with NMS in its graph must
+match.
+"""
 
 
 class DetectionCriterion(nn.Module):
-    """The loss of a detector, logged with its two parts, both per matched anchor."""
+    """The loss of a detector, logged with its two parts; both are per matched anchor."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -49,49 +51,51 @@ def detect(
     limit: int | None = None,
     workers: int = 0,
 ) -> dict[int, Detections]:
-    """What ``network`` finds, in eval mode, in all images or in ``limit`` of them:
-    detections by image index, in ``evaluation_order``.
+    """The detections of ``network``, in eval mode, in all images or in ``limit`` of
+    them: by image index, in ``evaluation_order``.
     """
-    found = detections(
-        network, evaluation_batches(images, batch_size, limit=limit, workers=workers), config
-    )
-    return dict(zip(evaluation_order(images, limit).tolist(), found, strict=True))
+    batches = evaluation_batches(images, batch_size, limit=limit, workers=workers)
+    per_image = detections(network, batches, config)
+    return dict(zip(evaluation_order(images, limit).tolist(), per_image, strict=True))
 
 
 @torch.inference_mode()
 def detections(
     network: DetectionNetwork, batches: Iterable[Batch], config: PostProcessing
 ) -> list[Detections]:
-    """What ``network`` finds, in eval mode, in the images of some batches, one after
-    another, on the CPU.
+    """The detections of ``network``, in eval mode, in the images of some batches, in
+    their order, on the CPU.
     """
     network.eval()
     device = next(network.parameters()).device
     post_processor = PostProcessor(network.arch, config).to(device)
-    found: list[Detections] = []
+    per_image: list[Detections] = []
     for x_NCHW, _ in batches:
-        found += post_processor(network(x_NCHW.to(device, memory_format=torch.channels_last)))
-    return [Detections(*(part.cpu() for part in each)) for each in found]
+        outputs = network(x_NCHW.to(device, memory_format=torch.channels_last))
+        per_image += post_processor(outputs)
+    return [Detections(*(part.cpu() for part in image)) for image in per_image]
 
 
-def average_precision(images: CocoImages, found: dict[int, Detections]) -> CocoMetrics:
-    """COCO's numbers of the detections in some images, by their indices. Raises
-    DataError where none of these images has an object.
+def average_precision(images: CocoImages, detected: dict[int, Detections]) -> CocoMetrics:
+    """COCO's metrics of the detections in some images, by image index. Raises DataError
+    if none of these images has an object.
     """
-    return _numbers(images, {index: _arrays(each) for index, each in found.items()})
+    return _coco_metrics(images, {index: _arrays(image) for index, image in detected.items()})
 
 
-def _arrays(found: Detections) -> DetectionArrays:
-    return found.boxes_D4.numpy(), found.scores_D.numpy(), found.classes_D.numpy()
+def _arrays(detected: Detections) -> DetectionArrays:
+    return detected.boxes_D4.numpy(), detected.scores_D.numpy(), detected.classes_D.numpy()
 
 
-def _numbers(images: CocoImages, found: dict[int, DetectionArrays]) -> CocoMetrics:
-    rows = [row for index, each in found.items() for row in images.results(index, *each)]
-    return evaluate(images.ground_truth(np.array(list(found))), rows)
+def _coco_metrics(images: CocoImages, detected: dict[int, DetectionArrays]) -> CocoMetrics:
+    rows = []
+    for index, arrays in detected.items():
+        rows += images.results(index, *arrays)
+    return evaluate(images.ground_truth(np.array(list(detected))), rows)
 
 
 class Boxes(Answers):
-    """What was found in each image."""
+    """The detections in each image."""
 
     def __init__(self, found: Sequence[DetectionArrays] = ()) -> None:
         self.found = list(found)
@@ -100,15 +104,16 @@ class Boxes(Answers):
         return len(self.found)
 
     def metrics(self, images: Images, limit: int | None) -> dict[str, float]:
-        """COCO's numbers, without those of sizes that no object has."""
+        """COCO's metrics, without those of object sizes that do not occur."""
         assert isinstance(images, CocoImages), "see Task.check_images"
         order = evaluation_order(images, limit).tolist()
-        numbers = _numbers(images, dict(zip(order, self.found[: len(order)], strict=True))).by_name
-        return {name: value for name, value in numbers.items() if value is not None}
+        detected = dict(zip(order, self.found[: len(order)], strict=True))
+        metrics = _coco_metrics(images, detected).by_name
+        return {name: value for name, value in metrics.items() if value is not None}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """``found``: x1, y1, x2, y2, score and label of all boxes, image by image;
-        ``counts``: how many each image has.
+        ``counts``: the number of boxes in each image.
         """
         rows = [
             np.concatenate((boxes, scores[:, None], classes[:, None]), axis=1)
@@ -120,9 +125,9 @@ class Boxes(Answers):
         }
 
     @classmethod
-    def of_torch(cls, found: Iterable[Detections]) -> Boxes:
-        """Of what PyTorch finds."""
-        return cls([_arrays(each) for each in found])
+    def of_torch(cls, detected: Iterable[Detections]) -> Boxes:
+        """From PyTorch's detections."""
+        return cls([_arrays(image) for image in detected])
 
     @classmethod
     def of_arrays(cls, found: np.ndarray, counts: np.ndarray) -> Boxes:
@@ -132,45 +137,47 @@ class Boxes(Answers):
 
 
 class FileBoxes(Boxes, FileAnswers):
-    """What a file finds, and how long reading that out of its outputs takes on this computer.
+    """The detections of a file, and how long this computer takes to get them from its
+    outputs.
 
-    ``app_score``: a threshold of an app, at which reading is timed, too.
+    ``app_score`` is the threshold of an app, at which post-processing is timed as well.
     """
 
     def __init__(
         self, graph: str, arch: Architecture, config: PostProcessing, app_score: float | None = None
     ) -> None:
         super().__init__()
-        self.graph, self.arch, self.app_score = graph, arch, app_score
+        self.graph = graph
+        self.arch = arch
+        self.app_score = app_score
         self.options = config.model_dump()
         self._times_ms: list[float] = []
         self._app_times_ms: list[float] = []
 
     def add(self, outputs: np.ndarray) -> None:
-        """One row per image, [N, numbers of all outputs]."""
+        """Add outputs with one row per image, [N, values of all outputs]."""
         for row in outputs:
-            found, took_ms = self._read(row, self.options)
-            self.found.append(found)
+            arrays, took_ms = self._read(row, self.options)
+            self.found.append(arrays)
             self._times_ms.append(took_ms)
             if self.app_score is not None:
-                self._app_times_ms.append(
-                    self._read(row, {**self.options, "min_score": self.app_score})[1]
-                )
+                _, app_ms = self._read(row, {**self.options, "min_score": self.app_score})
+                self._app_times_ms.append(app_ms)
 
     def _read(self, row: np.ndarray, options: dict[str, Any]) -> tuple[DetectionArrays, float]:
         begun_at = time.perf_counter()
-        found = READERS[self.graph](row, options, self.arch.resolution, self.arch.classes)
-        return found, 1e3 * (time.perf_counter() - begun_at)
+        arrays = READERS[self.graph](row, options, self.arch.resolution, self.arch.classes)
+        return arrays, 1e3 * (time.perf_counter() - begun_at)
 
     def timings_ms(self) -> dict[str, float]:
-        """The median time of an image, of files that leave post-processing to NumPy."""
+        """The median time per image, for files that leave post-processing to NumPy."""
         if self.graph != "decoded":
             return {}
         times_ms = {
             "post_processing_ms": self._times_ms,
             "app_post_processing_ms": self._app_times_ms,
         }
-        return {name: float(np.median(each)) for name, each in times_ms.items() if each}
+        return {name: float(np.median(times)) for name, times in times_ms.items() if times}
 
 
 def parity(
@@ -178,45 +185,54 @@ def parity(
 ) -> Parity:
     """Compare a file's outputs [N, ...] with PyTorch's rows [N, anchors, 4 + classes].
 
-    ``relative_error`` is the largest difference of a coordinate, in parts of the input,
-    or of a score: over all anchors, and where the graph chooses the detections, over
-    PyTorch's best of each image and what is nearest to them; a missing one counts 1,
-    and so does a file with an output that is no number. ``agreement`` is the part of
-    images whose best detection is of the same class, and overlaps PyTorch's with an IoU
-    of 0.5 or more.
+    ``relative_error`` is the largest difference of a coordinate, as a fraction of the
+    input size, or of a score. It is taken over all anchors; if the graph selects the
+    detections, over PyTorch's best of each image and the detections nearest to them. A
+    missing detection counts 1, and so does a file with an output that is not finite.
+    ``agreement`` is the fraction of images whose best detection has the same class as
+    PyTorch's and overlaps it with an IoU of 0.5 or more.
     """
     if not np.isfinite(outputs).all():
         return Parity(images=len(rows), relative_error=1.0, agreement=0.0)
-    classes, options = rows.shape[-1] - 4, settings.model_dump()
-    wanted = [READERS["decoded"](row, options, resolution, classes) for row in rows]
-    found = [READERS[graph](row, options, resolution, classes) for row in outputs]
+
+    classes = rows.shape[-1] - 4
+    options = settings.model_dump()
+    expected = [READERS["decoded"](row, options, resolution, classes) for row in rows]
+    actual = [READERS[graph](row, options, resolution, classes) for row in outputs]
+    pairs = list(zip(expected, actual, strict=True))
     if graph == "decoded":
         differences = np.abs(outputs.reshape(rows.shape) - rows)
-        error = max(
-            float(differences[..., :4].max()) / resolution, float(differences[..., 4:].max())
-        )
+        box_error = float(differences[..., :4].max()) / resolution
+        error = max(box_error, float(differences[..., 4:].max()))
     else:
-        error = max(
-            _furthest(one, other, resolution) for one, other in zip(wanted, found, strict=True)
-        )
-    agreement = float(
-        np.mean([_same_best(one, other) for one, other in zip(wanted, found, strict=True)])
-    )
+        # these rows are detections and no longer anchors, so they have to be matched
+        error = max(_largest_difference(*pair, resolution) for pair in pairs)
+    agreement = float(np.mean([_same_best(*pair) for pair in pairs]))
     return Parity(images=len(rows), relative_error=error, agreement=agreement)
 
 
-def _furthest(wanted: DetectionArrays, found: DetectionArrays, resolution: int) -> float:
+def _largest_difference(
+    expected: DetectionArrays, actual: DetectionArrays, resolution: int
+) -> float:
+    """The largest difference between one of the ``BEST`` expected detections and the
+    nearest actual one of its class.
+    """
+    boxes_D4, scores_D, labels_D = actual
     errors = [0.0]
-    for box, score, label in zip(*(part[:BEST] for part in wanted), strict=True):
-        same = found[2] == label
-        distances = np.maximum(
-            np.abs(found[0][same] - box).max(axis=1) / resolution, np.abs(found[1][same] - score)
-        )
+    for box, score, label in zip(*(part[:BEST] for part in expected), strict=True):
+        same_class = labels_D == label
+        box_errors = np.abs(boxes_D4[same_class] - box).max(axis=1) / resolution
+        distances = np.maximum(box_errors, np.abs(scores_D[same_class] - score))
         errors.append(float(distances.min(initial=1.0)))
     return max(errors)
 
 
-def _same_best(one: DetectionArrays, other: DetectionArrays) -> bool:
-    if not len(one[1]) or not len(other[1]):
-        return len(one[1]) == len(other[1])
-    return bool(one[2][0] == other[2][0] and iou(np.stack([one[0][0], other[0][0]]))[0, 1] >= 0.5)
+def _same_best(expected: DetectionArrays, actual: DetectionArrays) -> bool:
+    """Whether the best detections have one class and overlap, or both images have none."""
+    expected_boxes, expected_scores, expected_labels = expected
+    actual_boxes, actual_scores, actual_labels = actual
+    if not len(expected_scores) or not len(actual_scores):
+        return len(expected_scores) == len(actual_scores)
+    if expected_labels[0] != actual_labels[0]:
+        return False
+    return bool(iou(np.stack([expected_boxes[0], actual_boxes[0]]))[0, 1] >= 0.5)

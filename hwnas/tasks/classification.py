@@ -1,15 +1,15 @@
-"""Classification: one label per image, judged by the share of test images whose highest
-logit is the right class.
+"""Classification: one label per image. The metric is the fraction of test images whose
+highest logit is the right class.
 
 In a search, the quality on one batch (the reward of reinforcement learning) is the
-accuracy, and so is that on the held-out images by which finders and the last ranking
-judge. With ``search.quality = "loss"`` all of these are 1 / (1 + L) of the
-cross-entropy L, which is 1 where nothing is wrong and still tells large losses apart,
-where exp(-L) has no slope left.
+accuracy, and so is the quality on the held-out images, which finders and the final
+ranking use. With ``search.quality = "loss"``, all of these are 1 / (1 + L) with the
+cross-entropy L. That is 1 for a perfect network, and it still tells large losses apart,
+where exp(-L) is flat.
 
-Judging by the loss tells architectures apart where images or epochs are few: on
-NAS-Bench-Macro, tau of a super-net of two epochs on 1,000 images is 0.28 by accuracy
-and 0.71 by loss (docs/results).
+The loss distinguishes architectures when images or epochs are few: on NAS-Bench-Macro,
+tau of a super-net of two epochs on 1,000 images is 0.28 by accuracy and 0.71 by loss
+(docs/results).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from hwnas.nn.network import Network
 from hwnas.nn.supernet import resized
 from hwnas.task import (
     Answers,
-    Evaluated,
-    Evaluation,
+    EvaluationResult,
+    EvaluationSettings,
     FileAnswers,
     Metrics,
     Output,
@@ -49,11 +49,11 @@ from hwnas.task import (
 from hwnas.tasks.losses import of_loss, of_mean_loss
 
 BATCH = 256
-"""Images that PyTorch classifies at once for a bundle."""
+"""Batch size of PyTorch's predictions for a bundle."""
 
 
 class ClassificationQuality(Quality):
-    """Accuracy or the loss. See the module."""
+    """Accuracy or the loss; see the module docstring."""
 
     of_cross_entropy = True
 
@@ -73,8 +73,8 @@ class ClassificationQuality(Quality):
         return float((outputs.argmax(1) == y).float().mean())
 
     def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
-        """The entropy of the smoothed class frequencies; ln(classes) where all classes
-        are as frequent, whatever the smoothing.
+        """The entropy of the smoothed class frequencies; ln(classes) for any smoothing
+        if all classes are equally frequent.
         """
         frequencies_K = np.bincount(labels_N, minlength=self.classes) / len(labels_N)
         smoothed_K = (1 - label_smoothing) * frequencies_K + label_smoothing / self.classes
@@ -82,19 +82,18 @@ class ClassificationQuality(Quality):
         return float(-(present * np.log(present)).sum())
 
     def of_a_guess(self, labels_N: np.ndarray) -> float | None:
-        """The share of the most frequent class."""
+        """The fraction of images in the most frequent class."""
         return None if self.by_loss else most_frequent(labels_N)
 
     def of_network(
         self, network: Network, images: Images, batches: Iterable[Batch], limit: int | None
     ) -> float:
         """Accuracy at the network's own resolution, or 1 / (1 + mean loss of an image)."""
+        # lazily, so that only one resized batch is in memory
         sized = ((resized(x_NCHW, network.arch.resolution), y) for x_NCHW, y in batches)
-        return (
-            of_mean_loss(network, sized, self.criterion())
-            if self.by_loss
-            else accuracy(network, sized)
-        )
+        if self.by_loss:
+            return of_mean_loss(network, sized, self.criterion())
+        return accuracy(network, sized)
 
 
 class Labels(FileAnswers):
@@ -105,14 +104,14 @@ class Labels(FileAnswers):
 
     @property
     def predictions(self) -> np.ndarray:
-        """All labels so far: int16 [N]."""
+        """All predicted labels so far: int16 [N]."""
         return np.concatenate(self._parts)
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
     def add(self, outputs: np.ndarray) -> None:
-        """Logits or probabilities [N, classes]."""
+        """Add logits or probabilities [N, classes]."""
         self._parts.append(outputs.argmax(1).astype(np.int16))
 
     def metrics(self, images: Images, limit: int | None) -> dict[str, float]:
@@ -141,27 +140,27 @@ class Classification(Task):
         metric_note="Top-1: the share of test images whose highest logit is the right class.",
     )
     curve: ClassVar[Mapping[str, str]] = {"test_accuracy": ACCURACY}
-    curve_cost = 1 / 3  # there is no backward pass
+    curve_cost = 1 / 3  # a training step's forward pass without its backward pass
     reference = "logits"
     studied = True
 
     def space(self, space: SearchSpace, experiment: Experiment) -> SearchSpace:
-        """As it is. Raises ConfigError where its networks are detectors."""
+        """The space unchanged. Raises ConfigError if its networks are detectors."""
         if space.task != self.network_kind:
             name = experiment.space.name
             raise ConfigError(
-                f"space {name!r} is one of detectors: set task = 'detect' and name data with boxes,"
-                " or search another."
+                f"the networks of space {name!r} are detectors: set task = 'detect' and name data"
+                " with boxes, or search another space."
             )
         return space
 
     def architecture(self, arch: Architecture, experiment: Experiment) -> Architecture:
-        """As it is. Raises ConfigError where it is a detector."""
+        """The architecture unchanged. Raises ConfigError if it is a detector."""
         del experiment
         if arch.task != self.network_kind:
             raise ConfigError(
-                f"architecture {arch.name!r} has a detector: set task = 'detect' and name data with"
-                " boxes, or train another."
+                f"architecture {arch.name!r} is a detector: set task = 'detect' and name data with"
+                " boxes, or train another architecture."
             )
         return arch
 
@@ -173,19 +172,22 @@ class Classification(Task):
         """Accuracy, or 1 / (1 + cross-entropy)."""
         return ClassificationQuality(experiment)
 
-    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
+    def evaluate(
+        self, network: Network, images: Images, settings: EvaluationSettings
+    ) -> EvaluationResult:
         """Accuracy."""
+        # evaluation keeps no activations for a backward pass: larger batches fit
         batches = evaluation_batches(
-            images, 4 * how.batch_size, limit=how.limit, workers=how.workers
+            images, 4 * settings.batch_size, limit=settings.limit, workers=settings.workers
         )
-        return Evaluated({ACCURACY: accuracy(network, batches)})
+        return EvaluationResult({ACCURACY: accuracy(network, batches)})
 
     def guess(self, images: Images) -> float | None:
-        """The share of the most frequent class."""
+        """The fraction of images in the most frequent class."""
         return most_frequent(images.labels)
 
     def caution(self, metrics: Metrics, images: int, guess: float | None) -> Caution | None:
-        """By a binomial test of the right answers."""
+        """By a binomial test of the number of right answers."""
         value = metrics[self.metric]
         if (
             value is None
@@ -198,15 +200,15 @@ class Classification(Task):
         return Caution(headline="the trained network learned nothing", text=text)
 
     def said(self, metrics: Metrics, images: int) -> str:
-        """The share of right answers."""
+        """The fraction of right answers."""
         return f"{metrics[self.metric]:.2%} of {images:,} test images right"
 
     def said_of_file(self, value: float, images: int) -> str:
-        """The share of right answers."""
+        """The fraction of right answers."""
         return f"gets {value:.1%} of {images:,} test images right"
 
     def said_on_the_way(self, value: float) -> str:
-        """The share of right answers."""
+        """The fraction of right answers."""
         return f"{value:.1%} of"
 
     @torch.inference_mode()
@@ -217,21 +219,18 @@ class Classification(Task):
         return logits
 
     def outputs(self, graph: str, arch: Architecture, output: str) -> tuple[Output, ...]:
-        """A number per label."""
-        adding = (
-            "between 0 and 1, and their sum is 1"
-            if output == PROBABILITIES
-            else "of which a softmax makes probabilities"
-        )
-        return (
-            Output(name=output, shape=(1, arch.classes), meaning=f"one number per label, {adding}"),
-        )
+        """One number per label."""
+        note = "to be turned into probabilities by a softmax"
+        if output == PROBABILITIES:
+            note = "between 0 and 1, and their sum is 1"
+        meaning = f"one number per label, {note}"
+        return (Output(name=output, shape=(1, arch.classes), meaning=meaning),)
 
     def parity(
         self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture
     ) -> Parity:
-        """``relative_error`` is max |file - torch| / max |torch|; ``agreement`` the
-        part of images with the same highest output.
+        """``relative_error`` is max |file - torch| / max |torch|; ``agreement`` is the
+        fraction of images with the same highest output.
         """
         return Parity(
             images=len(outputs),
@@ -248,16 +247,17 @@ class Classification(Task):
     @torch.inference_mode()
     def torch_answers(self, network: Network, images: Images, workers: int) -> Answers:
         """PyTorch's labels."""
-        found, network = Labels(), network.cpu().eval()
+        labels = Labels()
+        network = network.cpu().eval()
         for x_NCHW, _ in evaluation_batches(images, BATCH, workers=workers):
-            found.add(network(x_NCHW).numpy())
-        return found
+            labels.add(network(x_NCHW).numpy())
+        return labels
 
     def kept(self, arrays: Mapping[str, np.ndarray]) -> Answers:
-        """Of ``predictions``."""
+        """Labels from ``predictions``."""
         return Labels(arrays["predictions"])
 
 
 def most_frequent(labels_N: np.ndarray) -> float:
-    """The share of the most frequent label: what a guess gets right."""
+    """The fraction of the most frequent label: what the best guess gets right."""
     return float(np.bincount(labels_N).max() / len(labels_N))

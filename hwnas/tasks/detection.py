@@ -1,9 +1,9 @@
-"""Detection: boxes with labels, judged by COCO's AP.
+"""Detection: boxes with labels. The metric is COCO's AP.
 
-In a search, the AP of a few images is mostly noise, and no gradient has it, so the
-quality on one batch is always 1 / (1 + L) of the detector's loss L. Architectures are
-judged by their AP on held-out images; with ``search.quality = "loss"`` by 1 / (1 + L)
-there, too.
+In a search, the AP of a few images is mostly noise and has no gradient, so the quality
+on one batch is always 1 / (1 + L) with the detector's loss L. On held-out images,
+architectures are evaluated by their AP, or by 1 / (1 + L) with ``search.quality =
+"loss"``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 from hwnas.nn.network import Network
 from hwnas.task import (
     Answers,
-    Evaluated,
-    Evaluation,
+    EvaluationResult,
+    EvaluationSettings,
     FileAnswers,
     Metrics,
     Output,
@@ -58,24 +58,24 @@ from hwnas.tasks.losses import of_loss, of_mean_loss
 from hwnas.tasks.pictures import pictures_of
 
 ROWS_BYTES = 16 * 2**20
-"""What PyTorch's rows of the parity images take in a bundle, at most."""
+"""The most bytes that PyTorch's rows of the parity images may take in a bundle."""
 BATCH = 16
-"""Images in which PyTorch finds boxes at once for a bundle."""
+"""Batch size of PyTorch's detections for a bundle."""
 
 
 class DetectionQuality(Quality):
-    """AP or the loss. See the module."""
+    """AP or the loss; see the module docstring."""
 
     def __init__(self, experiment: Experiment, space: SearchSpace) -> None:
         self.by_loss = experiment.search.quality == "loss"
         self.metric = OF_LOSS if self.by_loss else AP
         self.post_processing = experiment.detector.post_processing
-        # anchors and classes are those of all
+        # Any architecture of the space will do for the loss: all share anchors and classes.
         self.arch = space.decode(space.at([0] * len(space.choices)))
         self._loss = DetectionCriterion(self.arch)
 
     def criterion(self, label_smoothing: float = 0.0) -> Criterion:
-        """The detector's loss. There are no labels of images to smooth."""
+        """The detector's loss. It has no image labels to smooth."""
         del label_smoothing
         return DetectionCriterion(self.arch)
 
@@ -85,7 +85,7 @@ class DetectionQuality(Quality):
         return of_loss(float(loss))
 
     def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
-        """None: that depends on how many anchors have an object."""
+        """None: it depends on how many anchors match an object."""
         del labels_N, label_smoothing
         return None
 
@@ -97,7 +97,7 @@ class DetectionQuality(Quality):
     def of_network(
         self, network: Network, images: Images, batches: Iterable[Batch], limit: int | None
     ) -> float:
-        """AP, or 1 / (1 + mean loss of an image)."""
+        """AP, or 1 / (1 + mean loss per image)."""
         assert isinstance(network, DetectionNetwork)
         if self.by_loss:
             return of_mean_loss(network, batches, self._loss)
@@ -105,10 +105,9 @@ class DetectionQuality(Quality):
             raise ConfigError(
                 "the AP of a search needs annotations in COCO's format: set data.name = 'coco'."
             )
-        found = detections(network, batches, self.post_processing)
-        return average_precision(
-            images, dict(zip(evaluation_order(images, limit).tolist(), found, strict=True))
-        ).AP
+        per_image = detections(network, batches, self.post_processing)
+        order = evaluation_order(images, limit).tolist()
+        return average_precision(images, dict(zip(order, per_image, strict=True))).AP
 
 
 class Detection(Task):
@@ -124,43 +123,43 @@ class Detection(Task):
         metric="AP",
         answer="best detection",
         parity=(
-            "largest difference of a coordinate, in parts of the input, or of a score from"
+            "largest difference of a coordinate, as a fraction of the input, or of a score from"
             " PyTorch’s, over all anchors; with NMS in the graph over the best detections"
         ),
         metric_note=(
             "AP: COCO’s average precision, the mean over IoU 0.50 to 0.95 and over classes; AP50"
-            " and AP75: at one IoU; s, m, l: of small, medium and large objects; AR: recall with 1,"
-            " 10 or 100 detections an image."
+            " and AP75: at one IoU; s, m, l: for small, medium and large objects; AR: recall with"
+            " 1, 10 or 100 detections per image."
         ),
     )
     tables = ("detector",)
     files = ("arch.json", "pictures.json")
     curve: ClassVar[Mapping[str, str]] = {"test_ap": AP, "test_ap50": "AP50"}
     curve_images = 500
-    curve_cost = 1.0  # what is saved without a backward pass, NMS at AP's threshold takes
+    curve_cost = 1.0  # NMS at AP's threshold takes the time that the backward pass would
     reference = "rows"
     decodes = True
 
     def space(self, space: SearchSpace, experiment: Experiment) -> SearchSpace:
-        """SSDLite on its networks. Where an architecture is named, a space that carries
-        none is good enough for what is left to do.
+        """SSDLite on the networks of the space. If ``train.arch`` names an architecture,
+        nothing is searched, and a space that cannot carry a detector is returned as is.
         """
         if space.task == self.network_kind:
             return space
+        detector = experiment.detector
         try:
-            return space.with_detector(
-                extras=experiment.detector.extras, scores=experiment.detector.scores
-            )
+            return space.with_detector(extras=detector.extras, scores=detector.scores)
         except SpaceError:
             if experiment.train.arch is None:
                 raise
             return space
 
     def architecture(self, arch: Architecture, experiment: Experiment) -> Architecture:
-        """SSDLite on it, where it has no detector."""
+        """SSDLite on the architecture, unless it already has a detector."""
         if arch.task == self.network_kind:
             return arch
-        data, detector = experiment.data, experiment.detector
+        data = experiment.data
+        detector = experiment.detector
         return with_detector(
             arch,
             data.classes,
@@ -178,30 +177,32 @@ class Detection(Task):
         """AP, or 1 / (1 + loss)."""
         return DetectionQuality(experiment, space)
 
-    def evaluate(self, network: Network, images: Images, how: Evaluation) -> Evaluated:
-        """COCO's numbers, the AP of each class, and what was found by image index."""
-        found = detect(
+    def evaluate(
+        self, network: Network, images: Images, settings: EvaluationSettings
+    ) -> EvaluationResult:
+        """COCO's metrics, the AP of each class, and the detections by image index."""
+        detected = detect(
             _detector(network),
             _coco(images),
             self.post_processing,
-            batch_size=how.batch_size,
-            limit=how.limit,
-            workers=how.workers,
+            batch_size=settings.batch_size,
+            limit=settings.limit,
+            workers=settings.workers,
         )
-        if (
-            how.limit is not None
-            and len(images.labels_of(evaluation_order(images, how.limit))) == 0
-        ):
-            return Evaluated({AP: None}, answers=found)  # a part of the images may have no object
-        numbers = average_precision(_coco(images), found)
-        return Evaluated(numbers.by_name, dict(numbers.AP_per_class), found)
+        if settings.limit is not None:
+            # some of the images may have no object between them, which leaves AP undefined
+            labels = images.labels_of(evaluation_order(images, settings.limit))
+            if len(labels) == 0:
+                return EvaluationResult({AP: None}, answers=detected)
+        coco = average_precision(_coco(images), detected)
+        return EvaluationResult(coco.by_name, dict(coco.AP_per_class), detected)
 
     def guess(self, images: Images) -> float | None:
-        """None: boxes are not guessed."""
+        """None: boxes cannot be guessed."""
         return None
 
     def caution(self, metrics: Metrics, images: int, guess: float | None) -> Caution | None:
-        """By an AP of 0."""
+        """If the AP is practically 0."""
         value = metrics[AP]
         if value is None or value > NO_AP:
             return None
@@ -213,12 +214,12 @@ class Detection(Task):
 
     def said(self, metrics: Metrics, images: int) -> str:
         """AP and AP50."""
-        known = [
-            f"{name} {value:.1%}"
-            for name in (AP, "AP50")
-            if (value := metrics.get(name)) is not None
-        ]
-        return f"{', '.join(known)} on {images:,} test images"
+        parts = []
+        for name in (AP, "AP50"):
+            value = metrics.get(name)
+            if value is not None:
+                parts.append(f"{name} {value:.1%}")
+        return f"{', '.join(parts)} on {images:,} test images"
 
     def said_of_file(self, value: float, images: int) -> str:
         """AP."""
@@ -228,38 +229,42 @@ class Detection(Task):
         """AP."""
         return f"AP {value:.1%} on"
 
-    def record(self, folder: Path, network: Network, images: Images, evaluated: Evaluated) -> None:
-        """The architecture, whose detector may be of the training's making, and
-        pictures of what was found.
+    def record(
+        self, folder: Path, network: Network, images: Images, evaluated: EvaluationResult
+    ) -> None:
+        """Write the architecture, to which training may have added the detector, and
+        pictures of the detections.
         """
         network.arch.save(folder / "arch.json")
         pictures_of(_coco(images), evaluated.answers).save(folder / "pictures.json")
 
     def check_images(self, images: Images, name: str, arch: Architecture) -> None:
-        """They have boxes."""
+        """Check that the images have boxes."""
         if not isinstance(images, CocoImages):
             raise ConfigError(
-                f"data.name = {name!r} has no boxes, but {arch.name!r} is a detector: name the data"
+                f"data.name = {name!r} has no boxes, but {arch.name!r} is a detector: give the data"
                 " it was trained on."
             )
 
     def reference_images(self, network: Network) -> int | None:
-        """As many as fit into ``ROWS_BYTES``."""
-        numbers = detector_of(network.arch).anchors * columns(_detector(network))
-        return max(1, ROWS_BYTES // (4 * numbers))
+        """As many images as fit into ``ROWS_BYTES``."""
+        values_per_image = detector_of(network.arch).anchors * columns(_detector(network))
+        bytes_per_image = 4 * values_per_image  # float32
+        return max(1, ROWS_BYTES // bytes_per_image)
 
     @torch.inference_mode()
     def torch_outputs(self, network: Network, images_NHWC: np.ndarray) -> np.ndarray:
         """Rows [N, anchors, 4 + classes]."""
         decoded = Decoded(_detector(network)).cpu().eval()
         x_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
-        rows: np.ndarray = torch.cat(
-            [decoded(x_NCHW[at : at + BATCH]) for at in range(0, len(x_NCHW), BATCH)]
-        ).numpy()
+        batches = []
+        for start in range(0, len(x_NCHW), BATCH):
+            batches.append(decoded(x_NCHW[start : start + BATCH]))
+        rows: np.ndarray = torch.cat(batches).numpy()
         return rows
 
     def outputs(self, graph: str, arch: Architecture, output: str) -> tuple[Output, ...]:
-        """Rows of anchors, or of detections."""
+        """One row per anchor or per detection."""
         limit = self.post_processing.detections
         if graph == "decoded":
             row = (
@@ -285,9 +290,10 @@ class Detection(Task):
             "number of detections; what follows them is undefined",
         )
         named = zip(TASK_OUTPUTS, shapes, meanings, strict=True)
-        return tuple(
-            Output(name=name, shape=shape, meaning=meaning) for name, shape, meaning in named
-        )
+        outputs = []
+        for name, dimensions, meaning in named:
+            outputs.append(Output(name=name, shape=dimensions, meaning=meaning))
+        return tuple(outputs)
 
     def parity(
         self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture
@@ -302,22 +308,24 @@ class Detection(Task):
         return FileBoxes(graph, arch, self.post_processing, app_score)
 
     def torch_answers(self, network: Network, images: Images, workers: int) -> Answers:
-        """What PyTorch finds."""
-        found = detect(
+        """PyTorch's detections."""
+        detected = detect(
             _detector(network),
             _coco(images),
             self.post_processing,
             batch_size=BATCH,
             workers=workers,
         )
-        return Boxes.of_torch(found.values())
+        return Boxes.of_torch(detected.values())
 
     def kept(self, arrays: Mapping[str, np.ndarray]) -> Answers:
-        """Of ``found``, the boxes of all images, and ``counts``, how many each has."""
+        """Boxes from ``found``, the boxes of all images, and ``counts``, the number in
+        each image.
+        """
         return Boxes.of_arrays(arrays["found"], arrays["counts"])
 
     def min_score(self) -> float | None:
-        """The threshold for AP."""
+        """The score threshold for AP."""
         return self.post_processing.min_score
 
 

@@ -1,5 +1,5 @@
-"""Pictures of what a detector finds: some test images with the boxes of the ground
-truth and those found, as a document.
+"""Pictures of a detector's results: some test images with the ground-truth boxes and
+the detected ones, as a document.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from hwnas.data.coco import CocoImages
 from hwnas.document import Document
 from hwnas.nn.ssd import Detections
 
-COUNT, SIDE = 8, 320
-"""How many images, and their longer side in pixels at most."""
-MIN_SCORE, MOST = 0.3, 10
-"""Of the detections in an image, the ``MOST`` best from this score on: an evaluation
-for AP keeps hundreds that nobody wants to see.
+COUNT = 8
+"""Number of images."""
+SIDE = 320
+"""The longer side of a picture in pixels, at most."""
+MIN_SCORE = 0.3
+"""Detections with a lower score are not drawn: an evaluation for AP keeps hundreds of
+them, which would hide the image.
 """
+MOST = 10
+"""Detections drawn per image, at most."""
 
 
 class Box(BaseModel):
-    """A labelled box: x1, y1, x2, y2 as fractions of the image, and the score of one
-    that was found.
+    """A labelled box: x1, y1, x2, y2 as fractions of the image, and the score if it is
+    a detection.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +42,7 @@ class Box(BaseModel):
 
 
 class Picture(BaseModel):
-    """An image as a JPEG file, what is in it, and what was found, best first."""
+    """An image as a JPEG file, its objects, and the detections, best first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,47 +52,50 @@ class Picture(BaseModel):
 
 
 class Pictures(Document):
-    """Some images of a split, chosen at random once and for all."""
+    """Some images of a split, drawn at random but always the same."""
 
     SCHEMA: ClassVar[str] = "hwnas.pictures"
 
     pictures: tuple[Picture, ...]
 
 
-def pictures_of(images: CocoImages, found: Mapping[int, Detections]) -> Pictures:
-    """The first images of ``found``, which are in ``evaluation_order``. Crowds are not drawn."""
-    return Pictures(
-        pictures=tuple(_picture(images, index, found[index]) for index in list(found)[:COUNT])
-    )
+def pictures_of(images: CocoImages, detected: Mapping[int, Detections]) -> Pictures:
+    """The first images of ``detected``, which is in ``evaluation_order``. Crowds are not
+    drawn.
+    """
+    first = list(detected)[:COUNT]
+    return Pictures(pictures=tuple(_picture(images, index, detected[index]) for index in first))
 
 
-def _picture(images: CocoImages, index: int, found: Detections) -> Picture:
-    annotations, image = images.annotations, int(images.chosen[index])
+def _picture(images: CocoImages, index: int, detected: Detections) -> Picture:
+    annotations = images.annotations
+    image = int(images.chosen[index])
     objects = annotations.objects(image)
     single = ~annotations.crowds[objects]
     x_y_w_h = annotations.boxes[objects][single]
     sides = np.tile(images.sizes[index], 2)
-    truth = np.concatenate([x_y_w_h[:, :2], x_y_w_h[:, :2] + x_y_w_h[:, 2:]], axis=1) / sides
-    boxes = images.in_photograph(index, found.boxes_D4.numpy()) / sides
-    best = [row for row in range(len(found.scores_D)) if found.scores_D[row] >= MIN_SCORE][:MOST]
+
+    corners = np.concatenate([x_y_w_h[:, :2], x_y_w_h[:, :2] + x_y_w_h[:, 2:]], axis=1) / sides
+    labels = annotations.classes[objects][single]
+    truth = []
+    for box, label in zip(corners, labels, strict=True):
+        truth.append(_box(box, images.names[label]))
+
+    boxes = images.in_photograph(index, detected.boxes_D4.numpy()) / sides
+    best = [row for row in range(len(boxes)) if detected.scores_D[row] >= MIN_SCORE][:MOST]
+    drawn = []
+    for row in best:
+        label = images.names[int(detected.classes_D[row])]
+        drawn.append(_box(boxes[row], label, float(detected.scores_D[row])))
     return Picture(
-        jpeg=base64.b64encode(_jpeg(images, image)),
-        truth=tuple(
-            _box(box, images.names[label])
-            for box, label in zip(truth, annotations.classes[objects][single], strict=True)
-        ),
-        found=tuple(
-            _box(boxes[row], images.names[int(found.classes_D[row])], float(found.scores_D[row]))
-            for row in best
-        ),
+        jpeg=base64.b64encode(_jpeg(images, image)), truth=tuple(truth), found=tuple(drawn)
     )
 
 
 def _box(corners: np.ndarray, label: str, score: float | None = None) -> Box:
     x1, y1, x2, y2 = (round(float(value), 4) for value in corners)
-    return Box(
-        corners=(x1, y1, x2, y2), label=label, score=None if score is None else round(score, 4)
-    )
+    rounded = None if score is None else round(score, 4)
+    return Box(corners=(x1, y1, x2, y2), label=label, score=rounded)
 
 
 def _jpeg(images: CocoImages, image: int) -> bytes:

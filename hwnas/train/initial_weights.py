@@ -1,4 +1,4 @@
-"""The weights that a training begins with: a super-net's, or an earlier training's."""
+"""Initial weights of a training, from a super-net or from an earlier training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ WEIGHTS = "model.safetensors"
 
 
 def load_initial_weights(network: Network, ctx: StageContext) -> None:
-    """Copy into a new network the weights that the settings name. With ``train.weights =
-    "scratch"`` and no backbone it stays as it is.
+    """Copy the weights that the settings name into a new network, in place.
+
+    ``train.weights = "supernet"`` replaces all weights, ``train.backbone`` then those
+    of the blocks that both networks have. With neither, nothing changes.
     """
     config = ctx.experiment.train
     if config.weights == "supernet":
@@ -28,33 +30,33 @@ def load_initial_weights(network: Network, ctx: StageContext) -> None:
 
 
 def backbone_file(folder: str) -> Path:
-    """The weights file in the folder that ``train.backbone`` names. Raises ConfigError
-    where there is none.
+    """The weights file in ``folder``, which ``train.backbone`` names, or in its
+    subfolder ``train``. Raises ConfigError if there is none.
     """
     root = Path(folder).expanduser()
-    path = next(
-        (path for path in (root / WEIGHTS, root / "train" / WEIGHTS) if path.is_file()), None
+    for path in (root / WEIGHTS, root / "train" / WEIGHTS):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"train.backbone = {folder!r} has no {WEIGHTS}: name the folder of a finished training."
     )
-    if path is None:
-        raise ConfigError(
-            f"train.backbone = {folder!r} holds no {WEIGHTS}: name the folder of a finished"
-            " training."
-        )
-    return path
 
 
 def trained_backbone(folder: str, arch: Architecture) -> Path:
-    """The weights file of an earlier training, whose first blocks are those of
-    ``arch``. Raises ConfigError where there is none.
+    """The weights file of an earlier training of a network that begins with the blocks
+    of ``arch``. Raises ConfigError if there is no file, or its blocks differ.
     """
     path = backbone_file(folder)
     blocks = load_network(path).arch.blocks
     for position, op in enumerate(arch.blocks):
-        there = replace(blocks[position], size=op.size) if position < len(blocks) else None
-        if there != op:
+        trained = None
+        if position < len(blocks):
+            # The resolution may differ: it does not change the shapes of weights.
+            trained = replace(blocks[position], size=op.size)
+        if trained != op:
+            name = "nothing" if trained is None else trained.key
             raise ConfigError(
-                f"train.backbone = {folder!r} is another network: block {position} is"
-                f" {there.key if there else 'nothing'} there and {op.key} here; train the same"
-                " architecture (train.arch) both times."
+                f"train.backbone = {folder!r} is another network: block {position} is {name} there"
+                f" and {op.key} here; train the same architecture (train.arch) both times."
             )
     return path

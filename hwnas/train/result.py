@@ -1,4 +1,4 @@
-"""How good a trained network is, as a document and in words."""
+"""The result of a training: the document ``train.json``, and its summary in words."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hwnas.task import Metrics, task_named
 class TrainResult(Document):
     """How good the trained network is on the test images.
 
-    Version 1 had ``test_accuracy`` of a classifier, and COCO's numbers of a detector in
-    ``test_coco``.
+    Version 1 had ``test_accuracy`` for a classifier, and ``test_coco`` with COCO's
+    numbers for a detector.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.train"
@@ -29,41 +29,42 @@ class TrainResult(Document):
     steps: int
     seed: int
     task: str
-    metric: str = Field(description="what the network is judged by")
+    metric: str = Field(description="the metric that the network is evaluated by")
     metrics: Metrics = Field(
-        description="each in 0..1 by its name; none where the test images have nothing of the kind"
+        description="each in 0..1, by name; null if the test images have nothing of the kind"
     )
     per_class: Metrics = Field(
-        {}, description="the metric by the class's name, where the task has it"
+        {}, description="the metric of each class, by the class's name, if the task has it"
     )
     test_images: int
     guess: float | None = Field(
-        None, description="the metric of the best answer that does not look at the image"
+        None, description="the metric of the best guess that does not look at the image"
     )
     class_names: tuple[str, ...]
 
     @model_validator(mode="after")
-    def _judged(self) -> Self:
+    def _check_metric(self) -> Self:
         if self.metrics.get(self.metric) is None:
             raise ValueError(f"metrics lack {self.metric!r}, which is the metric: train again")
         return self
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what the task does not have."""
+        """Leave out fields that the task does not have."""
         return {name: value for name, value in handler(self).items() if value not in (None, {})}
 
     @classmethod
     def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """The names of version 1. Its oldest documents knew no better guess than one of
-        equally frequent classes.
-        """
-        accuracy, coco = content.pop("test_accuracy", None), content.pop("test_coco", None)
+        """Convert version 1 to the names of version 2."""
+        accuracy = content.pop("test_accuracy", None)
+        coco = content.pop("test_coco", None)
         guess = content.pop("test_guess", None)
         if accuracy is not None:
-            usual = 1 / max(1, len(content.get("class_names", ())))
+            if guess is None:
+                # The oldest documents have no guess: assume equally frequent classes.
+                guess = 1 / max(1, len(content.get("class_names", ())))
             content |= {"task": "classify", "metric": ACCURACY, "metrics": {ACCURACY: accuracy}}
-            content["guess"] = usual if guess is None else guess
+            content["guess"] = guess
         elif coco is not None:
             numbers = CocoMetrics.model_validate(coco)
             content |= {
@@ -74,8 +75,8 @@ class TrainResult(Document):
             }
         else:
             raise DocumentError(
-                "a training ends in test_accuracy or in test_coco, and this has neither: train"
-                " again."
+                "a training result of version 1 has test_accuracy or test_coco, and this one has"
+                " neither: train again."
             )
         return content
 
@@ -86,5 +87,5 @@ class TrainResult(Document):
 
     @property
     def caution(self) -> Caution | None:
-        """Said where the network is no better than a guess."""
+        """A caution if the network is no better than a guess."""
         return task_named(self.task).caution(self.metrics, self.test_images, self.guess)

@@ -1,5 +1,6 @@
-"""The training stage: an architecture in, a trained network out. It uses all training
-images; the search held some out.
+"""The training stage: takes an architecture and returns a trained network.
+
+It trains on all training images, including those that the search holds out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hwnas.nn.checkpoint import load_network, save_network
 from hwnas.nn.network import Network, network_of
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
-from hwnas.task import Evaluation, evaluate, task_of
+from hwnas.task import EvaluationSettings, evaluate, task_of
 from hwnas.train.initial_weights import (
     WEIGHTS,
     backbone_file,
@@ -35,13 +36,13 @@ from hwnas.train.validation import Validation
 
 
 def outputs(experiment: Experiment) -> list[str]:
-    """The files the stage writes: the weights, the result, and what else the task shows."""
+    """The files that the stage writes: the weights, the result, and those of the task."""
     return [WEIGHTS, "train.json", *task_of(experiment).files]
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is ready to run, or to go on."""
+    """A training that is ready to start, or to resume."""
 
     engine: Engine
     test: Images
@@ -50,17 +51,19 @@ class Training:
 
     def step(self, number: int) -> Metrics:
         """One update on the next batch."""
-        del number  # the loader is already at this step
+        del number  # ``batches`` begins at the engine's step and moves along with it
         return self.engine.train_step(*next(self.batches))
 
 
 def begin(ctx: StageContext, arch: Architecture) -> Training:
-    """Build what is trained, and take up what the stage's folder holds of it."""
-    config, data, seed = ctx.experiment.train, sized(ctx.experiment, arch), ctx.experiment.seed
-    train, test = load_images(data, "all", augment=True), load_images(data, "test")
-    network = network_of(
-        arch, dropout=config.dropout, generator=torch.Generator().manual_seed(seed)
-    )
+    """Set up a training, and restore the checkpoint in the stage's folder, if any."""
+    config = ctx.experiment.train
+    seed = ctx.experiment.seed
+    data = sized(ctx.experiment, arch)
+    train = load_images(data, "all", augment=True)
+    test = load_images(data, "test")
+    generator = torch.Generator().manual_seed(seed)
+    network = network_of(arch, dropout=config.dropout, generator=generator)
     load_initial_weights(network, ctx)
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -78,6 +81,8 @@ def begin(ctx: StageContext, arch: Architecture) -> Training:
         checkpoint_seconds=ctx.experiment.checkpoint_seconds,
     )
     engine.resume()
+
+    # These two continue at the engine's step, so they come after it has resumed.
     validation = Validation(ctx, engine, test, len(train) / config.batch_size)
     validation.resume()
     batches = training_batches(
@@ -87,19 +92,22 @@ def begin(ctx: StageContext, arch: Architecture) -> Training:
 
 
 def run(ctx: StageContext, arch: Architecture) -> None:
-    """Train and write ``model.safetensors`` (averaged weights, BN statistics),
+    """Train, and write ``model.safetensors`` (averaged weights and BN statistics),
     ``train.json`` and the other ``outputs``.
 
-    On the way, ``validation.jsonl`` gets the validation curve.
+    The validation curve is written to ``validation.jsonl`` during the training.
     """
-    config, training = ctx.experiment.train, begin(ctx, arch)
-    engine, test = training.engine, training.test
+    config = ctx.experiment.train
+    training = begin(ctx, arch)
+    engine = training.engine
+    test = training.test
     engine.fit(training.step, ctx.progress, f"training {arch.name}", training.validation)
+
     trained = engine.ema_model
     assert isinstance(trained, Network)
     task = task_of(ctx.experiment)
-    how = Evaluation(config.batch_size, workers=ctx.experiment.data.workers)
-    evaluated = evaluate(task, trained, test, how)
+    settings = EvaluationSettings(config.batch_size, workers=ctx.experiment.data.workers)
+    evaluated = evaluate(task, trained, test, settings)
     task.record(ctx.folder, trained, test, evaluated)
     result = TrainResult(
         architecture_sha256=arch.sha256,
@@ -114,12 +122,14 @@ def run(ctx: StageContext, arch: Architecture) -> None:
         guess=task.guess(test),
         class_names=test.names,
     )
-    metadata = {row: evaluated.metrics[name] for row, name in list(task.curve.items())[:1]}
-    save_network(
-        trained,
-        ctx.folder / WEIGHTS,
-        {name: f"{value:.4f}" for name, value in metadata.items() if value is not None},
-    )
+
+    metadata = {}
+    if task.curve:
+        row, name = next(iter(task.curve.items()))
+        value = evaluated.metrics[name]
+        if value is not None:
+            metadata[row] = f"{value:.4f}"
+    save_network(trained, ctx.folder / WEIGHTS, metadata)
     result.save(ctx.folder / "train.json")
     engine.finish()
     ctx.progress.info(f"trained {arch.name}: {result.quality}")
@@ -128,7 +138,7 @@ def run(ctx: StageContext, arch: Architecture) -> None:
 
 
 class Train(Stage):
-    """Trains the searched architecture, or the one that is named."""
+    """Trains the searched architecture, or the one that ``train.arch`` names."""
 
     name = "train"
     result = "train.json"
@@ -139,73 +149,85 @@ class Train(Stage):
 
     @classmethod
     def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
-        """The optimiser, a named architecture against the data, and what the training
-        begins with.
+        """Check the optimiser, the initial weights, and a named architecture against the
+        data.
         """
-        config, supernet = experiment.train, experiment.search.supernet
+        config = experiment.train
+        supernet = experiment.search.supernet
         check_optimizer(config.optimizer, "train.optimizer")
-        proxy = supernet.proxy_width != 1.0 or supernet.proxy_depth is not None
-        if (
-            config.weights == "supernet"
-            and proxy
-            and config.arch is None
-            and experiment.search.weights is None
-        ):
+
+        is_proxy = supernet.proxy_width != 1.0 or supernet.proxy_depth is not None
+        # An already trained super-net (``search.weights``) has settings of its own.
+        trains_supernet = config.arch is None and experiment.search.weights is None
+        if config.weights == "supernet" and is_proxy and trains_supernet:
             raise ConfigError(
                 "train.weights = 'supernet' needs a super-net of full size, and"
                 " search.supernet.proxy_width or proxy_depth makes it smaller: set train.weights ="
                 " 'scratch'."
             )
-        arch = architecture(experiment, space, Path()) if config.arch is not None else None
-        if config.backbone is not None and arch is not None:
-            trained_backbone(config.backbone, arch)
-        elif config.backbone is not None:
-            backbone_file(config.backbone)
+
+        arch = None
+        if config.arch is not None:
+            arch = architecture(experiment, space, Path())
+        if config.backbone is not None:
+            if arch is not None:
+                trained_backbone(config.backbone, arch)
+            else:
+                # The search has not chosen the blocks yet, so only the file can be checked.
+                backbone_file(config.backbone)
 
     @property
     def outputs(self) -> list[str]:
-        """The weights, the result, and what else the task shows."""
+        """The weights, the result, and the files of the task."""
         return outputs(self.at.experiment)
 
     @property
     def searched(self) -> Path:
-        """The searched architecture."""
+        """The file of the searched architecture."""
         return self.at.path("search", "arch.json")
 
     def architecture(self) -> Architecture:
-        """What is trained. Raises ConfigError where it does not fit the data or the task."""
+        """The architecture to train. Raises ConfigError if it does not fit the data or the
+        task.
+        """
         return architecture(self.at.experiment, self.at.space, self.searched)
 
     def inputs(self) -> dict[str, str]:
-        """The architecture, the weights that it begins with, the data and the settings."""
-        config, inherited = self.at.experiment.train, self.at.path("search", "supernet.safetensors")
-        found = {} if config.arch else self.at.hash_of(self.searched, "search")
+        """Hashes of the architecture, the initial weights, the data and the settings, by
+        name.
+        """
+        config = self.at.experiment.train
+        inherited = self.at.path("search", "supernet.safetensors")
+        files: dict[str, str] = {}
+        if not config.arch:
+            files |= self.at.hash_of(self.searched, "search")
         if config.weights == "supernet":
-            found |= self.at.hash_of(inherited, "search")
+            files |= self.at.hash_of(inherited, "search")
+
         arch = self.architecture()
-        if config.weights == "supernet" and arch != Architecture.load(self.searched):
-            raise ConfigError(
-                "train.weights = 'supernet' fits the searched architecture alone: set train.weights"
-                " = 'scratch'."
-            )
-        if config.weights == "supernet" and load_network(inherited).arch.identity != arch.identity:
-            raise ConfigError(
-                "train.weights = 'supernet' needs a super-net of full size, and this one was a"
-                " proxy: set train.weights = 'scratch'."
-            )
+        if config.weights == "supernet":
+            if arch != Architecture.load(self.searched):
+                raise ConfigError(
+                    "train.weights = 'supernet' only fits the searched architecture: set"
+                    " train.weights = 'scratch'."
+                )
+            if load_network(inherited).arch.identity != arch.identity:
+                raise ConfigError(
+                    "train.weights = 'supernet' needs a super-net of full size, and this one was a"
+                    " proxy: set train.weights = 'scratch'."
+                )
         if config.backbone is not None:
-            found |= {"backbone": file_sha256(trained_backbone(config.backbone, arch))}
+            files["backbone"] = file_sha256(trained_backbone(config.backbone, arch))
         settings = self.at.hashes_of_config("train", "seed", *task_of(self.at.experiment).tables)
-        return {"architecture": arch.sha256, **found, **self.at.hashes_of_data(), **settings}
+        return {"architecture": arch.sha256, **files, **self.at.hashes_of_data(), **settings}
 
     def summary(self) -> str:
-        """What is trained how long, and from which weights."""
+        """The architecture, the number of epochs, and the initial weights."""
         config = self.at.experiment.train
         arch = config.arch or "the searched architecture"
-        return (
-            f"{arch} for {config.epochs:g} epochs, weights from {config.backbone or config.weights}"
-        )
+        weights = config.backbone or config.weights
+        return f"{arch} for {config.epochs:g} epochs, weights from {weights}"
 
     def run(self, ctx: StageContext) -> None:
-        """Train it."""
+        """Train the architecture."""
         run(ctx, self.architecture())

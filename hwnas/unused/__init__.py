@@ -1,16 +1,16 @@
-"""Settings that do nothing: every key of an experiment, and when it has no effect.
+"""Settings without effect: for every key of an experiment, when it does nothing.
 
-``keys.KEYS`` is the one table. A key is judged only where it was given, in the file or
-by ``-s``; a run folder's own configuration says every key, and is not judged. What
-happens then is said by the case:
+``keys.KEYS`` is the table of all keys and cases. A key is checked only if it was given,
+in the file or by ``-s``. The configuration of a run folder contains every key and is not
+checked. What happens with a key without effect depends on its case:
 
-- given by ``-s``: refused; where the reason is given by ``-s``, too, as ``Case.both`` says;
-- in the file, as is the reason: as ``Case.file`` says;
-- in the file, while ``-s`` gives the reason (one file serves many commands): as
-  ``Case.overridden`` says.
+- The key was given by ``-s``: an error; if ``-s`` also gave the reason, ``Case.both``.
+- The file gave both the key and the reason: ``Case.file``.
+- The file gave the key and ``-s`` the reason (one file serves many commands):
+  ``Case.overridden``.
 
-Keys of stages that a verb does not run are not judged: the same file, and the same
-``-s``, serve ``hwnas profile`` and ``hwnas train``.
+Keys of stages that a command does not run are not checked, so that the same file and the
+same ``-s`` serve ``hwnas profile`` and ``hwnas train``.
 """
 
 from __future__ import annotations
@@ -31,32 +31,41 @@ from hwnas.unused.keys import KEYS
 def check_used(
     experiment: Experiment, verb: str, overrides: Sequence[str], progress: Progress
 ) -> None:
-    """Refuse keys that were given and do nothing, or say so in a warning; see the
-    module. Raises ConfigError for the first.
+    """Check that the given keys have an effect; see the module docstring. Raises
+    ConfigError for the first key that is an error, and otherwise warns.
 
-    ``overrides`` are those of the command line, ``key.path=value``.
+    ``verb`` is the command without ``hwnas``, ``overrides`` the ``key.path=value`` strings
+    of the command line.
     """
-    situation = Situation(
-        experiment, verb, tuple(text.partition("=")[0].strip() for text in overrides)
-    )
-    idle: dict[Case, list[str]] = defaultdict(list)
+    overridden = tuple(text.partition("=")[0].strip() for text in overrides)
+    situation = Situation(experiment, verb, overridden)
+    # Keys with the same reason share one warning.
+    warned: dict[Case, list[str]] = defaultdict(list)
     for key, value in keys_given(experiment).items():
-        case = next(
-            (case for case in KEYS[key] if verb in case.verbs and case.holds(situation)), None
-        )
-        level = "quiet" if case is None else _level(case, key, situation)
-        if case is not None and level == "refuse":
+        case = _first_case(key, situation)
+        if case is None:
+            continue
+        level = _level(case, key, situation)
+        if level == "refuse":
             raise ConfigError(
-                f"{key} = {_shown(value)} does nothing: {case.why.format(e=experiment)};"
+                f"{key} = {_shortened(value)} does nothing: {case.why.format(e=experiment)};"
                 f" {case.fix}."
             )
-        if case is not None and level == "warn":
-            idle[case].append(key)
-    for case, keys in idle.items():
+        if level == "warn":
+            warned[case].append(key)
+    for case, keys in warned.items():
+        verb_form = "do" if len(keys) > 1 else "does"
         progress.warning(
-            f"{case.why.format(e=experiment)}, so {', '.join(keys)}"
-            f" {'do' if len(keys) > 1 else 'does'} nothing."
+            f"{case.why.format(e=experiment)}, so {', '.join(keys)} {verb_form} nothing."
         )
+
+
+def _first_case(key: str, situation: Situation) -> Case | None:
+    """The first case in which the key does nothing; None if it has an effect."""
+    for case in KEYS[key]:
+        if situation.verb in case.verbs and case.holds(situation):
+            return case
+    return None
 
 
 def _level(case: Case, key: str, situation: Situation) -> Level:
@@ -66,7 +75,8 @@ def _level(case: Case, key: str, situation: Situation) -> Level:
     return case.overridden if reason_overridden else case.file
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
+    """A value as text of at most 60 characters."""
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     text = repr(plain)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""A circumstance in which settings do nothing, and the situation that it is judged in."""
+"""A case in which settings do nothing, and the situation that it is checked in."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from hwnas.stages import STAGES
 Level = Literal["refuse", "warn", "quiet"]
 
 STUDIES = ("study rank", "study compare", "study shrink")
+"""The commands that run studies."""
+
 VERBS = ("run", *STAGES)
+"""The commands that run stages."""
 
 
 @dataclass(frozen=True)
 class Situation:
-    """An experiment that a verb is about to be carried out with."""
+    """An experiment and the command that is about to run it."""
 
     experiment: Experiment
     verb: str
     overridden: tuple[str, ...] = ()
-    """Keys that the command line gave."""
+    """Keys that were given on the command line."""
 
     def overrides(self, key: str) -> bool:
-        """Whether the command line gave a key, a part of it, or the table that it is in."""
+        """Whether the command line gave a key, a part of it, or a table that contains it."""
         return any(
             f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.")
             for given in self.overridden
@@ -37,17 +40,17 @@ class Situation:
 
     @cached_property
     def strategy(self) -> Any:
-        """The strategy's class."""
+        """The class of the search strategy."""
         return STRATEGIES.get(self.experiment.search.strategy.name)
 
     @cached_property
     def formats(self) -> tuple[str, ...]:
-        """The files that are exported."""
+        """The formats that are exported."""
         return self.experiment.export_formats
 
     @property
     def has_own_arch(self) -> bool:
-        """Whether the architecture is no member of the space: a document, or a
+        """Whether the named architecture is not one of the space: a document or a
         published network.
         """
         name = self.experiment.train.arch
@@ -55,7 +58,7 @@ class Situation:
 
     @cached_property
     def arch_detects(self) -> bool:
-        """Whether the architecture that is named has a detector of its own."""
+        """Whether the named architecture has its own detector."""
         name = self.experiment.train.arch
         if name is None:
             return False
@@ -65,18 +68,20 @@ class Situation:
 
 
 class Holds(Protocol):
-    """When a case is at hand."""
+    """The condition of a case."""
 
     def __call__(self, situation: Situation) -> bool:
-        """Whether it is."""
+        """Whether the case applies to a situation."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A circumstance in which keys do nothing. ``why`` is half a sentence, formatted
-    with the experiment as ``e``.
+    """A case in which keys do nothing.
 
-    ``by`` are the keys that bring it about.
+    ``why`` is the reason, a clause that is formatted with the experiment as ``e``; ``by``
+    are the keys that cause it; ``verbs`` are the commands that it concerns. ``fix`` tells
+    the user what to do. ``file``, ``overridden`` and ``both`` say what happens, by where
+    key and reason were given; see the docstring of the package.
     """
 
     holds: Holds

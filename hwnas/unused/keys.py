@@ -1,4 +1,4 @@
-"""Every setting, and the cases in which it does nothing."""
+"""Every key of an experiment, and the cases in which it does nothing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from hwnas.search import SHRINK_METRICS
 from hwnas.unused.case import STUDIES, VERBS, Case, Holds, Situation
 
 
-def _all(situation: Situation) -> bool:
+def _always(situation: Situation) -> bool:
     return True
 
 
 def _lacks_momentum(table: Literal["search", "train"]) -> Holds:
+    """The optimiser of a table has no momentum."""
+
     def holds(situation: Situation) -> bool:
+        # Imported here: timm is slow to import, and most commands do not need it.
         from timm.optim import list_optimizers
 
         name = getattr(situation.experiment, table).optimizer.name
+        # An unknown name is reported later, with the known ones.
         return name in list_optimizers() and not _has_momentum(name)
 
     return holds
@@ -32,7 +36,7 @@ def _has_momentum(name: str) -> bool:
 
 
 def _no_metric(attribute: str) -> Holds:
-    """No metric of the shrinking has the attribute."""
+    """No metric of ``shrink.metrics`` has the attribute."""
 
     def holds(situation: Situation) -> bool:
         return not any(
@@ -47,119 +51,124 @@ def _is_int8(format_name: str) -> bool:
     return "int8" in format_name
 
 
-# What is trained is named, so nothing is profiled or searched.
-NAMED = Case(
+# --- the architecture: with train.arch, nothing is profiled or searched
+
+ARCH_GIVEN = Case(
     lambda s: s.experiment.train.arch is not None,
     "train.arch = {e.train.arch!r} is trained without a search",
     ("train.arch",),
     ("run",),
     file="warn",
 )
-APART = Case(
+ARCH_OUTSIDE_SPACE = Case(
     lambda s: s.has_own_arch,
-    "train.arch = {e.train.arch!r} is a network by itself, not one of the space",
+    "train.arch = {e.train.arch!r} is a network of its own, not one of the space",
     ("train.arch",),
     ("run", "train"),
     file="warn",
 )
-WRITTEN = Case(
+ARCH_DOCUMENT = Case(
     lambda s: (
         s.experiment.train.arch is not None and Path(s.experiment.train.arch).suffix == ".json"
     ),
-    "train.arch = {e.train.arch!r} has the widths that the document says",
+    "train.arch = {e.train.arch!r} has the widths of its document",
     ("train.arch",),
     ("run", "train"),
     file="warn",
 )
-# profile
-TABLE = Case(
+# --- profile
+
+TABLE_GIVEN = Case(
     lambda s: s.experiment.search.table is not None,
     "search.table = {e.search.table!r} is used instead of a profile",
     ("search.table",),
     ("run",),
     file="warn",
 )
-COUNTED = Case(
+COUNTED_BUDGET = Case(
     lambda s: not s.experiment.search.by_table,
     "search.budget.kind = {e.search.budget.kind!r} is counted, so nothing is profiled",
     ("search.budget",),
     ("run",),
     file="warn",
 )
-OPS = Case(
+PROFILES_OPS = Case(
     lambda s: s.experiment.profile.mode == "ops",
-    "profile.mode = 'ops' measures ops, and no table or number of networks begins it",
+    "profile.mode = 'ops' measures ops and does not start from other tables",
     ("profile.mode",),
     ("run", "profile"),
     fix="set profile.mode = 'networks', or remove it",
 )
-A_NUMBER = Case(
+NUMBER_FOR_OPS = Case(
     lambda s: s.experiment.profile.mode == "ops" and isinstance(s.experiment.profile.networks, int),
-    "profile.mode = 'ops' takes names of networks, and the number of sampled ones is fit_networks +"
-    " test_networks",
+    "profile.mode = 'ops' takes only names of networks; it samples fit_networks + test_networks",
     ("profile.mode",),
     ("run", "profile"),
     fix="set profile.mode = 'networks', or profile.fit_networks",
 )
-NETWORKS = Case(
+PROFILES_NETWORKS = Case(
     lambda s: s.experiment.profile.mode == "networks",
     "profile.mode = 'networks' fits the table to profile.networks",
     ("profile.mode",),
     ("run", "profile"),
 )
-SIMULATED = Case(
+SIMULATED_DEVICE = Case(
     lambda s: find_device(s.experiment.device.name).connection == "simulated",
     "device.name = {e.device.name!r} is a formula without cores",
     ("device.name",),
     ("run", "profile", "validate"),
 )
-# search
-TARGETED = Case(
+# --- search
+
+TARGET_GIVEN = Case(
     lambda s: s.experiment.search.target_ms is not None,
     "search.target_ms = {e.search.target_ms:g} is the budget",
     ("search.target_ms",),
     ("run", "search"),
     fix="remove one of them",
-    overridden="quiet",  # one override of a file with a range is enough
+    # To override the range of a file, search.target_ms must be enough.
+    overridden="quiet",
     both="warn",
 )
-BUDGETED = Case(
+BUDGET_HAS_NUMBER = Case(
     lambda s: (
         s.experiment.search.budget is not None and s.experiment.search.budget.most is not None
     ),
-    "search.budget has a number of its own",
+    "search.budget has its own number",
     ("search.budget",),
     ("run", "search"),
     fix="remove one of them",
     overridden="quiet",
     both="warn",
 )
-READY = Case(
+SUPERNET_GIVEN = Case(
     lambda s: s.experiment.search.weights is not None,
     "search.weights = {e.search.weights!r} is a trained super-net",
     ("search.weights",),
     ("run", "search"),
     file="warn",
-    overridden="quiet",  # the usual way: the file that the super-net was trained with
+    # The usual case: the file that the super-net was trained with.
+    overridden="quiet",
 )
-ALONE = Case(
+NO_SHARED_WEIGHTS = Case(
     lambda s: not s.strategy.shares,
     "strategy {e.search.strategy.name!r} trains networks that share no weights",
     ("search.strategy",),
     ("run", "search"),
     overridden="quiet",
 )
-NOT_FOUND = Case(
+NO_FINDER = Case(
     lambda s: not s.strategy.shares,
-    "strategy {e.search.strategy.name!r} chooses among the networks that it has trained",
+    "strategy {e.search.strategy.name!r} chooses among the networks that it trained",
     ("search.strategy",),
     ("run", "search"),
     overridden="refuse",
 )
-# task
+# --- task
+
 DETECTS = Case(
     lambda s: network_kind(s.experiment.task) == "detect",
-    "task = 'detect' has no labels of whole images and no top-1",
+    "task = 'detect' has no image labels and no top-1",
     ("task",),
 )
 CLASSIFIES = Case(
@@ -168,41 +177,43 @@ CLASSIFIES = Case(
     ("task",),
     (*VERBS, *STUDIES),
 )
-OWN_TOLERANCES = Case(
+METRIC_HAS_TOLERANCES = Case(
     lambda s: s.experiment.task in TASKS.builtin,
-    "the metric of task = {e.task!r} has tolerances of its own",
+    "the metric of task = {e.task!r} has its own tolerance keys",
     ("task",),
     overridden="refuse",
 )
-OWN_DETECTOR = Case(
+ARCH_HAS_DETECTOR = Case(
     lambda s: s.arch_detects,
-    "train.arch = {e.train.arch!r} has a detector of its own",
+    "train.arch = {e.train.arch!r} has its own detector",
     ("train.arch",),
     ("run", "train", "export"),
 )
-# optimisers
-SEARCH_MOMENTUM = Case(
+# --- optimisers
+
+NO_SEARCH_MOMENTUM = Case(
     _lacks_momentum("search"),
     "search.optimizer.name = {e.search.optimizer.name!r} takes no momentum",
     ("search.optimizer.name",),
     ("run", "search", *STUDIES),
     fix="remove it, or set its betas in search.optimizer.options",
 )
-TRAIN_MOMENTUM = Case(
+NO_TRAIN_MOMENTUM = Case(
     _lacks_momentum("train"),
     "train.optimizer.name = {e.train.optimizer.name!r} takes no momentum",
     ("train.optimizer.name",),
     ("run", "train"),
     fix="remove it, or set its betas in train.optimizer.options",
 )
-ALL_USED = Case(
-    _all,
+ALL_WEIGHTS_USED = Case(
+    _always,
     "a training uses every weight in every step",
     (),
-    fix="remove it; search.optimizer.inactive_weights is of super-nets",
+    fix="remove it; search.optimizer.inactive_weights is for super-nets",
 )
-# data, export, validation
-DIGITS = Case(
+# --- data, export, validation
+
+DIGITS_DATA = Case(
     lambda s: s.experiment.data.name == "digits",
     "data.name = 'digits' ships with scikit-learn",
     ("data.name",),
@@ -210,124 +221,131 @@ DIGITS = Case(
     fix="remove it, or set data.name = 'npz', 'folder' or 'cifar10'",
     overridden="quiet",
 )
-NO_INT8 = Case(
+NO_INT8_FILE = Case(
     lambda s: not any(map(_is_int8, s.formats)),
     "export.formats has no int8 file",
     ("export.formats",),
     ("run", "export", "validate"),
 )
-NO_TFLITE = Case(
+NO_TFLITE_FILE = Case(
     lambda s: not any(name.startswith("tflite") for name in s.formats),
-    "export.formats has no TFLite file, whose metadata hold it",
+    "export.formats has no TFLite file, whose metadata would hold it",
     ("export.formats",),
     ("run", "export"),
 )
-NO_FLOAT = Case(
+NO_FLOAT_FILE = Case(
     lambda s: all(map(_is_int8, s.formats)),
     "export.formats has no float file",
     ("export.formats",),
     ("run", "export", "validate"),
 )
-# NMS is timed twice where an app asks for less of it than AP.
-AS_FOR_AP = Case(
+# At the score of an app, NMS is timed a second time, because it has less to do than for AP.
+APP_SCORE_BELOW_NMS = Case(
     lambda s: (
         network_kind(s.experiment.task) == "detect"
         and s.experiment.validation.app_score <= s.experiment.detector.post_processing.min_score
     ),
-    "detector.post_processing.min_score = {e.detector.post_processing.min_score:g} drops all scores"
-    " below it anyway",
+    "detector.post_processing.min_score = {e.detector.post_processing.min_score:g} drops all lower"
+    " scores anyway",
     ("detector.post_processing",),
     ("run", "validate"),
     fix="set it higher, or remove it",
 )
-# studies
-STAGE = Case(_all, "only hwnas study reads it", (), VERBS, file="quiet")
-NOT_RANK = Case(_all, "'hwnas study rank' does not read it", (), ("study rank",), file="quiet")
+# --- studies
+
+NOT_A_STUDY = Case(_always, "only 'hwnas study' reads it", (), VERBS, file="quiet")
+NOT_RANK = Case(_always, "'hwnas study rank' does not read it", (), ("study rank",), file="quiet")
 NOT_COMPARE = Case(
-    _all, "'hwnas study compare' does not read it", (), ("study compare",), file="quiet"
+    _always, "'hwnas study compare' does not read it", (), ("study compare",), file="quiet"
 )
 NOT_SHRINK = Case(
-    _all, "'hwnas study shrink' does not read it", (), ("study shrink",), file="quiet"
+    _always, "'hwnas study shrink' does not read it", (), ("study shrink",), file="quiet"
 )
-NO_ANGLE = Case(
+NO_ANGLE_SCORE = Case(
     lambda s: "angle" not in s.experiment.study.scores,
-    "it is where the angle starts, which study.scores does not have",
+    "it is for the score angle, which study.scores does not contain",
     ("study.scores",),
     ("study rank",),
 )
-MACS = Case(
+MACS_BUDGET = Case(
     lambda s: s.experiment.study.compare.max_macs is not None,
     "study.compare.max_macs = {e.study.compare.max_macs} is the budget",
     ("study.compare.max_macs",),
     ("study compare",),
     overridden="quiet",
 )
-NO_RAY = Case(
+NO_CLUSTER = Case(
     lambda s: s.experiment.study.ray_address is None,
-    "there is no cluster",
+    "no cluster is configured",
     ("study.ray_address",),
     STUDIES,
     fix="set study.ray_address, or remove it",
 )
-RAY = Case(
+ON_CLUSTER = Case(
     lambda s: s.experiment.study.ray_address is not None,
-    "study.ray_address = {e.study.ray_address!r} runs as many trainings as it has room for",
+    "study.ray_address = {e.study.ray_address!r} runs as many trainings as fit on the cluster",
     ("study.ray_address",),
     STUDIES,
 )
-EACH = Case(
+DROPS_PER_CHOICE = Case(
     lambda s: s.experiment.shrink.drop == "each",
     "shrink.drop = 'each' drops one operator of every choice",
     ("shrink.drop",),
     ("study shrink",),
 )
-NO_EVALUATION = Case(
+NO_EVALUATING_METRIC = Case(
     _no_metric("evaluates"),
     "no metric of shrink.metrics evaluates architectures on images",
     ("shrink.metrics",),
     ("study shrink",),
 )
-NO_ALPHAS = Case(
-    _no_metric("alphas"), "only the metric magnitude has it", ("shrink.metrics",), ("study shrink",)
-)
-NO_START = Case(
-    lambda s: "angle" not in s.experiment.shrink.metrics,
-    "only the metric angle has it",
+NO_MAGNITUDE_METRIC = Case(
+    _no_metric("alphas"),
+    "only the metric magnitude uses it",
     ("shrink.metrics",),
     ("study shrink",),
 )
-UNTRAINED = Case(
+NO_ANGLE_METRIC = Case(
+    lambda s: "angle" not in s.experiment.shrink.metrics,
+    "only the metric angle uses it",
+    ("shrink.metrics",),
+    ("study shrink",),
+)
+NO_TRAINING_METRIC = Case(
     _no_metric("trains"),
     "no metric of shrink.metrics trains a super-net",
     ("shrink.metrics",),
     ("study shrink",),
 )
 
-ALWAYS: tuple[Case, ...] = ()
-"""Read whenever the stage runs that it belongs to, or checked by that stage with a
-reason of its own.
+ALWAYS_READ: tuple[Case, ...] = ()
+"""For keys that are always read when their stage runs, or that this stage checks itself
+with a specific message.
 """
 
-_PROFILE = (NAMED, TABLE, COUNTED)
-_SHARED = (NAMED, ALONE)
-_TRAINED = (NAMED, READY)
-_RANKED = (NAMED, NOT_RANK, NOT_SHRINK)
-_STUDIED = (STAGE,)
-_RANK_ONLY = (STAGE, NOT_COMPARE, NOT_SHRINK)
-_RANK_AND_COMPARE = (STAGE, NOT_SHRINK)
-_COMPARE_ONLY = (STAGE, NOT_RANK, NOT_SHRINK)
-_SHRINK_ONLY = (STAGE, NOT_RANK, NOT_COMPARE)
+_PROFILE = (ARCH_GIVEN, TABLE_GIVEN, COUNTED_BUDGET)
+_SHARED = (ARCH_GIVEN, NO_SHARED_WEIGHTS)
+_TRAINED = (ARCH_GIVEN, SUPERNET_GIVEN)
+_RANKED = (ARCH_GIVEN, NOT_RANK, NOT_SHRINK)
+_STUDIED = (NOT_A_STUDY,)
+_RANK_ONLY = (NOT_A_STUDY, NOT_COMPARE, NOT_SHRINK)
+_RANK_AND_COMPARE = (NOT_A_STUDY, NOT_SHRINK)
+_COMPARE_ONLY = (NOT_A_STUDY, NOT_RANK, NOT_SHRINK)
+_SHRINK_ONLY = (NOT_A_STUDY, NOT_RANK, NOT_COMPARE)
 
 KEYS: dict[str, tuple[Case, ...]] = {
-    **dict.fromkeys(("name", "task", "seed", "checkpoint_seconds"), ALWAYS),
-    "space.name": ALWAYS,  # the report names it
-    "space.act": (APART,),
-    "space.restrict": (APART,),
-    "space.width": (WRITTEN,),  # published networks are scaled
-    "space.layers": (APART,),  # of other spaces it is refused where the space is made
-    **dict.fromkeys(("device.name", "device.runtime", "device.dtype", "device.threads"), ALWAYS),
-    "device.cores": (SIMULATED,),
-    "data.path": (DIGITS,),
+    **dict.fromkeys(("name", "task", "seed", "checkpoint_seconds"), ALWAYS_READ),
+    "space.name": ALWAYS_READ,  # with train.arch, the report still shows it
+    "space.act": (ARCH_OUTSIDE_SPACE,),
+    "space.restrict": (ARCH_OUTSIDE_SPACE,),
+    "space.width": (ARCH_DOCUMENT,),  # also scales published networks
+    # Spaces without a number of cells refuse it when they are created.
+    "space.layers": (ARCH_OUTSIDE_SPACE,),
+    **dict.fromkeys(
+        ("device.name", "device.runtime", "device.dtype", "device.threads"), ALWAYS_READ
+    ),
+    "device.cores": (SIMULATED_DEVICE,),
+    "data.path": (DIGITS_DATA,),
     **dict.fromkeys(
         (
             "data.name",
@@ -339,14 +357,15 @@ KEYS: dict[str, tuple[Case, ...]] = {
             "data.augment",
             "data.workers",
         ),
-        ALWAYS,
+        ALWAYS_READ,
     ),
-    "data.held_out": ALWAYS,  # without a search, int8 ranges are of the other training images
+    # Without a search, int8 ranges still come from the training images not held out.
+    "data.held_out": ALWAYS_READ,
     "profile.mode": _PROFILE,
-    "profile.networks": (*_PROFILE, A_NUMBER),
-    "profile.prior": (*_PROFILE, OPS),
-    "profile.fit_networks": (*_PROFILE, NETWORKS),
-    "profile.test_networks": (*_PROFILE, NETWORKS),
+    "profile.networks": (*_PROFILE, NUMBER_FOR_OPS),
+    "profile.prior": (*_PROFILE, PROFILES_OPS),
+    "profile.fit_networks": (*_PROFILE, PROFILES_NETWORKS),
+    "profile.test_networks": (*_PROFILE, PROFILES_NETWORKS),
     **dict.fromkeys(
         (
             "profile.rounds",
@@ -358,95 +377,92 @@ KEYS: dict[str, tuple[Case, ...]] = {
         _PROFILE,
     ),
     "search.strategy": (*_TRAINED, NOT_COMPARE),
-    "search.objective": (NAMED,),
-    "search.target_ms": (NAMED, MACS, NOT_SHRINK),
-    "search.budget": (NAMED, MACS, NOT_SHRINK),
-    "search.target_range": (NAMED, TARGETED, BUDGETED, MACS, NOT_SHRINK),
-    "search.tolerance": (NAMED, NOT_SHRINK),
-    "search.table": (NOT_SHRINK,),  # with train.arch it predicts what validation compares with
-    "search.allow_uncalibrated": (NAMED, NOT_SHRINK),
+    "search.objective": (ARCH_GIVEN,),
+    "search.target_ms": (ARCH_GIVEN, MACS_BUDGET, NOT_SHRINK),
+    "search.budget": (ARCH_GIVEN, MACS_BUDGET, NOT_SHRINK),
+    "search.target_range": (ARCH_GIVEN, TARGET_GIVEN, BUDGET_HAS_NUMBER, MACS_BUDGET, NOT_SHRINK),
+    "search.tolerance": (ARCH_GIVEN, NOT_SHRINK),
+    # With train.arch, the table predicts the latency that validation compares with.
+    "search.table": (NOT_SHRINK,),
+    "search.allow_uncalibrated": (ARCH_GIVEN, NOT_SHRINK),
     "search.epochs": (*_TRAINED, NOT_SHRINK),
-    "search.batch_size": (NAMED,),
+    "search.batch_size": (ARCH_GIVEN,),
     **{
         f"search.optimizer.{key}": _TRAINED
         for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")
     },
-    "search.optimizer.momentum": (*_TRAINED, SEARCH_MOMENTUM),
-    "search.optimizer.inactive_weights": (*_TRAINED, ALONE),
+    "search.optimizer.momentum": (*_TRAINED, NO_SEARCH_MOMENTUM),
+    "search.optimizer.inactive_weights": (*_TRAINED, NO_SHARED_WEIGHTS),
     "search.label_smoothing": (*_TRAINED, DETECTS),
-    **{
-        # what contradicts a space of cells or a trained super-net is refused with its own reason
-        f"search.supernet.{key}": _SHARED
-        for key in (
-            *(
-                "sharing",
-                "kernels",
-                "channels",
-                "operation_on",
-                "wsbn",
-                "initialisation",
-                "bn_affine",
-                "bn_track",
-                "dropout",
-            ),
-            *(
-                "path_dropout",
-                "proxy_depth",
-                "proxy_width",
-                "proxy_resolution",
-                "full_resolution",
-                "remat",
-            ),
-        )
-    },
+    # Contradictions to a space of cells or to a trained super-net have their own errors.
+    **dict.fromkeys(
+        (
+            "search.supernet.sharing",
+            "search.supernet.kernels",
+            "search.supernet.channels",
+            "search.supernet.operation_on",
+            "search.supernet.wsbn",
+            "search.supernet.initialisation",
+            "search.supernet.bn_affine",
+            "search.supernet.bn_track",
+            "search.supernet.dropout",
+            "search.supernet.path_dropout",
+            "search.supernet.proxy_depth",
+            "search.supernet.proxy_width",
+            "search.supernet.proxy_resolution",
+            "search.supernet.full_resolution",
+            "search.supernet.remat",
+        ),
+        _SHARED,
+    ),
     "search.data_portion": _TRAINED,
-    "search.weights": (NAMED,),
-    "search.backbone": (NAMED,),
-    "search.quality": (NAMED,),
-    "search.finder": (NAMED, NOT_FOUND, NOT_RANK, NOT_SHRINK),
-    "search.limits": (NAMED,),
+    "search.weights": (ARCH_GIVEN,),
+    "search.backbone": (ARCH_GIVEN,),
+    "search.quality": (ARCH_GIVEN,),
+    "search.finder": (ARCH_GIVEN, NO_FINDER, NOT_RANK, NOT_SHRINK),
+    "search.limits": (ARCH_GIVEN,),
     "search.candidates": _RANKED,
-    "search.recalibration_images": (NAMED,),
-    # without a finder, random architectures of the report are scored on so many
-    "search.evaluation_images": (NAMED,),
-    "search.random_samples": (NAMED, ALONE, NOT_RANK, NOT_COMPARE, NOT_SHRINK),
-    "detector.extras": (CLASSIFIES, OWN_DETECTOR),
-    "detector.scores": (CLASSIFIES, OWN_DETECTOR),
+    "search.recalibration_images": (ARCH_GIVEN,),
+    # Without a finder, the random architectures of the report are scored on these images.
+    "search.evaluation_images": (ARCH_GIVEN,),
+    "search.random_samples": (ARCH_GIVEN, NO_SHARED_WEIGHTS, NOT_RANK, NOT_COMPARE, NOT_SHRINK),
+    "detector.extras": (CLASSIFIES, ARCH_HAS_DETECTOR),
+    "detector.scores": (CLASSIFIES, ARCH_HAS_DETECTOR),
     "detector.post_processing": (CLASSIFIES,),
     **dict.fromkeys(
         ("train.arch", "train.weights", "train.backbone", "train.epochs", "train.batch_size"),
-        ALWAYS,
+        ALWAYS_READ,
     ),
     **{
-        f"train.optimizer.{key}": ALWAYS
+        f"train.optimizer.{key}": ALWAYS_READ
         for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")
     },
-    "train.optimizer.momentum": (TRAIN_MOMENTUM,),
-    "train.optimizer.inactive_weights": (ALL_USED,),
-    "train.bn_momentum": ALWAYS,
+    "train.optimizer.momentum": (NO_TRAIN_MOMENTUM,),
+    "train.optimizer.inactive_weights": (ALL_WEIGHTS_USED,),
+    "train.bn_momentum": ALWAYS_READ,
     "train.label_smoothing": (DETECTS,),
     "train.dropout": (DETECTS,),
-    "train.ema_decay": ALWAYS,
-    # contradictions are refused by the data's table
-    **dict.fromkeys(("data.resize", "data.crop_fraction", "data.interpolation"), ALWAYS),
-    "train.validate_every": ALWAYS,
-    "export.formats": ALWAYS,
-    # softmax of boxes is refused by the experiment
-    **dict.fromkeys(("export.input", "export.softmax"), ALWAYS),
-    "export.score_calibration": (DETECTS, NO_TFLITE),
-    "export.calibration_images": (NO_INT8,),
-    "export.parity_images": ALWAYS,
-    # wherever there is a table, which an earlier profile may have left
-    "validate.latency_tolerance": ALWAYS,
-    "validate.max_drift": ALWAYS,
-    "validate.parity_tolerance": (NO_FLOAT,),
-    "validate.accuracy_tolerance": (DETECTS, NO_FLOAT),
-    "validate.int8_accuracy_tolerance": (DETECTS, NO_INT8),
-    "validate.app_score": (CLASSIFIES, AS_FOR_AP),
-    "validate.ap_tolerance": (CLASSIFIES, NO_FLOAT),
-    "validate.int8_ap_tolerance": (CLASSIFIES, NO_INT8),
-    "validate.tolerances": (OWN_TOLERANCES,),
-    **dict.fromkeys(("validate.images", "validate.rounds", "validate.max_spread"), ALWAYS),
+    "train.ema_decay": ALWAYS_READ,
+    # DataConfig refuses contradictions.
+    **dict.fromkeys(("data.resize", "data.crop_fraction", "data.interpolation"), ALWAYS_READ),
+    "train.validate_every": ALWAYS_READ,
+    "export.formats": ALWAYS_READ,
+    # Experiment refuses softmax for detectors.
+    **dict.fromkeys(("export.input", "export.softmax"), ALWAYS_READ),
+    "export.score_calibration": (DETECTS, NO_TFLITE_FILE),
+    "export.calibration_images": (NO_INT8_FILE,),
+    "export.parity_images": ALWAYS_READ,
+    # Read if there is a table, which an earlier profile may have left.
+    "validate.latency_tolerance": ALWAYS_READ,
+    "validate.max_drift": ALWAYS_READ,
+    "validate.parity_tolerance": (NO_FLOAT_FILE,),
+    "validate.accuracy_tolerance": (DETECTS, NO_FLOAT_FILE),
+    "validate.int8_accuracy_tolerance": (DETECTS, NO_INT8_FILE),
+    "validate.app_score": (CLASSIFIES, APP_SCORE_BELOW_NMS),
+    "validate.ap_tolerance": (CLASSIFIES, NO_FLOAT_FILE),
+    "validate.int8_ap_tolerance": (CLASSIFIES, NO_INT8_FILE),
+    "validate.tolerances": (METRIC_HAS_TOLERANCES,),
+    **dict.fromkeys(("validate.images", "validate.rounds", "validate.max_spread"), ALWAYS_READ),
     "study.truth": _STUDIED,
     "study.accuracies": _STUDIED,
     **dict.fromkeys(
@@ -460,7 +476,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
         ),
         _RANK_ONLY,
     ),
-    "study.base_epochs": (*_RANK_ONLY, NO_ANGLE),
+    "study.base_epochs": (*_RANK_ONLY, NO_ANGLE_SCORE),
     **dict.fromkeys(
         (
             "study.seeds",
@@ -471,8 +487,8 @@ KEYS: dict[str, tuple[Case, ...]] = {
         ),
         _RANK_AND_COMPARE,
     ),
-    "study.processes": (*_RANK_AND_COMPARE, RAY),
-    "study.ray_gpus": (*_RANK_AND_COMPARE, NO_RAY),
+    "study.processes": (*_RANK_AND_COMPARE, ON_CLUSTER),
+    "study.ray_gpus": (*_RANK_AND_COMPARE, NO_CLUSTER),
     **{
         f"study.compare.{key}": _COMPARE_ONLY
         for key in ("methods", "max_macs", "standalone_epochs", "standalone_images")
@@ -481,13 +497,18 @@ KEYS: dict[str, tuple[Case, ...]] = {
         f"shrink.{key}": _SHRINK_ONLY
         for key in ("metrics", "samples", "tries", "max_macs", "sampling", "drop", "keep", "until")
     },
-    "shrink.dropped": (*_SHRINK_ONLY, EACH),
-    "shrink.evaluated_samples": (*_SHRINK_ONLY, NO_EVALUATION),
+    "shrink.dropped": (*_SHRINK_ONLY, DROPS_PER_CHOICE),
+    "shrink.evaluated_samples": (*_SHRINK_ONLY, NO_EVALUATING_METRIC),
     **{
-        f"shrink.{key}": (*_SHRINK_ONLY, UNTRAINED)
+        f"shrink.{key}": (*_SHRINK_ONLY, NO_TRAINING_METRIC)
         for key in ("first_epochs", "epochs", "operation_on")
     },
-    **{f"shrink.{key}": (*_SHRINK_ONLY, NO_START) for key in ("base_epochs", "refresh_after")},
-    **{f"shrink.{key}": (*_SHRINK_ONLY, NO_ALPHAS) for key in ("alpha_lr", "alpha_every")},
+    **{
+        f"shrink.{key}": (*_SHRINK_ONLY, NO_ANGLE_METRIC)
+        for key in ("base_epochs", "refresh_after")
+    },
+    **{
+        f"shrink.{key}": (*_SHRINK_ONLY, NO_MAGNITUDE_METRIC) for key in ("alpha_lr", "alpha_every")
+    },
 }
-"""Every key of every table: the cases in which it does nothing."""
+"""Key -> the cases in which it does nothing; the first that applies is reported."""

@@ -1,5 +1,5 @@
-"""A bundle on its way to be validated: which of its files the device runs, and what
-they put out there.
+"""A bundle to be validated: the files of it that the device can run, and their outputs
+there.
 """
 
 from __future__ import annotations
@@ -17,30 +17,34 @@ from hwnas.export.bundle import Bundle, BundleFile
 
 @dataclass(frozen=True)
 class Exported:
-    """A bundle, the folder of its files, and those files that the device runs."""
+    """A bundle, the folder of its files, and the files that the device can run."""
 
     bundle: Bundle
     folder: Path
     files: tuple[BundleFile, ...]
 
     def path(self, file: BundleFile) -> Path:
-        """Where a file is."""
+        """The path of a file."""
         return self.folder / file.name
 
     def item(self, file: BundleFile, path: Path | None = None, image: Path | None = None) -> Item:
-        """A file to time, or what was made of it at another ``path``, whose name is
-        then the item's.
+        """A file to time; with ``path``, a file derived from it, after which the item
+        is then named.
         """
         path = path or self.path(file)
         return Item(path.name, file.runtime, path, self.bundle.architecture.ops(), image)
 
     def predict(self, file: BundleFile, images_NHWC: np.ndarray, bench: Bench) -> np.ndarray:
-        """What a file puts out on the device for images. Raises DeviceError."""
+        """The outputs of a file on the device. Raises DeviceError if it cannot run
+        there.
+        """
         return bench.connection.predict(self.path(file), images_NHWC, bench.folder)
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """The bundle in a folder, its files checked against their hashes."""
+    """The bundle in a folder. Raises DocumentError if a file is missing or does not
+    match its hash.
+    """
     bundle = Bundle.load(folder / "bundle.json")
     for file in bundle.files:
         path = folder / file.name

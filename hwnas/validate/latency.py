@@ -1,4 +1,4 @@
-"""How fast the files are on the device, beside what a table predicts."""
+"""The latency of the files on the device, compared with what a table predicts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from hwnas.validate.quality import app_score
 
 @dataclass(frozen=True)
 class Promise:
-    """What a table says of a bundle's network on this device.
+    """What a table predicts for a bundle's network on this device.
 
-    ``table`` is None where it predicts nothing, and ``unpredicted`` says why.
-    ``blocks`` tell the drift; there are none where the table cannot.
+    ``table`` is None if it predicts nothing, and ``unpredicted`` says why. ``blocks``
+    are the ops that measure the drift; empty if the table cannot provide their times.
     """
 
     bundle: Bundle
@@ -36,14 +36,14 @@ class Promise:
     blocks: tuple[Op, ...]
 
     def drift(self, session: Session) -> float | None:
-        """The time of the network's blocks now against their entries in the table."""
+        """The time of the network's blocks now, divided by the time in the table."""
         if self.table is None or not self.blocks:
             return None
         return session.drift(self.bundle.architecture.ops(), self.table)
 
     def predicted_ms(self, file: BundleFile) -> float | None:
-        """The latency of a file's network by the table; None where it is of another
-        runtime or dtype, or cannot be timed alone.
+        """The latency that the table predicts for a file's network; None if the file
+        has another runtime or dtype, or if its network cannot be timed by itself.
         """
         if self.table is None or not is_timed_alone(self.bundle, file):
             return None
@@ -53,19 +53,19 @@ class Promise:
 
 
 def promise_of(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> Promise:
-    """What the table, if there is one, says of a bundle on this device."""
+    """What the table, if any, predicts for a bundle on this device."""
     unpredicted = _unpredicted(bundle, bench, table)
     if table is None or unpredicted is not None:
         return Promise(bundle, None, unpredicted, ())
-    # Prices that were fitted to whole networks are not times of blocks alone, so no
-    # block can tell how they have changed.
+    # Costs that were fitted to whole networks are not the times of single blocks, so
+    # timing a block says nothing about how they have changed.
     is_measured = all(entry.runs != "unknown" for entry in table.entries.values())
     blocks = bundle.architecture.ops() if is_measured else ()
     return Promise(bundle, table, None, tuple(dict.fromkeys(blocks)))
 
 
 def _unpredicted(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> str | None:
-    """Why the table predicts nothing about this bundle on this device; None where it does."""
+    """Why the table predicts nothing about this bundle on this device; None if it does."""
     if table is None:
         return "there is no table of this device"
     if table.header.device != bench.device.id:
@@ -80,14 +80,15 @@ def _unpredicted(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> st
 
 
 def measured(exported: Exported, bench: Bench, promise: Promise, config: ValidateConfig) -> Session:
-    """The exported files, and the blocks that tell the drift, measured in interleaved rounds.
+    """The exported files and the blocks that measure the drift, timed in interleaved
+    rounds.
 
-    All get as many rounds again while a file's rounds spread too widely: the drift is
-    that of the rounds of the files.
+    If the rounds of one file spread too widely, everything gets as many rounds again:
+    the drift has to come from the same rounds as the files.
     """
-    most = 2 * config.rounds
+    max_rounds = 2 * config.rounds
     schedule = Schedule(
-        rounds=config.rounds, max_rounds=most, max_spread=config.max_spread, together=True
+        rounds=config.rounds, max_rounds=max_rounds, max_spread=config.max_spread, together=True
     )
     with TemporaryDirectory(dir=bench.folder, prefix=".networks-") as work:
         networks = Path(work)
@@ -100,19 +101,19 @@ def measured(exported: Exported, bench: Bench, promise: Promise, config: Validat
         session.run("measuring the exported files")
     if session.noisy:
         bench.progress.warning(
-            f"{', '.join(session.noisy)} stayed noisy after {most} rounds: measure on a quieter"
-            " device."
+            f"{', '.join(session.noisy)} stayed noisy after {max_rounds} rounds: measure on a"
+            " quieter device."
         )
     return session
 
 
 def _network_items(exported: Exported, networks: Path) -> Iterator[Item]:
-    """The files without NMS in their graph, each followed by its network alone where it
-    holds more.
+    """The files without NMS in their graph; each is followed by its network by itself
+    if the file holds more.
     """
     for file in exported.files:
         if target(file.format).graph != "decoded":
-            continue  # _nms_items
+            continue  # these are in _nms_items
         yield exported.item(file)
         network = _network_alone(exported, file)
         if network is not None:
@@ -122,24 +123,27 @@ def _network_items(exported: Exported, networks: Path) -> Iterator[Item]:
 
 
 def is_timed_alone(bundle: Bundle, file: BundleFile) -> bool:
-    """Whether the network of a file can be timed without what else is in its graph."""
+    """Whether the network of a file can be timed without the rest of the file's graph."""
     return not bundle.settings.decodes or target(file.format).parts_detectors
 
 
 def _network_alone(exported: Exported, file: BundleFile) -> bytes | None:
-    """Of a file that holds more than the network, the network alone; None where it
-    holds no more, or cannot be parted from it.
+    """The network of a file that holds more; None if the file holds nothing else, or if
+    the network cannot be separated.
     """
-    bundle, decodes = exported.bundle, exported.bundle.settings.decodes
+    bundle = exported.bundle
+    decodes = bundle.settings.decodes
     if not is_timed_alone(bundle, file):
         return None
     if not decodes and not bundle.interface.softmax and bundle.interface.input == "float32":
-        return None
+        return None  # the file is the network
     return target(file.format).network_alone(exported.path(file).read_bytes(), detector=decodes)
 
 
 def _block_items(promise: Promise, bench: Bench) -> Iterator[Item]:
-    """The network's blocks, as they were profiled."""
+    """The network's blocks, built for timing in the same way as when they were
+    profiled.
+    """
     if promise.table is None:
         return
     header = promise.table.header
@@ -155,23 +159,25 @@ def _nms_items(exported: Exported, networks: Path, config: ValidateConfig) -> It
     files = [file for file in exported.files if target(file.format).graph != "decoded"]
     if not files:
         return
-    app = app_score(exported.bundle, config)
+
+    bundle = exported.bundle
+    score = app_score(bundle, config)
     image = networks / "image.npy"
-    write_typical_image(
-        exported.folder, exported.bundle.settings.reference, config.app_score, image
-    )
+    write_typical_image(exported.folder, bundle.settings.reference, config.app_score, image)
     for file in files:
         yield exported.item(file, image=image)
-        if app is not None:
+        if score is not None:
             path = networks / f"app-{file.name}"
-            write_atomic(path, target(file.format).at_score(exported.path(file).read_bytes(), app))
+            content = exported.path(file).read_bytes()
+            write_atomic(path, target(file.format).at_score(content, score))
             yield exported.item(file, path, image)
 
 
 def write_typical_image(bundle_folder: Path, reference: str, score: float, path: Path) -> None:
-    """Write the test image, of a detector's bundle, with as many scores above ``score``
-    as the median one has, as the files take it, float32 or uint8 [1, H, W, C]: how long
-    NMS takes depends on that. ``reference`` names PyTorch's rows (``Task.reference``).
+    """Write the test image of a detector's bundle whose number of scores above
+    ``score`` is the median, because the time of NMS depends on it. The image is written
+    as the files take it: float32 or uint8 [1, H, W, C]. ``reference`` names PyTorch's
+    rows (``Task.reference``).
     """
     with np.load(bundle_folder / "parity.npz", allow_pickle=False) as arrays:
         images_NHWC, rows = arrays["images"], arrays[reference]

@@ -1,5 +1,5 @@
-"""How good the files are on the device, and how near their outputs are to PyTorch's, as
-the bundle's task says.
+"""How good the files are on the device, and how closely their outputs match PyTorch's,
+as defined by the bundle's task.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from hwnas.task import Answers, FileAnswers, Parity
 from hwnas.validate.exported import Exported
 
 IMAGES_AT_ONCE = 512
+"""Images that are sent to the device at once, at most."""
 OUTPUT_BYTES = 64 * 2**20
-"""Outputs of a file that are in memory at once."""
+"""Bytes of a file's outputs that are in memory at once, at most."""
 
 
 @dataclass(frozen=True)
 class FileQuality:
-    """How good a file is, by name; what it loses of the task's metric; what its answers
-    took; how near its outputs are.
+    """A file's metrics by name, how much of the task's metric it loses against PyTorch,
+    what its answers took beside running it, and how closely its outputs match.
     """
 
     metrics: dict[str, float]
@@ -36,7 +37,9 @@ class FileQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """How good PyTorch and the files, by their names, are on the same images."""
+    """The metrics of PyTorch and the quality of the files, by file name, on the same
+    images.
+    """
 
     torch: dict[str, float]
     files: dict[str, FileQuality]
@@ -49,45 +52,39 @@ def quality_of(
     """The quality of every file that the device runs, on all test images or
     ``config.images`` of them.
     """
-    bundle, task = exported.bundle, exported.bundle.settings
+    bundle = exported.bundle
     test = load_images(data.at(bundle.architecture.resolution), "test")
-    task.check_images(test, data.name, bundle.architecture)
-    answers = _torch_answers(exported)
-    if len(answers) != len(test):
+    bundle.settings.check_images(test, data.name, bundle.architecture)
+    torch_answers = _torch_answers(exported)
+    if len(torch_answers) != len(test):
         raise DocumentError(
-            f"the bundle was made with {len(answers)} test images, and the data have {len(test)}:"
-            " export again."
+            f"the bundle was made with {len(torch_answers)} test images, but the data has"
+            f" {len(test)}: export again."
         )
-    torch, parities = answers.metrics(test, config.images), _parities(exported, bench)
+
+    torch = torch_answers.metrics(test, config.images)
+    parities = _parities(exported, bench)
     files = {}
-    for name, found in _answers(exported, bench, test, data.workers, config).items():
-        metrics = found.metrics(test, config.images)
-        files[name] = FileQuality(
-            metrics,
-            torch[bundle.metric] - metrics[bundle.metric],
-            found.timings_ms(),
-            parities[name],
-        )
+    for name, answers in _answers(exported, bench, test, data.workers, config).items():
+        metrics = answers.metrics(test, config.images)
+        loss = torch[bundle.metric] - metrics[bundle.metric]
+        files[name] = FileQuality(metrics, loss, answers.timings_ms(), parities[name])
     return Quality(torch, files, len(evaluation_order(test, config.images)))
 
 
 def _parities(exported: Exported, bench: Bench) -> dict[str, Parity]:
     """Each file's outputs for the bundle's images, computed on the device, against PyTorch's."""
-    bundle, task = exported.bundle, exported.bundle.settings
+    bundle = exported.bundle
+    task = bundle.settings
     with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
-        images_NHWC, reference = (
-            arrays["images"],
-            bundle.interface.outputs_of(arrays[task.reference]),
-        )
-    return {
-        file.name: task.parity(
-            target(file.format).graph,
-            _outputs(exported, file, images_NHWC, bench),
-            reference,
-            bundle.architecture,
-        )
-        for file in exported.files
-    }
+        images_NHWC = arrays["images"]
+        reference = bundle.interface.outputs_of(arrays[task.reference])
+    parities = {}
+    for file in exported.files:
+        graph = target(file.format).graph
+        outputs = _outputs(exported, file, images_NHWC, bench)
+        parities[file.name] = task.parity(graph, outputs, reference, bundle.architecture)
+    return parities
 
 
 def _torch_answers(exported: Exported) -> Answers:
@@ -98,56 +95,59 @@ def _torch_answers(exported: Exported) -> Answers:
 def _answers(
     exported: Exported, bench: Bench, test: Images, workers: int, config: ValidateConfig
 ) -> dict[str, FileAnswers]:
-    """What each file answers on the device, by its name. Images go in parts, to bound memory."""
-    bundle, task, limit = exported.bundle, exported.bundle.settings, config.images
-    app = app_score(bundle, config)
-    answers = {
-        file.name: task.answers(target(file.format).graph, bundle.architecture, app)
-        for file in exported.files
-    }
-    at_once = max(
-        1,
-        min(
-            IMAGES_AT_ONCE,
-            OUTPUT_BYTES // max(4 * (_numbers(file) or 1) for file in exported.files),
-        ),
-    )
-    with bench.progress.task(
-        "running the test images on the device", len(evaluation_order(test, limit))
-    ) as shown:
-        for x_NCHW, _ in evaluation_batches(test, at_once, limit=limit, workers=workers):
-            images_NHWC = bundle.interface.fed(
-                np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy())
-            )
+    """Each file's answers on the device, by file name. Images are sent in batches, to
+    bound memory.
+    """
+    bundle = exported.bundle
+    task = bundle.settings
+    limit = config.images
+    score = app_score(bundle, config)
+    answers = {}
+    for file in exported.files:
+        graph = target(file.format).graph
+        answers[file.name] = task.answers(graph, bundle.architecture, score)
+
+    bytes_per_image = max(4 * (_numbers(file) or 1) for file in exported.files)  # float32
+    batch_size = max(1, min(IMAGES_AT_ONCE, OUTPUT_BYTES // bytes_per_image))
+    total = len(evaluation_order(test, limit))
+    with bench.progress.task("running the test images on the device", total) as bar:
+        for x_NCHW, _ in evaluation_batches(test, batch_size, limit=limit, workers=workers):
+            channels_last = np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy())
+            images_NHWC = bundle.interface.fed(channels_last)
             for file in exported.files:
                 answers[file.name].add(_outputs(exported, file, images_NHWC, bench))
-            shown.advance(len(images_NHWC))
+            bar.advance(len(images_NHWC))
     return answers
 
 
 def _outputs(
     exported: Exported, file: BundleFile, images_NHWC: np.ndarray, bench: Bench
 ) -> np.ndarray:
-    """One row per image, [N, numbers of all outputs]."""
-    outputs, numbers = exported.predict(file, images_NHWC, bench), _numbers(file)
+    """One row per image, [N, values of all outputs]."""
+    outputs = exported.predict(file, images_NHWC, bench)
+    numbers = _numbers(file)
     if numbers is not None and outputs.size != len(images_NHWC) * numbers:
         raise DeviceError(
             f"{file.name} gave outputs {list(outputs.shape)} for {len(images_NHWC)} images, but"
-            f" bundle.json says {numbers} numbers an image: export again."
+            f" bundle.json says {numbers} numbers per image: export again."
         )
     return outputs.reshape(len(images_NHWC), -1)
 
 
 def _numbers(file: BundleFile) -> int | None:
-    """How many numbers a file puts out for an image; None where an older bundle does not say."""
-    return (
-        None if file.outputs is None else sum(int(np.prod(output.shape)) for output in file.outputs)
-    )
+    """The number of values that a file outputs per image; None for older bundles, which
+    do not say.
+    """
+    if file.outputs is None:
+        return None
+    return sum(int(np.prod(output.shape)) for output in file.outputs)
 
 
 def app_score(bundle: Bundle, config: ValidateConfig) -> float | None:
-    """The threshold at which answering is timed beside the metric's; None where that is
-    not below it, or where there are none.
+    """The threshold of an app, at which post-processing is timed as well; None if it is
+    not above the metric's own threshold, or if the task has no threshold.
     """
-    least = bundle.settings.min_score()
-    return None if least is None or config.app_score <= least else config.app_score
+    min_score = bundle.settings.min_score()
+    if min_score is None or config.app_score <= min_score:
+        return None
+    return config.app_score

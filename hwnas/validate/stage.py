@@ -1,4 +1,4 @@
-"""The validation stage: a bundle, a table and a device in; a verdict out."""
+"""The validation stage: from a bundle, a table and a device to a verdict."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hwnas.verdict import FileVerdict, Verdict, lines
 
 
 class Validate(Stage):
-    """Runs the exported files on the device, and judges them."""
+    """Runs the exported files on the device and checks them against their promises."""
 
     name = "validate"
     result = "verdict.json"
@@ -37,55 +37,58 @@ class Validate(Stage):
 
     @property
     def bundle_folder(self) -> Path:
-        """What is validated."""
+        """The folder of the bundle to validate."""
         return self.at.root / "export"
 
     def inputs(self) -> dict[str, str]:
-        """The bundle, the table if there is one, the data, the settings, and what
-        earlier stages say against themselves.
+        """The bundle, the table if there is one, the data, the settings, and the warnings
+        of earlier stages.
         """
-        at = self.at
-        table = at.hash_of_table() if at.table_path.exists() else {}
-        bundle = at.hash_of(self.bundle_folder / "bundle.json", "export")
-        found = {
-            **bundle,
+        run = self.at
+        table = run.hash_of_table() if run.table_path.exists() else {}
+        hashes = {
+            **run.hash_of(self.bundle_folder / "bundle.json", "export"),
             **table,
-            **at.hashes_of_data(),
-            **at.hashes_of_config("validate", "device"),
+            **run.hashes_of_data(),
+            **run.hashes_of_config("validate", "device"),
         }
         cautions = [caution.model_dump() for caution in self.cautions()]
-        if cautions:  # a verdict without them stays current
-            found["warnings"] = content_sha256(cautions)
-        return found
+        # Verdicts are older than warnings: without any, the hashes stay as they were,
+        # so that an older verdict is still up to date.
+        if cautions:
+            hashes["warnings"] = content_sha256(cautions)
+        return hashes
 
     def cautions(self) -> tuple[Caution, ...]:
-        """What the search and the training of the exported network say against themselves."""
+        """The warnings from the search and the training of the exported network."""
         arch = Bundle.load(self.bundle_folder / "bundle.json").architecture
-        searched, search = (
-            self.at.path("search", "arch.json"),
-            self.at.path("search", "search.json"),
-        )
+        searched = self.at.path("search", "arch.json")
+        search = self.at.path("search", "search.json")
         train = self.at.path("train", "train.json")
-        found: list[Caution] = []
+        cautions: list[Caution] = []
+        # an earlier search may have found another network than the one exported
         if searched.is_file() and search.is_file() and Architecture.load(searched) == arch:
             learning = SearchResult.load(search).learning
-            found += learning.cautions if learning is not None else ()
+            if learning is not None:
+                cautions += learning.cautions
         if train.is_file():
             result = TrainResult.load(train)
             if result.architecture_sha256 == arch.sha256 and result.caution is not None:
-                found.append(result.caution)
-        return tuple(found)
+                cautions.append(result.caution)
+        return tuple(cautions)
 
     def summary(self) -> str:
-        """What is allowed."""
-        config, task = self.at.experiment.validation, task_of(self.at.experiment)
-        lost = f"{task.words.metric} within {config.tolerance(task.metric, 'int8'):.1%}"
+        """The tolerances."""
+        experiment = self.at.experiment
+        config = experiment.validation
+        task = task_of(experiment)
+        quality = f"{task.words.metric} within {config.tolerance(task.metric, 'int8'):.1%}"
         latency = f"latency within {config.latency_tolerance:.0%} of predicted"
-        search = self.at.experiment.search
-        profiled = search.by_table and self.at.experiment.train.arch is None
-        if search.table is None and not profiled and not self.at.table_path.exists():
-            latency = "latency measured, and not judged, as no table predicts it"
-        return f"{latency}, int8 {lost} of PyTorch"
+        profiled = experiment.search.by_table and experiment.train.arch is None
+        has_table = experiment.search.table is not None or self.at.table_path.exists()
+        if not profiled and not has_table:
+            latency = "latency measured but not checked, as no table predicts it"
+        return f"{latency}, int8 {quality} of PyTorch"
 
     def run(self, ctx: StageContext) -> None:
         """Write ``verdict.json``."""
@@ -102,28 +105,29 @@ class Validate(Stage):
 def validate(
     bench: Bench, folder: Path, data: DataConfig, config: ValidateConfig, table: LatencyTable | None
 ) -> Verdict:
-    """Measure and test every file of the bundle in ``folder`` on a device. Raises
+    """Measure and check every file of the bundle in ``folder`` on a device. Raises
     DeviceError or DocumentError.
     """
-    bundle, device = load_bundle(folder), bench.device
+    bundle = load_bundle(folder)
+    device = bench.device
     runtimes = bench.connection.runtimes()
     files = tuple(file for file in bundle.files if file.runtime in runtimes)
-    not_run = {
-        file.name: f"{device.id} does not run {file.runtime}"
-        for file in bundle.files
-        if file.runtime not in runtimes
-    }
     if not files:
-        has = ", ".join(runtimes) or "no runtime"
+        known = ", ".join(runtimes) or "no runtime"
         raise DeviceError(
-            f"{device.id} has {has}, for which the bundle has no file: export one (export.formats),"
-            " or install its runtime."
+            f"{device.id} has {known}, for which the bundle has no file: export one"
+            " (export.formats), or install the runtime of one."
         )
+    not_run = {}
+    for file in bundle.files:
+        if file.runtime not in runtimes:
+            not_run[file.name] = f"{device.id} does not run {file.runtime}"
+
     exported = Exported(bundle, folder, files)
     quality = quality_of(exported, bench, data, config)
     promise = promise_of(bundle, bench, table)
     session = measured(exported, bench, promise, config)
-    verdicts = tuple(_judged(file, session, promise, quality, config) for file in files)
+    verdicts = tuple(_file_verdict(file, session, promise, quality, config) for file in files)
     header = next(iter(session.headers.values()))
     return Verdict(
         device=device.id,
@@ -150,39 +154,56 @@ def validate(
     )
 
 
-def _judged(
+def _file_verdict(
     file: BundleFile, session: Session, promise: Promise, quality: Quality, config: ValidateConfig
 ) -> FileVerdict:
-    predicted = promise.predicted_ms(file)
+    """Compare what was measured of one file with its promises."""
+    file_target = target(file.format)
+    file_quality = quality.files[file.name]
+    measured_ms = session.ms(file.name)
+    network_ms = _ms_of(f"network-{file.name}", session)
+
+    predicted_ms = promise.predicted_ms(file)
     drift = promise.drift(session) or 1.0
-    network, app = f"network-{file.name}", f"app-{file.name}"
-    judged = session.ms(network if network in session.items else file.name)
-    error = None if predicted is None else judged / drift / predicted - 1
-    judgement, made = quality.files[file.name], target(file.format)
-    timed_on = "test image" if file.name in session.fed else "noise"
+    latency_error = None
+    latency_passed = None
+    if predicted_ms is not None:
+        # the table predicts the network, not what else is in the file
+        comparable_ms = network_ms if network_ms is not None else measured_ms
+        latency_error = comparable_ms / drift / predicted_ms - 1
+        is_same_device = abs(drift - 1) <= config.max_drift
+        latency_passed = abs(latency_error) <= config.latency_tolerance and is_same_device
+
+    # int8 rounding and NMS change outputs by design: only exact files have to match
+    parity_passed = None
+    if file_target.exact:
+        parity_passed = file_quality.parity.relative_error <= config.parity_tolerance
+
+    timed_on = None
+    if file_target.graph != "decoded":
+        timed_on = "test image" if file.name in session.fed else "noise"
     return FileVerdict(
         name=file.name,
         runtime=file.runtime,
         runtime_version=session.header(file.runtime).runtime_version,
         dtype=file.dtype,
-        measured_ms=session.ms(file.name),
-        network_ms=judged if network in session.items else None,
-        app_ms=session.ms(app) if app in session.items else None,
-        timed_on=timed_on if made.graph != "decoded" else None,
+        measured_ms=measured_ms,
+        network_ms=network_ms,
+        app_ms=_ms_of(f"app-{file.name}", session),
+        timed_on=timed_on,
         spread=spread_of(session.rounds(file.name)),
-        predicted_ms=predicted,
-        latency_error=error,
-        latency_passed=(
-            None
-            if error is None
-            else abs(error) <= config.latency_tolerance and abs(drift - 1) <= config.max_drift
-        ),
-        parity=judgement.parity,
-        parity_passed=(
-            judgement.parity.relative_error <= config.parity_tolerance if made.exact else None
-        ),
-        metrics=judgement.metrics,
-        loss=judgement.loss,
-        quality_passed=judgement.loss <= config.tolerance(promise.bundle.metric, file.dtype),
-        **judgement.timings_ms,
+        predicted_ms=predicted_ms,
+        latency_error=latency_error,
+        latency_passed=latency_passed,
+        parity=file_quality.parity,
+        parity_passed=parity_passed,
+        metrics=file_quality.metrics,
+        loss=file_quality.loss,
+        quality_passed=file_quality.loss <= config.tolerance(promise.bundle.metric, file.dtype),
+        **file_quality.timings_ms,
     )
+
+
+def _ms_of(item_name: str, session: Session) -> float | None:
+    """The latency of a timed item; None if the session has no such item."""
+    return session.ms(item_name) if item_name in session.items else None

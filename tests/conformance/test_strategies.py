@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from hwnas.search.darts import DARTS, DARTSConfig
@@ -15,6 +16,8 @@ from hwnas.search.random import RandomConfig, RandomSearch, RandomStandalone, Ra
 from hwnas.search.spos import SPOS, SPOSConfig
 from hwnas.search.tunas import TuNAS, TuNASConfig
 from hwnas.testing import Problem, StrategyConformance, tiny_space
+
+pytestmark = pytest.mark.slow
 
 torch.set_num_threads(1)
 

@@ -157,7 +157,7 @@ class Forgetful(Classification):
     """Its evaluation is its own, and does not say in which mode the network is."""
 
     def evaluate(
-        self, network: Network, images: Images, how: EvaluationSettings
+        self, network: Network, images: Images, settings: EvaluationSettings
     ) -> EvaluationResult:
         """Runs the network as it finds it."""
         x_NCHW, y = next(evaluation_batches(images, 64))

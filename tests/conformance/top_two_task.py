@@ -62,11 +62,11 @@ class TopTwo(Classification):
     curve: ClassVar[Mapping[str, str]] = {"test_top2": "top2"}
 
     def evaluate(
-        self, network: Network, images: Images, how: EvaluationSettings
+        self, network: Network, images: Images, settings: EvaluationSettings
     ) -> EvaluationResult:
         """As a file is."""
         found: Metrics = dict(
-            self.torch_answers(network, images, how.workers).metrics(images, how.limit)
+            self.torch_answers(network, images, settings.workers).metrics(images, settings.limit)
         )
         return EvaluationResult(found)
 

@@ -47,7 +47,7 @@ def test_a_key_is_an_address(key: str, address: Address) -> None:
     ],
 )
 def test_what_is_no_key(key: str) -> None:
-    with pytest.raises(SpaceError, match="is no key of a choice"):
+    with pytest.raises(SpaceError, match="is not the key of a choice"):
         Address.parse(key)
 
 

@@ -109,6 +109,7 @@ def random_gates(space: SearchSpace, rng: np.random.Generator) -> dict[str, np.n
     return {choice.key: rng.dirichlet(np.ones(len(choice.options))) for choice in space.choices}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["proxylessnas", "mobile32", "elastic", "open"])
 def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -> None:
     cost = cost_model(name)
@@ -358,7 +359,7 @@ def test_a_table_of_slots_prices_no_widths() -> None:
     table = table_of(space).model_copy(
         update={"entries": {}, "slots": {"s1.b0": {"ir_k3_e3": 1.0, "ir_k5_e3": 2.0}}}
     )
-    with pytest.raises(CoverageError, match="lacks slot prices of space small") as caught:
+    with pytest.raises(CoverageError, match="lacks slot costs of space small") as caught:
         CostModel.of_table(space, table)
     assert "s0.width" in caught.value.missing
 

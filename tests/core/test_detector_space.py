@@ -169,7 +169,7 @@ def test_another_detector_on_the_same_blocks_is_not_in_the_space() -> None:
         extras=(48,),
         scores="sigmoid",
     )
-    with pytest.raises(SpaceError, match="its blocks are, but its detector is another"):
+    with pytest.raises(SpaceError, match="its blocks are, but its detector differs"):
         space.encode(other)
     with pytest.raises(SpaceError, match="are not those of its origin's picks"):
         space.encode(arch.model_copy(update={"detector": other.detector}))
@@ -191,7 +191,8 @@ def test_spaces_that_carry_no_detector_say_why() -> None:
         stages=(SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),),
     )
     with pytest.raises(
-        SpaceError, match="space flat cannot carry a detector: it has no two resolutions to tap"
+        SpaceError,
+        match="space flat cannot carry a detector: it needs feature maps at two resolutions",
     ):
         flat.with_detector()
 
@@ -199,8 +200,8 @@ def test_spaces_that_carry_no_detector_say_why() -> None:
 @pytest.mark.parametrize(
     ("taps", "message"),
     [
-        ([1, 3], "no ascending stages"),
-        ([3, 2], "no ascending"),
+        ([1, 3], "must be ascending stages"),
+        ([3, 2], "must be ascending"),
         ([2], "end with 3"),
         ([2, 9], "taps"),
     ],

@@ -248,6 +248,7 @@ def test_a_limit_more_leaves_the_first_ones_alone() -> None:
     assert both.describe(space.at(index_NC[skipped.argmax()]))["skips"] == 1.0
 
 
+@pytest.mark.slow
 def test_two_devices_at_once() -> None:
     space = small()
     index_NC = every_index(space)

@@ -74,7 +74,7 @@ def test_wider_maps_are_cut() -> None:
 def test_pruning() -> None:
     """A dead end, a vertex without an input, and the cell that is left."""
     whole = cell([(0, 1), (1, 3), (0, 2), (4, 5)], [C3, P, C1, C1])
-    with pytest.raises(SpaceError, match="no way of these picks"):
+    with pytest.raises(SpaceError, match="no path from the input"):
         SPACE.read(whole)
     dangling = cell([(0, 1), (1, 5), (0, 2), (4, 5)], [C3, P, C1, C1])
     alone = cell([(0, 1), (1, 2)], [C3])
@@ -145,18 +145,18 @@ def test_what_this_space_does_not_do() -> None:
     assert parse_space(SPACE.to_json()) == SPACE
     assert isinstance(load_space("nasbench101", width=0.25, classes=7), NASBench101Space)
     for call, words in (
-        (SPACE.terms, "nothing is priced by choice"),
+        (SPACE.terms, "single choices have no cost"),
         (lambda: SPACE.restrict({"v1": [C3]}), "cannot be restricted"),
         (
             lambda: SPACE.encode(
                 SPACE.decode(SPACE.read(EXAMPLE)).model_copy(update={"origin": None})
             ),
-            "does not come from",
+            "has no origin in space",
         ),
         (lambda: SPACE.read('{"matrix": []}'), "give matrix and ops"),
-        (lambda: SPACE.read("0" * 26), "no way of these picks"),
+        (lambda: SPACE.read("0" * 26), "no path from the input"),
         (lambda: SPACE.read(EXAMPLE.replace(C1, "conv5x5")), "ops between input and output"),
-        (lambda: load_space("nasbench101", act="relu6"), "no other activation"),
+        (lambda: load_space("nasbench101", act="relu6"), "supports no activation except relu"),
     ):
         with pytest.raises(SpaceError, match=words):
             call()

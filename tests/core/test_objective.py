@@ -168,7 +168,7 @@ def test_the_logarithm_of_less_than_a_unit_is_refused() -> None:
     ):
         with pytest.raises(
             TargetError,
-            match=r"above its unit of 1 ms, .*: set unit_ms = 0\.001 \(microseconds\) or less",
+            match=r"above its unit of 1 ms .*: set unit_ms = 0\.001 \(microseconds\) or less",
         ):
             mul_log(2.0, cost, reference)
     with pytest.raises(TargetError, match=r"above its unit of 0\.001 ms"):

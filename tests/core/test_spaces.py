@@ -145,7 +145,7 @@ def test_width_resolution_and_the_rest_are_taken_by_every_space(name: str) -> No
     assert (first.ops()[0].act, first.ops()[-1].in_ch) == ("relu6", last.ops()[-1].in_ch)
     assert first.macs < 0.6 * last.macs
     with pytest.raises(
-        SpaceError, match=r"takes no such override as 'widht'; did you mean 'width'\?"
+        SpaceError, match=r"does not take the override 'widht'; did you mean 'width'\?"
     ):
         load_space(name, widht=0.5)
 

@@ -81,7 +81,7 @@ def test_one_resolution_is_too_few() -> None:
     flat = Architecture(name="flat", blocks=(Conv(32, 3, 8, kernel=3), Classifier(32, 8, 10)))
     with pytest.raises(
         SpaceError,
-        match=r"^architecture 'flat' cannot carry a detector: it has no two resolutions to tap\.$",
+        match=r"^architecture 'flat' cannot carry a detector: it needs feature maps at two resolutions\.$",
     ):
         with_detector(flat, 2)
 

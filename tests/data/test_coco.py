@@ -101,6 +101,7 @@ def test_raccoons(unpacked: Callable[[str], Path]) -> None:
     assert (metrics.AP, metrics.AR100, metrics.AP_per_class["raccoon"]) == pytest.approx((1, 1, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["all", "test"])
 def test_coco_itself(unpacked: Callable[[str], Path], split: str) -> None:
     """80 classes of ids 1 to 90, crowds, images without objects: nothing is lost on the
@@ -138,6 +139,7 @@ def test_on_a_border_nothing_is_lost_either(
     assert pytest.approx((1, 1)) == (metrics.AP, metrics.AR100)
 
 
+@pytest.mark.slow
 def test_the_ground_truth_is_the_files(unpacked: Callable[[str], Path]) -> None:
     """Evaluated on ours or on the annotation file itself, imperfect detections get the
     same numbers to the last digit.
@@ -155,6 +157,7 @@ def test_the_ground_truth_is_the_files(unpacked: Callable[[str], Path]) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["none", "ssdlite", "ssd"])
 def test_batches_are_functions_of_seed_and_step(
     unpacked: Callable[[str], Path], augment: str
@@ -318,6 +321,7 @@ def drawn(x_CHW: torch.Tensor, seen: torch.Tensor) -> tuple[float, float, float,
     return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resize", ["squash", "pad"])
 @pytest.mark.parametrize("augment", ["ssdlite", "ssd"])
 def test_boxes_stay_on_their_objects(tmp_path: Path, augment: str, resize: str) -> None:
@@ -363,6 +367,7 @@ def test_every_image_is_augmented_by_itself(tmp_path: Path) -> None:
     assert differing > 5
 
 
+@pytest.mark.slow
 def test_flips_and_crops_are_drawn(scenes: Path) -> None:
     """Every second image is flipped; a crop may cut an object off, whose box is then
     gone, and the other's class stays with it.

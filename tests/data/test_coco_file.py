@@ -87,9 +87,12 @@ def change(*path: str | int, to: Any = None) -> Callable[[Any], None]:
             change("annotations", 1, "category_id", to=4),
             ("number 1 in its list", "category_id 4", "no such category"),
         ),
-        (change("images", 1, "id", to=5), ("image ids", "5 is there twice")),
-        (change("categories", 1, "id", to=8), ("category ids", "8 is there twice")),
-        (change("categories", 1, "name", to="dog"), ("category names", "'dog' is there twice")),
+        (change("images", 1, "id", to=5), ("image ids", "5 occurs more than once")),
+        (change("categories", 1, "id", to=8), ("category ids", "8 occurs more than once")),
+        (
+            change("categories", 1, "name", to="dog"),
+            ("category names", "'dog' occurs more than once"),
+        ),
         (
             change("images", 1, "file_name", to="gone.png"),
             ("names 3 images, of which 1 are not in", "'gone.png'"),

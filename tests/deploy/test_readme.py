@@ -158,6 +158,7 @@ def test_python_finds_the_class_that_hwnas_finds(
         assert python(classify, folder) == [line]
 
 
+@pytest.mark.slow
 def test_python_finds_the_boxes_that_hwnas_finds(photographs: Path, tmp_path: Path) -> None:
     content = settings(tmp_path)
     backbone = Architecture(

@@ -22,6 +22,8 @@ from hwnas.export.convert import to_onnx, to_tflite
 from hwnas.export.interface import Interface
 from hwnas.export.quantization import quantize_int8
 
+pytestmark = pytest.mark.slow
+
 RUNNER = Path(__file__).parents[2] / "deploy" / "runner.py"
 SHAPE = (1, 3, 16, 16)
 TAKES_PIXELS = Interface("uint8", False, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -245,7 +247,7 @@ def test_predict_agrees_with_pytorch(
         ('{"runtime": "litert", "threads": 1, "items": [{"id": 1}]}', "lacks the key 'path'"),
         ('{"runtime": "tensorrt", "threads": 1, "items": []}', "choose one of litert, onnxruntime"),
         ('{"runtime": "litert", "threads": 0, "items": []}', "threads is 0"),
-        ('{"runtime": "litert", "threads": 1, "cores": [9999], "items": []}', "available here: ["),
+        ('{"runtime": "litert", "threads": 1, "cores": [9999], "items": []}', "this machine has ["),
     ],
 )
 def test_a_bad_plan_is_one_sentence(plan: str, complaint: str, tmp_path: Path) -> None:
@@ -338,7 +340,7 @@ def test_where_the_system_keeps_its_python_to_itself() -> None:
     if not found["missing"]:
         pytest.skip("the system's Python has everything")
     sentence = next(iter(found["missing"].values()))
-    assert "make an environment and use its ~/hwnas/bin/python: " in sentence
+    assert "create an environment and use its ~/hwnas/bin/python: " in sentence
     assert f"{system} -m venv ~/hwnas && ~/hwnas/bin/python -m pip install " in sentence
 
 
@@ -424,7 +426,7 @@ def test_predict_from_pixels(
     refused = run("predict", files[name], tmp_path / "pixels.npy", tmp_path / "out.npy")
     assert (
         refused.returncode == 2
-        and "These images are uint8, and the model takes float32: normalise them first"
+        and "This model takes float32 images, but these are uint8: normalise them first"
         in refused.stderr
     )
 
@@ -440,8 +442,7 @@ def test_floats_are_no_pixels(
     np.save(tmp_path / "in.npy", images)
     refused = run("predict", model, tmp_path / "in.npy", tmp_path / "out.npy")
     sentence = (
-        "This model takes uint8 images, pixels as they are, and these are float32: do not normalise"
-        " them"
+        "This model takes raw uint8 pixels, but these images are float32: do not normalise them"
     )
     assert refused.returncode == 2 and sentence in refused.stderr
     assert not (tmp_path / "out.npy").exists()
@@ -492,17 +493,17 @@ def test_receives_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
         content=json.dumps({name: 3}).encode() + b"\nxyz",
     )
     assert (done.returncode, done.stdout) == (2, b"")
-    assert f"{name!r} is no name for a file in {tmp_path}/inner" in done.stderr.decode()
+    assert f"{name!r} is not a valid name for a file in {tmp_path}/inner" in done.stderr.decode()
     assert [path.name for path in tmp_path.rglob("*")] == ["inner", ".hwnas-lock"]
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"[]\n", "not JSON of the documented form"),
-        (b"{\n", "not JSON of the documented form"),
-        (b'{"a": "b"}\n', "not JSON of the documented form"),
-        (b"", "not JSON of the documented form"),
+        (b"[]\n", "not JSON in the documented format"),
+        (b"{\n", "not JSON in the documented format"),
+        (b'{"a": "b"}\n', "not JSON in the documented format"),
+        (b"", "not JSON in the documented format"),
         (b'{"a": 10}\nabcde', "The connection ended in the middle of a"),
     ],
 )

@@ -111,6 +111,7 @@ def test_later_rounds_send_nothing_again(
     assert len(conditions) == 4, "before and after each of three batches"
 
 
+@pytest.mark.slow
 def test_rows_come_as_they_are_measured(phone: FakePhone, tmp_path: Path) -> None:
     """And leaving early ends the batch on the phone, and removes what was put there for it."""
     wanted = plan(2)
@@ -153,11 +154,13 @@ def test_cores(phone: FakePhone, tmp_path: Path) -> None:
     assert device.cores(3) == (5, 6, 7)
     assert Adb(phone.device().model_copy(update={"cores": (0, 1)})).cores(2) == (0, 1)
     with pytest.raises(
-        DeviceError, match=r"9 threads need as many cores, but fake offers 8: lower device\.threads"
+        DeviceError,
+        match=r"device\.threads = 9 needs 9 cores, but fake has only 8: lower device\.threads",
     ):
         device.cores(9)
     with pytest.raises(
-        DeviceError, match="cannot run on core 12 of fake: its cores are 0, 1, 2, 3, 4, 5, 6, 7"
+        DeviceError,
+        match="cannot run on core 12 of fake: choose from its cores 0, 1, 2, 3, 4, 5, 6, 7",
     ):
         next(device.measure(plan(1, cores=[12]), tmp_path))
 
@@ -165,7 +168,7 @@ def test_cores(phone: FakePhone, tmp_path: Path) -> None:
 def test_only_litert(phone: FakePhone, tmp_path: Path) -> None:
     with pytest.raises(
         DeviceError,
-        match=r"fake runs LiteRT files only: set device\.runtime = 'litert', not 'onnxruntime'",
+        match=r"fake runs LiteRT files only: set device\.runtime = 'litert' instead of 'onnxruntime'",
     ):
         next(Adb(phone.device()).measure(plan(1, runtime="onnxruntime"), tmp_path))
 
@@ -184,11 +187,11 @@ def test_only_litert(phone: FakePhone, tmp_path: Path) -> None:
         ({"folder": "relative"}, "folder = 'relative'"),
         (
             {"serial": "$(touch pwned)"},
-            r"serial = '\$\(touch pwned\)': no phone has such a serial number; 'adb devices' lists",
+            r"serial = '\$\(touch pwned\)': not a valid serial number; 'adb devices' lists",
         ),
-        ({"serial": "a;b"}, "no phone has such a serial number"),
-        ({"serial": "-d"}, "no phone has such a serial number"),
-        ({"serial": "a\nb"}, "no phone has such a serial number"),
+        ({"serial": "a;b"}, "not a valid serial number"),
+        ({"serial": "-d"}, "not a valid serial number"),
+        ({"serial": "a\nb"}, "not a valid serial number"),
     ],
 )
 def test_wrong_options_are_refused_without_a_phone(options: dict[str, str], complaint: str) -> None:
@@ -272,7 +275,7 @@ def test_a_phone_that_does_not_come_back(phone: FakePhone, tmp_path: Path) -> No
     got = []
     with pytest.raises(
         DeviceError,
-        match=r"fake did not come back within 0\.3 s: plug it in, and start the same command again",
+        match=r"fake did not come back within 0\.3 s: plug it in, and run the same command again to resume",
     ):
         for row in rows:
             got.append(row)
@@ -334,13 +337,13 @@ def test_garbage_from_the_tool(output: list[str], phone: FakePhone, tmp_path: Pa
     _, rows, _, _ = sorted_out(Adb(phone.device()).measure(wanted, tmp_path))
     assert [row["id"] for row in rows] == ids(wanted)
     assert [row.get("ms") for row in rows] == [[1.0, 2.0, 3.0], None, [7.0, 8.0, 9.0]]
-    assert rows[1]["error"].startswith("its output holds no statistics that hwnas knows")
+    assert rows[1]["error"].startswith("its output has no statistics in a format that hwnas knows")
 
 
 def test_a_crash_of_the_tool(phone: FakePhone, tmp_path: Path) -> None:
     phone.tool = lambda flags, folder, say: 139
     _, rows, _, _ = sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))
-    assert rows == [{"id": OPS[0].key, "round": 0, "error": "it died of signal 11: nothing"}]
+    assert rows == [{"id": OPS[0].key, "round": 0, "error": "killed by signal 11: nothing"}]
 
 
 def test_waits_for_a_hot_phone(phone: FakePhone, tmp_path: Path) -> None:
@@ -366,7 +369,9 @@ def test_does_not_wait_for_ever(
 def test_says_that_the_battery_is_low(phone: FakePhone, tmp_path: Path) -> None:
     phone.set_battery(9, [25.0])
     _, _, notes, _ = sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))
-    assert notes == ["the battery of fake is at 9 %: phones slow down when it is low"]
+    assert notes == [
+        "the battery of fake is at 9 %: phones with a low battery are slower, so charge it"
+    ]
 
 
 def test_two_phones_at_once(phones: Callable[[], FakePhone], tmp_path: Path) -> None:
@@ -413,7 +418,7 @@ def test_two_runs_on_one_phone(phone: FakePhone, tmp_path: Path) -> None:
         assert [row["id"] for row in rows] == ids(wanted) and all("ms" in row for row in rows)
     assert together == [1]
     assert [note for _, _, notes, _ in results for note in notes] == [
-        "another run is at work on fake: waiting for it"
+        "another run is using fake: waiting for it to finish"
     ]
 
 
@@ -470,7 +475,7 @@ def test_outputs_that_arrive_cut_off(
     monkeypatch.setattr(AdbSession, "receive", lambda session, name: received(session, name)[:-6])
     with pytest.raises(
         DeviceError,
-        match=r"fake sent 4090 bytes of outputs of \S+\.tflite, not 4096: run the command again",
+        match=r"fake sent 4090 bytes of outputs of \S+\.tflite instead of 4096: run the command again",
     ):
         Adb(phone.device()).predict(
             timing_file((OPS[0],), "litert", "fp32"), np.zeros((2, 8, 8, 8), np.float32), tmp_path
@@ -497,8 +502,8 @@ def test_predict_with_a_tool_that_writes_nothing(phone: FakePhone, tmp_path: Pat
     with pytest.raises(
         DeviceError,
         match=(
-            r"wrote 0 bytes of output where \S+ gives 2048: it is too old, or another tool;"
-            r" .*ANDROID\.md"
+            r"wrote 0 bytes of output, but the outputs of \S+ have 2048: it is too old or not"
+            r" benchmark_model; .*ANDROID\.md"
         ),
     ):
         Adb(phone.device()).predict(model, np.zeros((2, 8, 8, 8), np.float32), tmp_path)

@@ -36,7 +36,7 @@ def test_not_attached(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.Monk
         Adb(elsewhere).cores(1)
     monkeypatch.setenv("ANDROID_SERIAL", "$(reboot)")
     with pytest.raises(
-        ConfigError, match=r"ANDROID_SERIAL = '\$\(reboot\)': no phone has such a serial number"
+        ConfigError, match=r"ANDROID_SERIAL = '\$\(reboot\)': not a valid serial number"
     ):
         Adb(Device(id="any", soc="none", connection="adb")).cores(1)
     monkeypatch.setenv("ANDROID_SERIAL", phone.serial)
@@ -55,7 +55,7 @@ def test_which_one(phones: Callable[[], FakePhone]) -> None:
     serials.add(phones().serial)
     with pytest.raises(
         DeviceError,
-        match=r"2 phones are attached \(\S+, \S+\): say which with device\.name = 'adb:SERIAL'",
+        match=r"2 phones are attached \(\S+, \S+\): choose one with device\.name = 'adb:SERIAL'",
     ) as caught:
         Adb(anyone).cores(1)
     assert all(serial in str(caught.value) for serial in serials)

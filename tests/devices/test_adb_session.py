@@ -20,7 +20,7 @@ def test_a_full_phone(phone: FakePhone, tmp_path: Path) -> None:
     with pytest.raises(
         DeviceError,
         match=(
-            rf"phone {phone.serial} is full: free some space on it, or empty its"
+            rf"phone {phone.serial} is full: free some space on it, or delete its folder"
             r" /data/local/tmp/hwnas\."
         ),
     ):
@@ -31,7 +31,7 @@ def test_a_full_phone(phone: FakePhone, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(phone: FakePhone, tmp_path: Path) -> None:
     phone.local("/data/local/tmp/hwnas").write_text("a file")
     with pytest.raises(
-        DeviceError, match=r"lets nothing be written into /data/local/tmp/hwnas: mkdir"
+        DeviceError, match=r"cannot write to /data/local/tmp/hwnas on phone \S+: mkdir"
     ):
         list(Adb(phone.device()).measure(plan(1), tmp_path))
 
@@ -61,7 +61,7 @@ def test_a_tool_that_is_none(
     with pytest.raises(
         DeviceError,
         match=(
-            r"benchmark_model is no program for Android: .*ANDROID\.md says where to get"
+            r"benchmark_model is not a program for Android: .*ANDROID\.md explains where to get"
             r" benchmark_model"
         ),
     ):
@@ -69,7 +69,7 @@ def test_a_tool_that_is_none(
     with pytest.raises(
         DeviceError,
         match=(
-            r"benchmark_model = \S+nowhere cannot be read \(No such file or directory\);"
+            r"benchmark_model = \S+nowhere cannot be read \(No such file or directory\): correct"
             r" .*ANDROID\.md"
         ),
     ):
@@ -80,7 +80,7 @@ def test_a_tool_that_is_none(
     with pytest.raises(
         DeviceError,
         match=(
-            r"LiteRT's benchmark_model for Android was not found: name it in"
+            r"LiteRT's benchmark_model for Android was not found: set"
             r" \$HWNAS_BENCHMARK_MODEL"
         ),
     ):

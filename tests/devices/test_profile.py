@@ -65,6 +65,7 @@ def profiled(
     return profile(bench, space or small_space(), config)
 
 
+@pytest.mark.slow
 def test_the_table_is_the_formula(tmp_path: Path) -> None:
     """1 % of noise, five runs in each of seven rounds: medians within 2 %."""
     space = mobile32()
@@ -95,6 +96,7 @@ def test_the_table_is_the_formula(tmp_path: Path) -> None:
     assert table.provenance["space_sha256"] == space.sha256
 
 
+@pytest.mark.slow
 def test_calibration_recovers_the_formula(tmp_path: Path) -> None:
     """Networks take 1.05 times the sum of their blocks plus 0.02 ms."""
     table = profiled(tmp_path, space=mobile32(), config=ProfileConfig())
@@ -218,6 +220,7 @@ def test_interrupted_and_resumed(rows: int, tmp_path: Path) -> None:
     assert len(measured) == len(set(measured)) == 3 * (len(small_space().ops) + 20)
 
 
+@pytest.mark.slow
 def test_interrupted_again_and_again_among_noisy_entries(tmp_path: Path) -> None:
     """Killed within the additional rounds too: which entries count as noisy must not
     depend on how far a round had come.
@@ -471,6 +474,7 @@ def test_too_few_quiet_networks_say_that_they_were_noisy(tmp_path: Path) -> None
         profiled(tmp_path, Restless(DEVICE), config, space=mobile32())
 
 
+@pytest.mark.slow
 def test_a_calibration_of_noisy_networks_is_of_all_of_them(tmp_path: Path) -> None:
     """Where hardly one was quiet: one that happened to be says less than all."""
     table = profiled(

@@ -191,5 +191,5 @@ def test_rows_by_what_they_say() -> None:
         cpu="A", cores=[3], threads=1
     )
     assert typed({"runner": 1, "cores": "unknown"}) == Header()
-    with pytest.raises(DeviceError, match="which is no row of a measurement"):
+    with pytest.raises(DeviceError, match="which is not a row of a measurement"):
         typed({"id": "x"})

@@ -140,7 +140,7 @@ def test_predicts_what_this_computer_predicts(board: Ssh, server: Server, tmp_pa
     outputs = board.predict(model, images, tmp_path)
     assert outputs.dtype == np.float32
     assert np.array_equal(outputs, Host(HOST).predict(model, images, tmp_path))
-    assert list(files_there(server)) == [ssh._name_there(model)]
+    assert list(files_there(server)) == [ssh._remote_name(model)]
     assert np.array_equal(board.predict(model, images[5:0:-2], tmp_path), outputs[5:0:-2]), (
         "an array that is not contiguous"
     )
@@ -158,13 +158,14 @@ def test_leaving_early_ends_the_runner_there(board: Ssh, server: Server, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_one_job_at_a_time(board: Ssh, server: Server, tmp_path: Path) -> None:
     rows = board.measure(endless(), tmp_path)
     next(row for row in rows if "id" in row)
     [holder] = server.runners()
     with pytest.raises(
         DeviceError,
-        match=rf"Another job runs here \(process {holder}\).*end it with: kill {holder}$",
+        match=rf"Another job is running here \(process {holder}\).*end it with: kill {holder}$",
     ):
         list(Ssh(server.device()).measure(plan(), tmp_path))
     rows.close()
@@ -285,6 +286,7 @@ def old_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "bin/python")
 
 
+@pytest.mark.slow
 def test_every_kind_of_block_runs_in_tflite_runtime(
     old_python: str, server: Server, tmp_path: Path
 ) -> None:

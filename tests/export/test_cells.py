@@ -83,6 +83,7 @@ def sampled(space: SearchSpace) -> Architecture:
     return space.decode(space.sample(np.random.default_rng(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["litert", "onnxruntime"])
 @pytest.mark.parametrize("name", [*KEYS, *NETWORKS])
 def test_files_compute_what_pytorch_does(name: str, runtime: str) -> None:
@@ -111,6 +112,7 @@ def types(model: bytes) -> list[str]:
     return [node[1] for node in nodes(model)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -154,6 +156,7 @@ def test_onnx_files_have_the_exporters_operators_or_fewer(name: str, tmp_path: P
     assert relative_error(run(written, images_NHWC), run(exported, images_NHWC)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_tflite_files_have_no_more_operators_than_the_converters(name: str) -> None:
     network = randomised(network_of(NETWORKS[name]()))

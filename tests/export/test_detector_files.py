@@ -32,6 +32,8 @@ from tests.export.detectors import CLASSES, images, lively_network, run_onnx, ru
 from tests.export.test_post_processing import assert_same
 from tests.nn.detectors import small_arch
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 CONFIG = PostProcessing(min_score=0.03, detections=40)

@@ -28,6 +28,8 @@ from hwnas.nn.network import Network, network_of
 from tests.export.detectors import lively_network, run_tflite
 from tests.export.test_detector_files import CONFIG, PLAN, calibration
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

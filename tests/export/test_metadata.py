@@ -279,8 +279,8 @@ def test_export_says_once_what_apps_do_with_its_files(padded: tuple[Path, list[s
     )
     assert (
         stretched
-        == "note: MediaPipe and ML Kit stretch a photograph to the model's square, and these files"
-        " were made for 'pad': resize it yourself before, or set data.resize = 'squash'."
+        == "note: MediaPipe and ML Kit stretch photographs to the model's square, but these files"
+        " were made for 'pad': resize photographs yourself first, or set data.resize = 'squash'."
     )
 
 

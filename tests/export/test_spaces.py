@@ -106,6 +106,7 @@ def test_litert_computes_what_pytorch_does(name: str, which: str) -> None:
     assert_same(np.concatenate(outputs), network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEW_SHAPES)
 def test_onnxruntime_computes_what_pytorch_does(name: str, tmp_path: Path) -> None:
     network = network_of(name, "random")

@@ -142,6 +142,7 @@ def random_cells(count: int) -> list[str]:
     return [SPACE.write(SPACE.sample(rng)) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 60, 20))
 def test_sixty_networks_count_and_compute_as_a_second_implementation(first: int) -> None:
     x_NCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -42,6 +42,7 @@ def test_the_noise_ceiling(truth: Truth) -> None:
     assert truth.mean.max() == pytest.approx(0.93127, abs=5e-6)
 
 
+@pytest.mark.slow
 def test_what_the_shape_alone_ranks_right(truth: Truth) -> None:
     space = nasbench_macro()
     archs = [space.decode(picks) for picks in truth.picks]

@@ -265,7 +265,7 @@ def test_a_network_and_the_configuration_do_not_both_say_a_width() -> None:
     )
     with pytest.raises(
         SpaceError,
-        match=r"'mobilenet_v2-w0.5' says its width, and so does space\.width = 0\.75: remove one",
+        match=r"'mobilenet_v2-w0.5' sets a width, and so does space\.width = 0\.75: remove one",
     ):
         resolve_arch("mobilenet_v2-w0.5", space, resolution=32, classes=10, width=0.75)
     with pytest.raises(

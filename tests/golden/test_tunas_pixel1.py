@@ -160,7 +160,7 @@ def test_a_restricted_space_keeps_the_prices_of_what_is_now_fixed() -> None:
 
 
 def test_the_model_refuses_another_space() -> None:
-    with pytest.raises(TableError, match=r"prices slots of another space \(s2\.b3, s3\.b3"):
+    with pytest.raises(TableError, match=r"has costs for slots of another space \(s2\.b3, s3\.b3"):
         CostModel.of_table(mobile32(), pixel1())
     incomplete = pixel1().model_copy(
         update={

@@ -117,6 +117,7 @@ def randomise(module: nn.Module) -> None:
                 part.bias.normal_(0, 0.3, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", THEIRS)
 @torch.inference_mode()
 def test_logits_equal(judge: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -56,6 +57,7 @@ def test_statistics_behind_another_norm() -> None:
     assert not any(module.training for module in network.modules())
 
 
+@pytest.mark.slow
 def test_without_it_a_ranking_means_nothing(tmp_path: Path) -> None:
     data = DataConfig(
         name="digits", resolution=8, channels=1, mean=(0.5,), std=(0.5,), augment="none"

@@ -110,7 +110,7 @@ def test_a_super_net_of_detectors_is_kept_with_its_space(tmp_path: Path) -> None
         torch.equal(again.state_dict()[name], tensor)
         for name, tensor in supernet.state_dict().items()
     )
-    with pytest.raises(ConfigError, match="is of space boxes-ssdlite"):
+    with pytest.raises(ConfigError, match="was trained on space boxes-ssdlite"):
         load_supernet(tmp_path / "shared.safetensors", classifiers())
 
 
@@ -149,7 +149,10 @@ def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
         "s2.b1",
         "s3.b0",
     )
-    assert str(inherited) == "5 of 8 slots have inherited weights; s2.b0, s2.b1, s3.b0 begin anew"
+    assert (
+        str(inherited)
+        == "5 of 8 slots have inherited weights; s2.b0, s2.b1, s3.b0 start from scratch"
+    )
     for position, slot in enumerate(supernet.proxy.slots):
         for name, tensor in supernet.slots[position].state_dict().items():
             taken = slot.key in inherited.taken

@@ -403,7 +403,7 @@ def test_number_of_pixels() -> None:
             mode,
         )
     with pytest.raises(
-        ConfigError, match=r"proxy_resolution = 16 is no size below the 16 px of space mobile32"
+        ConfigError, match=r"proxy_resolution = 16 must be below the 16 px of space mobile32"
     ):
         supernet_of(space, SupernetConfig(proxy_resolution=16))
     with pytest.raises(ConfigError, match="resolutions to choose from"):
@@ -555,6 +555,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["collapsed", "separate"])
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_the_extracted_network_is_the_path_under_every_heuristic(name: str, sharing: Any) -> None:

@@ -233,6 +233,7 @@ def test_a_mixture_of_depths_weighs_the_slots_by_the_depths_that_keep_them() -> 
     assert torch.allclose(supernet(x_NCHW, gates), expected, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["collapsed", "separate"])
 @pytest.mark.parametrize(
     ("make", "kind"), [(groups_space, "op"), (widths_space, "width"), (single_resolution, "depth")]
@@ -256,6 +257,7 @@ def test_gradients_by_gates_are_finite_differences(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [groups_space, widths_space, single_resolution])
 def test_probes_are_the_gradient_of_executing_everything(make: Callable[[], MacroSpace]) -> None:
     """<output of the option, gradient of the output> at weight 0, as autograd finds it
@@ -367,6 +369,7 @@ def run_with_gradients(
     return [logits, *gradients, *supernet.buffers()], kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"bn_track": True, "path_dropout": 0.5}, {"channels": "random", "dropout": 0.3}],

@@ -59,6 +59,7 @@ def test_metadata_holds_the_architecture(saved: Path) -> None:
     assert metadata["test_accuracy"] == "0.9"
 
 
+@pytest.mark.slow
 def test_same_network_same_bytes(tmp_path: Path) -> None:
     """In another process too: safetensors alone orders metadata by a hash that is
     random per process.

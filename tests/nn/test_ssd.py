@@ -25,6 +25,7 @@ def random_outputs(arch: Architecture, count: int = 2) -> Outputs:
     return logits, torch.randn(count, arch.detector.anchors, 4, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("classes", [1, 3])
 def test_a_detector_learns_its_batch(classes: int, scores: Scores) -> None:

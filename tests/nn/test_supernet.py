@@ -73,6 +73,7 @@ def shared_tensors(
     yield supernet.classifier.bias, network.blocks[-1].linear.bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sharing"), PATHS)
 def test_a_path_is_the_extracted_network(name: str, sharing: str) -> None:
     """Forward exactly; gradients equal, scattered back to the corner of the shared
@@ -216,6 +217,7 @@ class MaskedSupernet:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sharing"), PATHS)
 def test_slicing_is_masking(name: str, sharing: str) -> None:
     """In float64, where rounding cannot hide a difference."""

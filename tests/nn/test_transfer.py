@@ -50,6 +50,7 @@ def pairs(space: MacroSpace, left: MacroSpace) -> Iterator[tuple[Picks, Picks]]:
         yield picks, {key: option for key, option in {**fixed, **picks}.items() if key in known}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHRUNK)
 @pytest.mark.parametrize(
     "config",

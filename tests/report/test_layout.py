@@ -220,6 +220,7 @@ def test_what_is_cut_off_would_be_found(tmp_path: Path) -> None:
     assert [(each["tag"], each["figure"]) for each in content["found"]] == [("DIV", False)]
 
 
+@pytest.mark.slow
 def test_ap_of_every_class_is_open(tmp_path: Path) -> None:
     text = written(detector_run(tmp_path / "run"))
     closed = "".join(re.findall(r"<details.*?</details>", text, flags=re.DOTALL))
@@ -233,16 +234,17 @@ def test_post_processing_at_both_thresholds(tmp_path: Path) -> None:
     page = Page(written(detector_run(tmp_path / "run")))
     text = " ".join(page.text.split())
     assert (
-        "after 0.301 ms of post-processing in NumPy for scores from 0.3 on (6.52 ms for those from"
-        " 0.001 on, as AP needs)" in text
+        "after 0.301 ms of post-processing in NumPy for scores of 0.3 or more (6.52 ms for scores of"
+        " 0.001 or more, as AP needs)" in text
     )
     assert (
         text.count("+ 0.301 at 0.3+ 6.52 at 0.001") == 3
         and text.count("in graph2.41 in all at 0.3") == 3
     )
-    assert "files with NMS saw a test image" in text
+    assert "files with NMS ran on a test image" in text
 
 
+@pytest.mark.slow
 def test_the_validation_curve_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, Any] = {}
     real = charts.inline_svg
@@ -257,9 +259,9 @@ def test_the_validation_curve_is_drawn(tmp_path: Path, monkeypatch: pytest.Monke
     page = Page(written(classifier_run(tmp_path / "classifier")))
     assert (
         "Accuracy on test images during training" in page.text
-        and "Test images: 360 on the way" in page.text
+        and "Test images: 360 at each point" in page.text
     )
-    assert "nothing is chosen by them, the last weights are kept" in page.text
+    assert "they select nothing, the last weights are kept" in page.text
     points = drawn["trainaccuracy"]["test images"]
     assert (
         points == [[50.0 * i, pytest.approx(98 - 50 / i**2)] for i in range(1, 11)]

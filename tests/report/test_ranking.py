@@ -88,7 +88,7 @@ def test_a_study_has_its_table_and_a_plot_per_score(tmp_path: Path) -> None:
         "0.881",
         "0.185",
         "56.0% with",
-        "87.0% trained alone",
+        "87.0% after standalone training",
         "P@10",
     ):
         assert words in page.text, words

@@ -364,10 +364,12 @@ def test_figures_carry_descriptions_and_theme_colours(full: str) -> None:
     assert not re.search(r"#[0-9a-f]{6}\b", drawings), "a colour that the dark theme cannot reach"
 
 
+@pytest.mark.slow
 def test_the_same_documents_give_the_same_bytes(tmp_path: Path, full: str) -> None:
     assert written(fill(tmp_path / "quickstart", experiment())) == full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("until", "expected", "missing"),
     [
@@ -385,7 +387,7 @@ def test_a_partial_run_shows_what_there_is_and_names_what_is_missing(
 ) -> None:
     page = Page(written(fill(tmp_path / "run", experiment(), until=until)))
     assert [name for name in page.ids if name in SECTIONS] == expected
-    assert f"Not finished yet: {', '.join(missing)}. Go on with: hwnas run run" in page.text
+    assert f"Not finished yet: {', '.join(missing)}. Resume with: hwnas run run" in page.text
     assert "not validated yet" in page.text
 
 
@@ -397,6 +399,7 @@ def test_an_empty_and_an_interrupted_run(tmp_path: Path) -> None:
     assert "search (interrupted at step 120)" in page.text and "course" in page.ids
 
 
+@pytest.mark.slow
 def test_a_failed_verdict_says_why(tmp_path: Path) -> None:
     page = Page(written(fill(tmp_path / "run", experiment(), passed=False)))
     assert "✗ FAILED" in page.text
@@ -412,6 +415,7 @@ NOTHING = Caution(
 )
 
 
+@pytest.mark.slow
 def test_a_search_that_learned_nothing_has_no_green_badge(tmp_path: Path) -> None:
     """Whether the verdict says so, or, where an earlier hwnas validated, the search alone."""
     for told in ("verdict", "search"):
@@ -445,6 +449,7 @@ def test_a_network_that_guesses_has_no_green_badge(tmp_path: Path) -> None:
     assert '<span class="badge caution">✓ passed · trained network learned nothing</span>' in text
 
 
+@pytest.mark.slow
 def test_found_against_random_concludes(tmp_path: Path) -> None:
     """In the sentence of hwnas.search.learning, with what flatters a policy beside it."""
     ctx = fill(tmp_path, experiment())
@@ -464,7 +469,7 @@ def test_found_against_random_concludes(tmp_path: Path) -> None:
         text = Page(written(ctx)).text
         assert (
             learning.against_random.sentence in text
-            and "standard error, of 8 proposals and 8 random networks" in text
+            and "standard error over 8 proposals and 8 random networks" in text
         )
         assert ("trained on the policy’s own paths" in text) == (course is not None)
 
@@ -494,6 +499,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "<script>" not in text and name in page.text
 
 
+@pytest.mark.slow
 def test_documents_that_do_not_belong_together_are_told(tmp_path: Path) -> None:
     ctx = fill(tmp_path, experiment())
     space = small_space()
@@ -505,7 +511,7 @@ def test_documents_that_do_not_belong_together_are_told(tmp_path: Path) -> None:
         json.dumps({**search, "table_sha256": "0" * 64})
     )
     text = Page(written(ctx)).text
-    assert "files are of an earlier architecture" in text and "another latency table" in text
+    assert "files hold an earlier architecture" in text and "different latency table" in text
 
 
 def test_a_published_network_needs_no_search_and_no_prices(tmp_path: Path) -> None:
@@ -587,6 +593,7 @@ def fill_detection(root: Path) -> StageContext:
     return StageContext(config, root, root / "report")
 
 
+@pytest.mark.slow
 def test_a_detector_has_its_ap_and_pictures_instead_of_top_1(tmp_path: Path) -> None:
     page = Page(text := written(fill_detection(tmp_path / "boxes")))
     assert [name for name in page.ids if name in (*SECTIONS, "detections")] == [
@@ -616,10 +623,10 @@ def test_a_detector_has_its_ap_and_pictures_instead_of_top_1(tmp_path: Path) -> 
         "hwnas run boxes --out boxes-again",
         "extra 1",
         "head 3",
-        "Its parts",
+        "Parts of the loss",
     ):
         assert words in page.text, words
-    assert "Not finished yet: export, validate. Go on with: hwnas run boxes" in page.text
+    assert "Not finished yet: export, validate. Resume with: hwnas run boxes" in page.text
     drawings = "".join(
         re.findall(r"<svg.*?</svg>", re.sub(r"base64,[^\"]*", "", text), flags=re.DOTALL)
     )
@@ -627,6 +634,7 @@ def test_a_detector_has_its_ap_and_pictures_instead_of_top_1(tmp_path: Path) -> 
     assert written(fill_detection(tmp_path / "again" / "boxes")) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [0.004, 0.031])
 def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
     """One file without NMS in its graph and one with it; the second is as given."""
@@ -698,7 +706,7 @@ def test_a_detector_that_is_still_in_training(tmp_path: Path) -> None:
         (tmp_path / "boxes" / "train" / name).unlink()
     page = Page(written(ctx))
     assert (
-        "Not finished yet: train (interrupted at step 40), export, validate. Go on with: hwnas run"
+        "Not finished yet: train (interrupted at step 40), export, validate. Resume with: hwnas run"
         " boxes" in page.text
     )
     assert "detections" not in page.ids and "course" in page.ids

@@ -117,11 +117,11 @@ def test_a_budget_that_is_not_set_is_not_written() -> None:
     [
         (
             ["search.budget={kind='macs'}", "search.target_ms=3"],
-            "search.target_ms is short for a search.budget .*; remove one of them",
+            "search.target_ms is shorthand for a search.budget .*; remove one of them",
         ),
         (
             ["search.budget={kind='activation_bytes', max_bytes=9}"],
-            "is a peak and no sum over blocks, .* put it under search.limits",
+            "is a peak, not a sum over blocks, .* put it under search.limits",
         ),
         (
             ["search.budget={kind='latency', table='t.json'}"],
@@ -140,6 +140,7 @@ def test_budgets_that_are_refused(settings: list[str], words: str) -> None:
 # searches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "budget"),
     [
@@ -178,6 +179,7 @@ def test_a_search_without_a_table(
     assert not any(" ms" in line for line in said.said)
 
 
+@pytest.mark.slow
 def test_a_budget_in_macs_needs_no_profile(tmp_path: Path) -> None:
     """The number of the budget is the target, no stage asks for a table, and the report
     says the unit.

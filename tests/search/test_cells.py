@@ -175,6 +175,7 @@ class CellWeights(KnownWeights):
         assert gates.keys() == self.problem.gains.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_darts_finds_the_known_cell(name: str) -> None:
     problem = CellProblem(SMALL[name], 0)
@@ -237,6 +238,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_search_cells(method: str, name: str, tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ def test_methods_that_are_for_blocks_in_a_row_say_so(tmp_path: Path) -> None:
     space = SMALL["nasbench201"]
     with pytest.raises(
         SpaceError,
-        match=r"'tunas' is for spaces of blocks in a row.*darts, fairnas, pdarts, random",
+        match=r"'tunas' is for chains of blocks.*darts, fairnas, pdarts, random",
     ):
         run(tmp_path / "search", cell_experiment("tunas"), synthetic_table(space), space=space)
     config = cell_experiment("spos", **METHODS["spos"])

@@ -121,6 +121,7 @@ def evaluator_of(config: Experiment) -> tuple[SupernetEvaluator, MacroSupernet]:
     return SupernetEvaluator(supernet, config), supernet
 
 
+@pytest.mark.slow
 def test_the_whole_way_meets_the_budget(tmp_path: Path) -> None:
     """Profile, search, train from the super-net's weights, export, validate, report: on
     a simulated device.
@@ -305,7 +306,7 @@ def test_what_no_detector_can_be_searched_in_says_so(tmp_path: Path) -> None:
         stages=(SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),),
     )
     flat.save(tmp_path / "flat.json")
-    assert "has no two resolutions to tap" in refused(
+    assert "needs feature maps at two resolutions" in refused(
         changed(config, "space", name=str(tmp_path / "flat.json")), tmp_path, "search", SpaceError
     )
     boxes = experiment_space(config)
@@ -329,7 +330,7 @@ def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:
     missing = changed(config, "search", backbone=str(tmp_path))
     assert (
         "search.backbone = " in (said := refused(missing, tmp_path, "search", ConfigError))
-        and "holds no shared.safetensors" in said
+        and "has no shared.safetensors" in said
     )
     (tmp_path / "data" / "annotations" / "instances_train.json").unlink()
     with pytest.raises(DataError, match=r"has no annotations/instances_train2017\.json"):
@@ -339,8 +340,8 @@ def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"backbone": "a", "weights": "b"}, r"search\.backbone and search\.weights both say"),
-        ({"supernet": {"dropout": 0.1}}, r"search\.supernet\.dropout is before a classifier"),
+        ({"backbone": "a", "weights": "b"}, r"search\.backbone and search\.weights both set"),
+        ({"supernet": {"dropout": 0.1}}, r"search\.supernet\.dropout is before the classifier"),
         ({"quality": "AP"}, r"search\.quality = 'AP'"),
     ],
 )

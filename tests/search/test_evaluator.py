@@ -219,6 +219,7 @@ class Counting:
         return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "finder",
     [{"name": "evolution", **EVOLUTION}, {"name": "nsga2", "generations": 3, "population": 6}],

@@ -25,6 +25,8 @@ from hwnas.verdict import Verdict
 from tests.conftest import write_tiny
 from tests.search.staging import OPTIONS, Saying, elastic_digits_space, experiment, run
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 

@@ -46,6 +46,7 @@ def table() -> LatencyTable:
     return synthetic_table(SPACE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_lands_within_two_percent_of_the_target(
     strategy: str, table: LatencyTable, tmp_path: Path

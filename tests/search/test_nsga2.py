@@ -22,6 +22,7 @@ from tests.search.recording import Recorder
 torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_finds_the_optimum_of_everything(seed: int) -> None:
     """The known optimum under the budget, by less than two thirds of the 222
@@ -81,6 +82,7 @@ def test_constraints_by_hand() -> None:
     )
 
 
+@pytest.mark.slow
 def test_meeting_the_constraints_dominates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Optuna's front holds no architecture outside the budget, though those are faster and smaller.
 

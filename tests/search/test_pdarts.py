@@ -267,8 +267,8 @@ def proposed_by(ctx: SearchContext) -> list[dict[str, str | int]]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": (1.0, 0.5)}, "dropout has 3 rates and keep 2 parts"),
-        ({"keep": (0.5, 0.7, 0.2)}, "must start with 1, never grow"),
+        ({"keep": (1.0, 0.5)}, "dropout has 3 rates but keep has 2 fractions"),
+        ({"keep": (0.5, 0.7, 0.2)}, "must start with 1, never increase"),
         ({"keep": (1.0, 0.5, 0.0)}, "stay above 0"),
         ({"dropout": (0.0, 0.5, 1.0)}, "below 1"),
     ],

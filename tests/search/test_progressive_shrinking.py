@@ -241,7 +241,7 @@ def test_spaces_without_anything_to_shrink_are_refused() -> None:
     stages = (SpaceStage(widths=(8, 16), slots=(("cn_k3",), ("ir_k3_e3", "ir_k3_e3_se0.25"))),)
     space = MacroSpace(name="flat", resolution=8, classes=2, stages=stages)
     with pytest.raises(
-        SpaceError, match="space flat has no second kernel size, depth or expansion anywhere"
+        SpaceError, match="space flat offers no choice of kernel size, depth or expansion"
     ):
         strategy.check(space)
     for slot, depths in (

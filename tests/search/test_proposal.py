@@ -98,6 +98,7 @@ REVIEWED = {"mobile32": 2.73154, "proxylessnas": 22.42024, "proxylessnas_enlarge
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REVIEWED)
 def test_two_tables_that_disagree(name: str) -> None:
     """Limits that chance never meets: 5 % and 15 % above the best known, and at it."""
@@ -151,6 +152,7 @@ def peaked(space: SearchSpace) -> Policy:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_limit_is_met_by_as_many_as_asked_for(budget: str) -> None:
     """By all finders, and from policies that know nothing of limits; 400,000 random

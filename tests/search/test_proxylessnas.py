@@ -221,6 +221,7 @@ def test_full_runs_everything_and_draws_the_active_from_the_policy() -> None:
     assert np.all(np.abs(active - p) < 4 * np.sqrt(p * (1 - p) / draws))
 
 
+@pytest.mark.slow
 def test_weights_are_trained_on_one_path_at_a_time() -> None:
     """Gates of exactly one 1 and otherwise exact zeros, drawn from softmax(alpha)."""
     ctx, recorder = surroundings()

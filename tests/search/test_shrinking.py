@@ -67,6 +67,7 @@ def test_the_angle_of_two_layers_by_hand() -> None:
     assert angles.of({"s0.b0": "cn_k3"}) == 0.0
 
 
+@pytest.mark.slow
 def test_kept_moments_give_the_angle_of_the_extracted_networks() -> None:
     for space, config in (
         (widths_space(), {"sharing": "collapsed"}),

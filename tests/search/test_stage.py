@@ -64,6 +64,7 @@ def test_every_strategy_is_tested_here() -> None:
     assert sorted(OPTIONS) == list(STRATEGIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     """The only line that changes is the strategy; what it finds is within 2 % of the
@@ -127,6 +128,7 @@ def resumed_bit_for_bit(
         ).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_resumed_bit_for_bit(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     """Killed in warm-up, while the policy learns, and while proposals are ranked."""
@@ -139,6 +141,7 @@ def test_resumed_bit_for_bit(strategy: str, table: LatencyTable, tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "supernet"),
     [
@@ -240,6 +243,7 @@ def test_held_out_batches_change_with_the_step() -> None:
     assert torch.equal(again.train(2)[0], straight[2][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finder", ["evolution", "nsga2", "random"])
 def test_a_trained_super_net_serves_another_budget(
     finder: str, table: LatencyTable, tmp_path: Path
@@ -312,6 +316,7 @@ class Warnings(Progress):
         self.warned.append(message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "rate"),
     [
@@ -363,6 +368,7 @@ def elastic_space() -> MacroSpace:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resolution", [8, 16])
 @pytest.mark.parametrize("strategy", ["fbnet", "darts", "random"])
 def test_a_space_restricted_to_one_resolution(

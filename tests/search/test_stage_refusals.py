@@ -91,14 +91,14 @@ def test_unknown_strategy_and_option(table: LatencyTable, tmp_path: Path) -> Non
 def test_a_trained_super_net_of_another_space_or_none(table: LatencyTable, tmp_path: Path) -> None:
     run(tmp_path / "first/search", experiment("random"), table)
     other = elastic_digits_space().restrict({"s1.b1": ["ir_k3_e3", "skip"]})
-    with pytest.raises(ConfigError, match=r"is of space tiny .* not of tiny"):
+    with pytest.raises(ConfigError, match=r"was trained on space tiny .* not on tiny"):
         run(
             tmp_path / "second/search",
             experiment(weights=str(tmp_path / "first")),
             table,
             space=other,
         )
-    with pytest.raises(ConfigError, match=r"holds no shared\.safetensors: name the search folder"):
+    with pytest.raises(ConfigError, match=r"has no shared\.safetensors: name the search folder"):
         run(tmp_path / "second/search", experiment(weights=str(tmp_path)), table)
 
 
@@ -125,7 +125,7 @@ def test_strategies_that_mix_refuse_weights_per_edge(
     level: str, table: LatencyTable, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ConfigError, match="strategy 'fbnet' mixes options, so an input has no one producer"
+        ConfigError, match="strategy 'fbnet' mixes options, so an input has no single producer"
     ):
         run(tmp_path / "search", experiment("fbnet", supernet={"operation_on": level}), table)
 
@@ -272,7 +272,7 @@ def test_limits_that_cannot_be_met_together(table: LatencyTable, tmp_path: Path)
     with pytest.raises(
         TargetError,
         match=(
-            rf"no architecture of space tiny within 2 % of {target:.4g} ms, macs <= \d+ was found:"
+            rf"no architecture of space tiny was found within 2 % of {target:.4g} ms, macs <= \d+:"
             r" .*raise a limit"
         ),
     ) as caught:

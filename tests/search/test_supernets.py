@@ -21,6 +21,7 @@ from tests.search.staging import elastic_digits_space, experiment
 CELLS = darts(channels=4, layers=5, resolution=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "space", "kind", "settings", "shared"),
     [
@@ -55,6 +56,7 @@ def test_a_super_net_is_of_the_spaces_kind_and_shares_as_the_method_does(
     assert (found.config.sharing, found.config.kernels) == shared
 
 
+@pytest.mark.slow
 def test_cells_grow_and_blocks_do_not() -> None:
     config = experiment("pdarts", strategy={"name": "pdarts", "cells": [1, 1, 2]})
     strategy = search_strategy(config.search)

@@ -94,6 +94,7 @@ def test_decisions_below_a_skip_do_not_count() -> None:
     assert 20 < skipped < 60
 
 
+@pytest.mark.slow
 def test_samples_are_distributed_as_the_policy_says() -> None:
     """Joint frequencies of a skippable slot: p(skip), and (1 - p(skip)) p(kernel) p(expansion)."""
     controller = Controller(tiny_space())
@@ -192,6 +193,7 @@ class Recorder(KnownWeights):
         return strategy.step(self.ctx)
 
 
+@pytest.mark.slow
 def test_warm_up_probability_falls_linearly() -> None:
     """p(t) = 1 - t / (0.25 T), per decision. Of T = 80: 1 at step 0, 0.6 at step 8, 0
     from step 20 on.

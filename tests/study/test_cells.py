@@ -36,6 +36,7 @@ SCORES = (
 )
 
 
+@pytest.mark.slow
 def test_a_study_of_cells(tmp_path: Path) -> None:
     SPACE.save(tmp_path / "cells.json")
     rng = np.random.default_rng(0)
@@ -79,13 +80,14 @@ def test_a_super_net_that_begins_anew_has_no_angle() -> None:
         if "angle" in scores:
             with pytest.raises(
                 ConfigError,
-                match=r"begins its super-net anew as it grows.* remove angle from study\.scores",
+                match=r"initialises its super-net again as it grows.* remove angle from study\.scores",
             ):
                 supernets.check(config, space)
         else:
             supernets.check(config, space)
 
 
+@pytest.mark.slow
 def test_cells_are_shrunk(tmp_path: Path) -> None:
     """Stage by stage, with the weights of the stage before; the space that is left is a
     document that is searched.
@@ -122,5 +124,5 @@ def test_cells_are_shrunk(tmp_path: Path) -> None:
             tensor.equal(first[name]) for name, tensor in begin.items()
         )
     edges = Experiment.model_validate(content | {"shrink": {**shrink, "operation_on": ["edge"]}})
-    with pytest.raises(ConfigError, match="an edge of space cells has one input"):
+    with pytest.raises(ConfigError, match="every edge of space cells has a single input"):
         study_shrink(Pipeline(edges, tmp_path / "no", Progress()))

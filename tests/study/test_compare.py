@@ -24,7 +24,13 @@ from hwnas.runs import JsonLines
 from hwnas.search.result import SearchResult
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.studies import study_compare
-from hwnas.study.compare import QUANTILES, arena, chosen_by_random, random_search, searching
+from hwnas.study.compare import (
+    QUANTILES,
+    chosen_by_random,
+    comparison_pool,
+    method_experiment,
+    random_search,
+)
 from hwnas.study.documents import CompareStudy
 from tests.search.staging import (
     EVOLUTION,
@@ -199,7 +205,7 @@ def test_costs_are_counted(finished: tuple[Path, CompareStudy]) -> None:
 def test_random_search_is_what_many_random_searches_find(
     folder: Path, finished: tuple[Path, CompareStudy]
 ) -> None:
-    field = arena(study(folder), SPACE)
+    pool = comparison_pool(study(folder), SPACE)
     inside = [values for _, values in budgeted(folder).values()]
     accuracy_NR, rng = np.array(inside), np.random.default_rng(0)
     mean_N = accuracy_NR.mean(1)
@@ -208,11 +214,11 @@ def test_random_search_is_what_many_random_searches_find(
         3 * 0.1 * 1000 * np.mean([macs for macs, _ in budgeted(folder).values()])
     )
     for trainings in (1, 4):
-        assert chosen_by_random(field, trainings).sum() == pytest.approx(1)
+        assert chosen_by_random(pool, trainings).sum() == pytest.approx(1)
         drawn = rng.integers(len(mean_N), size=(20_000, trainings))
         repeat = rng.integers(2, size=20_000)
         chosen = drawn[np.arange(20_000), accuracy_NR[drawn, repeat[:, None]].argmax(1)]
-        exact = random_search(field, trainings)
+        exact = random_search(pool, trainings)
         assert exact.rank == pytest.approx(rank_N[chosen].mean(), rel=0.03)
         assert exact.accuracy == pytest.approx(mean_N[chosen].mean(), abs=1e-3)
         assert exact.ranks == pytest.approx(
@@ -220,6 +226,7 @@ def test_random_search_is_what_many_random_searches_find(
         )
 
 
+@pytest.mark.slow
 def test_again_nothing_is_done_and_a_further_seed_searches_alone(
     folder: Path, finished: tuple[Path, CompareStudy]
 ) -> None:
@@ -238,6 +245,7 @@ def test_again_nothing_is_done_and_a_further_seed_searches_alone(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "steps"), [("one-shot-5: searching", 2), ("spos-6: evolution", 5)]
 )
@@ -252,6 +260,7 @@ def test_a_killed_study_ends_as_one_that_was_not(
     assert sum(interrupted) == 1  # what was measured of it is not the whole
 
 
+@pytest.mark.slow
 def test_a_failed_search_is_reported_and_leaves_the_others(
     folder: Path,
     finished: tuple[Path, CompareStudy],
@@ -349,7 +358,7 @@ def test_a_truth_that_lacks_architectures(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"part.csv' has no accuracy of \{.*a random search proposes: a comparison needs every"
+            r"part.csv' has no accuracy for \{.*a random search proposes: a comparison needs every"
         ),
     ):
         compared(study(folder, truth=str(tmp_path / "part.csv")), tmp_path / "run")
@@ -357,7 +366,9 @@ def test_a_truth_that_lacks_architectures(folder: Path, tmp_path: Path) -> None:
 
 def test_a_method_changes_what_it_names_and_no_more(folder: Path) -> None:
     config = study(folder)
-    first, second = (searching(config, method, 9) for method in config.study.compare.methods)
+    first, second = (
+        method_experiment(config, method, 9) for method in config.study.compare.methods
+    )
     assert (first.seed, first.search.epochs, second.search.epochs, second.search.strategy.name) == (
         9,
         0.2,

@@ -114,6 +114,7 @@ def test_the_interval_holds_the_value_and_is_the_same_each_time() -> None:
     assert 0.05 < found[0][1] - found[0][0] < 0.2
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_tau_as_often_as_it_says() -> None:
     rng, covered = np.random.default_rng(2), 0
     true_tau = 2 / math.pi * math.asin(0.6)  # of a bivariate normal with correlation 0.6

@@ -37,6 +37,8 @@ from tests.search.staging import (
     run,
 )
 
+pytestmark = pytest.mark.slow
+
 SPACE = elastic_digits_space()
 METRICS = ("angle", "accuracy", "magnitude", "random")
 
@@ -310,13 +312,13 @@ def test_searches_take_the_space_before_and_after(
             {},
             {"operation_on": ["edge"]},
             ConfigError,
-            "magnitude mixes options, so an input has no one producer",
+            "magnitude mixes options, so an input has no single producer",
         ),
         (
             {"supernet": {"wsbn": True}},
             {},
             ConfigError,
-            "magnitude mixes options, so an input has no one producer",
+            "magnitude mixes options, so an input has no single producer",
         ),
         ({}, {"max_macs": 10.0}, SpaceError, "within shrink.max_macs = 10 was found"),
     ],
@@ -375,7 +377,7 @@ def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
         0.0,
         0.2,
     ]
-    with pytest.raises(ValueError, match=r"base_epochs = 0\.3 is no part of first_epochs = 0\.3"):
+    with pytest.raises(ValueError, match=r"base_epochs = 0\.3 is not below first_epochs = 0\.3"):
         study(folder, base_epochs=0.3)
 
 

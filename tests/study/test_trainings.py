@@ -60,6 +60,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bits_whatever_fails_beside(
     alone: Path, tmp_path: Path
 ) -> None:
@@ -73,7 +74,7 @@ def test_two_processes_give_the_same_bits_whatever_fails_beside(
     failed = trainings.run(wanted, StudyConfig(processes=2), 1, said)
     assert failed == {
         "search-1": (
-            "its process was killed (SIGKILL); the same command goes on from its checkpoint"
+            "its process was killed (SIGKILL); the same command resumes from its checkpoint"
         ),
         "diverges": "the loss is nan at step 7.",
         "is-wrong": "KeyError: 'no such thing'",
@@ -108,6 +109,7 @@ def gone(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="asks /proc whether a process is there"
 )
@@ -126,6 +128,7 @@ def test_an_interruption_ends_the_children(tmp_path: Path) -> None:
     assert gone(int((tmp_path / "search-1/pid").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="asks /proc whether a process is there"
 )
@@ -200,8 +203,8 @@ def test_a_ray_cluster_gives_the_same_bits(alone: Path, tmp_path: Path, cluster:
     ("address", "words"),
     [
         ("127.0.0.1:1", "'127.0.0.1:1' cannot be reached"),
-        ("here", "'here' is no address"),
-        ("ray://127.0.0.1:10001", "is a Ray client's"),
+        ("here", "'here' is not an address"),
+        ("ray://127.0.0.1:10001", "is an address for Ray clients"),
     ],
 )
 def test_a_cluster_that_is_not_there(tmp_path: Path, address: str, words: str) -> None:

@@ -85,7 +85,7 @@ def test_the_strings_of_nasbench201(tmp_path: Path) -> None:
         ("arch,params\n00000000,3\n", ["no column that looks like an accuracy", "study.accuracies"]),
         (CSV + "2221222,1,1,1\n", ["line 5", "7 positions", "8 choices"]),
         (CSV + "22212229,1,1,1\n", ["line 5", "position 9", "0 to 2"]),
-        (CSV + "conv,1,1,1\n", ["line 5", "'conv' is no architecture"]),
+        (CSV + "conv,1,1,1\n", ["line 5", "'conv' is not an architecture"]),
         (CSV + "22212220,1,1,1\n", ["line 5", "same network as 22212220"]),
         (CSV + "22212221,x,1,1\n", ["'x'", "22212221"]),
         (CSV + "22212221,1,nan,1\n", ["nan", "22212221"]),

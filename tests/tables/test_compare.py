@@ -72,7 +72,7 @@ def test_what_cannot_be_compared() -> None:
         update={"entries": {}, "slots": {"s1.b0": {"skip": -1.0}}}
     )
     for pair in ((positional, table({KEYS[0]: 1.0})), (table({KEYS[0]: 1.0}), positional)):
-        with pytest.raises(TableError, match="prices positions of a space"):
+        with pytest.raises(TableError, match="has costs for positions of a space"):
             compare(*pair)
 
 

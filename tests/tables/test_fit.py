@@ -452,6 +452,7 @@ def test_no_network_is_judged_by_a_fit_that_knows_its_latency() -> None:
         )
 
 
+@pytest.mark.slow
 @FAST
 @given(
     ms=st.lists(st.floats(1e-3, 1e4), min_size=3, max_size=6),
@@ -505,10 +506,10 @@ def test_refusals() -> None:
     partial = known.model_copy(update={"entries": dict(list(known.entries.items())[:-1])})
     with pytest.raises(CoverageError, match=f"lacks 1 of the {len(OPS)} ops of the fit"):
         fitted(networks, known, partial)
-    with pytest.raises(TableError, match="prices positions of a space, not ops"):
+    with pytest.raises(TableError, match="has costs for positions of a space, not ops"):
         fitted(
             networks,
             known.model_copy(update={"entries": {}, "slots": {"s2.b0": {"ir_k3_e3": 1.0}}}),
         )
-    with pytest.raises(TableError, match="known prices the measured networks at 0 ms"):
+    with pytest.raises(TableError, match="known predicts 0 ms for the measured networks"):
         fitted(networks, table_of(0 * device(1), "known"))

@@ -25,6 +25,7 @@ CONDITIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_a_table_prices_its_space_and_was_judged_on_unseen_networks(path: Path) -> None:
     table = LatencyTable.load(path)

@@ -79,6 +79,7 @@ def test_it_learns(scores: Scores, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_it_writes(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     result, _ = trained(config, tmp_path / "run")
@@ -139,6 +140,7 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
         ), name
 
 
+@pytest.mark.slow
 def test_one_class_images_without_objects_and_batches_without_boxes(tmp_path: Path) -> None:
     config = experiment(tmp_path, classes=1, batch_size=2)
     shutil.rmtree(tmp_path / "data")
@@ -158,6 +160,7 @@ def test_divergence_is_said_and_the_last_good_state_kept(tmp_path: Path) -> None
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
+@pytest.mark.slow
 def test_batch_norm_has_the_momentum_of_the_recipe(tmp_path: Path) -> None:
     """After one step a running mean is (1 - m) 0 + m mean of the batch."""
     means = []
@@ -180,6 +183,7 @@ def saved_classifier(folder: Path, arch: Architecture | None = None) -> Classifi
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["", "train"])
 def test_the_backbone_begins_with_the_weights_of_a_classifier(named: str, tmp_path: Path) -> None:
     """Also with one for images of another size; the learning rate is next to nothing,
@@ -219,7 +223,7 @@ def test_a_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
     assert "block 2 is nothing there" in refused(
         experiment(tmp_path, backbone=str(tmp_path / "short")), tmp_path / "run"
     )
-    assert "holds no model.safetensors" in refused(
+    assert "has no model.safetensors" in refused(
         experiment(tmp_path, backbone=str(tmp_path / "data")), tmp_path / "run"
     )
 
@@ -276,7 +280,7 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         "data": {**config["data"], "resolution": 64},
         "train": {"arch": str(tmp_path / "own.json")},
     }
-    assert "has 2 classes, 48 px and 3 channels, but the data 2, 64 and 3" in refused(
+    assert "has 2 classes, 48 px and 3 channels, but the data has 2, 64 and 3" in refused(
         Experiment.model_validate(three), tmp_path / "run"
     )
     digits = {"train": {"arch": str(tmp_path / "own.json")}}
@@ -285,7 +289,7 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     )
     one_size = Architecture(name="flat", blocks=tuple(classifier().blocks[:1]))
     one_size.save(tmp_path / "small.json")
-    with pytest.raises(SpaceError, match="no two resolutions to tap"):
+    with pytest.raises(SpaceError, match="needs feature maps at two resolutions"):
         Pipeline(Experiment.model_validate(config), tmp_path / "run", Progress()).run_stage("train")
 
 

@@ -87,6 +87,7 @@ def trained(experiment: Experiment, run: Path, progress: Progress | None = None)
     return run / "train"
 
 
+@pytest.mark.slow
 def test_looking_changes_no_bit(tmp_path: Path) -> None:
     """With dropout, an average and BN statistics; and the last row is what the stage ends in."""
     without = trained(small(tmp_path, validate_every=0), tmp_path / "without")
@@ -109,6 +110,7 @@ def test_looking_changes_no_bit(tmp_path: Path) -> None:
     assert lines.said[0] == f"epoch 0.467: {rows[0]['test_accuracy']:.1%} of 359 test images"
 
 
+@pytest.mark.slow
 def test_it_is_of_the_averaged_weights_on_the_first_images_of_the_order(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -123,6 +125,7 @@ def test_it_is_of_the_averaged_weights_on_the_first_images_of_the_order(
     assert last["images"] == 100 and last["test_accuracy"] == pytest.approx(float(right))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [2, 3])
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
 def test_killed_between_a_row_and_its_checkpoint(
@@ -141,6 +144,7 @@ def test_killed_between_a_row_and_its_checkpoint(
         assert (killed / name).read_bytes() == (straight / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_of_a_detector(tmp_path: Path) -> None:
     experiment = Experiment.model_validate(settings(tmp_path, epochs=6, validate_every=2))
     folder = trained(experiment, tmp_path / "run", lines := Lines())
@@ -186,6 +190,7 @@ def test_the_default_costs_a_twentieth_at_most(epochs: int, points: int, tmp_pat
     assert not len(distances) or distances.max() - distances.min() <= 1
 
 
+@pytest.mark.slow
 def test_test_images_without_objects_have_no_curve(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
-"""The kinds of ops: one registered class each. See ``base`` for what an op is and how
-it is written.
+"""The kinds of ops, one registered class each. See ``base`` for what an op is and for
+the format of its key.
 """
 
 from hwnas.core.ops.base import ACTIVATIONS, Op, OpKey, kinds, register, source_files

@@ -1,18 +1,18 @@
-"""The measurable unit: one block of a network with everything that decides its latency,
-and nothing else.
+"""The measurable unit: one block of a network with everything that determines its
+latency, and nothing else.
 
-An op is a frozen dataclass of its kind, which says what it computes (``write``), and is
-written as a key, for instance::
+An op is an instance of a frozen dataclass, its kind, whose ``write`` says what it
+computes. In tables and files it is written as a key, for instance::
 
     mbconv-h56-i32-o32-m96-k5-relu-id
 
-kind, then its fields: numbers by their letters, words as they are, flags where they are
-set. ``h`` is the input height = width, ``i`` and ``o`` are input and output channels,
-and the other fields are the kind's own. Fields at their defaults are left out, so a
-field added later leaves old keys as they are. ``Op.parse(op.key) == op``.
+The kind comes first, then its fields: numbers after a letter, words as they are, flags
+if they are set. ``h`` is the input height = width, ``i`` and ``o`` are the input and
+output channels; the other fields are specific to the kind. Fields at their defaults are
+left out, so adding a field does not change old keys. ``Op.parse(op.key) == op``.
 
-A new kind is one registered class with its fields, its checks and its program.
-Everything else follows: counting, timing, building, sharing weights, training, files,
+To add a kind, register one class with its fields, its checks and its program. Everything
+else follows from them: counting, timing, building, weight sharing, training, export,
 drawing.
 """
 
@@ -42,13 +42,12 @@ _NOUNS = {"act": "activation", "se_gate": "SE gate"}
 
 def number(letter: str, default: int | None = None) -> Any:
     """A field that a key writes as a letter and a number, such as ``k5``. Without a
-    default it must be given.
+    default it is required.
     """
-    return (
-        field(metadata={"letter": letter})
-        if default is None
-        else field(default=default, metadata={"letter": letter})
-    )
+    metadata = {"letter": letter}
+    if default is None:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def word(choices: Sequence[str], default: str) -> Any:
@@ -57,7 +56,7 @@ def word(choices: Sequence[str], default: str) -> Any:
 
 
 def flag(name: str) -> Any:
-    """A field that a key names where it is set."""
+    """A boolean field: a key contains its name if it is set."""
     return field(default=False, metadata={"flag": name})
 
 
@@ -67,8 +66,8 @@ def activation(default: str = "none") -> Any:
 
 
 def register(kind: O) -> O:
-    """Make a kind of op known by its name, for ``Op.parse``. Raises SpaceError where
-    another class has that name.
+    """Class decorator that makes a kind of op known to ``Op.parse``. Raises SpaceError if
+    another class has the same name.
     """
     known = _KINDS.setdefault(kind.KIND, kind)
     if known is not kind:
@@ -80,10 +79,11 @@ def register(kind: O) -> O:
 
 
 def source_files() -> tuple[Path, ...]:
-    """Where the registered kinds are written, and what all have in common."""
-    return tuple(
-        sorted({Path(__file__), *(Path(inspect.getfile(kind)) for kind in _KINDS.values())})
-    )
+    """The source files of the registered kinds and of this module. Caches of built
+    models depend on them.
+    """
+    files = {Path(inspect.getfile(kind)) for kind in _KINDS.values()}
+    return tuple(sorted(files | {Path(__file__)}))
 
 
 def kinds() -> tuple[str, ...]:
@@ -92,8 +92,8 @@ def kinds() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """How a key writes a field: by a ``letter``, as one of several ``words``, or as a
+class _Field:
+    """How a key writes a field: after a ``letter``, as one of several ``words``, or as a
     ``flag``. ``default`` may be MISSING.
     """
 
@@ -104,33 +104,36 @@ class _Written:
     flag: str = ""
 
     def part(self, value: Any) -> str:
-        """The part of a key that says ``value``."""
-        return f"{self.letter}{value}" if self.letter else self.flag or str(value)
+        """The part of a key that stands for ``value``."""
+        if self.letter:
+            return f"{self.letter}{value}"
+        return self.flag or str(value)
 
 
 @cache
-def _written(kind: type[Op]) -> tuple[_Written, ...]:
+def _fields(kind: type[Op]) -> tuple[_Field, ...]:
     """The fields of a kind, in the order of its keys."""
-    return tuple(_Written(each.name, each.default, **each.metadata) for each in fields(kind))
+    return tuple(_Field(item.name, item.default, **item.metadata) for item in fields(kind))
 
 
 @dataclass(frozen=True)
 class Op(ABC):
-    """A block and its shape: input height = width, input channels, output channels. See
-    the module for the key.
+    """A block and its shape: input height = width, input channels, output channels. The
+    module's docstring describes the key.
     """
 
     KIND: ClassVar[str]
     WEIGHTS: ClassVar[str] = "layers."
-    """Where a module of the op keeps the weights of its nodes; part of the names in checkpoints."""
+    """Prefix of the weights in the op's torch module, so part of the names in checkpoints."""
     WORD: ClassVar[str] = ""
-    """What a drawing calls it, where that is not its kind."""
+    """Its name in drawings, if that is not its kind."""
 
     size: int = number("h")
     in_ch: int = number("i")
     out_ch: int = number("o")
 
-    # What an op is that has no such field.
+    # Values for kinds without such a field, so that every op has these attributes.
+    # Without annotations, they are not fields of the dataclass.
     kernel = 1
     stride = 1
     groups = 1
@@ -140,27 +143,32 @@ class Op(ABC):
     residual = False
 
     def __post_init__(self) -> None:
-        for each in _written(type(self)):
-            value = getattr(self, each.name)
-            if each.letter and value < (0 if each.default == 0 else 1):
+        for item in _fields(type(self)):
+            value = getattr(self, item.name)
+            # A default of 0 means that the block has no such part, so 0 is allowed.
+            least = 0 if item.default == 0 else 1
+            if item.letter and value < least:
                 raise SpaceError(
                     f"op {self.key} has a size, width, kernel, stride or group count below 1."
                 )
-            if each.words and value not in each.words:
+            if item.words and value not in item.words:
                 raise SpaceError(
-                    f"{_NOUNS.get(each.name, each.name)} {value!r} is unknown; known:"
-                    f" {', '.join(each.words)}."
+                    f"{_NOUNS.get(item.name, item.name)} {value!r} is unknown; known:"
+                    f" {', '.join(item.words)}."
                 )
         if self.kernel % 2 == 0 and not self.even_kernel:
             raise SpaceError(
-                f"op {self.key}: kernels are odd here, padded by kernel // 2; those of pooling may"
-                " be as large as its stride."
+                f"op {self.key}: kernels are odd, as they are padded by kernel // 2; only"
+                " pooling may have an even kernel, equal to its stride."
             )
+        # Before the groups: ``layers`` writes the program, which needs valid fields.
         self.check()
-        if self.groups > 1 and any(
-            node.in_ch % node.groups or node.out_ch % node.groups for node in self.layers
-        ):
-            raise SpaceError(f"op {self.key}: {self.groups} groups do not divide its channels.")
+        if self.groups > 1:
+            for node in self.layers:
+                if node.in_ch % node.groups or node.out_ch % node.groups:
+                    raise SpaceError(
+                        f"op {self.key}: {self.groups} groups do not divide its channels."
+                    )
         if self.residual and (self.in_ch != self.out_ch or self.stride != 1):
             raise SpaceError(f"op {self.key}: a residual needs equal input and output shapes.")
 
@@ -170,17 +178,17 @@ class Op(ABC):
         return False
 
     def check(self) -> None:  # noqa: B027 - not every kind has something to check
-        """Raise SpaceError where the fields do not fit each other. A kind says what is
-        wrong by ``self.key``.
+        """Raise SpaceError if the fields contradict each other. Messages begin with
+        ``self.key``.
         """
 
     @abstractmethod
     def write(self, write: ProgramWriter) -> int | tuple[int, ...]:
-        """Write what the op computes from value 0, and return its output, or its outputs."""
+        """Write the op's program, which reads value 0, and return its output or outputs."""
 
     @cached_property
     def program(self) -> Program:
-        """What the op computes."""
+        """The computation of the op."""
         return _program(self)
 
     @property
@@ -191,14 +199,17 @@ class Op(ABC):
     @cached_property
     def key(self) -> str:
         """The op's name in tables and files: ``[a-z0-9-]+``."""
-        values = ((each, getattr(self, each.name)) for each in _written(type(self)))
-        return "-".join(
-            [self.KIND, *(each.part(value) for each, value in values if value != each.default)]
-        )
+        parts = [self.KIND]
+        for item in _fields(type(self)):
+            value = getattr(self, item.name)
+            # Without defaults, so that a new field does not change the keys of old tables.
+            if value != item.default:
+                parts.append(item.part(value))
+        return "-".join(parts)
 
     @staticmethod
     def parse(key: str) -> Op:
-        """The op of a key. Raises SpaceError where the key is not one."""
+        """The op of a key. Raises SpaceError if ``key`` is not an op key."""
         name, *parts = key.split("-")
         if name not in _KINDS:
             raise SpaceError(
@@ -206,30 +217,28 @@ class Op(ABC):
                 f" {', '.join(_KINDS)}."
             )
         kind = _KINDS[name]
-        values = dict(kind._parsed(key, part) for part in parts)
-        missing = [
-            each.name
-            for each in _written(kind)
-            if each.default is MISSING and each.name not in values
-        ]
+        values = dict(kind._parse_part(key, part) for part in parts)
+        required = {item.name for item in _fields(kind) if item.default is MISSING}
+        missing = sorted(required - values.keys())
         if missing:
-            raise SpaceError(f"{key!r} is not an op key: it lacks {', '.join(sorted(missing))}.")
+            raise SpaceError(f"{key!r} is not an op key: it lacks {', '.join(missing)}.")
         op = kind(**values)
+        # Keys identify ops in tables, so every op must have exactly one spelling.
         if op.key != key:
             raise SpaceError(f"{key!r} is not how this op is written; write {op.key!r}.")
         return op
 
     @classmethod
-    def _parsed(cls, key: str, part: str) -> tuple[str, Any]:
-        """The field that a part of a key is, and its value."""
+    def _parse_part(cls, key: str, part: str) -> tuple[str, Any]:
+        """Name and value of the field that one part of a key stands for."""
         match = re.fullmatch(r"([a-z])([0-9]+)", part)
-        for each in _written(cls):
-            if match and each.letter == match[1]:
-                return each.name, int(match[2])
-            if each.flag == part:
-                return each.name, True
-            if part in each.words:
-                return each.name, part
+        for item in _fields(cls):
+            if match and item.letter == match[1]:
+                return item.name, int(match[2])
+            if item.flag == part:
+                return item.name, True
+            if part in item.words:
+                return item.name, part
         raise SpaceError(f"{key!r} is not an op key: {part!r} is not a field of {cls.KIND}.")
 
     @property
@@ -239,40 +248,49 @@ class Op(ABC):
 
     @property
     def pooled(self) -> bool:
-        """Whether the op begins with global average pooling, and so leaves no feature map."""
+        """Whether the op begins with global average pooling, so that its output is not a
+        feature map.
+        """
         return False
 
     @property
     def layers(self) -> tuple[Node, ...]:
-        """The nodes with weights or statistics, and pooling, in the order they run."""
+        """The nodes with weights or statistics, and pooling, in execution order."""
         return self.program.layers
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of convolutions and fully connected layers for one image."""
+        """Multiply-accumulates for one image, in convolutions and fully connected
+        layers.
+        """
         return self.program.macs
 
     @property
     def params(self) -> int:
-        """Trainable parameters, BN scales and shifts included."""
+        """Trainable parameters, including BN scales and shifts."""
         return self.program.params
 
     @property
     def branch(self) -> Self:
         """The op without its residual connection."""
-        return replace(self, **{"residual": False}) if self.residual else self
+        if not self.residual:
+            return self
+        # In a dict, because only some kinds have the field, which mypy cannot see.
+        return replace(self, **{"residual": False})
 
     def resized(self, in_ch: int, out_ch: int) -> Self:
-        """The op's branch between other widths."""
+        """The op's branch with other input and output channels."""
         return replace(self.branch, in_ch=in_ch, out_ch=out_ch)
 
 
 @lru_cache(maxsize=2**16)
 def _program(op: Op) -> Program:
-    """The program of an op: equal ops, of which a search makes many, share one."""
+    """The program of an op, cached because a search makes many equal ops."""
     write = ProgramWriter(op.in_ch, op.size)
     outputs = op.write(write)
-    return write.program(*(outputs if isinstance(outputs, tuple) else (outputs,)))
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+    return write.program(*outputs)
 
 
 def _parse_key(value: Any) -> Any:
@@ -282,4 +300,4 @@ def _parse_key(value: Any) -> Any:
 OpKey = Annotated[
     InstanceOf[Op], BeforeValidator(_parse_key), PlainSerializer(lambda op: op.key, return_type=str)
 ]
-"""An op inside a document, where it is written as its key."""
+"""An op as a field of a document, which stores its key."""

@@ -1,5 +1,5 @@
-"""Blocks of mobile networks: convolutions, MobileNet's separable blocks, and the ends
-of a classifier.
+"""Blocks of mobile networks: convolutions, MobileNet's separable blocks, and the last
+layers of a classifier.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from hwnas.core.ops.base import Op, activation, flag, number, register, word
 from hwnas.errors import SpaceError
 
 SE_GATES = ("sigmoid", "hsig")
-"""Gates of squeeze-and-excitation: TuNAS's, and MobileNetV3's relu6(x + 3) / 6."""
+"""Gates of squeeze-and-excitation: TuNAS's sigmoid, and MobileNetV3's relu6(x + 3) / 6."""
 
 
 @register
 @dataclass(frozen=True)
 class Conv(Op):
-    """k x k convolution, BN, activation: a stem, or the 1 x 1 convolution before the classifier."""
+    """k x k convolution, BN, activation: a stem, or the 1 x 1 convolution before the
+    classifier.
+    """
 
     KIND: ClassVar[str] = "conv"
 
@@ -39,17 +41,19 @@ class Conv(Op):
             groups=self.groups,
             act=self.act,
         )
-        return write.add(INPUT, x) if self.residual else x
+        if self.residual:
+            x = write.add(INPUT, x)
+        return x
 
 
 @register
 @dataclass(frozen=True)
 class DSConv(Op):
-    """[shuffle]; depthwise k x k, BN, activation; [SE]; 1 x 1, BN (MobileNetV2's block
-    without an expansion).
+    """[shuffle]; depthwise k x k, BN, activation; [SE]; 1 x 1, BN; [ECA] (MobileNetV2's
+    block without an expansion).
 
-    The 1 x 1 convolution is in ``groups`` groups, and the channels are shuffled before
-    the depthwise one, or the groups would never mix (FBNet).
+    The 1 x 1 convolution has ``groups`` groups. The channels are shuffled before the
+    depthwise convolution, because the groups would otherwise never mix (FBNet).
     """
 
     KIND: ClassVar[str] = "dsconv"
@@ -66,11 +70,11 @@ class DSConv(Op):
     residual: bool = flag("id")
 
     def check(self) -> None:
-        """Squeeze-and-excitation is whole, and channels are attended to by an odd kernel."""
+        """Squeeze-and-excitation is complete, and channel attention has an odd kernel."""
         check_gates(self, self.se_ch, self.se_gate, self.se_act, self.eca)
 
     def write(self, write: ProgramWriter) -> int:
-        """From the depthwise convolution on."""
+        """Depthwise convolution and projection."""
         return _from_depthwise(self, write, INPUT)
 
 
@@ -78,9 +82,9 @@ class DSConv(Op):
 @dataclass(frozen=True)
 class MBConv(Op):
     """1 x 1 expansion, BN, act; [shuffle]; depthwise k x k, BN, act; [SE]; 1 x 1
-    projection, BN (inverted bottleneck).
+    projection, BN; [ECA] (inverted bottleneck).
 
-    ``groups`` holds for both 1 x 1 convolutions; see ``DSConv``.
+    ``groups`` applies to both 1 x 1 convolutions; see ``DSConv``.
     """
 
     KIND: ClassVar[str] = "mbconv"
@@ -98,33 +102,35 @@ class MBConv(Op):
     residual: bool = flag("id")
 
     def check(self) -> None:
-        """Squeeze-and-excitation is whole, and channels are attended to by an odd kernel."""
+        """Squeeze-and-excitation is complete, and channel attention has an odd kernel."""
         check_gates(self, self.se_ch, self.se_gate, self.se_act, self.eca)
 
     def write(self, write: ProgramWriter) -> int:
         """Expansion, depthwise convolution, projection."""
-        return _from_depthwise(
-            self, write, write.conv("expand", INPUT, self.mid_ch, groups=self.groups, act=self.act)
-        )
+        x = write.conv("expand", INPUT, self.mid_ch, groups=self.groups, act=self.act)
+        return _from_depthwise(self, write, x)
 
 
 def _from_depthwise(op: DSConv | MBConv, write: ProgramWriter, value: int) -> int:
-    """What follows the expansion, where there is one."""
+    """The part of both blocks that follows the expansion, from the shuffle on."""
     x = write.shuffle(value, op.groups)
     x = write.depthwise("depthwise", x, kernel=op.kernel, stride=op.stride, act=op.act)
-    x = squeeze_excite(write, x, op.se_ch, op.se_gate, op.act if op.se_act else "relu")
+    se_act = op.act if op.se_act else "relu"
+    x = squeeze_excite(write, x, op.se_ch, op.se_gate, se_act)
     x = write.conv("project", x, op.out_ch, groups=op.groups)
     x = attend_to_channels(write, x, op.eca)
-    return write.add(INPUT, x) if op.residual else x
+    if op.residual:
+        x = write.add(INPUT, x)
+    return x
 
 
 @register
 @dataclass(frozen=True)
 class Head(Op):
     """Global average pooling, 1 x 1 convolution with bias and no BN, activation
-    (MobileNetV3's last layer but one).
+    (MobileNetV3's second-to-last layer).
 
-    ``norm`` has a BN instead of the bias (MobileNetV4).
+    ``norm`` replaces the bias by a BN (MobileNetV4).
     """
 
     KIND: ClassVar[str] = "head"
@@ -134,7 +140,7 @@ class Head(Op):
 
     @property
     def pooled(self) -> bool:
-        """It is."""
+        """Always."""
         return True
 
     @property
@@ -144,9 +150,8 @@ class Head(Op):
 
     def write(self, write: ProgramWriter) -> int:
         """Pooling and a convolution."""
-        return write.conv(
-            "conv", write.mean(INPUT), self.out_ch, norm=self.norm, bias=not self.norm, act=self.act
-        )
+        x = write.mean(INPUT)
+        return write.conv("conv", x, self.out_ch, norm=self.norm, bias=not self.norm, act=self.act)
 
 
 @register
@@ -160,7 +165,7 @@ class Classifier(Op):
 
     @property
     def pooled(self) -> bool:
-        """It is."""
+        """Always."""
         return True
 
     @property
@@ -176,19 +181,17 @@ class Classifier(Op):
 def separable(
     size: int, in_ch: int, out_ch: int, mid_ch: int = 0, **fields: Any
 ) -> DSConv | MBConv:
-    """An inverted bottleneck, or without middle channels a block that has no expansion.
-    ``fields`` are those of both.
+    """A separable block: ``MBConv`` with ``mid_ch`` expanded channels, or ``DSConv`` if
+    ``mid_ch`` is 0. ``fields`` are further fields of either.
     """
-    return (
-        MBConv(size, in_ch, out_ch, mid_ch, **fields)
-        if mid_ch
-        else DSConv(size, in_ch, out_ch, **fields)
-    )
+    if mid_ch:
+        return MBConv(size, in_ch, out_ch, mid_ch, **fields)
+    return DSConv(size, in_ch, out_ch, **fields)
 
 
 def check_gates(op: Op, se_ch: int, se_gate: str, se_act: bool, eca: int = 0) -> None:
-    """Raise SpaceError where squeeze-and-excitation has a gate or an activation, but no
-    channels, or ECA an even kernel.
+    """Raise SpaceError if squeeze-and-excitation has a gate or an activation but no
+    channels, or if ECA has an even kernel.
     """
     if se_gate != SE_GATES[0] and not se_ch:
         raise SpaceError(f"op {op.key}: a gate ({se_gate}) needs squeeze-and-excitation (q).")
@@ -198,14 +201,14 @@ def check_gates(op: Op, se_ch: int, se_gate: str, se_act: bool, eca: int = 0) ->
             " (q)."
         )
     if eca and eca % 2 == 0:
-        raise SpaceError(f"op {op.key}: channels are attended to (c) by an odd kernel.")
+        raise SpaceError(f"op {op.key}: channel attention (c) needs an odd kernel.")
 
 
 def squeeze_excite(
     write: ProgramWriter, value: int, hidden: int, gate: str, act: str = "relu"
 ) -> int:
-    """A map times gate(W2 act(W1 mean(map))); the map itself where there are no
-    ``hidden`` channels (Hu et al., arXiv 1709.01507).
+    """Squeeze-and-excitation (Hu et al., arXiv 1709.01507): a map times gate(W2 act(W1
+    mean(map))). The map itself if there are no ``hidden`` channels.
     """
     if not hidden:
         return value
@@ -217,12 +220,13 @@ def squeeze_excite(
 
 
 def attend_to_channels(write: ProgramWriter, value: int, kernel: int) -> int:
-    """A map times sigmoid(1-D convolution along the channels of mean(map)); the map
-    itself without a kernel.
+    """Efficient channel attention (ECA-Net, Wang et al., arXiv 1910.03151): a map times
+    sigmoid(1-D convolution along the channels of mean(map)). The map itself if ``kernel``
+    is 0.
 
-    Efficient channel attention (ECA-Net, Wang et al., arXiv 1910.03151): one kernel for
-    all channels, so it has as good as no weights.
+    One kernel serves all channels, so it has hardly any weights.
     """
     if not kernel:
         return value
-    return write.mul(value, write.along_channels("eca", write.mean(value), kernel, "sigmoid"))
+    gate = write.along_channels("eca", write.mean(value), kernel, "sigmoid")
+    return write.mul(value, gate)

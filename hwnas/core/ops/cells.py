@@ -1,4 +1,4 @@
-"""Ops of networks of cells: edges of DARTS's and NAS-Bench's cells, and what stands
+"""Ops of networks of cells: the edges of DARTS's and NAS-Bench's cells, and the ops
 between the cells.
 """
 
@@ -32,7 +32,9 @@ class ReLUConvBN(Op):
 @register
 @dataclass(frozen=True)
 class SepConv(Op):
-    """Act, depthwise k x k, 1 x 1, BN; and again with stride 1: DARTS's separable convolution."""
+    """DARTS's separable convolution: act, depthwise k x k, 1 x 1, BN; then the same again
+    with stride 1.
+    """
 
     KIND: ClassVar[str] = "sepconv"
 
@@ -71,10 +73,10 @@ class DilConv(Op):
 
 @dataclass(frozen=True)
 class Pool(Op):
-    """k x k pooling that does not count its padding; without padding where k is even,
-    which is then the stride.
+    """k x k pooling that ignores its padding. If k is even, it equals the stride, and
+    there is no padding.
 
-    ``norm`` puts a BN without scale and shift behind it.
+    ``norm`` adds a BN without scale and shift after the pooling.
     """
 
     kernel: int = number("k", 1)
@@ -83,20 +85,20 @@ class Pool(Op):
 
     @property
     def even_kernel(self) -> bool:
-        """Where windows do not overlap."""
+        """Allowed if windows do not overlap."""
         return self.kernel == self.stride
 
     def check(self) -> None:
-        """Pooling keeps the channels, and windows that do not overlap fill the map."""
+        """Pooling keeps the channels, and even windows tile the map."""
         if self.in_ch != self.out_ch:
             raise SpaceError(f"op {self.key}: a {self.KIND} does not change the width.")
         if self.kernel % 2 == 0 and self.size % self.kernel:
             raise SpaceError(
-                f"op {self.key}: windows of {self.kernel} pixels do not fill {self.size} of them."
+                f"op {self.key}: windows of {self.kernel} pixels do not tile {self.size} pixels."
             )
 
     def pool(self, write: ProgramWriter, kind: Literal["avgpool", "maxpool"]) -> int:
-        """One node of that kind."""
+        """Write one pooling node of that kind."""
         return write.pool(
             "pool", kind, INPUT, kernel=self.kernel, stride=self.stride, norm=self.norm
         )
@@ -131,18 +133,16 @@ class _Halving(Op):
     """An op that halves an even size."""
 
     def check_halving(self) -> None:
-        """Raise SpaceError where the stride is not 2 or the size is odd."""
+        """Raise SpaceError if the stride is not 2 or the size is odd."""
         if self.stride != 2 or self.size % 2:
-            raise SpaceError(
-                f"op {self.key}: a {self.KIND} halves an even size, so it has stride 2."
-            )
+            raise SpaceError(f"op {self.key}: a {self.KIND} needs stride 2 and an even size.")
 
 
 @register
 @dataclass(frozen=True)
 class FactorizedReduce(_Halving):
-    """Act, two 1 x 1 convolutions of stride 2 to half the channels each, the second one
-    pixel further, BN (DARTS).
+    """DARTS's reduction: act, two 1 x 1 convolutions of stride 2 to half the channels
+    each, the second shifted by one pixel, concatenated, BN.
     """
 
     KIND: ClassVar[str] = "facreduce"
@@ -151,14 +151,17 @@ class FactorizedReduce(_Halving):
     act: str = activation()
 
     def check(self) -> None:
-        """An even size is halved, and an even number of channels."""
+        """The size and the number of output channels are even."""
         self.check_halving()
         if self.out_ch % 2:
-            raise SpaceError(f"op {self.key}: a facreduce has an even number of output channels.")
+            raise SpaceError(f"op {self.key}: a facreduce needs an even number of output channels.")
 
     def write(self, write: ProgramWriter) -> int:
-        """Two halves, one after another."""
-        x, half = write.act(INPUT, self.act), self.out_ch // 2
+        """Two convolutions side by side."""
+        x = write.act(INPUT, self.act)
+        half = self.out_ch // 2
+        # A 1 x 1 convolution of stride 2 skips every other pixel: the second convolution
+        # is shifted so that it sees pixels that the first one skips.
         even = write.conv("even", x, half, stride=2, norm=False)
         odd = write.conv("odd", write.crop(x), half, stride=2, norm=False)
         return write.norm("norm", write.concat([even, odd]))
@@ -167,8 +170,8 @@ class FactorizedReduce(_Halving):
 @register
 @dataclass(frozen=True)
 class ResidualReduce(_Halving):
-    """Act, k x k with stride 2, BN; act, k x k, BN; added to 2 x 2 average pooling and
-    1 x 1 (NAS-Bench-201's reduction).
+    """NAS-Bench-201's reduction: act, k x k with stride 2, BN; act, k x k, BN; plus a
+    shortcut of 2 x 2 average pooling and a 1 x 1 convolution.
     """
 
     KIND: ClassVar[str] = "resreduce"
@@ -178,7 +181,7 @@ class ResidualReduce(_Halving):
     act: str = activation()
 
     def check(self) -> None:
-        """An even size is halved."""
+        """The size is even."""
         self.check_halving()
 
     def write(self, write: ProgramWriter) -> int:

@@ -1,5 +1,5 @@
-"""What a detector adds to a backbone: layers that make coarser maps, and predictions
-from each map.
+"""Ops that a detector adds to a backbone: layers that make coarser feature maps, and
+predictors for each map.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from hwnas.errors import SpaceError
 @register
 @dataclass(frozen=True)
 class ExtraLayer(Op):
-    """1 x 1, BN, act; depthwise k x k, BN, act; 1 x 1, BN, act: SSDLite's layer that
-    makes the next feature map.
+    """SSDLite's layer that makes the next feature map: 1 x 1, BN, act; depthwise k x k,
+    BN, act; 1 x 1, BN, act.
     """
 
     KIND: ClassVar[str] = "extra"
@@ -27,7 +27,7 @@ class ExtraLayer(Op):
     act: str = activation()
 
     def write(self, write: ProgramWriter) -> int:
-        """An inverted bottleneck whose last layer is activated, too."""
+        """An inverted bottleneck whose last layer also has an activation."""
         x = write.conv("expand", INPUT, self.mid_ch, act=self.act)
         x = write.depthwise("depthwise", x, kernel=self.kernel, stride=self.stride, act=self.act)
         return write.conv("project", x, self.out_ch, act=self.act)
@@ -36,12 +36,12 @@ class ExtraLayer(Op):
 @register
 @dataclass(frozen=True)
 class SSDPredictor(Op):
-    """What SSDLite predicts from one feature map: class logits and box codes of each
-    cell's ``anchors``, from branches of their own.
+    """SSDLite's predictor for one feature map: class logits and box codes of the
+    ``anchors`` of each cell, from separate branches.
 
-    Each is depthwise k x k, BN, act; 1 x 1 convolution with bias. Class logits are
-    ``out_ch`` = anchors x (classes + 1 for the background) channels, box codes 4 x
-    anchors.
+    Each branch is depthwise k x k, BN, act; 1 x 1 convolution with bias. The class logits
+    have ``out_ch`` = anchors x (classes + 1 for the background) channels, the box codes
+    4 x anchors.
     """
 
     KIND: ClassVar[str] = "ssd"
@@ -52,7 +52,9 @@ class SSDPredictor(Op):
     act: str = activation()
 
     def check(self) -> None:
-        """There are anchors, and each has a logit for the background and for one class at least."""
+        """Each cell has anchors, and each anchor has logits for the background and for at
+        least one class.
+        """
         if not self.anchors:
             raise SpaceError(
                 f"op {self.key}: predictors need the number of anchors of each cell (a)."
@@ -60,15 +62,16 @@ class SSDPredictor(Op):
         if self.out_ch % self.anchors or self.out_ch < 2 * self.anchors:
             raise SpaceError(
                 f"op {self.key}: output channels are anchors (a) x (classes + 1), a multiple of"
-                f" {self.anchors} from {2 * self.anchors} on."
+                f" {self.anchors} and at least {2 * self.anchors}."
             )
 
     def write(self, write: ProgramWriter) -> tuple[int, int]:
         """Class logits and box codes."""
-        return self._branch(write, "classes", self.out_ch), self._branch(
-            write, "boxes", 4 * self.anchors
-        )
+        classes = self._branch(write, "classes", self.out_ch)
+        # A box code is four numbers.
+        boxes = self._branch(write, "boxes", 4 * self.anchors)
+        return classes, boxes
 
-    def _branch(self, write: ProgramWriter, name: str, columns: int) -> int:
+    def _branch(self, write: ProgramWriter, name: str, out_ch: int) -> int:
         x = write.depthwise(f"{name}.depthwise", INPUT, kernel=self.kernel, act=self.act)
-        return write.conv(f"{name}.predict", x, columns, norm=False, bias=True)
+        return write.conv(f"{name}.predict", x, out_ch, norm=False, bias=True)

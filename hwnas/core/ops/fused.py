@@ -13,11 +13,12 @@ from hwnas.core.ops.blocks import SE_GATES, check_gates, squeeze_excite
 @register
 @dataclass(frozen=True)
 class Fused(Op):
-    """k x k expansion with the stride, BN, act; [SE]; 1 x 1 projection, BN.
+    """k x k expansion with the stride, BN, act; [SE]; 1 x 1 projection, BN. The same as
+    timm's ``EdgeResidual``.
 
-    An inverted bottleneck whose expansion and depthwise convolution are one full
-    convolution: more work, but of the kind that accelerators are fast at. timm's
-    ``EdgeResidual``.
+    An inverted bottleneck whose expansion and depthwise convolution are fused into one
+    full convolution. It needs more multiply-accumulates, but accelerators run full
+    convolutions more efficiently than depthwise ones.
     """
 
     KIND: ClassVar[str] = "fused"
@@ -32,7 +33,7 @@ class Fused(Op):
     residual: bool = flag("id")
 
     def check(self) -> None:
-        """Squeeze-and-excitation is whole."""
+        """Squeeze-and-excitation is complete."""
         check_gates(self, self.se_ch, self.se_gate, self.se_act)
 
     def write(self, write: ProgramWriter) -> int:
@@ -40,6 +41,9 @@ class Fused(Op):
         x = write.conv(
             "expand", INPUT, self.mid_ch, kernel=self.kernel, stride=self.stride, act=self.act
         )
-        x = squeeze_excite(write, x, self.se_ch, self.se_gate, self.act if self.se_act else "relu")
+        se_act = self.act if self.se_act else "relu"
+        x = squeeze_excite(write, x, self.se_ch, self.se_gate, se_act)
         x = write.conv("project", x, self.out_ch)
-        return write.add(INPUT, x) if self.residual else x
+        if self.residual:
+            x = write.add(INPUT, x)
+        return x

@@ -18,10 +18,9 @@ class UIB(Op):
     """[depthwise ``start``, BN]; 1 x 1 expansion, BN, act; [depthwise ``kernel``, BN,
     act]; 1 x 1 projection, BN.
 
-    Which of the two depthwise convolutions there are (a kernel of 0: none) makes four
-    known blocks of one; see ``case``. The stride is the middle one's, or the start's
-    where there is no middle one. timm's ``UniversalInvertedResidual`` without layer
-    scale.
+    Both depthwise convolutions are optional (a kernel of 0: none), which makes four known
+    blocks; see ``case``. The stride belongs to the middle convolution or, without one, to
+    the start. The same as timm's ``UniversalInvertedResidual`` without layer scale.
     """
 
     KIND: ClassVar[str] = "uib"
@@ -35,30 +34,35 @@ class UIB(Op):
 
     @property
     def even_kernel(self) -> bool:
-        """No middle convolution."""
+        """Only 0, which means that there is no middle convolution."""
         return self.kernel == 0
 
     @property
     def case(self) -> Case:
-        """The paper's name of the block: both convolutions, the middle one, the start, or none."""
+        """The paper's name of the block, which depends on its depthwise convolutions:
+        both, only the middle one, only the start, or none.
+        """
+        if self.start and self.kernel:
+            return "extra_dw"
+        if self.kernel:
+            return "inverted_bottleneck"
         if self.start:
-            return "extra_dw" if self.kernel else "convnext"
-        return "inverted_bottleneck" if self.kernel else "ffn"
+            return "convnext"
+        return "ffn"
 
     def check(self) -> None:
         """A stride needs a depthwise convolution, and kernels are odd."""
         if self.start and self.start % 2 == 0:
-            raise SpaceError(f"op {self.key}: kernels are odd here, padded by kernel // 2.")
+            raise SpaceError(f"op {self.key}: kernels are odd, as they are padded by kernel // 2.")
         if self.stride > 1 and self.case == "ffn":
-            raise SpaceError(
-                f"op {self.key}: without a depthwise convolution (b or k) there is none to have a"
-                " stride."
-            )
+            raise SpaceError(f"op {self.key}: a stride needs a depthwise convolution (b or k).")
 
     def write(self, write: ProgramWriter) -> int:
-        """What there is of the start, the expansion, the middle, the projection."""
-        x, start_stride = INPUT, 1 if self.kernel else self.stride
+        """[start], expansion, [middle], projection."""
+        x = INPUT
         if self.start:
+            # The middle convolution, if there is one, has the stride.
+            start_stride = 1 if self.kernel else self.stride
             x = write.depthwise("start", x, kernel=self.start, stride=start_stride)
         x = write.conv("expand", x, self.mid_ch, act=self.act)
         if self.kernel:
@@ -66,4 +70,6 @@ class UIB(Op):
                 "depthwise", x, kernel=self.kernel, stride=self.stride, act=self.act
             )
         x = write.conv("project", x, self.out_ch)
-        return write.add(INPUT, x) if self.residual else x
+        if self.residual:
+            x = write.add(INPUT, x)
+        return x
