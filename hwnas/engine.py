@@ -2,13 +2,14 @@
 
 The engine owns what strategies must never see: optimiser, schedule, mixed precision,
 weight averaging, checkpoints, and the check that the loss is finite. A step is any
-function of the step number that calls ``Engine.train_step``. The loss is a separate
-module, the criterion, so the engine does not depend on the task.
+function of the step number that calls ``Engine.train_step`` or
+``Engine.optimizer_step``. The loss is a separate module, the criterion, so the engine
+does not depend on the task.
 
-Resuming is exact. Every random draw is a function of (seed, step), so checkpoints need
-no generator state, and a run that is killed at any moment ends with the same weights,
-bit for bit, as one that is not. This holds on the same CPU with the same number of
-threads; a GPU's convolutions sum in no fixed order.
+Resuming is exact: a run that is killed at any moment and resumed ends with the same
+weights, bit for bit, as an uninterrupted one. Every random draw is a function of
+(seed, step), so checkpoints need no generator state. This holds on the same CPU with
+the same number of threads; convolutions on a GPU sum in no fixed order.
 """
 
 from __future__ import annotations
@@ -40,12 +41,18 @@ Metrics = dict[str, float]
 
 
 DEFAULT_OPTIONS = {"rmsproptf": {"alpha": 0.9, "eps": 1.0}}
-"""Options of optimisers that the configuration gives none: TuNAS's decay and epsilon."""
+"""Optimiser name -> options used unless the configuration sets ``options``. Those of
+RMSProp are TuNAS's decay and epsilon.
+"""
 
 
 _COUNTED = [unit for unit in UNITS.values() if unit.name != "ms"]
-COUNTS = {unit.quantity: unit for unit in _COUNTED} | {unit.expected: unit for unit in _COUNTED}
-"""The units of counted budgets, by the names under which a search logs them."""
+COUNTED_UNITS = {unit.quantity: unit for unit in _COUNTED} | {
+    unit.expected: unit for unit in _COUNTED
+}
+"""Name of a metric -> unit, for costs that are counted (such as MACs) rather than
+measured. A search logs the cost of an architecture and the expected cost of its policy.
+"""
 
 SHOWN_FIRST = (
     "loss",
@@ -53,21 +60,21 @@ SHOWN_FIRST = (
     "train_accuracy",
     "latency_ms",
     "expected_ms",
-    *COUNTS,
+    *COUNTED_UNITS,
     "reward",
     "entropy",
 )
-"""Metrics that come first in a note, as narrow terminals show only its beginning."""
+"""Metrics shown first on the progress bar: narrow terminals cut off the rest."""
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, lr: float, table: str = "optimizer"
+    model: nn.Module, config: OptimizerConfig, lr: float, section: str = "optimizer"
 ) -> torch.optim.Optimizer:
     """The optimiser of a model at learning rate ``lr``.
 
     BN, biases, and the parameters that the model's ``no_weight_decay()`` names have no
-    weight decay. Raises ConfigError, which names the configuration's ``table``, if timm
-    lacks the optimiser or the optimiser does not take an option.
+    weight decay. Raises ConfigError, which names the ``section`` of the configuration,
+    if timm lacks the optimiser or the optimiser does not take an option.
     """
     options = config.options
     if options is None:
@@ -83,35 +90,35 @@ def make_optimizer(
         )
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         raise ConfigError(
-            f"{table}.name = {config.name!r} with options {options} cannot be created ({error}):"
+            f"{section}.name = {config.name!r} with options {options} cannot be created ({error}):"
             " see timm's optimisers."
         ) from error
     assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
 
 
-def check_optimizer(config: OptimizerConfig, table: str) -> None:
+def check_optimizer(config: OptimizerConfig, section: str) -> None:
     """Raise ConfigError if an optimiser cannot be created, or if
     ``inactive_weights = 'decay'`` and it keeps no state.
     """
     model = nn.Linear(2, 2)
-    optimizer = make_optimizer(model, config, config.lr, table)
-    # Optimisers create their state in the first step.
+    optimizer = make_optimizer(model, config, config.lr, section)
+    # Optimisers create their state in the first step, so run one.
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    _require_state(optimizer, config, table)
+    _require_state(optimizer, config, section)
 
 
 def _require_state(
-    optimizer: torch.optim.Optimizer, config: OptimizerConfig, table: str = "optimizer"
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, section: str = "optimizer"
 ) -> None:
     """Raise ConfigError if inactive weights should decay, but the optimiser has no
-    state: its keys are the weights that have been used before.
+    state after its first step. The keys of the state tell which weights have been used.
     """
     if config.inactive_weights == "decay" and not optimizer.state:
         raise ConfigError(
-            f"{table}.inactive_weights = 'decay', but {config.name!r} without momentum keeps no"
-            f" state that would move inactive weights: set {table}.momentum, or inactive_weights ="
+            f"{section}.inactive_weights = 'decay', but {config.name!r} without momentum keeps no"
+            f" state that would move inactive weights: set {section}.momentum, or inactive_weights ="
             " 'frozen'."
         )
 
@@ -157,9 +164,10 @@ class CrossEntropy(nn.Module):
 class Microbatch:
     """One forward and backward pass of an update.
 
-    ``forward_args`` are the model's arguments after the images, ``weight`` the factor
-    of the gradient. ``soft_labels`` [N, classes] are a teacher's probabilities; their
-    cross-entropy with the model's logits is added to the loss.
+    ``x_NCHW`` are images, ``y`` their targets and ``forward_args`` the model's arguments
+    after the images. ``soft_labels`` [N, classes] are a teacher's probabilities; their
+    cross-entropy with the model's logits is added to the loss. ``weight`` multiplies
+    the gradient of the pass.
     """
 
     x_NCHW: Tensor
@@ -175,8 +183,8 @@ def best_device() -> torch.device:
 
 
 def flush_denormals() -> None:
-    """Make this process treat denormal numbers as zero. Otherwise decaying weights make
-    a CPU many times slower.
+    """Make this process treat denormal numbers as zero. Weights that shrink towards zero
+    become denormal, and CPUs compute with those many times more slowly.
 
     Call it before torch starts its threads, which inherit the mode. All stages call it,
     so that their results agree bit for bit.
@@ -211,7 +219,7 @@ class Engine:
         # Mobile networks train two to four times as fast in this layout on a CPU, and
         # no slower on a GPU.
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.loss_of: Criterion = self.criterion.to(self.device)
+        self.criterion = self.criterion.to(self.device)
         config = self.optimizer_config
         self.base_lr = config.lr * self.batch_size / 256
         self.optimizer = make_optimizer(self.model, config, self.base_lr)
@@ -223,7 +231,9 @@ class Engine:
 
     @property
     def ema_model(self) -> nn.Module:
-        """The model to keep: that of the averaged weights if there is one, else ``model``."""
+        """The model to evaluate and keep: the moving average of the weights if
+        ``ema_decay`` is not 0, else ``model``.
+        """
         return self.model if self.ema is None else self.ema.module
 
     def to_device(self, x_NCHW: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,15 +249,19 @@ class Engine:
             self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
         )
 
+    def seed_torch(self) -> None:
+        """Seed torch's global generator from (seed, step)."""
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
+
     def train_step(self, x_NCHW: Tensor, y: Tensor, *forward_args: Any) -> Metrics:
-        """One update of the weights on a batch. Returns the loss and what the criterion
-        logs. Raises DivergenceError, before the update, if the loss is not finite.
+        """One update of the weights on a batch. Returns the loss and the criterion's
+        metrics. Raises DivergenceError, before the update, if the loss is not finite.
         """
         return self.optimizer_step([Microbatch(x_NCHW, y, forward_args)])
 
     def optimizer_step(self, parts: Sequence[Microbatch]) -> Metrics:
         """One update of the weights by the sum of the gradients of several passes, which
-        run one after another. Returns the means of what they log.
+        run one after another. Returns the unweighted means of the metrics of the passes.
 
         Raises DivergenceError, before the update, if a loss is not finite.
         """
@@ -255,8 +269,8 @@ class Engine:
             # timm sets lr_scale for layer-wise learning rates.
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
         self.model.train()
-        # Optimisers skip weights without a gradient, so those that no pass executes have
-        # neither decay nor momentum.
+        # Optimisers skip weights whose gradient is None. Weights that no pass uses are
+        # therefore left unchanged: neither weight decay nor momentum applies to them.
         self.optimizer.zero_grad(set_to_none=True)
 
         means: Metrics = {}
@@ -265,14 +279,16 @@ class Engine:
                 means[name] = means.get(name, 0.0) + value / len(parts)
 
         if self.optimizer_config.inactive_weights == "decay":
-            # The optimiser's state knows the weights that were used before, also by the
-            # run that this one resumes.
+            # The keys of the optimiser's state are the weights that have been used so
+            # far, also before a resume. With a zero gradient, weight decay and momentum
+            # apply to those that this update did not use.
             for weight in self.optimizer.state:
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
         if self.optimizer_config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip_norm)
         self.optimizer.step()
+        # only now: optimisers create their state in the first step
         _require_state(self.optimizer, self.optimizer_config)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
@@ -281,22 +297,24 @@ class Engine:
     @property
     def lr(self) -> float:
         """The learning rate of this step."""
-        return self.base_lr * schedule(self.step, self.steps, self.optimizer_config.warmup)
+        return self.base_lr * lr_factor(self.step, self.steps, self.optimizer_config.warmup)
 
     def _backward(self, part: Microbatch) -> Metrics:
-        """Add the gradients of one pass. Returns its loss and what the criterion logs."""
+        """Run one pass and add its gradients to those of the weights. Returns its loss
+        and the criterion's metrics.
+        """
         x_NCHW, y = self.to_device(part.x_NCHW, part.y)
         with self.autocast():
             outputs = self.model(x_NCHW, *part.forward_args)
-            loss, logged = self.loss_of(outputs, y)
+            loss, logged = self.criterion(outputs, y)
             if part.soft_labels is not None:
                 loss = loss + F.cross_entropy(outputs, part.soft_labels)
-        value = self.finite(loss)
+        value = self.check_finite(loss)
         (loss * part.weight).backward()  # type: ignore[no-untyped-call]
         scalars = {name: float(scalar.detach()) for name, scalar in logged.items()}
         return {"loss": value, **scalars}
 
-    def finite(self, loss: Tensor) -> float:
+    def check_finite(self, loss: Tensor) -> float:
         """The value of a loss. Raises DivergenceError if it is infinite or NaN."""
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -320,10 +338,11 @@ class Engine:
         """Call ``step(t)`` for all remaining steps, log each, and save a checkpoint every
         ``checkpoint_seconds`` and after the last step.
 
-        ``after`` is called between a step and its checkpoint, so a checkpoint never
-        lacks what ``after`` has written about its state.
+        ``after`` is called after every step and before its checkpoint is saved. What
+        ``after`` writes about a step is therefore on disk before the checkpoint.
         """
         saved_at = time.monotonic()
+        # A run that diverges early still has the good state that the error message names.
         if not self.checkpoint.exists():
             self.save()
         with (
@@ -331,8 +350,8 @@ class Engine:
             self.metrics.appending() as log,
         ):
             while self.step < self.steps:
-                # Dropout draws from the global generator.
-                torch.manual_seed(self.seed * 1_000_003 + self.step)
+                # Dropout draws from torch's global generator.
+                self.seed_torch()
                 metrics = step(self.step)
                 log({"step": self.step, **metrics})
                 self.step += 1
@@ -424,9 +443,10 @@ def note_of(metrics: Metrics) -> str:
 def _shown(name: str, value: float) -> str:
     if name.endswith("_ms"):
         return f"{name.removesuffix('_ms')} {value:.3g} ms"
-    if name in COUNTS:
-        prefix = "expected " if name == COUNTS[name].expected else ""
-        return f"{prefix}{COUNTS[name].shown(value)}"
+    if name in COUNTED_UNITS:
+        unit = COUNTED_UNITS[name]
+        prefix = "expected " if name == unit.expected else ""
+        return f"{prefix}{unit.shown(value)}"
     return f"{name.removeprefix('train_')} {value:.3g}"
 
 
@@ -435,9 +455,10 @@ def steps_of(epochs: float, images: int, batch_size: int) -> int:
     return max(1, round(epochs * images / batch_size))
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """The factor of the learning rate at ``step`` of ``steps``: linear from 0 to 1 in the
-    first ``warmup`` (0..1) of the steps, then half a cosine to 0.
+def lr_factor(step: int, steps: int, warmup: float) -> float:
+    """The factor of the learning rate at ``step`` of ``steps``. It rises linearly to 1
+    over the first ``warmup`` (a fraction in 0..1) of the steps, then follows half a
+    cosine to 0. It is never 0 at the start, so the first step already trains.
     """
     position = step / steps
     if position < warmup:

@@ -21,9 +21,9 @@ from hwnas.runs import (
     prepare,
     save_config,
     set_aside,
-    stage,
     state_of,
 )
+from hwnas.runs import stage as recorded_stage
 from hwnas.stages import STAGES, RunFolder, Stage, stage_class
 
 if TYPE_CHECKING:  # this module imports all stages
@@ -31,18 +31,22 @@ if TYPE_CHECKING:  # this module imports all stages
 
 
 class Work(Protocol):
-    """What a run folder skips, resumes or starts again: a stage, or a part of a study."""
+    """A unit of work in a run folder that can be skipped, resumed or started again: a
+    stage, or a part of a study.
+    """
 
     @property
     def name(self) -> str:
-        """The name of its sub-folder."""
+        """The name of its folder in the run folder."""
 
     @property
     def outputs(self) -> list[str]:
         """The files that it writes there."""
 
     def inputs(self) -> dict[str, str]:
-        """The hashes of everything it depends on. Raises HwnasError if it cannot run."""
+        """The hashes of everything that it depends on. Raises HwnasError if it cannot
+        run.
+        """
 
     def run(self, ctx: StageContext, /) -> object:
         """Do the work, or resume it."""
@@ -73,8 +77,8 @@ class Pipeline:
         return stage_class(name)(self.folder)
 
     def run(self, *, fresh: bool = False) -> None:
-        """Run all needed stages and skip those that are up to date. Mistakes in the
-        configuration and the data are reported before the first stage.
+        """Run all needed stages, except those that are up to date. Mistakes in the
+        configuration or the data raise HwnasError before the first stage starts.
         """
         preflight.check(self.experiment, self.space, self.needed)
         for name in self.needed:
@@ -84,8 +88,7 @@ class Pipeline:
         """Run one stage: skip it if it is up to date, resume it if it was interrupted,
         and start it again if its inputs have changed.
 
-        Before a search, the settings of the training that follows it are checked as
-        well.
+        Before a search, the settings of the training after it are checked as well.
         """
         preflight.check(self.experiment, self.space, stage_class(name).checked)
         self._run_stage(name, fresh)
@@ -93,56 +96,58 @@ class Pipeline:
     def _run_stage(self, name: str, fresh: bool) -> None:
         from hwnas.engine import flush_denormals
 
-        # denormal floats slow a CPU down by a factor, in training and in timing
+        # denormal floats make a CPU many times slower, in training and in timing
         flush_denormals()
         prepare(self.root)
         with locked(self.root):
             self.perform(self.stage(name), fresh)
 
     def perform(self, work: Work, fresh: bool) -> None:
-        """Run a stage of a locked run folder, unless it is up to date."""
+        """Do a unit of work unless it is up to date. The run folder must be locked."""
         inputs = self._inputs(work)
-        if not self.begins(work.name, inputs, fresh):
+        if not self.prepare_work(work.name, inputs, fresh):
             return
+
         folder = self.root / work.name
         started = time.monotonic()
-        with stage(folder, work.name, inputs, work.outputs):
+        with recorded_stage(folder, work.name, inputs, work.outputs):
             work.run(StageContext(self.experiment, self.root, folder, self.progress))
         self.progress.info(f"{work.name}: done in {time.monotonic() - started:.0f} s")
 
-    def begins(self, name: str, inputs: Mapping[str, str], fresh: bool) -> bool:
-        """Whether a stage has something to do. If so, its folder exists afterwards, and
-        results from other inputs have been moved aside.
+    def prepare_work(self, name: str, inputs: Mapping[str, str], fresh: bool) -> bool:
+        """Get the folder of a stage ready; False if the stage is up to date. Results from
+        other inputs are moved aside, as are all results if ``fresh``.
         """
         folder = self.root / name
+        # --fresh treats whatever is there as stale
         state = "stale" if fresh and folder.exists() else state_of(folder, inputs)
         if state == "done":
-            self.progress.info(f"{name}: current, skipped")
+            self.progress.info(f"{name}: up to date, skipped")
             return False
 
         if state == "stale":
-            why = "starting again"
+            reason = "starting again"
             if not fresh:
-                why = "inputs changed"
+                reason = "inputs changed"
                 changed = ", ".join(changed_inputs(folder, inputs)) or "its output files"
                 self.progress.debug(f"{name}: changed since the last run: {changed}")
             moved_to = set_aside(folder)
-            self.progress.info(f"{name}: {why}; the earlier results move to {moved_to.name}")
+            self.progress.info(f"{name}: {reason}; the earlier results are now in {moved_to.name}")
         elif state == "resume":
             self.progress.info(f"{name}: resumes")
-        # Not earlier: a configuration that is refused must not replace the one that the
-        # results were made with.
+        # Only saved now that the stage will run: a configuration that was refused must not
+        # replace the one that the existing results were made with.
         save_config(self.root, self.experiment)
         folder.mkdir(exist_ok=True)
         return True
 
     def plan(self, *, timed: bool = False) -> str:
-        """What ``run`` would do, in words. Nothing is written into the run folder.
+        """Describe what ``run`` would do. Writes nothing into the run folder.
 
-        Reads the configuration and what it names, except the images: a space, a device,
-        networks. (Images or labels have already been read if ``data.classes`` was not
-        given and had to be counted.) With ``timed``, a few steps of every stage run in a
-        temporary folder to estimate how long each stage takes; this also reads the
+        This reads the configuration and the space, device and networks that it names, but
+        no images. (If ``data.classes`` is not set, the constructor has already read images
+        or labels to count the classes.) With ``timed``, a few steps of every stage run in
+        a temporary folder to estimate how long each stage takes; this also reads the
         images, the table and the results in the run folder.
         """
         lines = [f"experiment {self.experiment.name} in {self.root}", self._data_line()]
@@ -152,7 +157,7 @@ class Pipeline:
             if estimates is not None and name in estimates.stages:
                 lines.append(f"{'':9} {estimates.stages[name]}")
         if estimates is not None:
-            lines.append(f"{'in all':9} {estimates.summary}")
+            lines.append(f"{'total':9} {estimates.summary}")
         return "\n".join(lines)
 
     def _data_line(self) -> str:
@@ -168,14 +173,14 @@ class Pipeline:
         return line
 
     def _estimates(self) -> Estimates:
-        """Estimates of how long the stages take that are not up to date."""
+        """Estimate how long each stage takes that is not up to date."""
         from hwnas.estimate.plan import Estimates
         from hwnas.networks import architecture
 
         self.progress.info("timing a few steps of every stage")
         current = self._up_to_date()
         table = None
-        # a table in the run folder may be about to be replaced
+        # the table in the run folder is only used if the run would not replace it
         if self.experiment.search.table is not None or "profile" in current:
             table_path = self.folder.table_path
             table = LatencyTable.load(table_path) if table_path.is_file() else None
@@ -188,7 +193,7 @@ class Pipeline:
         )
 
     def _up_to_date(self) -> list[str]:
-        """The first stages, as far as a run would skip them."""
+        """The stages that a run would skip, up to the first that it would not."""
         current: list[str] = []
         for name in self.needed:
             folder = self.root / name
@@ -197,7 +202,7 @@ class Pipeline:
             try:
                 state = state_of(folder, self._inputs(self.stage(name)))
             except HwnasError:
-                break  # an input is missing or refused, so the stage is not up to date
+                break  # an input is missing or invalid, so the stage is not up to date
             if state != "done":
                 break
             current.append(name)

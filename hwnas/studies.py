@@ -86,7 +86,7 @@ class _Trainings:
         pipeline = self.pipeline
         pending = []
         for training in wanted:
-            if pipeline.begins(training.name, training.inputs, fresh):
+            if pipeline.prepare_work(training.name, training.inputs, fresh):
                 pending.append(training)
         return trainings.run(pending, pipeline.experiment.study, self.threads, pipeline.progress)
 
@@ -171,7 +171,7 @@ def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
     pairs = [(method, seed) for seed in config.seeds for method in config.compare.methods]
     study_trainings = _Trainings(
         pipeline,
-        "hwnas.study.compare:search",
+        "hwnas.study.compare:run_search",
         pool.table,
         trainings.threads_of(config, len(pairs)),
     )

@@ -19,6 +19,9 @@ from hwnas.core.spaces import mobile32
 from hwnas.core.table import LatencyTable
 from hwnas.document import file_sha256
 
+# each changes a copy of a finished run
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str]]
 
 
@@ -254,7 +257,7 @@ REFUSED = [
     (("space.act=hswish",), ("space.json", "takes no overrides", "remove act")),
     (
         ("space.layers=8",),
-        ("space.layers = 8 is for darts, darts_imagenet, nds_darts", "space.json"),
+        ("space.layers = 8 only applies to darts, darts_imagenet, nds_darts", "space.json"),
     ),
     (
         ("train.arch='mobilenet v2'",),

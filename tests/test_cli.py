@@ -165,6 +165,7 @@ def test_a_real_process_ends_with_the_exit_code_and_one_sentence(tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 def test_a_warning_of_hwnas_is_one_plain_line(tmp_path: Path) -> None:
     """An old key, in a real process: Python's file and line say nothing to a user."""
     old_key = "search.optimizer.unused=move"

@@ -72,7 +72,7 @@ def test_the_engine_minimises_any_criterion(tmp_path: Path) -> None:
 
 def test_without_a_criterion_it_is_cross_entropy(tmp_path: Path) -> None:
     engine = engine_of(nn.Linear(2, 2), tmp_path, criterion=CrossEntropy(0.2))
-    assert isinstance(engine.loss_of, CrossEntropy) and engine.loss_of.label_smoothing == 0.2
+    assert isinstance(engine.criterion, CrossEntropy) and engine.criterion.label_smoothing == 0.2
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])

@@ -23,7 +23,7 @@ from hwnas.config import DataConfig, OptimizerConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.data.images import evaluation_batches, load_images, training_batches
-from hwnas.engine import CrossEntropy, Engine, Metrics, Microbatch, accuracy, schedule, steps_of
+from hwnas.engine import CrossEntropy, Engine, Metrics, Microbatch, accuracy, lr_factor, steps_of
 from hwnas.errors import CheckpointError, ConfigError, DivergenceError
 from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.progress import Progress, Task
@@ -67,7 +67,7 @@ def train(engine: Engine, stop_at: int | None = None, nan_at: int | None = None)
     in the middle of that step.
     """
     images = load_images(DATA, "train", augment=True)
-    batches = training_batches(images, 32, seed=1, first=engine.step, last=engine.steps)
+    batches = training_batches(images, 32, seed=1, steps=range(engine.step, engine.steps))
 
     def step(number: int) -> Metrics:
         x_NCHW, y = next(batches)
@@ -110,19 +110,19 @@ def test_learns_digits(tmp_path: Path) -> None:
 
 def test_schedule_by_hand() -> None:
     """10 % of 40 steps of warm-up: 1/5, 2/5, 3/5, 4/5; then half a cosine from 1 to 0."""
-    assert [schedule(step, 40, 0.1) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert schedule(4, 40, 0.1) == 1.0
-    assert schedule(22, 40, 0.1) == pytest.approx(0.5)
-    assert schedule(13, 40, 0.1) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
-    assert schedule(39, 40, 0.1) == pytest.approx(0.5 * (1 + math.cos(math.pi * 35 / 36)))
-    assert schedule(0, 40, 0.0) == 1.0
+    assert [lr_factor(step, 40, 0.1) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert lr_factor(4, 40, 0.1) == 1.0
+    assert lr_factor(22, 40, 0.1) == pytest.approx(0.5)
+    assert lr_factor(13, 40, 0.1) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
+    assert lr_factor(39, 40, 0.1) == pytest.approx(0.5 * (1 + math.cos(math.pi * 35 / 36)))
+    assert lr_factor(0, 40, 0.0) == 1.0
     assert steps_of(2.5, 100, 32) == 8
     assert steps_of(0.001, 100, 32) == 1
 
 
 def test_learning_rate_follows_the_schedule_and_the_batch(tmp_path: Path) -> None:
     engine = make(tmp_path, 40, OptimizerConfig(name="sgd", lr=0.8, options={}, warmup=0.1))
-    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
+    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, steps=range(0, 1)))
     for step, factor in ((0, 0.2), (4, 1.0), (22, 0.5)):
         engine.step = step
         engine.train_step(x_NCHW, y)
@@ -163,7 +163,7 @@ def test_one_step_of_sgd_by_hand(tmp_path: Path) -> None:
 
 def test_what_is_decayed(tmp_path: Path) -> None:
     """Convolutions are; biases, norms and the classifier are not (TuNAS)."""
-    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
+    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, steps=range(0, 1)))
     states = []
     for decay in (0.0, 0.5):
         config = OptimizerConfig(
@@ -181,7 +181,7 @@ def test_what_is_decayed(tmp_path: Path) -> None:
 
 
 def test_clipping(tmp_path: Path) -> None:
-    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
+    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, steps=range(0, 1)))
     moved = []
     for clip in (None, 1e-3):
         config = OptimizerConfig(
@@ -211,7 +211,7 @@ def test_moving_average_by_hand(tmp_path: Path) -> None:
     """
     engine = make(tmp_path, 12, SGD, ema_decay=0.6)
     expected = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
-    batches = training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=12)
+    batches = training_batches(load_images(DATA, "train"), 32, seed=0, steps=range(0, 12))
 
     def step(number: int) -> Metrics:
         metrics = engine.train_step(*next(batches))
@@ -285,7 +285,7 @@ def test_resume_drops_metrics_behind_the_checkpoint(tmp_path: Path) -> None:
 
     engine = make(tmp_path, checkpoint_seconds=1e9)
     batches = training_batches(
-        load_images(DATA, "train", augment=True), 32, seed=1, first=0, last=30
+        load_images(DATA, "train", augment=True), 32, seed=1, steps=range(0, 30)
     )
 
     def step(number: int) -> Metrics:
@@ -511,7 +511,7 @@ def test_weights_that_a_step_does_not_use(inactive_weights: str, tmp_path: Path)
         seen.add(which)
         if inactive_weights == "decay" and 1 - which in seen:
             model.layers[1 - which].weight.grad = torch.zeros(2, 3)
-        optimizer.param_groups[0]["lr"] = 0.2 * schedule(number, len(USED), 0.0)
+        optimizer.param_groups[0]["lr"] = 0.2 * lr_factor(number, len(USED), 0.0)
         optimizer.step()
     expected = [layer.weight.detach() for layer in model.layers]
     found = either(tmp_path / "straight", inactive_weights)
@@ -527,7 +527,7 @@ def test_weights_that_a_step_does_not_use(inactive_weights: str, tmp_path: Path)
 
 def test_unused_weights_cannot_move_on_without_momentum(tmp_path: Path) -> None:
     optimizer = OptimizerConfig(name="momentum", momentum=0.0, options={}, inactive_weights="decay")
-    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, first=0, last=1))
+    x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, steps=range(0, 1)))
     with pytest.raises(
         ConfigError, match=r"set optimizer\.momentum, or inactive_weights = 'frozen'"
     ):

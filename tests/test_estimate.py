@@ -293,7 +293,7 @@ def test_a_finished_run_has_nothing_to_do(finished_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
     text = Pipeline(load_config(finished_run), finished_run, Progress()).plan(timed=True)
     assert text.count("up to date, skipped") == 6
-    assert "in all    nothing to do" in text
+    assert "total     nothing to do" in text
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 

@@ -57,7 +57,7 @@ def test_an_interrupted_stage_says_that_it_resumes(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "search"
     with pytest.raises(KeyboardInterrupt), stage(folder, "search", inputs, ["arch.json"]):
         raise KeyboardInterrupt
-    assert pipeline.begins("search", inputs, fresh=False)
+    assert pipeline.prepare_work("search", inputs, fresh=False)
     assert lines.said == ["search: resumes"]
 
 
@@ -91,7 +91,7 @@ def test_a_second_run_skips_everything(finished_run: Path, tmp_path: Path) -> No
     }
     lines = Lines()
     Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, lines).run()
-    assert lines.said == [f"{name}: current, skipped" for name in STAGES]
+    assert lines.said == [f"{name}: up to date, skipped" for name in STAGES]
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -103,8 +103,8 @@ def test_a_changed_stage_is_redone_and_the_old_one_kept(finished_run: Path, tmp_
     lines = Lines()
     Pipeline(experiment, run, lines).run()
     assert [line for line in lines.said if "skipped" in line] == [
-        "profile: current, skipped",
-        "search: current, skipped",
+        "profile: up to date, skipped",
+        "search: up to date, skipped",
     ]
     assert file_sha256(run / "train.old-1" / "model.safetensors") == file_sha256(
         finished_run / "train" / "model.safetensors"
@@ -268,7 +268,7 @@ def test_a_deleted_super_net_is_trained_again(finished_run: Path, tmp_path: Path
     (run / "search" / "shared.safetensors").unlink()
     lines = Lines()
     Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, lines).run_stage("search")
-    assert lines.said[0] == "search: inputs changed; the earlier results move to search.old-1"
+    assert lines.said[0] == "search: inputs changed; the earlier results are now in search.old-1"
     manifest = StageManifest.load(run / "search" / MANIFEST)
     assert manifest.state == "done" and manifest.outputs["shared.safetensors"] == file_sha256(
         run / "search" / "shared.safetensors"
@@ -293,7 +293,7 @@ def test_a_search_with_a_trained_super_net_has_none_of_its_own_and_is_current(
     Pipeline(experiment, run, Progress()).run_stage("search")
     assert not (run / "search" / "shared.safetensors").exists()
     Pipeline(experiment, run, lines := Lines()).run_stage("search")
-    assert lines.said == ["search: current, skipped"]
+    assert lines.said == ["search: up to date, skipped"]
     supernet = load_supernet(
         other / "search" / "shared.safetensors", load_space(str(finished_run.parent / "space.json"))
     )
@@ -365,10 +365,10 @@ def test_other_images_make_the_stages_that_read_them_run_again(
         lines = Lines()
         Pipeline(experiment, run, lines).run_stage("profile")
         Pipeline(experiment, run, lines).run_stage("search")
-        assert lines.said[0] == "profile: current, skipped"
+        assert lines.said[0] == "profile: up to date, skipped"
         assert lines.said[1].startswith(expected)
     Pipeline(experiment, run, lines := Lines()).run_stage("search")
-    assert lines.said == ["search: current, skipped"]
+    assert lines.said == ["search: up to date, skipped"]
 
 
 def lines_in(path: Path, count: int) -> Callable[[], bool]:

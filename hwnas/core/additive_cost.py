@@ -1,13 +1,20 @@
 """Costs that add up over the ops of a network, compiled to small arrays for a whole
 space. Latency, MACs, size and activation memory all build on this.
 
-    value(picks)  = fixed + sum over terms of costs[op of the term under the picks]
-    E[value](p)   = fixed + sum over terms of <costs of the term, outer product of p over the term's choices>
-    dE/dp_c       = sum over the terms with choice c of <costs of the term, outer product of p over its *other* choices>
+A *term* is what one slot adds to the cost. It depends on a few choices; its array
+``costs`` has one axis for each. With p_c, a probability vector over the options of
+choice c:
 
-For a peak, a maximum replaces the sum, and no expectation is available. Expectations are
-exact for independent choices, coupled widths included, because each term is contracted
-with all the choices it depends on. An empty slot costs 0.
+    cost(picks)  = fixed + sum over all terms of costs[picks of the term's choices]
+    E[cost](p)   = fixed + sum over all terms of
+                   <costs, outer product of p_c over the term's choices c>
+    dE / dp_c    = sum over the terms that depend on c of
+                   <costs, outer product of p_d over the term's other choices d>
+
+With ``reduce="max"`` (peak activation memory), a maximum replaces the sum, and there is
+no expectation. Expectations are exact for independent choices, even if terms share
+them (as neighbouring slots share a width), because each term is contracted with all
+the choices it depends on. An empty slot costs 0.
 
 The call overhead of one einsum per term would slow down a super-net step by several
 percent. Terms with the same number of choices are therefore padded with zeros to one
@@ -27,8 +34,8 @@ import numpy as np
 from hwnas.core.ops import Op
 from hwnas.core.space import Option, SearchSpace, Term
 
-Factor: TypeAlias = tuple[tuple[int, ...], np.ndarray]
-"""Positions of choices in the space, and costs with one axis per choice."""
+CostArray: TypeAlias = tuple[tuple[int, ...], np.ndarray]
+"""Positions of choices in the space, and costs [options, ...] with one axis per choice."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,11 @@ class AdditiveCost:
     architecture has.
 
     Example:
-        >>> from hwnas.core.spaces import mobile32, published
-        >>> from hwnas.core.ops import Op
-        >>> macs = AdditiveCost.of_ops(mobile32(), lambda op: op.macs)
-        >>> picks = mobile32().sample(np.random.default_rng(0))
-        >>> macs.cost(picks) == mobile32().decode(picks).macs
+        >>> from hwnas.core.spaces import mobile32
+        >>> space = mobile32()
+        >>> macs = AdditiveCost.of_ops(space, lambda op: op.macs)
+        >>> picks = space.sample(np.random.default_rng(0))
+        >>> macs.cost(picks) == space.decode(picks).macs
         True
     """
 
@@ -72,14 +79,14 @@ class AdditiveCost:
         self.reduce = reduce
         self.fixed = fixed
         self._combine: np.ufunc = np.add if reduce == "sum" else np.maximum
-        self._factors: list[Factor] = []
+        self._arrays: list[CostArray] = []
         self._converted: dict[Any, list[Stack]] = {}
 
         position = {choice.key: i for i, choice in enumerate(space.choices)}
         for term in space.terms():
             costs = term_costs(term)
             if term.keys:
-                self._factors.append((tuple(position[key] for key in term.keys), costs))
+                self._arrays.append((tuple(position[key] for key in term.keys), costs))
             else:
                 # A term without choices costs the same in every architecture.
                 self.fixed = float(self._combine(self.fixed, float(costs)))
@@ -93,8 +100,8 @@ class AdditiveCost:
         reduce: Literal["sum", "max"] = "sum",
         fixed: float = 0.0,
     ) -> AdditiveCost:
-        """Build from a cost per op. ``op_cost`` is called once for each distinct op;
-        with ``reduce="max"`` it must not return negative values.
+        """Build from a cost per op. ``op_cost`` is called once for each distinct op. With
+        ``reduce="max"``, costs must not be negative, because an empty slot costs 0.
         """
         known: dict[Op, float] = {}
 
@@ -121,7 +128,7 @@ class AdditiveCost:
         """
         index_CN = np.ascontiguousarray(np.asarray(index_NC).T)
         total = np.full(index_CN.shape[1], self.fixed)
-        for positions, costs in self._factors:
+        for positions, costs in self._arrays:
             # One row-major offset per architecture: a single lookup in the flattened
             # costs is faster than indexing with a tuple of arrays.
             flat = index_CN[positions[0]]
@@ -138,12 +145,13 @@ class AdditiveCost:
         library ``xp`` (numpy or torch).
         """
         assert self.reduce == "sum", "the expectation of a maximum is not a contraction"
-        if not self._factors:
+        if not self._arrays:
             return self.fixed
         weights = xp.concatenate([gates[key] for key in self._keys])
         total: Any = self.fixed
         for stack in self._stacks_like(weights, xp):
             value = stack.costs
+            # from the last axis to the first, until [terms] remains
             for index in reversed(stack.index):
                 value = _contract_last(value, weights[index])
             total = total + value.sum()
@@ -151,28 +159,31 @@ class AdditiveCost:
 
     def marginals(self, gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The derivatives of ``expected`` with respect to the gates, without autograd:
-        choice key -> float64 [options].
+        choice key -> float64 [options]. Only for ``reduce="sum"``.
 
-        An option's marginal is the expected cost of all terms that depend on the choice
-        if that option is taken for certain and all other choices follow ``gates``.
-        Differences between marginals are therefore the cost of switching options.
+        The marginal of an option is the expected cost of all terms that depend on its
+        choice, if that option is chosen with certainty and all other choices follow
+        ``gates``. The difference between two marginals is therefore the change of the
+        expected cost when one option replaces the other.
         """
         assert self.reduce == "sum", "the expectation of a maximum is not a contraction"
         marginals = {choice.key: np.zeros(len(choice.options)) for choice in self.space.choices}
-        if not self._factors:
+        if not self._arrays:
             return marginals
 
         weights = np.concatenate([np.asarray(gates[key], dtype=float) for key in self._keys])
         slopes = np.zeros(len(weights))
         for stack in self._stacks:
-            # ``partial`` is contracted with the gates of all axes after the current one.
-            # Going from the last axis to the first shares that work between the axes.
+            # The slope at an axis contracts all other axes. ``partial`` is already
+            # contracted over the axes after the current one, work that all earlier axes
+            # share; ``slope`` also contracts those before it.
             partial = stack.costs
             for axis in reversed(range(len(stack.index))):
                 slope = partial
                 for index in stack.index[:axis]:
                     slope = _contract_first(slope, weights[index])
-                # Several terms may share a choice, so their slopes are summed by position.
+                # bincount as a scatter-add: several terms may share a choice, and their
+                # slopes add up at the position of each option.
                 slopes += np.bincount(
                     stack.index[axis].ravel(), slope.ravel(), minlength=len(slopes)
                 )
@@ -181,24 +192,24 @@ class AdditiveCost:
         ends = np.cumsum([len(marginals[key]) for key in self._keys])[:-1]
         return marginals | dict(zip(self._keys, np.split(slopes, ends), strict=True))
 
-    def range(self) -> tuple[float, float]:
-        """The lowest and the highest cost of any architecture. Exact: choices are
-        eliminated one after another.
-        """
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest cost of any architecture, exact."""
         return self._extreme(np.min), self._extreme(np.max)
 
     @cached_property
     def _keys(self) -> tuple[str, ...]:
         """The choices that costs depend on, in the order of the space."""
-        used = _choices_in(self._factors)
+        used = _choices_in(self._arrays)
         return tuple(choice.key for i, choice in enumerate(self.space.choices) if i in used)
 
     @cached_property
     def _offsets(self) -> dict[int, int]:
-        """Position of a choice -> where its options begin in the concatenated gates."""
+        """Position of a choice in the space -> index of its first option in the
+        concatenated gates of ``_keys``.
+        """
         offsets: dict[int, int] = {}
         begin = 0
-        used = _choices_in(self._factors)
+        used = _choices_in(self._arrays)
         for i, choice in enumerate(self.space.choices):
             if i in used:
                 offsets[i] = begin
@@ -207,17 +218,17 @@ class AdditiveCost:
 
     @cached_property
     def _stacks(self) -> list[Stack]:
-        by_axes: dict[int, list[Factor]] = {}
-        for factor in self._factors:
-            by_axes.setdefault(len(factor[0]), []).append(factor)
+        by_axes: dict[int, list[CostArray]] = {}
+        for array in self._arrays:
+            by_axes.setdefault(len(array[0]), []).append(array)
         return [self._stack(by_axes[axes]) for axes in sorted(by_axes)]
 
-    def _stack(self, factors: list[Factor]) -> Stack:
-        """Pad factors with equally many choices to one shape."""
-        shape = tuple(np.max([costs.shape for _, costs in factors], axis=0).tolist())
-        stacked = np.zeros((len(factors), *shape))
-        index = tuple(np.zeros((len(factors), count), dtype=np.int64) for count in shape)
-        for row, (positions, costs) in enumerate(factors):
+    def _stack(self, arrays: list[CostArray]) -> Stack:
+        """Pad cost arrays with the same number of axes to one shape, and stack them."""
+        shape = tuple(np.max([costs.shape for _, costs in arrays], axis=0).tolist())
+        stacked = np.zeros((len(arrays), *shape))
+        index = tuple(np.zeros((len(arrays), count), dtype=np.int64) for count in shape)
+        for row, (positions, costs) in enumerate(arrays):
             stacked[row][tuple(slice(count) for count in costs.shape)] = costs
             for axis, (position, count) in enumerate(zip(positions, costs.shape, strict=True)):
                 index[axis][row, :count] = self._offsets[position] + np.arange(count)
@@ -229,9 +240,8 @@ class AdditiveCost:
         """
         kind = (xp, weights.dtype, getattr(weights, "device", None))
         if kind not in self._converted:
-            # Only torch gets a device. Newer numpy arrays also have a ``device``, so
-            # ``new_tensor`` identifies torch, without importing it.
-            where = {"device": weights.device} if hasattr(weights, "new_tensor") else {}
+            # numpy before version 2 does not know the argument ``device``
+            where = {} if xp is np else {"device": weights.device}
             converted = []
             for stack in self._stacks:
                 costs = xp.asarray(stack.costs, dtype=weights.dtype, **where)
@@ -240,35 +250,41 @@ class AdditiveCost:
             self._converted[kind] = converted
         return self._converted[kind]
 
-    def _extreme(self, best: Callable[..., Any]) -> float:
-        """``best`` (np.min or np.max) over all architectures, by variable elimination.
+    def _extreme(self, extremum: Callable[..., Any]) -> float:
+        """The lowest or highest cost of all architectures, by variable elimination.
+        ``extremum`` is np.min or np.max.
 
-        The next choice to eliminate is the one whose terms depend on the fewest
-        combinations: a choice that every term shares, such as the resolution, goes last.
+        Eliminating a choice combines all arrays that depend on it into one, and reduces
+        that array over the options of the choice. The order affects only the time: the
+        next choice is always the one with the smallest combined array. A choice that
+        every term shares, such as the resolution, therefore tends to go last.
         """
-        factors = list(self._factors)
+        arrays = list(self._arrays)
         constant = self.fixed
-        remaining = _choices_in(factors)
+        remaining = _choices_in(arrays)
         while remaining:
-            choice = min(remaining, key=lambda i: (self._combinations(_neighbours(i, factors)), i))
-            axes = _neighbours(choice, factors)
-            reduced = best(self._joint(choice, axes, factors), axis=axes.index(choice))
-            factors = [factor for factor in factors if choice not in factor[0]]
+            choice = min(remaining, key=lambda i: (self._combinations(_neighbours(i, arrays)), i))
+            axes = _neighbours(choice, arrays)
+            reduced = extremum(self._joint(choice, axes, arrays), axis=axes.index(choice))
+            arrays = [array for array in arrays if choice not in array[0]]
             remaining.remove(choice)
             others = tuple(i for i in axes if i != choice)
             if others:
-                factors.append((others, reduced))
+                arrays.append((others, reduced))
             else:
                 constant = float(self._combine(constant, reduced))
         return constant
 
-    def _joint(self, choice: int, axes: tuple[int, ...], factors: list[Factor]) -> Any:
-        """All factors with ``choice``, combined into one array with these ``axes``."""
+    def _joint(self, choice: int, axes: tuple[int, ...], arrays: list[CostArray]) -> Any:
+        """All arrays that depend on ``choice``, combined into one array with one axis for
+        each of the choices ``axes``, which ascend.
+        """
         joint: Any = None
-        for positions, costs in factors:
+        for positions, costs in arrays:
             if choice not in positions:
                 continue
-            # Axes that the factor lacks get length 1, so that it broadcasts over them.
+            # Axes that the array lacks get length 1, so that it broadcasts over them.
+            # The transpose puts its own axes into ascending order, as in ``axes``.
             shape = [1] * len(axes)
             for position in positions:
                 shape[axes.index(position)] = len(self.space.choices[position].options)
@@ -277,27 +293,31 @@ class AdditiveCost:
         return joint
 
     def _combinations(self, axes: Iterable[int]) -> int:
-        # As a Python integer: numbers of combinations can exceed 64 bits.
+        # math.prod, not np.prod: the count can exceed 64 bits
         return math.prod(len(self.space.choices[i].options) for i in axes)
 
 
-def _choices_in(factors: Iterable[Factor]) -> set[int]:
-    """Positions of the choices that these factors depend on."""
-    return set[int]().union(*(positions for positions, _ in factors))
+def _choices_in(arrays: Iterable[CostArray]) -> set[int]:
+    """Positions of the choices that these arrays depend on."""
+    return {position for positions, _ in arrays for position in positions}
 
 
-def _neighbours(choice: int, factors: list[Factor]) -> tuple[int, ...]:
-    """All choices that share a factor with ``choice``, itself included, in order."""
-    return tuple(sorted(_choices_in(factor for factor in factors if choice in factor[0])))
+def _neighbours(choice: int, arrays: list[CostArray]) -> tuple[int, ...]:
+    """All choices that share an array with ``choice``, itself included, in order."""
+    return tuple(sorted(_choices_in(array for array in arrays if choice in array[0])))
 
 
 def _contract_last(values: Any, weights: Any) -> Any:
-    """[terms, ..., n] and [terms, n] -> [terms, ...]."""
+    """The weighted sum over the last axis: values [terms, ..., n] and weights [terms, n]
+    -> [terms, ...].
+    """
     flat = values.reshape(len(weights), -1, weights.shape[-1]) @ weights[:, :, None]
     return flat.reshape(values.shape[:-1])
 
 
 def _contract_first(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[terms, n, ...] and [terms, n] -> [terms, ...]."""
+    """The weighted sum over the first axis after the terms: values [terms, n, ...] and
+    weights [terms, n] -> [terms, ...].
+    """
     flat: np.ndarray = weights[:, None, :] @ values.reshape(*weights.shape, -1)
     return flat.reshape(len(weights), *values.shape[2:])

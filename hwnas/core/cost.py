@@ -170,7 +170,8 @@ class CostModel:
         foreign = sorted(table.slots.keys() - {term.slot for term in space.terms()})
         if foreign:
             raise TableError(
-                f"table {table.title} has costs for slots of another space ({', '.join(foreign[:5])}):"
+                f"table {table.title} has costs for slots of another space"
+                f" ({', '.join(foreign[:5])}):"
                 f" space {space.name} does not have these slots."
             )
         fixed_ms = _intercept_ms(table)
@@ -253,7 +254,7 @@ class CostModel:
 
     def range(self) -> tuple[float, float]:
         """The exact costs of the cheapest and of the most expensive architecture."""
-        return self.additive_cost.range()
+        return self.additive_cost.bounds()
 
     def check_target(self, target: float, key: str = "search.target_ms") -> None:
         """Raise TargetError, with the reachable range, if no architecture can meet

@@ -111,7 +111,8 @@ def _facts_of_blocks(space: MacroSpace) -> list[str]:
     return [
         f"input        {pixels}, {space.classes} classes, {space.act}",
         (
-            f"decisions    {format_count(space.decisions)} raw combinations (kernel, expansion, skip,"
+            f"decisions    {format_count(space.decisions)} raw combinations"
+            f" (kernel, expansion, skip,"
             " width, depth, resolution apart)"
         ),
     ]

@@ -103,10 +103,10 @@ class PeakOfNetworks:
         """
         return np.array([self.cost(self.space.at(index_C)) for index_C in np.asarray(index_NC)])
 
-    def range(self) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:
         """A lower bound for all networks, and infinity, as no upper bound is known."""
         # A network needs at least what its largest op needs by itself.
-        return self.largest_op.range()[0], np.inf
+        return self.largest_op.bounds()[0], np.inf
 
 
 @dataclass(frozen=True)
@@ -410,7 +410,7 @@ class Limits:
         by any architecture.
         """
         for i, limit in enumerate(self.compiled):
-            low, high = limit.additive_cost.range()
+            low, high = limit.additive_cost.bounds()
             if low > limit.most:
                 raise TargetError(
                     f"limit {limit.title} <= {_shown(limit.most)} is out of reach of space"

@@ -186,7 +186,8 @@ class NASBench101Space(SearchSpace):
                 f"{truncate(text)} is not a cell of space {self.name}: give matrix and ops as a"
                 " JSON object."
             ) from error
-        if not _is_matrix(matrix_VV, len(ops)) or not set(ops[1:-1]) <= set(OPS):
+        known_ops = all(op in OPS for op in ops[1:-1])
+        if not _is_matrix(matrix_VV, len(ops)) or not known_ops:
             raise SpaceError(
                 f"{truncate(text)} is not a cell of space {self.name}: the matrix has 0 and 1"
                 f" above its diagonal and one row for each of 2 to {VERTICES} vertices, and the"

@@ -3,8 +3,12 @@
 A space offers *choices* (``"s2.b1"``: which block; ``"s2.width"``: how many channels;
 ``"s2.depth"``: how many blocks; ``"resolution"``: pixels of the image). *Picks* name
 one option for every choice; ``decode`` turns them into an architecture, ``encode`` does
-the reverse. The profiling plan, its coverage by a table, costs and their gradients are
-all derived from ``terms``.
+the reverse.
+
+A *term* is what one slot adds to the cost of a network: its op for every combination of
+the options that it depends on (``terms``). Terms tell which ops have to be profiled,
+whether a latency table (the measured time of every op on a device) covers the space,
+and what every architecture costs.
 
 ``MacroSpace`` is a chain of stages, each a chain of slots; ``hwnas.core.cells`` holds
 the cell-based spaces.
@@ -47,7 +51,7 @@ class MacroSpace(SearchSpace):
         >>> from hwnas.core.spaces import proxylessnas
         >>> space = proxylessnas()
         >>> picks = space.sample(np.random.default_rng(0))
-        >>> space.encode(space.decode(picks)) is not None
+        >>> space.encode(space.decode(picks)) == picks
         True
     """
 
@@ -60,7 +64,7 @@ class MacroSpace(SearchSpace):
     stages: tuple[SpaceStage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_fields(self) -> Self:
         sizes = self.resolutions or (self.resolution,)
         if len(set(sizes)) != len(sizes) or min(sizes) < 1 or max(sizes) != self.resolution:
             raise ValueError(
@@ -96,7 +100,7 @@ class MacroSpace(SearchSpace):
                     depth_key=depth_key(i),
                     depths=stage.depths,
                     sizes=sizes,
-                    stride=stage.stride if j == 0 else 1,  # only the first slot halves
+                    stride=stage.stride if j == 0 else 1,  # only the first slot has the stride
                     act=stage.act or self.act,
                     residual=stage.residual,
                 )
@@ -107,17 +111,17 @@ class MacroSpace(SearchSpace):
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """For every stage its slots, its width and its depth, in TuNAS's post-order;
-        then the resolution. Decisions with a single option are left out.
+        """For every stage its slots, its width and its depth (the order of TuNAS's
+        code); then the resolution. Choices with a single option are left out.
         """
-        decisions: list[Choice] = []
+        all_choices: list[Choice] = []
         for i, stage in enumerate(self.stages):
             for j, options in enumerate(stage.slots):
-                decisions.append(Choice(block_key(i, j), options, "op"))
-            decisions.append(Choice(width_key(i), stage.widths, "width"))
-            decisions.append(Choice(depth_key(i), stage.depths, "depth"))
-        decisions.append(Choice(RESOLUTION, self.resolutions, "resolution"))
-        return open_choices(decisions)
+                all_choices.append(Choice(block_key(i, j), options, "op"))
+            all_choices.append(Choice(width_key(i), stage.widths, "width"))
+            all_choices.append(Choice(depth_key(i), stage.depths, "depth"))
+        all_choices.append(Choice(RESOLUTION, self.resolutions, "resolution"))
+        return open_choices(all_choices)
 
     @property
     def decisions(self) -> int:
@@ -160,6 +164,8 @@ class MacroSpace(SearchSpace):
         # Within a stage all blocks share one width, so only the first one has an input
         # width of its own; None stands for "the same as the output width".
         inputs: tuple[int | None, ...] = slot.in_widths if slot.first else (None,)
+        # If every depth keeps the slot, its cost does not depend on the depth: the full
+        # depth stands for all.
         depths = slot.depths if slot.elective else (len(self.stages[slot.stage].slots),)
 
         ops: list[Op | None] = []
@@ -192,6 +198,7 @@ class MacroSpace(SearchSpace):
         for slot in self.slots:
             # choices with a single option are not in the picks
             width = int(picks.get(slot.out_key, slot.out_widths[0]))
+            # without a choice of depth, every slot is kept: any depth above its index
             depth = int(picks.get(slot.depth_key, slot.index + 1))
             option = str(picks.get(slot.key, slot.options[0]))
             op = None
@@ -249,6 +256,7 @@ class MacroSpace(SearchSpace):
         """
         for slot in self.slots:
             if slot.key == key:
+                # without a choice of depth, every slot is kept: any depth above its index
                 return slot.index < int(picks.get(slot.depth_key, slot.index + 1))
         return True
 
@@ -266,12 +274,12 @@ class MacroSpace(SearchSpace):
         return canonical_C
 
     def encode(self, arch: Architecture) -> Picks:
-        """Picks that decode to ``arch``: those of its origin if that is this space,
-        else found by matching blocks to slots. Raises SpaceError if it is not in the
-        space.
+        """Picks that decode to ``arch``. If ``arch`` was decoded by this space, its
+        origin records the picks; otherwise the blocks are matched to the slots.
 
-        Blocks that the depth leaves out may be anything; matching gives their first
-        option.
+        The picks of slots that the depth leaves out do not affect ``arch``; matching
+        gives these slots their first option. Raises SpaceError if ``arch`` is not in
+        the space, or if its blocks differ from those of its origin's picks.
         """
         if arch.origin is not None and arch.origin.space_sha256 == self.sha256:
             decoded = self.decode(arch.origin.picks)
@@ -306,17 +314,21 @@ class MacroSpace(SearchSpace):
         self, ops: tuple[Op, ...], position: int, channels: int, size_index: int
     ) -> Picks | None:
         """Match ``ops`` to the slots from ``position`` on, at the resolution with index
-        ``size_index``. None if they do not match.
+        ``size_index``. ``channels`` is the input width. None if they do not match.
 
-        This is a backtracking search. At every slot it first tries its options in
-        order, then a depth that ends the stage before the slot.
+        This is a backtracking search: at every slot it tries the options in order; if
+        none leads to a match, it ends the stage before this slot, provided that a depth
+        allows that.
         """
+        # all slots are matched: only the classifier, if any, must remain
         if position == len(self.slots):
             end = self.head.blocks(channels, self.slots[-1].out_sizes[size_index])
             return {} if ops == end else None
 
         slot = self.slots[position]
-        for width in slot.out_widths if slot.first else (channels,):
+        # the blocks of a stage share one width, which its first slot has chosen
+        widths = slot.out_widths if slot.first else (channels,)
+        for width in widths:
             for option in slot.options:
                 op = slot.op(option, channels, width, slot.sizes[size_index])
                 if op is None:  # skip consumes no op
@@ -327,7 +339,8 @@ class MacroSpace(SearchSpace):
                     continue
                 rest = self._match(remaining, position + 1, width, size_index)
                 if rest is not None:
-                    # ``rest`` wins: later slots of the stage may set a larger depth
+                    # On equal keys ``rest`` wins: a later slot of the stage sets a larger
+                    # depth.
                     picks: Picks = {
                         slot.key: option,
                         slot.out_key: width,
@@ -335,6 +348,7 @@ class MacroSpace(SearchSpace):
                     }
                     return picks | rest
 
+        # no option matches: end the stage before this slot, if a depth allows that
         if slot.index not in slot.depths:
             return None
         left_out = [later for later in self.slots[position:] if later.stage == slot.stage]
@@ -384,13 +398,14 @@ class MacroSpace(SearchSpace):
         first: float | None = None,
         last: float | None = None,
     ) -> Self:
-        """A new space with every stage ``width`` times as wide, rounded to multiples of
-        8. Width options that become equal are merged.
+        """A new space in which every stage is ``width`` times as wide, rounded to a
+        multiple of 8 channels. Width options that become equal are merged.
 
         The last stage before a classifier is never made narrower, as in MobileNetV2 and
-        ProxylessNAS: it needs the features. ``first`` and ``last`` override the factors
-        of the first and the last stage, for networks whose published rule differs.
-        Raises SpaceError if ``width`` is not a finite number above 0.
+        ProxylessNAS, because the classifier needs its features. ``first`` and ``last``
+        replace the factor of the first and of the last stage, for networks whose
+        published scaling differs. Raises SpaceError if ``width`` is not a finite number
+        above 0.
 
         Example:
             >>> from hwnas.core.spaces import proxylessnas
@@ -411,6 +426,7 @@ class MacroSpace(SearchSpace):
         elif self.head.needs_features:
             factors[-1] = max(width, 1.0)
         else:
+            # not redundant: in a space of one stage, ``first`` has set this factor
             factors[-1] = width
 
         stages = []
@@ -426,9 +442,10 @@ class MacroSpace(SearchSpace):
         """A new space of detectors: SSDLite on the backbones of this space, as
         ``core.ssdlite.with_detector`` adds it to a single architecture.
 
-        Stages that belong to the classifier are left out: pooled heads and the last
-        1 x 1 convolution. Taps are the last stage at each of the last two resolutions.
-        Raises SpaceError if there are fewer than two, or if the input resolution is
+        Stages that exist only for the classifier are left out: pooled heads and the last
+        1 x 1 convolution. The *taps* are the stages whose outputs feed the detector: the
+        last stage at each of the two lowest resolutions. Raises SpaceError if the
+        remaining stages have fewer than two resolutions, or if the input resolution is
         searched.
 
         Example:
@@ -445,7 +462,8 @@ class MacroSpace(SearchSpace):
                 f" [{self.resolution}]}}."
             )
 
-        # A space needs a stage. If none remains, the check of the ends below refuses.
+        # A space needs at least one stage. If the backbone has none, keep the stages of
+        # the classifier for now: they have no two resolutions, so the check below raises.
         stages = self.head.backbone(self.stages)
         bare = self._changed(stages or self.stages, name or f"{self.name}-ssdlite", detector=None)
         ends = last_stages(bare.slots)

@@ -195,13 +195,10 @@ def training_batches(
     batch_size: int,
     *,
     seed: int,
-    first: int,
-    last: int,
-    stride: int = 1,
+    steps: range,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """The shuffled batches of every ``stride``-th step from ``first`` to ``last - 1``."""
-    steps = range(first, last, stride)
+    """The shuffled batches of ``steps``. A batch depends only on the seed and its step."""
     return _load(images, _Stream(len(images), batch_size, seed, steps), workers)
 
 

@@ -203,7 +203,8 @@ class Adb:
         if state.battery_percent is not None and state.battery_percent < LOW_BATTERY_PERCENT:
             yield {
                 "note": (
-                    f"the battery of {self.device.id} is at {state.battery_percent} %: phones with a"
+                    f"the battery of {self.device.id} is at {state.battery_percent} %:"
+                    f" phones with a"
                     " low battery are slower, so charge it"
                 )
             }
@@ -359,7 +360,8 @@ class Adb:
                 raise DeviceError(
                     f"{session.program.path} wrote {ended.output_bytes} bytes of output, but the"
                     f" outputs of {model.name} have {output_bytes}: it is too old or not"
-                    f" benchmark_model; {guide()} explains where to get a build that writes outputs."
+                    f" benchmark_model; {guide()} explains"
+                    f" where to get a build that writes outputs."
                 )
         data = session.receive("outputs")
         expected = len(inputs) // input_bytes * output_bytes

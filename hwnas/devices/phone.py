@@ -14,7 +14,8 @@ getprop | grep -E '^\[ro\.(product|soc|board|hardware|build\.version)'
 first_line() { line= && { read -r line < "$1" ; } 2> /dev/null ; echo "$line" ; }
 for cpu in /sys/devices/system/cpu/cpu[0-9]* ; do
     echo "core ${cpu##*/cpu}"
-    for name in online cpufreq/cpuinfo_max_freq cpufreq/scaling_cur_freq cpufreq/scaling_governor ; do first_line $cpu/$name ; done
+    for name in online cpufreq/cpuinfo_max_freq cpufreq/scaling_cur_freq cpufreq/scaling_governor
+    do first_line $cpu/$name ; done
 done
 dumpsys battery
 dumpsys thermalservice 2> /dev/null | grep 'Thermal Status'

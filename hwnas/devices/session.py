@@ -34,11 +34,11 @@ from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 
 Build = Callable[[Sequence[Op] | Architecture, str, str], Path]
-"""(a chain of ops or, for networks that are not chains, an architecture; runtime; dtype)
--> the model file to time.
+"""Builds a model file to time: (ops, runtime, dtype) -> its path. Networks that are not
+chains of ops are given as architectures.
 """
 Raw = dict[str, Any]
-"""A row as connections yield it and files of samples keep it."""
+"""JSON data: a row as connections yield it and sample files store it, or a plan."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Bench:
     """What a measurement needs: the device, a connection to it, its settings, a builder
     of model files, and a place to report progress.
 
-    ``folder`` holds temporary files and the rows that have to survive a kill.
+    ``folder`` holds temporary files, and the rows that must survive a kill.
     """
 
     device: Device
@@ -66,11 +66,11 @@ class Bench:
 
 @dataclass(frozen=True)
 class Item:
-    """A model file to time, and the name that its rows carry.
+    """A model file to time, and the name by which rows refer to it.
 
-    ``ops`` is for devices whose clock is a formula. ``image`` is a file to feed instead
-    of noise, for models whose time depends on their input. ``judged``: whether the
-    item's noise can cause further rounds.
+    ``ops`` are the ops in the file: simulated devices compute its time from them.
+    ``image`` is a file to feed instead of noise, for models whose time depends on their
+    input. ``judged``: whether further rounds follow if this item is noisy.
     """
 
     name: str
@@ -83,12 +83,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often and how long items are timed. ``min_ms`` and ``min_runs`` are per round,
-    and default to the runner's own.
+    """How often and how long items are timed.
 
-    Items whose rounds spread more than ``max_spread`` are timed in up to ``max_rounds``
-    rounds. With ``together``, these rounds repeat all other items as well. The order of
-    a round is drawn from ``seed`` and the number of the round.
+    In each round, an item runs for at least ``min_ms`` milliseconds and at least
+    ``min_runs`` times; None leaves either to the runner's default. ``judged`` items
+    whose rounds spread more than ``max_spread`` are timed in up to ``max_rounds``
+    rounds. With ``together``, these further rounds time all items, instead of only the
+    noisy ones. The order of a round is drawn from ``seed`` and the number of the round.
     """
 
     rounds: int = 1
@@ -107,7 +108,7 @@ class Plan:
     """
 
     items: tuple[Item, ...]
-    number: int
+    round_number: int
     threads: int
     cores: tuple[int, ...]
     schedule: Schedule
@@ -134,7 +135,7 @@ class Plan:
         raw: Raw = {
             "id": item.name,
             "path": str(item.path.resolve()),
-            "round": self.number,
+            "round": self.round_number,
             "ops": [op.key for op in item.ops],
         }
         if item.image is not None:
@@ -160,16 +161,23 @@ class Header:
     @staticmethod
     def of(raw: Raw) -> Header:
         """Parse the row that begins a measurement."""
-        texts = ("runtime", "runtime_package", "runtime_version", "cpu", "machine", "governor")
+        text_fields = (
+            "runtime",
+            "runtime_package",
+            "runtime_version",
+            "cpu",
+            "machine",
+            "governor",
+        )
         cores = raw.get("cores")
         return Header(
-            **{name: str(raw[name]) for name in texts if name in raw},
+            **{name: str(raw[name]) for name in text_fields if name in raw},
             cores=cores if isinstance(cores, list) else "unknown",
             threads=raw.get("threads", "unknown"),
         )
 
 
-CONDITIONS = (
+FIXED_FIELDS = (
     "cpu",
     "machine",
     "runtime_package",
@@ -178,15 +186,15 @@ CONDITIONS = (
     "governor",
     "threads",
 )
-"""The fields that must be equal in all headers of a table."""
+"""Fields of ``Header`` that must not change while a table is measured."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Every single run of an item in a round, in milliseconds.
+    """``ms``: the time of each run of an item in one round, in milliseconds.
 
     ``delegated``: whether a delegate of the runtime ran the whole graph, or
-    ``"unknown"``. ``fed``: whether the item got its image.
+    ``"unknown"``. ``fed``: whether the item was fed its image.
     """
 
     name: str
@@ -213,7 +221,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the user who is waiting."""
+    """A sentence to show to the user while the measurement goes on."""
 
     text: str
 
@@ -221,7 +229,7 @@ class Note:
 Row = Header | Measurement | Failure | Conditions | Note
 
 
-def typed(raw: Raw) -> Row:
+def parse_row(raw: Raw) -> Row:
     """Parse a row of a connection. Raises DeviceError if its format is unknown."""
     if "note" in raw:
         return Note(raw["note"])
@@ -245,12 +253,12 @@ def typed(raw: Raw) -> Row:
     )
 
 
-def answers(connection: Connection, plan: Plan, folder: Path) -> Iterator[tuple[Row, Raw]]:
-    """The rows of a plan as they arrive, each with the raw row that it was parsed from.
-    Raises DeviceError, also if a single item fails.
+def measured_rows(connection: Connection, plan: Plan, folder: Path) -> Iterator[tuple[Row, Raw]]:
+    """Measure a plan, and yield each row as it arrives, parsed and raw. Raises
+    DeviceError if the measurement or any single item fails.
     """
     for raw in connection.measure(plan.raw(), folder):
-        row = typed(raw)
+        row = parse_row(raw)
         if isinstance(row, Failure):
             raise DeviceError(f"{row.name} does not run with {plan.runtime}: {row.error}")
         yield row, raw
@@ -260,7 +268,8 @@ class Session:
     """The rows measured so far, and the means to measure more.
 
     If ``samples`` is given, the session resumes from the rows in that file and appends
-    new ones. Raises DeviceError if they were measured under other conditions.
+    new ones to it. ``run`` raises DeviceError if the device has changed since they were
+    measured; the constructor raises it if it has changed within the file.
 
     Example:
         >>> session = Session(bench, items, Schedule(rounds=7, max_rounds=15, max_spread=0.1))     # doctest: +SKIP
@@ -282,37 +291,43 @@ class Session:
         self.conditions: dict[str, list[float | str]] = defaultdict(list)
         self.delegated: dict[str, bool | str] = {}
         self.fed: set[str] = set()
-        """The items that got their image."""
+        """The items that were fed their image."""
         self._done: dict[tuple[str, int], list[float]] = {}
-        """(item, round) -> the single runs in milliseconds."""
+        """(item, round) -> the time of each run in milliseconds."""
         self._order: dict[tuple[str, int], None] = {}
         """(item, round) in the order of a session that is never killed. ``speed.py``
         needs the order, and a resumed session must give the same times.
         """
         if samples is not None:
             for raw in samples.read():
-                self._keep(typed(raw))
+                self._keep(parse_row(raw))
 
     def run(self, description: str) -> None:
-        """Measure all rounds, then further ones while items are noisy. Raises DeviceError."""
-        schedule, progress = self.schedule, self.bench.progress
-        with progress.task(description, schedule.rounds * len(self.items), self._count) as task:
+        """Measure all rounds, then further ones while items are noisy. Raises DeviceError
+        if the measurement fails or if the device has changed.
+        """
+        schedule = self.schedule
+        progress = self.bench.progress
+        total = schedule.rounds * len(self.items)
+        with progress.task(description, total, self._done_count) as task:
             for number in range(schedule.rounds):
                 self._round(number, list(self.items), task.advance)
+
         for number in range(schedule.rounds, schedule.max_rounds):
             noisy = self.noisy
             if not noisy:
                 return
             progress.debug(f"noisy after {number} rounds: {', '.join(noisy)}")
             again = list(self.items) if schedule.together else noisy
-            with progress.task(f"measuring {len(noisy)} noisy entries again", len(again)) as task:
+            message = f"measuring {len(again)} items again ({len(noisy)} noisy)"
+            with progress.task(message, len(again)) as task:
                 self._round(number, again, task.advance)
 
     def rounds(self, name: str) -> list[list[float]]:
-        """The single runs of each round of an item, in milliseconds at the median speed of
-        the session.
+        """The rounds of an item, each with the time of each run in milliseconds at the
+        median speed of the session.
         """
-        return self._at_one_speed[name]
+        return self._rounds_ms[name]
 
     def ms(self, name: str) -> float:
         """The time of an item in milliseconds at the median speed of the session: the
@@ -346,13 +361,15 @@ class Session:
         return self.bench.cores
 
     @property
-    def _count(self) -> int:
-        """The number of measurements: an item counts once per round."""
+    def _done_count(self) -> int:
+        """The number of finished measurements: an item counts once per round."""
         return len(self._done)
 
     @cached_property
-    def _at_one_speed(self) -> dict[str, list[list[float]]]:
-        """Item -> its rounds in order, each a list of single runs."""
+    def _rounds_ms(self) -> dict[str, list[list[float]]]:
+        """Item -> its rounds in order, each with the time of each run in milliseconds at
+        the median speed of the session. Cached until ``_forget_times``.
+        """
         measured = {key: self._done[key] for key in self._order if key in self._done}
         names = [name for name, _ in measured]
         medians = [float(np.median(runs)) for runs in measured.values()]
@@ -363,6 +380,10 @@ class Session:
             rounds[name].append([run / float(factor) for run in runs])
         return rounds
 
+    def _forget_times(self) -> None:
+        """Drop the cached ``_rounds_ms``: ``_order`` or ``_done`` has changed."""
+        self.__dict__.pop("_rounds_ms", None)
+
     def _round(self, number: int, names: Sequence[str], advance: Callable[[], None]) -> None:
         """Measure whatever is missing of a round, in the random order of that round."""
         rng = np.random.default_rng([*self.schedule.seed, number])
@@ -372,7 +393,7 @@ class Session:
         for _, items in sorted(by_runtime.items()):
             shuffled = [items[i] for i in rng.permutation(len(items))]
             self._order |= dict.fromkeys((item.name, number) for item in shuffled)
-            self.__dict__.pop("_at_one_speed", None)  # computed from _order and _done
+            self._forget_times()
             todo = tuple(item for item in shuffled if (item.name, number) not in self._done)
             if todo:
                 threads = self.bench.settings.threads
@@ -381,7 +402,7 @@ class Session:
 
     def _measure(self, plan: Plan, advance: Callable[[], None]) -> None:
         with _appending(self.samples) as append:
-            for row, raw in answers(self.bench.connection, plan, self.bench.folder):
+            for row, raw in measured_rows(self.bench.connection, plan, self.bench.folder):
                 if isinstance(row, Note):
                     self.bench.progress.info(row.text)
                     continue
@@ -399,24 +420,27 @@ class Session:
                 self.conditions[name].append(value)
         elif isinstance(row, Measurement) and row.name in self.items:
             self._done[row.name, row.round] = row.ms
-            self.__dict__.pop("_at_one_speed", None)
+            self._forget_times()
             self.delegated[row.name] = row.delegated
             if row.fed:
                 self.fed.add(row.name)
 
     def _check(self, header: Header) -> None:
-        """Raise DeviceError if a header differs from the stored one of its runtime: the
-        device may have been replaced or set up differently since.
+        """Raise DeviceError if a header differs from the previous one of its runtime: the
+        device was replaced or set up differently in the meantime.
+
+        Sessions without a file are not checked. They are short, so the device hardly
+        changes while they run.
         """
         before = self.headers.get(header.runtime)
         if before is None or self.samples is None:
             return
-        for name in CONDITIONS:
+        for name in FIXED_FIELDS:
             old = getattr(before, name)
             new = getattr(header, name)
             if old != new:
                 raise DeviceError(
-                    f"{name} was {old!r} when this profile began and is {new!r} now: rounds"
+                    f"{name} was {old!r} when this session began and is {new!r} now: rounds"
                     " measured under different conditions cannot be combined, so start again with"
                     " --fresh."
                 )
@@ -424,7 +448,7 @@ class Session:
 
 @contextmanager
 def _appending(samples: JsonLines | None) -> Iterator[Callable[[Raw], None]]:
-    """A function that appends a row to a file of samples, or does nothing without a file."""
+    """A function that appends a row to the sample file, or does nothing without a file."""
     if samples is None:
         yield lambda raw: None
         return

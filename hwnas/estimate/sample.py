@@ -13,7 +13,7 @@ from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
 from hwnas.core.search_space import SearchSpace
-from hwnas.devices.session import Header, Item, Measurement, Plan, Schedule, answers
+from hwnas.devices.session import Header, Item, Measurement, Plan, Schedule, measured_rows
 from hwnas.estimate.parts import Stopwatch
 from hwnas.export.timing import bench_of, timing_file
 from hwnas.profile.plan import spread_networks
@@ -134,7 +134,7 @@ def _measure(
     seconds: dict[str, float] = {}
     ms: dict[str, float] = {}
     begun_at = last_at = time.perf_counter()
-    for row, _ in answers(bench.connection, plan, folder):
+    for row, _ in measured_rows(bench.connection, plan, folder):
         now = time.perf_counter()
         if isinstance(row, Measurement):
             # An item's answer comes when it is measured, right after that of the last one.

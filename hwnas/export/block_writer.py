@@ -335,7 +335,8 @@ def _part(op: Op, module: nn.Module, node: Node) -> nn.Module:
         return module.get_submodule(path)
     except AttributeError:
         raise ExportError(
-            f"The {type(module).__name__} has no {path}, so it was not built from {op.key}: build it"
+            f"The {type(module).__name__} has no {path}, so it was not built from {op.key}:"
+            f" build it"
             " with hwnas.nn.blocks.build"
         ) from None
 

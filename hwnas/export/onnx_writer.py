@@ -1,20 +1,19 @@
 """Writes ops and networks directly as ONNX files, without an exporter.
 
 torch.onnx takes 1 to 3 s to trace and translate a block; this takes 1 ms (see
-``block_writer``). The graph is the same as that of ``convert.to_onnx``, operator by
-operator, and the tests compare the two. It is float32, channels-first, with batch size
-1:
+``block_writer``). The graph is that of ``convert.to_onnx``, operator by operator; the
+tests compare the two. It is float32, channels-first, with batch size 1:
 
 - batch norms are folded into weights and biases in float64. Activations are separate
   operators, which runtimes fuse;
-- every convolution pads by kernel // 2 on all sides, as in PyTorch;
+- every convolution pads all sides by dilation * (kernel // 2), as PyTorch does;
 - global pooling is a ReduceMean that keeps the axes. Before the classifier, a Reshape to
   [1, C] follows;
 - the predictions of a detector are a Transpose and a Reshape of each map, and a Concat;
 - a channel shuffle is Reshape, Transpose, Reshape.
 
-The file contains the shapes of all values, as the exporter's files do, so that
-``onnx.checker`` compares them with those that it infers.
+The file contains the shapes of all values, as the exporter's files do. This lets
+``onnx.checker`` compare them with the shapes that it infers.
 """
 
 from __future__ import annotations
@@ -54,6 +53,7 @@ def write_onnx(network: Network, metadata: Mapping[str, str] | None = None) -> b
     ``metadata_props``. Takes about 40 ms for MobileNetV2.
 
     >>> from hwnas.core.spaces import published
+    >>> from hwnas.nn.classifier import ClassificationNetwork
     >>> len(write_onnx(ClassificationNetwork(published("mobilenet_v2")))) // 1_000_000  # MB
     13
     """
@@ -134,17 +134,17 @@ class Graph:
         self._constants.append(numpy_helper.from_array(values, self.scope + name))
         return self.scope + name
 
-    def pack(self, exits: dict[str, str], metadata: Mapping[str, str] | None = None) -> bytes:
-        """Serialise the graph. ``exits``: name of an output -> the value that becomes it."""
-        output_names = {value: name for name, value in exits.items()}
+    def pack(self, outputs: dict[str, str], metadata: Mapping[str, str] | None = None) -> bytes:
+        """Serialise the graph. ``outputs``: name of an output -> the value that becomes it."""
+        output_names = {value: name for name, value in outputs.items()}
         for node in self._nodes:
             node.output[0] = output_names.get(node.output[0], node.output[0])
 
         # Outputs must not be listed among the intermediate values as well.
-        outputs = [_value_info(name, self.shapes.pop(value)) for name, value in exits.items()]
+        exposed = [_value_info(name, self.shapes.pop(value)) for name, value in outputs.items()]
         entry, *between = (_value_info(name, shape) for name, shape in self.shapes.items())
         graph = helper.make_graph(
-            self._nodes, "main_graph", [entry], outputs, self._constants, value_info=between
+            self._nodes, "main_graph", [entry], exposed, self._constants, value_info=between
         )
         model = helper.make_model(
             graph,
@@ -164,7 +164,9 @@ def _value_info(name: str, shape: tuple[int, ...]) -> Any:
 
 
 class OnnxWriter(Graph, BlockWriter[str]):
-    """Translates programs into ONNX operators."""
+    """Translates programs into ONNX operators. The docstring of each method lists the
+    operators that it emits.
+    """
 
     def conv(self, x: str, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> str:
         """Conv and the activation."""
@@ -197,6 +199,7 @@ class OnnxWriter(Graph, BlockWriter[str]):
 
     def pool(self, x: str, node: Node) -> str:
         """AveragePool or MaxPool."""
+        # pooling with even kernels has no padding
         padding = node.kernel // 2 if node.kernel % 2 else 0
         options: dict[str, Any] = {
             "kernel_shape": [node.kernel] * 2,
@@ -225,7 +228,9 @@ class OnnxWriter(Graph, BlockWriter[str]):
         return self.act(x, f"{node.name}.act", node.act)
 
     def along_channels(self, x: str, node: Node, kernel_K: Numbers) -> str:
-        """Reshape to a row of channels, Conv, Reshape, and the activation."""
+        """Reshape to a row of channels, Conv along it, Reshape back to a pixel, and the
+        activation.
+        """
         name = node.name
         pixel = self.shape(x)
         row = (1, 1, pixel[1])
@@ -237,7 +242,9 @@ class OnnxWriter(Graph, BlockWriter[str]):
         return self.act(self.reshape(f"{name}.pixel", x, pixel), f"{name}.act", node.act)
 
     def act(self, x: str, name: str, act: str) -> str:
-        """The operator or operators of an activation."""
+        """The operators of an activation: Sigmoid and Mul for SiLU, one operator for all
+        others.
+        """
         shape = self.shape(x)
         if act == "none":
             return x
@@ -272,15 +279,17 @@ class OnnxWriter(Graph, BlockWriter[str]):
         return self.reshape(f"{name}.flat", x, channels)
 
     def add(self, x: str, y: str, name: str) -> str:
-        """Add."""
+        """Add of two maps."""
+        # both have the same shape, so nothing is broadcast
         return self.operator("Add", name, [x, y], self.shape(y))
 
     def mul(self, x: str, gate: str, name: str) -> str:
-        """Mul."""
+        """Mul of a map by a gate."""
+        # the gate is a single pixel and is broadcast over the map, which gives the shape
         return self.operator("Mul", name, [x, gate], self.shape(x))
 
     def crop(self, x: str, name: str) -> str:
-        """Slice."""
+        """Slice without the first row and the first column."""
         batch, channels, height, width = self.shape(x)
         shape = (batch, channels, height - 1, width - 1)
         return self.slice(
@@ -288,27 +297,27 @@ class OnnxWriter(Graph, BlockWriter[str]):
         )
 
     def channels_joined(self, parts: Sequence[str], name: str) -> str:
-        """Concat."""
+        """Concat along the channels."""
         batch, _, *image = self.shape(parts[0])
         channels = sum(self.shape(part)[1] for part in parts)
         return self.operator("Concat", name, parts, (batch, channels, *image), axis=1)
 
     def first_channels(self, x: str, name: str, channels: int) -> str:
-        """Slice."""
+        """Slice of the first ``channels`` channels."""
         batch, _, *image = self.shape(x)
         return self.slice(
             name, x, (batch, channels, *image), {"starts": (0,), "ends": (channels,), "axes": (1,)}
         )
 
     def zeros(self, name: str, channels: int, size: int) -> str:
-        """A constant."""
+        """A constant map of zeros; no operator."""
         shape = (1, channels, size, size)
         constant = self.floats(name, np.zeros(shape))
         self._constant_shapes[constant] = shape
         return constant
 
     def rows(self, name: str, x: str, columns: int) -> str:
-        """Transpose, Reshape."""
+        """Transpose to channels-last, Reshape to rows."""
         batch, channels, height, width = self.shape(x)
         cells = (batch, height, width, channels)
         x = self.operator("Transpose", f"{name}.cells", [x], cells, perm=[0, 2, 3, 1])
@@ -316,7 +325,7 @@ class OnnxWriter(Graph, BlockWriter[str]):
         return self.reshape(f"{name}.rows", x, (batch, count, columns))
 
     def concatenated(self, name: str, parts: Sequence[str]) -> str:
-        """Concat, of at most ``JOINED`` parts at once, as in the network."""
+        """Concat of at most ``JOINED`` parts at a time, as in the network."""
         joined = list(parts)
         width = self.shape(parts[0])[2]
         while len(joined) > 1:

@@ -153,7 +153,8 @@ def _require_int8(model: bytes, dequantized_outputs: int) -> None:
     if in_float != ["DEQUANTIZE"] * dequantized_outputs:
         culprits = sorted(set(in_float) - {"DEQUANTIZE"}) or ["an input that is also an output"]
         raise ExportError(
-            f"The quantizer has no int8 version of {', '.join(culprits)}, which would run in float32"
+            f"The quantizer has no int8 version of {', '.join(culprits)}, which"
+            f" would run in float32"
         )
 
 

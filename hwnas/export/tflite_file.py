@@ -126,7 +126,8 @@ class _Aligned:
 
     data: bytes
 
-    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802 - what the generated ModelT calls
+    # the generated ModelT calls this name
+    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802
         """Write the buffer, and return its offset. An empty buffer is for tensors that exist
         only while the graph runs, and must have no data field.
         """

@@ -1,24 +1,25 @@
 """Writes ops and networks directly as TFLite files, without a converter.
 
 litert-torch takes 1 to 2 s to convert a block; this takes 1 ms (see ``block_writer``).
-The graph is the same as that of ``convert.to_tflite``, operator by operator, and the
-tests compare the two. It is float32, channels-last, with batch size 1:
+The graph is that of ``convert.to_tflite``, operator by operator, with the one exception
+below; the tests compare the two. It is float32, channels-last, with batch size 1:
 
 - batch norms are folded into weights and biases in float64. ReLU and ReLU6 are fused,
   and HARD_SWISH follows its layer;
-- padding is SAME if TFLite's SAME pads as PyTorch does, by kernel // 2 on every side.
-  Otherwise it is PAD and VALID;
+- padding is SAME where TFLite's SAME pads every side as PyTorch does (by kernel // 2).
+  Elsewhere it is a PAD, followed by the operator with VALID;
 - a convolution in which each input channel has its own filters is DEPTHWISE_CONV_2D,
   even with one input channel;
 - the mean over a 1 x 1 map is left out in squeeze-and-excitation and in heads, and
   becomes a SUM before the classifier;
 - the predictions of a detector are a RESHAPE of each map, and a CONCATENATION;
-- a hard sigmoid adds 3 to the bias of the preceding convolution, applies RELU6 in it,
-  and is completed by a MUL by 1/6.
+- a hard sigmoid after a convolution is computed by the convolution, with 3 added to its
+  bias and a fused RELU6, and a MUL by 1/6. Elsewhere, an ADD of 3 with a fused RELU6
+  takes the place of the convolution.
 
-*Difference from the converter*: a separate classifier or head has no TRANSPOSE before
-the MEAN. The converter adds it only there and never inside a network, and a table must
-contain the cost inside networks.
+*The exception*: the converter adds a TRANSPOSE before the MEAN of a classifier or head,
+but only if the file contains nothing else. Here, such a file has none, because a
+latency table must contain what an op costs inside a network.
 
 Schema: tensorflow/lite/schema/schema.fbs, version 3. Every operator code has the lowest
 version that allows its use in the file. That is 1, except 2 for DEPTHWISE_CONV_2D with
@@ -63,6 +64,7 @@ def write_tflite(network: Network) -> bytes:
     unchanged. The same weights give the same bytes. Takes about 40 ms for MobileNetV2.
 
     >>> from hwnas.core.spaces import published
+    >>> from hwnas.nn.classifier import ClassificationNetwork
     >>> len(write_tflite(ClassificationNetwork(published("mobilenet_v2")))) // 1_000_000  # MB
     13
     """
@@ -102,24 +104,26 @@ def write_heads(network: DetectionNetwork) -> bytes:
     of each map, alternating.
 
     They are [1, size, size, anchors * (classes + 1)] and [1, size, size, anchors * 4], in
-    the order of the rows of ``DetectionNetwork``. Each is a tensor of its own, so that a
-    quantizer need not find one scale for all maps.
+    the order of the rows of ``DetectionNetwork``. Each is a separate tensor, so that a
+    quantizer can choose a scale for each map.
     """
     graph = _Writer()
     size = network.arch.resolution
     entry = graph.tensor(IMAGE, (1, size, size, network.arch.in_channels))
-    exits = []
+    outputs = []
     for classes, boxes in graph.predictions(entry, network):
-        exits += [classes, boxes]
-    return graph.pack(entry, *exits)
+        outputs += [classes, boxes]
+    return graph.pack(entry, *outputs)
 
 
 class _Writer(Graph, BlockWriter[int]):
-    """Translates programs into TFLite operators."""
+    """Translates programs into TFLite operators. The docstring of each method lists the
+    operators that it emits.
+    """
 
     def conv(self, x: int, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> int:
         """PAD if needed, [DEPTHWISE_]CONV_2D, and the activation if it cannot be fused."""
-        depthwise = _depthwise(node)
+        depthwise = _separate_filters(node)
         # TFLite's layouts: 1HWO for depthwise convolutions, OHWI for others
         axes = (1, 2, 3, 0) if depthwise else (0, 2, 3, 1)
         weight = self.constant(f"{node.name}.weight", weight_OIHW.transpose(axes))
@@ -148,7 +152,7 @@ class _Writer(Graph, BlockWriter[int]):
         return self.act(x, f"{node.name}.act", act)
 
     def _padded(self, x: int, node: Node) -> int:
-        """PAD every side as PyTorch does."""
+        """PAD with zeros on every side, as PyTorch does; nothing without padding."""
         pad = _padding(node)
         if pad == 0:
             return x
@@ -169,18 +173,19 @@ class _Writer(Graph, BlockWriter[int]):
         )
 
     def pool(self, x: int, node: Node) -> int:
-        """AVERAGE_POOL_2D or MAX_POOL_2D, directly if SAME or VALID is PyTorch's padding.
+        """AVERAGE_POOL_2D or MAX_POOL_2D, directly if SAME or VALID pads as PyTorch does.
 
-        Otherwise the border is added first. For a maximum, it repeats the outer rows and
-        columns, which cannot change the result, as each window contains them already. For
-        an average, it is PAD with zeros, and each window is then multiplied by the ratio
-        of all its cells to those inside the image.
+        Otherwise a border is added first. For a maximum, it consists of copies of the
+        outer rows and columns. They cannot change the result, because each window that
+        reaches a copy contains the original as well. For an average, it consists of
+        zeros (PAD). A MUL then multiplies each average by the ratio of all cells in its
+        window to those inside the image, as PyTorch does not count the padding.
         """
         options = schema.Pool2DOptionsT()
         options.filterHeight = options.filterWidth = node.kernel
         options.strideH = options.strideW = node.stride
         same = _same_padding(node)
-        options.padding = schema.Padding.SAME if same and _padding(node) else schema.Padding.VALID
+        options.padding = _padding_code(node)
         shape = (1, node.out_size, node.out_size, node.out_ch)
         code = "AVERAGE_POOL_2D" if node.kind == "avgpool" else "MAX_POOL_2D"
         if same or _padding(node) == 0:
@@ -190,28 +195,34 @@ class _Writer(Graph, BlockWriter[int]):
                 x = self._repeated(x, node, axis)
             return self.operator(code, node.name, [x], shape, options)
         x = self.operator(code, node.name, [self._padded(x, node)], shape, options)
-        ratios = _padding_ratios(node)[None, :, :, None]
-        counts = self.constant(f"{node.name}.counts", ratios)
+        ratios = self.constant(f"{node.name}.counts", _padding_ratios(node)[None, :, :, None])
         return self.operator(
-            "MUL", f"{node.name}.counted", [x, counts], shape, schema.MulOptionsT()
+            "MUL", f"{node.name}.counted", [x, ratios], shape, schema.MulOptionsT()
         )
 
     def _repeated(self, x: int, node: Node, axis: int) -> int:
-        """Repeat the outer rows or columns, as many on either side as windows reach beyond
-        the image: SLICE, CONCATENATION.
+        """Add copies of the outer rows or columns, as many on each side as windows reach
+        beyond the image: SLICE, CONCATENATION.
         """
         before = _padding(node)
-        behind = (node.out_size - 1) * node.stride + node.kernel - node.size - before
+        # from the first row of the padding to the last row of the last window
+        covered = (node.out_size - 1) * node.stride + node.kernel
+        after = covered - node.size - before
+
         parts = [x]
-        for count, begin in ((before, 0), (behind, node.size - behind)):
-            if count > 0:
-                starts = [0, 0, 0, 0]
-                starts[axis] = begin
-                size = list(self.shape(x))
-                size[axis] = count
-                border = self._slice(x, f"{node.name}.{axis}.{begin}", starts, size)
-                parts = [border, *parts] if begin == 0 else [*parts, border]
+        if before > 0:
+            parts.insert(0, self._edge(x, node, axis, begin=0, count=before))
+        if after > 0:
+            parts.append(self._edge(x, node, axis, begin=node.size - after, count=after))
         return self.concatenated(f"{node.name}.{axis}", parts, axis)
+
+    def _edge(self, x: int, node: Node, axis: int, *, begin: int, count: int) -> int:
+        """``count`` rows or columns of a map, from ``begin`` on: SLICE."""
+        starts = [0, 0, 0, 0]
+        starts[axis] = begin
+        size = list(self.shape(x))
+        size[axis] = count
+        return self._slice(x, f"{node.name}.{axis}.{begin}", starts, size)
 
     def scaled(self, x: int, node: Node, scale_C: Numbers, shift_C: Numbers) -> int:
         """MUL, ADD, and the activation if it cannot be fused."""
@@ -228,7 +239,9 @@ class _Writer(Graph, BlockWriter[int]):
         return self.act(x, f"{node.name}.act", node.act)
 
     def along_channels(self, x: int, node: Node, kernel_K: Numbers) -> int:
-        """RESHAPE to a row of channels, CONV_2D, RESHAPE, and the activation."""
+        """RESHAPE to a row of channels, CONV_2D along it, RESHAPE back to a pixel, and
+        the activation.
+        """
         channels = self.shape(x)[-1]
         row = (1, 1, channels, 1)
         name = node.name
@@ -243,7 +256,9 @@ class _Writer(Graph, BlockWriter[int]):
         return self.act(x, f"{name}.act", node.act)
 
     def act(self, x: int, name: str, act: str) -> int:
-        """The operator or operators of an activation."""
+        """The operators of an activation: LOGISTIC and MUL for SiLU, ADD and MUL for a hard
+        sigmoid, one operator for all others.
+        """
         if act == "none":
             return x
         if act == "silu":
@@ -273,7 +288,9 @@ class _Writer(Graph, BlockWriter[int]):
         return self._reshape(name, x, (*image, channels))
 
     def mean(self, x: int, name: str, *, flat: bool) -> int:
-        """MEAN. For a single pixel, SUM with ``flat``, and nothing otherwise."""
+        """MEAN over height and width. A single pixel needs no MEAN: SUM with ``flat``, which
+        then only removes the two axes, and nothing otherwise.
+        """
         _, height, width, channels = self.shape(x)
         is_pixel = height == width == 1
         if is_pixel and not flat:
@@ -285,28 +302,30 @@ class _Writer(Graph, BlockWriter[int]):
         return self.operator("SUM" if is_pixel else "MEAN", name, [x, axes], shape, options)
 
     def add(self, x: int, y: int, name: str) -> int:
-        """ADD."""
+        """ADD of two maps."""
+        # both have the same shape, so nothing is broadcast
         return self.operator("ADD", name, [x, y], self.shape(y), schema.AddOptionsT())
 
     def mul(self, x: int, gate: int, name: str) -> int:
-        """MUL."""
+        """MUL of a map by a gate."""
+        # the gate is a single pixel and is broadcast over the map, which gives the shape
         return self.operator("MUL", name, [x, gate], self.shape(x), schema.MulOptionsT())
 
     def crop(self, x: int, name: str) -> int:
-        """SLICE."""
+        """SLICE without the first row and the first column."""
         batch, height, width, channels = self.shape(x)
         return self._slice(x, name, [0, 1, 1, 0], [batch, height - 1, width - 1, channels])
 
     def channels_joined(self, parts: Sequence[int], name: str) -> int:
-        """CONCATENATION."""
+        """CONCATENATION along the channels."""
         return self.concatenated(name, parts, _CHANNELS)
 
     def first_channels(self, x: int, name: str, channels: int) -> int:
-        """SLICE."""
+        """SLICE of the first ``channels`` channels."""
         return self._slice(x, name, [0, 0, 0, 0], [*self.shape(x)[:-1], channels])
 
     def zeros(self, name: str, channels: int, size: int) -> int:
-        """A constant."""
+        """A constant map of zeros; no operator."""
         return self.constant(name, np.zeros((1, size, size, channels)))
 
     def _slice(self, x: int, name: str, begin: Sequence[int], size: Sequence[int]) -> int:
@@ -321,40 +340,50 @@ class _Writer(Graph, BlockWriter[int]):
 
 def _conv_options(node: Node, act: str) -> Any:
     options: Any = schema.Conv2DOptionsT()
-    if _depthwise(node):
+    if _separate_filters(node):
         options = schema.DepthwiseConv2DOptionsT()
         options.depthMultiplier = node.out_ch // node.in_ch
     options.strideH = options.strideW = node.stride
     options.dilationHFactor = options.dilationWFactor = node.dilation
-    # SAME and VALID are equal without padding.
-    is_same = _padding(node) and _same_padding(node)
-    options.padding = schema.Padding.SAME if is_same else schema.Padding.VALID
+    options.padding = _padding_code(node)
     options.fusedActivationFunction = _FUSED.get(act, schema.ActivationFunctionType.NONE)
     return options
 
 
-def _depthwise(node: Node) -> bool:
+def _separate_filters(node: Node) -> bool:
+    """Whether each input channel has its own filters. Unlike ``Node.depthwise``, this
+    allows several filters per channel and a single input channel.
+    """
     return node.groups == node.in_ch
 
 
 def _padding(node: Node) -> int:
-    """How much PyTorch pads each side. Pooling with even kernels has no padding."""
+    """By how many cells PyTorch pads each side. Pooling with even kernels has no padding."""
     return node.dilation * (node.kernel // 2) if node.kernel % 2 else 0
 
 
+def _padding_code(node: Node) -> Any:
+    """SAME if TFLite has to pad, else VALID."""
+    # Without padding, SAME and VALID compute the same; the converter writes VALID.
+    if _padding(node) > 0 and _same_padding(node):
+        return schema.Padding.SAME
+    return schema.Padding.VALID
+
+
 def _same_padding(node: Node) -> bool:
-    """Whether TFLite's SAME pads each side as PyTorch does. With stride 2, that is the case
-    only for odd image sizes.
+    """Whether TFLite's SAME pads each side as PyTorch does, which includes that neither
+    pads at all. With padding and stride 2, this holds only for odd image sizes.
     """
+    # from the first cell of the first window to the last cell of the last one
     covered = (node.out_size - 1) * node.stride + node.dilation * (node.kernel - 1) + 1
     return max(0, covered - node.size) == 2 * _padding(node)
 
 
 def _padding_ratios(node: Node) -> Numbers:
-    """The number of all cells of a window divided by that of its cells inside the image,
-    [out_size, out_size].
+    """For each window, the number of its cells divided by the number of those inside the
+    image: [out_size, out_size].
     """
     starts = np.arange(node.out_size) * node.stride - _padding(node)
     inside = np.minimum(starts + node.kernel, node.size) - np.maximum(starts, 0)
-    quotients: Numbers = node.kernel**2 / np.outer(inside, inside)
-    return quotients
+    ratios: Numbers = node.kernel**2 / np.outer(inside, inside)
+    return ratios

@@ -111,7 +111,7 @@ class ElasticDetector(ElasticHead):
         x_NCHW, last_width = maps[-1]
         # predictors do not see probed channels: their BNs would turn zeros into something
         sources = [(fitted(map_NCHW, width.active), width.active) for map_NCHW, width in maps]
-        channels = last_width.run
+        channels = last_width.computed
         for extra in self._ops(self.extras):
             (x_NCHW,) = extra(x_NCHW, extra.narrowed(channels), tracks)
             channels = extra.op.out_ch

@@ -1,12 +1,21 @@
 """One slot of a super-net: the shared weights of all its options and widths, run under
 gates.
 
-Sharing ``collapsed`` is TuNAS's (arXiv 2008.06120, section 4): one expansion and one
-projection convolution for all kernel sizes and expansions, one depthwise convolution
-per kernel size. Sharing ``separate`` gives every option its own weights (ProxylessNAS,
-FBNet, SPOS, DARTS). The exception is options that differ only in a kernel size cut out
-of a larger one (OFA kernel). ``sources`` (operation on edge) additionally gives each
-producer of the input its own weights.
+Which options share weights is up to ``separate``:
+
+- ``separate=False`` (``collapsed`` in the configuration) is TuNAS's scheme (arXiv
+  2008.06120, section 4): one expansion and one projection convolution for all kernel
+  sizes and expansions, and one depthwise convolution per kernel size.
+- ``separate=True`` (``separate`` in the configuration) gives every option its own
+  weights, as in ProxylessNAS, FBNet, SPOS and DARTS. The exception is options that
+  differ only in their kernel size, if small kernels are cut out of the largest one (OFA
+  kernel): these share.
+
+The input can come from several slots if those in between are skipped. With ``sources``
+> 1 (``operation_on = "edge"``), each slot that the input can come from has its own
+weights; with ``norms`` > 1 (``wsbn``), each has its own BNs. (With ``operation_on =
+"op"``, read "each option of each slot".) How a narrower layer takes its channels and
+its kernel out of a wider one is a separate matter, described by ``elastic.Sharing``.
 """
 
 from __future__ import annotations
@@ -29,31 +38,35 @@ from hwnas.nn.blocks import PLAIN
 from hwnas.nn.elastic import Sharing, elastic
 from hwnas.nn.gates import differentiable, is_number, option_weights, weighted
 
-_OWN_KERNELS = ("depthwise", "conv")
-"""Names of nodes with weights of their own for every kernel size, including 1. Other
-nodes have them only for kernels larger than 1.
+_NODES_WITH_OWN_1X1 = ("depthwise", "conv")
+"""Names of the nodes whose 1x1 kernel also has its own weights if ``Sharing.kernels`` is
+``own``. In all other nodes, only kernels larger than 1 have their own weights.
 """
 
 
 @dataclass(frozen=True)
 class Width:
-    """A stage's output width under gates.
+    """The output width of a stage when several widths may run at once.
 
-    ``active`` is the widest option with a nonzero weight, ``run`` the widest that is
-    computed at all (including probed ones). ``mask_C`` has one weight for each of the
-    first ``run`` channels, the sum over the options that contain it; None means that
-    all are 1.
+    ``active`` is the widest width with a nonzero weight. ``computed`` is the widest that
+    is computed at all, which includes the widths that are only probed. ``mask_C`` has
+    one value for each of the first ``computed`` channels: the total weight of the widths
+    that contain the channel. None means that all are 1.
     """
 
     active: int
-    run: int
+    computed: int
     mask_C: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class SlotGates:
-    """What a slot runs: (option, weight) pairs with nonzero weights, (position, option)
-    pairs that are only probed, and the whole gate vector.
+    """The gates of one slot, split into what runs and what is only probed.
+
+    ``executed`` are the options with nonzero weights, as (option, weight). ``probed``
+    are options with weight zero whose gates get a gradient anyway, as (position in
+    ``slot.options``, option). ``vector`` is the whole gate vector [options]; None if the
+    slot has a single option.
     """
 
     executed: tuple[tuple[str, Any], ...]
@@ -62,13 +75,14 @@ class SlotGates:
 
 
 @dataclass(frozen=True)
-class Run:
-    """How a slot is run.
+class RunOptions:
+    """Settings of one forward pass through a slot.
 
-    ``source`` is the index of the producer that the input comes from. ``skip_dropout``
-    is the dropout behind skips, ``keep_path`` the probability of keeping a residual
-    branch. ``remat`` recomputes options in the backward pass to save memory, and
-    ``tracks`` lets BN update its running statistics.
+    ``source`` is the position of the slot that the input comes from, among the slots
+    that can feed this one. ``skip_dropout`` is the dropout probability after a skip,
+    ``keep_path`` the probability that an image keeps its residual branch. With
+    ``remat``, activations are recomputed in the backward pass to save memory. With
+    ``tracks``, BNs update their running statistics, if they keep any.
     """
 
     source: int = 0
@@ -80,7 +94,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Member:
-    """An option to run: its program at the widths that are run (without the residual)
+    """An option of a group: its program at the computed widths (without the residual)
     and its weight.
     """
 
@@ -94,12 +108,12 @@ class _Branch:
     """What an option computes between two widths.
 
     ``residual`` tells whether the input is added to it. Options with equal
-    ``runs_with`` run as one group.
+    ``group_key`` run as one group.
     """
 
     program: Program
     residual: bool
-    runs_with: Hashable
+    group_key: Hashable
 
 
 class ElasticSlot(nn.Module):
@@ -121,6 +135,7 @@ class ElasticSlot(nn.Module):
         self.norms = norms
         # (option, name of a node) -> name of the shared weights
         self._names: dict[tuple[str, str], str] = {}
+        # (option, active and computed input width, active and computed output width)
         self._branches: dict[tuple[str, int, int, int, int], _Branch | None] = {}
         widest: dict[str, Node] = {}
         kernels: dict[str, set[int]] = {}
@@ -138,7 +153,8 @@ class ElasticSlot(nn.Module):
                         node,
                         in_ch=max(node.in_ch, known.in_ch),
                         out_ch=max(node.out_ch, known.out_ch),
-                        # equal except for depthwise nodes, whose widest has most groups
+                        # nodes with the same name have equally many groups, except for
+                        # depthwise ones, which have one per channel
                         groups=max(node.groups, known.groups),
                     )
 
@@ -152,58 +168,67 @@ class ElasticSlot(nn.Module):
     def _shared_name(self, option: str, node: Node) -> str:
         """The name of the shared weights that a node of an option uses."""
         own_kernels = self.sharing.kernels == "own"
-        parts = node.name.replace(".", "_")
+        # torch does not allow dots in the names of modules
+        name = node.name.replace(".", "_")
         if node.kind == "channels" or (
-            own_kernels and (node.kernel > 1 or node.name in _OWN_KERNELS)
+            own_kernels and (node.kernel > 1 or node.name in _NODES_WITH_OWN_1X1)
         ):
-            parts += f"_k{node.kernel}"
-        # depthwise groups are as many as channels, which slicing takes care of
+            name += f"_k{node.kernel}"
+        # a depthwise node has one group per channel, so slicing channels slices groups too
         if node.groups > 1 and not node.depthwise:
-            parts += f"_g{node.groups}"
+            name += f"_g{node.groups}"
         if not self.separate:
-            return parts
+            return name
 
         if not own_kernels:
-            option = _without_kernel(option)
-        # torch refuses dots in the names of modules
-        return f"{option.replace('.', '_')}|{parts}"
+            option = _option_without_kernel(option)
+        return f"{option.replace('.', '_')}|{name}"
 
     def forward(
-        self, x_NCHW: Tensor, gates: SlotGates, into: Width, out: Width, run: Run = Run()
+        self,
+        x_NCHW: Tensor,
+        gates: SlotGates,
+        into: Width,
+        out: Width,
+        run: RunOptions = RunOptions(),
     ) -> Tensor:
-        """The gated sum of the slot's options: [N, into.run, H, W] -> [N, out.run, H', W']."""
+        """The sum of the slot's options, weighted by their gates: [N, into.computed, H, W]
+        -> [N, out.computed, H', W'].
+        """
         groups: dict[Hashable, list[_Member]] = {}
-        # total weight of the options with a residual, and of skip
-        identity: Any = 0.0
-        skipped: Any = 0.0
+        # total weight of the options that add their input to their output
+        residual_weight: Any = 0.0
+        # weight of the option that only passes its input on
+        skip_weight: Any = 0.0
         all_residual = True
         for option, weight in gates.executed:
-            option_branch = self._branch(option, into, out)
-            if option_branch is None:
-                skipped = skipped + weight
+            branch = self._branch(option, into, out)
+            if branch is None:
+                skip_weight = skip_weight + weight
                 continue
-            if option_branch.residual:
-                identity = identity + weight
+            if branch.residual:
+                residual_weight = residual_weight + weight
             else:
                 all_residual = False
-            member = _Member(option, option_branch.program, weight)
-            groups.setdefault(option_branch.runs_with, []).append(member)
+            member = _Member(option, branch.program, weight)
+            groups.setdefault(branch.group_key, []).append(member)
 
-        branch = _sum(
-            fitted(self._gated(x_NCHW, members, run), out.run) for members in groups.values()
+        y_NCHW = _sum(
+            fitted(self._gated(x_NCHW, members, run), out.computed) for members in groups.values()
         )
         terms = []
-        if branch is not None:
-            # without a residual, a dropped path would leave the image nothing at all
+        if y_NCHW is not None:
+            # without a residual, an image whose path is dropped would have no output at all
             if all_residual and self.training and run.keep_path < 1.0:
-                branch = _drop_path(branch, run.keep_path)
+                y_NCHW = _drop_path(y_NCHW, run.keep_path)
             if out.mask_C is not None:
-                branch = branch * out.mask_C[:, None, None]
-            terms.append(branch)
-        if not is_number(identity, 0.0):
-            terms.append(weighted(fitted(x_NCHW, out.run), identity))
-        if not is_number(skipped, 0.0):
-            terms.append(weighted(F.dropout(x_NCHW, run.skip_dropout, self.training), skipped))
+                y_NCHW = y_NCHW * out.mask_C[:, None, None]
+            terms.append(y_NCHW)
+        if not is_number(residual_weight, 0.0):
+            terms.append(weighted(fitted(x_NCHW, out.computed), residual_weight))
+        if not is_number(skip_weight, 0.0):
+            skip_NCHW = F.dropout(x_NCHW, run.skip_dropout, self.training)
+            terms.append(weighted(skip_NCHW, skip_weight))
         assert terms, f"nothing runs in {self.slot.key}"
 
         total: Tensor = _sum(terms)
@@ -213,15 +238,15 @@ class ElasticSlot(nn.Module):
         return total
 
     def _branch(self, option: str, into: Width, out: Width) -> _Branch | None:
-        """What an option computes at the active widths, stretched to the widths that
-        are run; None for skip.
+        """What an option computes at the active widths, stretched to the computed
+        widths; None for skip.
 
-        Grouped convolutions that read the input are not stretched: other channels would
-        share a group, and the BN of a depthwise one would turn channels that are 0 into
-        something. Grouped convolutions that produce the output are not stretched
-        either. Both ignore the additional channels.
+        The input side is not stretched if a grouped convolution reads it: channels would
+        move to other groups, and after a depthwise one, BN would give channels that are
+        all zero a nonzero value. Nor is the output side if a grouped convolution writes
+        it. The extra channels are ignored there.
         """
-        key = (option, into.active, into.run, out.active, out.run)
+        key = (option, into.active, into.computed, out.active, out.computed)
         if key not in self._branches:
             op = self.slot.op(option, into.active, out.active)
             if op is None:
@@ -237,38 +262,43 @@ class ElasticSlot(nn.Module):
         grouped_input = any(node.groups > 1 for node in readers)
         grouped_output = program.nodes[output - 1].groups > 1
 
-        in_ch = into.active if grouped_input else into.run
-        out_ch = out.active if grouped_output else out.run
+        in_ch = into.active if grouped_input else into.computed
+        out_ch = out.active if grouped_output else out.computed
         stretched = op.resized(in_ch, out_ch).program
-        runs_with = option if self.separate else _without_kernels(stretched)
-        return _Branch(stretched, op.residual, runs_with)
+        group_key = option if self.separate else _program_without_kernels(stretched)
+        return _Branch(stretched, op.residual, group_key)
 
-    def _gated(self, x_NCHW: Tensor, members: list[_Member], run: Run) -> Tensor:
+    def _gated(self, x_NCHW: Tensor, members: list[_Member], run: RunOptions) -> Tensor:
         """The output of a group. With ``remat``, its activations are not kept but
         computed again in the backward pass.
         """
         if not run.remat or not self.training:
             return self._group(x_NCHW, members, run)
 
-        # running statistics must not count a batch twice
-        runs = chain([run], repeat(replace(run, tracks=False)))
-        # nothing else draws in here, and reading the generator's state waits for the GPU
-        draws = self.sharing.channels in ("chunk", "random")
+        # checkpoint calls the lambda once in the forward pass and again in the backward
+        # pass; only the first call may update the running statistics of BN
+        run_of_each_call = chain([run], repeat(replace(run, tracks=False)))
+        # Only random channels draw random numbers in here. Otherwise the generator's state
+        # is not saved, because reading it waits for the GPU.
+        draws_channels = self.sharing.channels in ("chunk", "random")
         gated: Tensor = checkpoint(
-            lambda x: self._group(x, members, next(runs)),
+            lambda x: self._group(x, members, next(run_of_each_call)),
             x_NCHW,
             use_reentrant=False,
-            preserve_rng_state=draws,
+            preserve_rng_state=draws_channels,
         )
         return gated
 
-    def _group(self, x_NCHW: Tensor, members: list[_Member], run: Run) -> Tensor:
+    def _group(self, x_NCHW: Tensor, members: list[_Member], run: RunOptions) -> Tensor:
         """The output of options that differ only in their kernels, times the sum of
-        their weights. Outputs of differing kernels are mixed; all else runs once.
+        their weights. Nodes whose kernels differ run once per option and their outputs
+        are averaged; all other nodes run once.
         """
         first = members[0]
-        # before the nodes run: the order of the graph decides how gradients are rounded
+        # Computed before the nodes run: the order of operations in the autograd graph is
+        # the order in which gradients are summed, and so decides how they are rounded.
         total_weight = _total_weight(members)
+        # value 0 is the input, value i + 1 the output of node i
         values = {INPUT: fitted(x_NCHW, first.program.in_ch)}
         for position, node in enumerate(first.program.nodes):
             inputs = [values[i] for i in node.inputs]
@@ -277,43 +307,48 @@ class ElasticSlot(nn.Module):
             elif any(member.program.nodes[position] != node for member in members[1:]):
                 y_NCHW = self._mixed(inputs[0], members, position, run)
             else:
-                y_NCHW = self._run(inputs[0], first.option, node, run)
+                y_NCHW = self._layer_output(inputs[0], first.option, node, run)
             values[position + 1] = y_NCHW
             for i in first.program.endings[position]:
                 del values[i]
         [output] = first.program.outputs
         return weighted(values[output], total_weight)
 
-    def _mixed(self, x_NCHW: Tensor, members: list[_Member], position: int, run: Run) -> Tensor:
+    def _mixed(
+        self, x_NCHW: Tensor, members: list[_Member], position: int, run: RunOptions
+    ) -> Tensor:
         """The weighted mean of a node's outputs with the kernels of several options."""
         total_weight = _total_weight(members)
         outputs = []
         for member in members:
-            y_NCHW = self._run(x_NCHW, member.option, member.program.nodes[position], run)
+            node = member.program.nodes[position]
+            y_NCHW = self._layer_output(x_NCHW, member.option, node, run)
             outputs.append(member.weight / total_weight * y_NCHW)
         total: Tensor = sum(outputs[1:], outputs[0])
         return total
 
-    def _run(self, x_NCHW: Tensor, option: str, node: Node, run: Run) -> Tensor:
-        """The output of one node with weights."""
+    def _layer_output(self, x_NCHW: Tensor, option: str, node: Node, run: RunOptions) -> Tensor:
+        """The output of a node that has weights."""
         layer = self._layers(run.source)[self._names[option, node.name]]
         y_NCHW: Tensor = layer(x_NCHW, node, self._norm(run.source), run.tracks)
         return y_NCHW
 
     def _layers(self, source: int) -> Any:
-        """The layers for a producer of the input, by the names of the shared weights."""
+        """The layers for inputs from a source, by the names of the shared weights."""
         return self.copies[source if len(self.copies) > 1 else 0]
 
     def _norm(self, source: int) -> int:
-        """The index of the BNs for a producer of the input."""
+        """The index of the BNs for inputs from a source."""
         return source if self.norms > 1 else 0
 
-    def _probe(self, option: str, into: Width, out: Width, run: Run) -> Callable[[Tensor], Tensor]:
-        """A function from the input to an option's whole output, with residual and mask
-        but without any dropout.
+    def _probe(
+        self, option: str, into: Width, out: Width, run: RunOptions
+    ) -> Callable[[Tensor], Tensor]:
+        """A function from the input to the complete output of an option, with residual
+        and mask but without any dropout.
         """
         only_option = SlotGates(((option, 1.0),))
-        plain_run = Run(run.source, tracks=False)
+        plain_run = RunOptions(run.source, tracks=False)
         return lambda x_NCHW: self(x_NCHW, only_option, into, out, plain_run)
 
     def weights(self, option: str, op: Op, source: int = 0) -> dict[str, Tensor]:
@@ -328,13 +363,15 @@ class ElasticSlot(nn.Module):
 
 
 class _Probed(torch.autograd.Function):
-    """Passes the output through. In the backward pass, the gate of each probed option
-    gets the inner product of the option's output and the gradient of the slot's output.
+    """Returns the slot's output unchanged, and gives the gate of each probed option a
+    gradient in the backward pass.
 
-    A probed option runs only in the backward pass and without a graph, so it costs time
-    but no memory (ProxylessNAS's ``full_v2``). The product is the derivative of the sum
-    of all options' outputs. Options that share a projection (``collapsed``) are probed
-    as if they did not.
+    This gradient is the derivative of the loss with respect to the gate, where the
+    slot's output is the sum of its options' outputs times their gates: the inner product
+    of the option's output and the gradient of the slot's output. A probed option runs
+    only in the backward pass and without a graph, so it costs time but no memory
+    (ProxylessNAS's ``full_v2``). Options that share a projection (``collapsed``) are
+    probed as if each had its own.
     """
 
     @staticmethod
@@ -350,7 +387,7 @@ class _Probed(torch.autograd.Function):
         ctx.probes = probes
         ctx.gate = gate.detach()
         kind = x_NCHW.device.type
-        # the backward pass does not run under the forward pass's autocast by itself
+        # autograd does not restore the forward pass's autocast in the backward pass
         ctx.autocast = {
             "device_type": kind,
             "dtype": torch.get_autocast_dtype(kind),
@@ -370,10 +407,11 @@ class _Probed(torch.autograd.Function):
         return gradient, None, by_gate, None
 
 
-def executed(slot: Slot, gate: Any, probed: Sequence[int] = ()) -> SlotGates:
-    """The gates of a slot from its gate vector and the positions of options to probe.
+def slot_gates(slot: Slot, gate: Any, probed: Sequence[int] = ()) -> SlotGates:
+    """Split a slot's gate vector into the options that run and those only probed.
 
-    ``gate`` may be None if the slot has a single option, which then runs.
+    ``probed`` are the positions of the options to probe; those with a nonzero gate run
+    anyway. ``gate`` may be None if the slot has a single option, which then runs.
     """
     if gate is None:
         assert len(slot.options) == 1, f"no gate for {slot.key}"
@@ -387,16 +425,16 @@ def executed(slot: Slot, gate: Any, probed: Sequence[int] = ()) -> SlotGates:
 
 
 def skips(gates: SlotGates) -> bool:
-    """Whether nothing but skip is executed."""
+    """Whether skip is the only option that runs."""
     return all(option == SKIP for option, _ in gates.executed)
 
 
-def _without_kernel(option: str) -> str:
-    """An option without its kernel: equal for options that differ only in that."""
+def _option_without_kernel(option: str) -> str:
+    """An option without its kernel size: equal for options that differ only in that."""
     return "_".join(part for part in option.split("_") if not part.startswith("k"))
 
 
-def _without_kernels(program: Program) -> Program:
+def _program_without_kernels(program: Program) -> Program:
     """A program with all kernel sizes set to 0: equal for programs that differ only in
     those.
     """
@@ -408,19 +446,19 @@ def _total_weight(members: Sequence[_Member]) -> Any:
 
 
 def _sum(terms: Iterable[Any]) -> Any:
-    """The sum of the terms; None if there are none. Terms are consumed one by one, so
-    that at most two are in memory.
+    """The sum of the terms; None without terms. Terms are consumed one by one, so that
+    only the total and one term are in memory at a time.
     """
     total: Any = None
     for term in terms:
-        # not sum(): 0 + term would be one more pass over the first map
+        # not sum(): its 0 + first term would copy a whole feature map
         total = term if total is None else total + term
     return total
 
 
 def fitted(x_NCHW: Tensor, channels: int) -> Tensor:
-    """The first ``channels`` channels, padded with zeros if there are fewer. Channels of
-    widths that are only probed are zero.
+    """The first ``channels`` channels, padded with zeros if there are fewer. The extra
+    channels are those of widths that are only probed.
     """
     missing = channels - x_NCHW.shape[1]
     if missing == 0:
@@ -431,8 +469,8 @@ def fitted(x_NCHW: Tensor, channels: int) -> Tensor:
 
 
 def _drop_path(y_NCHW: Tensor, keep: float) -> Tensor:
-    """Zero whole images of a residual branch with probability 1 - keep, and divide the
-    others by keep.
+    """Set a residual branch to zero for whole images with probability 1 - ``keep``, and
+    divide it by ``keep`` for the others, so that its mean stays the same.
     """
     kept_N111 = torch.rand(y_NCHW.shape[0], 1, 1, 1, device=y_NCHW.device) < keep
     return y_NCHW * (kept_N111.to(y_NCHW.dtype) / keep)

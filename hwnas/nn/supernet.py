@@ -48,7 +48,7 @@ from hwnas.nn.elastic_head import ElasticClassifier, ElasticHead
 from hwnas.nn.gates import differentiable, is_number, option_weights
 from hwnas.nn.network import Network, network_of
 from hwnas.nn.shared import Gates, Probes, Supernet, check_proxy_resolution, resized, resolve_config
-from hwnas.nn.slot import ElasticSlot, Run, Width, executed, skips
+from hwnas.nn.slot import ElasticSlot, RunOptions, Width, skips, slot_gates
 from hwnas.nn.transfer import Transferred
 
 __all__ = [
@@ -168,17 +168,18 @@ class MacroSupernet(Supernet):
                 width = _width(slot, gates, probes, x_NCHW)
             kept, state = _kept(slot, gates, probes)
             if state != "off" and not self._beyond_proxy_depth(slot):
-                slot_gates = executed(slot, gates.get(slot.key), probes.get(slot.key, ()))
-                remat = self.config.remat and len(slot_gates.executed) > 1
+                own_gates = slot_gates(slot, gates.get(slot.key), probes.get(slot.key, ()))
+                remat = self.config.remat and len(own_gates.executed) > 1
                 source = self.producers[position].index(producer)
-                run = Run(source, skip_dropout, self._keep_path(position), remat, self.tracking)
-                y_NCHW = module(x_NCHW, slot_gates, into, width, run)
+                keep_path = self._keep_path(position)
+                run = RunOptions(source, skip_dropout, keep_path, remat, self.tracking)
+                y_NCHW = module(x_NCHW, own_gates, into, width, run)
                 if not is_number(kept, 1.0):
                     y_NCHW = kept * y_NCHW + (1 - kept) * x_NCHW
                 x_NCHW = y_NCHW
                 # a slot that passes its input on is not the producer of its output
-                if state == "executed" and not skips(slot_gates):
-                    producer = self._producer(position, slot_gates.executed[0][0])
+                if state == "executed" and not skips(own_gates):
+                    producer = self._producer(position, own_gates.executed[0][0])
             if position in head.tapped:
                 maps.append((x_NCHW, width))
         return head.outputs(maps, self.tracking)
@@ -469,16 +470,16 @@ def _width(slot: Slot, gates: Gates, probes: Probes, x_NCHW: Tensor) -> Width:
     values = gate.tolist()
     probed = probes.get(slot.out_key, ())
     active = max(slot.out_widths[i] for i, value in enumerate(values) if value != 0.0)
-    run = max([active, *(slot.out_widths[i] for i in probed)])
+    computed = max([active, *(slot.out_widths[i] for i in probed)])
     # a single width at weight 1 needs no mask, unless the gate wants a gradient
     if sorted(values)[-2:] == [0.0, 1.0] and not probed and not differentiable(gate):
         return Width(active, active)
 
     weights = torch.as_tensor(gate).to(x_NCHW)
-    channels = torch.arange(run, device=x_NCHW.device)
+    channels = torch.arange(computed, device=x_NCHW.device)
     widths = torch.tensor(slot.out_widths, device=x_NCHW.device)
     contains = channels[None] < widths[:, None]
-    return Width(active, run, weights @ contains.to(x_NCHW))
+    return Width(active, computed, weights @ contains.to(x_NCHW))
 
 
 def _kept(

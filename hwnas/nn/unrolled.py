@@ -20,7 +20,8 @@ The difference is exact if L_train is quadratic in w.
 - v is the gradient of the loss. An early version of the code (8876e79) adds weight
   decay to it, which no term of equation 8 contains.
 - The momentum buffers are only read; the code multiplies them in place by the momentum.
-- The virtual step is one of SGD with momentum, whatever optimiser trains the weights.
+- The virtual step is always a step of SGD, whatever optimiser trains the weights. The
+  caller passes a momentum and its buffers only if that optimiser is itself SGD.
 """
 
 from __future__ import annotations

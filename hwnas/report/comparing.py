@@ -140,7 +140,8 @@ def ranks(study: CompareStudy) -> Markup | None:
             figure,
             "comparing",
             f"Strip plot of true ranks among {study.architectures} architectures by method,"
-            f" {len(study.seeds)} seeds. {medians}; a random one: mean rank {study.random.rank:.0f}.",
+            f" {len(study.seeds)} seeds. {medians}; a random one:"
+            f" mean rank {study.random.rank:.0f}.",
         )
 
 

@@ -173,6 +173,8 @@ def _draw(axes: Axes, study: ShrinkStudy, field: str) -> None:
     for curve, colour, marker, style in lines:
         values = [getattr(stage, field) for stage in curve.remaining]
         drops = [drop for drop, value in enumerate(values) if value is not None]
+        if not drops:  # the legend would list a curve that is not there
+            continue
         axes.plot(
             drops,
             [100 * values[drop] for drop in drops],

@@ -215,5 +215,6 @@ class Strategy(ABC):
         """The method's own state: tensors, numbers, strings and containers of them."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (some methods have no state)
+    # not abstract: some methods have no state
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Restore the state."""

@@ -4,15 +4,17 @@ Bender, Liu, Chen, Chu, Cheng, Kindermans, Le: "Can weight sharing outperform ra
 architecture search? An investigation with TuNAS" (CVPR 2020, arXiv 2008.06120);
 released code google-research:tunas/. The constants are those of the code.
 
-Every decision d (skip or not, kernel, expansion, width) has its own categorical
-distribution pi_d = softmax(logits_d). All logits start at 0. Each step:
+A *choice* of the space is split into *decisions*: skip or not, kernel, expansion, ...;
+a width is a single decision. Every decision d has its own categorical distribution
+pi_d = softmax(logits_d), and all logits start at 0. Each step:
 
 1. Shared weights: sample an architecture a ~ pi and update the weights that a uses on
    one training batch.
 2. Held-out quality Q(a): the accuracy of a on a *different*, held-out batch, 4 times as
    large, with the updated weights; BN uses the statistics of that batch.
 3. Reward: R = Q + beta * |T(a) / T0 - 1| with beta = -0.10, where T(a) is the latency
-   and T0 the target (the objective; equation 2 of the paper).
+   (or any other cost with a target) and T0 the target (the objective; equation 2 of the
+   paper).
 4. REINFORCE: loss = -(R - b) * log pi(a). The baseline b is an exponential moving
    average of R (momentum 0.95, zero-debiased). log pi is *hierarchical*: the kernel and
    expansion of a skipped slot do not count.
@@ -20,10 +22,10 @@ distribution pi_d = softmax(logits_d). All logits start at 0. Each step:
    for the first 25 % of the steps (the RL delay), then starts at rl_lr and rises
    exponentially to 10 * rl_lr.
 
-Warm-up: during the first 25 % of the steps, each decision is replaced, independently
-and with probability p(t) = 1 - t / (0.25 T), where T is the number of steps. A kernel
-or skip decision then uses the average of *all* its options (op warm-up); an expansion
-or width decision uses its largest option (filter warm-up).
+Warm-up: during the first 25 % of the N steps, each decision of step n is replaced,
+independently, with probability p(n) = 1 - n / (0.25 N). A kernel or skip decision then
+uses the average of *all* its options (op warm-up); an expansion or width decision uses
+its largest option (filter warm-up).
 
 *Differences from the paper*:
 
@@ -36,12 +38,12 @@ or width decision uses its largest option (filter warm-up).
   search does not converge far enough for this argmax to hit the target, so the argmax
   is only one of the proposals. The others are drawn from the final policy, all within
   the target's tolerance, and the search stage ranks them by recalibrated held-out
-  accuracy. ``candidates = 1`` is the paper's rule whenever the argmax is within the
-  tolerance.
-- ``rl_lr``: the paper's 3e-4 per 256 images is for 27,000 steps of 32 samples; short
-  searches need a larger one (ours).
-- Rematerialisation, which recomputes the options of a mixture (as in op warm-up), is
-  an option of the super-net (``search.supernet.remat``).
+  accuracy. ``search.candidates = 1`` is the paper's rule whenever the argmax is within
+  the tolerance.
+- ``rl_lr``: the default is the paper's 3e-4 per 256 images, which suits its 27,000
+  steps of 32 samples. Short searches need a larger value; our configurations set one.
+- Rematerialisation (recomputing the activations of averaged options in the backward
+  pass to save memory) is a setting of the super-net, ``search.supernet.remat``.
 """
 
 from __future__ import annotations
@@ -63,13 +65,16 @@ from hwnas.search.proposal import propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 FILTER_AXES = ("expansion", "width")
-"""Axes with filter warm-up (the largest option). ``width`` also stands for depths and
-resolutions. All other axes (kernel, skip, SE, groups) have op warm-up (the average).
+"""Axes with filter warm-up (the largest option). All other axes (kernel, skip, SE,
+groups) have op warm-up (the average). Depths and resolutions have filter warm-up,
+because ``_factors`` also names their only axis "width".
 """
 
 
 class TuNASConfig(BaseModel):
-    """TuNAS's constants; the defaults are the paper's."""
+    """TuNAS's constants. The defaults are those of the released code, except
+    ``architectures`` (paper: 32 per step).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -81,7 +86,7 @@ class TuNASConfig(BaseModel):
         ),
     )
     rl_lr_ramp: float = Field(
-        10.0, ge=1, description="factor by which this rate has grown at the end of the search"
+        10.0, ge=1, description="factor by which rl_lr has grown at the end of the search"
     )
     rl_delay: float = Field(
         0.25, ge=0, lt=1, description="fraction of the steps before the policy starts to learn"
@@ -179,7 +184,8 @@ class Controller:
             weights: dict[str, np.ndarray] = {}
             for name, axis in _decisions(choice.key, factors):
                 p = probabilities[name]
-                # drawn even if warm-up replaces it: the number of draws is constant
+                # Drawn even if a warm-up replaces it, so that every decision uses the
+                # same random numbers whatever happens to the others.
                 option = int(rng.choice(len(p), p=p))
                 if rng.random() < warmup_probability:
                     weights[name] = _warmup_weights(axis, len(p))
@@ -189,12 +195,14 @@ class Controller:
             gate = _joint(choice.key, factors, weights)
             gates[choice.key] = gate
 
-            # hierarchical: decisions below a skip had no effect, so they do not count
+            # Option 1 skips the block. Hierarchical: the other decisions on a skipped
+            # block had no effect, so they do not count.
             if decided.get(f"{choice.key}.skip") == 1:
                 for axis, _ in factors.axes:
                     decided.pop(f"{choice.key}.{axis}", None)
 
-            # a mixture of options is not an architecture
+            # A gate with maximum 1 is one-hot. Any other is a mixture of options, which
+            # is not an architecture: from then on, picks stays None.
             if picks is not None and gate.max() == 1.0:
                 picks[choice.key] = choice.options[int(gate.argmax())]
             else:
@@ -207,12 +215,12 @@ class Controller:
         rewards: Sequence[float],
         lr: float,
         baseline_momentum: float = 0.95,
-        entropy: float = 0.0,
+        entropy_weight: float = 0.0,
     ) -> list[float]:
         """One REINFORCE step, averaged over ``samples``. Returns the advantages R - b.
 
-        The baseline b includes the present rewards, so the very first ones have a mean
-        advantage of 0.
+        The baseline b already includes the current rewards, so the advantages of the
+        first update average to 0.
         """
         # Zero-debiased: both sums start at 0, and their quotient is a weighted average.
         m = baseline_momentum
@@ -223,8 +231,8 @@ class Controller:
 
         # -(R - b) * log pi(a), averaged over the samples, minus the entropy bonus
         loss = torch.zeros((), dtype=torch.float64)
-        if entropy:
-            loss = -entropy * self.entropy()
+        if entropy_weight:
+            loss = -entropy_weight * self.entropy()
         for sample, advantage in zip(samples, advantages, strict=True):
             log_pi: list[Tensor] = []
             for name, option in sample.decided.items():
@@ -233,8 +241,8 @@ class Controller:
                 loss = loss - advantage / len(samples) * torch.stack(log_pi).sum()
 
         self.optimizer.param_groups[0]["lr"] = lr
-        # Adam skips a parameter whose gradient is None. With zeros instead, it treats
-        # logits without a decision like all others, also after a resume.
+        # Adam ignores parameters whose gradient is None. Zero gradients make it update
+        # the state of every logit in every step, whether or not its decision was made.
         for logits in self.logits.values():
             logits.grad = torch.zeros_like(logits)
         # if warm-ups replaced all decisions, the loss is a constant
@@ -252,12 +260,12 @@ class Controller:
             p_keep: Tensor | float = 1.0
             for name, axis in _decisions(key, factors):
                 log_p = torch.log_softmax(self.logits[name], 0)
-                entropy = -(log_p.exp() * log_p).sum()
+                entropy_d = -(log_p.exp() * log_p).sum()
                 if axis == "skip":
-                    total = total + entropy
-                    p_keep = log_p.exp()[0]
+                    total = total + entropy_d
+                    p_keep = log_p.exp()[0]  # option 0 keeps the block
                 else:
-                    total = total + p_keep * entropy
+                    total = total + p_keep * entropy_d
         return total
 
     def best(self) -> Picks:
@@ -272,7 +280,9 @@ class Controller:
         return picks
 
     def option_probabilities(self) -> dict[str, np.ndarray]:
-        """Choice key -> probabilities [options]: gates for the expected latency."""
+        """The policy by choice instead of by decision: choice key -> probabilities
+        [options]. These are the gates for the expected cost.
+        """
         p = self.probabilities()
         return {key: _joint(key, factors, p) for key, factors in self.factors.items()}
 
@@ -295,17 +305,22 @@ class Controller:
 
 
 def _factors(choice: Choice) -> Factors:
-    """The decisions that a choice is split into."""
+    """The decisions that a choice is split into. A width, depth or resolution is a
+    single decision, on the axis "width".
+    """
     if choice.kind == "op":
         return factorise(tuple(map(str, choice.options)))
+
     # ascending, whatever the order in the space: filter warm-up takes the last
-    widths = sorted(map(float, choice.options))
-    positions = [(widths.index(float(option)),) for option in choice.options]
-    return Factors((("width", tuple(widths)),), tuple(positions))
+    values = sorted(map(float, choice.options))
+    grid = tuple((values.index(float(option)),) for option in choice.options)
+    return Factors(axes=(("width", tuple(values)),), grid=grid)
 
 
 def _decisions(key: str, factors: Factors) -> list[tuple[str, str]]:
-    """(decision name, axis) of a choice, skip first. Its option 1 means to skip."""
+    """The (name, axis) of every decision of a choice, skip first. The skip decision has
+    two options: 0 keeps the block, 1 skips it.
+    """
     decisions = []
     if factors.skippable:
         decisions.append((f"{key}.skip", "skip"))
@@ -324,6 +339,8 @@ def _warmup_weights(axis: str, count: int) -> np.ndarray:
 
 def _joint(key: str, factors: Factors, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     """Weights [options] of a choice: the product of the weights of its decisions."""
+    # Option 0 of a skip decision keeps the block, option 1 skips it. Without such a
+    # decision, the block is always kept.
     keep, skip = weights.get(f"{key}.skip", np.array([1.0, 0.0]))
     gate = np.empty(len(factors.grid))
     for i, positions in enumerate(factors.grid):
@@ -345,7 +362,7 @@ class TuNAS(Strategy):
 
     def __init__(self, config: TuNASConfig) -> None:
         self.config = config
-        self.controller: Controller
+        self.controller: Controller  # created by setup()
 
     def setup(self, ctx: SearchContext) -> None:
         """Create the controller. Its policy starts uniform over the decisions."""
@@ -361,7 +378,7 @@ class TuNAS(Strategy):
         delay_end = math.ceil(self.config.rl_delay * ctx.steps)
         return warmup_end, delay_end
 
-    def rl_rate(self, ctx: SearchContext) -> float:
+    def policy_lr(self, ctx: SearchContext) -> float:
         """The policy's learning rate at this step; 0 during the RL delay."""
         config = self.config
         progress = ctx.step / ctx.steps
@@ -372,7 +389,7 @@ class TuNAS(Strategy):
         return float(start * config.rl_lr_ramp**ramp_fraction)
 
     def warmup_probability(self, ctx: SearchContext) -> float:
-        """The probability p(t) that a warm-up replaces a decision at this step."""
+        """The probability p(n) that a warm-up replaces a decision at this step."""
         warmup_steps = self.config.warmup * ctx.steps
         if not warmup_steps:
             return 0.0
@@ -383,7 +400,7 @@ class TuNAS(Strategy):
         policy by the rewards of the same architectures.
         """
         config = self.config
-        latency_name = ctx.cost_model.unit.quantity
+        cost_name = ctx.cost_model.unit.quantity
 
         # 1. shared weights: train the sampled architectures
         probability = self.warmup_probability(ctx)
@@ -393,18 +410,20 @@ class TuNAS(Strategy):
         gates = [sample.gates for sample in samples]
         metrics = ctx.train(*gates, split=True)
 
-        rate = self.rl_rate(ctx)
-        if rate > 0.0:
+        policy_lr = self.policy_lr(ctx)
+        if policy_lr > 0.0:
             # 2. held-out quality, with the weights just updated
             qualities = ctx.qualities(*gates, multiple=config.held_out_multiple)
-            # 3. reward; warm-up ends before the delay, so all gates are architectures
-            latencies = [float(ctx.cost_model.expected(gate)) for gate in gates]
-            rewards = [ctx.reward(q, t) for q, t in zip(qualities, latencies, strict=True)]
+            # 3. reward; warm-up is over once the RL delay ends, so every gate is one-hot
+            costs = [float(ctx.cost_model.expected(gate)) for gate in gates]
+            rewards = [ctx.reward(q, t) for q, t in zip(qualities, costs, strict=True)]
             # 4., 5. REINFORCE with a baseline, by Adam
-            self.controller.update(samples, rewards, rate, config.baseline_momentum, config.entropy)
+            self.controller.update(
+                samples, rewards, policy_lr, config.baseline_momentum, config.entropy
+            )
             metrics |= {
                 "quality": float(np.mean(qualities)),
-                latency_name: float(np.mean(latencies)),
+                cost_name: float(np.mean(costs)),
                 "reward": float(np.mean(rewards)),
             }
 

@@ -1,5 +1,6 @@
-"""The shared weights of a search: implements ``verbs.SharedWeights`` by a super-net on
-the engine.
+"""The weights that a search trains: ``SupernetWeights`` implements the protocol
+``verbs.SharedWeights`` by a super-net, whose weights the engine updates. ``Batches``
+supplies the training and held-out batches of every step.
 """
 
 from __future__ import annotations
@@ -18,26 +19,26 @@ from hwnas.data.images import Batch, Images, training_batches
 from hwnas.engine import Criterion, Engine, Microbatch
 from hwnas.nn.network import Network
 from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
-from hwnas.nn.unrolled import unrolled_gate_gradients
+from hwnas.nn.unrolled import Loss, unrolled_gate_gradients
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.verbs import Metrics
 
 
 @dataclass(frozen=True)
-class _Position:
-    """A stream of the batches of every ``stride``-th step; ``batch`` is the last one
-    taken, that of ``step``.
+class _Stream:
+    """An iterator over the batches of every ``stride``-th step, and the last ``batch``
+    taken from it, which belongs to ``step``.
     """
 
     step: int
     stride: int
-    stream: Iterator[Batch]
+    batches: Iterator[Batch]
     batch: Batch
 
 
 class Batches:
-    """Training and held-out batches by step. Each depends on nothing but the step, so a
-    resumed search sees the same ones.
+    """Training and held-out batches by step. A batch depends only on the seed and the
+    step, so a resumed search sees the same batches.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.steps = steps
-        self._streams: dict[int, _Position] = {}
+        self._streams: dict[int, _Stream] = {}
 
     def train(self, step: int) -> Batch:
         """The training batch of a step."""
@@ -68,40 +69,41 @@ class Batches:
         size = min(self.batch_size * multiple, len(self.held_out_images))
         return self._at(multiple, self.held_out_images, size, self.seed + 1, step)
 
-    def _at(self, name: int, images: Images, size: int, seed: int, step: int) -> Batch:
-        """The batch of a step; the same one if it is asked for again in that step.
+    def _at(self, key: int, images: Images, size: int, seed: int, step: int) -> Batch:
+        """The batch of a step; the same batch if it is requested again in that step.
 
-        Steps at equal distances share a stream, because workers read ahead in it. A new
-        stream begins when the distance changes.
+        ``key`` is 0 for training, else the held-out multiple. Each key keeps one stream,
+        whose workers prepare the next batches in advance. They need to know the distance
+        between the steps, so a new stream begins whenever this distance changes.
         """
-        position = self._streams.get(name)
-        if position is not None and position.step == step:
-            return position.batch
-        if position is not None and position.step + position.stride == step:
-            stride = position.stride
-            stream = position.stream
+        current = self._streams.get(key)
+        if current is not None and current.step == step:
+            return current.batch
+
+        if current is not None and current.step + current.stride == step:
+            stride = current.stride
+            batches = current.batches
         else:
-            # A method that draws a batch every k-th step will do so again.
-            stride = 1 if position is None else max(1, step - position.step)
-            stream = training_batches(
+            # A method that has skipped k - 1 steps is expected to take every k-th batch.
+            stride = 1 if current is None else max(1, step - current.step)
+            batches = training_batches(
                 images,
                 size,
                 seed=seed,
-                first=step,
-                last=self.steps,
-                stride=stride,
+                steps=range(step, self.steps, stride),
                 workers=self.data.workers,
             )
-        batch = next(stream)
-        self._streams[name] = _Position(step, stride, stream, batch)
+
+        batch = next(batches)
+        self._streams[key] = _Stream(step, stride, batches, batch)
         return batch
 
 
 class SupernetWeights:
-    """Trains and differentiates a super-net. ``state_dict`` holds the teacher, if any.
+    """Trains and differentiates a super-net.
 
-    Detectors train without a teacher: the distillation of boxes would need a method of
-    its own.
+    ``state_dict`` holds only the teacher, if any: the engine saves the super-net.
+    Detectors ignore ``teach``, because distilling boxes would need a method of its own.
     """
 
     def __init__(
@@ -116,15 +118,19 @@ class SupernetWeights:
         self.batches = batches
         self.evaluator = evaluator
         self.quality = evaluator.quality
-        self.held_out_loss = self.quality.criterion().to(engine.device)
+        self.held_out_criterion = self.quality.criterion().to(engine.device)
         self.teacher: Network | None = None
         self._teacher_picks: Picks = {}
 
     def train(
         self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
     ) -> Metrics:
-        """One update: by the sum of the gradients of all gates on the whole batch or,
-        with ``split``, by the mean of the gradients of each gate on its part.
+        """One update of the weights on this step's training batch. Returns the metrics,
+        averaged over ``gates``.
+
+        By default, all gates run on the whole batch, and their gradients are summed.
+        With ``split``, each runs on its own part of the batch, and their gradients are
+        averaged. ``teach`` adds a cross-entropy with the teacher's probabilities.
         """
         self.evaluator.forget()
         self._set_fraction()
@@ -140,15 +146,18 @@ class SupernetWeights:
 
         microbatches = []
         for part_gates, (x, labels), soft in zip(gates, parts, soft_labels, strict=True):
-            forward_args = (part_gates, None, skip_dropout)
-            weight = len(labels) / len(y)  # 1 on the whole batch; else the sum is the mean
+            forward_args = (part_gates, None, skip_dropout)  # gates, probes, skip_dropout
+            # The engine sums the gradients. On whole batches every weight is 1; with
+            # split the weights add up to 1, so the sum is the mean over the batch.
+            weight = len(labels) / len(y)
             microbatches.append(Microbatch(x, labels, forward_args, soft, weight))
         return self.engine.optimizer_step(microbatches)
 
     def _set_fraction(self) -> None:
         """Tell the super-net's schedules how far the search is.
 
-        Called by every public method, because a resumed step may begin with any of them.
+        Called by every method that runs the super-net, because any of them may be the
+        first in a resumed search.
         """
         self.supernet.fraction = self.engine.step / self.engine.steps
 
@@ -167,6 +176,8 @@ class SupernetWeights:
         """Quality in 0..1 of each of ``gates`` on its part of this step's held-out batch."""
         x_NCHW, y = self.engine.to_device(*self.batches.held_out(self.engine.step, multiple))
         self._set_fraction()
+        # eval() turns off dropout and the proxy resolution. The BN of a super-net still
+        # uses the statistics of the batch, unless search.supernet.bn_track is set.
         self.supernet.eval()
         qualities = []
         parts = _split(x_NCHW, y, len(gates))
@@ -179,16 +190,18 @@ class SupernetWeights:
     def gate_gradients(
         self, gates: Gates, probes: Probes, order: int, skip_dropout: float
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """Held-out loss in training mode, and its derivative by each choice's gates,
-        float64 [options]: at the current weights (``order = 1``), or after a virtual
-        training step (``order = 2``, without probes).
+        """The held-out loss in training mode, and its gradient with respect to the gates:
+        choice key -> float64 [options].
 
-        Leaves the weights, their ``grad`` and BN's running statistics unchanged.
+        ``order = 1`` takes both at the current weights, ``order = 2`` after a virtual
+        training step. ``probes`` names options with weight zero that need a gradient
+        anyway; only order 1 supports them. Leaves the weights, their ``grad`` and BN's
+        running statistics unchanged.
         """
         assert self.supernet.shares, "standalone networks have no gates to differentiate"
         self._set_fraction()
         self.supernet.train()
-        self.supernet.tracking = False
+        self.supernet.tracking = False  # BN's running statistics stay unchanged
         try:
             return self._gate_gradients(gates, probes, order, skip_dropout)
         finally:
@@ -206,14 +219,14 @@ class SupernetWeights:
             assert not probes, "the second order takes no probes"
             return self._unrolled(leaves, held_out, skip_dropout)
         with self.engine.autocast():
-            loss = self._loss(self.held_out_loss, held_out, leaves, probes, skip_dropout)
-        value = self.engine.finite(loss)
+            loss = self._loss(self.held_out_criterion, held_out, leaves, probes, skip_dropout)
+        value = self.engine.check_finite(loss)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        # A choice that the loss does not depend on has no gradient: it is zero.
+        # The gradient of a choice that the loss does not depend on is None: it stays 0.
         arrays = {key: np.zeros(len(leaf)) for key, leaf in leaves.items()}
         for key, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
-                arrays[key] = _array(gradient)
+                arrays[key] = _float64(gradient)
         return value, arrays
 
     def _loss(
@@ -228,8 +241,9 @@ class SupernetWeights:
         """Held-out loss and gradients after a virtual SGD step (DARTS's second order),
         with momentum if the optimiser is SGD.
 
-        Runs in full precision, because the finite difference moves weights by less than
-        bfloat16, or a GPU's TF32, can resolve.
+        Runs in float32, without autocast and without TF32 in convolutions, because the
+        finite difference moves weights by less than bfloat16 or TF32 can resolve. For
+        matrix products, PyTorch has TF32 off by default.
         """
         train = self.engine.to_device(*self.batches.train(self.engine.step))
         optimizer = self.engine.optimizer
@@ -238,7 +252,8 @@ class SupernetWeights:
         for group in optimizer.param_groups:
             weights.extend(group["params"])
             weight_decay.extend([group["weight_decay"]] * len(group["params"]))
-        # Other optimisers keep no buffers that a step of SGD could use.
+        # The virtual step is plain SGD unless the optimiser is SGD itself: the state of
+        # other optimisers holds no momentum buffers that a step of SGD could use.
         momentum = 0.0
         if isinstance(optimizer, torch.optim.SGD):
             momentum = self.engine.optimizer_config.momentum
@@ -246,19 +261,19 @@ class SupernetWeights:
         if momentum:
             buffers = [optimizer.state.get(w, {}).get("momentum_buffer") for w in weights]
 
-        def loss_on(batch: Batch, criterion: Criterion) -> Any:
+        def loss_on(batch: Batch, criterion: Criterion) -> Loss:
             def loss(gates: Gates) -> Tensor:
                 # The finite difference compares losses, so every one of them needs the
                 # same dropout masks.
-                torch.manual_seed(self.engine.seed * 1_000_003 + self.engine.step)
+                self.engine.seed_torch()
                 return self._loss(criterion, batch, gates, {}, skip_dropout)
 
             return loss
 
         with torch.backends.cudnn.flags(allow_tf32=False):
             value, gradients = unrolled_gate_gradients(
-                loss_on(train, self.engine.loss_of),
-                loss_on(held_out, self.held_out_loss),
+                loss_on(train, self.engine.criterion),
+                loss_on(held_out, self.held_out_criterion),
                 weights,
                 leaves,
                 lr=self.engine.lr,
@@ -266,8 +281,8 @@ class SupernetWeights:
                 momentum=momentum,
                 weight_decay=weight_decay,
             )
-        self.engine.finite(torch.tensor(value))
-        return value, {key: _array(gradient) for key, gradient in gradients.items()}
+        self.engine.check_finite(torch.tensor(value))
+        return value, {key: _float64(gradient) for key, gradient in gradients.items()}
 
     def remember_teacher(self, picks: Picks) -> None:
         """Keep a copy of the network of ``picks`` as the teacher."""
@@ -298,11 +313,12 @@ class SupernetWeights:
 
 
 def _split(x_NCHW: Tensor, y: Tensor, count: int) -> list[Batch]:
-    """A batch in ``count`` equal parts, up to one image."""
+    """A batch in ``count`` parts, whose sizes differ by at most one image."""
     assert len(y) >= 2 * count, f"{len(y)} images for {count} parts: BN needs two in each"
     return list(zip(x_NCHW.tensor_split(count), y.tensor_split(count), strict=True))
 
 
-def _array(gradient: Tensor) -> np.ndarray:
+def _float64(gradient: Tensor) -> np.ndarray:
+    """A gradient as a numpy array in float64."""
     array: np.ndarray = gradient.detach().double().cpu().numpy()
     return array

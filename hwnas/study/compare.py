@@ -1,40 +1,45 @@
 """``hwnas study compare``: search methods against random search and against each other,
 on architectures whose true accuracies are known.
 
-Every method searches with every seed under one budget, exactly as ``hwnas search``
-would run it. The architecture that a search ranks first is looked up in a file of
-accuracies of standalone-trained architectures (study/truth.py). Its true rank is its
-rank among all architectures of that file that meet the budget.
+Every method searches with every seed under one budget, as ``hwnas search`` would, except
+that it does not compare itself with random samples. The architecture that a search
+ranks first is then looked up in the *truth*: a file of the accuracies of
+standalone-trained architectures (study/truth.py). Its true rank is its rank among all
+architectures of the truth that meet the budget; n is their number.
 
 **The budget** is that of the search: within ``search.tolerance`` of the target, and
 within ``search.limits``. Without ``search.table`` it is a budget of MACs. With B =
-``study.compare.max_macs``, the target is B / (1 + tolerance). Nothing above B is then
-proposed, and nothing below B (1 - tolerance) / (1 + tolerance): architectures far below
-a budget are bad on average, and a random search among them would be too easy to beat.
+``study.compare.max_macs``, the target is B / (1 + tolerance). Searches then propose only
+architectures from B (1 - tolerance) / (1 + tolerance) to B. The lower end is there
+because architectures far below a budget are bad on average, and a random search among
+them would be too easy to beat.
 
 **The cost** of a search is counted in multiply-accumulates (search/cost_counter.py): it
-covers training the super-net, evaluating architectures, and the final ranking. The unit
-is one standalone training: ``standalone_epochs`` x ``standalone_images`` images, forward
-and backward (3 MACs for each MAC), of the mean architecture in the budget. CPU seconds
-are also measured, but no result depends on them.
+covers training the super-net, evaluating architectures, and the final ranking. It is
+expressed in standalone trainings, that is, ``standalone_epochs`` x
+``standalone_images`` images, forward and backward (3 MACs for each MAC), of an
+architecture with the mean MACs of those in the budget. CPU seconds are also measured,
+but no result depends on them.
 
 **Random search** comes in three kinds:
 
-1. One random architecture in the budget (k = 1). It has rank r of n or better with
+1. One random architecture in the budget (k = 1). It has rank r or better with
    probability r / n.
-2. The best of k random architectures, each trained standalone, at the method's cost: k =
-   cost / standalone training, rounded up, so at least one, in favour of random search.
-   It selects by one training (each repeat of the file in turn) and is then evaluated by
-   the mean of all repeats, like every other method. This is computed exactly: with a
-   single repeat, rank r or better has probability 1 - (1 - r / n)^k.
-3. Random architectures ranked by a super-net at equal cost: the strategy ``random``,
-   which is a method like any other.
+2. The best of k random architectures, each trained standalone, at the cost of the
+   method: k = cost / standalone training, rounded up in favour of random search, so at
+   least 1. The selection sees one training of each architecture (each repeat of the
+   truth in turn). The result is the selected architecture's mean accuracy over all
+   repeats, as for every other method. Its distribution is computed exactly; with a
+   single repeat, P(rank r or better) = 1 - (1 - r / n)^k.
+3. Random architectures ranked by a super-net: the strategy ``random``, a method like any
+   other. Its settings decide whether it has the same cost as the rest.
 
-**Probabilities** that one method beats another are over pairs of seeds, by true
-accuracy; a tie counts one half. Intervals are percentiles of a bootstrap over seeds, and
-p-values are exact (study/metrics.py). With five seeds against five, the smallest
-possible p-value is 0.008, and an interval over five seeds is narrower than it ought to
-be. Many pairs are compared, and no p-value is corrected for multiple comparisons.
+**Probabilities** that one method beats another are estimated over all pairs of their
+seeds: the fraction in which its architecture has the higher true accuracy, where a tie
+counts one half. Intervals are percentiles of a bootstrap over seeds, and p-values are
+exact (study/metrics.py). With five seeds against five, the smallest possible p-value is
+0.008, and an interval over five seeds is narrower than it ought to be. Many pairs are
+compared, and no p-value is corrected for multiple comparisons.
 """
 
 from __future__ import annotations
@@ -84,11 +89,12 @@ architectures only.
 """
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Quantiles of the true rank that random search reaches."""
+"""Reported quantiles of the true rank that random search reaches."""
 
 COVERAGE_SAMPLES = 256
-"""Number of random architectures in the budget that the truth must contain before
-anything is trained.
+"""Number of random architectures in the budget that are looked up in the truth before
+anything is trained. A truth that lacks many is thus found out at once, instead of after
+the first search.
 """
 
 
@@ -97,38 +103,40 @@ class ComparisonPool:
     """The architectures that methods are compared on: those of the truth that meet the
     budget.
 
-    ``names``, ``mean_N`` (mean accuracy in 0..1, float [n]), ``accuracy_NR`` (accuracy of
-    every repeat, float [n, repeats]) and ``macs_N`` (float [n]) are in the same order.
-    ``truth`` is the whole file.
+    ``names``, ``mean_accuracy_N`` (in 0..1, float [n]), ``accuracy_NR`` (of each repeat,
+    float [n, repeats]) and ``macs_N`` (float [n]) are in the same order. ``truth`` is the
+    whole file, ``context`` that of the searches, which defines the budget.
     """
 
-    search: SearchContext
+    context: SearchContext
     table: LatencyTable | None
     truth: Truth
     names: tuple[str, ...]
-    mean_N: np.ndarray
+    mean_accuracy_N: np.ndarray
     accuracy_NR: np.ndarray
     macs_N: np.ndarray
 
     def rank(self, accuracy: float) -> int:
-        """The number of architectures that are at least as accurate."""
-        return int((self.mean_N >= accuracy).sum())
+        """The true rank: the number of architectures that are at least as accurate. Tied
+        architectures all get the last of their ranks.
+        """
+        return int((self.mean_accuracy_N >= accuracy).sum())
 
     @cached_property
     def _position_by_network(self) -> dict[bytes, int]:
         picks = dict(zip(self.truth.names, self.truth.picks, strict=True))
-        return {_network_key(self.search, picks[name]): i for i, name in enumerate(self.names)}
+        return {_network_key(self.context, picks[name]): i for i, name in enumerate(self.names)}
 
     def position(self, picks: Picks) -> int | None:
         """The index of an architecture in ``names``; None if the truth does not contain
         it or it does not meet the budget.
         """
-        return self._position_by_network.get(_network_key(self.search, picks))
+        return self._position_by_network.get(_network_key(self.context, picks))
 
 
-def _network_key(search: SearchContext, picks: Picks) -> bytes:
+def _network_key(context: SearchContext, picks: Picks) -> bytes:
     """A key that is equal for picks that build the same network."""
-    return search.space.canonical(search.space.index(picks)).tobytes()
+    return context.space.canonical(context.space.index(picks)).tobytes()
 
 
 def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
@@ -151,14 +159,14 @@ def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
             "study.seeds is empty: give the seeds of every method, for instance seeds = [0, 1, 2,"
             " 3, 4]."
         )
-    # A head start would not appear in the cost that methods are compared at.
+    # The cost of a search would not include that of the weights it starts from.
     if experiment.search.weights is not None or experiment.search.backbone is not None:
         raise ConfigError(
             "search.weights and search.backbone start a search from trained weights, but a"
             " comparison starts from scratch: remove them."
         )
-    has_costs = experiment.search.table is not None or not experiment.search.by_table
-    if not has_costs and config.compare.max_macs is None:
+    has_budget = experiment.search.table is not None or not experiment.search.by_table
+    if not has_budget and config.compare.max_macs is None:
         raise ConfigError(
             "study.compare.max_macs is not set: give the budget in multiply-accumulates, or"
             " search.table and its target, or search.budget."
@@ -175,20 +183,21 @@ def method_experiment(experiment: Experiment, method: MethodConfig, seed: int) -
     """The experiment of a method's search with ``seed``. Raises ConfigError if the
     method's own keys are invalid.
     """
-    search = experiment.search.model_dump(mode="json", by_alias=True)
-    search = merged(search, method.search, replace=("finder", "optimizer"))
+    settings = experiment.search.model_dump(mode="json", by_alias=True)
+    settings = merged(settings, method.search, replace=("finder", "optimizer"))
     # The study computes random search exactly, so no search has to sample it.
-    search |= {"strategy": method.strategy.model_dump(mode="json"), "random_samples": 0}
+    settings |= {"strategy": method.strategy.model_dump(mode="json"), "random_samples": 0}
     max_macs = experiment.study.compare.max_macs
     if max_macs is not None:
         # The search accepts up to target * (1 + tolerance), which is then max_macs.
         target = max_macs / (1 + experiment.search.tolerance)
-        search |= {
+        settings |= {
             "budget": {"kind": "macs", "max_macs": target},
             "target_ms": None,
             "target_range": None,
         }
-    content = experiment.model_dump(mode="json", by_alias=True) | {"search": search, "seed": seed}
+    content = experiment.model_dump(mode="json", by_alias=True)
+    content |= {"search": settings, "seed": seed}
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
@@ -217,19 +226,21 @@ def comparison_pool(experiment: Experiment, space: SearchSpace) -> ComparisonPoo
         # The seeds of a method share all settings, so checking one of them is enough.
         first = method_experiment(experiment, method, experiment.study.seeds[0])
         contexts.append(search_context(first, space, table))
+        # raises if the finder's settings are invalid; the result is not needed
         search_finder(first.search)
+
     # Methods cannot change the budget, so the context of any of them defines it.
-    search = contexts[0]
-    feasible_N = is_feasible(search, index_NC)
+    context = contexts[0]
+    feasible_N = is_feasible(context, index_NC)
     if not feasible_N.any():
         raise ConfigError(
             f"no architecture of {experiment.study.truth} is within"
-            f" {_budget_text(experiment, search)}: change the budget."
+            f" {_budget_text(experiment, context)}: change the budget."
         )
 
     kept = np.flatnonzero(feasible_N)
     pool = ComparisonPool(
-        search,
+        context,
         table,
         truth,
         tuple(truth.names[i] for i in kept),
@@ -237,7 +248,7 @@ def comparison_pool(experiment: Experiment, space: SearchSpace) -> ComparisonPoo
         truth.accuracy_NR[kept],
         macs_N[kept].astype(float),
     )
-    for picks in sample_feasible(search, COVERAGE_SAMPLES, np.random.default_rng(0)):
+    for picks in sample_feasible(context, COVERAGE_SAMPLES, np.random.default_rng(0)):
         _known_position(experiment.study, pool, picks, "a random search")
     return pool
 
@@ -245,12 +256,13 @@ def comparison_pool(experiment: Experiment, space: SearchSpace) -> ComparisonPoo
 def _check_max_macs(experiment: Experiment, macs_N: np.ndarray) -> None:
     """Raise ConfigError if no architecture of the truth is within the budget of MACs.
 
-    Ahead of the general check, because this message can name the MACs that exist.
+    This comes before the check of budgets in general, because its message can say which
+    MACs the architectures have.
     """
     most = experiment.study.compare.max_macs
     if not most:
         return
-    least = most * _lowest_part(experiment)
+    least = most * _low_fraction(experiment)
     if not ((macs_N <= most) & (macs_N >= least)).any():
         raise ConfigError(
             f"study.compare.max_macs = {most}: no architecture of {experiment.study.truth} has"
@@ -259,21 +271,21 @@ def _check_max_macs(experiment: Experiment, macs_N: np.ndarray) -> None:
         )
 
 
-def _lowest_part(experiment: Experiment) -> float:
-    """The lower end of a budget of MACs as a part of its upper end."""
+def _low_fraction(experiment: Experiment) -> float:
+    """The lower end of a budget of MACs, as a fraction of its upper end."""
     return (1 - experiment.search.tolerance) / (1 + experiment.search.tolerance)
 
 
-def _budget_text(experiment: Experiment, search: SearchContext) -> str:
+def _budget_text(experiment: Experiment, context: SearchContext) -> str:
     """The budget in words."""
     limits = ""
-    if search.limits is not None:
-        limits = "".join(f", {limit.title} <= {limit.most:g}" for limit in search.limits.compiled)
+    if context.limits is not None:
+        limits = "".join(f", {limit.title} <= {limit.most:g}" for limit in context.limits.compiled)
     most = experiment.study.compare.max_macs
     if most is None:
-        target = search.cost_model.unit.shown(search.target)
-        return f"{100 * search.tolerance:.3g} % of {target}{limits}"
-    return f"{most * _lowest_part(experiment) / 1e6:.4g} to {most / 1e6:.4g} M MACs{limits}"
+        target = context.cost_model.unit.shown(context.target)
+        return f"{100 * context.tolerance:.3g} % of {target}{limits}"
+    return f"{most * _low_fraction(experiment) / 1e6:.4g} to {most / 1e6:.4g} M MACs{limits}"
 
 
 def _known_position(config: StudyConfig, pool: ComparisonPool, picks: Picks, who: str) -> int:
@@ -288,16 +300,16 @@ def _known_position(config: StudyConfig, pool: ComparisonPool, picks: Picks, who
     return position
 
 
-def search(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
+def run_search(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
     """Run one search of the study in its folder. Only ``SEARCH_FILES`` are kept."""
     started = time.process_time()
-    # seconds.json, the last file, is missing: an earlier process was killed after the
-    # search, while it deleted the weights. The search itself is then complete.
+    # If both files exist, an earlier process finished the search and was killed before it
+    # had written seconds.json and deleted the weights. The search need not run again.
     searched = all((ctx.folder / name).exists() for name in ("arch.json", "search.json"))
     interrupted = searched or any(ctx.folder.glob("*.pt"))
     if not searched:
         search_stage.run(ctx, space, table)
-    # The clock of a resumed search covers only its last part, so no time is reported.
+    # This process has timed only the last part of a resumed search, so no time is reported.
     seconds = None if interrupted else round(time.process_time() - started, 1)
     write_atomic(ctx.folder / "seconds.json", json.dumps({"cpu_seconds": seconds}).encode())
     for name in search_stage.outputs(ctx.experiment.search):
@@ -327,6 +339,7 @@ def run(
             "every search failed, so there is nothing to compare:"
             f" {'; '.join(dict.fromkeys(failed.values()))}"
         )
+    # GRADIENT: MACs of forward and backward, per MAC of the network
     standalone_macs = (
         config.compare.standalone_epochs
         * config.compare.standalone_images
@@ -348,18 +361,18 @@ def run(
     with_outcomes = [result for result in results if result.found]
     pairwise = [_pairwise_result(config, a, b) for a, b in combinations(with_outcomes, 2)]
 
-    best = int(pool.mean_N.argmax())
-    in_ms = pool.search.cost_model.unit.name == "ms"
+    best = int(pool.mean_accuracy_N.argmax())
+    in_ms = pool.context.cost_model.unit.name == "ms"
     study = CompareStudy(
         space=space.name,
         space_sha256=space.sha256,
         truth=pool.truth.info(str(config.truth)),
-        budget=_budget_text(ctx.experiment, pool.search),
-        target_ms=pool.search.target if in_ms else None,
-        tolerance=pool.search.tolerance,
+        budget=_budget_text(ctx.experiment, pool.context),
+        target_ms=pool.context.target if in_ms else None,
+        tolerance=pool.context.tolerance,
         architectures=len(pool.names),
         best=pool.names[best],
-        best_accuracy=float(pool.mean_N[best]),
+        best_accuracy=float(pool.mean_accuracy_N[best]),
         standalone_epochs=config.compare.standalone_epochs,
         standalone_images=config.compare.standalone_images,
         standalone_macs=standalone_macs,
@@ -371,7 +384,7 @@ def run(
         pairwise=tuple(pairwise),
     )
     study.save(ctx.folder / RESULT)
-    for line in lines(study):
+    for line in report_lines(study):
         ctx.progress.info(line)
 
 
@@ -382,7 +395,7 @@ def _outcome(
     result = SearchResult.load(folder / "search.json")
     chosen = result.candidates[0]
     position = _known_position(config, pool, chosen.picks, f"{method} (seed {seed})")
-    accuracy = float(pool.mean_N[position])
+    accuracy = float(pool.mean_accuracy_N[position])
     assert result.cost is not None
     return SearchOutcome(
         seed=seed,
@@ -391,7 +404,7 @@ def _outcome(
         macs=int(pool.macs_N[position]),
         accuracy=accuracy,
         rank=pool.rank(accuracy),
-        regret=float(pool.mean_N.max()) - accuracy,
+        regret=float(pool.mean_accuracy_N.max()) - accuracy,
         supernet_quality=chosen.quality,
         cost=result.cost,
         cpu_seconds=json.loads((folder / "seconds.json").read_text())["cpu_seconds"],
@@ -411,7 +424,7 @@ def _method_result(
             name=method.name, strategy=method.strategy.name, found=(), failed=dict(failed)
         )
     cost = float(np.mean([outcome.cost.macs for outcome in outcomes])) / standalone_macs
-    # Rounded up, so that random search never has less than the method.
+    # Rounded up, so that random search never has a smaller budget than the method.
     trainings = max(1, math.ceil(cost))
     return MethodResult(
         name=method.name,
@@ -440,16 +453,16 @@ def chosen_by_random(pool: ComparisonPool, trainings: int) -> np.ndarray:
 def random_search(pool: ComparisonPool, trainings: int) -> RandomSearch:
     """The exact result of a random search of ``trainings`` standalone trainings."""
     probability_N = chosen_by_random(pool, trainings)
-    rank_N = np.array([pool.rank(accuracy) for accuracy in pool.mean_N])
+    rank_N = np.array([pool.rank(accuracy) for accuracy in pool.mean_accuracy_N])
     order = np.argsort(rank_N, kind="stable")
-    # The tolerance keeps rounding in the cumulative sum from skipping a quantile that it
-    # reaches exactly.
-    at_Q = np.searchsorted(np.cumsum(probability_N[order]), np.array(QUANTILES) - 1e-12)
-    ranks = rank_N[order][np.minimum(at_Q, len(order) - 1)].tolist()
+    # Rounding can leave the cumulative sum just below a quantile that it should reach
+    # exactly; without the 1e-12, the result would then be the next rank.
+    position_Q = np.searchsorted(np.cumsum(probability_N[order]), np.array(QUANTILES) - 1e-12)
+    ranks = rank_N[order][np.minimum(position_Q, len(order) - 1)].tolist()
     return RandomSearch(
         trainings=trainings,
         rank=float(probability_N @ rank_N),
-        accuracy=float(probability_N @ pool.mean_N),
+        accuracy=float(probability_N @ pool.mean_accuracy_N),
         ranks=tuple(ranks),
     )
 
@@ -461,7 +474,7 @@ def _beats_random(
     the bootstrap resamples only the method's seeds.
     """
     probability_N = chosen_by_random(pool, trainings)
-    wins_MN = metrics.wins(_accuracies(outcomes), pool.mean_N)
+    wins_MN = metrics.wins(_accuracies(outcomes), pool.mean_accuracy_N)
     return _win_estimate(config, (wins_MN @ probability_N)[:, None])
 
 
@@ -490,7 +503,7 @@ def _pairwise_result(
     )
 
 
-def lines(study: CompareStudy) -> list[str]:
+def report_lines(study: CompareStudy) -> list[str]:
     """The result in words, best method first."""
     n = study.architectures
     report = [
@@ -499,6 +512,7 @@ def lines(study: CompareStudy) -> list[str]:
         f" {study.random.accuracy:.2%} on average"
     ]
     for method in sorted(study.methods, key=_median_rank):
+        # None for a method whose searches all failed
         if (
             method.rank is not None
             and method.accuracy is not None
@@ -533,7 +547,7 @@ def _median_rank(method: MethodResult) -> float:
 def _chance(estimate: Estimate, confidence: float | None = None) -> str:
     if estimate.value is None or estimate.low is None or estimate.high is None:
         return "with unknown probability"
-    title = "" if confidence is None else f"{confidence:.0%}: "
+    prefix = "" if confidence is None else f"{confidence:.0%}: "
     return (
-        f"with probability {estimate.value:.2f} ({title}{estimate.low:.2f} to {estimate.high:.2f})"
+        f"with probability {estimate.value:.2f} ({prefix}{estimate.low:.2f} to {estimate.high:.2f})"
     )

@@ -49,7 +49,8 @@ _LOGITS = re.compile(rf"Logits-input:{_N}x{_N}x{_N}-output:{_N}")
 _POOL = re.compile(rf"AvgPool2D-input:{_N}x{_N}x{_N}-output:1x1x{_N}")
 _AFTER_POOL = re.compile(rf"Conv_2-input:1x1x{_N}-output:1x1x{_N}")
 _BLOCK = re.compile(
-    rf"expanded_conv-input:{_N}x{_N}x{_N}-output:{_N}x{_N}x{_N}-expand:{_N}-kernel:{_N}-stride:{_N}-idskip:([01])(?:-se:([01])-hs:([01]))?"
+    rf"expanded_conv-input:{_N}x{_N}x{_N}-output:{_N}x{_N}x{_N}"
+    rf"-expand:{_N}-kernel:{_N}-stride:{_N}-idskip:([01])(?:-se:([01])-hs:([01]))?"
 )
 
 Row = tuple[str, float, int | Literal["unknown"]]

@@ -64,7 +64,7 @@ def single_path(source: Source, column: str) -> Reading:
                 ms = source.ms(row[str(code)], f"block {code} of layer {number}")
                 timed.append(Timed(op, ms))
         expected = set(map(str, range(len(layers))))
-        for key in content.keys() - expected:
+        for key in sorted(content.keys() - expected):
             unmapped[f"layer {key}"] = "the backbone has 22 layers"
     covers = (
         "inverted residuals only, no stem or head; layer 0 is one fixed block; blocks are entered"

@@ -86,7 +86,7 @@ def begin(ctx: StageContext, arch: Architecture) -> Training:
     validation = Validation(ctx, engine, test, len(train) / config.batch_size)
     validation.resume()
     batches = training_batches(
-        train, config.batch_size, seed=seed, first=engine.step, last=steps, workers=data.workers
+        train, config.batch_size, seed=seed, steps=range(engine.step, steps), workers=data.workers
     )
     return Training(engine, test, batches, validation)
 

@@ -134,7 +134,7 @@ def test_values_and_their_range_are_those_of_every_architecture(
     expected = np.array([combine(term_values(space, prices, index)) for index in index_NC])
     assert found.costs(index_NC) == pytest.approx(expected, rel=1e-12)
     assert found.cost(space.at(index_NC[-1])) == pytest.approx(expected[-1], rel=1e-12)
-    assert found.range() == pytest.approx((expected.min(), expected.max()), rel=1e-12)
+    assert found.bounds() == pytest.approx((expected.min(), expected.max()), rel=1e-12)
 
 
 @FAST
@@ -244,7 +244,7 @@ def test_a_choice_that_every_term_shares_is_eliminated_last() -> None:
     prices = prices_of(space)
     each = np.stack([prices[term.slot] for term in space.terms()])  # [terms, 4, 3]
     expected = each.min(axis=1).sum(axis=0).min(), each.max(axis=1).sum(axis=0).max()
-    assert additive_cost(space, prices).range() == pytest.approx(expected, rel=1e-12)
+    assert additive_cost(space, prices).bounds() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_peak_has_no_expectation_and_foreign_picks_no_price() -> None:

@@ -378,7 +378,7 @@ def test_a_limit_of_activations_holds_in_a_space_of_cells(build: Callable[[], Se
     limits = Limits(space, [limit], LatencyTable.load)
     assert limits.feasible(index_NC).tolist() == [peak <= limit.max_bytes for peak in peaks]
     limits.check()
-    assert limits.compiled[0].additive_cost.range()[0] <= min(peaks)
+    assert limits.compiled[0].additive_cost.bounds()[0] <= min(peaks)
     with pytest.raises(TargetError, match="out of reach"):
         Limits(
             space,

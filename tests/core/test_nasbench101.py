@@ -156,6 +156,7 @@ def test_what_this_space_does_not_do() -> None:
         (lambda: SPACE.read('{"matrix": []}'), "give matrix and ops"),
         (lambda: SPACE.read("0" * 26), "no path from the input"),
         (lambda: SPACE.read(EXAMPLE.replace(C1, "conv5x5")), "ops between input and output"),
+        (lambda: SPACE.read(EXAMPLE.replace(f'"{C1}"', "[]")), "ops between input and output"),
         (lambda: load_space("nasbench101", act="relu6"), "supports no activation except relu"),
     ):
         with pytest.raises(SpaceError, match=words):

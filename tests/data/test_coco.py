@@ -90,7 +90,7 @@ def test_raccoons(unpacked: Callable[[str], Path]) -> None:
     ]
     assert test.names == ("raccoon",)
     assert len(load(config).labels) == 173
-    x, y = next(training_batches(load(config), 8, seed=0, first=0, last=1))
+    x, y = next(training_batches(load(config), 8, seed=0, steps=range(0, 1)))
     assert (x.shape, x.dtype, y.shape[::2], y.dtype) == (
         (8, 3, 320, 320),
         torch.float32,
@@ -169,12 +169,12 @@ def test_batches_are_functions_of_seed_and_step(
         coco_config(unpacked("raccoon"), classes=1, augment=augment), "train", augment=True
     )
     torch.manual_seed(1)
-    straight = list(training_batches(images, 8, seed=0, first=0, last=4))
+    straight = list(training_batches(images, 8, seed=0, steps=range(0, 4)))
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), after)
     for workers in (0, 2):
-        resumed = list(training_batches(images, 8, seed=0, first=2, last=4, workers=workers))
+        resumed = list(training_batches(images, 8, seed=0, steps=range(2, 4), workers=workers))
         assert all(same(a, b) for a, b in zip(straight[2:], resumed, strict=True))
     requests = [(index, 7) for index in range(8)]
     # whatever else is in the batch
@@ -493,7 +493,7 @@ def test_an_image_that_does_not_decode(tmp_path: Path, workers: int) -> None:
         for augment in (True, False):
             images = load(coco_config(tmp_path, augment="ssd"), augment=augment)
             with pytest.raises(DataError, match=r"does not decode .* replace it") as caught:
-                list(training_batches(images, 2, seed=0, first=0, last=2, workers=workers))
+                list(training_batches(images, 2, seed=0, steps=range(0, 2), workers=workers))
             assert str(victim) in str(caught.value)
             assert "\n" not in str(caught.value)
 

@@ -181,11 +181,11 @@ def test_sampled_images_are_channels_last() -> None:
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
     images = load_images(DIGITS, "train", augment=True)
-    straight = list(training_batches(images, 64, seed=3, first=0, last=40))
-    resumed = list(training_batches(images, 64, seed=3, first=23, last=40))
+    straight = list(training_batches(images, 64, seed=3, steps=range(0, 40)))
+    resumed = list(training_batches(images, 64, seed=3, steps=range(23, 40)))
     assert len(straight) == 40
     assert all(same(a, b) for a, b in zip(straight[23:], resumed, strict=True))
-    other = list(training_batches(images, 64, seed=4, first=0, last=40))
+    other = list(training_batches(images, 64, seed=4, steps=range(0, 40)))
     assert not any(same(a, b) for a, b in zip(straight, other, strict=True))
     assert not any(same(a, b) for a, b in itertools.combinations(straight, 2))
 
@@ -196,12 +196,10 @@ def test_every_kth_step(workers: int) -> None:
     batches of 64), and where it does not divide.
     """
     images = load_images(DIGITS, "train", augment=True)
-    straight = list(training_batches(images, 64, seed=3, first=0, last=41))
+    straight = list(training_batches(images, 64, seed=3, steps=range(0, 41)))
     for first, stride in ((0, 5), (3, 7), (40, 4)):
         found = list(
-            training_batches(
-                images, 64, seed=3, first=first, last=41, stride=stride, workers=workers
-            )
+            training_batches(images, 64, seed=3, steps=range(first, 41, stride), workers=workers)
         )
         assert len(found) == len(straight[first::stride])
         assert all(same(a, b) for a, b in zip(found, straight[first::stride], strict=True))
@@ -236,7 +234,7 @@ def test_each_epoch_visits_every_image_once() -> None:
     everything = sorted(image.tobytes() for image in next(in_order(plain, len(plain)))[0].numpy())
     for size, steps in ((46, 75), (115, 30), (100, 35)):
         stream = np.concatenate(
-            [x.numpy() for x, _ in training_batches(plain, size, seed=0, first=0, last=steps)]
+            [x.numpy() for x, _ in training_batches(plain, size, seed=0, steps=range(0, steps))]
         )
         epochs = [
             [image.tobytes() for image in stream[start : start + len(plain)]]
@@ -261,21 +259,21 @@ def test_every_step_is_augmented_anew() -> None:
     """One seed per step, none twice: an image met again in a later epoch looks different."""
     draws = [
         set(requests[:, 1].tolist())
-        for requests, _ in training_batches(Echo(40), 8, seed=3, first=0, last=100)
+        for requests, _ in training_batches(Echo(40), 8, seed=3, steps=range(0, 100))
     ]
     assert all(len(draw) == 1 for draw in draws)
     assert len(set.union(*draws)) == 100
     other = [
         set(requests[:, 1].tolist())
-        for requests, _ in training_batches(Echo(40), 8, seed=4, first=0, last=100)
+        for requests, _ in training_batches(Echo(40), 8, seed=4, steps=range(0, 100))
     ]
     assert not set.union(*draws) & set.union(*other)
 
 
 def test_workers_change_nothing() -> None:
     images = load_images(DIGITS, "train", augment=True)
-    alone = list(training_batches(images, 32, seed=0, first=5, last=15))
-    with_workers = list(training_batches(images, 32, seed=0, first=5, last=15, workers=2))
+    alone = list(training_batches(images, 32, seed=0, steps=range(5, 15)))
+    with_workers = list(training_batches(images, 32, seed=0, steps=range(5, 15), workers=2))
     assert all(same(a, b) for a, b in zip(alone, with_workers, strict=True))
 
 
@@ -314,7 +312,7 @@ def test_loaders_leave_the_global_generator_alone(workers: int) -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    next(training_batches(images, 8, seed=0, first=3, last=9, workers=workers))
+    next(training_batches(images, 8, seed=0, steps=range(3, 9), workers=workers))
     next(evaluation_batches(images, 8, workers=workers))
     assert torch.equal(torch.rand(1), expected)
 
@@ -574,11 +572,11 @@ def test_folder_batches_are_deterministic(image_folder: Path) -> None:
     assert len(train) == 10
     assert len(load_images(folder_config(image_folder), "held_out")) == 2
     torch.manual_seed(1)
-    straight = list(training_batches(train, 4, seed=0, first=0, last=6))
+    straight = list(training_batches(train, 4, seed=0, steps=range(0, 6)))
     after = torch.rand(1)
     torch.manual_seed(2)
     for workers in (0, 2):
-        resumed = list(training_batches(train, 4, seed=0, first=2, last=6, workers=workers))
+        resumed = list(training_batches(train, 4, seed=0, steps=range(2, 6), workers=workers))
         assert all(same(a, b) for a, b in zip(straight[2:], resumed, strict=True))
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), after)  # decoding leaves the global generator alone

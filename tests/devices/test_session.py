@@ -21,7 +21,7 @@ from hwnas.devices.session import (
     Note,
     Schedule,
     Session,
-    typed,
+    parse_row,
 )
 from hwnas.devices.simulated import Simulated, simulated_ms
 from hwnas.errors import DeviceError
@@ -148,7 +148,7 @@ def test_kept_rows_of_other_conditions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DeviceError,
         match=(
-            r"^governor was 'powersave' when this profile began and is 'simulated' now: .*"
+            r"^governor was 'powersave' when this session began and is 'simulated' now: .*"
             r" --fresh\.$"
         ),
     ):
@@ -177,19 +177,19 @@ def test_an_image_is_fed(tmp_path: Path) -> None:
 
 
 def test_rows_by_what_they_say() -> None:
-    assert typed({"note": "it cools"}) == Note("it cools")
-    assert typed({"conditions": {"celsius": 31.5}}) == Conditions({"celsius": 31.5})
-    assert typed({"id": "x", "round": 1, "error": "no such operator"}) == Failure(
+    assert parse_row({"note": "it cools"}) == Note("it cools")
+    assert parse_row({"conditions": {"celsius": 31.5}}) == Conditions({"celsius": 31.5})
+    assert parse_row({"id": "x", "round": 1, "error": "no such operator"}) == Failure(
         "x", "no such operator"
     )
-    assert typed({"id": "x", "round": 1, "ms": [1.0]}) == Measurement(
+    assert parse_row({"id": "x", "round": 1, "ms": [1.0]}) == Measurement(
         "x", 1, [1.0], "unknown", False
     )
     fed = {"id": "x", "round": 1, "ms": [1.0], "delegated": False, "input": "image"}
-    assert typed(fed) == Measurement("x", 1, [1.0], False, True)
-    assert typed({"runner": 1, "cpu": "A", "cores": [3], "threads": 1}) == Header(
+    assert parse_row(fed) == Measurement("x", 1, [1.0], False, True)
+    assert parse_row({"runner": 1, "cpu": "A", "cores": [3], "threads": 1}) == Header(
         cpu="A", cores=[3], threads=1
     )
-    assert typed({"runner": 1, "cores": "unknown"}) == Header()
+    assert parse_row({"runner": 1, "cores": "unknown"}) == Header()
     with pytest.raises(DeviceError, match="which is not a row of a measurement"):
-        typed({"id": "x"})
+        parse_row({"id": "x"})

@@ -73,7 +73,7 @@ def test_without_it_a_ranking_means_nothing(tmp_path: Path) -> None:
     train, held_out = load_images(data, "train"), load_images(data, "held_out")
     optimizer = OptimizerConfig(name="sgd", lr=1.6, momentum=0.9, options={})
     engine = Engine(supernet, optimizer, 150, 64, 0, tmp_path)
-    batches = training_batches(train, 64, seed=0, first=0, last=150)
+    batches = training_batches(train, 64, seed=0, steps=range(0, 150))
     rng = np.random.default_rng(0)
     engine.fit(
         lambda step: engine.train_step(*next(batches), one_hot(space.sample(rng), space)),

@@ -24,7 +24,7 @@ from hwnas.core.spaces import mobile32, proxylessnas_enlarged
 from hwnas.data.images import Portion, load_images
 from hwnas.engine import Engine, steps_of
 from hwnas.errors import ConfigError
-from hwnas.nn.slot import Width, executed
+from hwnas.nn.slot import Width, slot_gates
 from hwnas.nn.supernet import MacroSupernet, resized
 from hwnas.search.proposal import one_hot
 from hwnas.search.tunas import TuNAS
@@ -157,7 +157,8 @@ def test_ofa_kernel(kernels: Any, sharing: Any) -> None:
         part.conv.weight[:, :, 2:5, 2:5] = 0  # the centre of 3 x 3
         module = supernet.slots[1]
         assert torch.equal(
-            module(x_NCHW, executed(module.slot, np.eye(3)[0]), width, width).std((0, 2, 3)) < 1e-6,
+            module(x_NCHW, slot_gates(module.slot, np.eye(3)[0]), width, width).std((0, 2, 3))
+            < 1e-6,
             torch.ones(8) > 0,
         )
         part.conv.weight.copy_(weight)
@@ -299,7 +300,7 @@ def test_path_dropout() -> None:
     """
     supernet = supernet_of(skippable_space(), SupernetConfig(path_dropout=0.6)).double()
     module, width = supernet.slots[3], Width(8, 8)
-    x_NCHW, gates = torch.randn(512, 8, 6, 6).double(), executed(module.slot, None)
+    x_NCHW, gates = torch.randn(512, 8, 6, 6).double(), slot_gates(module.slot, None)
     branch = module(x_NCHW, gates, width, width) - x_NCHW
     keeps = []
     for fraction in (0.0, 0.5, 1.0):
@@ -332,8 +333,10 @@ def test_path_dropout() -> None:
     ]
     first = supernet.slots[0]  # no residual, so nothing to drop
     x_NCHW = torch.randn(4, 3, 6, 6).double()
-    full = first(x_NCHW, executed(first.slot, None), Width(3, 3), width)
-    assert torch.equal(first(x_NCHW, executed(first.slot, None), Width(3, 3), width, seen[0]), full)
+    full = first(x_NCHW, slot_gates(first.slot, None), Width(3, 3), width)
+    assert torch.equal(
+        first(x_NCHW, slot_gates(first.slot, None), Width(3, 3), width, seen[0]), full
+    )
 
 
 def test_number_of_layers() -> None:
@@ -601,6 +604,6 @@ def test_options_that_share_kernels_still_run_apart_where_they_are_separate() ->
     supernet = supernet_of(space, SupernetConfig(kernels="ofa", sharing="separate")).double()
     module, width = supernet.slots[1], Width(8, 8)
     x_NCHW = torch.randn(4, 8, 6, 6).double()
-    each = [module(x_NCHW, executed(module.slot, np.eye(4)[i]), width, width) for i in range(4)]
-    mixed = module(x_NCHW, executed(module.slot, np.full(4, 0.25)), width, width)
+    each = [module(x_NCHW, slot_gates(module.slot, np.eye(4)[i]), width, width) for i in range(4)]
+    mixed = module(x_NCHW, slot_gates(module.slot, np.full(4, 0.25)), width, width)
     assert torch.allclose(mixed, sum(each) / 4, atol=1e-12)

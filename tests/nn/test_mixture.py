@@ -16,7 +16,7 @@ from torch import Tensor
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Picks
 from hwnas.core.space import MacroSpace, SpaceStage
-from hwnas.nn.slot import SlotGates, Width, executed
+from hwnas.nn.slot import SlotGates, Width, slot_gates
 from hwnas.nn.supernet import MacroSupernet
 from hwnas.search.proposal import one_hot
 from tests.nn.nets import (
@@ -418,6 +418,6 @@ def test_what_a_gate_executes() -> None:
         classes=2,
         stages=(SpaceStage(widths=(8,), slots=(("cn_k3",), (*PLAIN, "skip"))),),
     ).slots[1]
-    gates = executed(slot, np.array([0.0, 0.5, 0.0, 0.0, 0.5]), [1, 2])
+    gates = slot_gates(slot, np.array([0.0, 0.5, 0.0, 0.0, 0.5]), [1, 2])
     assert gates.executed == (("ir_k5_e3", 0.5), ("skip", 0.5))
     assert gates.probed == ((2, "ir_k3_e6"),)  # option 1 is executed, so it needs no probe

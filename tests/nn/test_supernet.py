@@ -20,7 +20,7 @@ from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.engine import Engine
 from hwnas.nn.classifier import ClassificationNetwork
-from hwnas.nn.slot import ElasticSlot, Width, executed
+from hwnas.nn.slot import ElasticSlot, Width, slot_gates
 from hwnas.nn.supernet import MacroSupernet, resized
 from hwnas.search.proposal import one_hot
 from tests.nn.nets import (
@@ -285,7 +285,7 @@ def reference_branch(slot: nn.Module, x_NCHW: Tensor, kernels: dict[int, float])
 
 def run_slot(module: ElasticSlot, x_NCHW: Tensor, gate: np.ndarray) -> Tensor:
     """A slot of eight channels in and out under a gate."""
-    found: Tensor = module(x_NCHW, executed(module.slot, gate), Width(8, 8), Width(8, 8))
+    found: Tensor = module(x_NCHW, slot_gates(module.slot, gate), Width(8, 8), Width(8, 8))
     return found
 
 

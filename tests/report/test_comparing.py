@@ -16,7 +16,7 @@ from hwnas.report import comparing, stage
 from hwnas.runs import StageContext, StageManifest
 from hwnas.search.cost_counter import SearchCost
 from hwnas.study import metrics
-from hwnas.study.compare import lines
+from hwnas.study.compare import report_lines
 from hwnas.study.documents import (
     CompareStudy,
     Estimate,
@@ -132,12 +132,12 @@ def test_what_failed_is_shown(tmp_path: Path) -> None:
     page = Page(written(tmp_path / "run", study))
     assert "darts has no result for seed 1: the loss is <nan>" in page.text
     assert comparing.method_rows(study)[-1].cells[0] == ("–", "")
-    assert "darts has no result for seed 1: the loss is <nan>" in lines(study)
+    assert "darts has no result for seed 1: the loss is <nan>" in report_lines(study)
     assert comparing.ranks(make_study(methods=(lost,), pairwise=())) is None
 
 
 def test_the_lines_say_what_was_found() -> None:
-    said = lines(make_study())
+    said = report_lines(make_study())
     assert said[0].startswith(
         "400 of 6561 architectures are in the budget of 49.09 to 60 M MACs; the best, 22212202, has"
         " 93.13%"

@@ -317,9 +317,7 @@ def test_what_no_detector_can_be_searched_in_says_so(tmp_path: Path) -> None:
             "data": {"name": "digits", "resolution": 48, "classes": 2},
         }
     )
-    assert "is one of detectors: set task = 'detect'" in refused(
-        digits, tmp_path, "search", ConfigError
-    )
+    assert "are detectors: set task = 'detect'" in refused(digits, tmp_path, "search", ConfigError)
 
 
 def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:

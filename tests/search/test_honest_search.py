@@ -200,4 +200,4 @@ def test_a_second_run_is_current(command: tuple[Path, subprocess.CompletedProces
     root, _ = command
     arguments = [sys.executable, "-m", "hwnas", "validate", str(root)]
     finished = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    assert "validate: current, skipped" in finished.stderr
+    assert "validate: up to date, skipped" in finished.stderr

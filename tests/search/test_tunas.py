@@ -237,9 +237,11 @@ def test_rate_ramps_to_ten_times() -> None:
     rates = {}
     for number in (0, 19, 20, 50, 80):
         recorder.ctx.step = number
-        rates[number] = strategy.rl_rate(recorder.ctx)
+        rates[number] = strategy.policy_lr(recorder.ctx)
     assert rates == pytest.approx({0: 0.0, 19: 0.0, 20: 6e-4, 50: 6e-4 * math.sqrt(10), 80: 6e-3})
-    assert TuNAS(TuNASConfig(rl_lr=0.1, rl_lr_ramp=1.0)).rl_rate(recorder.ctx) == pytest.approx(0.1)
+    assert TuNAS(TuNASConfig(rl_lr=0.1, rl_lr_ramp=1.0)).policy_lr(recorder.ctx) == pytest.approx(
+        0.1
+    )
 
 
 def test_reward_metrics() -> None:
@@ -305,7 +307,7 @@ def test_entropy_bonus_pulls_towards_uniform() -> None:
     before = float(controller.entropy().detach())
     for _ in range(20):
         # equal rewards: no advantage
-        controller.update([sample_of({"s0.b0.kernel": 0})], [1.0], 0.05, entropy=0.1)
+        controller.update([sample_of({"s0.b0.kernel": 0})], [1.0], 0.05, entropy_weight=0.1)
     assert float(controller.entropy().detach()) > before + 0.1
 
 

@@ -174,7 +174,7 @@ def test_batches_of_every_kth_step_come_from_one_stream(monkeypatch: pytest.Monk
     made: list[int] = []
 
     def counted(*arguments: Any, **settings: Any) -> Any:
-        made.append(settings["first"])
+        made.append(settings["steps"].start)
         return training_batches(*arguments, **settings)
 
     monkeypatch.setattr("hwnas.search.weights.training_batches", counted)

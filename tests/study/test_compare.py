@@ -234,7 +234,7 @@ def test_again_nothing_is_done_and_a_further_seed_searches_alone(
     said = Saying()
     assert compared(study(folder), root, said) == before
     assert set(said.said) == {
-        f"{name}: current, skipped"
+        f"{name}: up to date, skipped"
         for name in ("spos-5", "one-shot-5", "spos-6", "one-shot-6", "compare")
     }
     assert not list(root.glob("*/*.safetensors"))

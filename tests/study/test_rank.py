@@ -146,9 +146,9 @@ def test_again_nothing_is_done_and_more_architectures_keep_the_old_scores(
     said = Saying()
     ranked(study(folder, seeds=[5, 6]), root, said)
     assert {
-        "supernet-5: current, skipped",
-        "supernet-6: current, skipped",
-        "rank: current, skipped",
+        "supernet-5: up to date, skipped",
+        "supernet-6: up to date, skipped",
+        "rank: up to date, skipped",
     } <= set(said.said)
     copy = folder / "more"
     shutil.copytree(root, copy)
@@ -163,7 +163,7 @@ def test_again_nothing_is_done_and_more_architectures_keep_the_old_scores(
     config = study(folder, seeds=[5, 6])
     judged = config.search.model_copy(update={"evaluation_images": 77, "recalibration_images": 66})
     other = ranked(config.model_copy(update={"search": judged}), copy, said)
-    assert {"supernet-5: current, skipped", "supernet-6: current, skipped"} <= set(said.said)
+    assert {"supernet-5: up to date, skipped", "supernet-6: up to date, skipped"} <= set(said.said)
     assert [point.scores["loss"] for point in other.points] != [
         point.scores["loss"] for point in before.points
     ]

@@ -215,15 +215,17 @@ def test_again_nothing_is_done_and_further_metrics_keep_what_is_there(
     copy, said = folder / "again", Saying()
     shutil.copytree(finished[0], copy)
     shrunk(study(folder), copy, said)
-    assert all(line.endswith("current, skipped") for line in said.said) and len(said.said) == 6
+    assert all(line.endswith("up to date, skipped") for line in said.said) and len(said.said) == 6
     said = Saying()
     fewer = shrunk(study(folder, metrics=("magnitude", "angle")), copy, said)
     assert fewer.paths == (finished[1].paths[2], finished[1].paths[0])
-    assert {"shrink-first: current, skipped", "shrink-angle: current, skipped"} <= set(said.said)
+    assert {"shrink-first: up to date, skipped", "shrink-angle: up to date, skipped"} <= set(
+        said.said
+    )
     changed = study(folder, metrics=("magnitude", "angle"), dropped=2, until=200)
     # scores anew, but the first training is the same
     other = shrunk(changed, copy, said := Saying())
-    assert "shrink-first: current, skipped" in said.said
+    assert "shrink-first: up to date, skipped" in said.said
     assert len(other.paths[1].steps[0].dropped) == 2
     assert other.paths[1].steps[0].scores == finished[1].paths[0].steps[0].scores
 

@@ -67,7 +67,7 @@ def refused(experiment: Experiment, run: Path, stage: str = "train") -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_it_learns(scores: Scores, tmp_path: Path) -> None:
-    config = settings(tmp_path, epochs=40)
+    config = settings(tmp_path, epochs=25)
     result, lines = trained(
         Experiment.model_validate({**config, "detector": {"extras": [48, 32], "scores": scores}}),
         tmp_path / "run",
@@ -112,7 +112,7 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
     """SIGKILL in the middle of the training, with augmentation, average and crops, and
     the same command again.
     """
-    config = settings(tmp_path, epochs=6, ema_decay=0.9, validate_every=1)
+    config = settings(tmp_path, epochs=3, ema_decay=0.9, validate_every=1)
     config["data"]["augment"] = "ssd"
     config["checkpoint_seconds"] = 0
     (tmp_path / "straight").mkdir()
@@ -126,7 +126,7 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
     log = tmp_path / "killed" / "train" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while (
-        (not log.exists() or log.read_bytes().count(b"\n") < 7)
+        (not log.exists() or log.read_bytes().count(b"\n") < 4)
         and process.poll() is None
         and time.monotonic() < deadline
     ):
@@ -205,7 +205,7 @@ def test_the_backbone_begins_with_the_weights_of_a_classifier(named: str, tmp_pa
     )
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9) for name in shared)
     Pipeline(config, tmp_path / "run", lines := Lines()).run_stage("train")
-    assert lines.said == ["train: current, skipped"]
+    assert lines.said == ["train: up to date, skipped"]
     with torch.no_grad():
         theirs["blocks.0.layers.conv.conv.weight"].add_(1.0)
     save_network(source, tmp_path / "classifier" / "train" / "model.safetensors")
@@ -284,7 +284,7 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         Experiment.model_validate(three), tmp_path / "run"
     )
     digits = {"train": {"arch": str(tmp_path / "own.json")}}
-    assert "has a detector: set task = 'detect'" in refused(
+    assert "is a detector: set task = 'detect'" in refused(
         Experiment.model_validate(digits), tmp_path / "run"
     )
     one_size = Architecture(name="flat", blocks=tuple(classifier().blocks[:1]))
@@ -356,5 +356,5 @@ def test_results_of_before_are_read() -> None:
         TrainResult.parse(
             json.dumps({**common, "class_names": ["a"], "test_coco": {**coco, "AP50": None}})
         )
-    with pytest.raises(DocumentError, match=r"no hwnas\.train/1 document"):
+    with pytest.raises(DocumentError, match=r"is not a hwnas\.train/1 document"):
         TrainResult.parse(json.dumps({**common, "class_names": 3, "test_accuracy": 0.5}))
