@@ -72,14 +72,14 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     """
     # the second order costs 2.5 times as much
     options = {**OPTIONS[strategy], **({"order": 1} if strategy == "darts" else {})}
-    run(tmp_path / "search", experiment(strategy={"name": strategy, **options}, epochs=3.0), table)
+    run(tmp_path / "search", experiment(strategy={"name": strategy, **options}, epochs=4.0), table)
     space, cost = elastic_digits_space(), CostModel.of_table(elastic_digits_space(), table)
     result = SearchResult.load(tmp_path / "search/search.json")
     low, high = cost.range()
     assert result.target == pytest.approx((low + high) / 2)
     assert result.reachable == pytest.approx((low, high))
     assert result.table_sha256 == table.sha256
-    assert result.steps == 108
+    assert result.steps == 144
     assert 1 <= len(result.candidates) <= 3
     shares = strategy != "random_standalone"  # networks that share nothing say nothing about others
     assert len(result.random) == len(result.random_anywhere) == (2 if shares else 0)
@@ -96,7 +96,7 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
                 candidate.quality - 0.1 * abs(candidate.predicted / result.target - 1)
             )
     best = result.candidates[0]
-    assert best.quality > 0.2  # of 10 classes, after three epochs
+    assert best.quality > 0.2  # of 10 classes, after four epochs
     arch = Architecture.load(tmp_path / "search/arch.json")
     assert arch.blocks == space.decode(best.picks).blocks
     network = load_network(tmp_path / "search/supernet.safetensors")
@@ -107,7 +107,7 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     )
     assert not (tmp_path / "search/checkpoint.pt").exists()
     lines = (tmp_path / "search/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(108))
+    assert [json.loads(line)["step"] for line in lines] == list(range(144))
 
 
 def resumed_bit_for_bit(
