@@ -114,7 +114,7 @@ def _fit_shape(
     return _Fit(float(left_out.mean()), form.model_copy(update=fitted))
 
 
-def judge(
+def held_out_errors(
     calibration: Calibration,
     networks: Sequence[Sequence[Op]],
     sums_ms: Sequence[float],

@@ -70,7 +70,7 @@ class Item:
 
     ``ops`` are the ops in the file: simulated devices compute its time from them.
     ``image`` is a file to feed instead of noise, for models whose time depends on their
-    input. ``judged``: whether further rounds follow if this item is noisy.
+    input. ``repeat_if_noisy``: whether further rounds follow if this item is noisy.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Item:
     path: Path
     ops: tuple[Op, ...]
     image: Path | None = None
-    judged: bool = True
+    repeat_if_noisy: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Schedule:
     """How often and how long items are timed.
 
     In each round, an item runs for at least ``min_ms`` milliseconds and at least
-    ``min_runs`` times; None leaves either to the runner's default. ``judged`` items
-    whose rounds spread more than ``max_spread`` are timed in up to ``max_rounds``
-    rounds. With ``together``, these further rounds time all items, instead of only the
+    ``min_runs`` times; None leaves either to the runner's default. Items with
+    ``repeat_if_noisy`` whose rounds spread more than ``max_spread`` are timed in up to
+    ``max_rounds`` rounds. With ``together``, these further rounds time all items, instead of only the
     noisy ones. The order of a round is drawn from ``seed`` and the number of the round.
     """
 
@@ -337,9 +337,14 @@ class Session:
 
     @property
     def noisy(self) -> list[str]:
-        """The ``judged`` items whose rounds spread more than ``max_spread``."""
-        judged = [item.name for item in self.items.values() if item.judged]
-        return [name for name in judged if spread_of(self.rounds(name)) > self.schedule.max_spread]
+        """The ``repeat_if_noisy`` items whose rounds spread more than ``max_spread``."""
+        noisy: list[str] = []
+        for item in self.items.values():
+            if not item.repeat_if_noisy:
+                continue
+            if spread_of(self.rounds(item.name)) > self.schedule.max_spread:
+                noisy.append(item.name)
+        return noisy
 
     def header(self, runtime: str) -> Header:
         """The latest header of a runtime."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from hwnas.config import Experiment, ProfileConfig
 from hwnas.core.arch import Architecture
-from hwnas.core.calibration import fit_calibration, judge
+from hwnas.core.calibration import fit_calibration, held_out_errors
 from hwnas.core.cost import missing_ops
 from hwnas.core.describe import describe_networks
 from hwnas.core.ops import Op
@@ -343,7 +343,7 @@ def _calibration(plan: Plan, entries: dict[str, Entry]) -> Calibration | None:
     calibration = fit_calibration(*_columns(fit))
     held_out = None
     if test:
-        held_out = judge(calibration, *_columns(test))
+        held_out = held_out_errors(calibration, *_columns(test))
     noisy_count = sum(network.entry.noisy for network in networks)
     return calibration.model_copy(update={"held_out": held_out, "noisy_networks": noisy_count})
 

@@ -149,7 +149,7 @@ def _block_items(promise: Promise, bench: Bench) -> Iterator[Item]:
     header = promise.table.header
     for op in promise.blocks:
         path = bench.build((op,), header.runtime, header.dtype)
-        yield Item(op.key, header.runtime, path, (op,), judged=False)
+        yield Item(op.key, header.runtime, path, (op,), repeat_if_noisy=False)
 
 
 def _nms_items(exported: Exported, networks: Path, config: ValidateConfig) -> Iterator[Item]:

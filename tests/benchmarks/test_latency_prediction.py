@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from hwnas.config import DeviceConfig, ProfileConfig
-from hwnas.core.calibration import fit_calibration, judge
+from hwnas.core.calibration import fit_calibration, held_out_errors
 from hwnas.core.ops import Op
 from hwnas.core.spaces import proxylessnas
 from hwnas.core.table import HeldOut
@@ -59,7 +59,7 @@ def judged(
     times = [ms[f"net-{i}"] for i in range(len(networks))]
     cut = len(plan.fit)
     calibration = fit_calibration(chains[:cut], sums[:cut], times[:cut])
-    return judge(
+    return held_out_errors(
         calibration,
         chains[cut:],
         sums[cut:],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hwnas.core.calibration import judge
+from hwnas.core.calibration import held_out_errors
 from hwnas.core.describe import columns, describe_space, describe_table
 from hwnas.core.spaces import darts, mobile32, nasbench101, nasbench201, proxylessnas
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
@@ -85,7 +85,7 @@ def test_a_table_shows_its_conditions_and_entries_slowest_first() -> None:
 def test_a_table_shows_how_well_it_adds_up() -> None:
     fitted = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
     judged = fitted.model_copy(
-        update={"held_out": judge(fitted, [()] * 3, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])}
+        update={"held_out": held_out_errors(fitted, [()] * 3, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])}
     )
     text = describe_table(table(calibration=judged))
     assert "1 ms + 2 x sum, fitted on 5 networks" in text

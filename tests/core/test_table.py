@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hwnas.core import calibration as calibration_module
-from hwnas.core.calibration import fit_calibration, judge
+from hwnas.core.calibration import fit_calibration, held_out_errors
 from hwnas.core.ops import MBConv, Op
 from hwnas.core.statistics import spearman
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
@@ -36,7 +36,7 @@ def table() -> LatencyTable:
 
 
 def test_a_table_reads_back() -> None:
-    judged = judge(
+    judged = held_out_errors(
         fit_calibration(BARE, [1.0, 2.0, 3.0], [1.5, 2.5, 3.5]),
         BARE,
         [1.0, 2.0, 4.0],
@@ -182,7 +182,7 @@ def test_cold_memory_is_priced_in_the_form_that_the_networks_speak_for(form: str
         found.cache_miss_ms_per_mvalue,
         found.cache_mvalues,
     ) == pytest.approx(wanted, abs=1e-9)
-    assert judge(
+    assert held_out_errors(
         found, networks[12:], list(sums[12:]), list(measured[12:])
     ).max_error == pytest.approx(0, abs=1e-9)
     assert found.op_ms(2.0, networks[0][0]) == pytest.approx(2.08 + price(networks[0][0]))
@@ -217,22 +217,24 @@ def test_the_error_of_leaving_a_network_out_is_that_of_the_fit_to_the_others() -
 
 def test_the_judges_numbers_by_hand() -> None:
     calibration = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
-    found = judge(calibration, BARE, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])  # predicted 3, 5, 9
+    found = held_out_errors(
+        calibration, BARE, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0]
+    )  # predicted 3, 5, 9
     assert found.networks == 3
     assert found.pairs == ((3.0, 3.0), (5.0, 4.0), (9.0, 10.0))
     assert found.mape == pytest.approx((0 + 0.25 + 0.1) / 3)
     assert found.max_error == pytest.approx(0.25)
     assert found.raw_mape == pytest.approx((2 / 3 + 0.5 + 0.6) / 3)
     assert found.spearman == pytest.approx(1.0)
-    assert judge(calibration, BARE, [1.0, 4.0, 2.0], [3.0, 4.0, 10.0]).spearman == pytest.approx(
-        0.5
-    )
+    assert held_out_errors(
+        calibration, BARE, [1.0, 4.0, 2.0], [3.0, 4.0, 10.0]
+    ).spearman == pytest.approx(0.5)
 
 
 def test_a_rank_correlation_needs_three_networks_that_differ() -> None:
     calibration = Calibration(intercept_ms=0.0, slope=1.0, networks=3)
-    assert judge(calibration, BARE[:2], [1.0, 2.0], [1.0, 2.0]).spearman is None
-    alike = judge(calibration, BARE, [2.0, 2.0, 2.0], [1.0, 2.0, 3.0])
+    assert held_out_errors(calibration, BARE[:2], [1.0, 2.0], [1.0, 2.0]).spearman is None
+    alike = held_out_errors(calibration, BARE, [2.0, 2.0, 2.0], [1.0, 2.0, 3.0])
     assert alike.spearman is None
     stored = table().model_copy(
         update={"calibration": calibration.model_copy(update={"held_out": alike})}

@@ -58,7 +58,10 @@ def items(image: Path | None = None) -> list[Item]:
         Item("a.onnx", "onnxruntime", Path("a.onnx"), OPS, image),
         Item("a.tflite", "litert", Path("a.tflite"), OPS),
     ]
-    return [*files, *(Item(op.key, "litert", Path("op"), (op,), judged=False) for op in OPS)]
+    return [
+        *files,
+        *(Item(op.key, "litert", Path("op"), (op,), repeat_if_noisy=False) for op in OPS),
+    ]
 
 
 def session(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from hwnas.config import FORMATS, DataConfig, Experiment, ValidateConfig
 from hwnas.core.arch import Architecture, Placed
-from hwnas.core.calibration import judge
+from hwnas.core.calibration import held_out_errors
 from hwnas.core.caution import Caution
 from hwnas.core.cost import CostModel
 from hwnas.core.detector import PostProcessing
@@ -121,7 +121,7 @@ def make_table(space: MacroSpace) -> LatencyTable:
         dtype="fp32", threads=1, cores=(3,), governor="unknown", layout="NHWC", batch=1, date="2026-01-31", space=space.name,
     )  # fmt: skip
     calibration = calibration.model_copy(
-        update={"held_out": judge(calibration, [()] * len(sums), sums, measured)}
+        update={"held_out": held_out_errors(calibration, [()] * len(sums), sums, measured)}
     )
     return LatencyTable(header=header, entries=entries, calibration=calibration)
 
