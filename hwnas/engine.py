@@ -118,8 +118,8 @@ def _require_state(
     if config.inactive_weights == "decay" and not optimizer.state:
         raise ConfigError(
             f"{section}.inactive_weights = 'decay', but {config.name!r} without momentum keeps no"
-            f" state that would move inactive weights: set {section}.momentum, or inactive_weights ="
-            " 'frozen'."
+            f" state that would move inactive weights: set {section}.momentum, or"
+            " inactive_weights = 'frozen'."
         )
 
 
