@@ -245,7 +245,7 @@ def test_outputs_that_are_no_rows_of_the_bundles(
         DeviceError,
         match=(
             r"model\.onnx gave outputs \[8, \d+, 6\] for 8 images, but bundle\.json says \d+"
-            r" numbers an image"
+            r" numbers per image"
         ),
     ):
         verdict(run, experiment, tmp_path, cut)
