@@ -619,7 +619,7 @@ def test_a_detector_has_its_ap_and_pictures_instead_of_top_1(tmp_path: Path) -> 
     for words in (
         *NUMBERS,
         "<cat>",
-        "AP of each class",
+        "AP by class",
         "hwnas run boxes --out boxes-again",
         "extra 1",
         "head 3",
