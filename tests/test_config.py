@@ -370,3 +370,6 @@ def test_what_stands_under_a_renamed_key_is_checked_like_any_other(tmp_path: Pat
         load_experiment(None, ["search.optimizer.unused=x"])
     with pytest.raises(ConfigError, match="optimizer"):
         load_experiment(None, ["search.optimizer=3"])
+    both = "search.optimizer={unused = 'move', inactive_weights = 'frozen'}"
+    with pytest.raises(ConfigError, match=r"unknown key 'search\.optimizer\.unused'"):
+        load_experiment(None, [both])

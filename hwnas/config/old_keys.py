@@ -31,13 +31,16 @@ def with_new_keys(content: Any, source: str) -> Any:
             table = table.get(name) if isinstance(table, dict) else None
         if not isinstance(table, dict) or old_name not in table:
             continue
+        # With both spellings, one value would be lost: the model refuses the old key.
+        if new_name in table:
+            continue
 
         old_value = table.pop(old_name)
         new_value = old_value
         # Other types, such as lists, cannot be looked up; the model reports them.
         if isinstance(old_value, str):
             new_value = new_values.get(old_value, old_value)
-        table.setdefault(new_name, new_value)
+        table[new_name] = new_value
         new_key = ".".join([*path, new_name])
         warnings.warn(
             f"{source}: {old_key} = {old_value!r} is now {new_key} = {new_value!r}; the old"
